@@ -1,0 +1,1 @@
+"""Mechanistic circuit analysis of vision, vision-language and vision-language-action models."""

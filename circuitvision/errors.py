@@ -1,0 +1,40 @@
+"""The exceptions of circuitvision: one class per kind of mistake, each message naming the fix.
+
+All derive from :class:`CircuitVisionError`, so a study can catch one type. Those that a caller could already expect from Python's own
+vocabulary (a bad value, an unknown key) also derive from that built-in type.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CircuitVisionError(Exception):
+    """Base of every error raised on purpose by circuitvision."""
+
+
+class UnsupportedModelError(CircuitVisionError):
+    """The model's class, or its structure, is not one a family table entry describes."""
+
+
+class UnknownSiteError(CircuitVisionError, KeyError):
+    """A site name or glob matches nothing in this model."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class HookError(CircuitVisionError):
+    """A hook broke the contract of its site: shape, dtype, device, in-place change, or a site that did not fire once per pass."""
+
+
+class InputError(CircuitVisionError, ValueError):
+    """Inputs do not fit the model: image size, image tokens, mask length, unknown words."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The ``count`` known names most similar to ``name``, best first."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.0)
+    return close or known[:count]
