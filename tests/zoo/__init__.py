@@ -1,0 +1,8 @@
+"""Tiny random models of every supported family. See `registry` for the table and `cases` to select from it."""
+
+from __future__ import annotations
+
+from . import dual, llava, paligemma, pi0, vision  # noqa: F401  (each import fills the table)
+from .registry import CASES, TAGS, Case, case, cases, primary, saved_class, saved_folder, shared_model
+
+__all__ = ["CASES", "TAGS", "Case", "case", "cases", "primary", "saved_class", "saved_folder", "shared_model"]

@@ -1,0 +1,159 @@
+"""The table of tiny models: one `Case` per architecture variant, filled by the family files of this package.
+
+The idea: a test asks for a case by name and gets a real transformers class with random weights of order one, its real
+processor, and model-ready tensors made by hand (independent of the processor, so that one checks the other).
+Nothing is downloaded, nothing depends on circuitvision, and two processes build bit-identical models.
+
+Not covered here: trained behaviour (that is what the organisms are for) and anything that needs torchvision.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+TAGS: dict[str, str] = {
+    "classifier": "the output is [batch, classes]",
+    "headless": "the output is last_hidden_state; there is no read-out",
+    "dual": "images against texts; images are the batch and there is one text more than images",
+    "generates": "has generate()",
+    "samples_actions": "has sample_actions()",
+    "padding_left": "inputs accepts padding='left'",
+    "padding_right": "inputs accepts padding='right'",
+    "two_images": "inputs accepts images_per_prompt >= 2",
+    "any_size": "inputs accepts an image_size (height, width) other than the configured one",
+    "interpolates": "another image_size works by passing interpolate_pos_encoding=True, which inputs adds",
+    "non_square": "the default image is not square",
+    "tiles": "one image becomes several vision rows",
+    "newline": "the connector inserts newline positions between image rows",
+    "gqa": "fewer key-value heads than query heads in a language or action tower",
+    "rectangular": "n_heads * d_head differs from d_model in some tower",
+    "layerscale": "a learned gain on what a sub-layer adds",
+    "sandwich": "norms on sub-layer outputs as well",
+    "softcap": "tanh caps on scores or logits",
+    "gated_vision": "the vision MLP is gated",
+    "registers": "register tokens after the class token",
+    "distillation": "a distillation token after the class token",
+    "class_token": "the vision tower has a class token",
+    "no_class_token": "the vision tower has none",
+    "pooler": "a dense pooler module after the final norm",
+    "pooling_head": "attention pooling through nn.MultiheadAttention",
+    "packed_patches": "pixel_values holds flattened patches with a mask and a shape per image",
+    "prefix_bidirectional": "image and prompt positions see each other in the language tower",
+    "sliding": "some layers attend through a window shorter than the prompt",
+    "tied": "the output embedding is the input embedding",
+    "feature_list": "several vision feature layers are concatenated",
+    "full_features": "every vision position enters the connector",
+    "argmax_pooling": "CLIP text is pooled at the highest id, because eos_token_id is 2",
+    "out_of_vocabulary_image": "the image token's id is outside the embedding table",
+    "conversion_on_save": "saved parameter names differ from the module's own",
+}
+
+
+class MakeInputs(Protocol):
+    """Model-ready tensors by hand."""
+
+    def __call__(
+        self,
+        model: Any,
+        batch: int = 1,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        padding: str | None = None,
+        images_per_prompt: int = 1,
+        image_size: tuple[int, int] | None = None,
+    ) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny model and all a test needs to run it.
+
+    `raw(batch, seed, images_per_prompt)` gives keyword arguments for the processor (PIL images, strings, ...).
+    """
+
+    name: str
+    family: str
+    build: Callable[[], nn.Module]
+    inputs: MakeInputs
+    towers: tuple[str, ...]
+    processor: Callable[[], Any] | None = None
+    raw: Callable[..., dict[str, Any]] | None = None
+    tags: frozenset[str] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        unknown = self.tags - TAGS.keys()
+        if unknown:
+            raise ValueError(f"{self.name}: unknown tags {sorted(unknown)}; describe them in tests/zoo/registry.py")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES: dict[str, Case] = {}
+
+
+def register(case: Case) -> Case:
+    """Add a case to the table; names are unique."""
+    if case.name in CASES:
+        raise ValueError(f"two cases are called {case.name!r}")
+    CASES[case.name] = case
+    return case
+
+
+def case(name: str) -> Case:
+    """The case of that name."""
+    try:
+        return CASES[name]
+    except KeyError:
+        raise KeyError(f"no case {name!r}; there are {', '.join(CASES)}") from None
+
+
+def cases(*tags: str, family: str | None = None, without: tuple[str, ...] = ()) -> list[Case]:
+    """Cases with all of `tags`, none of `without`, of `family` when given, in registration order."""
+    return [
+        c
+        for c in CASES.values()
+        if c.tags.issuperset(tags) and c.tags.isdisjoint(without) and family in (None, c.family)
+    ]
+
+
+@cache
+def shared_model(name: str) -> nn.Module:
+    """The built model of a case, one per process: for tests that leave it as they found it."""
+    return case(name).build()
+
+
+_folders: dict[str, Path] = {}
+
+
+def saved_folder(case: Case, tmp_path_factory: Any) -> Path:
+    """A folder with the case's model and processor saved by `save_pretrained`, one per session."""
+    if case.name not in _folders:
+        folder = tmp_path_factory.mktemp(case.name)
+        case.build().save_pretrained(folder)
+        if case.processor is not None:
+            case.processor().save_pretrained(folder)
+        _folders[case.name] = folder
+    return _folders[case.name]
+
+
+def saved_class(folder: Path) -> str:
+    """The class name that `save_pretrained` wrote into the folder's config."""
+    return json.loads((folder / "config.json").read_text())["architectures"][0]
+
+
+def primary(output: Any) -> Tensor:
+    """The tensor that stands for a model output: logits, logits_per_image, image_embeds or last_hidden_state."""
+    for name in ("logits", "logits_per_image", "image_embeds", "last_hidden_state"):
+        value = getattr(output, name, None)
+        if value is not None:
+            return value
+    raise ValueError(f"no primary tensor in {type(output).__name__}")
