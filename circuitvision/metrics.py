@@ -1,0 +1,327 @@
+"""Metrics of a model's output: one number per example.
+
+A metric is a callable ``metric(logits, inputs=None) -> [batch]``. It reads the family's natural output: ``[batch, classes]`` of a
+classifier, ``[image, text]`` of a dual encoder, ``[batch, pos, vocab]`` of a vision-language model, ``[batch, chunk, action_dim]`` of
+an action model. Where the output has positions, ``position="last"`` means the last *unmasked* one, taken from the attention mask in
+``inputs``; padding on either side is therefore harmless, as long as ``inputs`` is passed.
+
+Answers are ids (tokens, classes, or the column of a caption) or words of one piece. Words need a vocabulary: ``metric.bind(model)``
+returns the same metric with ids; every function of the library that takes a model and a metric binds it itself.
+
+Differences and probabilities are computed in float32 at least: subtracting two bfloat16 logits loses the answer's last digits.
+Not covered: answers of several tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+
+Answer = int | str | Sequence[int | str] | Tensor
+Position = int | str | Tensor
+MetricType = TypeVar("MetricType", bound="Metric")
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """Base of the metrics: which position of the output is read, and how answers become ids."""
+
+    position: Position = "last"
+    name: str = ""
+
+    units = ""
+    _answers = ()
+
+    def bind(self: MetricType, model: Any) -> MetricType:
+        """The same metric with every word replaced by its id in ``model``.
+
+        Raises:
+            InputError: a word that is not one piece of the vocabulary, or a model whose answers have no words.
+        """
+        changes = {field: answer_ids(getattr(self, field), model) for field in self._answers}
+        return dataclasses.replace(self, **changes) if changes else self
+
+    def __call__(
+        self, logits: Float[Tensor, "batch *pos classes"], inputs: Mapping[str, Any] | None = None
+    ) -> Float[Tensor, " batch"]:
+        raise NotImplementedError
+
+    def _chosen(self, logits: Tensor, answer: Answer, inputs: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
+        """The output at the position read, ``[batch, classes]``, and the id of the answer of every example, ``[batch]``."""
+        rows = at_position(logits, self.position, inputs)
+        return rows, _ids_tensor(answer, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class LogitDiff(Metric):
+    """See :func:`logit_diff`."""
+
+    answer: Answer = 0
+    foil: Answer = 1
+
+    units = "logit"
+    _answers = ("answer", "foil")
+
+    def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
+        """``logits[answer] - logits[foil]`` at the position, per example."""
+        rows, answer = self._chosen(logits, self.answer, inputs)
+        return _pick(rows, answer) - _pick(rows, _ids_tensor(self.foil, rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Prob(Metric):
+    """See :func:`prob`."""
+
+    answer: Answer = 0
+
+    units = "prob"
+    _answers = ("answer",)
+
+    def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
+        """The softmax probability of the answer at the position, per example."""
+        rows, answer = self._chosen(logits, self.answer, inputs)
+        return _pick(rows.softmax(dim=-1), answer)
+
+
+@dataclass(frozen=True, eq=False)
+class LogProb(Metric):
+    """See :func:`logprob`."""
+
+    answer: Answer = 0
+
+    units = "nat"
+    _answers = ("answer",)
+
+    def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
+        """The log-probability of the answer at the position, per example."""
+        rows, answer = self._chosen(logits, self.answer, inputs)
+        return _pick(rows.log_softmax(dim=-1), answer)
+
+
+@dataclass(frozen=True, eq=False)
+class Rank(Metric):
+    """See :func:`rank`."""
+
+    answer: Answer = 0
+
+    units = "rank"
+    _answers = ("answer",)
+
+    def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
+        """1 plus how many classes score strictly higher than the answer, per example."""
+        rows, answer = self._chosen(logits, self.answer, inputs)
+        return 1.0 + (rows > _pick(rows, answer)[:, None]).sum(dim=-1).to(rows.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class KL(Metric):
+    """See :func:`kl`."""
+
+    reference: Tensor | None = None
+
+    units = "nat"
+
+    def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
+        """The divergence of the output from the reference at the position, per example."""
+        if self.reference is None or self.reference.shape != logits.shape:
+            shape = None if self.reference is None else tuple(self.reference.shape)
+            raise InputError(f"The reference of kl has shape {shape}, the output {tuple(logits.shape)}; they must be equal.")
+        rows = at_position(logits, self.position, inputs).log_softmax(dim=-1)
+        reference = at_position(self.reference.to(logits.device), self.position, inputs).log_softmax(dim=-1)
+        return (reference.exp() * (reference - rows)).sum(dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class ActionDim(Metric):
+    """See :func:`action_dim`."""
+
+    dim: int = 0
+    step: int | None = 0
+
+    units = "action_unit"
+
+    def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
+        """One coordinate of the action, per example."""
+        if logits.ndim != 3:
+            raise InputError(f"action_dim reads [batch, chunk, action_dim]; the output has shape {tuple(logits.shape)}.")
+        if not -logits.shape[-1] <= self.dim < logits.shape[-1]:
+            raise InputError(f"Action dimension {self.dim} is outside the output's {logits.shape[-1]} dimensions.")
+        if self.step is not None and not -logits.shape[1] <= self.step < logits.shape[1]:
+            raise InputError(f"Step {self.step} is outside the output's chunk of {logits.shape[1]} steps.")
+        chosen = _wide(logits[..., self.dim])
+        return chosen.mean(dim=1) if self.step is None else chosen[:, self.step]
+
+
+def logit_diff(answer: Answer, foil: Answer, position: Position = "last") -> LogitDiff:
+    """Logit of the answer minus logit of the foil: positive when the model prefers the answer.
+
+    ``answer`` and ``foil`` are one id or word for the whole batch, or one per example.
+
+    Raises:
+        InputError: when called: an id outside the output, a word that was not bound, a mask that does not fit.
+    """
+    return LogitDiff(position=position, name=f"logit_diff({_label(answer)} - {_label(foil)})", answer=answer, foil=foil)
+
+
+def prob(answer: Answer, position: Position = "last") -> Prob:
+    """Probability of the answer among all classes, in 0 … 1."""
+    return Prob(position=position, name=f"prob({_label(answer)})", answer=answer)
+
+
+def logprob(answer: Answer, position: Position = "last") -> LogProb:
+    """Log-probability of the answer in nats (0 is certain)."""
+    return LogProb(position=position, name=f"logprob({_label(answer)})", answer=answer)
+
+
+def rank(answer: Answer, position: Position = "last") -> Rank:
+    """Rank of the answer, 1 for the highest logit; equal logits share the better rank."""
+    return Rank(position=position, name=f"rank({_label(answer)})", answer=answer)
+
+
+def kl(reference: Float[Tensor, "batch *pos classes"], position: Position = "last") -> KL:
+    """KL(reference || output) in nats: 0 when the output equals the reference run's, whose logits are given.
+
+    Its gradient is zero at the reference itself, so first-order attribution there says nothing.
+    """
+    return KL(position=position, name="kl(reference || output)", reference=reference.detach())
+
+
+def action_dim(dim: int, step: int | None = 0) -> ActionDim:
+    """One coordinate of an action or velocity, at one step of the chunk or (``step=None``) averaged over it; in the model's units."""
+    return ActionDim(name=f"action_dim({dim}, step={'mean' if step is None else step})", dim=dim, step=step)
+
+
+def bind(metric: Any, model: Any) -> Any:
+    """``metric`` with words resolved by ``model``; a plain function is returned as it is."""
+    return metric.bind(model) if hasattr(metric, "bind") else metric
+
+
+def evaluate(metric: Any, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Float[Tensor, " batch"]:
+    """Call a metric that takes ``(logits, inputs)`` or only ``(logits)``, and check that it gives one number per example.
+
+    Raises:
+        InputError: the result is not a vector.
+    """
+    values = metric(logits, inputs) if isinstance(metric, Metric) or _takes_inputs(metric) else metric(logits)
+    if not isinstance(values, Tensor) or values.ndim != 1:
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(f"A metric returns one number per example, a tensor [batch]; this one returned {shape}.")
+    return values
+
+
+def answer_ids(answer: Answer, model: Any) -> int | list[int] | Tensor:
+    """Ids of an answer given as id, word, or one of either per example.
+
+    A word is looked up among the class names of the model's configuration, then in its tokenizer.
+
+    Raises:
+        InputError: a word without an id of its own.
+    """
+    if isinstance(answer, Tensor):
+        return answer
+    if isinstance(answer, str):
+        return _word_id(answer, model)
+    if isinstance(answer, Sequence):
+        return [_word_id(item, model) if isinstance(item, str) else int(item) for item in answer]
+    return int(answer)
+
+
+def at_position(
+    logits: Float[Tensor, "batch *pos classes"], position: Position, inputs: Mapping[str, Any] | None = None
+) -> Float[Tensor, "batch classes"]:
+    """The output at one position of every example, in float32 at least; outputs without positions are returned whole.
+
+    Raises:
+        InputError: a position outside the output, a mask of another length, an example that is all padding.
+    """
+    if logits.ndim == 2:
+        return _wide(logits)
+    if logits.ndim != 3:
+        raise InputError(f"A metric reads [batch, classes] or [batch, pos, classes]; the output has shape {tuple(logits.shape)}.")
+    batch, length = logits.shape[:2]
+    if isinstance(position, str):
+        if position != "last":
+            raise InputError(f"Unknown position {position!r}; give 'last', a whole number, or one per example.")
+        index = _last_unmasked(inputs, batch, length).to(logits.device)
+    else:
+        index = torch.as_tensor(position, device=logits.device).expand(batch)
+    if bool(((index < -length) | (index >= length)).any()):
+        raise InputError(f"Position {index.tolist()} is outside the output's {length} positions.")
+    return _wide(logits[torch.arange(batch, device=logits.device), index])
+
+
+def _last_unmasked(inputs: Mapping[str, Any] | None, batch: int, length: int) -> Tensor:
+    mask = None if inputs is None else inputs.get("attention_mask")
+    if mask is None:
+        return torch.full((batch,), length - 1)
+    if tuple(mask.shape) != (batch, length):
+        raise InputError(
+            f"The attention mask has shape {tuple(mask.shape)}, the output {batch} examples of {length} positions; "
+            "pass the inputs that the output was computed from, or name the position."
+        )
+    real = mask.bool()
+    if not bool(real.any(dim=1).all()):
+        raise InputError("The attention mask hides every position of an example, so it has no last one.")
+    return (length - 1 - real.flip(1).int().argmax(dim=1)).cpu()
+
+
+def _word_id(word: str, model: Any) -> int:
+    labels = getattr(getattr(model.module, "config", None), "label2id", None) or {}
+    if word in labels:
+        return int(labels[word])
+    towers = getattr(model, "towers", {})
+    if "text" in towers and "language" not in towers:
+        raise InputError(
+            f"The output of this model has one column per caption, so {word!r} has no id of its own; give the caption's column."
+        )
+    return int(model.token(word))
+
+
+def _ids_tensor(answer: Answer, rows: Tensor) -> Tensor:
+    batch, classes = rows.shape
+    items = [answer] if isinstance(answer, str) else answer
+    if not isinstance(items, Tensor | int):
+        words = [item for item in items if isinstance(item, str)]
+        if words:
+            raise InputError(f"{words[0]!r} is a word; call metric.bind(model) first, or give its id.")
+    ids = torch.as_tensor(items, device=rows.device)
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.ndim > 1 or (ids.ndim == 1 and len(ids) not in (1, batch)):
+        raise InputError(f"Answers are one id, or one per example ({batch}); got {tuple(ids.shape)} of {ids.dtype}.")
+    if bool(((ids < 0) | (ids >= classes)).any()):
+        raise InputError(f"Answer {ids.tolist()} is outside the output's {classes} classes.")
+    return ids.expand(batch)
+
+
+def _pick(rows: Tensor, ids: Tensor) -> Tensor:
+    return rows.gather(1, ids[:, None])[:, 0]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _label(answer: Answer) -> str:
+    if isinstance(answer, str | int):
+        return str(answer)
+    items = answer.tolist() if isinstance(answer, Tensor) else list(answer)
+    items = items if isinstance(items, list) else [items]
+    return str(items[0]) if len(set(items)) == 1 else "per example"
+
+
+def _takes_inputs(function: Any) -> bool:
+    import inspect
+
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) >= 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)

@@ -1,0 +1,34 @@
+"""Progress bars that scripts can silence.
+
+One switch for the whole library: bars are drawn on standard error when it is a terminal or a notebook is running, and never after
+``set_verbosity("quiet")``. Not covered: logging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from circuitvision.errors import InputError
+
+Item = TypeVar("Item")
+_LEVELS = ("quiet", "normal")
+_state = {"level": "normal"}
+
+
+def set_verbosity(level: str) -> None:
+    """Choose what the library prints while it works: ``"normal"`` (progress bars) or ``"quiet"`` (nothing).
+
+    Raises:
+        InputError: any other level.
+    """
+    if level not in _LEVELS:
+        raise InputError(f"Unknown verbosity {level!r}; choose one of {', '.join(_LEVELS)}.")
+    _state["level"] = level
+
+
+def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """Iterate over ``items`` behind a progress bar named ``description`` (silent after ``set_verbosity("quiet")``)."""
+    from tqdm.auto import tqdm
+
+    yield from tqdm(items, desc=description, total=total, disable=_state["level"] == "quiet", leave=False, dynamic_ncols=True)

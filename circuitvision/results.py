@@ -1,0 +1,214 @@
+"""What every measurement returns: a tensor with named axes, and where it came from.
+
+A result is a frozen dataclass. ``values`` holds the numbers, ``axes`` names each dimension and labels every index of it, and
+``provenance`` says which model, data, metric and versions made it. Subclasses add fields; tensors among them are stored as tensors,
+everything else as JSON, so ``Result.load`` gives back the subclass that was saved without unpickling anything.
+
+Two containers: ``.npz`` and ``.safetensors``. Both are one file, so that numbers and labels cannot be separated: the JSON part is an
+entry of the archive, respectively of the safetensors header. Not covered: results too large for memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.files import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+ResultType = TypeVar("ResultType", bound="Result")
+_FORMAT = "circuitvision.result/1"
+_META = "circuitvision_json"
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Numbers with named axes.
+
+    ``axes`` has one entry per dimension of ``values``, in order; its labels are strings, whole numbers, floats or booleans.
+
+    Raises:
+        InputError: the axes do not describe the shape of ``values``.
+    """
+
+    values: Float[Tensor, "..."]
+    axes: dict[str, list[Any]]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    _classes: ClassVar[dict[str, type[Result]]] = {}
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        Result._classes[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        axes = {str(name): [as_builtin(label) for label in labels] for name, labels in self.axes.items()}
+        shape = tuple(len(labels) for labels in axes.values())
+        if shape != tuple(self.values.shape):
+            raise InputError(
+                f"{type(self).__name__}: values have shape {tuple(self.values.shape)} but the axes "
+                f"{', '.join(f'{name} ({len(labels)})' for name, labels in axes.items())} describe {shape}."
+            )
+        object.__setattr__(self, "axes", axes)
+        object.__setattr__(self, "provenance", as_builtin(dict(self.provenance)))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per value: a column for each axis and the column ``value`` (long form, in row-major order)."""
+        import pandas as pd
+
+        index = pd.MultiIndex.from_product(list(self.axes.values()), names=list(self.axes))
+        flat = self.values.detach().cpu()
+        flat = flat.float() if flat.dtype in (torch.bfloat16, torch.float16) else flat
+        return pd.DataFrame({"value": flat.reshape(-1).numpy()}, index=index).reset_index()
+
+    def plot(self, **keywords: Any) -> go.Figure:
+        """The Plotly figure made for this kind of result; keywords go to it (see :mod:`circuitvision.plots`)."""
+        from circuitvision import plots
+
+        return plots.plot(self, **keywords)
+
+    def save(self, path: str | Path) -> Path:
+        """Write this result to one ``.npz`` or ``.safetensors`` file, complete or not at all; returns the path.
+
+        Raises:
+            InputError: another suffix.
+        """
+        path = Path(path)
+        tensors, plain = _split_fields(self)
+        header = {
+            "format": _FORMAT,
+            "class": type(self).__name__,
+            "dtypes": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
+            "fields": plain,
+        }
+        text = json.dumps(header)
+        if path.suffix == ".npz":
+            arrays: dict[str, Any] = {name: _to_numpy(tensor) for name, tensor in tensors.items()}
+            with replacing(path) as temporary, temporary.open("wb") as handle:
+                np.savez_compressed(handle, **arrays, **{_META: np.frombuffer(text.encode(), dtype=np.uint8)})
+        elif path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            with replacing(path) as temporary:
+                save_file({name: t.contiguous().clone() for name, t in tensors.items()}, temporary, metadata={_META: text})
+        else:
+            raise InputError(f"Results are saved as .npz or .safetensors, not {path.suffix or 'without a suffix'!r}.")
+        return path
+
+    @classmethod
+    def load(cls: type[ResultType], path: str | Path) -> ResultType:
+        """Read what :meth:`save` wrote, as the class that was saved. Nothing is unpickled.
+
+        Raises:
+            InputError: not a result file, or one of a class that is not a ``cls``.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"There is no file {path}.")
+        tensors, header = _read(path)
+        if header.get("format") != _FORMAT:
+            raise InputError(f"{path} is of format {header.get('format')!r}; this version reads {_FORMAT!r}.")
+        found = Result._classes.get(header["class"], Result if header["class"] == "Result" else None)
+        if found is None:
+            raise InputError(f"{path} holds a {header['class']}; import the module that defines it before loading.")
+        if not issubclass(found, cls):
+            raise InputError(f"{path} holds a {found.__name__}, not a {cls.__name__}; load it with {found.__name__}.load.")
+        restored = {name: tensor.to(getattr(torch, header["dtypes"][name])) for name, tensor in tensors.items()}
+        return found(**restored, **header["fields"])
+
+    def _repr_html_(self) -> str:
+        """A short table for notebooks: shape, range, and provenance."""
+        finite = self.values[torch.isfinite(self.values)]
+        span = f"{finite.min():.4g} … {finite.max():.4g}" if finite.numel() else "no finite value"
+        rows = {
+            "axes": " × ".join(f"{name} {len(labels)}" for name, labels in self.axes.items()),
+            "range": span,
+            **{key: value for key, value in self.provenance.items() if isinstance(value, str | int | float)},
+        }
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(str(key))}</th><td style='text-align:left'>"
+            f"{html.escape(str(value))}</td></tr>"
+            for key, value in rows.items()
+        )
+        return f"<table><caption>{html.escape(type(self).__name__)}</caption>{cells}</table>"
+
+
+def as_builtin(value: Any) -> Any:
+    """The same value made of Python's own types, which JSON, GraphML and a reader of either can hold.
+
+    Tensors and arrays of one number become numbers, larger ones nested lists; tuples become lists; mapping keys become strings.
+
+    Raises:
+        InputError: a type with no such form.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        # numpy.float64 and string enums pass isinstance while being other types.
+        for builtin in (bool, int, float, str):
+            if isinstance(value, builtin):
+                return value if type(value) is builtin else builtin(value)
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Tensor | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): as_builtin(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return [as_builtin(item) for item in items]
+    if isinstance(value, Path):
+        return str(value)
+    raise InputError(f"{type(value).__name__} cannot be stored in a result; give numbers, strings, lists or mappings of them.")
+
+
+def _split_fields(result: Result) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a result, and its other fields in JSON form."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for entry in dataclasses.fields(result):
+        value = getattr(result, entry.name)
+        if isinstance(value, Tensor):
+            tensors[entry.name] = value.detach().cpu()
+        else:
+            plain[entry.name] = as_builtin(value)
+    return tensors, plain
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    # numpy has no bfloat16; float32 holds every bfloat16 exactly and the header remembers the type.
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                header = json.loads(bytes(archive[_META]).decode())
+                return {name: torch.from_numpy(archive[name]) for name in archive.files if name != _META}, header
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as archive:
+                header = json.loads((archive.metadata() or {})[_META])
+                return {name: archive.get_tensor(name) for name in archive.keys()}, header  # noqa: SIM118
+    except (KeyError, ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path} is not a result saved by circuitvision ({error}).") from error
+    except Exception as error:  # safetensors and zipfile raise types of their own for damaged files
+        if type(error).__module__.split(".")[0] in ("safetensors", "zipfile", "builtins", "safetensors_rust"):
+            raise InputError(f"{path} is damaged or not a result file ({error}).") from error
+        raise
+    raise InputError(f"Results are .npz or .safetensors files; {path.name} is neither.")
