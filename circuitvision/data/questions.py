@@ -1,0 +1,202 @@
+"""Questions about scenes, each with the one word that answers it.
+
+A question is asked only where the picture determines the answer: "the circle" is asked about when there is exactly one circle, "the left
+object" when exactly one object lies in the left half. Its *subject* is the object it is about, so a question counts as held out when its
+subject's colour-shape pair was never trained on.
+
+Every word is one token of :func:`vocabulary`, split at blanks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from circuitvision.data.scenes import (
+    BLOB,
+    COLORS,
+    SHAPES,
+    TEST_PAIRS,
+    TRAIN_PAIRS,
+    UNNAMED,
+    MinimalPair,
+    Pair,
+    Scene,
+    SceneObject,
+    minimal_pair,
+    sample_scene,
+)
+from circuitvision.errors import InputError, nearest
+
+KINDS: tuple[str, ...] = ("color", "shape", "side", "height", "color_at", "shape_at")
+SIDES = ("left", "right")
+HEIGHTS = ("top", "bottom")
+ANSWERS: tuple[str, ...] = (*COLORS, *SHAPES, *SIDES, *HEIGHTS)
+WORDS = ("USER:", "ASSISTANT:", "what", "color", "shape", "is", "the", "object", "or", "?")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its answer, and the object it is about. ``kind`` is one of :data:`KINDS`."""
+
+    kind: str
+    text: str
+    answer: str
+    subject: SceneObject
+
+    @property
+    def prompt(self) -> str:
+        """The text for a LLaVA processor, image placeholder included."""
+        return prompt(self.text)
+
+
+@dataclass(frozen=True)
+class QuestionPair:
+    """One question about two scenes that differ in one attribute of its subject, so that the answers differ.
+
+    ``answer`` is right for ``clean``, ``foil`` for ``corrupt``.
+    """
+
+    clean: Scene
+    corrupt: Scene
+    question: Question
+    answer: str
+    foil: str
+
+    @property
+    def prompt(self) -> str:
+        """The text for a LLaVA processor; the same for both scenes."""
+        return self.question.prompt
+
+
+def prompt(question: str) -> str:
+    """Wrap a question as the models were trained on it: ``USER: <image> … ASSISTANT:``."""
+    return f"USER: <image> {question} ASSISTANT:"
+
+
+def vocabulary() -> list[str]:
+    """Every word of every prompt and answer, each once, in a fixed order."""
+    return list(dict.fromkeys((*WORDS, *ANSWERS)))
+
+
+def questions(scene: Scene, kinds: Sequence[str] = KINDS) -> list[Question]:
+    """Every question of the given kinds that the picture determines.
+
+    Raises:
+        InputError: no such kind.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise InputError(f"no question kind is called {kind!r}; nearest: {', '.join(nearest(kind, KINDS))}")
+    found = []
+    for thing in scene.objects:
+        for name in _names(scene, thing):
+            found += _about(thing, name, kinds)
+        for place in _places(scene, thing):
+            if "color_at" in kinds and thing.color != UNNAMED:
+                found.append(Question("color_at", f"what color is the {place} object ?", thing.color, thing))
+            if "shape_at" in kinds and thing.shape != BLOB:
+                found.append(Question("shape_at", f"what shape is the {place} object ?", thing.shape, thing))
+    return found
+
+
+def sample_questions(
+    count: int,
+    seed: int,
+    *,
+    kinds: Sequence[str] = KINDS,
+    subjects: Sequence[Pair] = TEST_PAIRS,
+    distractors: Sequence[Pair] = TRAIN_PAIRS,
+    sizes: Sequence[str] = ("large",),
+) -> list[tuple[Scene, Question]]:
+    """Draw scenes of two or three objects with one question each; kinds and subjects' pairs come up equally often.
+
+    Args:
+        subjects: the pairs the questions are about (the held-out ones if not given).
+        distractors: the pairs of the other objects.
+    """
+    rng = np.random.default_rng(seed)
+    found: list[tuple[Scene, Question]] = []
+    while len(found) < count:
+        kind = kinds[len(found) % len(kinds)]
+        subject = subjects[(len(found) // len(kinds)) % len(subjects)]
+        scene = sample_scene(rng, pairs=distractors, subject=subject, sizes=sizes)
+        fitting = [question for question in questions(scene, [kind]) if question.subject.pair == subject]
+        if fitting:
+            found.append((scene, fitting[int(rng.integers(len(fitting)))]))
+    return found
+
+
+def sample_question_pairs(
+    count: int,
+    seed: int,
+    *,
+    kind: str = "color",
+    subjects: Sequence[Pair] = TEST_PAIRS,
+    distractors: Sequence[Pair] = TRAIN_PAIRS,
+    sizes: Sequence[str] = ("large",),
+) -> list[QuestionPair]:
+    """Draw minimal pairs with one question each whose answer the change flips.
+
+    The changed attribute is the one asked about: the colour, the shape, or the cell (moved into the other half of the picture). The
+    question still has exactly one answer in the corrupt scene, and the corrupt subject is drawn from ``subjects`` and ``distractors``.
+    """
+    attribute = {"color": "color", "color_at": "color", "shape": "shape", "shape_at": "shape"}.get(kind, "cell")
+    rng = np.random.default_rng(seed)
+    found: list[QuestionPair] = []
+    while len(found) < count:
+        scene, question = sample_questions(
+            1, int(rng.integers(2**31)), kinds=[kind], subjects=subjects, distractors=distractors, sizes=sizes
+        )[0]
+        index = scene.objects.index(question.subject)
+        pair = _changed_answer(scene, question, index, attribute, rng, {*subjects, *distractors})
+        if pair is None:
+            continue
+        twin = [other for other in questions(pair.corrupt, [kind]) if other.text == question.text and other.subject == pair.after]
+        if twin and twin[0].answer != question.answer:
+            found.append(QuestionPair(scene, pair.corrupt, question, question.answer, twin[0].answer))
+    return found
+
+
+def _changed_answer(
+    scene: Scene, question: Question, index: int, attribute: str, rng: np.random.Generator, pairs: set[Pair]
+) -> MinimalPair | None:
+    try:
+        return minimal_pair(scene, rng, attribute=attribute, index=index, pairs=pairs)
+    except InputError:
+        return None
+
+
+def _names(scene: Scene, thing: SceneObject) -> list[str]:
+    """The phrases that name this object and no other in the scene."""
+    found = []
+    if thing.shape != BLOB and len(scene.find(shape=thing.shape)) == 1:
+        found.append(thing.shape)
+    if thing.color != UNNAMED and len(scene.find(color=thing.color)) == 1:
+        found.append(f"{thing.color} object")
+    return found
+
+
+def _places(scene: Scene, thing: SceneObject) -> list[str]:
+    found = []
+    if len(scene.find(side=thing.side)) == 1:
+        found.append(thing.side)
+    if len(scene.find(height=thing.height)) == 1:
+        found.append(thing.height)
+    return found
+
+
+def _about(thing: SceneObject, name: str, kinds: Sequence[str]) -> list[Question]:
+    """The questions about one named object; the name must not contain the answer."""
+    found = []
+    if "color" in kinds and thing.color != UNNAMED and name == thing.shape:
+        found.append(Question("color", f"what color is the {name} ?", thing.color, thing))
+    if "shape" in kinds and thing.shape != BLOB and name != thing.shape:
+        found.append(Question("shape", f"what shape is the {name} ?", thing.shape, thing))
+    if "side" in kinds:
+        found.append(Question("side", f"is the {name} left or right ?", thing.side, thing))
+    if "height" in kinds:
+        found.append(Question("height", f"is the {name} top or bottom ?", thing.height, thing))
+    return found
