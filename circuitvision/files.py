@@ -1,7 +1,7 @@
 """Files that are either complete or absent.
 
-A file is written under a temporary name in its own folder and renamed when it is complete, so an interrupted run leaves the previous
-version (or nothing), never half a file. Not covered: groups of files that must change together.
+A file is written under a temporary name in its own folder and renamed when it is complete, so an interrupted run
+leaves the previous version (or nothing), never half a file. Not covered: groups of files that must change together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from circuitvision.errors import InputError
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its place when the block ends without an exception.
 
-    The temporary name keeps the suffix of ``path``, for writers that choose a format from it. Missing parent folders are made.
+    The temporary name keeps the suffix of ``path``, for writers that choose a format from it. Missing parent folders
+    are made.
 
     Raises:
         InputError: ``path`` is a folder, or its parent cannot be one.
@@ -30,13 +31,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"{path.parent} is a file, so nothing can be written inside it; choose another folder.") from error
+        raise InputError(
+            f"{path.parent} is a file, so nothing can be written inside it; choose another folder."
+        ) from error
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files private to their owner; a finished result gets what an ordinary open() would have given it.
+        # mkstemp makes files private to their owner; a finished result gets what an ordinary open() would have given
+        # it.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)

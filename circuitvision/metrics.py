@@ -1,15 +1,17 @@
 """Metrics of a model's output: one number per example.
 
-A metric is a callable ``metric(logits, inputs=None) -> [batch]``. It reads the family's natural output: ``[batch, classes]`` of a
-classifier, ``[image, text]`` of a dual encoder, ``[batch, pos, vocab]`` of a vision-language model, ``[batch, chunk, action_dim]`` of
-an action model. Where the output has positions, ``position="last"`` means the last *unmasked* one, taken from the attention mask in
-``inputs``; padding on either side is therefore harmless, as long as ``inputs`` is passed.
+A metric is a callable ``metric(logits, inputs=None) -> [batch]``. It reads the family's natural output: ``[batch,
+classes]`` of a classifier, ``[image, text]`` of a dual encoder, ``[batch, pos, vocab]`` of a vision-language model,
+``[batch, chunk, action_dim]`` of an action model. Where the output has positions, ``position="last"`` means the last
+*unmasked* one, taken from the attention mask in ``inputs``; padding on either side is therefore harmless, as long as
+``inputs`` is passed.
 
-Answers are ids (tokens, classes, or the column of a caption) or words of one piece. Words need a vocabulary: ``metric.bind(model)``
-returns the same metric with ids; every function of the library that takes a model and a metric binds it itself.
+Answers are ids (tokens, classes, or the column of a caption) or words of one piece. Words need a vocabulary:
+``metric.bind(model)`` returns the same metric with ids; every function of the library that takes a model and a
+metric binds it itself.
 
-Differences and probabilities are computed in float32 at least: subtracting two bfloat16 logits loses the answer's last digits.
-Not covered: answers of several tokens.
+Differences and probabilities are computed in float32 at least: subtracting two bfloat16 logits loses the answer's
+last digits. Not covered: answers of several tokens.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class Metric:
         raise NotImplementedError
 
     def _chosen(self, logits: Tensor, answer: Answer, inputs: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
-        """The output at the position read, ``[batch, classes]``, and the id of the answer of every example, ``[batch]``."""
+        """The output at the position read, ``[batch, classes]``, and every example's answer id, ``[batch]``."""
         rows = at_position(logits, self.position, inputs)
         return rows, _ids_tensor(answer, rows)
 
@@ -133,7 +135,7 @@ class KL(Metric):
         """The divergence of the output from the reference at the position, per example."""
         if self.reference is None or self.reference.shape != logits.shape:
             shape = None if self.reference is None else tuple(self.reference.shape)
-            raise InputError(f"The reference of kl has shape {shape}, the output {tuple(logits.shape)}; they must be equal.")
+            raise InputError(f"The reference of kl has shape {shape}, not the output's {tuple(logits.shape)}.")
         rows = at_position(logits, self.position, inputs).log_softmax(dim=-1)
         reference = at_position(self.reference.to(logits.device), self.position, inputs).log_softmax(dim=-1)
         return (reference.exp() * (reference - rows)).sum(dim=-1)
@@ -151,7 +153,7 @@ class ActionDim(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """One coordinate of the action, per example."""
         if logits.ndim != 3:
-            raise InputError(f"action_dim reads [batch, chunk, action_dim]; the output has shape {tuple(logits.shape)}.")
+            raise InputError(f"action_dim reads [batch, chunk, action_dim]; the output has {tuple(logits.shape)}.")
         if not -logits.shape[-1] <= self.dim < logits.shape[-1]:
             raise InputError(f"Action dimension {self.dim} is outside the output's {logits.shape[-1]} dimensions.")
         if self.step is not None and not -logits.shape[1] <= self.step < logits.shape[1]:
@@ -195,7 +197,7 @@ def kl(reference: Float[Tensor, "batch *pos classes"], position: Position = "las
 
 
 def action_dim(dim: int, step: int | None = 0) -> ActionDim:
-    """One coordinate of an action or velocity, at one step of the chunk or (``step=None``) averaged over it; in the model's units."""
+    """One coordinate of an action or velocity in the model's units, at one step of the chunk or (None) its mean."""
     return ActionDim(name=f"action_dim({dim}, step={'mean' if step is None else step})", dim=dim, step=step)
 
 
@@ -205,7 +207,8 @@ def bind(metric: Any, model: Any) -> Any:
 
 
 def evaluate(metric: Any, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Float[Tensor, " batch"]:
-    """Call a metric that takes ``(logits, inputs)`` or only ``(logits)``, and check that it gives one number per example.
+    """Call a metric that takes ``(logits, inputs)`` or only ``(logits)``, and check that it gives one number per
+    example.
 
     Raises:
         InputError: the result is not a vector.
@@ -245,7 +248,7 @@ def at_position(
     if logits.ndim == 2:
         return _wide(logits)
     if logits.ndim != 3:
-        raise InputError(f"A metric reads [batch, classes] or [batch, pos, classes]; the output has shape {tuple(logits.shape)}.")
+        raise InputError(f"A metric reads [batch, classes] or [batch, pos, classes], not {tuple(logits.shape)}.")
     batch, length = logits.shape[:2]
     if isinstance(position, str):
         if position != "last":
@@ -280,7 +283,7 @@ def _word_id(word: str, model: Any) -> int:
     towers = getattr(model, "towers", {})
     if "text" in towers and "language" not in towers:
         raise InputError(
-            f"The output of this model has one column per caption, so {word!r} has no id of its own; give the caption's column."
+            f"This model's output has one column per caption, so {word!r} has no id; give the caption's column."
         )
     return int(model.token(word))
 
@@ -293,7 +296,8 @@ def _ids_tensor(answer: Answer, rows: Tensor) -> Tensor:
         if words:
             raise InputError(f"{words[0]!r} is a word; call metric.bind(model) first, or give its id.")
     ids = torch.as_tensor(items, device=rows.device)
-    if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.ndim > 1 or (ids.ndim == 1 and len(ids) not in (1, batch)):
+    whole = not ids.dtype.is_floating_point and ids.dtype != torch.bool
+    if not whole or ids.ndim > 1 or (ids.ndim == 1 and len(ids) not in (1, batch)):
         raise InputError(f"Answers are one id, or one per example ({batch}); got {tuple(ids.shape)} of {ids.dtype}.")
     if bool(((ids < 0) | (ids >= classes)).any()):
         raise InputError(f"Answer {ids.tolist()} is outside the output's {classes} classes.")

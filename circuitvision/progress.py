@@ -1,7 +1,7 @@
 """Progress bars that scripts can silence.
 
-One switch for the whole library: bars are drawn on standard error when it is a terminal or a notebook is running, and never after
-``set_verbosity("quiet")``. Not covered: logging.
+One switch for the whole library: bars are drawn on standard error when it is a terminal or a notebook is running,
+and never after ``set_verbosity("quiet")``. Not covered: logging.
 """
 
 from __future__ import annotations
@@ -31,4 +31,6 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
     """Iterate over ``items`` behind a progress bar named ``description`` (silent after ``set_verbosity("quiet")``)."""
     from tqdm.auto import tqdm
 
-    yield from tqdm(items, desc=description, total=total, disable=_state["level"] == "quiet", leave=False, dynamic_ncols=True)
+    yield from tqdm(
+        items, desc=description, total=total, disable=_state["level"] == "quiet", leave=False, dynamic_ncols=True
+    )

@@ -1,7 +1,7 @@
 """Where a number came from: model, weights, data, metric, method, seed and versions.
 
-Hashes are SHA-256 over the bytes of the tensors, so two results with equal hashes saw equal weights and equal inputs whatever their
-files were called. Not covered: the hardware, and nondeterministic kernels.
+Hashes are SHA-256 over the bytes of the tensors, so two results with equal hashes saw equal weights and equal inputs
+whatever their files were called. Not covered: the hardware, and nondeterministic kernels.
 """
 
 from __future__ import annotations
@@ -68,7 +68,13 @@ def versions() -> dict[str, str]:
 
 
 def describe(
-    model: Any, *, method: str, metric: Any = None, inputs: tuple[Mapping[str, Any], ...] = (), seed: int | None = None, **extra: Any
+    model: Any,
+    *,
+    method: str,
+    metric: Any = None,
+    inputs: tuple[Mapping[str, Any], ...] = (),
+    seed: int | None = None,
+    **extra: Any,
 ) -> dict[str, Any]:
     """The provenance of one measurement, as plain values.
 

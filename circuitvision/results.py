@@ -1,11 +1,12 @@
 """What every measurement returns: a tensor with named axes, and where it came from.
 
-A result is a frozen dataclass. ``values`` holds the numbers, ``axes`` names each dimension and labels every index of it, and
-``provenance`` says which model, data, metric and versions made it. Subclasses add fields; tensors among them are stored as tensors,
-everything else as JSON, so ``Result.load`` gives back the subclass that was saved without unpickling anything.
+A result is a frozen dataclass. ``values`` holds the numbers, ``axes`` names each dimension and labels every index of
+it, and ``provenance`` says which model, data, metric and versions made it. Subclasses add fields; tensors among them
+are stored as tensors, everything else as JSON, so ``Result.load`` gives back the subclass that was saved without
+unpickling anything.
 
-Two containers: ``.npz`` and ``.safetensors``. Both are one file, so that numbers and labels cannot be separated: the JSON part is an
-entry of the archive, respectively of the safetensors header. Not covered: results too large for memory.
+Two containers: ``.npz`` and ``.safetensors``. Both are one file, so that numbers and labels cannot be separated: the
+JSON part is an entry of the archive, respectively of the safetensors header. Not covered: results too large for memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
@@ -39,13 +39,14 @@ _META = "circuitvision_json"
 class Result:
     """Numbers with named axes.
 
-    ``axes`` has one entry per dimension of ``values``, in order; its labels are strings, whole numbers, floats or booleans.
+    ``axes`` has one entry per dimension of ``values``, in order; its labels are strings, whole numbers, floats or
+    booleans.
 
     Raises:
         InputError: the axes do not describe the shape of ``values``.
     """
 
-    values: Float[Tensor, "..."]
+    values: Tensor
     axes: dict[str, list[Any]]
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -104,7 +105,9 @@ class Result:
             from safetensors.torch import save_file
 
             with replacing(path) as temporary:
-                save_file({name: t.contiguous().clone() for name, t in tensors.items()}, temporary, metadata={_META: text})
+                save_file(
+                    {name: t.contiguous().clone() for name, t in tensors.items()}, temporary, metadata={_META: text}
+                )
         else:
             raise InputError(f"Results are saved as .npz or .safetensors, not {path.suffix or 'without a suffix'!r}.")
         return path
@@ -126,7 +129,9 @@ class Result:
         if found is None:
             raise InputError(f"{path} holds a {header['class']}; import the module that defines it before loading.")
         if not issubclass(found, cls):
-            raise InputError(f"{path} holds a {found.__name__}, not a {cls.__name__}; load it with {found.__name__}.load.")
+            raise InputError(
+                f"{path} holds a {found.__name__}, not a {cls.__name__}; load it with {found.__name__}.load."
+            )
         restored = {name: tensor.to(getattr(torch, header["dtypes"][name])) for name, tensor in tensors.items()}
         return found(**restored, **header["fields"])
 
@@ -150,7 +155,8 @@ class Result:
 def as_builtin(value: Any) -> Any:
     """The same value made of Python's own types, which JSON, GraphML and a reader of either can hold.
 
-    Tensors and arrays of one number become numbers, larger ones nested lists; tuples become lists; mapping keys become strings.
+    Tensors and arrays of one number become numbers, larger ones nested lists; tuples become lists; mapping keys
+    become strings.
 
     Raises:
         InputError: a type with no such form.
@@ -172,7 +178,9 @@ def as_builtin(value: Any) -> Any:
         return [as_builtin(item) for item in items]
     if isinstance(value, Path):
         return str(value)
-    raise InputError(f"{type(value).__name__} cannot be stored in a result; give numbers, strings, lists or mappings of them.")
+    raise InputError(
+        f"{type(value).__name__} cannot be stored in a result; give numbers, strings, lists or mappings of them."
+    )
 
 
 def _split_fields(result: Result) -> tuple[dict[str, Tensor], dict[str, Any]]:

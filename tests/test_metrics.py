@@ -12,7 +12,9 @@ from circuitvision import metrics
 from circuitvision.errors import InputError
 
 
-def vocabulary_model(words: dict[str, int], towers: tuple[str, ...] = ("vision", "language"), labels: dict[str, int] | None = None):
+def vocabulary_model(
+    words: dict[str, int], towers: tuple[str, ...] = ("vision", "language"), labels: dict[str, int] | None = None
+):
     def token(word: str) -> int:
         if word not in words:
             raise InputError(f"{word!r} is not one piece of the vocabulary.")
@@ -24,7 +26,9 @@ def vocabulary_model(words: dict[str, int], towers: tuple[str, ...] = ("vision",
 
 @pytest.fixture
 def logits() -> torch.Tensor:
-    return torch.tensor([[[0.0, 1.0, 5.0], [2.0, 0.5, 0.0], [9.0, 9.0, 9.0]], [[1.0, 1.0, 1.0], [4.0, 0.0, 0.0], [0.0, 3.0, 1.0]]])
+    return torch.tensor(
+        [[[0.0, 1.0, 5.0], [2.0, 0.5, 0.0], [9.0, 9.0, 9.0]], [[1.0, 1.0, 1.0], [4.0, 0.0, 0.0], [0.0, 3.0, 1.0]]]
+    )
 
 
 def test_logit_diff_reads_the_last_unmasked_position_with_right_and_left_padding(logits):
@@ -113,7 +117,7 @@ def test_class_names_come_before_the_tokenizer_and_captions_have_no_words():
         (lambda x: metrics.prob(0, position="first")(x), "Unknown position"),
         (lambda x: metrics.prob(0)(x, {"attention_mask": torch.ones(2, 4)}), "mask"),
         (lambda x: metrics.prob(0)(x, {"attention_mask": torch.tensor([[0, 0, 0], [1, 1, 1]])}), "every position"),
-        (lambda x: metrics.prob(0)(x[0, 0]), "shape"),
+        (lambda x: metrics.prob(0)(x[0, 0]), "reads"),
     ],
 )
 def test_meaningless_requests_are_refused(logits, call, message):

@@ -1,4 +1,4 @@
-"""Results: round trips that keep every bit, files that are complete or absent, axes that must fit, and provenance hashes."""
+"""Results: round trips that keep every bit, files that are complete or absent, axes that fit, provenance hashes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,12 @@ def test_save_and_load_return_the_same_class_bits_and_labels(tmp_path, suffix, d
     assert torch.equal(after.values.nan_to_num(9), before.values.nan_to_num(9))
     assert torch.equal(after.extra, before.extra)
     assert after.extra.dtype == torch.int64
-    assert (after.axes, after.note, after.layers, after.provenance) == (before.axes, "café", [1, "two"], before.provenance)
+    assert (after.axes, after.note, after.layers, after.provenance) == (
+        before.axes,
+        "café",
+        [1, "two"],
+        before.provenance,
+    )
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -49,9 +54,14 @@ def test_a_failed_write_leaves_the_previous_file_and_no_other(tmp_path):
     path = tmp_path / "r.npz"
     example().save(path)
     before = path.read_bytes()
-    with pytest.raises(RuntimeError, match="power"), files.replacing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("power")
+
+    def interrupted() -> None:
+        with files.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("power")
+
+    with pytest.raises(RuntimeError, match="power"):
+        interrupted()
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["r.npz"]
 
@@ -66,8 +76,8 @@ def test_load_refuses_what_is_not_a_result(tmp_path):
     np.savez(tmp_path / "other.npz", values=np.zeros(2))
     with pytest.raises(InputError, match="not a result"):
         Result.load(tmp_path / "other.npz")
+    (tmp_path / "a.csv").write_text("x")
     with pytest.raises(InputError, match="neither"):
-        (tmp_path / "a.csv").write_text("x")
         Result.load(tmp_path / "a.csv")
     with pytest.raises(InputError, match=r"\.npz or \.safetensors"):
         example().save(tmp_path / "a.pkl")
@@ -82,7 +92,12 @@ def test_load_as_a_narrower_class_is_checked(tmp_path):
 
 def test_an_object_array_is_never_unpickled(tmp_path):
     path = tmp_path / "evil.npz"
-    header = {"format": "circuitvision.result/1", "class": "Result", "dtypes": {"values": "float32"}, "fields": {"axes": {"x": [0]}}}
+    header = {
+        "format": "circuitvision.result/1",
+        "class": "Result",
+        "dtypes": {"values": "float32"},
+        "fields": {"axes": {"x": [0]}},
+    }
     text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
     np.savez(path, values=np.array([{"a": 1}], dtype=object), circuitvision_json=text)
     with pytest.raises(InputError):
