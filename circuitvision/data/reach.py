@@ -1,14 +1,16 @@
-"""A grid world for language-conditioned reaching: coloured objects, a gripper, and "reach <colour>", rendered to pixels.
+"""A grid world for language-conditioned reaching: coloured objects, a gripper, and "reach <colour>", in pixels.
 
-A scene is a board of ``size`` x ``size`` cells. Each object fills one cell with its colour, no two share a cell or a colour, and the
-gripper is drawn as the four white corners of its cell, so it never hides what it stands on: every attribute can be read off the pixels.
-One cell is ``cell_pixels`` pixels wide; a model whose patch has that size sees one cell per patch. An action is one step of at most one
-cell down or up and at most one right or left, and the board's edge stops the gripper.
+A scene is a board of ``size`` x ``size`` cells. Each object fills one cell with its colour, no two share a cell or a
+colour, and the gripper is drawn as the four white corners of its cell, so it never hides what it stands on: every
+attribute can be read off the pixels. One cell is ``cell_pixels`` pixels wide; a model whose patch has that size sees
+one cell per patch. An action is one step of at most one cell down or up and at most one right or left, and the board's
+edge stops the gripper.
 
-Everything is vectorised over scenes: :class:`ReachScenes` holds arrays with the scene axis first, and :meth:`ReachScenes.scene` shows one
-of them as plain objects with their pixel boxes. :func:`minimal_pairs` changes exactly one thing; :func:`contrast_pairs` keeps those pairs
-in which the right action changes. The layouts (which colours stand where) are divided into disjoint splits by a hash, so no layout of the
-test episodes is met in training, whatever the seeds.
+Everything is vectorised over scenes: :class:`ReachScenes` holds arrays with the scene axis first, and
+:meth:`ReachScenes.scene` shows one of them as plain objects with their pixel boxes. :func:`minimal_pairs` changes
+exactly one thing; :func:`contrast_pairs` keeps those pairs in which the right action changes. The layouts (which
+colours stand where) are divided into disjoint splits by a hash, so no layout of the test episodes is met in training,
+whatever the seeds.
 
 Not covered: continuous positions, grasping, obstacles, more than one camera.
 """
@@ -23,7 +25,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from circuitvision.errors import InputError, nearest
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
     "blue": (50, 80, 220),
@@ -31,11 +33,11 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (150, 60, 180),
     "cyan": (50, 200, 210),
 }
-COLOUR_NAMES: tuple[str, ...] = tuple(COLOURS)
+COLOR_NAMES: tuple[str, ...] = tuple(COLORS)
 BACKGROUND: tuple[int, int, int] = (70, 70, 70)
 GRIPPER: tuple[int, int, int] = (255, 255, 255)
 
-CHANGES: tuple[str, ...] = ("goal", "object_cell", "object_colour", "gripper")
+CHANGES: tuple[str, ...] = ("goal", "object_cell", "object_color", "gripper")
 SPLITS: dict[str, range] = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}
 _BUCKETS = 10
 
@@ -53,8 +55,10 @@ class Board:
     def __post_init__(self) -> None:
         if self.size < 2 or self.cell_pixels < 3:
             raise InputError(f"a board needs size >= 2 and cell_pixels >= 3, not {self.size} and {self.cell_pixels}")
-        if not 2 <= self.n_objects <= min(len(COLOURS), self.size**2 - 1):
-            raise InputError(f"n_objects must lie between 2 and {min(len(COLOURS), self.size**2 - 1)}, not {self.n_objects}")
+        if not 2 <= self.n_objects <= min(len(COLORS), self.size**2 - 1):
+            raise InputError(
+                f"n_objects must lie between 2 and {min(len(COLORS), self.size**2 - 1)}, not {self.n_objects}"
+            )
 
     @property
     def image_size(self) -> int:
@@ -70,10 +74,15 @@ class Board:
 
 @dataclass(frozen=True)
 class ReachObject:
-    """One object: colour name, (row, column) cell, and pixel box (left, top, right, bottom), right and bottom exclusive."""
+    """One object: colour name, (row, column) cell, image patch and pixel box.
 
-    colour: str
+    ``patch`` is the index of the cell in reading order: the image patch that holds it, where a patch has the size of a
+    cell. The box is (left, top, right, bottom), right and bottom exclusive.
+    """
+
+    color: str
     cell: tuple[int, int]
+    patch: int
     box: tuple[int, int, int, int]
 
 
@@ -95,26 +104,26 @@ class ReachScenes:
 
     Attributes:
         board: size of the world, the same for all.
-        colours: index into :data:`COLOUR_NAMES` of each object.
+        colors: index into :data:`COLOR_NAMES` of each object.
         cells: (row, column) of each object.
         gripper: (row, column) of the gripper.
-        goal: index into :data:`COLOUR_NAMES` of the colour that the instruction names.
+        goal: index into :data:`COLOR_NAMES` of the colour that the instruction names.
     """
 
     board: Board
-    colours: Int[np.ndarray, "scene object"]
+    colors: Int[np.ndarray, "scene object"]
     cells: Int[np.ndarray, "scene object 2"]
     gripper: Int[np.ndarray, "scene 2"]
     goal: Int[np.ndarray, " scene"]
 
     def __post_init__(self) -> None:
-        count, objects = self.colours.shape
+        count, objects = self.colors.shape
         if self.cells.shape != (count, objects, 2) or self.gripper.shape != (count, 2) or self.goal.shape != (count,):
             raise InputError(
-                f"arrays disagree: colours {self.colours.shape}, cells {self.cells.shape}, gripper {self.gripper.shape}, "
+                f"arrays disagree: colors {self.colors.shape}, cells {self.cells.shape}, gripper {self.gripper.shape}, "
                 f"goal {self.goal.shape}; expected [scene object], [scene object 2], [scene 2], [scene]"
             )
-        if not (self.colours == self.goal[:, None]).any(axis=1).all():
+        if not (self.colors == self.goal[:, None]).any(axis=1).all():
             raise InputError("every scene must hold an object of the colour that its instruction names")
 
     def __len__(self) -> int:
@@ -122,15 +131,15 @@ class ReachScenes:
 
     def __getitem__(self, index: slice | np.ndarray | list[int]) -> ReachScenes:
         """The scenes at a slice, a list of indices or a boolean mask (one scene: :meth:`scene`)."""
-        return ReachScenes(self.board, self.colours[index], self.cells[index], self.gripper[index], self.goal[index])
+        return ReachScenes(self.board, self.colors[index], self.cells[index], self.gripper[index], self.goal[index])
 
     def instructions(self) -> list[str]:
         """The instruction of every scene, ``"reach <colour>"``."""
-        return [f"reach {COLOUR_NAMES[colour]}" for colour in self.goal]
+        return [f"reach {COLOR_NAMES[color]}" for color in self.goal]
 
     def goal_slots(self) -> Int[np.ndarray, " scene"]:
         """Which object (index along the object axis) the instruction names."""
-        return (self.colours == self.goal[:, None]).argmax(axis=1)
+        return (self.colors == self.goal[:, None]).argmax(axis=1)
 
     def goal_cells(self) -> Int[np.ndarray, "scene 2"]:
         """The (row, column) of the object that the instruction names."""
@@ -160,14 +169,14 @@ class ReachScenes:
     def images(self) -> UInt8[np.ndarray, "scene height width 3"]:
         """The scenes in pixels: filled cells for objects, four white corners for the gripper."""
         count, size, width = len(self), self.board.size, self.board.cell_pixels
-        palette = np.array(list(COLOURS.values()), dtype=np.uint8)
+        palette = np.array(list(COLORS.values()), dtype=np.uint8)
         # One block of pixels per cell, then the cell axes are folded into the picture's.
         blocks = np.empty((count, size, size, width, width, 3), dtype=np.uint8)
         blocks[...] = BACKGROUND
         rows = np.arange(count)
-        for slot in range(self.colours.shape[1]):
+        for slot in range(self.colors.shape[1]):
             row, column = self.cells[:, slot].T
-            blocks[rows, row, column] = palette[self.colours[:, slot]][:, None, None]
+            blocks[rows, row, column] = palette[self.colors[:, slot]][:, None, None]
         row, column = self.gripper.T
         for corner_row in (0, width - 1):
             for corner_column in (0, width - 1):
@@ -175,11 +184,13 @@ class ReachScenes:
         return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(count, size * width, size * width, 3)
 
     def scene(self, index: int) -> ReachScene:
-        """One scene in plain terms: every object's colour, cell and pixel box, the gripper, the instruction, the image."""
+        """One scene in plain terms: every object's colour, cell and box, the gripper, the instruction, the image."""
         one = self[[index]]
         objects = tuple(
-            ReachObject(COLOUR_NAMES[colour], (int(cell[0]), int(cell[1])), self.board.box((int(cell[0]), int(cell[1]))))
-            for colour, cell in zip(one.colours[0], one.cells[0], strict=True)
+            ReachObject(
+                COLOR_NAMES[color], (row, column), row * self.board.size + column, self.board.box((row, column))
+            )
+            for color, (row, column) in zip(one.colors[0].tolist(), one.cells[0].tolist(), strict=True)
         )
         gripper = (int(one.gripper[0, 0]), int(one.gripper[0, 1]))
         return ReachScene(
@@ -201,8 +212,9 @@ def _layout_buckets(scenes: ReachScenes) -> Int[np.ndarray, " scene"]:
     """A number below ``_BUCKETS`` that depends on which colours stand in which cells, and on nothing else."""
     size = scenes.board.size
     place = scenes.cells[..., 0] * size + scenes.cells[..., 1]
-    code = (place * len(COLOURS) + scenes.colours + 1).astype(np.uint64)
-    # A multiplicative hash per object, summed, so the order of the objects does not count (arithmetic wraps at 2^64 on purpose).
+    code = (place * len(COLORS) + scenes.colors + 1).astype(np.uint64)
+    # A multiplicative hash per object, summed, so the order of the objects does not count (arithmetic wraps at 2^64 on
+    # purpose).
     mixed = (code * np.uint64(0x9E3779B97F4A7C15)) ^ (code << np.uint64(29))
     mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
     total = mixed.sum(axis=1, dtype=np.uint64)
@@ -211,7 +223,9 @@ def _layout_buckets(scenes: ReachScenes) -> Int[np.ndarray, " scene"]:
 
 def _check_split(split: str | None) -> None:
     if split is not None and split not in SPLITS:
-        raise InputError(f"no split is called {split!r}; nearest: {', '.join(nearest(split, SPLITS))} (or None for all layouts)")
+        raise InputError(
+            f"no split is called {split!r}; nearest: {', '.join(nearest(split, SPLITS))} (or None for all layouts)"
+        )
 
 
 def _in_split(scenes: ReachScenes, split: str | None) -> Bool[np.ndarray, " scene"]:
@@ -228,11 +242,13 @@ def concatenate(parts: list[ReachScenes]) -> ReachScenes:
     """
     if not parts or any(part.board != parts[0].board for part in parts):
         raise InputError("give at least one set of scenes, all on the same board")
-    fields = ("colours", "cells", "gripper", "goal")
+    fields = ("colors", "cells", "gripper", "goal")
     return ReachScenes(parts[0].board, *(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
 
 
-def sample_scenes(count: int, seed: int | np.random.Generator, split: str | None = "train", board: Board | None = None) -> ReachScenes:
+def sample_scenes(
+    count: int, seed: int | np.random.Generator, split: str | None = "train", board: Board | None = None
+) -> ReachScenes:
     """Random scenes: distinct colours in distinct cells, gripper anywhere, any object as the goal.
 
     Args:
@@ -262,20 +278,20 @@ def sample_scenes(count: int, seed: int | np.random.Generator, split: str | None
 def _draw(count: int, generator: np.random.Generator, board: Board) -> ReachScenes:
     """Scenes of all splits."""
     objects = board.n_objects
-    colours = generator.random((count, len(COLOURS))).argsort(axis=1)[:, :objects]
+    colors = generator.random((count, len(COLORS))).argsort(axis=1)[:, :objects]
     places = generator.random((count, board.size**2)).argsort(axis=1)[:, :objects]
     cells = np.stack(np.divmod(places, board.size), axis=-1)
     gripper = generator.integers(0, board.size, size=(count, 2))
     slot = generator.integers(0, objects, size=count)
-    return ReachScenes(board, colours, cells, gripper, colours[np.arange(count), slot])
+    return ReachScenes(board, colors, cells, gripper, colors[np.arange(count), slot])
 
 
 def minimal_pairs(scenes: ReachScenes, change: str, seed: int | np.random.Generator = 0) -> ReachScenes:
     """The same scenes with exactly one thing changed in each; everything else is left as it is.
 
-    ``"goal"``: the instruction names another object of the scene. ``"object_cell"``: the goal object moves to a free cell.
-    ``"object_colour"``: an object that is not the goal takes a colour the scene does not have. ``"gripper"``: the gripper stands in
-    another cell.
+    ``"goal"``: the instruction names another object of the scene. ``"object_cell"``: the goal object moves to a free
+    cell. ``"object_color"``: an object that is not the goal takes a colour the scene does not have. ``"gripper"``: the
+    gripper stands in another cell.
 
     Raises:
         InputError: an unknown change, or no colour is left for a change of colour.
@@ -283,13 +299,13 @@ def minimal_pairs(scenes: ReachScenes, change: str, seed: int | np.random.Genera
     if change not in CHANGES:
         raise InputError(f"no change is called {change!r}; nearest: {', '.join(nearest(change, CHANGES))}")
     generator = np.random.default_rng(seed)
-    count, objects = scenes.colours.shape
+    count, objects = scenes.colors.shape
     size = scenes.board.size
     rows = np.arange(count)
     slot = scenes.goal_slots()
     other = (slot + generator.integers(1, objects, size=count)) % objects
     if change == "goal":
-        return replace(scenes, goal=scenes.colours[rows, other])
+        return replace(scenes, goal=scenes.colors[rows, other])
     if change == "gripper":
         place = scenes.gripper[:, 0] * size + scenes.gripper[:, 1]
         place = (place + generator.integers(1, size**2, size=count)) % size**2
@@ -301,13 +317,15 @@ def minimal_pairs(scenes: ReachScenes, change: str, seed: int | np.random.Genera
         cells = scenes.cells.copy()
         cells[rows, slot] = np.stack(np.divmod(rank.argmax(axis=1), size), axis=-1)
         return replace(scenes, cells=cells)
-    if objects >= len(COLOURS):
-        raise InputError("every colour is in the scene already; an object can only change its colour on a board with fewer objects")
-    rank = generator.random((count, len(COLOURS)))
-    np.put_along_axis(rank, scenes.colours, -1.0, axis=1)
-    colours = scenes.colours.copy()
-    colours[rows, other] = rank.argmax(axis=1)
-    return replace(scenes, colours=colours)
+    if objects >= len(COLORS):
+        raise InputError(
+            "every colour is in the scene already; an object can only change its colour on a board with fewer objects"
+        )
+    rank = generator.random((count, len(COLORS)))
+    np.put_along_axis(rank, scenes.colors, -1.0, axis=1)
+    colors = scenes.colors.copy()
+    colors[rows, other] = rank.argmax(axis=1)
+    return replace(scenes, colors=colors)
 
 
 def contrast_pairs(
@@ -315,14 +333,17 @@ def contrast_pairs(
 ) -> tuple[ReachScenes, ReachScenes]:
     """``count`` minimal pairs (clean, corrupt) in which the right first action differs, both layouts in ``split``.
 
-    With ``change="goal"`` the two images are equal and one word differs: the pairs for causal tracing of the instruction.
+    With ``change="goal"`` the two images are equal and one word differs: the pairs for causal tracing of the
+    instruction.
 
     Raises:
-        InputError: an unknown change or split; or ``"object_colour"``, which never changes the right action (use
+        InputError: an unknown change or split; or ``"object_color"``, which never changes the right action (use
             :func:`minimal_pairs` for that control).
     """
-    if change == "object_colour":
-        raise InputError("the colour of another object never changes the right action; minimal_pairs makes that control")
+    if change == "object_color":
+        raise InputError(
+            "the colour of another object never changes the right action; minimal_pairs makes that control"
+        )
     if change not in CHANGES:
         raise InputError(f"no change is called {change!r}; nearest: {', '.join(nearest(change, CHANGES))}")
     generator = np.random.default_rng(seed)
@@ -376,10 +397,11 @@ class Episodes:
 
 
 def run_episodes(policy: Policy, start: ReachScenes, horizon: int = 8) -> Episodes:
-    """Run ``policy`` in closed loop: it sees the scenes, its whole chunk of actions is carried out, it sees the scenes again.
+    """Run ``policy`` in closed loop: it sees the scenes, its whole chunk is carried out, it sees the scenes again.
 
     Args:
-        policy: scenes to (row step, column step) for the next steps, ``[scene chunk 2]``; rounded to whole cells by the caller.
+        policy: scenes to (row step, column step) for the next steps, ``[scene chunk 2]``; rounded to whole cells by the
+            caller.
         start: one scene per episode.
         horizon: steps per episode; a chunk that would go beyond it is cut.
 
