@@ -43,7 +43,7 @@ DENOISING_STEPS = 5
 HORIZON = 8
 # Room for the image tokens, <bos>, two words and the newline that the processor appends.
 PROMPT_LENGTH = 32
-WORDS = ("<pad>", "<bos>", "<unk>", "\n", "reach", *reach.COLOUR_NAMES)
+WORDS = ("<pad>", "<bos>", "<unk>", "\n", "reach", *reach.COLOR_NAMES)
 STREAMS = {"train": 1_000, "validation": 2_000, "test": 3_000}
 
 
@@ -178,7 +178,7 @@ def fast_inputs(processor: PI0Processor, scenes: reach.ReachScenes) -> dict[str,
     """What :func:`model_inputs` makes with actions, for many scenes at once and without padding (training needs the speed)."""
     board, tokenizer = scenes.board, processor.tokenizer
     pixels = torch.from_numpy(scenes.images()).permute(0, 3, 1, 2)[:, None].float() / 127.5 - 1
-    words = np.array(tokenizer.convert_tokens_to_ids(list(reach.COLOUR_NAMES)))
+    words = np.array(tokenizer.convert_tokens_to_ids(list(reach.COLOR_NAMES)))
     start, reach_word, newline = tokenizer.convert_tokens_to_ids(["<bos>", "reach", "\n"])
     patches = board.size**2
     ids = np.full((len(scenes), patches + 4), processor.image_token_id)
