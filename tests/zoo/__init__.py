@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from . import dual, llava, paligemma, pi0, vision  # noqa: F401  (each import fills the table)
-from .registry import CASES, TAGS, Case, case, cases, primary, saved_class, saved_folder, shared_model
+from . import anyres, dual, llava, paligemma, pi0, vision  # noqa: F401  (each import fills the table)
+from .registry import CASES, TAGS, Case, case, cases, parametrize, primary, saved_class, saved_folder, shared_model
 
-__all__ = ["CASES", "TAGS", "Case", "case", "cases", "primary", "saved_class", "saved_folder", "shared_model"]
+__all__ = [
+    "CASES",
+    "TAGS",
+    "Case",
+    "case",
+    "cases",
+    "parametrize",
+    "primary",
+    "saved_class",
+    "saved_folder",
+    "shared_model",
+]

@@ -31,7 +31,13 @@ from .weights import generator_for, randomise
 
 TEXT_EOS_LAST = vocabulary(eos_last=True)
 TEXT_EOS = vocabulary()
-PHRASES = ["a red circle", "the blue square on the left", "a picture of a green cross", "a yellow cross", "two large circle"]
+PHRASES = [
+    "a red circle",
+    "the blue square on the left",
+    "a picture of a green cross",
+    "a yellow cross",
+    "two large circle",
+]
 
 
 def _clip_texts(count: int, seed: int, padding: str | None) -> tuple[Tensor, Tensor]:
@@ -95,6 +101,7 @@ def _dual_case(
     raw: Callable[..., dict[str, Any]],
     tags: set[str],
     towers: tuple[str, ...] = ("vision", "text"),
+    unused: str = "(?!)",
 ) -> None:
     register(
         Case(
@@ -106,6 +113,7 @@ def _dual_case(
             processor=processor,
             raw=raw,
             tags=frozenset(tags),
+            unused=unused,
         )
     )
 
@@ -172,6 +180,7 @@ _dual_case(
     raw_images((24, 30)),
     (CLIP_VISION_TAGS | {"classifier"}) - {"any_size", "interpolates"},
     towers=("vision",),
+    unused="post_layernorm",
 )
 
 
@@ -200,7 +209,7 @@ def _siglip2_config() -> transformers.Siglip2Config:
 
 def _siglip_processor() -> Any:
     return transformers.SiglipProcessor(
-        image_processor=siglip_image_processor(), tokenizer=tokenizer("eos", padding_side="right")
+        image_processor=siglip_image_processor(), tokenizer=tokenizer("eos", padding_side="right", mask=False)
     )
 
 
@@ -228,6 +237,7 @@ _dual_case(
     raw_images((24, 30)),
     SIGLIP_VISION_TAGS | {"classifier"},
     towers=("vision",),
+    unused=r"vision_model\.head",
 )
 _dual_case(
     "siglip2",
@@ -247,4 +257,5 @@ _dual_case(
     raw_images((12, 20)),
     SIGLIP2_VISION_TAGS | {"classifier"},
     towers=("vision",),
+    unused=r"vision_model\.head",
 )

@@ -29,7 +29,11 @@ def picture(index: int = 0, size: tuple[int, int] = (24, 24)) -> Image.Image:
     height, width = size
     image = Image.new("RGB", (width, height))
     image.putdata(
-        [((7 * x + 31 * index) % 256, (11 * y) % 256, (5 * x + 3 * y + 17 * index) % 256) for y in range(height) for x in range(width)]
+        [
+            ((7 * x + 31 * index) % 256, (11 * y) % 256, (5 * x + 3 * y + 17 * index) % 256)
+            for y in range(height)
+            for x in range(width)
+        ]
     )
     left, top = (5 * index) % max(1, width // 2), (3 * index) % max(1, height // 2)
     ImageDraw.Draw(image).rectangle((left, top, left + width // 3, top + height // 3), fill=COLORS[index % 4])

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from .images import picture, pixels
-from .registry import Case, MakeInputs, register
+from .registry import Case, register
 from .text import BOS, EOS, IMAGE, N_TOKENS, PAD, pad_rows, shortened, tokenizer, words
 from .vision import clip_image_processor, siglip_image_processor
 from .weights import generator_for, randomise
@@ -131,6 +131,15 @@ def raw_prompts(size: tuple[int, int] = (24, 24), nested: bool = False) -> Calla
     return raw
 
 
+def unused_vision(vision: dict[str, Any], feature_layer: int | list[int]) -> str:
+    """Parameters behind the last feature layer: the blocks after it, and the final norm always."""
+    last = feature_layer if isinstance(feature_layer, int) else max(feature_layer)
+    layers = vision["num_hidden_layers"]
+    after = [str(layer) for layer in range(layers + 1 + last, layers)]
+    blocks = [rf"encoder\.layers\.({'|'.join(after)})\."] if after else []
+    return rf"vision_tower\.({'|'.join([*blocks, 'post_layernorm'])})"
+
+
 def _llava_case(
     name: str,
     vision: dict[str, Any],
@@ -138,6 +147,7 @@ def _llava_case(
     tags: set[str],
     **options: Any,
 ) -> None:
+    """A case; `options` are fields of LlavaConfig."""
     clip = vision["model_type"] == "clip_vision_model"
     settings = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default" if clip else "full"} | options
 
@@ -167,6 +177,7 @@ def _llava_case(
             processor=processor,
             raw=raw_prompts(),
             tags=frozenset(both | {"class_token" if clip else "no_class_token"} | tags),
+            unused=unused_vision(vision, settings["vision_feature_layer"]),
         )
     )
 

@@ -157,6 +157,8 @@ def _pi0_case(name: str, image_token: int, tags: set[str]) -> None:
             processor=pi0_processor if in_vocabulary else None,
             raw=pi0_raw if in_vocabulary else None,
             tags=frozenset(both | tags),
+            # The expert reads the last prefix layer's keys and values only, and its own token table is never used.
+            unused=r"dit\.embed_tokens|vlm\.language_model\.(norm|layers\.2\.(self_attn\.[qo]_proj|mlp|post_attention))",
         )
     )
 

@@ -16,8 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 TAGS: dict[str, str] = {
     "classifier": "the output is [batch, classes]",
@@ -33,6 +34,7 @@ TAGS: dict[str, str] = {
     "non_square": "the default image is not square",
     "tiles": "one image becomes several vision rows",
     "newline": "the connector inserts newline positions between image rows",
+    "resampled": "tile features are interpolated to a smaller grid, so language positions mix patches",
     "gqa": "fewer key-value heads than query heads in a language or action tower",
     "rectangular": "n_heads * d_head differs from d_model in some tower",
     "layerscale": "a learned gain on what a sub-layer adds",
@@ -77,16 +79,18 @@ class Case:
     """One tiny model and all a test needs to run it.
 
     `raw(batch, seed, images_per_prompt)` gives keyword arguments for the processor (PIL images, strings, ...).
+    `unused` is a regular expression for the names of parameters that cannot influence the primary output.
     """
 
     name: str
     family: str
-    build: Callable[[], nn.Module]
+    build: Callable[[], Any]
     inputs: MakeInputs
     towers: tuple[str, ...]
     processor: Callable[[], Any] | None = None
     raw: Callable[..., dict[str, Any]] | None = None
     tags: frozenset[str] = field(default_factory=frozenset)
+    unused: str = "(?!)"
 
     def __post_init__(self) -> None:
         unknown = self.tags - TAGS.keys()
@@ -125,8 +129,16 @@ def cases(*tags: str, family: str | None = None, without: tuple[str, ...] = ()) 
     ]
 
 
+def parametrize(*tags: str, family: str | None = None, without: tuple[str, ...] = ()) -> Any:
+    """A decorator that runs a test once per selected case, as its argument `case`."""
+    selected = cases(*tags, family=family, without=without)
+    if not selected:
+        raise ValueError(f"no case has the tags {tags} without {without}")
+    return pytest.mark.parametrize("case", selected, ids=str)
+
+
 @cache
-def shared_model(name: str) -> nn.Module:
+def shared_model(name: str) -> Any:
     """The built model of a case, one per process: for tests that leave it as they found it."""
     return case(name).build()
 

@@ -12,11 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<image>"]
-WORDS = (
-    "\n ? : . , red green blue yellow circle square triangle cross star what which color shape is are the a an of on in "
-    "left right top bottom above below object picture to reach move go there small large yes no one two three user "
-    "assistant answer question"
-).split(" ")
+WORDS = [
+    *("\n", "?", ":", ".", ","),
+    *("red", "green", "blue", "yellow", "circle", "square", "triangle", "cross", "star"),
+    *("what", "which", "color", "shape", "is", "are", "the", "a", "an", "of", "on", "in", "to", "there"),
+    *("left", "right", "top", "bottom", "above", "below", "object", "picture", "small", "large"),
+    *("reach", "move", "go", "yes", "no", "one", "two", "three", "user", "assistant", "answer", "question"),
+]
 PAD, BOS, EOS, UNKNOWN, IMAGE = range(5)
 FIRST_WORD = len(SPECIAL)
 N_TOKENS = FIRST_WORD + len(WORDS)
@@ -33,8 +35,10 @@ def vocabulary(eos_last: bool = False) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def tokenizer(template: str = "bos", eos_last: bool = False, padding_side: str = "left") -> PreTrainedTokenizerFast:
-    """The tokenizer, with one of `TEMPLATES` around every text."""
+def tokenizer(
+    template: str = "bos", eos_last: bool = False, padding_side: str = "left", mask: bool = True
+) -> PreTrainedTokenizerFast:
+    """The tokenizer, with one of `TEMPLATES` around every text; without `mask` it returns input_ids alone."""
     ids = vocabulary(eos_last)
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\n|[^\w\s]"), "removed", invert=True)
@@ -51,6 +55,7 @@ def tokenizer(template: str = "bos", eos_last: bool = False, padding_side: str =
         pad_token="<pad>",
         padding_side=padding_side,
         model_max_length=512,
+        model_input_names=["input_ids", "attention_mask"] if mask else ["input_ids"],
     )
     built.add_tokens(["<image>"], special_tokens=True)
     return built

@@ -99,6 +99,7 @@ def _vision_case(
     tags: set[str],
     inputs: MakeInputs | None = None,
     picture_size: tuple[int, int] = (24, 24),
+    unused: str = "(?!)",
 ) -> None:
     register(
         Case(
@@ -110,6 +111,7 @@ def _vision_case(
             processor=processor,
             raw=raw_images(picture_size),
             tags=frozenset(tags),
+            unused=unused,
         )
     )
 
@@ -172,6 +174,7 @@ _vision_case(
     lambda: transformers.ViTModel(vit_config(pooler_output_size=10)),
     vit_processor,
     VIT_TAGS | {"headless", "pooler"},
+    unused="^pooler",
 )
 
 
@@ -238,6 +241,7 @@ _vision_case(
     lambda: transformers.Dinov2ForImageClassification(_dino_config(**_labels(5))),
     _dino_processor,
     DINO_TAGS | {"classifier"},
+    unused="mask_token",
 )
 _vision_case(
     "dinov2-headless",
@@ -245,6 +249,7 @@ _vision_case(
     lambda: transformers.Dinov2Model(_dino_config(num_hidden_layers=2)),
     _dino_processor,
     DINO_TAGS | {"headless"},
+    unused="mask_token",
 )
 _vision_case(
     "dinov2-swiglu",
@@ -252,6 +257,7 @@ _vision_case(
     lambda: transformers.Dinov2ForImageClassification(_dino_config(use_swiglu_ffn=True, **_labels(4))),
     _dino_processor,
     DINO_TAGS | {"classifier", "gated_vision"},
+    unused="mask_token",
 )
 _vision_case(
     "dinov2-registers",
@@ -259,6 +265,7 @@ _vision_case(
     lambda: transformers.Dinov2WithRegistersForImageClassification(_register_config(**_labels(5))),
     _dino_processor,
     DINO_TAGS | {"classifier", "registers"},
+    unused="mask_token",
 )
 _vision_case(
     "dinov2-registers-headless",
@@ -266,6 +273,7 @@ _vision_case(
     lambda: transformers.Dinov2WithRegistersModel(_register_config(num_hidden_layers=2)),
     _dino_processor,
     DINO_TAGS | {"headless", "registers"},
+    unused="mask_token",
 )
 
 
@@ -319,6 +327,7 @@ _vision_case(
     lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**CLIP_VISION)),
     clip_image_processor,
     CLIP_VISION_TAGS | {"headless"},
+    unused="^post_layernorm",
 )
 _vision_case(
     "clip-vision-projection",
@@ -335,6 +344,7 @@ _vision_case(
     lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIGLIP_VISION)),
     siglip_image_processor,
     SIGLIP_VISION_TAGS | {"headless", "pooling_head"},
+    unused="^head",
 )
 _vision_case(
     "siglip-vision-no-head",
@@ -353,4 +363,5 @@ _vision_case(
     SIGLIP2_VISION_TAGS | {"headless", "pooling_head"},
     inputs=patch_inputs,
     picture_size=(12, 20),
+    unused="^head",
 )
