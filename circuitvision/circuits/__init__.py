@@ -1,19 +1,26 @@
-"""Circuits as NetworkX graphs: schema, files, head importance, and the check that ablating a circuit destroys the
-answer."""
+"""Circuits as NetworkX graphs: the schema, files, head importance, and whether a set of heads carries the answer."""
 
 from __future__ import annotations
 
+from circuitvision.circuits.ablation import AblationCheck, PairBatch, ablation_check, live_heads
 from circuitvision.circuits.export import export, load
+from circuitvision.circuits.importance import HeadImportance, head_importance
 from circuitvision.circuits.names import NodeName, format_id, head_id, parse_id
 from circuitvision.circuits.schema import add_edge, add_node, new_graph, rank_edges, validate
 
 __all__ = [
+    "AblationCheck",
+    "HeadImportance",
     "NodeName",
+    "PairBatch",
+    "ablation_check",
     "add_edge",
     "add_node",
     "export",
     "format_id",
     "head_id",
+    "head_importance",
+    "live_heads",
     "load",
     "new_graph",
     "parse_id",

@@ -1,0 +1,222 @@
+"""Does a set of heads carry the answer? Ablate it together, and ablate as many others for comparison.
+
+A head is mean-ablated by replacing its ``attn.hook_z`` at every position by the mean over a reference set at that
+position: what it says about *this* input is removed, what it always says stays. A set of heads carries the answer if
+removing it destroys the answer while removing as many random live heads, disjoint from it, does not. Accuracy is the
+share of examples whose highest output is the right answer; a drop means little without the random sets beside it,
+since any damage costs something.
+
+Not covered: sets of anything but heads, inputs of different lengths.
+
+Reference: mean ablation and random controls as in Wang et al. 2022 (arXiv 2211.00593).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuitvision import metrics
+from circuitvision.circuits.names import head_id, parse_id
+from circuitvision.errors import InputError
+from circuitvision.progress import track
+from circuitvision.provenance import describe
+from circuitvision.results import Result
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """A batch of pairs: ``answer`` is right for ``clean``, ``foil`` for ``corrupt`` (ids or words, per example)."""
+
+    clean: Mapping[str, Any]
+    corrupt: Mapping[str, Any]
+    answer: Sequence[int | str]
+    foil: Sequence[int | str]
+
+
+@dataclass(frozen=True, eq=False)
+class AblationCheck(Result):
+    """Accuracy with nothing ablated, with the heads ablated, and with each random set ablated.
+
+    ``values`` are accuracies over both inputs of every pair, axis ``condition``: ``"intact"``, ``"heads"``,
+    ``"random 1"`` …; ``logit_diff`` is the mean margin of the right over the other answer in the same order.
+    ``random_heads`` lists what was drawn.
+    """
+
+    logit_diff: Tensor = field(default_factory=lambda: torch.zeros(0))
+    heads: list[str] = field(default_factory=list)
+    random_heads: list[list[str]] = field(default_factory=list)
+    n_pairs: int = 0
+
+    @property
+    def intact(self) -> float:
+        """Accuracy of the model as it is."""
+        return float(self.values[0])
+
+    @property
+    def ablated(self) -> float:
+        """Accuracy with the heads ablated together."""
+        return float(self.values[1])
+
+    @property
+    def random(self) -> Tensor:
+        """Accuracy with each random set ablated."""
+        return self.values[2:]
+
+    @property
+    def carries_the_answer(self) -> bool:
+        """Ablating the heads costs at least half the accuracy, and every random set less than half as much."""
+        lost = self.intact - self.ablated
+        return lost >= 0.5 * self.intact and bool((self.intact - self.random < 0.5 * lost).all())
+
+    def summary(self) -> str:
+        """One sentence with the numbers."""
+        return (
+            f"Over {self.n_pairs} pairs, ablating {', '.join(self.heads)} together takes the accuracy from "
+            f"{self.intact:.0%} to {self.ablated:.0%}; {len(self.random)} random sets of as many other heads leave "
+            f"{float(self.random.mean()):.0%} on average ({float(self.random.min()):.0%} at worst)."
+        )
+
+
+def ablation_check(
+    model: Any,
+    pairs: Sequence[PairBatch],
+    heads: Sequence[str],
+    *,
+    reference: Sequence[PairBatch] | None = None,
+    n_random: int = 20,
+    seed: int = 0,
+    position: metrics.Position = "last",
+) -> AblationCheck:
+    """Mean-ablate ``heads`` together over all pairs, and ``n_random`` disjoint sets of as many live heads.
+
+    Args:
+        model: the hooked model.
+        pairs: batches of pairs, all of one shape.
+        heads: ids such as ``"v.a1.h2"``.
+        reference: the batches whose mean replaces a head's output, both inputs of every pair; ``pairs`` by default.
+        n_random: number of random sets; no set is drawn twice.
+        seed: of the draws.
+        position: where the answer is read.
+
+    Raises:
+        InputError: no pairs, no heads, heads the model does not have or declares dead, too few other heads, or
+        batches of different
+            shapes.
+    """
+    if not pairs or not heads:
+        raise InputError("An ablation check needs at least one batch of pairs and one head.")
+    chosen = list(dict.fromkeys(heads))
+    live = live_heads(model)
+    missing = [name for name in chosen if name not in live]
+    if missing:
+        raise InputError(f"{missing[0]} is not a live head of this model; its heads are {', '.join(live)}.")
+    draws = _draw([name for name in live if name not in chosen], len(chosen), n_random, seed)
+    conditions: dict[str, list[str]] = {"intact": [], "heads": chosen}
+    conditions |= {f"random {number + 1}": draw for number, draw in enumerate(draws)}
+    sites = sorted({_site(name) for names in conditions.values() for name in names})
+    runs = [run for batch in pairs for run in _runs(model, batch)]
+    with torch.no_grad():
+        reference_runs = [run for batch in reference for run in _runs(model, batch)] if reference else runs
+        means = _means(model, reference_runs, sites)
+        todo = track(conditions.values(), "ablating", len(conditions))
+        scores = [_score(model, runs, names, means, position) for names in todo]
+    first = pairs[0]
+    return AblationCheck(
+        values=torch.tensor([accuracy for accuracy, _ in scores], dtype=torch.float64),
+        axes={"condition": list(conditions)},
+        provenance=describe(
+            model, method="ablation_check(mean per position)", inputs=(first.clean, first.corrupt), seed=seed
+        ),
+        logit_diff=torch.tensor([margin for _, margin in scores], dtype=torch.float64),
+        heads=chosen,
+        random_heads=draws,
+        n_pairs=sum(len(batch.answer) for batch in pairs),
+    )
+
+
+def live_heads(model: Any) -> list[str]:
+    """The ids of all heads whose output can reach the model's output, in the model's order."""
+    names = []
+    for tower_name, tower in model.towers.items():
+        dead = {name for name in getattr(tower, "dead", ()) if isinstance(name, str)}
+        for layer in range(tower.cfg.n_layers):
+            if f"{tower_name}.blocks.{layer}.attn.hook_z" not in dead:
+                names += [head_id(tower_name, layer, head) for head in range(tower.cfg.n_heads)]
+    return names
+
+
+_Run = tuple[Mapping[str, Any], Tensor, Tensor]
+
+
+def _runs(model: Any, batch: PairBatch) -> list[_Run]:
+    """Both inputs of a batch, each with the ids of its right and its wrong answers."""
+    answer, foil = (torch.as_tensor(metrics.answer_ids(words, model)) for words in (batch.answer, batch.foil))
+    return [(batch.clean, answer, foil), (batch.corrupt, foil, answer)]
+
+
+def _means(model: Any, runs: Sequence[_Run], sites: Sequence[str]) -> dict[str, Tensor]:
+    totals: dict[str, Tensor] = {}
+    rows: dict[str, int] = dict.fromkeys(sites, 0)
+    for inputs, _, _ in runs:
+        _, cache = model.run_with_cache(inputs, names_filter=list(sites))
+        for site in sites:
+            total = cache[site].float().sum(0)
+            if site in totals and totals[site].shape != total.shape:
+                raise InputError(
+                    f"{site} has {total.shape[0]} positions in one batch and {totals[site].shape[0]} in another; a "
+                    "mean per position needs prompts and images of one size."
+                )
+            totals[site] = totals[site] + total if site in totals else total
+            rows[site] += cache[site].shape[0]
+    return {site: total / rows[site] for site, total in totals.items()}
+
+
+def _score(
+    model: Any, runs: Sequence[_Run], names: Sequence[str], means: Mapping[str, Tensor], position: metrics.Position
+) -> tuple[float, float]:
+    by_site: dict[str, list[int]] = {}
+    for name in names:
+        by_site.setdefault(_site(name), []).append(parse_id(name).head)
+
+    def hook(tensor: Tensor, hook: Any) -> Tensor:
+        edited = tensor.clone()
+        heads = by_site[hook.name]
+        edited[:, :, heads] = means[hook.name][:, heads].to(tensor)
+        return edited
+
+    right, margin, count = 0.0, 0.0, 0
+    for inputs, answer, foil in runs:
+        logits = model.run_with_hooks(inputs, fwd_hooks=[(site, hook) for site in by_site])
+        rows = metrics.at_position(logits, position, inputs)
+        right += float((rows.argmax(-1).cpu() == answer).sum())
+        margin += float(metrics.logit_diff(answer, foil, position)(logits, inputs).sum())
+        count += len(rows)
+    return right / count, margin / count
+
+
+def _draw(others: Sequence[str], size: int, number: int, seed: int) -> list[list[str]]:
+    if math.comb(len(others), size) < number:
+        raise InputError(
+            f"{number} different random sets of {size} heads cannot be drawn from {len(others)} other live heads; "
+            "ask for fewer sets, or check fewer heads."
+        )
+    generator = np.random.default_rng(seed)
+    found: dict[tuple[int, ...], list[str]] = {}
+    while len(found) < number:
+        draw = tuple(sorted(generator.choice(len(others), size=size, replace=False).tolist()))
+        found[draw] = [others[index] for index in draw]
+    return list(found.values())
+
+
+def _site(name: str) -> str:
+    node = parse_id(name)
+    if node.kind != "head" or node.pos >= 0:
+        raise InputError(f"{name} is not the id of a head over all positions, such as v.a1.h2.")
+    return f"{node.tower}.blocks.{node.layer}.attn.hook_z"

@@ -1,0 +1,322 @@
+"""Head importance: what every attention head does to the answer, and how the strongest ones pass it on, as one graph.
+
+*Nodes.* Every head of every tower is patched on its own (all positions of ``attn.hook_z``), as is every connector
+between towers; the score is the change of the metric. *Edges* run between the strongest heads of each tower, the
+connectors and the answer. They split a sender's effect by the next selected node that carries it: with the sender
+patched, the receivers ``r1, r2, …`` downstream of it are frozen at their unpatched values one after another, in the
+order of computation, and
+
+    ``edge(s -> r_i) = E(s | r_1 … r_{i-1} frozen) - E(s | r_1 … r_i frozen)``,        ``edge(s -> answer) = E(s |
+    all frozen)``
+
+so the edges out of a node add up to its own effect, whatever the model computes. Freezing everything up to ``r_i``
+leaves only what reaches ``r_i`` without passing an earlier selected node; MLPs and heads that were not selected
+count as part of the way. Heads of one layer are frozen in the order of their number, so where two of them interact
+the split between those two depends on that order.
+
+Not covered: which of q, k and v an edge enters (slot ``in``), positions, and nodes other than heads and connectors.
+
+Reference: activation patching (Wang et al. 2022, arXiv 2211.00593); freezing receivers follows path patching
+(Goldowsky-Dill et al. 2023, arXiv 2304.05969).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor
+
+from circuitvision import metrics
+from circuitvision.circuits import schema
+from circuitvision.circuits.names import NodeName, format_id, head_id, parse_id
+from circuitvision.errors import InputError
+from circuitvision.patching.activation import PatchingResult, activation_patch, check_same_shapes
+from circuitvision.progress import track
+from circuitvision.provenance import describe
+from circuitvision.results import Result
+
+ANSWER = "answer"
+_COPIED = ("model_id", "weights_sha256", "dataset_sha256", "metric", "metric_units", "method", "dtype", "created")
+_MODALITY = {"vision": "image", "vision_2": "image", "action": "action"}
+
+
+@dataclass(frozen=True, eq=False)
+class HeadImportance(Result):
+    """Effects of all heads and connectors, and the edges among the strongest.
+
+    ``values`` are shares of the answer restored (``mode="denoise"``) or destroyed (``"noise"``), ``raw`` the same in
+    units of the metric; axes tower, layer, head, with NaN where a tower has no such head. ``selected`` lists the ids
+    of the heads that edges were measured for, strongest first; ``joint`` is the share that patching all of them at
+    once moves. ``connectors`` maps the id of a connector to its site, effect and share. ``edges`` is a list of
+    ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the output.
+    """
+
+    raw: Tensor = field(default_factory=lambda: torch.zeros(0))
+    selected: list[str] = field(default_factory=list)
+    joint: float = 0.0
+    connectors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    edges: list[dict[str, Any]] = field(default_factory=list)
+    metric_clean: float = 0.0
+    metric_corrupt: float = 0.0
+    mode: str = "denoise"
+    n_examples: int = 0
+    answer_tower: str = ""
+
+    def ranking(self) -> list[tuple[str, float, float]]:
+        """Every head as (id, share, effect in units of the metric), largest absolute effect first."""
+        heads = []
+        for index in torch.isfinite(self.raw).nonzero().tolist():
+            tower, layer, head = (labels[i] for labels, i in zip(self.axes.values(), index, strict=True))
+            heads.append((head_id(tower, layer, head), float(self.values[tuple(index)]), float(self.raw[tuple(index)])))
+        return sorted(heads, key=lambda entry: -abs(entry[2]))
+
+    def to_networkx(self) -> nx.MultiDiGraph:
+        """The graph of schema ``circuitvision.graph/1``, kind ``head_importance``.
+
+        ``score`` is in units of the metric, ``influence`` of a node its share. Heads that were not selected are in
+        it without edges, with ``in_circuit`` false.
+        """
+        origin = self.provenance
+        graph = schema.new_graph(
+            "head_importance",
+            name=f"{origin.get('model_id', '')}|{origin.get('metric', '')}|head importance",
+            towers_json=json.dumps(origin.get("towers", {})),
+            metric_clean=self.metric_clean,
+            metric_corrupt=self.metric_corrupt,
+            sign="patched_minus_corrupt" if self.mode == "denoise" else "patched_minus_clean",
+            intervention="interchange",
+            corruption="paired run",
+            aggregation="mean over examples",
+            n_examples=self.n_examples,
+            seed=-1 if origin.get("seed") is None else origin["seed"],
+            code_version=str(origin.get("versions", {}).get("circuitvision", "")),
+            **{key: str(origin.get(key, "")) for key in _COPIED},
+        )
+        for name, share, effect in self.ranking():
+            node = parse_id(name)
+            schema.add_node(
+                graph,
+                node,
+                label=f"{node.tower} L{node.layer} H{node.head}",
+                score=effect,
+                influence=share,
+                in_circuit=name in self.selected,
+                modality=_MODALITY.get(node.tower, "text"),
+                hook_out=f"{node.tower}.blocks.{node.layer}.attn.hook_z",
+            )
+        for name, entry in self.connectors.items():
+            label = parse_id(name).label
+            given = {
+                "score": entry["effect"],
+                "influence": entry["share"],
+                "hook_out": entry["site"],
+                "modality": "image",
+            }
+            schema.add_node(graph, parse_id(name), label=label, **given)
+        output = NodeName(self.answer_tower, "logits")
+        schema.add_node(graph, output, label=str(origin.get("metric", ANSWER)), modality="none", hook_out="")
+        for edge in self.edges:
+            receiver = format_id(output) if edge["receiver"] == ANSWER else edge["receiver"]
+            schema.add_edge(graph, edge["sender"], receiver, "in", edge["score"], se=edge["se"], n=self.n_examples)
+        schema.rank_edges(graph)
+        return graph
+
+
+def head_importance(
+    model: Any,
+    clean: Mapping[str, Any],
+    corrupt: Mapping[str, Any],
+    metric: Any,
+    *,
+    top_k: int = 4,
+    mode: str = "denoise",
+    towers: Sequence[str] | None = None,
+) -> HeadImportance:
+    """Patch every head of every tower, then split the effects of the strongest by where they go.
+
+    Args:
+        model: the hooked model.
+        clean: inputs whose answer the metric favours.
+        corrupt: inputs of the same shapes whose answer differs.
+        metric: ``metric(logits, inputs) -> [batch]``.
+        top_k: how many heads of each tower get edges; those with the largest absolute effect.
+        mode: ``"denoise"`` or ``"noise"``, see :func:`circuitvision.patching.activation_patch`.
+        towers: which towers; all by default.
+
+    Raises:
+        InputError: no example in which the metric tells the two runs apart, or anything ``activation_patch`` refuses.
+    """
+    check_same_shapes(clean, corrupt)
+    metric = metrics.bind(metric, model)
+    names = list(model.towers) if towers is None else list(towers)
+    patched = {}
+    for tower in names:
+        sites = f"{tower}.blocks.*.attn.hook_z"
+        patched[tower] = activation_patch(model, clean, corrupt, metric, sites=sites, mode=mode)
+    runs = next(iter(patched.values()))
+    if bool(runs.per_example.isnan().all()):
+        raise InputError("The metric hardly differs between the two runs, so no head can restore anything.")
+    values, raw, axes = _stack(patched)
+    selected = _strongest(raw, axes, top_k)
+    base_inputs, source_inputs = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
+    freezer = _Freezer(model, metric, base_inputs, source_inputs, selected, runs)
+    connectors = {}
+    for site in freezer.connectors:
+        effect = freezer.effect([site])
+        share = float((effect / freezer.gap).nanmean())
+        connectors[freezer.ids[site]] = {"site": site, "effect": float(effect.mean()), "share": share}
+    ends = (runs.source, runs.base) if mode == "denoise" else (runs.base, runs.source)
+    return HeadImportance(
+        values=values,
+        axes=axes,
+        provenance=describe(
+            model,
+            method=f"head_importance(mode={mode})",
+            metric=metric,
+            inputs=(clean, corrupt),
+            towers=_sizes(patched),
+        ),
+        raw=raw,
+        selected=[name for name, _ in sorted(selected.items(), key=lambda entry: -abs(entry[1]))],
+        joint=float((freezer.effect(selected) / freezer.gap).nanmean()),
+        connectors=connectors,
+        edges=_edges(freezer, selected),
+        metric_clean=float(ends[0].mean()),
+        metric_corrupt=float(ends[1].mean()),
+        mode=mode,
+        n_examples=len(runs.base),
+        answer_tower=names[-1],
+    )
+
+
+class _Freezer:
+    """Runs the base with some nodes patched to the source and others held at their base values."""
+
+    def __init__(
+        self,
+        model: Any,
+        metric: Any,
+        base_inputs: Mapping[str, Any],
+        source_inputs: Mapping[str, Any],
+        selected: Mapping[str, float],
+        measured: PatchingResult,
+    ) -> None:
+        self.model, self.metric, self.base_inputs, self.base = model, metric, base_inputs, measured.base
+        # Examples in which the two runs hardly differ have no share; one cell of the measurement says which they are.
+        one_cell = measured.per_example.flatten(0, -2)[0]
+        self.gap = (measured.source - measured.base).masked_fill(one_cell.isnan(), float("nan"))
+        self.connectors = connector_sites(model)
+        self.ids = {site: _connector_id(site) for site in self.connectors}
+        sites = sorted({_site(name) for name in selected}) + self.connectors
+        with torch.no_grad():
+            _, self.source_cache = model.run_with_cache(source_inputs, names_filter=sites)
+            _, self.base_cache = model.run_with_cache(self.base_inputs, names_filter=sites)
+
+    def effect(self, patch: Sequence[str] | Mapping[str, Any], freeze: Sequence[str] = ()) -> Tensor:
+        """The change of the metric per example, in its own units."""
+        writes: dict[str, list[tuple[int | None, Tensor]]] = defaultdict(list)
+        for names, cache in ((patch, self.source_cache), (freeze, self.base_cache)):
+            for name in names:
+                site, head = (name, None) if name in self.connectors else (_site(name), parse_id(name).head)
+                writes[site].append((head, cache[site]))
+
+        def hook(tensor: Tensor, hook: Any) -> Tensor:
+            edited = tensor.clone()
+            for head, values in writes[hook.name]:
+                index = (Ellipsis,) if head is None else (slice(None), slice(None), head)
+                edited[index] = values[index].to(tensor)
+            return edited
+
+        with torch.no_grad():
+            logits = self.model.run_with_hooks(self.base_inputs, fwd_hooks=[(site, hook) for site in writes])
+        return metrics.evaluate(self.metric, logits, self.base_inputs).cpu() - self.base
+
+
+def connector_sites(model: Any) -> list[str]:
+    """The outputs of the modules that lead from one tower to another, for example ``projector.hook_out``."""
+    outputs = [name for name in model.sites("**") if name.count(".") == 1 and name.endswith(".hook_out")]
+    return [name for name in outputs if name.split(".")[0] not in model.towers]
+
+
+def _connector_id(site: str) -> str:
+    return format_id(NodeName("connector", "connector", label=site.split(".")[0]))
+
+
+def _edges(freezer: _Freezer, selected: Mapping[str, float]) -> list[dict[str, Any]]:
+    nodes = sorted(selected, key=lambda name: _depth(name, freezer))
+    # Connectors come after every head of the vision towers and before all others.
+    cut = sum(parse_id(name).tower.startswith("vision") for name in nodes)
+    nodes[cut:cut] = freezer.connectors
+    edges = []
+    for number, sender in enumerate(track(nodes, "splitting effects")):
+        before = freezer.effect([sender])
+        frozen: list[str] = []
+        for receiver in nodes[number + 1 :]:
+            # A remaining effect of zero is no reason to stop here: paths of opposite sign may cancel in it.
+            if _same_depth(sender, receiver, freezer):
+                continue
+            frozen.append(receiver)
+            after = freezer.effect([sender], frozen)
+            edges.append(_edge(freezer, sender, receiver, before - after))
+            before = after
+        edges.append(_edge(freezer, sender, ANSWER, before))
+    floor = 1e-7 * float(freezer.gap.abs().nanmean())
+    return [edge for edge in edges if abs(edge["score"]) > floor]
+
+
+def _edge(freezer: _Freezer, sender: str, receiver: str, scores: Tensor) -> dict[str, Any]:
+    spread = float(scores.std() / len(scores) ** 0.5) if len(scores) > 1 else 0.0
+    ends = {"sender": freezer.ids.get(sender, sender), "receiver": freezer.ids.get(receiver, receiver)}
+    return {**ends, "score": float(scores.mean()), "se": spread}
+
+
+def _depth(name: str, freezer: _Freezer) -> tuple[int, int, int]:
+    node = parse_id(name)
+    return list(freezer.model.towers).index(node.tower), node.layer, node.head
+
+
+def _same_depth(sender: str, receiver: str, freezer: _Freezer) -> bool:
+    if sender in freezer.connectors or receiver in freezer.connectors:
+        return False
+    return _depth(sender, freezer)[:2] == _depth(receiver, freezer)[:2]
+
+
+def _site(name: str) -> str:
+    node = parse_id(name)
+    return f"{node.tower}.blocks.{node.layer}.attn.hook_z"
+
+
+def _stack(patched: Mapping[str, PatchingResult]) -> tuple[Tensor, Tensor, dict[str, list[Any]]]:
+    layers = max(len(result.axes["layer"]) for result in patched.values())
+    heads = max(len(result.axes["head"]) for result in patched.values())
+    dtype = next(iter(patched.values())).raw.dtype
+    values = torch.full((len(patched), layers, heads), float("nan"), dtype=dtype)
+    raw = values.clone()
+    for number, result in enumerate(patched.values()):
+        rows, columns = result.values.shape
+        values[number, :rows, :columns] = result.values
+        raw[number, :rows, :columns] = result.raw
+    return values, raw, {"tower": list(patched), "layer": list(range(layers)), "head": list(range(heads))}
+
+
+def _strongest(raw: Tensor, axes: Mapping[str, list[Any]], top_k: int) -> dict[str, float]:
+    """Id and effect of the ``top_k`` heads of each tower with the largest absolute effect that is not zero."""
+    chosen: dict[str, float] = {}
+    for number, tower in enumerate(axes["tower"]):
+        flat = raw[number].flatten()
+        for index in flat.abs().nan_to_num(0.0).argsort(descending=True, stable=True)[:top_k].tolist():
+            effect = float(flat[index])
+            if effect == effect and effect != 0.0:
+                layer, head = divmod(index, raw.shape[2])
+                chosen[head_id(tower, layer, head)] = effect
+    return chosen
+
+
+def _sizes(patched: Mapping[str, PatchingResult]) -> dict[str, dict[str, int]]:
+    return {name: {"n_layers": len(r.axes["layer"]), "n_heads": len(r.axes["head"])} for name, r in patched.items()}

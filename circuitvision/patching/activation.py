@@ -1,0 +1,259 @@
+"""Activation patching: which part of one run, put into another, moves the answer.
+
+Two runs of the same shape, *clean* and *corrupt*, differ in one thing. One run is the *base*; for every cell of the
+requested axes one piece of it takes the value it had in the other run, the *source*, and the metric is read again:
+
+    ``effect = (metric(patched) - metric(base)) / (metric(source) - metric(base))``
+
+``mode="denoise"`` patches clean values into the corrupt run: 1 restores the clean answer, 0 does nothing (is this
+piece *sufficient*?). ``mode="noise"`` patches corrupt values into the clean run: 1 destroys it completely (is it
+*necessary*?). Effects may be negative or exceed 1, and they do not add up where pieces back each other up. Where
+base and source hardly differ in the metric the ratio means nothing: such examples are NaN, announced by a warning,
+and left out of the mean.
+
+This is the plain loop, one forward pass per cell. Not covered: several sites in one batch, and runs of different
+lengths.
+
+Reference: Wang et al. 2022 (arXiv 2211.00593); Zhang and Nanda 2023 (arXiv 2309.16042) on the two modes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision import metrics
+from circuitvision.errors import InputError
+from circuitvision.progress import track
+from circuitvision.provenance import describe
+from circuitvision.results import Result
+
+Hook = Callable[[Tensor, Any], Tensor | None]
+_BLOCK_SITE = re.compile(r"(?P<tower>\w+)\.blocks\.(?P<layer>\d+)\.(?P<leaf>.+)")
+_SCORE_SITES = ("attn.hook_attn_scores", "attn.hook_pattern")
+_HEADLESS = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "hook_mlp_in",
+    "mlp.",
+    "ln",
+)
+_AXES = ("tower", "layer", "site", "head", "position")
+
+
+@dataclass(frozen=True, eq=False)
+class PatchingResult(Result):
+    """Effects of patching, averaged over the examples that have one.
+
+    ``values`` are normalised effects (see the module), ``raw`` the change of the metric in its own units, both with
+    the same axes; ``per_example`` has a last dimension for the examples. ``base`` and ``source`` are the metric of
+    the two runs, per example. Cells that do not exist (a tower with fewer layers or heads than another) are NaN in
+    all of them.
+    """
+
+    raw: Tensor = field(default_factory=lambda: torch.zeros(0))
+    per_example: Tensor = field(default_factory=lambda: torch.zeros(0))
+    base: Tensor = field(default_factory=lambda: torch.zeros(0))
+    source: Tensor = field(default_factory=lambda: torch.zeros(0))
+    mode: str = "denoise"
+    site: str = ""
+
+    def top(self, count: int = 10) -> list[tuple[dict[str, Any], float]]:
+        """The cells with the largest absolute effect, as (labels, effect), strongest first."""
+        flat = self.values.flatten().nan_to_num(0.0)
+        order = flat.abs().argsort(descending=True, stable=True)[:count].tolist()
+        cells = [dict(zip(self.axes, labels, strict=True)) for labels in itertools.product(*self.axes.values())]
+        return [(cells[index], float(flat[index])) for index in order]
+
+
+def activation_patch(
+    model: Any,
+    clean: Mapping[str, Any],
+    corrupt: Mapping[str, Any],
+    metric: Any,
+    *,
+    sites: str | Sequence[str],
+    axes: Sequence[str] = ("layer", "head"),
+    mode: str = "denoise",
+    min_gap: float | None = None,
+) -> PatchingResult:
+    """Patch every cell of ``axes`` of the matching sites, one at a time, and measure how much of the answer follows.
+
+    Args:
+        model: the hooked model.
+        clean: inputs whose answer the metric favours.
+        corrupt: inputs of the same shapes whose answer differs.
+        metric: ``metric(logits, inputs) -> [batch]``, see :mod:`circuitvision.metrics`.
+        sites: a glob or names, for example ``"vision.blocks.*.attn.hook_z"``; one kind of site at a time.
+        axes: ``"layer"`` (or ``"site"`` for sites outside blocks), then ``"head"`` and ``"position"`` as wanted.
+        What is not an axis is
+            patched whole: ``("layer", "head")`` patches all positions of one head. Sites of several towers add the
+            axis ``"tower"``.
+        mode: ``"denoise"`` or ``"noise"``.
+        min_gap: the smallest ``|metric(source) - metric(base)|`` that an effect is computed for, in units of the
+        metric; by default a
+            ten-thousandth of their size.
+
+    Raises:
+        InputError: inputs of different shapes, axes the site does not have, several kinds of site, an unknown mode.
+        UnknownSiteError: ``sites`` matches nothing.
+    """
+    if mode not in ("denoise", "noise"):
+        raise InputError(
+            f"Unknown mode {mode!r}; choose 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)."
+        )
+    names = matching_sites(model, sites)
+    _check_axes(names, axes)
+    check_same_shapes(clean, corrupt)
+    metric = metrics.bind(metric, model)
+    base_inputs, source_inputs = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
+    with torch.no_grad():
+        source_logits, cache = model.run_with_cache(source_inputs, names_filter=names)
+        base = metrics.evaluate(metric, model(base_inputs), base_inputs)
+        source = metrics.evaluate(metric, source_logits, source_inputs)
+        labels, cells = _plan(names, axes, {name: cache[name] for name in names})
+        shape = [len(values) for values in labels.values()]
+        raw = torch.full((*shape, len(base)), float("nan"), dtype=base.dtype)
+        for index, name, head, position in track(cells, f"patching {_kind(names)}"):
+            hook = _patch_hook(name, cache[name], head, position)
+            logits = model.run_with_hooks(base_inputs, fwd_hooks=[(name, hook)])
+            raw[index] = (metrics.evaluate(metric, logits, base_inputs) - base).cpu()
+    per_example = raw / usable_gap(source - base, base, source, min_gap).cpu()
+    return PatchingResult(
+        values=per_example.nanmean(-1),
+        axes=labels,
+        provenance=describe(
+            model, method=f"activation_patch(mode={mode})", metric=metric, inputs=(clean, corrupt), sites=_kind(names)
+        ),
+        raw=raw.mean(-1),
+        per_example=per_example,
+        base=base.cpu(),
+        source=source.cpu(),
+        mode=mode,
+        site=_kind(names),
+    )
+
+
+def matching_sites(model: Any, sites: str | Sequence[str]) -> list[str]:
+    """The names that a glob, or a list of names and globs, stands for, in the model's order and each once."""
+    patterns = [sites] if isinstance(sites, str) else list(sites)
+    if not patterns:
+        raise InputError("No site was named; give a glob such as 'vision.blocks.*.attn.hook_z'.")
+    return list(dict.fromkeys(name for pattern in patterns for name in model.sites(pattern)))
+
+
+def check_same_shapes(clean: Mapping[str, Any], corrupt: Mapping[str, Any]) -> None:
+    """Raise InputError unless two input mappings have the same tensors of the same shapes."""
+    for name in sorted({*clean, *corrupt}):
+        first, second = clean.get(name), corrupt.get(name)
+        if isinstance(first, Tensor) != isinstance(second, Tensor):
+            raise InputError(f"Only one of the two inputs has {name!r}; make both in the same way.")
+        if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape != second.shape:
+            raise InputError(
+                f"{name} is {tuple(first.shape)} in the clean inputs and {tuple(second.shape)} in the corrupt ones. "
+                "Patching puts values of one run into the other: use prompts of equal token length and images of equal size."
+            )
+
+
+def usable_gap(
+    gap: Float[Tensor, " batch"], base: Tensor, source: Tensor, min_gap: float | None
+) -> Float[Tensor, " batch"]:
+    """The denominators of the effect, NaN where the two runs hardly differ (with a warning that says how many)."""
+    floor = (base.abs() + source.abs()) * 1e-4 if min_gap is None else torch.full_like(gap, min_gap)
+    usable = (gap.abs() > floor) & gap.isfinite()
+    if not bool(usable.all()):
+        warnings.warn(
+            f"In {int((~usable).sum())} of {len(gap)} examples the metric hardly differs between the two runs, so "
+            "their normalised effect is NaN. Choose a pair whose answers differ.",
+            stacklevel=3,
+        )
+    return torch.where(usable, gap, torch.full_like(gap, float("nan")))
+
+
+def _kind(names: Sequence[str]) -> str:
+    """What the sites have in common: ``attn.hook_z`` of several blocks, or the one name."""
+    leaves = {match["leaf"] if (match := _BLOCK_SITE.fullmatch(name)) else name for name in names}
+    return ", ".join(sorted(leaves))
+
+
+def _check_axes(names: Sequence[str], axes: Sequence[str]) -> None:
+    unknown = [axis for axis in axes if axis not in _AXES[1:]]
+    if unknown or len(set(axes)) != len(axes) or ("layer" in axes) == ("site" in axes):
+        raise InputError(
+            f"axes {tuple(axes)} are not understood: 'layer' or 'site', then 'head' and 'position' as wanted."
+        )
+    blocks = [match for name in names if (match := _BLOCK_SITE.fullmatch(name))]
+    if "layer" in axes and (len(blocks) != len(names) or len({match["leaf"] for match in blocks}) > 1):
+        raise InputError(
+            f"The axis 'layer' needs one kind of site inside blocks; found {_kind(names)}. Use the axis 'site'."
+        )
+    if "head" in axes:
+        headless = [name for name in names if not _has_heads(name)]
+        if headless:
+            raise InputError(f"{headless[0]} has no heads; leave 'head' out of axes.")
+
+
+def _has_heads(name: str) -> bool:
+    match = _BLOCK_SITE.fullmatch(name)
+    return match is not None and not match["leaf"].startswith(_HEADLESS)
+
+
+def _dimension(name: str, axis: str) -> int:
+    swapped = name.endswith(_SCORE_SITES)
+    return {"head": 1 if swapped else 2, "position": 2 if swapped else 1}[axis]
+
+
+def _plan(
+    names: Sequence[str], axes: Sequence[str], source: Mapping[str, Tensor]
+) -> tuple[dict[str, list[Any]], list[tuple[tuple[int, ...], str, int | None, int | None]]]:
+    """The labels of every axis, and for each existing cell (index, site, head or None, position or None)."""
+    parsed = {name: _BLOCK_SITE.fullmatch(name) for name in names}
+    towers = list(dict.fromkeys(match["tower"] for match in parsed.values() if match))
+    labels: dict[str, list[Any]] = {}
+    if "layer" in axes and len(towers) > 1:
+        labels["tower"] = towers
+    for axis in axes:
+        if axis == "layer":
+            labels["layer"] = sorted({int(match["layer"]) for match in parsed.values() if match})
+        elif axis == "site":
+            labels["site"] = list(names)
+        else:
+            labels[axis] = list(range(max(source[name].shape[_dimension(name, axis)] for name in names)))
+    cells = []
+    for name in names:
+        counts = {axis: source[name].shape[_dimension(name, axis)] for axis in ("head", "position") if axis in axes}
+        match = parsed[name]
+        for chosen in itertools.product(*(range(count) for count in counts.values())):
+            where: dict[str, Any] = {**dict(zip(counts, chosen, strict=True)), "site": name}
+            if match:
+                where |= {"tower": match["tower"], "layer": int(match["layer"])}
+            index = tuple(labels[axis].index(where[axis]) for axis in labels)
+            cells.append((index, name, where.get("head"), where.get("position")))
+    return labels, cells
+
+
+def _patch_hook(name: str, source: Tensor, head: int | None, position: int | None) -> Hook:
+    where: list[Any] = [slice(None)] * source.ndim
+    if head is not None:
+        where[_dimension(name, "head")] = head
+    if position is not None:
+        where[_dimension(name, "position")] = position
+    index = tuple(where)
+
+    def hook(tensor: Tensor, hook: Any) -> Tensor:
+        patched = tensor.clone()
+        patched[index] = source[index].to(tensor)
+        return patched
+
+    return hook

@@ -1,0 +1,105 @@
+"""Activation patching: effects known in closed form on an additive model, and requests that cannot be meant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from circuitvision.errors import InputError
+from circuitvision.metrics import logit_diff
+from circuitvision.patching import PatchingResult, activation_patch
+from tests.toy_model import ToyModel
+
+VISION = torch.tensor([[1.0, 2.0, 0.0], [3.0, -1.0, 5.0]], dtype=torch.float64)
+LANGUAGE = torch.tensor([[0.25, 0.0]], dtype=torch.float64)
+CLEAN = {"picture": torch.tensor([2.0, 4.0], dtype=torch.float64)}
+CORRUPT = {"picture": torch.tensor([-1.0, 1.0], dtype=torch.float64)}
+METRIC = logit_diff(0, 1)
+
+
+def model() -> ToyModel:
+    return ToyModel(VISION, LANGUAGE)
+
+
+@pytest.mark.parametrize("mode", ["denoise", "noise"])
+def test_effects_of_an_additive_model_are_the_shares_of_its_heads(mode):
+    vision = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z", mode=mode)
+    torch.testing.assert_close(vision.values, VISION / VISION.sum())
+    assert vision.axes == {"layer": [0, 1], "head": [0, 1, 2]}
+    language = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="language.blocks.*.attn.hook_z", mode=mode)
+    torch.testing.assert_close(language.values, LANGUAGE / 0.75)
+
+
+def test_raw_effects_are_in_units_of_the_metric():
+    result = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z")
+    torch.testing.assert_close(result.raw, VISION * 0.75 * 3.0)  # picture differs by 3 in both examples
+    torch.testing.assert_close(result.source - result.base, torch.full((2,), 22.5, dtype=torch.float64))
+    assert result.top(2)[0] == ({"layer": 1, "head": 2}, pytest.approx(0.5))
+
+
+def test_whole_layers_and_sites_outside_blocks():
+    whole = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z", axes=("layer",))
+    torch.testing.assert_close(whole.values, VISION.sum(1) / VISION.sum())
+    bridge = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="projector.hook_out", axes=("site",))
+    assert bridge.values.tolist() == [1.0]
+    assert bridge.axes == {"site": ["projector.hook_out"]}
+    positions = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="projector.hook_out", axes=("site", "position"))
+    assert positions.values.tolist() == [[1.0]]
+
+
+def test_several_towers_share_one_result_with_holes():
+    both = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="*.blocks.*.attn.hook_z")
+    assert both.axes == {"tower": ["vision", "language"], "layer": [0, 1], "head": [0, 1, 2]}
+    torch.testing.assert_close(both.values[0], VISION / VISION.sum())
+    assert both.values[1].isnan().tolist() == [[False, False, True], [True, True, True]]
+
+
+def test_a_run_patched_into_itself_changes_nothing_and_is_degenerate():
+    with pytest.warns(UserWarning, match="2 of 2 examples"):
+        result = activation_patch(model(), CLEAN, CLEAN, METRIC, sites="vision.blocks.*.attn.hook_z")
+    assert result.values.isnan().all()
+    assert (result.raw == 0).all()
+
+
+def test_degenerate_examples_are_left_out_of_the_mean():
+    half = {"picture": torch.tensor([2.0, 1.0], dtype=torch.float64)}
+    with pytest.warns(UserWarning, match="1 of 2"):
+        result = activation_patch(model(), half, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z")
+    torch.testing.assert_close(result.values, VISION / VISION.sum())
+    assert result.per_example[..., 1].isnan().all()
+
+
+def test_one_run_per_cell_and_no_more():
+    toy = model()
+    activation_patch(toy, CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z")
+    assert toy.runs == 6 + 2
+
+
+def test_results_survive_a_file(tmp_path):
+    result = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z")
+    again = PatchingResult.load(result.save(tmp_path / "p.npz"))
+    assert torch.equal(again.per_example, result.per_example)
+    assert (again.mode, again.site) == ("denoise", "attn.hook_z")
+    assert again.provenance["dataset_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "both"}, "mode"),
+        ({"axes": ("head",)}, "axes"),
+        ({"axes": ("layer", "layer")}, "axes"),
+        ({"axes": ("layer", "neuron")}, "axes"),
+        ({"sites": "projector.hook_out"}, "'site'"),
+        ({"sites": "projector.hook_out", "axes": ("site", "head")}, "no heads"),
+        ({"sites": []}, "No site"),
+        ({"corrupt": {"picture": torch.zeros(3)}}, "equal"),
+        ({"corrupt": {"image": torch.zeros(2)}}, "Only one"),
+    ],
+)
+def test_meaningless_requests_are_refused_before_anything_runs(options, message):
+    toy = model()
+    arguments = {"clean": CLEAN, "corrupt": CORRUPT, "sites": "vision.blocks.*.attn.hook_z", **options}
+    with pytest.raises(InputError, match=message):
+        activation_patch(toy, metric=METRIC, **arguments)
+    assert toy.runs == 0
