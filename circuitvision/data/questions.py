@@ -18,6 +18,7 @@ from circuitvision.data.scenes import (
     BLOB,
     COLORS,
     SHAPES,
+    SIZES,
     TEST_PAIRS,
     TRAIN_PAIRS,
     UNNAMED,
@@ -26,6 +27,7 @@ from circuitvision.data.scenes import (
     Scene,
     SceneObject,
     minimal_pair,
+    recolor,
     sample_scene,
 )
 from circuitvision.errors import InputError, nearest
@@ -199,4 +201,46 @@ def _about(thing: SceneObject, name: str, kinds: Sequence[str]) -> list[Question
         found.append(Question("side", f"is the {name} left or right ?", thing.side, thing))
     if "height" in kinds:
         found.append(Question("height", f"is the {name} top or bottom ?", thing.height, thing))
+    return found
+
+
+def largest(scene: Scene) -> SceneObject | None:
+    """The one object that is larger than every other, or None when two share the largest size.
+
+    Size is extent, not area: a medium triangle is larger than a small square, and every large shape extends further than every medium one.
+    """
+    extents = [SIZES[thing.size] for thing in scene.objects]
+    biggest = max(extents, default=0)
+    found = [thing for thing, extent in zip(scene.objects, extents, strict=True) if extent == biggest]
+    return found[0] if len(found) == 1 else None
+
+
+def sample_largest(
+    count: int,
+    rng: np.random.Generator | int,
+    *,
+    subjects: Sequence[Pair] = TEST_PAIRS,
+    distractors: Sequence[Pair] = TRAIN_PAIRS,
+    unnamed: float = 0.0,
+    blobs: float = 0.0,
+) -> list[tuple[Scene, str]]:
+    """Draw scenes of two to four objects of three sizes, one of them the largest, with that object's shape as the label.
+
+    Args:
+        subjects: the pairs the largest object may have, equally often (the held-out ones if not given).
+        distractors: the pairs of the smaller objects.
+        unnamed: probability of an object, the largest included, to get a colour without a name.
+        blobs: probability of a smaller object to be a blob.
+    """
+    rng = np.random.default_rng(rng)
+    found: list[tuple[Scene, str]] = []
+    while len(found) < count:
+        subject = subjects[int(rng.integers(len(subjects)))]
+        scene = sample_scene(rng, count=(2, 4), pairs=distractors, subject=subject, sizes=tuple(SIZES), blobs=blobs)
+        winner = largest(scene)
+        if winner is None or winner.pair != subject:
+            continue
+        if unnamed:
+            scene = Scene(tuple(recolor(thing, rng) if rng.random() < unnamed else thing for thing in scene.objects))
+        found.append((scene, subject[1]))
     return found

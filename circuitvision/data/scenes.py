@@ -307,6 +307,11 @@ def minimal_pair(
     return MinimalPair(scene, Scene((*others, after)), attribute, before, after)
 
 
+def recolor(thing: SceneObject, rng: np.random.Generator) -> SceneObject:
+    """The same object in a random colour without a name."""
+    return replace(thing, color=UNNAMED, paint=_unnamed_paint(rng))
+
+
 def _check_name(kind: str, name: str, known: Iterable[str]) -> None:
     known = list(known)
     if name not in known:
@@ -364,7 +369,7 @@ def shape_template(shape: str, size: str) -> tuple[Bool[np.ndarray, "cell cell"]
     down, across = np.meshgrid(axis, axis, indexing="ij")
     bodies = {
         "circle": across**2 + down**2 <= 1,
-        "square": np.maximum(abs(across), abs(down)) <= 0.9,
+        "square": np.maximum(abs(across), abs(down)) <= 0.92,
         "triangle": abs(across) <= (down + 1) / 2 + 0.02,
         "diamond": abs(across) + abs(down) <= 1.02,
         "cross": np.minimum(abs(across), abs(down)) <= (0.4 if extent > 12 else 0.3),

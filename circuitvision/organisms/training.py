@@ -33,7 +33,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a training run. ``initial`` is the standard deviation of every weight matrix at the start."""
+    """The numbers of a training run. ``initial`` is the standard deviation that weight matrices start with."""
 
     steps: int
     batch: int
@@ -90,6 +90,21 @@ def fit(
     return (time.monotonic() - started) / 60
 
 
+@torch.no_grad()
+def initialise(model: torch.nn.Module, deviation: float) -> None:
+    """Draw every matrix (and embedding vector of a token) anew from a normal distribution; biases to 0, norms to 1."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.weight.fill_(1.0)
+            module.bias.zero_()
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias":
+                parameter.zero_()
+            elif parameter.numel() > 1:
+                parameter.normal_(0.0, deviation)
+
+
 @contextmanager
 def reproducible(seed: int) -> Iterator[np.random.Generator]:
     """Seed torch for the length of a block, then give its generator back; yields a numpy generator for the data."""
@@ -116,7 +131,9 @@ def word_tokenizer(words: Sequence[str], *, image_token: bool = False, wrap: boo
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from tokenizers.processors import TemplateProcessing
 
-    special = [PAD, BOS, EOS, UNK] + ([IMAGE] if image_token else [])
+    # CLIPModel treats an end token with id 2 as a sign of an old checkpoint and reads the text at its highest id instead.
+    special = [PAD, BOS, UNK, EOS] if wrap else [PAD, BOS, EOS, UNK]
+    special += [IMAGE] if image_token else []
     ids = {word: index for index, word in enumerate([*special, *words])}
     inner = Tokenizer(WordLevel(ids, unk_token=UNK))
     inner.pre_tokenizer = WhitespaceSplit()
@@ -143,6 +160,8 @@ def write_folder(folder: Path, *parts: object) -> None:
         for part in parts:
             part.save_pretrained(temporary)  # type: ignore[attr-defined]
         temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         if folder.exists():
             for kept in folder.iterdir():
                 if kept.name in ("README.md", "card.json"):

@@ -1,0 +1,195 @@
+"""shapes-clip: a small CLIP that tells which caption describes a scene of two objects.
+
+``CLIPModel`` with a vision tower of three layers and a text tower of two. A caption names colour and shape of both objects and how they
+stand to each other. The contrastive loss sees, besides the other captions of the batch, wrong captions made from each true one by changing
+one colour, one shape, the relation, or by exchanging the colours. Captions of the batch that happen to be true of another picture are
+left out of that picture's loss.
+
+No training caption, wrong ones included, names a held-out pair: otherwise held-out pairs would be learnt as never true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import AutoProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+from circuitvision.data.captions import (
+    NEGATIVE_KINDS,
+    Caption,
+    Retrieval,
+    fullest_captions,
+    negative,
+    sample_retrievals,
+    true_captions,
+    vocabulary,
+)
+from circuitvision.data.scenes import CELL, IMAGE_SIZE, TEST_PAIRS, TRAIN_PAIRS, VALIDATION_PAIRS, Pair, Scene, sample_scene
+from circuitvision.organisms.training import (
+    MEAN,
+    STD,
+    Recipe,
+    fit,
+    initialise,
+    pixel_values,
+    report,
+    reproducible,
+    word_tokenizer,
+    write_folder,
+)
+
+RECIPE = Recipe(steps=4000, batch=64)
+NEGATIVES_PER_IMAGE = 3
+UNNAMED_RATE = BLOB_RATE = 0.2
+FIRST_SCALE = 2.0
+
+
+def build() -> tuple[CLIPModel, CLIPProcessor]:
+    """An untrained model and its processor."""
+    tokenizer = word_tokenizer(vocabulary(), wrap=True)
+    shared = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "projection_dim": 64}
+    config = CLIPConfig(
+        text_config={
+            **shared,
+            "num_hidden_layers": 2,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 16,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={**shared, "num_hidden_layers": 3, "image_size": IMAGE_SIZE, "patch_size": CELL},
+        projection_dim=64,
+    )
+    model = CLIPModel(config)
+    initialise(model, RECIPE.initial)
+    with torch.no_grad():
+        model.logit_scale.fill_(FIRST_SCALE)
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        image_mean=list(MEAN),
+        image_std=list(STD),
+    )
+    return model, CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+class Stream:
+    """An endless stream of training batches: scenes, true captions, and wrong captions that are nearly true."""
+
+    def __init__(self, rng: np.random.Generator, processor: CLIPProcessor) -> None:
+        self.rng = rng
+        self.tokenizer = processor.tokenizer
+
+    def batch(self, size: int) -> tuple[dict[str, Tensor], Bool[Tensor, "image text"]]:
+        """Inputs for ``model.forward`` (the first ``size`` texts are the true captions, in order) and which other texts are true too."""
+        scenes = [self.scene() for _ in range(size)]
+        truths = [true_captions(scene) for scene in scenes]
+        captions = [self._pick(fullest_captions(scene)) for scene in scenes]
+        wrong = [made for caption in captions for made in self._wrong(caption)]
+        texts = [str(caption) for caption in (*captions, *wrong)]
+        also_true = torch.zeros(size, len(texts), dtype=torch.bool)
+        for row, truth in enumerate(truths):
+            known = {str(caption) for caption in truth}
+            also_true[row] = torch.tensor([text in known for text in texts])
+            also_true[row, row] = False
+        inputs = dict(self.tokenizer(texts, padding=True, return_tensors="pt"))
+        inputs["pixel_values"] = pixel_values(scenes)
+        return inputs, also_true
+
+    def scene(self) -> Scene:
+        """One training picture of two objects; no held-out pair occurs in it in any role."""
+        return sample_scene(self.rng, count=2, pairs=TRAIN_PAIRS, unnamed=UNNAMED_RATE, blobs=BLOB_RATE)
+
+    def _pick(self, options: list[Caption]) -> Caption:
+        return options[int(self.rng.integers(len(options)))]
+
+    def _wrong(self, caption: Caption) -> list[Caption]:
+        kinds = self.rng.permutation(len(NEGATIVE_KINDS))[:NEGATIVES_PER_IMAGE]
+        made = [negative(caption, NEGATIVE_KINDS[kind], self.rng, TRAIN_PAIRS) for kind in kinds]
+        return [wrong for wrong in made if wrong is not None]
+
+
+def contrastive_loss(
+    logits: Float[Tensor, "image text"], also_true: Bool[Tensor, "image text"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy of each picture over all texts and of each true caption over all pictures, other true matches left out."""
+    size = logits.shape[0]
+    logits = logits.masked_fill(also_true, float("-inf"))
+    target = torch.arange(size)
+    by_image = torch.nn.functional.cross_entropy(logits, target)
+    by_text = torch.nn.functional.cross_entropy(logits[:, :size].T, target)
+    return (by_image + by_text) / 2
+
+
+def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool = True) -> dict[str, Any]:
+    """Train one model from scratch, write it to ``out_dir``, and return its scores (see :func:`evaluate`) and the minutes taken."""
+    with reproducible(seed) as rng:
+        model, processor = build()
+        stream = Stream(rng, processor)
+
+        def loss() -> Float[Tensor, ""]:
+            inputs, also_true = stream.batch(RECIPE.batch)
+            return contrastive_loss(model(**inputs).logits_per_image, also_true)
+
+        watched = sample_retrievals(300, seed + 2_000_003, subjects=VALIDATION_PAIRS, with_subject=3)
+        minutes = fit(
+            model,
+            loss,
+            RECIPE,
+            steps=steps,
+            progress=progress,
+            label=f"shapes-clip seed {seed}",
+            check=lambda: float(retrieved_right(model, processor, watched).mean()),
+        )
+    write_folder(Path(out_dir), model, processor)
+    scores = {"seed": seed, "minutes": round(minutes, 2), **evaluate(Path(out_dir))}
+    if progress:
+        report("shapes-clip", scores)
+    return scores
+
+
+def evaluate(folder: Path, *, count: int = 2500, seed: int = 1_000_003) -> dict[str, Any]:
+    """Score the model in ``folder``: the share of new scenes for which the true caption of 16 distinct ones has the highest logit.
+
+    Eight of the wrong captions differ from the true one in one word, in the relation, or in exchanged colours. ``held_out`` scenes hold an
+    object of the five test pairs (and their captions name at least four of these pairs), ``validation`` scenes one of the three validation
+    pairs (the score that chooses between seeds), ``trained`` scenes trained pairs only.
+    """
+    model = CLIPModel.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    scores: dict[str, Any] = {}
+    groups: list[tuple[str, Sequence[Pair], int, int]] = [
+        ("held_out", TEST_PAIRS, seed, 4),
+        ("validation", VALIDATION_PAIRS, seed + 1, 3),
+        ("trained", TRAIN_PAIRS, seed + 2, 4),
+    ]
+    for group, subjects, stream, with_subject in groups:
+        drawn = sample_retrievals(count, stream, subjects=subjects, with_subject=with_subject)
+        scores[group] = round(float(retrieved_right(model, processor, drawn).mean()), 5)
+        scores[f"{group}_answers"] = count
+    return scores
+
+
+@torch.no_grad()
+def retrieved_right(
+    model: CLIPModel, processor: CLIPProcessor, drawn: Sequence[Retrieval], batch: int = 50
+) -> Bool[np.ndarray, "scene"]:
+    """For every scene whether the caption with the highest logit is the true one."""
+    found = []
+    for start in range(0, len(drawn), batch):
+        part = drawn[start : start + batch]
+        texts = sorted({caption for one in part for caption in one.captions})
+        column = {text: index for index, text in enumerate(texts)}
+        inputs = processor(images=[one.scene.image for one in part], text=texts, padding=True, return_tensors="pt")
+        logits = model(**inputs).logits_per_image
+        for row, one in enumerate(part):
+            choices = logits[row, [column[caption] for caption in one.captions]]
+            found.append(int(choices.argmax()) == one.answer)
+    return np.array(found)
