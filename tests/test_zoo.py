@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tests import zoo
 from tests.zoo import Case, parametrize, primary, shared_model
 from tests.zoo.anyres import SIZES, patch_grid
+from tests.zoo.expected import SHAPES
 from tests.zoo.text import FIRST_WORD, IMAGE, SPECIAL, WORDS, pad_rows, tokenizer, vocabulary
 
 
@@ -102,6 +103,48 @@ def test_every_parameter_matters_except_the_declared_ones(case: Case, fresh_mode
             assert influence < 1e-10, f"{name} is declared unused but has gradient {influence}"
         else:
             assert influence > 1e-3, f"{name} has gradient {influence}"
+
+
+TOWER_PATHS = {"text": "text_model", "language": "language_model", "action": "model.dit"}
+
+
+@parametrize()
+def test_expected_shapes_are_those_of_the_weights(case: Case) -> None:
+    expected = SHAPES[case.name]
+    assert tuple(expected) == case.towers
+    model = shared_model(case.name)
+    for tower, shape in expected.items():
+        others = [path for name, path in TOWER_PATHS.items() if name != tower]
+        modules = {
+            path: module
+            for path, module in model.named_modules()
+            if TOWER_PATHS.get(tower, "") in path and not (tower == "vision" and any(other in path for other in others))
+        }
+        queries = [module for path, module in modules.items() if path.endswith("q_proj")]
+        keys = [module for path, module in modules.items() if path.endswith("k_proj")]
+        outs = [module for path, module in modules.items() if path.endswith(("mlp.fc2", "mlp.down_proj"))]
+        outs = outs[: shape.n_layers]
+        assert len(queries) == len(keys) == len(outs) == shape.n_layers
+        for query, key, out in zip(queries, keys, outs, strict=True):
+            assert (query.in_features, query.out_features) == (shape.d_model, shape.n_heads * shape.d_head)
+            assert key.out_features == shape.n_kv_heads * shape.d_head
+            assert (out.in_features, out.out_features) == (shape.d_mlp, shape.d_model)
+
+
+@parametrize()
+def test_expected_positions_are_those_of_the_vision_tower(case: Case) -> None:
+    shape, model = SHAPES[case.name]["vision"], shared_model(case.name)
+    if shape.grid is None:
+        assert "packed_patches" in case.tags
+        return
+    seen: list[Tensor] = []
+    queries = [module for path, module in model.named_modules() if path.endswith("q_proj") and "dit" not in path]
+    towers = [module for module in queries if module.in_features == shape.d_model]
+    handles = [module.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for module in towers]
+    run(model, case.inputs(model, batch=1))
+    for handle in handles:
+        handle.remove()
+    assert seen[0].shape[1] == shape.n_prefix + shape.grid[0] * shape.grid[1]
 
 
 @parametrize()
@@ -255,6 +298,8 @@ def test_processor_reloads(case: Case, folder_of: Callable[[Case], Path]) -> Non
     if case.processor is None:
         pytest.skip("no processor can say an image token outside the vocabulary")
     how = RELOADS_WITH.get(case.name, "AutoProcessor")
+    if case.family == "pi0" and transformers.__version__.startswith("5.20."):
+        pytest.skip("this version does not save the statistics of states and actions")
     folder, processor = folder_of(case), case.processor()
     if how == "fails":
         with pytest.raises((OSError, ImportError)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -202,7 +203,7 @@ for _name, _language in (("llava-next-mistral", mistral()), ("llava-next-llama",
         _name,
         "llava_next",
         transformers.LlavaNextForConditionalGeneration,
-        lambda: next_processor(CLIP_TOWER),
+        partial(next_processor, CLIP_TOWER),
         {"class_token", "rectangular"},
         nested=False,
         vision_config=dict(CLIP_TOWER),
@@ -227,7 +228,7 @@ for _name, _aspect, _tags in (
         _name,
         "llava_onevision",
         transformers.LlavaOnevisionForConditionalGeneration,
-        lambda aspect=_aspect: onevision_processor(SIGLIP_TOWER, aspect),
+        partial(onevision_processor, SIGLIP_TOWER, _aspect),
         {"no_class_token", "full_features"} | _tags,
         nested=True,
         vision_aspect_ratio=_aspect,

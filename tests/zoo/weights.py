@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ def generator_for(*parts: str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32("/".join(parts).encode()))
 
 
-def _mean_and_std(model: nn.Module, module: nn.Module, name: str, parameter: Tensor) -> tuple[float, float]:
+def _mean_and_std(model: Any, module: nn.Module, name: str, parameter: Tensor) -> tuple[float, float]:
     if name in BARE:
         return BARE[name]
     if isinstance(module, nn.Embedding):
