@@ -1,1 +1,45 @@
-"""Mechanistic circuit analysis of vision, vision-language and vision-language-action models."""
+"""Mechanistic circuit analysis of vision, vision-language and vision-language-action models.
+
+``import circuitvision as cv`` loads nothing heavy: rooms and classes are imported when they are first named.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from circuitvision import circuits, data, metrics, organisms, patching, plots, readout
+    from circuitvision.model import ActivationCache, HookedModel, HookPoint, TokenMap, Tower
+
+__version__ = "0.1.0"
+
+_ROOMS = ("circuits", "cli", "data", "errors", "families", "metrics", "model", "organisms", "patching", "plots", "readout")
+_CLASSES = ("ActivationCache", "HookPoint", "HookedModel", "TokenMap", "Tower")
+
+__all__ = [
+    "ActivationCache",
+    "HookPoint",
+    "HookedModel",
+    "TokenMap",
+    "Tower",
+    "circuits",
+    "data",
+    "metrics",
+    "organisms",
+    "patching",
+    "plots",
+    "readout",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return getattr(importlib.import_module("circuitvision.model"), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"circuitvision.{name}")
+    raise AttributeError(f"module 'circuitvision' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS, *_CLASSES})

@@ -1,0 +1,63 @@
+"""PI0: a PaliGemma prefix that runs once, and an action expert that reads its keys and values at every denoising step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from circuitvision.model.spec import Family, Readout, TowerSpec, register_family
+
+
+def load_processor(name: str) -> Any:
+    """The PI0 processor of a folder, with SigLIP's Pillow image processor: PI0's own needs torchvision, which has no CPU build."""
+    from transformers import AutoConfig, AutoTokenizer, PI0Processor, SiglipImageProcessorPil
+
+    config: Any = AutoConfig.from_pretrained(name)
+    vision = config.vlm_config.vision_config
+    images = SiglipImageProcessorPil.from_pretrained(name)
+    images.image_seq_length = (vision.image_size // vision.patch_size) ** 2
+    path = Path(name) / "processor_config.json"
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    statistics = {key: value for key, value in saved.items() if key not in ("processor_class", "image_processor", "tokenizer", "auto_map")}
+    return PI0Processor(image_processor=images, tokenizer=AutoTokenizer.from_pretrained(name), **statistics)
+
+
+register_family(
+    Family(
+        name="pi0",
+        classes=("PI0ForConditionalGeneration",),
+        output="logits",
+        auto_class="PI0ForConditionalGeneration",
+        projector="model.vlm.multi_modal_projector",
+        image_layout="cameras",
+        image_token=("vlm_config.image_token_id", "vlm_config.image_token_index"),
+        required=("noise", "timestep"),
+        processor=load_processor,
+        suffix_kinds=("state", "action"),
+        towers=(
+            TowerSpec(
+                "vision",
+                root=("model.vlm.vision_tower.vision_model", "model.vlm.vision_tower"),
+                config="vlm_config.vision_config",
+                readout=Readout(finish="projector"),
+            ),
+            TowerSpec(
+                "language",
+                root="model.vlm.language_model",
+                config="vlm_config.text_config",
+                attention="bidirectional",
+                readout=Readout(tied_lens="model.vlm.language_model.embed_tokens", reads=()),
+                feeds_cache_only=True,
+            ),
+            TowerSpec(
+                "action",
+                root="model.dit",
+                config="dit_config",
+                attention="by_mask",
+                embed="embed_action_time",
+                readout=Readout(pool="chunk", head="action_out_proj", reads=("action",)),
+            ),
+        ),
+    )
+)

@@ -1,0 +1,63 @@
+"""SigLIP and SigLIP2: dual encoders with an attention-pooling head, their vision halves, and the mean-pooled classifier."""
+
+from __future__ import annotations
+
+from circuitvision.model.spec import Family, Readout, TowerSpec, register_family
+
+_TEXT = TowerSpec(
+    "text",
+    root="text_model",
+    config="text_config",
+    readout=Readout(pool="last", head="text_model.head", finish="contrast", reads=("last",)),
+)
+
+
+def _vision(root: str, config: str) -> TowerSpec:
+    pool_module = f"{root}.head" if root else "head"
+    finish = "contrast" if root else "none"
+    return TowerSpec(
+        "vision",
+        root=root,
+        config=config,
+        readout=Readout(pool="attention", pool_module=pool_module, finish=finish) if root else Readout(),
+    )
+
+
+for _name, _prefix in (("siglip", "Siglip"), ("siglip2", "Siglip2")):
+    register_family(
+        Family(
+            name=_name,
+            classes=(f"{_prefix}Model",),
+            output="logits_per_image",
+            image_layout="single",
+            text_padding="max_length",
+            towers=(_vision("vision_model", "vision_config"), _TEXT),
+        )
+    )
+    register_family(
+        Family(
+            name=f"{_name}_vision",
+            classes=(f"{_prefix}VisionModel",),
+            output="last_hidden_state",
+            auto_class=f"{_prefix}VisionModel",
+            image_layout="single",
+            towers=(_vision("", ""),),
+        )
+    )
+    register_family(
+        Family(
+            name=f"{_name}_classifier",
+            classes=(f"{_prefix}ForImageClassification",),
+            output="logits",
+            auto_class="AutoModelForImageClassification",
+            image_layout="single",
+            towers=(
+                TowerSpec(
+                    "vision",
+                    root="vision_model",
+                    config="vision_config",
+                    readout=Readout(pool="mean", head="classifier"),
+                ),
+            ),
+        )
+    )

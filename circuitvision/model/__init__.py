@@ -1,0 +1,11 @@
+"""The core: one wrapper, one set of names, one mechanism for reading and writing activations."""
+
+from __future__ import annotations
+
+from circuitvision.model.cache import ActivationCache
+from circuitvision.model.hooked import HookedModel
+from circuitvision.model.hooks import HookPoint
+from circuitvision.model.tokens import TokenMap
+from circuitvision.model.tower import Tower, TowerConfig
+
+__all__ = ["ActivationCache", "HookPoint", "HookedModel", "TokenMap", "Tower", "TowerConfig"]

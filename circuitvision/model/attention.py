@@ -1,0 +1,121 @@
+"""The attention function: how scores, pattern and rotated queries and keys become visible, for one run at a time.
+
+Fused kernels never form scores, so a run that asks for them switches every attention module of the model to the function registered here. It calls
+the *model file's own* ``eager_attention_forward`` and intercepts the one softmax inside it: the softmax's input is the scores (scaled, soft-capped
+and masked, whatever the model does), its output the pattern. Nothing is re-implemented, so such a run equals the model's eager run bit for bit.
+
+The mask half must be registered too: transformers builds no mask at all for a name it does not know. The eager mask is additive.
+
+Keys and values arrive here after they entered the cache; a changed copy would be seen by this call alone. ``hook_rot_k`` is therefore written into
+the tensor it arrives in, which is the cached one. Not covered: caches of a fixed size (own positions are taken to be the last ones).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from circuitvision.errors import HookError
+
+NAME = "circuitvision"
+Fire = Callable[[Tensor], "tuple[Tensor, bool]"]
+Stages = dict[str, Fire]
+"""What to run at each attention-internal site of one module: site name -> fire."""
+
+_ACTIVE: dict[int, Callable[[], Stages]] = {}
+
+
+class _Softmax(TorchFunctionMode):
+    """Runs the score and pattern hooks around the first softmax it sees."""
+
+    def __init__(self, stages: Stages, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stages, self.dtype, self.seen = stages, dtype, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (nn.functional.softmax, torch.softmax, Tensor.softmax):
+            return func(*args, **kwargs)
+        self.seen += 1
+        if self.seen > 1:
+            return func(*args, **kwargs)
+        key = "input" if "input" in kwargs else None
+        scores = kwargs[key] if key else args[0]
+        if "hook_attn_scores" in self.stages:
+            scores, _ = self.stages["hook_attn_scores"](scores)
+        out = func(**{**kwargs, key: scores}) if key else func(scores, *args[1:], **kwargs)
+        if "hook_pattern" in self.stages:
+            out, _ = self.stages["hook_pattern"](out.to(self.dtype))
+        return out
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own eager attention, with the hooks that are active for ``module``."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise HookError(f"{type(module).__name__} has no eager attention of its own, so its scores and pattern cannot be seen.")
+    find = _ACTIVE.get(id(module))
+    stages = find() if find is not None else {}
+    if not stages:
+        return eager(module, query, key, value, attention_mask, **kwargs)
+    query, key = _rotated(query, key, stages)
+    with _Softmax(stages, query.dtype) as mode:
+        out = eager(module, query, key, value, attention_mask, **kwargs)
+    if mode.seen != 1:
+        raise HookError(f"{type(module).__name__} ran {mode.seen} softmaxes in one attention call; exactly one was expected.")
+    return out
+
+
+def _rotated(query: Tensor, key: Tensor, stages: Stages) -> tuple[Tensor, Tensor]:
+    if "hook_rot_q" in stages:
+        value, changed = stages["hook_rot_q"](query.transpose(1, 2))
+        query = value.transpose(1, 2) if changed else query
+    if "hook_rot_k" in stages:
+        own = key[:, :, -query.shape[2] :]
+        value, changed = stages["hook_rot_k"](own.transpose(1, 2))
+        if changed:
+            own.copy_(value.transpose(1, 2))
+    return query, key
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def switched(model: nn.Module, active: dict[int, Callable[[], Stages]]) -> Iterator[None]:
+    """Use :func:`attention` in every attention module of ``model`` inside the block, then restore each config's own implementation."""
+    configs = _configs(model)
+    before = [config._attn_implementation_internal for config in configs]
+    clash = _ACTIVE.keys() & active.keys()
+    if clash:
+        raise HookError("Another wrapper already hooks the attention of this model; use one HookedModel per module.")
+    try:
+        for config in configs:
+            config._attn_implementation_internal = NAME
+        _ACTIVE.update(active)
+        yield
+    finally:
+        for module_id in active:
+            _ACTIVE.pop(module_id, None)
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation

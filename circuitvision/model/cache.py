@@ -1,0 +1,283 @@
+"""The activation cache: what a run's sites held, under their names, with TransformerLens's methods per tower.
+
+Derived sites (one head's share of the output, what one head reads of the stream) are not stored: they are computed when they are read. Runs with
+several passes (``generate``, ``sample_actions``) give every site a leading ``step`` axis, or a list where the lengths differ.
+
+Decompositions start from ``hook_input``, what really enters block 0: at the image positions of a VLM that is the projected patch, not the
+placeholder's embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision.errors import InputError, UnknownSiteError, nearest
+from circuitvision.model.points import apply_gain, linear
+from circuitvision.model.sites import DERIVED, SiteName, expand_short
+from circuitvision.model.tower import norm_spec
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.tower import Tower
+
+
+class ActivationCache(Mapping[str, Any]):
+    """Activations of one run by site name; ``cache["vision", "z", 3]`` is short for ``cache["vision.blocks.3.attn.hook_z"]``."""
+
+    def __init__(
+        self, values: dict[str, Any], model: HookedModel | None = None, inputs: Mapping[str, Any] | None = None, has_batch_dim: bool = True
+    ) -> None:
+        self._values = values
+        self.model = model
+        self.inputs: dict[str, Any] = dict(inputs or {})
+        self.has_batch_dim = has_batch_dim
+
+    # -- mapping ---------------------------------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, key: Any) -> Any:
+        name = expand_short(key, self._known()) if isinstance(key, tuple) else key
+        if name in self._values:
+            return self._values[name]
+        site = SiteName.parse(name)
+        if site.site in DERIVED and self.model is not None and name in self.model.sites():
+            return self._derive(site)
+        near = ", ".join(nearest(str(name), self._values))
+        raise UnknownSiteError(f"{name!r} is not in this cache. Nearest: {near}. Was it asked for in names_filter?")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self[key]
+        except UnknownSiteError:
+            return False
+        return True
+
+    def __repr__(self) -> str:
+        towers = sorted({SiteName.parse(name).tower for name in self._values})
+        size = sum(v.nbytes for v in self._values.values() if isinstance(v, Tensor))
+        return f"ActivationCache({len(self)} sites of {', '.join(towers)}; {size / 2**20:.1f} MiB)"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td><code>{name}</code></td><td>{tuple(value.shape) if isinstance(value, Tensor) else f'{len(value)} steps'}</td></tr>"
+            for name, value in list(self._values.items())[:40]
+        )
+        more = f"<p>… and {len(self) - 40} more</p>" if len(self) > 40 else ""
+        return f"<b>{self!r}</b><table>{rows}</table>{more}"
+
+    def _known(self) -> list[str]:
+        names = list(self._values)
+        if self.model is not None:
+            names += [name for name in self.model.sites() if SiteName.parse(name).site in DERIVED and name not in self._values]
+        return names
+
+    def _derive(self, site: SiteName) -> Any:
+        assert self.model is not None
+        tower, block = self.model.towers[site.tower], f"{site.tower}.blocks.{site.layer}"
+        if site.site == "hook_mlp_in":
+            return self[f"{block}.hook_resid_mid"]
+        if site.site == "attn.hook_result":
+            z = self[f"{block}.attn.hook_z"]
+            assert site.layer is not None
+            if isinstance(z, list):
+                return [head_results(tower, site.layer, part) for part in z]
+            return head_results(tower, site.layer, z)
+        n_heads = tower.cfg.n_heads if site.site == "hook_q_input" else tower.cfg.n_kv_heads
+        resid = self[f"{block}.hook_resid_pre"]
+        if isinstance(resid, list):
+            return [part.unsqueeze(-2).expand(*part.shape[:-1], n_heads, part.shape[-1]) for part in resid]
+        return resid.unsqueeze(-2).expand(*resid.shape[:-1], n_heads, resid.shape[-1])
+
+    # -- moving and keeping ----------------------------------------------------------------------------------------------------------------
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> ActivationCache:
+        """A cache with ``fn`` applied to every tensor."""
+        values = {name: [fn(v) for v in value] if isinstance(value, list) else fn(value) for name, value in self._values.items()}
+        return ActivationCache(values, self.model, self.inputs, self.has_batch_dim)
+
+    def to(self, target: torch.device | str | torch.dtype) -> ActivationCache:
+        """A cache on another device or in another dtype; the model's weights stay where they are."""
+        return self.map(lambda value: value.to(target))
+
+    def detach(self) -> ActivationCache:
+        """A cache without autograd history."""
+        return self.map(lambda value: value.detach())
+
+    def remove_batch_dim(self) -> ActivationCache:
+        """A cache of a single row, without the leading row axis; raises InputError if a site has more than one row."""
+        wide = [name for name, value in self._values.items() if not isinstance(value, Tensor) or value.shape[0] != 1]
+        if wide:
+            raise InputError(f"remove_batch_dim needs one row everywhere; {wide[0]} has more. Run one example (and one image) at a time.")
+        cache = self.map(lambda value: value[0])
+        cache.has_batch_dim = False
+        return cache
+
+    def save(self, path: str | Path) -> Path:
+        """Write the tensors to a ``.safetensors`` file (temporary name, then renamed); load with :meth:`load`."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        flat: dict[str, Tensor] = {}
+        steps: dict[str, int] = {}
+        for name, value in self._values.items():
+            if isinstance(value, list):
+                steps[name] = len(value)
+                flat.update({f"{name}@{step}": part.detach().cpu().contiguous() for step, part in enumerate(value)})
+            else:
+                flat[name] = value.detach().cpu().contiguous().clone()
+        temporary = path.with_name(path.name + ".part")
+        save_file(flat, temporary, metadata={"steps": json.dumps(steps), "has_batch_dim": json.dumps(self.has_batch_dim)})
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, model: HookedModel | None = None, inputs: Mapping[str, Any] | None = None) -> ActivationCache:
+        """Read what :meth:`save` wrote; ``model`` and ``inputs`` give back derived sites and read-outs."""
+        from safetensors import safe_open
+
+        values: dict[str, Any] = {}
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            steps = json.loads(metadata.get("steps", "{}"))
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if "@" not in name:
+                    values[name] = file.get_tensor(name)
+            for name, count in steps.items():
+                values[name] = [file.get_tensor(f"{name}@{step}") for step in range(count)]
+        return cls(values, model, inputs, json.loads(metadata.get("has_batch_dim", "true")))
+
+    # -- TransformerLens's methods, per tower ----------------------------------------------------------------------------------------------
+
+    def _tower(self, tower: str) -> Tower:
+        if self.model is None:
+            raise InputError("This cache has no model; pass model= when loading it.")
+        if tower not in self.model.towers:
+            raise UnknownSiteError(f"No tower {tower!r}; this model has {', '.join(self.model.towers)}.")
+        return self.model.towers[tower]
+
+    def decompose_resid(
+        self, tower: str, layer: int | None = None, mlp_input: bool = False, return_labels: bool = False
+    ) -> Any:
+        """The additive parts of the stream before ``layer`` (None: after the last): input, then attention and MLP of each block.
+
+        Shape ``[component row pos d_model]``; the sum over components is ``resid_pre[layer]`` (with ``mlp_input``: ``resid_mid[layer]``).
+        """
+        n_layers = self._tower(tower).cfg.n_layers
+        layer = n_layers if layer is None else layer
+        labels, parts = ["input"], [self[f"{tower}.hook_input"]]
+        for index in range(layer + int(mlp_input and layer < n_layers)):
+            labels.append(f"{index}_attn_out")
+            parts.append(self[f"{tower}.blocks.{index}.hook_attn_out"])
+            if index < layer:
+                labels.append(f"{index}_mlp_out")
+                parts.append(self[f"{tower}.blocks.{index}.hook_mlp_out"])
+        stack = torch.stack(parts)
+        return (stack, labels) if return_labels else stack
+
+    def accumulated_resid(
+        self, tower: str, layer: int | None = None, incl_mid: bool = False, apply_ln: bool = False, return_labels: bool = False
+    ) -> Any:
+        """The stream itself before each block up to ``layer`` (None: and after the last), ``[component row pos d_model]``."""
+        n_layers = self._tower(tower).cfg.n_layers
+        layer = n_layers if layer is None else layer
+        labels, parts = [], []
+        for index in range(min(layer, n_layers - 1) + 1):
+            labels.append(f"{index}_pre")
+            parts.append(self[f"{tower}.blocks.{index}.hook_resid_pre"])
+            if incl_mid and index < layer:
+                labels.append(f"{index}_mid")
+                parts.append(self[f"{tower}.blocks.{index}.hook_resid_mid"])
+        if layer >= n_layers:
+            labels.append("final_post")
+            parts.append(self[f"{tower}.blocks.{n_layers - 1}.hook_resid_post"])
+        stack = torch.stack(parts)
+        stack = self.apply_ln_to_stack(stack, tower) if apply_ln else stack
+        return (stack, labels) if return_labels else stack
+
+    def stack_head_results(self, tower: str, layer: int | None = None, return_labels: bool = False) -> Any:
+        """What each head of the blocks before ``layer`` adds to the stream: ``[layer·head row pos d_model]``.
+
+        LayerScale is included (it is linear per coordinate); raises InputError for sandwich norms, where heads do not add up.
+        """
+        owner = self._tower(tower)
+        layer = owner.cfg.n_layers if layer is None else layer
+        if owner.blocks[0].has("attn_add") and hasattr(owner.blocks[0].part("attn_add"), "eps"):
+            raise InputError(f"The {tower} tower normalises attention's output before adding it, so single heads do not add up.")
+        parts, labels = [], []
+        for index in range(layer):
+            result = self[f"{tower}.blocks.{index}.attn.hook_result"]
+            if owner.blocks[index].has("attn_add"):
+                scale: Any = owner.blocks[index].part("attn_add")
+                result = result * scale.lambda1.to(result.dtype)
+            parts.append(rearrange(result, "... head m -> head ... m"))
+            labels += [f"L{index}H{head}" for head in range(owner.cfg.n_heads)]
+        stack = torch.cat(parts)
+        return (stack, labels) if return_labels else stack
+
+    def apply_ln_to_stack(
+        self, stack: Float[Tensor, "component row pos d_model"], tower: str, layer: int | None = None, mlp_input: bool = False, bias: bool = False
+    ) -> Float[Tensor, "component row pos d_model"]:
+        """Apply a norm with the scale frozen at its value in this run: centre, divide, multiply by the gain (and add the bias if asked).
+
+        ``layer=None`` is the final norm. Linear in the stack, so parts that sum to the stream sum to the normed stream, up to the bias.
+        Where the final norm follows pooling (CLIP) the stack must be ``[component row d_model]``.
+        """
+        owner = self._tower(tower)
+        if layer is None:
+            norm, name = owner.final_norm, f"{tower}.ln_final"
+        else:
+            part = "ln2" if mlp_input else "ln1"
+            norm, name = owner.blocks[layer].part(part), f"{tower}.blocks.{layer}.{part}"
+        if norm is None:
+            return stack
+        spec = norm_spec(norm)
+        scale = self[f"{name}.hook_scale"]
+        if scale.ndim != stack.ndim - 1:
+            raise InputError(f"{name} acts on shape {tuple(scale.shape[:-1])}; take the pooled position of the stack first.")
+        centred = stack - stack.mean(-1, keepdim=True) if spec.centred else stack
+        out = apply_gain(norm, spec, centred / scale)
+        offset = getattr(norm, "bias", None)
+        return out if bias or offset is None else out - offset
+
+    def logit_attrs(
+        self, residual_stack: Float[Tensor, "component row pos d_model"], tower: str, answer: int, foil: int | None = None
+    ) -> Float[Tensor, "component row pos"]:
+        """Contribution of each part of the stream to the logit of ``answer`` (minus that of ``foil``), with the final norm's scale frozen.
+
+        Summed over all parts (plus the norm's bias and ``b_U``) it is the logit, before any soft cap.
+        """
+        w_u = self._tower(tower).W_U.to(residual_stack.dtype)
+        direction = w_u[:, answer] - (w_u[:, foil] if foil is not None else 0)
+        return self.apply_ln_to_stack(residual_stack, tower) @ direction
+
+
+def head_results(tower: Tower, layer: int, z: Float[Tensor, "... head d_head"]) -> Float[Tensor, "... head d_model"]:
+    """``z_h W_O^h`` for every head of one layer."""
+    weight, _ = linear(tower.blocks[layer].part("o"), z.dtype, z.device)
+    return torch.einsum("...hd,hdm->...hm", z, rearrange(weight, "(h d) m -> h d m", h=tower.cfg.n_heads))
+
+
+def collected(values: dict[str, list[Tensor]], multi_pass: bool) -> dict[str, Any]:
+    """What a recorder saw, as a cache stores it: one tensor, or with several passes a step axis (a list where shapes differ)."""
+    out: dict[str, Any] = {}
+    for name, passes in values.items():
+        if not multi_pass and len(passes) == 1:
+            out[name] = passes[0]
+        elif len({part.shape for part in passes}) == 1:
+            out[name] = torch.stack(passes)
+        else:
+            out[name] = passes
+    return out

@@ -1,0 +1,106 @@
+"""Dead sites: places whose value cannot reach the model's output, worked out from what each tower's read-out reads.
+
+A site is *dead* when no value written there can change the output (LLaVA's blocks after the feature layer, the last prefix block of PI0 beyond its
+keys and values); a position of a live site is dead when only the other positions are read (patches in the last block of a CLS-pooled tower,
+CLIP text after the end of text, placeholder embeddings under an image). The conformance suite checks these claims against measured zeros.
+Padding positions, and score entries under the mask, are dead as well; they are a property of the run, not listed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuitvision.model.heads import eos_positions
+from circuitvision.model.sites import SiteName
+
+if TYPE_CHECKING:
+    from circuitvision.model.tokens import TokenMap
+    from circuitvision.model.tower import Tower
+
+CACHE_SIDE = (
+    "hook_resid_pre",
+    "hook_k_input",
+    "hook_v_input",
+    "ln1.hook_scale",
+    "ln1.hook_normalized",
+    "attn.hook_k",
+    "attn.hook_v",
+    "attn.hook_rot_k",
+)
+"""Sites of a block that act through keys and values as well: alive at every position."""
+
+
+def last_live_block(tower: Tower) -> int:
+    """Index of the last block whose output leaves the tower (−1: only the tower's input does)."""
+    return max(tower.feature_layers) - 1
+
+
+def is_dead(tower: Tower, name: str) -> bool:
+    """Whether no edit of this site can reach the output."""
+    site = SiteName.parse(name)
+    live = last_live_block(tower)
+    if site.layer is not None:
+        if site.layer > live:
+            return not (site.layer == live + 1 and site.site == "hook_resid_pre")
+        return tower.spec.feeds_cache_only and site.layer == live and site.site not in CACHE_SIDE
+    if site.site.startswith("ln_final"):
+        unused = tower.spec.readout is not None and not tower.spec.readout.normed
+        return unused or tower.spec.feeds_cache_only or live < tower.cfg.n_layers - 1
+    return False
+
+
+def dead_positions(tower: Tower, name: str, tokens: TokenMap, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Which positions of a live site cannot reach the output: bool ``[row pos]``, or None where all do.
+
+    For scores and patterns the positions are queries.
+    """
+    site = SiteName.parse(name)
+    after_eos = _after_eos(tower, inputs)
+    if site.layer is None:
+        if site.site == "hook_embed":
+            return _under_images(tower, tokens, after_eos)
+        if site.site.startswith("ln_final"):
+            return _unread(tower, tokens, inputs) if tower.spec.readout is None or tower.spec.readout.norm_first else None
+        return after_eos if site.site in ("hook_pos_embed", "hook_input") else None
+    live = last_live_block(tower)
+    final = (site.layer == live and site.site not in CACHE_SIDE) or (site.layer == live + 1 and site.site == "hook_resid_pre")
+    return _unread(tower, tokens, inputs) if final else after_eos
+
+
+def _under_images(tower: Tower, tokens: TokenMap, after_eos: Tensor | None) -> Tensor | None:
+    if tower.name != "language":
+        return after_eos
+    return torch.from_numpy(tokens.image >= 0)
+
+
+def _after_eos(tower: Tower, inputs: Mapping[str, Any]) -> Tensor | None:
+    readout = tower.spec.readout
+    if readout is None or readout.pool != "eos" or tower.cfg.attention != "causal":
+        return None
+    end = eos_positions(tower, inputs).cpu()
+    return torch.arange(inputs["input_ids"].shape[1])[None] > end[:, None]
+
+
+def _unread(tower: Tower, tokens: TokenMap, inputs: Mapping[str, Any]) -> Tensor | None:
+    readout = tower.spec.readout
+    kinds: np.ndarray[Any, Any] = tokens.kind
+    if readout is None:
+        return None
+    if readout.finish == "projector":
+        read = ~np.isin(kinds, tower.prefix_kinds) if tower.drops_cls else np.ones(kinds.shape, bool)
+    elif readout.reads == ("*",):
+        return None
+    elif readout.reads == ("eos",):
+        end = eos_positions(tower, inputs).cpu()
+        return torch.arange(kinds.shape[1])[None] != end[:, None]
+    elif readout.reads == ("last",):
+        read = np.zeros(kinds.shape, bool)
+        read[:, -1] = True
+    else:
+        read = np.isin(kinds, list(readout.reads))
+    return torch.from_numpy(~read)

@@ -1,0 +1,387 @@
+"""HookedModel: a Hugging Face vision, vision-language or action model with every internal activation under one standard name.
+
+The wrapper holds the module untouched: same class, same state_dict, same outputs bit for bit, usable with generate, save_pretrained, adapters and
+device maps. Torch hooks exist only while a run asks for sites, and are gone afterwards, also when it raises. Nothing is folded, ever: what is
+read is what the model computes.
+
+Not covered: compiled modules (hooks added after compilation never fire, so they are refused) and two wrappers hooking the attention of one module at
+the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from circuitvision import families as _families  # noqa: F401  (fills the tables)
+from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
+from circuitvision.model import dead, inputs, layout, loading
+from circuitvision.model.cache import ActivationCache, collected
+from circuitvision.model.hooks import Hook, HookEngine, HookPoint, Recorder, Registration
+from circuitvision.model.sites import NamesFilter, SiteName, is_exact, matching
+from circuitvision.model.spec import family_of
+from circuitvision.model.text import TextTools
+from circuitvision.model.tokens import TokenMap, token_maps
+from circuitvision.model.tower import Tower
+
+HookList = Sequence[tuple[Any, Hook]]
+Metric = Callable[..., Tensor]
+
+
+class _Stop(Exception):
+    """Ends a forward pass at a layer; carries the residual there."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__("stopped")
+        self.value = value
+
+
+class HookedModel(TextTools):
+    """A wrapped model: ``model(inputs)``, ``run_with_cache``, ``run_with_hooks``, ``hooks``, ``generate``, towers, sites and tokens.
+
+    Raises UnsupportedModelError for a class no family describes, and for a compiled module.
+    """
+
+    def __init__(self, module: nn.Module, processor: Any = None) -> None:
+        _refuse_compiled(module)
+        self.module = module
+        self.processor = processor
+        base: Any = module.get_base_model() if hasattr(module, "get_base_model") else module
+        self.family = family_of(base)
+        self.config: Any = base.config
+        self.inner: nn.Module = getattr(base, "model", base)
+        self.towers: dict[str, Tower] = {}
+        for spec in self.family.towers:
+            self.towers[spec.name] = Tower(base, self.config, self.family, spec, self.towers)
+        points = layout.points_of(base, self.family, self.towers)
+        first_blocks = {name: tower.blocks[0].module for name, tower in self.towers.items()}
+        self.engine = HookEngine(module, points, first_blocks)
+        self._persistent: list[Registration] = []
+        self._matches: dict[Any, list[str]] = {}
+        self._passes_recorded = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        device_map: Any = None,
+        **kwargs: Any,
+    ) -> HookedModel:
+        """Load a supported checkpoint (a Hub name or a folder) with its processor, and wrap it.
+
+        ``dtype``, ``device``, ``device_map`` and further keywords go to ``from_pretrained`` of the checkpoint's own class.
+        Raises InputError for a folder without a config, UnsupportedModelError for an architecture no family describes.
+        """
+        module = loading.load_module(name_or_folder, dtype, device, device_map, **kwargs)
+        return cls(module, loading.load_processor(name_or_folder, module))
+
+    # -- what is there -----------------------------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Tower:
+        towers = self.__dict__.get("towers", {})
+        if name in towers:
+            return towers[name]
+        raise AttributeError(f"HookedModel has no attribute {name!r}; towers of this model: {', '.join(towers)}.")
+
+    def sites(self, glob: NamesFilter = "**") -> list[str]:
+        """Names of all sites that a name, glob, list or predicate selects, in forward order; UnknownSiteError if there is none.
+
+        ``*`` stays inside one dotted part, ``**`` crosses dots.
+        """
+        return self._match(glob)
+
+    def _match(self, names_filter: NamesFilter) -> list[str]:
+        if isinstance(names_filter, (str, type(None))):
+            if names_filter not in self._matches:
+                self._matches[names_filter] = matching(names_filter, self.engine.points)
+            return self._matches[names_filter]
+        return matching(names_filter, self.engine.points)
+
+    def is_dead(self, site: str) -> bool:
+        """Whether nothing written at this site can reach the output, in any run."""
+        name = SiteName.parse(self._match(site)[0])
+        return name.tower in self.towers and dead.is_dead(self.towers[name.tower], site)
+
+    def dead_positions(self, site: str, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Which positions of a site cannot reach the output in this run: bool ``[row pos]`` (queries, for patterns); None if all can."""
+        name = SiteName.parse(self._match(site)[0])
+        if name.tower not in self.towers:
+            return None
+        tokens = self.tokens(inputs)[name.tower]
+        return dead.dead_positions(self.towers[name.tower], site, tokens, inputs)
+
+    def tokens(self, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
+        """What every position of every tower is in this run: kind, image, patch row and column, pixel box, text piece."""
+        return token_maps(self, inputs)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the first parameter."""
+        return next(self.module.parameters()).dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> HookedModel:
+        """Move or convert the wrapped module, as ``nn.Module.to``; returns the wrapper."""
+        self.module.to(*args, **kwargs)
+        return self
+
+    def eval(self) -> HookedModel:
+        """Put the wrapped module into eval mode; returns the wrapper."""
+        self.module.eval()
+        return self
+
+    def train(self, mode: bool = True) -> HookedModel:
+        """Put the wrapped module into train mode; returns the wrapper."""
+        self.module.train(mode)
+        return self
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The module's parameters."""
+        return self.module.parameters()
+
+    def unwrap(self) -> nn.Module:
+        """The module as it was, without any handle of ours; transformers' own capture hooks stay."""
+        self.reset_hooks()
+        for registration in list(self.engine.stack):
+            self.engine.pop(registration)
+        return self.module
+
+    def __repr__(self) -> str:
+        towers = "\n  ".join(repr(tower) for tower in self.towers.values())
+        return f"HookedModel({type(self.module).__name__}, {self.dtype}, {self.device})\n  {towers}\n  {len(self.engine.points)} sites"
+
+    def _repr_html_(self) -> str:
+        header = "".join(f"<th>{h}</th>" for h in ("tower", "layers", "heads (kv)", "d_model", "d_head", "d_mlp", "grid", "attention"))
+        rows = ""
+        for name, tower in self.towers.items():
+            c = tower.cfg
+            grid = f"{c.grid[0]}×{c.grid[1]} + {c.n_prefix}" if c.grid else "–"
+            cells = (name, c.n_layers, f"{c.n_heads} ({c.n_kv_heads})", c.d_model, c.d_head, c.d_mlp, grid, c.attention)
+            rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        title = f"<b>HookedModel</b> {type(self.module).__name__}, {len(self.engine.points)} sites"
+        return f"{title}<table><tr>{header}</tr>{rows}</table>"
+
+    # -- running -----------------------------------------------------------------------------------------------------------------------------
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Tensor:
+        """One forward pass; returns the family's natural output tensor (logits, logits per image, velocity, last hidden state).
+
+        Raises InputError if the inputs cannot be what the model reads.
+        """
+        return self._forward(self._checked(inputs), kwargs)
+
+    def _checked(self, given: Any) -> dict[str, Any]:
+        mapping = inputs.as_mapping(self, given)
+        inputs.check(self, mapping)
+        return mapping
+
+    def _forward(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Tensor:
+        with self.engine.run():
+            output = self.module(**mapping, **kwargs)
+        return output[self.family.output] if isinstance(output, Mapping) else getattr(output, self.family.output)
+
+    def run_with_cache(
+        self,
+        inputs: Any,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        metric: Metric | None = None,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        stop_at_layer: int | tuple[str, int] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, ActivationCache]:
+        """One forward pass and the activations of the sites that ``names_filter`` selects (None: all but the derived ones).
+
+        ``incl_bwd`` adds the gradient of ``metric(logits)`` summed over the batch at every site, under ``name + "_grad"``, without touching the parameters'
+        ``.grad``. ``stop_at_layer`` ends the pass before a block (an int counts in the last tower, ``("vision", 2)`` names one) and returns the residual there
+        in place of the logits. Scores, pattern and rotated sites make this run the model's eager run.
+        Raises UnknownSiteError, InputError, and HookError if an asked-for site did not fire once per pass.
+        """
+        if incl_bwd and metric is None:
+            raise InputError("incl_bwd needs metric=fn: the gradient of what?")
+        mapping = self._checked(inputs)
+        names = self._match(names_filter)
+        if names_filter is None:
+            names = [*names, *(name for name in self.engine.asked() if name not in names)]
+        recorder = Recorder(None if incl_bwd else device, needs_grad=incl_bwd)
+        exact = frozenset(name for name in names if is_exact(names_filter, name))
+        registration = Registration(recorder=recorder, recorded=frozenset(names), exact=exact)
+        grads = torch.enable_grad() if incl_bwd else contextlib.nullcontext()
+        with grads, self.engine.registered(registration):
+            if stop_at_layer is None:
+                out = self._forward(mapping, kwargs)
+            else:
+                out = self._forward_until(mapping, kwargs, stop_at_layer)
+        values = {name: recorder.values[name] for name in names if name in recorder.values}
+        cache = ActivationCache(collected(values, multi_pass=False), self, mapping)
+        if incl_bwd:
+            assert metric is not None
+            cache = _with_gradients(cache, metric, out, mapping, device)
+            out = out.detach()
+        return out, cache.remove_batch_dim() if remove_batch_dim else cache
+
+    def _forward_until(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any], stop_at_layer: int | tuple[str, int]) -> Tensor:
+        tower, layer = stop_at_layer if isinstance(stop_at_layer, tuple) else (list(self.towers)[-1], stop_at_layer)
+        if tower not in self.towers:
+            raise InputError(f"stop_at_layer names the tower {tower!r}; this model has {', '.join(self.towers)}.")
+        count = self.towers[tower].cfg.n_layers
+        layer = layer + count if layer < 0 else layer
+        if not 0 <= layer <= count:
+            raise InputError(f"stop_at_layer={layer} is outside the {count} layers of the {tower} tower.")
+        site = f"{tower}.blocks.{layer}.hook_resid_pre" if layer < count else f"{tower}.blocks.{count - 1}.hook_resid_post"
+
+        def stop(value: Tensor, hook: HookPoint) -> None:
+            raise _Stop(value)
+
+        try:
+            with self.engine.registered(Registration(forward={site: [stop]})):
+                self._forward(mapping, kwargs)
+        except _Stop as stopped:
+            return stopped.value
+        raise HookError(f"The run never reached {site}.")
+
+    def run_with_hooks(self, inputs: Any, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any) -> Tensor:
+        """One forward pass with hooks; returns the output. ``fwd_hooks`` and ``bwd_hooks`` are ``[(name or glob, fn)]``.
+
+        ``fn(tensor, hook)`` returns the tensor to continue with, or None to change nothing. Backward hooks get the gradient, in a backward pass the caller
+        runs. Raises HookError for an answer of another shape, dtype or device, and for a change in place that is not returned.
+        """
+        mapping = self._checked(inputs)
+        with self.hooks(fwd_hooks, bwd_hooks):
+            return self._forward(mapping, kwargs)
+
+    @contextlib.contextmanager
+    def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = ()) -> Iterator[HookedModel]:
+        """Hooks for every run inside the block; outer blocks fire first, and caches inside see edited values."""
+        with self.engine.registered(self._registration(fwd_hooks, bwd_hooks)):
+            yield self
+
+    def _registration(self, fwd_hooks: HookList, bwd_hooks: HookList) -> Registration:
+        exact: set[str] = set()
+        tables: list[dict[str, list[Hook]]] = []
+        for hooks in (fwd_hooks, bwd_hooks):
+            table: dict[str, list[Hook]] = {}
+            for entry in hooks:
+                names_filter, fn = _hook_entry(entry)
+                for name in self._match(names_filter):
+                    table.setdefault(name, []).append(fn)
+                    if is_exact(names_filter, name):
+                        exact.add(name)
+            tables.append(table)
+        forward, backward = tables
+        lost = [name for name in forward if name in exact and self.is_dead(name)]
+        if lost:
+            warnings.warn(f"{lost[0]} cannot reach the output of this model, so editing it changes nothing.", stacklevel=4)
+        return Registration(forward=forward, backward=backward, exact=frozenset(exact))
+
+    def add_hook(self, name: NamesFilter, fn: Hook, backward: bool = False) -> None:
+        """Add a hook that stays until :meth:`reset_hooks`."""
+        hooks = [(name, fn)]
+        registration = self._registration(() if backward else hooks, hooks if backward else ())
+        self.engine.push(registration)
+        self._persistent.append(registration)
+
+    def reset_hooks(self) -> None:
+        """Remove every hook that :meth:`add_hook` added."""
+        for registration in self._persistent:
+            self.engine.pop(registration)
+        self._persistent.clear()
+
+    @contextlib.contextmanager
+    def record(self, names_filter: NamesFilter = None, device: torch.device | str | None = None) -> Iterator[ActivationCache]:
+        """A cache that fills with the runs inside the block, ``generate`` and ``sample_actions`` among them: complete when the block ends.
+
+        Sites of runs with several passes get a leading step axis, or a list where the lengths differ.
+        """
+        recorder = Recorder(device)
+        cache = ActivationCache({}, self)
+        self._passes_recorded = False
+        names = self._match(names_filter)
+        with self.engine.registered(Registration(recorder=recorder, recorded=frozenset(names))):
+            yield cache
+        ordered = {name: recorder.values[name] for name in names if name in recorder.values}
+        cache._values.update(collected(ordered, multi_pass=self._passes_recorded))
+
+    def generate(self, inputs: Any, **kwargs: Any) -> Int[Tensor, "batch pos"]:
+        """Generate text under the active hooks; keywords go to the module's ``generate``.
+
+        ``hook.step`` numbers the passes: 0 is the prompt, then one per new token. Raises UnsupportedModelError if the model does not generate text.
+        """
+        module: Any = self.module
+        if not hasattr(module, "generate") or self.family.suffix_kinds or "language" not in self.towers:
+            raise UnsupportedModelError(f"A {self.family.name} model does not generate text.")
+        mapping = self._checked(inputs)
+        self._passes_recorded = True
+        with self.engine.run():
+            return module.generate(**mapping, **kwargs)
+
+    def sample_actions(self, inputs: Any, num_steps: int | None = None, **kwargs: Any) -> Float[Tensor, "batch chunk action"]:
+        """Denoise actions under the active hooks; ``hook.step`` numbers the denoising steps of the action tower.
+
+        Starts from ``inputs["noise"]``. Raises UnsupportedModelError if the model does not act.
+        """
+        module: Any = self.module
+        if not hasattr(module, "sample_actions"):
+            raise UnsupportedModelError(f"A {self.family.name} model does not sample actions.")
+        mapping = self._checked(inputs)
+        mapping.pop("timestep", None)
+        self._passes_recorded = True
+        with self.engine.run():
+            return module.sample_actions(**mapping, num_steps=num_steps, **kwargs)
+
+
+def _refuse_compiled(module: nn.Module) -> None:
+    compiled = type(module).__name__ == "OptimizedModule" or any(
+        getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()
+    )
+    if compiled:
+        raise UnsupportedModelError("This module is compiled, and hooks added after compilation never fire. Wrap the plain module, compile nothing.")
+
+
+def _hook_entry(entry: Any) -> tuple[NamesFilter, Hook]:
+    if not (isinstance(entry, tuple) and len(entry) == 2 and callable(entry[1])):
+        raise HookError(f"A hook is a pair (site name or glob, function), got {entry!r}.")
+    return entry
+
+
+def call_metric(metric: Metric, logits: Tensor, mapping: Mapping[str, Any]) -> Tensor:
+    """``metric(logits, inputs)`` if it takes two arguments, else ``metric(logits)``."""
+    try:
+        inspect.signature(metric).bind(logits, mapping)
+    except (TypeError, ValueError):
+        return metric(logits)
+    return metric(logits, mapping)
+
+
+def _with_gradients(
+    cache: ActivationCache, metric: Metric, logits: Tensor, mapping: Mapping[str, Any], device: torch.device | str | None
+) -> ActivationCache:
+    """The cache with the gradient of the summed metric at every site under ``name + "_grad"``, all detached."""
+    value = call_metric(metric, logits, mapping)
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        raise InputError("metric(logits) must be a tensor computed from the logits by differentiable operations.")
+    names = [name for name in cache if cache[name].requires_grad]
+    found = torch.autograd.grad(value.sum(), [cache[name] for name in names], allow_unused=True)
+    values: dict[str, Any] = {name: cache[name].detach() for name in cache}
+    for name, grad in zip(names, found, strict=True):
+        values[f"{name}_grad"] = torch.zeros_like(values[name]) if grad is None else grad
+    out = ActivationCache(values, cache.model, cache.inputs, cache.has_batch_dim)
+    return out if device is None else out.to(device)
+
+
+__all__ = ["HookPoint", "HookedModel", "UnknownSiteError"]

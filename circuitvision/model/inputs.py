@@ -1,0 +1,122 @@
+"""Checks of what goes into a model, before anything runs: each mistake gets one message that names the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.tokens import Packing
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+
+
+def as_mapping(model: HookedModel, inputs: Any) -> dict[str, Any]:
+    """The inputs as keyword arguments of the model; a single tensor is taken as images where the model reads nothing else."""
+    if isinstance(inputs, Tensor):
+        if list(model.towers) != ["vision"]:
+            raise InputError(f"A {model.family.name} model needs a mapping of tensors (model.inputs(images=…, text=…) makes one), not one tensor.")
+        return {"pixel_values": inputs}
+    if not isinstance(inputs, Mapping):
+        raise InputError(f"Inputs must be a mapping of tensors, got {type(inputs).__name__}; model.inputs(images=…, text=…) makes one.")
+    return dict(inputs)
+
+
+def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
+    """Raise InputError if these inputs cannot be what the model reads."""
+    missing = [name for name in model.family.required if inputs.get(name) is None]
+    if missing:
+        raise InputError(
+            f"{' and '.join(missing)} missing: the model would draw them at random, and no two runs could be compared. "
+            "model.inputs(…, seed=0) fills them."
+        )
+    _check_devices(model, inputs)
+    _check_mask(inputs)
+    pixels = inputs.get("pixel_values")
+    if isinstance(pixels, Tensor):
+        _check_images(model, inputs, pixels)
+    if inputs.get("input_ids") is not None and model.image_token_id is not None:
+        _check_image_tokens(model, inputs, pixels)
+
+
+def _check_devices(model: HookedModel, inputs: Mapping[str, Any]) -> None:
+    if hasattr(model.module, "hf_device_map"):
+        return
+    device = model.device
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.device != device:
+            raise InputError(f"{name} is on {value.device}, the model on {device}; move it with .to('{device}').")
+
+
+def _check_mask(inputs: Mapping[str, Any]) -> None:
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape != ids.shape:
+        raise InputError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; they must be equal.")
+
+
+def _check_images(model: HookedModel, inputs: Mapping[str, Any], pixels: Tensor) -> None:
+    tower = next(tower for tower in model.towers.values() if tower.stack.image)
+    if tower.stack.position == "resized":
+        absent = [name for name in ("pixel_attention_mask", "spatial_shapes") if name not in inputs]
+        if absent:
+            raise InputError(f"This tower reads patches of any grid and needs {' and '.join(absent)} beside pixel_values.")
+        return
+    if pixels.ndim not in (4, 5):
+        raise InputError(f"pixel_values must be [image, channel, height, width], got shape {tuple(pixels.shape)}.")
+    config: Any = tower.config
+    channels = getattr(config, "num_channels", 3)
+    if pixels.shape[-3] != channels:
+        raise InputError(f"pixel_values has {pixels.shape[-3]} channels, the model reads {channels}; its layout is [image, channel, height, width].")
+    height, width = pixels.shape[-2:]
+    patch = tower.cfg.patch_size or 1
+    if tower.stack.position == "grid_always" or inputs.get("interpolate_pos_encoding"):
+        if height % patch or width % patch:
+            raise InputError(f"An image of {height}x{width} pixels is not a whole number of patches of {patch}; resize it to multiples of {patch}.")
+        return
+    assert tower.cfg.grid is not None
+    expected = (tower.cfg.grid[0] * patch, tower.cfg.grid[1] * patch)
+    size = getattr(config, "image_size", expected)
+    expected = (size, size) if isinstance(size, int) else tuple(size)
+    if (height, width) != expected:
+        free = model.family.image_layout == "single"
+        hint = "resize it (model.inputs does)" + (", or pass interpolate_pos_encoding=True" if free else "")
+        raise InputError(f"The image is {height}x{width} pixels, the model reads {expected[0]}x{expected[1]}: {hint}.")
+
+
+def _check_image_tokens(model: HookedModel, inputs: Mapping[str, Any], pixels: Any) -> None:
+    ids: Tensor = inputs["input_ids"]
+    counts = (ids == model.image_token_id).sum(-1)
+    found = int(counts.sum())
+    name = model.image_token or "the image token"
+    if pixels is None:
+        if found:
+            raise InputError(f"The prompt holds {found} image tokens ({name}) but there are no pixel_values.")
+        return
+    if found == 0:
+        raise InputError(f"There are images but no image token in the prompt: put {name} where each image belongs.")
+    packing = Packing(model, inputs)
+    if packing.layout == "cameras":
+        return
+    if packing.layout == "flat":
+        expected = sum(len(order) for order, _ in (packing.order(image) for image in range(len(packing.tiles))))
+    else:
+        expected = sum(len(packing.order(image)[0]) for image in range(len(packing.tiles)))
+    if found != expected:
+        raise InputError(
+            f"The prompts hold {found} image tokens, {len(packing.tiles)} image(s) make {expected}: "
+            f"repeat {name} once per patch token (the processor does), and give as many images as the prompts name."
+        )
+
+
+def seeded_noise(model: HookedModel, inputs: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
+    """The noise and timestep of one flow-matching evaluation at ``t = 1``, drawn from ``seed`` on the CPU so that every device agrees."""
+    state: Tensor = inputs["state"]
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(seed)
+    shape = (state.shape[0], int(config.chunk_size), int(config.max_action_dim))
+    noise = torch.randn(shape, generator=generator).to(model.device, state.dtype)
+    return {"noise": noise, "timestep": torch.ones(state.shape[0], device=model.device)}

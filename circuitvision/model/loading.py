@@ -1,0 +1,69 @@
+"""From a checkpoint name or folder to a Hugging Face module and its processor.
+
+The class is the one the checkpoint's config names, so the family table decides what is supported before weights are read. A family may name its own
+way to the processor, where the automatic one needs torchvision.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.model.spec import FAMILIES, family_of
+
+
+def load_module(
+    name: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None, device_map: Any = None, **kwargs: Any
+) -> nn.Module:
+    """The Hugging Face module of a checkpoint, in eval mode.
+
+    Raises InputError if a local folder does not exist or holds no config, UnsupportedModelError if no family describes its class.
+    """
+    import transformers
+
+    name = str(name)
+    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
+    if looks_local and not (Path(name).expanduser() / "config.json").is_file():
+        raise InputError(f"{name} is not a folder with a config.json; save one with model.save_pretrained(folder).")
+    if device is not None and device_map is not None:
+        raise InputError("Give device or device_map, not both.")
+    config = transformers.AutoConfig.from_pretrained(str(Path(name).expanduser()) if looks_local else name)
+    class_name = next((cls for cls in getattr(config, "architectures", None) or () if cls in FAMILIES), None)
+    if class_name is None:
+        found = ", ".join(getattr(config, "architectures", None) or ()) or "no architecture"
+        raise UnsupportedModelError(
+            f"{name} is a {getattr(config, 'model_type', 'unknown')!r} checkpoint of {found}. Supported classes: {', '.join(sorted(FAMILIES))}."
+        )
+    loader = getattr(transformers, class_name)
+    options = {key: value for key, value in {"dtype": dtype, "device_map": device_map, **kwargs}.items() if value is not None}
+    module = loader.from_pretrained(str(Path(name).expanduser()) if looks_local else name, **options)
+    if device is not None:
+        module = module.to(device)
+    return module.eval()
+
+
+def load_processor(name: str | Path, module: nn.Module) -> Any:
+    """The processor of a checkpoint, or its image processor or tokenizer alone, or None with a warning."""
+    import transformers
+
+    errors = []
+    attempts: list[Any] = [transformers.AutoProcessor, transformers.AutoImageProcessor, transformers.AutoTokenizer]
+    own = family_of(module).processor
+    if own is not None:
+        attempts = [own]
+    for attempt in attempts:
+        try:
+            load = getattr(attempt, "from_pretrained", attempt)
+            return load(str(name))
+        except Exception as error:  # transformers raises OSError, ValueError, ImportError, KeyError … for a missing piece
+            errors.append(f"{getattr(attempt, '__name__', attempt)}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    warnings.warn(
+        f"No processor could be loaded from {name}; model.inputs(images=…, text=…) is not available, tensors made by hand work. ({'; '.join(errors)})",
+        stacklevel=3,
+    )
+    return None

@@ -1,0 +1,414 @@
+"""Points: where the value of a site enters or leaves a module, how it is read there and how an edit is written back.
+
+Every site is one :class:`Point` on one module of the model. Four mechanisms cover all of them:
+
+* *direct*: the value is an argument or the output of the module, possibly with the head axis split off; an edit replaces it;
+* *in place*: an edit of ``resid_mid`` is copied into the tensor that enters the second norm, because the skip path holds the same tensor and
+  must see the edit too (replacing the norm's input would leave the skip path at its old value);
+* *derived*: the value is computed from what the module reads (a norm's scale, one head's share of the output); the module's output is
+  rebuilt from it only if an edit really changed it, so that looking never changes a bit. With gradients on, the rebuilt value takes the place
+  of the output in the backward pass alone;
+* *attention*: scores, pattern and rotated queries and keys exist only inside the attention function (see ``attention.py``).
+
+A point knows shapes and arithmetic, never an architecture: which module it sits on comes from the family table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from circuitvision.errors import HookError
+from circuitvision.model.spec import NormSpec
+
+Fire = Callable[[Tensor], "tuple[Tensor, bool]"]
+"""Runs the hooks of a point on a value; returns the value to continue with and whether it may differ from the one given."""
+
+
+@dataclass
+class Call:
+    """One call of a module, as its torch hook sees it; points of the same call share ``memo``."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+    memo: dict[str, Any] = field(default_factory=dict)
+    changed: bool = False
+
+    def input(self, name: str = "hidden_states") -> Tensor:
+        """The first positional argument, or the keyword ``name``, or the only tensor keyword."""
+        if self.args:
+            return self.args[0]
+        if name in self.kwargs:
+            return self.kwargs[name]
+        return next(value for value in self.kwargs.values() if isinstance(value, Tensor))
+
+    def set_input(self, value: Tensor, name: str = "hidden_states") -> None:
+        """Replace what :meth:`input` returns."""
+        if self.args:
+            self.args = (value, *self.args[1:])
+        else:
+            key = name if name in self.kwargs else next(k for k, v in self.kwargs.items() if isinstance(v, Tensor))
+            self.kwargs = {**self.kwargs, key: value}
+        self.changed = True
+
+    def tensor(self) -> Tensor:
+        """The output, or its first element where the module returns a tuple."""
+        return self.output[0] if isinstance(self.output, tuple) else self.output
+
+    def set_tensor(self, value: Tensor) -> None:
+        """Replace what :meth:`tensor` returns."""
+        self.output = (value, *self.output[1:]) if isinstance(self.output, tuple) else value
+        self.changed = True
+
+
+class _Substitute(torch.autograd.Function):
+    """Forward: the bits of ``actual``. Backward: the gradient goes to ``rebuilt`` alone."""
+
+    @staticmethod
+    def forward(ctx: Any, actual: Tensor, rebuilt: Tensor) -> Tensor:
+        return actual.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]
+
+
+def substitute(actual: Tensor, rebuilt: Tensor) -> Tensor:
+    """A tensor with the value of ``actual`` and the gradient of ``rebuilt`` (the same function, rounded differently)."""
+    return _Substitute.apply(actual.detach(), rebuilt.to(actual.dtype))
+
+
+def linear(module: nn.Module, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[d_in, d_out]`` and bias of a linear map: read off an ``nn.Linear``, measured on the identity for anything else.
+
+    Measuring covers adapters and quantised layers: what is read is what the module computes.
+    """
+    if type(module) is nn.Linear:
+        return module.weight.T, module.bias
+    width = int(getattr(module, "in_features"))  # noqa: B009
+    zero = module.forward(torch.zeros(1, width, dtype=dtype, device=device))
+    weight = module.forward(torch.eye(width, dtype=dtype, device=device)) - zero
+    return weight, zero[0]
+
+
+@dataclass(eq=False)
+class Point:
+    """One site at one module. ``order`` sorts the points that share a module and phase."""
+
+    name: str
+    module: nn.Module
+    phase: Literal["pre", "post", "attention"]
+    order: int = 0
+    derived = False
+    in_place = False
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        """Fire the hooks on this site's value in ``call`` and write an edit back. Attention points are applied by the attention function."""
+        raise NotImplementedError(f"{type(self).__name__} is not applied by a module hook.")
+
+
+@dataclass(eq=False)
+class AttentionStage(Point):
+    """Scores, pattern or rotated queries and keys: applied inside the attention function."""
+
+    in_place: bool = False  # type: ignore[misc]
+
+
+@dataclass(eq=False)
+class Stash(Point):
+    """Keeps a module's input for a derived point of the same block; not a site."""
+
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        self.kept[id(self.module)] = call.input()
+
+
+def _heads(value: Tensor, n_heads: int | None) -> Tensor:
+    return value if n_heads is None else rearrange(value, "... (h d) -> ... h d", h=n_heads)
+
+
+def _merge(value: Tensor, n_heads: int | None) -> Tensor:
+    return value if n_heads is None else rearrange(value, "... h d -> ... (h d)")
+
+
+@dataclass(eq=False)
+class Input(Point):
+    """The module's first argument, with the head axis split off where ``n_heads`` is given."""
+
+    n_heads: int | None = None
+    keyword: str = "hidden_states"
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        value, changed = fire(_heads(call.input(self.keyword), self.n_heads))
+        if changed:
+            call.set_input(_merge(value, self.n_heads), self.keyword)
+
+
+@dataclass(eq=False)
+class Output(Point):
+    """The module's output: heads split off, or a convolution's map flattened to ``row pos d_model``."""
+
+    n_heads: int | None = None
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        out = call.tensor()
+        grid = out.shape[-2:] if out.ndim == 4 else None
+        value = rearrange(out, "b d h w -> b (h w) d") if grid else _heads(out, self.n_heads)
+        value, changed = fire(value)
+        if changed:
+            merged = rearrange(value, "b (h w) d -> b d h w", h=grid[0]) if grid else _merge(value, self.n_heads)
+            call.set_tensor(merged)
+
+
+@dataclass(eq=False)
+class SharedInput(Point):
+    """The module's input, edited in place so that whoever else holds the tensor sees the edit."""
+
+    in_place = True
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        shared = call.input()
+        value, changed = fire(shared)
+        if changed:
+            if shared.is_leaf and shared.requires_grad:
+                raise HookError(f"{self.name} is a leaf that requires grad and cannot be edited in place; run under torch.no_grad().")
+            shared.copy_(value)
+
+
+@dataclass(eq=False)
+class NormScale(Point):
+    """The denominator of a norm: ``sqrt(mean(centred²) + eps)``; an edit divides by the new value instead."""
+
+    spec: NormSpec = field(default_factory=lambda: NormSpec("eps"))
+    derived = True
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        _, scale = norm_parts(call, self.spec)
+        value, changed = fire(scale)
+        if changed:
+            call.memo["scale"] = value
+            call.memo.pop("normalized", None)
+            rebuild_norm(call, self.spec, edited=not torch.equal(value, scale))
+
+
+@dataclass(eq=False)
+class NormNormalized(Point):
+    """The normalised value before gain and bias; an edit goes through the norm's own gain and bias."""
+
+    spec: NormSpec = field(default_factory=lambda: NormSpec("eps"))
+    derived = True
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        before = normalized(call, self.spec)
+        value, changed = fire(before)
+        if changed:
+            call.memo["normalized"] = value
+            rebuild_norm(call, self.spec, edited=not torch.equal(value, before))
+
+
+def norm_parts(call: Call, spec: NormSpec) -> tuple[Tensor, Tensor]:
+    """Centred input and denominator of a norm call, in the precision the module itself uses."""
+    if "centred" not in call.memo:
+        x = call.input()
+        call.memo["dtype"] = x.dtype
+        x = x.float() if spec.upcast else x
+        centred = x - x.mean(-1, keepdim=True) if spec.centred else x
+        eps = getattr(call.module, spec.eps)
+        call.memo["centred"] = centred
+        call.memo["scale"] = (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt().to(call.memo["dtype"])
+    return call.memo["centred"], call.memo["scale"]
+
+
+def normalized(call: Call, spec: NormSpec) -> Tensor:
+    """The normalised value of a norm call, before gain and bias."""
+    centred, scale = norm_parts(call, spec)
+    if "normalized" not in call.memo:
+        call.memo["normalized"] = (centred / scale.to(centred.dtype)).to(call.memo["dtype"])
+    return call.memo["normalized"]
+
+
+def apply_gain(module: nn.Module, spec: NormSpec, value: Tensor) -> Tensor:
+    """Gain and bias of a norm module on a normalised value."""
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return value
+    if spec.gain_upcast:
+        out = (value.float() * (spec.offset + weight.float())).to(value.dtype)
+    else:
+        out = value * (spec.offset + weight if spec.offset else weight)
+    bias = getattr(module, "bias", None)
+    return out if bias is None else out + bias
+
+
+def rebuild_norm(call: Call, spec: NormSpec, edited: bool) -> None:
+    """Recompute a norm's output from the (edited) scale or normalised value in the call's memo."""
+    rebuilt = apply_gain(call.module, spec, normalized(call, spec))
+    if call.memo.get("rebuilt") or edited:
+        call.memo["rebuilt"] = True
+        call.set_tensor(rebuilt)
+    else:
+        call.set_tensor(substitute(call.tensor(), rebuilt))
+
+
+@dataclass(eq=False)
+class HeadResult(Point):
+    """Each head's share of the output projection: ``z_h W_O^h``, without the bias."""
+
+    n_heads: int = 1
+    derived = True
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        z = _heads(call.input(), self.n_heads)
+        weight, bias = linear(call.module, z.dtype, z.device)
+        w_o = rearrange(weight, "(h d) m -> h d m", h=self.n_heads)
+        result = torch.einsum("...hd,hdm->...hm", z, w_o)
+        value, changed = fire(result)
+        if changed:
+            rebuilt = value.sum(-2) if bias is None else value.sum(-2) + bias
+            edited = not torch.equal(value, result)
+            call.set_tensor(rebuilt if edited else substitute(call.tensor(), rebuilt))
+
+
+@dataclass(eq=False)
+class HeadInput(Point):
+    """What one head's query, key or value reads of the residual stream, before the norm: ``row pos head d_model``.
+
+    Sits on the projection; its companion keeps the input of the norm between the stream and the projection. An edit replaces the
+    whole path from the stream to the projection, so an edit of ``ln1`` in the same run does not reach the heads edited here.
+    """
+
+    n_heads: int = 1
+    companions: tuple[Stash, ...] = ()
+    derived = True
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        stash = self.companions[0]
+        norm = stash.module
+        resid = stash.kept[id(norm)]
+        per_head = resid.unsqueeze(-2).expand(*resid.shape[:-1], self.n_heads, resid.shape[-1])
+        value, changed = fire(per_head)
+        if not changed:
+            return
+        edited = not torch.equal(value, per_head)
+        normed = norm.forward(value.contiguous())
+        width = call.tensor().shape[-1] // self.n_heads
+        weight, bias = linear(self.module, normed.dtype, normed.device)
+        w = rearrange(weight, "m (h d) -> h m d", h=self.n_heads)
+        rebuilt = torch.einsum("...hm,hmd->...hd", normed, w)
+        rebuilt = rebuilt if bias is None else rebuilt + bias.view(self.n_heads, width)
+        rebuilt = _merge(rebuilt, self.n_heads)
+        call.set_tensor(rebuilt if edited else substitute(call.tensor(), rebuilt))
+
+
+@dataclass(eq=False)
+class PositionEmbedding(Point):
+    """What the embedding module adds for position; zero for tokens inserted afterwards (registers). An edit adds the difference."""
+
+    kind: str = "table"
+    weight: str = ""
+    n_inserted: int = 0
+    derived = True
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        out = call.tensor()
+        with torch.no_grad():
+            before = self.positions(call, out).to(out.dtype).expand_as(out).clone()
+        if torch.is_grad_enabled() and out.requires_grad:
+            before.requires_grad_(True)
+        value, changed = fire(before)
+        if changed:
+            edited = not torch.equal(value, before)
+            rebuilt = out + (value - before.detach())
+            call.set_tensor(rebuilt if edited else substitute(out, rebuilt))
+
+    def positions(self, call: Call, out: Tensor) -> Tensor:
+        """The position embedding of this call, as the module computes it."""
+        module: Any = call.module
+        table = getattr(module, self.weight)
+        table = table.weight if isinstance(table, nn.Embedding) else table
+        length = out.shape[1] - self.n_inserted
+        if self.kind == "table":
+            ids = call.kwargs.get("position_ids")
+            return table[ids] if ids is not None else table[None, :length]
+        if self.kind == "resized":
+            shapes = call.args[1] if len(call.args) > 1 else call.kwargs["spatial_shapes"]
+            side = int(table.shape[0] ** 0.5)
+            return module.resize_positional_embeddings(table.reshape(side, side, -1), shapes, max_length=length)
+        pixels = call.input("pixel_values")
+        if self.kind == "grid_always" or call.kwargs.get("interpolate_pos_encoding"):
+            found = module.interpolate_pos_encoding(out[:1, :length], pixels.shape[-2], pixels.shape[-1])
+        else:
+            found = table
+        found = found if found.ndim == 3 else found[None]
+        if not self.n_inserted:
+            return found
+        gap = found.new_zeros(found.shape[0], self.n_inserted, found.shape[-1])
+        return torch.cat([found[:, :1], gap, found[:, 1:]], dim=1)
+
+
+POOL_SITES = ("hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern", "hook_z")
+
+
+@dataclass(eq=False)
+class PoolAttention(Point):
+    """One stage of an ``nn.MultiheadAttention`` pooling, recomputed from its weights: the stages share the call's memo in ``POOL_SITES`` order.
+
+    q ``[row 1 head d_head]``, k, v ``[row pos head d_head]``, scores and pattern ``[row head 1 pos]``, z ``[row 1 head d_head]``.
+    """
+
+    stage: str = "hook_q"
+    derived = True
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        before = self.value(call)
+        value, changed = fire(before)
+        if not changed:
+            return
+        edited = call.memo.get("edited", False) or not torch.equal(value, before)
+        call.memo.update({"edited": edited, self.stage: value})
+        for later in POOL_SITES[POOL_SITES.index(self.stage) + 1 :]:
+            if later not in ("hook_k", "hook_v") or self.stage not in ("hook_q", "hook_k"):
+                call.memo.pop(later, None)
+        module: Any = call.module
+        z = _merge(self.stage_value(call, "hook_z"), module.num_heads)
+        rebuilt = nn.functional.linear(z, module.out_proj.weight, module.out_proj.bias)
+        original = call.memo.setdefault("original", call.tensor())
+        call.set_tensor(rebuilt if edited else substitute(original, rebuilt))
+
+    def value(self, call: Call) -> Tensor:
+        """This stage's value in the current call."""
+        return self.stage_value(call, self.stage)
+
+    def stage_value(self, call: Call, stage: str) -> Tensor:
+        """The value of any stage, computed from the stages before it, each at most once per call."""
+        if stage in call.memo:
+            return call.memo[stage]
+        module: Any = call.module
+        if stage in ("hook_q", "hook_k", "hook_v"):
+            index = POOL_SITES.index(stage)
+            source = call.args[index] if len(call.args) > index else call.kwargs[("query", "key", "value")[index]]
+            w = module.in_proj_weight.chunk(3)[index]
+            b = None if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[index]
+            value = _heads(nn.functional.linear(source, w, b), module.num_heads)
+        elif stage == "hook_attn_scores":
+            q, k = self.stage_value(call, "hook_q"), self.stage_value(call, "hook_k")
+            value = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+            mask = call.kwargs.get("attn_mask")
+            if mask is not None:
+                mask = mask.view(value.shape[0], -1, *mask.shape[-2:]) if mask.ndim == 3 else mask
+                floor = torch.finfo(value.dtype).min
+                value = value.masked_fill(~mask, floor) if mask.dtype == torch.bool else (value + mask).clamp(min=floor)
+        elif stage == "hook_pattern":
+            value = self.stage_value(call, "hook_attn_scores").softmax(-1)
+        else:
+            value = torch.einsum("bhqk,bkhd->bqhd", self.stage_value(call, "hook_pattern"), self.stage_value(call, "hook_v"))
+        call.memo[stage] = value
+        return value

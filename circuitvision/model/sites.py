@@ -1,0 +1,118 @@
+"""Site names: ``{tower}.blocks.{layer}.{site}``, ``{tower}.{site}``, ``projector.{site}``; globs and short forms.
+
+``*`` matches inside one dotted part, ``**`` across dots. The short form ``("vision", "z", 3)`` stands for ``vision.blocks.3.attn.hook_z`` and
+``("vision", "scale", 3, "ln1")`` for ``vision.blocks.3.ln1.hook_scale``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from circuitvision.errors import UnknownSiteError, nearest
+
+DERIVED = ("attn.hook_result", "hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in")
+"""Sites that follow exactly from others: a cache computes them when they are read."""
+
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+
+
+@dataclass(frozen=True)
+class SiteName:
+    """A full site name, taken apart."""
+
+    tower: str
+    layer: int | None
+    site: str
+
+    @staticmethod
+    @lru_cache(maxsize=100_000)
+    def parse(name: str) -> SiteName:
+        """Split a full name; the inverse of ``str``."""
+        tower, _, rest = name.partition(".")
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", rest)
+        return SiteName(tower, int(match[1]), match[2]) if match else SiteName(tower, None, rest)
+
+    @property
+    def stage(self) -> str:
+        """The last part of the name, e.g. ``hook_pattern``."""
+        return self.site.rpartition(".")[2]
+
+    def __str__(self) -> str:
+        return f"{self.tower}.{self.site}" if self.layer is None else f"{self.tower}.blocks.{self.layer}.{self.site}"
+
+
+@lru_cache(maxsize=10_000)
+def _pattern(glob: str) -> re.Pattern[str]:
+    parts = re.split(r"(\*\*|\*|\?)", glob)
+    table = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    return re.compile("".join(table.get(part, re.escape(part)) for part in parts))
+
+
+def matching(names_filter: NamesFilter, sites: Iterable[str]) -> list[str]:
+    """The sites that a name, glob, list of either, or predicate selects, in the order of ``sites``.
+
+    Raises UnknownSiteError, with the nearest names, for a name or glob that selects nothing.
+    """
+    sites = list(sites)
+    if names_filter is None:
+        return [name for name in sites if SiteName.parse(name).site not in DERIVED]
+    if callable(names_filter):
+        chosen = [name for name in sites if names_filter(name)]
+        if not chosen:
+            raise UnknownSiteError("names_filter selects no site of this model; model.sites() lists them.")
+        return chosen
+    globs = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+    if not globs:
+        raise UnknownSiteError("names_filter is empty; give a site name, a glob such as '*.blocks.*.attn.hook_z', or None.")
+    chosen_set: set[str] = set()
+    for glob in globs:
+        if not isinstance(glob, str):
+            raise UnknownSiteError(f"names_filter holds {glob!r}; give site names or globs as strings.")
+        pattern = _pattern(glob)
+        found = [name for name in sites if pattern.fullmatch(name)]
+        if not found:
+            near = ", ".join(nearest(glob, sites))
+            raise UnknownSiteError(f"No site of this model matches {glob!r}. Nearest: {near}.")
+        chosen_set.update(found)
+    return [name for name in sites if name in chosen_set]
+
+
+def is_exact(names_filter: NamesFilter, name: str) -> bool:
+    """Whether the filter spells out this very name (rather than matching it by a glob)."""
+    if isinstance(names_filter, str):
+        return names_filter == name
+    return isinstance(names_filter, (list, tuple, set, frozenset)) and name in names_filter
+
+
+def expand_short(key: tuple[object, ...], sites: Iterable[str]) -> str:
+    """The full name of a short form ``(tower, site)``, ``(tower, site, layer)`` or ``(tower, site, layer, part)``.
+
+    Raises UnknownSiteError if there is no such site, or if the short form fits several.
+    """
+    sites = list(sites)
+    tower, short, *rest = key
+    layer = rest[0] if rest else None
+    part = rest[1] if len(rest) > 1 else None
+    layers = sorted({n.layer for s in sites if (n := SiteName.parse(s)).tower == tower and n.layer is not None})
+    if isinstance(layer, int) and layer < 0 and layers:
+        layer = layers[-1] + 1 + layer
+    stem = str(short).removeprefix("hook_")
+    stem = {"scores": "attn_scores", "attn": "pattern", "post": "post", "normalized": "normalized"}.get(stem, stem)
+    wanted = []
+    for name in sites:
+        site = SiteName.parse(name)
+        if site.tower != tower or site.layer != layer:
+            continue
+        *parents, last = site.site.split(".")
+        if last.removeprefix("hook_") == stem and (part is None or ".".join(parents) == part):
+            wanted.append((len(parents), name))
+    wanted.sort()
+    if not wanted or (len(wanted) > 1 and wanted[0][0] == wanted[1][0]):
+        full = f"{tower}." + (f"blocks.{layer}." if layer is not None else "") + (f"{part}." if part else "") + f"hook_{stem}"
+        what = "fits several sites; name the part, e.g. 'ln1'" if wanted else "is no site of this cache or model"
+        near = ", ".join(nearest(full, sites))
+        raise UnknownSiteError(f"{key!r} {what}. Nearest: {near}.")
+    return wanted[0][1]

@@ -1,0 +1,226 @@
+"""What a family file may say: where the parts of an architecture live, and nothing else.
+
+A *block layout* names the sub-modules of one transformer block, a *stack* names the parts of one transformer (embeddings, blocks, final norm), and
+a *family* says which stacks a Hugging Face class holds under which tower names, what its output is and what its heads read. Everything that
+hooks, reads, edits or documents a model derives from these tables: a method never asks which family it was given.
+
+Paths are dotted attribute paths. A tuple of paths means "the first that exists", for layouts that moved between transformers versions.
+
+Not covered: fused qkv projections, post-norm blocks, packed sequences, stacks whose residual additions are bare parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from circuitvision.errors import UnsupportedModelError
+
+Path = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """How a normalisation module computes: ``out = x_hat * (offset + weight) + bias`` with ``x_hat = centre(x) / scale``.
+
+    ``centred`` subtracts the mean (LayerNorm), ``eps`` names the attribute that holds epsilon, ``offset`` is what is added to the weight
+    (1 for Gemma), ``upcast`` says that statistics are taken in float32 whatever the dtype, ``gain_upcast`` that the gain is applied there too.
+    """
+
+    eps: str
+    centred: bool = False
+    offset: float = 0.0
+    upcast: bool = False
+    gain_upcast: bool = False
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Paths inside one pre-norm transformer block, relative to the block module."""
+
+    ln1: str
+    attn: str
+    q: str
+    k: str
+    v: str
+    o: str
+    ln2: str
+    mlp: str
+    mlp_in: str
+    mlp_out: str
+    mlp_gate: str | None = None
+    attn_add: str | None = None
+    """The module whose output is what attention adds to the stream, where one follows the output projection (LayerScale, a sandwich norm)."""
+    mlp_add: str | None = None
+    rotary: bool = False
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Paths inside one transformer, relative to its root module."""
+
+    blocks: Path
+    block: BlockLayout | Callable[[nn.Module], BlockLayout]
+    final_norm: Path | None
+    embed: Path
+    """The module whose output is the patch or token embedding, before positions are added."""
+    embeddings: Path | None = None
+    """The module that adds the position embedding; None where positions are rotary only."""
+    position: Literal["none", "table", "grid", "grid_always", "resized"] = "none"
+    position_weight: str | None = None
+    """Where the position table is, relative to ``embeddings``."""
+    prefix: tuple[str, ...] = ()
+    """Kinds of the tokens before the patches; ``register`` is repeated ``num_register_tokens`` times."""
+    attention: Literal["causal", "bidirectional", "by_mask"] = "bidirectional"
+    image: bool = False
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How a tower's final residual becomes the family's output.
+
+    ``pool`` names the rule, ``norm_first`` says whether the final norm precedes pooling, ``normed`` whether it is applied at all. ``head`` is the
+    module that reads the result (absolute path); ``finish`` is what follows it. ``reads`` lists the kinds of positions of the last live
+    block that reach the output ("*" = all, empty = none).
+    """
+
+    pool: str = "none"
+    head: Path | None = None
+    finish: Literal["none", "softcap", "contrast", "projector", "mean_heads"] = "none"
+    norm_first: bool = True
+    normed: bool = True
+    reads: tuple[str, ...] = ("*",)
+    tied_lens: Path | None = None
+    """An embedding whose transpose serves as a lens where the tower has no head of its own."""
+    pool_module: Path | None = None
+    second_head: Path | None = None
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """One tower of a family: its name, where it is, and how it is read out."""
+
+    name: str
+    root: Path = ""
+    config: str = ""
+    readout: Readout | None = None
+    stack: Stack | None = None
+    feature_layers: str | None = None
+    """Config attribute that says which hidden states leave the tower, where it is not the last one."""
+    feature_select: str | None = None
+    """Config attribute that says whether the CLS position is dropped ("default") or kept ("full")."""
+    embed: Path | None = None
+    """Absolute path of the embedding module, where it is not inside the tower."""
+    attention: Literal["causal", "bidirectional", "by_mask"] | None = None
+    """Who sees whom, where the family overrides what its stack does by itself."""
+    feeds_cache_only: bool = False
+    """The tower reaches the output only through keys and values (PI0's prefix)."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture family: which classes it serves, its towers, and the tensor ``model(inputs)`` returns."""
+
+    name: str
+    classes: tuple[str, ...]
+    towers: tuple[TowerSpec, ...]
+    output: str
+    projector: Path | None = None
+    image_layout: Literal["none", "single", "flat", "anyres", "cameras"] = "none"
+    image_token: tuple[str, ...] = ()
+    """Config attributes that hold the image token id, the first that exists."""
+    required: tuple[str, ...] = ()
+    """Inputs without which the forward would draw random numbers or fail."""
+    auto_class: str = "AutoModel"
+    suffix_kinds: tuple[str, ...] = ()
+    """Kinds of an action tower's positions: the first entries, the last one repeated."""
+    processor: Callable[[str], Any] | None = None
+    """How to load the processor of a checkpoint, where AutoProcessor cannot."""
+    text_padding: Literal["longest", "max_length"] = "longest"
+    """How the text tower expects short prompts to be filled up."""
+
+
+FAMILIES: dict[str, Family] = {}
+"""Class name of a Hugging Face module -> its family."""
+STACKS: dict[str, Stack] = {}
+"""model_type of a (sub-)config -> the stack it builds."""
+NORMS: dict[str, NormSpec] = {}
+"""Class name of a normalisation module -> how it computes."""
+
+
+def register_family(family: Family) -> Family:
+    """Add a family to the table; raises ValueError if one of its classes is already taken."""
+    for cls in family.classes:
+        if cls in FAMILIES:
+            raise ValueError(f"{cls} is already registered, by the family {FAMILIES[cls].name!r}.")
+        FAMILIES[cls] = family
+    return family
+
+
+def register_stack(stack: Stack, *model_types: str) -> Stack:
+    """Add a stack under one or several ``model_type`` values of its config."""
+    for model_type in model_types:
+        STACKS[model_type] = stack
+    return stack
+
+
+def family_of(module: nn.Module) -> Family:
+    """The family of a Hugging Face module, by its class or a base class of it.
+
+    Raises UnsupportedModelError, naming what was found and what is known.
+    """
+    for cls in type(module).__mro__:
+        if cls.__name__ in FAMILIES:
+            return FAMILIES[cls.__name__]
+    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    known = ", ".join(sorted(FAMILIES))
+    raise UnsupportedModelError(
+        f"No family describes {type(module).__name__} (config.model_type = {model_type!r}). Looked for one of these classes: {known}. "
+        "Wrap one of them, or add a file to circuitvision/families."
+    )
+
+
+def resolve(root: nn.Module, path: Path | None) -> nn.Module | None:
+    """The sub-module at ``path`` (the first that exists, for a tuple of paths), or None."""
+    if path is None:
+        return None
+    for candidate in (path,) if isinstance(path, str) else path:
+        found: object = root
+        for part in candidate.split(".") if candidate else ():
+            found = getattr(found, part, None)
+        if isinstance(found, nn.Module):
+            return found
+    return None
+
+
+def require(root: nn.Module, path: Path, what: str) -> nn.Module:
+    """Like :func:`resolve`, but raises UnsupportedModelError that says what was looked for and what is there."""
+    found = resolve(root, path)
+    if found is None:
+        children = ", ".join(name for name, _ in root.named_children()) or "no sub-modules"
+        raise UnsupportedModelError(
+            f"{type(root).__name__} has no {what}: looked for {path!r}, found {children}. The layout of this transformers version is not known."
+        )
+    return found
+
+
+def sub_config(config: object, path: str) -> object:
+    """The nested config at a dotted path ("" is the config itself)."""
+    for part in path.split(".") if path else ():
+        config = getattr(config, part)
+    return config
+
+
+def stack_for(spec: TowerSpec, config: object) -> Stack:
+    """The stack of a tower: the one its spec names, or the one registered for the model_type of its config."""
+    if spec.stack is not None:
+        return spec.stack
+    model_type = getattr(config, "model_type", None)
+    if model_type not in STACKS:
+        raise UnsupportedModelError(
+            f"The {spec.name} tower is built from a config of type {model_type!r}, which no stack describes. Known: {', '.join(sorted(STACKS))}."
+        )
+    return STACKS[model_type]

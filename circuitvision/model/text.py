@@ -1,0 +1,136 @@
+"""The processor's side of a wrapped model: making inputs, and translating between words and ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError, nearest
+
+
+class TextTools:
+    """Mixed into HookedModel: everything that goes through the processor or tokenizer."""
+
+    processor: Any
+    config: Any
+    family: Any
+    device: Any
+    dtype: Any
+
+    def inputs(self, images: Any = None, text: Any = None, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
+        """Model-ready tensors from images and text, through the model's processor, on its device and in its dtype.
+
+        Tensors given as keywords are passed on; for PI0, ``noise`` and ``timestep`` are filled from ``seed`` unless given.
+        Raises InputError without a processor, and if the prompts do not hold an image token for each image.
+        """
+        from circuitvision.model.inputs import seeded_noise
+
+        made: dict[str, Any] = {}
+        if images is not None or text is not None:
+            made = self._process(images, text, {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)})
+            kwargs = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
+        made.update(kwargs)
+        made = {name: self._placed(value) for name, value in made.items()}
+        if "noise" in self.family.required and ("noise" not in made or "timestep" not in made):
+            if "state" not in made:
+                raise InputError("This model reads the robot's state; give state=tensor [batch, state_dim].")
+            made = {**seeded_noise(self, made, seed), **made}  # type: ignore[arg-type]
+        return made
+
+    def _placed(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+
+    def _process(self, images: Any, text: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if self.processor is None:
+            raise InputError("This model was wrapped without a processor; pass HookedModel(module, processor), or make the tensors by hand.")
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        if tokenizer is None and not hasattr(self.processor, "image_processor"):
+            if text is not None:
+                raise InputError("This processor reads images only; leave text out.")
+            return dict(self.processor(images=images, return_tensors="pt", **kwargs))
+        options: dict[str, Any] = {"return_tensors": "pt"}
+        if text is not None:
+            longest = self.family.text_padding == "longest"
+            options["padding"] = "longest" if longest else "max_length"
+            if not longest:
+                options["max_length"] = self.config.text_config.max_position_embeddings
+            if tokenizer is not None and tokenizer.pad_token is None:
+                options.pop("padding")
+        given = {key: value for key, value in (("images", images), ("text", text)) if value is not None}
+        try:
+            return dict(self.processor(**given, **{**options, **kwargs}))
+        except (ValueError, IndexError, StopIteration) as error:
+            raise InputError(f"The processor refused these inputs: {error}. Does each prompt hold {self.image_token or 'an image token'} once per image?") from error
+
+    # -- words and ids -----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None."""
+        if hasattr(self.processor, "convert_ids_to_tokens"):
+            return self.processor
+        return getattr(self.processor, "tokenizer", None)
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The id that stands for one image position in prompts, or None."""
+        for path in self.family.image_token:
+            found: Any = self.config
+            for part in path.split("."):
+                found = getattr(found, part, None)
+            if found is not None:
+                return int(found)
+        return None
+
+    @property
+    def image_token(self) -> str | None:
+        """The text of the image token, where a tokenizer knows it."""
+        token, tokenizer = self.image_token_id, self.tokenizer
+        if token is None or tokenizer is None:
+            return None
+        return str(tokenizer.convert_ids_to_tokens(token))
+
+    def token(self, word: str | int) -> int:
+        """The id of a word: one token of the vocabulary, or a class name of a classifier; an int is returned as it is.
+
+        Raises InputError if the word takes several tokens, or is unknown.
+        """
+        if isinstance(word, int):
+            return word
+        labels = getattr(self.config, "label2id", None) or {}
+        if self.tokenizer is None:
+            if word in labels:
+                return int(labels[word])
+            raise InputError(f"{word!r} is no class of this model. Nearest: {', '.join(nearest(word, labels))}.")
+        candidates = [self.tokenizer.encode(form, add_special_tokens=False) for form in (" " + word, word)]
+        unknown = self.tokenizer.unk_token_id
+        for ids in candidates:
+            if len(ids) == 1 and ids[0] != unknown:
+                return int(ids[0])
+        if all(unknown in ids for ids in candidates):
+            raise InputError(f"{word!r} is not in the vocabulary. Nearest: {', '.join(nearest(word, self.tokenizer.get_vocab()))}.")
+        pieces = self.tokenizer.convert_ids_to_tokens(candidates[-1])
+        raise InputError(f"{word!r} takes {len(pieces)} tokens ({' '.join(pieces)}); name a one-token word, or give the id of the piece you mean.")
+
+    def pieces(self, ids: Tensor) -> list[list[str]] | None:
+        """The text piece of every id, by row; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return [[str(piece) for piece in self.tokenizer.convert_ids_to_tokens(row)] for row in ids.tolist()]
+
+    def to_str_tokens(self, what: Any) -> list[list[str]]:
+        """The text pieces of inputs, ids, or a text, by row; InputError without a tokenizer."""
+        if self.tokenizer is None:
+            raise InputError("This model has no tokenizer.")
+        if isinstance(what, Mapping):
+            what = what["input_ids"]
+        if isinstance(what, str):
+            what = torch.tensor([self.tokenizer.encode(what)])
+        pieces = self.pieces(torch.as_tensor(what))
+        assert pieces is not None
+        return pieces

@@ -1,0 +1,327 @@
+"""A tower: one transformer of the model, with its configuration, weights, sites and read-out, whatever family it belongs to.
+
+Weights follow TransformerLens: row vectors, so ``q = x @ W_Q[layer, head] + b_Q[layer, head]``. They are what the model holds: nothing is folded or
+centred. ``tower.W_Q`` stacks copies over layers; ``tower.blocks[3].W_Q`` is a live view of one layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from circuitvision.errors import UnsupportedModelError
+from circuitvision.model import heads
+from circuitvision.model.spec import (
+    NORMS,
+    BlockLayout,
+    Family,
+    NormSpec,
+    TowerSpec,
+    require,
+    resolve,
+    stack_for,
+    sub_config,
+)
+
+if TYPE_CHECKING:
+    from circuitvision.model.cache import ActivationCache
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """The numbers of one tower, under TransformerLens's names."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    grid: tuple[int, int] | None
+    """Patch rows and columns at the configured image size; None for text and action towers and for images of free size."""
+    patch_size: int | None
+    n_prefix: int
+    """Positions before the first patch (CLS, distillation, registers)."""
+    attention: str
+    """"causal", "bidirectional", or "by_mask" where the run's mask decides."""
+    act: str
+    norm: str
+    """"LayerNorm" or "RMSNorm"."""
+    gated_mlp: bool
+    rotary: bool
+
+
+def norm_spec(module: nn.Module) -> NormSpec:
+    """How a normalisation module computes; raises UnsupportedModelError for a class no family file describes."""
+    for cls in type(module).__mro__:
+        if cls.__name__ in NORMS:
+            return NORMS[cls.__name__]
+    raise UnsupportedModelError(f"{type(module).__name__} is a norm that no family file describes; known: {', '.join(NORMS)}.")
+
+
+class Block:
+    """One transformer block of a tower: its modules, and live views of its weights."""
+
+    def __init__(self, tower: Tower, layer: int, module: nn.Module, layout: BlockLayout) -> None:
+        self.tower, self.layer, self.module, self.layout = tower, layer, module, layout
+
+    def part(self, name: str) -> nn.Module:
+        """The sub-module that the layout calls ``name`` ("q", "ln1", "mlp_out", …)."""
+        return require(self.module, getattr(self.layout, name), f"{name} in block {self.layer}")
+
+    def has(self, name: str) -> bool:
+        """Whether the layout names such a part."""
+        return getattr(self.layout, name) is not None
+
+    def _weight(self, part: str) -> Tensor:
+        module: Any = self.part(part)
+        return module.weight.T
+
+    def _bias(self, part: str, shape: tuple[int, ...]) -> Tensor:
+        module: Any = self.part(part)
+        bias = module.bias
+        return module.weight.new_zeros(shape) if bias is None else bias.view(shape)
+
+    def _per_head(self, part: str, n_heads: int) -> Tensor:
+        return rearrange(self._weight(part), "m (h d) -> h m d", h=n_heads)
+
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
+        """Query weights of each head."""
+        return self._per_head("q", self.tower.cfg.n_heads)
+
+    @property
+    def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        """Key weights of each key/value head."""
+        return self._per_head("k", self.tower.cfg.n_kv_heads)
+
+    @property
+    def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        """Value weights of each key/value head."""
+        return self._per_head("v", self.tower.cfg.n_kv_heads)
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights of each head, before LayerScale or a post norm."""
+        return rearrange(self._weight("o"), "(h d) m -> h d m", h=self.tower.cfg.n_heads)
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        """Input weights of the MLP (gated: of the linear branch)."""
+        return self._weight("mlp_in")
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        """Gate weights of a gated MLP; AttributeError for a plain one."""
+        if not self.has("mlp_gate"):
+            raise AttributeError(f"The {self.tower.name} tower has no gated MLP, so it has no W_gate.")
+        return self._weight("mlp_gate")
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """Output weights of the MLP: row ``i`` is what neuron ``i`` writes (before LayerScale or a post norm)."""
+        return self._weight("mlp_out")
+
+    @property
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
+        """Query biases."""
+        return self._bias("q", (self.tower.cfg.n_heads, self.tower.cfg.d_head))
+
+    @property
+    def b_K(self) -> Float[Tensor, "kv_head d_head"]:
+        """Key biases."""
+        return self._bias("k", (self.tower.cfg.n_kv_heads, self.tower.cfg.d_head))
+
+    @property
+    def b_V(self) -> Float[Tensor, "kv_head d_head"]:
+        """Value biases."""
+        return self._bias("v", (self.tower.cfg.n_kv_heads, self.tower.cfg.d_head))
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        """Output bias of attention."""
+        return self._bias("o", (self.tower.cfg.d_model,))
+
+    @property
+    def b_in(self) -> Float[Tensor, " d_mlp"]:
+        """Input bias of the MLP."""
+        return self._bias("mlp_in", (self.tower.cfg.d_mlp,))
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        """Output bias of the MLP."""
+        return self._bias("mlp_out", (self.tower.cfg.d_model,))
+
+
+class Tower:
+    """One transformer of a wrapped model, e.g. ``model.vision``."""
+
+    def __init__(self, module: nn.Module, config: Any, family: Family, spec: TowerSpec, siblings: dict[str, Tower]) -> None:
+        self.module = module
+        self.family = family
+        self.spec = spec
+        self.siblings = siblings
+        self.name = spec.name
+        self.config_of_model = config
+        self.config = sub_config(config, spec.config)
+        self.stack = stack_for(spec, self.config)
+        self.root = require(module, spec.root, f"{spec.name} tower")
+        blocks = resolve_list(self.root, self.stack.blocks, spec.name)
+        layout = self.stack.block
+        self.blocks = [
+            Block(self, layer, block, layout(block) if callable(layout) else layout) for layer, block in enumerate(blocks)
+        ]
+        self.final_norm = resolve(self.root, self.stack.final_norm)
+        self.cfg = self._config()
+
+    def _config(self) -> TowerConfig:
+        config: Any = self.config
+        block = self.blocks[0]
+        n_heads = int(config.num_attention_heads)
+        n_kv = int(getattr(config, "num_key_value_heads", None) or n_heads)
+        q: Any = block.part("q")
+        mlp_in: Any = block.part("mlp_in")
+        grid, patch = self._grid()
+        return TowerConfig(
+            n_layers=len(self.blocks),
+            n_heads=n_heads,
+            n_kv_heads=n_kv,
+            d_model=int(config.hidden_size),
+            d_head=int(q.out_features) // n_heads,
+            d_mlp=int(mlp_in.out_features),
+            grid=grid,
+            patch_size=patch,
+            n_prefix=len(self.prefix_kinds),
+            attention=self.spec.attention or self.stack.attention,
+            act=str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)),
+            norm="LayerNorm" if norm_spec(block.part("ln1")).centred else "RMSNorm",
+            gated_mlp=block.has("mlp_gate"),
+            rotary=block.layout.rotary,
+        )
+
+    def _grid(self) -> tuple[tuple[int, int] | None, int | None]:
+        config: Any = self.config
+        if not self.stack.image:
+            return None, None
+        patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+        size = getattr(config, "image_size", None)
+        if size is None or self.stack.position == "resized":
+            return None, int(patch)
+        height, width = (size, size) if isinstance(size, int) else size
+        return (height // patch, width // patch), int(patch)
+
+    @property
+    def prefix_kinds(self) -> tuple[str, ...]:
+        """Kinds of the positions before the first patch."""
+        registers = int(getattr(self.config, "num_register_tokens", 0) or 0)
+        kinds: list[str] = []
+        for kind in self.stack.prefix:
+            kinds += [kind] * (registers if kind == "register" else 1)
+        return tuple(kinds)
+
+    # -- what leaves the tower -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def feature_layers(self) -> list[int]:
+        """Which hidden states leave the tower: 0 is the input of block 0, ``l + 1`` the output of block ``l``."""
+        count = self.cfg.n_layers
+        if self.spec.feature_layers is None:
+            return [count]
+        value = getattr(self.config_of_model, self.spec.feature_layers)
+        return [int(index) % (count + 1) for index in ([value] if isinstance(value, int) else value)]
+
+    @property
+    def drops_cls(self) -> bool:
+        """Whether the position before the patches is dropped on the way to the projector."""
+        return self.spec.feature_select is not None and getattr(self.config_of_model, self.spec.feature_select) == "default"
+
+    def residual_name(self, hidden_state: int) -> str:
+        """The site of a hidden state: 0 is ``hook_input``, ``l + 1`` is ``blocks.l.hook_resid_post``."""
+        return f"{self.name}.hook_input" if hidden_state == 0 else f"{self.name}.blocks.{hidden_state - 1}.hook_resid_post"
+
+    def readout(
+        self, resid: Float[Tensor, "row pos d_model"], context: ActivationCache | None = None
+    ) -> Float[Tensor, "..."]:
+        """The family's output computed from a residual stream of this tower (final norm, pooling rule, head, in the family's order).
+
+        At the last layer (LLaVA's vision tower: the feature layer) it equals what the model returns (there: ``projector.hook_out``). ``context`` is the
+        run's cache, needed where the output depends on more than this residual: CLIP's other tower, where its text ends.
+        Raises InputError if ``context`` is missing there, UnsupportedModelError for a tower without a read-out.
+        """
+        return heads.read_out(self, resid, context)
+
+    # -- weights ---------------------------------------------------------------------------------------------------------------------------
+
+    def _stacked(self, name: str) -> Tensor:
+        with torch.no_grad():
+            return torch.stack([getattr(block, name).detach() for block in self.blocks])
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in _STACKED:
+            return self._stacked(name)
+        raise AttributeError(f"Tower has no attribute {name!r}.")
+
+    @property
+    def W_E(self) -> Float[Tensor, "n_in d_model"]:
+        """The token embedding ``[vocab d_model]``, or the patch projection ``[channels·patch·patch d_model]`` (copy)."""
+        module: Any = require(self.root, self.stack.embed, "embedding")
+        module = getattr(module, "projection", module)
+        weight = module.weight.detach()
+        if isinstance(module, nn.Embedding):
+            return weight.clone()
+        return weight.flatten(1).T.clone()
+
+    @property
+    def W_pos(self) -> Float[Tensor, "pos d_model"]:
+        """The learned position table (copy); AttributeError where positions are rotary."""
+        if self.stack.position_weight is None:
+            raise AttributeError(f"The {self.name} tower has no learned position embedding.")
+        table: Any = getattr(require(self.root, self.stack.embeddings or "", "embeddings"), self.stack.position_weight)
+        table = table.weight if isinstance(table, nn.Embedding) else table[0]
+        return table.detach().clone()
+
+    def _head_weight(self, kind: str) -> Tensor:
+        found = heads.unembedding(self)
+        kinds = (kind, "tied") if kind == "W_U" else (kind,)
+        if found is None or found[1] not in kinds:
+            raise AttributeError(f"The {self.name} tower of {self.family.name} has no {kind}; tower.readout says how it reaches the output.")
+        module: Any = found[0]
+        return module.weight.detach().T.clone()
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model n_out"]:
+        """The unembedding: classifier, language-model head or action head (copy); AttributeError where the tower has none."""
+        return self._head_weight("W_U")
+
+    @property
+    def b_U(self) -> Float[Tensor, " n_out"]:
+        """The bias of the unembedding, zeros where it has none."""
+        found = heads.unembedding(self)
+        bias = None if found is None else getattr(found[0], "bias", None)
+        return self.W_U.new_zeros(self.W_U.shape[1]) if bias is None else bias.detach().clone()
+
+    @property
+    def W_proj(self) -> Float[Tensor, "d_model d_shared"]:
+        """The projection into the space shared with the other tower (CLIP, SigLIP text); AttributeError elsewhere."""
+        return self._head_weight("W_proj")
+
+    def __repr__(self) -> str:
+        c = self.cfg
+        grid = f", grid {c.grid[0]}x{c.grid[1]} + {c.n_prefix}" if c.grid else ""
+        return f"Tower({self.name}: {c.n_layers} layers, {c.n_heads} heads ({c.n_kv_heads} kv), d_model {c.d_model}, d_head {c.d_head}, d_mlp {c.d_mlp}{grid})"
+
+
+_STACKED = frozenset({"W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "W_gate", "b_Q", "b_K", "b_V", "b_O", "b_in", "b_out"})
+
+
+def resolve_list(root: nn.Module, path: Any, tower: str) -> nn.ModuleList:
+    """The list of blocks at ``path``; raises UnsupportedModelError if it is not a non-empty ModuleList."""
+    found = require(root, path, f"blocks of the {tower} tower")
+    if not isinstance(found, nn.ModuleList) or len(found) == 0:
+        raise UnsupportedModelError(f"The blocks of the {tower} tower are a {type(found).__name__}; a non-empty ModuleList was expected.")
+    return found
