@@ -30,8 +30,6 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "green": (40, 170, 60),
     "blue": (50, 80, 220),
     "yellow": (230, 210, 50),
-    "purple": (150, 60, 180),
-    "cyan": (50, 200, 210),
 }
 COLOR_NAMES: tuple[str, ...] = tuple(COLORS)
 BACKGROUND: tuple[int, int, int] = (70, 70, 70)
@@ -48,7 +46,7 @@ Policy = Callable[["ReachScenes"], Int[np.ndarray, "scene chunk 2"]]
 class Board:
     """The size of the world: cells per side, pixels per cell, objects per scene."""
 
-    size: int = 5
+    size: int = 4
     cell_pixels: int = 4
     n_objects: int = 3
 

@@ -1,13 +1,13 @@
 """reach-pi0: a small π0 that reaches for the object its instruction names, in closed loop.
 
-The model is transformers' ``PI0ForConditionalGeneration``: a SigLIP tower reads the board (one patch per cell), a Gemma prefix joins it with
-the instruction, and an action expert turns noise into the next two steps by flow matching. It is trained by imitation on single scenes
-(:mod:`circuitvision.data.reach`), with the gripper anywhere, so what it meets in the middle of an episode is not new to it; whole layouts
-are kept back for validation and test.
+The model is transformers' ``PI0ForConditionalGeneration``: a SigLIP tower reads the board (one patch per cell), a Gemma
+prefix joins it with the instruction, and an action expert turns noise into the next two steps by flow matching. It is
+trained by imitation on single scenes (:mod:`circuitvision.data.reach`), with the gripper anywhere, so what it meets in
+the middle of an episode is not new to it; whole layouts are kept back for validation and test.
 
 ``PI0ImageProcessor`` needs torchvision, so the processor is saved with SigLIP's, which loads without it. Both
-``AutoProcessor.from_pretrained(folder)`` and :func:`load_processor` read the folder. A processor call takes one *list of cameras* per
-prompt: ``processor(images=[[image], [image]], text=[...])``.
+``AutoProcessor.from_pretrained(folder)`` and :func:`load_processor` read the folder. A processor call takes one *list
+of cameras* per prompt: ``processor(images=[[image], [image]], text=[...])``.
 
 Not covered: several cameras, continuous positions, real π0 weights.
 """
@@ -15,9 +15,6 @@ Not covered: several cameras, continuous positions, real π0 weights.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,30 +25,32 @@ from torch import Tensor
 
 from circuitvision.data import reach
 from circuitvision.errors import InputError
-from circuitvision.progress import track
+from circuitvision.organisms.training import Recipe, fit, report, reproducible, write_folder
 
 if TYPE_CHECKING:
     from transformers import PI0ForConditionalGeneration, PI0Processor
 
 CHUNK = 2
-STEPS = 3000
-BATCH = 64
-DRAWS = 4
-LEARNING_RATE = 2e-3
+RECIPE = Recipe(steps=1200, batch=64, rate=3e-3, decay=0.01, cool_down=0.5, initial=0.06)
+DRAWS = 2
 WIDTH = 64
 DENOISING_STEPS = 5
 HORIZON = 8
 # Room for the image tokens, <bos>, two words and the newline that the processor appends.
 PROMPT_LENGTH = 32
 WORDS = ("<pad>", "<bos>", "<unk>", "\n", "reach", *reach.COLOR_NAMES)
-STREAMS = {"train": 1_000, "validation": 2_000, "test": 3_000}
+EPISODES = 500
+IMAGE_SETTINGS = (
+    *("do_convert_rgb", "do_normalize", "do_rescale", "do_resize"),
+    *("image_mean", "image_std", "resample", "rescale_factor"),
+)
 
 
 def build_processor(board: reach.Board | None = None) -> PI0Processor:
-    """A new processor for ``board``: a word-level tokenizer, SigLIP's image processor, and the statistics of states and actions.
+    """A new processor for ``board``: word-level tokenizer, SigLIP's image processor, statistics of states and actions.
 
-    ``PI0Processor`` pads prompts to 48 tokens unless the tokenizer brings a ``max_length`` of its own, as this one does, and adds
-    1024 ``<loc>`` and 128 ``<seg>`` tokens to it.
+    ``PI0Processor`` pads prompts to 48 tokens unless the tokenizer brings a ``max_length`` of its own, as this one
+    does, and adds 1024 ``<loc>`` and 128 ``<seg>`` tokens to it.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PI0Processor, PreTrainedTokenizerFast, SiglipImageProcessorPil
@@ -65,7 +64,7 @@ def build_processor(board: reach.Board | None = None) -> PI0Processor:
         tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>", max_length=PROMPT_LENGTH
     )
     side = board.image_size
-    image_processor = SiglipImageProcessorPil(
+    image_processor: Any = SiglipImageProcessorPil(
         size={"height": side, "width": side}, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]
     )
     image_processor.image_seq_length = board.size**2
@@ -83,10 +82,11 @@ def build_processor(board: reach.Board | None = None) -> PI0Processor:
 
 
 def load_processor(folder: str | Path) -> PI0Processor:
-    """The processor saved in a π0 folder, also where ``PI0ImageProcessor`` cannot be loaded because torchvision is missing.
+    """The processor saved in a π0 folder, also without the torchvision that ``PI0ImageProcessor`` needs.
 
-    Reads ``processor_config.json`` (or ``preprocessor_config.json``), makes SigLIP's image processor with the same sizes, means and
-    standard deviations, gives it the ``image_seq_length`` that ``PI0Processor`` asks for, and takes the tokenizer from the folder.
+    Reads ``processor_config.json`` (or ``preprocessor_config.json``), makes SigLIP's image processor with the same
+    sizes, means and standard deviations, gives it the ``image_seq_length`` that ``PI0Processor`` asks for, and takes
+    the tokenizer from the folder.
 
     Raises:
         InputError: the folder has no processor configuration.
@@ -94,14 +94,16 @@ def load_processor(folder: str | Path) -> PI0Processor:
     from transformers import AutoTokenizer, PI0Processor, SiglipImageProcessorPil
 
     folder = Path(folder)
-    files = [folder / name for name in ("processor_config.json", "preprocessor_config.json") if (folder / name).is_file()]
+    names = ("processor_config.json", "preprocessor_config.json")
+    files = [folder / name for name in names if (folder / name).is_file()]
     if not files:
-        raise InputError(f"{folder} holds no processor_config.json or preprocessor_config.json; save one with save_pretrained")
+        raise InputError(f"{folder} holds no {' or '.join(names)}; save a processor with save_pretrained")
     settings = json.loads(files[0].read_text(encoding="utf-8"))
     image_settings = settings.get("image_processor") or settings
-    keys = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std", "resample", "rescale_factor")
-    size = image_settings.get("pad_size") or image_settings["size"]
-    image_processor = SiglipImageProcessorPil(size=size, **{key: image_settings[key] for key in keys if key in image_settings})
+    # π0's own processor bounds the longer side and pads to pad_size; SigLIP's resizes to the square itself.
+    size = image_settings.get("pad_size") or image_settings.get("size", {"height": 224, "width": 224})
+    chosen = {key: image_settings[key] for key in IMAGE_SETTINGS if key in image_settings}
+    image_processor: Any = SiglipImageProcessorPil(size=size, **chosen)
     image_processor.image_seq_length = image_settings.get("image_seq_length", 256)
     own = ("state_mean", "state_std", "actions_mean", "actions_std", "max_state_dim", "chunk_size")
     return PI0Processor(
@@ -111,8 +113,8 @@ def load_processor(folder: str | Path) -> PI0Processor:
     )
 
 
-def build_model(processor: PI0Processor, board: reach.Board | None = None, seed: int = 0) -> PI0ForConditionalGeneration:
-    """An untrained model for ``processor``: 2 SigLIP layers, 3 prefix and 3 expert layers of width 64, 4 heads over 2 key-value heads."""
+def build_model(processor: PI0Processor, board: reach.Board | None = None) -> PI0ForConditionalGeneration:
+    """An untrained model for ``processor``: 2 vision, 3 prefix and 3 expert layers, 4 heads over 2 key-value heads."""
     from transformers import PI0Config, PI0ForConditionalGeneration
 
     board = board or reach.Board()
@@ -153,20 +155,15 @@ def build_model(processor: PI0Processor, board: reach.Board | None = None, seed:
         max_action_dim=2,
         num_inference_steps=DENOISING_STEPS,
     )
-    with _seeded(seed):
-        return PI0ForConditionalGeneration(config)
+    model = PI0ForConditionalGeneration(config)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=RECIPE.initial)
+    return model
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """torch's generator seeded for a block, and put back after it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-def model_inputs(processor: PI0Processor, scenes: reach.ReachScenes, actions: bool = False) -> dict[str, Tensor]:
-    """The tensors of ``scenes`` as ``processor`` makes them: image, prompt and state, and the expert's next steps if asked for."""
+def model_inputs(processor: PI0Processor, scenes: reach.ReachScenes, actions: bool = False) -> dict[str, Any]:
+    """The tensors of ``scenes`` as ``processor`` makes them: image, prompt, state; the expert's steps if asked for."""
     extra = {"actions": scenes.expert(CHUNK)} if actions else {}
     batch = processor(
         images=[[image] for image in scenes.images()], text=scenes.instructions(), state=scenes.gripper, **extra
@@ -175,7 +172,7 @@ def model_inputs(processor: PI0Processor, scenes: reach.ReachScenes, actions: bo
 
 
 def fast_inputs(processor: PI0Processor, scenes: reach.ReachScenes) -> dict[str, Tensor]:
-    """What :func:`model_inputs` makes with actions, for many scenes at once and without padding (training needs the speed)."""
+    """What :func:`model_inputs` makes with actions, but without padding and fast enough to train with."""
     board, tokenizer = scenes.board, processor.tokenizer
     pixels = torch.from_numpy(scenes.images()).permute(0, 3, 1, 2)[:, None].float() / 127.5 - 1
     words = np.array(tokenizer.convert_tokens_to_ids(list(reach.COLOR_NAMES)))
@@ -211,7 +208,7 @@ def predict(
 
 
 def policy(model: PI0ForConditionalGeneration, processor: PI0Processor, seed: int = 0) -> reach.Policy:
-    """The model as a policy for :func:`circuitvision.data.reach.run_episodes`; every call draws new noise from one seeded stream."""
+    """The model as a policy for :func:`~circuitvision.data.reach.run_episodes`; new noise at every call, seeded."""
     seeds = np.random.default_rng(seed)
 
     def act(scenes: reach.ReachScenes) -> Int[np.ndarray, "scene chunk 2"]:
@@ -221,18 +218,17 @@ def policy(model: PI0ForConditionalGeneration, processor: PI0Processor, seed: in
 
 
 def closed_loop(
-    model: PI0ForConditionalGeneration, processor: PI0Processor, count: int = 500, seed: int = STREAMS["test"], split: str = "test"
+    model: PI0ForConditionalGeneration, processor: PI0Processor, split: str, count: int = EPISODES, seed: int = 0
 ) -> reach.Episodes:
-    """``count`` new episodes of at most ``HORIZON`` steps, on layouts of ``split`` only."""
-    model.eval()
+    """``count`` new episodes of ``HORIZON`` steps, on layouts of ``split`` only."""
     return reach.run_episodes(policy(model, processor, seed), reach.sample_starts(count, seed, split), HORIZON)
 
 
 def imitation_loss(model: PI0ForConditionalGeneration, batch: dict[str, Tensor], draws: int = DRAWS) -> Tensor:
     """The flow-matching loss of ``batch``, over ``draws`` noises and times per scene.
 
-    The prefix does not see noise or time, so it runs once and its keys and values serve every draw: the expert is a tenth of the
-    tokens, and the many draws make the loss far less noisy for nearly the same time.
+    The prefix does not see noise or time, so it runs once and its keys and values serve every draw: the expert is a
+    tenth of the tokens, and the many draws make the loss far less noisy for nearly the same time.
     """
     prefix = model.model.embed_prefix(batch["input_ids"], batch["pixel_values"], batch["pixel_attention_mask"])
     mask = batch["attention_mask"]
@@ -248,28 +244,46 @@ def imitation_loss(model: PI0ForConditionalGeneration, batch: dict[str, Tensor],
     return model(past_key_values=cache, **repeated).loss
 
 
-def fit(
-    model: PI0ForConditionalGeneration, processor: PI0Processor, seed: int, steps: int = STEPS, progress: bool = True
-) -> list[float]:
-    """Imitate the expert on fresh training scenes; returns the loss of every step.
+def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool = True) -> dict[str, Any]:
+    """Train one model from scratch, write it to ``out_dir``, return the minutes and its scores (:func:`evaluate`)."""
+    processor = build_processor()
+    with reproducible(seed) as generator:
+        model = build_model(processor)
 
-    AdamW on the flow-matching loss; the rate rises over the first 100 steps and falls linearly to zero over the last half.
+        def loss() -> Float[Tensor, ""]:
+            return imitation_loss(model, fast_inputs(processor, reach.sample_scenes(RECIPE.batch, generator, "train")))
+
+        minutes = fit(model, loss, RECIPE, steps=steps, progress=progress, label=f"reach-pi0 seed {seed}")
+    write_folder(Path(out_dir), model, processor)
+    scores = {"seed": seed, "minutes": round(minutes, 2), **evaluate(Path(out_dir))}
+    if progress:
+        report("reach-pi0", scores)
+    return scores
+
+
+def evaluate(folder: Path, *, count: int = EPISODES, seed: int = 1_000_003) -> dict[str, Any]:
+    """Score the model in ``folder`` in closed loop, each stream on ``count`` new episodes, through the saved processor.
+
+    ``held_out`` is the success on test layouts, ``validation`` on validation layouts (the score that chooses between
+    seeds), ``trained`` on training layouts; success means that the gripper rests on the goal after ``HORIZON`` steps.
+    ``held_out_actions`` is the share of single test scenes in which the whole chunk is the expert's. ``random_policy``
+    is the control on the test episodes.
     """
-    generator = np.random.default_rng([STREAMS["train"], seed])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / 100, 2 * (steps - n) / steps))
-    losses: list[float] = []
-    model.train()
-    numbers = range(steps)
-    with _seeded(seed):
-        for _ in track(numbers, "training reach-pi0") if progress else numbers:
-            batch = fast_inputs(processor, reach.sample_scenes(BATCH, generator, "train"))
-            loss = imitation_loss(model, batch)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-    model.eval()
-    return losses
+    from transformers import AutoProcessor, PI0ForConditionalGeneration
+
+    model = PI0ForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    scores: dict[str, Any] = {}
+    for group, split, stream in (
+        ("held_out", "test", seed),
+        ("validation", "validation", seed + 1),
+        ("trained", "train", seed + 2),
+    ):
+        scores[group] = round(closed_loop(model, processor, split, count, stream).success_rate, 5)
+        scores[f"{group}_episodes"] = count
+    scenes = reach.sample_scenes(count, seed + 3, "test")
+    right = (to_steps(processor, predict(model, processor, scenes, seed)) == scenes.expert(CHUNK)).all(axis=(1, 2))
+    scores["held_out_actions"] = round(float(right.mean()), 5)
+    starts = reach.sample_starts(count, seed, "test")
+    scores["random_policy"] = round(reach.run_episodes(reach.random_policy(seed), starts, HORIZON).success_rate, 5)
+    return scores

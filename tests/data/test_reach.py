@@ -34,7 +34,7 @@ def read_off(image: np.ndarray, board: reach.Board) -> tuple[dict[str, tuple[int
 
 
 @pytest.mark.parametrize(
-    "board", [reach.Board(), reach.Board(size=4, cell_pixels=3, n_objects=2), reach.Board(6, 8, 5)]
+    "board", [reach.Board(), reach.Board(size=5, cell_pixels=3, n_objects=2), reach.Board(6, 8, 4)]
 )
 def test_every_attribute_can_be_read_off_the_pixels(board: reach.Board) -> None:
     scenes = reach.sample_scenes(200, seed=1, split=None, board=board)
@@ -111,7 +111,11 @@ def test_splits_share_no_layout_and_every_layout_has_one() -> None:
 def test_the_split_does_not_depend_on_the_order_of_objects_gripper_or_goal() -> None:
     scenes = reach.sample_scenes(200, seed=4, split="test")
     turned = reach.ReachScenes(
-        scenes.board, scenes.colors[:, ::-1], scenes.cells[:, ::-1], (scenes.gripper + 1) % 5, scenes.colors[:, 0]
+        scenes.board,
+        scenes.colors[:, ::-1],
+        scenes.cells[:, ::-1],
+        (scenes.gripper + 1) % scenes.board.size,
+        scenes.colors[:, 0],
     )
     assert set(turned.splits()) == {"test"}
 
@@ -130,7 +134,7 @@ def test_a_minimal_pair_differs_in_exactly_one_thing(change: str) -> None:
         assert (difference == (1 if name == change else 0)).all(), name
     pixels = (scenes.images() != changed.images()).any(axis=(1, 2, 3))
     assert (pixels == (change != "goal")).all()
-    places = changed.cells[..., 0] * 5 + changed.cells[..., 1]
+    places = changed.cells[..., 0] * changed.board.size + changed.cells[..., 1]
     assert all(len(set(row)) == 3 for row in places.tolist())
     assert all(len(set(row)) == 3 for row in changed.colors.tolist())
     if change == "object_color":
@@ -152,6 +156,8 @@ def test_bad_input_is_refused_with_the_fix() -> None:
         reach.minimal_pairs(reach.sample_scenes(1, seed=0), "objectcell")
     with pytest.raises(InputError, match="minimal_pairs"):
         reach.contrast_pairs(1, seed=0, change="object_color")
+    with pytest.raises(InputError, match="every colour"):
+        reach.minimal_pairs(reach.sample_scenes(1, seed=0, board=reach.Board(n_objects=4)), "object_color")
     with pytest.raises(InputError, match="n_objects"):
         reach.Board(n_objects=7)
     scenes = reach.sample_scenes(2, seed=0)
