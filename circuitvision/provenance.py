@@ -91,7 +91,7 @@ def describe(
     return {
         "model_id": str(getattr(config, "_name_or_path", "") or type(module).__name__),
         "model_class": type(module).__name__,
-        "family": str(getattr(model, "family", "")),
+        "family": str(getattr(model.family, "name", model.family)),
         "weights_sha256": hash_weights(module),
         "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
         "dataset_sha256": hash_inputs(*inputs) if inputs else "",

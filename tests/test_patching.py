@@ -75,6 +75,15 @@ def test_one_run_per_cell_and_no_more():
     assert toy.runs == 6 + 2
 
 
+def test_dead_sites_cost_no_run_and_have_no_effect():
+    toy = model()
+    toy.dead = {"vision.blocks.1.attn.hook_z"}
+    result = activation_patch(toy, CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z")
+    assert toy.runs == 3 + 2
+    assert result.dead == ["vision.blocks.1.attn.hook_z"]
+    assert (result.values[1] == 0).all()
+
+
 def test_results_survive_a_file(tmp_path):
     result = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z")
     again = PatchingResult.load(result.save(tmp_path / "p.npz"))
@@ -93,7 +102,7 @@ def test_results_survive_a_file(tmp_path):
         ({"sites": "projector.hook_out"}, "'site'"),
         ({"sites": "projector.hook_out", "axes": ("site", "head")}, "no heads"),
         ({"sites": []}, "No site"),
-        ({"corrupt": {"picture": torch.zeros(3)}}, "equal"),
+        ({"corrupt": {"picture": torch.zeros(3)}}, "one size"),
         ({"corrupt": {"image": torch.zeros(2)}}, "Only one"),
     ],
 )

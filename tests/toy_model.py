@@ -27,12 +27,16 @@ class ToyModel:
             for name, w in self.weights.items()
         }
         self.runs = 0
+        self.dead: set[str] = set()
 
     def sites(self, glob: str = "**") -> list[str]:
         names = [f"vision.blocks.{layer}.attn.hook_z" for layer in range(len(self.weights["vision"]))]
         names += ["projector.hook_out"]
         names += [f"language.blocks.{layer}.attn.hook_z" for layer in range(len(self.weights["language"]))]
         return [name for name in names if fnmatch.fnmatch(name, glob.replace("**", "*"))]
+
+    def is_dead(self, name: str) -> bool:
+        return name in self.dead
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.run_with_hooks(inputs)

@@ -145,9 +145,8 @@ def live_heads(model: Any) -> list[str]:
     """The ids of all heads whose output can reach the model's output, in the model's order."""
     names = []
     for tower_name, tower in model.towers.items():
-        dead = {name for name in getattr(tower, "dead", ()) if isinstance(name, str)}
         for layer in range(tower.cfg.n_layers):
-            if f"{tower_name}.blocks.{layer}.attn.hook_z" not in dead:
+            if not model.is_dead(f"{tower_name}.blocks.{layer}.attn.hook_z"):
                 names += [head_id(tower_name, layer, head) for head in range(tower.cfg.n_heads)]
     return names
 

@@ -54,7 +54,8 @@ class HeadImportance(Result):
     units of the metric; axes tower, layer, head, with NaN where a tower has no such head. ``selected`` lists the ids
     of the heads that edges were measured for, strongest first; ``joint`` is the share that patching all of them at
     once moves. ``connectors`` maps the id of a connector to its site, effect and share. ``edges`` is a list of
-    ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the output.
+    ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the output. ``dead`` lists sites that cannot
+    reach the output.
     """
 
     raw: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -67,6 +68,7 @@ class HeadImportance(Result):
     mode: str = "denoise"
     n_examples: int = 0
     answer_tower: str = ""
+    dead: list[str] = field(default_factory=list)
 
     def ranking(self) -> list[tuple[str, float, float]]:
         """Every head as (id, share, effect in units of the metric), largest absolute effect first."""
@@ -192,6 +194,7 @@ def head_importance(
         mode=mode,
         n_examples=len(runs.base),
         answer_tower=names[-1],
+        dead=[site for result in patched.values() for site in result.dead],
     )
 
 

@@ -59,7 +59,7 @@ class PatchingResult(Result):
     ``values`` are normalised effects (see the module), ``raw`` the change of the metric in its own units, both with
     the same axes; ``per_example`` has a last dimension for the examples. ``base`` and ``source`` are the metric of
     the two runs, per example. Cells that do not exist (a tower with fewer layers or heads than another) are NaN in
-    all of them.
+    all of them. Sites listed in ``dead`` cannot reach the output: their effect is 0, without a run.
     """
 
     raw: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -68,6 +68,7 @@ class PatchingResult(Result):
     source: Tensor = field(default_factory=lambda: torch.zeros(0))
     mode: str = "denoise"
     site: str = ""
+    dead: list[str] = field(default_factory=list)
 
     def top(self, count: int = 10) -> list[tuple[dict[str, Any], float]]:
         """The cells with the largest absolute effect, as (labels, effect), strongest first."""
@@ -118,6 +119,7 @@ def activation_patch(
     check_same_shapes(clean, corrupt)
     metric = metrics.bind(metric, model)
     base_inputs, source_inputs = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
+    dead = [name for name in names if model.is_dead(name)]
     with torch.no_grad():
         source_logits, cache = model.run_with_cache(source_inputs, names_filter=names)
         base = metrics.evaluate(metric, model(base_inputs), base_inputs)
@@ -126,6 +128,9 @@ def activation_patch(
         shape = [len(values) for values in labels.values()]
         raw = torch.full((*shape, len(base)), float("nan"), dtype=base.dtype)
         for index, name, head, position in track(cells, f"patching {_kind(names)}"):
+            if name in dead:
+                raw[index] = 0.0
+                continue
             hook = _patch_hook(name, cache[name], head, position)
             logits = model.run_with_hooks(base_inputs, fwd_hooks=[(name, hook)])
             raw[index] = (metrics.evaluate(metric, logits, base_inputs) - base).cpu()
@@ -142,6 +147,7 @@ def activation_patch(
         source=source.cpu(),
         mode=mode,
         site=_kind(names),
+        dead=dead,
     )
 
 
@@ -162,7 +168,7 @@ def check_same_shapes(clean: Mapping[str, Any], corrupt: Mapping[str, Any]) -> N
         if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape != second.shape:
             raise InputError(
                 f"{name} is {tuple(first.shape)} in the clean inputs and {tuple(second.shape)} in the corrupt ones. "
-                "Patching puts values of one run into the other: use prompts of equal token length and images of equal size."
+                "Patching puts values of one run into the other: prompts need one token length, images one size."
             )
 
 

@@ -1,0 +1,37 @@
+"""Plotly figures for every kind of result, and pages that need no network.
+
+``plot(result)`` finds the figure by the result's class; ``result.plot()`` is the same. Nothing here computes a result.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from circuitvision.errors import InputError
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_FIGURES = {
+    "HeadImportance": ("heads", "head_importance"),
+    "PatchingResult": ("heads", "patching"),
+    "AblationCheck": ("heads", "ablation"),
+    "LensResult": ("lens", "lens"),
+}
+
+
+def plot(result: Any, **keywords: Any) -> go.Figure:
+    """The figure made for this kind of result, or its base class's; keywords go to the figure's function.
+
+    Raises:
+        InputError: nothing draws this kind of result.
+    """
+    import importlib
+
+    for cls in type(result).__mro__:
+        if cls.__name__ in _FIGURES:
+            module, function = _FIGURES[cls.__name__]
+            return getattr(importlib.import_module(f"circuitvision.plots.{module}"), function)(result, **keywords)
+    raise InputError(
+        f"There is no figure for a {type(result).__name__}; known are {', '.join(_FIGURES)}. Use to_frame()."
+    )

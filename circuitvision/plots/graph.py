@@ -1,0 +1,151 @@
+"""A circuit graph drawn left to right: towers are bands, layers are columns, edges are as wide as their effect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from circuitvision.circuits.names import TOWER_LETTERS
+from circuitvision.plots import style
+
+if TYPE_CHECKING:
+    import networkx as nx
+    import plotly.graph_objects as go
+
+_ORDER = ["vision", "vision_2", "text", "qformer", "connector", "language", "decoder", "action"]
+
+
+def circuit(graph: nx.MultiDiGraph, title: str | None = None, min_share: float = 0.01) -> go.Figure:
+    """The nodes of the circuit and their edges, those below ``min_share`` of the whole effect left out.
+
+    Node area is the size of its effect; orange supports the answer, blue opposes it, in nodes and edges alike.
+    """
+    import plotly.graph_objects as go
+
+    nodes = {name: data for name, data in graph.nodes(data=True) if data["in_circuit"]}
+    scale = abs(graph.graph["metric_clean"] - graph.graph["metric_corrupt"]) or 1.0
+    places, bands = _place(nodes)
+    figure = go.Figure()
+    drawn = 0
+    for sender, receiver, data in sorted(graph.edges(data=True), key=lambda edge: edge[2]["weight"]):
+        if sender in places and receiver in places and data["weight"] >= min_share * scale:
+            _edge(figure, places[sender], places[receiver], f"{sender} → {receiver}", data, scale)
+            drawn += 1
+    _bands(figure, bands, places)
+    _nodes(figure, nodes, places, scale)
+    height = 200 + 62 * max(
+        3, max((y for _, y in places.values()), default=0.0) - min((y for _, y in places.values()), default=0.0)
+    )
+    style.layout(
+        figure, title or f"{len(nodes)} nodes and {drawn} edges carry the answer", int(height), showlegend=False
+    )
+    figure.update_xaxes(visible=False, range=[-0.7, max(x for x, _ in places.values()) + 0.9])
+    figure.update_yaxes(visible=False)
+    figure.update_layout(margin={"l": 10, "r": 10, "b": 10}, hovermode="closest")
+    return figure
+
+
+def _place(nodes: dict[str, Any]) -> tuple[dict[str, tuple[float, float]], list[tuple[str, float, float]]]:
+    """Coordinates of every node, and the horizontal extent of every tower."""
+    columns: dict[tuple[int, float], list[str]] = {}
+    for name, data in nodes.items():
+        last = data["kind"] in ("logit", "action")
+        rank = len(_ORDER) if last else _ORDER.index(data["tower"])
+        columns.setdefault((rank, data["sublayer"]), []).append(name)
+    places: dict[str, tuple[float, float]] = {}
+    extents: dict[str, tuple[float, float]] = {}
+    x, previous = 0.0, -1
+    for rank, sublayer in sorted(columns):
+        x += 0.0 if previous < 0 else (1.25 if rank != previous else 1.0)
+        previous = rank
+        names = sorted(columns[rank, sublayer], key=lambda name: nodes[name]["head"])
+        for number, name in enumerate(names):
+            # Columns alternate by a quarter so that an edge to a far column does not run through the nodes between.
+            shift = 0.25 if len(places) % 2 else -0.25
+            places[name] = (x, (len(names) - 1) / 2 - number + (shift if len(names) > 1 else 0.0))
+            band = "answer" if rank == len(_ORDER) else nodes[name]["tower"]
+            low, high = extents.get(band, (x, x))
+            extents[band] = (min(low, x), max(high, x))
+    return places, [(band, low, high) for band, (low, high) in extents.items()]
+
+
+def _bands(figure: go.Figure, bands: list[tuple[str, float, float]], places: dict[str, tuple[float, float]]) -> None:
+    top = max(y for _, y in places.values()) + 0.95
+    bottom = min(y for _, y in places.values()) - 0.85
+    for band, low, high in bands:
+        if band not in ("connector", "answer"):
+            figure.add_shape(
+                type="rect",
+                x0=low - 0.42,
+                x1=high + 0.42,
+                y0=bottom,
+                y1=top,
+                layer="below",
+                line={"width": 0},
+                fillcolor="rgba(128,128,128,0.09)",
+            )
+        name = band if band in ("connector", "answer") else f"{band} tower"
+        figure.add_annotation(x=(low + high) / 2, y=top, yshift=12, text=name, showarrow=False, font={"size": 14})
+
+
+def _edge(
+    figure: go.Figure,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    name: str,
+    data: dict[str, Any],
+    scale: float,
+) -> None:
+    (x0, y0), (x1, y1) = start, end
+    share = data["score"] / scale
+    # Long edges bow outwards, away from the nodes of the columns they pass.
+    bow = 0.0 if x1 - x0 < 1.5 else 0.42 * (x1 - x0) * (1 if y0 + y1 >= 0 else -1)
+    steps = [step / 24 for step in range(25)]
+    xs = [x0 + (x1 - x0) * t for t in steps]
+    ys = [y0 + (y1 - y0) * (3 * t * t - 2 * t**3) + bow * 4 * t * (1 - t) * 0.5 for t in steps]
+    colour = "217,72,15" if share >= 0 else "47,111,219"
+    figure.add_scatter(
+        x=xs,
+        y=ys,
+        mode="lines",
+        line={
+            "width": 1 + 13 * min(abs(share), 1.0),
+            "color": f"rgba({colour},{0.25 + 0.45 * min(abs(share), 1.0):.2f})",
+        },
+        text=f"{name}<br>{style.signed_percent(share)} of the answer",
+        hovertemplate="%{text}<extra></extra>",
+    )
+
+
+def _nodes(figure: go.Figure, nodes: dict[str, Any], places: dict[str, tuple[float, float]], scale: float) -> None:
+    shares = {name: data["score"] / scale for name, data in nodes.items()}
+    plain = {name: data["kind"] in ("logit", "action") for name, data in nodes.items()}
+    names = list(places)
+    figure.add_scatter(
+        x=[places[name][0] for name in names],
+        y=[places[name][1] for name in names],
+        mode="markers",
+        marker={
+            "size": [26 if plain[name] else 14 + 34 * min(abs(shares[name]), 1.0) ** 0.5 for name in names],
+            "color": [
+                style.GREY if plain[name] else style.FOR if shares[name] >= 0 else style.AGAINST for name in names
+            ],
+            "line": {"width": 1.5, "color": "rgba(255,255,255,0.8)"},
+            "opacity": 1.0,
+        },
+        text=[
+            f"{name}<br>{nodes[name]['label']}<br>{style.signed_percent(shares[name])} of the answer" for name in names
+        ],
+        hovertemplate="%{text}<extra></extra>",
+    )
+    letters = set(TOWER_LETTERS.values())
+    for name in names:
+        short = name.split(".", 1)[1] if name.split(".")[0] in letters else name
+        text = nodes[name]["label"] if plain[name] else f"{short}<br>{style.signed_percent(shares[name])}"
+        figure.add_annotation(
+            x=places[name][0],
+            y=places[name][1],
+            yshift=-34 if not plain[name] else 28,
+            text=text,
+            showarrow=False,
+            font={"size": 12},
+        )

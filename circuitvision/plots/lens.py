@@ -1,0 +1,165 @@
+"""The lens over image patches: for each layer a small map of the image, coloured by what its patches would answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from circuitvision.plots import style
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from circuitvision.readout.lens import LensResult
+
+_MOST_PANELS = 9
+
+
+@dataclass(frozen=True)
+class LensRow:
+    """One input's row of the figure: its name, its picture ``[height width 3]``, and its lenses of one target each."""
+
+    title: str
+    picture: np.ndarray[Any, Any] | None
+    lenses: Sequence[LensResult]
+
+
+def lens(result: LensResult, row: int = 0, title: str | None = None) -> go.Figure:
+    """One row of one lens over its image patches (the first target)."""
+    return lens_rows(
+        [LensRow(f"row {row}", None, [_only(result, row)])], title or f"{result.tower} lens of {_target(result)}"
+    )
+
+
+def lens_rows(
+    rows: Sequence[LensRow], title: str, changed: tuple[float, float, float, float] | None = None
+) -> go.Figure:
+    """Maps of every layer of every lens, a row per input, all on one colour scale.
+
+    ``changed`` is a box (left, top, right, bottom) as shares of the image: what differs between the inputs.
+    """
+    from plotly.subplots import make_subplots
+
+    panels = _panels(rows[0].lenses)
+    pictured = any(row.picture is not None for row in rows)
+    headings = (["image"] if pictured else []) + [heading for heading, _, _ in panels]
+    figure = make_subplots(
+        rows=len(rows),
+        cols=len(headings),
+        column_titles=headings,
+        row_titles=[row.title for row in rows],
+        horizontal_spacing=0.012,
+        vertical_spacing=0.04,
+    )
+    limit = max((_limit(row.lenses) for row in rows), default=1.0) or 1.0
+    for number, row in enumerate(rows, start=1):
+        if row.picture is not None:
+            _add_picture(figure, row.picture, number)
+            _mark(figure, changed, row.picture.shape[0], row.picture.shape[1], number, 1)
+        for column, (_, which, layer) in enumerate(panels, start=2 if pictured else 1):
+            grid = row.lenses[which].patch_grid(layer)
+            _add_grid(figure, grid, number, column)
+            _mark(figure, changed, grid.shape[0], grid.shape[1], number, column)
+    width = 1060 / len(headings)
+    style.layout(figure, title, int(110 + len(rows) * (width + 14)), margin={"l": 10, "r": 46, "t": 84, "b": 10})
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    bar = {
+        "title": {"text": _target(rows[0].lenses[0]), "side": "right"},
+        "thickness": 14,
+        "outlinewidth": 0,
+        "x": 1.03,
+    }
+    figure.update_layout(coloraxis={"colorscale": style.DIVERGING, "cmin": -limit, "cmax": limit, "colorbar": bar})
+    return figure
+
+
+def _panels(lenses: Sequence[LensResult]) -> list[tuple[str, int, Any]]:
+    """(heading, lens, layer) of the maps shown: all layers, or as many evenly spaced ones as fit."""
+    share = max(2, _MOST_PANELS // len(lenses))
+    panels = []
+    for which, result in enumerate(lenses):
+        layers = result.axes["layer"]
+        if len(layers) > share:
+            layers = [layers[round(i * (len(layers) - 1) / (share - 1))] for i in range(share)]
+        panels += [
+            (f"{result.tower}<br>{'input' if layer == 'input' else f'layer {layer}'}", which, layer) for layer in layers
+        ]
+    return panels
+
+
+def _add_grid(figure: go.Figure, grid: torch.Tensor, row: int, column: int) -> None:
+    import plotly.graph_objects as go
+
+    heat = go.Heatmap(
+        z=grid.numpy(),
+        coloraxis="coloraxis",
+        xgap=1 if grid.shape[1] <= 16 else 0,
+        ygap=1 if grid.shape[0] <= 16 else 0,
+        hovertemplate="patch row %{y}, column %{x}<br>%{z:.2f}<extra></extra>",
+    )
+    figure.add_trace(heat, row=row, col=column)
+    _square(figure, grid.shape[0], row, column)
+
+
+def _add_picture(figure: go.Figure, picture: np.ndarray[Any, Any], row: int) -> None:
+    import plotly.graph_objects as go
+
+    figure.add_trace(go.Image(z=picture, hoverinfo="skip"), row=row, col=1)
+    _square(figure, picture.shape[0], row, 1)
+
+
+def _square(figure: go.Figure, height: int, row: int, column: int) -> None:
+    """Row 0 at the top, square cells."""
+    axis = next(figure.select_xaxes(row=row, col=column)).plotly_name.replace("axis", "")
+    figure.update_yaxes(range=[height - 0.5, -0.5], scaleanchor=axis, constrain="domain", row=row, col=column)
+    figure.update_xaxes(constrain="domain", row=row, col=column)
+
+
+def _mark(
+    figure: go.Figure, changed: tuple[float, float, float, float] | None, rows: int, columns: int, row: int, column: int
+) -> None:
+    if changed is None:
+        return
+    left, top, right, bottom = changed
+    figure.add_shape(
+        type="rect",
+        x0=left * columns - 0.5,
+        x1=right * columns - 0.5,
+        y0=top * rows - 0.5,
+        y1=bottom * rows - 0.5,
+        line={"width": 2, "color": style.GREY},
+        row=row,
+        col=column,
+    )
+
+
+def _limit(lenses: Sequence[LensResult]) -> float:
+    values = torch.cat([result.values.float().flatten() for result in lenses]).abs()
+    values = values[torch.isfinite(values)]
+    # A robust maximum: one outlying patch must not wash out the rest.
+    return float(values.quantile(0.995)) if values.numel() else 0.0
+
+
+def _only(result: LensResult, row: int) -> LensResult:
+    from circuitvision.readout.lens import LensResult
+
+    return LensResult(
+        result.values[:, row : row + 1],
+        {**result.axes, "row": [row]},
+        result.provenance,
+        result.tower,
+        result.measure,
+        result.ids,
+        result.places[row : row + 1],
+        result.example[row : row + 1],
+    )
+
+
+def _target(result: LensResult) -> str:
+    target = str(result.axes.get("target", ["top"])[0]).replace(" - ", " − ")
+    return f"{target} ({result.measure})"
