@@ -15,7 +15,9 @@ register_family(
                 "vision",
                 root="vision_model",
                 config="vision_config",
-                readout=Readout(pool="cls", head="visual_projection", finish="contrast", norm_first=False, reads=("cls",)),
+                readout=Readout(
+                    pool="cls", head="visual_projection", finish="contrast", norm_first=False, reads=("cls",)
+                ),
             ),
             TowerSpec(
                 "text",

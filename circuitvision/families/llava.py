@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
-from circuitvision.model.spec import Family, Readout, TowerSpec, register_family
+from typing import Any
+
+from circuitvision.model.spec import Family, Readout, TowerSpec, register_family, saved_settings
+
+
+def load_onevision_processor(name: str) -> Any:
+    """The OneVision processor of a folder; without torchvision, one that leaves videos out (its video processor needs torchvision)."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, LlavaOnevisionProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(name)
+    except (OSError, ImportError, ValueError, AttributeError):
+        images, tokenizer = AutoImageProcessor.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+
+    class ImagesOnly(LlavaOnevisionProcessor):
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return ["image_processor", "tokenizer"]
+
+    config: Any = AutoConfig.from_pretrained(name)
+    settings = {
+        "num_image_tokens": (config.vision_config.image_size // config.vision_config.patch_size) ** 2,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "vision_aspect_ratio": config.vision_aspect_ratio,
+        **saved_settings(name),
+    }
+    return ImagesOnly(image_processor=images, tokenizer=tokenizer, **settings)
+
 
 _TOWERS = (
     TowerSpec(
@@ -30,6 +57,7 @@ for _name, _class, _layout in (
             projector="model.multi_modal_projector",
             image_layout=_layout,  # type: ignore[arg-type]
             image_token=("image_token_id", "image_token_index"),
+            processor=load_onevision_processor if _name == "llava_onevision" else None,
             towers=_TOWERS,
         )
     )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from circuitvision.model.spec import Family, Readout, TowerSpec, register_family
+from circuitvision.model.spec import Family, Readout, TowerSpec, register_family, saved_settings
 
 
 def load_processor(name: str) -> Any:
@@ -15,12 +13,9 @@ def load_processor(name: str) -> Any:
 
     config: Any = AutoConfig.from_pretrained(name)
     vision = config.vlm_config.vision_config
-    images = SiglipImageProcessorPil.from_pretrained(name)
+    images: Any = SiglipImageProcessorPil.from_pretrained(name)
     images.image_seq_length = (vision.image_size // vision.patch_size) ** 2
-    path = Path(name) / "processor_config.json"
-    saved = json.loads(path.read_text()) if path.is_file() else {}
-    statistics = {key: value for key, value in saved.items() if key not in ("processor_class", "image_processor", "tokenizer", "auto_map")}
-    return PI0Processor(image_processor=images, tokenizer=AutoTokenizer.from_pretrained(name), **statistics)
+    return PI0Processor(image_processor=images, tokenizer=AutoTokenizer.from_pretrained(name), **saved_settings(name))
 
 
 register_family(

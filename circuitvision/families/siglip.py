@@ -14,12 +14,11 @@ _TEXT = TowerSpec(
 
 def _vision(root: str, config: str) -> TowerSpec:
     pool_module = f"{root}.head" if root else "head"
-    finish = "contrast" if root else "none"
     return TowerSpec(
         "vision",
         root=root,
         config=config,
-        readout=Readout(pool="attention", pool_module=pool_module, finish=finish) if root else Readout(),
+        readout=Readout(pool="attention", pool_module=pool_module, finish="contrast") if root else Readout(),
     )
 
 
@@ -31,6 +30,7 @@ for _name, _prefix in (("siglip", "Siglip"), ("siglip2", "Siglip2")):
             output="logits_per_image",
             image_layout="single",
             text_padding="max_length",
+            image_settings=("patch_size", "max_num_patches") if _name == "siglip2" else (),
             towers=(_vision("vision_model", "vision_config"), _TEXT),
         )
     )

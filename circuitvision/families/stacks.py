@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from circuitvision.model.spec import NORMS, BlockLayout, NormSpec, Stack, register_stack
@@ -41,7 +43,7 @@ CLIP_BLOCK = BlockLayout(
     mlp_in="mlp.fc1",
     mlp_out="mlp.fc2",
 )
-_DINOV2 = {
+_DINOV2: dict[str, Any] = {
     "ln1": "norm1",
     "attn": "attention",
     "q": "attention.q_proj",
@@ -55,7 +57,7 @@ _DINOV2 = {
 }
 DINOV2_BLOCK = BlockLayout(**_DINOV2, mlp_in="mlp.fc1", mlp_out="mlp.fc2")
 DINOV2_GATED_BLOCK = BlockLayout(**_DINOV2, mlp_gate="mlp.gate_proj", mlp_in="mlp.up_proj", mlp_out="mlp.down_proj")
-_LLAMA = {
+_LLAMA: dict[str, Any] = {
     "ln1": "input_layernorm",
     "attn": "self_attn",
     "q": "self_attn.q_proj",

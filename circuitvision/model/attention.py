@@ -63,7 +63,9 @@ def attention(
     """The model's own eager attention, with the hooks that are active for ``module``."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
-        raise HookError(f"{type(module).__name__} has no eager attention of its own, so its scores and pattern cannot be seen.")
+        raise HookError(
+            f"{type(module).__name__} has no eager attention of its own, so its scores and pattern cannot be seen."
+        )
     find = _ACTIVE.get(id(module))
     stages = find() if find is not None else {}
     if not stages:
@@ -72,7 +74,9 @@ def attention(
     with _Softmax(stages, query.dtype) as mode:
         out = eager(module, query, key, value, attention_mask, **kwargs)
     if mode.seen != 1:
-        raise HookError(f"{type(module).__name__} ran {mode.seen} softmaxes in one attention call; exactly one was expected.")
+        raise HookError(
+            f"{type(module).__name__} ran {mode.seen} softmaxes in one attention call; exactly one was expected."
+        )
     return out
 
 

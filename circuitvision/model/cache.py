@@ -33,7 +33,11 @@ class ActivationCache(Mapping[str, Any]):
     """Activations of one run by site name; ``cache["vision", "z", 3]`` is short for ``cache["vision.blocks.3.attn.hook_z"]``."""
 
     def __init__(
-        self, values: dict[str, Any], model: HookedModel | None = None, inputs: Mapping[str, Any] | None = None, has_batch_dim: bool = True
+        self,
+        values: dict[str, Any],
+        model: HookedModel | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        has_batch_dim: bool = True,
     ) -> None:
         self._values = values
         self.model = model
@@ -81,7 +85,9 @@ class ActivationCache(Mapping[str, Any]):
     def _known(self) -> list[str]:
         names = list(self._values)
         if self.model is not None:
-            names += [name for name in self.model.sites() if SiteName.parse(name).site in DERIVED and name not in self._values]
+            names += [
+                name for name in self.model.sites() if SiteName.parse(name).site in DERIVED and name not in self._values
+            ]
         return names
 
     def _derive(self, site: SiteName) -> Any:
@@ -105,7 +111,10 @@ class ActivationCache(Mapping[str, Any]):
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> ActivationCache:
         """A cache with ``fn`` applied to every tensor."""
-        values = {name: [fn(v) for v in value] if isinstance(value, list) else fn(value) for name, value in self._values.items()}
+        values = {
+            name: [fn(v) for v in value] if isinstance(value, list) else fn(value)
+            for name, value in self._values.items()
+        }
         return ActivationCache(values, self.model, self.inputs, self.has_batch_dim)
 
     def to(self, target: torch.device | str | torch.dtype) -> ActivationCache:
@@ -120,7 +129,9 @@ class ActivationCache(Mapping[str, Any]):
         """A cache of a single row, without the leading row axis; raises InputError if a site has more than one row."""
         wide = [name for name, value in self._values.items() if not isinstance(value, Tensor) or value.shape[0] != 1]
         if wide:
-            raise InputError(f"remove_batch_dim needs one row everywhere; {wide[0]} has more. Run one example (and one image) at a time.")
+            raise InputError(
+                f"remove_batch_dim needs one row everywhere; {wide[0]} has more. Run one example (and one image) at a time."
+            )
         cache = self.map(lambda value: value[0])
         cache.has_batch_dim = False
         return cache
@@ -139,12 +150,16 @@ class ActivationCache(Mapping[str, Any]):
             else:
                 flat[name] = value.detach().cpu().contiguous().clone()
         temporary = path.with_name(path.name + ".part")
-        save_file(flat, temporary, metadata={"steps": json.dumps(steps), "has_batch_dim": json.dumps(self.has_batch_dim)})
+        save_file(
+            flat, temporary, metadata={"steps": json.dumps(steps), "has_batch_dim": json.dumps(self.has_batch_dim)}
+        )
         temporary.replace(path)
         return path
 
     @classmethod
-    def load(cls, path: str | Path, model: HookedModel | None = None, inputs: Mapping[str, Any] | None = None) -> ActivationCache:
+    def load(
+        cls, path: str | Path, model: HookedModel | None = None, inputs: Mapping[str, Any] | None = None
+    ) -> ActivationCache:
         """Read what :meth:`save` wrote; ``model`` and ``inputs`` give back derived sites and read-outs."""
         from safetensors import safe_open
 
@@ -188,7 +203,12 @@ class ActivationCache(Mapping[str, Any]):
         return (stack, labels) if return_labels else stack
 
     def accumulated_resid(
-        self, tower: str, layer: int | None = None, incl_mid: bool = False, apply_ln: bool = False, return_labels: bool = False
+        self,
+        tower: str,
+        layer: int | None = None,
+        incl_mid: bool = False,
+        apply_ln: bool = False,
+        return_labels: bool = False,
     ) -> Any:
         """The stream itself before each block up to ``layer`` (None: and after the last), ``[component row pos d_model]``."""
         n_layers = self._tower(tower).cfg.n_layers
@@ -215,7 +235,9 @@ class ActivationCache(Mapping[str, Any]):
         owner = self._tower(tower)
         layer = owner.cfg.n_layers if layer is None else layer
         if owner.blocks[0].has("attn_add") and hasattr(owner.blocks[0].part("attn_add"), "eps"):
-            raise InputError(f"The {tower} tower normalises attention's output before adding it, so single heads do not add up.")
+            raise InputError(
+                f"The {tower} tower normalises attention's output before adding it, so single heads do not add up."
+            )
         parts, labels = [], []
         for index in range(layer):
             result = self[f"{tower}.blocks.{index}.attn.hook_result"]
@@ -228,7 +250,12 @@ class ActivationCache(Mapping[str, Any]):
         return (stack, labels) if return_labels else stack
 
     def apply_ln_to_stack(
-        self, stack: Float[Tensor, "component row pos d_model"], tower: str, layer: int | None = None, mlp_input: bool = False, bias: bool = False
+        self,
+        stack: Float[Tensor, "component row pos d_model"],
+        tower: str,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        bias: bool = False,
     ) -> Float[Tensor, "component row pos d_model"]:
         """Apply a norm with the scale frozen at its value in this run: centre, divide, multiply by the gain (and add the bias if asked).
 
@@ -246,14 +273,20 @@ class ActivationCache(Mapping[str, Any]):
         spec = norm_spec(norm)
         scale = self[f"{name}.hook_scale"]
         if scale.ndim != stack.ndim - 1:
-            raise InputError(f"{name} acts on shape {tuple(scale.shape[:-1])}; take the pooled position of the stack first.")
+            raise InputError(
+                f"{name} acts on shape {tuple(scale.shape[:-1])}; take the pooled position of the stack first."
+            )
         centred = stack - stack.mean(-1, keepdim=True) if spec.centred else stack
         out = apply_gain(norm, spec, centred / scale)
         offset = getattr(norm, "bias", None)
         return out if bias or offset is None else out - offset
 
     def logit_attrs(
-        self, residual_stack: Float[Tensor, "component row pos d_model"], tower: str, answer: int, foil: int | None = None
+        self,
+        residual_stack: Float[Tensor, "component row pos d_model"],
+        tower: str,
+        answer: int,
+        foil: int | None = None,
     ) -> Float[Tensor, "component row pos"]:
         """Contribution of each part of the stream to the logit of ``answer`` (minus that of ``foil``), with the final norm's scale frozen.
 

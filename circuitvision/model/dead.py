@@ -65,10 +65,14 @@ def dead_positions(tower: Tower, name: str, tokens: TokenMap, inputs: Mapping[st
         if site.site == "hook_embed":
             return _under_images(tower, tokens, after_eos)
         if site.site.startswith("ln_final"):
-            return _unread(tower, tokens, inputs) if tower.spec.readout is None or tower.spec.readout.norm_first else None
+            return (
+                _unread(tower, tokens, inputs) if tower.spec.readout is None or tower.spec.readout.norm_first else None
+            )
         return after_eos if site.site in ("hook_pos_embed", "hook_input") else None
     live = last_live_block(tower)
-    final = (site.layer == live and site.site not in CACHE_SIDE) or (site.layer == live + 1 and site.site == "hook_resid_pre")
+    final = (site.layer == live and site.site not in CACHE_SIDE) or (
+        site.layer == live + 1 and site.site == "hook_resid_pre"
+    )
     return _unread(tower, tokens, inputs) if final else after_eos
 
 

@@ -25,7 +25,9 @@ def read_out(tower: Tower, resid: Tensor, context: ActivationCache | None) -> Te
     if readout is None:
         if tower.family.output == "last_hidden_state":
             return _norm(tower, resid)
-        raise UnsupportedModelError(f"The {tower.name} tower has no read-out; project on a direction of your own instead.")
+        raise UnsupportedModelError(
+            f"The {tower.name} tower has no read-out; project on a direction of your own instead."
+        )
     if readout.finish == "projector":
         return _through_projector(tower, readout, resid, context)
     pooled = _pool(tower, readout, resid, context)
@@ -43,7 +45,9 @@ def _through_projector(tower: Tower, readout: Readout, resid: Tensor, context: A
         if context is None:
             raise InputError(f"This model concatenates the feature layers {layers}; give context=cache for the others.")
         deepest = max(range(len(layers)), key=lambda index: layers[index])
-        parts = [resid if index == deepest else context[tower.residual_name(layer)] for index, layer in enumerate(layers)]
+        parts = [
+            resid if index == deepest else context[tower.residual_name(layer)] for index, layer in enumerate(layers)
+        ]
     if readout.normed:
         parts = [_norm(tower, part) for part in parts]
     if tower.drops_cls:
@@ -97,7 +101,9 @@ def _attention_pool(tower: Tower, readout: Readout, normed: Tensor, context: Act
 
 def _inputs(context: ActivationCache | None) -> dict[str, Any]:
     if context is None:
-        raise InputError("This read-out depends on the run (where the text ends, the other tower's embeddings); give context=cache.")
+        raise InputError(
+            "This read-out depends on the run (where the text ends, the other tower's embeddings); give context=cache."
+        )
     return context.inputs
 
 

@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from circuitvision import families as _families  # noqa: F401  (fills the tables)
 from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
 from circuitvision.model import dead, inputs, layout, loading
 from circuitvision.model.cache import ActivationCache, collected
@@ -52,9 +51,10 @@ class HookedModel(TextTools):
 
     def __init__(self, module: nn.Module, processor: Any = None) -> None:
         _refuse_compiled(module)
-        self.module = module
+        self.module: Any = module
         self.processor = processor
-        base: Any = module.get_base_model() if hasattr(module, "get_base_model") else module
+        unwrap_adapter: Any = getattr(module, "get_base_model", None)
+        base: Any = module if unwrap_adapter is None else unwrap_adapter()
         self.family = family_of(base)
         self.config: Any = base.config
         self.inner: nn.Module = getattr(base, "model", base)
@@ -165,7 +165,10 @@ class HookedModel(TextTools):
         return f"HookedModel({type(self.module).__name__}, {self.dtype}, {self.device})\n  {towers}\n  {len(self.engine.points)} sites"
 
     def _repr_html_(self) -> str:
-        header = "".join(f"<th>{h}</th>" for h in ("tower", "layers", "heads (kv)", "d_model", "d_head", "d_mlp", "grid", "attention"))
+        header = "".join(
+            f"<th>{h}</th>"
+            for h in ("tower", "layers", "heads (kv)", "d_model", "d_head", "d_mlp", "grid", "attention")
+        )
         rows = ""
         for name, tower in self.towers.items():
             c = tower.cfg
@@ -207,9 +210,10 @@ class HookedModel(TextTools):
     ) -> tuple[Tensor, ActivationCache]:
         """One forward pass and the activations of the sites that ``names_filter`` selects (None: all but the derived ones).
 
-        ``incl_bwd`` adds the gradient of ``metric(logits)`` summed over the batch at every site, under ``name + "_grad"``, without touching the parameters'
-        ``.grad``. ``stop_at_layer`` ends the pass before a block (an int counts in the last tower, ``("vision", 2)`` names one) and returns the residual there
-        in place of the logits. Scores, pattern and rotated sites make this run the model's eager run.
+        ``incl_bwd`` adds the gradient of ``metric(logits)`` summed over the batch at every site, under ``name + "_grad"``,
+        without touching the parameters' ``.grad``. ``stop_at_layer`` ends the pass before a block (an int counts in the last
+        tower, ``("vision", 2)`` names one) and returns the residual there in place of the logits.
+        Scores, pattern and rotated sites make this run the model's eager run.
         Raises UnknownSiteError, InputError, and HookError if an asked-for site did not fire once per pass.
         """
         if incl_bwd and metric is None:
@@ -235,7 +239,9 @@ class HookedModel(TextTools):
             out = out.detach()
         return out, cache.remove_batch_dim() if remove_batch_dim else cache
 
-    def _forward_until(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any], stop_at_layer: int | tuple[str, int]) -> Tensor:
+    def _forward_until(
+        self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any], stop_at_layer: int | tuple[str, int]
+    ) -> Tensor:
         tower, layer = stop_at_layer if isinstance(stop_at_layer, tuple) else (list(self.towers)[-1], stop_at_layer)
         if tower not in self.towers:
             raise InputError(f"stop_at_layer names the tower {tower!r}; this model has {', '.join(self.towers)}.")
@@ -243,7 +249,9 @@ class HookedModel(TextTools):
         layer = layer + count if layer < 0 else layer
         if not 0 <= layer <= count:
             raise InputError(f"stop_at_layer={layer} is outside the {count} layers of the {tower} tower.")
-        site = f"{tower}.blocks.{layer}.hook_resid_pre" if layer < count else f"{tower}.blocks.{count - 1}.hook_resid_post"
+        site = (
+            f"{tower}.blocks.{layer}.hook_resid_pre" if layer < count else f"{tower}.blocks.{count - 1}.hook_resid_post"
+        )
 
         def stop(value: Tensor, hook: HookPoint) -> None:
             raise _Stop(value)
@@ -258,8 +266,9 @@ class HookedModel(TextTools):
     def run_with_hooks(self, inputs: Any, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any) -> Tensor:
         """One forward pass with hooks; returns the output. ``fwd_hooks`` and ``bwd_hooks`` are ``[(name or glob, fn)]``.
 
-        ``fn(tensor, hook)`` returns the tensor to continue with, or None to change nothing. Backward hooks get the gradient, in a backward pass the caller
-        runs. Raises HookError for an answer of another shape, dtype or device, and for a change in place that is not returned.
+        ``fn(tensor, hook)`` returns the tensor to continue with, or None to change nothing. Backward hooks get the gradient,
+        in a backward pass the caller runs. Raises HookError for an answer of another shape, dtype or device, and for a change in
+        place that is not returned.
         """
         mapping = self._checked(inputs)
         with self.hooks(fwd_hooks, bwd_hooks):
@@ -286,7 +295,9 @@ class HookedModel(TextTools):
         forward, backward = tables
         lost = [name for name in forward if name in exact and self.is_dead(name)]
         if lost:
-            warnings.warn(f"{lost[0]} cannot reach the output of this model, so editing it changes nothing.", stacklevel=4)
+            warnings.warn(
+                f"{lost[0]} cannot reach the output of this model, so editing it changes nothing.", stacklevel=4
+            )
         return Registration(forward=forward, backward=backward, exact=frozenset(exact))
 
     def add_hook(self, name: NamesFilter, fn: Hook, backward: bool = False) -> None:
@@ -303,7 +314,9 @@ class HookedModel(TextTools):
         self._persistent.clear()
 
     @contextlib.contextmanager
-    def record(self, names_filter: NamesFilter = None, device: torch.device | str | None = None) -> Iterator[ActivationCache]:
+    def record(
+        self, names_filter: NamesFilter = None, device: torch.device | str | None = None
+    ) -> Iterator[ActivationCache]:
         """A cache that fills with the runs inside the block, ``generate`` and ``sample_actions`` among them: complete when the block ends.
 
         Sites of runs with several passes get a leading step axis, or a list where the lengths differ.
@@ -330,7 +343,9 @@ class HookedModel(TextTools):
         with self.engine.run():
             return module.generate(**mapping, **kwargs)
 
-    def sample_actions(self, inputs: Any, num_steps: int | None = None, **kwargs: Any) -> Float[Tensor, "batch chunk action"]:
+    def sample_actions(
+        self, inputs: Any, num_steps: int | None = None, **kwargs: Any
+    ) -> Float[Tensor, "batch chunk action"]:
         """Denoise actions under the active hooks; ``hook.step`` numbers the denoising steps of the action tower.
 
         Starts from ``inputs["noise"]``. Raises UnsupportedModelError if the model does not act.
@@ -350,7 +365,9 @@ def _refuse_compiled(module: nn.Module) -> None:
         getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()
     )
     if compiled:
-        raise UnsupportedModelError("This module is compiled, and hooks added after compilation never fire. Wrap the plain module, compile nothing.")
+        raise UnsupportedModelError(
+            "This module is compiled, and hooks added after compilation never fire. Wrap the plain module, compile nothing."
+        )
 
 
 def _hook_entry(entry: Any) -> tuple[NamesFilter, Hook]:
@@ -369,7 +386,11 @@ def call_metric(metric: Metric, logits: Tensor, mapping: Mapping[str, Any]) -> T
 
 
 def _with_gradients(
-    cache: ActivationCache, metric: Metric, logits: Tensor, mapping: Mapping[str, Any], device: torch.device | str | None
+    cache: ActivationCache,
+    metric: Metric,
+    logits: Tensor,
+    mapping: Mapping[str, Any],
+    device: torch.device | str | None,
 ) -> ActivationCache:
     """The cache with the gradient of the summed metric at every site under ``name + "_grad"``, all detached."""
     value = call_metric(metric, logits, mapping)

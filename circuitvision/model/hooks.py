@@ -11,8 +11,8 @@ Rules every chain enforces:
 * a recorder gets the value that continues through the model, on the autograd path when gradients are on;
 * every asked-for site fires once per pass of its tower; a site that does not is an error at the end of the run, never silence.
 
-Handles are registered with ``prepend=True``: transformers records hidden states with hooks of its own, LLaVA's projector reads that record, and an edit
-made after the recording would be lost.
+Handles are registered with ``prepend=True``: transformers records hidden states with hooks of its own, LLaVA's projector reads that record, and
+an edit made after the recording would be lost.
 """
 
 from __future__ import annotations
@@ -151,14 +151,17 @@ class HookEngine:
         self.handles.append(self.model.register_forward_pre_hook(self._begin_forward, prepend=True))
 
     def _attach_attention(self, slots: dict[tuple[int, str], list[Point]]) -> None:
-        active = {}
+        active: dict[int, Callable[[], attention.Stages]] = {}
         for (module_id, phase), points in slots.items():
             if phase == "attention":
                 stages = {SiteName.parse(point.name).stage: self._fire_of(point) for point in points}
-                active[module_id] = lambda stages=stages: {} if self.suspended else stages
+                active[module_id] = self._stages_unless_suspended(stages)
         if active:
             self._switch = contextlib.ExitStack()
             self._switch.enter_context(attention.switched(self.model, active))
+
+    def _stages_unless_suspended(self, stages: attention.Stages) -> Callable[[], attention.Stages]:
+        return lambda: {} if self.suspended else stages
 
     def _detach(self) -> None:
         for handle in self.handles:
@@ -207,9 +210,13 @@ class HookEngine:
                 expected = self.passes.get("vision" if tower == "projector" else tower, 0)
                 fired = self.fired.get(name, 0)
                 if fired != expected:
-                    raise HookError(f"{name} fired {fired} times in {expected} passes of its tower; its edits cannot be trusted.")
+                    raise HookError(
+                        f"{name} fired {fired} times in {expected} passes of its tower; its edits cannot be trusted."
+                    )
                 if expected == 0 and name in registration.exact:
-                    raise HookError(f"{name} did not fire: the {tower} tower did not run. Does the input hold what this tower reads?")
+                    raise HookError(
+                        f"{name} did not fire: the {tower} tower did not run. Does the input hold what this tower reads?"
+                    )
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
         if not self.in_run:
@@ -299,7 +306,9 @@ def _run_hook(hook: Hook, value: Tensor, where: HookPoint, tracked: bool) -> tup
     touched = handed._version != version if version is not None else not torch.equal(handed, value)
     if returned is None:
         if touched:
-            raise HookError(f"The hook at {where.name} changed its tensor in place and returned None; return the tensor.")
+            raise HookError(
+                f"The hook at {where.name} changed its tensor in place and returned None; return the tensor."
+            )
         return (handed, False) if tracked else (value, False)
     returned = _checked(returned, handed, where)
     if returned is handed and not touched:
@@ -320,5 +329,7 @@ def _checked(returned: Any, expected: Tensor, where: HookPoint) -> Any:
     if returned.dtype != expected.dtype:
         raise HookError(f"The hook at {where.name} returned {returned.dtype}; convert it with .to({expected.dtype}).")
     if returned.device != expected.device:
-        raise HookError(f"The hook at {where.name} returned a tensor on {returned.device}; move it with .to('{expected.device}').")
+        raise HookError(
+            f"The hook at {where.name} returned a tensor on {returned.device}; move it with .to('{expected.device}')."
+        )
     return returned

@@ -19,10 +19,14 @@ def as_mapping(model: HookedModel, inputs: Any) -> dict[str, Any]:
     """The inputs as keyword arguments of the model; a single tensor is taken as images where the model reads nothing else."""
     if isinstance(inputs, Tensor):
         if list(model.towers) != ["vision"]:
-            raise InputError(f"A {model.family.name} model needs a mapping of tensors (model.inputs(images=…, text=…) makes one), not one tensor.")
+            raise InputError(
+                f"A {model.family.name} model needs a mapping of tensors (model.inputs(images=…, text=…) makes one), not one tensor."
+            )
         return {"pixel_values": inputs}
     if not isinstance(inputs, Mapping):
-        raise InputError(f"Inputs must be a mapping of tensors, got {type(inputs).__name__}; model.inputs(images=…, text=…) makes one.")
+        raise InputError(
+            f"Inputs must be a mapping of tensors, got {type(inputs).__name__}; model.inputs(images=…, text=…) makes one."
+        )
     return dict(inputs)
 
 
@@ -55,7 +59,9 @@ def _check_devices(model: HookedModel, inputs: Mapping[str, Any]) -> None:
 def _check_mask(inputs: Mapping[str, Any]) -> None:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape != ids.shape:
-        raise InputError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; they must be equal.")
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; they must be equal."
+        )
 
 
 def _check_images(model: HookedModel, inputs: Mapping[str, Any], pixels: Tensor) -> None:
@@ -63,19 +69,25 @@ def _check_images(model: HookedModel, inputs: Mapping[str, Any], pixels: Tensor)
     if tower.stack.position == "resized":
         absent = [name for name in ("pixel_attention_mask", "spatial_shapes") if name not in inputs]
         if absent:
-            raise InputError(f"This tower reads patches of any grid and needs {' and '.join(absent)} beside pixel_values.")
+            raise InputError(
+                f"This tower reads patches of any grid and needs {' and '.join(absent)} beside pixel_values."
+            )
         return
     if pixels.ndim not in (4, 5):
         raise InputError(f"pixel_values must be [image, channel, height, width], got shape {tuple(pixels.shape)}.")
     config: Any = tower.config
     channels = getattr(config, "num_channels", 3)
     if pixels.shape[-3] != channels:
-        raise InputError(f"pixel_values has {pixels.shape[-3]} channels, the model reads {channels}; its layout is [image, channel, height, width].")
+        raise InputError(
+            f"pixel_values has {pixels.shape[-3]} channels, the model reads {channels}; its layout is [image, channel, height, width]."
+        )
     height, width = pixels.shape[-2:]
     patch = tower.cfg.patch_size or 1
     if tower.stack.position == "grid_always" or inputs.get("interpolate_pos_encoding"):
         if height % patch or width % patch:
-            raise InputError(f"An image of {height}x{width} pixels is not a whole number of patches of {patch}; resize it to multiples of {patch}.")
+            raise InputError(
+                f"An image of {height}x{width} pixels is not a whole number of patches of {patch}; resize it to multiples of {patch}."
+            )
         return
     assert tower.cfg.grid is not None
     expected = (tower.cfg.grid[0] * patch, tower.cfg.grid[1] * patch)
@@ -89,7 +101,7 @@ def _check_images(model: HookedModel, inputs: Mapping[str, Any], pixels: Tensor)
 
 def _check_image_tokens(model: HookedModel, inputs: Mapping[str, Any], pixels: Any) -> None:
     ids: Tensor = inputs["input_ids"]
-    counts = (ids == model.image_token_id).sum(-1)
+    counts = ids.eq(model.image_token_id or 0).sum(-1)
     found = int(counts.sum())
     name = model.image_token or "the image token"
     if pixels is None:

@@ -52,7 +52,12 @@ def _tower_points(tower: Tower) -> Iterator[Point]:
         adder = require(tower.root, stack.embeddings or "", "embeddings")
         n_inserted = sum(kind == "register" for kind in tower.prefix_kinds)
         yield PositionEmbedding(
-            f"{name}.hook_pos_embed", adder, "post", kind=stack.position, weight=stack.position_weight or "", n_inserted=n_inserted
+            f"{name}.hook_pos_embed",
+            adder,
+            "post",
+            kind=stack.position,
+            weight=stack.position_weight or "",
+            n_inserted=n_inserted,
         )
     yield Input(f"{name}.hook_input", tower.blocks[0].module, "pre", order=0)
     for block in tower.blocks:
@@ -112,7 +117,9 @@ def _attention_points(tower: Tower, block: Block, prefix: str) -> Iterator[Point
     stash = Stash(f"{prefix}.ln1", ln1, "pre", order=-1)
     for letter, n_heads in (("q", cfg.n_heads), ("k", cfg.n_kv_heads), ("v", cfg.n_kv_heads)):
         projection = block.part(letter)
-        yield HeadInput(f"{prefix}.hook_{letter}_input", projection, "post", order=0, n_heads=n_heads, companions=(stash,))
+        yield HeadInput(
+            f"{prefix}.hook_{letter}_input", projection, "post", order=0, n_heads=n_heads, companions=(stash,)
+        )
         yield Output(f"{prefix}.attn.hook_{letter}", projection, "post", order=1, n_heads=n_heads)
     if cfg.rotary:
         yield AttentionStage(f"{prefix}.attn.hook_rot_q", attn, "attention")

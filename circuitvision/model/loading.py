@@ -14,11 +14,15 @@ import torch
 from torch import nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
-from circuitvision.model.spec import FAMILIES, family_of
+from circuitvision.model.spec import FAMILIES, family_of, load_tables
 
 
 def load_module(
-    name: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None, device_map: Any = None, **kwargs: Any
+    name: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    device_map: Any = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """The Hugging Face module of a checkpoint, in eval mode.
 
@@ -26,6 +30,7 @@ def load_module(
     """
     import transformers
 
+    load_tables()
     name = str(name)
     looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
     if looks_local and not (Path(name).expanduser() / "config.json").is_file():
@@ -40,7 +45,9 @@ def load_module(
             f"{name} is a {getattr(config, 'model_type', 'unknown')!r} checkpoint of {found}. Supported classes: {', '.join(sorted(FAMILIES))}."
         )
     loader = getattr(transformers, class_name)
-    options = {key: value for key, value in {"dtype": dtype, "device_map": device_map, **kwargs}.items() if value is not None}
+    options = {
+        key: value for key, value in {"dtype": dtype, "device_map": device_map, **kwargs}.items() if value is not None
+    }
     module = loader.from_pretrained(str(Path(name).expanduser()) if looks_local else name, **options)
     if device is not None:
         module = module.to(device)
@@ -52,18 +59,25 @@ def load_processor(name: str | Path, module: nn.Module) -> Any:
     import transformers
 
     errors = []
+    family = family_of(module)
     attempts: list[Any] = [transformers.AutoProcessor, transformers.AutoImageProcessor, transformers.AutoTokenizer]
-    own = family_of(module).processor
-    if own is not None:
-        attempts = [own]
+    if [tower.name for tower in family.towers] == ["vision"]:
+        # AutoProcessor makes up a tokenizer for some image-only checkpoints, or forgets their image settings.
+        attempts = [transformers.AutoImageProcessor]
+    if family.processor is not None:
+        attempts = [family.processor]
     for attempt in attempts:
         try:
             load = getattr(attempt, "from_pretrained", attempt)
             return load(str(name))
-        except Exception as error:  # transformers raises OSError, ValueError, ImportError, KeyError … for a missing piece
-            errors.append(f"{getattr(attempt, '__name__', attempt)}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        except (
+            Exception
+        ) as error:  # transformers raises OSError, ValueError, ImportError, KeyError … for a missing piece
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            errors.append(f"{getattr(attempt, '__name__', attempt)}: {reason}")
     warnings.warn(
-        f"No processor could be loaded from {name}; model.inputs(images=…, text=…) is not available, tensors made by hand work. ({'; '.join(errors)})",
+        f"No processor could be loaded from {name}; model.inputs(images=…, text=…) is not available, tensors made by hand "
+        f"work. ({'; '.join(errors)})",
         stacklevel=3,
     )
     return None

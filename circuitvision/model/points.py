@@ -179,7 +179,9 @@ class SharedInput(Point):
         value, changed = fire(shared)
         if changed:
             if shared.is_leaf and shared.requires_grad:
-                raise HookError(f"{self.name} is a leaf that requires grad and cannot be edited in place; run under torch.no_grad().")
+                raise HookError(
+                    f"{self.name} is a leaf that requires grad and cannot be edited in place; run under torch.no_grad()."
+                )
             shared.copy_(value)
 
 
@@ -409,6 +411,8 @@ class PoolAttention(Point):
         elif stage == "hook_pattern":
             value = self.stage_value(call, "hook_attn_scores").softmax(-1)
         else:
-            value = torch.einsum("bhqk,bkhd->bqhd", self.stage_value(call, "hook_pattern"), self.stage_value(call, "hook_v"))
+            value = torch.einsum(
+                "bhqk,bkhd->bqhd", self.stage_value(call, "hook_pattern"), self.stage_value(call, "hook_v")
+            )
         call.memo[stage] = value
         return value

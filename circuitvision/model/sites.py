@@ -66,7 +66,9 @@ def matching(names_filter: NamesFilter, sites: Iterable[str]) -> list[str]:
         return chosen
     globs = [names_filter] if isinstance(names_filter, str) else list(names_filter)
     if not globs:
-        raise UnknownSiteError("names_filter is empty; give a site name, a glob such as '*.blocks.*.attn.hook_z', or None.")
+        raise UnknownSiteError(
+            "names_filter is empty; give a site name, a glob such as '*.blocks.*.attn.hook_z', or None."
+        )
     chosen_set: set[str] = set()
     for glob in globs:
         if not isinstance(glob, str):
@@ -111,7 +113,12 @@ def expand_short(key: tuple[object, ...], sites: Iterable[str]) -> str:
             wanted.append((len(parents), name))
     wanted.sort()
     if not wanted or (len(wanted) > 1 and wanted[0][0] == wanted[1][0]):
-        full = f"{tower}." + (f"blocks.{layer}." if layer is not None else "") + (f"{part}." if part else "") + f"hook_{stem}"
+        full = (
+            f"{tower}."
+            + (f"blocks.{layer}." if layer is not None else "")
+            + (f"{part}." if part else "")
+            + f"hook_{stem}"
+        )
         what = "fits several sites; name the part, e.g. 'ln1'" if wanted else "is no site of this cache or model"
         near = ", ".join(nearest(full, sites))
         raise UnknownSiteError(f"{key!r} {what}. Nearest: {near}.")

@@ -11,8 +11,11 @@ Not covered: fused qkv projections, post-norm blocks, packed sequences, stacks w
 
 from __future__ import annotations
 
+import importlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import Any, Literal
 
 from torch import nn
@@ -139,6 +142,8 @@ class Family:
     """Kinds of an action tower's positions: the first entries, the last one repeated."""
     processor: Callable[[str], Any] | None = None
     """How to load the processor of a checkpoint, where AutoProcessor cannot."""
+    image_settings: tuple[str, ...] = ()
+    """Settings of the image processor that its full processor forgets, passed with every call."""
     text_padding: Literal["longest", "max_length"] = "longest"
     """How the text tower expects short prompts to be filled up."""
 
@@ -149,6 +154,12 @@ STACKS: dict[str, Stack] = {}
 """model_type of a (sub-)config -> the stack it builds."""
 NORMS: dict[str, NormSpec] = {}
 """Class name of a normalisation module -> how it computes."""
+
+
+def load_tables() -> None:
+    """Let the family files register themselves; the one place where the core reaches down, and it does so by name only."""
+    if not FAMILIES:
+        importlib.import_module("circuitvision.families")
 
 
 def register_family(family: Family) -> Family:
@@ -172,6 +183,7 @@ def family_of(module: nn.Module) -> Family:
 
     Raises UnsupportedModelError, naming what was found and what is known.
     """
+    load_tables()
     for cls in type(module).__mro__:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]
@@ -224,3 +236,11 @@ def stack_for(spec: TowerSpec, config: object) -> Stack:
             f"The {spec.name} tower is built from a config of type {model_type!r}, which no stack describes. Known: {', '.join(sorted(STACKS))}."
         )
     return STACKS[model_type]
+
+
+def saved_settings(folder: str) -> dict[str, Any]:
+    """The plain settings that a folder's ``processor_config.json`` keeps for its processor: statistics, strategies, counts."""
+    path = FilePath(folder) / "processor_config.json"
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    parts = ("processor_class", "image_processor", "video_processor", "tokenizer", "auto_map")
+    return {key: value for key, value in saved.items() if key not in parts}

@@ -24,6 +24,7 @@ class TextTools:
         """Model-ready tensors from images and text, through the model's processor, on its device and in its dtype.
 
         Tensors given as keywords are passed on; for PI0, ``noise`` and ``timestep`` are filled from ``seed`` unless given.
+        Labels that a processor adds are left out: nothing here is trained.
         Raises InputError without a processor, and if the prompts do not hold an image token for each image.
         """
         from circuitvision.model.inputs import seeded_noise
@@ -32,6 +33,7 @@ class TextTools:
         if images is not None or text is not None:
             made = self._process(images, text, {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)})
             kwargs = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
+        made.pop("labels", None)
         made.update(kwargs)
         made = {name: self._placed(value) for name, value in made.items()}
         if "noise" in self.family.required and ("noise" not in made or "timestep" not in made):
@@ -47,7 +49,9 @@ class TextTools:
 
     def _process(self, images: Any, text: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self.processor is None:
-            raise InputError("This model was wrapped without a processor; pass HookedModel(module, processor), or make the tensors by hand.")
+            raise InputError(
+                "This model was wrapped without a processor; pass HookedModel(module, processor), or make the tensors by hand."
+            )
         tokenizer = getattr(self.processor, "tokenizer", None)
         if tokenizer is None and not hasattr(self.processor, "image_processor"):
             if text is not None:
@@ -61,11 +65,17 @@ class TextTools:
                 options["max_length"] = self.config.text_config.max_position_embeddings
             if tokenizer is not None and tokenizer.pad_token is None:
                 options.pop("padding")
+        image_processor = getattr(self.processor, "image_processor", self.processor)
+        options.update(
+            {name: getattr(image_processor, name) for name in self.family.image_settings if images is not None}
+        )
         given = {key: value for key, value in (("images", images), ("text", text)) if value is not None}
         try:
             return dict(self.processor(**given, **{**options, **kwargs}))
         except (ValueError, IndexError, StopIteration) as error:
-            raise InputError(f"The processor refused these inputs: {error}. Does each prompt hold {self.image_token or 'an image token'} once per image?") from error
+            raise InputError(
+                f"The processor refused these inputs: {error}. Does each prompt hold {self.image_token or 'an image token'} once per image?"
+            ) from error
 
     # -- words and ids -----------------------------------------------------------------------------------------------------------------------
 
@@ -113,9 +123,13 @@ class TextTools:
             if len(ids) == 1 and ids[0] != unknown:
                 return int(ids[0])
         if all(unknown in ids for ids in candidates):
-            raise InputError(f"{word!r} is not in the vocabulary. Nearest: {', '.join(nearest(word, self.tokenizer.get_vocab()))}.")
+            raise InputError(
+                f"{word!r} is not in the vocabulary. Nearest: {', '.join(nearest(word, self.tokenizer.get_vocab()))}."
+            )
         pieces = self.tokenizer.convert_ids_to_tokens(candidates[-1])
-        raise InputError(f"{word!r} takes {len(pieces)} tokens ({' '.join(pieces)}); name a one-token word, or give the id of the piece you mean.")
+        raise InputError(
+            f"{word!r} takes {len(pieces)} tokens ({' '.join(pieces)}); name a one-token word, or give the id of the piece you mean."
+        )
 
     def pieces(self, ids: Tensor) -> list[list[str]] | None:
         """The text piece of every id, by row; None without a tokenizer."""

@@ -1,7 +1,7 @@
 """Token geometry: what every position of every tower is, and which pixels, words or cameras it came from.
 
-A :class:`TokenMap` describes the rows of one tower in one run. Rows of a vision tower are images, tiles or cameras, not examples: ``example`` says which
-example a row belongs to. Where a model packs image tokens (tiles, unpadding, newline tokens), its own packing function is run on patch
+A :class:`TokenMap` describes the rows of one tower in one run. Rows of a vision tower are images, tiles or cameras, not examples: ``example``
+says which example a row belongs to. Where a model packs image tokens (tiles, unpadding, newline tokens), its own packing function is run on patch
 *numbers* instead of features, so the map is the packing and not a copy of its arithmetic.
 
 Pixel boxes are (left, top, right, bottom): in the pixels of the tensor the tower reads, or, for tiled images, in the pixels of the original image.
@@ -59,7 +59,11 @@ class TokenMap:
         return int(self.kind.shape[1])
 
     def mask(
-        self, kind: str | Sequence[str] | None = None, image: int | None = None, row: int | None = None, tile: int | None = None
+        self,
+        kind: str | Sequence[str] | None = None,
+        image: int | None = None,
+        row: int | None = None,
+        tile: int | None = None,
     ) -> Tensor:
         """Which positions are of a kind, and come from an image and tile: bool ``[row pos]`` (``[pos]`` with ``row``)."""
         kinds = [kind] if isinstance(kind, str) else kind
@@ -71,11 +75,15 @@ class TokenMap:
         found = found & (self.tile == tile) if tile is not None else found
         return torch.from_numpy(found if row is None else found[row])
 
-    def positions(self, kind: str | Sequence[str] | None = None, image: int | None = None, row: int = 0, tile: int | None = None) -> list[int]:
+    def positions(
+        self, kind: str | Sequence[str] | None = None, image: int | None = None, row: int = 0, tile: int | None = None
+    ) -> list[int]:
         """The positions of one row that :meth:`mask` selects."""
         return self.mask(kind, image, row, tile).nonzero().flatten().tolist()
 
-    def in_box(self, left: float, top: float, right: float, bottom: float, row: int = 0, image: int | None = None) -> list[int]:
+    def in_box(
+        self, left: float, top: float, right: float, bottom: float, row: int = 0, image: int | None = None
+    ) -> list[int]:
         """Patch positions of one row whose pixels overlap a box, in the frame of ``self.box``."""
         box = self.box[row]
         with np.errstate(invalid="ignore"):
@@ -112,7 +120,9 @@ class TokenMap:
         return f"TokenMap({self.tower}: {self.n_rows} rows of {self.n_positions} positions: {found})"
 
     def _repr_html_(self) -> str:
-        cells = "".join(f"<span style='padding:1px 3px;border:1px solid #8884'>{label}</span> " for label in self.labels(0)[:200])
+        cells = "".join(
+            f"<span style='padding:1px 3px;border:1px solid #8884'>{label}</span> " for label in self.labels(0)[:200]
+        )
         return f"<b>{self!r}</b><div>{cells}</div>"
 
 
@@ -190,7 +200,11 @@ class Packing:
         if per_example is not None:
             patched = [int(n) == 1 for n in per_example for _ in range(int(n))]
         return [
-            count(image_size=size, grid_pinpoints=config.image_grid_pinpoints, patch_size=config.vision_config.image_size) if tiled else 1
+            count(
+                image_size=size, grid_pinpoints=config.image_grid_pinpoints, patch_size=config.vision_config.image_size
+            )
+            if tiled
+            else 1
             for size, tiled in zip(self.inputs["image_sizes"], patched, strict=True)
         ]
 
@@ -200,7 +214,8 @@ class Packing:
         if "spatial_shapes" in self.inputs:
             height, width = self.inputs["spatial_shapes"][row].tolist()
             return int(height), int(width)
-        assert self.pixels is not None and tower.cfg.patch_size is not None
+        assert self.pixels is not None
+        assert tower.cfg.patch_size is not None
         height, width = self.pixels.shape[-2:]
         return height // tower.cfg.patch_size, width // tower.cfg.patch_size
 
@@ -257,7 +272,9 @@ class Packing:
         if "vision_feature_select_strategy" in names:
             keywords["vision_feature_select_strategy"] = self.model.config.vision_feature_select_strategy
         if "vision_aspect_ratio" in names:
-            keywords["vision_aspect_ratio"] = self.inputs.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
+            keywords["vision_aspect_ratio"] = (
+                self.inputs.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
+            )
         packed, _ = inner.pack_image_features(features, self.inputs["image_sizes"], **keywords)
         return packed
 
@@ -271,22 +288,27 @@ class Packing:
                 return 0.0, 0.0, float(cols * patch), float(rows * patch)
             height, width = self.pixels.shape[-2:]
             return 0.0, 0.0, float(width), float(height)
-        height, width = (float(v) for v in self.inputs["image_sizes"][image])
+        full_height, full_width = (float(v) for v in self.inputs["image_sizes"][image])
         if tile == 0:
-            return 0.0, 0.0, width, height
+            return 0.0, 0.0, full_width, full_height
         import sys
 
         inner: Any = self.model.inner
         shape = sys.modules[type(inner).__module__].get_anyres_image_grid_shape  # type: ignore[attr-defined]
         config = self.model.config
-        rows, cols = shape(self.inputs["image_sizes"][image], config.image_grid_pinpoints, config.vision_config.image_size)
+        rows, cols = shape(
+            self.inputs["image_sizes"][image], config.image_grid_pinpoints, config.vision_config.image_size
+        )
         side = config.vision_config.image_size
-        scale = min(cols * side / width, rows * side / height)
-        left, top = (cols * side - width * scale) / 2, (rows * side - height * scale) / 2
+        scale = min(cols * side / full_width, rows * side / full_height)
+        left, top = (cols * side - full_width * scale) / 2, (rows * side - full_height * scale) / 2
         row, col = divmod(tile - 1, cols)
-        return tuple((edge - shift) / scale for edge, shift in zip(
-            (col * side, row * side, (col + 1) * side, (row + 1) * side), (left, top, left, top), strict=True
-        ))  # type: ignore[return-value]
+        return tuple(
+            (edge - shift) / scale
+            for edge, shift in zip(
+                (col * side, row * side, (col + 1) * side, (row + 1) * side), (left, top, left, top), strict=True
+            )
+        )  # type: ignore[return-value]
 
 
 def _vision_map(tower: Tower, packing: Packing) -> TokenMap:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from circuitvision.errors import UnsupportedModelError
 from circuitvision.model import heads
+from circuitvision.model.points import linear
 from circuitvision.model.spec import (
     NORMS,
     BlockLayout,
@@ -61,7 +62,9 @@ def norm_spec(module: nn.Module) -> NormSpec:
     for cls in type(module).__mro__:
         if cls.__name__ in NORMS:
             return NORMS[cls.__name__]
-    raise UnsupportedModelError(f"{type(module).__name__} is a norm that no family file describes; known: {', '.join(NORMS)}.")
+    raise UnsupportedModelError(
+        f"{type(module).__name__} is a norm that no family file describes; known: {', '.join(NORMS)}."
+    )
 
 
 class Block:
@@ -80,7 +83,7 @@ class Block:
 
     def _weight(self, part: str) -> Tensor:
         module: Any = self.part(part)
-        return module.weight.T
+        return linear(module, module.weight.dtype, module.weight.device)[0]
 
     def _bias(self, part: str, shape: tuple[int, ...]) -> Tensor:
         module: Any = self.part(part)
@@ -161,20 +164,23 @@ class Block:
 class Tower:
     """One transformer of a wrapped model, e.g. ``model.vision``."""
 
-    def __init__(self, module: nn.Module, config: Any, family: Family, spec: TowerSpec, siblings: dict[str, Tower]) -> None:
+    def __init__(
+        self, module: nn.Module, config: Any, family: Family, spec: TowerSpec, siblings: dict[str, Tower]
+    ) -> None:
         self.module = module
         self.family = family
         self.spec = spec
         self.siblings = siblings
         self.name = spec.name
         self.config_of_model = config
-        self.config = sub_config(config, spec.config)
+        self.config: Any = sub_config(config, spec.config)
         self.stack = stack_for(spec, self.config)
         self.root = require(module, spec.root, f"{spec.name} tower")
         blocks = resolve_list(self.root, self.stack.blocks, spec.name)
         layout = self.stack.block
         self.blocks = [
-            Block(self, layer, block, layout(block) if callable(layout) else layout) for layer, block in enumerate(blocks)
+            Block(self, layer, block, layout(block) if callable(layout) else layout)
+            for layer, block in enumerate(blocks)
         ]
         self.final_norm = resolve(self.root, self.stack.final_norm)
         self.cfg = self._config()
@@ -238,19 +244,23 @@ class Tower:
     @property
     def drops_cls(self) -> bool:
         """Whether the position before the patches is dropped on the way to the projector."""
-        return self.spec.feature_select is not None and getattr(self.config_of_model, self.spec.feature_select) == "default"
+        return (
+            self.spec.feature_select is not None
+            and getattr(self.config_of_model, self.spec.feature_select) == "default"
+        )
 
     def residual_name(self, hidden_state: int) -> str:
         """The site of a hidden state: 0 is ``hook_input``, ``l + 1`` is ``blocks.l.hook_resid_post``."""
-        return f"{self.name}.hook_input" if hidden_state == 0 else f"{self.name}.blocks.{hidden_state - 1}.hook_resid_post"
+        return (
+            f"{self.name}.hook_input" if hidden_state == 0 else f"{self.name}.blocks.{hidden_state - 1}.hook_resid_post"
+        )
 
-    def readout(
-        self, resid: Float[Tensor, "row pos d_model"], context: ActivationCache | None = None
-    ) -> Float[Tensor, "..."]:
+    def readout(self, resid: Float[Tensor, "row pos d_model"], context: ActivationCache | None = None) -> Tensor:
         """The family's output computed from a residual stream of this tower (final norm, pooling rule, head, in the family's order).
 
-        At the last layer (LLaVA's vision tower: the feature layer) it equals what the model returns (there: ``projector.hook_out``). ``context`` is the
-        run's cache, needed where the output depends on more than this residual: CLIP's other tower, where its text ends.
+        At the last layer (LLaVA's vision tower: the feature layer) it equals what the model returns (there: ``projector.hook_out``).
+        ``context`` is the run's cache, needed where the output depends on more than this residual: CLIP's other tower, where its
+        text ends.
         Raises InputError if ``context`` is missing there, UnsupportedModelError for a tower without a read-out.
         """
         return heads.read_out(self, resid, context)
@@ -289,7 +299,9 @@ class Tower:
         found = heads.unembedding(self)
         kinds = (kind, "tied") if kind == "W_U" else (kind,)
         if found is None or found[1] not in kinds:
-            raise AttributeError(f"The {self.name} tower of {self.family.name} has no {kind}; tower.readout says how it reaches the output.")
+            raise AttributeError(
+                f"The {self.name} tower of {self.family.name} has no {kind}; tower.readout says how it reaches the output."
+            )
         module: Any = found[0]
         return module.weight.detach().T.clone()
 
@@ -313,15 +325,20 @@ class Tower:
     def __repr__(self) -> str:
         c = self.cfg
         grid = f", grid {c.grid[0]}x{c.grid[1]} + {c.n_prefix}" if c.grid else ""
-        return f"Tower({self.name}: {c.n_layers} layers, {c.n_heads} heads ({c.n_kv_heads} kv), d_model {c.d_model}, d_head {c.d_head}, d_mlp {c.d_mlp}{grid})"
+        widths = f"d_model {c.d_model}, d_head {c.d_head}, d_mlp {c.d_mlp}"
+        return f"Tower({self.name}: {c.n_layers} layers, {c.n_heads} heads ({c.n_kv_heads} kv), {widths}{grid})"
 
 
-_STACKED = frozenset({"W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "W_gate", "b_Q", "b_K", "b_V", "b_O", "b_in", "b_out"})
+_STACKED = frozenset(
+    {"W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "W_gate", "b_Q", "b_K", "b_V", "b_O", "b_in", "b_out"}
+)
 
 
 def resolve_list(root: nn.Module, path: Any, tower: str) -> nn.ModuleList:
     """The list of blocks at ``path``; raises UnsupportedModelError if it is not a non-empty ModuleList."""
     found = require(root, path, f"blocks of the {tower} tower")
     if not isinstance(found, nn.ModuleList) or len(found) == 0:
-        raise UnsupportedModelError(f"The blocks of the {tower} tower are a {type(found).__name__}; a non-empty ModuleList was expected.")
+        raise UnsupportedModelError(
+            f"The blocks of the {tower} tower are a {type(found).__name__}; a non-empty ModuleList was expected."
+        )
     return found
