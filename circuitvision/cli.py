@@ -1,0 +1,168 @@
+"""The ``circuitvision`` command: arguments in, one call of the library, a short text out.
+
+Mistakes that the library explains end with that explanation on standard error and exit code 2; anything else is a
+bug and shows its trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from circuitvision.errors import CircuitVisionError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code (0, or 2 for a mistake in what was asked)."""
+    options = _parser().parse_args(arguments)
+    if options.quiet:
+        from circuitvision.progress import set_verbosity
+
+        set_verbosity("quiet")
+    _silence_transformers()
+    try:
+        return options.run(options)
+    except CircuitVisionError as error:
+        print(f"circuitvision: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    from circuitvision import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="circuitvision", description="Mechanistic circuit analysis of vision-language models."
+    )
+    parser.add_argument("--version", action="version", version=f"circuitvision {__version__}")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_quickstart(commands.add_parser("quickstart", help="from two images to a circuit, with a report to look at"))
+    _add_sites(commands.add_parser("sites", help="list the sites of a model"))
+    _add_organisms(commands.add_parser("organisms", help="the small trained models that come with circuitvision"))
+    return parser
+
+
+def _add_quickstart(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Patch every attention head of both towers between two images, and write circuit.graphml, circuit.json, heads.html, "
+        "lens.html and report.html. Without options: a small trained model and a pair of its own."
+    )
+    parser.add_argument(
+        "--model", default="shapes-llava", metavar="NAME_OR_FOLDER", help="organism, checkpoint name or folder"
+    )
+    parser.add_argument("--clean", metavar="IMAGE", help="image for which the answer is right")
+    parser.add_argument("--corrupt", metavar="IMAGE", help="image of the same size for which the foil is right")
+    parser.add_argument("--prompt", metavar="TEXT", help="the question, with the model's image token")
+    parser.add_argument("--answer", metavar="WORD", help="one-piece word")
+    parser.add_argument("--foil", metavar="WORD", help="one-piece word")
+    parser.add_argument(
+        "--out", default="circuitvision-quickstart", metavar="DIR", help="folder for the files (%(default)s)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=4, metavar="N", help="heads of each tower in the graph (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which pair is drawn (%(default)s)")
+    parser.add_argument("--dtype", help="float32, bfloat16, …: the checkpoint's own by default")
+    parser.add_argument("--device", help="cpu, cuda, …")
+    parser.set_defaults(run=_quickstart)
+
+
+def _add_sites(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("glob", nargs="?", default="**", help="for example 'vision.blocks.*.attn.*' (%(default)s)")
+    parser.add_argument(
+        "--model", default="shapes-llava", metavar="NAME_OR_FOLDER", help="organism, checkpoint name or folder"
+    )
+    parser.set_defaults(run=_sites)
+
+
+def _add_organisms(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="their names and tasks").set_defaults(run=_organisms_list)
+    card = actions.add_parser("card", help="what one was trained on, and how well it does")
+    card.add_argument("name")
+    card.set_defaults(run=_organisms_card)
+    train = actions.add_parser("train", help="train one from scratch")
+    train.add_argument("name")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--steps", type=int, help="a shorter run, for trying things out")
+    train.add_argument("--out", metavar="DIR", help="folder for the weights (NAME-seedN)")
+    train.set_defaults(run=_organisms_train)
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from circuitvision.quickstart import quickstart
+
+    loading = {name: getattr(options, name) for name in ("dtype", "device") if getattr(options, name) is not None}
+    found = quickstart(
+        options.model,
+        clean=options.clean,
+        corrupt=options.corrupt,
+        prompt=options.prompt,
+        answer=options.answer,
+        foil=options.foil,
+        out=options.out,
+        top_k=options.top_k,
+        seed=options.seed,
+        **loading,
+    )
+    print(f"{found.case.prompt}\n")
+    for name, probabilities in found.probabilities.items():
+        print(f"  {name:<8}" + "   ".join(f"{word} {share:6.1%}" for word, share in probabilities.items()))
+    print(f"\n{found.finding()}\n")
+    print(f"  {'head':<12}{'where':<28}{'restores':>8}")
+    for name, where, share in found.table():
+        print(f"  {name:<12}{where:<28}{share:>8}")
+    if found.check is not None:
+        print(f"\n{found.check.summary()}")
+    print(f"\nWrote in {found.seconds:.0f} s:")
+    for path in found.files:
+        print(f"  {path}")
+    return 0
+
+
+def _sites(options: argparse.Namespace) -> int:
+    from circuitvision.quickstart import load_model
+
+    model = load_model(options.model)
+    for name in model.sites(options.glob):
+        print(name + ("   (cannot reach the output)" if model.is_dead(name) else ""))
+    return 0
+
+
+def _organisms_list(options: argparse.Namespace) -> int:
+    from circuitvision.organisms.registry import TABLE
+
+    for name, organism in TABLE.items():
+        print(f"{name:<14}{organism.model_class:<32}{organism.task}")
+    return 0
+
+
+def _organisms_card(options: argparse.Namespace) -> int:
+    from circuitvision import organisms
+
+    print(json.dumps(organisms.card(options.name), indent=2, ensure_ascii=False))
+    return 0
+
+
+def _organisms_train(options: argparse.Namespace) -> int:
+    from circuitvision import organisms
+
+    scores = organisms.train(
+        options.name, seed=options.seed, out=options.out, steps=options.steps, progress=not options.quiet
+    )
+    print(json.dumps(scores, indent=2, ensure_ascii=False))
+    return 0
+
+
+def _silence_transformers() -> None:
+    """Keep transformers' own notices out of the command's output; its errors stay."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
