@@ -92,7 +92,7 @@ def _after_eos(tower: Tower, inputs: Mapping[str, Any]) -> Tensor | None:
 
 def _unread(tower: Tower, tokens: TokenMap, inputs: Mapping[str, Any]) -> Tensor | None:
     readout = tower.spec.readout
-    kinds: np.ndarray[Any, Any] = tokens.kind
+    kinds: np.ndarray = tokens.kind
     if readout is None:
         return None
     if readout.finish == "projector":

@@ -85,6 +85,11 @@ def substitute(actual: Tensor, rebuilt: Tensor) -> Tensor:
     return _Substitute.apply(actual.detach(), rebuilt.to(actual.dtype))
 
 
+def rebuilt_where(changed: Tensor, actual: Tensor, rebuilt: Tensor) -> Tensor:
+    """``rebuilt`` where a derived value was changed, the bits of ``actual`` elsewhere: an edit of one position rounds no other one differently."""
+    return torch.where(changed, rebuilt, substitute(actual, rebuilt))
+
+
 def linear(module: nn.Module, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Weight ``[d_in, d_out]`` and bias of a linear map: read off an ``nn.Linear``, measured on the identity for anything else.
 
@@ -198,7 +203,7 @@ class NormScale(Point):
         if changed:
             call.memo["scale"] = value
             call.memo.pop("normalized", None)
-            rebuild_norm(call, self.spec, edited=not torch.equal(value, scale))
+            rebuild_norm(call, self.spec, value != scale)
 
 
 @dataclass(eq=False)
@@ -213,7 +218,7 @@ class NormNormalized(Point):
         value, changed = fire(before)
         if changed:
             call.memo["normalized"] = value
-            rebuild_norm(call, self.spec, edited=not torch.equal(value, before))
+            rebuild_norm(call, self.spec, (value != before).any(-1, keepdim=True))
 
 
 def norm_parts(call: Call, spec: NormSpec) -> tuple[Tensor, Tensor]:
@@ -250,14 +255,11 @@ def apply_gain(module: nn.Module, spec: NormSpec, value: Tensor) -> Tensor:
     return out if bias is None else out + bias
 
 
-def rebuild_norm(call: Call, spec: NormSpec, edited: bool) -> None:
-    """Recompute a norm's output from the (edited) scale or normalised value in the call's memo."""
-    rebuilt = apply_gain(call.module, spec, normalized(call, spec))
-    if call.memo.get("rebuilt") or edited:
-        call.memo["rebuilt"] = True
-        call.set_tensor(rebuilt)
-    else:
-        call.set_tensor(substitute(call.tensor(), rebuilt))
+def rebuild_norm(call: Call, spec: NormSpec, changed: Tensor) -> None:
+    """Recompute a norm's output at the ``changed`` positions from the (edited) scale and normalised value in the call's memo."""
+    call.memo["changed"] = changed = call.memo.get("changed", torch.zeros_like(changed)) | changed
+    original = call.memo.setdefault("original", call.tensor())
+    call.set_tensor(rebuilt_where(changed, original, apply_gain(call.module, spec, normalized(call, spec))))
 
 
 @dataclass(eq=False)
@@ -275,8 +277,8 @@ class HeadResult(Point):
         value, changed = fire(result)
         if changed:
             rebuilt = value.sum(-2) if bias is None else value.sum(-2) + bias
-            edited = not torch.equal(value, result)
-            call.set_tensor(rebuilt if edited else substitute(call.tensor(), rebuilt))
+            edited = (value != result).flatten(-2).any(-1, keepdim=True)
+            call.set_tensor(rebuilt_where(edited, call.tensor(), rebuilt))
 
 
 @dataclass(eq=False)
@@ -299,15 +301,15 @@ class HeadInput(Point):
         value, changed = fire(per_head)
         if not changed:
             return
-        edited = not torch.equal(value, per_head)
+        edited = (value != per_head).any(-1, keepdim=True)
         normed = norm.forward(value.contiguous())
         width = call.tensor().shape[-1] // self.n_heads
         weight, bias = linear(self.module, normed.dtype, normed.device)
         w = rearrange(weight, "m (h d) -> h m d", h=self.n_heads)
         rebuilt = torch.einsum("...hm,hmd->...hd", normed, w)
         rebuilt = rebuilt if bias is None else rebuilt + bias.view(self.n_heads, width)
-        rebuilt = _merge(rebuilt, self.n_heads)
-        call.set_tensor(rebuilt if edited else substitute(call.tensor(), rebuilt))
+        actual = _heads(call.tensor(), self.n_heads)
+        call.set_tensor(_merge(torch.where(edited, rebuilt, beside(actual, rebuilt)), self.n_heads))
 
 
 @dataclass(eq=False)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from circuitvision.model.tower import Tower
 
 KINDS = ("cls", "distillation", "register", "patch", "newline", "text", "state", "action", "padding", "dropped")
-Array = np.ndarray[Any, Any]
+Array = np.ndarray
 
 
 @dataclass(frozen=True, eq=False)

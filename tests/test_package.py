@@ -1,0 +1,124 @@
+"""The package as a whole: light to import, rooms that only look up, shapes that hold, one source for CI's test command."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "circuitvision"
+ROOMS = [
+    "errors",
+    "files",
+    "progress",
+    "provenance",
+    "results",
+    "data",
+    "metrics",
+    "model",
+    "families",
+    "readout",
+    "patching",
+    "circuits",
+    "organisms",
+    "plots",
+    "quickstart",
+    "cli",
+]
+"""Top to bottom: a room may import from itself and from rooms above it."""
+LAZY = {("results", "plots"), ("quickstart", "plots")}
+"""A result's ``.plot()`` is a lazy dispatch into plots."""
+
+
+def _python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+def test_import_is_light() -> None:
+    heavy = ("torch", "transformers", "transformer_lens", "nnsight", "plotly", "pandas")
+    loaded = _python(f"import sys, circuitvision; print([m for m in {heavy!r} if m in sys.modules])")
+    assert loaded == "[]"
+
+
+def test_the_core_does_not_load_plots_or_peers() -> None:
+    heavy = ("transformer_lens", "nnsight", "plotly")
+    loaded = _python(f"import sys, circuitvision as cv; cv.HookedModel; print([m for m in {heavy!r} if m in sys.modules])")
+    assert loaded == "[]"
+
+
+def _room(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "circuitvision" and len(parts) > 1 and parts[1] in ROOMS:
+                found.add(parts[1])
+    return found
+
+
+def _runtime_source(path: Path) -> str:
+    return re.sub(r"if TYPE_CHECKING:\n(?:[ \t]+.*\n|\n)+", "", path.read_text())
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_only_upwards(path: Path, tmp_path: Path) -> None:
+    room = _room(path)
+    if room not in ROOMS:
+        return
+    stripped = tmp_path / "module.py"
+    stripped.write_text(_runtime_source(path))
+    for other in _imports(stripped) - {room}:
+        allowed = ROOMS.index(other) <= ROOMS.index(room) or (room, other) in LAZY
+        assert allowed, f"{room} imports {other}, which stands below it"
+
+
+def test_annotated_shapes_hold() -> None:
+    """Every jaxtyping annotation of the core is checked by beartype while a vision-language and a dual model run."""
+    code = """
+from jaxtyping import install_import_hook
+with install_import_hook(["circuitvision.model", "circuitvision.metrics"], "beartype.beartype"):
+    import circuitvision as cv
+    cv.HookedModel, cv.metrics
+import torch
+from tests.zoo import case, shared_model
+names = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "b_Q", "b_K", "b_V", "b_O", "b_in", "b_out")
+for name in ("llava-clip-llama", "clip", "dinov2-swiglu", "pi0"):
+    model = cv.HookedModel(shared_model(name))
+    inputs = case(name).inputs(model.module, batch=2)
+    logits, cache = model.run_with_cache(inputs)
+    for tower in model.towers.values():
+        for weight in names:
+            assert getattr(tower, weight).shape[0] == tower.cfg.n_layers
+            getattr(tower.blocks[0], weight)
+        tower.W_E
+        stack = cache.decompose_resid(tower.name)
+        cache.apply_ln_to_stack(stack, tower.name, layer=0)
+        cache.stack_head_results(tower.name)
+print(len(cache))
+"""
+    assert int(_python(code)) > 100
+
+
+def test_ci_runs_the_readme_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"<!-- ci: tests -->\n```\w*\n(.+?)\n```", text, re.DOTALL)
+    assert block is not None
+    assert "constraints.txt" in block[1]
+    assert "pytest" in block[1]
