@@ -15,6 +15,7 @@ Not covered: several cameras, continuous positions, real π0 weights.
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PI0ForConditionalGeneration, PI0Processor
 
 CHUNK = 2
-RECIPE = Recipe(steps=1200, batch=64, rate=3e-3, decay=0.01, cool_down=0.5, initial=0.06)
+RECIPE = Recipe(steps=2000, batch=64, rate=3e-3, decay=0.01, cool_down=0.5, initial=0.06)
 DRAWS = 2
 WIDTH = 64
 DENOISING_STEPS = 5
@@ -40,10 +41,6 @@ HORIZON = 8
 PROMPT_LENGTH = 32
 WORDS = ("<pad>", "<bos>", "<unk>", "\n", "reach", *reach.COLOR_NAMES)
 EPISODES = 500
-IMAGE_SETTINGS = (
-    *("do_convert_rgb", "do_normalize", "do_rescale", "do_resize"),
-    *("image_mean", "image_std", "resample", "rescale_factor"),
-)
 
 
 def build_processor(board: reach.Board | None = None) -> PI0Processor:
@@ -82,35 +79,16 @@ def build_processor(board: reach.Board | None = None) -> PI0Processor:
 
 
 def load_processor(folder: str | Path) -> PI0Processor:
-    """The processor saved in a π0 folder, also without the torchvision that ``PI0ImageProcessor`` needs.
-
-    Reads ``processor_config.json`` (or ``preprocessor_config.json``), makes SigLIP's image processor with the same
-    sizes, means and standard deviations, gives it the ``image_seq_length`` that ``PI0Processor`` asks for, and takes
-    the tokenizer from the folder.
+    """The processor of a folder written by :func:`train`, by the route of the pi0 family: without torchvision.
 
     Raises:
-        InputError: the folder has no processor configuration.
+        InputError: the folder has no processor.
     """
-    from transformers import AutoTokenizer, PI0Processor, SiglipImageProcessorPil
+    from circuitvision.families import pi0
 
-    folder = Path(folder)
-    names = ("processor_config.json", "preprocessor_config.json")
-    files = [folder / name for name in names if (folder / name).is_file()]
-    if not files:
-        raise InputError(f"{folder} holds no {' or '.join(names)}; save a processor with save_pretrained")
-    settings = json.loads(files[0].read_text(encoding="utf-8"))
-    image_settings = settings.get("image_processor") or settings
-    # π0's own processor bounds the longer side and pads to pad_size; SigLIP's resizes to the square itself.
-    size = image_settings.get("pad_size") or image_settings.get("size", {"height": 224, "width": 224})
-    chosen = {key: image_settings[key] for key in IMAGE_SETTINGS if key in image_settings}
-    image_processor: Any = SiglipImageProcessorPil(size=size, **chosen)
-    image_processor.image_seq_length = image_settings.get("image_seq_length", 256)
-    own = ("state_mean", "state_std", "actions_mean", "actions_std", "max_state_dim", "chunk_size")
-    return PI0Processor(
-        image_processor=image_processor,
-        tokenizer=AutoTokenizer.from_pretrained(folder),
-        **{key: settings[key] for key in own if key in settings},
-    )
+    if not (Path(folder) / "processor_config.json").is_file():
+        raise InputError(f"{folder} holds no processor_config.json; save a processor there with save_pretrained")
+    return pi0.load_processor(str(folder))
 
 
 def build_model(processor: PI0Processor, board: reach.Board | None = None) -> PI0ForConditionalGeneration:
@@ -149,7 +127,7 @@ def build_model(processor: PI0Processor, board: reach.Board | None = None) -> PI
             "projection_dim": WIDTH,
             "image_token_id": processor.image_token_id,
         },
-        dit_config=dict(gemma),
+        dit_config={**gemma, "intermediate_size": WIDTH * 3 // 2},
         chunk_size=CHUNK,
         max_state_dim=2,
         max_action_dim=2,
@@ -244,9 +222,20 @@ def imitation_loss(model: PI0ForConditionalGeneration, batch: dict[str, Tensor],
     return model(past_key_values=cache, **repeated).loss
 
 
+class SmallTokenizerFile:
+    """The last part of a folder: takes the indentation out of its tokenizer.json, a third of the file."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Rewrite ``tokenizer.json`` in ``folder`` without blanks; what it says stays the same."""
+        path = Path(folder) / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(content, separators=(",", ":"), ensure_ascii=False), encoding="utf-8")
+
+
 def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool = True) -> dict[str, Any]:
     """Train one model from scratch, write it to ``out_dir``, return the minutes and its scores (:func:`evaluate`)."""
     processor = build_processor()
+    started = time.process_time()
     with reproducible(seed) as generator:
         model = build_model(processor)
 
@@ -254,8 +243,9 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
             return imitation_loss(model, fast_inputs(processor, reach.sample_scenes(RECIPE.batch, generator, "train")))
 
         minutes = fit(model, loss, RECIPE, steps=steps, progress=progress, label=f"reach-pi0 seed {seed}")
-    write_folder(Path(out_dir), model, processor)
-    scores = {"seed": seed, "minutes": round(minutes, 2), **evaluate(Path(out_dir))}
+    spent = {"minutes": round(minutes, 2), "cpu_minutes": round((time.process_time() - started) / 60, 2)}
+    write_folder(Path(out_dir), model, processor, SmallTokenizerFile())
+    scores = {"seed": seed, **spent, **evaluate(Path(out_dir))}
     if progress:
         report("reach-pi0", scores)
     return scores

@@ -47,11 +47,13 @@ def test_both_ways_of_loading_the_processor_give_the_same_tensors(folder: Path, 
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_the_hand_made_processor_keeps_every_setting_that_was_saved(tmp_path: Path) -> None:
-    saved = reach_pi0.build_processor(reach.Board(size=5, cell_pixels=6))
+def test_the_processor_without_torchvision_keeps_every_setting_that_was_saved(tmp_path: Path) -> None:
+    board = reach.Board(size=5, cell_pixels=6)
+    saved = reach_pi0.build_processor(board)
     saved.image_processor.image_mean = [0.1, 0.2, 0.3]
     saved.state_mean = [7.0, 8.0]
     saved.save_pretrained(tmp_path)
+    reach_pi0.build_model(saved, board).config.save_pretrained(tmp_path)
     loaded = reach_pi0.load_processor(tmp_path)
     assert loaded.image_seq_length == 25
     assert loaded.image_processor.to_dict() == saved.image_processor.to_dict()
@@ -116,8 +118,7 @@ def test_it_reaches_the_goal_on_layouts_it_never_saw(
 
 
 def test_only_what_matters_changes_the_action(model: PI0ForConditionalGeneration, processor: PI0Processor) -> None:
-    """A new goal, goal cell or gripper cell gives the new expert's steps; the colour of another object changes nothing.
-    """
+    """A new goal, goal cell or gripper cell gives the new expert's steps; the colour of another object changes nothing."""
     for change in ("goal", "object_cell", "gripper"):
         for scenes in reach.contrast_pairs(100, seed=6, change=change):
             steps = reach_pi0.to_steps(processor, reach_pi0.predict(model, processor, scenes))
