@@ -6,6 +6,7 @@ final norm is applied to the residual it is given, once.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,8 +130,14 @@ def _finish(tower: Tower, readout: Readout, pooled: Tensor, context: ActivationC
         out = pooled
     if readout.finish == "contrast":
         return _contrast(tower, out, context)
-    cap = getattr(tower.config, "final_logit_softcapping", None) if readout.finish == "softcap" else None
+    cap = tower.config.final_logit_softcapping if readout.finish == "softcap" and _caps_logits(tower) else None
     return out if cap is None else torch.tanh(out / cap) * cap
+
+
+def _caps_logits(tower: Tower) -> bool:
+    # Before 5.23, transformers left PaliGemma 2's logits uncapped: only the class itself says what it computes.
+    configured = getattr(tower.config, "final_logit_softcapping", None) is not None
+    return configured and "final_logit_softcapping" in inspect.getsource(type(tower.module))
 
 
 def _contrast(tower: Tower, embedding: Tensor, context: ActivationCache | None) -> Tensor:
