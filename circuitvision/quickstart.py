@@ -56,6 +56,19 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What the model makes of one image: the word it says, and how likely it finds that, the answer and the foil."""
+
+    says: str
+    probability: float
+    answer: float
+    foil: float
+
+    def __str__(self) -> str:
+        return f"the model says {self.says} ({self.probability:.0%})"
+
+
+@dataclass(frozen=True)
 class Quickstart:
     """What the main job found, and the files it wrote."""
 
@@ -64,7 +77,7 @@ class Quickstart:
     graph: nx.MultiDiGraph
     lenses: dict[str, list[LensResult]]
     check: AblationCheck | None
-    probabilities: dict[str, dict[str, float]]
+    readings: dict[str, Reading]
     files: list[Path] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -78,7 +91,7 @@ class Quickstart:
 
     def finding(self) -> str:
         """The result in two sentences."""
-        best, share, _ = self.importance.ranking()[0]
+        best, share = self.importance.best()
         selected = len(self.importance.selected)
         swing = self.importance.metric_clean - self.importance.metric_corrupt
         return (
@@ -86,6 +99,21 @@ class Quickstart:
             f"Putting the clean value of one head, {best}, into the other run restores {_percent(share)} of that; the "
             f"{selected} heads in the graph together restore {_percent(self.importance.joint)}."
         )
+
+    def cautions(self) -> list[str]:
+        """What a reader should know before believing the result; empty when all is as asked."""
+        said = []
+        for name, wanted in (("clean", self.case.answer), ("corrupt", self.case.foil)):
+            if self.readings[name].says != wanted:
+                said.append(
+                    f"On the {name} image the model's own answer is {self.readings[name].says!r}, not {wanted!r}."
+                )
+        if self.importance.metric_clean < self.importance.metric_corrupt:
+            said.append(
+                f"The model leans more to {self.case.answer!r} on the corrupt image than on the clean one, so what is restored here "
+                f"is its leaning to {self.case.foil!r}; swap the images or the words."
+            )
+        return said
 
 
 def quickstart(
@@ -135,18 +163,13 @@ def quickstart(
         "corrupt": hooked.inputs(images=case.corrupt, text=case.prompt),
     }
     metric = metrics.logit_diff(case.answer, case.foil).bind(hooked)
-    probabilities = {name: _probabilities(hooked, inputs, case) for name, inputs in runs.items()}
+    readings = {name: _read(hooked, inputs, case) for name, inputs in runs.items()}
     lenses = {name: _lenses(hooked, inputs, case) for name, inputs in runs.items()}
     importance = head_importance(hooked, runs["clean"], runs["corrupt"], metric, top_k=top_k)
-    if importance.metric_clean <= importance.metric_corrupt:
-        raise InputError(
-            f"The model prefers {case.answer!r} to {case.foil!r} more in the corrupt image ({importance.metric_corrupt:.2f}) than in the "
-            f"clean one ({importance.metric_clean:.2f}); swap the images or the words."
-        )
     check = _check(hooked, pairs[1:], importance, seed) if pairs else None
-    found = Quickstart(case, importance, importance.to_networkx(), lenses, check, probabilities)
+    found = Quickstart(case, importance, importance.to_networkx(), lenses, check, readings)
     files = write(found, folder)
-    return Quickstart(case, importance, found.graph, lenses, check, probabilities, files, time.perf_counter() - started)
+    return Quickstart(case, importance, found.graph, lenses, check, readings, files, time.perf_counter() - started)
 
 
 def write(found: Quickstart, folder: str | Path) -> list[Path]:
@@ -168,8 +191,8 @@ def write(found: Quickstart, folder: str | Path) -> list[Path]:
         reports.Section("Where the answer can be read", _lens_text(found), lens),
     ]
     pictures = [
-        reports.Picture(case.clean, _caption("clean", found.probabilities["clean"])),
-        reports.Picture(case.corrupt, _caption("corrupt", found.probabilities["corrupt"])),
+        reports.Picture(case.clean, f"clean: {found.readings['clean']}"),
+        reports.Picture(case.corrupt, f"corrupt: {found.readings['corrupt']}"),
     ]
     page = reports.Report(
         title,
@@ -179,7 +202,7 @@ def write(found: Quickstart, folder: str | Path) -> list[Path]:
         sections,
         ("head", "where", "restores"),
         found.table(),
-        [found.check.summary()] if found.check else [],
+        ([found.check.summary()] if found.check else []) + found.cautions(),
         found.importance.provenance,
     )
     return [
@@ -267,7 +290,13 @@ def load_model(model: str | Path | Any, **options: Any) -> Any:
         return model
     if str(model) in organisms.names():
         return organisms.load(str(model), **options)
-    return HookedModel.from_pretrained(model, **options)
+    try:
+        return HookedModel.from_pretrained(model, **options)
+    except OSError as error:
+        known = ", ".join(organisms.names())
+        raise InputError(
+            f"{model} is neither a model that comes with circuitvision ({known}) nor a folder or checkpoint that can be loaded: {error}"
+        ) from error
 
 
 def _check_towers(model: Any) -> None:
@@ -294,12 +323,13 @@ def _case_of(pair: QuestionPair) -> Case:
     return Case(pair.clean.image, pair.corrupt.image, pair.prompt, pair.answer, pair.foil)
 
 
-def _probabilities(model: Any, inputs: Mapping[str, Any], case: Case) -> dict[str, float]:
-    """How likely the model finds the two answers."""
+def _read(model: Any, inputs: Mapping[str, Any], case: Case) -> Reading:
     with torch.no_grad():
         logits = model(inputs)
-    words = (case.answer, case.foil)
-    return {word: float(metrics.prob(word).bind(model)(logits, inputs)[0]) for word in words}
+    shares = metrics.at_position(logits, "last", inputs)[0].softmax(-1)
+    best = int(shares.argmax())
+    word = str(model.tokenizer.decode([best])).strip() or model.pieces(torch.tensor([[best]]))[0][0]
+    return Reading(word, float(shares[best]), *(float(shares[model.token(w)]) for w in (case.answer, case.foil)))
 
 
 def _lenses(model: Any, inputs: Mapping[str, Any], case: Case) -> list[LensResult]:
@@ -339,10 +369,6 @@ def question_batches(model: Any, pairs: list[QuestionPair], size: int = 64) -> l
             )
         )
     return batches
-
-
-def _caption(name: str, probabilities: Mapping[str, float]) -> str:
-    return f"{name}: " + ", ".join(f"{word} {share:.0%}" for word, share in probabilities.items())
 
 
 def _percent(share: float) -> str:

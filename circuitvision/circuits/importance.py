@@ -78,6 +78,11 @@ class HeadImportance(Result):
             heads.append((head_id(tower, layer, head), float(self.values[tuple(index)]), float(self.raw[tuple(index)])))
         return sorted(heads, key=lambda entry: -abs(entry[2]))
 
+    def best(self) -> tuple[str, float]:
+        """The head with the largest share, and that share."""
+        name, share, _ = max(self.ranking(), key=lambda entry: entry[1])
+        return name, share
+
     def to_networkx(self) -> nx.MultiDiGraph:
         """The graph of schema ``circuitvision.graph/1``, kind ``head_importance``.
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import networkx as nx
     import plotly.graph_objects as go
 
+_PIXELS_PER_ROW = 88
 _ORDER = ["vision", "vision_2", "text", "qformer", "connector", "language", "decoder", "action"]
 
 
@@ -22,24 +23,23 @@ def circuit(graph: nx.MultiDiGraph, title: str | None = None, min_share: float =
     import plotly.graph_objects as go
 
     nodes = {name: data for name, data in graph.nodes(data=True) if data["in_circuit"]}
-    scale = abs(graph.graph["metric_clean"] - graph.graph["metric_corrupt"]) or 1.0
+    scale = graph.graph["metric_clean"] - graph.graph["metric_corrupt"] or 1.0
+    # Effects are measured from the run that is patched: from the clean one when it is being destroyed.
+    scale = -scale if graph.graph["sign"] == "patched_minus_clean" else scale
     places, bands = _place(nodes)
     figure = go.Figure()
     drawn = 0
     for sender, receiver, data in sorted(graph.edges(data=True), key=lambda edge: edge[2]["weight"]):
-        if sender in places and receiver in places and data["weight"] >= min_share * scale:
+        if sender in places and receiver in places and data["weight"] >= min_share * abs(scale):
             _edge(figure, places[sender], places[receiver], f"{sender} → {receiver}", data, scale)
             drawn += 1
     _bands(figure, bands, places)
     _nodes(figure, nodes, places, scale)
-    height = 200 + 62 * max(
-        3, max((y for _, y in places.values()), default=0.0) - min((y for _, y in places.values()), default=0.0)
-    )
-    style.layout(
-        figure, title or f"{len(nodes)} nodes and {drawn} edges carry the answer", int(height), showlegend=False
-    )
-    figure.update_xaxes(visible=False, range=[-0.7, max(x for x, _ in places.values()) + 0.9])
-    figure.update_yaxes(visible=False)
+    top, bottom = (pick(y for _, y in places.values()) for pick in (max, min))
+    height = int(_PIXELS_PER_ROW * (top - bottom + 2.2) + 90)
+    style.layout(figure, title or f"{len(nodes)} nodes and {drawn} edges carry the answer", height, showlegend=False)
+    figure.update_xaxes(visible=False, range=[-0.7, max(x for x, _ in places.values()) + 1.1])
+    figure.update_yaxes(visible=False, range=[bottom - 1.0, top + 1.2])
     figure.update_layout(margin={"l": 10, "r": 10, "b": 10}, hovermode="closest")
     return figure
 
@@ -54,14 +54,14 @@ def _place(nodes: dict[str, Any]) -> tuple[dict[str, tuple[float, float]], list[
     places: dict[str, tuple[float, float]] = {}
     extents: dict[str, tuple[float, float]] = {}
     x, previous = 0.0, -1
-    for rank, sublayer in sorted(columns):
+    for column, (rank, sublayer) in enumerate(sorted(columns)):
         x += 0.0 if previous < 0 else (1.25 if rank != previous else 1.0)
         previous = rank
         names = sorted(columns[rank, sublayer], key=lambda name: nodes[name]["head"])
         for number, name in enumerate(names):
             # Columns alternate by a quarter so that an edge to a far column does not run through the nodes between.
-            shift = 0.25 if len(places) % 2 else -0.25
-            places[name] = (x, (len(names) - 1) / 2 - number + (shift if len(names) > 1 else 0.0))
+            shift = 0.0 if rank in (_ORDER.index("connector"), len(_ORDER)) else (0.25 if column % 2 else -0.25)
+            places[name] = (x, (len(names) - 1) / 2 - number + shift)
             band = "answer" if rank == len(_ORDER) else nodes[name]["tower"]
             low, high = extents.get(band, (x, x))
             extents[band] = (min(low, x), max(high, x))
@@ -125,7 +125,7 @@ def _nodes(figure: go.Figure, nodes: dict[str, Any], places: dict[str, tuple[flo
         y=[places[name][1] for name in names],
         mode="markers",
         marker={
-            "size": [26 if plain[name] else 14 + 34 * min(abs(shares[name]), 1.0) ** 0.5 for name in names],
+            "size": [26 if plain[name] else _diameter(shares[name]) for name in names],
             "color": [
                 style.GREY if plain[name] else style.FOR if shares[name] >= 0 else style.AGAINST for name in names
             ],
@@ -140,12 +140,19 @@ def _nodes(figure: go.Figure, nodes: dict[str, Any], places: dict[str, tuple[flo
     letters = set(TOWER_LETTERS.values())
     for name in names:
         short = name.split(".", 1)[1] if name.split(".")[0] in letters else name
-        text = nodes[name]["label"] if plain[name] else f"{short}<br>{style.signed_percent(shares[name])}"
-        figure.add_annotation(
-            x=places[name][0],
-            y=places[name][1],
-            yshift=-34 if not plain[name] else 28,
-            text=text,
-            showarrow=False,
-            font={"size": 12},
+        text = (
+            nodes[name]["label"].replace("(", "<br>(").replace(" - ", " \N{MINUS SIGN} ")
+            if plain[name]
+            else f"{short}<br>{style.signed_percent(shares[name])}"
         )
+        x, y = places[name]
+        where = (
+            {"xshift": 18, "xanchor": "left", "align": "left"}
+            if plain[name]
+            else {"yshift": -20 - _diameter(shares[name]) / 2}
+        )
+        figure.add_annotation(x=x, y=y, text=text, showarrow=False, font={"size": 12}, **where)
+
+
+def _diameter(share: float) -> float:
+    return 14 + 34 * min(abs(share), 1.0) ** 0.5

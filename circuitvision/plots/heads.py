@@ -29,7 +29,7 @@ def head_importance(result: HeadImportance, title: str | None = None) -> go.Figu
         grids[tower] = result.values[number, :layers, :heads]
     verb = "restores" if result.mode == "denoise" else "destroys"
     if title is None:
-        best, share, _ = result.ranking()[0]
+        best, share = result.best()
         title = f"{best} alone {verb} {style.signed_percent(share)} of the answer"
     return _grids(grids, title, f"share {verb[:-1]}d", result.dead)
 

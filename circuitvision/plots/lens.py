@@ -51,12 +51,14 @@ def lens_rows(
         rows=len(rows),
         cols=len(headings),
         column_titles=headings,
-        row_titles=[row.title for row in rows],
         horizontal_spacing=0.012,
         vertical_spacing=0.04,
     )
     limit = max((_limit(row.lenses) for row in rows), default=1.0) or 1.0
     for number, row in enumerate(rows, start=1):
+        first = {"row": number, "col": 1}
+        where = {"xref": "x domain", "yref": "y domain", "x": -0.06, "y": 0.5, "xanchor": "right"}
+        figure.add_annotation(text=row.title, textangle=-90, showarrow=False, font={"size": 14}, **where, **first)
         if row.picture is not None:
             _add_picture(figure, row.picture, number)
             _mark(figure, changed, row.picture.shape[0], row.picture.shape[1], number, 1)
@@ -65,14 +67,14 @@ def lens_rows(
             _add_grid(figure, grid, number, column)
             _mark(figure, changed, grid.shape[0], grid.shape[1], number, column)
     width = 1060 / len(headings)
-    style.layout(figure, title, int(110 + len(rows) * (width + 14)), margin={"l": 10, "r": 46, "t": 84, "b": 10})
+    style.layout(figure, title, int(124 + len(rows) * (width + 14)), margin={"l": 34, "r": 30, "t": 104, "b": 10})
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     bar = {
         "title": {"text": _target(rows[0].lenses[0]), "side": "right"},
         "thickness": 14,
         "outlinewidth": 0,
-        "x": 1.03,
+        "x": 1.01,
     }
     figure.update_layout(coloraxis={"colorscale": style.DIVERGING, "cmin": -limit, "cmax": limit, "colorbar": bar})
     return figure

@@ -31,6 +31,7 @@ DIVERGING = [
     [1.0, "rgba(208,63,8,1)"],
 ]
 
+_CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage", "resetScale2d"]]}
 _THEME_SCRIPT = """
 (function () {
   function paint() {
@@ -82,7 +83,7 @@ def layout(figure: go.Figure, title: str, height: int, **more: object) -> go.Fig
 
 def fragment(figure: go.Figure) -> str:
     """The figure as a piece of HTML for a page that has plotly.js already."""
-    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    return figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG)
 
 
 def page(title: str, body: str) -> str:

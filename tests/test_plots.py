@@ -1,0 +1,144 @@
+"""Figures: that they show the numbers they are given, and pages that load nothing and escape what they show."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from circuitvision.circuits import AblationCheck, head_importance
+from circuitvision.errors import InputError
+from circuitvision.metrics import logit_diff
+from circuitvision.patching import activation_patch
+from circuitvision.plots import graph, lens, report, style
+from circuitvision.readout import LensResult
+from circuitvision.results import Result
+from tests.toy_model import ToyModel
+
+VISION = torch.tensor([[1.0, 2.0, -2.0], [3.0, 1.0, 5.0]], dtype=torch.float64)
+LANGUAGE = torch.tensor([[0.25, 0.5]], dtype=torch.float64)
+CLEAN, CORRUPT = ({"picture": torch.tensor([value], dtype=torch.float64)} for value in (2.0, 1.0))
+
+
+def importance(mode: str = "denoise"):
+    return head_importance(ToyModel(VISION, LANGUAGE), CLEAN, CORRUPT, logit_diff(0, 1), top_k=2, mode=mode)
+
+
+def heat_maps(figure) -> list[np.ndarray]:
+    return [np.asarray(trace.z, dtype=float) for trace in figure.data if trace.type == "heatmap"]
+
+
+def lens_result(layers: int = 3) -> LensResult:
+    grid = torch.arange(layers * 5.0).reshape(layers, 1, 5, 1) - 4
+    places = torch.tensor([[[-1, -1, -1, -1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 1]]])
+    axes = {"layer": ["input", *range(layers - 1)], "row": [0], "position": list(range(5)), "target": ["red - blue"]}
+    return LensResult(grid, axes, tower="vision", places=places, example=[0])
+
+
+def test_head_figure_shows_every_share_in_its_place():
+    figure = importance().plot()
+    vision, language = heat_maps(figure)
+    np.testing.assert_allclose(vision, (VISION / VISION.sum()).numpy(), atol=1e-6)
+    assert language.shape == (1, 2)
+    assert figure.layout.coloraxis.cmin == -figure.layout.coloraxis.cmax
+    assert figure.layout.title.text == "v.a1.h2 alone restores 50% of the answer"
+    texts = {annotation.text for annotation in figure.layout.annotations}
+    assert "\N{MINUS SIGN}20%" in texts
+
+
+def test_patching_figure_of_several_towers_and_of_one():
+    both = activation_patch(
+        ToyModel(VISION, LANGUAGE), CLEAN, CORRUPT, logit_diff(0, 1), sites="*.blocks.*.attn.hook_z"
+    )
+    assert len(heat_maps(both.plot())) == 2
+    one = activation_patch(
+        ToyModel(VISION, LANGUAGE), CLEAN, CORRUPT, logit_diff(0, 1), sites="vision.blocks.*.attn.hook_z"
+    )
+    np.testing.assert_allclose(heat_maps(one.plot())[0], (VISION / VISION.sum()).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["denoise", "noise"])
+def test_circuit_figure_runs_left_to_right_and_shows_signs(mode):
+    result = importance(mode)
+    figure = graph.circuit(result.to_networkx())
+    lines = [trace for trace in figure.data if trace.mode == "lines"]
+    assert all(trace.x[0] < trace.x[-1] for trace in lines)
+    nodes = next(trace for trace in figure.data if trace.mode == "markers")
+    assert len(nodes.x) == len(result.selected) + 2
+    shown = dict(zip([text.split("<br>")[0] for text in nodes.text], nodes.text, strict=True))
+    assert "50% of the answer" in shown["v.a1.h2"]
+    assert "100% of the answer" in shown["x.projector"]
+    assert max(lines, key=lambda trace: trace.line.width).text == "v.a1.h2 → x.projector<br>50% of the answer"
+
+
+def test_lens_figure_puts_values_on_the_patch_grid_without_prefix_positions():
+    figure = lens_result().plot()
+    maps = heat_maps(figure)
+    assert len(maps) == 3
+    np.testing.assert_allclose(maps[0], [[-3, -2], [-1, 0]])
+    picture = np.zeros((8, 8, 3), dtype=np.uint8)
+    pair = [lens.LensRow(name, picture, [lens_result(), lens_result(12)]) for name in ("clean", "corrupt")]
+    many = lens.lens_rows(pair, "title", (0.5, 0.0, 1.0, 0.5))
+    assert len(heat_maps(many)) == 2 * (3 + 4)
+    boxes = [(shape.x0, shape.y0, shape.x1, shape.y1) for shape in many.layout.shapes]
+    assert boxes[0] == (3.5, -0.5, 7.5, 3.5)
+    assert boxes[1] == (0.5, -0.5, 1.5, 0.5)
+
+
+def test_lens_grid_and_contrast_refuse_what_is_not_there():
+    with pytest.raises(InputError, match="image 1"):
+        lens_result().patch_grid("input", image=1)
+    with pytest.raises(InputError, match="not a target"):
+        lens_result().contrast("red", "blue")
+
+
+def test_ablation_figure_says_the_finding():
+    check = AblationCheck(
+        torch.tensor([1.0, 0.1, 0.9, 0.95]),
+        {"condition": ["intact", "heads", "random 1", "random 2"]},
+        logit_diff=torch.zeros(4),
+        heads=["v.a0.h0"],
+        random_heads=[["v.a0.h1"], ["v.a0.h2"]],
+        n_pairs=200,
+    )
+    figure = check.plot()
+    assert "10% of answers" in figure.layout.title.text
+    assert list(figure.data[0].x) == pytest.approx([0.9, 0.95])
+
+
+def test_plot_refuses_results_it_has_no_figure_for():
+    with pytest.raises(InputError, match="no figure"):
+        Result(torch.zeros(1), {"x": [0]}).plot()
+
+
+def test_pages_load_nothing_and_hold_plotly_once(tmp_path):
+    page = report.Report(
+        "<b>title</b>",
+        "finding & more",
+        "<image> what ?",
+        [report.Picture(Image.new("RGB", (4, 4), "red"), "clean: 'x' <y>")],
+        [report.Section("a", "b", importance().plot()), report.Section("c", "d", lens_result().plot())],
+        ("head", "restores"),
+        [("v.a0.h0", "\N{MINUS SIGN}12%")],
+        ["note <i>"],
+        {"model_id": "<m>", "seed": None},
+    )
+    text = report.write(page, tmp_path / "report.html").read_text()
+    outside = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.search(r"(?:src|href)\s*=(?!'data:)", outside)
+    assert "<script src" not in text
+    assert "@import" not in text
+    assert "url(http" not in text
+    assert text.count("plotly.js v") == 1
+    assert text.count("Plotly.newPlot(") >= 2
+    for raw in ("<b>title", "<i>", "<m>", "<y>"):
+        assert raw not in outside
+    assert "&lt;image&gt; what ?" in text
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_signed_percent():
+    assert [style.signed_percent(x) for x in (0.504, -0.2, 0.0, -0.001)] == ["50%", "\N{MINUS SIGN}20%", "0%", "0%"]
