@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +28,30 @@ from circuitvision.errors import HookError
 
 NAME = "circuitvision"
 Fire = Callable[[Tensor], "tuple[Tensor, bool]"]
-Stages = dict[str, Fire]
-"""What to run at each attention-internal site of one module: site name -> fire."""
 
-_ACTIVE: dict[int, Callable[[], Stages]] = {}
+
+class Suspendable(Protocol):
+    """Whoever owns the hooks: while ``suspended``, none fires."""
+
+    suspended: bool
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What to run inside one module's attention: ``fires`` by site name; ``only_reads`` if no fire can change its value."""
+
+    fires: Mapping[str, Fire]
+    only_reads: bool
+    owner: Suspendable
+
+
+_ACTIVE: dict[int, Stages] = {}
 
 
 class _Softmax(TorchFunctionMode):
     """Runs the score and pattern hooks around the first softmax it sees."""
 
-    def __init__(self, stages: Stages, dtype: torch.dtype) -> None:
+    def __init__(self, stages: Mapping[str, Fire], dtype: torch.dtype) -> None:
         super().__init__()
         self.stages, self.dtype, self.seen = stages, dtype, 0
 
@@ -66,12 +81,17 @@ def attention(
         raise HookError(
             f"{type(module).__name__} has no eager attention of its own, so its scores and pattern cannot be seen."
         )
-    find = _ACTIVE.get(id(module))
-    stages = find() if find is not None else {}
-    if not stages:
+    stages = _ACTIVE.get(id(module))
+    if stages is None or stages.owner.suspended:
         return eager(module, query, key, value, attention_mask, **kwargs)
-    query, key = _rotated(query, key, stages)
-    with _Softmax(stages, query.dtype) as mode:
+    fires = stages.fires
+    if stages.only_reads and fires.keys() == {"hook_pattern"} and not module.training:
+        # Without dropout the weights that eager attention returns are the pattern itself, so no softmax has to be intercepted.
+        out = eager(module, query, key, value, attention_mask, **kwargs)
+        fires["hook_pattern"](out[1])
+        return out
+    query, key = _rotated(query, key, fires)
+    with _Softmax(fires, query.dtype) as mode:
         out = eager(module, query, key, value, attention_mask, **kwargs)
     if mode.seen != 1:
         raise HookError(
@@ -80,7 +100,7 @@ def attention(
     return out
 
 
-def _rotated(query: Tensor, key: Tensor, stages: Stages) -> tuple[Tensor, Tensor]:
+def _rotated(query: Tensor, key: Tensor, stages: Mapping[str, Fire]) -> tuple[Tensor, Tensor]:
     if "hook_rot_q" in stages:
         value, changed = stages["hook_rot_q"](query.transpose(1, 2))
         query = value.transpose(1, 2) if changed else query
@@ -96,30 +116,36 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, eager_mask)
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal"):
-            found[id(config)] = config
-    return list(found.values())
+class Switch:
+    """Turns :func:`attention` on for one model; which modules hold a config is found once, when it is first used."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._holders: list[nn.Module] = []
 
-@contextlib.contextmanager
-def switched(model: nn.Module, active: dict[int, Callable[[], Stages]]) -> Iterator[None]:
-    """Use :func:`attention` in every attention module of ``model`` inside the block, then restore each config's own implementation."""
-    configs = _configs(model)
-    before = [config._attn_implementation_internal for config in configs]
-    clash = _ACTIVE.keys() & active.keys()
-    if clash:
-        raise HookError("Another wrapper already hooks the attention of this model; use one HookedModel per module.")
-    try:
-        for config in configs:
-            config._attn_implementation_internal = NAME
-        _ACTIVE.update(active)
-        yield
-    finally:
-        for module_id in active:
-            _ACTIVE.pop(module_id, None)
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
+    def _configs(self) -> list[Any]:
+        if not self._holders:
+            self._holders = [module for module in self.model.modules() if hasattr(module, "config")]
+        configs = {id(holder.config): holder.config for holder in self._holders}
+        return [config for config in configs.values() if hasattr(config, "_attn_implementation_internal")]
+
+    @contextlib.contextmanager
+    def on(self, active: dict[int, Stages]) -> Iterator[None]:
+        """Use :func:`attention` in every attention module inside the block, then restore each config's own implementation.
+
+        Raises HookError if another wrapper is already inside the attention of this model.
+        """
+        configs = self._configs()
+        before = [config._attn_implementation_internal for config in configs]
+        if _ACTIVE.keys() & active.keys():
+            raise HookError("Another wrapper already hooks the attention of this model; use one HookedModel per module.")
+        try:
+            for config in configs:
+                config._attn_implementation_internal = NAME
+            _ACTIVE.update(active)
+            yield
+        finally:
+            for module_id in active:
+                _ACTIVE.pop(module_id, None)
+            for config, implementation in zip(configs, before, strict=True):
+                config._attn_implementation_internal = implementation

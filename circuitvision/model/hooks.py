@@ -18,8 +18,9 @@ an edit made after the recording would be lost.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,10 +28,12 @@ from torch import Tensor, nn
 
 from circuitvision.errors import HookError
 from circuitvision.model import attention
-from circuitvision.model.points import Call, Point
+from circuitvision.model.points import Call, Fire, Point
 from circuitvision.model.sites import SiteName
 
 Hook = Callable[[Tensor, "HookPoint"], "Tensor | None"]
+MOST_PLANS = 256
+"""Plans kept at once; a sweep over single sites makes one per site."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,24 @@ class Registration:
     recorded: frozenset[str] = frozenset()
     exact: frozenset[str] = frozenset()
 
-    @property
-    def names(self) -> set[str]:
+    @cached_property
+    def names(self) -> frozenset[str]:
         """Every site this registration asks for."""
-        return set(self.forward) | set(self.backward) | set(self.recorded)
+        return self.recorded.union(self.forward, self.backward)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a set of sites needs attached: the same for every run that asks for these sites."""
+
+    calls: tuple[tuple[nn.Module, str, tuple[Point, ...]], ...]
+    """Module, phase (pre or post) and the points to run there, in order."""
+    attention: tuple[tuple[nn.Module, tuple[Point, ...]], ...]
+    counted: tuple[str, ...]
+    """Towers whose passes are counted."""
+    tower_of: Mapping[str, str]
+    """Site name -> the tower whose passes it must match."""
+    stashes: tuple[Any, ...]
 
 
 class HookEngine:
@@ -91,6 +108,8 @@ class HookEngine:
         self.suspended = False
         self.in_run = False
         self._switch: contextlib.ExitStack | None = None
+        self._plans: dict[frozenset[str], _Plan] = {}
+        self._attention = attention.Switch(model)
 
     # -- registrations -------------------------------------------------------------------------------------------------------------------
 
@@ -119,49 +138,70 @@ class HookEngine:
             self.stack.remove(registration)
         self._attach()
 
-    def asked(self) -> set[str]:
+    def asked(self) -> frozenset[str]:
         """Every site some registration asks for."""
-        return set().union(*(registration.names for registration in self.stack)) if self.stack else set()
+        if len(self.stack) == 1:
+            return self.stack[0].names
+        return frozenset().union(*(registration.names for registration in self.stack))
+
+    def _plan(self) -> _Plan:
+        """The plan of the sites that are asked for; runs of a sweep ask for the same sites again and again."""
+        asked = self.asked()
+        if asked not in self._plans:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[asked] = self._planned(asked)
+        return self._plans[asked]
+
+    def _planned(self, asked: Iterable[str]) -> _Plan:
+        slots: dict[tuple[int, str], dict[int, Point]] = {}
+        tower_of: dict[str, str] = {}
+        stashes: dict[int, Any] = {}
+        for name in asked:
+            point = self.points[name]
+            companions = getattr(point, "companions", ())
+            for needed in (*companions, point):
+                slots.setdefault((id(needed.module), needed.phase), {})[id(needed)] = needed
+            stashes.update({id(stash): stash for stash in companions})
+            tower = SiteName.parse(name).tower
+            tower_of[name] = "vision" if tower == "projector" else tower
+        calls, stages = [], []
+        for (_, phase), points in slots.items():
+            ordered = tuple(sorted(points.values(), key=lambda point: point.order))
+            if phase == "attention":
+                stages.append((ordered[0].module, ordered))
+            else:
+                calls.append((ordered[0].module, phase, ordered))
+        towers = {SiteName.parse(name).tower for name in tower_of}
+        counted = tuple(tower for tower in self.first_blocks if tower in towers or "projector" in towers)
+        return _Plan(tuple(calls), tuple(stages), counted, tower_of, tuple(stashes.values()))
 
     def _attach(self) -> None:
         self._detach()
-        asked = self.asked()
-        if not asked:
+        if not self.asked():
             return
-        slots: dict[tuple[int, str], list[Point]] = {}
-        for name in asked:
-            point = self.points[name]
-            for needed in (*getattr(point, "companions", ()), point):
-                slots.setdefault((id(needed.module), needed.phase), []).append(needed)
-        for (_, phase), points in slots.items():
-            ordered = sorted({id(p): p for p in points}.values(), key=lambda point: point.order)
+        plan = self._plan()
+        for module, phase, points in plan.calls:
             if phase == "pre":
-                hook = self._pre_hook(ordered)
-                self.handles.append(ordered[0].module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
-            elif phase == "post":
-                hook = self._post_hook(ordered)
-                self.handles.append(ordered[0].module.register_forward_hook(hook, prepend=True, with_kwargs=True))
-        self._attach_counters({SiteName.parse(name).tower for name in asked})
-        self._attach_attention(slots)
-
-    def _attach_counters(self, towers: set[str]) -> None:
-        for tower, block in self.first_blocks.items():
-            if tower in towers or "projector" in towers:
-                self.handles.append(block.register_forward_pre_hook(self._count_pass(tower), prepend=True))
+                handle = module.register_forward_pre_hook(self._pre_hook(points), prepend=True, with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(self._post_hook(points), prepend=True, with_kwargs=True)
+            self.handles.append(handle)
+        for tower in plan.counted:
+            handle = self.first_blocks[tower].register_forward_pre_hook(self._count_pass(tower), prepend=True)
+            self.handles.append(handle)
         self.handles.append(self.model.register_forward_pre_hook(self._begin_forward, prepend=True))
+        if plan.attention:
+            self._attach_attention(plan)
 
-    def _attach_attention(self, slots: dict[tuple[int, str], list[Point]]) -> None:
-        active: dict[int, Callable[[], attention.Stages]] = {}
-        for (module_id, phase), points in slots.items():
-            if phase == "attention":
-                stages = {SiteName.parse(point.name).stage: self._fire_of(point) for point in points}
-                active[module_id] = self._stages_unless_suspended(stages)
-        if active:
-            self._switch = contextlib.ExitStack()
-            self._switch.enter_context(attention.switched(self.model, active))
-
-    def _stages_unless_suspended(self, stages: attention.Stages) -> Callable[[], attention.Stages]:
-        return lambda: {} if self.suspended else stages
+    def _attach_attention(self, plan: _Plan) -> None:
+        active = {}
+        for module, points in plan.attention:
+            fires = {SiteName.parse(point.name).stage: self._fire_of(point) for point in points}
+            only_reads = all(self._only_read(point) for point in points)
+            active[id(module)] = attention.Stages(fires, only_reads, self)
+        self._switch = contextlib.ExitStack()
+        self._switch.enter_context(self._attention.on(active))
 
     def _detach(self) -> None:
         for handle in self.handles:
@@ -199,24 +239,25 @@ class HookEngine:
                 self._forget_stashes()
 
     def _forget_stashes(self) -> None:
-        for name in self.asked():
-            for stash in getattr(self.points[name], "companions", ()):
+        if self.stack:
+            for stash in self._plan().stashes:
                 stash.kept.clear()
 
     def _check_fired(self) -> None:
+        if not self.stack:
+            return
+        passes, fired = self.passes, self.fired
+        tower_of = self._plan().tower_of
+        for name, tower in tower_of.items():
+            if fired.get(name, 0) != passes.get(tower, 0):
+                raise HookError(
+                    f"{name} fired {fired.get(name, 0)} times in {passes.get(tower, 0)} passes of its tower; its edits cannot be trusted."
+                )
         for registration in self.stack:
-            for name in registration.names:
-                tower = SiteName.parse(name).tower
-                expected = self.passes.get("vision" if tower == "projector" else tower, 0)
-                fired = self.fired.get(name, 0)
-                if fired != expected:
-                    raise HookError(
-                        f"{name} fired {fired} times in {expected} passes of its tower; its edits cannot be trusted."
-                    )
-                if expected == 0 and name in registration.exact:
-                    raise HookError(
-                        f"{name} did not fire: the {tower} tower did not run. Does the input hold what this tower reads?"
-                    )
+            for name in registration.exact:
+                if passes.get(tower_of[name], 0) == 0:
+                    tower = SiteName.parse(name).tower
+                    raise HookError(f"{name} did not fire: the {tower} tower did not run. Does the input hold what this tower reads?")
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
         if not self.in_run:
@@ -230,7 +271,7 @@ class HookEngine:
 
         return count
 
-    def _pre_hook(self, points: list[Point]) -> Callable[..., Any]:
+    def _pre_hook(self, points: Sequence[Point]) -> Callable[..., Any]:
         fires = [(point, self._fire_of(point)) for point in points]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -243,7 +284,7 @@ class HookEngine:
 
         return hook
 
-    def _post_hook(self, points: list[Point]) -> Callable[..., Any]:
+    def _post_hook(self, points: Sequence[Point]) -> Callable[..., Any]:
         fires = [(point, self._fire_of(point)) for point in points]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -258,14 +299,23 @@ class HookEngine:
 
     # -- one point -----------------------------------------------------------------------------------------------------------------------
 
-    def _fire_of(self, point: Point) -> Callable[[Tensor], tuple[Tensor, bool]]:
+    def _chain(self, name: str) -> list[Any]:
+        return [hook for registration in self.stack for hook in self._hooks_of(registration, name)]
+
+    def _only_read(self, point: Point) -> bool:
+        """Whether no hook of this point can change its value or asks for its gradient."""
+        if any(point.name in registration.backward for registration in self.stack):
+            return False
+        return all(isinstance(hook, Recorder) and not hook.needs_grad for hook in self._chain(point.name))
+
+    def _fire_of(self, point: Point) -> Fire:
+        if self._only_read(point):
+            return self._reader_of(point)
         name = SiteName.parse(point.name)
-        chain = [
-            (registration, hook) for registration in self.stack for hook in self._hooks_of(registration, point.name)
-        ]
-        edits = any(not isinstance(hook, Recorder) for _, hook in chain)
+        chain = self._chain(point.name)
+        edits = any(not isinstance(hook, Recorder) for hook in chain)
         backward = [hook for registration in self.stack for hook in registration.backward.get(point.name, ())]
-        wants_grad = bool(backward) or any(isinstance(hook, Recorder) and hook.needs_grad for _, hook in chain)
+        wants_grad = bool(backward) or any(isinstance(hook, Recorder) and hook.needs_grad for hook in chain)
         in_place = getattr(point, "in_place", False)
 
         def fire(value: Tensor) -> tuple[Tensor, bool]:
@@ -279,7 +329,7 @@ class HookEngine:
             changed = tracked
             if in_place and (edits or tracked):
                 value = value.clone()
-            for _, hook in chain:
+            for hook in chain:
                 if isinstance(hook, Recorder):
                     hook.record(point.name, value)
                     continue
@@ -290,6 +340,23 @@ class HookEngine:
             return value, changed
 
         return fire
+
+    def _reader_of(self, point: Point) -> Fire:
+        """The fire of a point that is only recorded, without what edits need: this one runs at every site of every cached run."""
+        name, fired = point.name, self.fired
+        in_place = getattr(point, "in_place", False)
+        recorders: list[Recorder] = self._chain(name)
+
+        def read(value: Tensor) -> tuple[Tensor, bool]:
+            fired[name] = fired.get(name, 0) + 1
+            tracked = value.requires_grad and torch.is_grad_enabled()
+            if tracked and in_place:
+                value = value.clone()
+            for recorder in recorders:
+                recorder.record(name, value)
+            return value, tracked
+
+        return read
 
     @staticmethod
     def _hooks_of(registration: Registration, name: str) -> list[Any]:
