@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -39,8 +39,8 @@ class Metric:
     position: Position = "last"
     name: str = ""
 
-    units = ""
-    _answers = ()
+    units: ClassVar[str] = ""
+    _answers: ClassVar[tuple[str, ...]] = ()
 
     def bind(self: MetricType, model: Any) -> MetricType:
         """The same metric with every word replaced by its id in ``model``.
@@ -48,7 +48,7 @@ class Metric:
         Raises:
             InputError: a word that is not one piece of the vocabulary, or a model whose answers have no words.
         """
-        changes = {field: answer_ids(getattr(self, field), model) for field in self._answers}
+        changes: dict[str, Any] = {field: answer_ids(getattr(self, field), model) for field in self._answers}
         return dataclasses.replace(self, **changes) if changes else self
 
     def __call__(

@@ -30,7 +30,7 @@ from circuitvision.circuits import (
     head_importance,
     parse_id,
 )
-from circuitvision.errors import CircuitVisionError, InputError
+from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.readout import LensResult, lens_sites, logit_lens
 
 if TYPE_CHECKING:
@@ -224,10 +224,22 @@ _TEXTS = {
 
 def _lens_text(found: Quickstart) -> str:
     case = found.case
-    return (
-        f"What each patch would answer if the model stopped there: orange says {case.answer}, blue says {case.foil}. The vision tower is "
-        "read through the projector and the language tower's own output layer. The box marks the pixels that differ."
+    paint = (
+        "in the colour it says"
+        if _answer_colors(case)
+        else f"orange where it says {case.answer}, blue where it says {case.foil}"
     )
+    return (
+        f"What each patch would answer if the model stopped there: painted {paint}, and fainter the less it leans to either. The vision "
+        "tower is read through the projector and the language tower's own output layer. The box marks the pixels that differ."
+    )
+
+
+def _answer_colors(case: Case) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
+    """The colours that the foil and the answer name, where they are names of colours."""
+    from circuitvision.data.scenes import COLORS
+
+    return (COLORS[case.foil], COLORS[case.answer]) if {case.answer, case.foil} <= set(COLORS) else None
 
 
 def _lens_figure(found: Quickstart) -> Any:
@@ -238,7 +250,8 @@ def _lens_figure(found: Quickstart) -> Any:
         LensRow(name, np.asarray(image.convert("RGB")), found.lenses[name])
         for name, image in (("clean", case.clean), ("corrupt", case.corrupt))
     ]
-    return lens_rows(rows, f"Where {case.answer!r} or {case.foil!r} can be read", changed_box(case.clean, case.corrupt))
+    title = f"Where {case.answer!r} or {case.foil!r} can be read"
+    return lens_rows(rows, title, changed_box(case.clean, case.corrupt), _answer_colors(case))
 
 
 def changed_box(clean: Image.Image, corrupt: Image.Image) -> Box | None:
@@ -300,8 +313,6 @@ def load_model(model: str | Path | Any, **options: Any) -> Any:
 
 
 def _check_towers(model: Any) -> None:
-    from circuitvision.errors import UnsupportedModelError
-
     if not {"vision", "language"} <= set(model.towers) or model.family.output != "logits":
         raise UnsupportedModelError(
             f"The quickstart needs a vision tower, a language tower and logits; a {model.family.name} model has "
@@ -343,12 +354,9 @@ def _lenses(model: Any, inputs: Mapping[str, Any], case: Case) -> list[LensResul
     return [lens.contrast(case.answer, case.foil) for lens in found]
 
 
-def _check(model: Any, pairs: list[QuestionPair], importance: HeadImportance, seed: int) -> AblationCheck | None:
+def _check(model: Any, pairs: list[QuestionPair], importance: HeadImportance, seed: int) -> AblationCheck:
     heads = [name for name, share, _ in importance.ranking() if share > 0][:CHECK_HEADS]
-    try:
-        return ablation_check(model, question_batches(model, pairs), heads, n_random=20, seed=seed)
-    except CircuitVisionError:
-        return None
+    return ablation_check(model, question_batches(model, pairs), heads, n_random=20, seed=seed)
 
 
 CHECK_HEADS = 4

@@ -100,7 +100,8 @@ class Result:
         if path.suffix == ".npz":
             arrays: dict[str, Any] = {name: _to_numpy(tensor) for name, tensor in tensors.items()}
             with replacing(path) as temporary, temporary.open("wb") as handle:
-                np.savez_compressed(handle, **arrays, **{_META: np.frombuffer(text.encode(), dtype=np.uint8)})
+                arrays[_META] = np.frombuffer(text.encode(), dtype=np.uint8)
+                np.savez_compressed(handle, **arrays)
         elif path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
@@ -132,7 +133,9 @@ class Result:
             raise InputError(
                 f"{path} holds a {found.__name__}, not a {cls.__name__}; load it with {found.__name__}.load."
             )
-        restored = {name: tensor.to(getattr(torch, header["dtypes"][name])) for name, tensor in tensors.items()}
+        restored: dict[str, Any] = {
+            name: tensor.to(getattr(torch, header["dtypes"][name])) for name, tensor in tensors.items()
+        }
         return found(**restored, **header["fields"])
 
     def _repr_html_(self) -> str:

@@ -128,7 +128,7 @@ def _grids(
     figure.update_xaxes(showgrid=False, zeroline=False)
     figure.update_yaxes(showgrid=False, zeroline=False)
     bar = {"title": measure, "tickformat": ".0%", "thickness": 14, "outlinewidth": 0}
-    figure.update_layout(coloraxis={"colorscale": style.DIVERGING, "cmin": -limit, "cmax": limit, "colorbar": bar})
+    figure.update_layout(coloraxis={"colorscale": style.diverging(), "cmin": -limit, "cmax": limit, "colorbar": bar})
     return figure
 
 

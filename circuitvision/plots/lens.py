@@ -36,11 +36,15 @@ def lens(result: LensResult, row: int = 0, title: str | None = None) -> go.Figur
 
 
 def lens_rows(
-    rows: Sequence[LensRow], title: str, changed: tuple[float, float, float, float] | None = None
+    rows: Sequence[LensRow],
+    title: str,
+    changed: tuple[float, float, float, float] | None = None,
+    colors: tuple[style.Color, style.Color] | None = None,
 ) -> go.Figure:
     """Maps of every layer of every lens, a row per input, all on one colour scale.
 
     ``changed`` is a box (left, top, right, bottom) as shares of the image: what differs between the inputs.
+    ``colors`` are those of the lowest and the highest value.
     """
     from plotly.subplots import make_subplots
 
@@ -76,7 +80,9 @@ def lens_rows(
         "outlinewidth": 0,
         "x": 1.01,
     }
-    figure.update_layout(coloraxis={"colorscale": style.DIVERGING, "cmin": -limit, "cmax": limit, "colorbar": bar})
+    figure.update_layout(
+        coloraxis={"colorscale": style.diverging(*(colors or ())), "cmin": -limit, "cmax": limit, "colorbar": bar}
+    )
     return figure
 
 

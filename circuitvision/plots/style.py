@@ -22,14 +22,14 @@ AGAINST = "#2f6fdb"
 GREY = "#7a7a7a"
 FAINT = "rgba(128,128,128,0.25)"
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
-# The middle is nearly transparent so that zero looks like the page, whatever its colour.
-DIVERGING = [
-    [0.0, "rgba(33,87,190,1)"],
-    [0.25, "rgba(85,135,220,0.75)"],
-    [0.5, "rgba(128,128,128,0.12)"],
-    [0.75, "rgba(238,130,70,0.75)"],
-    [1.0, "rgba(208,63,8,1)"],
-]
+Color = tuple[int, int, int]
+
+
+def diverging(low: Color = (33, 87, 190), high: Color = (208, 63, 8)) -> list[list[float | str]]:
+    """A colour scale between two colours whose middle is nearly transparent: zero looks like the page, whatever its colour."""
+    stops = [(0.0, low, 1.0), (0.25, low, 0.6), (0.5, (128, 128, 128), 0.12), (0.75, high, 0.6), (1.0, high, 1.0)]
+    return [[where, f"rgba({r},{g},{b},{alpha})"] for where, (r, g, b), alpha in stops]
+
 
 _CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage", "resetScale2d"]]}
 _THEME_SCRIPT = """
