@@ -25,7 +25,7 @@ from circuitvision.errors import HookError, InputError, UnknownSiteError, Unsupp
 from circuitvision.model import dead, inputs, layout, loading
 from circuitvision.model.cache import ActivationCache, collected
 from circuitvision.model.hooks import Hook, HookEngine, HookPoint, Recorder, Registration
-from circuitvision.model.sites import NamesFilter, SiteName, is_exact, matching
+from circuitvision.model.sites import NamesFilter, SiteName, exact_names, matching
 from circuitvision.model.spec import family_of
 from circuitvision.model.text import TextTools
 from circuitvision.model.tokens import TokenMap, token_maps
@@ -64,9 +64,12 @@ class HookedModel(TextTools):
         points = layout.points_of(base, self.family, self.towers)
         first_blocks = {name: tower.blocks[0].module for name, tower in self.towers.items()}
         self.engine = HookEngine(module, points, first_blocks)
+        for tower in self.towers.values():
+            tower.quiet = self.engine.suspension
         self._persistent: list[Registration] = []
         self._matches: dict[Any, list[str]] = {}
         self._passes_recorded = False
+        self._checked_inputs = inputs.Checked()
 
     @classmethod
     def from_pretrained(
@@ -98,7 +101,7 @@ class HookedModel(TextTools):
 
         ``*`` stays inside one dotted part, ``**`` crosses dots.
         """
-        return self._match(glob)
+        return list(self._match(glob))
 
     def _match(self, names_filter: NamesFilter) -> list[str]:
         if isinstance(names_filter, (str, type(None))):
@@ -189,7 +192,9 @@ class HookedModel(TextTools):
 
     def _checked(self, given: Any) -> dict[str, Any]:
         mapping = inputs.as_mapping(self, given)
-        inputs.check(self, mapping)
+        if not self._checked_inputs.holds(self, mapping):
+            inputs.check(self, mapping)
+            self._checked_inputs.keep(self, mapping)
         return mapping
 
     def _forward(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -223,7 +228,7 @@ class HookedModel(TextTools):
         if names_filter is None:
             names = [*names, *(name for name in self.engine.asked() if name not in names)]
         recorder = Recorder(None if incl_bwd else device, needs_grad=incl_bwd)
-        exact = frozenset(name for name in names if is_exact(names_filter, name))
+        exact = exact_names(names_filter, names)
         registration = Registration(recorder=recorder, recorded=frozenset(names), exact=exact)
         grads = torch.enable_grad() if incl_bwd else contextlib.nullcontext()
         with grads, self.engine.registered(registration):
@@ -287,10 +292,10 @@ class HookedModel(TextTools):
             table: dict[str, list[Hook]] = {}
             for entry in hooks:
                 names_filter, fn = _hook_entry(entry)
-                for name in self._match(names_filter):
+                names = self._match(names_filter)
+                exact |= exact_names(names_filter, names)
+                for name in names:
                     table.setdefault(name, []).append(fn)
-                    if is_exact(names_filter, name):
-                        exact.add(name)
             tables.append(table)
         forward, backward = tables
         lost = [name for name in forward if name in exact and self.is_dead(name)]

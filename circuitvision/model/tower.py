@@ -6,6 +6,8 @@ centred. ``tower.W_Q`` stacks copies over layers; ``tower.blocks[3].W_Q`` is a l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +186,8 @@ class Tower:
         ]
         self.final_norm = resolve(self.root, self.stack.final_norm)
         self.cfg = self._config()
+        self.quiet: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Keeps hooks from firing while modules are called for a read-out alone; set by the wrapper."""
 
     def _config(self) -> TowerConfig:
         config: Any = self.config
@@ -263,7 +267,8 @@ class Tower:
         text ends.
         Raises InputError if ``context`` is missing there, UnsupportedModelError for a tower without a read-out.
         """
-        return heads.read_out(self, resid, context)
+        with self.quiet():
+            return heads.read_out(self, resid, context)
 
     # -- weights ---------------------------------------------------------------------------------------------------------------------------
 
