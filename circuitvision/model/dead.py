@@ -2,7 +2,8 @@
 
 A site is *dead* when no value written there can change the output (LLaVA's blocks after the feature layer, the last prefix block of PI0 beyond its
 keys and values); a position of a live site is dead when only the other positions are read (patches in the last block of a CLS-pooled tower,
-CLIP text after the end of text, placeholder embeddings under an image). The conformance suite checks these claims against measured zeros.
+CLIP text after the end of text, placeholder embeddings under an image, the
+query of a causal tower's first position, which has one key to choose from). The conformance suite checks these claims against measured zeros.
 Padding positions, and score entries under the mask, are dead as well; they are a property of the run, not listed here.
 """
 
@@ -33,6 +34,10 @@ CACHE_SIDE = (
     "attn.hook_rot_k",
 )
 """Sites of a block that act through keys and values as well: alive at every position."""
+
+
+QUERY_SIDE = ("hook_q_input", "attn.hook_q", "attn.hook_rot_q", "attn.hook_attn_scores")
+"""Sites that only choose among keys: dead where a causal tower leaves a single key to choose."""
 
 
 def last_live_block(tower: Tower) -> int:
@@ -73,7 +78,17 @@ def dead_positions(tower: Tower, name: str, tokens: TokenMap, inputs: Mapping[st
     final = (site.layer == live and site.site not in CACHE_SIDE) or (
         site.layer == live + 1 and site.site == "hook_resid_pre"
     )
-    return _unread(tower, tokens, inputs) if final else after_eos
+    unread = _unread(tower, tokens, inputs) if final else after_eos
+    if site.site in QUERY_SIDE and tower.cfg.attention == "causal":
+        alone = _first_visible(tokens)
+        return alone if unread is None else unread | alone
+    return unread
+
+
+def _first_visible(tokens: TokenMap) -> Tensor:
+    """The first position of each row that is not padding: under a causal mask it sees itself alone."""
+    real = torch.from_numpy(tokens.kind != "padding")
+    return real & (real.cumsum(1) == 1)
 
 
 def _under_images(tower: Tower, tokens: TokenMap, after_eos: Tensor | None) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import nn
 from circuitvision.model.points import (
     POOL_SITES,
     AttentionStage,
+    BranchInput,
     HeadInput,
     HeadResult,
     Input,
@@ -98,7 +99,7 @@ def _block_points(tower: Tower, block: Block) -> Iterator[Point]:
     yield from _attention_points(tower, block, prefix)
     ln2 = block.part("ln2")
     yield SharedInput(f"{prefix}.hook_resid_mid", ln2, "pre", order=0)
-    yield Input(f"{prefix}.hook_mlp_in", ln2, "pre", order=1)
+    yield BranchInput(f"{prefix}.hook_mlp_in", ln2, "pre", order=1)
     yield from _norm_points(f"{prefix}.ln2", ln2)
     if block.has("mlp_gate"):
         yield Output(f"{prefix}.mlp.hook_pre", block.part("mlp_gate"), "post")

@@ -85,6 +85,38 @@ def substitute(actual: Tensor, rebuilt: Tensor) -> Tensor:
     return _Substitute.apply(actual.detach(), rebuilt.to(actual.dtype))
 
 
+class _Beside(torch.autograd.Function):
+    """Forward: the bits of ``actual``. Backward: the gradient goes to ``actual`` and, through ``function``, to ``value``; to no weight twice."""
+
+    @staticmethod
+    def forward(ctx: Any, actual: Tensor, value: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(value)
+        ctx.function = function
+        return actual.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (value,) = ctx.saved_tensors
+        with torch.enable_grad():
+            value = value.detach().requires_grad_(True)
+            (through,) = torch.autograd.grad(ctx.function(value), value, grads[0])
+        return grads[0], through, None
+
+
+class _Gate(torch.autograd.Function):
+    """The identity; backward, only what ``holder["edited"]`` selects passes (nothing without it)."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, holder: dict[str, Tensor]) -> Tensor:
+        ctx.holder = holder
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        edited = ctx.holder.get("edited")
+        return (torch.zeros_like(grads[0]) if edited is None else grads[0] * edited), None
+
+
 def rebuilt_where(changed: Tensor, actual: Tensor, rebuilt: Tensor) -> Tensor:
     """``rebuilt`` where a derived value was changed, the bits of ``actual`` elsewhere: an edit of one position rounds no other one differently."""
     return torch.where(changed, rebuilt, substitute(actual, rebuilt))
@@ -155,6 +187,17 @@ class Input(Point):
         value, changed = fire(_heads(call.input(self.keyword), self.n_heads))
         if changed:
             call.set_input(_merge(value, self.n_heads), self.keyword)
+
+
+@dataclass(eq=False)
+class BranchInput(Input):
+    """The first argument of a module whose tensor others hold as well: hooks get the module's own branch, in values and in gradients."""
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        shared = call.input(self.keyword)
+        value, changed = fire(shared.clone() if torch.is_grad_enabled() and shared.requires_grad else shared)
+        if changed:
+            call.set_input(value, self.keyword)
 
 
 @dataclass(eq=False)
@@ -295,21 +338,30 @@ class HeadInput(Point):
 
     def apply(self, call: Call, fire: Fire) -> None:
         stash = self.companions[0]
-        norm = stash.module
-        resid = stash.kept[id(norm)]
+        resid = stash.kept[id(stash.module)]
         per_head = resid.unsqueeze(-2).expand(*resid.shape[:-1], self.n_heads, resid.shape[-1])
-        value, changed = fire(per_head)
+        # The unedited stream has its gradient already, through the norm; only an edited copy takes the norm's place in the backward pass.
+        holder: dict[str, Tensor] = {}
+        tracked = torch.is_grad_enabled() and per_head.requires_grad
+        value, changed = fire(_Gate.apply(per_head, holder) if tracked else per_head)
         if not changed:
             return
         edited = (value != per_head).any(-1, keepdim=True)
-        normed = norm.forward(value.contiguous())
-        width = call.tensor().shape[-1] // self.n_heads
+        out = _heads(call.tensor(), self.n_heads)
+        if torch.is_grad_enabled() and value.requires_grad:
+            out = _Beside.apply(out, value, self.projected)
+        if bool(edited.any()):
+            holder["edited"] = edited
+            out = torch.where(edited, self.projected(value), out)
+        call.set_tensor(_merge(out, self.n_heads))
+
+    def projected(self, value: Tensor) -> Tensor:
+        """Norm and projection of one stream per head: ``row pos head d_head``."""
+        normed = self.companions[0].module.forward(value.contiguous())
         weight, bias = linear(self.module, normed.dtype, normed.device)
         w = rearrange(weight, "m (h d) -> h m d", h=self.n_heads)
-        rebuilt = torch.einsum("...hm,hmd->...hd", normed, w)
-        rebuilt = rebuilt if bias is None else rebuilt + bias.view(self.n_heads, width)
-        actual = _heads(call.tensor(), self.n_heads)
-        call.set_tensor(_merge(torch.where(edited, rebuilt, beside(actual, rebuilt)), self.n_heads))
+        out = torch.einsum("...hm,hmd->...hd", normed, w)
+        return out if bias is None else out + rearrange(bias, "(h d) -> h d", h=self.n_heads)
 
 
 @dataclass(eq=False)
@@ -376,7 +428,8 @@ class PoolAttention(Point):
         value, changed = fire(before)
         if not changed:
             return
-        edited = call.memo.get("edited", False) or not torch.equal(value, before)
+        rows = (value != before).flatten(1).any(1).view(-1, 1, 1)
+        edited = rows | call.memo.get("edited", torch.zeros_like(rows))
         call.memo.update({"edited": edited, self.stage: value})
         for later in POOL_SITES[POOL_SITES.index(self.stage) + 1 :]:
             if later not in ("hook_k", "hook_v") or self.stage not in ("hook_q", "hook_k"):
@@ -385,7 +438,7 @@ class PoolAttention(Point):
         z = _merge(self.stage_value(call, "hook_z"), module.num_heads)
         rebuilt = nn.functional.linear(z, module.out_proj.weight, module.out_proj.bias)
         original = call.memo.setdefault("original", call.tensor())
-        call.set_tensor(rebuilt if edited else substitute(original, rebuilt))
+        call.set_tensor(rebuilt_where(edited, original, rebuilt))
 
     def value(self, call: Call) -> Tensor:
         """This stage's value in the current call."""
