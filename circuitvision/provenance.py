@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -67,6 +68,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def model_id(module: nn.Module) -> str:
+    """The checkpoint's name; of a local folder only its own name (the hash says which weights), else the class."""
+    name = str(getattr(getattr(module, "config", None), "_name_or_path", "") or type(module).__name__)
+    return Path(name).name if Path(name).is_dir() else name
+
+
 def describe(
     model: Any,
     *,
@@ -87,9 +94,8 @@ def describe(
         extra: further entries.
     """
     module = model.module
-    config = getattr(module, "config", None)
     return {
-        "model_id": str(getattr(config, "_name_or_path", "") or type(module).__name__),
+        "model_id": model_id(module),
         "model_class": type(module).__name__,
         "family": str(getattr(model.family, "name", model.family)),
         "weights_sha256": hash_weights(module),

@@ -190,6 +190,9 @@ def write(found: Quickstart, folder: str | Path) -> list[Path]:
         reports.Section("How they pass it on", _TEXTS["circuit"], circuit),
         reports.Section("Where the answer can be read", _lens_text(found), lens),
     ]
+    if found.check is not None:
+        figure = head_figures.ablation(found.check)
+        sections.append(reports.Section("Whether these heads carry the answer", found.check.summary(), figure))
     pictures = [
         reports.Picture(case.clean, f"clean: {found.readings['clean']}"),
         reports.Picture(case.corrupt, f"corrupt: {found.readings['corrupt']}"),
@@ -202,7 +205,7 @@ def write(found: Quickstart, folder: str | Path) -> list[Path]:
         sections,
         ("head", "where", "restores"),
         found.table(),
-        ([found.check.summary()] if found.check else []) + found.cautions(),
+        found.cautions(),
         found.importance.provenance,
     )
     return [
@@ -230,8 +233,9 @@ def _lens_text(found: Quickstart) -> str:
         else f"orange where it says {case.answer}, blue where it says {case.foil}"
     )
     return (
-        f"What each patch would answer if the model stopped there: painted {paint}, and fainter the less it leans to either. The vision "
-        "tower is read through the projector and the language tower's own output layer. The box marks the pixels that differ."
+        f"What each patch would answer if the model stopped there: painted {paint}, and fainter the less it leans to "
+        "either. The vision tower is read through the projector and the language tower's own output layer. The box marks "
+        "the pixels that differ; under the language maps, the same reading at the prompt's last word, where the answer is."
     )
 
 

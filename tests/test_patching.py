@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.metrics import logit_diff
 from circuitvision.patching import PatchingResult, activation_patch
 from tests.toy_model import ToyModel
+from tests.zoo import case, shared_model
 
 VISION = torch.tensor([[1.0, 2.0, 0.0], [3.0, -1.0, 5.0]], dtype=torch.float64)
 LANGUAGE = torch.tensor([[0.25, 0.0]], dtype=torch.float64)
@@ -112,3 +114,43 @@ def test_meaningless_requests_are_refused_before_anything_runs(options, message)
     with pytest.raises(InputError, match=message):
         activation_patch(toy, metric=METRIC, **arguments)
     assert toy.runs == 0
+
+
+@pytest.mark.parametrize("name", ["llava-clip-llama", "llava-next-mistral", "paligemma2"])
+@pytest.mark.parametrize("mode", ["denoise", "noise"])
+def test_on_real_models_the_last_residual_is_everything_at_the_last_position(name, mode):
+    model, clean, corrupt = hooked_pair(name)
+    site = f"language.blocks.{model.language.cfg.n_layers - 1}.hook_resid_post"
+    result = activation_patch(
+        model, clean, corrupt, logit_diff(7, 9), sites=site, axes=("layer", "position"), mode=mode
+    )
+    expected = torch.zeros(result.values.shape)
+    expected[0, -1] = 1.0
+    torch.testing.assert_close(result.values, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llava-clip-llama", "paligemma"])
+def test_on_real_models_the_projector_is_everything_and_a_head_is_what_a_hook_by_hand_writes(name):
+    model, clean, corrupt = hooked_pair(name)
+    whole = activation_patch(model, clean, corrupt, logit_diff(7, 9), sites="projector.hook_out", axes=("site",))
+    assert whole.values.item() == pytest.approx(1.0, abs=1e-3)
+    heads = activation_patch(model, clean, corrupt, logit_diff(7, 9), sites="vision.blocks.0.attn.hook_z")
+    _, cache = model.run_with_cache(clean, names_filter="vision.blocks.0.attn.hook_z")
+
+    def by_hand(tensor, hook):
+        edited = tensor.clone()
+        edited[:, :, 1] = cache[hook.name][:, :, 1]
+        return edited
+
+    logits = model.run_with_hooks(corrupt, fwd_hooks=[("vision.blocks.0.attn.hook_z", by_hand)])
+    expected = logit_diff(7, 9)(logits, corrupt) - logit_diff(7, 9)(model(corrupt), corrupt)
+    torch.testing.assert_close(heads.raw[0, 1], expected.mean())
+
+
+def hooked_pair(name):
+    entry = case(name)
+    model = cv.HookedModel(shared_model(name), entry.processor() if entry.processor else None)
+    clean = entry.inputs(model.module, batch=1)
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randn(clean["pixel_values"].shape, generator=generator)
+    return model, clean, {**clean, "pixel_values": pixels}

@@ -77,11 +77,11 @@ def ablation(result: AblationCheck, title: str | None = None) -> go.Figure:
         f"Without {len(result.heads)} heads {result.ablated:.0%} of answers are right; "
         f"without as many others {float(result.random.mean()):.0%}"
     )
-    style.layout(figure, heading, 260, showlegend=False)
+    style.layout(figure, heading, 290, showlegend=False)
     figure.update_xaxes(
         range=[-0.03, 1.05], tickformat=".0%", title=f"right answers over {result.n_pairs} pairs", gridcolor=style.FAINT
     )
-    figure.update_yaxes(categoryorder="array", categoryarray=rows[::-1], gridcolor=style.FAINT)
+    figure.update_yaxes(categoryorder="array", categoryarray=rows[::-1], range=[-0.4, 2.7], gridcolor=style.FAINT)
     figure.update_layout(margin={"l": 140})
     return figure
 
