@@ -32,7 +32,7 @@ from circuitvision.model.points import Call, Fire, Point
 from circuitvision.model.sites import SiteName
 
 Hook = Callable[[Tensor, "HookPoint"], "Tensor | None"]
-MOST_PLANS = 256
+MOST_PLANS = 128
 """Plans kept at once; a sweep over single sites makes one per site."""
 
 
@@ -79,19 +79,34 @@ class Registration:
         """Every site this registration asks for."""
         return self.recorded.union(self.forward, self.backward)
 
+    @property
+    def only_reads(self) -> bool:
+        """Whether it can change nothing: a recorder without gradients, and no hook."""
+        return self.recorder is not None and not (self.recorder.needs_grad or self.forward or self.backward)
+
 
 @dataclass(frozen=True)
+class _Hooks:
+    """What is attached for one run: torch hooks by module, and what runs inside attention by module id."""
+
+    pre: list[tuple[nn.Module, Callable[..., Any]]]
+    post: list[tuple[nn.Module, Callable[..., Any]]]
+    attention: dict[int, attention.Stages]
+
+
+@dataclass
 class _Plan:
     """What a set of sites needs attached: the same for every run that asks for these sites."""
 
     calls: tuple[tuple[nn.Module, str, tuple[Point, ...]], ...]
-    """Module, phase (pre or post) and the points to run there, in order."""
-    attention: tuple[tuple[nn.Module, tuple[Point, ...]], ...]
+    """Module, phase (pre, post or attention) and the points to run there, in order."""
     counted: tuple[str, ...]
     """Towers whose passes are counted."""
     tower_of: Mapping[str, str]
     """Site name -> the tower whose passes it must match."""
     stashes: tuple[Any, ...]
+    reading: _Hooks | None = None
+    """The hooks of a run that only records these sites: nothing in them depends on the run, so they are made once."""
 
 
 class HookEngine:
@@ -109,7 +124,13 @@ class HookEngine:
         self.in_run = False
         self._switch: contextlib.ExitStack | None = None
         self._plans: dict[frozenset[str], _Plan] = {}
+        self._plan: _Plan | None = None
+        self._reader = Recorder()
         self._attention = attention.Switch(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Made hooks belong to this engine; a copy makes its own.
+        return {**self.__dict__, "_plans": {}, "_plan": None}
 
     # -- registrations -------------------------------------------------------------------------------------------------------------------
 
@@ -144,14 +165,14 @@ class HookEngine:
             return self.stack[0].names
         return frozenset().union(*(registration.names for registration in self.stack))
 
-    def _plan(self) -> _Plan:
-        """The plan of the sites that are asked for; runs of a sweep ask for the same sites again and again."""
-        asked = self.asked()
-        if asked not in self._plans:
+    def _plan_of(self, asked: frozenset[str]) -> _Plan:
+        """The plan of a set of sites; runs of a sweep ask for the same sites again and again."""
+        plan = self._plans.get(asked)
+        if plan is None:
             if len(self._plans) >= MOST_PLANS:
                 self._plans.clear()
-            self._plans[asked] = self._planned(asked)
-        return self._plans[asked]
+            plan = self._plans[asked] = self._planned(asked)
+        return plan
 
     def _planned(self, asked: Iterable[str]) -> _Plan:
         slots: dict[tuple[int, str], dict[int, Point]] = {}
@@ -165,48 +186,62 @@ class HookEngine:
             stashes.update({id(stash): stash for stash in companions})
             tower = SiteName.parse(name).tower
             tower_of[name] = "vision" if tower == "projector" else tower
-        calls, stages = [], []
+        calls = []
         for (_, phase), points in slots.items():
             ordered = tuple(sorted(points.values(), key=lambda point: point.order))
-            if phase == "attention":
-                stages.append((ordered[0].module, ordered))
-            else:
-                calls.append((ordered[0].module, phase, ordered))
+            calls.append((ordered[0].module, phase, ordered))
         towers = {SiteName.parse(name).tower for name in tower_of}
         counted = tuple(tower for tower in self.first_blocks if tower in towers or "projector" in towers)
-        return _Plan(tuple(calls), tuple(stages), counted, tower_of, tuple(stashes.values()))
+        return _Plan(tuple(calls), counted, tower_of, tuple(stashes.values()))
 
     def _attach(self) -> None:
         self._detach()
-        if not self.asked():
+        asked = self.asked()
+        self._plan = plan = self._plan_of(asked) if asked else None
+        if plan is None:
             return
-        plan = self._plan()
-        for module, phase, points in plan.calls:
-            if phase == "pre":
-                handle = module.register_forward_pre_hook(self._pre_hook(points), prepend=True, with_kwargs=True)
-            else:
-                handle = module.register_forward_hook(self._post_hook(points), prepend=True, with_kwargs=True)
-            self.handles.append(handle)
+        hooks = self._hooks(plan)
+        for module, hook in hooks.pre:
+            self.handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+        for module, hook in hooks.post:
+            self.handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         for tower in plan.counted:
             handle = self.first_blocks[tower].register_forward_pre_hook(self._count_pass(tower), prepend=True)
             self.handles.append(handle)
         self.handles.append(self.model.register_forward_pre_hook(self._begin_forward, prepend=True))
-        if plan.attention:
-            self._attach_attention(plan)
+        if hooks.attention:
+            self._switch = contextlib.ExitStack()
+            self._switch.enter_context(self._attention.on(hooks.attention))
 
-    def _attach_attention(self, plan: _Plan) -> None:
-        active = {}
-        for module, points in plan.attention:
-            fires = {SiteName.parse(point.name).stage: self._fire_of(point) for point in points}
-            only_reads = all(self._only_read(point) for point in points)
-            active[id(module)] = attention.Stages(fires, only_reads, self)
-        self._switch = contextlib.ExitStack()
-        self._switch.enter_context(self._attention.on(active))
+    def _hooks(self, plan: _Plan) -> _Hooks:
+        """The hooks of a plan for the registrations in the stack."""
+        if len(self.stack) == 1 and self.stack[0].only_reads:
+            assert self.stack[0].recorder is not None
+            self._reader = self.stack[0].recorder
+            if plan.reading is None:
+                plan.reading = self._made(plan, self._reader_of, only_reads=True)
+            return plan.reading
+        return self._made(plan, self._fire_of, only_reads=all(registration.only_reads for registration in self.stack))
+
+    def _made(self, plan: _Plan, fire_of: Callable[[Point], Fire], only_reads: bool) -> _Hooks:
+        hooks = _Hooks([], [], {})
+        for module, phase, points in plan.calls:
+            fires = [(point, fire_of(point)) for point in points]
+            if phase == "pre":
+                hooks.pre.append((module, self._pre_hook(fires)))
+            elif phase == "post":
+                hooks.post.append((module, self._post_hook(fires)))
+            else:
+                stages = {SiteName.parse(point.name).stage: fire for point, fire in fires}
+                hooks.attention[id(module)] = attention.Stages(stages, only_reads, self)
+        return hooks
 
     def _detach(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        # What was recorded belongs to whoever asked for it.
+        self._reader = Recorder()
         if self._switch is not None:
             switch, self._switch = self._switch, None
             switch.close()
@@ -239,15 +274,13 @@ class HookEngine:
                 self._forget_stashes()
 
     def _forget_stashes(self) -> None:
-        if self.stack:
-            for stash in self._plan().stashes:
-                stash.kept.clear()
+        for stash in self._plan.stashes if self._plan is not None else ():
+            stash.kept.clear()
 
     def _check_fired(self) -> None:
-        if not self.stack:
+        if self._plan is None:
             return
-        passes, fired = self.passes, self.fired
-        tower_of = self._plan().tower_of
+        passes, fired, tower_of = self.passes, self.fired, self._plan.tower_of
         for name, tower in tower_of.items():
             if fired.get(name, 0) != passes.get(tower, 0):
                 raise HookError(
@@ -271,9 +304,7 @@ class HookEngine:
 
         return count
 
-    def _pre_hook(self, points: Sequence[Point]) -> Callable[..., Any]:
-        fires = [(point, self._fire_of(point)) for point in points]
-
+    def _pre_hook(self, fires: Sequence[tuple[Point, Fire]]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self.suspended:
                 return None
@@ -284,9 +315,7 @@ class HookEngine:
 
         return hook
 
-    def _post_hook(self, points: Sequence[Point]) -> Callable[..., Any]:
-        fires = [(point, self._fire_of(point)) for point in points]
-
+    def _post_hook(self, fires: Sequence[tuple[Point, Fire]]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self.suspended:
                 return None
@@ -299,20 +328,9 @@ class HookEngine:
 
     # -- one point -----------------------------------------------------------------------------------------------------------------------
 
-    def _chain(self, name: str) -> list[Any]:
-        return [hook for registration in self.stack for hook in self._hooks_of(registration, name)]
-
-    def _only_read(self, point: Point) -> bool:
-        """Whether no hook of this point can change its value or asks for its gradient."""
-        if any(point.name in registration.backward for registration in self.stack):
-            return False
-        return all(isinstance(hook, Recorder) and not hook.needs_grad for hook in self._chain(point.name))
-
     def _fire_of(self, point: Point) -> Fire:
-        if self._only_read(point):
-            return self._reader_of(point)
         name = SiteName.parse(point.name)
-        chain = self._chain(point.name)
+        chain = [hook for registration in self.stack for hook in self._hooks_of(registration, point.name)]
         edits = any(not isinstance(hook, Recorder) for hook in chain)
         backward = [hook for registration in self.stack for hook in registration.backward.get(point.name, ())]
         wants_grad = bool(backward) or any(isinstance(hook, Recorder) and hook.needs_grad for hook in chain)
@@ -342,18 +360,15 @@ class HookEngine:
         return fire
 
     def _reader_of(self, point: Point) -> Fire:
-        """The fire of a point that is only recorded, without what edits need: this one runs at every site of every cached run."""
-        name, fired = point.name, self.fired
-        in_place = getattr(point, "in_place", False)
-        recorders: list[Recorder] = self._chain(name)
+        """The fire of a point that one recorder reads, without what edits need."""
+        name, in_place = point.name, point.in_place
 
         def read(value: Tensor) -> tuple[Tensor, bool]:
-            fired[name] = fired.get(name, 0) + 1
+            self.fired[name] = self.fired.get(name, 0) + 1
             tracked = value.requires_grad and torch.is_grad_enabled()
             if tracked and in_place:
                 value = value.clone()
-            for recorder in recorders:
-                recorder.record(name, value)
+            self._reader.record(name, value)
             return value, tracked
 
         return read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,46 @@ def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
         _check_images(model, inputs, pixels)
     if inputs.get("input_ids") is not None and model.image_token_id is not None:
         _check_image_tokens(model, inputs, pixels)
+
+
+class Checked:
+    """The inputs that passed :func:`check` last: sweeps run the same tensors again and again, and counting image tokens makes a GPU wait.
+
+    The same inputs are the same tensor objects, unwritten since, and a model on the same device.
+    """
+
+    def __init__(self) -> None:
+        self._device: torch.device | None = None
+        self._seen: dict[str, tuple[Any, Any]] = {}
+
+    def __reduce__(self) -> tuple[type[Checked], tuple[()]]:
+        # Another process, or a copy, has not seen these tensors.
+        return Checked, ()
+
+    def keep(self, model: HookedModel, inputs: Mapping[str, Any]) -> None:
+        """Remember these inputs; only if every value shows whether it was changed since."""
+        self._device, self._seen = None, {}
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and not value.is_inference():
+                self._seen[name] = (weakref.ref(value), (value._version, value.shape))
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                self._seen[name] = (None, value)
+            else:
+                return
+        self._device = model.device
+
+    def holds(self, model: HookedModel, inputs: Mapping[str, Any]) -> bool:
+        """Whether these are the remembered inputs."""
+        if self._device is None or inputs.keys() != self._seen.keys():
+            return False
+        for name, value in inputs.items():
+            tensor, state = self._seen[name]
+            if tensor is None:
+                if isinstance(value, Tensor) or value != state:
+                    return False
+            elif tensor() is not value or (value._version, value.shape) != state:
+                return False
+        return model.device == self._device
 
 
 def _check_devices(model: HookedModel, inputs: Mapping[str, Any]) -> None:

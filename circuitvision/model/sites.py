@@ -64,6 +64,7 @@ def matching(names_filter: NamesFilter, sites: Iterable[str]) -> list[str]:
         if not chosen:
             raise UnknownSiteError("names_filter selects no site of this model; model.sites() lists them.")
         return chosen
+    known = set(sites)
     globs = [names_filter] if isinstance(names_filter, str) else list(names_filter)
     if not globs:
         raise UnknownSiteError(
@@ -73,6 +74,9 @@ def matching(names_filter: NamesFilter, sites: Iterable[str]) -> list[str]:
     for glob in globs:
         if not isinstance(glob, str):
             raise UnknownSiteError(f"names_filter holds {glob!r}; give site names or globs as strings.")
+        if glob in known:
+            chosen_set.add(glob)
+            continue
         pattern = _pattern(glob)
         found = [name for name in sites if pattern.fullmatch(name)]
         if not found:
@@ -82,11 +86,13 @@ def matching(names_filter: NamesFilter, sites: Iterable[str]) -> list[str]:
     return [name for name in sites if name in chosen_set]
 
 
-def is_exact(names_filter: NamesFilter, name: str) -> bool:
-    """Whether the filter spells out this very name (rather than matching it by a glob)."""
+def exact_names(names_filter: NamesFilter, names: Iterable[str]) -> frozenset[str]:
+    """Those of ``names`` that the filter spells out (rather than matching them by a glob)."""
     if isinstance(names_filter, str):
-        return names_filter == name
-    return isinstance(names_filter, (list, tuple, set, frozenset)) and name in names_filter
+        return frozenset((names_filter,)).intersection(names)
+    if isinstance(names_filter, (list, tuple, set, frozenset)):
+        return frozenset(names_filter).intersection(names)
+    return frozenset()
 
 
 def expand_short(key: tuple[object, ...], sites: Iterable[str]) -> str:
