@@ -7,6 +7,7 @@ bug and shows its trace.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from circuitvision.progress import set_verbosity
 
         set_verbosity("quiet")
-    _silence_transformers()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a character gets a question mark, not a traceback.
+        sys.stdout.reconfigure(errors="replace")
     try:
         return options.run(options)
     except CircuitVisionError as error:
@@ -94,6 +97,7 @@ def _add_organisms(parser: argparse.ArgumentParser) -> None:
 def _quickstart(options: argparse.Namespace) -> int:
     from circuitvision.quickstart import quickstart
 
+    _silence_transformers()
     loading = {name: getattr(options, name) for name in ("dtype", "device") if getattr(options, name) is not None}
     found = quickstart(
         options.model,
@@ -128,6 +132,7 @@ def _quickstart(options: argparse.Namespace) -> int:
 def _sites(options: argparse.Namespace) -> int:
     from circuitvision.quickstart import load_model
 
+    _silence_transformers()
     model = load_model(options.model)
     for name in model.sites(options.glob):
         print(name + ("   (cannot reach the output)" if model.is_dead(name) else ""))
@@ -152,6 +157,7 @@ def _organisms_card(options: argparse.Namespace) -> int:
 def _organisms_train(options: argparse.Namespace) -> int:
     from circuitvision import organisms
 
+    _silence_transformers()
     scores = organisms.train(
         options.name, seed=options.seed, out=options.out, steps=options.steps, progress=not options.quiet
     )
