@@ -11,10 +11,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from circuitvision import circuits, data, metrics, organisms, patching, plots, readout
     from circuitvision.model import ActivationCache, HookedModel, HookPoint, TokenMap, Tower
+    from circuitvision.progress import set_verbosity
 
 __version__ = "0.1.0"
 
-_ROOMS = ("circuits", "cli", "data", "errors", "families", "metrics", "model", "organisms", "patching", "plots", "readout")
+_ROOMS = (
+    "circuits",
+    "cli",
+    "data",
+    "errors",
+    "families",
+    "metrics",
+    "model",
+    "organisms",
+    "patching",
+    "plots",
+    "readout",
+)
 _CLASSES = ("ActivationCache", "HookPoint", "HookedModel", "TokenMap", "Tower")
 
 __all__ = [
@@ -30,16 +43,19 @@ __all__ = [
     "patching",
     "plots",
     "readout",
+    "set_verbosity",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _CLASSES:
         return getattr(importlib.import_module("circuitvision.model"), name)
+    if name == "set_verbosity":
+        return importlib.import_module("circuitvision.progress").set_verbosity
     if name in _ROOMS:
         return importlib.import_module(f"circuitvision.{name}")
     raise AttributeError(f"module 'circuitvision' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ROOMS, *_CLASSES})
+    return sorted({*globals(), *_ROOMS, *_CLASSES, "set_verbosity"})
