@@ -1,1 +1,59 @@
-"""Data with known ground truth: synthetic scenes with every object's attributes, box and mask, and minimal pairs of them."""
+"""Data with known ground truth: synthetic scenes with every object's attributes, box and mask, and minimal pairs of them.
+
+``scenes`` draws pictures and minimal pairs, ``questions`` and ``captions`` put words to them, ``reach`` is a grid world to act in.
+"""
+
+from __future__ import annotations
+
+from circuitvision.data.captions import Caption, Retrieval, sample_retrievals, true_captions
+from circuitvision.data.questions import (
+    Question,
+    QuestionPair,
+    largest,
+    prompt,
+    sample_largest,
+    sample_question_pairs,
+    sample_questions,
+)
+from circuitvision.data.scenes import (
+    ALL_PAIRS,
+    COLORS,
+    SHAPES,
+    SIZES,
+    TEST_PAIRS,
+    TRAIN_PAIRS,
+    VALIDATION_PAIRS,
+    MinimalPair,
+    Scene,
+    SceneObject,
+    minimal_pair,
+    render,
+    sample_scene,
+)
+
+__all__ = [
+    "ALL_PAIRS",
+    "COLORS",
+    "SHAPES",
+    "SIZES",
+    "TEST_PAIRS",
+    "TRAIN_PAIRS",
+    "VALIDATION_PAIRS",
+    "Caption",
+    "MinimalPair",
+    "Question",
+    "QuestionPair",
+    "Retrieval",
+    "Scene",
+    "SceneObject",
+    "largest",
+    "minimal_pair",
+    "prompt",
+    "render",
+    "sample_largest",
+    "sample_question_pairs",
+    "sample_questions",
+    "sample_retrievals",
+    "sample_scene",
+    "true_captions",
+]

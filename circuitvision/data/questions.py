@@ -156,7 +156,11 @@ def sample_question_pairs(
         pair = _changed_answer(scene, question, index, attribute, rng, {*subjects, *distractors})
         if pair is None:
             continue
-        twin = [other for other in questions(pair.corrupt, [kind]) if other.text == question.text and other.subject == pair.after]
+        twin = [
+            other
+            for other in questions(pair.corrupt, [kind])
+            if other.text == question.text and other.subject == pair.after
+        ]
         if twin and twin[0].answer != question.answer:
             found.append(QuestionPair(scene, pair.corrupt, question, question.answer, twin[0].answer))
     return found

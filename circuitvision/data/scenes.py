@@ -162,7 +162,11 @@ class Scene:
     @property
     def masks(self) -> Bool[np.ndarray, "object height width"]:
         """One mask per object, in the order of ``objects``."""
-        return np.stack([thing.mask for thing in self.objects]) if self.objects else np.zeros((0, IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
+        return (
+            np.stack([thing.mask for thing in self.objects])
+            if self.objects
+            else np.zeros((0, IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
+        )
 
     @property
     def boxes(self) -> list[tuple[int, int, int, int]]:
@@ -176,7 +180,9 @@ class Scene:
 
     def find(self, **attributes: str) -> list[SceneObject]:
         """The objects that have all the given attributes (``color=``, ``shape=``, ``size=``, ``side=``, ``height=``)."""
-        return [thing for thing in self.objects if all(getattr(thing, name) == value for name, value in attributes.items())]
+        return [
+            thing for thing in self.objects if all(getattr(thing, name) == value for name, value in attributes.items())
+        ]
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.objects))
@@ -291,7 +297,9 @@ def minimal_pair(
         raise InputError(f"object {index} does not exist: the scene has {len(scene.objects)} objects")
     before = scene.objects[index]
     others = [thing for position, thing in enumerate(scene.objects) if position != index]
-    changes = [_changed(before, attribute, value) for value in _values(attribute) if value != getattr(before, attribute)]
+    changes = [
+        _changed(before, attribute, value) for value in _values(attribute) if value != getattr(before, attribute)
+    ]
     allowed = None if pairs is None else set(pairs)
     changes = [
         after
@@ -302,7 +310,9 @@ def minimal_pair(
         and (to is None or getattr(after, attribute) == to)
     ]
     if not changes:
-        raise InputError(f"no new {attribute} is possible for the {before}" + (f" with to={to!r}" if to is not None else ""))
+        raise InputError(
+            f"no new {attribute} is possible for the {before}" + (f" with to={to!r}" if to is not None else "")
+        )
     after = changes[int(rng.integers(len(changes)))]
     return MinimalPair(scene, Scene((*others, after)), attribute, before, after)
 
@@ -334,7 +344,9 @@ def _changed(thing: SceneObject, attribute: str, value: str | tuple[int, int]) -
     return replace(thing, size=value)
 
 
-def _choose_pairs(rng: np.random.Generator, number: int, pairs: Sequence[Pair], subject: Pair | None, distinct: bool) -> list[Pair]:
+def _choose_pairs(
+    rng: np.random.Generator, number: int, pairs: Sequence[Pair], subject: Pair | None, distinct: bool
+) -> list[Pair]:
     chosen: list[Pair] = [] if subject is None else [subject]
     for _ in range(10_000):
         if len(chosen) == number:
@@ -343,7 +355,9 @@ def _choose_pairs(rng: np.random.Generator, number: int, pairs: Sequence[Pair], 
         clash = any(candidate[0] == pair[0] or candidate[1] == pair[1] for pair in chosen)
         if candidate != subject and not (distinct and clash):
             chosen.append(candidate)
-    raise InputError(f"{number} objects cannot be drawn from {len(pairs)} pairs with subject={subject} and distinct={distinct}")
+    raise InputError(
+        f"{number} objects cannot be drawn from {len(pairs)} pairs with subject={subject} and distinct={distinct}"
+    )
 
 
 def _unnamed_paint(rng: np.random.Generator) -> tuple[int, int, int]:

@@ -16,7 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the training stream")
     parser.add_argument("--out", default=None, help="folder to write (default: ./NAME-seedS)")
     parser.add_argument("--steps", type=int, default=None, help="a shorter run than the recipe's")
-    parser.add_argument("--evaluate", action="store_true", help="score the shipped weights (or those in --out) instead of training")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="score the shipped weights (or those in --out) instead of training"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.evaluate:

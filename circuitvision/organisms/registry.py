@@ -112,7 +112,9 @@ def path(name: str) -> Path:
     entry(name)
     folder = assets_root() / name
     if not (folder / "config.json").is_file():
-        raise InputError(f"{name} has no weights in {folder}; train them: circuitvision organisms train {name} --out {folder}")
+        raise InputError(
+            f"{name} has no weights in {folder}; train them: circuitvision organisms train {name} --out {folder}"
+        )
     return folder
 
 
@@ -143,7 +145,9 @@ def load(name: str, **options: Any) -> HookedModel:
     return HookedModel.from_pretrained(folder, **options)
 
 
-def train(name: str, seed: int = 0, out: str | Path | None = None, steps: int | None = None, progress: bool = True) -> dict[str, Any]:
+def train(
+    name: str, seed: int = 0, out: str | Path | None = None, steps: int | None = None, progress: bool = True
+) -> dict[str, Any]:
     """Train ``name`` from scratch and return its scores; the folder is written only when training has finished.
 
     Args:

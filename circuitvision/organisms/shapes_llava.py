@@ -12,6 +12,7 @@ without a shape word), an outline that is the same for every colour, and weight 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,17 @@ from transformers import (
 )
 
 from circuitvision.data.questions import KINDS, Question, prompt, questions, sample_questions, vocabulary
-from circuitvision.data.scenes import CELL, GRID, IMAGE_SIZE, TEST_PAIRS, TRAIN_PAIRS, VALIDATION_PAIRS, Pair, Scene, sample_scene
+from circuitvision.data.scenes import (
+    CELL,
+    GRID,
+    IMAGE_SIZE,
+    TEST_PAIRS,
+    TRAIN_PAIRS,
+    VALIDATION_PAIRS,
+    Pair,
+    Scene,
+    sample_scene,
+)
 from circuitvision.organisms.training import (
     EOS,
     IMAGE,
@@ -183,8 +194,11 @@ class Stream:
         return positions, mask[None, None]
 
 
-def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool = True, sizes: Sequence[str] = ("large",)) -> dict[str, Any]:
+def train(
+    seed: int, out_dir: Path, *, steps: int | None = None, progress: bool = True, sizes: Sequence[str] = ("large",)
+) -> dict[str, Any]:
     """Train one model from scratch, write it to ``out_dir``, and return its scores (see :func:`evaluate`) and the minutes taken."""
+    started = time.process_time()
     with reproducible(seed) as rng:
         model, processor = build()
         stream = Stream(rng, processor, sizes)
@@ -205,14 +219,17 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
             label=f"shapes-llava seed {seed}",
             check=lambda: float(answered_right(model, processor, watched).mean()),
         )
+    spent = {"minutes": round(minutes, 2), "cpu_minutes": round((time.process_time() - started) / 60, 2)}
     write_folder(Path(out_dir), model, processor)
-    scores = {"seed": seed, "minutes": round(minutes, 2), **evaluate(Path(out_dir), sizes=sizes)}
+    scores = {"seed": seed, **spent, **evaluate(Path(out_dir), sizes=sizes)}
     if progress:
         report("shapes-llava", scores)
     return scores
 
 
-def evaluate(folder: Path, *, count: int = 3000, seed: int = 1_000_003, sizes: Sequence[str] = ("large",)) -> dict[str, Any]:
+def evaluate(
+    folder: Path, *, count: int = 3000, seed: int = 1_000_003, sizes: Sequence[str] = ("large",)
+) -> dict[str, Any]:
     """Score the model in ``folder``: the share of questions whose most likely next token is the answer.
 
     ``held_out`` is about objects of the five test pairs, ``validation`` about the three validation pairs (the score that chooses between
@@ -240,8 +257,11 @@ def evaluate(folder: Path, *, count: int = 3000, seed: int = 1_000_003, sizes: S
 
 @torch.no_grad()
 def answered_right(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, asked: Sequence[tuple[Scene, Question]], batch: int = 100
-) -> Bool[np.ndarray, "question"]:
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    asked: Sequence[tuple[Scene, Question]],
+    batch: int = 100,
+) -> Bool[np.ndarray, question]:
     """For every question whether the most likely token after the prompt is the answer."""
     found = []
     for start in range(0, len(asked), batch):

@@ -138,7 +138,9 @@ def word_tokenizer(words: Sequence[str], *, image_token: bool = False, wrap: boo
     inner = Tokenizer(WordLevel(ids, unk_token=UNK))
     inner.pre_tokenizer = WhitespaceSplit()
     if wrap:
-        inner.post_processor = TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=[(BOS, ids[BOS]), (EOS, ids[EOS])])
+        inner.post_processor = TemplateProcessing(
+            single=f"{BOS} $A {EOS}", special_tokens=[(BOS, ids[BOS]), (EOS, ids[EOS])]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         pad_token=PAD,
@@ -152,7 +154,10 @@ def word_tokenizer(words: Sequence[str], *, image_token: bool = False, wrap: boo
 
 
 def write_folder(folder: Path, *parts: object) -> None:
-    """Save models, processors and configurations into ``folder`` in one move: complete, or not there at all."""
+    """Save models, processors and configurations into ``folder`` in one move: complete, or not there at all.
+
+    Each part has ``save_pretrained``. What was in ``folder`` before, a card included, is gone.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -163,9 +168,6 @@ def write_folder(folder: Path, *parts: object) -> None:
         for file in temporary.iterdir():
             file.chmod(0o644)
         if folder.exists():
-            for kept in folder.iterdir():
-                if kept.name in ("README.md", "card.json"):
-                    shutil.copy2(kept, temporary / kept.name)
             shutil.rmtree(folder)
         temporary.rename(folder)
     finally:

@@ -1,0 +1,161 @@
+"""Choose the training run of a shapes organism that ships, and write its card.
+
+``python -m circuitvision.organisms.shapes_cards NAME RUN RUN RUN --out FOLDER`` scores every run's folder anew, takes the one with the
+best validation score (earliest seed on a tie), copies it to FOLDER and writes ``card.json`` and ``README.md`` beside the weights. A run is
+a folder written by training, with the JSON that training printed beside it as ``RUN.json`` (for its seed and minutes).
+
+The held-out scores take no part in the choice: validation pairs and test pairs are different pairs, and all streams of scenes differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from circuitvision.data import scenes
+from circuitvision.organisms import registry
+
+DETAILS: dict[str, dict[str, str]] = {
+    "shapes-vit": {
+        "data": "Scenes of two to four objects of three sizes on a 4 x 4 grid, 64 x 64 pixels; the label is the shape of the largest one.",
+        "score": "share of new scenes whose most likely class is the shape of the largest object, which has a pair never trained on",
+        "chance": "0.2",
+    },
+    "shapes-clip": {
+        "data": "Scenes of two objects on a 4 x 4 grid, 64 x 64 pixels, with captions such as 'red circle and blue square'.",
+        "score": "share of new scenes whose true caption has the highest logit among 16 distinct ones: eight differ from it in "
+        "one colour or one shape; at least four pairs never trained on are named, and one of them is in the scene",
+        "chance": "0.0625",
+    },
+    "shapes-llava": {
+        "data": "Scenes of two or three objects on a 4 x 4 grid, 64 x 64 pixels, with questions about colour, shape and position.",
+        "score": "share of questions about an object with a pair never trained on whose most likely next token is the answer",
+        "chance": "below 0.35 (0.5 for the two position kinds, 0.125 to 0.2 for the others)",
+    },
+}
+
+
+def choose(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run with the best validation score; the smallest seed among equals."""
+    return min(runs, key=lambda run: (-run["validation"], run["seed"]))
+
+
+def make_card(name: str, runs: list[dict[str, Any]], parameters: int, trained_on: str) -> dict[str, Any]:
+    """The card as a JSON-ready mapping."""
+    shipped = choose(runs)
+    entry = registry.entry(name)
+    return {
+        "name": name,
+        "model_class": entry.model_class,
+        "task": entry.task,
+        "parameters": parameters,
+        **DETAILS[name],
+        "test_pairs": [" ".join(pair) for pair in scenes.TEST_PAIRS],
+        "validation_pairs": [" ".join(pair) for pair in scenes.VALIDATION_PAIRS],
+        "trained_pairs": len(scenes.TRAIN_PAIRS),
+        "ships": shipped["seed"],
+        "chosen_by": "validation score: pairs and scenes that neither training nor the held-out score uses",
+        "held_out": shipped["held_out"],
+        "trained": shipped["trained"],
+        "seeds": sorted(runs, key=lambda run: run["seed"]),
+        "command": f"circuitvision organisms train {name} --seed {shipped['seed']} --out FOLDER",
+        "minutes_measured": shipped["minutes"],
+        "cpu_minutes_measured": shipped["cpu_minutes"],
+        "trained_on": trained_on,
+        "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "numpy")}
+        | {"python": platform.python_version()},
+        "license": "Apache-2.0",
+    }
+
+
+def make_readme(card: dict[str, Any]) -> str:
+    """The card for people."""
+    rows = [
+        f"| {run['seed']}{' (ships)' if run['seed'] == card['ships'] else ''} | {run['held_out']:.2%} | {run['validation']:.2%} "
+        f"| {run['trained']:.2%} | {run['minutes']:.1f} | {run['cpu_minutes']:.1f} |"
+        for run in card["seeds"]
+    ]
+    shipped = next(run for run in card["seeds"] if run["seed"] == card["ships"])
+    kinds = [
+        f"{key.removeprefix('held_out_')} {value:.2%}"
+        for key, value in shipped.items()
+        if key.startswith("held_out_") and key != "held_out_answers"
+    ]
+    lines = [
+        f"# {card['name']}",
+        "",
+        f"A `{card['model_class']}` with {card['parameters']:,} parameters that was trained to {card['task']}.",
+        "",
+        f"**Data.** {card['data']} Drawn by `circuitvision.data`, seeded, without end.",
+        f"Of 40 colour-shape pairs {card['trained_pairs']} are trained on. Never in a training picture, in any role:",
+        f"{', '.join(card['test_pairs'])} (test) and {', '.join(card['validation_pairs'])} (validation).",
+        "",
+        f"**Score.** {card['score'][0].upper() + card['score'][1:]}; {shipped['held_out_answers']:,} answers per column. Chance: {card['chance']}.",
+        "",
+        "| seed | held out | validation | trained pairs | minutes | CPU minutes |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        *([f"Held out, by kind of question (seed {card['ships']}): {', '.join(kinds)}.", ""] if kinds else []),
+        f"The shipped seed was chosen by {card['chosen_by']}.",
+        f"Minutes are wall-clock time on {card['trained_on']}; CPU minutes are what the run itself used.",
+        "",
+        "**Train it again.**",
+        "",
+        "```",
+        card["command"],
+        "```",
+        "",
+        f"Versions: {', '.join(f'{key} {value}' for key, value in card['versions'].items())}. "
+        "Other versions or thread counts round differently, so a run repeats the recipe, not every bit. Licence: Apache-2.0.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def ship(name: str, folders: list[Path], out: Path, trained_on: str) -> dict[str, Any]:
+    """Score every run, copy the chosen one to ``out`` with its card, and return the card."""
+    from safetensors import safe_open
+
+    runs = []
+    for folder in folders:
+        printed = json.loads(folder.with_name(folder.name + ".json").read_text(encoding="utf-8"))
+        spent = {key: printed[key] for key in ("seed", "minutes", "cpu_minutes")}
+        runs.append({**spent, **registry.evaluate(name, folder)})
+    chosen = folders[runs.index(choose(runs))]
+    with safe_open(chosen / "model.safetensors", "pt") as weights:
+        parameters = sum(weights.get_tensor(key).numel() for key in weights.keys())  # noqa: SIM118
+    card = make_card(name, runs, parameters, trained_on)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    shutil.copytree(chosen, temporary, dirs_exist_ok=True)
+    (temporary / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    (temporary / "README.md").write_text(make_readme(card), encoding="utf-8")
+    temporary.chmod(0o755)
+    for file in temporary.iterdir():
+        file.chmod(0o644)
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)
+    return card
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Ship the best of several runs and print its card."""
+    parser = argparse.ArgumentParser(prog="python -m circuitvision.organisms.shapes_cards", description=main.__doc__)
+    parser.add_argument("name", choices=list(DETAILS))
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--trained-on", default="one CPU thread", help="the machine that the minutes were measured on")
+    options = parser.parse_args(arguments)
+    print(json.dumps(ship(options.name, options.runs, options.out, options.trained_on), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
