@@ -1,8 +1,8 @@
 """Choose the training run of a shapes organism that ships, and write its card.
 
-``python -m circuitvision.organisms.shapes_cards NAME RUN RUN RUN --out FOLDER`` scores every run's folder anew, takes the one with the
-best validation score (earliest seed on a tie), copies it to FOLDER and writes ``card.json`` and ``README.md`` beside the weights. A run is
-a folder written by training, with the JSON that training printed beside it as ``RUN.json`` (for its seed and minutes).
+``python -m circuitvision.organisms.shapes_cards NAME RUN RUN RUN --out FOLDER`` takes the run with the best validation
+score (the smallest seed among equals), copies it to FOLDER and writes ``card.json`` and ``README.md`` beside the weights.
+A run is a folder written by training, with what training printed (seed, minutes, scores) beside it as ``RUN.json``.
 
 The held-out scores take no part in the choice: validation pairs and test pairs are different pairs, and all streams of scenes differ.
 """
@@ -120,14 +120,10 @@ def make_readme(card: dict[str, Any]) -> str:
 
 
 def ship(name: str, folders: list[Path], out: Path, trained_on: str) -> dict[str, Any]:
-    """Score every run, copy the chosen one to ``out`` with its card, and return the card."""
+    """Copy the chosen run to ``out`` with its card, and return the card."""
     from safetensors import safe_open
 
-    runs = []
-    for folder in folders:
-        printed = json.loads(folder.with_name(folder.name + ".json").read_text(encoding="utf-8"))
-        spent = {key: printed[key] for key in ("seed", "minutes", "cpu_minutes")}
-        runs.append({**spent, **registry.evaluate(name, folder)})
+    runs = [json.loads(folder.with_name(f"{folder.name}.json").read_text(encoding="utf-8")) for folder in folders]
     chosen = folders[runs.index(choose(runs))]
     with safe_open(chosen / "model.safetensors", "pt") as weights:
         parameters = sum(weights.get_tensor(key).numel() for key in weights.keys())  # noqa: SIM118
