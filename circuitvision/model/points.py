@@ -119,7 +119,12 @@ class _Gate(torch.autograd.Function):
 
 def rebuilt_where(changed: Tensor, actual: Tensor, rebuilt: Tensor) -> Tensor:
     """``rebuilt`` where a derived value was changed, the bits of ``actual`` elsewhere: an edit of one position rounds no other one differently."""
-    return torch.where(changed, rebuilt, substitute(actual, rebuilt))
+    kept = substitute(actual, rebuilt)
+    if not bool(changed.any()):
+        return kept
+    out = torch.where(changed, rebuilt, kept)
+    # A mean over positions adds in the order of memory: the layout must stay the module's own.
+    return out if out.stride() == actual.stride() else torch.empty_like(actual).copy_(out)
 
 
 def linear(module: nn.Module, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -146,6 +151,11 @@ class Point:
     derived = False
     in_place = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether the value is the module's first argument or its output just as it is."""
+        return False
+
     def apply(self, call: Call, fire: Fire) -> None:
         """Fire the hooks on this site's value in ``call`` and write an edit back. Attention points are applied by the attention function."""
         raise NotImplementedError(f"{type(self).__name__} is not applied by a module hook.")
@@ -169,11 +179,11 @@ class Stash(Point):
 
 
 def _heads(value: Tensor, n_heads: int | None) -> Tensor:
-    return value if n_heads is None else rearrange(value, "... (h d) -> ... h d", h=n_heads)
+    return value if n_heads is None else value.unflatten(-1, (n_heads, -1))
 
 
 def _merge(value: Tensor, n_heads: int | None) -> Tensor:
-    return value if n_heads is None else rearrange(value, "... h d -> ... (h d)")
+    return value if n_heads is None else value.flatten(-2)
 
 
 @dataclass(eq=False)
@@ -182,6 +192,10 @@ class Input(Point):
 
     n_heads: int | None = None
     keyword: str = "hidden_states"
+
+    @property
+    def whole(self) -> bool:
+        return self.n_heads is None
 
     def apply(self, call: Call, fire: Fire) -> None:
         value, changed = fire(_heads(call.input(self.keyword), self.n_heads))
@@ -206,6 +220,10 @@ class Output(Point):
 
     n_heads: int | None = None
 
+    @property
+    def whole(self) -> bool:
+        return self.n_heads is None
+
     def apply(self, call: Call, fire: Fire) -> None:
         out = call.tensor()
         grid = out.shape[-2:] if out.ndim == 4 else None
@@ -221,6 +239,10 @@ class SharedInput(Point):
     """The module's input, edited in place so that whoever else holds the tensor sees the edit."""
 
     in_place = True
+
+    @property
+    def whole(self) -> bool:
+        return True
 
     def apply(self, call: Call, fire: Fire) -> None:
         shared = call.input()

@@ -59,6 +59,8 @@ class BlockLayout:
     """The module whose output is what attention adds to the stream, where one follows the output projection (LayerScale, a sandwich norm)."""
     mlp_add: str | None = None
     rotary: bool = False
+    act: str | None = None
+    """The activation, where the module fixes it whatever the config says."""
 
 
 @dataclass(frozen=True)
