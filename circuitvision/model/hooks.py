@@ -219,18 +219,24 @@ class HookEngine:
             assert self.stack[0].recorder is not None
             self._reader = self.stack[0].recorder
             if plan.reading is None:
-                plan.reading = self._made(plan, self._reader_of, only_reads=True)
+                plan.reading = self._made(plan, one_recorder=True)
             return plan.reading
-        return self._made(plan, self._fire_of, only_reads=all(registration.only_reads for registration in self.stack))
+        return self._made(plan)
 
-    def _made(self, plan: _Plan, fire_of: Callable[[Point], Fire], only_reads: bool) -> _Hooks:
+    def _made(self, plan: _Plan, one_recorder: bool = False) -> _Hooks:
+        fire_of = self._reader_of if one_recorder else self._fire_of
+        only_reads = all(registration.only_reads for registration in self.stack)
         hooks = _Hooks([], [], {})
         for module, phase, points in plan.calls:
             fires = [(point, fire_of(point)) for point in points]
+            whole = one_recorder and all(point.whole for point in points)
+            names = tuple(point.name for point in points)
             if phase == "pre":
-                hooks.pre.append((module, self._pre_hook(fires)))
+                hook = self._pre_hook(fires)
+                hooks.pre.append((module, self._pre_reader(names, hook) if whole else hook))
             elif phase == "post":
-                hooks.post.append((module, self._post_hook(fires)))
+                hook = self._post_hook(fires)
+                hooks.post.append((module, self._post_reader(names, hook) if whole else hook))
             else:
                 stages = {SiteName.parse(point.name).stage: fire for point, fire in fires}
                 hooks.attention[id(module)] = attention.Stages(stages, only_reads, self)
@@ -325,6 +331,32 @@ class HookEngine:
             return call.output if call.changed else None
 
         return hook
+
+    def _pre_reader(self, names: tuple[str, ...], hook: Callable[..., Any]) -> Callable[..., Any]:
+        """``hook`` for points that are only recorded, and hold the first argument as it is: most of what a cached run does."""
+
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self.suspended or not args or type(args[0]) is not Tensor or args[0].requires_grad:
+                return hook(module, args, kwargs)
+            return self._read(names, args[0])
+
+        return read
+
+    def _post_reader(self, names: tuple[str, ...], hook: Callable[..., Any]) -> Callable[..., Any]:
+        """As :meth:`_pre_reader`, for points that hold the output as it is."""
+
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if self.suspended or type(output) is not Tensor or output.requires_grad or output.ndim == 4:
+                return hook(module, args, kwargs, output)
+            return self._read(names, output)
+
+        return read
+
+    def _read(self, names: tuple[str, ...], value: Tensor) -> None:
+        fired, record = self.fired, self._reader.record
+        for name in names:
+            fired[name] = fired.get(name, 0) + 1
+            record(name, value)
 
     # -- one point -----------------------------------------------------------------------------------------------------------------------
 
