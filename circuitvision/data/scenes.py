@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -328,13 +329,13 @@ def _check_name(kind: str, name: str, known: Iterable[str]) -> None:
         raise InputError(f"no {kind} is called {name!r}; nearest: {', '.join(nearest(str(name), known))}")
 
 
-def _values(attribute: str) -> list:
+def _values(attribute: str) -> list[Any]:
     if attribute == "cell":
         return [(row, column) for row in range(GRID) for column in range(GRID)]
     return list({"color": COLORS, "shape": SHAPES, "size": SIZES}[attribute])
 
 
-def _changed(thing: SceneObject, attribute: str, value: str | tuple[int, int]) -> SceneObject:
+def _changed(thing: SceneObject, attribute: str, value: Any) -> SceneObject:
     if attribute == "cell":
         return replace(thing, row=value[0], column=value[1])
     if attribute == "color":

@@ -32,11 +32,13 @@ DETAILS: dict[str, dict[str, str]] = {
         "score": "share of new scenes whose true caption has the highest logit among 16 distinct ones: eight differ from it in "
         "one colour or one shape; at least four pairs never trained on are named, and one of them is in the scene",
         "chance": "0.0625",
+        "parts": "For swaps, some of the eight have the two colours exchanged instead: every word is right, what belongs together is not.",
     },
     "shapes-llava": {
         "data": "Scenes of two or three objects on a 4 x 4 grid, 64 x 64 pixels, with questions about colour, shape and position.",
         "score": "share of questions about an object with a pair never trained on whose most likely next token is the answer",
-        "chance": "below 0.35 (0.5 for the two position kinds, 0.125 to 0.2 for the others)",
+        "parts": "The parts are the kinds of question.",
+        "chance": "0.275 (1/2 for side and height, 1/8 for colours, 1/5 for shapes)",
     },
 }
 
@@ -82,10 +84,10 @@ def make_readme(card: dict[str, Any]) -> str:
         for run in card["seeds"]
     ]
     shipped = next(run for run in card["seeds"] if run["seed"] == card["ships"])
-    kinds = [
+    parts = [
         f"{key.removeprefix('held_out_')} {value:.2%}"
         for key, value in shipped.items()
-        if key.startswith("held_out_") and key != "held_out_answers"
+        if key.startswith("held_out_") and not key.endswith("answers")
     ]
     lines = [
         f"# {card['name']}",
@@ -102,7 +104,7 @@ def make_readme(card: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        *([f"Held out, by kind of question (seed {card['ships']}): {', '.join(kinds)}.", ""] if kinds else []),
+        *([f"Held out, in parts (seed {card['ships']}): {', '.join(parts)}. {card.get('parts', '')}".rstrip(), ""] if parts else []),
         f"The shipped seed was chosen by {card['chosen_by']}.",
         f"Minutes are wall-clock time on {card['trained_on']}; CPU minutes are what the run itself used.",
         "",

@@ -93,7 +93,7 @@ def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     config = LlavaConfig(
         vision_config=vision,
         text_config=language,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         image_seq_length=GRID * GRID,
@@ -136,7 +136,9 @@ class Stream:
 
     def batch(self, size: int) -> dict[str, Tensor]:
         """One batch for ``model.forward``, with ``labels`` already shifted: the label at a position is the token that follows."""
-        scenes, rows, labels = [], [], []
+        scenes: list[Scene] = []
+        rows: list[list[int]] = []
+        labels: list[list[int]] = []
         while len(scenes) < size:
             scene = self.scene()
             chosen = self.choose(questions(scene))

@@ -85,7 +85,7 @@ def fit(
         if progress and check is not None and (step + 1) % check_every == 0:
             checked = {"validation": f"{check():.3f}"}
         if step % 50 == 49:
-            bar.set_postfix(loss=f"{smooth:.4f}", **checked)
+            bar.set_postfix({"loss": f"{smooth:.4f}", **checked})
     model.eval()
     return (time.monotonic() - started) / 60
 
