@@ -90,15 +90,22 @@ class Quickstart:
         return rows
 
     def finding(self) -> str:
-        """The result in two sentences."""
+        """The result in a few sentences."""
         best, share = self.importance.best()
         selected = len(self.importance.selected)
         swing = self.importance.metric_clean - self.importance.metric_corrupt
-        return (
+        said = (
             f"Swapping one image for the other moves the logit of {self.case.answer!r} against {self.case.foil!r} by {swing:.1f}. "
             f"Putting the clean value of one head, {best}, into the other run restores {_percent(share)} of that; the "
             f"{selected} heads in the graph together restore {_percent(self.importance.joint)}."
         )
+        vision = [(name, share) for name, share, _ in self.importance.ranking() if parse_id(name).tower == "vision"]
+        if vision and max(abs(share) for _, share in vision) < 0.05:
+            said += (
+                " No head of the vision tower moves more than 5%: what differs between the images reaches the projector "
+                "without being moved between patches."
+            )
+        return said
 
     def cautions(self) -> list[str]:
         """What a reader should know before believing the result; empty when all is as asked."""
@@ -329,9 +336,20 @@ def _draw_pairs(model: str | Path | Any, count: int, seed: int) -> list[Question
         raise InputError(
             "Only shapes-llava comes with questions of its own; give clean, corrupt, prompt, answer and foil."
         )
-    from circuitvision.data.questions import sample_question_pairs
+    return held_out_pairs(count, seed)
 
-    return sample_question_pairs(count, seed, kind="color")
+
+def held_out_pairs(count: int, seed: int, kind: str = "color") -> list[QuestionPair]:
+    """Pairs about objects of colour-shape pairs that the shapes models never saw in training, each pair equally often."""
+    from circuitvision.data.questions import sample_question_pairs
+    from circuitvision.data.scenes import TEST_PAIRS
+
+    each = -(-count // len(TEST_PAIRS))
+    rows = [
+        sample_question_pairs(each, seed * len(TEST_PAIRS) + number, kind=kind, subjects=[subject])
+        for number, subject in enumerate(TEST_PAIRS)
+    ]
+    return [pair for column in zip(*rows, strict=True) for pair in column][:count]
 
 
 def _case_of(pair: QuestionPair) -> Case:
@@ -359,11 +377,13 @@ def _lenses(model: Any, inputs: Mapping[str, Any], case: Case) -> list[LensResul
 
 
 def _check(model: Any, pairs: list[QuestionPair], importance: HeadImportance, seed: int) -> AblationCheck:
-    heads = [name for name, share, _ in importance.ranking() if share > 0][:CHECK_HEADS]
-    return ablation_check(model, question_batches(model, pairs), heads, n_random=20, seed=seed)
+    return ablation_check(model, question_batches(model, pairs), leading_heads(importance), n_random=20, seed=seed)
 
 
-CHECK_HEADS = 4
+def leading_heads(importance: HeadImportance, floor: float = 0.05, least: int = 2, most: int = 4) -> list[str]:
+    """The heads worth ablating together: those that restore at least ``floor`` of the answer, between ``least`` and ``most``."""
+    restoring = [(name, share) for name, share, _ in importance.ranking() if share > 0]
+    return [name for number, (name, share) in enumerate(restoring[:most]) if number < least or share >= floor]
 
 
 def question_batches(model: Any, pairs: list[QuestionPair], size: int = 64) -> list[PairBatch]:

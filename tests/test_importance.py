@@ -102,7 +102,7 @@ def test_the_verdict_needs_a_destroyed_answer_and_harmless_random_sets():
     toy = ToyModel(vision, torch.zeros(1, 4, dtype=torch.float64), leak=1.0)
     check = ablation_check(toy, [pairs()], ["v.a0.h1"], n_random=8)
     assert (check.ablated, check.carries_the_answer) == (0.0, True)
-    assert "100% to 0%" in check.summary()
+    assert "mean-ablated together in 0%" in check.summary()
     assert not ablation_check(toy, [pairs()], ["v.a1.h0"], n_random=8).carries_the_answer
 
 
@@ -110,8 +110,9 @@ def test_means_come_from_the_reference():
     toy = ToyModel(torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64), leak=1.0)
     shifted = PairBatch({"picture": torch.full((3,), 9.0)}, {"picture": torch.full((3,), 7.0)}, [0] * 3, [1] * 3)
     check = ablation_check(toy, [pairs()], ["v.a0.h0"], reference=[shifted], n_random=2)
-    # Every answer becomes the reference's mean of 8: right for the clean half, wrong for the corrupt one.
-    assert check.ablated == 0.5
+    # Every answer becomes the reference's mean of 8: right for the clean input, wrong for the corrupt one, so no
+    # pair is.
+    assert check.ablated == 0.0
     assert check.logit_diff[1].item() == pytest.approx(0.0, abs=1e-6)
 
 

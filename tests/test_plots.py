@@ -105,7 +105,7 @@ def test_ablation_figure_says_the_finding():
         n_pairs=200,
     )
     figure = check.plot()
-    assert "10% of answers" in figure.layout.title.text
+    assert "10% of pairs" in figure.layout.title.text
     assert list(figure.data[0].x) == pytest.approx([0.9, 0.95])
 
 

@@ -2,9 +2,11 @@
 
 A head is mean-ablated by replacing its ``attn.hook_z`` at every position by the mean over a reference set at that
 position: what it says about *this* input is removed, what it always says stays. A set of heads carries the answer if
-removing it destroys the answer while removing as many random live heads, disjoint from it, does not. Accuracy is the
-share of examples whose highest output is the right answer; a drop means little without the random sets beside it,
-since any damage costs something.
+removing it destroys the answer while removing as many random live heads, disjoint from it, does not.
+
+What is counted is *pairs*: two inputs whose right answers differ, both answered right. A model that no longer sees the
+difference gets none of them, whatever it says, while single answers could be right by a fixed guess. A drop means
+little without the random sets beside it, since any damage costs something.
 
 Not covered: sets of anything but heads, inputs of different lengths.
 
@@ -42,9 +44,9 @@ class PairBatch:
 
 @dataclass(frozen=True, eq=False)
 class AblationCheck(Result):
-    """Accuracy with nothing ablated, with the heads ablated, and with each random set ablated.
+    """Pairs answered right with nothing ablated, with the heads ablated, and with each random set ablated.
 
-    ``values`` are accuracies over both inputs of every pair, axis ``condition``: ``"intact"``, ``"heads"``,
+    ``values`` are the shares of pairs with both answers right, axis ``condition``: ``"intact"``, ``"heads"``,
     ``"random 1"`` …; ``logit_diff`` is the mean margin of the right over the other answer in the same order.
     ``random_heads`` lists what was drawn.
     """
@@ -56,31 +58,31 @@ class AblationCheck(Result):
 
     @property
     def intact(self) -> float:
-        """Accuracy of the model as it is."""
+        """Share of pairs that the model as it is gets right."""
         return float(self.values[0])
 
     @property
     def ablated(self) -> float:
-        """Accuracy with the heads ablated together."""
+        """Share of pairs right with the heads ablated together."""
         return float(self.values[1])
 
     @property
     def random(self) -> Tensor:
-        """Accuracy with each random set ablated."""
+        """Share of pairs right with each random set ablated."""
         return self.values[2:]
 
     @property
     def carries_the_answer(self) -> bool:
-        """Ablating the heads costs at least half the accuracy, and every random set less than half as much."""
+        """Ablating the heads costs at least half of the right pairs, and every random set less than half as many."""
         lost = self.intact - self.ablated
         return lost >= 0.5 * self.intact and bool((self.intact - self.random < 0.5 * lost).all())
 
     def summary(self) -> str:
         """One sentence with the numbers."""
         return (
-            f"Over {self.n_pairs} pairs, ablating {', '.join(self.heads)} together takes the accuracy from "
-            f"{self.intact:.0%} to {self.ablated:.0%}; {len(self.random)} random sets of as many other heads leave "
-            f"{float(self.random.mean()):.0%} on average ({float(self.random.min()):.0%} at worst)."
+            f"Of {self.n_pairs} pairs the model answers both images right in {self.intact:.0%}; with "
+            f"{', '.join(self.heads)} mean-ablated together in {self.ablated:.0%}; with as many other heads, drawn "
+            f"{len(self.random)} times, in {float(self.random.mean()):.0%} (at worst {float(self.random.min()):.0%})."
         )
 
 
@@ -121,10 +123,10 @@ def ablation_check(
     conditions: dict[str, list[str]] = {"intact": [], "heads": chosen}
     conditions |= {f"random {number + 1}": draw for number, draw in enumerate(draws)}
     sites = sorted({_site(name) for names in conditions.values() for name in names})
-    runs = [run for batch in pairs for run in _runs(model, batch)]
+    runs = [_runs(model, batch) for batch in pairs]
     with torch.no_grad():
-        reference_runs = [run for batch in reference for run in _runs(model, batch)] if reference else runs
-        means = _means(model, reference_runs, sites)
+        references = [_runs(model, batch) for batch in reference] if reference else runs
+        means = _means(model, [run for both in references for run in both], sites)
         todo = track(conditions.values(), "ablating", len(conditions))
         scores = [_score(model, runs, names, means, position) for names in todo]
     first = pairs[0]
@@ -178,8 +180,13 @@ def _means(model: Any, runs: Sequence[_Run], sites: Sequence[str]) -> dict[str, 
 
 
 def _score(
-    model: Any, runs: Sequence[_Run], names: Sequence[str], means: Mapping[str, Tensor], position: metrics.Position
+    model: Any,
+    runs: Sequence[list[_Run]],
+    names: Sequence[str],
+    means: Mapping[str, Tensor],
+    position: metrics.Position,
 ) -> tuple[float, float]:
+    """Share of the pairs answered right on both inputs, and the mean margin of the right answer over the other."""
     by_site: dict[str, list[int]] = {}
     for name in names:
         by_site.setdefault(_site(name), []).append(parse_id(name).head)
@@ -191,12 +198,14 @@ def _score(
         return edited
 
     right, margin, count = 0.0, 0.0, 0
-    for inputs, answer, foil in runs:
-        logits = model.run_with_hooks(inputs, fwd_hooks=[(site, hook) for site in by_site])
-        rows = metrics.at_position(logits, position, inputs)
-        right += float((rows.argmax(-1).cpu() == answer).sum())
-        margin += float(metrics.logit_diff(answer, foil, position)(logits, inputs).sum())
-        count += len(rows)
+    for both in runs:
+        correct = []
+        for inputs, answer, foil in both:
+            logits = model.run_with_hooks(inputs, fwd_hooks=[(site, hook) for site in by_site])
+            correct.append(metrics.at_position(logits, position, inputs).argmax(-1).cpu() == answer)
+            margin += float(metrics.logit_diff(answer, foil, position)(logits, inputs).sum()) / len(both)
+        right += float(torch.stack(correct).all(0).sum())
+        count += len(correct[0])
     return right / count, margin / count
 
 

@@ -1,20 +1,21 @@
 """Head importance: what every attention head does to the answer, and how the strongest ones pass it on, as one graph.
 
-*Nodes.* Every head of every tower is patched on its own (all positions of ``attn.hook_z``), as is every connector
-between towers; the score is the change of the metric. *Edges* run between the strongest heads of each tower, the
-connectors and the answer. They split a sender's effect by the next selected node that carries it: with the sender
-patched, the receivers ``r1, r2, …`` downstream of it are frozen at their unpatched values one after another, in the
-order of computation, and
+*Nodes.* Every head of every tower is patched on its own (all positions of ``attn.hook_z``), as are the input of every
+vision tower and every connector between towers; the score is the change of the metric. *Edges* run between the
+strongest heads of each tower, the connectors and the answer. They split a sender's effect by the next selected node
+that carries it: with the sender patched, the receivers ``r1, r2, …`` downstream of it are frozen at their unpatched
+values one after another, in the order of computation, and
 
-    ``edge(s -> r_i) = E(s | r_1 … r_{i-1} frozen) - E(s | r_1 … r_i frozen)``,        ``edge(s -> answer) = E(s |
-    all frozen)``
+    ``edge(s -> r_i) = E(s | r_1 … r_{i-1} frozen) - E(s | r_1 … r_i frozen)``
+    ``edge(s -> answer) = E(s | all frozen)``
 
 so the edges out of a node add up to its own effect, whatever the model computes. Freezing everything up to ``r_i``
 leaves only what reaches ``r_i`` without passing an earlier selected node; MLPs and heads that were not selected
 count as part of the way. Heads of one layer are frozen in the order of their number, so where two of them interact
 the split between those two depends on that order.
 
-Not covered: which of q, k and v an edge enters (slot ``in``), positions, and nodes other than heads and connectors.
+Not covered: which of q, k and v an edge enters (slot ``in``), positions, and nodes other than heads, vision inputs
+and connectors.
 
 Reference: activation patching (Wang et al. 2022, arXiv 2211.00593); freezing receivers follows path patching
 (Goldowsky-Dill et al. 2023, arXiv 2304.05969).
@@ -53,15 +54,16 @@ class HeadImportance(Result):
     ``values`` are shares of the answer restored (``mode="denoise"``) or destroyed (``"noise"``), ``raw`` the same in
     units of the metric; axes tower, layer, head, with NaN where a tower has no such head. ``selected`` lists the ids
     of the heads that edges were measured for, strongest first; ``joint`` is the share that patching all of them at
-    once moves. ``connectors`` maps the id of a connector to its site, effect and share. ``edges`` is a list of
-    ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the output. ``dead`` lists sites that cannot
-    reach the output.
+    once moves. ``connectors`` and ``inputs`` map the ids of connectors and of vision towers' inputs to their site,
+    effect and share. ``edges`` is a list of ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the
+    output. ``dead`` lists sites that cannot reach the output.
     """
 
     raw: Tensor = field(default_factory=lambda: torch.zeros(0))
     selected: list[str] = field(default_factory=list)
     joint: float = 0.0
     connectors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     edges: list[dict[str, Any]] = field(default_factory=list)
     metric_clean: float = 0.0
     metric_corrupt: float = 0.0
@@ -117,8 +119,8 @@ class HeadImportance(Result):
                 modality=_MODALITY.get(node.tower, "text"),
                 hook_out=f"{node.tower}.blocks.{node.layer}.attn.hook_z",
             )
-        for name, entry in self.connectors.items():
-            label = parse_id(name).label
+        for name, entry in {**self.inputs, **self.connectors}.items():
+            label = parse_id(name).label or "image"
             given = {
                 "score": entry["effect"],
                 "influence": entry["share"],
@@ -173,11 +175,11 @@ def head_importance(
     selected = _strongest(raw, axes, top_k)
     base_inputs, source_inputs = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
     freezer = _Freezer(model, metric, base_inputs, source_inputs, selected, runs)
-    connectors = {}
-    for site in freezer.connectors:
+    wholes = {}
+    for site, name in freezer.ids.items():
         effect = freezer.effect([site])
         share = float((effect / freezer.gap).nanmean())
-        connectors[freezer.ids[site]] = {"site": site, "effect": float(effect.mean()), "share": share}
+        wholes[name] = {"site": site, "effect": float(effect.mean()), "share": share}
     ends = (runs.source, runs.base) if mode == "denoise" else (runs.base, runs.source)
     return HeadImportance(
         values=values,
@@ -192,7 +194,8 @@ def head_importance(
         raw=raw,
         selected=[name for name, _ in sorted(selected.items(), key=lambda entry: -abs(entry[1]))],
         joint=float((freezer.effect(selected) / freezer.gap).nanmean()),
-        connectors=connectors,
+        connectors={freezer.ids[site]: wholes[freezer.ids[site]] for site in freezer.connectors},
+        inputs={freezer.ids[site]: wholes[freezer.ids[site]] for site in freezer.inputs},
         edges=_edges(freezer, selected),
         metric_clean=float(ends[0].mean()),
         metric_corrupt=float(ends[1].mean()),
@@ -219,9 +222,10 @@ class _Freezer:
         # Examples in which the two runs hardly differ have no share; one cell of the measurement says which they are.
         one_cell = measured.per_example.flatten(0, -2)[0]
         self.gap = (measured.source - measured.base).masked_fill(one_cell.isnan(), float("nan"))
-        self.connectors = connector_sites(model)
-        self.ids = {site: _connector_id(site) for site in self.connectors}
-        sites = sorted({_site(name) for name in selected}) + self.connectors
+        self.connectors, self.inputs = connector_sites(model), input_sites(model)
+        self.ids = {site: format_id(NodeName(site.split(".")[0], "input")) for site in self.inputs}
+        self.ids |= {site: _connector_id(site) for site in self.connectors}
+        sites = [*sorted({_site(name) for name in selected}), *self.ids]
         with torch.no_grad():
             _, self.source_cache = model.run_with_cache(source_inputs, names_filter=sites)
             _, self.base_cache = model.run_with_cache(self.base_inputs, names_filter=sites)
@@ -231,7 +235,7 @@ class _Freezer:
         writes: dict[str, list[tuple[int | None, Tensor]]] = defaultdict(list)
         for names, cache in ((patch, self.source_cache), (freeze, self.base_cache)):
             for name in names:
-                site, head = (name, None) if name in self.connectors else (_site(name), parse_id(name).head)
+                site, head = (name, None) if name in self.ids else (_site(name), parse_id(name).head)
                 writes[site].append((head, cache[site]))
 
         def hook(tensor: Tensor, hook: Any) -> Tensor:
@@ -252,6 +256,15 @@ def connector_sites(model: Any) -> list[str]:
     return [name for name in outputs if name.split(".")[0] not in model.towers]
 
 
+def input_sites(model: Any) -> list[str]:
+    """What enters block 0 of each vision tower: all that the tower knows of the image."""
+    return [f"{tower}.hook_input" for tower in model.towers if tower.startswith("vision") and _offers(model, tower)]
+
+
+def _offers(model: Any, tower: str) -> bool:
+    return f"{tower}.hook_input" in model.sites("**")
+
+
 def _connector_id(site: str) -> str:
     return format_id(NodeName("connector", "connector", label=site.split(".")[0]))
 
@@ -261,13 +274,14 @@ def _edges(freezer: _Freezer, selected: Mapping[str, float]) -> list[dict[str, A
     # Connectors come after every head of the vision towers and before all others.
     cut = sum(parse_id(name).tower.startswith("vision") for name in nodes)
     nodes[cut:cut] = freezer.connectors
+    nodes[:0] = freezer.inputs
     edges = []
     for number, sender in enumerate(track(nodes, "splitting effects")):
         before = freezer.effect([sender])
         frozen: list[str] = []
         for receiver in nodes[number + 1 :]:
             # A remaining effect of zero is no reason to stop here: paths of opposite sign may cancel in it.
-            if _same_depth(sender, receiver, freezer):
+            if receiver in freezer.inputs or _same_depth(sender, receiver, freezer):
                 continue
             frozen.append(receiver)
             after = freezer.effect([sender], frozen)
@@ -290,7 +304,7 @@ def _depth(name: str, freezer: _Freezer) -> tuple[int, int, int]:
 
 
 def _same_depth(sender: str, receiver: str, freezer: _Freezer) -> bool:
-    if sender in freezer.connectors or receiver in freezer.connectors:
+    if sender in freezer.ids or receiver in freezer.ids:
         return False
     return _depth(sender, freezer)[:2] == _depth(receiver, freezer)[:2]
 

@@ -130,7 +130,9 @@ def add_node(graph: nx.MultiDiGraph, node: NodeName, **attributes: Any) -> str:
         "kind": "logit" if node.kind == "logits" else node.kind,
         "tower": node.tower,
         "layer": node.layer,
-        "sublayer": max(node.layer, 0) + _SUBLAYER.get(node.kind, 0.5),
+        "sublayer": -1.0
+        if node.kind in ("input", "embed", "pos")
+        else max(node.layer, 0) + _SUBLAYER.get(node.kind, 0.5),
         "head": node.head,
         "feature": node.feature,
         "pos": node.pos,

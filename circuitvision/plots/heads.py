@@ -51,7 +51,7 @@ def patching(result: PatchingResult, title: str | None = None) -> go.Figure:
 
 
 def ablation(result: AblationCheck, title: str | None = None) -> go.Figure:
-    """Accuracy with the heads ablated beside the random sets: the point apart from the cloud is the finding."""
+    """Right pairs with the heads ablated beside the random sets: the point apart from the cloud is the finding."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -74,12 +74,15 @@ def ablation(result: AblationCheck, title: str | None = None) -> go.Figure:
         hovertemplate="%{x:.1%}<extra></extra>",
     )
     heading = title or (
-        f"Without {len(result.heads)} heads {result.ablated:.0%} of answers are right; "
+        f"Without {len(result.heads)} heads {result.ablated:.0%} of pairs are right; "
         f"without as many others {float(result.random.mean()):.0%}"
     )
     style.layout(figure, heading, 290, showlegend=False)
     figure.update_xaxes(
-        range=[-0.03, 1.05], tickformat=".0%", title=f"right answers over {result.n_pairs} pairs", gridcolor=style.FAINT
+        range=[-0.03, 1.05],
+        tickformat=".0%",
+        title=f"pairs with both answers right, of {result.n_pairs}",
+        gridcolor=style.FAINT,
     )
     figure.update_yaxes(categoryorder="array", categoryarray=rows[::-1], range=[-0.4, 2.7], gridcolor=style.FAINT)
     figure.update_layout(margin={"l": 140})
