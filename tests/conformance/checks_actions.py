@@ -23,22 +23,26 @@ def prefix_keys_and_values_reach_the_action(setting: Setting) -> None:
     if not is_pi0(setting):
         return
     model = setting.model()
+    names = [name for name in model.sites("language.blocks.*.**") if name.split(".", 3)[3] in KEYS_AND_VALUES]
+    assert len(names) == len(KEYS_AND_VALUES) * model.language.cfg.n_layers
     for padding in (None, "left", "right"):
-        inputs = setting.inputs(model, batch=3, padding=padding)
+        inputs = setting.inputs(model, batch=12, padding=padding)
         real = inputs["attention_mask"] == 1
-        with setting.mode():
-            for name in [n for n in model.sites("language.blocks.*.**") if n.split(".", 3)[3] in KEYS_AND_VALUES]:
-                clean = model.run_with_hooks(inputs, [(name, lambda value, hook: None)])
-                for position in range(0, real.shape[1], 1 if padding is None else 5):
+        count = real.shape[1]
+        # Each example is edited at a position of its own; two runs meet every position.
+        for shift in (0, count - 12):
+            chosen = torch.eye(count, dtype=torch.bool)[shift : shift + 12]
 
-                    def here(value: Tensor, position: int = position) -> Tensor:
-                        mask = torch.zeros_like(value, dtype=torch.bool)
-                        mask[:, position] = True
-                        return mask
+            def here(value: Tensor, chosen: Tensor = chosen) -> Tensor:
+                return chosen.view(*chosen.shape, *[1] * (value.ndim - 2)).expand_as(value)
 
+            expected = real[chosen]
+            for name in names if padding is None else names[:: len(KEYS_AND_VALUES) + 1]:
+                with setting.mode():
+                    clean = model.run_with_hooks(inputs, [(name, lambda value, hook: None)])
                     out = model.run_with_hooks(inputs, [(name, disturb(where=here))])
-                    moved = (out - clean).detach().abs().flatten(1).amax(1) > 0
-                    assert torch.equal(moved, real[:, position]), f"{name} position {position}, padding {padding}: {moved.tolist()}"
+                moved = (out - clean).detach().abs().flatten(1).amax(1) > 0
+                assert torch.equal(moved, expected), f"{name} from position {shift}, padding {padding}: {moved.tolist()}"
 
 
 def edited_keys_equal_an_edited_module(setting: Setting) -> None:

@@ -17,10 +17,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 2e-5}
 """Decoders take norms and softmaxes in float32 whatever the dtype of the weights."""
 
 
-def hold(model: cv.HookedModel, setting: Setting, cache: Any, edited: Iterable[str] = (), kind: str = "") -> None:
-    """Every equation holds in this cache, but for the definitions of the edited sites."""
+def hold(model: cv.HookedModel, setting: Setting, cache: Any, edited: Iterable[str] = (), tower: str = "", kind: str = "") -> None:
+    """Every equation holds in this cache (in one tower, if named), but for the definitions of the edited sites."""
     skip = set(edited)
-    for equation in Structure(model, setting.case).equations(cache, kind):
+    for equation in Structure(model, setting.case).equations(cache, tower, kind):
         if equation.site in skip:
             continue
         value, expected = cache[equation.site], equation.value
@@ -48,12 +48,13 @@ def edits_land_where_they_were_made(setting: Setting) -> None:
     for key, names in groups(model).items():
         if ".blocks." not in key and not key.endswith("hook_input"):
             continue
-        kind = key.split(".blocks.")[-1]
+        tower, kind = key.split(".")[0], key.split(".blocks.")[-1]
+        watched = [f"{tower}.**"] + ["language.**"] * (tower == "action")
         with setting.mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with model.hooks([(name, disturb(seed=1)) for name in names]):
-                _, cache = model.run_with_cache(inputs, "**")
-            hold(model, setting, cache, names, kind)
+                _, cache = model.run_with_cache(inputs, watched)
+            hold(model, setting, cache, names, tower, kind)
 
 
 def inputs_and_writes_add_up_to_the_stream(setting: Setting) -> None:
@@ -119,13 +120,20 @@ def gradients_match_finite_differences(setting: Setting) -> None:
     assert not out.requires_grad
     assert all(p.grad is g for p, g in zip(model.parameters(), before, strict=True)), "parameters' .grad was touched"
     wrong = []
-    for name in model.sites():
+    for name in model.sites() if setting.thorough else _one_layer_each(model):
         grad, value = cache[f"{name}_grad"], cache[name]
         if model.is_dead(name):
             assert not grad.any(), f"{name} is declared dead but has a gradient"
             continue
         wrong += _compare(model, inputs, metric, name, value, grad)
     assert not wrong, f"{len(wrong)} gradients differ from finite differences: " + "; ".join(wrong[:8])
+
+
+def _one_layer_each(model: cv.HookedModel) -> list[str]:
+    """One site of every kind and tower, the layer changing from kind to kind, and every dead site."""
+    dead = [name for name in model.sites() if model.is_dead(name)]
+    alive = [[name for name in names if name not in dead] for names in groups(model).values()]
+    return dead + [names[index % len(names)] for index, names in enumerate(alive) if names]
 
 
 def _compare(model: cv.HookedModel, inputs: Any, metric: Any, name: str, value: Tensor, grad: Tensor) -> list[str]:

@@ -67,9 +67,11 @@ class Structure:
     def __init__(self, model: cv.HookedModel, case: Any) -> None:
         self.model, self.case = model, case
 
-    def equations(self, cache: Any, edited: str = "") -> Iterator[Equation]:
-        """All equations of the run; `edited` is the kind of site that was changed (the definition of hook_q depends on it)."""
+    def equations(self, cache: Any, only: str = "", edited: str = "") -> Iterator[Equation]:
+        """The equations of a run, of one tower if `only` names it; `edited` is the kind of site that was changed."""
         for name, tower in self.model.towers.items():
+            if only not in ("", name):
+                continue
             for block in tower.blocks:
                 yield from self.attention_half(name, tower, block, cache, edited)
                 yield from self.mlp_half(name, tower, block, cache)

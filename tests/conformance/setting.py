@@ -57,6 +57,8 @@ class Setting:
     grad: bool = False
     warm: bool = True
     batch: int = 3
+    thorough: bool = False
+    """Every layer and position, where the default suite takes one layer of each kind of site, and positions of every class."""
 
     def __str__(self) -> str:
         parts = [str(self.case), str(self.dtype).removeprefix("torch."), "grad" if self.grad else "nograd"]
@@ -87,7 +89,7 @@ class Setting:
 def product(case: Case) -> list[Setting]:
     """All sixteen settings of a case."""
     combinations = itertools.product((torch.float32, torch.float64), (False, True), (True, False), (1, 3))
-    return [Setting(case, *combination) for combination in combinations]
+    return [Setting(case, *combination, thorough=True) for combination in combinations]
 
 
 def bare_output(module: nn.Module, inputs: dict[str, Any]) -> Tensor:
