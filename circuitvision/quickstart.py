@@ -261,8 +261,25 @@ def _lens_figure(found: Quickstart) -> Any:
         LensRow(name, np.asarray(image.convert("RGB")), found.lenses[name])
         for name, image in (("clean", case.clean), ("corrupt", case.corrupt))
     ]
-    title = f"Where {case.answer!r} or {case.foil!r} can be read"
-    return lens_rows(rows, title, changed_box(case.clean, case.corrupt), _answer_colors(case))
+    return lens_rows(rows, lens_finding(found), changed_box(case.clean, case.corrupt), _answer_colors(case))
+
+
+def lens_finding(found: Quickstart) -> str:
+    """From which layer on the last word says the answer (half of the final difference), and whether any patch ever does."""
+    swing = found.importance.metric_clean - found.importance.metric_corrupt
+    clean, corrupt = found.lenses["clean"], found.lenses["corrupt"]
+    apart = {
+        one.tower: (one.values - other.values)[:, ..., 0] / swing for one, other in zip(clean, corrupt, strict=True)
+    }
+    last = apart["language"][:, 0, -1]
+    layers = clean[1].axes["layer"]
+    first = next((layer for layer, share in zip(layers, last.tolist(), strict=True) if share >= 0.5), layers[-1])
+    patches = torch.cat([apart[one.tower][:, one.places[..., 2] >= 0].flatten() for one in clean])
+    where = (
+        "at the last word from the input on" if first == "input" else f"at the last word from language layer {first} on"
+    )
+    also = "also at image patches" if float(patches.max()) >= 0.5 else "at no image patch"
+    return f"{found.case.answer!r} or {found.case.foil!r} can be read {where}, {also}"
 
 
 def changed_box(clean: Image.Image, corrupt: Image.Image) -> Box | None:

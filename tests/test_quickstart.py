@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from circuitvision.circuits import load, parse_id
+import circuitvision as cv
+from circuitvision import metrics
+from circuitvision.circuits import ablation_check, head_importance, load, parse_id
 from circuitvision.errors import InputError, UnsupportedModelError
-from circuitvision.quickstart import changed_box, quickstart
+from circuitvision.quickstart import changed_box, held_out_pairs, leading_heads, question_batches, quickstart
 from tests.zoo import case
 
 WORDS = {"prompt": "<image> what color is the circle ?", "answer": "red", "foil": "blue"}
@@ -102,3 +104,41 @@ def test_changed_box_is_the_smallest_around_the_difference():
     assert changed_box(first, first) is None
     assert changed_box(first, Image.new("RGB", (10, 20), "white")) is None
     assert changed_box(first, Image.new("RGB", (20, 20))) is None
+
+
+def test_without_arguments_the_shipped_model_gives_a_circuit_that_survives_its_check(tmp_path):
+    found = quickstart(out=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert not found.cautions()
+    for reading, word in zip(found.readings.values(), (found.case.answer, found.case.foil), strict=True):
+        assert reading.says == word
+        assert reading.probability > 0.9
+    assert found.importance.metric_clean > 2 > -2 > found.importance.metric_corrupt
+    assert 0.8 < found.importance.joint < 1.2
+    assert found.graph.nodes["v.input"]["influence"] == pytest.approx(1.0, abs=1e-3)
+    assert found.check is not None
+    assert found.check.intact > 0.95
+    assert found.check.ablated < 0.05
+    assert float(found.check.random.mean()) > 0.8
+    assert changed_box(found.case.clean, found.case.corrupt) is not None
+
+
+def test_the_heads_of_the_quickstart_carry_the_answer_over_more_than_two_hundred_held_out_pairs():
+    model = cv.organisms.load("shapes-llava")
+    pairs = held_out_pairs(1 + 24 + 205, seed=0)
+    assert len({pair.question.subject.pair for pair in pairs[25:]}) == 5
+    one, some = (question_batches(model, chosen)[0] for chosen in (pairs[:1], pairs[1:25]))
+    found = [
+        leading_heads(head_importance(model, b.clean, b.corrupt, metrics.logit_diff(b.answer, b.foil)))
+        for b in (one, some)
+    ]
+    # The heads found on one pair are those found on many.
+    assert set(found[0]) == set(found[1])
+    check = ablation_check(model, question_batches(model, pairs[25:], size=103), found[0], n_random=20)
+    assert check.n_pairs == 205
+    assert len(check.random_heads) == 20
+    assert all(not set(draw) & set(found[0]) for draw in check.random_heads)
+    assert check.intact > 0.95
+    assert check.ablated < 0.05
+    assert float(check.random.median()) > 0.9
+    assert float(check.random.min()) > check.ablated + 0.3

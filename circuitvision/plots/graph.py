@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from circuitvision.circuits.names import TOWER_LETTERS
 from circuitvision.plots import style
 
 if TYPE_CHECKING:
@@ -28,20 +28,40 @@ def circuit(graph: nx.MultiDiGraph, title: str | None = None, min_share: float =
     scale = -scale if graph.graph["sign"] == "patched_minus_clean" else scale
     places, bands = _place(nodes)
     figure = go.Figure()
-    drawn = 0
     for sender, receiver, data in sorted(graph.edges(data=True), key=lambda edge: edge[2]["weight"]):
         if sender in places and receiver in places and data["weight"] >= min_share * abs(scale):
-            _edge(figure, places[sender], places[receiver], f"{sender} → {receiver}", data, scale)
-            drawn += 1
+            _edge(
+                figure, places[sender], places[receiver], f"{sender} → {receiver}", data, scale, list(places.values())
+            )
     _bands(figure, bands, places)
     _nodes(figure, nodes, places, scale)
     top, bottom = (pick(y for _, y in places.values()) for pick in (max, min))
     height = int(_PIXELS_PER_ROW * (top - bottom + 2.2) + 90)
-    style.layout(figure, title or f"{len(nodes)} nodes and {drawn} edges carry the answer", height, showlegend=False)
+    style.layout(figure, title or main_route(graph), height, showlegend=False)
     figure.update_xaxes(visible=False, range=[-0.7, max(x for x, _ in places.values()) + 1.1])
     figure.update_yaxes(visible=False, range=[bottom - 1.0, top + 1.2])
     figure.update_layout(margin={"l": 10, "r": 10, "b": 10}, hovermode="closest")
     return figure
+
+
+def main_route(graph: nx.MultiDiGraph) -> str:
+    """The way from the first node of the circuit to the answer that follows the strongest edge out of every node, in words."""
+    inside = [name for name, data in graph.nodes(data=True) if data["in_circuit"] and graph.out_degree(name)]
+    if not inside:
+        return "No node of this graph sends anything to another"
+    images = [name for name in inside if graph.nodes[name]["kind"] == "input"]
+    node = max(images or inside, key=lambda name: abs(graph.nodes[name]["score"]))
+    route = [node]
+    while graph.out_degree(node):
+        node = max(graph.out_edges(node, data=True), key=lambda edge: edge[2]["weight"])[1]
+        route.append(node)
+    return "Main route: " + " → ".join(_spoken(name, graph.nodes[name]) for name in route)
+
+
+def _spoken(name: str, data: dict[str, Any]) -> str:
+    if data["kind"] in ("input", "connector"):
+        return str(data["label"])
+    return "answer" if data["kind"] in ("logit", "action") else name
 
 
 def _place(nodes: dict[str, Any]) -> tuple[dict[str, tuple[float, float]], list[tuple[str, float, float]]]:
@@ -94,14 +114,10 @@ def _edge(
     name: str,
     data: dict[str, Any],
     scale: float,
+    others: Sequence[tuple[float, float]],
 ) -> None:
-    (x0, y0), (x1, y1) = start, end
     share = data["score"] / scale
-    # Long edges bow outwards, away from the nodes of the columns they pass.
-    bow = 0.0 if x1 - x0 < 1.5 else 0.42 * (x1 - x0) * (1 if y0 + y1 >= 0 else -1)
-    steps = [step / 24 for step in range(25)]
-    xs = [x0 + (x1 - x0) * t for t in steps]
-    ys = [y0 + (y1 - y0) * (3 * t * t - 2 * t**3) + bow * 4 * t * (1 - t) * 0.5 for t in steps]
+    xs, ys = _curve(start, end, others)
     colour = "217,72,15" if share >= 0 else "47,111,219"
     figure.add_scatter(
         x=xs,
@@ -114,6 +130,26 @@ def _edge(
         text=f"{name}<br>{style.signed_percent(share)} of the answer",
         hovertemplate="%{text}<extra></extra>",
     )
+
+
+def _curve(
+    start: tuple[float, float], end: tuple[float, float], others: Sequence[tuple[float, float]]
+) -> tuple[list[float], list[float]]:
+    """A smooth line from left to right, bowed just far enough to pass the nodes between its ends and their labels."""
+    (x0, y0), (x1, y1) = start, end
+    steps = [step / 24 for step in range(25)]
+    between = [(x, y) for x, y in others if x0 + 0.1 < x < x1 - 0.1]
+
+    def height(t: float, bow: float) -> float:
+        return y0 + (y1 - y0) * (3 * t * t - 2 * t**3) + bow * 4 * t * (1 - t)
+
+    def clearance(bow: float) -> float:
+        # A node's label hangs below it, so what matters is the distance from a point a little under its centre.
+        return min((abs(height((x - x0) / (x1 - x0), bow) - (y - 0.2)) for x, y in between), default=1.0)
+
+    bows = sorted((step / 8 for step in range(-20, 21)), key=abs)
+    bow = next((bow for bow in bows if clearance(bow) >= 0.45), max(bows, key=clearance))
+    return [x0 + (x1 - x0) * t for t in steps], [height(t, bow) for t in steps]
 
 
 def _nodes(figure: go.Figure, nodes: dict[str, Any], places: dict[str, tuple[float, float]], scale: float) -> None:
@@ -137,9 +173,8 @@ def _nodes(figure: go.Figure, nodes: dict[str, Any], places: dict[str, tuple[flo
         ],
         hovertemplate="%{text}<extra></extra>",
     )
-    letters = set(TOWER_LETTERS.values())
     for name in names:
-        short = name.split(".", 1)[1] if name.split(".")[0] in letters else name
+        short = nodes[name]["label"] if nodes[name]["kind"] == "input" else name.split(".", 1)[1]
         text = (
             nodes[name]["label"].replace("(", "<br>(").replace(" - ", " \N{MINUS SIGN} ")
             if plain[name]

@@ -56,7 +56,7 @@ def lens_rows(
         cols=len(headings),
         column_titles=headings,
         horizontal_spacing=0.012,
-        vertical_spacing=0.12,
+        vertical_spacing=0.16,
     )
     limit = max((_limit(row.lenses) for row in rows), default=1.0) or 1.0
     for number, row in enumerate(rows, start=1):
@@ -69,10 +69,10 @@ def lens_rows(
         for column, (_, which, layer) in enumerate(panels, start=2 if pictured else 1):
             grid = row.lenses[which].patch_grid(layer)
             _add_grid(figure, grid, number, column)
-            _add_last(figure, row.lenses[which], layer, number, column)
+            _add_last(figure, row.lenses[which], layer, number, column, limit, colors)
             _mark(figure, changed, grid.shape[0], grid.shape[1], number, column)
     width = 1060 / len(headings)
-    style.layout(figure, title, int(130 + len(rows) * (width + 40)), margin={"l": 34, "r": 30, "t": 104, "b": 28})
+    style.layout(figure, title, int(140 + len(rows) * (width + 46)), margin={"l": 34, "r": 30, "t": 104, "b": 36})
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     bar = {
@@ -115,14 +115,25 @@ def _add_grid(figure: go.Figure, grid: torch.Tensor, row: int, column: int) -> N
     _square(figure, grid.shape[0], row, column)
 
 
-def _add_last(figure: go.Figure, result: LensResult, layer: Any, row: int, column: int) -> None:
+def _add_last(
+    figure: go.Figure,
+    result: LensResult,
+    layer: Any,
+    row: int,
+    column: int,
+    limit: float,
+    colors: tuple[style.Color, style.Color] | None,
+) -> None:
     """Below a map, the reading at the last position, where that is a word and not a patch."""
     if result.places[0, -1, 2] >= 0:
         return
     value = float(result.values[result.axes["layer"].index(layer), 0, -1, 0])
     text = f"last word {value:+.1f}".replace("-", "\N{MINUS SIGN}")
-    where = {"xref": "x domain", "yref": "y domain", "x": 0.5, "y": -0.02, "yanchor": "top"}
-    figure.add_annotation(text=text, showarrow=False, font={"size": 12}, **where, row=row, col=column)
+    where = {"xref": "x domain", "yref": "y domain", "x": 0.5, "y": -0.06, "yanchor": "top"}
+    paint = style.tint(value / limit, colors)
+    figure.add_annotation(
+        text=text, showarrow=False, font={"size": 12}, borderpad=3, **paint, **where, row=row, col=column
+    )
 
 
 def _add_picture(figure: go.Figure, picture: np.ndarray[Any, Any], row: int) -> None:

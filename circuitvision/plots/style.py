@@ -66,6 +66,17 @@ td.number, th.number {{ text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
+def tint(strength: float, colors: tuple[Color, Color] | None = None) -> dict[str, object]:
+    """Background of a label whose value is ``strength`` (-1 … 1) of the scale :func:`diverging`, and a border where it is faint."""
+    low, high = colors or ((33, 87, 190), (208, 63, 8))
+    red, green, blue = high if strength >= 0 else low
+    return {
+        "bgcolor": f"rgba({red},{green},{blue},{min(abs(strength), 1.0) * 0.75:.2f})",
+        "bordercolor": "rgba(128,128,128,0.4)",
+        "borderwidth": 1,
+    }
+
+
 def layout(figure: go.Figure, title: str, height: int, **more: object) -> go.Figure:
     """Give a figure the common look; returns it."""
     figure.update_layout(
