@@ -100,10 +100,14 @@ class Quickstart:
             f"{selected} heads in the graph together restore {_percent(self.importance.joint)}."
         )
         vision = [(name, share) for name, share, _ in self.importance.ranking() if parse_id(name).tower == "vision"]
-        if vision and max(abs(share) for _, share in vision) < 0.05:
+        past = sum(
+            e["score"] for e in self.importance.edges if (e["sender"], e["receiver"]) == ("v.input", "x.projector")
+        )
+        if vision and swing and max(abs(share) for _, share in vision) < 0.05:
+            frozen = sum(parse_id(name).tower == "vision" for name in self.importance.selected)
             said += (
-                " No head of the vision tower moves more than 5%: what differs between the images reaches the projector "
-                "without being moved between patches."
+                f" No single head of the vision tower moves 5%: with its {frozen} strongest heads held at the corrupt run's "
+                f"values, {_percent(past / swing)} of the image's effect still reaches the answer through the projector."
             )
         return said
 
