@@ -160,7 +160,8 @@ def _contrast(tower: Tower, embedding: Tensor, context: ActivationCache | None) 
 def unembedding(tower: Tower) -> tuple[nn.Module, str] | None:
     """The linear head that reads this tower, and what kind of weight it is: "W_U" or "W_proj"."""
     readout = tower.spec.readout
-    if readout is None:
+    if readout is None or readout.second_head is not None:
+        # The mean of two heads that read two positions is no single matrix.
         return None
     if readout.head is not None:
         return require(tower.module, readout.head, "head"), "W_proj" if readout.finish == "contrast" else "W_U"

@@ -198,6 +198,8 @@ class HookedModel(TextTools):
         return mapping
 
     def _forward(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Tensor:
+        if kwargs:
+            inputs.check_names(self, kwargs)
         with self.engine.run():
             output = self.module(**mapping, **kwargs)
         return output[self.family.output] if isinstance(output, Mapping) else getattr(output, self.family.output)

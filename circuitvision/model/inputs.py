@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, nearest
 from circuitvision.model.tokens import Packing
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
             f"{' and '.join(missing)} missing: the model would draw them at random, and no two runs could be compared. "
             "model.inputs(…, seed=0) fills them."
         )
+    check_names(model, inputs)
     _check_devices(model, inputs)
     _check_mask(inputs)
     pixels = inputs.get("pixel_values")
@@ -46,6 +49,36 @@ def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
         _check_images(model, inputs, pixels)
     if inputs.get("input_ids") is not None and model.image_token_id is not None:
         _check_image_tokens(model, inputs, pixels)
+
+
+EVERYWHERE = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
+"""Keywords that transformers takes from any call, whatever the signature says."""
+
+
+def check_names(model: HookedModel, names: Iterable[str]) -> None:
+    """Raise InputError for a keyword that nothing in the model reads: transformers would swallow it in silence."""
+    known = _named_inputs(tuple({type(part) for part in model.module.modules() if hasattr(part, "main_input_name")}))
+    for name in names:
+        if name not in known and name not in _made_by(model.processor):
+            near = ", ".join(nearest(name, known))
+            raise InputError(f"Nothing in this model reads {name!r}. Nearest: {near}.")
+
+
+@lru_cache(maxsize=256)
+def _named_inputs(classes: tuple[type, ...]) -> frozenset[str]:
+    found = set(EVERYWHERE)
+    for cls in classes:
+        for method in (getattr(cls, "forward", None), getattr(cls, "get_image_features", None)):
+            if method is not None:
+                parameters = inspect.signature(method).parameters.values()
+                found |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return frozenset(found - {"self"})
+
+
+def _made_by(processor: Any) -> set[str]:
+    """What a processor makes, whether or not the model reads it."""
+    parts = (processor, *(getattr(processor, name, None) for name in ("tokenizer", "image_processor")))
+    return {name for part in parts for name in getattr(part, "model_input_names", None) or ()}
 
 
 class Checked:
