@@ -37,7 +37,12 @@ def load_module(
         raise InputError(f"{name} is not a folder with a config.json; save one with model.save_pretrained(folder).")
     if device is not None and device_map is not None:
         raise InputError("Give device or device_map, not both.")
-    config = transformers.AutoConfig.from_pretrained(str(Path(name).expanduser()) if looks_local else name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(Path(name).expanduser()) if looks_local else name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name} is neither a folder here nor a checkpoint that could be fetched: {str(error).splitlines()[0]}"
+        ) from error
     class_name = next((cls for cls in getattr(config, "architectures", None) or () if cls in FAMILIES), None)
     if class_name is None:
         found = ", ".join(getattr(config, "architectures", None) or ()) or "no architecture"
