@@ -144,13 +144,15 @@ def sample_question_pairs(
 
     The changed attribute is the one asked about: the colour, the shape, or the cell (moved into the other half of the picture). The
     question still has exactly one answer in the corrupt scene, and the corrupt subject is drawn from ``subjects`` and ``distractors``.
+    The subjects of the clean scenes take turns, so that no fixed guess is right more often than one subject's share.
     """
     attribute = {"color": "color", "color_at": "color", "shape": "shape", "shape_at": "shape"}.get(kind, "cell")
     rng = np.random.default_rng(seed)
     found: list[QuestionPair] = []
     while len(found) < count:
+        subject = subjects[len(found) % len(subjects)]
         scene, question = sample_questions(
-            1, int(rng.integers(2**31)), kinds=[kind], subjects=subjects, distractors=distractors, sizes=sizes
+            1, int(rng.integers(2**31)), kinds=[kind], subjects=[subject], distractors=distractors, sizes=sizes
         )[0]
         index = scene.objects.index(question.subject)
         pair = _changed_answer(scene, question, index, attribute, rng, {*subjects, *distractors})
