@@ -146,8 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    seconds = options.seconds if options.seconds is not None else (1.0 if options.quick else 60.0)
-    min_rounds = 3 if options.quick else 5
+    seconds = options.seconds if options.seconds is not None else (1.0 if options.quick else 30.0)
+    min_rounds = 3
     names = options.shapes or (["vit-small"] if options.quick else list(SHAPES))
     about, tables, models = surroundings(device), [], {}
     with torch.no_grad():

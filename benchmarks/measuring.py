@@ -58,10 +58,11 @@ def _sample(run: Run, repeats: int, device: torch.device) -> tuple[float, float]
 def interleaved(
     runs: Mapping[str, Run], reference: str, device: torch.device, seconds: float, min_rounds: int, seed: int = 0
 ) -> dict[str, Timing]:
-    """Time every run in rounds until ``seconds`` of wall time are spent (at least ``min_rounds``); ``"reference again"`` is the noise."""
+    """Time every run in rounds until ``seconds`` of wall time are spent (at least ``min_rounds``); ``"reference again"`` is the noise.
+
+    Every run must have run before, so that nothing is timed that only the first run does.
+    """
     runs = {**runs, "reference again": runs[reference]}
-    for run in runs.values():
-        run()
     single, _ = _sample(runs[reference], 1, device)
     repeats = max(1, round(0.02 / single))
     order = list(runs)
