@@ -400,11 +400,13 @@ def _with_gradients(
     device: torch.device | str | None,
 ) -> ActivationCache:
     """The cache with the gradient of the summed metric at every site under ``name + "_grad"``, all detached."""
-    value = call_metric(metric, logits, mapping)
+    with torch.enable_grad():
+        value = call_metric(metric, logits, mapping)
+        value = value.sum() if isinstance(value, Tensor) else value
     if not isinstance(value, Tensor) or not value.requires_grad:
         raise InputError("metric(logits) must be a tensor computed from the logits by differentiable operations.")
     names = [name for name in cache if cache[name].requires_grad]
-    found = torch.autograd.grad(value.sum(), [cache[name] for name in names], allow_unused=True)
+    found = torch.autograd.grad(value, [cache[name] for name in names], allow_unused=True)
     values: dict[str, Any] = {name: cache[name].detach() for name in cache}
     for name, grad in zip(names, found, strict=True):
         values[f"{name}_grad"] = torch.zeros_like(values[name]) if grad is None else grad
