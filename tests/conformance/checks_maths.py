@@ -44,16 +44,24 @@ def sites_follow_from_those_before(setting: Setting) -> None:
 def edits_land_where_they_were_made(setting: Setting) -> None:
     """The same equations in runs where one kind of site is edited in every block: all consumers see the edit, nothing else does."""
     model = setting.model()
-    inputs = setting.inputs(model)
+    inputs = setting.inputs(model, batch=setting.batch if setting.thorough else 2)
     for key, names in groups(model).items():
         if ".blocks." not in key and not key.endswith("hook_input"):
             continue
         tower, kind = key.split(".")[0], key.split(".blocks.")[-1]
         watched = [f"{tower}.**"] + ["language.**"] * (tower == "action")
+        written: dict[str, Tensor] = {}
+
+        def edit(value: Tensor, hook: Any, written: dict[str, Tensor] = written) -> Tensor:
+            written[hook.name] = disturb(seed=1)(value, hook)
+            return written[hook.name].clone()
+
         with setting.mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with model.hooks([(name, disturb(seed=1)) for name in names]):
+            with model.hooks([(name, edit) for name in names]):
                 _, cache = model.run_with_cache(inputs, watched)
+            for name in names:
+                same(cache[name], written[name], f"{name} as edited")
             hold(model, setting, cache, names, tower, kind)
 
 

@@ -27,7 +27,7 @@ from tests.conformance.setting import (
     vision_of,
 )
 
-LIVE_BATCH = 12
+LIVE_BATCH = 8
 
 
 class Liveness:
