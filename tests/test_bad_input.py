@@ -75,7 +75,13 @@ def test_a_filter_that_matches_nothing_raises(names_filter: Any, checked: Any) -
 def test_a_name_missing_from_a_cache_raises(checked: Any) -> None:
     model, inputs = checked("clip")
     _, cache = model.run_with_cache(inputs, "vision.**")
-    for key in ("text.blocks.0.attn.hook_z", "vision.blocks.0.attn.hook_zz", ("vision", "z", 17), ("audio", "z", 0), ("vision", "scale", 0)):
+    for key in (
+        "text.blocks.0.attn.hook_z",
+        "vision.blocks.0.attn.hook_zz",
+        ("vision", "z", 17),
+        ("audio", "z", 0),
+        ("vision", "scale", 0),
+    ):
         with pytest.raises(UnknownSiteError):
             cache[key]
         assert key not in cache
@@ -115,7 +121,16 @@ def test_an_unknown_keyword_is_not_swallowed(checked: Any) -> None:
 # ---- hooks
 
 
-@pytest.mark.parametrize("site", [RESID, PATTERN, "vision.blocks.1.hook_resid_mid", "vision.blocks.1.attn.hook_result", "vision.blocks.1.ln1.hook_scale"])
+@pytest.mark.parametrize(
+    "site",
+    [
+        RESID,
+        PATTERN,
+        "vision.blocks.1.hook_resid_mid",
+        "vision.blocks.1.attn.hook_result",
+        "vision.blocks.1.ln1.hook_scale",
+    ],
+)
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
@@ -128,7 +143,9 @@ def test_an_unknown_keyword_is_not_swallowed(checked: Any) -> None:
         (lambda v: (v,), "tuple"),
     ],
 )
-def test_a_hook_that_answers_something_else(site: str, answer: Callable[[Tensor], Any], says: str, checked: Any) -> None:
+def test_a_hook_that_answers_something_else(
+    site: str, answer: Callable[[Tensor], Any], says: str, checked: Any
+) -> None:
     model, inputs = checked("vit")
     with torch.no_grad():
         before = model(inputs)
@@ -139,7 +156,10 @@ def test_a_hook_that_answers_something_else(site: str, answer: Callable[[Tensor]
         assert torch.equal(model(inputs), before)
 
 
-@pytest.mark.parametrize("entry", ["vision.hook_embed", ("vision.hook_embed",), ("vision.hook_embed", None), (nothing, "vision.hook_embed"), None])
+@pytest.mark.parametrize(
+    "entry",
+    ["vision.hook_embed", ("vision.hook_embed",), ("vision.hook_embed", None), (nothing, "vision.hook_embed"), None],
+)
 def test_a_malformed_hook_entry(entry: Any, checked: Any) -> None:
     model, inputs = checked("vit")
     with pytest.raises(CircuitVisionError):
@@ -174,7 +194,7 @@ def test_tensors_of_another_device_or_dtype(case: Case, checked: Any) -> None:
         try:
             out = model({**inputs, "pixel_values": inputs["pixel_values"].double()})
         except InputError as error:
-            assert "pixel_values" in str(error)
+            assert "pixel_values" in str(error)  # noqa: PT017
         else:
             assert torch.equal(out, expected), "the model casts pixels to its own dtype"
 
@@ -192,7 +212,7 @@ def test_images_of_another_size(case: Case, checked: Any) -> None:
 
 def test_the_error_of_an_image_says_both_sizes(checked: Any) -> None:
     model, _ = checked("vit-wide")
-    with pytest.raises(InputError, match="20x12.*12x20"):
+    with pytest.raises(InputError, match=r"20x12.*12x20"):
         model({"pixel_values": torch.zeros(1, 3, 20, 12)})
     with pytest.raises(InputError, match="channel"):
         model({"pixel_values": torch.zeros(1, 12, 20, 3)})
@@ -317,7 +337,7 @@ def test_folders_that_hold_no_supported_model(tmp_path: Path) -> None:
     with pytest.raises(CircuitVisionError):
         cv.HookedModel.from_pretrained(tmp_path)
     transformers.GPT2Config(n_layer=1).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="gpt2|GPT2"):
+    with pytest.raises(UnsupportedModelError, match=r"gpt2|GPT2"):
         cv.HookedModel.from_pretrained(tmp_path)
     with pytest.raises((CircuitVisionError, OSError)):
         cv.HookedModel.from_pretrained(tmp_path / "absent")
@@ -326,7 +346,11 @@ def test_folders_that_hold_no_supported_model(tmp_path: Path) -> None:
 def test_two_wrappers_of_one_module_do_not_mix_up_attention(checked: Any) -> None:
     model, inputs = checked("vit")
     other = cv.HookedModel(model.module)
-    with pytest.raises(HookError, match="one HookedModel"), model.hooks([(PATTERN, nothing)]), other.hooks([(PATTERN, nothing)]):
+    with (
+        pytest.raises(HookError, match="one HookedModel"),
+        model.hooks([(PATTERN, nothing)]),
+        other.hooks([(PATTERN, nothing)]),
+    ):
         pass
     with torch.no_grad():
         assert torch.equal(other(inputs), model(inputs))

@@ -17,7 +17,9 @@ from tests.conformance.setting import Setting, close, same
 from tests.zoo import CASES, Case, cases, parametrize, shared_model
 
 
-def run(name: str, batch: int = 2, names: Any = None, **options: Any) -> tuple[cv.HookedModel, dict[str, Any], Tensor, ActivationCache]:
+def run(
+    name: str, batch: int = 2, names: Any = None, **options: Any
+) -> tuple[cv.HookedModel, dict[str, Any], Tensor, ActivationCache]:
     model = cv.HookedModel(shared_model(name))
     inputs = CASES[name].inputs(model.module, batch=batch)
     with torch.no_grad():
@@ -31,7 +33,13 @@ def run(name: str, batch: int = 2, names: Any = None, **options: Any) -> tuple[c
 def test_filters_select_what_they_say() -> None:
     model, inputs, _, everything = run("llava-clip-llama")
     derived = [name for name in model.sites() if name not in everything._values]
-    assert {name.rpartition(".")[2] for name in derived} == {"hook_result", "hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in"}
+    assert {name.rpartition(".")[2] for name in derived} == {
+        "hook_result",
+        "hook_q_input",
+        "hook_k_input",
+        "hook_v_input",
+        "hook_mlp_in",
+    }
     chosen = {
         "vision.blocks.0.attn.hook_z": ["vision.blocks.0.attn.hook_z"],
         "*.blocks.1.hook_resid_post": ["vision.blocks.1.hook_resid_post", "language.blocks.1.hook_resid_post"],
@@ -40,7 +48,9 @@ def test_filters_select_what_they_say() -> None:
     }
     for glob, names in chosen.items():
         assert list(model.run_with_cache(inputs, glob)[1]) == names
-    assert list(model.run_with_cache(inputs, lambda name: name.endswith("hook_pattern"))[1]) == model.sites("**.hook_pattern")
+    assert list(model.run_with_cache(inputs, lambda name: name.endswith("hook_pattern"))[1]) == model.sites(
+        "**.hook_pattern"
+    )
     both = model.run_with_cache(inputs, ["language.hook_embed", "vision.blocks.*.hook_attn_out"])[1]
     assert list(both) == [*model.sites("vision.blocks.*.hook_attn_out"), "language.hook_embed"]
 
@@ -106,7 +116,11 @@ def test_parts_of_the_stream_add_up_at_every_layer(case: Case) -> None:
             assert len(parts) == len(labels) == 1 + 2 * layer
             close(parts.sum(0), cache[site], f"{site} from its parts")
             if not at_end:
-                close(cache.decompose_resid(name, layer, mlp_input=True).sum(0), cache[f"{name}.blocks.{layer}.hook_resid_mid"], site)
+                close(
+                    cache.decompose_resid(name, layer, mlp_input=True).sum(0),
+                    cache[f"{name}.blocks.{layer}.hook_resid_mid"],
+                    site,
+                )
             stack, labels = cache.accumulated_resid(name, layer, incl_mid=True, return_labels=True)
             assert len(stack) == len(labels) == 2 * layer + 1
             same(stack[-1], cache[site], f"{site} accumulated")
@@ -130,7 +144,12 @@ def _heads_add_up(tower: Any, name: str, cache: ActivationCache) -> None:
         close(total, cache[f"{name}.blocks.{layer}.hook_attn_out"], f"{name} heads of layer {layer}")
 
 
-@pytest.mark.parametrize("case", [c for c in cases(without=("softcap",)) if "language" in c.towers and c.family != "pi0"] + cases("classifier", "class_token"), ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in cases(without=("softcap",)) if "language" in c.towers and c.family != "pi0"]
+    + cases("classifier", "class_token"),
+    ids=str,
+)
 def test_contributions_add_up_to_the_logit(case: Case) -> None:
     """logit_attrs over all parts, plus the norm's bias and b_U, is the logit difference itself."""
     model, _, out, cache = run(case.name)
@@ -155,12 +174,23 @@ def test_frozen_norm_of_the_whole_stream_is_the_norm() -> None:
         tower = model.towers[tower_name]
         final = cache[f"{tower_name}.blocks.{tower.cfg.n_layers - 1}.hook_resid_post"]
         with torch.no_grad():
-            close(cache.apply_ln_to_stack(final[None], tower_name, bias=True)[0], tower.final_norm(final), "final norm", 1e-5)
+            close(
+                cache.apply_ln_to_stack(final[None], tower_name, bias=True)[0],
+                tower.final_norm(final),
+                "final norm",
+                1e-5,
+            )
             for part in ("ln1", "ln2"):
                 resid = cache[f"{tower_name}.blocks.1.hook_resid_{'pre' if part == 'ln1' else 'mid'}"]
-                normed = cache.apply_ln_to_stack(resid[None], tower_name, layer=1, mlp_input=part == "ln2", bias=True)[0]
+                normed = cache.apply_ln_to_stack(resid[None], tower_name, layer=1, mlp_input=part == "ln2", bias=True)[
+                    0
+                ]
                 close(normed, tower.blocks[1].part(part).forward(resid), part, 1e-5)
-            close(cache.accumulated_resid(tower_name, apply_ln=True)[-1], cache.apply_ln_to_stack(final[None], tower_name)[0], "apply_ln")
+            close(
+                cache.accumulated_resid(tower_name, apply_ln=True)[-1],
+                cache.apply_ln_to_stack(final[None], tower_name)[0],
+                "apply_ln",
+            )
 
 
 # ---- options of a run
@@ -182,7 +212,11 @@ def test_stopping_at_a_layer_gives_the_stream_there(case: Case) -> None:
             assert all(f"{name}.blocks.{before}.hook_attn_out" in partial._values for before in range(at))
         if name == last:
             with torch.no_grad():
-                same(model.run_with_cache(inputs, f"{name}.**", stop_at_layer=1)[0], model.run_with_cache(inputs, f"{name}.**", stop_at_layer=(name, 1))[0], "int")
+                same(
+                    model.run_with_cache(inputs, f"{name}.**", stop_at_layer=1)[0],
+                    model.run_with_cache(inputs, f"{name}.**", stop_at_layer=(name, 1))[0],
+                    "int",
+                )
     with torch.no_grad():
         close(model(inputs), run(case.name)[2], "the next run is whole again")
 
@@ -194,18 +228,24 @@ def test_removing_the_batch_dimension() -> None:
         same(flat[name], cache[name][0], name)
     same(flat["vision", "result", 1], cache["vision", "result", 1][0], "derived")
     assert not flat.has_batch_dim
-    assert len(inputs) == 1 and len(model.towers) == 1
+    assert (len(inputs), len(model.towers)) == (1, 1)
 
 
 def test_recorded_gradients_have_their_own_names_and_leave_parameters_alone() -> None:
     model = cv.HookedModel(copy.deepcopy(shared_model("clip")))
     inputs = CASES["clip"].inputs(model.module, batch=2)
-    out, cache = model.run_with_cache(inputs, "vision.blocks.*.hook_resid_post", incl_bwd=True, metric=lambda logits: logits[:, 0])
-    assert set(cache) == {f"vision.blocks.{layer}.hook_resid_post{suffix}" for layer in range(3) for suffix in ("", "_grad")}
+    out, cache = model.run_with_cache(
+        inputs, "vision.blocks.*.hook_resid_post", incl_bwd=True, metric=lambda logits: logits[:, 0]
+    )
+    assert set(cache) == {
+        f"vision.blocks.{layer}.hook_resid_post{suffix}" for layer in range(3) for suffix in ("", "_grad")
+    }
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(value.requires_grad for value in cache.values())
     seen: list[Any] = []
-    model.run_with_cache(inputs, "vision.hook_embed", incl_bwd=True, metric=lambda logits, given: seen.append(given) or logits.sum())
+    model.run_with_cache(
+        inputs, "vision.hook_embed", incl_bwd=True, metric=lambda logits, given: seen.append(given) or logits.sum()
+    )
     assert seen[0].keys() == inputs.keys()
     assert not out.requires_grad
 
@@ -315,7 +355,11 @@ def test_a_saved_cache_comes_back(name: str, tmp_path: Path) -> None:
     same(again["vision", "result", 0], cache["vision", "result", 0], "derived from a loaded cache")
     tower = model.towers[list(model.towers)[-1]]
     resid = again[tower.name, "resid_post", -1]
-    same(tower.readout(resid, context=again).detach(), tower.readout(cache[tower.name, "resid_post", -1], context=cache).detach(), "read-out")
+    same(
+        tower.readout(resid, context=again).detach(),
+        tower.readout(cache[tower.name, "resid_post", -1], context=cache).detach(),
+        "read-out",
+    )
 
 
 def test_a_saved_recording_keeps_its_steps(tmp_path: Path) -> None:

@@ -202,7 +202,12 @@ def test_no_code_here_boots_a_bridge_that_installs_packages() -> None:
     root = Path(cv.__file__).parent
     folders = [root, root.parent / "tests", root.parent / "benchmarks"]
     calls = re.compile(r"boot_transformers\s*\(")
-    found = [path.name for folder in folders for path in folder.rglob("*.py") if calls.search(path.read_text(encoding="utf-8"))]
+    found = [
+        path.name
+        for folder in folders
+        for path in folder.rglob("*.py")
+        if calls.search(path.read_text(encoding="utf-8"))
+    ]
     assert not found, f"boot_transformers is called in {found}"
 
 

@@ -66,7 +66,10 @@ def test_words_are_found_at_their_position(case: Case) -> None:
                 assert tokens.kind[row, position] == "text"
         assert any(tokens.find(word, row=row) for word in ("circle", "square", "shape"))
         image = inputs["input_ids"][row] == model.image_token_id
-        assert tokens.positions("text", row=row) == ((inputs["attention_mask"][row] == 1) & ~image).nonzero().flatten().tolist()
+        assert (
+            tokens.positions("text", row=row)
+            == ((inputs["attention_mask"][row] == 1) & ~image).nonzero().flatten().tolist()
+        )
 
 
 @parametrize("two_images", "generates", without=("resampled",))
@@ -107,7 +110,10 @@ def test_other_image_sizes_have_other_grids(name: str, size: tuple[int, int]) ->
         clean = model.run_with_cache(inputs, "vision.hook_embed")[1]["vision.hook_embed"]
         pixels = inputs["pixel_values"].clone()
         pixels[1, :, :patch, -patch:] += 1.0
-        moved = model.run_with_cache({**inputs, "pixel_values": pixels}, "vision.hook_embed")[1]["vision.hook_embed"] != clean
+        moved = (
+            model.run_with_cache({**inputs, "pixel_values": pixels}, "vision.hook_embed")[1]["vision.hook_embed"]
+            != clean
+        )
     corner = tokens.in_box(size[1] - patch, 0, size[1], patch, row=1)
     assert len(corner) == 1
     hit = moved[1].any(-1).nonzero().flatten().tolist()
@@ -156,7 +162,10 @@ def test_tiled_and_newline_positions_of_llava_next() -> None:
     inputs = case.inputs(model.module, batch=1, image_size=(12, 24))
     tokens = model.tokens(inputs)["language"]
     newlines = tokens.positions("newline")
-    thumbnail, tiled = tokens.positions("patch", tile=0), [p for p in tokens.positions("patch") if tokens.tile[0, p] > 0]
+    thumbnail, tiled = (
+        tokens.positions("patch", tile=0),
+        [p for p in tokens.positions("patch") if tokens.tile[0, p] > 0],
+    )
     assert len(thumbnail) == 9
     assert len(newlines) == 3
     assert len(tiled) == 3 * 6

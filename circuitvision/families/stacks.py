@@ -56,7 +56,9 @@ _DINOV2: dict[str, Any] = {
     "mlp_add": "layer_scale2",
 }
 DINOV2_BLOCK = BlockLayout(**_DINOV2, mlp_in="mlp.fc1", mlp_out="mlp.fc2")
-DINOV2_GATED_BLOCK = BlockLayout(**_DINOV2, mlp_gate="mlp.gate_proj", mlp_in="mlp.up_proj", mlp_out="mlp.down_proj", act="silu")
+DINOV2_GATED_BLOCK = BlockLayout(
+    **_DINOV2, mlp_gate="mlp.gate_proj", mlp_in="mlp.up_proj", mlp_out="mlp.down_proj", act="silu"
+)
 _LLAMA: dict[str, Any] = {
     "ln1": "input_layernorm",
     "attn": "self_attn",

@@ -146,7 +146,9 @@ class ActivationCache(Mapping[str, Any]):
         for name, value in self._values.items():
             if isinstance(value, list):
                 steps[name] = len(value)
-                flat.update({f"{name}@{step}": part.detach().cpu().contiguous().clone() for step, part in enumerate(value)})
+                flat.update(
+                    {f"{name}@{step}": part.detach().cpu().contiguous().clone() for step, part in enumerate(value)}
+                )
             else:
                 flat[name] = value.detach().cpu().contiguous().clone()
         temporary = path.with_name(path.name + ".part")

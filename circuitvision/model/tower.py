@@ -208,7 +208,8 @@ class Tower:
             patch_size=patch,
             n_prefix=len(self.prefix_kinds),
             attention=self.spec.attention or self.stack.attention,
-            act=block.layout.act or str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)),
+            act=block.layout.act
+            or str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)),
             norm="LayerNorm" if norm_spec(block.part("ln1")).centred else "RMSNorm",
             gated_mlp=block.has("mlp_gate"),
             rotary=block.layout.rotary,

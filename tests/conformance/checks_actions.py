@@ -42,7 +42,9 @@ def prefix_keys_and_values_reach_the_action(setting: Setting) -> None:
                     clean = model.run_with_hooks(inputs, [(name, lambda value, hook: None)])
                     out = model.run_with_hooks(inputs, [(name, disturb(where=here))])
                 moved = (out - clean).detach().abs().flatten(1).amax(1) > 0
-                assert torch.equal(moved, expected), f"{name} from position {shift}, padding {padding}: {moved.tolist()}"
+                assert torch.equal(moved, expected), (
+                    f"{name} from position {shift}, padding {padding}: {moved.tolist()}"
+                )
 
 
 def edited_keys_equal_an_edited_module(setting: Setting) -> None:
@@ -66,7 +68,9 @@ def edited_keys_equal_an_edited_module(setting: Setting) -> None:
             close(model.run_with_hooks(inputs, hooks), expected, f"velocity after scaling {letter}")
             sampling = {name: value for name, value in inputs.items() if name != "timestep"}
             with model.hooks(hooks):
-                close(model.sample_actions(inputs), module.sample_actions(**sampling), f"actions after scaling {letter}")
+                close(
+                    model.sample_actions(inputs), module.sample_actions(**sampling), f"actions after scaling {letter}"
+                )
 
 
 def denoising_steps_are_numbered(setting: Setting) -> None:
@@ -120,7 +124,7 @@ def randomness_is_refused(setting: Setting) -> None:
         try:
             model(copy.copy(partial))
         except InputError as error:
-            assert missing in str(error)
+            assert missing in str(error)  # noqa: PT017
         else:
             raise AssertionError(f"a run without {missing} must raise")
     base = {name: value for name, value in inputs.items() if name not in ("noise", "timestep")}

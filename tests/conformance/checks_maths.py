@@ -17,7 +17,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 2e-5}
 """Decoders take norms and softmaxes in float32 whatever the dtype of the weights."""
 
 
-def hold(model: cv.HookedModel, setting: Setting, cache: Any, edited: Iterable[str] = (), tower: str = "", kind: str = "") -> None:
+def hold(
+    model: cv.HookedModel, setting: Setting, cache: Any, edited: Iterable[str] = (), tower: str = "", kind: str = ""
+) -> None:
     """Every equation holds in this cache (in one tower, if named), but for the definitions of the edited sites."""
     skip = set(edited)
     for equation in Structure(model, setting.case).equations(cache, tower, kind):
@@ -155,10 +157,14 @@ def _compare(model: cv.HookedModel, inputs: Any, metric: Any, name: str, value: 
     direction = grad / size + random / random.norm()
     step = 5e-5 * length * direction
     with torch.no_grad():
-        ends = [float(metric(model.run_with_hooks(inputs, [(name, lambda v, hook, s=s: v + s * step)]))) for s in (1, -1)]
+        ends = [
+            float(metric(model.run_with_hooks(inputs, [(name, lambda v, hook, s=s: v + s * step)]))) for s in (1, -1)
+        ]
     measured, predicted = (ends[0] - ends[1]) / 2, float((grad * step).sum())
     allowed = 0.01 * size * float(step.norm())
-    return [] if abs(measured - predicted) <= allowed else [f"{name}: {measured:.4g} measured, {predicted:.4g} predicted"]
+    return (
+        [] if abs(measured - predicted) <= allowed else [f"{name}: {measured:.4g} measured, {predicted:.4g} predicted"]
+    )
 
 
 def values_do_not_depend_on_grad_mode(setting: Setting) -> None:
@@ -201,11 +207,15 @@ def backward_hooks_see_the_gradient(setting: Setting) -> None:
     _, cache = model.run_with_cache(inputs, [site, upstream], incl_bwd=True, metric=lambda out: (out * weights).sum())
     with torch.enable_grad():
         out = model.run_with_hooks(inputs, bwd_hooks=[(site, look), (upstream, look)])
-        torch.autograd.grad((out * weights).sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        torch.autograd.grad(
+            (out * weights).sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True
+        )
         close(seen[site], cache[f"{site}_grad"], site)
         close(seen[upstream], cache[f"{upstream}_grad"], upstream)
         assert seen[site].abs().max() > 0
         out = model.run_with_hooks(inputs, bwd_hooks=[(site, stop), (upstream, look)])
-        torch.autograd.grad((out * weights).sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        torch.autograd.grad(
+            (out * weights).sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True
+        )
     assert not seen[upstream].any(), "a replaced gradient still flows"
     assert not needs_eager(site)

@@ -148,7 +148,11 @@ def weights_are_the_modules_own(setting: Setting) -> None:
         if name == "text" or (name == "vision" and "interpolate_pos_encoding" not in inputs):
             positions = cache[f"{name}.hook_pos_embed"]
             table = tower.W_pos
-            if table.shape[0] >= positions.shape[1] and tower.cfg.grid is not None and "registers" not in setting.case.tags:
+            if (
+                table.shape[0] >= positions.shape[1]
+                and tower.cfg.grid is not None
+                and "registers" not in setting.case.tags
+            ):
                 same(positions[0], table[: positions.shape[1]].to(positions.dtype), f"{name}.W_pos")
         if name in ("text", "language"):
             _token_embedding(name, tower, inputs, cache, model.image_token_id if name == "language" else None)
@@ -197,7 +201,7 @@ def _unembedding(setting: Setting, name: str, tower: Any, cache: Any, out: Tenso
         assert "classifier" not in setting.case.tags or setting.case.name == "deit-teacher", f"{name} has no W_U"
         return
     if f"{name}.hook_readout" not in cache:
-        assert setting.case.family == "pi0" and name == "language"
+        assert (setting.case.family, name) == ("pi0", "language")
         return
     logits = cache[f"{name}.hook_readout"] @ w_u + tower.b_U
     if "softcap" in setting.case.tags:
@@ -300,7 +304,13 @@ def edits_of_keys_and_values_reach_the_next_step(setting: Setting) -> None:
             with torch.no_grad(), model.hooks([(name, _prompt_only(length))]):
                 edited = _two_steps(module, inputs, new)
                 longer = {
-                    key: torch.cat([inputs[key], new if key == "input_ids" else torch.full_like(new, int(key == "attention_mask"))], 1)
+                    key: torch.cat(
+                        [
+                            inputs[key],
+                            new if key == "input_ids" else torch.full_like(new, int(key == "attention_mask")),
+                        ],
+                        1,
+                    )
                     for key in ("input_ids", "attention_mask", "token_type_ids")
                     if key in inputs
                 }

@@ -43,7 +43,8 @@ class Liveness:
             fused = [name for name in self.model.sites() if not needs_eager(name)]
             self.clean, cache = self.model.run_with_cache(self.inputs, fused)
             self.clean_eager, self.cache = self.model.run_with_cache(self.inputs, "**")
-        assert set(self.cache) == set(self.model.sites()) and set(cache) == set(fused)
+        assert set(self.cache) == set(self.model.sites())
+        assert set(cache) == set(fused)
         self.visible = {
             name: (self.cache[name] > torch.finfo(torch.float32).min / 4).sum(-1)
             for name in self.cache
@@ -164,12 +165,16 @@ def _check_positions(live: Liveness, site: str, shape: torch.Size, dead: Tensor,
         moved = live.changes(site, clean, out)
         for example in range(live.n_examples):
             mine = owner == example
-            rows_dead = (dead | skip)[mine, at[example]] if not bool(dead[mine, at[example]].all()) else dead[mine, at[example]]
+            rows_dead = (
+                (dead | skip)[mine, at[example]] if not bool(dead[mine, at[example]].all()) else dead[mine, at[example]]
+            )
             if bool(skip[mine, at[example]].all()) and not bool(dead[mine, at[example]].any()):
                 continue
             alive = not bool(rows_dead.all())
             if (float(moved[example]) > 0) != alive:
-                wrong.append(f"{site} position {at[example]} changes {float(moved[example]):.3g}, declared {'live' if alive else 'dead'}")
+                wrong.append(
+                    f"{site} position {at[example]} changes {float(moved[example]):.3g}, declared {'live' if alive else 'dead'}"
+                )
     return wrong
 
 
@@ -193,7 +198,7 @@ def editing_a_dead_site_warns(setting: Setting) -> None:
 
 
 def returning_the_tensor_changes_nothing(setting: Setting) -> None:
-    """Returning the value, or a clone of it, leaves every bit of the output and of every other site; by kind of site (or some kinds together) and all at once."""
+    """Returning the value, or a clone, leaves every bit of the output and of every other site; some kinds at a time, and all at once."""
     model = setting.model()
     inputs = setting.inputs(model)
     by_kind = list(groups(model).values())
@@ -249,7 +254,7 @@ def _raises(kind: type[Exception], naming: str, call: Callable[[], Any]) -> None
     try:
         call()
     except kind as error:
-        assert naming in str(error), f"the error does not name {naming}: {error}"
+        assert naming in str(error), f"the error does not name {naming}: {error}"  # noqa: PT017
         return
     raise AssertionError(f"{kind.__name__} naming {naming} was expected")
 
@@ -263,11 +268,14 @@ def sites_fire_once_per_pass(setting: Setting) -> None:
     def count(value: Tensor, hook: Any) -> None:
         fired[hook.name] += 1
         assert hook.step == 0, f"{hook.name} is in step {hook.step} of a single forward"
-        assert hook.name.startswith(hook.tower) and hook.name.endswith(hook.site)
+        assert hook.name.startswith(hook.tower)
+        assert hook.name.endswith(hook.site)
 
     with setting.mode():
         model.run_with_hooks(inputs, [("**", count)])
-        assert fired == Counter(dict.fromkeys(model.sites(), 1)), (fired - Counter(model.sites())) or "some site did not fire"
+        assert fired == Counter(dict.fromkeys(model.sites(), 1)), (
+            fired - Counter(model.sites())
+        ) or "some site did not fire"
         for name, tower in model.towers.items():
             mlp, site = tower.blocks[-1].part("mlp"), f"{name}.blocks.{tower.cfg.n_layers - 1}.mlp.hook_post"
             original = mlp.forward
@@ -285,7 +293,7 @@ def exactly_the_expected_sites_exist(setting: Setting) -> None:
     expected, listed = expected_sites(setting.case), model.sites()
     assert len(listed) == len(set(listed)), "a site is listed twice"
     missing, extra = sorted(expected - set(listed)), sorted(set(listed) - expected)
-    assert not missing and not extra, f"missing {missing[:5]}, unexpected {extra[:5]}"
+    assert not missing + extra, f"missing {missing[:5]}, unexpected {extra[:5]}"
     last = model.towers["vision"].cfg.n_layers
     known = set(listed)
     for absent in (
@@ -306,7 +314,7 @@ def exactly_the_expected_sites_exist(setting: Setting) -> None:
                 call()
             except UnknownSiteError as error:
                 near = [name for name in known if name in str(error)]
-                assert len(near) >= 3 or len(known) < 3, f"{absent}: fewer than three names in {error}"
+                assert len(near) >= 3 or len(known) < 3, f"{absent}: fewer than three names in {error}"  # noqa: PT017
             else:
                 raise AssertionError(f"{absent!r} did not raise UnknownSiteError")
     assert not model.engine.handles, "an unknown site left handles"

@@ -23,7 +23,9 @@ def positions_are_what_the_map_says(setting: Setting) -> None:
             _, cache = model.run_with_cache(inputs, "*.hook_input")
         for name, tokens in maps.items():
             entering = cache[f"{name}.hook_input"]
-            assert tokens.kind.shape == entering.shape[:2], f"{name}: map {tokens.kind.shape}, run {tuple(entering.shape)}"
+            assert tokens.kind.shape == entering.shape[:2], (
+                f"{name}: map {tokens.kind.shape}, run {tuple(entering.shape)}"
+            )
             assert len(tokens.example) == entering.shape[0]
         _check_vision(setting, inputs, maps["vision"])
         if "language" in maps:
@@ -84,7 +86,8 @@ def patch_positions_carry_their_patch(setting: Setting) -> None:
         vision, language = maps["vision"], maps["language"]
         projected = projected.reshape(vision.n_rows, -1, projected.shape[-1])
         rows = {
-            (int(vision.example[row]), int(vision.image[row, -1]), int(vision.tile[row, -1])): row for row in range(vision.n_rows)
+            (int(vision.example[row]), int(vision.image[row, -1]), int(vision.tile[row, -1])): row
+            for row in range(vision.n_rows)
         }
         assert len(rows) == vision.n_rows, "two rows of the vision tower claim the same image and tile"
         for camera in (inputs["pixel_attention_mask"] == 0).nonzero().tolist() if setting.case.family == "pi0" else []:
@@ -92,7 +95,9 @@ def patch_positions_carry_their_patch(setting: Setting) -> None:
         _compare_patches(setting, model, rows, projected, entering, language)
 
 
-def _compare_patches(setting: Setting, model: Any, rows: dict[Any, int], projected: Tensor, entering: Tensor, language: Any) -> None:
+def _compare_patches(
+    setting: Setting, model: Any, rows: dict[Any, int], projected: Tensor, entering: Tensor, language: Any
+) -> None:
     n_columns = SHAPES[setting.case.name]["vision"].grid[1]  # type: ignore[index]
     kept = 0 if model.vision.drops_cls else SHAPES[setting.case.name]["vision"].n_prefix
     seen: set[tuple[int, ...]] = set()
@@ -105,8 +110,17 @@ def _compare_patches(setting: Setting, model: Any, rows: dict[Any, int], project
         key = (example, int(language.image[example, position]), int(language.tile[example, position]))
         index = 0
         if kind == "patch":
-            index = kept + int(language.patch_row[example, position]) * n_columns + int(language.patch_col[example, position])
-        close(entering[example, position], projected[rows[key], index], f"{language.labels(example)[position]} of {key}", 1e-6)
+            index = (
+                kept
+                + int(language.patch_row[example, position]) * n_columns
+                + int(language.patch_col[example, position])
+            )
+        close(
+            entering[example, position],
+            projected[rows[key], index],
+            f"{language.labels(example)[position]} of {key}",
+            1e-6,
+        )
         assert (*key, index) not in seen, "two positions claim the same patch"
         seen.add((*key, index))
     n_rows_used = len({key[:3] for key in seen})
@@ -117,7 +131,7 @@ def a_box_holds_the_pixels_of_its_patch(setting: Setting) -> None:
     """Changing only the pixels inside a patch's box changes only that patch of hook_embed, in its own row."""
     model = setting.model()
     inputs = setting.inputs(model, batch=min(2, setting.batch))
-    if "spatial_shapes" in inputs or inputs["pixel_values"].ndim == 5 and "tiles" in setting.case.tags:
+    if "spatial_shapes" in inputs or (inputs["pixel_values"].ndim == 5 and "tiles" in setting.case.tags):
         return
     pixels = inputs["pixel_values"]
     flat = pixels.reshape(-1, *pixels.shape[-3:])
@@ -167,7 +181,7 @@ def tiles_cover_the_image(setting: Setting) -> None:
         centres = (used[:, :2] + used[:, 2:]) / 2
         size = used[0, 2:] - used[0, :2]
         assert (centres > -size).all()
-        assert (centres < [width, height] + size).all()
+        assert (centres < np.array([width, height]) + size).all()
         order = np.lexsort((used[:, 0].round(6), used[:, 1].round(6)))
         assert np.array_equal(order, np.arange(len(order))), "tiled patches enter the prompt row by row of the image"
 

@@ -84,7 +84,11 @@ class Structure:
         ln1 = block.part("ln1")
         yield from norm_equations(f"{p}.ln1", ln1, resid, cache)
         entering = gained(ln1, cache[f"{p}.ln1.hook_normalized"])
-        for letter, weight, bias in (("q", block.W_Q, block.b_Q), ("k", block.W_K, block.b_K), ("v", block.W_V, block.b_V)):
+        for letter, weight, bias in (
+            ("q", block.W_Q, block.b_Q),
+            ("k", block.W_K, block.b_K),
+            ("v", block.W_V, block.b_V),
+        ):
             own = f"{p}.hook_{letter}_input"
             yield Equation(own, resid.unsqueeze(-2).expand_as(cache[own]), exact=True)
             if edited == f"hook_{letter}_input":
@@ -108,9 +112,14 @@ class Structure:
             # A rotation keeps lengths; what it does to directions shows in the scores.
             for letter, value in (("q", q), ("k", k)):
                 rotated = cache[f"{p}.attn.hook_rot_{letter}"]
-                yield Equation(f"{p}.attn.hook_rot_{letter}", rotated * (value.norm(dim=-1) / rotated.norm(dim=-1))[..., None])
+                yield Equation(
+                    f"{p}.attn.hook_rot_{letter}", rotated * (value.norm(dim=-1) / rotated.norm(dim=-1))[..., None]
+                )
             q, k = cache[f"{p}.attn.hook_rot_q"], cache[f"{p}.attn.hook_rot_k"]
-        k, v = self.with_cached(name, p, k, "hook_rot_k", cache), self.with_cached(name, p, cache[f"{p}.attn.hook_v"], "hook_v", cache)
+        k, v = (
+            self.with_cached(name, p, k, "hook_rot_k", cache),
+            self.with_cached(name, p, cache[f"{p}.attn.hook_v"], "hook_v", cache),
+        )
         repeat = cfg.n_heads // cfg.n_kv_heads
         k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
         query_scale = getattr(tower.config, "query_pre_attn_scalar", None) or cfg.d_head
@@ -121,7 +130,9 @@ class Structure:
         visible = seen > torch.finfo(torch.float32).min / 4
         yield Equation(f"{p}.attn.hook_attn_scores", scores, where=visible)
         pattern = cache[f"{p}.attn.hook_pattern"]
-        yield Equation(f"{p}.attn.hook_pattern", seen.softmax(-1), where=visible.any(-1, keepdim=True).expand_as(pattern))
+        yield Equation(
+            f"{p}.attn.hook_pattern", seen.softmax(-1), where=visible.any(-1, keepdim=True).expand_as(pattern)
+        )
         yield Equation(f"{p}.attn.hook_z", torch.einsum("rhqk,rkhd->rqhd", pattern, v))
 
     def with_cached(self, name: str, p: str, own: Tensor, site: str, cache: Any) -> Tensor:
@@ -131,7 +142,9 @@ class Structure:
         prefix = cache[p.replace("action", "language", 1) + f".attn.{site}"]
         return torch.cat([prefix, own], dim=1)
 
-    def added(self, p: str, block: Any, add: str, norm_name: str, site: str, summed: Tensor, cache: Any) -> Iterator[Equation]:
+    def added(
+        self, p: str, block: Any, add: str, norm_name: str, site: str, summed: Tensor, cache: Any
+    ) -> Iterator[Equation]:
         """What a branch adds: itself, times LayerScale, or through a norm of its own."""
         if not block.has(add):
             yield Equation(f"{p}.{site}", summed)

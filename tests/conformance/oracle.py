@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from tests.zoo import SHAPES, Case
 
-BLOCK = (
-    "hook_resid_pre hook_q_input hook_k_input hook_v_input ln1.hook_scale ln1.hook_normalized "
-    "attn.hook_q attn.hook_k attn.hook_v attn.hook_attn_scores attn.hook_pattern attn.hook_z attn.hook_result "
-    "hook_attn_out hook_resid_mid hook_mlp_in ln2.hook_scale ln2.hook_normalized mlp.hook_pre mlp.hook_post "
-    "hook_mlp_out hook_resid_post"
-).split()
-POOL = "hook_q hook_k hook_v hook_attn_scores hook_pattern hook_z".split()
+BLOCK = [
+    "hook_resid_pre",
+    "hook_q_input",
+    "hook_k_input",
+    "hook_v_input",
+    "ln1.hook_scale",
+    "ln1.hook_normalized",
+    "attn.hook_q",
+    "attn.hook_k",
+    "attn.hook_v",
+    "attn.hook_attn_scores",
+    "attn.hook_pattern",
+    "attn.hook_z",
+    "attn.hook_result",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "hook_mlp_in",
+    "ln2.hook_scale",
+    "ln2.hook_normalized",
+    "mlp.hook_pre",
+    "mlp.hook_post",
+    "hook_mlp_out",
+    "hook_resid_post",
+]
+POOL = ["hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern", "hook_z"]
 NO_READOUT = ("deit-teacher",)
 """Two heads read two positions: there is no single tensor that a head reads."""
 

@@ -193,5 +193,3 @@ def close(one: Tensor, other: Tensor, what: str, tolerance: float = 2e-5) -> Non
     assert torch.isfinite(one).all(), f"{what}: not finite"
     gap = float((one - other).abs().max())
     assert gap <= tolerance * max(1.0, float(other.abs().max())), f"{what}: differs by {gap:.3g}"
-
-
