@@ -166,7 +166,7 @@ def test_a_mutant_turns_its_promise_red(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with pytest.raises(Exception):  # noqa: B017
+            with pytest.raises(Exception):
                 PROMISES[promise](setting_for(promise, CASES[name]))
     finally:
         settings.warm_model.cache_clear()
