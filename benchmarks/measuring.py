@@ -11,6 +11,7 @@ counted, what the run returns is). On a CPU PyTorch's profiler reports every all
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -19,7 +20,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,20 @@ def _timing(values: Sequence[tuple[float, float]], reference: Sequence[tuple[flo
     )
 
 
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Nothing on standard error, from C++ either: PyTorch's profiler announces every start and stop there."""
+    kept = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
 def peak_bytes(run: Run, device: torch.device) -> int:
     """Most bytes held at once by tensors that one run made, its results included."""
     gc.collect()
@@ -106,7 +121,7 @@ def peak_bytes(run: Run, device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
