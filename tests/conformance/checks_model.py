@@ -250,7 +250,8 @@ def generation_gives_the_same_tokens(setting: Setting) -> None:
         return
     model, bare = setting.model(), setting.copy()
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
-    for padding in (None, "left") if setting.batch > 1 else (None,):
+    # In float64 the mask's minimum overflows the float32 softmax of eager attention: rows of padding are not numbers.
+    for padding in (None, "left") if setting.batch > 1 and setting.dtype == torch.float32 else (None,):
         inputs = setting.inputs(bare, padding=padding)
         expected = bare.generate(**inputs, **options)
         assert torch.equal(model.generate(inputs, **options), expected), "generate without hooks"

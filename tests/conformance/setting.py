@@ -182,7 +182,8 @@ def same(one: Tensor, other: Tensor, what: str) -> None:
     """Equal shape, dtype and bits."""
     assert one.shape == other.shape, f"{what}: shape {tuple(one.shape)} against {tuple(other.shape)}"
     assert one.dtype == other.dtype, f"{what}: {one.dtype} against {other.dtype}"
-    if not torch.equal(one, other):
+    # Eager attention of a decoder in float64 is not a number under left padding, in the bare model too.
+    if not torch.equal(one.nan_to_num(123.0), other.nan_to_num(123.0)):
         raise AssertionError(f"{what}: differs by {float((one - other).detach().abs().max()):.3g}")
 
 
