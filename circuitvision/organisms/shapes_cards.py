@@ -1,7 +1,8 @@
 """Choose the training run of a shapes organism that ships, and write its card.
 
-``python -m circuitvision.organisms.shapes_cards NAME RUN RUN RUN --out FOLDER`` takes the smallest seed whose
-validation score reaches the target (the best one, where none does), copies it to FOLDER and writes ``card.json`` and ``README.md`` beside the weights.
+``python -m circuitvision.organisms.shapes_cards NAME RUN RUN RUN --out FOLDER`` takes the smallest seed whose validation
+score reaches the target (the best one, where none does), copies it to FOLDER and writes ``card.json`` and ``README.md``
+beside the weights.
 A run is a folder written by training, with what training printed (seed, minutes, scores) beside it as ``RUN.json``.
 
 The held-out scores take no part in the choice: validation pairs and test pairs are different pairs, and all streams of scenes differ.
@@ -68,7 +69,8 @@ def make_card(name: str, runs: list[dict[str, Any]], parameters: int, trained_on
         "validation_pairs": [" ".join(pair) for pair in scenes.VALIDATION_PAIRS],
         "trained_pairs": len(scenes.TRAIN_PAIRS),
         "ships": shipped["seed"],
-        "chosen_by": f"validation score, the smallest seed with at least {TARGET:.0%}: pairs and scenes that neither training nor the held-out score uses",
+        "chosen_by": f"validation score, the smallest seed with at least {TARGET:.0%}: pairs and scenes that neither training "
+        "nor the held-out score uses",
         "held_out": shipped["held_out"],
         "trained": shipped["trained"],
         "seeds": sorted(runs, key=lambda run: run["seed"]),
@@ -110,7 +112,11 @@ def make_readme(card: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        *([f"Held out, in parts (seed {card['ships']}): {', '.join(parts)}. {card.get('parts', '')}".rstrip(), ""] if parts else []),
+        *(
+            [f"Held out, in parts (seed {card['ships']}): {', '.join(parts)}. {card.get('parts', '')}".rstrip(), ""]
+            if parts
+            else []
+        ),
         f"The shipped seed was chosen by {card['chosen_by']}.",
         f"Minutes are wall-clock time on {card['trained_on']}; CPU minutes are what the run itself used.",
         "",

@@ -5,6 +5,7 @@ The oracle knows the palette and what the five shapes look like (corners, row wi
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
@@ -26,6 +27,12 @@ NAMED = {
 
 def see(pixels: np.ndarray) -> list[dict]:
     """The objects in a picture: colour, shape, extent in pixels, cell, box."""
+    return _see(pixels.tobytes(), pixels.shape)
+
+
+@functools.lru_cache(maxsize=8)
+def _see(levels: bytes, size: tuple[int, int, int]) -> list[dict]:
+    pixels = np.frombuffer(levels, dtype=np.uint8).reshape(size)
     found = []
     side = pixels.shape[0] // 4
     for row in range(4):
@@ -36,7 +43,7 @@ def see(pixels: np.ndarray) -> list[dict]:
                 continue
             rows, columns = np.flatnonzero(body.any(1)), np.flatnonzero(body.any(0))
             cut = body[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            paints = {tuple(pixel) for pixel in cell[body] if pixel.any()}
+            paints = {tuple(pixel) for pixel in np.unique(cell[body], axis=0) if pixel.any()}
             found.append(
                 {
                     "color": NAMED.get(next(iter(paints)), "unnamed") if len(paints) == 1 else None,

@@ -144,7 +144,12 @@ def test_the_choice_ignores_the_held_out_score() -> None:
         {"seed": 1, "validation": 0.95, "held_out": 0.4},
     ]
     assert choose(runs)["seed"] == 1
-    assert choose([*runs, {"seed": 3, "validation": 0.99, "held_out": 0.3}, {"seed": 4, "validation": 1.0, "held_out": 1.0}])["seed"] == 3
+    assert (
+        choose(
+            [*runs, {"seed": 3, "validation": 0.99, "held_out": 0.3}, {"seed": 4, "validation": 1.0, "held_out": 1.0}]
+        )["seed"]
+        == 3
+    )
 
 
 def test_packed_questions_give_the_logits_of_separate_prompts() -> None:
