@@ -35,7 +35,9 @@ from circuitvision.files import write_text
 BARE = ("bare", "forward")
 
 
-def measure(shape: Shape, tools: list[str], device: torch.device, seconds: float, min_rounds: int) -> list[dict[str, Any]]:
+def measure(
+    shape: Shape, tools: list[str], device: torch.device, seconds: float, min_rounds: int
+) -> list[dict[str, Any]]:
     """One row per variant of one model, as plain values."""
     variants = variants_of(shape, tools)
     runs = {f"{v.tool}|{v.task}": v.run for v in variants if v.run is not None}
@@ -43,7 +45,13 @@ def measure(shape: Shape, tools: list[str], device: torch.device, seconds: float
     timings = interleaved(runs, reference, device, seconds, min_rounds)
     peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
     rows = [_row(variant, timings, peaks) for variant in variants]
-    noise = {"tool": "bare, again", "task": "forward", "note": "", "peak_mib": rows[0]["peak_mib"], **asdict(timings["reference again"])}
+    noise = {
+        "tool": "bare, again",
+        "task": "forward",
+        "note": "",
+        "peak_mib": rows[0]["peak_mib"],
+        **asdict(timings["reference again"]),
+    }
     return [rows[0], noise, *rows[1:]]
 
 
@@ -67,8 +75,12 @@ def aims(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     checks = []
 
     def check(what: str, measured: float, limit: float, tolerance: float, unit: str) -> None:
-        verdict = "met" if measured <= limit else "undecided: inside the noise" if measured <= limit + tolerance else "missed"
-        checks.append({"aim": what, "measured": measured, "limit": limit, "noise": tolerance, "unit": unit, "verdict": verdict})
+        verdict = (
+            "met" if measured <= limit else "undecided: inside the noise" if measured <= limit + tolerance else "missed"
+        )
+        checks.append(
+            {"aim": what, "measured": measured, "limit": limit, "noise": tolerance, "unit": unit, "verdict": verdict}
+        )
 
     if ("circuitvision", "forward") not in found:
         return []
@@ -103,7 +115,9 @@ def table(shape: Shape, rows: list[dict[str, Any]], checks: list[dict[str, Any]]
             continue
         ratio = f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
         note = f", {row['note']}" if row["note"] else ""
-        lines.append(f"{start}{note} | {ratio} | {row['added_ms']:+.3f} | {row['wall_ratio']:.3f} | {row['peak_mib']:.2f} |")
+        lines.append(
+            f"{start}{note} | {ratio} | {row['added_ms']:+.3f} | {row['wall_ratio']:.3f} | {row['peak_mib']:.2f} |"
+        )
     if checks:
         lines += ["", "| aim | measured | noise | verdict |", "|---|---|---|---|"]
         lines += [
@@ -121,7 +135,7 @@ def report(about: dict[str, Any], tables: list[str]) -> str:
         "",
         f"{about['date']}, {about['clock']}, {about['threads']} thread(s), load average {about['load_average']}; {versions}.",
         "",
-        "Ratios are medians over interleaved rounds, quartiles in brackets; \"bare, again\" is the noise. Peak memory is what tensors of one run",
+        'Ratios are medians over interleaved rounds, quartiles in brackets; "bare, again" is the noise. Peak memory is what tensors of one run',
         "hold at once, beyond weights and inputs. `python benchmarks/hooking.py` makes this page.",
         "",
     ]
@@ -132,9 +146,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
-    parser.add_argument("--quick", action="store_true", help="the smallest model and a few rounds; written only where --results says")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="which models (default: all; with --quick the smallest)")
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS), help="which tools beside the bare model")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest model and a few rounds; written only where --results says"
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, help="which models (default: all; with --quick the smallest)"
+    )
+    parser.add_argument(
+        "--tools", nargs="+", choices=TOOLS, default=list(TOOLS), help="which tools beside the bare model"
+    )
     parser.add_argument("--seconds", type=float, help="wall time to spend on the rounds of each model")
     parser.add_argument("--results", type=Path, help="folder for the markdown and JSON files")
     options = parser.parse_args(arguments)

@@ -223,7 +223,9 @@ def transformer_lens(shape: Shape, source: Tensor) -> Iterator[Variant]:
     yield Variant("TransformerLens bridge", "forward", lambda: Outcome(bridge(first, **rest)))
     yield Variant("TransformerLens bridge", "outputs", save(["hook_resid_post"]))
     if all(place.bridge_has_mid for place in shape.stacks):
-        yield Variant("TransformerLens bridge", "residuals", save(["hook_resid_pre", "hook_resid_mid", "hook_resid_post"]))
+        yield Variant(
+            "TransformerLens bridge", "residuals", save(["hook_resid_pre", "hook_resid_mid", "hook_resid_post"])
+        )
     else:
         yield Variant("TransformerLens bridge", "residuals", None, "its vision tower has no hook_resid_mid")
     yield Variant("TransformerLens bridge", "patch", patch)
@@ -262,9 +264,13 @@ def variants_of(shape: Shape, tools: list[str]) -> list[Variant]:
 
 def _compare(variant: Variant, got: Outcome, expected: Outcome) -> None:
     if len(got.saved) != len(expected.saved):
-        raise RuntimeError(f"{variant.tool}, {variant.task}: {len(got.saved)} saved tensors, plain hooks save {len(expected.saved)}.")
+        raise RuntimeError(
+            f"{variant.tool}, {variant.task}: {len(got.saved)} saved tensors, plain hooks save {len(expected.saved)}."
+        )
     for mine, theirs in zip((got.logits, *got.saved), (expected.logits, *expected.saved), strict=True):
         error = float((mine - theirs).abs().max() / theirs.abs().max())
         # Eager attention and fused kernels round differently; anything else would be off by far more.
         if not error < 1e-3:
-            raise RuntimeError(f"{variant.tool}, {variant.task}: off by {error:.1e} of the largest value that plain hooks give.")
+            raise RuntimeError(
+                f"{variant.tool}, {variant.task}: off by {error:.1e} of the largest value that plain hooks give."
+            )

@@ -75,20 +75,38 @@ def vit(name: str, title: str, batch: int, image_size: int, patch_size: int, **s
     return Shape(name, title, ViTForImageClassification(config).eval(), {"pixel_values": pixels}, (stack,))
 
 
-def llava(name: str, title: str, image_size: int, patch_size: int, n_words: int, vision: dict[str, int], text: dict[str, int]) -> Shape:
+def llava(
+    name: str, title: str, image_size: int, patch_size: int, n_words: int, vision: dict[str, int], text: dict[str, int]
+) -> Shape:
     """A LLaVA 1.5 of a CLIP tower and a Llama, and one prompt: some words and one image."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
     vocabulary = 1000
     image_token = vocabulary - 1
-    vision_config: dict[str, Any] = {"model_type": "clip_vision_model", "image_size": image_size, "patch_size": patch_size, **vision}
-    text_config = {"model_type": "llama", "vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **text}
+    vision_config: dict[str, Any] = {
+        "model_type": "clip_vision_model",
+        "image_size": image_size,
+        "patch_size": patch_size,
+        **vision,
+    }
+    text_config = {
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **text,
+    }
     config = LlavaConfig(vision_config=vision_config, text_config=text_config, image_token_id=image_token)
     words = torch.randint(3, image_token, (n_words,))
     image = torch.full(((image_size // patch_size) ** 2,), image_token)
     ids = torch.cat([torch.tensor([1]), image, words])[None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, image_size, image_size)}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(1, 3, image_size, image_size),
+    }
     stacks = (
         Stack(
             "vision",
@@ -99,7 +117,12 @@ def llava(name: str, title: str, image_size: int, patch_size: int, n_words: int,
             bridge_has_mid=False,
         ),
         Stack(
-            "language", "model.language_model.layers", "post_attention_layernorm", "self_attn", "blocks", bridge_has_mid=True
+            "language",
+            "model.language_model.layers",
+            "post_attention_layernorm",
+            "self_attn",
+            "blocks",
+            bridge_has_mid=True,
         ),
     )
     return Shape(name, title, LlavaForConditionalGeneration(config).eval(), inputs, stacks)

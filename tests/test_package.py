@@ -49,7 +49,9 @@ def test_import_is_light() -> None:
 
 def test_the_core_does_not_load_plots_or_peers() -> None:
     heavy = ("transformer_lens", "nnsight", "plotly")
-    loaded = _python(f"import sys, circuitvision as cv; cv.HookedModel; print([m for m in {heavy!r} if m in sys.modules])")
+    loaded = _python(
+        f"import sys, circuitvision as cv; cv.HookedModel; print([m for m in {heavy!r} if m in sys.modules])"
+    )
     assert loaded == "[]"
 
 

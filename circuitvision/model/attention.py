@@ -138,7 +138,9 @@ class Switch:
         configs = self._configs()
         before = [config._attn_implementation_internal for config in configs]
         if _ACTIVE.keys() & active.keys():
-            raise HookError("Another wrapper already hooks the attention of this model; use one HookedModel per module.")
+            raise HookError(
+                "Another wrapper already hooks the attention of this model; use one HookedModel per module."
+            )
         try:
             for config in configs:
                 config._attn_implementation_internal = NAME

@@ -296,7 +296,9 @@ class HookEngine:
             for name in registration.exact:
                 if passes.get(tower_of[name], 0) == 0:
                     tower = SiteName.parse(name).tower
-                    raise HookError(f"{name} did not fire: the {tower} tower did not run. Does the input hold what this tower reads?")
+                    raise HookError(
+                        f"{name} did not fire: the {tower} tower did not run. Does the input hold what this tower reads?"
+                    )
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
         if not self.in_run:

@@ -14,5 +14,5 @@ from circuitvision.data.scenes import TEST_PAIRS
 def test_subjects_take_turns(kind: str) -> None:
     pairs = sample_question_pairs(4 * len(TEST_PAIRS), seed=1, kind=kind)
     counts = Counter(pair.question.subject.pair for pair in pairs)
-    assert counts == {pair: 4 for pair in TEST_PAIRS}
+    assert counts == dict.fromkeys(TEST_PAIRS, 4)
     assert all(pair.answer != pair.foil for pair in pairs)
