@@ -11,7 +11,7 @@ from torch import Tensor
 
 import circuitvision as cv
 from tests.conformance.equations import Structure
-from tests.conformance.setting import Setting, close, disturb, groups, needs_eager, nothing, same
+from tests.conformance.setting import Setting, close, disturb, groups, needs_eager, nothing, one_layer_each, same
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 2e-5}
 """Decoders take norms and softmaxes in float32 whatever the dtype of the weights."""
@@ -130,20 +130,13 @@ def gradients_match_finite_differences(setting: Setting) -> None:
     assert not out.requires_grad
     assert all(p.grad is g for p, g in zip(model.parameters(), before, strict=True)), "parameters' .grad was touched"
     wrong = []
-    for name in model.sites() if setting.thorough else _one_layer_each(model):
+    for name in model.sites() if setting.thorough else one_layer_each(model):
         grad, value = cache[f"{name}_grad"], cache[name]
         if model.is_dead(name):
             assert not grad.any(), f"{name} is declared dead but has a gradient"
             continue
         wrong += _compare(model, inputs, metric, name, value, grad)
     assert not wrong, f"{len(wrong)} gradients differ from finite differences: " + "; ".join(wrong[:8])
-
-
-def _one_layer_each(model: cv.HookedModel) -> list[str]:
-    """One site of every kind and tower, the layer changing from kind to kind, and every dead site."""
-    dead = [name for name in model.sites() if model.is_dead(name)]
-    alive = [[name for name in names if name not in dead] for names in groups(model).values()]
-    return dead + [names[index % len(names)] for index, names in enumerate(alive) if names]
 
 
 def _compare(model: cv.HookedModel, inputs: Any, metric: Any, name: str, value: Tensor, grad: Tensor) -> list[str]:

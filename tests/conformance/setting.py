@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import circuitvision as cv
-from tests.zoo import Case, primary
+from tests.zoo import CASES, Case, primary
 
 EAGER = ("hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_pattern")
 
@@ -78,6 +78,12 @@ class Setting:
         """Inputs by hand, in this setting's precision."""
         module = model.module if isinstance(model, cv.HookedModel) else model
         return self.case.inputs(module, **{"batch": self.batch, "dtype": self.dtype, **options})
+
+    @property
+    def every_site(self) -> bool:
+        """Whether to edit every layer: always in the slow product, else for the first case of each family."""
+        first = next(case for case in CASES.values() if case.family == self.case.family)
+        return self.thorough or first is self.case
 
     @contextmanager
     def mode(self) -> Iterator[None]:
@@ -160,6 +166,13 @@ def groups(model: cv.HookedModel) -> dict[str, list[str]]:
         key = ".".join([parts[0], "blocks", *parts[3:]]) if parts[1] == "blocks" else name
         found.setdefault(key, []).append(name)
     return found
+
+
+def one_layer_each(model: cv.HookedModel) -> list[str]:
+    """One site of every kind and tower, the layer changing from kind to kind, and every dead site."""
+    dead = [name for name in model.sites() if model.is_dead(name)]
+    alive = [[name for name in names if name not in dead] for names in groups(model).values()]
+    return dead + [names[index % len(names)] for index, names in enumerate(alive) if names]
 
 
 def vision_of(name: str) -> str:
