@@ -16,7 +16,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ NAME = "circuitvision"
 Fire = Callable[[Tensor], "tuple[Tensor, bool]"]
 
 
+@runtime_checkable
 class Suspendable(Protocol):
     """Whoever owns the hooks: while ``suspended``, none fires."""
 
