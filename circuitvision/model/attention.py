@@ -7,7 +7,9 @@ and masked, whatever the model does), its output the pattern. Nothing is re-impl
 The mask half must be registered too: transformers builds no mask at all for a name it does not know. The eager mask is additive.
 
 Keys and values arrive here after they entered the cache; a changed copy would be seen by this call alone. ``hook_rot_k`` is therefore written into
-the tensor it arrives in, which is the cached one. Eager runs have limits of their own: in float64 a left-padded decoder gives NaN, because eager attention takes its softmax in float32, where the
+the tensor it arrives in, which is the cached one.
+
+Eager runs have limits of their own: in float64 a left-padded decoder gives NaN, because eager attention takes its softmax in float32, where the
 mask's minimum overflows. Run such inputs in float32, or leave scores and patterns out.
 
 Not covered: caches of a fixed size (own positions are taken to be the last ones).
