@@ -275,7 +275,7 @@ def test_processor_takes_two_images(case: Case) -> None:
 def test_reload_is_bit_identical(case: Case, folder_of: Callable[[Case], Path]) -> None:
     folder, model = folder_of(case), shared_model(case.name)
     inputs = case.inputs(model, batch=2)
-    again = getattr(transformers, zoo.saved_class(folder)).from_pretrained(folder)
+    again = getattr(transformers, zoo.saved_class(folder)).from_pretrained(folder, **zoo.loading_options(case))
     assert type(again) is type(model)
     assert torch.equal(run(again, inputs), run(model, inputs))
 

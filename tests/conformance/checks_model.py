@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
+from packaging import version
 from torch import Tensor, nn
 
 import circuitvision as cv
@@ -204,7 +206,7 @@ def _unembedding(setting: Setting, name: str, tower: Any, cache: Any, out: Tenso
         assert (setting.case.family, name) == ("pi0", "language")
         return
     logits = cache[f"{name}.hook_readout"] @ w_u + tower.b_U
-    if "softcap" in setting.case.tags:
+    if "softcap" in setting.case.tags and version.parse(transformers.__version__) >= version.parse("5.23"):
         logits = torch.tanh(logits / 4.0) * 4.0
     close(logits, out, f"{name}: readout @ W_U + b_U", 1e-4)
 

@@ -12,13 +12,13 @@ import torch
 
 import circuitvision as cv
 from tests.conformance.setting import bare_module, close, same
-from tests.zoo import Case, parametrize
+from tests.zoo import Case, loading_options, parametrize
 
 
 @parametrize()
 def test_a_saved_folder_is_the_model_that_was_saved(case: Case, folder_of: Callable[[Case], Path]) -> None:
     bare = copy.deepcopy(bare_module(case.name, torch.float32))
-    model = cv.HookedModel.from_pretrained(folder_of(case))
+    model = cv.HookedModel.from_pretrained(folder_of(case), **loading_options(case))
     original = cv.HookedModel(bare)
     assert type(model.module) is type(bare)
     assert model.family is original.family

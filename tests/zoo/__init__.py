@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from . import anyres, dual, llava, paligemma, pi0, vision  # noqa: F401  (each import fills the table)
 from .expected import SHAPES, Shape
-from .registry import CASES, TAGS, Case, case, cases, parametrize, primary, saved_class, saved_folder, shared_model
+from .registry import (
+    CASES,
+    TAGS,
+    Case,
+    case,
+    cases,
+    loading_options,
+    parametrize,
+    primary,
+    saved_class,
+    saved_folder,
+    shared_model,
+)
 
 __all__ = [
     "CASES",
@@ -14,6 +26,7 @@ __all__ = [
     "Shape",
     "case",
     "cases",
+    "loading_options",
     "parametrize",
     "primary",
     "saved_class",

@@ -61,7 +61,7 @@ def gemma2(**changes: Any) -> dict[str, Any]:
 
 def _paligemma_case(name: str, language: dict[str, Any], tags: set[str]) -> None:
     def config() -> Any:
-        return build_config(
+        made = build_config(
             "paligemma",
             vision_config=dict(PALI_VISION),
             text_config=dict(language),
@@ -69,6 +69,10 @@ def _paligemma_case(name: str, language: dict[str, Any], tags: set[str]) -> None
             image_token_id=IMAGE,
             eos_token_id=EOS,
         )
+        if "softcap" in tags:
+            # Before 5.23 an in-memory Gemma 2 took sdpa, which ignores the soft cap, and was another model than its eager self.
+            made.text_config._attn_implementation = "eager"
+        return made
 
     both = {
         "generates",

@@ -162,6 +162,11 @@ def saved_class(folder: Path) -> str:
     return json.loads((folder / "config.json").read_text())["architectures"][0]
 
 
+def loading_options(case: Case) -> dict[str, Any]:
+    """Keywords of `from_pretrained` that give back the saved model: before transformers 5.23 a soft cap needs eager attention by name."""
+    return {"attn_implementation": {"text_config": "eager"}} if "softcap" in case.tags else {}
+
+
 def primary(output: Any) -> Tensor:
     """The tensor that stands for a model output: logits, logits_per_image, image_embeds or last_hidden_state."""
     for name in ("logits", "logits_per_image", "image_embeds", "last_hidden_state"):
