@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuitvision import circuits, data, metrics, organisms, patching, plots, readout
+    from circuitvision import circuits, data, edits, interop, metrics, organisms, patching, plots, readout
     from circuitvision.model import ActivationCache, HookedModel, HookPoint, TokenMap, Tower
     from circuitvision.progress import set_verbosity
 
@@ -19,8 +19,10 @@ _ROOMS = (
     "circuits",
     "cli",
     "data",
+    "edits",
     "errors",
     "families",
+    "interop",
     "metrics",
     "model",
     "organisms",
@@ -38,6 +40,8 @@ __all__ = [
     "Tower",
     "circuits",
     "data",
+    "edits",
+    "interop",
     "metrics",
     "organisms",
     "patching",

@@ -7,7 +7,7 @@ and never after ``set_verbosity("quiet")``. Not covered: logging.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from circuitvision.errors import InputError
 
@@ -34,3 +34,25 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
     yield from tqdm(
         items, desc=description, total=total, disable=_state["level"] == "quiet", leave=False, dynamic_ncols=True
     )
+
+
+class Progress:
+    """A progress bar that work of uneven steps advances itself (silent after ``set_verbosity("quiet")``, or with ``shown=False``)."""
+
+    def __init__(self, total: int, description: str, shown: bool = True) -> None:
+        self.total, self.description, self.shown = total, description, shown
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        from tqdm.auto import tqdm
+
+        disable = not self.shown or _state["level"] == "quiet"
+        self._bar = tqdm(total=self.total, desc=self.description, disable=disable, leave=False, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def advance(self, count: int = 1) -> None:
+        """Count some items as done."""
+        self._bar.update(count)

@@ -151,7 +151,7 @@ def test_decompose_resid_adds_up_at_image_positions(case: Case) -> None:
     final = cache[f"language.blocks.{model.language.cfg.n_layers - 1}.hook_resid_post"]
     close(parts.sum(0), final, "decomposition", 1e-5)
     assert len(labels) == len(parts) == 1 + 2 * model.language.cfg.n_layers
-    image = model.tokens(inputs)["language"].image >= 0
+    image = model.tokens(inputs)["language"].image_number >= 0
     wrong = parts.clone()
     wrong[0] = cache["language.hook_embed"]
     gap = (wrong.sum(0) - final).abs().amax(-1)

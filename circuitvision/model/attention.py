@@ -12,12 +12,17 @@ the tensor it arrives in, which is the cached one.
 Eager runs have limits of their own: in float64 a left-padded decoder gives NaN, because eager attention takes its softmax in float32, where the
 mask's minimum overflows. Run such inputs in float32, or leave scores and patterns out.
 
+Resumed runs (see ``resume.py``) compute a suffix of the positions. Their attention modules carry a :class:`Tap`, which in the unedited run keeps
+the keys, values and mask that enter the kernel, and later puts the kept keys and values of the earlier positions before the suffix's own. The
+kernel stays the module's own: eager, or sdpa under a second registered name.
+
 Not covered: caches of a fixed size (own positions are taken to be the last ones).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,11 +32,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from circuitvision.errors import HookError
 
 NAME = "circuitvision"
+FUSED = "circuitvision_fused"
+"""The name under which modules keep their sdpa kernel while taps are in place."""
 Fire = Callable[[Tensor], "tuple[Tensor, bool]"]
 
 
@@ -51,6 +59,72 @@ class Stages:
     owner: Suspendable
 
 
+@dataclass(eq=False)
+class Tap:
+    """What enters one attention kernel: kept in the unedited run, and completed in a resumed one (``first > 0``)."""
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+    first: int = 0
+    copies: int = 1
+
+    def resumed(self, first: int, copies: int) -> Tap:
+        """The tap of a run that computes the positions from ``first`` on, for ``copies`` times the rows."""
+        return dataclasses.replace(self, first=first, copies=copies)
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
+        """Keys, values, mask and keywords for the kernel."""
+        if self.first == 0:
+            causal = kwargs.get("is_causal")
+            self.causal = mask is None and bool(getattr(module, "is_causal", False) if causal is None else causal)
+            self.key, self.value, self.mask = key, value, mask
+            return key, value, mask, kwargs
+        assert self.key is not None
+        assert self.value is not None
+        mask = self._mask(query, mask)
+        # The mask says it all; the kernel's own causal rule would count queries from the first key.
+        kwargs = {**kwargs, "is_causal": False} if "is_causal" in kwargs else kwargs
+        return self._completed(self.key, key), self._completed(self.value, value), mask, kwargs
+
+    def _completed(self, before: Tensor, own: Tensor) -> Tensor:
+        before = before[:, :, : self.first]
+        if before.shape[0] != own.shape[0]:
+            before = (
+                before.repeat(self.copies, 1, 1, 1) if before.shape[0] > 1 else before.expand(own.shape[0], -1, -1, -1)
+            )
+        return torch.cat([before, own], dim=2)
+
+    def _mask(self, query: Tensor, mask: Tensor | None) -> Tensor | None:
+        first, length = self.first, query.shape[2]
+        if mask is None:
+            if not self.causal:
+                return None
+            keys = torch.arange(first + length, device=query.device)
+            return (keys[None] <= keys[first:, None])[None, None]
+        mask = mask[:, :, first:] if mask.shape[2] != length else mask
+        return mask.repeat(self.copies, 1, 1, 1) if 1 < mask.shape[0] < query.shape[0] else mask
+
+    def farthest(self, real: Tensor) -> Tensor | None:
+        """The last key that each position can see, over all rows, −1 where the position is padding in every row; None if the mask does not tell."""
+        assert self.key is not None
+        length = real.shape[1]
+        if self.key.shape[2] != length:
+            return None
+        if self.mask is None:
+            return torch.arange(length) if self.causal else torch.full((length,), length - 1)
+        mask = self.mask.detach().cpu()
+        if mask.shape[-2:] != (length, length):
+            return None
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        seen = seen.any(1) & real[:, :, None]
+        return torch.where(seen, torch.arange(length), -1).amax(dim=(0, 2))
+
+
+_TAPS: dict[int, Tap] = {}
 _ACTIVE: dict[int, Stages] = {}
 
 
@@ -81,13 +155,22 @@ class _Softmax(TorchFunctionMode):
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The model's own eager attention, with the hooks that are active for ``module``."""
+    """The model's own eager attention, with the tap and the hooks that are active for ``module``."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
         raise HookError(
             f"{type(module).__name__} has no eager attention of its own, so its scores and pattern cannot be seen."
         )
     stages = _ACTIVE.get(id(module))
+    tap = _TAPS.get(id(module))
+    if tap is not None and tap.first == 0:
+        key, value, attention_mask, kwargs = tap(module, query, key, value, attention_mask, kwargs)
+    if tap is not None and tap.first:
+        if stages is not None:
+            query, key = _rotated(query, key, stages.fires)
+        key, value, attention_mask, kwargs = tap(module, query, key, value, attention_mask, kwargs)
+        if stages is not None:
+            stages = dataclasses.replace(stages, fires=_without_rotated(stages.fires), only_reads=False)
     if stages is None or stages.owner.suspended:
         return eager(module, query, key, value, attention_mask, **kwargs)
     fires = stages.fires
@@ -106,6 +189,20 @@ def attention(
     return out
 
 
+def fused(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The module's own sdpa attention, with the tap that is active for it."""
+    tap = _TAPS.get(id(module))
+    if tap is not None:
+        key, value, attention_mask, kwargs = tap(module, query, key, value, attention_mask, kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _without_rotated(fires: Mapping[str, Fire]) -> dict[str, Fire]:
+    return {name: fire for name, fire in fires.items() if name not in ("hook_rot_q", "hook_rot_k")}
+
+
 def _rotated(query: Tensor, key: Tensor, stages: Mapping[str, Fire]) -> tuple[Tensor, Tensor]:
     if "hook_rot_q" in stages:
         value, changed = stages["hook_rot_q"](query.transpose(1, 2))
@@ -120,6 +217,8 @@ def _rotated(query: Tensor, key: Tensor, stages: Mapping[str, Fire]) -> tuple[Te
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, eager_mask)
+AttentionInterface.register(FUSED, fused)
+AttentionMaskInterface.register(FUSED, sdpa_mask)
 
 
 class Switch:
@@ -134,6 +233,25 @@ class Switch:
             self._holders = [module for module in self.model.modules() if hasattr(module, "config")]
         configs = {id(holder.config): holder.config for holder in self._holders}
         return [config for config in configs.values() if hasattr(config, "_attn_implementation_internal")]
+
+    @contextlib.contextmanager
+    def tapped(self, taps: Mapping[int, Tap], eager: bool) -> Iterator[None]:
+        """Put taps in place inside the block: every module keeps its own kernel, or takes the eager one."""
+        configs = self._configs()
+        before = [config._attn_implementation_internal for config in configs]
+        if _TAPS.keys() & taps.keys():
+            raise HookError("Another sweep already resumes runs of this model; let it end first.")
+        own = {"sdpa": FUSED, "eager": NAME}
+        try:
+            for config, implementation in zip(configs, before, strict=True):
+                config._attn_implementation_internal = NAME if eager else own.get(implementation, implementation)
+            _TAPS.update(taps)
+            yield
+        finally:
+            for module_id in taps:
+                _TAPS.pop(module_id, None)
+            for config, implementation in zip(configs, before, strict=True):
+                config._attn_implementation_internal = implementation
 
     @contextlib.contextmanager
     def on(self, active: dict[int, Stages]) -> Iterator[None]:

@@ -94,7 +94,7 @@ def _first_visible(tokens: TokenMap) -> Tensor:
 def _under_images(tower: Tower, tokens: TokenMap, after_eos: Tensor | None) -> Tensor | None:
     if tower.name != "language":
         return after_eos
-    return torch.from_numpy(tokens.image >= 0)
+    return torch.from_numpy(tokens.image_number >= 0)
 
 
 def _after_eos(tower: Tower, inputs: Mapping[str, Any]) -> Tensor | None:

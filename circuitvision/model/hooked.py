@@ -15,7 +15,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,12 +24,17 @@ from torch import Tensor, nn
 from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
 from circuitvision.model import dead, inputs, layout, loading
 from circuitvision.model.cache import ActivationCache, collected
+from circuitvision.model.edits.base import Edit
+from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups
 from circuitvision.model.hooks import Hook, HookEngine, HookPoint, Recorder, Registration
 from circuitvision.model.sites import NamesFilter, SiteName, exact_names, matching
 from circuitvision.model.spec import family_of
 from circuitvision.model.text import TextTools
 from circuitvision.model.tokens import TokenMap, token_maps
 from circuitvision.model.tower import Tower
+
+if TYPE_CHECKING:
+    from circuitvision.model.sweep import SweepResult
 
 HookList = Sequence[tuple[Any, Hook]]
 Metric = Callable[..., Tensor]
@@ -337,34 +342,91 @@ class HookedModel(TextTools):
         ordered = {name: recorder.values[name] for name in names if name in recorder.values}
         cache._values.update(collected(ordered, multi_pass=self._passes_recorded))
 
-    def generate(self, inputs: Any, **kwargs: Any) -> Int[Tensor, "batch pos"]:
-        """Generate text under the active hooks; keywords go to the module's ``generate``.
+    def run(self, inputs: Any, edits: Sequence[Edit] = (), **kwargs: Any) -> Tensor:
+        """One forward pass under edits, see :mod:`circuitvision.edits`; returns the output.
 
-        ``hook.step`` numbers the passes: 0 is the prompt, then one per new token. Raises UnsupportedModelError if the model does not generate text.
+        A run is one prefill: step 0 of every tower. Edits act in the order given; those known to do nothing leave the bare model's bits.
+        Raises InputError or UnknownSiteError, naming the edit, before anything runs.
+        """
+        mapping = self._checked(inputs)
+        binder = Binder(self, mapping)
+        (bound,) = binder.bind(_one_group(edits))
+        with self._edited(binder, bound):
+            return self._forward(mapping if bound.inputs is None else bound.inputs, kwargs)
+
+    @contextlib.contextmanager
+    def _edited(self, binder: Binder, bound: BoundGroup) -> Iterator[None]:
+        forward = Writer(binder, [bound]).hooks()
+        if not forward:
+            yield
+            return
+        with self.engine.registered(Registration(forward=forward, exact=frozenset(bound.sites))):
+            yield
+
+    def sweep(
+        self,
+        inputs: Any,
+        edits_or_groups: Sequence[Edit | Sequence[Edit]],
+        metric: Metric,
+        batch_size: int | str = "auto",
+        *,
+        partial: bool = False,
+        progress: bool = True,
+    ) -> SweepResult:
+        """``metric`` under each edit, or group of edits, one at a time; only what an edit can change is computed.
+
+        Equal to ``[metric(model.run(inputs, group)) for group in groups]`` up to rounding. ``values`` is ``[edit example]``, ``clean`` the metric
+        of the unedited run. ``metric(logits)`` or ``metric(logits, inputs)`` gets the whole output of one run. ``batch_size`` is how many edits run
+        at once; "auto" goes by memory, and either is halved when memory runs out. With ``partial`` an interruption (Ctrl-C, an exception in the
+        metric) returns what is done, the rest NaN. Raises InputError or UnknownSiteError, naming the edit, before anything runs.
+        """
+        from circuitvision.model.sweep import Sweep
+
+        return Sweep(self, self._checked(inputs), edits_or_groups, metric, batch_size, partial, progress).result()
+
+    def generate(self, inputs: Any, *, edits: Sequence[Edit] = (), **kwargs: Any) -> Int[Tensor, "batch pos"]:
+        """Generate text under the active hooks and edits; other keywords go to the module's ``generate``.
+
+        ``hook.step`` numbers the passes: 0 is the prompt ("prefill"), then one per new token ("decode"). Positions are absolute: new tokens follow
+        the prompt's. An edit of keys or values in the prompt is seen by every later step, through the cache. Raises UnsupportedModelError if the
+        model does not generate text.
         """
         module: Any = self.module
         if not hasattr(module, "generate") or self.family.suffix_kinds or "language" not in self.towers:
             raise UnsupportedModelError(f"A {self.family.name} model does not generate text.")
         mapping = self._checked(inputs)
+        binder = Binder(self, mapping, "generate")
+        (bound,) = binder.bind(_one_group(edits))
+        if bound.writes and kwargs.get("use_cache") is False:
+            raise InputError("Edits count positions by the cache: leave use_cache on.")
         self._passes_recorded = True
-        with self.engine.run():
+        with self._edited(binder, bound), self.engine.run():
             return module.generate(**mapping, **kwargs)
 
     def sample_actions(
-        self, inputs: Any, num_steps: int | None = None, **kwargs: Any
+        self, inputs: Any, num_steps: int | None = None, *, edits: Sequence[Edit] = (), **kwargs: Any
     ) -> Float[Tensor, "batch chunk action"]:
-        """Denoise actions under the active hooks; ``hook.step`` numbers the denoising steps of the action tower.
+        """Denoise actions under the active hooks and edits; ``hook.step`` numbers the denoising steps of the action tower.
 
+        The prefix (vision, language) runs once, as step 0; an edit there acts on every denoising step through the keys and values it leaves. Edits of
+        the action tower choose their denoising steps by number.
         Starts from ``inputs["noise"]``. Raises UnsupportedModelError if the model does not act.
         """
         module: Any = self.module
         if not hasattr(module, "sample_actions"):
             raise UnsupportedModelError(f"A {self.family.name} model does not sample actions.")
         mapping = self._checked(inputs)
+        binder = Binder(self, mapping, "act")
+        (bound,) = binder.bind(_one_group(edits))
         mapping.pop("timestep", None)
         self._passes_recorded = True
-        with self.engine.run():
+        with self._edited(binder, bound), self.engine.run():
             return module.sample_actions(**mapping, num_steps=num_steps, **kwargs)
+
+
+def _one_group(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:
+    """The edits of a single run as one group."""
+    return [tuple(edit for group in as_groups(edits) for edit in group)]
 
 
 def _refuse_compiled(module: nn.Module) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -251,6 +252,10 @@ class HookEngine:
         if self._switch is not None:
             switch, self._switch = self._switch, None
             switch.close()
+
+    def kernels(self, eager: bool, taps: Mapping[int, attention.Tap]) -> AbstractContextManager[None]:
+        """Taps in the attention of this model's modules, with eager attention everywhere or each module's own kernel."""
+        return self._attention.tapped(taps, eager)
 
     @contextlib.contextmanager
     def suspension(self) -> Iterator[None]:

@@ -16,6 +16,16 @@ from circuitvision.errors import UnknownSiteError, nearest
 DERIVED = ("attn.hook_result", "hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in")
 """Sites that follow exactly from others: a cache computes them when they are read."""
 
+PATTERN_SITES = ("attn.hook_attn_scores", "attn.hook_pattern")
+"""Sites of shape ``[row head query key]``."""
+EAGER_SITES = (*PATTERN_SITES, "attn.hook_rot_q", "attn.hook_rot_k")
+"""Sites that exist only inside eager attention: a run that asks for them is the model's eager run."""
+_PER_HEAD = frozenset(
+    f"hook_{stage}" for stage in ("q", "k", "v", "rot_q", "rot_k", "z", "result", "q_input", "k_input", "v_input")
+)
+_KEY_HEADS = ("hook_k", "hook_v", "hook_rot_k", "hook_k_input", "hook_v_input")
+_POOLED = ("hook_readout", "ln_final.hook_scale", "ln_final.hook_normalized")
+
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
@@ -39,6 +49,31 @@ class SiteName:
     def stage(self) -> str:
         """The last part of the name, e.g. ``hook_pattern``."""
         return self.site.rpartition(".")[2]
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether the site has a head axis."""
+        return self.is_pattern or self.stage in _PER_HEAD
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the site is ``[row head query key]``: scores and patterns."""
+        return self.site.removeprefix("pool.") in PATTERN_SITES
+
+    @property
+    def counts_key_heads(self) -> bool:
+        """Whether the head axis counts key/value heads, of which there may be fewer."""
+        return self.stage in _KEY_HEADS and not self.site.startswith("pool.")
+
+    @property
+    def may_be_pooled(self) -> bool:
+        """Whether the site lacks a position axis in towers that pool before it."""
+        return self.layer is None and self.site in _POOLED
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether reading or writing the site switches the run to eager attention."""
+        return self.layer is not None and self.site in EAGER_SITES
 
     def __str__(self) -> str:
         return f"{self.tower}.{self.site}" if self.layer is None else f"{self.tower}.blocks.{self.layer}.{self.site}"

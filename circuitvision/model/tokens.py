@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.selection import Selection
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -37,7 +38,7 @@ class TokenMap:
     """One of ``KINDS``."""
     example: Array
     """Example of each row."""
-    image: Array
+    image_number: Array
     """Image of the example (0, 1, …) a position comes from; −1 for text and actions."""
     tile: Array
     """Tile of the image: 0 is the whole image, tiles count from 1; for robots the camera; −1 elsewhere."""
@@ -71,7 +72,7 @@ class TokenMap:
         if unknown:
             raise InputError(f"Unknown kind {sorted(unknown)}; known: {', '.join(KINDS)}.")
         found = np.isin(self.kind, list(kinds)) if kinds is not None else np.ones(self.kind.shape, bool)
-        found = found & (self.image == image) if image is not None else found
+        found = found & (self.image_number == image) if image is not None else found
         found = found & (self.tile == tile) if tile is not None else found
         return torch.from_numpy(found if row is None else found[row])
 
@@ -80,6 +81,28 @@ class TokenMap:
     ) -> list[int]:
         """The positions of one row that :meth:`mask` selects."""
         return self.mask(kind, image, row, tile).nonzero().flatten().tolist()
+
+    def select(self, kind: str | Sequence[str] | None = None) -> Selection:
+        """The positions of a kind (None: all but padding) as a set that edits take."""
+        label = kind if isinstance(kind, str) else "+".join(kind or ())
+        return Selection(self, self.kind != "padding" if kind is None else self.mask(kind).numpy(), label)
+
+    def image(self, number: int = 0) -> Selection:
+        """The positions that come from image ``number`` of their example; InputError if no example has that many images."""
+        if not (self.image_number == number).any():
+            raise InputError(f"No position of the {self.tower} tower comes from image {number}; images count from 0.")
+        return Selection(self, (self.image_number == number) & (self.kind != "padding"), f"image({number})")
+
+    def piece(self, text: str) -> Selection:
+        """The positions whose text piece is ``text``; InputError if there is none."""
+        found = np.zeros(self.kind.shape, bool)
+        for row in range(self.n_rows):
+            found[row, self.find(text, row)] = True
+        if not found.any():
+            raise InputError(
+                f"No position of the {self.tower} tower is the piece {text!r}; tokens.labels() lists them."
+            )
+        return Selection(self, found, f"piece({text!r})")
 
     def in_box(
         self, left: float, top: float, right: float, bottom: float, row: int = 0, image: int | None = None
@@ -90,7 +113,7 @@ class TokenMap:
             hit = (box[:, 0] < right) & (box[:, 2] > left) & (box[:, 1] < bottom) & (box[:, 3] > top)
         hit &= self.kind[row] == "patch"
         if image is not None:
-            hit &= self.image[row] == image
+            hit &= self.image_number[row] == image
         return np.flatnonzero(hit).tolist()
 
     def last(self, row: int | None = None) -> Any:
@@ -137,7 +160,7 @@ class _Builder:
         self.tower = tower
         self.kind = np.full((rows, positions), "text", dtype="<U12")
         self.example = np.arange(rows)
-        self.image = np.full((rows, positions), -1)
+        self.image_number = np.full((rows, positions), -1)
         self.tile = np.full((rows, positions), -1)
         self.patch_row = np.full((rows, positions), -1)
         self.patch_col = np.full((rows, positions), -1)
@@ -331,7 +354,7 @@ def _vision_map(tower: Tower, packing: Packing) -> TokenMap:
             n_rows, n_cols = packing.grid(row)
             end = n_prefix + n_rows * n_cols
             build.example[row] = example
-            build.image[row, :end] = number
+            build.image_number[row, :end] = number
             build.tile[row, :end] = number if packing.layout == "cameras" else tile
             build.kind[row, n_prefix:end] = "patch"
             r, c = np.divmod(np.arange(n_rows * n_cols), n_cols)
@@ -383,7 +406,7 @@ def _place_images(build: _Builder, is_image: Tensor, packing: Packing) -> None:
         used[example] += len(order)
         boxes = {tile: _boxes(packing.frame(image, tile), n_rows, n_cols) for tile in range(packing.tiles[image])}
         for pos, patch in zip(slots, order, strict=False):
-            build.image[example, pos] = number
+            build.image_number[example, pos] = number
             build.text[example, pos] = ""
             if patch < 0:
                 build.kind[example, pos] = "newline"

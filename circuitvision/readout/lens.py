@@ -178,6 +178,8 @@ def _places(model: Any, cache: Any, tower: str, rows: int, length: int) -> tuple
     dropped = tokens.n_positions - length
     if dropped < 0 or tokens.n_rows != rows or length == 1 < tokens.n_positions:
         return torch.full((rows, length, 4), -1), list(range(rows)), ["pooled"] if length == 1 else list(range(length))
-    columns = np.stack([tokens.image, tokens.tile, tokens.patch_row, tokens.patch_col], axis=-1)[:, dropped:].copy()
+    columns = np.stack([tokens.image_number, tokens.tile, tokens.patch_row, tokens.patch_col], axis=-1)[
+        :, dropped:
+    ].copy()
     columns[tokens.kind[:, dropped:] != "patch"] = -1
     return torch.from_numpy(columns.astype(np.int64)), tokens.example.tolist(), list(range(dropped, tokens.n_positions))

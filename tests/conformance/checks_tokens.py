@@ -62,7 +62,7 @@ def _check_language(model: Any, inputs: dict[str, Any], tokens: Any) -> None:
     ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()
     image = ids == model.image_token_id
     assert np.array_equal(tokens.kind == "padding", mask == 0)
-    assert np.array_equal(tokens.image >= 0, image), "image positions are those of the image token"
+    assert np.array_equal(tokens.image_number >= 0, image), "image positions are those of the image token"
     assert np.array_equal(np.isin(tokens.kind, ["patch", "newline", "cls"]), image)
     assert np.array_equal(tokens.kind == "text", (mask == 1) & ~image)
     for row in range(tokens.n_rows):
@@ -86,7 +86,7 @@ def patch_positions_carry_their_patch(setting: Setting) -> None:
         vision, language = maps["vision"], maps["language"]
         projected = projected.reshape(vision.n_rows, -1, projected.shape[-1])
         rows = {
-            (int(vision.example[row]), int(vision.image[row, -1]), int(vision.tile[row, -1])): row
+            (int(vision.example[row]), int(vision.image_number[row, -1]), int(vision.tile[row, -1])): row
             for row in range(vision.n_rows)
         }
         assert len(rows) == vision.n_rows, "two rows of the vision tower claim the same image and tile"
@@ -102,12 +102,12 @@ def _compare_patches(
     kept = 0 if model.vision.drops_cls else SHAPES[setting.case.name]["vision"].n_prefix
     seen: set[tuple[int, ...]] = set()
     newline = getattr(model.inner, "image_newline", None)
-    for example, position in np.argwhere(language.image >= 0).tolist():
+    for example, position in np.argwhere(language.image_number >= 0).tolist():
         kind = language.kind[example, position]
         if kind == "newline":
             same(entering[example, position], newline.detach(), "newline")
             continue
-        key = (example, int(language.image[example, position]), int(language.tile[example, position]))
+        key = (example, int(language.image_number[example, position]), int(language.tile[example, position]))
         index = 0
         if kind == "patch":
             index = (

@@ -1,0 +1,383 @@
+"""Edits as values: what to change in a run, said once, before any run.
+
+Every function here returns an :class:`Edit`: immutable, comparable, printable in one line, saved by :func:`save` and read back by :func:`load`. An
+edit holds no model; ``model.run(inputs, [edits])``, ``model.generate(inputs, edits=[…])``, ``model.sample_actions(inputs, edits=[…])`` and
+``model.sweep(inputs, groups, metric)`` bind it to one.
+
+Common to all:
+
+* ``site`` is a name or a glob (``"language.blocks.*.attn.hook_z"``: the same edit at every matching site);
+* ``heads`` count the head axis of the site itself (key/value heads at ``hook_k`` and ``hook_v``);
+* ``positions`` are absolute, padding included: an int, ints, a slice, ``"last"``, a bool mask ``[batch, pos]``, or a selection of a token map such as
+  ``model.tokens(inputs)["vision"].image(0).box(8, 8, 24, 24)``; None is every position, generated ones too;
+* ``steps`` are the passes of the tower in which the edit acts: ``"prefill"`` (the prompt), ``"decode"`` (every later token), or numbers (denoising
+  steps of an action tower; 0 is the prompt elsewhere); None is every pass. A single run is one prefill.
+
+Edits act in the order given, each on what the ones before it left. An edit that *sets* entries another edit of the same site changed before it is
+refused.
+
+Sources: activation patching and interchange (Geiger et al. 2021, arXiv 2106.02997), steering (Turner et al. 2023, arXiv 2308.10248), knockout (Geva
+et al. 2023, arXiv 2304.14767); METHODS in the papers each function names.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.edits.attention import AddAttentionBias, BlockAttention, DeleteTokens, ScaleAttention
+from circuitvision.model.edits.base import Edit
+from circuitvision.model.edits.files import dump, from_dict, load, parse, save, to_dict
+from circuitvision.model.edits.values import (
+    Held,
+    HeldMapping,
+    Positions,
+    PositionsLike,
+    Steps,
+    StepsLike,
+    heads_of,
+    held,
+)
+from circuitvision.model.edits.writes import (
+    Ablate,
+    Apply,
+    Freeze,
+    Overwrite,
+    Permute,
+    Project,
+    Renormalise,
+    Replace,
+    Scale,
+    Steer,
+)
+
+Heads = int | Iterable[int] | None
+
+
+def _where(heads: Heads, positions: PositionsLike, steps: StepsLike) -> dict[str, Any]:
+    return {"heads": heads_of(heads), "positions": Positions.of(positions), "steps": Steps.of(steps)}
+
+
+def _source(site: str, source: Any) -> Any:
+    """A source as held values: the one tensor of an exact site, or one per name for a glob."""
+    if not isinstance(source, Mapping):
+        return held(source)
+    cache: Any = source
+    exact = not any(mark in site for mark in "*?")
+    names = [site] if exact else [*cache, *(n for n in getattr(cache, "_known", list)() if n not in cache._values)]
+    found = {}
+    for name in names:
+        if exact or _matches(site, name):
+            value = cache[name]
+            if not isinstance(value, Tensor):
+                raise InputError(f"The source of {name} is a recording of several passes; take one of them.")
+            found[name] = value
+    if not found:
+        raise InputError(f"The source holds nothing that matches {site!r}.")
+    return held(found[site]) if exact else HeldMapping.of(found)
+
+
+def _matches(glob: str, name: str) -> bool:
+    from circuitvision.model.sites import _pattern
+
+    return _pattern(glob).fullmatch(name) is not None
+
+
+def replace(
+    site: str,
+    source: Any,
+    *,
+    heads: Heads = None,
+    positions: PositionsLike = None,
+    steps: StepsLike = None,
+) -> Edit:
+    """Interchange: the selected entries take the values they have in ``source``.
+
+    ``x' = source``. ``source`` is a cache (its value at the site), a tensor that broadcasts to the site's whole shape, or a number. It covers the
+    positions it has: with a prompt's source, tokens generated later keep their own values.
+    """
+    return Replace(site, **_where(heads, positions, steps), source=_source(site, source))
+
+
+def ablate(
+    site: str,
+    with_: Any = "zero",
+    *,
+    dataset: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    average: str = "position",
+    seed: int = 0,
+    heads: Heads = None,
+    positions: PositionsLike = None,
+    steps: StepsLike = None,
+) -> Edit:
+    """Constant ablation: the selected entries lose what they say about this example.
+
+    ``with_`` is ``"zero"``; ``"mean"``, over the rows of ``dataset`` (inputs, or a sequence of inputs) or of the run itself, for each position
+    (``average="position"``) or over positions too (``average="all"``); ``"resample"``, the value in another row of the run, drawn by ``seed`` so
+    that no row keeps its own; a tensor, number or cache, as in :func:`replace`; or ``"heads"``, the mean of the other heads. The last depends on
+    the basis of the value space, which means nothing to the model (V-SEAM, arXiv 2509.14837, uses it), and warns.
+
+    Raises InputError for an unknown word.
+    """
+    words = ("zero", "mean", "resample", "heads")
+    method, source = (with_, None) if isinstance(with_, str) else ("given", _source(site, with_))
+    if method not in (*words, "given"):
+        raise InputError(f"with_={with_!r} is not understood: {', '.join(map(repr, words))}, or a value.")
+    if average not in ("position", "all"):
+        raise InputError(f"average={average!r} is not understood: 'position' or 'all'.")
+    if method == "heads":
+        warnings.warn(
+            "The mean over other heads depends on the basis of each head's values, which the model's function does not; "
+            "use 'zero' or 'mean' for a result that is a property of the model.",
+            stacklevel=2,
+        )
+    sets: tuple[HeldMapping, ...] | None = None
+    if dataset is not None:
+        sets = tuple(HeldMapping.of(d) for d in ([dataset] if isinstance(dataset, Mapping) else dataset))
+    return Ablate(
+        site, **_where(heads, positions, steps), source=source, method=method, dataset=sets, average=average, seed=seed
+    )
+
+
+def steer(
+    site: str,
+    direction: Any,
+    scale: float = 1.0,
+    *,
+    mode: str = "add",
+    heads: Heads = None,
+    positions: PositionsLike = None,
+    steps: StepsLike = None,
+) -> Edit:
+    """Move the selected entries along a direction.
+
+    ``mode="add"``: ``x + scale · d``. ``"norm_preserving"``: ``‖x‖ · u/‖u‖`` with ``u = x/‖x‖ + scale · d/‖d‖`` (VTI, arXiv 2410.15778).
+    ``"project_out"``: ``x - scale · (x·d̂) d̂``; at scale 1 nothing along ``d`` is left.
+
+    Raises InputError for an unknown mode, or a direction of length zero where its length divides.
+    """
+    if mode not in ("add", "norm_preserving", "project_out"):
+        raise InputError(f"mode={mode!r} is not understood: 'add', 'norm_preserving' or 'project_out'.")
+    given = held(direction)
+    if mode != "add" and not (isinstance(given, Held) and bool((given.tensor.norm(dim=-1) > 0).all())):
+        raise InputError(f"mode={mode!r} needs a direction of a length other than zero.")
+    return Steer(site, **_where(heads, positions, steps), direction=given, scale=float(scale), mode=mode)
+
+
+def scale(
+    site: str,
+    factor: Any,
+    *,
+    clip: tuple[float, float] | None = None,
+    heads: Heads = None,
+    positions: PositionsLike = None,
+    steps: StepsLike = None,
+) -> Edit:
+    """Multiply the selected entries: ``x' = clip(factor) · x``; a factor ``[head, 1]`` gives every head its own."""
+    return Scale(site, **_where(heads, positions, steps), factor=held(factor), clip=clip)
+
+
+def overwrite(
+    site: str,
+    neurons: int | Iterable[int],
+    value: Any,
+    *,
+    dictionary: Any = None,
+    positions: PositionsLike = None,
+    steps: StepsLike = None,
+    heads: Heads = None,
+) -> Edit:
+    """Set coordinates of the last axis, or features of a dictionary, to a constant.
+
+    Without a dictionary ``x_i = value`` for ``i`` in ``neurons`` (at ``mlp.hook_post``: neuron overwrite, arXiv 2509.00328). With one (anything
+    with ``encode`` and ``decode``): ``f = encode(x)``, ``f'_i = value``, ``x' = decode(f') + (x - decode(f))``, so the dictionary's error stays,
+    and entries whose features do not change keep their bits. ``value`` is a number or one per neuron.
+    """
+    numbers = (neurons,) if isinstance(neurons, int) else tuple(int(n) for n in neurons)
+    if dictionary is not None and not (hasattr(dictionary, "encode") and hasattr(dictionary, "decode")):
+        raise InputError("A dictionary has encode(x) and decode(features).")
+    return Overwrite(site, **_where(heads, positions, steps), neurons=numbers, value=held(value), dictionary=dictionary)
+
+
+def project(
+    site: str,
+    basis: Tensor,
+    source: Any,
+    *,
+    heads: Heads = None,
+    positions: PositionsLike = None,
+    steps: StepsLike = None,
+) -> Edit:
+    """Subspace interchange: inside the span of ``basis`` the selected entries take the source's values, outside it they keep their own.
+
+    ``x' = x + (source - x) V Vᵀ`` with ``V`` orthonormal and of the span of ``basis``, ``[d]`` or ``[d, k]`` (columns); its sign, scale and
+    rotation do not matter. Raises InputError for dependent columns (Geiger et al. 2023, arXiv 2303.02536; Makelov et al. 2023, arXiv 2311.17030).
+    """
+    columns = basis.detach()[:, None] if basis.ndim == 1 else basis.detach()
+    if columns.ndim != 2 or columns.shape[1] > columns.shape[0] or columns.shape[1] == 0:
+        raise InputError(f"A basis is [d] or [d, k] with k <= d, not {tuple(basis.shape)}.")
+    left, values, _ = torch.linalg.svd(columns.double(), full_matrices=False)
+    if bool(torch.isnan(columns).any()) or float(values[-1]) <= 1e-6 * float(values[0]):
+        raise InputError(f"The {columns.shape[1]} columns of the basis are not linearly independent.")
+    return Project(
+        site, **_where(heads, positions, steps), source=_source(site, source), basis=Held(left.to(columns.dtype))
+    )
+
+
+def block_attention(
+    tower: str,
+    queries: PositionsLike = None,
+    keys: PositionsLike = None,
+    *,
+    layers: int | Iterable[int] | str | None = None,
+    heads: Heads = None,
+    renormalise: bool = True,
+    steps: StepsLike = None,
+) -> Edit:
+    """Knockout: ``queries`` cannot look at ``keys``, in these layers and heads (None: all).
+
+    Scores take the smallest number of their type, so the pattern is exactly 0 there and the other keys share the row; ``renormalise=False`` sets
+    the pattern to 0 and leaves the rest as it was. Keys the mask hides anyway are not touched. ``layers="pool"`` is SigLIP's attention pooling.
+
+    Raises InputError in the run if a position is left with nothing to look at.
+    """
+    return BlockAttention(tower, **_where(heads, queries, steps), **_edges(keys, layers, renormalise))
+
+
+def scale_attention(
+    tower: str,
+    queries: PositionsLike = None,
+    keys: PositionsLike = None,
+    factor: float = 1.0,
+    *,
+    layers: int | Iterable[int] | str | None = None,
+    heads: Heads = None,
+    renormalise: bool = True,
+    steps: StepsLike = None,
+) -> Edit:
+    """Multiply scores (``renormalise=True``) or the pattern itself (False) of ``queries`` looking at ``keys``.
+
+    Multiplying a score is a temperature, not a gain: where scores are negative a factor below 1 *raises* attention (AdaptVis, arXiv 2503.01773,
+    edits so). :func:`add_attention_bias` is the monotone alternative.
+    """
+    return ScaleAttention(
+        tower, **_where(heads, queries, steps), **_edges(keys, layers, renormalise), factor=float(factor)
+    )
+
+
+def add_attention_bias(
+    tower: str,
+    queries: PositionsLike = None,
+    keys: PositionsLike = None,
+    bias: Any = 0.0,
+    *,
+    layers: int | Iterable[int] | str | None = None,
+    heads: Heads = None,
+    renormalise: bool = True,
+    steps: StepsLike = None,
+) -> Edit:
+    """Add to the scores of ``queries`` looking at ``keys``: each entry's odds change by ``exp(bias)``, whatever its sign.
+
+    ``renormalise=False`` multiplies the pattern by ``exp(bias)`` instead. ``bias`` is in nats: a number, or a tensor that broadcasts to ``[row head
+    query key]``.
+    """
+    return AddAttentionBias(
+        tower, **_where(heads, queries, steps), **_edges(keys, layers, renormalise), bias=held(bias)
+    )
+
+
+def _edges(keys: PositionsLike, layers: Any, renormalise: bool) -> dict[str, Any]:
+    chosen = (
+        layers if layers is None or isinstance(layers, str) else (layers,) if isinstance(layers, int) else tuple(layers)
+    )
+    if isinstance(chosen, str) and chosen != "pool":
+        raise InputError(f"layers={layers!r} is not understood: numbers, None for all, or 'pool'.")
+    return {"keys": Positions.of(keys), "layers": chosen, "renormalise": renormalise}
+
+
+def freeze(
+    site: str, at: str, *, heads: Heads = None, positions: PositionsLike = None, steps: StepsLike = None
+) -> Edit:
+    """Hold a site at an earlier layer's value: the selected entries take the value that the site ``at`` had in the same pass of the edited run.
+
+    ``freeze("language.blocks.*.hook_resid_post", at="language.blocks.3.hook_resid_post", positions=image)`` with a glob holds every later layer as
+    well; earlier matches are an error, so name the layers (PopVQA, arXiv 2412.14133).
+    """
+    return Freeze(site, **_where(heads, positions, steps), at=at)
+
+
+def delete_tokens(
+    tower: str, positions: PositionsLike, *, start: int = 0, reindex: bool = False, steps: StepsLike = None
+) -> Edit:
+    """Take tokens out of a tower from layer ``start`` on: no other position can look at them, and no pooling counts them.
+
+    For the remaining positions this is what a shorter sequence computes. They keep their position numbers; ``reindex=True`` counts them anew, as if
+    the prompt had been shorter (text towers, single runs). Rows of deleted positions themselves, in outputs that have positions, and what they hand
+    on to a projector, mean nothing: delete image tokens in the language tower, not only in the vision tower.
+    """
+    return DeleteTokens(tower, **_where(None, positions, steps), start=start, reindex=reindex)
+
+
+def permute(site: str, order: Iterable[int], *, positions: PositionsLike = None, steps: StepsLike = None) -> Edit:
+    """Let positions change places: the ``i``-th selected position takes the value of the ``order[i]``-th.
+
+    Raises InputError if ``order`` is not a permutation.
+    """
+    numbers = tuple(int(n) for n in order)
+    if sorted(numbers) != list(range(len(numbers))):
+        raise InputError("order is not a permutation: it must hold each of 0 … n - 1 once.")
+    return Permute(site, **_where(None, positions, steps), order=numbers)
+
+
+def renormalise(
+    site: str, norm: float, *, heads: Heads = None, positions: PositionsLike = None, steps: StepsLike = None
+) -> Edit:
+    """Give every selected vector the length ``norm``: ``x' = norm · x/‖x‖``."""
+    return Renormalise(site, **_where(heads, positions, steps), norm=float(norm))
+
+
+def apply(
+    site: str,
+    fn: Callable[[Tensor, Any], Tensor | None],
+    *,
+    heads: Heads = None,
+    positions: PositionsLike = None,
+    steps: StepsLike = None,
+) -> Edit:
+    """The escape hatch: ``fn(tensor, hook)`` gets the site's whole tensor of one run and returns another of its shape, or None.
+
+    Only the selected entries of what it returns are used. Saved by its import path, so define it in a module.
+    """
+    if not callable(fn):
+        raise InputError("apply needs a function fn(tensor, hook).")
+    return Apply(site, **_where(heads, positions, steps), fn=fn)
+
+
+__all__ = [
+    "Edit",
+    "ablate",
+    "add_attention_bias",
+    "apply",
+    "block_attention",
+    "delete_tokens",
+    "dump",
+    "freeze",
+    "from_dict",
+    "load",
+    "overwrite",
+    "parse",
+    "permute",
+    "project",
+    "renormalise",
+    "replace",
+    "save",
+    "scale",
+    "scale_attention",
+    "steer",
+    "to_dict",
+]

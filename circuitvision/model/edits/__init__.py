@@ -1,0 +1,1 @@
+"""Edits: values that say where a run is changed, and how; the public names are in :mod:`circuitvision.edits`."""

@@ -1,0 +1,306 @@
+"""Edits of attention: who may look at whom, and how strongly.
+
+All act on scores or patterns, never on the caller's mask: masks arrive as nothing, as booleans or as numbers to add, depending on the attention
+implementation and on padding, and a mask edit that is right for one is silently wrong for another. Entries that the run's own mask hides stay hidden.
+
+``renormalise=True`` edits the scores before the softmax, so that every row of the pattern still sums to one; ``renormalise=False`` edits the pattern
+after it, which also shrinks what the head writes.
+
+Keys count every position the tower can look at: cached positions first, then its own. PI0's action tower looks at the prefix first; a selection of
+the ``language`` token map names prefix keys there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.edits.base import Edit
+from circuitvision.model.edits.values import ALL_POSITIONS, Held, Positions, Window
+from circuitvision.model.sites import SiteName
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.hooks import HookPoint
+
+
+@dataclass(frozen=True, repr=False)
+class AttentionEdit(Edit):
+    """An edit of the (query, key) entries of one tower's scores or patterns; ``positions`` are the queries, ``site`` is the tower."""
+
+    keys: Positions = ALL_POSITIONS
+    layers: tuple[int, ...] | str | None = None
+    renormalise: bool = True
+    allows_patterns: ClassVar[bool] = True
+
+    def sites(self, model: HookedModel) -> list[str]:
+        if self.site not in model.towers:
+            raise InputError(f"there is no tower {self.site!r}; this model has {', '.join(model.towers)}")
+        stage = "attn_scores" if self.renormalise else "pattern"
+        if self.layers == "pool":
+            return model.sites(f"{self.site}.pool.attn.hook_{stage}")
+        count = model.towers[self.site].cfg.n_layers
+        chosen = range(count) if self.layers is None else self.layers
+        for layer in chosen:
+            if not isinstance(layer, int) or not -count <= layer < count:
+                raise InputError(f"layer {layer} is outside the {count} layers of the {self.site} tower")
+        return [f"{self.site}.blocks.{layer}.attn.hook_{stage}" for layer in sorted({int(n) % count for n in chosen})]
+
+    def _shown(self) -> list[str]:
+        shown = [f"keys={self.keys.plain}", *self._strength()]
+        if self.layers is not None:
+            shown.append(f"layers={self.layers if isinstance(self.layers, str) else list(self.layers)}")
+        return shown if self.renormalise else [*shown, "renormalise=False"]
+
+    def _strength(self) -> list[str]:
+        return []
+
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+        super().check(model, site, window, n_heads, grows)
+        if window is None:
+            return
+        if self.keys.tower and self.keys.tower != window.tower:
+            source = model.towers.get(self.keys.tower)
+            if source is None or not source.spec.feeds_cache_only:
+                raise InputError(f"the {window.tower} tower cannot look at positions of the {self.keys.tower} tower")
+        elif self.keys.kind == "mask" or not _reads_a_cache(model, window.tower):
+            self.keys.check(window, grows)
+
+    def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
+        """Change the selected entries of ``[row head query key]``."""
+        if not self.steps.acts(hook.step):
+            return
+        region = self.region(value, window)
+        if region is not None and bool(region.any()):
+            value.copy_(self.changed(value, region, hook))
+
+    def region(self, value: Tensor, window: Window) -> Tensor | None:
+        """The selected entries as bool, broadcasting to ``[row head query key]``."""
+        rows, n_heads, n_queries, n_keys = value.shape
+        here = dataclasses.replace(window, length=n_queries)
+        queries = _mask(self.positions, here, rows, value.device)
+        keys = self._key_mask(window, rows, n_keys, n_queries, value.device)
+        region = queries[:, None, :, None] & keys[:, None, None, :]
+        if self.heads is None:
+            return region
+        heads = torch.zeros(n_heads, dtype=torch.bool, device=value.device)
+        heads[[head % n_heads for head in self.heads]] = True
+        return region & heads[None, :, None, None]
+
+    def _key_mask(self, window: Window, rows: int, n_keys: int, n_queries: int, device: torch.device) -> Tensor:
+        own_first = 0 if window.pools else n_keys - n_queries - window.first
+        if own_first <= 0:
+            return _mask(self.keys, dataclasses.replace(window, first=0, length=n_keys, shift=0), rows, device)
+        # The tower looks at another tower's cached positions before its own.
+        whole = dataclasses.replace(window, first=0, length=n_keys, prompt=n_keys, shift=0, tokens=None)
+        if self.keys.tower == window.tower or self.keys.kind == "last":
+            own = _mask(self.keys, dataclasses.replace(window, first=0, length=n_keys - own_first), rows, device)
+            return torch.cat([own.new_zeros(own.shape[0], own_first), own], dim=1)
+        if self.keys.kind == "mask":
+            assert self.keys.mask is not None
+            prefix = self.keys.mask.tensor.shape[-1]
+            whole = dataclasses.replace(whole, prompt=prefix)
+        return _mask(self.keys, dataclasses.replace(whole, rows=rows), rows, device)
+
+    def changed(self, value: Tensor, region: Tensor, hook: HookPoint) -> Tensor:
+        """The new scores or pattern."""
+        raise NotImplementedError
+
+
+def _reads_a_cache(model: HookedModel, tower: str) -> bool:
+    """Whether a tower looks at positions of another tower."""
+    return tower not in ("vision", "text") and any(
+        other.spec.feeds_cache_only for name, other in model.towers.items() if name != tower
+    )
+
+
+def _mask(positions: Positions, window: Window, rows: int, device: torch.device) -> Tensor:
+    """Bool ``[rows or 1, length]``."""
+    chosen = positions.choose(window, rows, device)
+    if chosen is None:
+        return torch.ones(1, window.length, dtype=torch.bool, device=device)
+    out = torch.zeros(rows if isinstance(chosen, tuple) else 1, window.length, dtype=torch.bool, device=device)
+    if isinstance(chosen, tuple):
+        out[chosen] = True
+    else:
+        out[:, chosen] = True
+    return out
+
+
+def visible(scores: Tensor) -> Tensor:
+    """Which entries of the scores the run's own mask leaves visible: masked ones hold the smallest number of the type, or minus infinity."""
+    return scores > torch.finfo(scores.dtype).min / 2
+
+
+@dataclass(frozen=True, repr=False)
+class BlockAttention(AttentionEdit):
+    """See :func:`circuitvision.edits.block_attention`."""
+
+    kind = "block_attention"
+
+    def changed(self, value: Tensor, region: Tensor, hook: HookPoint) -> Tensor:
+        """Scores: the smallest number of the type, so that the pattern is exactly 0 there; pattern: 0."""
+        if not self.renormalise:
+            return value.masked_fill(region, 0.0)
+        seen = visible(value)
+        blocked = seen & region
+        left = (seen & ~region).any(-1)
+        if bool((seen.any(-1) & ~left).any()):
+            row, head, query = (seen.any(-1) & ~left).nonzero()[0].tolist()
+            raise InputError(
+                f"{self!r}: nothing is left for position {query} of row {row} to look at, at {hook.name} head {head}. "
+                "Leave it a key (its own position, say), or pass renormalise=False."
+            )
+        return value.masked_fill(blocked, torch.finfo(value.dtype).min)
+
+
+@dataclass(frozen=True, repr=False)
+class ScaleAttention(AttentionEdit):
+    """See :func:`circuitvision.edits.scale_attention`."""
+
+    kind = "scale_attention"
+    factor: float = 1.0
+
+    @property
+    def does_nothing(self) -> bool:
+        return self.factor == 1.0
+
+    def _strength(self) -> list[str]:
+        return [f"factor={self.factor:g}"]
+
+    def changed(self, value: Tensor, region: Tensor, hook: HookPoint) -> Tensor:
+        """``score · factor`` or ``pattern · factor``."""
+        where = region & visible(value) if self.renormalise else region
+        return torch.where(where, value * self.factor, value)
+
+
+@dataclass(frozen=True, repr=False)
+class AddAttentionBias(AttentionEdit):
+    """See :func:`circuitvision.edits.add_attention_bias`."""
+
+    kind = "add_attention_bias"
+    bias: Any = 0.0
+
+    @property
+    def does_nothing(self) -> bool:
+        return not isinstance(self.bias, Held) and float(self.bias) == 0.0
+
+    def _strength(self) -> list[str]:
+        return [f"bias={self.bias!r}"]
+
+    def changed(self, value: Tensor, region: Tensor, hook: HookPoint) -> Tensor:
+        """``score + bias`` or ``pattern · exp(bias)``."""
+        bias = self.bias.tensor.to(value) if isinstance(self.bias, Held) else torch.tensor(float(self.bias)).to(value)
+        if not self.renormalise:
+            return torch.where(region, value * bias.exp(), value)
+        return torch.where(region & visible(value), value + bias, value)
+
+
+@dataclass(frozen=True, repr=False)
+class DeleteTokens(AttentionEdit):
+    """See :func:`circuitvision.edits.delete_tokens`; ``positions`` are those deleted."""
+
+    kind = "delete_tokens"
+    start: int = 0
+    reindex: bool = False
+
+    def _shown(self) -> list[str]:
+        shown = [] if self.start == 0 else [f"start={self.start}"]
+        return [*shown, "reindex=True"] if self.reindex else shown
+
+    def sites(self, model: HookedModel) -> list[str]:
+        names = super().sites(model)
+        count = model.towers[self.site].cfg.n_layers
+        if not 0 <= self.start <= count:
+            raise InputError(f"start={self.start} is outside the {count} layers of the {self.site} tower")
+        names = [name for name in names if (SiteName.parse(name).layer or 0) >= self.start]
+        known = model.engine.points
+        pool = f"{self.site}.pool.attn.hook_attn_scores"
+        averaged = f"{self.site}.ln_final.hook_normalized"
+        if pool in known:
+            names.append(pool)
+        if self._averages(model) and averaged in known:
+            names.append(averaged)
+        return names
+
+    def _averages(self, model: HookedModel) -> bool:
+        readout = model.towers[self.site].spec.readout
+        return readout is not None and "mean" in readout.pool
+
+    @property
+    def does_nothing(self) -> bool:
+        return self.positions.kind == "ints" and not self.positions.ints
+
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+        super().check(model, site, window, n_heads, grows)
+        tower = model.towers[self.site]
+        if self.reindex and not (self.site in ("language", "text") and not tower.spec.feeds_cache_only):
+            raise InputError(
+                f"positions of the {self.site} tower cannot be counted anew; leave reindex=False: tokens keep their positions"
+            )
+        if self.reindex and grows:
+            raise InputError("reindex=True works in single runs; generate counts positions by itself")
+        readout = tower.spec.readout
+        if window is None or window.tokens is None or readout is None:
+            return
+        gone = self.positions.covers(window)
+        read = (
+            torch.from_numpy(window.tokens.mask(list(readout.reads)).numpy()) if set(readout.reads) <= {"cls"} else None
+        )
+        if read is not None and bool((gone & read).any()):
+            raise InputError(f"the output is read from the {readout.reads[0]} position, which cannot be deleted")
+
+    def region(self, value: Tensor, window: Window) -> Tensor | None:
+        n_queries, n_keys = value.shape[2:]
+        gone = dataclasses.replace(self, positions=Positions(), keys=self.positions, heads=None)
+        region = AttentionEdit.region(gone, value, window)
+        if region is None or window.pools:
+            return region
+        own = torch.arange(n_queries, device=value.device)[:, None] + (n_keys - n_queries)
+        return region & (own != torch.arange(n_keys, device=value.device))[None, None]
+
+    def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
+        if hook.site == "ln_final.hook_normalized":
+            if self.steps.acts(hook.step):
+                self._leave_out_of_mean(value, window)
+            return
+        super().write(value, window, hook, given)
+
+    def _leave_out_of_mean(self, value: Tensor, window: Window) -> None:
+        """Give deleted positions the mean of the others: the mean over all positions is then the mean over those that remain."""
+        gone = self.positions.covers(window).to(value.device).expand(value.shape[0], -1)
+        prefix = torch.zeros(value.shape[1], dtype=torch.bool, device=value.device)
+        counted = torch.ones_like(gone)
+        if window.tokens is not None:
+            kinds = window.tokens
+            counted = kinds.select().tensor.to(value.device).expand_as(gone).clone()
+            prefix = (~kinds.mask("patch")).all(0).to(value.device)
+        counted &= ~prefix
+        for row in range(value.shape[0]):
+            stay, leave = counted[row] & ~gone[row], counted[row] & gone[row]
+            if not bool(stay.any()):
+                raise InputError(f"{self!r}: no position is left to read the output from.")
+            value[row, leave] = value[row, stay].mean(0)
+
+    def changed(self, value: Tensor, region: Tensor, hook: HookPoint) -> Tensor:
+        """Hide the deleted keys from every other position."""
+        seen = visible(value)
+        if bool((seen.any(-1) & ~(seen & ~region).any(-1)).any()):
+            raise InputError(f"{self!r}: nothing is left to look at, at {hook.name}.")
+        return value.masked_fill(seen & region, torch.finfo(value.dtype).min)
+
+    def change_inputs(self, model: HookedModel, inputs: Mapping[str, Any], window: Window) -> dict[str, Any]:
+        """With ``reindex``: the inputs with positions counted over the remaining tokens."""
+        if not self.reindex:
+            return dict(inputs)
+        ids = inputs["input_ids"]
+        gone = self.positions.covers(window).to(ids.device).expand(ids.shape)
+        before = inputs.get("position_ids")
+        before = torch.arange(ids.shape[1], device=ids.device)[None] if before is None else before
+        return {**inputs, "position_ids": (before.expand(ids.shape) - gone.int().cumsum(1) + gone.int()).clamp_min(0)}

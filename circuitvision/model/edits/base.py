@@ -1,0 +1,263 @@
+"""The base of every edit, and how its new values are written into a site's tensor.
+
+An edit never holds a model. It meets one in two steps: ``plan`` (once, before anything runs: which sites, do heads and positions and sources exist)
+and ``write`` (in every pass: change the selected entries of a tensor that is already the caller's own). Both see a :class:`Window` of positions, so
+the same edit acts in a whole run, in a decoding step, on the suffix of a resumed run, and on its own rows of a batch of many edits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.edits.values import (
+    ALL_POSITIONS,
+    ALL_STEPS,
+    Chosen,
+    Held,
+    HeldMapping,
+    Positions,
+    Steps,
+    Window,
+    is_empty,
+)
+from circuitvision.model.sites import SiteName
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.hooks import HookPoint
+
+EDITS: dict[str, type[Edit]] = {}
+"""Name of a kind of edit -> its class; files name kinds so."""
+
+
+@dataclass(frozen=True)
+class At:
+    """Where and when an edit writes: what its arithmetic may need beyond the values it replaces."""
+
+    site: str
+    hook: HookPoint
+    window: Window
+    index: tuple[Any, ...]
+    """Selects the entries in the tensor of this pass."""
+    absolute: tuple[Any, ...]
+    """Selects the same entries in a tensor over all positions."""
+    shape: torch.Size
+    """Shape of the tensor of this pass."""
+    given: Mapping[Any, Any]
+    """Values worked out for this run: clean activations, dataset means, values captured earlier in the pass."""
+    pooled: bool = False
+    """Whether the site has no position axis in this model."""
+
+    def pick(self, source: Any, like: Tensor) -> Any:
+        """The part of ``source`` (a number, or a tensor that broadcasts to the site over all positions) that belongs to the selected entries."""
+        source = source.tensor if isinstance(source, Held) else source
+        if not isinstance(source, Tensor):
+            return source
+        source = source.to(like)
+        if source.ndim <= 1:
+            return source
+        shape = list(self.shape)
+        if source.ndim == len(shape) and 1 < source.shape[0] < shape[0] and shape[0] % source.shape[0] == 0:
+            source = source.repeat_interleave(shape[0] // source.shape[0], dim=0)
+        if not self.pooled:
+            given = source_length(source, len(shape))
+            shape[1] = self.window.first + self.window.length if given in (None, 1) else given
+        try:
+            return source.expand(shape)[self.absolute]
+        except RuntimeError as error:
+            raise InputError(
+                f"a value of shape {tuple(source.shape)} does not fit {self.site}, whose shape is {tuple(self.shape)}"
+            ) from error
+
+
+def source_length(source: Any, ndim: int) -> int | None:
+    """How many positions a value covers that broadcasts to a site of ``ndim`` axes; None if it has no position axis."""
+    source = source.tensor if isinstance(source, Held) else source
+    if not isinstance(source, Tensor) or source.ndim < max(2, ndim - 1):
+        return None
+    return int(source.shape[source.ndim - ndim + 1])
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Something to change in a run: immutable, comparable, independent of any model.
+
+    ``site`` is a name or a glob, ``heads`` count the site's own head axis, ``positions`` are absolute, ``steps`` the passes in which it acts.
+    """
+
+    site: str
+    heads: tuple[int, ...] | None = None
+    positions: Positions = ALL_POSITIONS
+    steps: Steps = ALL_STEPS
+
+    kind: ClassVar[str] = ""
+    sets: ClassVar[bool] = False
+    """Whether the new value forgets the old one, so that an earlier edit of the same entries would be lost."""
+    reads_all: ClassVar[bool] = False
+    """Whether the new values depend on entries that are not selected."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if cls.kind:
+            EDITS[cls.kind] = cls
+
+    # -- what it is ------------------------------------------------------------------------------------------------------------------------
+
+    def sites(self, model: HookedModel) -> list[str]:
+        """The sites of a model that this edit changes; UnknownSiteError if there is none."""
+        return model.sites(self.site)
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether the edit is known to be the identity, whatever it meets."""
+        return False
+
+    def values(self) -> dict[str, Any]:
+        """The fields besides site, heads, positions and steps."""
+        common = {"site", "heads", "positions", "steps"}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in common}
+
+    def held(self) -> list[Held]:
+        """Every tensor the edit holds."""
+        found: list[Held] = []
+        for value in self.values().values():
+            if isinstance(value, Held):
+                found.append(value)
+            elif isinstance(value, HeldMapping):
+                found += [item for _, item in value.items if isinstance(item, Held)]
+        return found
+
+    def __repr__(self) -> str:
+        parts = [repr(self.site), *self._shown()]
+        if self.heads is not None:
+            parts.append(f"heads={list(self.heads)}")
+        if self.positions.plain is not None:
+            parts.append(f"positions={self.positions.plain}")
+        if self.steps.plain is not None:
+            parts.append(f"steps={self.steps.plain!r}")
+        return f"{self.kind}({', '.join(parts)})"
+
+    def _shown(self) -> list[str]:
+        return [f"{name}={value!r}" for name, value in self.values().items() if value is not None]
+
+    # -- meeting a model -------------------------------------------------------------------------------------------------------------------
+
+    def clean_sites(self, model: HookedModel) -> list[str]:
+        """Sites whose values in the unedited run this edit needs."""
+        return []
+
+    def captured(self) -> str | None:
+        """A site whose value, in the edited run itself, this edit needs later in the same pass."""
+        return None
+
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+        """Raise InputError if this edit cannot act at ``site``; ``window`` is None where the shape is known only when the run gets there."""
+        name = SiteName.parse(site)
+        if self.heads is not None:
+            if not name.has_heads:
+                raise InputError(f"{site} has no heads")
+            for head in self.heads:
+                if n_heads is not None and not -n_heads <= head < n_heads:
+                    raise InputError(f"head {head} is outside the {n_heads} heads of {site}")
+        if name.is_pattern and not self.allows_patterns:
+            raise InputError(
+                f"{site} is [row head query key]: use block_attention, scale_attention, add_attention_bias or apply"
+            )
+        if window is not None:
+            self.positions.check(window, grows)
+        if any(tensor.has_nan for tensor in self.held()):
+            raise InputError("its source holds NaN")
+
+    allows_patterns: ClassVar[bool] = False
+
+    def new(self, x: Tensor, at: At) -> Tensor | float:
+        """The new values of the selected entries ``x``, in their shape or broadcasting to it."""
+        raise NotImplementedError
+
+    def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
+        """Change the selected entries of ``value`` (one run's rows of a site, the caller's own tensor) in place."""
+        if not self.steps.acts(hook.step):
+            return
+        at = self._place(value, window, hook, given)
+        if at is not None:
+            value[at.index] = self._fitting(self.new(value[at.index], at), value)
+
+    @staticmethod
+    def _fitting(new: Any, value: Tensor) -> Any:
+        return new.to(value) if isinstance(new, Tensor) else new
+
+    def _place(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> At | None:
+        """The selected entries of this pass; None if there is none."""
+        name = SiteName.parse(hook.name)
+        headed = name.has_heads and not name.is_pattern
+        if value.ndim < (4 if headed else 3):
+            if self.positions.kind != "all":
+                raise InputError(f"{self!r}: {hook.name} has no positions in this model: they are pooled before it.")
+            chosen: Chosen = None
+        else:
+            chosen = self.positions.choose(window, value.shape[0], value.device)
+        pooled = value.ndim < (4 if headed else 3)
+        if pooled:
+            everything = (slice(None),)
+            return At(hook.name, hook, window, everything, everything, value.shape, given, pooled=True)
+        chosen = _before(chosen, self.source_end(hook.name, value.ndim, given), window)
+        if is_empty(chosen):
+            return None
+        heads = self._head_index(value.shape[2], value.device) if headed else None
+        here, absolute = _index(chosen, heads, 0), _index(chosen, heads, window.first)
+        return At(hook.name, hook, window, here, absolute, value.shape, given)
+
+    def _head_index(self, count: int, device: torch.device) -> Chosen:
+        if self.heads is None:
+            return None
+        found = [head % count for head in self.heads]
+        if found == list(range(found[0], found[0] + len(found))):
+            return slice(found[0], found[0] + len(found))
+        return torch.tensor(found, device=device)
+
+    def source_end(self, site: str, ndim: int, given: Mapping[Any, Any]) -> int | None:
+        """The first position the edit's source says nothing about (a prompt's source does not cover what is generated later); None if it covers
+        all."""
+        return None
+
+
+def _before(chosen: Chosen, end: int | None, window: Window) -> Chosen:
+    """Those chosen positions of a window that lie before an absolute position."""
+    if end is None or window.first + window.length <= end:
+        return chosen
+    room = max(end - window.first, 0)
+    if chosen is None:
+        return slice(0, room)
+    if isinstance(chosen, slice):
+        return slice(chosen.start, min(chosen.stop, room), chosen.step)
+    if isinstance(chosen, tuple):
+        keep = chosen[1] < room
+        return chosen[0][keep], chosen[1][keep]
+    return chosen[chosen < room]
+
+
+def _index(chosen: Chosen, heads: Chosen, first: int) -> tuple[Any, ...]:
+    """One index of a tensor ``[row pos (head) …]``, its positions shifted by ``first``."""
+    if isinstance(chosen, tuple):
+        rows, columns = chosen[0], chosen[1] + first
+        if heads is None:
+            return rows, columns
+        return (rows, columns, heads) if isinstance(heads, slice) else (rows[:, None], columns[:, None], heads)
+    if chosen is None:
+        chosen = slice(first, None) if first else slice(None)
+    elif isinstance(chosen, slice):
+        chosen = slice(chosen.start + first, chosen.stop + first, chosen.step)
+    else:
+        chosen = chosen + first
+    if heads is None:
+        return slice(None), chosen
+    if isinstance(chosen, Tensor) and isinstance(heads, Tensor):
+        return slice(None), chosen[:, None], heads
+    return slice(None), chosen, heads

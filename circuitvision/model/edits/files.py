@@ -1,0 +1,211 @@
+"""Edits as text: plain dictionaries, YAML and JSON, with tensors by reference.
+
+A tensor is written as ``{tensor: <digest>}`` and stored once in a ``.safetensors`` file beside the text, however many edits hold it. Functions are
+written by import path; dictionaries (SAEs, transcoders) by a name that the reader resolves with ``objects={name: dictionary}``. Nothing is
+unpickled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.files import replacing
+from circuitvision.model.edits.base import EDITS, Edit
+from circuitvision.model.edits.values import Held, HeldMapping, Positions, Steps
+
+FORMAT = "circuitvision.edits/1"
+Tensors = dict[str, Tensor]
+
+
+def to_dict(edit: Edit, tensors: Tensors) -> dict[str, Any]:
+    """An edit in Python's own types; the tensors it holds are put into ``tensors`` under their digests.
+
+    Raises InputError for a function or dictionary that cannot be named.
+    """
+    out: dict[str, Any] = {"edit": edit.kind, "site": edit.site}
+    if edit.heads is not None:
+        out["heads"] = list(edit.heads)
+    for name, positions in (("positions", edit.positions), ("keys", getattr(edit, "keys", None))):
+        if positions is not None and positions.kind != "all":
+            out[name] = _positions(positions, tensors)
+    if edit.steps.kind != "all":
+        out["steps"] = edit.steps.plain
+    for name, value in edit.values().items():
+        if name != "keys" and value is not None:
+            out[name] = _plain(value, tensors, name)
+    return out
+
+
+def from_dict(data: Mapping[str, Any], tensors: Mapping[str, Tensor], objects: Mapping[str, Any] | None = None) -> Edit:
+    """The edit that :func:`to_dict` described.
+
+    Raises InputError for an unknown kind, a missing tensor, or an object that ``objects`` does not hold.
+    """
+    fields = dict(data)
+    kind = fields.pop("edit", None)
+    if kind not in EDITS:
+        raise InputError(f"{kind!r} is no kind of edit; known: {', '.join(sorted(EDITS))}.")
+    cls = EDITS[kind]
+    known = {"site", *cls.__dataclass_fields__}
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        raise InputError(f"{kind} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+    values: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in ("positions", "keys"):
+            values[name] = _read_positions(value, tensors)
+        elif name == "steps":
+            values[name] = Steps.of(value)
+        else:
+            values[name] = _read(value, tensors, objects or {})
+    return cls(**values)
+
+
+def dump(edits: Sequence[Edit | Sequence[Edit]], tensors: Tensors) -> str:
+    """Edits, or groups of edits, as YAML text; their tensors are put into ``tensors``."""
+    import yaml
+
+    return yaml.safe_dump(_document(edits, tensors), sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def _document(edits: Sequence[Edit | Sequence[Edit]], tensors: Tensors) -> dict[str, Any]:
+    listed = [
+        to_dict(item, tensors) if isinstance(item, Edit) else [to_dict(edit, tensors) for edit in item]
+        for item in edits
+    ]
+    return {"format": FORMAT, "edits": listed}
+
+
+def parse(text: str, tensors: Mapping[str, Tensor], objects: Mapping[str, Any] | None = None) -> list[Any]:
+    """What :func:`dump` wrote: edits, and lists of edits where there were groups. JSON is YAML, and is read as well."""
+    import yaml
+
+    data = yaml.safe_load(text)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise InputError(f"This is not a text of format {FORMAT!r}.")
+    return [
+        from_dict(item, tensors, objects)
+        if isinstance(item, Mapping)
+        else [from_dict(edit, tensors, objects) for edit in item]
+        for item in data["edits"]
+    ]
+
+
+def save(path: str | Path, edits: Sequence[Edit | Sequence[Edit]]) -> Path:
+    """Write edits to a ``.yaml`` or ``.json`` file, and the tensors they hold to the ``.safetensors`` file of the same name beside it.
+
+    Raises InputError for another suffix.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    tensors: Tensors = {}
+    if path.suffix in (".yaml", ".yml"):
+        text = dump(edits, tensors)
+    elif path.suffix == ".json":
+        text = json.dumps(_document(edits, tensors), indent=1)
+    else:
+        raise InputError(f"Edits are saved as .yaml or .json, not {path.suffix or 'without a suffix'!r}.")
+    if tensors:
+        with replacing(path.with_suffix(".safetensors")) as temporary:
+            save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+    return path
+
+
+def load(path: str | Path, objects: Mapping[str, Any] | None = None) -> list[Any]:
+    """Read what :func:`save` wrote. Raises InputError for a file of another format, or tensors that are not there."""
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path}.")
+    beside = path.with_suffix(".safetensors")
+    return parse(path.read_text(), load_file(beside) if beside.is_file() else {}, objects)
+
+
+def _keep(value: Held, tensors: Tensors) -> dict[str, str]:
+    name = value.digest()
+    tensors.setdefault(name, value.tensor)
+    return {"tensor": name}
+
+
+def _plain(value: Any, tensors: Tensors, name: str) -> Any:
+    if isinstance(value, Held):
+        small = value.tensor.ndim == 0 and value.tensor.dtype in (torch.float32, torch.float64)
+        return float(value.tensor) if small else _keep(value, tensors)
+    if isinstance(value, HeldMapping):
+        return {"mapping": {key: _plain(item, tensors, name) for key, item in value.items}}
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, tuple):
+        return [_plain(item, tensors, name) for item in value]
+    if name == "fn":
+        return {"function": _import_path(value)}
+    reference = getattr(value, "name", None)
+    if isinstance(reference, str) and reference:
+        return {"object": reference}
+    raise InputError(f"A {type(value).__name__} is saved by its name; give it an attribute 'name'.")
+
+
+def _import_path(function: Any) -> str:
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    if not module or module == "__main__" or "<" in name:
+        raise InputError(f"{name or function!r} has no import path, so it cannot be saved; define it in a module.")
+    return f"{module}:{name}"
+
+
+def _read(value: Any, tensors: Mapping[str, Tensor], objects: Mapping[str, Any]) -> Any:
+    if isinstance(value, list):
+        return tuple(_read(item, tensors, objects) for item in value)
+    if not isinstance(value, Mapping):
+        return value
+    if "tensor" in value:
+        return Held(_tensor(value["tensor"], tensors))
+    if "mapping" in value:
+        return HeldMapping(tuple((key, _read(item, tensors, objects)) for key, item in value["mapping"].items()))
+    if "function" in value:
+        module, _, name = str(value["function"]).partition(":")
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        return found
+    if "object" in value:
+        if value["object"] not in objects:
+            raise InputError(f"These edits use the dictionary {value['object']!r}; pass objects={{name: dictionary}}.")
+        return objects[value["object"]]
+    raise InputError(f"{dict(value)!r} is not a value of an edit.")
+
+
+def _tensor(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    if name not in tensors:
+        raise InputError(f"The tensor {name} is not there; keep the .safetensors file beside the text.")
+    return tensors[name]
+
+
+def _positions(positions: Positions, tensors: Tensors) -> Any:
+    if positions.kind == "slice":
+        return {"slice": list(positions.bounds)}
+    if positions.kind == "mask":
+        assert positions.mask is not None
+        found = {**_keep(positions.mask, tensors), "tower": positions.tower, "label": positions.label}
+        return {key: value for key, value in found.items() if value}
+    return positions.plain if positions.kind == "last" else list(positions.ints)
+
+
+def _read_positions(value: Any, tensors: Mapping[str, Tensor]) -> Positions:
+    if not isinstance(value, Mapping):
+        return Positions.of(value)
+    if "slice" in value:
+        return Positions.of(slice(*value["slice"]))
+    mask = Held(_tensor(value["tensor"], tensors))
+    return Positions("mask", mask=mask, tower=value.get("tower", ""), label=value.get("label", ""))

@@ -1,0 +1,370 @@
+"""What an edit is made of: tensors held by reference, positions, steps, and how they select entries of a site.
+
+Everything here is immutable and compares by content. A tensor is held, not copied (a sweep of a thousand edits shares one source), so writing into
+it afterwards would change every edit that holds it: a held tensor remembers its version, and using it after such a write is an error.
+
+Positions are absolute: 0 is the first position of the row, padding included, and the positions that ``generate`` adds follow the prompt's. A pass of
+a run covers a window ``[first, first + length)`` of them: all of the prompt in the first pass, one new position in each decoding pass, the suffix in
+a resumed run. Selecting is the same in all three.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.selection import Selection
+
+PositionsLike = int | slice | str | Iterable[int] | Tensor | Selection | None
+StepsLike = int | str | Iterable[int] | None
+
+
+class Held:
+    """A tensor inside a value: shared, compared by content, refused after a write in place."""
+
+    __slots__ = ("_has_nan", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._version = None if tensor.is_inference() else tensor._version
+        self._has_nan: bool | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor; raises InputError if it was written into since the edit was made."""
+        if self._version is not None and self._tensor._version != self._version:
+            raise InputError(
+                f"A tensor of shape {tuple(self._tensor.shape)} was changed in place after an edit was made from it. "
+                "Edits are values: make them from tensors that stay as they are (.clone())."
+            )
+        return self._tensor
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether any entry is not a number; looked up once, however many edits share the tensor."""
+        if self._has_nan is None:
+            self._has_nan = bool(torch.isnan(self._tensor).any()) if self._tensor.is_floating_point() else False
+        return self._has_nan
+
+    def digest(self) -> str:
+        """A name that depends on type, shape and bytes alone: the reference under which files store the tensor."""
+        tensor = self.tensor.detach().cpu().contiguous()
+        found = hashlib.sha256(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()[:20]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Held):
+            return NotImplemented
+        mine, theirs = self._tensor, other._tensor
+        if mine is theirs:
+            return True
+        return mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(mine, theirs.to(mine.device))
+
+    def __hash__(self) -> int:
+        return hash((str(self._tensor.dtype), tuple(self._tensor.shape)))
+
+    def __repr__(self) -> str:
+        if self._tensor.numel() == 1:
+            return f"{float(self._tensor):g}"
+        return f"tensor[{', '.join(map(str, self._tensor.shape))}]"
+
+    def __deepcopy__(self, memo: Any) -> Held:
+        return self
+
+
+def held(value: Any) -> Any:
+    """A tensor as :class:`Held`, a sequence of numbers likewise, a number as it is; InputError for anything else."""
+    if isinstance(value, Held) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        return Held(value)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, (int, float)) for item in value):
+        return Held(torch.tensor(value))
+    raise InputError(f"A value of an edit is a number or a tensor, not {type(value).__name__}.")
+
+
+@dataclass(frozen=True)
+class HeldMapping:
+    """Tensors by name: the sources of an edit of several sites, or the inputs of a run."""
+
+    items: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, mapping: Mapping[str, Any]) -> HeldMapping:
+        """Hold every tensor of a mapping; other values stay as they are."""
+        pairs = ((str(name), Held(v) if isinstance(v, Tensor) else v) for name, v in mapping.items())
+        return cls(tuple(pairs))
+
+    def get(self, name: str) -> Any:
+        """The value under a name, or None."""
+        return next((value for key, value in self.items if key == name), None)
+
+    def tensors(self) -> dict[str, Any]:
+        """The mapping with plain tensors."""
+        return {name: value.tensor if isinstance(value, Held) else value for name, value in self.items}
+
+    def __repr__(self) -> str:
+        return f"{len(self.items)} tensors"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which passes of a tower an edit acts in."""
+
+    kind: Literal["all", "prefill", "decode", "numbers"] = "all"
+    numbers: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, spec: StepsLike | Steps) -> Steps:
+        """From None (all), ``"prefill"``, ``"decode"``, a number or several."""
+        if isinstance(spec, Steps):
+            return spec
+        if spec is None:
+            return cls()
+        if isinstance(spec, str):
+            if spec == "prefill":
+                return cls("prefill")
+            if spec == "decode":
+                return cls("decode")
+            raise InputError(f"steps={spec!r} is not understood: 'prefill', 'decode', a number, or several numbers.")
+        numbers = (spec,) if isinstance(spec, int) else tuple(spec)
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers) or not numbers:
+            raise InputError(f"steps={spec!r} is not understood: passes are counted 0, 1, 2, …")
+        return cls("numbers", tuple(sorted(set(numbers))))
+
+    def acts(self, step: int) -> bool:
+        """Whether the pass of this number is one of them."""
+        if self.kind == "numbers":
+            return step in self.numbers
+        return self.kind == "all" or (step == 0) == (self.kind == "prefill")
+
+    def overlaps(self, other: Steps) -> bool:
+        """Whether some pass is in both."""
+        if "numbers" in (self.kind, other.kind):
+            mine, theirs = (self, other) if self.kind == "numbers" else (other, self)
+            return any(theirs.acts(number) for number in mine.numbers)
+        return "all" in (self.kind, other.kind) or self.kind == other.kind
+
+    @property
+    def plain(self) -> Any:
+        """As it would be written by hand."""
+        if self.kind == "numbers":
+            return self.numbers[0] if len(self.numbers) == 1 else list(self.numbers)
+        return None if self.kind == "all" else self.kind
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which positions one pass of one tower covers, for one run's rows."""
+
+    tower: str
+    rows: int
+    """Rows of the tower in one run."""
+    first: int
+    length: int
+    prompt: int
+    """Positions of the prompt: negative positions count from here."""
+    tokens: Any = None
+    """TokenMap of the tower, where rows must be told from examples; None where it has no map."""
+    pools: bool = False
+    """Whether the site is the attention pooling: one query that is no position of the tower."""
+    shift: int = 0
+    """Positions of the tower before the site's first one (a vision tower's embeddings have no prefix tokens)."""
+
+
+Chosen = None | slice | Tensor | tuple[Tensor, Tensor]
+"""Entries of a window's position axis: all (None), a slice, indices, or (row, position) pairs; an empty tensor for none."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A choice of positions, before it is known which run it meets."""
+
+    kind: Literal["all", "ints", "slice", "last", "mask"] = "all"
+    ints: tuple[int, ...] = ()
+    bounds: tuple[int | None, int | None, int | None] = (None, None, None)
+    mask: Held | None = None
+    tower: str = ""
+    """The tower whose token map the mask was taken from, if any."""
+    label: str = ""
+
+    @classmethod
+    def of(cls, spec: PositionsLike | Positions) -> Positions:
+        """From None (all), an int, a slice or range, several ints, ``"last"``, a bool tensor, or a selection of a TokenMap."""
+        if isinstance(spec, Positions):
+            return spec
+        if spec is None:
+            return cls()
+        if isinstance(spec, Selection):
+            return cls("mask", mask=Held(spec.tensor), tower=spec.tower, label=spec.label)
+        if isinstance(spec, str):
+            if spec != "last":
+                raise InputError(f"positions={spec!r} is not understood: numbers, a slice, 'last', or a selection.")
+            return cls("last")
+        if isinstance(spec, slice):
+            return cls("slice", bounds=(spec.start, spec.stop, spec.step))
+        if isinstance(spec, (Tensor, np.ndarray)):
+            tensor = torch.as_tensor(spec)
+            if tensor.dtype == torch.bool:
+                if tensor.ndim not in (1, 2):
+                    raise InputError(f"A mask of positions is [pos] or [batch, pos], not {tuple(tensor.shape)}.")
+                return cls("mask", mask=Held(tensor))
+            spec = tensor.flatten().tolist()
+        numbers = (spec,) if isinstance(spec, int) else tuple(spec)
+        if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in numbers):
+            raise InputError(f"positions={spec!r} is not understood: numbers, a slice, 'last', or a selection.")
+        return cls("ints", ints=tuple(int(n) for n in numbers))
+
+    def check(self, window: Window, may_grow: bool) -> None:
+        """Raise InputError unless every position named exists; ``may_grow`` where passes may add positions after the prompt."""
+        limit = window.prompt
+        for position in self.ints:
+            if position < -limit or (position >= limit and not may_grow):
+                raise InputError(f"position {position} is outside the {limit} positions of the {window.tower} tower")
+        if self.mask is not None:
+            shape = tuple(self.mask.tensor.shape)
+            if self.tower and self.tower != window.tower:
+                raise InputError(f"the positions were selected in the {self.tower} tower, not in {window.tower}")
+            if shape[-1] != limit + (window.shift if self.tower else 0):
+                raise InputError(
+                    f"the mask of positions has {shape[-1]} entries, the {window.tower} tower {limit} positions"
+                )
+            if len(shape) == 2:
+                self._rows_of(torch.zeros(shape[0], 1, dtype=torch.bool), window, window.rows)
+
+    def choose(self, window: Window, rows: int, device: torch.device | str) -> Chosen:
+        """The entries of this window that are selected, for a tensor of ``rows`` rows."""
+        if self.kind == "all":
+            return None
+        if self.kind in ("ints", "slice"):
+            return self._uniform(window, device)
+        first, length = window.first, window.length
+        mask = self._as_mask(window, rows)[:, first : first + length]
+        if mask.shape[0] == 1:
+            return mask[0].nonzero().flatten().to(device)
+        found = mask.nonzero().to(device)
+        return found[:, 0], found[:, 1]
+
+    def _uniform(self, window: Window, device: torch.device | str) -> Chosen:
+        first, length, prompt = window.first, window.length, window.prompt
+        if self.kind == "slice":
+            start, stop, step = self.bounds
+            step = 1 if step is None else step
+            if step < 1:
+                raise InputError(f"positions={slice(*self.bounds)!r} runs backwards; give a positive step")
+            start = 0 if start is None else (start if start >= 0 else max(0, prompt + start))
+            stop = first + length if stop is None else (stop if stop >= 0 else prompt + stop)
+            begin = max(start, first + (start - first) % step)
+            return slice(max(begin - first, 0), max(min(stop, first + length) - first, 0), step)
+        wanted = {position if position >= 0 else prompt + position for position in self.ints}
+        inside = sorted(position - first for position in wanted if first <= position < first + length)
+        if inside and inside == list(range(inside[0], inside[-1] + 1)):
+            return slice(inside[0], inside[-1] + 1)
+        return torch.tensor(inside, dtype=torch.long, device=device)
+
+    def _as_mask(self, window: Window, rows: int) -> Tensor:
+        """Bool ``[rows or 1, positions so far]``."""
+        if self.kind == "last":
+            if window.tokens is None:
+                mask = torch.zeros(1, window.prompt, dtype=torch.bool)
+                mask[:, -1] = True
+            else:
+                mask = torch.zeros(window.tokens.n_rows, window.prompt, dtype=torch.bool)
+                mask[torch.arange(window.tokens.n_rows), torch.tensor(window.tokens.last())] = True
+        else:
+            assert self.mask is not None
+            mask = self.mask.tensor.cpu()
+            mask = mask[None] if mask.ndim == 1 else mask
+            if self.tower and window.shift:
+                mask = mask[:, window.shift :]
+        if mask.shape[0] != 1:
+            mask = self._rows_of(mask, window, rows)
+            if bool((mask == mask[:1]).all()):
+                mask = mask[:1]
+        seen = window.first + window.length
+        if seen > mask.shape[1]:
+            mask = torch.cat([mask, mask.new_zeros(mask.shape[0], seen - mask.shape[1])], dim=1)
+        return mask
+
+    def _rows_of(self, mask: Tensor, window: Window, rows: int) -> Tensor:
+        """One mask row per tensor row: rows are images or tiles in vision towers, and beams in ``generate``."""
+        given = mask.shape[0]
+        if given != window.rows and window.tokens is not None:
+            examples = torch.as_tensor(window.tokens.example)
+            if int(examples.max()) + 1 != given:
+                raise InputError(
+                    f"the mask of positions has {given} rows; the run has {int(examples.max()) + 1} examples and "
+                    f"{window.rows} rows in the {window.tower} tower"
+                )
+            mask = mask[examples]
+        if mask.shape[0] != rows:
+            if rows % mask.shape[0]:
+                raise InputError(f"the mask of positions has {given} rows, the {window.tower} tower {rows}")
+            mask = mask.repeat_interleave(rows // mask.shape[0], dim=0)
+        return mask
+
+    def lowest(self, window: Window) -> int:
+        """The first position selected in any row (the prompt's length if none)."""
+        chosen = self.choose(window, window.rows, "cpu")
+        if chosen is None:
+            return 0
+        if isinstance(chosen, slice):
+            return chosen.start if chosen.stop > chosen.start else window.prompt
+        columns = chosen[1] if isinstance(chosen, tuple) else chosen
+        return int(columns.min()) if columns.numel() else window.prompt
+
+    def covers(self, window: Window) -> Tensor:
+        """Bool ``[rows or 1, prompt]``: the positions of the prompt that are selected."""
+        chosen = self.choose(window, window.rows, "cpu")
+        out = torch.zeros(window.rows, window.prompt, dtype=torch.bool)
+        if chosen is None:
+            return ~out[:1]
+        if isinstance(chosen, tuple):
+            out[chosen] = True
+            return out
+        out[:, chosen] = True
+        return out[:1]
+
+    @property
+    def plain(self) -> Any:
+        """As it would be written by hand; a mask as its label or shape."""
+        if self.kind == "ints":
+            return self.ints[0] if len(self.ints) == 1 else list(self.ints)
+        if self.kind == "slice":
+            return slice(*self.bounds)
+        if self.kind == "mask":
+            return self.label or f"mask{list(self.mask.tensor.shape) if self.mask else ''}"
+        return None if self.kind == "all" else self.kind
+
+
+def heads_of(spec: int | Iterable[int] | None) -> tuple[int, ...] | None:
+    """Heads as a tuple in the order given, or None for all; InputError for anything but whole numbers."""
+    if spec is None:
+        return None
+    numbers = (spec,) if isinstance(spec, (int, np.integer)) else tuple(spec)
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in numbers):
+        raise InputError(f"heads={spec!r} is not understood: give head numbers.")
+    return tuple(dict.fromkeys(int(n) for n in numbers))
+
+
+def is_empty(chosen: Chosen) -> bool:
+    """Whether a choice selects nothing."""
+    if chosen is None:
+        return False
+    if isinstance(chosen, slice):
+        return chosen.stop <= chosen.start
+    return (chosen[0] if isinstance(chosen, tuple) else chosen).numel() == 0
+
+
+ALL_POSITIONS = Positions()
+ALL_STEPS = Steps()

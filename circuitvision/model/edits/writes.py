@@ -1,0 +1,399 @@
+"""Edits of activations: what replaces, removes, adds to, scales or rearranges the values at a site.
+
+Sources broadcast to the site's shape over *all* positions of the run, as a cache holds it; heads and positions then choose the entries that are
+written. ``[d_model]`` is one vector for every entry, ``[head, d_head]`` one per head, ``[row, pos, d_model]`` one for each place.
+
+Not covered: sources of another length than the run (map them first), and interventions that depend on the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.edits.base import At, Edit, source_length
+from circuitvision.model.edits.values import Held, HeldMapping, Window
+from circuitvision.model.sites import SiteName
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.hooks import HookPoint
+
+
+def _tensor(value: Any) -> Any:
+    return value.tensor if isinstance(value, Held) else value
+
+
+def _check_fits(value: Any, site: str, window: Window | None, n_heads: int | None) -> None:
+    """Raise InputError if a source cannot broadcast to a site's rows, positions and heads."""
+    source = _tensor(value)
+    if not isinstance(source, Tensor) or source.ndim <= 1 or window is None:
+        return
+    headed = SiteName.parse(site).has_heads
+    ndim = 4 if headed else 3
+    expected = [window.rows, window.prompt, *([n_heads] if headed else [])]
+    shape = [1] * (ndim - source.ndim) + list(source.shape)
+    if len(shape) > ndim or any(
+        have not in (1, want) for have, want in zip(shape, expected, strict=False) if want is not None
+    ):
+        raise InputError(
+            f"its source has shape {tuple(source.shape)}; {site} has "
+            f"{' × '.join(str(n) for n in expected)} rows, positions{' and heads' if headed else ''} in this run"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class _Sourced(Edit):
+    """An edit whose new values come from a source: a tensor, a number, or one tensor per site."""
+
+    source: Any = None
+
+    def source_at(self, site: str, given: Mapping[Any, Any]) -> Any:
+        """The source for one site."""
+        if isinstance(self.source, HeldMapping):
+            return self.source.get(site)
+        return self.source
+
+    def sites(self, model: HookedModel) -> list[str]:
+        names = super().sites(model)
+        if isinstance(self.source, HeldMapping):
+            missing = [name for name in names if self.source.get(name) is None]
+            if missing:
+                raise InputError(f"its source does not hold {missing[0]}; ask for it when the cache is made.")
+        return names
+
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+        super().check(model, site, window, n_heads, grows)
+        _check_fits(self.source_at(site, {}), site, window, n_heads)
+
+    def source_end(self, site: str, ndim: int, given: Mapping[Any, Any]) -> int | None:
+        length = source_length(self.source_at(site, given), ndim)
+        return None if length in (None, 1) else length
+
+
+@dataclass(frozen=True, repr=False)
+class Replace(_Sourced):
+    """See :func:`circuitvision.edits.replace`."""
+
+    kind = "replace"
+    sets: ClassVar[bool] = True
+
+    def new(self, x: Tensor, at: At) -> Any:
+        """``x' = source``."""
+        return at.pick(self.source_at(at.site, at.given), x)
+
+
+@dataclass(frozen=True, repr=False)
+class Ablate(_Sourced):
+    """See :func:`circuitvision.edits.ablate`."""
+
+    kind = "ablate"
+    sets: ClassVar[bool] = True
+    method: str = "zero"
+    dataset: tuple[HeldMapping, ...] | None = None
+    average: str = "position"
+    seed: int = 0
+
+    def clean_sites(self, model: HookedModel) -> list[str]:
+        needs = self.method == "resample" or (self.method == "mean" and self.dataset is None)
+        return self.sites(model) if needs else []
+
+    def source_at(self, site: str, given: Mapping[Any, Any]) -> Any:
+        if self.method in ("mean", "resample"):
+            return given.get((self, site)) if given else None
+        return super().source_at(site, given)
+
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+        super().check(model, site, window, n_heads, grows)
+        if self.method == "heads" and (self.heads is None or not SiteName.parse(site).has_heads):
+            raise InputError("the mean over the other heads needs heads=… at a site that has heads")
+
+    @property
+    def reads_all(self) -> bool:  # type: ignore[override]
+        """The mean over heads reads the heads that are kept."""
+        return self.method == "heads"
+
+    def new(self, x: Tensor, at: At) -> Any:
+        """``x' = 0``, or the mean, or another example's value."""
+        return 0.0 if self.method == "zero" else at.pick(self.source_at(at.site, at.given), x)
+
+    def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
+        if self.method != "heads":
+            super().write(value, window, hook, given)
+            return
+        at = self._place(value, window, hook, given) if self.steps.acts(hook.step) else None
+        if at is None:
+            return
+        assert self.heads is not None
+        kept = [head for head in range(value.shape[2]) if head not in {h % value.shape[2] for h in self.heads}]
+        if not kept:
+            raise InputError(f"{self!r}: no head is left to take the mean of.")
+        value[at.index] = value[:, :, kept].mean(2, keepdim=True).expand_as(value)[at.index]
+
+
+@dataclass(frozen=True, repr=False)
+class Steer(Edit):
+    """See :func:`circuitvision.edits.steer`."""
+
+    kind = "steer"
+    direction: Any = None
+    scale: float = 1.0
+    mode: str = "add"
+
+    @property
+    def does_nothing(self) -> bool:
+        return self.scale == 0.0
+
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+        super().check(model, site, window, n_heads, grows)
+        _check_fits(self.direction, site, window, n_heads)
+
+    def source_end(self, site: str, ndim: int, given: Mapping[Any, Any]) -> int | None:
+        length = source_length(self.direction, ndim)
+        return None if length in (None, 1) else length
+
+    def new(self, x: Tensor, at: At) -> Tensor:
+        """``x + s d``; ``‖x‖ (x̂ + s d̂)/‖x̂ + s d̂‖``; ``x - s (x·d̂) d̂``."""
+        direction = at.pick(self.direction, x)
+        if self.mode == "add":
+            return x + self.scale * direction
+        unit = direction / direction.norm(dim=-1, keepdim=True)
+        if self.mode == "project_out":
+            return x - self.scale * (x * unit).sum(-1, keepdim=True) * unit
+        length = x.norm(dim=-1, keepdim=True)
+        turned = x / length.clamp_min(torch.finfo(x.dtype).tiny) + self.scale * unit
+        return turned / turned.norm(dim=-1, keepdim=True) * length
+
+
+@dataclass(frozen=True, repr=False)
+class Scale(Edit):
+    """See :func:`circuitvision.edits.scale`."""
+
+    kind = "scale"
+    factor: Any = 1.0
+    clip: tuple[float, float] | None = None
+
+    @property
+    def does_nothing(self) -> bool:
+        return self.clip is None and not isinstance(self.factor, Held) and float(self.factor) == 1.0
+
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+        super().check(model, site, window, n_heads, grows)
+        _check_fits(self.factor, site, window, n_heads)
+
+    def source_end(self, site: str, ndim: int, given: Mapping[Any, Any]) -> int | None:
+        length = source_length(self.factor, ndim)
+        return None if length in (None, 1) else length
+
+    def new(self, x: Tensor, at: At) -> Tensor:
+        """``x' = clip(factor) x``."""
+        factor = at.pick(self.factor, x)
+        if self.clip is not None:
+            low, high = self.clip
+            factor = factor.clamp(low, high) if isinstance(factor, Tensor) else min(max(factor, low), high)
+        return x * factor
+
+
+@dataclass(frozen=True, repr=False)
+class Overwrite(Edit):
+    """See :func:`circuitvision.edits.overwrite`."""
+
+    kind = "overwrite"
+    neurons: tuple[int, ...] = ()
+    value: Any = 0.0
+    dictionary: Any = None
+
+    @property
+    def sets(self) -> bool:  # type: ignore[override]
+        """Neurons are set outright; features leave the rest of the site as it was."""
+        return self.dictionary is None
+
+    @property
+    def does_nothing(self) -> bool:
+        return not self.neurons
+
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+        super().check(model, site, window, n_heads, grows)
+        width = _width(model, site) if self.dictionary is None else None
+        for neuron in self.neurons:
+            if width is not None and not -width <= neuron < width:
+                raise InputError(f"neuron {neuron} is outside the {width} coordinates of {site}")
+
+    def new(self, x: Tensor, at: At) -> Tensor:
+        """``x_i = c``; with a dictionary ``x' = decode(f') + (x - decode(f))`` where ``f' ≠ f``."""
+        index = list(self.neurons)
+        value = _tensor(self.value)
+        value = value.to(x) if isinstance(value, Tensor) else value
+        if self.dictionary is None:
+            out = x.clone()
+            out[..., index] = value
+            return out
+        features = self.dictionary.encode(x)
+        edited = features.clone()
+        edited[..., index] = value
+        rebuilt = self.dictionary.decode(edited) + (x - self.dictionary.decode(features))
+        return torch.where((edited != features).any(-1, keepdim=True), rebuilt, x)
+
+
+def _width(model: HookedModel, site: str) -> int | None:
+    """Size of a site's last axis, where the tower's configuration says it."""
+    name = SiteName.parse(site)
+    if name.tower not in model.towers or name.is_pattern:
+        return None
+    cfg = model.towers[name.tower].cfg
+    if name.site.startswith("mlp."):
+        return cfg.d_mlp
+    if name.stage == "hook_scale":
+        return 1
+    if name.has_heads and not name.stage.endswith(("_input", "result")):
+        return cfg.d_head
+    return cfg.d_model if name.layer is not None else None
+
+
+@dataclass(frozen=True, repr=False)
+class Project(_Sourced):
+    """See :func:`circuitvision.edits.project`."""
+
+    kind = "project"
+    basis: Held | None = None
+
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+        super().check(model, site, window, n_heads, grows)
+        assert self.basis is not None
+        width, given = _width(model, site), self.basis.tensor.shape[0]
+        if width is not None and given != width:
+            raise InputError(f"its basis has vectors of {given} coordinates, {site} has {width}")
+
+    def new(self, x: Tensor, at: At) -> Tensor:
+        """``x' = x + (source - x) V Vᵀ`` with orthonormal ``V``."""
+        assert self.basis is not None
+        basis = self.basis.tensor.to(x)
+        change = at.pick(self.source_at(at.site, at.given), x) - x
+        return x + (change @ basis) @ basis.T
+
+
+@dataclass(frozen=True, repr=False)
+class Freeze(Edit):
+    """See :func:`circuitvision.edits.freeze`."""
+
+    kind = "freeze"
+    sets: ClassVar[bool] = True
+    at: str = ""
+
+    def captured(self) -> str | None:
+        return self.at
+
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+        super().check(model, site, window, n_heads, grows)
+        names = model.sites()
+        if self.at not in names:
+            names = model.sites(self.at)
+            raise InputError(f"at={self.at!r} must name one site; it matches {len(names)}")
+        order = list(model.engine.points)
+        if order.index(self.at) >= order.index(site):
+            raise InputError(f"{self.at} is not before {site}, so its value is not known there")
+        here, there = SiteName.parse(site), SiteName.parse(self.at)
+        if here.tower != there.tower or here.has_heads != there.has_heads:
+            raise InputError(f"{self.at} and {site} have other shapes")
+
+    def new(self, x: Tensor, at: At) -> Tensor:
+        """``x' =`` the value that ``at`` had in this pass."""
+        earlier = at.given[(self, self.at)][at.index]
+        if earlier.shape != x.shape:
+            raise InputError(f"{self!r}: {self.at} has shape {tuple(earlier.shape)}, {at.site} {tuple(x.shape)}.")
+        return earlier
+
+
+@dataclass(frozen=True, repr=False)
+class Permute(Edit):
+    """See :func:`circuitvision.edits.permute`."""
+
+    kind = "permute"
+    order: tuple[int, ...] = ()
+
+    @property
+    def does_nothing(self) -> bool:
+        return self.order == tuple(range(len(self.order)))
+
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+        super().check(model, site, window, n_heads, grows)
+        if window is not None:
+            counts = self.positions.covers(window).sum(1)
+            if bool((counts != len(self.order)).any()):
+                raise InputError(
+                    f"its order has {len(self.order)} entries for {sorted(set(counts.tolist()))} positions"
+                )
+
+    def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
+        """``x'[p_i] = x[p_order(i)]`` over the selected positions ``p``, in ascending order."""
+        at = self._place(value, window, hook, given) if self.steps.acts(hook.step) else None
+        if at is None:
+            return
+        order = torch.tensor(self.order, device=value.device)
+        taken = value[at.index]
+        per_row = isinstance(at.index[0], Tensor)
+        count = len(order)
+        if (taken.shape[0] % count if per_row else taken.shape[1] != count) or at.pooled:
+            raise InputError(f"{self!r}: this pass holds only some of the positions, so they cannot change places.")
+        if per_row:
+            value[at.index] = taken.unflatten(0, (-1, count))[:, order].flatten(0, 1)
+        else:
+            value[at.index] = taken[:, order]
+
+
+@dataclass(frozen=True, repr=False)
+class Renormalise(Edit):
+    """See :func:`circuitvision.edits.renormalise`."""
+
+    kind = "renormalise"
+    norm: float = 1.0
+
+    def new(self, x: Tensor, at: At) -> Tensor:
+        """``x' = norm · x/‖x‖``."""
+        return x * (self.norm / x.norm(dim=-1, keepdim=True))
+
+
+@dataclass(frozen=True, repr=False)
+class Apply(Edit):
+    """See :func:`circuitvision.edits.apply`."""
+
+    kind = "apply"
+    allows_patterns: ClassVar[bool] = True
+    reads_all: ClassVar[bool] = True
+    fn: Callable[..., Any] | None = None
+
+    def _shown(self) -> list[str]:
+        return [getattr(self.fn, "__name__", repr(self.fn))]
+
+    def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
+        """``x' = fn(x, hook)`` at the selected entries; ``fn`` sees the whole tensor of its run."""
+        if not self.steps.acts(hook.step):
+            return
+        assert self.fn is not None
+        new = self.fn(value.clone(), hook)
+        if new is None:
+            return
+        if not isinstance(new, Tensor) or new.shape != value.shape:
+            shape = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise InputError(f"{self!r}: the function returned {shape}; {hook.name} has shape {tuple(value.shape)}.")
+        if SiteName.parse(hook.name).is_pattern:
+            self._write_pattern(value, new.to(value), window)
+            return
+        at = self._place(value, window, hook, given)
+        if at is not None:
+            value[at.index] = new.to(value)[at.index]
+
+    def _write_pattern(self, value: Tensor, new: Tensor, window: Window) -> None:
+        heads = range(value.shape[1]) if self.heads is None else [head % value.shape[1] for head in self.heads]
+        chosen = self.positions.choose(window, value.shape[0], value.device)
+        for head in heads:
+            if isinstance(chosen, tuple):
+                value[chosen[0], head, chosen[1]] = new[chosen[0], head, chosen[1]]
+            else:
+                index = slice(None) if chosen is None else chosen
+                value[:, head, index] = new[:, head, index]

@@ -1,0 +1,154 @@
+"""What an edit can change: from the sites of a group of edits to the place where a run can be resumed.
+
+A *route* says, for every tower, from which block on, and from which part of that block, its values can differ from the unedited run's. It follows
+from the order of the parts of a block and from how towers feed each other (``vision`` → ``projector`` → ``language`` → ``action``; the two towers
+of a dual encoder do not feed each other; PI0's prefix feeds block ``l`` of the action expert through the keys and values of its own block ``l``,
+and nothing else).
+
+Not covered: what the output reads. A route goes forward from the edit only; values that change but are never read are computed all the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from circuitvision.model.edits.attention import AttentionEdit, DeleteTokens
+from circuitvision.model.edits.base import Edit
+from circuitvision.model.edits.binding import Binder, BoundGroup
+from circuitvision.model.edits.values import Window
+from circuitvision.model.sites import SiteName
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+
+PARTS = ("block", "o", "attn", "mlp_out", "mlp", "post")
+"""Where inside a block a run resumes: the whole block; its output projection; after attention; the MLP's output map; after the MLP; after the
+block."""
+EMBED = -1
+"""The block number of what comes before block 0: embeddings."""
+
+
+@dataclass(frozen=True, order=True)
+class Start:
+    """The first place of one tower that can differ: parts of ``layer`` from ``PARTS[part]`` on."""
+
+    tower: str
+    layer: int
+    part: int
+
+    @property
+    def name(self) -> str:
+        """The part's name."""
+        return PARTS[self.part]
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where one group of edits acts first, in every tower it edits first; groups of one route run in one batch."""
+
+    starts: tuple[Start, ...]
+    eager: bool
+
+    def start_in(self, tower: str) -> Start | None:
+        """The start in a tower; None where the tower is not where the edits begin."""
+        return next((start for start in self.starts if start.tower == tower), None)
+
+
+def start_of(model: HookedModel, site: str) -> Start:
+    """The first place that an edit of ``site`` can change."""
+    name = SiteName.parse(site)
+    if name.tower not in model.towers:
+        return Start(name.tower, 0, PARTS.index("block" if name.site == "hook_in" else "post"))
+    tower = model.towers[name.tower]
+    if name.layer is None:
+        if name.site in ("hook_embed", "hook_pos_embed"):
+            return Start(name.tower, EMBED, 0)
+        if name.site == "hook_input":
+            return Start(name.tower, 0, 0)
+        return Start(name.tower, tower.cfg.n_layers - 1, PARTS.index("post"))
+    if name.site == "hook_resid_pre" and name.layer > 0:
+        return Start(name.tower, name.layer - 1, PARTS.index("post"))
+    return Start(name.tower, name.layer, PARTS.index(_part(model, name)))
+
+
+def _part(model: HookedModel, name: SiteName) -> str:
+    assert name.layer is not None
+    block = model.towers[name.tower].blocks[name.layer]
+    if name.site in ("attn.hook_z", "attn.hook_result"):
+        return "o"
+    if name.site == "hook_attn_out":
+        return "attn" if block.has("attn_add") else "o"
+    if name.site in ("hook_resid_mid", "hook_mlp_in", "mlp.hook_pre", "mlp.hook_pre_linear"):
+        return "attn"
+    if name.site.startswith(("ln1_post", "ln2.")):
+        return "attn"
+    if name.site == "mlp.hook_post":
+        return "mlp_out"
+    if name.site == "hook_mlp_out":
+        return "mlp" if block.has("mlp_add") else "mlp_out"
+    if name.site.startswith("ln2_post"):
+        return "mlp"
+    return "post" if name.site == "hook_resid_post" else "block"
+
+
+def is_dual(model: HookedModel) -> bool:
+    """Whether the towers do not feed each other, but are compared at the end."""
+    readouts = [tower.spec.readout for tower in model.towers.values()]
+    return len(readouts) > 1 and all(readout is not None and readout.finish == "contrast" for readout in readouts)
+
+
+def stages(model: HookedModel) -> list[str]:
+    """Towers and the projector, in the order in which they feed each other."""
+    names = list(model.towers)
+    if any(site.startswith("projector.") for site in model.engine.points):
+        names.insert(names.index("vision") + 1, "projector")
+    return names
+
+
+def route_of(model: HookedModel, group: BoundGroup) -> Route:
+    """The route of a bound group."""
+    starts: dict[str, Start] = {}
+    for site in group.sites:
+        start = start_of(model, site)
+        known = starts.get(start.tower)
+        starts[start.tower] = start if known is None else min(start, known)
+    eager = any(SiteName.parse(site).is_eager for site in (*group.sites, *group.captures))
+    if is_dual(model):
+        return Route(tuple(starts.values()), eager)
+    first = min(starts, key=stages(model).index)
+    return Route((starts[first],), eager)
+
+
+def reached_through_cache(route: Route, model: HookedModel, tower: str) -> int:
+    """The first block of ``tower`` that reads changed keys or values of a tower before it; 0 where everything before it changed."""
+    (start,) = route.starts
+    source = model.towers.get(start.tower)
+    if source is None or not source.spec.feeds_cache_only:
+        return 0
+    return max(start.layer, 0) if start.name == "block" else start.layer + 1
+
+
+def lowest_position(binder: Binder, group: BoundGroup, tower: str) -> int:
+    """The first position of ``tower`` that any edit of a group can change directly."""
+    lowest: int | None = None
+    for site, edits in group.writes.items():
+        if SiteName.parse(site).tower != tower:
+            continue
+        window = binder.window(site)
+        for edit in edits:
+            found = 0 if window is None else _lowest(edit, window)
+            lowest = found if lowest is None else min(lowest, found)
+    return 0 if lowest is None else lowest
+
+
+def _lowest(edit: Edit, window: Window) -> int:
+    if edit.reads_all:
+        return 0
+    first = edit.positions.lowest(window)
+    if isinstance(edit, DeleteTokens) or not isinstance(edit, AttentionEdit):
+        return first
+    if edit.keys.tower and edit.keys.tower != window.tower:
+        return first
+    # A query before every key it is kept from loses nothing, where no position sees a later one.
+    return max(first, edit.keys.lowest(window)) if edit.keys.kind != "all" else first

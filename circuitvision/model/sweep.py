@@ -1,0 +1,385 @@
+"""Sweeps: one metric under many edits, computing only what each edit can change.
+
+Groups of edits that begin at the same place form one *route* (``routes.py``); the groups of a route run in batches through the incremental forward
+(``resume.py``). The unedited run, means and sources are computed once. A group that cannot be resumed runs in full, and the result's ``plan`` says
+why.
+
+The batch size goes by memory and by how many positions a batch computes: beyond a few thousand rows a matrix product gets no faster. When memory
+runs out the batch is halved, down to one group.
+
+Positions: groups of one route are ordered by their first position and cut into batches that share a suffix, so that late positions do not pay for
+early ones.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from circuitvision import metrics
+from circuitvision.errors import InputError
+from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups, label
+from circuitvision.model.hooks import Registration
+from circuitvision.model.resume import CannotResume, Resumer
+from circuitvision.model.routes import PARTS, Route, Start, lowest_position, route_of, start_of
+from circuitvision.progress import Progress
+from circuitvision.provenance import describe
+from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+
+POSITIONS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
+"""How many positions an automatic batch computes: what keeps the device busy."""
+SHARE_OF_MEMORY = 0.4
+"""Share of the free memory of a GPU that a batch's activations may take."""
+
+
+@dataclass(frozen=True, eq=False)
+class SweepResult(Result):
+    """The metric under each edit: ``values`` ``[edit example]``, ``clean`` ``[example]`` without any.
+
+    ``plan`` says for each edit what was computed. ``done`` is False where an interrupted sweep did not get to (values are NaN), and ``interrupted``
+    says by what.
+    """
+
+    clean: Tensor = field(default_factory=lambda: torch.zeros(0))
+    plan: list[str] = field(default_factory=list)
+    done: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    interrupted: str = ""
+
+    @property
+    def effect(self) -> Tensor:
+        """Change of the metric, ``values - clean``, ``[edit example]``."""
+        return self.values - self.clean
+
+    def top(self, count: int = 10) -> list[tuple[str, float]]:
+        """The edits with the largest absolute mean effect, strongest first."""
+        mean = self.effect.mean(-1)
+        order = mean.abs().nan_to_num(0.0).argsort(descending=True, stable=True)[:count].tolist()
+        return [(self.axes["edit"][index], float(mean[index])) for index in order]
+
+
+@dataclass(eq=False)
+class _Task:
+    """One group on its way through a sweep."""
+
+    number: int
+    bound: BoundGroup
+    route: Route | None = None
+    first: int = 0
+    note: str = ""
+
+
+class Sweep:
+    """One call of ``model.sweep``."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        inputs: dict[str, Any],
+        edits_or_groups: Any,
+        metric: Any,
+        batch_size: int | str,
+        partial: bool,
+        progress: bool,
+    ) -> None:
+        if batch_size != "auto" and (isinstance(batch_size, (str, bool)) or int(batch_size) < 1):
+            raise InputError(f"batch_size={batch_size!r} is not understood: 'auto', or how many edits run at once.")
+        self.model, self.inputs = model, inputs
+        self.metric = metrics.bind(metric, model)
+        self.batch_size, self.partial, self.progress = batch_size, partial, progress
+        groups = as_groups(edits_or_groups)
+        if not groups:
+            raise InputError("There is no edit to sweep over.")
+        self.binder = Binder(model, inputs)
+        self.tasks = [_Task(number, bound) for number, bound in enumerate(self.binder.bind(groups))]
+        self.resumers: dict[bool, Resumer] = {}
+        self.captured: dict[bool, dict[str, Tensor]] = {}
+        self.logits: Tensor | None = None
+        self.values: Tensor | None = None
+        self.limit: int | None = None
+
+    # -- the whole -------------------------------------------------------------------------------------------------------------------------
+
+    def result(self) -> SweepResult:
+        """Run everything and return the result."""
+        blocker = self._cannot_resume()
+        for task in self.tasks:
+            self._plan(task, blocker)
+        interrupted = ""
+        with torch.no_grad():
+            clean = self._clean_metric()
+            self.values = torch.full((len(self.tasks), len(clean)), float("nan"), dtype=clean.dtype)
+            done = torch.zeros(len(self.tasks), dtype=torch.bool)
+            try:
+                with Progress(len(self.tasks), "sweep", self.progress) as bar:
+                    for batch in self._batches():
+                        for task, value in self._measure(batch):
+                            self.values[task.number], done[task.number] = value, True
+                            bar.advance()
+            except (KeyboardInterrupt, Exception) as error:
+                if not self.partial:
+                    raise
+                interrupted = f"{type(error).__name__}: {error}".rstrip(": ")
+                warnings.warn(
+                    f"The sweep was interrupted ({interrupted}) after {int(done.sum())} of {len(done)} edits; the others are NaN.",
+                    stacklevel=4,
+                )
+        return SweepResult(
+            values=self.values,
+            axes={"edit": self._labels(), "example": list(range(len(clean)))},
+            provenance=describe(self.model, method="sweep", metric=self.metric, inputs=(self.inputs,)),
+            clean=clean,
+            plan=[task.note for task in self.tasks],
+            done=done,
+            interrupted=interrupted,
+        )
+
+    def _labels(self) -> list[str]:
+        found: dict[str, int] = {}
+        labels = []
+        for task in self.tasks:
+            text = label(task.bound.group)
+            found[text] = found.get(text, 0) + 1
+            labels.append(text if found[text] == 1 else f"{text} #{found[text]}")
+        return labels
+
+    def _evaluate(self, logits: Tensor) -> Tensor:
+        return metrics.evaluate(self.metric, logits, self.inputs).detach().cpu().clone()
+
+    # -- planning --------------------------------------------------------------------------------------------------------------------------
+
+    def _cannot_resume(self) -> str:
+        """Why no run of this sweep can be resumed; "" if they can."""
+        if self.model.engine.stack:
+            return "other hooks are active, whose effect may be anywhere"
+        if self.model.module.training:
+            return "the model is in training mode"
+        return ""
+
+    def _plan(self, task: _Task, blocker: str) -> None:
+        if not task.bound.writes:
+            task.note = "nothing changes"
+        elif blocker:
+            task.note = f"in full: {blocker}"
+        elif task.bound.inputs is not None:
+            task.note = "in full: the edit changes the inputs"
+        else:
+            task.route = route_of(self.model, task.bound)
+
+    def _clean_metric(self) -> Tensor:
+        """Record the unedited run that each implementation of attention needs, and the metric without edits."""
+        for eager in sorted({task.route.eager for task in self.tasks if task.route is not None}):
+            tasks = [task for task in self.tasks if task.route is not None and task.route.eager == eager]
+            self._record(eager, tasks)
+        for task in self.tasks:
+            if task.route is not None:
+                self._describe(task, task.route)
+        fused = self.resumers.get(False)
+        if fused is not None and fused.clean is not None:
+            self.logits = fused.clean.output
+        else:
+            self.logits = self.model._forward(self.inputs, {})
+        return self._evaluate(self.logits)
+
+    def _record(self, eager: bool, tasks: Sequence[_Task]) -> None:
+        resumer = Resumer(self.model, self.inputs, eager)
+        starts = {start for task in tasks if task.route for start in task.route.starts}
+        taps: dict[str, int] = {}
+        for task in tasks:
+            assert task.route is not None
+            tower = resumer.sliced_tower(task.route)
+            if tower:
+                task.first = lowest_position(self.binder, task.bound, tower) if self._only_in(task, tower) else 0
+                if task.first:
+                    start = task.route.start_in(tower)
+                    layer = 0 if start is None else max(start.layer, 0)
+                    taps[tower] = min(taps.get(tower, layer), layer)
+        captures = sorted({site for task in tasks for site in self._captured_before(task)})
+        self.captured[eager] = resumer.record(starts, taps, captures)
+        self.resumers[eager] = resumer
+
+    @staticmethod
+    def _only_in(task: _Task, tower: str) -> bool:
+        """Whether the tower's positions can differ only where the edits say so."""
+        assert task.route is not None
+        return task.route.start_in(tower) is not None
+
+    def _captured_before(self, task: _Task) -> list[str]:
+        """Sites whose value a group needs, and which lie before the place it is resumed from."""
+        assert task.route is not None
+        return [site for site in task.bound.captures if self._is_before(site, task.route)]
+
+    def _is_before(self, site: str, route: Route) -> bool:
+        here = start_of(self.model, site)
+        start = route.start_in(here.tower)
+        if start is None:
+            return True
+        # A value that enters the place where the run resumes is not computed again.
+        return here < start or (
+            here == start
+            and here.name != "block"
+            and list(self.model.engine.points).index(site) < self._first_point(route)
+        )
+
+    def _first_point(self, route: Route) -> int:
+        order = {name: number for number, name in enumerate(self.model.engine.points)}
+        return min(order[site] for task in self.tasks if task.route == route for site in task.bound.writes)
+
+    def _describe(self, task: _Task, route: Route) -> None:
+        resumer = self.resumers[route.eager]
+        tower = resumer.sliced_tower(route)
+        if task.first:
+            start = route.start_in(tower)
+            task.first = resumer.safe_start(tower, 0 if start is None else start.layer, task.first)
+        where = ", ".join(_place(start) for start in route.starts)
+        task.note = f"from {where}{f', positions {task.first}…' if task.first else ''}"
+
+    # -- batches ---------------------------------------------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[list[_Task]]:
+        routes: dict[Route | None, list[_Task]] = {}
+        for task in self.tasks:
+            routes.setdefault(task.route, []).append(task)
+        for route, tasks in routes.items():
+            if route is None:
+                yield from ([task] for task in tasks)
+                continue
+            waiting = sorted(tasks, key=lambda task: (-task.first, task.number))
+            while waiting:
+                count = self._count(route, waiting)
+                yield waiting[:count]
+                waiting = waiting[count:]
+
+    def _count(self, route: Route, waiting: Sequence[_Task]) -> int:
+        """How many of the waiting groups, latest first, run in the next batch."""
+        if self.batch_size != "auto":
+            return int(self.batch_size)
+        rows, length, width = self._size(route)
+        device = self.model.device
+        positions = POSITIONS_PER_BATCH.get(device.type, POSITIONS_PER_BATCH["cpu"])
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            positions = min(positions, int(SHARE_OF_MEMORY * free / width))
+        count = 1
+        for number, task in enumerate(waiting, start=1):
+            if rows * (length - task.first) * number > positions:
+                break
+            count = number
+        return min(count, self.limit or count)
+
+    def _size(self, route: Route) -> tuple[int, int, int]:
+        """Rows, positions and bytes per position of the largest tower a route computes."""
+        found = []
+        maps = self.binder.model.tokens(self.inputs)
+        seen = False
+        for name in self.model.towers:
+            seen = seen or any(start.tower in (name, "projector") for start in route.starts)
+            if seen and name in maps:
+                cfg = self.model.towers[name].cfg
+                tokens = maps[name]
+                bytes_each = 2 if self.model.dtype in (torch.bfloat16, torch.float16) else 4
+                width = bytes_each * (12 * cfg.d_model + 3 * cfg.d_mlp + 2 * cfg.n_heads * tokens.n_positions)
+                found.append((tokens.n_rows, tokens.n_positions, width))
+        return max(found, key=lambda size: size[0] * size[1] * size[2])
+
+    # -- measuring -------------------------------------------------------------------------------------------------------------------------
+
+    def _measure(self, batch: Sequence[_Task]) -> Iterator[tuple[_Task, Tensor]]:
+        (route,) = {task.route for task in batch}
+        if route is None:
+            for task in batch:
+                yield task, self._in_full(task)
+            return
+        waiting = list(batch)
+        while waiting:
+            size = min(len(waiting), self.limit or len(waiting))
+            part = waiting[:size]
+            first = min(task.first for task in part)
+            try:
+                output = self._resumed(part, route, first)
+            except CannotResume as error:
+                for task in part:
+                    task.note = f"in full: {error}"
+                    yield task, self._in_full(task)
+            except (MemoryError, RuntimeError) as error:
+                if size == 1 or not _is_out_of_memory(error):
+                    raise
+                self.limit = size // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            else:
+                yield from self._metrics(part, route, output, first)
+            waiting = waiting[size:]
+
+    def _in_full(self, task: _Task) -> Tensor:
+        if not task.bound.writes:
+            assert self.logits is not None
+            return self._evaluate(self.logits)
+        inputs = self.inputs if task.bound.inputs is None else task.bound.inputs
+        with self.model._edited(self.binder, task.bound):
+            return self._evaluate(self.model._forward(inputs, {}))
+
+    def _resumed(self, part: Sequence[_Task], route: Route, first: int) -> Tensor:
+        resumer = self.resumers[route.eager]
+        tower = resumer.sliced_tower(route) if first else ""
+        writer = Writer(self.binder, [task.bound for task in part], {tower: first} if tower else {})
+        for number, task in enumerate(part):
+            for site in self._captured_before(task):
+                value = self.captured[route.eager][site]
+                for edit in task.bound.captures[site]:
+                    writer.captured[number][edit, site] = value[:, first:] if first else value
+                writer.known.add(site)
+        registration = Registration(forward=writer.hooks(), exact=frozenset(s for t in part for s in t.bound.writes))
+        with self.model.engine.registered(registration):
+            return resumer.run(route, len(part), first)
+
+    def _metrics(
+        self, part: Sequence[_Task], route: Route, output: Tensor, first: int
+    ) -> Iterator[tuple[_Task, Tensor]]:
+        resumer = self.resumers[route.eager]
+        assert resumer.clean is not None
+        clean = resumer.clean.output
+        if not first or not resumer.keeps_positions(resumer.sliced_tower(route)):
+            for number, task in enumerate(part):
+                yield task, self._evaluate(_own_rows(output, clean, number, len(part)))
+            return
+        # One buffer serves all: only the suffix differs from the unedited output.
+        whole, version = clean.clone(), -1
+        rows = clean.shape[0]
+        for number, task in enumerate(part):
+            if version not in (-1, whole._version):
+                whole = clean.clone()
+            whole[:, first:] = output[number * rows : (number + 1) * rows]
+            version = whole._version
+            yield task, self._evaluate(whole)
+
+
+def _own_rows(output: Tensor, clean: Tensor, number: int, copies: int) -> Tensor:
+    """The output of one group; dual encoders compare rows with columns, either of which may be repeated."""
+    rows = clean.shape[0]
+    if output.shape[0] == rows * copies:
+        output = output[number * rows : (number + 1) * rows]
+    if output.ndim == 2 and output.shape[1] == clean.shape[1] * copies:
+        output = output[:, number * clean.shape[1] : (number + 1) * clean.shape[1]]
+    return output
+
+
+def _place(start: Start) -> str:
+    if start.tower == "projector":
+        return "the projector"
+    if start.layer < 0:
+        return f"the embeddings of {start.tower}"
+    after = {"block": "", "o": " (after attention's pattern)", "post": " (its end)"}
+    return f"{start.tower} block {start.layer}{after.get(PARTS[start.part], f' ({start.name})')}"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
