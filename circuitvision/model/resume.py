@@ -34,6 +34,7 @@ from circuitvision.model.spec import require, resolve
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.tokens import TokenMap
     from circuitvision.model.tower import Block, Tower
 
 FREE_POOLS = ("none", "cls", "cls+distillation", "cls+mean_patch", "mean_patch")
@@ -125,8 +126,10 @@ def is_plain(value: Any) -> bool:
 class Resumer:
     """Records one unedited run of a model, and resumes it."""
 
-    def __init__(self, model: HookedModel, inputs: Mapping[str, Any], eager: bool) -> None:
-        self.model, self.inputs, self.eager = model, dict(inputs), eager
+    def __init__(
+        self, model: HookedModel, inputs: Mapping[str, Any], tokens: Mapping[str, TokenMap], eager: bool
+    ) -> None:
+        self.model, self.inputs, self.tokens, self.eager = model, dict(inputs), tokens, eager
         self.order = stages(model)
         self.dual = is_dual(model)
         self.clean: Clean | None = None
@@ -235,7 +238,7 @@ class Resumer:
         taps = [self.clean.taps.get(id(block.part("attn"))) for block in blocks]
         if any(tap is None or tap.key is None for tap in taps):
             return 0
-        real = torch.from_numpy(self.model.tokens(self.inputs)[tower].kind != "padding")
+        real = torch.from_numpy(self.tokens[tower].kind != "padding")
         seen: dict[Any, Tensor] = {}
         for tap in taps:
             assert tap is not None
@@ -490,7 +493,7 @@ class _Resumed:
         first = self._first_in(tower)
         if not first and not self.late:
             return
-        length = self.owner.model.tokens(self.owner.inputs)[tower.name].n_positions if first else 0
+        length = self.owner.tokens[tower.name].n_positions if first else 0
         for block in tower.blocks[layer:]:
             overrides.enter(block.module, self._entering(tower, first, length, entering))
             entering = False
@@ -522,8 +525,11 @@ class _Resumed:
                 if name != "cache_position" and not (first and name == "attention_mask"):
                     value = _rows(value, copies)
                 changed[name] = value
-            if any(isinstance(value, Tensor) for value in args[1:]):
+            # Some encoders pass the mask by position; nothing else they pass so is a tensor.
+            if any(isinstance(value, Tensor) and value.ndim != 4 for value in args[1:]):
                 raise CannotResume(f"blocks of the {tower.name} tower are called with unnamed tensors")
+            if not first:
+                args = (*args[:1], *(_rows(value, copies) for value in args[1:]))
             if not entering:
                 return args, changed
             stream = args[0] if args else kwargs["hidden_states"]

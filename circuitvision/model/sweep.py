@@ -26,7 +26,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups, label
 from circuitvision.model.hooks import Registration
 from circuitvision.model.resume import CannotResume, Resumer
-from circuitvision.model.routes import PARTS, Route, Start, lowest_position, route_of, start_of
+from circuitvision.model.routes import PARTS, Route, Start, is_dual, lowest_position, route_of, stages, start_of
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe
 from circuitvision.results import Result
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 POSITIONS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
 """How many positions an automatic batch computes: what keeps the device busy."""
+SPARE_POSITIONS = 64
+"""How many positions a batch may compute for groups that begin later than its first; another run costs about as much."""
 SHARE_OF_MEMORY = 0.4
 """Share of the free memory of a GPU that a batch's activations may take."""
 
@@ -99,6 +101,7 @@ class Sweep:
             raise InputError("There is no edit to sweep over.")
         self.binder = Binder(model, inputs)
         self.tasks = [_Task(number, bound) for number, bound in enumerate(self.binder.bind(groups))]
+        self._order = {name: number for number, name in enumerate(model.engine.points)}
         self.resumers: dict[bool, Resumer] = {}
         self.captured: dict[bool, dict[str, Tensor]] = {}
         self.logits: Tensor | None = None
@@ -189,7 +192,7 @@ class Sweep:
         return self._evaluate(self.logits)
 
     def _record(self, eager: bool, tasks: Sequence[_Task]) -> None:
-        resumer = Resumer(self.model, self.inputs, eager)
+        resumer = Resumer(self.model, self.inputs, self.binder.maps, eager)
         starts = {start for task in tasks if task.route for start in task.route.starts}
         taps: dict[str, int] = {}
         for task in tasks:
@@ -220,17 +223,14 @@ class Sweep:
         here = start_of(self.model, site)
         start = route.start_in(here.tower)
         if start is None:
-            return True
+            order = stages(self.model)
+            return is_dual(self.model) or order.index(here.tower) < order.index(route.starts[0].tower)
         # A value that enters the place where the run resumes is not computed again.
-        return here < start or (
-            here == start
-            and here.name != "block"
-            and list(self.model.engine.points).index(site) < self._first_point(route)
-        )
+        entering = here == start and here.name != "block"
+        return here < start or (entering and self._order[site] < self._first_point(route))
 
     def _first_point(self, route: Route) -> int:
-        order = {name: number for number, name in enumerate(self.model.engine.points)}
-        return min(order[site] for task in self.tasks if task.route == route for site in task.bound.writes)
+        return min(self._order[site] for task in self.tasks if task.route == route for site in task.bound.writes)
 
     def _describe(self, task: _Task, route: Route) -> None:
         resumer = self.resumers[route.eager]
@@ -267,9 +267,11 @@ class Sweep:
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             positions = min(positions, int(SHARE_OF_MEMORY * free / width))
-        count = 1
+        count, needed = 1, 0
         for number, task in enumerate(waiting, start=1):
-            if rows * (length - task.first) * number > positions:
+            computed = rows * (length - task.first) * number
+            needed += rows * (length - task.first)
+            if computed > positions or computed - needed > max(SPARE_POSITIONS, needed // 4):
                 break
             count = number
         return min(count, self.limit or count)
@@ -277,7 +279,7 @@ class Sweep:
     def _size(self, route: Route) -> tuple[int, int, int]:
         """Rows, positions and bytes per position of the largest tower a route computes."""
         found = []
-        maps = self.binder.model.tokens(self.inputs)
+        maps = self.binder.maps
         seen = False
         for name in self.model.towers:
             seen = seen or any(start.tower in (name, "projector") for start in route.starts)

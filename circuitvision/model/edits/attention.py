@@ -22,7 +22,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.edits.base import Edit
-from circuitvision.model.edits.values import ALL_POSITIONS, Held, Positions, Window
+from circuitvision.model.edits.values import ALL_POSITIONS, Held, Positions, Window, brief
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ class AttentionEdit(Edit):
         return [f"{self.site}.blocks.{layer}.attn.hook_{stage}" for layer in sorted({int(n) % count for n in chosen})]
 
     def _shown(self) -> list[str]:
-        shown = [f"keys={self.keys.plain}", *self._strength()]
+        shown = [f"keys={brief(self.keys.plain)}", *self._strength()]
         if self.layers is not None:
-            shown.append(f"layers={self.layers if isinstance(self.layers, str) else list(self.layers)}")
+            shown.append(f"layers={brief(self.layers if isinstance(self.layers, str) else list(self.layers))}")
         return shown if self.renormalise else [*shown, "renormalise=False"]
 
     def _strength(self) -> list[str]:
@@ -96,7 +96,9 @@ class AttentionEdit(Edit):
     def _key_mask(self, window: Window, rows: int, n_keys: int, n_queries: int, device: torch.device) -> Tensor:
         own_first = 0 if window.pools else n_keys - n_queries - window.first
         if own_first <= 0:
-            return _mask(self.keys, dataclasses.replace(window, first=0, length=n_keys, shift=0), rows, device)
+            # Caches of sliding windows have dropped the first positions.
+            here = dataclasses.replace(window, first=-own_first, length=n_keys, shift=0)
+            return _mask(self.keys, here, rows, device)
         # The tower looks at another tower's cached positions before its own.
         whole = dataclasses.replace(window, first=0, length=n_keys, prompt=n_keys, shift=0, tokens=None)
         if self.keys.tower == window.tower or self.keys.kind == "last":
@@ -222,16 +224,18 @@ class DeleteTokens(AttentionEdit):
         names = [name for name in names if (SiteName.parse(name).layer or 0) >= self.start]
         known = model.engine.points
         pool = f"{self.site}.pool.attn.hook_attn_scores"
-        averaged = f"{self.site}.ln_final.hook_normalized"
         if pool in known:
             names.append(pool)
-        if self._averages(model) and averaged in known:
-            names.append(averaged)
-        return names
+        return [*names, *self._averaged(model)]
 
-    def _averages(self, model: HookedModel) -> bool:
-        readout = model.towers[self.site].spec.readout
-        return readout is not None and "mean" in readout.pool
+    def _averaged(self, model: HookedModel) -> list[str]:
+        """The site whose mean over positions is read, where there is one."""
+        tower = model.towers[self.site]
+        readout = tower.spec.readout
+        if readout is None or "mean" not in readout.pool:
+            return []
+        last = f"{self.site}.blocks.{tower.cfg.n_layers - 1}.hook_resid_post"
+        return [f"{self.site}.ln_final.hook_normalized" if readout.normed else last]
 
     @property
     def does_nothing(self) -> bool:
@@ -266,7 +270,7 @@ class DeleteTokens(AttentionEdit):
         return region & (own != torch.arange(n_keys, device=value.device))[None, None]
 
     def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
-        if hook.site == "ln_final.hook_normalized":
+        if not SiteName.parse(hook.name).is_pattern:
             if self.steps.acts(hook.step):
                 self._leave_out_of_mean(value, window)
             return
@@ -303,4 +307,7 @@ class DeleteTokens(AttentionEdit):
         gone = self.positions.covers(window).to(ids.device).expand(ids.shape)
         before = inputs.get("position_ids")
         before = torch.arange(ids.shape[1], device=ids.device)[None] if before is None else before
-        return {**inputs, "position_ids": (before.expand(ids.shape) - gone.int().cumsum(1) + gone.int()).clamp_min(0)}
+        after = (before.expand(ids.shape) - gone.int().cumsum(1) + gone.int()).clamp_min(0)
+        # Without a mask, transformers takes a step other than one between positions for the start of another prompt.
+        mask = inputs.get("attention_mask")
+        return {**inputs, "position_ids": after, "attention_mask": torch.ones_like(ids) if mask is None else mask}

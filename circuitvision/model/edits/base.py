@@ -25,6 +25,7 @@ from circuitvision.model.edits.values import (
     Positions,
     Steps,
     Window,
+    brief,
     is_empty,
 )
 from circuitvision.model.sites import SiteName
@@ -137,15 +138,15 @@ class Edit:
     def __repr__(self) -> str:
         parts = [repr(self.site), *self._shown()]
         if self.heads is not None:
-            parts.append(f"heads={list(self.heads)}")
+            parts.append(f"heads={brief(list(self.heads))}")
         if self.positions.plain is not None:
-            parts.append(f"positions={self.positions.plain}")
+            parts.append(f"positions={brief(self.positions.plain)}")
         if self.steps.plain is not None:
-            parts.append(f"steps={self.steps.plain!r}")
+            parts.append(f"steps={brief(self.steps.plain)}")
         return f"{self.kind}({', '.join(parts)})"
 
     def _shown(self) -> list[str]:
-        return [f"{name}={value!r}" for name, value in self.values().items() if value is not None]
+        return [f"{name}={brief(value)}" for name, value in self.values().items() if value is not None]
 
     # -- meeting a model -------------------------------------------------------------------------------------------------------------------
 

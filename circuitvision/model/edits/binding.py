@@ -77,6 +77,13 @@ class Binder:
         self._windows: dict[str, Window | None] = {}
         self._maps: dict[str, Any] | None = None
 
+    @property
+    def maps(self) -> dict[str, Any]:
+        """The token map of every tower, made once."""
+        if self._maps is None:
+            self._maps = self.model.tokens(self.inputs)
+        return self._maps
+
     # -- windows ---------------------------------------------------------------------------------------------------------------------------
 
     def window(self, site: str) -> Window | None:
@@ -86,9 +93,7 @@ class Binder:
         return self._windows[site]
 
     def _window(self, name: SiteName) -> Window | None:
-        if self._maps is None:
-            self._maps = self.model.tokens(self.inputs)
-        tokens = self._maps.get(name.tower)
+        tokens = self.maps.get(name.tower)
         if tokens is None or name.may_be_pooled:
             return None
         length, shift = tokens.n_positions, 0
@@ -108,6 +113,9 @@ class Binder:
             return Window(name.tower, rows, 0, length, length)
         if self.mode == "generate" and name.tower == "language" and hook.step > 0:
             first = known.prompt + hook.step - 1
+        elif length == known.length:
+            # Embeddings, and what follows a pooled tower's last block, have all positions in a resumed run as well.
+            first = 0
         if known.pools and name.is_pattern:
             length = 1
         return Window(known.tower, known.rows, first, length, known.prompt, known.tokens, known.pools, known.shift)

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
@@ -85,10 +84,14 @@ def _document(edits: Sequence[Edit | Sequence[Edit]], tensors: Tensors) -> dict[
 
 
 def parse(text: str, tensors: Mapping[str, Tensor], objects: Mapping[str, Any] | None = None) -> list[Any]:
-    """What :func:`dump` wrote: edits, and lists of edits where there were groups. JSON is YAML, and is read as well."""
+    """What :func:`dump` wrote, or the same as JSON: edits, and lists of edits where there were groups."""
     import yaml
 
-    data = yaml.safe_load(text)
+    try:
+        # JSON is YAML but for numbers such as 1e-05, which YAML 1.1 reads as text.
+        data = json.loads(text)
+    except json.JSONDecodeError:
+        data = yaml.safe_load(text)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise InputError(f"This is not a text of format {FORMAT!r}.")
     return [
@@ -141,8 +144,7 @@ def _keep(value: Held, tensors: Tensors) -> dict[str, str]:
 
 def _plain(value: Any, tensors: Tensors, name: str) -> Any:
     if isinstance(value, Held):
-        small = value.tensor.ndim == 0 and value.tensor.dtype in (torch.float32, torch.float64)
-        return float(value.tensor) if small else _keep(value, tensors)
+        return _keep(value, tensors)
     if isinstance(value, HeldMapping):
         return {"mapping": {key: _plain(item, tensors, name) for key, item in value.items}}
     if isinstance(value, (bool, int, float, str)):

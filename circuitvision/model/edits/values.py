@@ -85,7 +85,7 @@ def held(value: Any) -> Any:
     if isinstance(value, Held) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         return value
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
+        value = torch.from_numpy(value.copy())  # writes into an array leave no trace, so it is copied
     if isinstance(value, Tensor):
         return Held(value)
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, (int, float)) for item in value):
@@ -98,6 +98,10 @@ class HeldMapping:
     """Tensors by name: the sources of an edit of several sites, or the inputs of a run."""
 
     items: tuple[tuple[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        # The order in which a mapping was filled is no part of what it says.
+        object.__setattr__(self, "items", tuple(sorted(self.items, key=lambda item: item[0])))
 
     @classmethod
     def of(cls, mapping: Mapping[str, Any]) -> HeldMapping:
@@ -137,10 +141,10 @@ class Steps:
             if spec == "decode":
                 return cls("decode")
             raise InputError(f"steps={spec!r} is not understood: 'prefill', 'decode', a number, or several numbers.")
-        numbers = (spec,) if isinstance(spec, int) else tuple(spec)
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers) or not numbers:
+        numbers = tuple(spec) if isinstance(spec, Iterable) else (spec,)
+        if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0 for n in numbers) or not numbers:
             raise InputError(f"steps={spec!r} is not understood: passes are counted 0, 1, 2, …")
-        return cls("numbers", tuple(sorted(set(numbers))))
+        return cls("numbers", tuple(sorted({int(n) for n in numbers})))
 
     def acts(self, step: int) -> bool:
         """Whether the pass of this number is one of them."""
@@ -214,13 +218,13 @@ class Positions:
         if isinstance(spec, slice):
             return cls("slice", bounds=(spec.start, spec.stop, spec.step))
         if isinstance(spec, (Tensor, np.ndarray)):
-            tensor = torch.as_tensor(spec)
+            tensor = spec if isinstance(spec, Tensor) else torch.from_numpy(spec.copy())
             if tensor.dtype == torch.bool:
                 if tensor.ndim not in (1, 2):
                     raise InputError(f"A mask of positions is [pos] or [batch, pos], not {tuple(tensor.shape)}.")
                 return cls("mask", mask=Held(tensor))
             spec = tensor.flatten().tolist()
-        numbers = (spec,) if isinstance(spec, int) else tuple(spec)
+        numbers = tuple(spec) if isinstance(spec, Iterable) else (spec,)
         if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in numbers):
             raise InputError(f"positions={spec!r} is not understood: numbers, a slice, 'last', or a selection.")
         return cls("ints", ints=tuple(int(n) for n in numbers))
@@ -351,10 +355,20 @@ def heads_of(spec: int | Iterable[int] | None) -> tuple[int, ...] | None:
     """Heads as a tuple in the order given, or None for all; InputError for anything but whole numbers."""
     if spec is None:
         return None
-    numbers = (spec,) if isinstance(spec, (int, np.integer)) else tuple(spec)
+    numbers = tuple(spec) if isinstance(spec, Iterable) else (spec,)
     if not numbers or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in numbers):
         raise InputError(f"heads={spec!r} is not understood: give head numbers.")
     return tuple(dict.fromkeys(int(n) for n in numbers))
+
+
+def brief(value: Any) -> str:
+    """``repr`` for one line: of a long sequence the ends and the length, of an object with a long ``repr`` its name or class."""
+    text = repr(value)
+    if isinstance(value, (list, tuple)):
+        return text if len(text) <= 24 else f"[{value[0]!r}, …, {value[-1]!r}] ({len(value)})"
+    if isinstance(value, str):
+        return text if len(text) <= 40 else f"{text[:39]}…{text[-1]}"
+    return text if len(text) <= 40 and "\n" not in text else str(getattr(value, "name", "") or type(value).__name__)
 
 
 def is_empty(chosen: Chosen) -> bool:
