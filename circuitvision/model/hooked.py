@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,10 +72,20 @@ class HookedModel(TextTools):
         self.engine = HookEngine(module, points, first_blocks)
         for tower in self.towers.values():
             tower.quiet = self.engine.suspension
+        self._own_towers()
         self._persistent: list[Registration] = []
         self._matches: dict[Any, list[str]] = {}
         self._passes_recorded = False
         self._checked_inputs = inputs.Checked()
+
+    def _own_towers(self) -> None:
+        for tower in self.towers.values():
+            tower.owner = weakref.ref(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy's towers belong to the copy.
+        self.__dict__.update(state)
+        self._own_towers()
 
     @classmethod
     def from_pretrained(

@@ -49,6 +49,8 @@ class Route:
 
     starts: tuple[Start, ...]
     eager: bool
+    later: Start | None = None
+    """The first edit in a tower that the first edited one reaches only through its keys and values."""
 
     def start_in(self, tower: str) -> Start | None:
         """The start in a tower; None where the tower is not where the edits begin."""
@@ -117,16 +119,20 @@ def route_of(model: HookedModel, group: BoundGroup) -> Route:
     if is_dual(model):
         return Route(tuple(starts.values()), eager)
     first = min(starts, key=stages(model).index)
-    return Route((starts[first],), eager)
+    source = model.towers.get(first)
+    by_cache = source is not None and source.spec.feeds_cache_only
+    later = next((start for tower, start in starts.items() if tower != first), None) if by_cache else None
+    return Route((starts[first],), eager, later)
 
 
 def reached_through_cache(route: Route, model: HookedModel, tower: str) -> int:
-    """The first block of ``tower`` that reads changed keys or values of a tower before it; 0 where everything before it changed."""
+    """The first block of ``tower`` that is edited, or reads changed keys or values of a tower before it; 0 where everything before it changed."""
     (start,) = route.starts
     source = model.towers.get(start.tower)
     if source is None or not source.spec.feeds_cache_only:
         return 0
-    return max(start.layer, 0) if start.name == "block" else start.layer + 1
+    reached = max(start.layer, 0) if start.name == "block" else start.layer + 1
+    return reached if route.later is None else min(reached, max(route.later.layer, 0))
 
 
 def lowest_position(binder: Binder, group: BoundGroup, tower: str) -> int:

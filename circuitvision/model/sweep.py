@@ -24,9 +24,20 @@ from torch import Tensor
 from circuitvision import metrics
 from circuitvision.errors import InputError
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups, label
+from circuitvision.model.handback import CannotResume
 from circuitvision.model.hooks import Registration
-from circuitvision.model.resume import CannotResume, Resumer
-from circuitvision.model.routes import PARTS, Route, Start, is_dual, lowest_position, route_of, stages, start_of
+from circuitvision.model.resume import Resumer
+from circuitvision.model.routes import (
+    PARTS,
+    Route,
+    Start,
+    is_dual,
+    lowest_position,
+    reached_through_cache,
+    route_of,
+    stages,
+    start_of,
+)
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe
 from circuitvision.results import Result
@@ -222,6 +233,9 @@ class Sweep:
     def _is_before(self, site: str, route: Route) -> bool:
         here = start_of(self.model, site)
         start = route.start_in(here.tower)
+        if start is None and here.tower in self.model.towers and not is_dual(self.model):
+            if here.layer < reached_through_cache(route, self.model, here.tower):
+                return True
         if start is None:
             order = stages(self.model)
             return is_dual(self.model) or order.index(here.tower) < order.index(route.starts[0].tower)

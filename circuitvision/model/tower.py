@@ -33,6 +33,7 @@ from circuitvision.model.spec import (
 
 if TYPE_CHECKING:
     from circuitvision.model.cache import ActivationCache
+    from circuitvision.model.hooked import HookedModel
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ def norm_spec(module: nn.Module) -> NormSpec:
     raise UnsupportedModelError(
         f"{type(module).__name__} is a norm that no family file describes; known: {', '.join(NORMS)}."
     )
+
+
+def _nobody() -> None:
+    return None
 
 
 class Block:
@@ -188,6 +193,12 @@ class Tower:
         self.cfg = self._config()
         self.quiet: Callable[[], AbstractContextManager[None]] = nullcontext
         """Keeps hooks from firing while modules are called for a read-out alone; set by the wrapper."""
+        self.owner: Callable[[], HookedModel | None] = _nobody
+        """The wrapped model this tower belongs to; set by the wrapper, which a tower does not keep alive."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The copy of a wrapper tells its towers whose they are.
+        return {**self.__dict__, "owner": _nobody}
 
     def _config(self) -> TowerConfig:
         config: Any = self.config

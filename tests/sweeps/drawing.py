@@ -65,8 +65,12 @@ def source_of(name: str, dtype: torch.dtype, batch: int, padding: str | None, im
     other.update(
         {k: v for k, v in inputs_of(name, dtype, batch, padding, images).items() if "mask" in k or "spatial" in k}
     )
+    found: dict[str, Tensor] = {}
     with torch.no_grad():
-        return model.run_with_cache(other, lambda site: not site.endswith(PATTERNS))[1]
+        for eager in (True, False):
+            _, cache = model.run_with_cache(other, lambda site: SiteName.parse(site).is_eager == eager)
+            found |= dict(cache)
+    return found
 
 
 def metric(logits: Tensor, inputs: Any = None) -> Tensor:
@@ -147,14 +151,16 @@ def _at_site(draw: Any, model: cv.HookedModel, source: Any, kind: str, tower: st
         heads = [0]
     if kind == "permute":
         sites = [s for s in sites if "hook_resid" in s]
+    elif kind not in ("replace", "apply"):
+        sites = [s for s in sites if not s.endswith(PATTERNS)]
     site = draw(st.sampled_from(sites))
     name, value = SiteName.parse(site), source[site]
     headed = name.has_heads
-    length = value.shape[1]
+    length = value.shape[2 if name.is_pattern else 1]
     free = value.ndim == (4 if headed else 3) and name.tower == tower and length == tokens.n_positions
     where: dict[str, Any] = {"positions": positions(draw, tokens) if free else None}
     if headed:
-        n_heads = value.shape[2]
+        n_heads = value.shape[1 if name.is_pattern else 2]
         where["heads"] = heads if heads is not None else draw(st.sampled_from([None, [0], [n_heads - 1]]))
     width = value.shape[-1]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))

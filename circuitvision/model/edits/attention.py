@@ -199,6 +199,8 @@ class AddAttentionBias(AttentionEdit):
     def changed(self, value: Tensor, region: Tensor, hook: HookPoint) -> Tensor:
         """``score + bias`` or ``pattern · exp(bias)``."""
         bias = self.bias.tensor.to(value) if isinstance(self.bias, Held) else torch.tensor(float(self.bias)).to(value)
+        if any(have not in (1, want) for have, want in zip(bias.shape[::-1], value.shape[::-1], strict=False)):
+            raise InputError(f"its bias has shape {tuple(bias.shape)}, {hook.name} {tuple(value.shape)}")
         if not self.renormalise:
             return torch.where(region, value * bias.exp(), value)
         return torch.where(region & visible(value), value + bias, value)
@@ -226,7 +228,10 @@ class DeleteTokens(AttentionEdit):
         pool = f"{self.site}.pool.attn.hook_attn_scores"
         if pool in known:
             names.append(pool)
-        return [*names, *self._averaged(model)]
+        names += self._averaged(model)
+        if not names:
+            raise InputError(f"start={self.start} is behind the last layer, where no position looks at another")
+        return names
 
     def _averaged(self, model: HookedModel) -> list[str]:
         """The site whose mean over positions is read, where there is one."""

@@ -8,6 +8,7 @@ the same edit acts in a whole run, in a decoding step, on the suffix of a resume
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -55,6 +56,8 @@ class At:
     """Values worked out for this run: clean activations, dataset means, values captured earlier in the pass."""
     pooled: bool = False
     """Whether the site has no position axis in this model."""
+    axis: int = 1
+    """The axis of positions: queries, for scores and patterns."""
 
     def pick(self, source: Any, like: Tensor) -> Any:
         """The part of ``source`` (a number, or a tensor that broadcasts to the site over all positions) that belongs to the selected entries."""
@@ -62,14 +65,14 @@ class At:
         if not isinstance(source, Tensor):
             return source
         source = source.to(like)
-        if source.ndim <= 1:
+        if source.ndim <= 1 and source.numel() in (1, self.shape[-1]):
             return source
         shape = list(self.shape)
         if source.ndim == len(shape) and 1 < source.shape[0] < shape[0] and shape[0] % source.shape[0] == 0:
             source = source.repeat_interleave(shape[0] // source.shape[0], dim=0)
         if not self.pooled:
-            given = source_length(source, len(shape))
-            shape[1] = self.window.first + self.window.length if given in (None, 1) else given
+            given = source_length(source, len(shape), self.axis)
+            shape[self.axis] = self.window.first + self.window.length if given in (None, 1) else given
         try:
             return source.expand(shape)[self.absolute]
         except RuntimeError as error:
@@ -78,12 +81,12 @@ class At:
             ) from error
 
 
-def source_length(source: Any, ndim: int) -> int | None:
+def source_length(source: Any, ndim: int, axis: int = 1) -> int | None:
     """How many positions a value covers that broadcasts to a site of ``ndim`` axes; None if it has no position axis."""
     source = source.tensor if isinstance(source, Held) else source
-    if not isinstance(source, Tensor) or source.ndim < max(2, ndim - 1):
+    if not isinstance(source, Tensor) or source.ndim < max(2, ndim - axis):
         return None
-    return int(source.shape[source.ndim - ndim + 1])
+    return int(source.shape[source.ndim - ndim + axis])
 
 
 @dataclass(frozen=True)
@@ -169,11 +172,12 @@ class Edit:
                     raise InputError(f"head {head} is outside the {n_heads} heads of {site}")
         if name.is_pattern and not self.allows_patterns:
             raise InputError(
-                f"{site} is [row head query key]: use block_attention, scale_attention, add_attention_bias or apply"
+                f"{site} is [row head query key]: use block_attention, scale_attention, add_attention_bias, replace or apply"
             )
         if window is not None:
             self.positions.check(window, grows)
-        if any(tensor.has_nan for tensor in self.held()):
+        numbers = (value for value in self.values().values() if isinstance(value, float))
+        if any(math.isnan(number) for number in numbers) or any(tensor.has_nan for tensor in self.held()):
             raise InputError("its source holds NaN")
 
     allows_patterns: ClassVar[bool] = False
@@ -197,23 +201,20 @@ class Edit:
     def _place(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> At | None:
         """The selected entries of this pass; None if there is none."""
         name = SiteName.parse(hook.name)
-        headed = name.has_heads and not name.is_pattern
-        if value.ndim < (4 if headed else 3):
+        axis = 2 if name.is_pattern else 1
+        pooled = value.ndim < (4 if name.has_heads else 3)
+        if pooled:
             if self.positions.kind != "all":
                 raise InputError(f"{self!r}: {hook.name} has no positions in this model: they are pooled before it.")
-            chosen: Chosen = None
-        else:
-            chosen = self.positions.choose(window, value.shape[0], value.device)
-        pooled = value.ndim < (4 if headed else 3)
-        if pooled:
             everything = (slice(None),)
             return At(hook.name, hook, window, everything, everything, value.shape, given, pooled=True)
+        chosen = self.positions.choose(window, value.shape[0], value.device)
         chosen = _before(chosen, self.source_end(hook.name, value.ndim, given), window)
         if is_empty(chosen):
             return None
-        heads = self._head_index(value.shape[2], value.device) if headed else None
-        here, absolute = _index(chosen, heads, 0), _index(chosen, heads, window.first)
-        return At(hook.name, hook, window, here, absolute, value.shape, given)
+        heads = self._head_index(value.shape[3 - axis], value.device) if name.has_heads else None
+        here, absolute = (_index(chosen, heads, first, axis) for first in (0, window.first))
+        return At(hook.name, hook, window, here, absolute, value.shape, given, axis=axis)
 
     def _head_index(self, count: int, device: torch.device) -> Chosen:
         if self.heads is None:
@@ -244,13 +245,15 @@ def _before(chosen: Chosen, end: int | None, window: Window) -> Chosen:
     return chosen[chosen < room]
 
 
-def _index(chosen: Chosen, heads: Chosen, first: int) -> tuple[Any, ...]:
-    """One index of a tensor ``[row pos (head) …]``, its positions shifted by ``first``."""
+def _index(chosen: Chosen, heads: Chosen, first: int, axis: int) -> tuple[Any, ...]:
+    """One index of a tensor ``[row pos (head) …]``, or ``[row head pos …]``, its positions shifted by ``first``."""
     if isinstance(chosen, tuple):
         rows, columns = chosen[0], chosen[1] + first
         if heads is None:
-            return rows, columns
-        return (rows, columns, heads) if isinstance(heads, slice) else (rows[:, None], columns[:, None], heads)
+            return (rows, columns) if axis == 1 else (rows, slice(None), columns)
+        if isinstance(heads, Tensor):
+            rows, columns = rows[:, None], columns[:, None]
+        return (rows, columns, heads) if axis == 1 else (rows, heads, columns)
     if chosen is None:
         chosen = slice(first, None) if first else slice(None)
     elif isinstance(chosen, slice):
@@ -258,7 +261,7 @@ def _index(chosen: Chosen, heads: Chosen, first: int) -> tuple[Any, ...]:
     else:
         chosen = chosen + first
     if heads is None:
-        return slice(None), chosen
+        return (slice(None), chosen) if axis == 1 else (slice(None), slice(None), chosen)
     if isinstance(chosen, Tensor) and isinstance(heads, Tensor):
-        return slice(None), chosen[:, None], heads
-    return slice(None), chosen, heads
+        chosen, heads = (chosen[:, None], heads) if axis == 1 else (chosen, heads[:, None])
+    return (slice(None), chosen, heads) if axis == 1 else (slice(None), heads, chosen)

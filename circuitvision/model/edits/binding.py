@@ -244,11 +244,15 @@ class Binder:
                     self.given[edit, site] = mean.mean(0, keepdim=True) if edit.average == "all" else mean
 
     def _clean(self, inputs: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Tensor]:
-        if not sites:
-            return {}
-        with torch.no_grad():
-            _, cache = self.model.run_with_cache(dict(inputs), names_filter=list(sites))
-        return {site: cache[site] for site in sites}
+        # Sites that exist only in the eager run must not change the run that the others are read from.
+        found: dict[str, Tensor] = {}
+        for eager in (False, True):
+            names = [site for site in sites if SiteName.parse(site).is_eager == eager]
+            if names:
+                with torch.no_grad():
+                    _, cache = self.model.run_with_cache(dict(inputs), names_filter=names)
+                found |= {site: cache[site] for site in names}
+        return found
 
     def _totals(self, edit: Ablate, sites: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, int]]:
         totals: dict[str, Tensor] = {}

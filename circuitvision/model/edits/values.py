@@ -216,6 +216,10 @@ class Positions:
                 raise InputError(f"positions={spec!r} is not understood: numbers, a slice, 'last', or a selection.")
             return cls("last")
         if isinstance(spec, slice):
+            if any(not isinstance(n, (int, np.integer, type(None))) for n in (spec.start, spec.stop, spec.step)):
+                raise InputError(f"positions={spec!r} is not understood: a slice has whole numbers.")
+            if spec.step is not None and spec.step < 1:
+                raise InputError(f"positions={spec!r} runs backwards; give a positive step.")
             return cls("slice", bounds=(spec.start, spec.stop, spec.step))
         if isinstance(spec, (Tensor, np.ndarray)):
             tensor = spec if isinstance(spec, Tensor) else torch.from_numpy(spec.copy())
@@ -264,8 +268,6 @@ class Positions:
         if self.kind == "slice":
             start, stop, step = self.bounds
             step = 1 if step is None else step
-            if step < 1:
-                raise InputError(f"positions={slice(*self.bounds)!r} runs backwards; give a positive step")
             start = 0 if start is None else (start if start >= 0 else max(0, prompt + start))
             stop = first + length if stop is None else (stop if stop >= 0 else prompt + stop)
             begin = max(start, first + (start - first) % step)

@@ -29,22 +29,35 @@ def _tensor(value: Any) -> Any:
     return value.tensor if isinstance(value, Held) else value
 
 
-def _check_fits(value: Any, site: str, window: Window | None, n_heads: int | None) -> None:
-    """Raise InputError if a source cannot broadcast to a site's rows, positions and heads."""
+def _check_fits(value: Any, model: HookedModel, site: str, window: Window | None, n_heads: int | None) -> None:
+    """Raise InputError if a source cannot broadcast to a site's rows, positions, heads and coordinates."""
     source = _tensor(value)
-    if not isinstance(source, Tensor) or source.ndim <= 1 or window is None:
+    if not isinstance(source, Tensor) or source.ndim == 0:
         return
-    headed = SiteName.parse(site).has_heads
+    width = width_of(model, site)
+    if width is not None and source.shape[-1] not in (1, width):
+        raise InputError(f"its source has shape {tuple(source.shape)}; {site} has {width} coordinates")
+    if source.ndim == 1 or window is None:
+        return
+    name = SiteName.parse(site)
+    headed = name.has_heads
     ndim = 4 if headed else 3
     expected = [window.rows, window.prompt, *([n_heads] if headed else [])]
+    if name.is_pattern:
+        expected[1:] = [n_heads, None if window.pools else window.prompt]
     shape = [1] * (ndim - source.ndim) + list(source.shape)
     if len(shape) > ndim or any(
         have not in (1, want) for have, want in zip(shape, expected, strict=False) if want is not None
     ):
         raise InputError(
             f"its source has shape {tuple(source.shape)}; {site} has "
-            f"{' × '.join(str(n) for n in expected)} rows, positions{' and heads' if headed else ''} in this run"
+            f"{' × '.join(str(n) for n in expected if n is not None)} "
+            f"{'rows, heads and queries' if name.is_pattern else 'rows, positions and heads' if headed else 'rows and positions'}"
+            " in this run"
         )
+
+
+_OF_THE_STREAM = ("hook_embed", "hook_pos_embed", "hook_input", "ln_final.hook_normalized")
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,10 +82,10 @@ class _Sourced(Edit):
 
     def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
         super().check(model, site, window, n_heads, grows)
-        _check_fits(self.source_at(site, {}), site, window, n_heads)
+        _check_fits(self.source_at(site, {}), model, site, window, n_heads)
 
     def source_end(self, site: str, ndim: int, given: Mapping[Any, Any]) -> int | None:
-        length = source_length(self.source_at(site, given), ndim)
+        length = source_length(self.source_at(site, given), ndim, 2 if SiteName.parse(site).is_pattern else 1)
         return None if length in (None, 1) else length
 
 
@@ -82,6 +95,7 @@ class Replace(_Sourced):
 
     kind = "replace"
     sets: ClassVar[bool] = True
+    allows_patterns: ClassVar[bool] = True
 
     def new(self, x: Tensor, at: At) -> Any:
         """``x' = source``."""
@@ -151,7 +165,7 @@ class Steer(Edit):
 
     def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
         super().check(model, site, window, n_heads, grows)
-        _check_fits(self.direction, site, window, n_heads)
+        _check_fits(self.direction, model, site, window, n_heads)
 
     def source_end(self, site: str, ndim: int, given: Mapping[Any, Any]) -> int | None:
         length = source_length(self.direction, ndim)
@@ -184,7 +198,7 @@ class Scale(Edit):
 
     def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
         super().check(model, site, window, n_heads, grows)
-        _check_fits(self.factor, site, window, n_heads)
+        _check_fits(self.factor, model, site, window, n_heads)
 
     def source_end(self, site: str, ndim: int, given: Mapping[Any, Any]) -> int | None:
         length = source_length(self.factor, ndim)
@@ -219,10 +233,12 @@ class Overwrite(Edit):
 
     def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
         super().check(model, site, window, n_heads, grows)
-        width = _width(model, site) if self.dictionary is None else None
-        for neuron in self.neurons:
-            if width is not None and not -width <= neuron < width:
-                raise InputError(f"neuron {neuron} is outside the {width} coordinates of {site}")
+        width = width_of(model, site) if self.dictionary is None else None
+        if width is not None:
+            self._check_count(width, f"coordinates of {site}")
+        value = _tensor(self.value)
+        if isinstance(value, Tensor) and value.ndim and value.shape[-1] not in (1, len(self.neurons)):
+            raise InputError(f"its value has shape {tuple(value.shape)} for {len(self.neurons)} neurons")
 
     def new(self, x: Tensor, at: At) -> Tensor:
         """``x_i = c``; with a dictionary ``x' = decode(f') + (x - decode(f))`` where ``f' ≠ f``."""
@@ -230,17 +246,24 @@ class Overwrite(Edit):
         value = _tensor(self.value)
         value = value.to(x) if isinstance(value, Tensor) else value
         if self.dictionary is None:
+            self._check_count(x.shape[-1], f"coordinates of {at.site}")
             out = x.clone()
             out[..., index] = value
             return out
         features = self.dictionary.encode(x)
+        self._check_count(features.shape[-1], "features of its dictionary")
         edited = features.clone()
         edited[..., index] = value
         rebuilt = self.dictionary.decode(edited) + (x - self.dictionary.decode(features))
         return torch.where((edited != features).any(-1, keepdim=True), rebuilt, x)
 
+    def _check_count(self, count: int, what: str) -> None:
+        for neuron in self.neurons:
+            if not -count <= neuron < count:
+                raise InputError(f"neuron {neuron} is outside the {count} {what}")
 
-def _width(model: HookedModel, site: str) -> int | None:
+
+def width_of(model: HookedModel, site: str) -> int | None:
     """Size of a site's last axis, where the tower's configuration says it."""
     name = SiteName.parse(site)
     if name.tower not in model.towers or name.is_pattern:
@@ -252,7 +275,7 @@ def _width(model: HookedModel, site: str) -> int | None:
         return 1
     if name.has_heads and not name.stage.endswith(("_input", "result")):
         return cfg.d_head
-    return cfg.d_model if name.layer is not None else None
+    return cfg.d_model if name.layer is not None or name.site in _OF_THE_STREAM else None
 
 
 @dataclass(frozen=True, repr=False)
@@ -265,7 +288,7 @@ class Project(_Sourced):
     def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
         super().check(model, site, window, n_heads, grows)
         assert self.basis is not None
-        width, given = _width(model, site), self.basis.tensor.shape[0]
+        width, given = width_of(model, site), self.basis.tensor.shape[0]
         if width is not None and given != width:
             raise InputError(f"its basis has vectors of {given} coordinates, {site} has {width}")
 
@@ -273,6 +296,8 @@ class Project(_Sourced):
         """``x' = x + (source - x) V Vᵀ`` with orthonormal ``V``."""
         assert self.basis is not None
         basis = self.basis.tensor.to(x)
+        if basis.shape[0] != x.shape[-1]:
+            raise InputError(f"its basis has vectors of {basis.shape[0]} coordinates, {at.site} has {x.shape[-1]}")
         change = at.pick(self.source_at(at.site, at.given), x) - x
         return x + (change @ basis) @ basis.T
 
@@ -381,19 +406,6 @@ class Apply(Edit):
         if not isinstance(new, Tensor) or new.shape != value.shape:
             shape = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
             raise InputError(f"{self!r}: the function returned {shape}; {hook.name} has shape {tuple(value.shape)}.")
-        if SiteName.parse(hook.name).is_pattern:
-            self._write_pattern(value, new.to(value), window)
-            return
         at = self._place(value, window, hook, given)
         if at is not None:
             value[at.index] = new.to(value)[at.index]
-
-    def _write_pattern(self, value: Tensor, new: Tensor, window: Window) -> None:
-        heads = range(value.shape[1]) if self.heads is None else [head % value.shape[1] for head in self.heads]
-        chosen = self.positions.choose(window, value.shape[0], value.device)
-        for head in heads:
-            if isinstance(chosen, tuple):
-                value[chosen[0], head, chosen[1]] = new[chosen[0], head, chosen[1]]
-            else:
-                index = slice(None) if chosen is None else chosen
-                value[:, head, index] = new[:, head, index]

@@ -1,0 +1,166 @@
+"""Tokens that stand for inputs: how tools that pass one tensor around run models that read images, text and robot states.
+
+TransformerLens's tools know a single input, ``tokens [batch, pos]``. They take the number of positions from its last
+axis, pick and reorder examples by indexing it, and hand it back to be run. Given pixel values they would count image
+columns; given text ids they would run a vision-language model without its image. So a view gives out *handles*:
+``tokens[example, pos]`` holds the number of the example, once per position of the tower, and whoever runs the tokens
+looks the example's whole inputs up again: pixels, text, masks, states, noise.
+
+Rows of handles are examples, or, where a model compares two towers (CLIP, SigLIP), the images or texts of the tower
+at hand, with all inputs of the other tower alongside.
+
+Not covered: tokens whose positions were cut or edited (a handle says which example, not which words), and inputs that
+are not batched along their first axis.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.tokens import Packing
+
+if TYPE_CHECKING:
+    from circuitvision.model import HookedModel, Tower
+
+PER_IMAGE = ("pixel_values", "image_sizes", "pixel_attention_mask", "spatial_shapes")
+"""Inputs with one entry per image, which an example may have several of."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs that were given together: their examples are numbered from ``first``."""
+
+    first: int
+    count: int
+    positions: int
+    inputs: dict[str, Any]
+
+
+class Examples:
+    """The inputs a view has seen, by example number; they stay in memory as long as the view does."""
+
+    def __init__(self, model: HookedModel, tower: Tower) -> None:
+        self.model, self.tower = model, tower
+        self.batches: list[Batch] = []
+        readout = tower.spec.readout
+        self.paired = readout is not None and readout.finish == "contrast"
+
+    def tokens(self, inputs: Mapping[str, Any]) -> Int[Tensor, "example pos"]:
+        """Handles of the examples in ``inputs``; the same tensors get the same handles again.
+
+        Raises InputError if these inputs do not run the tower.
+        """
+        batch = next((known for known in self.batches if _same(known.inputs, inputs)), None)
+        if batch is None:
+            maps = self.model.tokens(inputs)
+            if self.tower.name not in maps:
+                raise InputError(
+                    f"These inputs do not run the {self.tower.name} tower; they hold {', '.join(inputs)}. Add what it reads."
+                )
+            found = maps[self.tower.name]
+            count = found.n_rows if self.paired else self._count(inputs, int(found.example.max()) + 1)
+            first = self.batches[-1].first + self.batches[-1].count if self.batches else 0
+            batch = Batch(first, count, found.n_positions, dict(inputs))
+            self.batches.append(batch)
+        numbers = torch.arange(batch.first, batch.first + batch.count, device=self.model.device)
+        return numbers[:, None].expand(batch.count, batch.positions).clone()
+
+    def _count(self, inputs: Mapping[str, Any], seen: int) -> int:
+        # An example without an image has no row in the vision tower.
+        ids = inputs.get("input_ids")
+        return seen if ids is None else int(ids.shape[0])
+
+    def inputs(self, tokens: Any) -> dict[str, Any]:
+        """The whole inputs of the examples that ``tokens`` names, in its order; a mapping passes through as it is.
+
+        Raises InputError for a tensor that is not made of these handles.
+        """
+        if isinstance(tokens, Mapping):
+            return dict(tokens)
+        numbers = self._numbers(tokens)
+        parts: list[dict[str, Any]] = []
+        for batch, chosen in itertools.groupby(numbers, self._batch_of):
+            if tokens.shape[1] != batch.positions:
+                raise InputError(
+                    f"These tokens have {tokens.shape[1]} positions, their examples {batch.positions}: positions cannot be cut. "
+                    "Call to_tokens on the inputs you mean."
+                )
+            parts.append(self._take(batch, [number - batch.first for number in chosen]))
+        return parts[0] if len(parts) == 1 else self._joined(parts)
+
+    def _numbers(self, tokens: Any) -> list[int]:
+        known = self.batches[-1].first + self.batches[-1].count if self.batches else 0
+        handles = (
+            isinstance(tokens, Tensor)
+            and not tokens.is_floating_point()
+            and tokens.ndim == 2
+            and tokens.numel() > 0
+            and bool((tokens == tokens[:, :1]).all())
+            and int(tokens.min()) >= 0
+            and int(tokens.max()) < known
+        )
+        if not handles:
+            raise InputError(
+                "These are not tokens of this view. Make them with view.to_tokens(inputs), where inputs holds everything "
+                "the model reads (model.inputs(images=…, text=…) makes it); they may then be indexed and reordered by rows."
+            )
+        return tokens[:, 0].tolist()
+
+    def _batch_of(self, number: int) -> Batch:
+        return next(batch for batch in self.batches if batch.first <= number < batch.first + batch.count)
+
+    def _take(self, batch: Batch, index: list[int]) -> dict[str, Any]:
+        if index == list(range(batch.count)):
+            return batch.inputs
+        return {key: self._rows(batch, key, value, index) for key, value in batch.inputs.items()}
+
+    def _rows(self, batch: Batch, key: str, value: Any, index: list[int]) -> Any:
+        if self.paired and (key in PER_IMAGE) != self.tower.stack.image:
+            return value
+        if not isinstance(value, (Tensor, list)) or (isinstance(value, Tensor) and value.ndim == 0):
+            return value
+        if len(value) != batch.count and key in PER_IMAGE:
+            owners = Packing(self.model, batch.inputs).images_of_examples()
+            index = [image for example in index for image, owner in enumerate(owners) if owner == example]
+        elif len(value) != batch.count:
+            raise InputError(
+                f"{key} has {len(value)} entries for {batch.count} examples, so no single example can be taken out. "
+                "Run these inputs whole."
+            )
+        return value[index] if isinstance(value, Tensor) else [value[i] for i in index]
+
+    def _joined(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if any(part.keys() != parts[0].keys() for part in parts):
+            raise InputError("These tokens come from batches with different inputs; make one batch of all examples.")
+        return {key: self._together(key, [part[key] for part in parts]) for key in parts[0]}
+
+    def _together(self, key: str, values: list[Any]) -> Any:
+        first = values[0]
+        fixed = self.paired and (key in PER_IMAGE) != self.tower.stack.image
+        if fixed or not isinstance(first, Tensor) or first.ndim == 0:
+            if all(_equal(first, value) for value in values):
+                return first
+            raise InputError(f"{key} differs between the batches these tokens come from; run each batch by itself.")
+        if any(value.shape[1:] != first.shape[1:] for value in values):
+            raise InputError(
+                f"{key} has another shape in each of the batches these tokens come from; make one batch of all examples."
+            )
+        return torch.cat(values)
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return type(one) is type(other) and one == other

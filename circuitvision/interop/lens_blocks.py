@@ -1,0 +1,95 @@
+"""A tower's blocks and weights the way TransformerLens's tools look for them: ``view.blocks[2].attn.W_O``, ``view.blocks[2].mlp.W_out``.
+
+TransformerLens takes ``z @ W_O`` for what a head adds to the residual stream. Where a LayerScale follows the
+projection, that holds for ``W_O`` times the scale, so ``W_O``, ``W_out`` and their biases are given with it: weights
+*as the stream sees them*. Where a norm follows (Gemma 2), what a head adds is not linear in ``z``, and asking for
+``W_O`` raises. Nothing else is folded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from circuitvision.errors import UnsupportedModelError
+from circuitvision.model.spec import NORMS
+from circuitvision.model.tower import Block
+
+
+def adds_through_norm(block: Block, part: str) -> bool:
+    """Whether what a branch adds to the stream passes a norm first (``part``: "attn_add" or "mlp_add")."""
+    return block.has(part) and type(block.part(part)).__name__ in NORMS
+
+
+def _as_added(block: Block, part: str, value: Tensor, what: str) -> Tensor:
+    """A weight or bias of an output projection, times the LayerScale that follows it, where one does."""
+    if not block.has(part):
+        return value
+    if adds_through_norm(block, part):
+        raise UnsupportedModelError(
+            f"Block {block.layer} of the {block.tower.name} tower normalises the output of its projection before adding it, so no "
+            f"{what} maps single heads or neurons to what they add. Use hook_attn_out and hook_mlp_out, or the tower's own {what}."
+        )
+    adder: Any = block.part(part)
+    return value * adder.lambda1.to(value.dtype)
+
+
+class AttentionView:
+    """The attention of one block: ``W_Q W_K W_V W_O`` and biases, detached live views except where LayerScale is multiplied in."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in ("W_Q", "W_K", "W_V", "b_Q", "b_K", "b_V"):
+            return getattr(self._block, name).detach()
+        raise AttributeError(f"The attention of a block has no {name!r}.")
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """What a head's z is multiplied with to give what it adds to the stream; UnsupportedModelError where a norm follows."""
+        return _as_added(self._block, "attn_add", self._block.W_O.detach(), "W_O")
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        """What attention adds whatever the heads do; UnsupportedModelError where a norm follows."""
+        return _as_added(self._block, "attn_add", self._block.b_O.detach(), "b_O")
+
+
+class MLPView:
+    """The MLP of one block: ``W_in W_gate W_out`` and biases."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in ("W_in", "W_gate", "b_in"):
+            return getattr(self._block, name).detach()
+        raise AttributeError(f"The MLP of a block has no {name!r}.")
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """Row ``i`` is what neuron ``i`` adds to the stream; UnsupportedModelError where a norm follows."""
+        return _as_added(self._block, "mlp_add", self._block.W_out.detach(), "W_out")
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        """What the MLP adds whatever its neurons do; UnsupportedModelError where a norm follows."""
+        return _as_added(self._block, "mlp_add", self._block.b_out.detach(), "b_out")
+
+
+class BlockView:
+    """One block: ``attn``, ``mlp``, and the norms as modules; ``submodules`` and ``hook_aliases`` say where attention's output is read."""
+
+    def __init__(self, block: Block) -> None:
+        self.attn, self.mlp = AttentionView(block), MLPView(block)
+        self.ln1: nn.Module = block.part("ln1")
+        self.ln2: nn.Module = block.part("ln2")
+        self.submodules: dict[str, Any] = {"ln1": self.ln1, "attn": self.attn, "ln2": self.ln2, "mlp": self.mlp}
+        self.hook_aliases = {"hook_attn_out": "attn.hook_out", "hook_mlp_out": "mlp.hook_out"}
+        for branch, part, norm in (("attn", "attn_add", "ln1_post"), ("mlp", "mlp_add", "ln2_post")):
+            if adds_through_norm(block, part):
+                self.submodules[norm] = block.part(part)
+                self.hook_aliases[f"hook_{branch}_out"] = f"{norm}.hook_out"

@@ -1,0 +1,205 @@
+"""The nnsight view: ``with nn.trace(**inputs): nn.vision.blocks[2].attn.hook_z[:, :, 3] = 0``.
+
+An NNsight over the model's own module whose aliases and sites are generated from the family table. *Aliases*
+(nnsight's ``rename``) name the modules: ``nn.vision.blocks[2].attn.o`` is the output projection whatever the
+checkpoint calls it. *Sites* are attributes ``hook_…`` of these envoys; reading and writing one runs the very point
+(``circuitvision.model.points``) that our own hooks run, so a read equals ``run_with_cache`` and an edit equals
+``run_with_hooks`` bit for bit. A site read is a tensor of its own: what is changed in place, or assigned, goes back
+into the model when the block moves on.
+
+nnsight puts a controller of its own in front of every module's ``forward`` and leaves it there, inert outside traces;
+weights, class and hooks of the module stay as they were.
+
+Not offered: scores, pattern and rotated queries and keys, which exist only inside eager attention; a trace cannot
+switch that on, and a run with our hooks can. The input of block 0 is not offered where a feature list reads it:
+transformers records it before nnsight sees it, so an edit would be lost on that way. ``nn.sites()`` lists what is
+offered, ``nn.reason(site)`` says why another one is not.
+
+In memory means local. A model on NDIF is found by its Hub name, so ``remote=True`` raises here, where plain NNsight
+would hand the keyword to the model, which swallows it. The *portable* subset (aliases, and ``read``/``write`` of
+:mod:`circuitvision.interop.portable`) is what a server without circuitvision can run; ``remote="local"`` rehearses
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from circuitvision.errors import UnknownSiteError, nearest
+from circuitvision.interop.portable import Place
+from circuitvision.model.points import AttentionStage, BranchInput, Input, Output, Point, SharedInput
+from circuitvision.model.sites import NamesFilter, SiteName, matching
+from circuitvision.model.spec import NORMS, resolve
+
+if TYPE_CHECKING:
+    from circuitvision.model import HookedModel, Tower
+    from circuitvision.model.tower import Block
+
+ON_BLOCK = ("ln1", "attn", "ln2", "mlp")
+"""Parts that are named directly on their block; the others are named on the part that holds them."""
+ATTENTION_REASON = (
+    "it exists only inside eager attention, which a trace cannot switch on; use model.run_with_cache or run_with_hooks"
+)
+RECORDED_REASON = (
+    "transformers records the input of block 0 for the projector before nnsight sees it, so an edit would be lost "
+    "on that way; use model.run_with_hooks"
+)
+
+
+def nnsight(model: HookedModel, *, portable: bool = False) -> Any:
+    """An NNsight over ``model.module`` under our names: ``nn.vision.blocks[2].attn.hook_z``, ``nn.projector.hook_out``.
+
+    ``nn.sites(glob)`` lists the sites. One trace reads them in the order of the pass, which is that of the list within a tower; a language tower's
+    ``hook_embed`` may come before the vision tower. With ``portable=True`` the
+    envoys are nnsight's own plus aliases, sites are reached with :func:`~circuitvision.interop.portable.read` and ``write``, and
+    ``trace(..., remote="local")`` rehearses a server that has no circuitvision; this registers ``"circuitvision"`` with nnsight, so that
+    the source of these functions is sent along.
+
+    Traces raise InputError for ``remote=True`` (and for ``remote="local"`` without ``portable``), UnknownSiteError for a site that is not
+    offered, and HookError for a value of another shape, dtype or device than its site.
+
+    Source: Fiotto-Kaufman et al. 2024 (arXiv 2407.14561).
+    """
+    import nnsight as library
+
+    from circuitvision.interop.envoys import build
+
+    if portable:
+        library.register("circuitvision")
+    return build(model, nnsight_names(model), portable)
+
+
+def nnsight_names(model: HookedModel) -> dict[str, list[str]]:
+    """The aliases of a model, as nnsight's ``rename`` takes them: native path -> names.
+
+    They serve any nnsight wrapper of the same architecture, one on a server among them:
+    ``nnsight.VisionLanguageModel(hub_name, rename=cv.interop.nnsight_names(model))``.
+    """
+    paths = {id(module): path for path, module in model.module.named_modules()}
+    names: dict[str, list[str]] = {}
+    relative: dict[str, set[str]] = {}
+    for tower in model.towers.values():
+        for block in tower.blocks:
+            for key, alias in _block_aliases(block):
+                relative.setdefault(key, set()).add(alias)
+    for tower in model.towers.values():
+        for key, alias in _tower_aliases(tower, paths):
+            _add(names, key, alias)
+        for block in tower.blocks:
+            prefix = paths[id(block.module)]
+            for key, alias in _block_aliases(block):
+                # Two towers may give one path two meanings; then it is named from the root, block by block.
+                clash = len(relative[key]) > 1
+                _add(names, *((f"{prefix}.{key}", f"{prefix}.{alias}") if clash else (key, alias)))
+    projector = resolve(_base(model), model.family.projector)
+    if projector is not None:
+        _add(names, paths[id(projector)], "projector")
+    return names
+
+
+def nnsight_places(model: HookedModel, names_filter: NamesFilter = "**") -> dict[str, Place]:
+    """The portable sites: name -> the plain tuple that :func:`~circuitvision.interop.portable.read` and ``write`` take.
+
+    Raises UnknownSiteError if the filter selects no portable site.
+    """
+    paths = {id(module): path for path, module in model.module.named_modules()}
+    found = {name: _place(point, paths) for name, point in offered(model).items() if type(point) in _SIDES}
+    return {name: found[name] for name in matching(names_filter, found)}
+
+
+_SIDES: dict[type[Point], str] = {Input: "input", BranchInput: "input", SharedInput: "shared", Output: "output"}
+
+
+def _place(point: Point, paths: dict[int, str]) -> Place:
+    n_heads, keyword = getattr(point, "n_heads", None), getattr(point, "keyword", "hidden_states")
+    return paths[id(point.module)], _SIDES[type(point)], n_heads, keyword
+
+
+def offered(model: HookedModel) -> dict[str, Point]:
+    """The sites a trace can read and write, with their points, in forward order."""
+    return {name: point for name, point in model.engine.points.items() if reason(model, name) is None}
+
+
+def reason(model: HookedModel, name: str) -> str | None:
+    """Why a trace cannot offer a site of the model; None if it can. Raises UnknownSiteError for a name the model does not have."""
+    point = model.engine.points.get(name)
+    if point is None:
+        raise UnknownSiteError(
+            f"No site of this model is called {name!r}. Nearest: {', '.join(nearest(name, model.sites()))}."
+        )
+    if isinstance(point, AttentionStage):
+        return ATTENTION_REASON
+    tower = model.towers.get(SiteName.parse(name).tower)
+    enters = point.phase == "pre" and tower is not None and point.module is tower.blocks[0].module
+    return RECORDED_REASON if enters and tower is not None and 0 in tower.feature_layers else None
+
+
+def hosts(model: HookedModel) -> dict[str, nn.Module]:
+    """The module whose envoy carries the sites under each prefix: ``vision.blocks.2.attn`` -> the attention module of that block."""
+    found: dict[str, nn.Module] = {}
+    for name, point in model.engine.points.items():
+        prefix = name.rpartition(".")[0]
+        tower = model.towers.get(SiteName.parse(name).tower)
+        if prefix not in found:
+            found[prefix] = point.module if tower is None else _host(tower, name, point)
+    return found
+
+
+def _host(tower: Tower, name: str, point: Point) -> nn.Module:
+    site = SiteName.parse(name)
+    part = site.site.rpartition(".")[0]
+    if site.layer is None:
+        return tower.root if not part else point.module
+    block = tower.blocks[site.layer]
+    if not part:
+        return block.module
+    return block.part(part) if part in ON_BLOCK else point.module
+
+
+def _base(model: HookedModel) -> nn.Module:
+    """The module the table's paths start from; an adapter's wrapper is not part of them."""
+    return next(iter(model.towers.values())).module
+
+
+def _tower_aliases(tower: Tower, paths: dict[int, str]) -> Iterator[tuple[str, str]]:
+    root = paths[id(tower.root)]
+    if root:
+        yield root, tower.name
+    readout = tower.spec.readout
+    parts = {
+        "blocks": resolve(tower.root, tower.stack.blocks),
+        "embed": None if tower.spec.embed is not None else resolve(tower.root, tower.stack.embed),
+        "ln_final": tower.final_norm,
+        "pool": None if readout is None else resolve(tower.module, readout.pool_module),
+    }
+    for alias, module in parts.items():
+        path = "" if module is None else paths[id(module)]
+        if path.startswith(f"{root}.") or (path and not root):
+            yield path, f"{root}.{alias}" if root else alias
+            if alias == "pool":
+                yield f"{path}.attention", f"{path}.attn"
+
+
+def _block_aliases(block: Block) -> Iterator[tuple[str, str]]:
+    """Paths relative to the block, and what each part is called: ``self_attn.out_proj`` -> ``self_attn.o``."""
+    layout = block.layout
+    for part in ON_BLOCK:
+        yield getattr(layout, part), part
+    for part in ("q", "k", "v", "o", "mlp_in", "mlp_out", "mlp_gate"):
+        if block.has(part):
+            holder, _, _ = getattr(layout, part).rpartition(".")
+            yield getattr(layout, part), f"{holder}.{part}" if holder else part
+    for part, norm in (("attn_add", "ln1_post"), ("mlp_add", "ln2_post")):
+        if block.has(part):
+            yield getattr(layout, part), norm if type(block.part(part)).__name__ in NORMS else part
+
+
+def _add(names: dict[str, list[str]], key: str, alias: str) -> None:
+    # A part that is called by its own name already needs no alias.
+    if key != alias and alias not in names.setdefault(key, []):
+        names[key].append(alias)
+    if not names.get(key, True):
+        del names[key]

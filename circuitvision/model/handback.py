@@ -1,0 +1,110 @@
+"""Handing back: forwards replaced on instances for the length of one run, and the structures that modules return.
+
+A replaced forward leaves the module's torch hooks in place, those of other tools included: they act on what is handed back as they acted on what
+was computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from circuitvision.model.attention import Tap
+
+
+class CannotResume(Exception):
+    """This model, or this call of it, is not one the incremental forward understands; the message says why."""
+
+
+@dataclass(eq=False)
+class Clean:
+    """What the unedited run left behind, as far as resumed runs need it."""
+
+    output: Tensor
+    results: dict[int, Any] = field(default_factory=dict)
+    """Module id -> what its forward returned."""
+    arguments: dict[int, Tensor] = field(default_factory=dict)
+    """Module id -> its first argument."""
+    cached: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Block id -> the keys and values it left in the cache."""
+    taps: dict[int, Tap] = field(default_factory=dict)
+    """Attention module id -> what entered its kernel."""
+    versions: dict[int, int] = field(default_factory=dict)
+
+
+class Overrides:
+    """Forwards replaced on instances, and torch hooks, for the length of one run."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[nn.Module, Any]] = []
+        self._handles: list[Any] = []
+
+    def forward(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Replace ``module.forward`` by ``make(original)``."""
+        before = module.__dict__.get("forward")
+        original = module.forward
+        self._kept.append((module, before))
+        module.__dict__["forward"] = make(original)
+
+    def enter(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Change a module's arguments before any hook sees them."""
+        self._handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+
+    def leave(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Change a module's output after every hook has seen it."""
+        self._handles.append(module.register_forward_hook(hook))
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for handle in self._handles:
+            handle.remove()
+        for module, before in reversed(self._kept):
+            if before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = before
+        self._kept.clear()
+        self._handles.clear()
+
+
+def repeated(value: Any, copies: int) -> Any:
+    """A tensor, or every tensor of a structure, repeated along its rows; a single row is only expanded."""
+    if copies == 1 or value is None:
+        return value
+    if isinstance(value, Tensor):
+        if value.ndim == 0:
+            return value
+        if value.shape[0] == 1:
+            return value.expand(copies, *value.shape[1:])
+        return value.repeat(copies, *([1] * (value.ndim - 1)))
+    if isinstance(value, (tuple, list)):
+        return type(value)(repeated(item, copies) for item in value)
+    if isinstance(value, Mapping):
+        return type(value)(**{name: repeated(item, copies) for name, item in value.items()})
+    raise CannotResume(f"a module returned a {type(value).__name__}, which cannot be repeated")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a module's result holds nothing but tensors, so that it can be handed back."""
+    if value is None or isinstance(value, Tensor):
+        return True
+    if isinstance(value, (tuple, list)):
+        return all(map(is_plain, value))
+    return isinstance(value, Mapping) and all(map(is_plain, value.values()))
+
+
+def tensors_of(clean: Clean) -> Iterator[Tensor]:
+    """Every tensor that may be handed back."""
+    for value in (*clean.results.values(), *clean.arguments.values()):
+        if isinstance(value, Tensor):
+            yield value
+
+
+def fresh(value: Any) -> Any:
+    """A structure of its own around the same tensors."""
+    if isinstance(value, Mapping):
+        return type(value)(**dict(value.items()))
+    return list(value) if isinstance(value, list) else value
