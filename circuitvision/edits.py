@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,7 +139,10 @@ def ablate(
         )
     sets: tuple[HeldMapping, ...] | None = None
     if dataset is not None:
-        sets = tuple(HeldMapping.of(d) for d in ([dataset] if isinstance(dataset, Mapping) else dataset))
+        listed = [dataset] if isinstance(dataset, Mapping) else list(dataset)
+        if not listed or not all(isinstance(inputs, Mapping) for inputs in listed):
+            raise InputError("dataset is one mapping of inputs, or several.")
+        sets = tuple(HeldMapping.of(inputs) for inputs in listed)
     return Ablate(
         site, **_where(heads, positions, steps), source=source, method=method, dataset=sets, average=average, seed=seed
     )
@@ -179,6 +183,9 @@ def scale(
     steps: StepsLike = None,
 ) -> Edit:
     """Multiply the selected entries: ``x' = clip(factor) · x``; a factor ``[head, 1]`` gives every head its own."""
+    if clip is not None:
+        low, high = clip
+        clip = (float(low), float(high))
     return Scale(site, **_where(heads, positions, steps), factor=held(factor), clip=clip)
 
 
@@ -198,7 +205,7 @@ def overwrite(
     with ``encode`` and ``decode``): ``f = encode(x)``, ``f'_i = value``, ``x' = decode(f') + (x - decode(f))``, so the dictionary's error stays,
     and entries whose features do not change keep their bits. ``value`` is a number or one per neuron.
     """
-    numbers = (neurons,) if isinstance(neurons, int) else tuple(int(n) for n in neurons)
+    numbers = tuple(int(n) for n in neurons) if isinstance(neurons, Iterable) else (int(neurons),)
     if dictionary is not None and not (hasattr(dictionary, "encode") and hasattr(dictionary, "decode")):
         raise InputError("A dictionary has encode(x) and decode(features).")
     return Overwrite(site, **_where(heads, positions, steps), neurons=numbers, value=held(value), dictionary=dictionary)
@@ -218,6 +225,8 @@ def project(
     ``x' = x + (source - x) V Vᵀ`` with ``V`` orthonormal and of the span of ``basis``, ``[d]`` or ``[d, k]`` (columns); its sign, scale and
     rotation do not matter. Raises InputError for dependent columns (Geiger et al. 2023, arXiv 2303.02536; Makelov et al. 2023, arXiv 2311.17030).
     """
+    if not isinstance(basis, Tensor):
+        raise InputError(f"A basis is a tensor [d] or [d, k], not {type(basis).__name__}.")
     columns = basis.detach()[:, None] if basis.ndim == 1 else basis.detach()
     if columns.ndim != 2 or columns.shape[1] > columns.shape[0] or columns.shape[1] == 0:
         raise InputError(f"A basis is [d] or [d, k] with k <= d, not {tuple(basis.shape)}.")
@@ -292,10 +301,12 @@ def add_attention_bias(
 
 
 def _edges(keys: PositionsLike, layers: Any, renormalise: bool) -> dict[str, Any]:
-    chosen = (
-        layers if layers is None or isinstance(layers, str) else (layers,) if isinstance(layers, int) else tuple(layers)
-    )
-    if isinstance(chosen, str) and chosen != "pool":
+    chosen: Any = layers
+    if layers is not None and not isinstance(layers, str):
+        chosen = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+        chosen = tuple(int(n) if isinstance(n, np.integer) else n for n in chosen)
+    wrong = chosen != "pool" if isinstance(chosen, str) else any(type(n) is not int for n in chosen or ())
+    if wrong:
         raise InputError(f"layers={layers!r} is not understood: numbers, None for all, or 'pool'.")
     return {"keys": Positions.of(keys), "layers": chosen, "renormalise": renormalise}
 

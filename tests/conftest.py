@@ -16,9 +16,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from torch import nn
 
 from tests.zoo import Case, saved_folder, shared_model
+
+# How long a draw takes says something of the machine, not of the code.
+settings.register_profile("circuitvision", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("circuitvision")
 
 
 def pytest_configure(config: pytest.Config) -> None:

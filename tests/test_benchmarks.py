@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "hooking.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def run_quick(results: Path, *tools: str) -> tuple[str, dict]:
-    command = [sys.executable, str(SCRIPT), "--quick", "--seconds", "0", "--results", str(results), "--tools", *tools]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def run_quick(script: str, results: Path, *arguments: str) -> tuple[str, dict]:
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--quick", "--seconds", "0", "--results", str(results)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {path.name for path in results.iterdir()} == {"hooking-cpu.md", "hooking-cpu.json"}
-    return done.stdout, json.loads((results / "hooking-cpu.json").read_text())
+    assert {path.name for path in results.iterdir()} == {f"{script}-cpu.md", f"{script}-cpu.json"}
+    return done.stdout, json.loads((results / f"{script}-cpu.json").read_text())
 
 
 def check(results: Path, printed: str, found: dict, tools: dict[str, int]) -> None:
@@ -37,12 +38,127 @@ def check(results: Path, printed: str, found: dict, tools: dict[str, int]) -> No
 
 
 def test_hooking_quick_prints_ratios_for_our_library_and_plain_hooks(tmp_path: Path) -> None:
-    printed, found = run_quick(tmp_path, "circuitvision", "plain-hooks")
+    printed, found = run_quick("hooking", tmp_path, "--tools", "circuitvision", "plain-hooks")
     check(tmp_path, printed, found, {"bare": 1, "bare, again": 1, "circuitvision": 5, "plain hooks": 4})
     assert {aim["aim"].split(":")[0] for aim in found["models"]["vit-small"]["aims"]} >= {"no hooks"}
 
 
 @pytest.mark.slow
 def test_hooking_quick_runs_every_peer(tmp_path: Path) -> None:
-    printed, found = run_quick(tmp_path, "circuitvision", "plain-hooks", "nnsight", "transformer-lens")
+    printed, found = run_quick("hooking", tmp_path)
     check(tmp_path, printed, found, {"circuitvision": 5, "plain hooks": 4, "nnsight": 5, "TransformerLens bridge": 5})
+
+
+def check_sweeps(results: Path, printed: str, found: dict) -> None:
+    page = (results / "sweeps-cpu.md").read_text()
+    assert found["device_name"] in page
+    for model in found["models"].values():
+        assert model["title"] in page
+        for study in model["studies"]:
+            assert 0 < study["unavoidable_forwards"] < 1
+            for row in study["rows"]:
+                assert row["over_unavoidable"] > 0
+                assert row["peak_mib"] > 0
+                assert row["faster_low"] <= row["faster"] <= row["faster_high"]
+                assert f"{row['faster']:.2f} (" in printed or row["tool"] in ("bare forward", "reference again")
+
+
+def tools_of(model: dict) -> list[set[str]]:
+    return [{row["tool"] for row in study["rows"]} for study in model["studies"]]
+
+
+def test_sweeps_quick_compares_our_sweep_with_the_loop(tmp_path: Path) -> None:
+    tools = ("--tools", "circuitvision", "plain-hooks")
+    printed, found = run_quick("sweeps", tmp_path, "--shapes", "vit-small", *tools)
+    check_sweeps(tmp_path, printed, found)
+    (heads, residual) = found["models"]["vit-small"]["studies"]
+    assert (heads["edits"], residual["edits"]) == (6 * 4, 6 * 17)
+    assert (
+        tools_of(found["models"]["vit-small"])
+        == [{"bare forward", "reference again", "circuitvision", "loop of plain hooks"}] * 2
+    )
+
+
+@pytest.mark.slow
+def test_sweeps_quick_runs_every_peer(tmp_path: Path) -> None:
+    printed, found = run_quick("sweeps", tmp_path)
+    check_sweeps(tmp_path, printed, found)
+    models = found["models"]
+    assert list(models) == ["vit-small", "llava-small", "pi0-small"]
+    always = {"circuitvision", "loop of plain hooks", "nnsight"}
+    for name, peer in (("vit-small", "TransformerLens bridge"), ("llava-small", "TransformerLens bridge")):
+        assert all(tools >= always | {peer} for tools in tools_of(models[name]))
+    assert all(tools >= always for tools in tools_of(models["pi0-small"]))
+    assert "TransformerLens bridge" in models["pi0-small"]["unable"]
+    assert "pyvene" in models["llava-small"]["unable"]
+
+
+def test_sweeps_refuses_a_tool_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sweep_shapes
+    import sweep_tools
+
+    with torch.no_grad():
+        shape = sweep_shapes.build(sweep_shapes.small_vit, torch.device("cpu"))
+        edits = shape.studies[0].edits[:3]
+        loop = sweep_tools.plain_hooks(shape)
+        clean = shape.metric(shape.module(**shape.runs[0]).logits).expand(3, 1)
+        sweep_tools.check({"loop": loop}, loop(edits), clean, edits, exact=True)
+        with pytest.raises(RuntimeError, match="lazy: off by"):
+            sweep_tools.check({"lazy": lambda edits: clean}, loop(edits), clean, edits, exact=True)
+        with pytest.raises(RuntimeError, match="change nothing"):
+            sweep_tools.check({}, clean, clean, edits, exact=True)
+
+
+def test_counted_operations_are_those_pytorch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import operations
+    import sweep_shapes
+
+    def tower(layers: int, width: int, mlp: int, length: int) -> int:
+        seen, read = sweep_shapes.seen(length), sweep_shapes.only(length, range(length))
+        return operations.everything(operations.Blocks(layers, width, 4, 4, width // 4, mlp, False, seen, read))
+
+    patches = 16 * 2 * (3 * 8 * 8) * 64
+    around = {
+        "vit-small": patches + 2 * 64 * 2,
+        "llava-small": patches + tower(2, 64, 256, 17) + 16 * 2 * (2 * 64 * 64) + 25 * 2 * 64 * 1000,
+        "pi0-small": 2 * (patches + tower(2, 64, 128, 16) + 16 * 2 * 64 * 64)
+        + 2 * 32 * 32 * (1 + 4 * 5),  # state; action in, time (two in, one out), action out
+    }
+    with torch.no_grad():
+        for name, rest in around.items():
+            shape = sweep_shapes.build(sweep_shapes.SHAPES[name], torch.device("cpu"))
+            network = shape.network
+            count = rest + operations.everything(network.swept)
+            if network.reader is not None:
+                count += operations.everything(network.reader, len(network.swept.read))
+            assert count == operations.of_forward(shape.twin("eager"), shape.runs[0])
+
+
+def test_unavoidable_operations_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import operations
+    import sweep_shapes
+
+    with torch.no_grad():
+        vit, llava, pi0 = (
+            sweep_shapes.build(sweep_shapes.SHAPES[name], torch.device("cpu")).network for name in sweep_shapes.QUICK
+        )
+    square, mlp = 2 * 64 * 64, 2 * 2 * 64 * 256
+    # A head of a ViT's last block reaches the output at the class token only: its output projection, its feed-forward, the classifier.
+    assert operations.unavoidable(vit, 5, 0, 17, True) == square + mlp + vit.readout
+    # One patch that enters the last block: its keys and values, the class token's row of attention, and the same again.
+    one_row = 4 * 64 * 17
+    assert operations.unavoidable(vit, 5, 9, 10, False) == 2 * square + one_row + square + mlp + vit.readout
+    # The block before it changes every position; the last block needs all their keys and values, and one query.
+    before = 3 * square + 17 * (one_row + square + mlp)
+    last = 17 * 2 * square + square + one_row + square + mlp
+    assert operations.unavoidable(vit, 4, 9, 10, False) == before + last + vit.readout
+    # Text at the end of a causal prompt changes itself only, and sees every position.
+    one_block = 4 * square + 4 * 64 * 25 + 2 * 3 * 64 * 172
+    assert operations.unavoidable(llava, 2, 24, 25, False) == 2 * one_block + llava.readout
+    # What enters PI0's last prefix block is read as keys and values by the four actions of the expert's last block; the state is read by nobody.
+    keys, queries, expert_mlp = 2 * 2 * 64 * 16, 2 * 32 * 64, 2 * 3 * 32 * 128
+    actions = 4 * (4 * 64 * (40 + 5) + queries + expert_mlp + pi0.readout)
+    assert operations.unavoidable(pi0, 3, 32, 40, False) == 8 * keys + actions

@@ -9,10 +9,16 @@ offers the part of the hooked model's surface that patching uses.
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+
+from circuitvision import metrics
+from circuitvision.edits import Edit
+from circuitvision.model import HookPoint
+from circuitvision.model.edits.values import Window
 
 
 class ToyModel:
@@ -46,6 +52,25 @@ class ToyModel:
         names = self.sites() if names_filter is None else names_filter
         hooks = [(name, lambda tensor, hook: cache.__setitem__(hook.name, tensor.clone())) for name in names]
         return self.run_with_hooks(inputs, fwd_hooks=hooks), cache
+
+    def run(self, inputs: dict[str, Tensor], edits: Sequence[Edit] = ()) -> Tensor:
+        def write(edit: Edit):
+            def hook(tensor: Tensor, hook: SimpleNamespace) -> Tensor:
+                edited = tensor.clone()
+                length = tensor.shape[1]
+                where = HookPoint(hook.name, hook.name.split(".")[0], None, hook.name)
+                edit.write(edited, Window(where.tower, len(tensor), 0, length, length), where, {})
+                return edited
+
+            return hook
+
+        return self.run_with_hooks(inputs, [(edit.site, write(edit)) for edit in edits])
+
+    def sweep(self, inputs: dict[str, Tensor], groups: Sequence, metric, **keywords) -> SimpleNamespace:
+        """The naive loop: one run per group."""
+        listed = [(group,) if isinstance(group, Edit) else group for group in groups]
+        values = torch.stack([metrics.evaluate(metric, self.run(inputs, group), inputs) for group in listed])
+        return SimpleNamespace(values=values, clean=metrics.evaluate(metric, self(inputs), inputs))
 
     def run_with_hooks(self, inputs: dict[str, Tensor], fwd_hooks=()) -> Tensor:
         self.runs += 1

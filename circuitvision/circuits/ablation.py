@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitvision import metrics
+from circuitvision import edits, metrics
 from circuitvision.circuits.names import head_id, parse_id
 from circuitvision.errors import InputError
 from circuitvision.progress import track
@@ -191,17 +191,12 @@ def _score(
     for name in names:
         by_site.setdefault(_site(name), []).append(parse_id(name).head)
 
-    def hook(tensor: Tensor, hook: Any) -> Tensor:
-        edited = tensor.clone()
-        heads = by_site[hook.name]
-        edited[:, :, heads] = means[hook.name][:, heads].to(tensor)
-        return edited
-
+    group = [edits.ablate(site, means[site], heads=heads) for site, heads in by_site.items()]
     right, margin, count = 0.0, 0.0, 0
     for both in runs:
         correct = []
         for inputs, answer, foil in both:
-            logits = model.run_with_hooks(inputs, fwd_hooks=[(site, hook) for site in by_site])
+            logits = model.run(inputs, group)
             correct.append(metrics.at_position(logits, position, inputs).argmax(-1).cpu() == answer)
             margin += float(metrics.logit_diff(answer, foil, position)(logits, inputs).sum()) / len(both)
         right += float(torch.stack(correct).all(0).sum())

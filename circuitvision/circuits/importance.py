@@ -33,12 +33,11 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from circuitvision import metrics
+from circuitvision import edits, metrics
 from circuitvision.circuits import schema
 from circuitvision.circuits.names import NodeName, format_id, head_id, parse_id
 from circuitvision.errors import InputError
 from circuitvision.patching.activation import PatchingResult, activation_patch, check_same_shapes
-from circuitvision.progress import track
 from circuitvision.provenance import describe
 from circuitvision.results import Result
 
@@ -175,9 +174,9 @@ def head_importance(
     selected = _strongest(raw, axes, top_k)
     base_inputs, source_inputs = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
     freezer = _Freezer(model, metric, base_inputs, source_inputs, selected, runs)
+    *singles, together = freezer.effects([*(([site], []) for site in freezer.ids), (list(selected), [])])
     wholes = {}
-    for site, name in freezer.ids.items():
-        effect = freezer.effect([site])
+    for (site, name), effect in zip(freezer.ids.items(), singles, strict=True):
         share = float((effect / freezer.gap).nanmean())
         wholes[name] = {"site": site, "effect": float(effect.mean()), "share": share}
     ends = (runs.source, runs.base) if mode == "denoise" else (runs.base, runs.source)
@@ -193,7 +192,7 @@ def head_importance(
         ),
         raw=raw,
         selected=[name for name, _ in sorted(selected.items(), key=lambda entry: -abs(entry[1]))],
-        joint=float((freezer.effect(selected) / freezer.gap).nanmean()),
+        joint=float((together / freezer.gap).nanmean()),
         connectors={freezer.ids[site]: wholes[freezer.ids[site]] for site in freezer.connectors},
         inputs={freezer.ids[site]: wholes[freezer.ids[site]] for site in freezer.inputs},
         edges=_edges(freezer, selected),
@@ -230,24 +229,19 @@ class _Freezer:
             _, self.source_cache = model.run_with_cache(source_inputs, names_filter=sites)
             _, self.base_cache = model.run_with_cache(self.base_inputs, names_filter=sites)
 
-    def effect(self, patch: Sequence[str] | Mapping[str, Any], freeze: Sequence[str] = ()) -> Tensor:
-        """The change of the metric per example, in its own units."""
-        writes: dict[str, list[tuple[int | None, Tensor]]] = defaultdict(list)
-        for names, cache in ((patch, self.source_cache), (freeze, self.base_cache)):
-            for name in names:
-                site, head = (name, None) if name in self.ids else (_site(name), parse_id(name).head)
-                writes[site].append((head, cache[site]))
+    def effects(self, cells: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[Tensor]:
+        """The change of the metric per example, in its own units, for each (patched, frozen) pair of node lists."""
+        groups = [self._writes(patch, self.source_cache) + self._writes(hold, self.base_cache) for patch, hold in cells]
+        return list(self.model.sweep(self.base_inputs, groups, self.metric).values - self.base)
 
-        def hook(tensor: Tensor, hook: Any) -> Tensor:
-            edited = tensor.clone()
-            for head, values in writes[hook.name]:
-                index = (Ellipsis,) if head is None else (slice(None), slice(None), head)
-                edited[index] = values[index].to(tensor)
-            return edited
-
-        with torch.no_grad():
-            logits = self.model.run_with_hooks(self.base_inputs, fwd_hooks=[(site, hook) for site in writes])
-        return metrics.evaluate(self.metric, logits, self.base_inputs).cpu() - self.base
+    def _writes(self, names: Sequence[str], cache: Mapping[str, Tensor]) -> list[edits.Edit]:
+        """Nodes held at their values in another run: whole sites, or heads of one site together."""
+        heads: dict[str, list[int]] = defaultdict(list)
+        wholes = [edits.replace(name, cache[name]) for name in names if name in self.ids]
+        for name in names:
+            if name not in self.ids:
+                heads[_site(name)].append(parse_id(name).head)
+        return wholes + [edits.replace(site, cache[site], heads=chosen) for site, chosen in heads.items()]
 
 
 def connector_sites(model: Any) -> list[str]:
@@ -275,19 +269,23 @@ def _edges(freezer: _Freezer, selected: Mapping[str, float]) -> list[dict[str, A
     cut = sum(parse_id(name).tower.startswith("vision") for name in nodes)
     nodes[cut:cut] = freezer.connectors
     nodes[:0] = freezer.inputs
-    edges = []
-    for number, sender in enumerate(track(nodes, "splitting effects")):
-        before = freezer.effect([sender])
+    cells: list[tuple[str, str, list[str]]] = []
+    for number, sender in enumerate(nodes):
         frozen: list[str] = []
+        cells.append((sender, "", []))
         for receiver in nodes[number + 1 :]:
             # A remaining effect of zero is no reason to stop here: paths of opposite sign may cancel in it.
             if receiver in freezer.inputs or _same_depth(sender, receiver, freezer):
                 continue
-            frozen.append(receiver)
-            after = freezer.effect([sender], frozen)
-            edges.append(_edge(freezer, sender, receiver, before - after))
-            before = after
-        edges.append(_edge(freezer, sender, ANSWER, before))
+            frozen = [*frozen, receiver]
+            cells.append((sender, receiver, frozen))
+    effects = freezer.effects([([sender], hold) for sender, _, hold in cells])
+    edges = []
+    for number, (sender, receiver, _) in enumerate(cells):
+        if receiver:
+            edges.append(_edge(freezer, sender, receiver, effects[number - 1] - effects[number]))
+        if number + 1 == len(cells) or cells[number + 1][0] != sender:
+            edges.append(_edge(freezer, sender, ANSWER, effects[number]))
     floor = 1e-7 * float(freezer.gap.abs().nanmean())
     return [edge for edge in edges if abs(edge["score"]) > floor]
 

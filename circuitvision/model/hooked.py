@@ -406,7 +406,7 @@ class HookedModel(TextTools):
         if not hasattr(module, "generate") or self.family.suffix_kinds or "language" not in self.towers:
             raise UnsupportedModelError(f"A {self.family.name} model does not generate text.")
         mapping = self._checked(inputs)
-        binder = Binder(self, mapping, "generate")
+        binder = Binder(self, mapping, "generate", kwargs.get("max_new_tokens"))
         (bound,) = binder.bind(_one_group(edits))
         if bound.writes and kwargs.get("use_cache") is False:
             raise InputError("Edits count positions by the cache: leave use_cache on.")
@@ -427,7 +427,7 @@ class HookedModel(TextTools):
         if not hasattr(module, "sample_actions"):
             raise UnsupportedModelError(f"A {self.family.name} model does not sample actions.")
         mapping = self._checked(inputs)
-        binder = Binder(self, mapping, "act")
+        binder = Binder(self, mapping, "act", num_steps or self.config.num_inference_steps)
         (bound,) = binder.bind(_one_group(edits))
         mapping.pop("timestep", None)
         self._passes_recorded = True

@@ -200,7 +200,8 @@ class Sweep:
             self.logits = fused.clean.output
         else:
             self.logits = self.model._forward(self.inputs, {})
-        return self._evaluate(self.logits)
+        # The metric may write into what it gets; the unedited output is needed again.
+        return self._evaluate(self.logits.clone())
 
     def _record(self, eager: bool, tasks: Sequence[_Task]) -> None:
         resumer = Resumer(self.model, self.inputs, self.binder.maps, eager)
@@ -233,12 +234,10 @@ class Sweep:
     def _is_before(self, site: str, route: Route) -> bool:
         here = start_of(self.model, site)
         start = route.start_in(here.tower)
-        if start is None and here.tower in self.model.towers and not is_dual(self.model):
-            if here.layer < reached_through_cache(route, self.model, here.tower):
-                return True
         if start is None:
             order = stages(self.model)
-            return is_dual(self.model) or order.index(here.tower) < order.index(route.starts[0].tower)
+            apart = is_dual(self.model) or order.index(here.tower) < order.index(route.starts[0].tower)
+            return apart or here.layer < reached_through_cache(route, self.model, here.tower)
         # A value that enters the place where the run resumes is not computed again.
         entering = here == start and here.name != "block"
         return here < start or (entering and self._order[site] < self._first_point(route))
@@ -338,7 +337,7 @@ class Sweep:
     def _in_full(self, task: _Task) -> Tensor:
         if not task.bound.writes:
             assert self.logits is not None
-            return self._evaluate(self.logits)
+            return self._evaluate(self.logits.clone())
         inputs = self.inputs if task.bound.inputs is None else task.bound.inputs
         with self.model._edited(self.binder, task.bound):
             return self._evaluate(self.model._forward(inputs, {}))

@@ -11,8 +11,8 @@ piece *sufficient*?). ``mode="noise"`` patches corrupt values into the clean run
 base and source hardly differ in the metric the ratio means nothing: such examples are NaN, announced by a warning,
 and left out of the mean.
 
-This is the plain loop, one forward pass per cell. Not covered: several sites in one batch, and runs of different
-lengths.
+Every cell is one ``edits.replace``, and all cells are one ``model.sweep``: only what a cell can change is computed.
+Not covered: runs of different lengths.
 
 Reference: Wang et al. 2022 (arXiv 2211.00593); Zhang and Nanda 2023 (arXiv 2309.16042) on the two modes.
 """
@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,25 +30,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision import metrics
+from circuitvision import edits, metrics
 from circuitvision.errors import InputError
-from circuitvision.progress import track
+from circuitvision.model.sites import SiteName
 from circuitvision.provenance import describe
 from circuitvision.results import Result
 
-Hook = Callable[[Tensor, Any], Tensor | None]
 _BLOCK_SITE = re.compile(r"(?P<tower>\w+)\.blocks\.(?P<layer>\d+)\.(?P<leaf>.+)")
-_SCORE_SITES = ("attn.hook_attn_scores", "attn.hook_pattern")
-_HEADLESS = (
-    "hook_resid_pre",
-    "hook_resid_mid",
-    "hook_resid_post",
-    "hook_attn_out",
-    "hook_mlp_out",
-    "hook_mlp_in",
-    "mlp.",
-    "ln",
-)
+_Cell = tuple[tuple[int, ...], str, int | None, int | None]
+"""Index in the result, site, head or None for all, position or None for all."""
 _AXES = ("tower", "layer", "site", "head", "position")
 
 
@@ -122,19 +112,18 @@ def activation_patch(
     dead = [name for name in names if model.is_dead(name)]
     with torch.no_grad():
         source_logits, cache = model.run_with_cache(source_inputs, names_filter=names)
-        base = metrics.evaluate(metric, model(base_inputs), base_inputs)
-        source = metrics.evaluate(metric, source_logits, source_inputs)
+        source = metrics.evaluate(metric, source_logits, source_inputs).cpu()
         labels, cells = _plan(names, axes, {name: cache[name] for name in names})
-        shape = [len(values) for values in labels.values()]
-        raw = torch.full((*shape, len(base)), float("nan"), dtype=base.dtype)
-        for index, name, head, position in track(cells, f"patching {_kind(names)}"):
-            if name in dead:
-                raw[index] = 0.0
-                continue
-            hook = _patch_hook(name, cache[name], head, position)
-            logits = model.run_with_hooks(base_inputs, fwd_hooks=[(name, hook)])
-            raw[index] = (metrics.evaluate(metric, logits, base_inputs) - base).cpu()
-    per_example = raw / usable_gap(source - base, base, source, min_gap).cpu()
+        live = [cell for cell in cells if cell[1] not in dead]
+        swept = model.sweep(base_inputs, [_patch(cell, cache[cell[1]]) for cell in live], metric) if live else None
+        base = metrics.evaluate(metric, model(base_inputs), base_inputs).cpu() if swept is None else swept.clean
+    raw = torch.full((*(len(values) for values in labels.values()), len(base)), float("nan"), dtype=base.dtype)
+    for index, name, _, _ in cells:
+        raw[index] = 0.0 if name in dead else raw[index]
+    for number, (index, _, _, _) in enumerate(live):
+        assert swept is not None
+        raw[index] = swept.values[number] - base
+    per_example = raw / usable_gap(source - base, base, source, min_gap)
     return PatchingResult(
         values=per_example.nanmean(-1),
         axes=labels,
@@ -143,8 +132,8 @@ def activation_patch(
         ),
         raw=raw.mean(-1),
         per_example=per_example,
-        base=base.cpu(),
-        source=source.cpu(),
+        base=base,
+        source=source,
         mode=mode,
         site=_kind(names),
         dead=dead,
@@ -205,24 +194,19 @@ def _check_axes(names: Sequence[str], axes: Sequence[str]) -> None:
             f"The axis 'layer' needs one kind of site inside blocks; found {_kind(names)}. Use the axis 'site'."
         )
     if "head" in axes:
-        headless = [name for name in names if not _has_heads(name)]
+        headless = [name for name in names if not SiteName.parse(name).has_heads]
         if headless:
             raise InputError(f"{headless[0]} has no heads; leave 'head' out of axes.")
 
 
-def _has_heads(name: str) -> bool:
-    match = _BLOCK_SITE.fullmatch(name)
-    return match is not None and not match["leaf"].startswith(_HEADLESS)
-
-
 def _dimension(name: str, axis: str) -> int:
-    swapped = name.endswith(_SCORE_SITES)
+    swapped = SiteName.parse(name).is_pattern
     return {"head": 1 if swapped else 2, "position": 2 if swapped else 1}[axis]
 
 
 def _plan(
     names: Sequence[str], axes: Sequence[str], source: Mapping[str, Tensor]
-) -> tuple[dict[str, list[Any]], list[tuple[tuple[int, ...], str, int | None, int | None]]]:
+) -> tuple[dict[str, list[Any]], list[_Cell]]:
     """The labels of every axis, and for each existing cell (index, site, head or None, position or None)."""
     parsed = {name: _BLOCK_SITE.fullmatch(name) for name in names}
     towers = list(dict.fromkeys(match["tower"] for match in parsed.values() if match))
@@ -249,17 +233,7 @@ def _plan(
     return labels, cells
 
 
-def _patch_hook(name: str, source: Tensor, head: int | None, position: int | None) -> Hook:
-    where: list[Any] = [slice(None)] * source.ndim
-    if head is not None:
-        where[_dimension(name, "head")] = head
-    if position is not None:
-        where[_dimension(name, "position")] = position
-    index = tuple(where)
-
-    def hook(tensor: Tensor, hook: Any) -> Tensor:
-        patched = tensor.clone()
-        patched[index] = source[index].to(tensor)
-        return patched
-
-    return hook
+def _patch(cell: _Cell, source: Tensor) -> edits.Edit:
+    """The edit that patches one cell: its head at its position, or all of what it does not name."""
+    _, name, head, position = cell
+    return edits.replace(name, source, heads=head, positions=position)

@@ -9,6 +9,7 @@ Values that many edits need are computed once: clean activations in one run, dat
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from circuitvision.errors import CircuitVisionError, InputError
 from circuitvision.model.edits.attention import DeleteTokens
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.values import Window
-from circuitvision.model.edits.writes import Ablate
+from circuitvision.model.edits.writes import Ablate, width_of
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ def as_groups(edits_or_groups: Any) -> list[Group]:
     groups: list[Group] = []
     for entry in edits_or_groups:
         group = (entry,) if isinstance(entry, Edit) else tuple(entry) if isinstance(entry, Iterable) else (entry,)
-        wrong = next((edit for edit in group if not isinstance(edit, Edit)), None)
-        if wrong is not None:
-            raise InputError(f"{wrong!r} is not an edit; circuitvision.edits makes them.")
+        wrong = [edit for edit in group if not isinstance(edit, Edit)]
+        if wrong:
+            raise InputError(f"{wrong[0]!r} is not an edit; circuitvision.edits makes them.")
         groups.append(group)
     return groups
 
@@ -71,8 +72,12 @@ class BoundGroup:
 class Binder:
     """Binds groups of edits to one model, its inputs, and one kind of run."""
 
-    def __init__(self, model: HookedModel, inputs: Mapping[str, Any], mode: Mode = "run") -> None:
+    def __init__(
+        self, model: HookedModel, inputs: Mapping[str, Any], mode: Mode = "run", passes: int | None = None
+    ) -> None:
         self.model, self.inputs, self.mode = model, inputs, mode
+        self.passes = passes
+        """Passes of the tower that runs several times, where their number is known."""
         self.given: dict[Any, Any] = {}
         self._windows: dict[str, Window | None] = {}
         self._maps: dict[str, Any] | None = None
@@ -94,7 +99,7 @@ class Binder:
 
     def _window(self, name: SiteName) -> Window | None:
         tokens = self.maps.get(name.tower)
-        if tokens is None or name.may_be_pooled:
+        if tokens is None or (name.may_be_pooled and not self._norms_positions(name)):
             return None
         length, shift = tokens.n_positions, 0
         pools = name.site.startswith("pool.")
@@ -102,6 +107,11 @@ class Binder:
         if name.site == "hook_embed" and tower.stack.image:
             shift = tower.cfg.n_prefix
         return Window(name.tower, tokens.n_rows, 0, length - shift, length - shift, tokens, pools, shift)
+
+    def _norms_positions(self, name: SiteName) -> bool:
+        """Whether a site is of a final norm that every position passes, before any pooling."""
+        readout = self.model.towers[name.tower].spec.readout
+        return name.site.startswith("ln_final.") and (readout is None or (readout.normed and readout.norm_first))
 
     def passing(self, hook: HookPoint, value: Tensor, rows: int, first: int) -> Window:
         """The window of one pass, for ``value`` of one group."""
@@ -168,11 +178,10 @@ class Binder:
             return
         if tower == "action" and kind != "numbers":
             raise InputError(f"steps={kind!r} means nothing to the action tower: give numbers of denoising steps")
-        passes_once = self.mode == "run" or (self.mode == "act" and tower != "action") or tower == "vision"
-        if passes_once and not edit.steps.acts(0):
-            raise InputError(
-                f"steps={edit.steps.plain!r}: the {tower} tower runs once here, as step 0, so the edit never acts"
-            )
+        passes = self.passes if tower == {"generate": "language", "act": "action"}.get(self.mode) else 1
+        if passes is not None and not any(edit.steps.acts(step) for step in range(passes)):
+            times = "once here, as step 0" if passes == 1 else f"{passes} times here, from step 0"
+            raise InputError(f"steps={edit.steps.plain!r}: the {tower} tower runs {times}, so the edit never acts")
 
     def _grows(self, edit: Edit, site: str) -> bool:
         return self.mode == "generate" and SiteName.parse(site).tower == "language" and edit.steps.kind != "prefill"
@@ -189,12 +198,18 @@ class Binder:
     def _refuse_conflicts(self, bound: BoundGroup) -> None:
         by_value: dict[str, list[tuple[str, Edit]]] = {}
         order = list(bound.group)
+        fires = {name: number for number, name in enumerate(self.model.engine.points)}
         for name, edits in bound.writes.items():
             by_value.setdefault(_same_value(self.model, name), []).extend((name, edit) for edit in edits)
         for entries in by_value.values():
             entries.sort(key=lambda entry: order.index(entry[1]))
             for number, (name, later) in enumerate(entries):
                 for earlier_name, earlier in entries[:number]:
+                    if fires[name] < fires[earlier_name] and self._overlap(name, later, earlier_name, earlier):
+                        raise InputError(
+                            f"{earlier_name} and {name} are two names of one value, and {name} comes first: "
+                            f"{later!r} would act before {earlier!r}. Give both edits one name."
+                        )
                     if later.sets and self._overlap(name, later, earlier_name, earlier):
                         raise InputError(
                             f"{later!r} sets entries of {name} that {earlier!r} changed before it, which would be lost. "
@@ -209,13 +224,17 @@ class Binder:
             if not {head % count for head in later.heads} & {head % count for head in earlier.heads}:
                 return False
         mine, theirs = getattr(later, "neurons", None), getattr(earlier, "neurons", None)
-        if mine is not None and theirs is not None and not set(mine) & set(theirs):
-            return False
+        if mine is not None and theirs is not None:
+            width = width_of(self.model, name) or 1 + max(map(abs, (*mine, *theirs)), default=0)
+            if not {neuron % width for neuron in mine} & {neuron % width for neuron in theirs}:
+                return False
         here, there = self.window(name), self.window(earlier_name)
         if here is None or there is None:
             return True
         one, other = later.positions.covers(here), earlier.positions.covers(there)
-        return one.shape[1] != other.shape[1] or bool((one & other).any())
+        if one.shape[1] != other.shape[1] or bool((one & other).any()):
+            return True
+        return self._grows(later, name) and self._grows(earlier, earlier_name) and _share_later(later, earlier, here)
 
     # -- values needed ---------------------------------------------------------------------------------------------------------------------
 
@@ -231,7 +250,7 @@ class Binder:
                 if edit.method == "resample":
                     self.given[edit, site] = _resampled(clean[site], edit)
                 elif edit.dataset is None:
-                    self.given[edit, site] = _mean_of_run(clean[site], edit)
+                    self.given[edit, site] = _mean_of_run(clean[site], edit, site)
         for edit in wanted:
             if edit.method == "mean" and edit.dataset is not None:
                 names = edit.sites(self.model)
@@ -240,8 +259,7 @@ class Binder:
                     datasets[edit.dataset] = self._totals(edit, sorted(everything))
                 totals, rows = datasets[edit.dataset]
                 for site in names:
-                    mean = totals[site] / rows[site]
-                    self.given[edit, site] = mean.mean(0, keepdim=True) if edit.average == "all" else mean
+                    self.given[edit, site] = _over_positions(totals[site] / rows[site], edit, site)
 
     def _clean(self, inputs: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Tensor]:
         # Sites that exist only in the eager run must not change the run that the others are read from.
@@ -271,6 +289,17 @@ class Binder:
         return totals, rows
 
 
+def _share_later(one: Edit, other: Edit, prompt: Window) -> bool:
+    """Whether two edits select a position in common behind the prompt."""
+    ends = [n for edit in (one, other) for n in (*edit.positions.ints, *edit.positions.bounds[:2]) if n is not None]
+    rest = dataclasses.replace(prompt, first=prompt.prompt, length=max([prompt.prompt, *ends]) - prompt.prompt + 2)
+    found = [torch.zeros(rest.length, dtype=torch.bool) for _ in range(2)]
+    for mask, edit in zip(found, (one, other), strict=True):
+        chosen = edit.positions.choose(rest, rest.rows, "cpu")
+        mask[slice(None) if chosen is None else chosen[1] if isinstance(chosen, tuple) else chosen] = True
+    return bool((found[0] & found[1]).any())
+
+
 def _same_value(model: HookedModel, site: str) -> str:
     """One name for sites that are one value with two names."""
     name = SiteName.parse(site)
@@ -279,13 +308,18 @@ def _same_value(model: HookedModel, site: str) -> str:
     return site
 
 
-def _mean_of_run(clean: Tensor, edit: Ablate) -> Tensor:
+def _over_positions(mean: Tensor, edit: Ablate, site: str) -> Tensor:
+    """A mean over rows, averaged over positions too if the edit asks for it and the site has them in this model."""
+    positions = mean.ndim == (3 if SiteName.parse(site).has_heads else 2)
+    return mean.mean(0, keepdim=True) if edit.average == "all" and positions else mean
+
+
+def _mean_of_run(clean: Tensor, edit: Ablate, site: str) -> Tensor:
     if clean.shape[0] == 1 and edit.average == "position":
         raise InputError(
             f"{edit!r}: the mean over a single row is its own value. Pass dataset=…, more examples, or average='all'."
         )
-    mean = clean.mean(0)
-    return mean.mean(0, keepdim=True) if edit.average == "all" else mean
+    return _over_positions(clean.mean(0), edit, site)
 
 
 def _resampled(clean: Tensor, edit: Ablate) -> Tensor:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -29,7 +30,20 @@ StepsLike = int | str | Iterable[int] | None
 class Held:
     """A tensor inside a value: shared, compared by content, refused after a write in place."""
 
-    __slots__ = ("_has_nan", "_tensor", "_version")
+    __slots__ = ("__weakref__", "_has_nan", "_tensor", "_version")
+    _known: ClassVar[WeakValueDictionary[int, Held]] = WeakValueDictionary()
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Held:
+        """The same object for the same tensor: what is looked up about a source is looked up once for a thousand edits."""
+        found = cls._known.get(id(tensor))
+        if (
+            found is None
+            or found._tensor is not tensor
+            or (found._version is not None and found._version != tensor._version)
+        ):
+            found = cls._known[id(tensor)] = cls(tensor)
+        return found
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -87,7 +101,7 @@ def held(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value.copy())  # writes into an array leave no trace, so it is copied
     if isinstance(value, Tensor):
-        return Held(value)
+        return Held.of(value)
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, (int, float)) for item in value):
         return Held(torch.tensor(value))
     raise InputError(f"A value of an edit is a number or a tensor, not {type(value).__name__}.")
@@ -106,7 +120,7 @@ class HeldMapping:
     @classmethod
     def of(cls, mapping: Mapping[str, Any]) -> HeldMapping:
         """Hold every tensor of a mapping; other values stay as they are."""
-        pairs = ((str(name), Held(v) if isinstance(v, Tensor) else v) for name, v in mapping.items())
+        pairs = ((str(name), Held.of(v) if isinstance(v, Tensor) else v) for name, v in mapping.items())
         return cls(tuple(pairs))
 
     def get(self, name: str) -> Any:
