@@ -56,19 +56,25 @@ def _sample(run: Run, repeats: int, device: torch.device) -> tuple[float, float]
     return (wall if device.type == "cuda" else cpu) / repeats, wall / repeats
 
 
-def interleaved(
+Samples = dict[str, list[tuple[float, float]]]
+"""Seconds on the clock and of wall time, per variant and round."""
+
+AGAIN = "reference again"
+
+
+def samples_in_rounds(
     runs: Mapping[str, Run], reference: str, device: torch.device, seconds: float, min_rounds: int, seed: int = 0
-) -> dict[str, Timing]:
-    """Time every run in rounds until ``seconds`` of wall time are spent (at least ``min_rounds``); ``"reference again"`` is the noise.
+) -> Samples:
+    """Seconds of every run in rounds until ``seconds`` of wall time are spent (at least ``min_rounds``); ``AGAIN`` is the reference once more.
 
     Every run must have run before, so that nothing is timed that only the first run does.
     """
-    runs = {**runs, "reference again": runs[reference]}
+    runs = {**runs, AGAIN: runs[reference]}
     single, _ = _sample(runs[reference], 1, device)
     repeats = max(1, round(0.02 / single))
     order = list(runs)
     shuffle = random.Random(seed).shuffle
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    samples: Samples = {name: [] for name in runs}
     # What lives as long as the benchmark is not searched for garbage again and again; what the runs leave behind is.
     gc.collect()
     gc.freeze()
@@ -78,13 +84,27 @@ def interleaved(
         for name in order:
             samples[name].append(_sample(runs[name], repeats, device))
     gc.unfreeze()
+    return samples
+
+
+def interleaved(
+    runs: Mapping[str, Run], reference: str, device: torch.device, seconds: float, min_rounds: int
+) -> dict[str, Timing]:
+    """Time every run in rounds, as :func:`samples_in_rounds` does; ``AGAIN`` is the noise."""
+    samples = samples_in_rounds(runs, reference, device, seconds, min_rounds)
     return {name: _timing(values, samples[reference]) for name, values in samples.items()}
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, lower and upper quartile."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, low, high
 
 
 def _timing(values: Sequence[tuple[float, float]], reference: Sequence[tuple[float, float]]) -> Timing:
     pairs = list(zip(values, reference, strict=True))
     ratios = [mine[0] / theirs[0] for mine, theirs in pairs]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    middle, low, high = spread(ratios)
     return Timing(
         ratio=middle,
         ratio_low=low,
@@ -151,7 +171,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     """What a number depends on besides the code: device, threads, load and versions."""
     import importlib.metadata
 
-    packages = ("circuitvision", "torch", "transformers", "transformer_lens", "nnsight")
+    packages = ("circuitvision", "torch", "transformers", "transformer_lens", "nnsight", "pyvene")
     versions = {"python": platform.python_version()}
     for package in packages:
         try:

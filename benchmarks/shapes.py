@@ -76,13 +76,19 @@ def vit(name: str, title: str, batch: int, image_size: int, patch_size: int, **s
 
 
 def llava(
-    name: str, title: str, image_size: int, patch_size: int, n_words: int, vision: dict[str, int], text: dict[str, int]
+    name: str,
+    title: str,
+    image_size: int,
+    patch_size: int,
+    n_words: int,
+    vision: dict[str, int],
+    text: dict[str, int],
+    vocabulary: int = 1000,
 ) -> Shape:
     """A LLaVA 1.5 of a CLIP tower and a Llama, and one prompt: some words and one image."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
-    vocabulary = 1000
     image_token = vocabulary - 1
     vision_config: dict[str, Any] = {
         "model_type": "clip_vision_model",
