@@ -42,6 +42,8 @@ from circuitvision.provenance import describe
 from circuitvision.results import Result
 
 ANSWER = "answer"
+ROUNDING = 3e-6
+"""Share of the metric's size that float32 runs of different batches may differ by."""
 _COPIED = ("model_id", "weights_sha256", "dataset_sha256", "metric", "metric_units", "method", "dtype", "created")
 _MODALITY = {"vision": "image", "vision_2": "image", "action": "action"}
 
@@ -286,7 +288,8 @@ def _edges(freezer: _Freezer, selected: Mapping[str, float]) -> list[dict[str, A
             edges.append(_edge(freezer, sender, receiver, effects[number - 1] - effects[number]))
         if number + 1 == len(cells) or cells[number + 1][0] != sender:
             edges.append(_edge(freezer, sender, ANSWER, effects[number]))
-    floor = 1e-7 * float(freezer.gap.abs().nanmean())
+    # Runs of different batches round differently: below that, a difference is no edge.
+    floor = ROUNDING * float(freezer.gap.abs().nanmean() + freezer.base.abs().mean())
     return [edge for edge in edges if abs(edge["score"]) > floor]
 
 

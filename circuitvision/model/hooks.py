@@ -384,6 +384,7 @@ class HookEngine:
                 value = value.detach().clone().requires_grad_(True)
             tracked = with_grad and value.requires_grad
             changed = tracked
+            layout = value
             if in_place and (edits or tracked):
                 value = value.clone()
             for hook in chain:
@@ -392,6 +393,8 @@ class HookEngine:
                     continue
                 value, edited = _run_hook(hook, value, where, tracked)
                 changed = changed or edited
+            if changed and edits and not in_place:
+                value = _laid_out(value, layout)
             for hook in backward:
                 value.register_hook(lambda grad, hook=hook: _checked(hook(grad, where), grad, where))
             return value, changed
@@ -435,6 +438,15 @@ def _run_hook(hook: Hook, value: Tensor, where: HookPoint, tracked: bool) -> tup
     if returned is handed and not touched:
         return (handed, False) if tracked else (value, False)
     return returned, True
+
+
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` in the memory layout of ``like``: kernels add in the order of memory, so equal values in another layout can give other bits."""
+    strides = like.stride()
+    overlaps = any(stride == 0 and size > 1 for stride, size in zip(strides, like.shape, strict=True))
+    if value.stride() == strides or overlaps:
+        return value
+    return torch.empty_strided(like.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _checked(returned: Any, expected: Tensor, where: HookPoint) -> Any:

@@ -1,0 +1,50 @@
+"""The README's examples of edits and of other libraries run as they stand there, on a shipped organism."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import circuitvision as cv
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def block_with(words: str) -> str:
+    """The Python block of the README that holds these words."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    return next(block for block in blocks if words in block)
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What the examples take for granted: a model, inputs, and the cache of another run."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_grad_enabled(False)
+    model = cv.organisms.load("shapes-llava")
+    pair = cv.data.sample_question_pairs(1, seed=3)[0]
+    inputs = model.inputs(images=pair.corrupt.image, text=pair.prompt)
+    clean = model.inputs(images=pair.clean.image, text=pair.prompt)
+    yield {"cv": cv, "model": model, "inputs": inputs, "source_cache": model.run_with_cache(clean)[1]}
+    torch.set_grad_enabled(True)
+
+
+def test_edits(names: dict[str, Any]) -> None:
+    exec(block_with("edits.save("), names)
+    assert names["edits"].load("study.yaml") == [names["patch"], names["blind"]]
+    assert not torch.allclose(names["logits"], names["model"](names["inputs"]))
+    assert len(names["result"].values) == len(names["every_place"])
+    assert names["words"].shape[1] > names["inputs"]["input_ids"].shape[1]
+
+
+def test_other_libraries(names: dict[str, Any]) -> None:
+    # nnsight reads the source of a trace back from its file.
+    file = Path("example.py")
+    file.write_text(block_with("cv.interop.nnsight"))
+    exec(compile(file.read_text(), str(file.resolve()), "exec"), names)
+    assert names["view"].cfg.n_layers == names["model"].vision.cfg.n_layers
