@@ -235,23 +235,34 @@ class Switch:
         return [config for config in configs.values() if hasattr(config, "_attn_implementation_internal")]
 
     @contextlib.contextmanager
-    def tapped(self, taps: Mapping[int, Tap], eager: bool) -> Iterator[None]:
-        """Put taps in place inside the block: every module keeps its own kernel, or takes the eager one."""
+    def _implementations(self, choose: Callable[[str], str]) -> Iterator[None]:
+        """Give every config the implementation that ``choose`` makes of its own inside the block, then restore it."""
         configs = self._configs()
         before = [config._attn_implementation_internal for config in configs]
+        try:
+            for config, implementation in zip(configs, before, strict=True):
+                config._attn_implementation_internal = choose(implementation)
+            yield
+        finally:
+            for config, implementation in zip(configs, before, strict=True):
+                config._attn_implementation_internal = implementation
+
+    @contextlib.contextmanager
+    def tapped(self, taps: Mapping[int, Tap], eager: bool) -> Iterator[None]:
+        """Put taps in place inside the block: every module keeps its own kernel, or takes the eager one.
+
+        Raises HookError if taps of another sweep are in place.
+        """
         if _TAPS.keys() & taps.keys():
             raise HookError("Another sweep already resumes runs of this model; let it end first.")
         own = {"sdpa": FUSED, "eager": NAME}
-        try:
-            for config, implementation in zip(configs, before, strict=True):
-                config._attn_implementation_internal = NAME if eager else own.get(implementation, implementation)
-            _TAPS.update(taps)
-            yield
-        finally:
-            for module_id in taps:
-                _TAPS.pop(module_id, None)
-            for config, implementation in zip(configs, before, strict=True):
-                config._attn_implementation_internal = implementation
+        with self._implementations(lambda implementation: NAME if eager else own.get(implementation, implementation)):
+            try:
+                _TAPS.update(taps)
+                yield
+            finally:
+                for module_id in taps:
+                    _TAPS.pop(module_id, None)
 
     @contextlib.contextmanager
     def on(self, active: dict[int, Stages]) -> Iterator[None]:
@@ -259,19 +270,14 @@ class Switch:
 
         Raises HookError if another wrapper is already inside the attention of this model.
         """
-        configs = self._configs()
-        before = [config._attn_implementation_internal for config in configs]
         if _ACTIVE.keys() & active.keys():
             raise HookError(
                 "Another wrapper already hooks the attention of this model; use one HookedModel per module."
             )
-        try:
-            for config in configs:
-                config._attn_implementation_internal = NAME
-            _ACTIVE.update(active)
-            yield
-        finally:
-            for module_id in active:
-                _ACTIVE.pop(module_id, None)
-            for config, implementation in zip(configs, before, strict=True):
-                config._attn_implementation_internal = implementation
+        with self._implementations(lambda implementation: NAME):
+            try:
+                _ACTIVE.update(active)
+                yield
+            finally:
+                for module_id in active:
+                    _ACTIVE.pop(module_id, None)
