@@ -51,6 +51,9 @@ class Resumer:
         self.model, self.inputs, self.tokens, self.eager = model, dict(inputs), tokens, eager
         self.order = stages(model)
         self.dual = is_dual(model)
+        self.by_cache = any(tower.spec.feeds_cache_only for tower in model.towers.values())
+        """Whether a tower reads another one's keys and values."""
+        self._reach: dict[tuple[str, int], Tensor | None] = {}
         self.clean: Clean | None = None
 
     # -- the unedited run ------------------------------------------------------------------------------------------------------------------
@@ -151,34 +154,41 @@ class Resumer:
 
     def safe_start(self, tower: str, layer: int, position: int) -> int:
         """The last position ``p <= position`` that no real position before it can see, nor anything after it, in the blocks from ``layer`` on."""
-        assert self.clean is not None
         if position <= 0 or not self.can_slice(tower):
             return 0
-        blocks = self.model.towers[tower].blocks[max(layer, 0) :]
-        taps = [self.clean.taps.get(id(block.part("attn"))) for block in blocks]
-        if any(tap is None or tap.key is None for tap in taps):
+        layer = max(layer, 0)
+        if (tower, layer) not in self._reach:
+            self._reach[tower, layer] = self._reach_of(tower, layer)
+        reach = self._reach[tower, layer]
+        if reach is None:
             return 0
+        while position > 0 and int(reach[position - 1]) >= position:
+            position -= 1
+        return position
+
+    def _reach_of(self, tower: str, layer: int) -> Tensor | None:
+        """The last key that any real position up to each one can see, in the blocks from ``layer`` on; None if the masks do not tell."""
+        assert self.clean is not None
         real = torch.from_numpy(self.tokens[tower].kind != "padding")
         seen: dict[Any, Tensor] = {}
-        for tap in taps:
-            assert tap is not None
+        for block in self.model.towers[tower].blocks[layer:]:
+            tap = self.clean.taps.get(id(block.part("attn")))
+            if tap is None or tap.key is None:
+                return None
             key = id(tap.mask) if tap.mask is not None else tap.causal
             if key not in seen:
                 farthest = tap.farthest(real)
                 if farthest is None:
-                    return 0
+                    return None
                 seen[key] = farthest
-        reach = torch.stack(list(seen.values())).amax(0).cummax(0).values
-        while position > 0 and int(reach[position - 1]) >= position:
-            position -= 1
-        return position
+        return torch.stack(list(seen.values())).amax(0).cummax(0).values
 
     def can_slice(self, tower: str) -> bool:
         """Whether a tower's blocks may run on a suffix of the positions."""
         if tower not in self.model.towers:
             return False
         last = self.dual or tower == self.order[-1]
-        return last and tower in ("language", "text") and not self.model.towers[tower].spec.feeds_cache_only
+        return last and not self.by_cache and not self.model.towers[tower].stack.image
 
     def sliced_tower(self, route: Route) -> str:
         """The tower of which a route may compute a suffix of the positions; "" if none."""
@@ -190,7 +200,7 @@ class Resumer:
         if self.dual or len(route.starts) != 1:
             return False
         (start,) = route.starts
-        if start.tower != self.order[-1] or start.tower == "action" or start.layer == EMBED:
+        if start.tower != self.order[-1] or self.by_cache or start.layer == EMBED:
             return False
         if {"pixel_attention_mask", "spatial_shapes", "labels", "past_key_values"} & self.inputs.keys():
             return False

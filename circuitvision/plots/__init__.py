@@ -17,6 +17,7 @@ _FIGURES = {
     "PatchingResult": ("heads", "patching"),
     "AblationCheck": ("heads", "ablation"),
     "LensResult": ("lens", "lens"),
+    "SweepResult": ("sweeps", "sweep"),
 }
 
 

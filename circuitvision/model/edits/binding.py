@@ -135,7 +135,7 @@ class Binder:
     def bind(self, groups: Sequence[Group]) -> list[BoundGroup]:
         """Check every edit of every group, and work out what they need; InputError or UnknownSiteError names the edit."""
         bound = [self._bind(group) for group in groups]
-        self._prepare({edit for group in bound for edit in group.group})
+        self._prepare([edit for group in bound for edit in group.group])
         return bound
 
     def _bind(self, group: Group) -> BoundGroup:

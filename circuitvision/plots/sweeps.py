@@ -1,0 +1,163 @@
+"""Figure of a sweep: the edits that move the metric most, as bars from zero, in the metric's units."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from circuitvision.plots import style
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from circuitvision.model.sweep import SweepResult
+
+_SHORT = 60
+"""Characters of a label beside its bar, and how many there may be where fewer do not tell two labels apart."""
+_LONGEST = 80
+
+
+def sweep(result: SweepResult, title: str | None = None, count: int = 12) -> go.Figure:
+    """Bars of the ``count`` strongest edits by mean effect, whiskers their standard error over examples.
+
+    Labels leave out what all the shown edits have in common; hovering gives them in full. Edits without a value are left out, and the figure says so.
+    """
+    import plotly.graph_objects as go
+
+    effect = result.effect.detach().cpu().double()
+    there = torch.isfinite(effect).all(-1).nonzero().flatten()
+    examples = effect.shape[1]
+    means = effect[there].mean(-1)
+    order = means.abs().argsort(descending=True, stable=True)[:count]
+    shown, values = there[order], means[order].tolist()
+    labels = [str(result.axes["edit"][index]) for index in shown.tolist()]
+    short = [_escape(label) for label in shortened(labels)]
+    errors = (effect[shown].std(-1) / math.sqrt(examples)).tolist() if examples > 1 else [0.0] * len(values)
+    metric = _escape(str(result.provenance.get("metric") or "the metric"))
+    units = _escape(str(result.provenance.get("metric_units") or ""))
+    unit = f" {units}" if units else ""
+    written = [_signed(value, max(map(abs, values))) for value in values]
+
+    figure = go.Figure(
+        go.Bar(
+            x=values,
+            y=list(range(len(values))),
+            orientation="h",
+            marker={"color": [style.FOR if value >= 0 else style.AGAINST for value in values], "line": {"width": 0}},
+            error_x={"array": errors, "visible": examples > 1, "color": style.GREY, "thickness": 1.5, "width": 5},
+            customdata=[[_escape(label), error] for label, error in zip(labels, errors, strict=True)],
+            hovertemplate="%{customdata[0]}<br>%{x:+.4g}"
+            + (" ± %{customdata[1]:.2g}" if examples > 1 else "")
+            + f"{unit}<extra></extra>",
+        )
+    )
+    for row, text in enumerate(written):
+        figure.add_annotation(x=1, xref="paper", xanchor="left", xshift=10, y=row, text=text, showarrow=False)
+
+    if title is None:
+        title = f"No edit moves {metric}" if values else "No edit has a value"
+        if any(values):
+            title = f"{short[0]}<br>moves {metric} most: {written[0]}{unit}"
+    notes = [f"{len(values)} strongest of {len(there)} edits" if len(values) < len(there) else f"{len(there)} edits"]
+    if examples > 1:
+        notes.append(f"mean of {examples} examples ± standard error")
+    if len(there) < len(effect):
+        notes.append(f"{len(effect) - len(there)} without a value left out")
+    if result.interrupted:
+        notes.append(f"interrupted by {_escape(_middle(result.interrupted, _SHORT))}")
+    heading = f"{title}<br><span style='font-size:12px'>{'; '.join(notes)}</span>"
+    style.layout(figure, heading, 160 + 28 * max(len(values), 1), showlegend=False, bargap=0.35)
+    figure.update_layout(
+        margin={"t": 90, "b": 50, "l": 10, "r": 75},
+        title={"xref": "container", "x": 0.01, "y": 1.0, "yref": "container", "yanchor": "top", "pad": {"t": 14}},
+    )
+    unedited = f"; unedited {float(result.clean.double().mean()):.3g}".replace("-", "\N{MINUS SIGN}")
+    figure.update_xaxes(
+        title={"text": f"change of {metric}{f', {units}' if units else ''}{unedited}", "font": {"size": 13}},
+        rangemode="tozero",
+        gridcolor=style.FAINT,
+        zeroline=True,
+        zerolinecolor=style.GREY,
+        zerolinewidth=1,
+    )
+    figure.update_yaxes(
+        tickvals=list(range(len(values))),
+        ticktext=short,
+        tickfont={"size": 12},
+        autorange="reversed",
+        automargin=True,
+        showgrid=False,
+        zeroline=False,
+        ticklabelstandoff=6,
+    )
+    return figure
+
+
+def shortened(labels: Sequence[str]) -> list[str]:
+    """Labels of edits without the arguments all of them share, then shortened in the middle, as little as it takes to tell them apart."""
+    found = _without_shared(labels) if len(labels) > 1 else list(labels)
+    for width in range(_SHORT, _LONGEST + 1, 4):
+        short = [_middle(label, width) for label in found]
+        if len(set(short)) == len(set(found)):
+            break
+    return short
+
+
+def _without_shared(labels: Sequence[str]) -> list[str]:
+    """``kind(…, what differs, …)`` for every edit of every label."""
+    groups = [[_call(edit) for edit in _split(label, " + ")] for label in labels]
+    shared = set.intersection(*({(kind, part) for kind, parts in group for part in parts} for group in groups))
+    found = []
+    for group in groups:
+        edits = []
+        for kind, parts in group:
+            kept: list[str] = []
+            for part in parts:
+                if (kind, part) not in shared:
+                    kept.append(part)
+                elif kept[-1:] != ["…"]:
+                    kept.append("…")
+            edits.append(f"{kind}({', '.join(kept)})" if parts else kind)
+        found.append(" + ".join(edits))
+    return found if len(set(found)) == len(set(labels)) else list(labels)
+
+
+def _call(edit: str) -> tuple[str, tuple[str, ...]]:
+    """``kind(argument, argument)`` taken apart."""
+    kind, bracket, rest = edit.partition("(")
+    if not bracket or not rest.endswith(")"):
+        return edit, ()
+    return kind, tuple(_split(rest[:-1], ", "))
+
+
+def _split(text: str, mark: str) -> list[str]:
+    """Cut at a mark outside all brackets."""
+    parts, depth, start = [], 0, 0
+    for index, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth == 0 and index >= start and text.startswith(mark, index):
+            parts.append(text[start:index])
+            start = index + len(mark)
+    return [*parts, text[start:]]
+
+
+def _middle(label: str, width: int) -> str:
+    if len(label) <= width:
+        return label
+    tail = (width - 1) // 2
+    return f"{label[: width - 1 - tail]}…{label[-tail:]}"
+
+
+def _escape(text: str) -> str:
+    return html.escape(text, quote=False)
+
+
+def _signed(value: float, largest: float) -> str:
+    """A number with a proper sign and as many decimals as give the largest three digits."""
+    decimals = max(0, 2 - math.floor(math.log10(largest))) if largest > 0 else 0
+    text = f"{abs(value):.{decimals}f}"
+    return text if float(text) == 0 else f"{'+' if value > 0 else chr(0x2212)}{text}"
