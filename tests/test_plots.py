@@ -12,8 +12,9 @@ from PIL import Image
 from circuitvision.circuits import AblationCheck, head_importance
 from circuitvision.errors import InputError
 from circuitvision.metrics import logit_diff
+from circuitvision.model.sweep import SweepResult
 from circuitvision.patching import activation_patch
-from circuitvision.plots import graph, lens, report, style
+from circuitvision.plots import graph, lens, report, style, sweeps
 from circuitvision.readout import LensResult
 from circuitvision.results import Result
 from tests.toy_model import ToyModel
@@ -108,6 +109,53 @@ def test_ablation_figure_says_the_finding():
     figure = check.plot()
     assert "10% of pairs" in figure.layout.title.text
     assert list(figure.data[0].x) == pytest.approx([0.9, 0.95])
+
+
+def sweep_result(values: list[list[float]], labels: list[str], **keywords) -> SweepResult:
+    tensor = torch.tensor(values)
+    axes = {"edit": labels, "example": list(range(tensor.shape[1]))}
+    provenance = {"metric": "logit_diff(red - blue)", "metric_units": "logit"}
+    return SweepResult(tensor, axes, provenance, clean=torch.full(tensor.shape[1:], 10.0), **keywords)
+
+
+def test_sweep_figure_shows_the_strongest_edits_and_says_the_finding():
+    labels = [f"ablate('language.blocks.{n}.attn.hook_z', seed=0, heads=[{n}])" for n in range(4)]
+    result = sweep_result(
+        [[11.0, 11.5], [4.0, 6.0], [float("nan"), 9.0], [10.0, 10.0]], labels, interrupted="Stop: <i>"
+    )
+    figure = result.plot(count=2)
+    (bars,) = figure.data
+    assert list(bars.x) == pytest.approx([-5.0, 1.25])
+    # The standard error of two values is half their distance.
+    assert list(bars.error_x.array) == pytest.approx([1.0, 0.25])
+    assert [row[0] for row in bars.customdata] == [labels[1], labels[0]]
+    assert list(figure.layout.yaxis.ticktext) == [
+        f"ablate('language.blocks.{n}.attn.hook_z', …, heads=[{n}])" for n in (1, 0)
+    ]
+    title = figure.layout.title.text
+    assert "hook_z', …, heads=[1])<br>moves logit_diff(red - blue) most: \N{MINUS SIGN}5.00 logit" in title
+    assert "2 strongest of 3 edits; mean of 2 examples ± standard error; 1 without a value left out" in title
+    assert "Stop: &lt;i&gt;" in title
+    assert [annotation.text for annotation in figure.layout.annotations] == ["\N{MINUS SIGN}5.00", "+1.25"]
+
+
+def test_sweep_figure_of_one_example_of_no_effect_and_of_no_value():
+    one = sweep_result([[12.0]], ["no edit"]).plot()
+    assert not one.data[0].error_x.visible
+    assert one.layout.title.text.startswith("no edit<br>moves logit_diff(red - blue) most: +2.00 logit")
+    assert sweep_result([[10.0], [10.0]], ["a", "b"]).plot().layout.title.text.startswith("No edit moves")
+    assert sweep_result([[float("nan")]], ["a"]).plot().layout.title.text.startswith("No edit has a value")
+
+
+def test_labels_of_edits_leave_out_what_all_share_and_stay_apart():
+    keys = [f"block_attention('language', keys='image(0).box({n}, 17, 15, 31)', layers=[1])" for n in (1, 2)]
+    assert sweeps.shortened(keys) == [f"block_attention(…, keys='image(0).box({n}, 17, 15, 31)', …)" for n in (1, 2)]
+    grouped = sweeps.shortened([f"{keys[0]} + scale('a.b', factor={n})" for n in (1, 2)])
+    assert grouped == [f"block_attention(…) + scale(…, factor={n})" for n in (1, 2)]
+    (alone,) = sweeps.shortened(["x" * 50 + "y" * 50])
+    assert (len(alone), alone[:2], alone[-2:]) == (60, "xx", "yy")
+    twins = ["x" * 33 + middle + "y" * 33 for middle in "ab"]
+    assert len(set(sweeps.shortened(twins))) == 2
 
 
 def test_plot_refuses_results_it_has_no_figure_for():

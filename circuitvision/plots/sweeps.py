@@ -67,6 +67,7 @@ def sweep(result: SweepResult, title: str | None = None, count: int = 12) -> go.
         notes.append(f"mean of {examples} examples ± standard error")
     if len(there) < len(effect):
         notes.append(f"{len(effect) - len(there)} without a value left out")
+    notes.append(f"unedited {float(result.clean.double().mean()):.3g}".replace("-", "\N{MINUS SIGN}"))
     if result.interrupted:
         notes.append(f"interrupted by {_escape(_middle(result.interrupted, _SHORT))}")
     heading = f"{title}<br><span style='font-size:12px'>{'; '.join(notes)}</span>"
@@ -75,9 +76,8 @@ def sweep(result: SweepResult, title: str | None = None, count: int = 12) -> go.
         margin={"t": 90, "b": 50, "l": 10, "r": 75},
         title={"xref": "container", "x": 0.01, "y": 1.0, "yref": "container", "yanchor": "top", "pad": {"t": 14}},
     )
-    unedited = f"; unedited {float(result.clean.double().mean()):.3g}".replace("-", "\N{MINUS SIGN}")
     figure.update_xaxes(
-        title={"text": f"change of {metric}{f', {units}' if units else ''}{unedited}", "font": {"size": 13}},
+        title={"text": f"change of {metric}{f', {units}' if units else ''}", "font": {"size": 13}},
         rangemode="tozero",
         gridcolor=style.FAINT,
         zeroline=True,
