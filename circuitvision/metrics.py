@@ -170,7 +170,9 @@ def logit_diff(answer: Answer, foil: Answer, position: Position = "last") -> Log
     Raises:
         InputError: when called: an id outside the output, a word that was not bound, a mask that does not fit.
     """
-    return LogitDiff(position=position, name=f"logit_diff({_label(answer)} - {_label(foil)})", answer=answer, foil=foil)
+    labels = (_label(answer), _label(foil))
+    name = "logit_diff(answer - foil)" if labels == ("per example",) * 2 else f"logit_diff({labels[0]} - {labels[1]})"
+    return LogitDiff(position=position, name=name, answer=answer, foil=foil)
 
 
 def prob(answer: Answer, position: Position = "last") -> Prob:
@@ -203,6 +205,10 @@ def action_dim(dim: int, step: int | None = 0) -> ActionDim:
 
 def bind(metric: Any, model: Any) -> Any:
     """``metric`` with words resolved by ``model``; a plain function is returned as it is."""
+    if not callable(metric):
+        raise InputError(
+            f"A metric is a function of the logits, such as metrics.logit_diff(answer, foil), not {metric!r}."
+        )
     return metric.bind(model) if hasattr(metric, "bind") else metric
 
 

@@ -43,6 +43,8 @@ from circuitvision.provenance import describe
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from circuitvision.model.hooked import HookedModel
 
 POSITIONS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
@@ -53,7 +55,7 @@ SHARE_OF_MEMORY = 0.4
 """Share of the free memory of a GPU that a batch's activations may take."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SweepResult(Result):
     """The metric under each edit: ``values`` ``[edit example]``, ``clean`` ``[example]`` without any.
 
@@ -74,8 +76,22 @@ class SweepResult(Result):
     def top(self, count: int = 10) -> list[tuple[str, float]]:
         """The edits with the largest absolute mean effect, strongest first."""
         mean = self.effect.mean(-1)
-        order = mean.abs().nan_to_num(0.0).argsort(descending=True, stable=True)[:count].tolist()
-        return [(self.axes["edit"][index], float(mean[index])) for index in order]
+        order = mean.abs().nan_to_num(-1.0).argsort(descending=True, stable=True).tolist()
+        found = [(self.axes["edit"][index], float(mean[index])) for index in order if not mean[index].isnan()]
+        return found[:count]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per edit and example: ``value``, ``clean`` and ``effect``, their difference."""
+        frame = super().to_frame()
+        frame["clean"] = self.clean.double().repeat(len(self.values)).numpy()
+        frame["effect"] = frame["value"] - frame["clean"]
+        return frame
+
+    def __repr__(self) -> str:
+        best = self.top(1)
+        strongest = f"; strongest: {best[0][0]}, {best[0][1]:+.4g}" if best else ""
+        state = f", interrupted by {self.interrupted}" if self.interrupted else ""
+        return f"SweepResult({int(self.done.sum())} of {len(self.values)} edits, {len(self.clean)} examples{state}{strongest})"
 
 
 @dataclass(eq=False)

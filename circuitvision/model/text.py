@@ -23,9 +23,10 @@ class TextTools:
     def inputs(self, images: Any = None, text: Any = None, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
         """Model-ready tensors from images and text, through the model's processor, on its device and in its dtype.
 
-        Tensors given as keywords are passed on; for PI0, ``noise`` and ``timestep`` are filled from ``seed`` unless given.
-        Labels that a processor adds are left out: nothing here is trained.
-        Raises InputError without a processor, and if the prompts do not hold an image token for each image.
+        Tensors given as keywords are passed on as they are; anything else goes through the processor (a robot's state as an array is normalised by
+        its statistics, a state tensor is taken as normalised). For PI0, ``noise`` and ``timestep`` are filled from ``seed`` unless given. Labels
+        that a processor adds are left out: nothing here is trained. Raises InputError without a processor, and if the prompts do not hold an image
+        token for each image.
         """
         from circuitvision.model.inputs import seeded_noise
 
@@ -38,7 +39,10 @@ class TextTools:
         made = {name: self._placed(value) for name, value in made.items()}
         if "noise" in self.family.required and ("noise" not in made or "timestep" not in made):
             if "state" not in made:
-                raise InputError("This model reads the robot's state; give state=tensor [batch, state_dim].")
+                raise InputError(
+                    "This model reads the robot's state; give state=array [batch, state_dim], which the processor normalises, "
+                    "or a tensor that is normalised already."
+                )
             made = {**seeded_noise(self, made, seed), **made}  # type: ignore[arg-type]
         return made
 

@@ -38,6 +38,7 @@ class AttentionEdit(Edit):
     layers: tuple[int, ...] | str | None = None
     renormalise: bool = True
     allows_patterns: ClassVar[bool] = True
+    positions_name: ClassVar[str] = "queries"
 
     def sites(self, model: HookedModel) -> list[str]:
         if self.site not in model.towers:
@@ -53,7 +54,8 @@ class AttentionEdit(Edit):
         return [f"{self.site}.blocks.{layer}.attn.hook_{stage}" for layer in sorted({int(n) % count for n in chosen})]
 
     def _shown(self) -> list[str]:
-        shown = [f"keys={brief(self.keys.plain)}", *self._strength()]
+        shown = [] if self.keys.kind == "all" else [f"keys={brief(self.keys.plain)}"]
+        shown += self._strength()
         if self.layers is not None:
             shown.append(f"layers={brief(self.layers if isinstance(self.layers, str) else list(self.layers))}")
         return shown if self.renormalise else [*shown, "renormalise=False"]
@@ -211,6 +213,7 @@ class DeleteTokens(AttentionEdit):
     """See :func:`circuitvision.edits.delete_tokens`; ``positions`` are those deleted."""
 
     kind = "delete_tokens"
+    positions_name: ClassVar[str] = "positions"
     start: int = 0
     reindex: bool = False
 

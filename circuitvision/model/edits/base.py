@@ -102,6 +102,7 @@ class Edit:
     steps: Steps = ALL_STEPS
 
     kind: ClassVar[str] = ""
+    positions_name: ClassVar[str] = "positions"
     sets: ClassVar[bool] = False
     """Whether the new value forgets the old one, so that an earlier edit of the same entries would be lost."""
     reads_all: ClassVar[bool] = False
@@ -143,13 +144,14 @@ class Edit:
         if self.heads is not None:
             parts.append(f"heads={brief(list(self.heads))}")
         if self.positions.plain is not None:
-            parts.append(f"positions={brief(self.positions.plain)}")
+            parts.append(f"{self.positions_name}={brief(self.positions.plain)}")
         if self.steps.plain is not None:
             parts.append(f"steps={brief(self.steps.plain)}")
         return f"{self.kind}({', '.join(parts)})"
 
     def _shown(self) -> list[str]:
-        return [f"{name}={brief(value)}" for name, value in self.values().items() if value is not None]
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return [f"{name}={brief(value)}" for name, value in self.values().items() if value != defaults[name]]
 
     # -- meeting a model -------------------------------------------------------------------------------------------------------------------
 

@@ -162,6 +162,9 @@ class Binder:
             )
         if edit.does_nothing:
             return
+        if not any(self._selects(edit, name) for name in names):
+            warnings.warn(f"{edit!r} selects no position, so it changes nothing.", stacklevel=6)
+            return
         for name in names:
             bound.writes.setdefault(name, []).append(edit)
         captured = edit.captured()
@@ -171,6 +174,16 @@ class Binder:
             window = self.window(names[0])
             assert window is not None
             bound.inputs = edit.change_inputs(self.model, bound.inputs or self.inputs, window)
+
+    def _selects(self, edit: Edit, name: str) -> bool:
+        """Whether an edit selects any position of a site, in the prompt or later."""
+        window = self.window(name)
+        if window is None or edit.positions.kind == "all" or self._grows(edit, name):
+            return True
+        chosen = (edit.positions, getattr(edit, "keys", edit.positions))
+        return all(
+            positions.tower not in ("", window.tower) or bool(positions.covers(window).any()) for positions in chosen
+        )
 
     def _check_steps(self, edit: Edit, tower: str) -> None:
         kind = edit.steps.kind

@@ -32,7 +32,7 @@ def to_dict(edit: Edit, tensors: Tensors) -> dict[str, Any]:
     out: dict[str, Any] = {"edit": edit.kind, "site": edit.site}
     if edit.heads is not None:
         out["heads"] = list(edit.heads)
-    for name, positions in (("positions", edit.positions), ("keys", getattr(edit, "keys", None))):
+    for name, positions in ((edit.positions_name, edit.positions), ("keys", getattr(edit, "keys", None))):
         if positions is not None and positions.kind != "all":
             out[name] = _positions(positions, tensors)
     if edit.steps.kind != "all":
@@ -53,14 +53,14 @@ def from_dict(data: Mapping[str, Any], tensors: Mapping[str, Tensor], objects: M
     if kind not in EDITS:
         raise InputError(f"{kind!r} is no kind of edit; known: {', '.join(sorted(EDITS))}.")
     cls = EDITS[kind]
-    known = {"site", *cls.__dataclass_fields__}
+    known = {*cls.__dataclass_fields__} - {"positions"} | {cls.positions_name}
     unknown = [name for name in fields if name not in known]
     if unknown:
         raise InputError(f"{kind} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}.")
     values: dict[str, Any] = {}
     for name, value in fields.items():
-        if name in ("positions", "keys"):
-            values[name] = _read_positions(value, tensors)
+        if name in (cls.positions_name, "keys"):
+            values["keys" if name == "keys" else "positions"] = _read_positions(value, tensors)
         elif name == "steps":
             values[name] = Steps.of(value)
         else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 from weakref import WeakValueDictionary
 
@@ -214,7 +214,8 @@ class Positions:
     mask: Held | None = None
     tower: str = ""
     """The tower whose token map the mask was taken from, if any."""
-    label: str = ""
+    label: str = field(default="", compare=False)
+    """How a selection was made; says nothing of what it holds."""
 
     @classmethod
     def of(cls, spec: PositionsLike | Positions) -> Positions:

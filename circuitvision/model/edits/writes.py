@@ -17,7 +17,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.edits.base import At, Edit, source_length
-from circuitvision.model.edits.values import Held, HeldMapping, Window
+from circuitvision.model.edits.values import Held, HeldMapping, Window, brief
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
@@ -112,6 +112,12 @@ class Ablate(_Sourced):
     dataset: tuple[HeldMapping, ...] | None = None
     average: str = "position"
     seed: int = 0
+
+    def _shown(self) -> list[str]:
+        if self.method == "given":
+            return [brief(self.source)]
+        more = [part for part in super()._shown() if not part.startswith("method=")]
+        return [repr(self.method), *more]
 
     def clean_sites(self, model: HookedModel) -> list[str]:
         needs = self.method == "resample" or (self.method == "mean" and self.dataset is None)
