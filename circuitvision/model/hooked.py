@@ -381,6 +381,7 @@ class HookedModel(TextTools):
         metric: Metric,
         batch_size: int | str = "auto",
         *,
+        axes: Mapping[str, Sequence[Any]] | None = None,
         partial: bool = False,
         progress: bool = True,
     ) -> SweepResult:
@@ -389,11 +390,12 @@ class HookedModel(TextTools):
         Equal to ``[metric(model.run(inputs, group)) for group in groups]`` up to rounding. ``values`` is ``[edit example]``, ``clean`` the metric
         of the unedited run. ``metric(logits)`` or ``metric(logits, inputs)`` gets the whole output of one run. ``batch_size`` is how many edits run
         at once; "auto" goes by memory, and either is halved when memory runs out. With ``partial`` an interruption (Ctrl-C, an exception in the
-        metric) returns what is done, the rest NaN. Raises InputError or UnknownSiteError, naming the edit, before anything runs.
+        metric) returns what is done, the rest NaN. ``axes`` arranges the edits, in the order given, as a grid: ``{"layer": range(8), "head":
+        range(12)}`` for 96 edits, the last axis varying fastest. Raises InputError or UnknownSiteError, naming the edit, before anything runs.
         """
         from circuitvision.model.sweep import Sweep
 
-        return Sweep(self, self._checked(inputs), edits_or_groups, metric, batch_size, partial, progress).result()
+        return Sweep(self, self._checked(inputs), edits_or_groups, metric, batch_size, partial, progress, axes).result()
 
     def generate(self, inputs: Any, *, edits: Sequence[Edit] = (), **kwargs: Any) -> Int[Tensor, "batch pos"]:
         """Generate text under the active hooks and edits; other keywords go to the module's ``generate``.

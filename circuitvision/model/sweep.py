@@ -13,8 +13,9 @@ early ones.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -57,33 +58,40 @@ SHARE_OF_MEMORY = 0.4
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SweepResult(Result):
-    """The metric under each edit: ``values`` ``[edit example]``, ``clean`` ``[example]`` without any.
+    """The metric under each edit: ``values`` ``[edit example]``, or ``[*axes example]`` where axes were given; ``clean`` ``[example]`` without any
+    edit.
 
-    ``plan`` says for each edit what was computed. ``done`` is False where an interrupted sweep did not get to (values are NaN), and ``interrupted``
-    says by what.
+    ``edits`` names each edit in the order given, and ``plan`` says what was computed for it. ``done`` is False where an interrupted sweep did not get
+    to (values are NaN), and ``interrupted`` says by what.
     """
 
     clean: Tensor = field(default_factory=lambda: torch.zeros(0))
+    edits: list[str] = field(default_factory=list)
     plan: list[str] = field(default_factory=list)
     done: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     interrupted: str = ""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.edits and "edit" in self.axes:
+            object.__setattr__(self, "edits", list(self.axes["edit"]))
+
     @property
     def effect(self) -> Tensor:
-        """Change of the metric, ``values - clean``, ``[edit example]``."""
+        """Change of the metric, ``values - clean``, in the shape of ``values``."""
         return self.values - self.clean
 
     def top(self, count: int = 10) -> list[tuple[str, float]]:
         """The edits with the largest absolute mean effect, strongest first."""
-        mean = self.effect.mean(-1)
+        mean = self.effect.mean(-1).flatten()
         order = mean.abs().nan_to_num(-1.0).argsort(descending=True, stable=True).tolist()
-        found = [(self.axes["edit"][index], float(mean[index])) for index in order if not mean[index].isnan()]
+        found = [(self.edits[index], float(mean[index])) for index in order if not mean[index].isnan()]
         return found[:count]
 
     def to_frame(self) -> pd.DataFrame:
         """One row per edit and example: ``value``, ``clean`` and ``effect``, their difference."""
         frame = super().to_frame()
-        frame["clean"] = self.clean.double().repeat(len(self.values)).numpy()
+        frame["clean"] = self.clean.double().repeat(len(self.edits)).numpy()
         frame["effect"] = frame["value"] - frame["clean"]
         return frame
 
@@ -91,7 +99,7 @@ class SweepResult(Result):
         best = self.top(1)
         strongest = f"; strongest: {best[0][0]}, {best[0][1]:+.4g}" if best else ""
         state = f", interrupted by {self.interrupted}" if self.interrupted else ""
-        return f"SweepResult({int(self.done.sum())} of {len(self.values)} edits, {len(self.clean)} examples{state}{strongest})"
+        return f"SweepResult({int(self.done.sum())} of {len(self.edits)} edits, {len(self.clean)} examples{state}{strongest})"
 
 
 @dataclass(eq=False)
@@ -117,6 +125,7 @@ class Sweep:
         batch_size: int | str,
         partial: bool,
         progress: bool,
+        axes: Mapping[str, Sequence[Any]] | None,
     ) -> None:
         if batch_size != "auto" and (isinstance(batch_size, (str, bool)) or int(batch_size) < 1):
             raise InputError(f"batch_size={batch_size!r} is not understood: 'auto', or how many edits run at once.")
@@ -126,6 +135,14 @@ class Sweep:
         groups = as_groups(edits_or_groups)
         if not groups:
             raise InputError("There is no edit to sweep over.")
+        self.axes: dict[str, list[Any]] = (
+            {} if axes is None else {str(name): list(labels) for name, labels in axes.items()}
+        )
+        if axes is not None and math.prod(len(labels) for labels in self.axes.values()) != len(groups):
+            sizes = " × ".join(f"{len(labels)} {name}" for name, labels in self.axes.items())
+            raise InputError(
+                f"The axes describe {sizes}, but there are {len(groups)} edits; the last axis varies fastest."
+            )
         self.binder = Binder(model, inputs)
         self.tasks = [_Task(number, bound) for number, bound in enumerate(self.binder.bind(groups))]
         self._order = {name: number for number, name in enumerate(model.engine.points)}
@@ -161,13 +178,17 @@ class Sweep:
                     f"The sweep was interrupted ({interrupted}) after {int(done.sum())} of {len(done)} edits; the others are NaN.",
                     stacklevel=4,
                 )
+        labels = self._labels()
+        axes = self.axes or {"edit": labels}
+        shape = [len(entries) for entries in axes.values()]
         return SweepResult(
-            values=self.values,
-            axes={"edit": self._labels(), "example": list(range(len(clean)))},
+            values=self.values.view(*shape, len(clean)),
+            axes={**axes, "example": list(range(len(clean)))},
             provenance=describe(self.model, method="sweep", metric=self.metric, inputs=(self.inputs,)),
             clean=clean,
+            edits=labels,
             plan=[task.note for task in self.tasks],
-            done=done,
+            done=done.view(shape),
             interrupted=interrupted,
         )
 

@@ -1,4 +1,4 @@
-"""Figure of a sweep: the edits that move the metric most, as bars from zero, in the metric's units."""
+"""Figures of a sweep, in the metric's units: a grid of edits as a heat map, a list of edits as bars of the strongest."""
 
 from __future__ import annotations
 
@@ -22,26 +22,84 @@ _LONGEST = 80
 
 
 def sweep(result: SweepResult, title: str | None = None, count: int = 12) -> go.Figure:
-    """Bars of the ``count`` strongest edits by mean effect, whiskers their standard error over examples.
+    """A heat map of mean effects where the sweep has two axes, else bars of the ``count`` strongest edits.
 
-    Labels leave out what all the shown edits have in common; hovering gives them in full. Edits without a value are left out, and the figure says so.
+    Whiskers are standard errors over examples. Labels leave out what all the shown edits have in common; hovering gives them in full. Edits without
+    a value are left out, and the figure says so.
     """
+    return _grid(result, title) if len(result.axes) == 3 else _bars(result, title, count)
+
+
+def _grid(result: SweepResult, title: str | None) -> go.Figure:
     import plotly.graph_objects as go
 
-    effect = result.effect.detach().cpu().double()
+    down, across, _ = result.axes
+    mean = result.effect.detach().cpu().double().mean(-1)
+    limit = max(float(mean.abs().nan_to_num(0.0).max()), 1e-12)
+    metric, unit = _names(result)
+    if title is None:
+        row, column = divmod(int(mean.abs().nan_to_num(-1.0).argmax()), mean.shape[1])
+        place = f"{down} {result.axes[down][row]}, {across} {result.axes[across][column]}"
+        title = f"{_escape(place)} moves {metric} most: {_signed(float(mean[row, column]), limit)}{unit}"
+    labels = [
+        [_escape(result.edits[r * mean.shape[1] + c]) for c in range(mean.shape[1])] for r in range(mean.shape[0])
+    ]
+    figure = go.Figure(
+        go.Heatmap(
+            z=mean.numpy(),
+            x=[str(label) for label in result.axes[across]],
+            y=[str(label) for label in result.axes[down]],
+            colorscale=style.diverging(),
+            zmin=-limit,
+            zmax=limit,
+            xgap=2 if mean.shape[1] <= 40 else 0,
+            ygap=2 if mean.shape[0] <= 40 else 0,
+            customdata=labels,
+            hovertemplate=f"%{{customdata}}<br>%{{z:+.4g}}{unit}<extra></extra>",
+            colorbar={"title": f"change{f',{unit}' if unit else ''}", "thickness": 14, "outlinewidth": 0},
+        )
+    )
+    heading = f"{title}<br><span style='font-size:12px'>{'; '.join(_notes(result, int(result.done.sum())))}</span>"
+    style.layout(figure, heading, 190 + min(max(34 * mean.shape[0], 120), 560))
+    figure.update_xaxes(title=across, type="category", showgrid=False, zeroline=False)
+    figure.update_yaxes(title=down, type="category", showgrid=False, zeroline=False)
+    return figure
+
+
+def _names(result: SweepResult) -> tuple[str, str]:
+    """The metric, and its unit with a space before it."""
+    units = _escape(str(result.provenance.get("metric_units") or ""))
+    return _escape(str(result.provenance.get("metric") or "the metric")), f" {units}" if units else ""
+
+
+def _notes(result: SweepResult, shown: int) -> list[str]:
+    """What a reader must know beside the figure: how many edits and examples, the unedited metric, an interruption."""
+    there = int(torch.isfinite(result.effect).all(-1).sum())
+    notes = [f"{shown} strongest of {there} edits" if shown < there else f"{there} edits"]
+    if len(result.clean) > 1:
+        notes.append(f"mean of {len(result.clean)} examples" + (" ± standard error" if len(result.axes) != 3 else ""))
+    if there < len(result.edits):
+        notes.append(f"{len(result.edits) - there} without a value left out")
+    notes.append(f"unedited {float(result.clean.double().mean()):.3g}".replace("-", "\N{MINUS SIGN}"))
+    if result.interrupted:
+        notes.append(f"interrupted by {_escape(_middle(result.interrupted, _SHORT))}")
+    return notes
+
+
+def _bars(result: SweepResult, title: str | None, count: int) -> go.Figure:
+    import plotly.graph_objects as go
+
+    effect = result.effect.detach().cpu().double().flatten(0, -2)
     there = torch.isfinite(effect).all(-1).nonzero().flatten()
     examples = effect.shape[1]
     means = effect[there].mean(-1)
     order = means.abs().argsort(descending=True, stable=True)[:count]
     shown, values = there[order], means[order].tolist()
-    labels = [str(result.axes["edit"][index]) for index in shown.tolist()]
+    labels = [result.edits[index] for index in shown.tolist()]
     short = [_escape(label) for label in shortened(labels)]
     errors = (effect[shown].std(-1) / math.sqrt(examples)).tolist() if examples > 1 else [0.0] * len(values)
-    metric = _escape(str(result.provenance.get("metric") or "the metric"))
-    units = _escape(str(result.provenance.get("metric_units") or ""))
-    unit = f" {units}" if units else ""
+    metric, unit = _names(result)
     written = [_signed(value, max(map(abs, values))) for value in values]
-
     figure = go.Figure(
         go.Bar(
             x=values,
@@ -57,27 +115,23 @@ def sweep(result: SweepResult, title: str | None = None, count: int = 12) -> go.
     )
     for row, text in enumerate(written):
         figure.add_annotation(x=1, xref="paper", xanchor="left", xshift=10, y=row, text=text, showarrow=False)
-
     if title is None:
         title = f"No edit moves {metric}" if values else "No edit has a value"
         if any(values):
             title = f"{short[0]}<br>moves {metric} most: {written[0]}{unit}"
-    notes = [f"{len(values)} strongest of {len(there)} edits" if len(values) < len(there) else f"{len(there)} edits"]
-    if examples > 1:
-        notes.append(f"mean of {examples} examples ± standard error")
-    if len(there) < len(effect):
-        notes.append(f"{len(effect) - len(there)} without a value left out")
-    notes.append(f"unedited {float(result.clean.double().mean()):.3g}".replace("-", "\N{MINUS SIGN}"))
-    if result.interrupted:
-        notes.append(f"interrupted by {_escape(_middle(result.interrupted, _SHORT))}")
-    heading = f"{title}<br><span style='font-size:12px'>{'; '.join(notes)}</span>"
+    heading = f"{title}<br><span style='font-size:12px'>{'; '.join(_notes(result, len(values)))}</span>"
     style.layout(figure, heading, 160 + 28 * max(len(values), 1), showlegend=False, bargap=0.35)
+    _bar_axes(figure, short, f"change of {metric}{f',{unit}' if unit else ''}")
+    return figure
+
+
+def _bar_axes(figure: go.Figure, labels: Sequence[str], title: str) -> None:
     figure.update_layout(
         margin={"t": 90, "b": 50, "l": 10, "r": 75},
         title={"xref": "container", "x": 0.01, "y": 1.0, "yref": "container", "yanchor": "top", "pad": {"t": 14}},
     )
     figure.update_xaxes(
-        title={"text": f"change of {metric}{f', {units}' if units else ''}", "font": {"size": 13}},
+        title={"text": title, "font": {"size": 13}},
         rangemode="tozero",
         gridcolor=style.FAINT,
         zeroline=True,
@@ -85,8 +139,8 @@ def sweep(result: SweepResult, title: str | None = None, count: int = 12) -> go.
         zerolinewidth=1,
     )
     figure.update_yaxes(
-        tickvals=list(range(len(values))),
-        ticktext=short,
+        tickvals=list(range(len(labels))),
+        ticktext=list(labels),
         tickfont={"size": 12},
         autorange="reversed",
         automargin=True,
@@ -94,7 +148,6 @@ def sweep(result: SweepResult, title: str | None = None, count: int = 12) -> go.
         zeroline=False,
         ticklabelstandoff=6,
     )
-    return figure
 
 
 def shortened(labels: Sequence[str]) -> list[str]:

@@ -292,6 +292,25 @@ def test_results_name_their_edits_and_survive_a_file(tmp_path: Any) -> None:
     assert result.provenance["method"] == "sweep"
 
 
+def test_axes_arrange_the_edits_as_a_grid(tmp_path: Any) -> None:
+    model, inputs = wrapped("vit", batch=2)
+    layers, heads = range(model.vision.cfg.n_layers), range(model.vision.cfg.n_heads)
+    listed = [edits.ablate(f"vision.blocks.{layer}.attn.hook_z", heads=head) for layer in layers for head in heads]
+    grid = model.sweep(inputs, listed, metric, axes={"layer": layers, "head": heads}, progress=False)
+    flat = model.sweep(inputs, listed, metric, progress=False)
+    assert grid.axes == {"layer": list(layers), "head": list(heads), "example": [0, 1]}
+    assert torch.equal(grid.values.flatten(0, 1), flat.values)
+    assert grid.edits == flat.axes["edit"] == flat.edits
+    assert grid.top(3) == flat.top(3)
+    frame = grid.to_frame()
+    assert list(frame.columns) == ["layer", "head", "example", "value", "clean", "effect"]
+    assert abs(frame["effect"].to_numpy() - grid.effect.flatten().numpy()).max() < 1e-5
+    again = cv.model.SweepResult.load(grid.save(tmp_path / "grid.safetensors"))
+    assert again.done.shape == (len(layers), len(heads))
+    with pytest.raises(InputError, match="axes describe"):
+        model.sweep(inputs, listed[1:], metric, axes={"layer": layers, "head": heads}, progress=False)
+
+
 @pytest.mark.parametrize(
     ("listed", "options", "words"),
     [
