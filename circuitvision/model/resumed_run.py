@@ -47,10 +47,16 @@ class ResumedRun:
             if self.owner.dual and not any(_belongs(name, tower) for tower in edited):
                 continue
             if isinstance(value, Tensor) and value.ndim > 0:
-                out[name] = value.repeat(self.copies, *([1] * (value.ndim - 1)))
+                if not self._is_shared(name, value):
+                    out[name] = value.repeat(self.copies, *([1] * (value.ndim - 1)))
             elif isinstance(value, (list, tuple)):
                 out[name] = type(value)(list(value) * self.copies)
         return out
+
+    def _is_shared(self, name: str, value: Tensor) -> bool:
+        """Whether one row of an input serves all examples."""
+        counted = name.startswith(("position_ids", "attention_mask", "token_type_ids"))
+        return name == "cache_position" or (counted and value.shape[0] == 1 and self.clean.output.shape[0] > 1)
 
     def taps(self) -> dict[int, Tap]:
         """Attention that finds the unedited keys and values of the positions before the suffix."""

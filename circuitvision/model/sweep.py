@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from circuitvision import metrics
-from circuitvision.errors import InputError
+from circuitvision.errors import CircuitVisionError, InputError
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups, label
 from circuitvision.model.handback import CannotResume
 from circuitvision.model.hooks import Registration
@@ -356,20 +356,26 @@ class Sweep:
             first = min(task.first for task in part)
             try:
                 output = self._resumed(part, route, first)
-            except CannotResume as error:
+            except CircuitVisionError:
+                raise
+            except (CannotResume, MemoryError, RuntimeError, ValueError, TypeError, IndexError) as error:
+                if _is_out_of_memory(error):
+                    self._halve(size, error)
+                    continue
+                # The model's own code refused the call: a full run is slower, and right.
                 for task in part:
                     task.note = f"in full: {error}"
                     yield task, self._in_full(task)
-            except (MemoryError, RuntimeError) as error:
-                if size == 1 or not _is_out_of_memory(error):
-                    raise
-                self.limit = size // 2
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                continue
             else:
                 yield from self._metrics(part, route, output, first)
             waiting = waiting[size:]
+
+    def _halve(self, size: int, error: BaseException) -> None:
+        if size == 1:
+            raise error
+        self.limit = size // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _in_full(self, task: _Task) -> Tensor:
         if not task.bound.writes:
