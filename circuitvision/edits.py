@@ -16,8 +16,8 @@ Common to all:
 Edits act in the order given, each on what the ones before it left. An edit that *sets* entries another edit of the same site changed before it is
 refused.
 
-Sources: activation patching and interchange (Geiger et al. 2021, arXiv 2106.02997), steering (Turner et al. 2023, arXiv 2308.10248), knockout (Geva
-et al. 2023, arXiv 2304.14767); METHODS in the papers each function names.
+Sources: interchange (Geiger et al. 2021, arXiv 2106.02997), steering (Turner et al. 2023, arXiv 2308.10248), attention knockout (Geva et al. 2023,
+arXiv 2304.14767); the functions name the papers of their variants.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.cache import ActivationCache
 from circuitvision.model.edits.attention import AddAttentionBias, BlockAttention, DeleteTokens, ScaleAttention
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.files import dump, from_dict, load, parse, save, to_dict
@@ -56,6 +57,7 @@ from circuitvision.model.edits.writes import (
     Scale,
     Steer,
 )
+from circuitvision.model.sites import is_glob, matches
 
 Heads = int | Iterable[int] | None
 
@@ -69,11 +71,11 @@ def _source(site: str, source: Any) -> Any:
     if not isinstance(source, Mapping):
         return held(source)
     cache: Any = source
-    exact = not any(mark in site for mark in "*?")
-    names = [site] if exact else [*cache, *(n for n in getattr(cache, "_known", list)() if n not in cache._values)]
+    exact = not is_glob(site)
+    names = [site] if exact else cache.names() if isinstance(cache, ActivationCache) else list(cache)
     found = {}
     for name in names:
-        if exact or _matches(site, name):
+        if exact or matches(site, name):
             value = cache[name]
             if not isinstance(value, Tensor):
                 raise InputError(f"The source of {name} is a recording of several passes; take one of them.")
@@ -81,12 +83,6 @@ def _source(site: str, source: Any) -> Any:
     if not found:
         raise InputError(f"The source holds nothing that matches {site!r}.")
     return held(found[site]) if exact else HeldMapping.of(found)
-
-
-def _matches(glob: str, name: str) -> bool:
-    from circuitvision.model.sites import _pattern
-
-    return _pattern(glob).fullmatch(name) is not None
 
 
 def replace(

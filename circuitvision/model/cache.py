@@ -82,6 +82,10 @@ class ActivationCache(Mapping[str, Any]):
         more = f"<p>… and {len(self) - 40} more</p>" if len(self) > 40 else ""
         return f"<b>{self!r}</b><table>{rows}</table>{more}"
 
+    def names(self) -> list[str]:
+        """The sites that can be read: those that were recorded, and those that follow from them."""
+        return self._known()
+
     def _known(self) -> list[str]:
         names = list(self._values)
         if self.model is not None:

@@ -70,6 +70,57 @@ class Overrides:
         self._handles.clear()
 
 
+class Watch:
+    """Notices hooks of others that change what a module is called with, or what it returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.changed = ""
+        self._handles: list[Any] = []
+        for name, module in model.named_modules():
+            if module._forward_pre_hooks or module._forward_hooks:
+                self._watch(name or type(module).__name__, module)
+
+    def _watch(self, name: str, module: nn.Module) -> None:
+        seen: dict[str, Any] = {}
+
+        def entering(module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen["in"] = _stamps((args, kwargs))
+
+        def entered(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._compare(name, seen["in"], (args, kwargs))
+
+        def leaving(module: nn.Module, args: Any, output: Any) -> None:
+            seen["out"] = _stamps(output)
+
+        def left(module: nn.Module, args: Any, output: Any) -> None:
+            self._compare(name, seen["out"], output)
+
+        self._handles += [
+            module.register_forward_pre_hook(entering, prepend=True, with_kwargs=True),
+            module.register_forward_pre_hook(entered, with_kwargs=True),
+            module.register_forward_hook(leaving, prepend=True),
+            module.register_forward_hook(left),
+        ]
+
+    def _compare(self, name: str, before: Any, now: Any) -> None:
+        if _stamps(now) != before:
+            self.changed = name
+
+    def close(self) -> None:
+        """Remove every handle."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _stamps(value: Any) -> list[Any]:
+    """Which tensors a structure holds, and how often each was written into."""
+    if isinstance(value, Tensor):
+        return [(id(value), None if value.is_inference() else value._version)]
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    return [stamp for item in value for stamp in _stamps(item)] if isinstance(value, (tuple, list)) else []
+
+
 def repeated(value: Any, copies: int) -> Any:
     """A tensor, or every tensor of a structure, repeated along its rows; a single row is only expanded."""
     if copies == 1 or value is None:
@@ -99,8 +150,17 @@ def is_plain(value: Any) -> bool:
 def tensors_of(clean: Clean) -> Iterator[Tensor]:
     """Every tensor that may be handed back."""
     for value in (*clean.results.values(), *clean.arguments.values()):
-        if isinstance(value, Tensor):
+        yield from tensors_in(value)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a structure that show whether they were written into."""
+    if isinstance(value, Tensor):
+        if not value.is_inference():
             yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
 
 
 def fresh(value: Any) -> Any:

@@ -353,7 +353,7 @@ class HookedModel(TextTools):
         ordered = {name: recorder.values[name] for name in names if name in recorder.values}
         cache._values.update(collected(ordered, multi_pass=self._passes_recorded))
 
-    def run(self, inputs: Any, edits: Sequence[Edit] = (), **kwargs: Any) -> Tensor:
+    def run(self, inputs: Any, edits: Edit | Sequence[Edit] = (), **kwargs: Any) -> Tensor:
         """One forward pass under edits, see :mod:`circuitvision.edits`; returns the output.
 
         A run is one prefill: step 0 of every tower. Edits act in the order given; those known to do nothing leave the bare model's bits.
@@ -437,9 +437,12 @@ class HookedModel(TextTools):
             return module.sample_actions(**mapping, num_steps=num_steps, **kwargs)
 
 
-def _one_group(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:
-    """The edits of a single run as one group."""
-    return [tuple(edit for group in as_groups(edits) for edit in group)]
+def _one_group(edits: Edit | Sequence[Edit]) -> list[tuple[Edit, ...]]:
+    """The edits of a single run as one group; a single edit is one as well."""
+    listed = [edits] if isinstance(edits, Edit) else edits
+    if isinstance(listed, (list, tuple)) and any(isinstance(edit, (list, tuple)) for edit in listed):
+        raise InputError("A run takes one list of edits; model.sweep takes groups of them, one run each.")
+    return [tuple(edit for group in as_groups(listed) for edit in group)]
 
 
 def _refuse_compiled(module: nn.Module) -> None:

@@ -42,6 +42,10 @@ def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
             "model.inputs(…, seed=0) fills them."
         )
     check_names(model, inputs)
+    if inputs.get("return_dict") is False:
+        raise InputError(
+            "return_dict=False returns a tuple without names; leave it out: the wrapper returns the output tensor."
+        )
     _check_devices(model, inputs)
     _check_mask(inputs)
     pixels = inputs.get("pixel_values")

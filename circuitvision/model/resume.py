@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from circuitvision.model.attention import Tap
-from circuitvision.model.handback import CannotResume, Clean, Overrides, fresh, tensors_of
+from circuitvision.model.handback import CannotResume, Clean, Overrides, Watch, fresh, tensors_in, tensors_of
 from circuitvision.model.resumed_run import ResumedRun, embeddings_of
 from circuitvision.model.routes import EMBED, Route, Start, is_dual, stages
 from circuitvision.model.spec import require
@@ -65,6 +65,7 @@ class Resumer:
         """
         overrides = Overrides()
         clean = Clean(torch.empty(0))
+        watch = Watch(self.model.module)
         try:
             for start in starts:
                 self._record_start(overrides, clean, start)
@@ -81,7 +82,11 @@ class Resumer:
                     clean.output = self.model(self.inputs)
         finally:
             overrides.restore()
-        clean.versions = {id(v): v._version for v in tensors_of(clean) if not v.is_inference()}
+            watch.close()
+        if watch.changed:
+            raise CannotResume(f"a hook of {watch.changed} that is not ours changes the run")
+        for tensor in tensors_of(clean):
+            clean.versions.setdefault(id(tensor), tensor._version)
         self.clean = clean
         return {site: cache[site] for site in sites}
 
@@ -134,6 +139,8 @@ class Resumer:
                 out = original(*args, **kwargs)
                 # Dual encoders write their projection into the structure a tower returned.
                 clean.results[id(module)] = fresh(out)
+                for tensor in tensors_in(out):
+                    clean.versions.setdefault(id(tensor), tensor._version)
                 if id(module) in clean.arguments:
                     clean.arguments[id(module)] = args[0] if args else next(iter(kwargs.values()))
                 cache = kwargs.get("past_key_values")
@@ -234,5 +241,5 @@ class Resumer:
     def _check_unwritten(self) -> None:
         assert self.clean is not None
         for tensor in tensors_of(self.clean):
-            if not tensor.is_inference() and tensor._version != self.clean.versions[id(tensor)]:
+            if tensor._version != self.clean.versions[id(tensor)]:
                 raise CannotResume("the model writes into its own activations")

@@ -49,7 +49,7 @@ class ResumedRun:
             if isinstance(value, Tensor) and value.ndim > 0:
                 if not self._is_shared(name, value):
                     out[name] = value.repeat(self.copies, *([1] * (value.ndim - 1)))
-            elif isinstance(value, (list, tuple)):
+            elif isinstance(value, (list, tuple)) and name.startswith(("pixel", "image", "batch_num")):
                 out[name] = type(value)(list(value) * self.copies)
         return out
 

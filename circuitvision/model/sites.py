@@ -86,6 +86,16 @@ def _pattern(glob: str) -> re.Pattern[str]:
     return re.compile("".join(table.get(part, re.escape(part)) for part in parts))
 
 
+def is_glob(name: str) -> bool:
+    """Whether a name holds a wildcard."""
+    return any(mark in name for mark in "*?")
+
+
+def matches(glob: str, name: str) -> bool:
+    """Whether a glob selects a site name."""
+    return _pattern(glob).fullmatch(name) is not None
+
+
 def matching(names_filter: NamesFilter, sites: Iterable[str]) -> list[str]:
     """The sites that a name, glob, list of either, or predicate selects, in the order of ``sites``.
 

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 POSITIONS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
 """How many positions an automatic batch computes: what keeps the device busy."""
+_HARMLESS = ("NoneType", "AlignDevicesHook", "SequentialHook")
+"""What accelerate may have put on a module: hooks that move tensors between devices change no value."""
 SPARE_POSITIONS = 64
 """How many positions a batch may compute for groups that begin later than its first; another run costs about as much."""
 SHARE_OF_MEMORY = 0.4
@@ -127,11 +129,13 @@ class Sweep:
         progress: bool,
         axes: Mapping[str, Sequence[Any]] | None,
     ) -> None:
-        if batch_size != "auto" and (isinstance(batch_size, (str, bool)) or int(batch_size) < 1):
+        if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size={batch_size!r} is not understood: 'auto', or how many edits run at once.")
         self.model, self.inputs = model, inputs
         self.metric = metrics.bind(metric, model)
         self.batch_size, self.partial, self.progress = batch_size, partial, progress
+        if inputs.get("past_key_values") is not None:
+            raise InputError("The inputs hold past_key_values, which every run would extend: leave them out.")
         groups = as_groups(edits_or_groups)
         if not groups:
             raise InputError("There is no edit to sweep over.")
@@ -162,7 +166,11 @@ class Sweep:
         interrupted = ""
         with torch.no_grad():
             clean = self._clean_metric()
-            self.values = torch.full((len(self.tasks), len(clean)), float("nan"), dtype=clean.dtype)
+            self.values = torch.full(
+                (len(self.tasks), len(clean)),
+                float("nan"),
+                dtype=clean.dtype if clean.is_floating_point() else torch.float64,
+            )
             done = torch.zeros(len(self.tasks), dtype=torch.bool)
             try:
                 with Progress(len(self.tasks), "sweep", self.progress) as bar:
@@ -210,8 +218,11 @@ class Sweep:
         """Why no run of this sweep can be resumed; "" if they can."""
         if self.model.engine.stack:
             return "other hooks are active, whose effect may be anywhere"
-        if self.model.module.training:
-            return "the model is in training mode"
+        for module in self.model.module.modules():
+            if module.training:
+                return "the model is in training mode"
+            if type(getattr(module, "_hf_hook", None)).__name__ not in _HARMLESS:
+                return "another library has replaced forwards of the model"
         return ""
 
     def _plan(self, task: _Task, blocker: str) -> None:
@@ -228,7 +239,11 @@ class Sweep:
         """Record the unedited run that each implementation of attention needs, and the metric without edits."""
         for eager in sorted({task.route.eager for task in self.tasks if task.route is not None}):
             tasks = [task for task in self.tasks if task.route is not None and task.route.eager == eager]
-            self._record(eager, tasks)
+            try:
+                self._record(eager, tasks)
+            except CannotResume as error:
+                for task in tasks:
+                    task.route, task.note = None, f"in full: {error}"
         for task in self.tasks:
             if task.route is not None:
                 self._describe(task, task.route)
@@ -362,7 +377,11 @@ class Sweep:
                 if _is_out_of_memory(error):
                     self._halve(size, error)
                     continue
-                # The model's own code refused the call: a full run is slower, and right.
+                if not isinstance(error, CannotResume):
+                    warnings.warn(
+                        f"A resumed run failed ({type(error).__name__}: {error}), so {len(part)} edits run in full.",
+                        stacklevel=2,
+                    )
                 for task in part:
                     task.note = f"in full: {error}"
                     yield task, self._in_full(task)
@@ -383,7 +402,8 @@ class Sweep:
             return self._evaluate(self.logits.clone())
         inputs = self.inputs if task.bound.inputs is None else task.bound.inputs
         with self.model._edited(self.binder, task.bound):
-            return self._evaluate(self.model._forward(inputs, {}))
+            logits = self.model._forward(inputs, {})
+        return self._evaluate(logits)
 
     def _resumed(self, part: Sequence[_Task], route: Route, first: int) -> Tensor:
         resumer = self.resumers[route.eager]
@@ -393,11 +413,18 @@ class Sweep:
             for site in self._captured_before(task):
                 value = self.captured[route.eager][site]
                 for edit in task.bound.captures[site]:
-                    writer.captured[number][edit, site] = value[:, first:] if first else value
+                    writer.captured[number][edit, site] = value
                 writer.known.add(site)
         registration = Registration(forward=writer.hooks(), exact=frozenset(s for t in part for s in t.bound.writes))
         with self.model.engine.registered(registration):
-            return resumer.run(route, len(part), first)
+            output = resumer.run(route, len(part), first)
+        assert resumer.clean is not None
+        clean, cut = resumer.clean.output, bool(first) and resumer.keeps_positions(resumer.sliced_tower(route))
+        wanted = (len(part) * clean.shape[0], clean.shape[1] - first, *clean.shape[2:]) if cut else clean.shape
+        found = output.shape if cut else _own_rows(output, clean, 0, len(part)).shape
+        if tuple(found) != tuple(wanted):
+            raise CannotResume(f"the output has shape {tuple(found)}, not {tuple(wanted)}")
+        return output
 
     def _metrics(
         self, part: Sequence[_Task], route: Route, output: Tensor, first: int
@@ -409,14 +436,12 @@ class Sweep:
             for number, task in enumerate(part):
                 yield task, self._evaluate(_own_rows(output, clean, number, len(part)))
             return
-        # One buffer serves all: only the suffix differs from the unedited output.
-        whole, version = clean.clone(), -1
+        # One buffer serves the library's own metrics: they neither keep nor write into what they get. Only the suffix differs.
+        shared = clean.clone() if isinstance(self.metric, metrics.Metric) else None
         rows = clean.shape[0]
         for number, task in enumerate(part):
-            if version not in (-1, whole._version):
-                whole = clean.clone()
+            whole = clean.clone() if shared is None else shared
             whole[:, first:] = output[number * rows : (number + 1) * rows]
-            version = whole._version
             yield task, self._evaluate(whole)
 
 

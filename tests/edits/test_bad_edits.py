@@ -339,7 +339,7 @@ def test_words_that_mean_nothing(make: Callable[[], Any], message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("listed", [edits.ablate(SITE), 3, [3], [edits.ablate(SITE), None], "words"])
+@pytest.mark.parametrize("listed", [3, [3], [edits.ablate(SITE), None], "words"])
 def test_what_is_no_list_of_edits(listed: Any) -> None:
     model = wrapped("vit", torch.float64)
     inputs = inputs_of("vit", model)

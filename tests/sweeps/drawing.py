@@ -134,12 +134,12 @@ def edit(draw: Any, model: cv.HookedModel, inputs: Any, source: Any) -> edits.Ed
         return edits.delete_tokens(tower, positions(draw, tokens, "il"), start=draw(st.integers(0, cfg.n_layers)))
     if kind == "freeze":
         later = draw(st.integers(1, cfg.n_layers - 1)) if cfg.n_layers > 1 else 0
-        at = draw(
-            st.sampled_from(
-                [f"{tower}.blocks.0.hook_resid_mid", f"{tower}.hook_input", f"{tower}.blocks.0.hook_attn_out"]
-            )
+        early = ("blocks.0.hook_resid_mid", "hook_input", "blocks.0.hook_attn_out", "blocks.0.hook_resid_pre")
+        late = ("hook_resid_post", "hook_mlp_out", "hook_resid_mid", "ln2.hook_normalized")
+        target = f"{tower}.blocks.{later}.{draw(st.sampled_from(late))}"
+        return edits.freeze(
+            target, f"{tower}.{draw(st.sampled_from(early))}", positions=positions(draw, tokens, "nilsm")
         )
-        return edits.freeze(f"{tower}.blocks.{later}.hook_resid_post", at, positions=positions(draw, tokens, "nilsm"))
     return _at_site(draw, model, source, kind, tower, tokens)
 
 
@@ -201,7 +201,7 @@ def sweeps(draw: Any, dtype: torch.dtype) -> tuple[cv.HookedModel, Any, list[tup
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(draw(st.integers(1, 5))):
-            group = tuple(edit(draw, model, inputs, source) for _ in range(draw(st.sampled_from([1, 1, 2]))))
+            group = tuple(edit(draw, model, inputs, source) for _ in range(draw(st.sampled_from([1, 1, 2, 3]))))
             try:
                 with torch.no_grad():
                     model.run(inputs, group)

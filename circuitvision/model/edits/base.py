@@ -68,7 +68,11 @@ class At:
         if source.ndim <= 1 and source.numel() in (1, self.shape[-1]):
             return source
         shape = list(self.shape)
-        if source.ndim == len(shape) and 1 < source.shape[0] < shape[0] and shape[0] % source.shape[0] == 0:
+        if (
+            source.ndim == len(shape)
+            and 1 < source.shape[0] == self.window.rows < shape[0]
+            and shape[0] % source.shape[0] == 0
+        ):
             source = source.repeat_interleave(shape[0] // source.shape[0], dim=0)
         if not self.pooled:
             given = source_length(source, len(shape), self.axis)

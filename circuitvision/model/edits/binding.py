@@ -121,6 +121,11 @@ class Binder:
         length = int(value.shape[axis]) if value.ndim > axis else 1
         if known is None:
             return Window(name.tower, rows, 0, length, length)
+        if self.mode == "generate" and name.tower == "language" and length != (1 if hook.step else known.prompt):
+            raise InputError(
+                f"pass {hook.step} of the language tower holds {length} positions: edits count positions by the cache, so leave "
+                "use_cache on, and prefill_chunk_size, prompt_lookup_num_tokens and assistant models off"
+            )
         if self.mode == "generate" and name.tower == "language" and hook.step > 0:
             first = known.prompt + hook.step - 1
         elif length == known.length:
@@ -169,11 +174,19 @@ class Binder:
             bound.writes.setdefault(name, []).append(edit)
         captured = edit.captured()
         if captured is not None:
+            self._check_same_positions(captured, names)
             bound.captures.setdefault(captured, []).append(edit)
         if isinstance(edit, DeleteTokens) and edit.reindex:
             window = self.window(names[0])
             assert window is not None
             bound.inputs = edit.change_inputs(self.model, bound.inputs or self.inputs, window)
+
+    def _check_same_positions(self, captured: str, names: Sequence[str]) -> None:
+        there = self.window(captured)
+        for name in names:
+            here = self.window(name)
+            if here is not None and there is not None and (here.shift, here.prompt) != (there.shift, there.prompt):
+                raise InputError(f"{captured} has other positions than {name}: what is there is not what is here")
 
     def _selects(self, edit: Edit, name: str) -> bool:
         """Whether an edit selects any position of a site, in the prompt or later."""
@@ -347,6 +360,14 @@ def _resampled(clean: Tensor, edit: Ablate) -> Tensor:
     return clean[source.to(clean.device)]
 
 
+def _from_position_0(value: Tensor, window: Window) -> Tensor:
+    """A copy of a window's values that is indexed by absolute positions."""
+    if not window.first:
+        return value.clone()
+    before = value.new_zeros(value.shape[0], window.first, *value.shape[2:])
+    return torch.cat([before, value], dim=1)
+
+
 class Writer:
     """The hooks of a batch of bound groups: block ``i`` of every tensor's rows belongs to group ``i``."""
 
@@ -360,7 +381,9 @@ class Writer:
 
     def hooks(self) -> dict[str, list[Hook]]:
         """One hook per site that some group writes, or whose value it needs later."""
-        sites = {name for group in self.groups for name in (*group.writes, *group.captures)} - self.known
+        written = {name for group in self.groups for name in group.writes}
+        captured = {name for group in self.groups for name in group.captures} - self.known
+        sites = written | captured
         return {name: [self._hook] for name in self.binder.model.engine.points if name in sites}
 
     def _hook(self, value: Tensor, hook: HookPoint) -> Tensor | None:
@@ -368,7 +391,8 @@ class Writer:
         first = self.first.get(SiteName.parse(hook.name).tower, 0)
         wrote = False
         for number, group in enumerate(self.groups):
-            edits, needs = group.writes.get(hook.name, ()), group.captures.get(hook.name, ())
+            edits = group.writes.get(hook.name, ())
+            needs = () if hook.name in self.known else group.captures.get(hook.name, ())
             if not edits and not needs:
                 continue
             view = value[number * rows : (number + 1) * rows]
@@ -378,7 +402,7 @@ class Writer:
                 self._write(edit, view, window, hook, given)
                 wrote = True
             for edit in needs:
-                given[edit, hook.name] = view.clone()
+                given[edit, hook.name] = _from_position_0(view, window)
         return value if wrote else None
 
     @staticmethod

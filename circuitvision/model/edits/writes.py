@@ -334,7 +334,7 @@ class Freeze(Edit):
 
     def new(self, x: Tensor, at: At) -> Tensor:
         """``x' =`` the value that ``at`` had in this pass."""
-        earlier = at.given[(self, self.at)][at.index]
+        earlier = at.given[(self, self.at)][at.absolute]
         if earlier.shape != x.shape:
             raise InputError(f"{self!r}: {self.at} has shape {tuple(earlier.shape)}, {at.site} {tuple(x.shape)}.")
         return earlier
