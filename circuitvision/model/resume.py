@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from circuitvision.model.attention import Tap
+from circuitvision.model.dead import last_live_block
 from circuitvision.model.handback import CannotResume, Clean, Overrides, Watch, fresh, tensors_in, tensors_of
-from circuitvision.model.resumed_run import ResumedRun, embeddings_of
+from circuitvision.model.resumed_run import UNREAD, ResumedRun, embeddings_of
 from circuitvision.model.routes import EMBED, Route, Start, is_dual, stages
 from circuitvision.model.spec import require
 
@@ -110,6 +111,9 @@ class Resumer:
             self._keep(overrides, clean, embeddings)
         for block in tower.blocks:
             self._keep(overrides, clean, block.module, block if tower.spec.feeds_cache_only else None)
+        if tower.spec.feeds_cache_only:
+            for part in UNREAD:
+                self._keep(overrides, clean, tower.blocks[last_live_block(tower)].part(part))
 
     def _record_start(self, overrides: Overrides, clean: Clean, start: Start) -> None:
         if start.tower not in self.model.towers or start.layer == EMBED:

@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from circuitvision.model.attention import Tap
+from circuitvision.model.dead import CACHE_SIDE, last_live_block
 from circuitvision.model.handback import CannotResume, Overrides, fresh, is_plain, repeated
 from circuitvision.model.routes import EMBED, PARTS, Route, Start, reached_through_cache
+from circuitvision.model.sites import SiteName
 from circuitvision.model.spec import resolve
 
 if TYPE_CHECKING:
     from circuitvision.model.resume import Resumer
     from circuitvision.model.tower import Block, Tower
 
+UNREAD = ("o", "mlp")
+"""Parts of a block that act through the stream alone: nothing reads them in the last block of a tower that is read through its keys and values."""
 PER_POSITION = ("attention_mask", "position_embeddings", "position_ids", "cache_position", "past_key_values")
 """What blocks are called with besides the stream, as far as it differs between positions or rows."""
 
@@ -136,6 +140,20 @@ class ResumedRun:
             self._hand_back(overrides, block.module, self.copies)
         if self.sliced == name:
             self._slice(overrides, tower, 0)
+        self._unread(overrides, tower, -1)
+
+    def _unread(self, overrides: Overrides, tower: Tower, layer: int) -> None:
+        """Hand back what no output reads, in blocks after ``layer``: blocks behind the last that leaves the tower; of a prefix's last, all but keys
+        and values."""
+        live = last_live_block(tower)
+        asked = {name for name in map(SiteName.parse, self.model.engine.asked()) if name.tower == tower.name}
+        for block in tower.blocks[max(live, layer) + 1 :]:
+            if not any(name.layer == block.layer for name in asked):
+                self._hand_back(overrides, block.module, self.copies)
+        edited = any(name.layer == live and name.site not in CACHE_SIDE for name in asked)
+        if tower.spec.feeds_cache_only and layer < live and not edited:
+            for part in UNREAD:
+                self._hand_back(overrides, tower.blocks[live].part(part), self.copies)
 
     def _start(self, overrides: Overrides, start: Start) -> None:
         if start.tower == "projector":
@@ -154,6 +172,7 @@ class ResumedRun:
         feeds = tower.spec.feeds_cache_only
         for block in tower.blocks[: start.layer]:
             self._hand_back(overrides, block.module, copies, block=block if feeds else None)
+        self._unread(overrides, tower, start.layer)
         block = tower.blocks[start.layer]
         if start.name == "post":
             self._hand_back(overrides, block.module, self.copies, self._first_in(tower), block if feeds else None)
