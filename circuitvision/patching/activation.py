@@ -113,9 +113,10 @@ def activation_patch(
     with torch.no_grad():
         source_logits, cache = model.run_with_cache(source_inputs, names_filter=names)
         source = metrics.evaluate(metric, source_logits, source_inputs).cpu()
-        labels, cells = _plan(names, axes, {name: cache[name] for name in names})
+        values = {name: cache[name] for name in names}
+        labels, cells = _plan(names, axes, values)
         live = [cell for cell in cells if cell[1] not in dead]
-        swept = model.sweep(base_inputs, [_patch(cell, cache[cell[1]]) for cell in live], metric) if live else None
+        swept = model.sweep(base_inputs, [_patch(cell, values[cell[1]]) for cell in live], metric) if live else None
         base = metrics.evaluate(metric, model(base_inputs), base_inputs).cpu() if swept is None else swept.clean
     raw = torch.full((*(len(values) for values in labels.values()), len(base)), float("nan"), dtype=base.dtype)
     for index, name, _, _ in cells:
