@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from circuitvision.errors import HookError, InputError, UnknownSiteError
 from circuitvision.interop import nnsight_view
+from circuitvision.model.hooks import laid_out
 from circuitvision.model.points import Call, Point, Stash
 from circuitvision.model.sites import NamesFilter, matching
 
@@ -119,7 +120,7 @@ class Station:
         return seen[0]
 
     def _written(self, call: Call, value: Tensor) -> Any:
-        self.point.apply(call, lambda _: (value, True))
+        self.point.apply(call, lambda before: (laid_out(value, before) if isinstance(value, Tensor) else value, True))
         return (call.args, call.kwargs) if self.point.phase == "pre" else call.output
 
     def _hand_out(self, raw: Any) -> Tensor:

@@ -394,7 +394,7 @@ class HookEngine:
                 value, edited = _run_hook(hook, value, where, tracked)
                 changed = changed or edited
             if changed and edits and not in_place:
-                value = _laid_out(value, layout)
+                value = laid_out(value, layout)
             for hook in backward:
                 value.register_hook(lambda grad, hook=hook: _checked(hook(grad, where), grad, where))
             return value, changed
@@ -440,7 +440,7 @@ def _run_hook(hook: Hook, value: Tensor, where: HookPoint, tracked: bool) -> tup
     return returned, True
 
 
-def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+def laid_out(value: Tensor, like: Tensor) -> Tensor:
     """``value`` in the memory layout of ``like``: kernels add in the order of memory, so equal values in another layout can give other bits."""
     strides = like.stride()
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(strides, like.shape, strict=True))
