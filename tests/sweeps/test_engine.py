@@ -28,6 +28,10 @@ def noise(model: cv.HookedModel, tower: str, seed: int = 0) -> Tensor:
     return torch.randn(model.towers[tower].cfg.d_model, generator=torch.Generator().manual_seed(seed))
 
 
+def steered(model: cv.HookedModel, site: str) -> edits.Edit:
+    return edits.steer(site, noise(model, site.partition(".")[0]))
+
+
 @contextmanager
 def counted(model: cv.HookedModel, part: str = "q") -> Iterator[dict[str, list[tuple[int, ...]]]]:
     """Shapes of what enters one linear map of every block, by ``tower.layer``, in the order of the calls."""
@@ -104,6 +108,26 @@ def test_the_action_expert_hands_back_blocks_that_read_unchanged_keys_and_values
         model.sweep(inputs, [edit], metric, progress=False)
     calls = {key: len(shapes) for key, shapes in seen.items() if key.startswith("action")}
     assert calls == {f"action.{layer}": 1 + (layer > last) for layer in range(model.action.cfg.n_layers)}
+
+
+@pytest.mark.parametrize(("name", "tower"), [("pi0", "language"), ("llava-clip-llama", "vision")])
+def test_what_no_output_reads_hands_back_unless_it_is_edited(name: str, tower: str) -> None:
+    """A prefix's last MLP, and the blocks behind the feature layer."""
+    model, inputs = wrapped(name)
+    last = model.towers[tower].cfg.n_layers - 1
+    first, dead = (
+        steered(model, f"{tower}.blocks.0.hook_resid_mid"),
+        edits.scale(f"{tower}.blocks.{last}.mlp.hook_pre", 2.0),
+    )
+    for group, again in (([first], 0), ([first, dead], 1)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with counted(model, "mlp_in") as seen:
+                result = model.sweep(inputs, [group], metric, progress=False)
+            torch.testing.assert_close(result.values[0], metric(model.run(inputs, group)), rtol=1e-4, atol=1e-5)
+        assert len(seen[f"{tower}.{last}"]) == 1 + again
+        assert len(seen[f"{tower}.0"]) == 2
+        assert "in full" not in result.plan[0]
 
 
 def test_the_other_tower_of_a_dual_encoder_hands_back() -> None:
