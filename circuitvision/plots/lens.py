@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from circuitvision.plots import style
+from circuitvision.plots import patches, style
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -64,13 +64,13 @@ def lens_rows(
         where = {"xref": "x domain", "yref": "y domain", "x": -0.06, "y": 0.5, "xanchor": "right"}
         figure.add_annotation(text=row.title, textangle=-90, showarrow=False, font={"size": 14}, **where, **first)
         if row.picture is not None:
-            _add_picture(figure, row.picture, number)
-            _mark(figure, changed, row.picture.shape[0], row.picture.shape[1], number, 1)
+            patches.add_picture(figure, row.picture, number)
+            patches.mark(figure, changed, row.picture.shape[0], row.picture.shape[1], number, 1)
         for column, (_, which, layer) in enumerate(panels, start=2 if pictured else 1):
             grid = row.lenses[which].patch_grid(layer)
-            _add_grid(figure, grid, number, column)
+            patches.add_map(figure, grid, number, column)
             _add_last(figure, row.lenses[which], layer, number, column, limit, colors)
-            _mark(figure, changed, grid.shape[0], grid.shape[1], number, column)
+            patches.mark(figure, changed, grid.shape[0], grid.shape[1], number, column)
     width = 1060 / len(headings)
     style.layout(figure, title, int(140 + len(rows) * (width + 46)), margin={"l": 34, "r": 30, "t": 104, "b": 36})
     figure.update_xaxes(visible=False)
@@ -101,20 +101,6 @@ def _panels(lenses: Sequence[LensResult]) -> list[tuple[str, int, Any]]:
     return panels
 
 
-def _add_grid(figure: go.Figure, grid: torch.Tensor, row: int, column: int) -> None:
-    import plotly.graph_objects as go
-
-    heat = go.Heatmap(
-        z=grid.numpy(),
-        coloraxis="coloraxis",
-        xgap=1 if grid.shape[1] <= 16 else 0,
-        ygap=1 if grid.shape[0] <= 16 else 0,
-        hovertemplate="patch row %{y}, column %{x}<br>%{z:.2f}<extra></extra>",
-    )
-    figure.add_trace(heat, row=row, col=column)
-    _square(figure, grid.shape[0], row, column)
-
-
 def _add_last(
     figure: go.Figure,
     result: LensResult,
@@ -133,38 +119,6 @@ def _add_last(
     paint = style.tint(value / limit, colors)
     figure.add_annotation(
         text=text, showarrow=False, font={"size": 12}, borderpad=3, **paint, **where, row=row, col=column
-    )
-
-
-def _add_picture(figure: go.Figure, picture: np.ndarray[Any, Any], row: int) -> None:
-    import plotly.graph_objects as go
-
-    figure.add_trace(go.Image(z=picture, hoverinfo="skip"), row=row, col=1)
-    _square(figure, picture.shape[0], row, 1)
-
-
-def _square(figure: go.Figure, height: int, row: int, column: int) -> None:
-    """Row 0 at the top, square cells."""
-    axis = next(figure.select_xaxes(row=row, col=column)).plotly_name.replace("axis", "")
-    figure.update_yaxes(range=[height - 0.5, -0.5], scaleanchor=axis, constrain="domain", row=row, col=column)
-    figure.update_xaxes(constrain="domain", row=row, col=column)
-
-
-def _mark(
-    figure: go.Figure, changed: tuple[float, float, float, float] | None, rows: int, columns: int, row: int, column: int
-) -> None:
-    if changed is None:
-        return
-    left, top, right, bottom = changed
-    figure.add_shape(
-        type="rect",
-        x0=left * columns - 0.5,
-        x1=right * columns - 0.5,
-        y0=top * rows - 0.5,
-        y1=bottom * rows - 0.5,
-        line={"width": 2, "color": style.GREY},
-        row=row,
-        col=column,
     )
 
 

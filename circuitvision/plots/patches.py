@@ -1,0 +1,104 @@
+"""Pictures, patch maps and boxes: the parts that every figure over an image is put together from.
+
+A panel is one cell of a figure made by ``plotly.subplots.make_subplots``. Row 0 is at the top, and cells are square. A box is (left,
+top, right, bottom) as shares of the image, so that it fits the picture and any map of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from circuitvision.plots import style
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Box = tuple[float, float, float, float]
+
+
+def add_picture(figure: go.Figure, picture: np.ndarray[Any, Any], row: int, column: int = 1) -> None:
+    """An image ``[height width 3]`` of whole numbers 0 … 255."""
+    import plotly.graph_objects as go
+
+    figure.add_trace(go.Image(z=picture, hoverinfo="skip"), row=row, col=column)
+    square(figure, picture.shape[0], row, column)
+
+
+def add_map(
+    figure: go.Figure,
+    grid: Any,
+    row: int,
+    column: int,
+    hover: Sequence[Sequence[str]] | None = None,
+    unit: str = "",
+    **heatmap: Any,
+) -> None:
+    """A value per patch ``[rows columns]`` as coloured cells; on the figure's shared ``coloraxis`` unless the keywords say otherwise.
+
+    ``hover`` is a line of text per patch, shown under its place and value.
+    """
+    import plotly.graph_objects as go
+
+    values = np.asarray(grid)
+    lines = "patch row %{y}, column %{x}<br>%{z:.3g}" + (f" {unit}" if unit else "")
+    options: dict[str, Any] = {
+        "xgap": 1 if values.shape[1] <= 16 else 0,
+        "ygap": 1 if values.shape[0] <= 16 else 0,
+        "hovertemplate": lines + ("<br>%{text}" if hover is not None else "") + "<extra></extra>",
+        **({"text": hover} if hover is not None else {}),
+        **({} if "colorscale" in heatmap else {"coloraxis": "coloraxis"}),
+        **heatmap,
+    }
+    figure.add_trace(go.Heatmap(z=values, **options), row=row, col=column)
+    square(figure, values.shape[0], row, column)
+
+
+def add_overlay(
+    figure: go.Figure,
+    picture: np.ndarray[Any, Any],
+    grid: Any,
+    row: int,
+    column: int,
+    opacity: float = 0.6,
+    **more: Any,
+) -> None:
+    """The picture with a patch map laid over it, both filling the panel."""
+    import plotly.graph_objects as go
+
+    height, width = picture.shape[:2]
+    values = np.asarray(grid)
+    figure.add_trace(go.Image(z=picture, hoverinfo="skip"), row=row, col=column)
+    dy, dx = height / values.shape[0], width / values.shape[1]
+    across = (np.arange(values.shape[1]) + 0.5) * dx - 0.5
+    down = (np.arange(values.shape[0]) + 0.5) * dy - 0.5
+    add_map(figure, values, row, column, x=across, y=down, opacity=opacity, xgap=0, ygap=0, **more)
+    square(figure, height, row, column)
+
+
+def square(figure: go.Figure, height: int, row: int, column: int) -> None:
+    """Row 0 at the top, square cells, in a panel ``height`` cells high."""
+    axis = next(figure.select_xaxes(row=row, col=column)).plotly_name.replace("axis", "")
+    figure.update_yaxes(range=[height - 0.5, -0.5], scaleanchor=axis, constrain="domain", row=row, col=column)
+    figure.update_xaxes(constrain="domain", row=row, col=column)
+
+
+def mark(
+    figure: go.Figure, box: Box | None, rows: int, columns: int, row: int, column: int, color: str = style.GREY
+) -> None:
+    """Draw a box over a picture or map of ``rows`` × ``columns`` cells."""
+    if box is None:
+        return
+    left, top, right, bottom = box
+    figure.add_shape(
+        type="rect",
+        x0=left * columns - 0.5,
+        x1=right * columns - 0.5,
+        y0=top * rows - 0.5,
+        y1=bottom * rows - 0.5,
+        line={"width": 2, "color": color},
+        row=row,
+        col=column,
+    )

@@ -1,0 +1,1 @@
+"""Read-outs against known answers, identities and mutants."""
