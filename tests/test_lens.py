@@ -79,11 +79,12 @@ def test_measures_and_top_k_agree_with_each_other():
     torch.testing.assert_close(best.values[..., 0], probabilities.max(-1).values)
 
 
-def test_pooled_read_outs_have_one_value_per_row():
+def test_pooled_read_outs_have_one_value_per_row_beside_those_of_the_positions():
     model, logits, cache = run("vit")
     result = logit_lens(model, cache, tower="vision", targets=[0, 1])
-    assert result.axes["position"] == ["pooled"]
+    assert torch.equal(result.pooled[-1], logits[:, :2])
     torch.testing.assert_close(result.values[-1, :, 0], logits[:, :2], atol=1e-5, rtol=1e-4)
+    assert result.values.shape[2] == model.vision.cfg.n_prefix + 16
 
 
 def test_contrast_and_files(tmp_path):

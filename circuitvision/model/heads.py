@@ -1,7 +1,18 @@
 """Read-outs: from a tower's residual stream to the family's own output, through the model's own modules.
 
-``readout(resid_post[last])`` equals what the model returns wherever the tower feeds the output; at other layers the same map is a lens. The
-final norm is applied to the residual it is given, once.
+A :class:`Reading` is one way of doing it. Its ``output`` pools as the family does: at the last layer it equals what the model returns wherever the
+tower feeds the output, at other layers the same map is a lens. Its ``positions`` reads every position as if the family pooled that one alone, so
+that
+
+* pooling at a position (CLS, end of text): the pooled position's reading is the output;
+* pooling by a mean: the mean of the readings is the output (before an embedding is brought to unit length);
+* DINOv2, whose head reads CLS beside the mean patch: CLS goes through its half of the head, other positions through the other half, each with the
+  head's bias, so CLS plus the mean patch is the output plus the bias; DeiT's two heads read their own tokens, other positions go through the mean
+  of the heads;
+* attention pooling (SigLIP): the pooling head sees the position alone.
+
+The final norm is applied once, with the statistics of the vector itself ("own"), of a reference residual ("frozen": the whole read-out is then
+affine in the residual, also in what follows the norm), or not at all ("none").
 """
 
 from __future__ import annotations
@@ -10,36 +21,284 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
-from circuitvision.model.spec import Readout, require, resolve
+from circuitvision.model.points import Call, PoolAttention
+from circuitvision.model.spec import Readout, norm_spec, require, resolve
 
 if TYPE_CHECKING:
     from circuitvision.model.cache import ActivationCache
     from circuitvision.model.tower import Tower
 
+NORM_POLICIES = ("own", "frozen", "none")
+_AT_ONE_POSITION = ("cls", "last", "eos")
+
 
 def read_out(tower: Tower, resid: Tensor, context: ActivationCache | None) -> Tensor:
     """The family's output computed from a residual ``[row pos d_model]`` of ``tower``; see :meth:`Tower.readout`."""
-    readout = tower.spec.readout
-    if readout is None:
-        if tower.family.output == "last_hidden_state":
-            return _norm(tower, resid)
-        raise UnsupportedModelError(
-            f"The {tower.name} tower has no read-out; project on a direction of your own instead."
+    return Reading(tower, context).output(resid)
+
+
+class Reading:
+    """One way of reading a tower's residual stream.
+
+    ``reference`` is the residual ``[row pos d_model]`` that frozen statistics are taken from. ``against`` are unit embeddings ``[target d_shared]``
+    that a dual encoder is compared with, instead of those of the run. Without ``capped`` a soft cap on the logits is left out.
+
+    Raises:
+        InputError: a frozen norm without a reference.
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        context: ActivationCache | None = None,
+        *,
+        norm: str = "own",
+        reference: Tensor | None = None,
+        against: Tensor | None = None,
+        capped: bool = True,
+    ) -> None:
+        if norm not in NORM_POLICIES:
+            raise InputError(f"Unknown norm {norm!r}; choose one of {', '.join(NORM_POLICIES)}.")
+        if norm == "frozen" and reference is None:
+            raise InputError("A frozen norm takes its statistics from a residual of the run; give reference=.")
+        self.tower, self.context, self.norm, self.capped = tower, context, norm, capped
+        self.reference = reference if norm == "frozen" else None
+        self.against = against
+        self.readout = tower.spec.readout or Readout()
+        self.headless = tower.spec.readout is None
+
+    # -- the family's own output -----------------------------------------------------------------------------------------------------------
+
+    def output(self, resid: Float[Tensor, "row pos d_model"]) -> Tensor:
+        """The family's output, pooled as the family pools."""
+        if self.headless:
+            if self.tower.family.output == "last_hidden_state":
+                return self._norm(resid, self.reference)
+            raise UnsupportedModelError(
+                f"The {self.tower.name} tower has no read-out; project on a direction of your own instead."
+            )
+        if self.readout.finish == "projector":
+            return through_projector(self.tower, self.readout, resid, self.context)
+        pooled = self._pooled(resid, self.reference)
+        return self._finish(pooled, self._own(resid))
+
+    def _own(self, resid: Tensor) -> Float[Tensor, "... d_shared"] | None:
+        """The reference's embedding, whose length a frozen reading divides by."""
+        if self.reference is None or self.readout.finish != "contrast":
+            return None
+        plain = Reading(self.tower, self.context)
+        return plain._headed(plain._pooled(self.reference, None))
+
+    def _pooled(self, resid: Tensor, reference: Tensor | None) -> Tensor:
+        readout = self.readout
+        first = readout.normed and readout.norm_first
+        normed = self._norm(resid, reference) if first else resid
+        if readout.pool == "attention":
+            frozen = None if reference is None else Reading(self.tower, self.context)._norm(reference, None)
+            return _attention_pool(self.tower, readout, normed, self.context, frozen)
+        pooled = pool(self.tower, readout.pool, normed, self.context)
+        if not readout.normed or readout.norm_first:
+            return pooled
+        return self._norm(
+            pooled, None if reference is None else pool(self.tower, readout.pool, reference, self.context)
         )
-    if readout.finish == "projector":
-        return _through_projector(tower, readout, resid, context)
-    pooled = _pool(tower, readout, resid, context)
-    return _finish(tower, readout, pooled, context)
+
+    def _norm(self, value: Tensor, reference: Tensor | None) -> Tensor:
+        norm = self.tower.final_norm
+        if norm is None or self.norm == "none":
+            return value
+        return norm(value) if reference is None else frozen_norm(norm, value, reference)
+
+    def _headed(self, pooled: Tensor) -> Tensor:
+        """What the head makes of pooled vectors."""
+        readout, module = self.readout, self.tower.module
+        head = resolve(module, readout.head)
+        if readout.finish == "mean_heads":
+            assert head is not None
+            return (head(pooled[:, 0]) + _second_head(self.tower)(pooled[:, 1])) / 2
+        if head is not None:
+            return head(pooled)
+        if readout.tied_lens is not None:
+            table: Any = require(module, readout.tied_lens, "tied embedding")
+            return pooled @ table.weight.T
+        return pooled
+
+    def _finish(self, pooled: Tensor, own: Tensor | None) -> Tensor:
+        out = self._headed(pooled)
+        if self.readout.finish != "contrast":
+            return self._cap(out)
+        logits = self._contrast(out, own)
+        return logits.T if self.against is None and self.tower.name != "vision" else logits
+
+    def _cap(self, logits: Tensor) -> Tensor:
+        softcap = self.capped and self.readout.finish == "softcap" and _caps_logits(self.tower)
+        if not softcap:
+            return logits
+        cap = self.tower.config.final_logit_softcapping
+        return torch.tanh(logits / cap) * cap
+
+    def _contrast(self, embedding: Tensor, own: Tensor | None) -> Tensor:
+        """Scaled cosines of embeddings with those of the other tower, last axis: the other tower's rows."""
+        theirs = self.against if self.against is not None else other_embeddings(self.tower, self.context)
+        mine = _unit(embedding, embedding if own is None else own)
+        theirs = theirs.to(mine)
+        model: Any = self.tower.module
+        # The model multiplies text by image: the same order of operands keeps the same bits.
+        if self.tower.name == "vision" and mine.ndim == 2:
+            logits = ((theirs @ mine.T) * model.logit_scale.exp()).T
+        else:
+            logits = (mine @ theirs.T) * model.logit_scale.exp()
+        bias = getattr(model, "logit_bias", None)
+        return logits if bias is None else logits + bias
+
+    # -- every position for itself ---------------------------------------------------------------------------------------------------------
+
+    def positions(
+        self, resid: Float[Tensor, "row pos d_model"], start: int = 0, reference: Tensor | None = None
+    ) -> Float[Tensor, "row pos n_out"]:
+        """What each position says by itself. ``start`` is the number of the first position given, ``reference`` that of these positions alone.
+
+        Raises:
+            InputError: a frozen norm where the pooling is not affine in one position. UnsupportedModelError: a tower without a head.
+        """
+        readout = self.readout
+        if self.headless or readout.finish == "projector" or (readout.finish == "none" and not _has_head(readout)):
+            raise UnsupportedModelError(f"The {self.tower.name} tower has no head of its own.")
+        frozen = (reference if reference is not None else self.reference) if self.norm == "frozen" else None
+        if readout.pool == "attention" and frozen is not None:
+            raise InputError(
+                "What the pooling head of this tower makes of a single position is not affine, so nothing can be frozen; "
+                "use norm='own', or direct_attribution for exact shares of the pooled output."
+            )
+        normed = self._norm(resid, frozen) if readout.normed else resid
+        if readout.pool == "attention":
+            head = require(self.tower.module, readout.pool_module or "", "pooling head")
+            normed = head(normed.reshape(-1, 1, normed.shape[-1])).view(*normed.shape[:2], -1)
+        own = None if frozen is None else Reading(self.tower, self.context)._each_head(self._plain_norm(frozen), start)
+        out = self._each_head(normed, start)
+        return self._contrast(out, own) if readout.finish == "contrast" else self._cap(out)
+
+    def _plain_norm(self, value: Tensor) -> Tensor:
+        norm = self.tower.final_norm
+        return value if norm is None or not self.readout.normed else norm(value)
+
+    def _each_head(self, normed: Tensor, start: int) -> Tensor:
+        """The head on every position, where it reads several pooled vectors at once: on the part that a position takes."""
+        if self.readout.pool not in ("cls+mean_patch", "cls+distillation"):
+            return self._headed(normed)
+        head: Any = require(self.tower.module, self.readout.head or "", "head")
+        if self.readout.pool == "cls+mean_patch":
+            nothing = torch.zeros_like(normed)
+            out = head(torch.cat([nothing, normed], dim=-1))
+            cls = head(torch.cat([normed[:, :1], nothing[:, :1]], dim=-1))
+            return torch.cat([cls, out[:, 1:]], dim=1) if start == 0 else out
+        second = _second_head(self.tower)
+        one, two = head(normed), second(normed)
+        out = (one + two) / 2
+        for index, own in ((0, one), (1, two)):
+            if start <= index < start + normed.shape[1]:
+                out = torch.cat([out[:, : index - start], own[:, index - start, None], out[:, index - start + 1 :]], 1)
+        return out
 
 
-def _norm(tower: Tower, resid: Tensor) -> Tensor:
-    return resid if tower.final_norm is None else tower.final_norm(resid)
+def _has_head(readout: Readout) -> bool:
+    return readout.head is not None or readout.tied_lens is not None or readout.second_head is not None
 
 
-def _through_projector(tower: Tower, readout: Readout, resid: Tensor, context: ActivationCache | None) -> Tensor:
+def _second_head(tower: Tower) -> nn.Module:
+    readout = tower.spec.readout
+    return require(tower.module, (readout and readout.second_head) or "", "second head")
+
+
+def frozen_norm(norm: nn.Module, value: Tensor, reference: Tensor) -> Tensor:
+    """A norm whose denominator is the one it has at ``reference``: affine in ``value``, and equal to the norm where both are equal."""
+    spec = norm_spec(norm)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    x, r = value.to(wide), reference.detach().to(wide)
+    r = r - r.mean(-1, keepdim=True) if spec.centred else r
+    x = x - x.mean(-1, keepdim=True) if spec.centred else x
+    x = x / (r.pow(2).mean(-1, keepdim=True) + getattr(norm, spec.eps)).sqrt()
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    x = x if weight is None else x * (spec.offset + weight.to(wide))
+    return (x if bias is None else x + bias.to(wide)).to(value.dtype)
+
+
+def pool(tower: Tower, rule: str, value: Tensor, context: ActivationCache | None) -> Tensor:
+    """The linear pooling rules: which positions the head reads, or their mean."""
+    n_prefix = tower.cfg.n_prefix
+    if rule == "none":
+        return value
+    if rule == "cls":
+        return value[:, 0]
+    if rule == "cls+distillation":
+        return value[:, :2]
+    if rule == "cls+mean_patch":
+        return torch.cat([value[:, 0], value[:, n_prefix:].mean(dim=1)], dim=1)
+    if rule == "mean_patch":
+        return value[:, n_prefix:].mean(dim=1)
+    if rule == "mean":
+        return _masked_mean(value, context)
+    if rule == "last":
+        return value[:, -1]
+    if rule == "chunk":
+        return value[:, -int(tower.config_of_model.chunk_size) :]
+    if rule == "eos":
+        return value[torch.arange(value.shape[0], device=value.device), eos_positions(tower, _inputs(context))]
+    raise UnsupportedModelError(f"Unknown pooling rule {rule!r} in the table of the {tower.family.name} family.")
+
+
+def _masked_mean(value: Tensor, context: ActivationCache | None) -> Tensor:
+    mask = None if context is None else context.inputs.get("pixel_attention_mask")
+    if mask is None:
+        return value.mean(dim=1)
+    weights = mask[..., None].to(value.device)
+    return (value * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def _attention_pool(
+    tower: Tower, readout: Readout, normed: Tensor, context: ActivationCache | None, frozen: Tensor | None
+) -> Tensor:
+    """The pooling head's output. With ``frozen`` (normed as well) its pattern and all that follows its attention are those of ``frozen``: affine."""
+    head: Any = require(tower.module, readout.pool_module or "", "pooling head")
+    mask = None if context is None else context.inputs.get("pixel_attention_mask")
+    arguments = () if mask is None else (mask,)
+    if frozen is None:
+        return head(normed, *arguments)
+    calls: list[Call] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls.append(Call(module, args, kwargs, output))
+
+    attention = require(head, "attention", "attention of the pooling head")
+    handle = attention.register_forward_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            total = head(frozen, *arguments)
+    finally:
+        handle.remove()
+    (call,) = calls
+    pattern = PoolAttention("pattern", attention, "post", stage="hook_pattern").value(call).detach()
+    rest = total - call.tensor()[:, 0]
+    return weighted_values(attention, pattern, normed) + rest.detach()
+
+
+def weighted_values(
+    attention: Any, pattern: Float[Tensor, "row head 1 pos"], source: Float[Tensor, "row pos d_model"]
+) -> Float[Tensor, "row d_model"]:
+    """What an ``nn.MultiheadAttention`` writes for one query when its pattern is given."""
+    weight = attention.in_proj_weight.chunk(3)[2]
+    bias = None if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)[2]
+    v = nn.functional.linear(source, weight, bias).unflatten(-1, (attention.num_heads, -1))
+    z = torch.einsum("bhqk,bkhd->bqhd", pattern.to(v.dtype), v).flatten(-2)
+    return nn.functional.linear(z, attention.out_proj.weight, attention.out_proj.bias)[:, 0]
+
+
+def through_projector(tower: Tower, readout: Readout, resid: Tensor, context: ActivationCache | None) -> Tensor:
+    """What the projector makes of a residual at the feature layer (other feature layers, where there are several, are those of the run)."""
     layers = tower.feature_layers
     parts = [resid]
     if len(layers) > 1:
@@ -49,55 +308,12 @@ def _through_projector(tower: Tower, readout: Readout, resid: Tensor, context: A
         parts = [
             resid if index == deepest else context[tower.residual_name(layer)] for index, layer in enumerate(layers)
         ]
-    if readout.normed:
-        parts = [_norm(tower, part) for part in parts]
+    if readout.normed and tower.final_norm is not None:
+        parts = [tower.final_norm(part) for part in parts]
     if tower.drops_cls:
         parts = [part[:, 1:] for part in parts]
     projector = require(tower.module, tower.family.projector or "", "projector")
     return projector(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
-
-
-def _pool(tower: Tower, readout: Readout, resid: Tensor, context: ActivationCache | None) -> Tensor:
-    normed = _norm(tower, resid) if readout.normed and readout.norm_first else resid
-    n_prefix = tower.cfg.n_prefix
-    rule = readout.pool
-    if rule == "none":
-        pooled = normed
-    elif rule == "cls":
-        pooled = normed[:, 0]
-    elif rule == "cls+distillation":
-        pooled = normed[:, :2]
-    elif rule == "cls+mean_patch":
-        pooled = torch.cat([normed[:, 0], normed[:, n_prefix:].mean(dim=1)], dim=1)
-    elif rule == "mean_patch":
-        pooled = normed[:, n_prefix:].mean(dim=1)
-    elif rule == "mean":
-        pooled = _masked_mean(normed, context)
-    elif rule == "last":
-        pooled = normed[:, -1]
-    elif rule == "chunk":
-        pooled = normed[:, -int(tower.config_of_model.chunk_size) :]
-    elif rule == "eos":
-        pooled = normed[torch.arange(normed.shape[0], device=normed.device), eos_positions(tower, _inputs(context))]
-    elif rule == "attention":
-        pooled = _attention_pool(tower, readout, normed, context)
-    else:
-        raise UnsupportedModelError(f"Unknown pooling rule {rule!r} in the table of the {tower.family.name} family.")
-    return _norm(tower, pooled) if readout.normed and not readout.norm_first else pooled
-
-
-def _masked_mean(normed: Tensor, context: ActivationCache | None) -> Tensor:
-    mask = None if context is None else context.inputs.get("pixel_attention_mask")
-    if mask is None:
-        return normed.mean(dim=1)
-    weights = mask[..., None].to(normed.device)
-    return (normed * weights).sum(dim=1) / weights.sum(dim=1)
-
-
-def _attention_pool(tower: Tower, readout: Readout, normed: Tensor, context: ActivationCache | None) -> Tensor:
-    head = require(tower.module, readout.pool_module or "", "pooling head")
-    mask = None if context is None else context.inputs.get("pixel_attention_mask")
-    return head(normed) if mask is None else head(normed, mask)
 
 
 def _inputs(context: ActivationCache | None) -> dict[str, Any]:
@@ -115,32 +331,18 @@ def eos_positions(tower: Tower, inputs: Any) -> Tensor:
     return ids.argmax(-1) if eos == 2 else (ids == eos).int().argmax(-1)
 
 
-def _finish(tower: Tower, readout: Readout, pooled: Tensor, context: ActivationCache | None) -> Tensor:
-    head = resolve(tower.module, readout.head)
-    if readout.finish == "mean_heads":
-        second = require(tower.module, readout.second_head or "", "second head")
-        assert head is not None
-        return (head(pooled[:, 0]) + second(pooled[:, 1])) / 2
-    if head is not None:
-        out = head(pooled)
-    elif readout.tied_lens is not None:
-        table: Any = require(tower.module, readout.tied_lens, "tied embedding")
-        out = pooled @ table.weight.T
-    else:
-        out = pooled
-    if readout.finish == "contrast":
-        return _contrast(tower, out, context)
-    cap = tower.config.final_logit_softcapping if readout.finish == "softcap" and _caps_logits(tower) else None
-    return out if cap is None else torch.tanh(out / cap) * cap
-
-
 def _caps_logits(tower: Tower) -> bool:
     # Before 5.23, transformers left PaliGemma 2's logits uncapped: only the class itself says what it computes.
     configured = getattr(tower.config, "final_logit_softcapping", None) is not None
     return configured and "final_logit_softcapping" in inspect.getsource(type(tower.module))
 
 
-def _contrast(tower: Tower, embedding: Tensor, context: ActivationCache | None) -> Tensor:
+def _unit(embedding: Tensor, measured: Tensor) -> Tensor:
+    return embedding / measured.pow(2).sum(-1, keepdim=True).pow(0.5)
+
+
+def other_embeddings(tower: Tower, context: ActivationCache | None) -> Float[Tensor, "row d_shared"]:
+    """The unit embeddings that the other tower of a dual encoder had in the run."""
     other = next(t for name, t in tower.siblings.items() if name != tower.name)
     _inputs(context)
     assert context is not None
@@ -148,13 +350,7 @@ def _contrast(tower: Tower, embedding: Tensor, context: ActivationCache | None) 
     spec = other.spec.readout
     other_head = resolve(other.module, spec.head if spec else None)
     theirs = theirs if other_head is None else other_head(theirs)
-    mine = embedding / embedding.pow(2).sum(-1, keepdim=True).pow(0.5)
-    theirs = (theirs / theirs.pow(2).sum(-1, keepdim=True).pow(0.5)).to(mine.dtype)
-    model: Any = tower.module
-    image, text = (mine, theirs) if tower.name == "vision" else (theirs, mine)
-    logits = (text @ image.T) * model.logit_scale.exp()
-    bias = getattr(model, "logit_bias", None)
-    return (logits if bias is None else logits + bias).T
+    return _unit(theirs, theirs)
 
 
 def unembedding(tower: Tower) -> tuple[nn.Module, str] | None:

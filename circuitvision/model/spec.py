@@ -158,6 +158,16 @@ NORMS: dict[str, NormSpec] = {}
 """Class name of a normalisation module -> how it computes."""
 
 
+def norm_spec(module: nn.Module) -> NormSpec:
+    """How a normalisation module computes; raises UnsupportedModelError for a class no family file describes."""
+    for cls in type(module).__mro__:
+        if cls.__name__ in NORMS:
+            return NORMS[cls.__name__]
+    raise UnsupportedModelError(
+        f"{type(module).__name__} is a norm that no family file describes; known: {', '.join(NORMS)}."
+    )
+
+
 def load_tables() -> None:
     """Let the family files register themselves; the one place where the core reaches down, and it does so by name only."""
     if not FAMILIES:

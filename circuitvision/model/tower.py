@@ -20,11 +20,10 @@ from circuitvision.errors import UnsupportedModelError
 from circuitvision.model import heads
 from circuitvision.model.points import linear
 from circuitvision.model.spec import (
-    NORMS,
     BlockLayout,
     Family,
-    NormSpec,
     TowerSpec,
+    norm_spec,
     require,
     resolve,
     stack_for,
@@ -58,16 +57,6 @@ class TowerConfig:
     """"LayerNorm" or "RMSNorm"."""
     gated_mlp: bool
     rotary: bool
-
-
-def norm_spec(module: nn.Module) -> NormSpec:
-    """How a normalisation module computes; raises UnsupportedModelError for a class no family file describes."""
-    for cls in type(module).__mro__:
-        if cls.__name__ in NORMS:
-            return NORMS[cls.__name__]
-    raise UnsupportedModelError(
-        f"{type(module).__name__} is a norm that no family file describes; known: {', '.join(NORMS)}."
-    )
 
 
 def _nobody() -> None:

@@ -1,0 +1,53 @@
+"""Which sites a lens reads: the residual stream, or what a user names by kind, name or glob."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from circuitvision.errors import InputError, UnknownSiteError, nearest
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+
+
+def lens_sites(model: HookedModel, tower: str) -> list[str]:
+    """The sites :func:`logit_lens` reads by default, for ``run_with_cache(names_filter=…)``: the stream of all layers that can reach the output."""
+    layers = range(model.towers[tower].cfg.n_layers)
+    names = [f"{tower}.hook_input", *(f"{tower}.blocks.{layer}.hook_resid_post" for layer in layers)]
+    offered = set(model.sites(f"{tower}.**"))
+    return [name for name in names if name in offered and not model.is_dead(name)]
+
+
+def ordered_sites(model: HookedModel, tower: str, sites: str | Sequence[str]) -> list[str]:
+    """The sites of a tower that kinds ("resid_post", "attn_out", "attn.hook_result"), names or globs select, in the order of a forward pass.
+
+    Raises:
+        UnknownSiteError: nothing of that name in the tower. InputError: a site of another tower.
+    """
+    asked = [sites] if isinstance(sites, str) else list(sites)
+    known = model.sites(f"{tower}.**")
+    chosen: set[str] = set()
+    for entry in asked:
+        forms = [entry, f"{tower}.{entry}", f"{tower}.blocks.*.{entry}", f"{tower}.blocks.*.hook_{entry}"]
+        forms += [f"{tower}.blocks.*.attn.hook_{entry}", f"{tower}.hook_{entry}"]
+        found: list[str] = []
+        for form in forms:
+            try:
+                found = list(model.sites(form))
+            except UnknownSiteError:
+                continue
+            if found:
+                break
+        if not found:
+            kinds = sorted({name.split(".", 3)[3] for name in known if ".blocks." in name} | set(known))
+            raise UnknownSiteError(
+                f"{entry!r} is no site of the {tower} tower. Nearest: {', '.join(nearest(entry, kinds))}."
+            )
+        foreign = [name for name in found if not name.startswith(f"{tower}.")]
+        if foreign:
+            raise InputError(f"{foreign[0]} is not a site of the {tower} tower; read one tower at a time.")
+        chosen |= set(found)
+    if not chosen:
+        raise InputError("Name at least one site.")
+    return [name for name in known if name in chosen]

@@ -1,0 +1,260 @@
+"""Targets: what a read-out is read for, and how words, classes, prompts, dimensions and directions become columns of it.
+
+A tower speaks about one kind of thing (:func:`output_kind`): classes, tokens, the texts or images a dual encoder compares with, action dimensions, or
+nothing with a name. Words are looked up among the class names, then in the tokenizer; a word of several tokens needs ``pieces``:
+
+* ``"first"``: its first token;
+* ``"mean"``: the mean of the measure over its tokens;
+* ``"joint"``: the sum of their log-probabilities at the same place (with the measure ``"prob"``, their product). A reading of one place knows no
+  order, so this is not the probability of saying the word.
+
+A dual encoder's prompts are strings: its text tower runs on them alone, and images are read against their embeddings. Not covered: sentences as
+targets of a language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.model import heads
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.tower import Tower
+
+PIECES = ("first", "mean", "joint")
+MEASURES = ("logit", "logprob", "prob")
+
+
+def output_kind(tower: Tower) -> str:
+    """What the columns of a tower's read-out are: "classes", "tokens", "texts", "images", "actions", "embedding", or "hidden" without a head.
+
+    The vision tower of a vision-language model speaks in tokens: its read-out ends in the space that the language tower reads.
+    """
+    readout = tower.spec.readout
+    if readout is None:
+        return "hidden"
+    if readout.finish == "projector":
+        return output_kind(tower.siblings["language"])
+    if readout.finish == "contrast":
+        return "texts" if tower.name == "vision" else "images"
+    if readout.head is None and readout.tied_lens is None:
+        return "hidden"
+    if readout.pool == "chunk":
+        return "actions"
+    if not tower.stack.image:
+        return "tokens"
+    return "classes" if tower.family.output == "logits" else "embedding"
+
+
+def reader_of(tower: Tower) -> Tower:
+    """The tower whose head a tower is read through: itself, or the language tower behind a projector."""
+    readout = tower.spec.readout
+    return tower.siblings["language"] if readout is not None and readout.finish == "projector" else tower
+
+
+def output_size(tower: Tower) -> int | None:
+    """The number of columns of a tower's read-out; None where it depends on the run, or where there is no head."""
+    if output_kind(tower) in ("texts", "images", "hidden"):
+        return None
+    owner = reader_of(tower)
+    found = heads.unembedding(owner)
+    head: Any = found[0] if found is not None else None
+    if head is None:
+        readout = owner.spec.readout
+        assert readout is not None
+        head = heads.resolve(owner.module, readout.head)
+    return int(head.weight.shape[0])
+
+
+def prompt_embeddings(model: HookedModel, prompts: Sequence[str]) -> Float[Tensor, "prompt d_shared"]:
+    """Unit embeddings of text prompts by a dual encoder's own text tower.
+
+    Raises:
+        InputError: a prompt that is empty or longer than the text tower reads, no processor. UnsupportedModelError: a model without text features.
+    """
+    module: Any = model.module
+    if "text" not in model.towers or not hasattr(module, "get_text_features"):
+        raise UnsupportedModelError(f"A {model.family.name} model has no text tower that embeds prompts.")
+    if isinstance(prompts, str) or not prompts:
+        raise InputError("Give a list of prompts, such as ['a photo of a cat', 'a photo of a dog'].")
+    empty = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, str) or not prompt.strip()]
+    if empty:
+        raise InputError(f"Prompt {empty[0]} is empty; a prompt is a text such as 'a red circle'.")
+    limit = int(model.text.config.max_position_embeddings)
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise InputError("This model was wrapped without a processor, so it cannot read prompts; give embeddings.")
+    for prompt in prompts:
+        length = len(tokenizer(prompt)["input_ids"])
+        if length > limit:
+            raise InputError(
+                f"The prompt {prompt[:40]!r} takes {length} tokens, start and end included; this text tower reads {limit}. Shorten it."
+            )
+    inputs = model.inputs(text=list(prompts))
+    with torch.no_grad(), model.text.quiet():
+        found: Any = module.get_text_features(**inputs)
+    found = found if isinstance(found, Tensor) else found.pooler_output
+    return found / found.pow(2).sum(-1, keepdim=True).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Columns of a read-out by name: ids ``[target example piece]`` (-1 where there is none), or embeddings or directions that make the columns.
+
+    The example axis has length 1 where every example has the same targets.
+    """
+
+    labels: list[Any]
+    ids: Int[Tensor, "target example piece"]
+    how: str = "first"
+    against: Float[Tensor, "target width"] | None = None
+
+    def read(
+        self, measured: Float[Tensor, "row pos n_out"], example: Int[Tensor, " row"]
+    ) -> Float[Tensor, "row pos target"]:
+        """The value of every target, given the measure of every column and the example each row belongs to."""
+        ids = self.ids.to(measured.device)
+        chosen = ids.expand(-1, int(example.max()) + 1, -1)[:, example] if ids.shape[1] == 1 else ids[:, example]
+        columns = []
+        for target in chosen:
+            there = (target >= 0)[:, None]
+            found = measured.gather(-1, target.clamp(min=0)[:, None].expand(-1, measured.shape[1], -1))
+            total = torch.where(there, found, torch.zeros_like(found)).sum(-1)
+            columns.append(total / there.sum(-1) if self.how == "mean" else total)
+        return torch.stack(columns, dim=-1)
+
+
+def resolve_targets(
+    model: HookedModel, tower: Tower, targets: Any, *, pieces: str | None = None, own_columns: bool = False
+) -> Targets:
+    """Targets by name, id, prompt, dimension or direction as columns of a tower's read-out.
+
+    ``targets`` is a list of them (or one), the same for all examples; a mapping of a name to one per example
+    (``{"answer": ["red", "blue"]}``); or a float tensor of embeddings or directions ``[target width]``. ``own_columns`` says that the caller brings a
+    read-out of its own, whose columns have numbers only.
+
+    Raises:
+        InputError: no such class, word or column, a word of several tokens without ``pieces``, an empty or too long prompt, a tower without a head.
+    """
+    if pieces is not None and pieces not in PIECES:
+        raise InputError(f"Unknown pieces {pieces!r}; choose 'first', 'mean' or 'joint'.")
+    kind = "columns" if own_columns else output_kind(tower)
+    if isinstance(targets, Tensor) and targets.is_floating_point():
+        return _directions(tower, kind, targets)
+    if kind == "hidden":
+        raise InputError(
+            f"The {tower.name} tower of this {tower.family.name} model has no read-out, so it has no classes or words. Give targets as a tensor of "
+            f"directions [target {tower.cfg.d_model}], or a read-out of your own: readout=fn(resid [row pos d_model]) -> [row pos n_out]."
+        )
+    if isinstance(targets, Mapping):
+        rows = [list(answers) if not isinstance(answers, str | int) else [answers] for answers in targets.values()]
+        labels: list[Any] = list(targets)
+    else:
+        flat = [targets] if isinstance(targets, str | int) else list(targets)
+        rows, labels = [[target] for target in flat], flat
+    if not rows or any(not row for row in rows):
+        raise InputError("Give at least one target.")
+    if kind == "texts" and all(isinstance(item, str) for row in rows for item in row):
+        if isinstance(targets, Mapping):
+            raise InputError("Prompts are the same for all images: give a list of strings.")
+        ids = torch.arange(len(labels)).view(-1, 1, 1)
+        return Targets(labels, ids, "first", prompt_embeddings(model, labels))
+    examples = max(len(row) for row in rows)
+    if any(len(row) not in (1, examples) for row in rows):
+        raise InputError(f"Targets per example need one per example each; got {[len(row) for row in rows]}.")
+    found = [[_ids(model, tower, kind, item, pieces) for item in row] for row in rows]
+    width = max(len(ids) for row in found for ids in row)
+    table = torch.full((len(rows), examples, width), -1, dtype=torch.long)
+    for index, row in enumerate(found):
+        for example in range(examples):
+            chosen = row[example if len(row) > 1 else 0]
+            table[index, example, : len(chosen)] = torch.tensor(chosen)
+    return Targets(labels, table, pieces or "first")
+
+
+def _directions(tower: Tower, kind: str, targets: Tensor) -> Targets:
+    targets = targets[None] if targets.ndim == 1 else targets
+    if targets.ndim != 2 or len(targets) == 0:
+        raise InputError(f"Directions or embeddings are [target width]; got {tuple(targets.shape)}.")
+    labels = [f"direction {index}" for index in range(len(targets))]
+    if kind in ("texts", "images"):
+        # Embeddings of a dual encoder are compared by cosine, whatever their length.
+        targets = targets / targets.pow(2).sum(-1, keepdim=True).sqrt()
+    return Targets(labels, torch.arange(len(labels)).view(-1, 1, 1), "first", targets)
+
+
+def _ids(model: HookedModel, tower: Tower, kind: str, target: Any, pieces: str | None) -> list[int]:
+    if isinstance(target, Tensor) and target.ndim == 0 and not target.is_floating_point():
+        target = int(target)
+    if isinstance(target, int) and not isinstance(target, bool):
+        size = None if kind == "columns" else output_size(tower)
+        if target < 0 or (size is not None and target >= size):
+            raise InputError(f"There is no {_singular(kind)} {target}: this read-out has {size} {kind}, from 0.")
+        return [target]
+    if not isinstance(target, str):
+        raise InputError(f"A target is a word, a number or a direction, not {target!r}.")
+    if kind in ("images", "actions", "embedding", "columns"):
+        raise InputError(
+            f"{target!r} is a word, and the {tower.name} tower is read in {kind}; give the number of the {_singular(kind)}"
+            + (", or embeddings [target d_shared]." if kind in ("images", "embedding") else ".")
+        )
+    if kind == "texts":
+        raise InputError("Give prompts only, or numbers of the run's texts only.")
+    return word_ids(model, target, pieces)
+
+
+def _singular(kind: str) -> str:
+    return {"classes": "class"}.get(kind, kind.removesuffix("s"))
+
+
+def word_ids(model: HookedModel, word: str, pieces: str | None = None) -> list[int]:
+    """The ids of a class name or word: one, or with ``pieces`` as many as it takes (``"first"``: the first).
+
+    Raises:
+        InputError: an unknown word, or one of several tokens without ``pieces``.
+    """
+    labels = getattr(model.config, "label2id", None) or {}
+    if word in labels:
+        return [int(labels[word])]
+    try:
+        return [model.token(word)]
+    except InputError:
+        tokenizer = model.tokenizer
+        if tokenizer is None:
+            raise
+        forms = [tokenizer.encode(form, add_special_tokens=False) for form in (" " + word, word)]
+        known = [ids for ids in forms if tokenizer.unk_token_id not in ids and ids]
+        if not known:
+            raise
+    ids = [int(number) for number in min(known, key=len)]
+    if pieces is None:
+        names = " ".join(str(piece) for piece in tokenizer.convert_ids_to_tokens(ids))
+        raise InputError(
+            f"{word!r} takes {len(ids)} tokens ({names}). Choose pieces='first' (its first token), 'mean' (the mean over its tokens) or 'joint' "
+            "(the sum of their log-probabilities), or give the id of the token you mean."
+        )
+    return ids[:1] if pieces == "first" else ids
+
+
+def names_of(model: HookedModel, tower: Tower, ids: Sequence[int], targets: Targets | None = None) -> dict[str, str]:
+    """The word, class or prompt of columns of a read-out, by the number as text (JSON has no other keys)."""
+    if targets is not None and targets.against is not None:
+        return {str(number): str(targets.labels[number]) for number in ids}
+    kind = output_kind(tower)
+    if kind == "classes":
+        known = getattr(model.config, "id2label", None) or {}
+        return {str(number): str(known.get(number, number)) for number in ids}
+    if kind == "tokens" and model.tokenizer is not None:
+        # A head may be wider than the vocabulary.
+        pieces = [model.tokenizer.convert_ids_to_tokens(number) for number in ids]
+        return {str(number): str(number if piece is None else piece) for number, piece in zip(ids, pieces, strict=True)}
+    word = {"actions": "dim ", "texts": "text ", "images": "image "}.get(kind, "")
+    return {str(number): f"{word}{number}" for number in ids}
