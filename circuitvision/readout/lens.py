@@ -1,22 +1,23 @@
 """The logit lens: what a tower would answer at any of its sites, at every position, in the tower's own vocabulary.
 
-A vector of width d_model goes through the tower's read-out as if it were the final residual stream (see :mod:`circuitvision.model.heads` for what
-that means at positions that the family does not pool). ``norm`` says what the final norm does to it:
+A vector of width d_model goes through the tower's read-out as if it were the final residual stream (see :mod:`circuitvision.model.heads` for
+what that means at positions that the family does not pool). ``norm`` says what the final norm does to it:
 
 * ``"own"``: its own statistics (the usual lens; of a branch's output too, as in Vilas et al.);
-* ``"frozen"``: the scale that the norm has in this run at the same position, so that the lens is linear in the vector and values of parts add up;
+* ``"frozen"``: the scale that the norm has in this run at the same position, so that the lens is linear in the vector and values of parts add
+  up;
 * ``"none"``: no final norm;
 * ``"tuned"``: an affine map per layer, trained to predict the output, then the norm's own statistics (:class:`TunedLens`).
 
-At the last layer of a tower that feeds the output the lens is the model's own output. Where a vision tower is read by a language tower, its patches
-go through the projector and then through the language tower's head: the answer an image patch would give as a token, had no language layer touched
-it. That map was never trained for, so compare two inputs, or with chance, instead of reading absolutes.
+At the last layer of a tower that feeds the output the lens is the model's own output. Where a vision tower is read by a language tower, its
+patches go through the projector and then through the language tower's head: the answer an image patch would give as a token, had no language
+layer touched it. That map was never trained for, so compare two inputs, or with chance, instead of reading absolutes.
 
-Nothing of the size layers × positions × vocabulary ever exists: a site is read in pieces of at most ``CHUNK_BYTES`` of logits. Read-outs that pool
-give ``pooled`` beside the values per position: what the model would answer if it stopped at that layer.
+Nothing of the size layers × positions × vocabulary ever exists: a site is read in pieces of at most ``CHUNK_BYTES`` of logits. Read-outs that
+pool give ``pooled`` beside the values per position: what the model would answer if it stopped at that layer.
 
-References: nostalgebraist 2020 (logit lens); Belrose et al. 2023, arXiv 2303.08112 (tuned lens); Vilas et al. 2023, arXiv 2310.18969 (class-embedding
-space of ViTs); Neo et al. 2024, arXiv 2410.07149 (image positions).
+References: nostalgebraist 2020 (logit lens); Belrose et al. 2023, arXiv 2303.08112 (tuned lens); Vilas et al. 2023, arXiv 2310.18969
+(class-embedding space of ViTs); Neo et al. 2024, arXiv 2410.07149 (image positions).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from circuitvision.model.sites import SiteName
 from circuitvision.provenance import describe
 from circuitvision.readout.lens_sites import lens_sites, ordered_sites
 from circuitvision.readout.places import on_grid, places_of
+from circuitvision.readout.recorded import recorded
 from circuitvision.readout.targets import (
     MEASURES,
     Targets,
@@ -67,12 +69,12 @@ def _none() -> Tensor:
 class LensResult(Result):
     """The lens at every site and position.
 
-    ``values`` is ``[layer row position target]`` (``site`` in place of ``layer`` where several kinds were read, a ``head`` axis after it for sites
-    with heads): layer ``"input"`` is what enters block 0, layer ``l`` is block ``l``. With ``top_k`` the last axis is ``rank``. ``ids`` ``[…
-    rank]`` are the highest columns at every place, ``names`` what they are called. With targets, ``ranks`` is 1 plus how many columns are strictly
-    higher, out of ``n_outputs``. ``pooled`` ``[layer row target]`` and ``pooled_ids`` are the same for the family's pooled output. ``places`` is
-    ``[row position 4]``: image, tile, patch row and patch column, -1 where a position is no patch; ``words`` labels positions, ``example`` says
-    which example a row belongs to.
+    ``values`` is ``[layer row position target]`` (``site`` in place of ``layer`` where several kinds were read, a ``head`` axis after it for
+    sites with heads): layer ``"input"`` is what enters block 0, layer ``l`` is block ``l``. With ``top_k`` the last axis is ``rank``. ``ids``
+    ``[… rank]`` are the highest columns at every place, ``names`` what they are called. With targets, ``ranks`` is 1 plus how many columns are
+    strictly higher, out of ``n_outputs``. ``pooled`` ``[layer row target]`` and ``pooled_ids`` are the same for the family's pooled output.
+    ``places`` is ``[row position 4]``: image, tile, patch row and patch column, -1 where a position is no patch; ``words`` labels positions,
+    ``example`` says which example a row belongs to.
     """
 
     tower: str = ""
@@ -167,22 +169,20 @@ def logit_lens(
     """Read the answer off any site of a tower: ``lens(h) = head(norm(h))`` at every position.
 
     Args:
-        model: the hooked model. cache: a cache of one run, or the inputs of one (then the run is made here, recording what is needed). tower: the
-        tower to read; by default the language tower, or the only one there is. sites: kinds ("resid_post", "attn_out", "attn.hook_result", …),
-        names or globs; by default the residual stream, where it can reach the output. norm: "own", "frozen", "none" or "tuned", see the module.
-        targets: words, class names, prompts (for the images of a dual encoder), numbers of columns or action dimensions, the same for all examples;
-        or
-            ``{"answer": [one per example]}``; or a float tensor of embeddings or directions ``[target width]``.
-        top_k: instead of targets, keep the highest values at every position and whose they are.
-        measure: ``"logit"``, ``"logprob"`` (nats) or ``"prob"``. Read-outs that are no distribution (actions, directions) have logits only.
-        pieces: how to read a word of several tokens: "first", "mean" or "joint", see :mod:`circuitvision.readout.targets`.
-        readout: a read-out of your own, ``fn(resid [row pos d_model]) -> [row pos n_out]``, for towers without one.
-        tuned: the trained maps for ``norm="tuned"``.
-        step: which pass of a cache of several (``generate``, ``sample_actions``).
+        model: the hooked model. cache: a cache of one run, or the inputs of one (then the run is made here, recording what is needed). tower:
+        the tower to read; by default the language tower, or the only one there is. sites: kinds ("resid_post", "attn_out", "attn.hook_result",
+        …), names or globs; by default the residual stream, where it can reach the output. norm: "own", "frozen", "none" or "tuned", see the
+        module. targets: words, class names, prompts (for the images of a dual encoder), numbers of columns or action dimensions, the same for
+        all examples; or ``{"answer": [one per example]}``; or a float tensor of embeddings or directions ``[target width]``. top_k: instead of
+        targets, keep the highest values at every position and whose they are. measure: ``"logit"``, ``"logprob"`` (nats) or ``"prob"``.
+        Read-outs that are no distribution (actions, directions) have logits only. pieces: how to read a word of several tokens: "first",
+        "mean" or "joint", see :mod:`circuitvision.readout.targets`. readout: a read-out of your own, ``fn(resid [row pos d_model]) -> [row pos
+        n_out]``, for towers without one. tuned: the trained maps for ``norm="tuned"``. step: which pass of a cache of several (``generate``,
+        ``sample_actions``).
 
     Raises:
-        InputError: no such tower, both or neither of ``targets`` and ``top_k``, an unknown measure or norm, a cache without what is needed, a target
-        that does not exist, a tower without a read-out and neither directions nor a callable. UnknownSiteError: no such site.
+        InputError: no such tower, both or neither of ``targets`` and ``top_k``, an unknown measure or norm, a cache without what is needed, a
+        target that does not exist, a tower without a read-out and neither directions nor a callable. UnknownSiteError: no such site.
     """
     owner = _tower(model, tower)
     _check_options(owner, norm, targets, top_k, measure, tuned, readout)
@@ -299,21 +299,8 @@ class LensReader:
         return against is not None and self.kind in ("classes", "tokens", "actions")
 
     def site(self, name: str) -> Tensor:
-        """A site of the cache as ``[row pos …]``.
-
-        Raises:
-            InputError: the cache does not hold it, or holds several passes and no ``step`` says which.
-        """
-        if name not in self.cache:
-            raise InputError(f"The cache does not hold {name}; add it to names_filter, or give the inputs themselves.")
-        value = self.cache[name]
-        ndim = 4 if SiteName.parse(name).has_heads else 3
-        ndim -= not self.cache.has_batch_dim
-        if isinstance(value, list) or value.ndim == ndim + 1:
-            if self.step is None:
-                raise InputError("This cache holds several passes; say which with step=, counted from 0.")
-            value = value[self.step]
-        return value if self.cache.has_batch_dim else value[None]
+        """A site of the cache as ``[row pos …]``, see :func:`recorded`."""
+        return recorded(self.cache, name, self.step)
 
     def columns(
         self, value: Float[Tensor, "row pos d_model"], layer: int | None = None

@@ -5,7 +5,7 @@ to minimise ``KL(output || lens_l)`` over the positions chosen, where ``output``
 position (the model's output wherever the tower feeds it). Outputs that are no distribution (action dimensions) are fitted by the mean squared
 error.
 
-A tuned lens says what could be read linearly, not what later layers do read; it needs inputs like those it is used on. The KL on inputs held out is
+The last layer's map stays the identity. A tuned lens says what could be read linearly, not what later layers do read; it needs inputs like those it is used on. The KL on inputs held out is
 kept per layer, beside that of the plain lens. Not covered: training while the model streams from disk.
 
 Reference: Belrose et al. 2023, arXiv 2303.08112.
@@ -109,8 +109,10 @@ class TunedLens(Result):
         reader = LensReader(model, owner, _cache_of(model, data[0], owner.name))
         losses, weights, biases = [], [], []
         with Progress(len(residuals) * steps, f"tuned lens of {owner.name}") as bar:
-            for values in residuals:
-                found = _fit(reader, values, outputs, split, steps, learning_rate, batch, generator, bar)
+            for index, values in enumerate(residuals):
+                # The last layer is what the others are trained towards: its map is the identity, not Adam's noise around it.
+                count_of_steps = 0 if index == len(residuals) - 1 else steps
+                found = _fit(reader, values, outputs, split, count_of_steps, learning_rate, batch, generator, bar)
                 weights.append(found[0])
                 biases.append(found[1])
                 losses.append(found[2])
@@ -193,7 +195,7 @@ def _fit(
     weight = torch.zeros(width, width, device=device, requires_grad=True)
     bias = torch.zeros(width, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
     train, held = split
 
     def loss(index: Tensor, mapped: bool) -> Tensor:

@@ -1,0 +1,201 @@
+"""From a direction of the output to a direction at every position of the stream.
+
+With all statistics held at their values in this run (norm denominators, the length of an embedding, the pattern and MLP of a pooling head, no
+soft cap), a read-out is affine in the final residual: ``output·direction = Σ_pos gradient[pos]·resid[pos] + constant``. The gradient is exact,
+not an approximation, and holds whatever the family pools: one position, a mean, CLS beside the mean patch, attention pooling. What a term of
+the stream contributes is its inner product with the gradient; the contributions and the constant (biases of norm and head) add up to the
+output.
+
+Not covered: towers behind a projector of more than one layer (give a direction of the stream).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision import metrics
+from circuitvision.errors import InputError
+from circuitvision.model.cache import ActivationCache
+from circuitvision.model.heads import Reading
+from circuitvision.model.selection import Selection
+from circuitvision.readout.targets import Targets, output_kind, reader_of, resolve_targets
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.tower import Tower
+
+
+@dataclass(frozen=True)
+class Functional:
+    """``value = Σ_pos gradient·resid + constant`` per row, and in words what it is."""
+
+    gradient: Float[Tensor, "row pos d_model"]
+    constant: Float[Tensor, " row"]
+    value: Float[Tensor, " row"]
+    label: str
+
+
+def functional(
+    model: HookedModel,
+    tower: Tower,
+    cache: ActivationCache,
+    final: Float[Tensor, "row pos d_model"],
+    direction: Any,
+    *,
+    position: Any = None,
+    pieces: str | None = None,
+) -> Functional:
+    """The functional of a direction (see :func:`direct_attribution` for its forms) at the final residual of a run.
+
+    Raises:
+        InputError: a direction that does not fit the tower, no position where one is needed.
+    """
+    final = final.detach().to(torch.promote_types(final.dtype, torch.float32))
+    if isinstance(direction, Tensor) and direction.is_floating_point() and direction.shape[-1] == tower.cfg.d_model:
+        return _stream_direction(model, tower, cache, final, direction, position)
+    answer, foil, label = _answers(direction)
+    kind = output_kind(tower)
+    if kind in ("hidden", "embedding") or reader_of(tower) is not tower:
+        raise InputError(
+            f"The {tower.name} tower has no read-out that is affine in its stream; give a direction of the stream: a tensor "
+            f"[{tower.cfg.d_model}] or one per row."
+        )
+    chosen = resolve_targets(model, tower, _named(answer, foil), pieces=pieces)
+    if chosen.how == "joint":
+        raise InputError("A joint probability is not linear in the logits; choose pieces='first' or 'mean'.")
+    rows = _rows(model, tower, cache, final.shape[0])
+    index = None if _pools(tower) else positions_read(model, tower, cache, position, final.shape[:2])
+    # Inference tensors cannot be tracked; a copy made here can.
+    with torch.inference_mode(False), torch.enable_grad(), tower.quiet():
+        resid = final.clone().requires_grad_(True)
+        logits = _read(tower, cache, resid, chosen, index)
+        values = chosen.read(logits.to(resid.dtype), rows.to(resid.device))[..., 0, :]
+        value = values[:, 0] - values[:, 1] if foil is not None else values[:, 0]
+        (gradient,) = torch.autograd.grad(value.sum(), resid)
+    value = value.detach()
+    constant = value - (gradient * final).flatten(1).sum(-1)
+    return Functional(gradient, constant, value, label)
+
+
+def _pools(tower: Tower) -> bool:
+    readout = tower.spec.readout
+    return readout is not None and readout.pool not in ("none", "chunk")
+
+
+def _read(
+    tower: Tower, cache: ActivationCache, resid: Tensor, chosen: Targets, index: Tensor | None
+) -> Float[Tensor, "row 1 n_out"]:
+    """The frozen read-out: pooled, or the mean over the positions ``index`` (bool ``[row pos]``) of what each says."""
+    dtype = next(tower.module.parameters()).dtype
+    options: dict[str, Any] = {"norm": "frozen", "against": chosen.against, "capped": False}
+    if index is None:
+        out = Reading(tower, cache, reference=resid.detach().to(dtype), **options).output(resid.to(dtype))
+        return (out.T if output_kind(tower) == "images" and chosen.against is None else out)[:, None]
+    there = index.any(0).nonzero().flatten()
+    picked = resid[:, there].to(dtype)
+    reading = Reading(tower, cache, reference=picked.detach(), **options)
+    out = reading.positions(picked, 0, picked.detach())
+    share = index[:, there].to(out.dtype)
+    return torch.einsum("bp,bpk->bk", share / share.sum(-1, keepdim=True), out)[:, None]
+
+
+def _answers(direction: Any) -> tuple[Any, Any, str]:
+    """Answer, foil (or None) and label of a direction."""
+    if isinstance(direction, metrics.LogitDiff):
+        return direction.answer, direction.foil, direction.name
+    if isinstance(direction, metrics.ActionDim):
+        return direction.dim, None, direction.name
+    if callable(direction):
+        raise InputError(
+            f"A direction is an answer, a pair (answer, foil), a tensor, or cv.metrics.logit_diff(…); {direction!r} is not linear in the logits."
+        )
+    if isinstance(direction, Mapping):
+        if set(direction) - {"answer", "foil"} or "answer" not in direction:
+            raise InputError("A mapping gives 'answer' and, for a difference, 'foil', each one per example.")
+        foil = direction.get("foil")
+        return direction["answer"], foil, "answer" if foil is None else "answer - foil"
+    if isinstance(direction, tuple):
+        if len(direction) != 2:
+            raise InputError(f"A pair is (answer, foil); this one has {len(direction)} entries.")
+        return direction[0], direction[1], f"{direction[0]} - {direction[1]}"
+    return direction, None, str(direction)
+
+
+def _named(answer: Any, foil: Any) -> Any:
+    if isinstance(answer, str | int) and (foil is None or isinstance(foil, str | int)):
+        return [answer] if foil is None else [answer, foil]
+    named = {"answer": _listed(answer)}
+    return named if foil is None else {**named, "foil": _listed(foil)}
+
+
+def _listed(answers: Any) -> list[Any]:
+    if isinstance(answers, str | int):
+        return [answers]
+    return [int(item) if isinstance(item, Tensor) else item for item in answers]
+
+
+def _rows(model: HookedModel, tower: Tower, cache: ActivationCache, rows: int) -> Tensor:
+    tokens = model.tokens(cache.inputs).get(tower.name) if cache.inputs else None
+    return torch.arange(rows) if tokens is None or tokens.n_rows != rows else torch.as_tensor(tokens.example)
+
+
+def _stream_direction(
+    model: HookedModel, tower: Tower, cache: ActivationCache, final: Tensor, direction: Tensor, position: Any
+) -> Functional:
+    if direction.ndim > 2 or (direction.ndim == 2 and direction.shape[0] != final.shape[0]):
+        raise InputError(
+            f"A direction of the stream is [{tower.cfg.d_model}] or one per row ({final.shape[0]}), not {tuple(direction.shape)}."
+        )
+    if position is None and tower.stack.image and tower.cfg.n_prefix == 0:
+        raise InputError("Say where the direction is read: position= a number, or a selection (its mean is read).")
+    default = 0 if tower.stack.image else "last"
+    index = positions_read(model, tower, cache, default if position is None else position, final.shape[:2])
+    share = index.to(final) / index.sum(-1, keepdim=True).to(final)
+    direction = direction.detach().to(final).expand(final.shape[0], -1)
+    gradient = share[..., None] * direction[:, None]
+    value = (gradient * final).flatten(1).sum(-1)
+    return Functional(gradient, torch.zeros_like(value), value, "direction")
+
+
+def positions_read(
+    model: HookedModel, tower: Tower, cache: ActivationCache, position: Any, shape: torch.Size
+) -> Tensor:
+    """The positions read, bool ``[row pos]``: one per row, or those of a selection."""
+    rows, length = shape
+    chunk = tower.spec.readout is not None and tower.spec.readout.pool == "chunk"
+    start = length - int(tower.config_of_model.chunk_size) if chunk else 0
+    if position is None:
+        position = 0 if chunk else "last"
+    if isinstance(position, Selection):
+        if position.tower != tower.name or position.mask.shape != (rows, length):
+            raise InputError(
+                f"The selection is of the {position.tower} tower or of another run; select in {tower.name}."
+            )
+        mask = position.tensor
+        if not bool(mask.any(1).all()):
+            raise InputError("The selection is empty in a row, so there is nothing to read there.")
+        return mask
+    mask = torch.zeros(rows, length, dtype=torch.bool)
+    if position == "mean":
+        mask[:, start:] = True
+        return mask
+    if isinstance(position, str):
+        if position != "last":
+            raise InputError(
+                f"Unknown position {position!r}; give 'last', 'mean', a number, one per row, or a selection."
+            )
+        last = torch.as_tensor(model.tokens(cache.inputs)[tower.name].last())
+        mask[torch.arange(rows), last] = True
+        return mask
+    where = torch.as_tensor(position).expand(rows)
+    where = torch.where(where < 0, where + length, where + start)
+    if bool(((where < start) | (where >= length)).any()):
+        raise InputError(f"Position {position!r} is outside the {length - start} positions that are read here.")
+    mask[torch.arange(rows), where] = True
+    return mask

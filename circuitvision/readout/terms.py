@@ -1,0 +1,219 @@
+"""Terms: everything that is added up in a residual stream, with a name each.
+
+The stream after layer ``l`` is what entered block 0 plus what every attention and MLP wrote: ``resid = input + Σ attn_out + Σ mlp_out``.
+Attention's share splits into heads and an output bias, ``attn_out = T(Σ_h z_h W_O^h + b_O)``, and an MLP's into neurons and a bias, ``mlp_out
+= T(Σ_i post_i W_out[i] + b_out)``, where ``T`` is the identity, a LayerScale, or a sandwich norm whose denominator is held at its value in
+this run: linear, so that shares add up. The input splits into patch embedding, position embedding and prefix tokens where the tower just adds
+them (not where a norm follows, as in CLIP).
+
+Names: ``input`` (or ``patch_embed``, ``pos_embed``, ``prefix``), ``L3.attn``, ``L3H7``, ``L3.attn.bias``, ``L3.mlp``, ``L3N512``,
+``L3.mlp.bias``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.cache import ActivationCache, head_results
+from circuitvision.model.heads import frozen_norm
+from circuitvision.model.points import linear
+from circuitvision.model.spec import NORMS
+from circuitvision.readout.recorded import recorded
+
+if TYPE_CHECKING:
+    from circuitvision.model.tower import Block, Tower
+
+SPLITS = ("component", "head", "neuron")
+
+
+class Stream:
+    """The terms of one tower's residual stream in one run, up to the hidden state ``end`` (0 is the input, ``l + 1`` the output of block ``l``)."""
+
+    def __init__(self, tower: Tower, cache: ActivationCache, end: int | None = None, step: int | None = None) -> None:
+        self.tower, self.cache, self.step = tower, cache, step
+        self.end = max(tower.feature_layers) if end is None else end
+
+    def site(self, name: str) -> Tensor:
+        """A site of this tower (name without the tower) as ``[row …]``.
+
+        Raises:
+            InputError: the cache does not hold it, or holds several passes and no step was chosen.
+        """
+        return recorded(self.cache, f"{self.tower.name}.{name}", self.step).detach()
+
+    @property
+    def final(self) -> Float[Tensor, "row pos d_model"]:
+        """The stream at its end."""
+        return self.site(self.tower.residual_name(self.end).split(".", 1)[1])
+
+    # -- the input ---------------------------------------------------------------------------------------------------------------------------
+
+    def input_parts(self) -> dict[str, Tensor]:
+        """What enters block 0: patches, positions and prefix tokens where they are simply added, one part otherwise."""
+        whole = self.site("hook_input")
+        names = [f"{self.tower.name}.{site}" for site in ("hook_embed", "hook_pos_embed")]
+        if not self.tower.stack.image or any(name not in self.cache for name in names):
+            return {"input": whole}
+        embed, table = self.site("hook_embed"), self.site("hook_pos_embed")
+        if table.ndim != 3 or table.shape[1] != whole.shape[1] or embed.shape[0] != whole.shape[0]:
+            return {"input": whole}
+        patches = torch.zeros_like(whole)
+        patches[:, -embed.shape[1] :] = embed
+        positions = table.expand_as(whole).clone()
+        rest = whole - patches - positions
+        n_prefix = whole.shape[1] - embed.shape[1]
+        if float(rest[:, n_prefix:].abs().amax()) > 1e-5 * float(whole.abs().amax()):
+            return {"input": whole}
+        # Rounding at the patches stays with them, so that the parts add up to the input.
+        patches[:, n_prefix:] += rest[:, n_prefix:]
+        rest[:, n_prefix:] = 0
+        return {"patch_embed": patches, "pos_embed": positions, **({"prefix": rest} if n_prefix else {})}
+
+    # -- the branches ------------------------------------------------------------------------------------------------------------------------
+
+    def through(self, layer: int, branch: str, value: Tensor, reference: Tensor) -> Tensor:
+        """``T`` of a branch ("attn" or "mlp") of one block, its norm's denominator taken from ``reference``, the branch's sum of shares."""
+        block = self.tower.blocks[layer]
+        if not block.has(f"{branch}_add"):
+            return value
+        adder = block.part(f"{branch}_add")
+        if type(adder).__name__ in NORMS:
+            return frozen_norm(adder, value, reference)
+        with self.tower.quiet():
+            return adder(value)
+
+    def adjoint(
+        self, layer: int, branch: str, gradient: Float[Tensor, "row pos d_model"]
+    ) -> tuple[Float[Tensor, "row pos d_model"], Float[Tensor, " row"]]:
+        """``(T' g, g·T(0))``: what one unit written before ``T`` is worth at the end, and what the norm's bias alone is worth."""
+        block = self.tower.blocks[layer]
+        if not block.has(f"{branch}_add"):
+            return gradient, gradient.new_zeros(gradient.shape[0])
+        reference = self.before(layer, branch)
+        # Inference tensors cannot be tracked; copies made here can.
+        with torch.inference_mode(False), torch.enable_grad():
+            zero = torch.zeros(reference.shape, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
+            out = self.through(layer, branch, zero, reference.clone())
+            (pulled,) = torch.autograd.grad(out, zero, gradient.clone())
+        return pulled.detach(), (out.detach() * gradient).flatten(1).sum(-1)
+
+    def before(self, layer: int, branch: str) -> Float[Tensor, "row pos d_model"]:
+        """A branch's sum of shares and bias, before ``T``."""
+        block = self.tower.blocks[layer]
+        if branch == "attn":
+            inner, part = self.site(f"blocks.{layer}.attn.hook_z").flatten(-2), "o"
+        else:
+            inner, part = self.site(f"blocks.{layer}.mlp.hook_post"), "mlp_out"
+        weight, bias = linear(block.part(part), inner.dtype, inner.device)
+        out = inner @ weight.detach()
+        return out if bias is None else out + bias.detach()
+
+    def heads(self, layer: int) -> Float[Tensor, "row pos head d_model"]:
+        """What each head of one block adds to the stream, the output bias left out."""
+        z = self.site(f"blocks.{layer}.attn.hook_z")
+        with torch.no_grad():
+            result = head_results(self.tower, layer, z)
+            block = self.tower.blocks[layer]
+            if not block.has("attn_add"):
+                return result
+            reference = self.before(layer, "attn").unsqueeze(-2)
+            offset = self.through(layer, "attn", torch.zeros_like(reference), reference)
+            return self.through(layer, "attn", result, reference) - offset
+
+    def vectors(self, by: str = "component") -> Iterator[tuple[str, Float[Tensor, "row pos d_model"]]]:
+        """Every term as a tensor; they add up to :attr:`final`. ``by="neuron"`` is not offered: it would not fit into memory."""
+        if by not in ("component", "head"):
+            raise InputError(f"Terms are tensors by 'component' or 'head', not by {by!r}.")
+        yield from self.input_parts().items()
+        for layer in range(self.end):
+            out = self.site(f"blocks.{layer}.hook_attn_out")
+            if by == "component":
+                yield f"L{layer}.attn", out
+            else:
+                results = self.heads(layer)
+                for head in range(results.shape[2]):
+                    yield f"L{layer}H{head}", results[:, :, head]
+                yield f"L{layer}.attn.bias", out - results.sum(2)
+            yield f"L{layer}.mlp", self.site(f"blocks.{layer}.hook_mlp_out")
+
+    # -- scalar shares -----------------------------------------------------------------------------------------------------------------------
+
+    def head_shares(self, layer: int, gradient: Tensor) -> tuple[Float[Tensor, "head row"], Float[Tensor, " row"]]:
+        """``g·T(z_h W_O^h)`` of every head, summed over positions, and the share of the output bias."""
+        pulled, constant = self.adjoint(layer, "attn", gradient)
+        z = self.site(f"blocks.{layer}.attn.hook_z").to(gradient.dtype)
+        w_o, bias = self._output(self.tower.blocks[layer], gradient)
+        per_head = torch.einsum("bphd,hdm,bpm->hb", z, w_o, pulled)
+        written = constant if bias is None else constant + (pulled @ bias).sum(-1)
+        return per_head, written
+
+    def source_shares(
+        self, layer: int, gradient: Tensor, heads: Sequence[int] | None = None
+    ) -> Float[Tensor, "head row source"]:
+        """``g_i·T(A_ij v_j W_O^h)`` of every head and source ``j``, summed over queries ``i``: the head's share, split by where it looked."""
+        pulled, _ = self.adjoint(layer, "attn", gradient)
+        pattern = self.site(f"blocks.{layer}.attn.hook_pattern").to(gradient.dtype)
+        w_o, _ = self._output(self.tower.blocks[layer], gradient)
+        values = self._all_values(layer, pattern.shape[-1]).to(gradient.dtype)
+        values = values.repeat_interleave(self.tower.cfg.n_heads // values.shape[2], dim=2)
+        chosen = list(range(w_o.shape[0])) if heads is None else list(heads)
+        wanted = torch.einsum("bpm,hdm->bphd", pulled, w_o[chosen])
+        worth = torch.einsum("bkhd,bphd->bhpk", values[:, :, chosen], wanted)
+        return (pattern[:, chosen] * worth).sum(2).transpose(0, 1)
+
+    def source_vectors(self, layer: int, rows: Tensor, where: Tensor) -> Float[Tensor, "head source row d_model"]:
+        """``T(A_ij v_j W_O^h)`` at one query ``i`` of every row: what each head takes from each source and writes there."""
+        pattern = self.site(f"blocks.{layer}.attn.hook_pattern")[rows, :, where]
+        values = self._all_values(layer, pattern.shape[-1])
+        w_o, _ = self._output(self.tower.blocks[layer], pattern)
+        values = values.repeat_interleave(w_o.shape[0] // values.shape[2], dim=2)
+        written = torch.einsum("bhk,bkhd,hdm->hkbm", pattern, values, w_o)
+        return self._written(layer, "attn", written, rows, where)
+
+    def neuron_vectors(
+        self, layer: int, post: Float[Tensor, "row d_mlp"], which: range, where: Tensor
+    ) -> Float[Tensor, "neuron row d_model"]:
+        """``T(post_i W_out[i])`` at one position of every row, of some neurons."""
+        weight, _ = linear(self.tower.blocks[layer].part("mlp_out"), post.dtype, post.device)
+        chosen = torch.arange(which.start, which.stop, device=post.device)
+        written = post[:, chosen].T[..., None] * weight.detach()[chosen][:, None]
+        return self._written(layer, "mlp", written, torch.arange(post.shape[0], device=post.device), where)
+
+    def _written(self, layer: int, branch: str, value: Tensor, rows: Tensor, where: Tensor) -> Tensor:
+        if not self.tower.blocks[layer].has(f"{branch}_add"):
+            return value
+        reference = self.before(layer, branch)[rows, where]
+        offset = self.through(layer, branch, torch.zeros_like(reference), reference)
+        return self.through(layer, branch, value, reference.expand_as(value)) - offset
+
+    def _all_values(self, layer: int, keys: int) -> Tensor:
+        """The values of every key: cached ones, where another tower filled the cache, then the tower's own."""
+        own = self.site(f"blocks.{layer}.attn.hook_v")
+        if own.shape[1] == keys:
+            return own
+        before = next((t for t in self.tower.siblings.values() if t.spec.feeds_cache_only), None)
+        if before is None:
+            raise InputError(f"Attention reads {keys} keys, but the cache holds the values of {own.shape[1]} only.")
+        prefix = Stream(before, self.cache).site(f"blocks.{layer}.attn.hook_v")
+        return torch.cat([prefix, own], dim=1)
+
+    def neuron_shares(self, layer: int, gradient: Tensor) -> tuple[Float[Tensor, "neuron row"], Float[Tensor, " row"]]:
+        """``post_i g·T(W_out[i])`` of every neuron, summed over positions, and the share of the MLP's bias."""
+        pulled, constant = self.adjoint(layer, "mlp", gradient)
+        post = self.site(f"blocks.{layer}.mlp.hook_post").to(gradient.dtype)
+        weight, bias = linear(self.tower.blocks[layer].part("mlp_out"), gradient.dtype, gradient.device)
+        wanted = pulled @ weight.detach().to(gradient.dtype).T
+        shares = torch.einsum("bpf,bpf->fb", post, wanted)
+        return shares, constant if bias is None else constant + (pulled @ bias.detach().to(gradient.dtype)).sum(-1)
+
+    def _output(self, block: Block, like: Tensor) -> tuple[Float[Tensor, "head d_head d_model"], Any]:
+        weight, bias = linear(block.part("o"), like.dtype, like.device)
+        w_o = rearrange(weight.detach().to(like.dtype), "(h d) m -> h d m", h=self.tower.cfg.n_heads)
+        return w_o, None if bias is None else bias.detach().to(like.dtype)
