@@ -258,7 +258,7 @@ def _answer_colors(case: Case) -> tuple[tuple[int, int, int], tuple[int, int, in
 
 
 def _lens_figure(found: Quickstart) -> Any:
-    from circuitvision.plots.lens import LensRow, lens_rows
+    from circuitvision.plots.lens_rows import LensRow, lens_rows
 
     case = found.case
     rows = [

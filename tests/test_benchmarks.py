@@ -162,3 +162,10 @@ def test_unavoidable_operations_by_hand(monkeypatch: pytest.MonkeyPatch) -> None
     keys, queries, expert_mlp = 2 * 2 * 64 * 16, 2 * 32 * 64, 2 * 3 * 32 * 128
     actions = 4 * (4 * 64 * (40 + 5) + queries + expert_mlp + pi0.readout)
     assert operations.unavoidable(pi0, 3, 32, 40, False) == 8 * keys + actions
+
+
+def test_lens_quick_holds_less_than_all_logits(tmp_path: Path) -> None:
+    printed, found = run_quick("lens", tmp_path)
+    peaks = {name: reader["peak_mib"] for name, reader in found["readers"].items()}
+    assert peaks["circuitvision, two targets with ranks"] < peaks["all logits"]
+    assert all(name in printed for name in peaks)

@@ -14,7 +14,7 @@ from circuitvision.errors import InputError
 from circuitvision.metrics import logit_diff
 from circuitvision.model.sweep import SweepResult
 from circuitvision.patching import activation_patch
-from circuitvision.plots import graph, lens, report, style, sweeps
+from circuitvision.plots import graph, lens_rows, report, style, sweeps
 from circuitvision.readout import LensResult
 from circuitvision.results import Result
 from tests.toy_model import ToyModel
@@ -82,8 +82,8 @@ def test_lens_figure_puts_values_on_the_patch_grid_without_prefix_positions():
     assert len(maps) == 3
     np.testing.assert_allclose(maps[0], [[-3, -2], [-1, 0]])
     picture = np.zeros((8, 8, 3), dtype=np.uint8)
-    pair = [lens.LensRow(name, picture, [lens_result(), lens_result(12)]) for name in ("clean", "corrupt")]
-    many = lens.lens_rows(pair, "title", (0.5, 0.0, 1.0, 0.5))
+    pair = [lens_rows.LensRow(name, picture, [lens_result(), lens_result(12)]) for name in ("clean", "corrupt")]
+    many = lens_rows.lens_rows(pair, "title", (0.5, 0.0, 1.0, 0.5))
     assert len(heat_maps(many)) == 2 * (3 + 4)
     boxes = [(shape.x0, shape.y0, shape.x1, shape.y1) for shape in many.layout.shapes]
     assert boxes[0] == (3.5, -0.5, 7.5, 3.5)

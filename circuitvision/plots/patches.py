@@ -34,21 +34,29 @@ def add_map(
     column: int,
     hover: Sequence[Sequence[str]] | None = None,
     unit: str = "",
+    written: Sequence[Sequence[str]] | None = None,
     **heatmap: Any,
 ) -> None:
     """A value per patch ``[rows columns]`` as coloured cells; on the figure's shared ``coloraxis`` unless the keywords say otherwise.
 
-    ``hover`` is a line of text per patch, shown under its place and value.
+    ``hover`` is a line of text per patch, shown with its place and value; ``written`` is a word per patch, shown on it.
     """
     import plotly.graph_objects as go
 
     values = np.asarray(grid)
-    lines = "patch row %{y}, column %{x}<br>%{z:.3g}" + (f" {unit}" if unit else "")
+    lines = [
+        [
+            f"patch row {r}, column {c}" + (f"<br>{hover[r][c]}" if hover is not None else "")
+            for c in range(values.shape[1])
+        ]
+        for r in range(values.shape[0])
+    ]
     options: dict[str, Any] = {
         "xgap": 1 if values.shape[1] <= 16 else 0,
         "ygap": 1 if values.shape[0] <= 16 else 0,
-        "hovertemplate": lines + ("<br>%{text}" if hover is not None else "") + "<extra></extra>",
-        **({"text": hover} if hover is not None else {}),
+        "customdata": lines,
+        "hovertemplate": "%{customdata}<br>%{z:.3g}" + (f" {unit}" if unit else "") + "<extra></extra>",
+        **({"text": written, "texttemplate": "%{text}"} if written is not None else {}),
         **({} if "colorscale" in heatmap else {"coloraxis": "coloraxis"}),
         **heatmap,
     }
@@ -86,7 +94,7 @@ def square(figure: go.Figure, height: int, row: int, column: int) -> None:
 
 
 def mark(
-    figure: go.Figure, box: Box | None, rows: int, columns: int, row: int, column: int, color: str = style.GREY
+    figure: go.Figure, box: Box | None, rows: int, columns: int, row: int, column: int, color: str = style.AGAINST
 ) -> None:
     """Draw a box over a picture or map of ``rows`` × ``columns`` cells."""
     if box is None:

@@ -31,6 +31,13 @@ def diverging(low: Color = (33, 87, 190), high: Color = (208, 63, 8)) -> list[li
     return [[where, f"rgba({r},{g},{b},{alpha})"] for where, (r, g, b), alpha in stops]
 
 
+def legible(signed: bool = False) -> list[list[float | str]]:
+    """A colour scale without transparency, for cells with words on them: plotly picks the words' colour by the cell's, not by the page's."""
+    if signed:
+        return [[0.0, "rgb(33,87,190)"], [0.5, "rgb(236,232,229)"], [1.0, "rgb(208,63,8)"]]
+    return [[0.0, "rgb(240,234,230)"], [0.5, "rgb(228,150,118)"], [1.0, "rgb(208,63,8)"]]
+
+
 _CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage", "resetScale2d"]]}
 _THEME_SCRIPT = """
 (function () {

@@ -1,0 +1,311 @@
+"""Figures of attributions: bars of the strongest terms, what a head takes from where, scores of heads by layer, and pairs of terms of two towers.
+
+Orange adds to the direction, blue takes from it. Bars are means over rows with standard errors; what is not shown is gathered in one bar, so
+that the bars add up to the total in the subtitle.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from circuitvision.errors import InputError
+from circuitvision.plots import patches, style
+from circuitvision.plots.lens import PALETTE
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from circuitvision.readout.attribution import Attribution, SourceAttribution
+    from circuitvision.readout.bilinear import BilinearAttribution
+    from circuitvision.readout.increase import LogProbIncrease
+    from circuitvision.readout.summaries import LensSummary
+    from circuitvision.readout.tuned import TunedLens
+
+_MINUS = "\N{MINUS SIGN}"
+
+
+def bars(result: Attribution, count: int = 14, title: str | None = None) -> go.Figure:
+    """The ``count`` strongest terms as bars, the rest as one; mean over rows, whiskers are standard errors."""
+    import plotly.graph_objects as go
+
+    values = result.values.double()
+    mean, rows = values.mean(-1), values.shape[-1]
+    order = mean.abs().argsort(descending=True)
+    shown, rest = order[:count].tolist(), order[count:]
+    names = [result.axes["term"][index] for index in shown]
+    heights = mean[shown].tolist()
+    errors = (values[shown].std(-1) / math.sqrt(rows)).tolist() if rows > 1 else [0.0] * len(shown)
+    if len(rest):
+        names.append(f"{len(rest)} others")
+        heights.append(float(mean[rest].sum()))
+        errors.append(float(values[rest].sum(0).std() / math.sqrt(rows)) if rows > 1 else 0.0)
+    figure = go.Figure(
+        go.Bar(
+            x=heights,
+            y=list(range(len(names))),
+            orientation="h",
+            marker={"color": [style.FOR if value >= 0 else style.AGAINST for value in heights], "line": {"width": 0}},
+            error_x={"array": errors, "visible": rows > 1, "color": style.GREY, "thickness": 1.5, "width": 5},
+            customdata=names,
+            hovertemplate="%{customdata}: %{x:+.4g}<extra></extra>",
+        )
+    )
+    for row, value in enumerate(heights):
+        figure.add_annotation(x=1, xref="paper", xanchor="left", xshift=10, y=row, text=_number(value), showarrow=False)
+    total = float(result.total.double().mean())
+    direction = _words(result.direction)
+    if title is None:
+        share = (
+            f", {heights[0] / total:.0%} of it".replace("-", _MINUS) if total and 0 < heights[0] / total < 10 else ""
+        )
+        verb = "adds" if heights[0] >= 0 else "takes"
+        title = f"{names[0]} {verb} most: {_number(heights[0])} of {direction}{share}"
+    note = f"all terms add up to {_number(total)}" + (f"; mean of {rows} rows ± standard error" if rows > 1 else "")
+    heading = f"{title}<br><span style='font-size:12px'>{note}</span>"
+    style.layout(
+        figure,
+        heading,
+        150 + 26 * len(names),
+        showlegend=False,
+        bargap=0.3,
+        margin={"l": 110, "r": 75, "t": 84, "b": 50},
+    )
+    figure.update_xaxes(
+        title=f"{direction}, directly",
+        gridcolor=style.FAINT,
+        zeroline=True,
+        zerolinecolor=style.GREY,
+        rangemode="tozero",
+    )
+    figure.update_yaxes(
+        tickvals=list(range(len(names))), ticktext=names, autorange="reversed", showgrid=False, zeroline=False
+    )
+    return figure
+
+
+def sources(
+    result: SourceAttribution,
+    row: int = 0,
+    heads: list[tuple[int, int]] | None = None,
+    picture: Any = None,
+    box: patches.Box | None = None,
+    image: int = 0,
+    title: str | None = None,
+) -> go.Figure:
+    """What the strongest heads (or those given as ``(layer, head)``) take from each image patch and word of one row.
+
+    ``picture`` is ``[height width 3]`` or a PIL image; ``box`` (left, top, right, bottom) as shares of it.
+    """
+    from plotly.subplots import make_subplots
+
+    from circuitvision.readout.places import on_grid
+
+    values = result.values[:, :, row].double()
+    layers = result.axes["layer"]
+    strongest = heads or _strongest(values, layers)
+    places = result.places[row]
+    if not bool((places[:, 2] >= 0).any()):
+        raise InputError("No source position of this row is an image patch; use to_frame() for words.")
+    pixels = None if picture is None else np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture)
+    maps = [on_grid(values[layers.index(layer), head], places, image) for layer, head in strongest]
+    limit = max(float(grid.abs().nan_to_num(0).max()) for grid in maps) or 1.0
+    headings = [f"L{layer}H{head}" for layer, head in strongest]
+    first = int(pixels is not None)
+    figure = make_subplots(
+        rows=1, cols=len(maps) + first, column_titles=["image"] * first + headings, horizontal_spacing=0.02
+    )
+    if pixels is not None:
+        patches.add_picture(figure, pixels, 1)
+        patches.mark(figure, box, pixels.shape[0], pixels.shape[1], 1, 1)
+    for column, (grid, (layer, head)) in enumerate(zip(maps, strongest, strict=True), start=1 + first):
+        patches.add_map(figure, grid, 1, column)
+        patches.mark(figure, box, grid.shape[0], grid.shape[1], 1, column)
+        _add_words(figure, result, values[layers.index(layer), head], row, column)
+    if title is None:
+        title = _source_finding(values, layers, strongest[0], places, _words(result.direction))
+    width = 1060 / (len(maps) + first)
+    style.layout(figure, title, int(200 + width), margin={"l": 10, "r": 40, "t": 90, "b": 70})
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    bar = {"title": {"text": _words(result.direction), "side": "right"}, "thickness": 12, "outlinewidth": 0}
+    figure.update_layout(coloraxis={"colorscale": style.diverging(), "cmin": -limit, "cmax": limit, "colorbar": bar})
+    return figure
+
+
+def _strongest(values: torch.Tensor, layers: list[int], count: int = 4) -> list[tuple[int, int]]:
+    order = values.abs().sum(-1).flatten().argsort(descending=True)[:count].tolist()
+    return [(layers[at // values.shape[1]], at % values.shape[1]) for at in order]
+
+
+def _source_finding(
+    values: torch.Tensor, layers: list[int], best: tuple[int, int], places: torch.Tensor, direction: str
+) -> str:
+    share = values[layers.index(best[0]), best[1]]
+    total = float(share.sum())
+    image = float(share[places[:, 2] >= 0].sum())
+    part = f"{image / total:.0%} of it from image patches".replace("-", _MINUS) if total else "nothing"
+    return f"L{best[0]}H{best[1]} adds {_number(total)} to {direction}, {part}"
+
+
+def _add_words(figure: go.Figure, result: SourceAttribution, share: torch.Tensor, row: int, column: int) -> None:
+    """Below a map, the word the head takes most from."""
+    words = [at for at in range(len(share)) if int(result.places[row, at, 2]) < 0]
+    if not words:
+        return
+    best = max(words, key=lambda at: abs(float(share[at])))
+    name = html.escape(result.words[row][best].replace("▁", "").replace("Ġ", "")) if result.words else str(best)
+    text = f"{name or best}: {_number(float(share[best]))}"
+    where = {"xref": "x domain", "yref": "y domain", "x": 0.5, "y": -0.06, "yanchor": "top"}
+    figure.add_annotation(text=text, showarrow=False, font={"size": 12}, row=1, col=column, **where)
+
+
+def increase(result: LogProbIncrease, row: int | None = None, title: str | None = None) -> go.Figure:
+    """Layers × heads (parts, or the strongest neurons) of log-probability increase, mean over rows; of sources, the sum of what is positive."""
+    names = list(result.axes)
+    values = result.values.double()
+    values = values.mean(2) if row is None else values[:, :, row]
+    if values.ndim == 3:
+        values = values.clamp(min=0).sum(-1)
+    inner = names[1]
+    labels = result.axes[inner]
+    if inner == "neuron" and values.shape[1] > 24:
+        keep = values.abs().max(0).values.argsort(descending=True)[:24].sort().values
+        values, labels = values[:, keep], [labels[index] for index in keep.tolist()]
+    best = divmod(int(values.abs().argmax()), values.shape[1])
+    if title is None:
+        title = (
+            f"{inner} {labels[best[1]]} of layer {result.axes['layer'][best[0]]} moves log p({html.escape(result.answer)}) most: "
+            f"{_number(float(values[best]))} nats"
+        )
+    return _heat(values, result.axes["layer"], labels, "layer", inner, title, "nats")
+
+
+def bilinear(result: BilinearAttribution, image: int = 0, text: int = 0, title: str | None = None) -> go.Figure:
+    """Terms of the image tower × terms of the text tower for one pair, or terms × prompts where the texts are not split."""
+    if len(result.axes["text_term"]) == 1:
+        values, across, name = result.values[:, 0, image].double(), result.axes["text"], "prompt"
+    else:
+        values, across, name = result.values[:, :, image, text].double(), result.axes["text_term"], "text term"
+    best = divmod(int(values.abs().argmax()), values.shape[1])
+    if title is None:
+        title = (
+            f"{result.axes['image_term'][best[0]]} with {html.escape(str(across[best[1]]))} adds most: {_number(float(values[best]))} "
+            f"of {_number(float(result.total[image, text]))}"
+            if name == "text term"
+            else f"{result.axes['image_term'][best[0]]} moves {html.escape(str(across[best[1]]))!r} most: {_number(float(values[best]))}"
+        )
+    return _heat(values, result.axes["image_term"], across, "image term", name, title, "logit")
+
+
+def _heat(
+    values: torch.Tensor, down: list[Any], across: list[Any], down_name: str, across_name: str, title: str, unit: str
+) -> go.Figure:
+    import plotly.graph_objects as go
+
+    limit = float(values.abs().max()) or 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=values.numpy(),
+            x=[html.escape(str(label)) for label in across],
+            y=[html.escape(str(label)) for label in down],
+            colorscale=style.diverging(),
+            zmin=-limit,
+            zmax=limit,
+            xgap=2 if values.shape[1] <= 40 else 0,
+            ygap=2 if values.shape[0] <= 40 else 0,
+            hovertemplate=f"{down_name} %{{y}}, {across_name} %{{x}}<br>%{{z:+.4g}} {unit}<extra></extra>",
+            colorbar={"title": unit, "thickness": 14, "outlinewidth": 0},
+        )
+    )
+    style.layout(
+        figure, title, 150 + min(max(26 * values.shape[0], 120), 620), margin={"l": 90, "r": 20, "t": 60, "b": 60}
+    )
+    figure.update_xaxes(title=across_name, type="category", showgrid=False, zeroline=False)
+    figure.update_yaxes(title=down_name, type="category", showgrid=False, zeroline=False, autorange="reversed")
+    return figure
+
+
+def summary(result: LensSummary, title: str | None = None) -> go.Figure:
+    """A lens summary as lines over layers, one per target or source; the band is the standard error over rows, the dotted line is chance."""
+    import plotly.graph_objects as go
+
+    names = [name for name in result.axes if name not in ("layer", "row")]
+    order = list(result.axes)
+    values = result.values.double().movedim(order.index("layer"), 0)
+    rest = [name for name in order if name != "layer"]
+    values = values.movedim(1 + rest.index("row"), -1).flatten(1, -2) if values.ndim > 2 else values[:, None]
+    labels = [f"layer {layer}" if isinstance(layer, int) else str(layer) for layer in result.axes["layer"]]
+    lines = result.axes[names[0]] if len(names) == 1 else [result.measure] * values.shape[1]
+    figure = go.Figure()
+    mean = values.mean(-1)
+    error = values.std(-1) / math.sqrt(values.shape[-1]) if values.shape[-1] > 1 else torch.zeros_like(mean)
+    for index, name in enumerate(lines):
+        figure.add_trace(
+            go.Scatter(
+                x=labels,
+                y=mean[:, index].tolist(),
+                error_y={"array": error[:, index].tolist(), "thickness": 1.5, "width": 4},
+                name=html.escape(str(name)),
+                mode="lines+markers",
+                line={"width": 3, "color": PALETTE[index % len(PALETTE)]},
+            )
+        )
+    if result.chance == result.chance:
+        figure.add_hline(
+            y=result.chance,
+            line={"dash": "dot", "color": style.GREY},
+            annotation_text="chance",
+            annotation_font_color=style.GREY,
+        )
+    if title is None:
+        ends = f"{float(mean[0, 0]):.2f} to {float(mean[-1, 0]):.2f}"
+        title = f"{result.tower}: {result.measure} of {html.escape(str(lines[0]))} goes from {ends}"
+    style.layout(figure, title, 360, showlegend=len(lines) > 1)
+    figure.update_yaxes(title=result.measure, gridcolor=style.FAINT, zerolinecolor=style.FAINT)
+    figure.update_xaxes(type="category", showgrid=False)
+    return figure
+
+
+def tuned(result: TunedLens, title: str | None = None) -> go.Figure:
+    """The loss on positions held out, layer by layer, of the plain and of the tuned lens."""
+    import plotly.graph_objects as go
+
+    labels = [f"layer {layer}" if isinstance(layer, int) else str(layer) for layer in result.axes["layer"]]
+    figure = go.Figure()
+    for index, (name, color) in enumerate(zip(result.axes["lens"], (style.AGAINST, style.FOR), strict=True)):
+        figure.add_trace(
+            go.Scatter(
+                x=labels,
+                y=result.values[index].tolist(),
+                name=name,
+                mode="lines+markers",
+                line={"width": 3, "color": color},
+            )
+        )
+    if title is None:
+        gain = result.values[0] - result.values[1]
+        best = int(gain.argmax())
+        title = (
+            f"At {labels[best]} the tuned lens is {float(result.values[1, best]):.2f} from the {result.tower} tower's output, "
+            f"the plain one {float(result.values[0, best]):.2f}"
+        )
+    style.layout(figure, title, 340)
+    figure.update_yaxes(
+        title="KL to the output, nats", gridcolor=style.FAINT, rangemode="tozero", zerolinecolor=style.FAINT
+    )
+    figure.update_xaxes(type="category", showgrid=False)
+    return figure
+
+
+def _number(value: float) -> str:
+    digits = f"{abs(value):.2f}" if abs(value) < 100 else f"{abs(value):.0f}"
+    return digits if float(digits) == 0 else f"{'+' if value > 0 else _MINUS}{digits}"
+
+
+def _words(direction: str) -> str:
+    return html.escape(direction.replace(" - ", f" {_MINUS} "))
