@@ -42,6 +42,15 @@ def test_edits(names: dict[str, Any]) -> None:
     assert names["words"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
+def test_read_outs(names: dict[str, Any]) -> None:
+    names["image"] = cv.data.sample_question_pairs(1, seed=3)[0].corrupt.image
+    names["cache"] = names["model"].run_with_cache(names["inputs"])[1]
+    exec(block_with("cv.readout.logit_lens"), names)
+    shares = names["shares"]
+    torch.testing.assert_close(shares.values.sum(0), shares.total, atol=1e-4, rtol=1e-4)
+    assert len(names["best"]) == 3
+
+
 def test_other_libraries(names: dict[str, Any]) -> None:
     # nnsight reads the source of a trace back from its file.
     file = Path("example.py")

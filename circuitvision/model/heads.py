@@ -306,7 +306,8 @@ def through_projector(tower: Tower, readout: Readout, resid: Tensor, context: Ac
             raise InputError(f"This model concatenates the feature layers {layers}; give context=cache for the others.")
         deepest = max(range(len(layers)), key=lambda index: layers[index])
         parts = [
-            resid if index == deepest else context[tower.residual_name(layer)] for index, layer in enumerate(layers)
+            resid if index == deepest else _held(context, tower.residual_name(layer))
+            for index, layer in enumerate(layers)
         ]
     if readout.normed and tower.final_norm is not None:
         parts = [tower.final_norm(part) for part in parts]
@@ -314,6 +315,11 @@ def through_projector(tower: Tower, readout: Readout, resid: Tensor, context: Ac
         parts = [part[:, 1:] for part in parts]
     projector = require(tower.module, tower.family.projector or "", "projector")
     return projector(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
+
+
+def _held(context: ActivationCache, name: str) -> Tensor:
+    """A site of the run, with its row axis where the cache dropped it."""
+    return context[name] if context.has_batch_dim else context[name][None]
 
 
 def _inputs(context: ActivationCache | None) -> dict[str, Any]:
@@ -346,7 +352,7 @@ def other_embeddings(tower: Tower, context: ActivationCache | None) -> Float[Ten
     other = next(t for name, t in tower.siblings.items() if name != tower.name)
     _inputs(context)
     assert context is not None
-    theirs = context[f"{other.name}.hook_readout"]
+    theirs = _held(context, f"{other.name}.hook_readout")
     spec = other.spec.readout
     other_head = resolve(other.module, spec.head if spec else None)
     theirs = theirs if other_head is None else other_head(theirs)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from circuitvision.readout.attribution import Attribution, SourceAttribution
     from circuitvision.readout.bilinear import BilinearAttribution
     from circuitvision.readout.increase import LogProbIncrease
+    from circuitvision.readout.ranking import Ranking
     from circuitvision.readout.summaries import LensSummary
     from circuitvision.readout.tuned import TunedLens
 
@@ -31,8 +32,6 @@ _MINUS = "\N{MINUS SIGN}"
 
 def bars(result: Attribution, count: int = 14, title: str | None = None) -> go.Figure:
     """The ``count`` strongest terms as bars, the rest as one; mean over rows, whiskers are standard errors."""
-    import plotly.graph_objects as go
-
     values = result.values.double()
     mean, rows = values.mean(-1), values.shape[-1]
     order = mean.abs().argsort(descending=True)
@@ -44,19 +43,6 @@ def bars(result: Attribution, count: int = 14, title: str | None = None) -> go.F
         names.append(f"{len(rest)} others")
         heights.append(float(mean[rest].sum()))
         errors.append(float(values[rest].sum(0).std() / math.sqrt(rows)) if rows > 1 else 0.0)
-    figure = go.Figure(
-        go.Bar(
-            x=heights,
-            y=list(range(len(names))),
-            orientation="h",
-            marker={"color": [style.FOR if value >= 0 else style.AGAINST for value in heights], "line": {"width": 0}},
-            error_x={"array": errors, "visible": rows > 1, "color": style.GREY, "thickness": 1.5, "width": 5},
-            customdata=names,
-            hovertemplate="%{customdata}: %{x:+.4g}<extra></extra>",
-        )
-    )
-    for row, value in enumerate(heights):
-        figure.add_annotation(x=1, xref="paper", xanchor="left", xshift=10, y=row, text=_number(value), showarrow=False)
     total = float(result.total.double().mean())
     direction = _words(result.direction)
     if title is None:
@@ -66,24 +52,55 @@ def bars(result: Attribution, count: int = 14, title: str | None = None) -> go.F
         verb = "adds" if heights[0] >= 0 else "takes"
         title = f"{names[0]} {verb} most: {_number(heights[0])} of {direction}{share}"
     note = f"all terms add up to {_number(total)}" + (f"; mean of {rows} rows ± standard error" if rows > 1 else "")
+    return _bars(
+        names,
+        heights,
+        errors,
+        rows > 1,
+        f"{title}<br><span style='font-size:12px'>{note}</span>",
+        f"{direction}, directly",
+    )
+
+
+def ranked(result: Ranking, count: int = 14, title: str | None = None) -> go.Figure:
+    """The first ``count`` components of a ranking as bars; those that stand out (mean + 2 sd) are counted in the title."""
+    names = result.top(count)
+    heights = result.values[:count].tolist()
+    errors = result.errors[:count].nan_to_num(0.0).tolist()
+    outstanding = result.standing_out() if len(result.values) > 1 else []
+    if title is None:
+        title = f"{html.escape(names[0])} comes first: {_number(heights[0])}"
+    note = f"{len(outstanding)} of {len(result.values)} components at or beyond mean + 2 sd"
     heading = f"{title}<br><span style='font-size:12px'>{note}</span>"
-    style.layout(
-        figure,
-        heading,
-        150 + 26 * len(names),
-        showlegend=False,
-        bargap=0.3,
-        margin={"l": 110, "r": 75, "t": 84, "b": 50},
+    return _bars(names, heights, errors, any(errors), heading, "score")
+
+
+def _bars(
+    names: list[str], heights: list[float], errors: list[float], whiskers: bool, heading: str, across: str
+) -> go.Figure:
+    import plotly.graph_objects as go
+
+    figure = go.Figure(
+        go.Bar(
+            x=heights,
+            y=list(range(len(names))),
+            orientation="h",
+            marker={"color": [style.FOR if value >= 0 else style.AGAINST for value in heights], "line": {"width": 0}},
+            error_x={"array": errors, "visible": whiskers, "color": style.GREY, "thickness": 1.5, "width": 5},
+            customdata=[html.escape(name) for name in names],
+            hovertemplate="%{customdata}: %{x:+.4g}<extra></extra>",
+        )
     )
+    for row, value in enumerate(heights):
+        figure.add_annotation(x=1, xref="paper", xanchor="left", xshift=10, y=row, text=_number(value), showarrow=False)
+    height = 150 + 26 * len(names)
+    style.layout(figure, heading, height, showlegend=False, bargap=0.3, margin={"l": 110, "r": 75, "t": 84, "b": 50})
     figure.update_xaxes(
-        title=f"{direction}, directly",
-        gridcolor=style.FAINT,
-        zeroline=True,
-        zerolinecolor=style.GREY,
-        rangemode="tozero",
+        title=across, gridcolor=style.FAINT, zeroline=True, zerolinecolor=style.GREY, rangemode="tozero"
     )
+    ticks = [html.escape(name) for name in names]
     figure.update_yaxes(
-        tickvals=list(range(len(names))), ticktext=names, autorange="reversed", showgrid=False, zeroline=False
+        tickvals=list(range(len(names))), ticktext=ticks, autorange="reversed", showgrid=False, zeroline=False
     )
     return figure
 

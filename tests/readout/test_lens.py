@@ -327,3 +327,20 @@ def test_bfloat16_is_read_in_float32():
     inputs = case(name).inputs(module, batch=1, dtype=torch.bfloat16)
     result = logit_lens(model, inputs, targets=[1], measure="logprob")
     assert result.values.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["clip", "llava-clip-llama-layers", "vit", "pi0"])
+def test_caches_without_a_row_axis_are_read_as_one_row(name):
+    model = run(name)[0]
+    inputs = case(name).inputs(model.module, batch=1)
+    if name == "clip":
+        inputs = {key: value[:1] for key, value in inputs.items()}
+    with torch.no_grad():
+        _, whole = model.run_with_cache(inputs, "**")
+    if any(isinstance(value, torch.Tensor) and value.shape[0] != 1 for value in whole.values()):
+        pytest.skip("one example is several rows")
+    for tower in model.towers:
+        wanted = logit_lens(model, whole, tower, targets=[0])
+        torch.testing.assert_close(
+            logit_lens(model, whole.remove_batch_dim(), tower, targets=[0]).values, wanted.values
+        )

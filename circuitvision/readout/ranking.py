@@ -1,0 +1,131 @@
+"""Ranking components by a score: which stand out, which way they push, and what a random choice of as many would have scored.
+
+Takes the scores of any result (direct attribution, log-probability increase, head importance, attention mass, the effects of a sweep) and
+keeps one number per component, the mean over the examples. Components that stand out are those at or beyond ``mean + 2 sd`` of all of them, as
+NOTICE keeps heads. A score is only worth as much as its control: :meth:`Ranking.random_control` draws sets of components at random.
+
+Source: Golovanevsky et al. 2024, arXiv 2406.16320 (the threshold).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.results import Result
+
+EXAMPLE_AXES = ("row", "example", "position", "step")
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking(Result):
+    """One score per component, strongest first: ``values [component]``, with standard errors over examples (NaN: one example)."""
+
+    errors: Tensor = field(default_factory=lambda: torch.zeros(0))
+    by: str = "value"
+
+    def top(self, count: int) -> list[str]:
+        """The first ``count`` components."""
+        return self.axes["component"][:count]
+
+    def standing_out(self, deviations: float = 2.0) -> list[str]:
+        """Components whose score is at least the mean plus ``deviations`` standard deviations of all (of sizes, where ranked by size)."""
+        scores = self._scores()
+        if len(scores) < 2:
+            raise InputError("Standing out needs at least two components.")
+        limit = float(scores.mean() + deviations * scores.std(correction=0))
+        names = self.axes["component"]
+        if float(scores.std(correction=0)) == 0.0:
+            return []
+        return [name for name, score in zip(names, scores.tolist(), strict=True) if score >= limit]
+
+    def positive(self) -> list[str]:
+        """Components with a score above zero, strongest first."""
+        return [name for name, value in self._pairs() if value > 0]
+
+    def negative(self) -> list[str]:
+        """Components with a score below zero, most negative first."""
+        return [name for name, value in sorted(self._pairs(), key=lambda pair: pair[1]) if value < 0]
+
+    def random_control(self, count: int, draws: int = 1000, seed: int = 0) -> Tensor:
+        """The summed score of ``count`` components drawn without replacement, ``[draw]``: what the top ``count`` have to beat."""
+        if not 1 <= count <= len(self.values):
+            raise InputError(f"count={count} is outside the {len(self.values)} components.")
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.rand(draws, len(self.values), generator=generator).argsort(-1)[:, :count]
+        return self.values.double()[order].sum(-1)
+
+    def removal(self) -> list[list[str]]:
+        """The sets to remove one after the other: the first component, the first two, …"""
+        return [list(names) for names in itertools.accumulate([name] for name in self.axes["component"])]
+
+    def _scores(self) -> Tensor:
+        values = self.values.double()
+        return values.abs() if self.by == "size" else values
+
+    def _pairs(self) -> list[tuple[str, float]]:
+        return list(zip(self.axes["component"], self.values.tolist(), strict=True))
+
+
+def ranking(scores: Result | Tensor, labels: Sequence[Any] | None = None, *, by: str = "value") -> Ranking:
+    """Rank components by their score, the mean over rows and examples.
+
+    Args:
+        scores: a result whose axes other than row, example, position and step are components (layers × heads become ``"L1H3"``), or a tensor
+            ``[component]`` or ``[component example]``.
+        labels: of a tensor's components.
+        by: "value" (most positive first) or "size" (strongest first, whatever the sign).
+
+    Ties keep their order. NaN scores come last.
+
+    Raises:
+        InputError: another ``by``, labels that do not fit, nothing to rank.
+    """
+    if by not in ("value", "size"):
+        raise InputError(f"Components are ranked by 'value' or 'size', not by {by!r}.")
+    provenance: dict[str, Any] = {}
+    if isinstance(scores, Result):
+        values, names = _flat(scores)
+        provenance = scores.provenance
+    else:
+        values = scores if scores.ndim == 2 else scores[:, None]
+        names = [str(label) for label in (labels if labels is not None else range(len(values)))]
+    if values.ndim != 2 or len(names) != len(values) or not len(names):
+        raise InputError(f"There are {len(names)} labels for scores of shape {tuple(values.shape)}.")
+    values = values.detach().cpu().double()
+    mean = values.mean(1)
+    spread = values.std(1) / math.sqrt(values.shape[1]) if values.shape[1] > 1 else torch.full_like(mean, float("nan"))
+    key = (mean.abs() if by == "size" else mean).nan_to_num(-math.inf)
+    order = key.argsort(descending=True, stable=True)
+    return Ranking(mean[order], {"component": [names[index] for index in order]}, provenance, spread[order], by)
+
+
+def _flat(result: Result) -> tuple[Tensor, list[str]]:
+    """Scores ``[component example]`` and the components' names."""
+    names = list(result.axes)
+    inner = [name for name in names if name not in EXAMPLE_AXES]
+    outer = [name for name in names if name in EXAMPLE_AXES]
+    if not inner:
+        raise InputError(f"The axes of this result ({', '.join(names)}) hold no components.")
+    order = [names.index(name) for name in (*inner, *outer)]
+    values = result.values.permute(order).flatten(0, len(inner) - 1)
+    values = values.flatten(1) if values.ndim > 1 else values[:, None]
+    labels = [_name(inner, labels) for labels in itertools.product(*(result.axes[name] for name in inner))]
+    return values, labels
+
+
+def _name(axes: Sequence[str], labels: Sequence[Any]) -> str:
+    if list(axes) == ["layer", "head"]:
+        return f"L{labels[0]}H{labels[1]}"
+    if list(axes) == ["layer", "neuron"]:
+        return f"L{labels[0]}N{labels[1]}"
+    if len(axes) == 1:
+        return str(labels[0])
+    return ", ".join(f"{axis} {label}" for axis, label in zip(axes, labels, strict=True))
