@@ -82,6 +82,10 @@ def log_prob_increase(
         raise InputError(f"Scores are by {', '.join(_KINDS)}, not by {by!r}.")
     owner = attribution_tower(model, tower)
     _check(owner)
+    if pieces not in (None, "first"):
+        raise InputError(
+            "The score is of one column of the output; for a word of several tokens choose pieces='first'."
+        )
     chosen = resolve_targets(model, owner, answer, pieces=pieces)
     stream = Stream(owner, cached_for(model, cache, owner, by))
     final = stream.final

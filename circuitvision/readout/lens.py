@@ -284,6 +284,7 @@ class LensReader:
         self.kind = "columns" if readout is not None else output_kind(tower)
         against = None if targets is None else targets.against
         self.directions = against if self.kind in ("hidden", "embedding") or self._wide(against) else None
+        self._check_width()
         self.norm = "own" if norm == "tuned" else norm
         self.reference = self.site(tower.residual_name(max(tower.feature_layers))) if norm == "frozen" else None
         self.reading = Reading(
@@ -293,6 +294,15 @@ class LensReader:
             reference=self.reference,
             against=None if self.directions is not None else against,
         )
+
+    def _check_width(self) -> None:
+        if self.directions is None:
+            return
+        wanted = self.tower.cfg.d_model if self.kind != "embedding" else output_size(self.tower)
+        if self.directions.shape[1] != wanted:
+            raise InputError(
+                f"Directions of the {self.tower.name} tower are [target {wanted}], not {tuple(self.directions.shape)}."
+            )
 
     def _wide(self, against: Tensor | None) -> bool:
         """Whether the targets are directions of the stream itself, in a tower whose columns have names of their own."""
@@ -319,15 +329,20 @@ class LensReader:
             if reader_of(self.tower) is not self.tower and self.directions is None:
                 assert self.tower.spec.readout is not None
                 value = through_projector(self.tower, self.tower.spec.readout, value, self.cache)
-            width = self._positions_at_once(value)
+            width, missing = self._positions_at_once(value), self.missing(value)
             for start in range(0, value.shape[1], width):
-                yield self._piece(value[:, start : start + width], start, width)
+                yield self._piece(value[:, start : start + width], start + missing)
 
-    def _piece(self, piece: Tensor, start: int, width: int) -> Tensor:
+    def missing(self, value: Float[Tensor, "row pos width"]) -> int:
+        """How many of the tower's first positions a site does not have (patch embeddings have no CLS, a projector drops it)."""
+        tokens = self.model.tokens(self.cache.inputs).get(self.tower.name) if self.cache.inputs else None
+        return 0 if tokens is None or tokens.n_rows != value.shape[0] else max(tokens.n_positions - value.shape[1], 0)
+
+    def _piece(self, piece: Tensor, start: int) -> Tensor:
         if self.directions is not None and self.kind != "embedding":
             norm = self.tower.final_norm if self.norm == "own" and self.tower.spec.readout is None else None
             return (piece if norm is None else norm(piece)) @ self.directions.to(piece).T
-        frozen = None if self.reference is None else self.reference[:, start : start + width]
+        frozen = None if self.reference is None else self.reference[:, start : start + piece.shape[1]]
         out = self.reading.positions(piece, start, frozen)
         return out if self.directions is None else out @ self.directions.to(out).T
 
@@ -335,7 +350,7 @@ class LensReader:
         """The family's pooled output ``[row n_out]``; None where it does not pool, or where the vector is not read by its head."""
         readout = self.tower.spec.readout
         pools = readout is not None and readout.pool not in ("none", "chunk")
-        if not pools or self.custom is not None or self.directions is not None:
+        if not pools or self.custom is not None or self.directions is not None or self.missing(value):
             return None
         with self.tower.quiet():
             value = value.to(self._dtype())

@@ -1,12 +1,13 @@
 """Tuned lens: one affine map per layer that carries an early residual to where the tower's own head can read it.
 
-``lens_l(h) = head(norm(h + h A_l + b_l))``; ``A_l`` and ``b_l`` start at zero, so an untrained tuned lens is the plain one. Each layer is trained
-to minimise ``KL(output || lens_l)`` over the positions chosen, where ``output`` is the tower's own reading of its last residual at the same
-position (the model's output wherever the tower feeds it). Outputs that are no distribution (action dimensions) are fitted by the mean squared
-error.
+``lens_l(h) = head(norm(h + h A_l + b_l))``; ``A_l`` and ``b_l`` start at zero, so an untrained tuned lens is the plain one. Each layer is
+trained to minimise ``KL(output || lens_l)`` over the positions chosen, where ``output`` is the tower's own reading of its last residual at the
+same position (the model's output wherever the tower feeds it). Outputs that are no distribution (action dimensions) are fitted by the mean
+squared error.
 
-The last layer's map stays the identity. A tuned lens says what could be read linearly, not what later layers do read; it needs inputs like those it is used on. The KL on inputs held out is
-kept per layer, beside that of the plain lens. Not covered: training while the model streams from disk.
+The last layer's map stays the identity. A tuned lens says what could be read linearly, not what later layers do read; it needs inputs like
+those it is used on. The KL on inputs held out is kept per layer, beside that of the plain lens. Not covered: training while the model streams
+from disk.
 
 Reference: Belrose et al. 2023, arXiv 2303.08112.
 """
@@ -96,6 +97,10 @@ class TunedLens(Result):
                 f"The {owner.name} tower's own head gives no prediction to train on. Train on a tower that the output is read from."
             )
         data = [dataset] if isinstance(dataset, Mapping) else list(dataset)
+        if output_kind(owner) in ("texts", "images") and len(data) > 1:
+            raise InputError(
+                "A dual encoder's columns are the texts of the run: give the inputs of one run, with all images."
+            )
         residuals, outputs = _residuals(model, data, owner.name, positions, LensReader)
         count = outputs.shape[0]
         generator = torch.Generator().manual_seed(seed)

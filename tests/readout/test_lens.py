@@ -344,3 +344,27 @@ def test_caches_without_a_row_axis_are_read_as_one_row(name):
         torch.testing.assert_close(
             logit_lens(model, whole.remove_batch_dim(), tower, targets=[0]).values, wanted.values
         )
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2-registers", "deit-teacher"])
+def test_a_site_without_prefix_positions_is_read_as_patches(name):
+    """hook_embed has patches only: none of them is the CLS position, and no output is pooled from them."""
+    model, _, cache = run(name)
+    n = model.vision.cfg.n_prefix
+    embed = cache["vision.hook_embed"]
+    for norm in ("own", "frozen"):
+        result = logit_lens(model, cache, "vision", targets=[0], sites="hook_embed", norm=norm)
+        assert not result.pooled.numel()
+        assert result.axes["position"][0] == n
+        assert (result.places[..., 2] >= 0).all()
+        padded = cv.ActivationCache(dict(cache.items()), model, cache.inputs)
+        padded._values["vision.hook_input"] = torch.cat([torch.zeros(len(embed), n, embed.shape[-1]), embed], 1)
+        whole = logit_lens(model, padded, "vision", targets=[0], sites="hook_input", norm=norm)
+        torch.testing.assert_close(result.values, whole.values[:, :, n:])
+
+
+def test_directions_of_another_width_are_refused():
+    for name, tower in (("vit", "vision"), ("llava-clip-llama", "language"), ("clip-vision-projection", "vision")):
+        model, _, cache = run(name)
+        with pytest.raises(InputError, match="Directions of the"):
+            logit_lens(model, cache, tower, targets=torch.ones(2, 5))
