@@ -1,0 +1,251 @@
+"""Figures of attention: that they show the numbers they are given, where they belong, and that the slider moves to the head it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from circuitvision.errors import InputError
+from circuitvision.plots import attention, style
+from circuitvision.readout import (
+    AttentionContrast,
+    AttentionSummary,
+    DistanceProfile,
+    PositionPattern,
+    attention_entropy,
+    attention_maps,
+    attention_mass,
+    distance_profile,
+    head_contrast,
+    peak_in,
+    position_pattern,
+    rollout,
+)
+from tests.readout.test_attention import run
+from tests.readout.test_attention_maps import made, random_shares
+
+AXES = {"layer": [0, 1], "head": [0, 1], "row": [0, 1], "span": ["patch", "text", "everything"]}
+SHARES = torch.tensor([[[0.2, 0.4], [0.5, 0.5]], [[0.1, 0.1], [0.9, 0.97]]])
+
+
+def mass(**more) -> AttentionSummary:
+    values = torch.stack([SHARES, 1 - SHARES, torch.ones_like(SHARES)], dim=-1)
+    uniform = torch.tensor([0.25, 0.75, 1.0]).expand(2, 2, 3)
+    return AttentionSummary(values, AXES, tower="language", queries="last", uniform=uniform, example=[0, 1], **more)
+
+
+def heat_maps(figure) -> list[np.ndarray]:
+    return [np.asarray(trace.z, dtype=float) for trace in figure.data if trace.type == "heatmap"]
+
+
+def test_the_summary_shows_the_mean_over_rows_of_every_span_but_everything():
+    figure = mass().plot()
+    patch, text = heat_maps(figure)
+    np.testing.assert_allclose(patch, SHARES.mean(-1).numpy(), atol=1e-6)
+    np.testing.assert_allclose(text, 1 - SHARES.mean(-1).numpy(), atol=1e-6)
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 1)
+    assert "language layer 1 head 1 gives 94% of its attention to patch" in figure.layout.title.text
+    assert "alike: 25%; mean of 2 rows; queries: last" in figure.layout.title.text
+    (only,) = heat_maps(mass().plot(span="text"))
+    np.testing.assert_allclose(only, text)
+    assert "to text" in mass().plot(span="text").layout.title.text
+    with pytest.raises(InputError, match="not a span"):
+        mass().plot(span="sky")
+
+
+def test_unread_layers_are_marked_and_missing_values_are_dashes():
+    gaps = dataclasses.replace(mass(unread=[1]), values=mass().values.clone())
+    gaps.values[0, 1] = float("nan")
+    figure = gaps.plot()
+    assert list(figure.layout.yaxis.ticktext) == ["0", "1 (unread)"]
+    assert "–" in {annotation.text for annotation in figure.layout.annotations}
+    nothing = dataclasses.replace(mass(), values=torch.full((2, 2, 2, 3), float("nan")))
+    assert "No head" in nothing.plot().layout.title.text
+
+
+def test_entropies_and_peaks_say_what_they_measure():
+    _, _, cache = run("vit")
+    figure = attention_entropy(cache).plot()
+    assert "narrowest attention" in figure.layout.title.text
+    assert figure.layout.coloraxis.cmax == pytest.approx(np.log(17))
+    values = torch.zeros(1, 2, 4, 16)
+    values[..., 5] = 1.0
+    peaks = peak_in(made(values), (8.0, 8.0, 16.0, 16.0)).plot()
+    assert "peaks inside the region in 100% of rows" in peaks.layout.title.text
+    assert "by chance 6%" in peaks.layout.title.text
+
+
+def test_stacked_bars_fill_every_layer_and_show_uniform_attention_last():
+    figure = attention.spans(mass())
+    names = {trace.name: list(trace.x) for trace in figure.data}
+    assert list(names) == ["patch", "text"]
+    assert names["patch"] == pytest.approx([0.4, 0.5175, 0.25])
+    assert list(figure.data[0].y) == ["layer 0", "layer 1", "all alike"]
+    partial = dataclasses.replace(mass(), values=mass().values * 0.5, uniform=mass().uniform * 0.5)
+    assert [trace.name for trace in attention.spans(partial).data] == ["patch", "text", "other"]
+    double = dataclasses.replace(mass(), values=mass().values * 2)
+    with pytest.raises(InputError, match="overlap"):
+        attention.spans(double)
+    with pytest.raises(InputError, match="attention_mass"):
+        attention.spans(mass().span("text"))
+
+
+def test_distance_lines_and_means():
+    _, _, cache = run("dinov2-registers")
+    result = distance_profile(cache)
+    figure = result.plot()
+    lines = [trace for trace in figure.data if trace.mode == "lines" and trace.name == "layer 1"]
+    assert len(lines) == 3
+    np.testing.assert_allclose(lines[0].y, result.values[1, 0].mean(0)[:4], rtol=1e-5)
+    assert list(figure.layout.xaxis.ticktext) == ["0", "1", "2", "3", "cls", "register"]
+    dots = [trace for trace in figure.data if trace.mode == "markers" and trace.xaxis == "x2"]
+    np.testing.assert_allclose(dots[1].y, result.mean_distance[1].mean(-1), rtol=1e-5)
+    assert "patches far in" in figure.layout.title.text
+    nowhere = dataclasses.replace(result, mean_distance=torch.full((3, 3, 2), float("nan")))
+    assert "No patch" in nowhere.plot().layout.title.text
+    assert isinstance(result, DistanceProfile)
+
+
+def test_offsets_show_the_best_explained_heads_first():
+    _, _, cache = run("vit")
+    result = position_pattern(cache)
+    figure = result.plot(count=2)
+    best = int(result.explained.flatten().argmax())
+    layer, head = divmod(best, 4)
+    grids = heat_maps(figure)
+    assert len(grids) == 2
+    np.testing.assert_allclose(grids[0], result.values[layer, head], rtol=1e-5)
+    assert f"layer {layer} head {head}" in figure.layout.title.text
+    assert len(figure.layout.shapes) == 2
+    empty = dataclasses.replace(result, explained=torch.full((3, 4), float("nan")))
+    with pytest.raises(InputError, match="nothing to draw"):
+        empty.plot()
+    assert isinstance(result, PositionPattern)
+
+
+def planted_maps():
+    values = random_shares(2, 3, 1, 18)
+    values[1, 2, 0] = 0.0
+    values[1, 2, 0, 2 + 6] = 1.0
+    return made(values, prefix=2, query="last")
+
+
+def test_the_overlay_opens_at_the_head_that_looks_most_at_the_box():
+    figure = planted_maps().plot(picture=np.zeros((64, 96, 3), dtype=np.uint8), box=(16, 8, 24, 16))
+    shown, heads = heat_maps(figure)
+    assert shown[1, 2] == 1.0
+    assert heads.shape == (2, 3)
+    assert heads[1, 2] == pytest.approx(1.0)
+    assert "layer 1 head 2 gives 100% of its attention to the box" in figure.layout.title.text
+    slider = figure.layout.sliders[0]
+    assert slider.steps[slider.active].label == "L1H2"
+    box, around = figure.layout.shapes
+    # The box is columns 2 to 3 of 4 and row 1 of 4, of a picture 96 wide and 64 high.
+    assert (box.x0, box.x1, box.y0, box.y1) == (47.5, 71.5, 15.5, 31.5)
+    assert (around.x0, around.y0) == (1.5, 0.5)
+
+
+def test_every_step_of_the_slider_shows_the_head_it_names():
+    maps = planted_maps()
+    figure = maps.plot(box=(16, 8, 24, 16))
+    for step in figure.layout.sliders[0].steps:
+        layer, head = int(step.label[1]), int(step.label[3])
+        data, layout, traces = step.args
+        np.testing.assert_allclose(np.array(data["z"][0]), maps.grid(layer, head).numpy(), rtol=1e-6)
+        assert figure.data[traces[0]].type == "heatmap"
+        assert f"layer {layer} head {head} gives" in layout["title.text"]
+        assert layout["shapes[1].x0"] == head - 0.5
+        assert layout["shapes[1].y1"] == layer + 0.5
+    json.dumps(figure.layout.sliders[0].to_plotly_json())
+    assert "layout" in figure.to_json()
+
+
+def test_of_many_heads_the_strongest_are_behind_the_slider():
+    many = made(random_shares(20, 20, 1, 16))
+    figure = many.plot()
+    labels = [step.label for step in figure.layout.sliders[0].steps]
+    share = many.values[..., 0, :].sum(-1)
+    assert len(labels) == 144
+    best = divmod(int(share.argmax()), 20)
+    assert f"L{best[0]}H{best[1]}" in labels
+    assert labels == sorted(labels, key=lambda label: [int(part) for part in label[1:].split("H")])
+
+
+def test_the_query_patch_is_marked_where_it_is_one():
+    model, inputs, cache = run("vit")
+    tokens = model.tokens(inputs)["vision"]
+    picture = Image.new("RGB", (32, 32))
+    asked = attention_maps(cache, query=tokens.image(0).patch(1, 2)).plot(picture=picture)
+    assert "query" in {annotation.text for annotation in asked.layout.annotations}
+    square = asked.layout.shapes[0]
+    assert (square.x0, square.x1, square.y0, square.y1) == (15.5, 23.5, 7.5, 15.5)
+    assert "query" not in {annotation.text for annotation in attention_maps(cache).plot().layout.annotations}
+
+
+def test_other_rows_images_and_differences_can_be_shown():
+    _, _, cache = run("pi0")
+    maps = attention_maps(cache)
+    second = maps.plot(row=1, image=1)
+    at = second.layout.sliders[0].steps[second.layout.sliders[0].active].label
+    np.testing.assert_allclose(heat_maps(second)[0], maps.grid(int(at[1]), int(at[3]), row=1, image=1), rtol=1e-6)
+    difference = head_contrast(maps).plot()
+    assert "attention than the mean head" in difference.layout.title.text
+    trace = next(trace for trace in difference.data if trace.type == "heatmap")
+    assert trace.zmin == -trace.zmax
+
+
+def test_rollouts_slide_over_layers():
+    _, _, cache = run("vit")
+    result = rollout(cache)
+    figure = result.plot()
+    assert [step.label for step in figure.layout.sliders[0].steps] == ["layer 0", "layer 1", "layer 2"]
+    assert len(heat_maps(figure)) == 1
+    assert "query: cls" in figure.layout.title.text
+    by_patch = result.plot(query=3)
+    np.testing.assert_allclose(
+        np.array(by_patch.layout.sliders[0].steps[1].args[0]["z"][0]), result.of(3).grid(1, "rollout"), rtol=1e-6
+    )
+
+
+def test_the_contrast_shows_its_regions_and_the_object():
+    grid = torch.zeros(4, 4)
+    grid[1, 2], grid[3, 0] = 3.0, 2.0
+    maps = made(torch.ones(1, 1, 1, 16))
+    result = AttentionContrast(
+        grid.reshape(1, -1), {"row": [0], "key": list(range(16))}, places=maps.places, boxes=maps.boxes, lam=0.1
+    )
+    figure = result.plot(box=(16, 8, 24, 16), top_percent=12.5)
+    np.testing.assert_allclose(heat_maps(figure)[0], grid)
+    assert "row 1, column 2" in figure.layout.title.text
+    assert [annotation.text for annotation in figure.layout.annotations] == ["1", "2"]
+    target, first, second = figure.layout.shapes
+    assert (target.x0, target.y0) == (first.x0, first.y0) == (1.5, 0.5)
+    assert (second.x0, second.y1) == (-0.5, 3.5)
+    flat = dataclasses.replace(result, values=torch.full((1, 16), float("nan")))
+    assert "No patch" in flat.plot().layout.title.text
+
+
+def test_pages_of_every_figure_load_nothing(tmp_path):
+    _, _, cache = run("vit")
+    maps = attention_maps(cache)
+    figures = [
+        result.plot()
+        for result in (attention_mass(cache), distance_profile(cache), position_pattern(cache), maps, rollout(cache))
+    ]
+    text = style.write_figures(tmp_path / "page.html", "attention", figures).read_text()
+    assert "<script src" not in text
+    assert all(figure.layout.paper_bgcolor == "rgba(0,0,0,0)" for figure in figures)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0, "0%"), (0.002, "less than 1%"), (0.5, "50%"), (0.998, "more than 99%"), (1.0, "100%")]
+)
+def test_shares_are_not_rounded_to_all_or_nothing(share: float, text: str):
+    from circuitvision.plots.attention_overlay import percent
+
+    assert percent(share) == text
