@@ -1,0 +1,167 @@
+"""The exemplar sheet: what excites a unit most, as thumbnails with the winning patch marked."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from circuitvision.errors import InputError
+from circuitvision.plots import patches, style
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from circuitvision.readout.exemplars import ExemplarIndex
+
+_DEFAULT_UNITS = 3
+
+
+def exemplars(
+    result: ExemplarIndex,
+    units: Any = None,
+    pictures: Sequence[Any] | Mapping[int, Any] | None = None,
+    count: int = 8,
+    title: str | None = None,
+) -> go.Figure:
+    """A row per unit: its ``count`` strongest examples, the place where it was most active boxed, its value below.
+
+    ``pictures`` are the images by example number (arrays ``[height width 3]`` of 0 … 255, or Pillow images); without them the values are drawn as
+    bars. Without ``units`` the most selective are shown, or those of the largest values. Words stand in for patches where a unit reads text.
+
+    Raises:
+        InputError: a unit that is not in the index, or no picture of an example shown.
+    """
+    rows = _rows(result, units)
+    if title is None:
+        title = _finding(result, rows[0])
+    if pictures is None:
+        return _bars(result, rows, count, title)
+    return _sheet(result, rows, pictures, min(count, result.values.shape[1]), title)
+
+
+def _rows(result: ExemplarIndex, units: Any) -> list[int]:
+    if units is not None:
+        asked = [units] if isinstance(units, (int, str)) else list(units)
+        if not asked:
+            raise InputError("Name at least one unit.")
+        return [result.row(unit) for unit in asked]
+    order = result.values[:, 0].nan_to_num(-torch.inf)
+    if int((result.class_counts > 0).sum()) > 1 and not bool(result.selectivity.isnan().all()):
+        order = result.selectivity.nan_to_num(-torch.inf)
+    return order.argsort(descending=True, stable=True)[:_DEFAULT_UNITS].tolist()
+
+
+def _sheet(result: ExemplarIndex, rows: list[int], pictures: Any, count: int, title: str) -> go.Figure:
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=len(rows), cols=count, horizontal_spacing=0.012, vertical_spacing=0.16 / len(rows))
+    for number, row in enumerate(rows, start=1):
+        text = "<br>".join(_lines(result, row))
+        figure.add_annotation(
+            text=text,
+            xref="x domain",
+            yref="y domain",
+            x=-0.12,
+            y=0.5,
+            xanchor="right",
+            align="right",
+            showarrow=False,
+            row=number,
+            col=1,
+        )
+        for column in range(1, count + 1):
+            _add_exemplar(figure, result, row, column - 1, pictures, number, column)
+    height = 120 + int(len(rows) * (790 / count + 34))
+    style.layout(figure, title, height, margin={"l": 170, "r": 20, "t": 70, "b": 40}, showlegend=False)
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    return figure
+
+
+def _add_exemplar(
+    figure: go.Figure, result: ExemplarIndex, unit: int, rank: int, pictures: Any, row: int, column: int
+) -> None:
+    example = int(result.example[unit, rank])
+    try:
+        picture = np.asarray(pictures[example])
+    except (IndexError, KeyError) as error:
+        raise InputError(
+            f"There is no picture of example {example}; pictures are indexed by the number of the example."
+        ) from error
+    patches.add_picture(figure, picture, row, column)
+    box = result.boxes[unit, rank]
+    if not bool(box.isnan().any()):
+        edges = tuple(float(edge) for edge in box)
+        patches.mark(
+            figure, (edges[0], edges[1], edges[2], edges[3]), picture.shape[0], picture.shape[1], row, column, style.FOR
+        )
+    text = f"{float(result.values[unit, rank]):.2f}".replace("-", "\N{MINUS SIGN}")
+    if bool(box.isnan().any()) and result.pieces[unit][rank]:
+        text += f"<br>{html.escape(result.pieces[unit][rank])}"
+    figure.add_annotation(
+        text=text,
+        xref="x domain",
+        yref="y domain",
+        x=0.5,
+        y=-0.04,
+        yanchor="top",
+        showarrow=False,
+        font={"size": 12},
+        hovertext=f"example {example}, {result.pieces[unit][rank]}",
+        row=row,
+        col=column,
+    )
+
+
+def _bars(result: ExemplarIndex, rows: list[int], count: int, title: str) -> go.Figure:
+    from plotly.subplots import make_subplots
+
+    names = [_lines(result, row)[0] for row in rows]
+    figure = make_subplots(rows=1, cols=len(rows), subplot_titles=names, horizontal_spacing=0.14)
+    for column, row in enumerate(rows, start=1):
+        labels = [
+            f"{example} {html.escape(piece)}"
+            for example, piece in zip(result.example[row, :count].tolist(), result.pieces[row], strict=False)
+        ]
+        values = result.values[row, : len(labels)].tolist()
+        figure.add_bar(
+            x=values,
+            y=labels,
+            orientation="h",
+            marker={"color": style.AGAINST, "line": {"width": 0}},
+            hovertemplate="example %{y}<br>%{x:.3g}<extra></extra>",
+            row=1,
+            col=column,
+        )
+    style.layout(figure, title, 172 + 26 * min(count, result.values.shape[1]), showlegend=False, bargap=0.35)
+    figure.update_yaxes(type="category", autorange="reversed", automargin=True, showgrid=False)
+    figure.update_xaxes(gridcolor=style.FAINT, rangemode="tozero", zeroline=False)
+    figure.update_layout(margin={"t": 106, "l": 20})
+    return figure
+
+
+def _lines(result: ExemplarIndex, row: int) -> list[str]:
+    """Name and summary of a unit."""
+    lines = [f"<b>{result.what} {result.axes['unit'][row]}</b>", f"active at {float(result.active[row]):.0%}"]
+    if int((result.class_counts > 0).sum()) > 1:
+        value = float(result.selectivity[row])
+        text = "" if value != value else f" ({value:.2f})"
+        lines.append(f"{html.escape(str(result.preferred[row]))}{text}")
+    return lines
+
+
+def _finding(result: ExemplarIndex, row: int) -> str:
+    name = f"{result.what.capitalize()} {result.axes['unit'][row]}"
+    note = f"{result.count} examples, {result.pool} over positions"
+    note += f"; {result.interrupted}" if result.interrupted else ""
+    sub = f"<br><span style='font-size:12px'>{html.escape(', '.join(result.sites[:2]))}; {html.escape(note)}</span>"
+    if int((result.class_counts > 0).sum()) > 1 and not bool(result.selectivity[row].isnan()):
+        return (
+            f"{name} answers to {html.escape(str(result.preferred[row]))} most: "
+            f"selectivity {float(result.selectivity[row]):.2f}{sub}"
+        )
+    return f"{name} is active at {float(result.active[row]):.0%} of positions, at most {float(result.maximum[row]):.3g}{sub}"

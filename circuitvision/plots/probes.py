@@ -1,0 +1,360 @@
+"""Figures of probes and of the geometry of activations: scores per layer beside their control, when predictions settle, components, similarity."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from circuitvision.plots import style
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from circuitvision.readout.decisions import DecisionLayers
+    from circuitvision.readout.probes import ProbeResult
+    from circuitvision.readout.structure import CKAResult, PCAResult
+
+PALETTE = (style.FOR, style.AGAINST, "#2b8a3e", "#9c36b5", "#c58a00", "#0c8599", "#c2255c", "#868e96")
+"""Colours of lines and groups, told apart on a light and on a dark page."""
+_NAMED = {
+    "red": "#e62828",
+    "green": "#28b43c",
+    "blue": "#2850e6",
+    "yellow": "#f0dc28",
+    "cyan": "#32d2dc",
+    "orange": "#f58c1e",
+    "purple": "#9632c8",
+    "white": "#f5f5f5",
+    "black": "#111111",
+}
+"""Labels that are colours are drawn in their colour."""
+_PANELS_PER_ROW = 4
+_MOST_LABELLED = 200
+_LITTLE = 0.1
+"""Below this share of the components' variance, labels are not what they show."""
+
+
+def probe(result: ProbeResult | Mapping[str, ProbeResult], title: str | None = None) -> go.Figure:
+    """Held-out score per layer with its interval, a band for shuffled labels (mean ± 2 standard deviations) and a dashed line for chance.
+
+    A mapping draws several probes over the same layers, each under its name.
+    """
+    import plotly.graph_objects as go
+
+    several = isinstance(result, Mapping)
+    results: dict[str, ProbeResult] = dict(result) if isinstance(result, Mapping) else {"held-out examples": result}
+    figure = go.Figure()
+    for number, (name, own) in enumerate(results.items()):
+        color = PALETTE[number % len(PALETTE)]
+        layers = [_layer(layer) for layer in own.layers]
+        _add_control(figure, own, layers, color if several else style.GREY, f"{name}: " if several else "", not several)
+        _add_scores(figure, own, layers, color, name)
+    first = next(iter(results.values()))
+    notes = [f"{len(first.held_out)} examples held out{', bars: 95% interval' if first.classes else ''}"]
+    if first.shuffled.shape[1] > 1:
+        notes.append(f"bands: {first.shuffled.shape[1]} shufflings of the labels ± 2 sd")
+    notes.append("dashed: always the commonest label" if first.classes else "dashed: always the mean")
+    heading = html.escape(title or _heading(results, several)).replace("&lt;br&gt;", "<br>")
+    style.layout(figure, f"{heading}<br><span style='font-size:12px'>{'; '.join(notes)}</span>", 380)
+    percent = bool(first.classes)
+    figure.update_yaxes(
+        title="right on held-out examples" if percent else "R² on held-out examples",
+        tickformat=".0%" if percent else ".1f",
+        range=[-0.03, 1.05] if percent else None,
+        gridcolor=style.FAINT,
+        zeroline=False,
+    )
+    figure.update_xaxes(title="layer", type="category", showgrid=False)
+    figure.update_layout(
+        margin={"t": 92 + 20 * heading.count("<br>")},
+        showlegend=several,
+        legend={"orientation": "h", "y": -0.27, "yanchor": "top", "x": 0},
+    )
+    return figure
+
+
+def _add_scores(figure: go.Figure, result: ProbeResult, layers: list[str], color: str, name: str) -> None:
+    values = result.values
+    bars = {}
+    if result.classes:
+        bars = {"array": (result.high - values).tolist(), "arrayminus": (values - result.low).tolist()}
+    figure.add_scatter(
+        x=layers,
+        y=values.tolist(),
+        mode="lines+markers",
+        name=html.escape(name),
+        line={"color": color, "width": 2.5},
+        marker={"size": 8, "color": color},
+        error_y={**bars, "visible": bool(bars), "color": color, "thickness": 1.5, "width": 4},
+        hovertemplate="%{x}: %{y:.3f}<extra>" + html.escape(name) + "</extra>",
+    )
+
+
+def _add_control(figure: go.Figure, result: ProbeResult, layers: list[str], color: str, name: str, named: bool) -> None:
+    middle, sd = result.control, result.control_sd.nan_to_num(0.0)
+    if not bool(middle.isnan().all()):
+        rgb = ",".join(str(int(color[start : start + 2], 16)) for start in (1, 3, 5))
+        figure.add_scatter(
+            x=layers + layers[::-1],
+            y=[*(middle + 2 * sd).tolist(), *(middle - 2 * sd).flip(0).tolist()],
+            fill="toself",
+            fillcolor=f"rgba({rgb},0.22)",
+            line={"width": 0},
+            mode="lines",
+            hoverinfo="skip",
+            showlegend=False,
+            name=f"{name}shuffled labels",
+        )
+        if named:
+            figure.add_annotation(
+                x=0.99,
+                xref="paper",
+                xanchor="right",
+                y=float((middle + 2 * sd)[-1]),
+                yanchor="bottom",
+                text="shuffled labels",
+                showarrow=False,
+                font={"size": 12},
+            )
+    figure.add_scatter(
+        x=layers,
+        y=[result.chance] * len(layers),
+        mode="lines",
+        line={"color": color, "width": 1.5, "dash": "dash"},
+        showlegend=False,
+        hovertemplate="always the commonest label: %{y:.3f}<extra></extra>",
+    )
+
+
+def _heading(results: Mapping[str, ProbeResult], several: bool) -> str:
+    """The earliest layer that is as good as the best, or that none is better than shuffled labels; of several probes in short."""
+    if several:
+        found = []
+        for name, result in list(results.items())[:3]:
+            told, layer = _earliest(result)
+            place = f"{_score(result, float(result.values[layer]))} {_after(result.layers[layer])}"
+            found.append(f"{name}: {place if told else 'not readable'}")
+        return ";<br>".join("; ".join(found[first : first + 2]) for first in range(0, len(found), 2))
+    (result,) = results.values()
+    told, layer = _earliest(result)
+    beside = ""
+    if result.shuffled.shape[1]:
+        beside = f", {_score(result, float(result.control[layer]))} with shuffled labels"
+    value = _score(result, float(result.values[layer]))
+    if not told:
+        return f"No layer tells the {result.what}: {value} at most{beside}"
+    right = " right" if result.classes else ""
+    return f"The {result.what} can be read {_after(result.layers[layer])}: {value}{right}{beside}"
+
+
+def _earliest(result: ProbeResult) -> tuple[bool, int]:
+    """Whether the best layer is better than chance and shuffled labels, and the first layer that is as good, within its interval."""
+    best = int(result.values.nan_to_num(-math.inf).argmax())
+    value, control = float(result.values[best]), float(result.control.nan_to_num(-math.inf)[best])
+    # Fewer shufflings cannot reach one in twenty.
+    told = result.p_value[best] <= 0.05 if result.shuffled.shape[1] >= 19 else value > max(result.chance, control)
+    floor = float(result.low[best]) if result.classes else value - 0.02
+    return bool(told), int((result.values >= floor).int().argmax()) if told else best
+
+
+def _score(result: ProbeResult, value: float) -> str:
+    return f"{value:.0%}" if result.classes else f"R² {value:.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _after(layer: Any) -> str:
+    return "at the input" if layer == "input" else f"after layer {layer}" if isinstance(layer, int) else f"at {layer}"
+
+
+def _place(layer: str) -> str:
+    return "the input" if layer == "input" else f"layer {layer}" if layer.isdigit() else layer
+
+
+def _layer(layer: Any) -> str:
+    return str(layer)
+
+
+def decisions(result: DecisionLayers, title: str | None = None) -> go.Figure:
+    """How many examples settle at each layer, right and wrong where the right answers are known, and how many never settle."""
+    import plotly.graph_objects as go
+
+    layers = [_layer(layer) for layer in result.layers[: len(result.layers) - result.k]]
+    count = len(result.values)
+    known = len(result.target) == count
+    wrong = result.wrong if known else torch.zeros(count, dtype=torch.bool)
+    figure = go.Figure()
+    for name, members, color in (
+        ("settles on the right answer" if known else "settles", result.stable & ~wrong, style.AGAINST),
+        ("settles on a wrong answer", wrong, style.FOR),
+    ):
+        if known or color == style.AGAINST:
+            shares = torch.bincount(result.values[members], minlength=len(layers))[: len(layers)] / count
+            figure.add_bar(x=layers, y=shares.tolist(), name=name, marker={"color": color, "line": {"width": 0}})
+    never = float((~result.stable).double().mean())
+    figure.add_bar(x=["never"], y=[never], name="never settles", marker={"color": style.GREY, "line": {"width": 0}})
+    figure.update_traces(hovertemplate="%{x}: %{y:.1%}<extra>%{fullData.name}</extra>")
+    if title is None:
+        settled = result.values[result.stable]
+        middle = layers[int(settled.double().quantile(0.5, interpolation="lower"))] if len(settled) else ""
+        title = (
+            f"Half of the settled predictions are settled by {_place(middle)}" if middle else "No prediction settles"
+        )
+        title += f"; {result.stable_but_wrong:.0%} of the settled are wrong" if known and middle else ""
+        title += f"; {never:.0%} never settle"
+    notes = f"settled: the same prediction for {result.k + 1} layers in a row; {count} examples"
+    style.layout(figure, f"{title}<br><span style='font-size:12px'>{notes}</span>", 340, barmode="stack", bargap=0.35)
+    figure.update_yaxes(title="share of examples", tickformat=".0%", gridcolor=style.FAINT, zeroline=False)
+    figure.update_xaxes(title="settles at layer", type="category", showgrid=False)
+    figure.update_layout(
+        margin={"t": 92}, legend={"orientation": "h", "y": -0.26, "yanchor": "top", "x": 0, "traceorder": "normal"}
+    )
+    return figure
+
+
+def components(result: PCAResult, title: str | None = None) -> go.Figure:
+    """Scatter of the first two components, one panel per layer, coloured by label.
+
+    Panels share no axes: each component is in its own units, and signs are fixed per layer.
+    """
+    from plotly.subplots import make_subplots
+
+    layered = "layer" in result.axes
+    layers = result.axes["layer"] if layered else [None]
+    scores = result.values if layered else result.values[None]
+    explained = result.explained if layered else result.explained[None]
+    columns = min(len(layers), _PANELS_PER_ROW)
+    rows = math.ceil(len(layers) / columns)
+    figure = make_subplots(
+        rows=rows,
+        cols=columns,
+        subplot_titles=[_panel_title(layer, shares) for layer, shares in zip(layers, explained, strict=True)],
+        horizontal_spacing=0.03,
+        vertical_spacing=0.16 / rows,
+    )
+    for number, own in enumerate(scores):
+        across = own[:, 0]
+        down = own[:, 1] if own.shape[1] > 1 else torch.zeros_like(across)
+        _add_points(figure, result, across, down, number // columns + 1, number % columns + 1, number == 0)
+    height = int(172 + rows * (940 / columns if columns > 1 else 460) * 0.95)
+    style.layout(figure, html.escape(title or _spread(result, layers, explained)), height)
+    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=True, zerolinecolor=style.FAINT)
+    figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=True, zerolinecolor=style.FAINT)
+    figure.update_layout(
+        margin={"t": 106, "l": 20, "r": 20, "b": 60},
+        legend={"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom", "x": 0, "itemsizing": "constant"},
+    )
+    return figure
+
+
+def _panel_title(layer: Any, shares: torch.Tensor) -> str:
+    name = "" if layer is None else "input" if layer == "input" else f"layer {layer}"
+    if bool(shares.isnan().all()):
+        return f"{name}<br><span style='font-size:12px'>all examples alike</span>"
+    return (
+        f"{name}<br><span style='font-size:12px'>{' + '.join(f'{share:.0%}' for share in shares[:2].tolist())}</span>"
+    )
+
+
+def _spread(result: PCAResult, layers: list[Any], explained: torch.Tensor) -> str:
+    between = result.between.reshape(-1)
+    kept = result.values.shape[-1]
+    shown = f"the first {kept} components" if kept > 1 else "the first component"
+    if result.labels and not bool(between.isnan().all()):
+        best = int(between.nan_to_num(-1).argmax())
+        if float(between[best]) < _LITTLE:
+            return f"{shown[0].upper()}{shown[1:]} do not show the {result.what}: it makes up {float(between[best]):.0%} at most"
+        place = "" if layers[best] is None else f" {_after(layers[best])}"
+        return f"The {result.what} makes up {float(between[best]):.0%} of {shown}{place}"
+    held = explained.sum(1).nan_to_num(-1)
+    best = int(held.argmax())
+    place = "" if layers[best] is None else f" {_after(layers[best])}"
+    return f"{shown[0].upper()}{shown[1:]} hold {float(held[best]):.0%} of the variance{place}"
+
+
+def _add_points(
+    figure: go.Figure, result: PCAResult, across: torch.Tensor, down: torch.Tensor, row: int, column: int, first: bool
+) -> None:
+    marker = {"size": 6, "opacity": 0.75, "line": {"width": 0.5, "color": style.GREY}}
+    where = {"row": row, "col": column}
+    numbers = [isinstance(label, float) for label in result.labels]
+    if not result.labels or all(numbers):
+        paint: dict[str, Any] = {"color": style.AGAINST}
+        if result.labels:
+            bar = {"title": html.escape(result.what), "thickness": 12, "outlinewidth": 0}
+            paint |= {"color": result.labels, "colorscale": "Viridis", "showscale": first, "colorbar": bar}
+        figure.add_scatter(
+            x=across.tolist(),
+            y=down.tolist(),
+            mode="markers",
+            marker={**marker, **paint},
+            text=result.labels or None,
+            showlegend=False,
+            hovertemplate="example %{pointNumber} %{text}<extra></extra>",
+            **where,
+        )
+        return
+    labels = sorted(set(result.labels), key=str)
+    named = all(str(label) in _NAMED for label in labels)
+    for number, label in enumerate(labels):
+        own = torch.tensor([other == label for other in result.labels])
+        numbers_of = own.nonzero().flatten().tolist()
+        color = _NAMED[str(label)] if named else PALETTE[number % len(PALETTE)]
+        figure.add_scatter(
+            x=across[own].tolist(),
+            y=down[own].tolist(),
+            mode="markers",
+            name=html.escape(str(label)),
+            legendgroup=str(label),
+            showlegend=first,
+            marker={**marker, "color": color},
+            customdata=numbers_of,
+            hovertemplate="example %{customdata}<extra>%{fullData.name}</extra>",
+            **where,
+        )
+
+
+def cka(result: CKAResult, title: str | None = None) -> go.Figure:
+    """Heat map of linear CKA between sites; within one stream the title names where neighbours differ most."""
+    import plotly.graph_objects as go
+
+    from circuitvision.readout.probes import layer_labels
+
+    names = [result.axes["site"], result.axes["other"]]
+    labels = [[_layer(label) for label in layer_labels(own)] for own in names]
+    values = result.values
+    scale = [[0.0, "rgba(128,128,128,0.08)"], [0.5, "rgba(208,63,8,0.45)"], [1.0, "rgba(208,63,8,1)"]]
+    figure = go.Figure(
+        go.Heatmap(
+            z=values.tolist(),
+            x=labels[1],
+            y=labels[0],
+            zmin=0,
+            zmax=1,
+            colorscale=scale,
+            xgap=2,
+            ygap=2,
+            hovertemplate="%{y} – %{x}: %{z:.3f}<extra></extra>",
+            colorbar={"title": "CKA", "thickness": 14, "outlinewidth": 0},
+        )
+    )
+    if values.numel() <= _MOST_LABELLED:
+        for (row, column), value in ((divmod(i, values.shape[1]), v) for i, v in enumerate(values.flatten().tolist())):
+            # White only on strong colours: elsewhere the text is the page's, whatever the theme.
+            font = {"size": 12, "color": "#ffffff"} if value > 0.55 else {"size": 12}
+            text = "" if math.isnan(value) else f"{value:.2f}"
+            figure.add_annotation(x=labels[1][column], y=labels[0][row], text=text, showarrow=False, font=font)
+    if title is None and result.same and len(values) > 1:
+        steps = values.diagonal(1).nan_to_num(2.0)
+        where = int(steps.argmin())
+        title = f"The stream changes most between {_place(labels[0][where])} and {_place(labels[0][where + 1])}: CKA {float(steps[where]):.2f}"
+    elif title is None:
+        row, column = divmod(int(values.nan_to_num(-1.0).argmax()), values.shape[1])
+        title = f"{labels[0][row]} and {labels[1][column]} are most alike: CKA {float(values[row, column]):.2f}"
+    style.layout(figure, html.escape(title), 170 + min(max(46 * len(values), 140), 560))
+    for update, own, other in ((figure.update_yaxes, *names), (figure.update_xaxes, *names[::-1])):
+        tower = own[0].partition(".")[0] if own[0].partition(".")[0] != other[0].partition(".")[0] else ""
+        update(title=f"{tower} layer".strip(), type="category", showgrid=False, zeroline=False)
+    return figure

@@ -1,0 +1,303 @@
+"""Maps of relevance, beside the picture they are about.
+
+A figure takes one result or several of one kind, side by side. Maps of different methods have different units, so each is coloured by its own largest
+absolute value, written below it: compare where they are strong, not how strong they are.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.plots import patches, style
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from circuitvision.readout.relevance import Relevance
+
+PixelBox = tuple[float, float, float, float]
+_PANEL = 210
+
+
+def relevance(
+    result: Relevance | Sequence[Relevance],
+    beside: Sequence[Relevance] = (),
+    *,
+    row: int | Sequence[int] = 0,
+    picture: Any = None,
+    box: Any = None,
+    image: int | None = None,
+    tile: int | None = None,
+    overlay: bool = True,
+    title: str | None = None,
+) -> go.Figure:
+    """Maps over the patches (or pixels) of one row or several, a column per result; words as bars below.
+
+    Args:
+        result, beside: the results shown.
+        row: the row of the tower, or several, one below the other.
+        picture: the picture ``[height width 3]`` of levels 0 … 255 (one per row), shown first.
+        box: the object's box (left, top, right, bottom) in pixels of the picture (one per row), drawn over every panel.
+        image, tile: which image and tile of the row.
+        overlay: lay maps over the picture; else they stand alone.
+
+    Raises:
+        InputError: another number of pictures or boxes than of rows, a box without a picture.
+    """
+    results = [*(result if isinstance(result, Sequence) else [result]), *beside]
+    rows = [row] if isinstance(row, int) else list(row)
+    pictures, boxes = (
+        _per_row(picture, rows, isinstance(row, int), "picture"),
+        _per_row(box, rows, isinstance(row, int), "box"),
+    )
+    if any(one is not None for one in boxes) and any(one is None for one in pictures):
+        raise InputError("A box is in pixels of the picture: give the picture as well.")
+    if not any(_patches(one, rows[0]) for one in results):
+        return _words_alone(results, rows[0], title)
+    figure, first, with_words = _panels(results, rows, pictures[0] is not None)
+    for number, (line, one, frame) in enumerate(zip(rows, pictures, boxes, strict=True), start=1):
+        shares = None if frame is None else _as_shares(frame, one)
+        if one is not None:
+            patches.add_picture(figure, np.asarray(one), number)
+            patches.mark(figure, shares, one.shape[0], one.shape[1], number, 1, "#ffffff")
+        for column, found in enumerate(results, start=first):
+            _add_map(figure, found, line, (image, tile), one if overlay else None, shares, number, column)
+            if with_words:
+                _add_words(figure, found, line, len(rows) + 1, column)
+    lead = _finding(results, rows, pictures, boxes, (image, tile)) if title is None else title
+    heading = f"{lead}<br><span style='font-size:12px'>{_legend(results)}</span>"
+    words = max((len(_words(one, rows[0])[0]) for one in results), default=0) if with_words else 0
+    height = 140 + len(rows) * (_PANEL + 14) + (60 + 20 * words if words else 0)
+    style.layout(figure, heading, height, margin={"l": 20, "r": 20, "t": 118, "b": 30}, showlegend=False)
+    figure.update_layout(title={"y": 1.0, "yref": "container", "yanchor": "top", "pad": {"t": 14}})
+    for number in range(1, len(rows) + 1):
+        figure.update_xaxes(visible=False, row=number)
+        figure.update_yaxes(visible=False, row=number)
+    return figure
+
+
+# -- maps ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def _panels(results: Sequence[Relevance], rows: Sequence[int], pictured: bool) -> tuple[go.Figure, int, bool]:
+    """The empty figure, the column of the first map, and whether there is a line of words below the maps."""
+    from plotly.subplots import make_subplots
+
+    with_words = len(rows) == 1 and any(_words(one, rows[0])[0] for one in results)
+    headings = (["picture"] if pictured else []) + [_heading(one) for one in results]
+    words = max((len(_words(one, rows[0])[0]) for one in results), default=0)
+    heights = [_PANEL] * len(rows) + ([20 * words] if with_words else [])
+    figure = make_subplots(
+        rows=len(heights),
+        cols=len(headings),
+        column_titles=headings,
+        row_heights=heights,
+        horizontal_spacing=0.1 / len(headings) if with_words else 0.015,
+        vertical_spacing=(0.09 if with_words else 0.05) if len(heights) > 1 else 0,
+    )
+    figure.update_annotations(font={"size": 12})
+    return figure, 2 if pictured else 1, with_words
+
+
+def _add_map(
+    figure: go.Figure,
+    found: Relevance,
+    line: int,
+    which: tuple[int | None, int | None],
+    picture: Any,
+    box: patches.Box | None,
+    row: int,
+    column: int,
+) -> None:
+    grid = found.on_image(line, *which)
+    limit = _limit(found, line)
+    look: dict[str, Any] = {"colorscale": style.diverging(), "zmin": -limit, "zmax": limit, "showscale": False}
+    unit = str(found.provenance.get("metric_units") or "")
+    text = {
+        "text": f"full colour: ±{limit:.2g}",
+        "font": {"size": 10},
+        "showarrow": False,
+        "yanchor": "top",
+        "y": -0.01,
+        "x": 0.5,
+    }
+    figure.add_annotation(**text, xref="x domain", yref="y domain", row=row, col=column)
+    if picture is None:
+        patches.add_map(figure, grid.numpy(), row, column, unit=unit, **look)
+        patches.mark(figure, box, grid.shape[0], grid.shape[1], row, column)
+        return
+    # A grey picture leaves the colours to the map.
+    grey = np.asarray(picture)[..., :3].mean(-1, keepdims=True).repeat(3, -1)
+    pale = (0.35 * grey + 0.65 * 245).astype(np.uint8)
+    patches.add_overlay(figure, pale, grid.numpy(), row, column, opacity=0.75, unit=unit, **look)
+    patches.mark(figure, box, pale.shape[0], pale.shape[1], row, column, "#111111")
+
+
+def _limit(found: Relevance, line: int) -> float:
+    """The largest absolute value of one row, words included: what full colour stands for."""
+    values = (found.values if found.of_pixels else found.per_position)[line].abs()
+    return max(float(values.nan_to_num(0.0).max()), 1e-12)
+
+
+def _patches(found: Relevance, line: int) -> bool:
+    return bool((found.places[line, :, 2] >= 0).any())
+
+
+def _words(found: Relevance, line: int) -> tuple[list[str], list[float]]:
+    """Text pieces that are no patch, with their values; none for towers that read images alone."""
+    if found.of_pixels:
+        return [], []
+    values = found.per_position[line]
+    shown = [
+        number
+        for number in range(values.shape[0])
+        if found.places[line, number, 2] < 0
+        and not values[number].isnan()
+        and not found.labels[line][number].startswith("[")
+    ]
+    return [found.labels[line][number].strip("▁Ġ ") or "·" for number in shown], values[shown].tolist()
+
+
+def _add_words(figure: go.Figure, found: Relevance, line: int, row: int, column: int) -> None:
+    words, values = _words(found, line)
+    limit = _limit(found, line)
+    figure.add_bar(
+        x=values,
+        y=list(range(len(words))),
+        orientation="h",
+        marker={"color": [style.FOR if value >= 0 else style.AGAINST for value in values], "line": {"width": 0}},
+        customdata=words,
+        hovertemplate="%{customdata}<br>%{x:+.3g}<extra></extra>",
+        row=row,
+        col=column,
+    )
+    low = -limit if min(values, default=0.0) < -0.05 * limit else -0.03 * limit
+    figure.update_xaxes(range=[low, 1.03 * limit], visible=False, row=row, col=column)
+    figure.update_yaxes(
+        tickvals=list(range(len(words))),
+        ticktext=[_escape(word) for word in words],
+        tickfont={"size": 12},
+        range=[len(words) - 0.5, -0.5],
+        showgrid=False,
+        zeroline=False,
+        row=row,
+        col=column,
+    )
+
+
+def _words_alone(results: Sequence[Relevance], line: int, title: str | None) -> go.Figure:
+    """Bars of words, a panel per result, where nothing is over an image."""
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=1, cols=len(results), column_titles=[_heading(one) for one in results])
+    figure.update_annotations(font={"size": 12})
+    for column, found in enumerate(results, start=1):
+        _add_words(figure, found, line, 1, column)
+    words, values = _words(results[0], line)
+    best = max(range(len(words)), key=lambda number: abs(values[number])) if words else 0
+    lead = f"“{_escape(words[best])}” matters most to {_metric(results[0])}" if words else "No word has a value"
+    heading = f"{title or lead}<br><span style='font-size:12px'>{_legend(results)}</span>"
+    height = 160 + 24 * max(len(words), 1)
+    style.layout(figure, heading, height, margin={"l": 70, "r": 20, "t": 130, "b": 20}, showlegend=False)
+    figure.update_layout(title={"y": 1.0, "yref": "container", "yanchor": "top", "pad": {"t": 14}})
+    return figure
+
+
+def _finding(
+    results: Sequence[Relevance],
+    rows: Sequence[int],
+    pictures: Sequence[Any],
+    boxes: Sequence[Any],
+    which: tuple[Any, Any],
+) -> str:
+    """What the maps say: whether they peak on the object, or where the first one peaks."""
+    if all(box is not None for box in boxes):
+        hits = [
+            [
+                _peaks_inside(one.on_image(line, *which), _as_shares(box, picture))
+                for line, picture, box in zip(rows, pictures, boxes, strict=True)
+            ]
+            for one in results
+        ]
+        if len(results) == 1 and len(rows) == 1:
+            return f"{_short(results[0].method)} peaks {'on' if hits[0][0] else 'beside'} the object"
+        total = sum(map(sum, hits))
+        lead = f"{total} of {len(results) * len(rows)} maps peak on the object"
+        never = [name for name, found in zip(names_of(results), hits, strict=True) if not any(found)]
+        if not total or not 0 < len(never) < 3:
+            return lead
+        return f"{lead}; {' and '.join(never)} {'do' if len(never) > 1 else 'does'} not"
+    grid = results[0].on_image(rows[0], *which)
+    down, across = divmod(int(grid.abs().nan_to_num(0.0).argmax()), grid.shape[1])
+    noun = "pixel" if results[0].of_pixels else "patch"
+    return f"{_short(results[0].method)}: {noun} row {down}, column {across} matters most to {_metric(results[0])}"
+
+
+def _peaks_inside(grid: Tensor, box: patches.Box) -> bool:
+    down, across = divmod(int(grid.nan_to_num(-math.inf).argmax()), grid.shape[1])
+    left, top, right, bottom = (edge * size for edge, size in zip(box, (grid.shape[1], grid.shape[0]) * 2, strict=True))
+    return left < across + 1 and across < right and top < down + 1 and down < bottom
+
+
+def _legend(results: Sequence[Relevance]) -> str:
+    unit = str(results[0].provenance.get("metric_units") or "")
+    parts = [f"{_metric(results[0])}{f', {_escape(unit)}' if unit else ''}"]
+    parts.append(
+        f"<span style='color:{style.FOR}'>supports it</span>, <span style='color:{style.AGAINST}'>works against it</span>"
+    )
+    return "; ".join(parts)
+
+
+def _heading(found: Relevance) -> str:
+    """The method, its settings smaller below."""
+    name, bracket, more = _escape(found.method).partition(" (")
+    return f"{name}<br><span style='font-size:10px'>{_wrapped(more.rstrip(')')) if bracket else ' '}</span>"
+
+
+def _wrapped(text: str) -> str:
+    return "<br>".join(part for part in re.split(r"(?<=,) (?=baseline)", text))
+
+
+def _short(method: str) -> str:
+    """The method without its settings, with a capital letter."""
+    name = _escape(method.partition(" (")[0])
+    return name[:1].upper() + name[1:]
+
+
+def names_of(results: Sequence[Any]) -> list[str]:
+    """Short names of the methods; whole ones where short ones are shared."""
+    short = [_short(one.method) for one in results]
+    whole = [_escape(one.method[:1].upper() + one.method[1:]) for one in results]
+    found = [one if short.count(one) == 1 else more for one, more in zip(short, whole, strict=True)]
+    return [name if found.count(name) == 1 else f"{name} #{number}" for number, name in enumerate(found, start=1)]
+
+
+def _metric(found: Relevance) -> str:
+    return _escape(str(found.provenance.get("metric") or "the metric"))
+
+
+def _per_row(given: Any, rows: Sequence[int], single: bool, name: str) -> list[Any]:
+    if given is None:
+        return [None] * len(rows)
+    found = [given] if single else list(given)
+    if len(found) != len(rows):
+        raise InputError(f"Give one {name} per row: there are {len(rows)} rows and {len(found)} of them.")
+    return [np.asarray(one) for one in found] if name == "picture" else found
+
+
+def _as_shares(box: PixelBox, picture: Any) -> patches.Box:
+    height, width = picture.shape[:2]
+    left, top, right, bottom = box
+    return left / width, top / height, right / width, bottom / height
+
+
+def _escape(text: str) -> str:
+    return html.escape(text, quote=False)

@@ -1,0 +1,259 @@
+"""A data set through a model, batch by batch: what read-outs over many examples stand on.
+
+A data set is a sequence or any iterable of model inputs, each of one or several examples, or one mapping that holds all examples, which is cut
+into batches (images go with the example whose prompt they stand in). Neighbours that fit together run in one batch. A batch's activations are
+reduced while the model runs and the rest is never kept, so memory goes by what is asked for; a run ends when the last asked-for site was read.
+
+In dual encoders examples are images or texts, whichever the sites belong to; the other side runs
+with its first row, which cannot reach them.
+
+Not covered: collating prompts of different lengths (they run one after the other), several passes (generation).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.hooks import Recorder, Registration
+from circuitvision.model.inputs import as_mapping
+from circuitvision.model.routes import is_dual
+from circuitvision.model.sites import SiteName
+from circuitvision.model.tokens import Packing, TokenMap
+from circuitvision.progress import Progress
+from circuitvision.provenance import hash_inputs
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+
+_OF_IMAGES = ("pixel_values", "image_sizes", "pixel_attention_mask", "spatial_shapes")
+_OF_TEXTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose asked-for sites were all read."""
+
+
+class _Reducer(Recorder):
+    """Hands every site's value on as it comes by, and keeps nothing."""
+
+    def __init__(self, sites: Sequence[str], read: Callable[[str, Tensor], None]) -> None:
+        super().__init__()
+        self.waiting, self.read = set(sites), read
+
+    def record(self, name: str, value: Tensor) -> None:
+        self.read(name, value.detach())
+        self.waiting.discard(name)
+        if not self.waiting:
+            raise _Enough
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some examples: their inputs, their numbers in the data set, and the token map of every tower."""
+
+    inputs: dict[str, Any]
+    examples: range
+    tokens: dict[str, TokenMap]
+
+    def layout(self, site: str, value: Tensor) -> tuple[TokenMap, int | None]:
+        """The token map of a site's rows, and how many of its first positions the site lacks (None: it has no positions).
+
+        Raises:
+            InputError: the site's rows or positions are not those of its tower.
+        """
+        name = SiteName.parse(site)
+        tokens = self.tokens.get("vision" if name.tower == "projector" else name.tower)
+        if name.is_pattern:
+            raise InputError(f"{site} holds a number per query and key; read attn.hook_z, or a site of the stream.")
+        if tokens is None or value.shape[0] != tokens.n_rows:
+            raise InputError(f"The rows of {site} are not those of its tower; choose a site of one block.")
+        length = value.shape[1] if value.ndim > 2 else 1
+        if value.ndim == 2 or (length == 1 < tokens.n_positions):
+            return tokens, None
+        if length > tokens.n_positions:
+            raise InputError(f"{site} has {length} positions, its tower {tokens.n_positions}; choose another site.")
+        return tokens, tokens.n_positions - length
+
+
+class Reading:
+    """One pass over a data set: iterate to get ``(batch, {site: reduce(site, value, batch)})``.
+
+    ``count`` and ``digest`` say afterwards how many examples went through, and which.
+
+    Raises:
+        InputError: no example, a batch size below 1, inputs that cannot be cut into examples.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        dataset: Any,
+        sites: Sequence[str],
+        reduce: Callable[[str, Tensor, Batch], Any],
+        *,
+        batch_size: int = 32,
+        description: str = "read",
+    ) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size={batch_size!r} is not understood: give the number of examples run at once.")
+        self.model, self.sites, self.reduce = model, list(sites), reduce
+        self.batch_size, self.description = batch_size, description
+        self.side = _side(model, self.sites)
+        self.count = 0
+        self._hashes, self._first, self._items = hashlib.sha256(), "", 0
+        whole = isinstance(dataset, (Mapping, Tensor))
+        self.items: Iterable[Any] = [dataset] if whole else dataset
+        self.total: int | None = None
+        if isinstance(self.items, (list, tuple)):
+            self.total = sum(n_examples(model, as_mapping(model, item), self.side) for item in self.items)
+            if self.total == 0:
+                raise InputError("The data set holds no example.")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the inputs given so far, whatever the batch size; for one mapping that of :func:`hash_inputs`."""
+        return self._hashes.hexdigest() if self._items > 1 else self._first
+
+    def __iter__(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        with Progress(self.total or 0, self.description, shown=(self.total or 2) > 1) as bar:
+            for inputs in _joined(self._pieces(), self.model, self.side, self.batch_size):
+                size = n_examples(self.model, inputs, self.side)
+                yield self._run(inputs, range(self.count, self.count + size))
+                self.count += size
+                bar.advance(size)
+        if self.count == 0:
+            raise InputError("The data set holds no example.")
+
+    def _pieces(self) -> Iterator[dict[str, Any]]:
+        for item in self.items:
+            mapping = as_mapping(self.model, item)
+            self._note(hash_inputs(mapping))
+            size = n_examples(self.model, mapping, self.side)
+            if size <= self.batch_size and self.side is None:
+                yield mapping
+                continue
+            for first in range(0, size, self.batch_size):
+                yield _cut(self.model, mapping, self.side, first, min(first + self.batch_size, size))
+
+    def _note(self, digest: str) -> None:
+        self._hashes.update(digest.encode())
+        self._first = self._first or digest
+        self._items += 1
+
+    def _run(self, inputs: dict[str, Any], examples: range) -> tuple[Batch, dict[str, Any]]:
+        device = self.model.device
+        inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+        batch = Batch(inputs, examples, self.model.tokens(inputs))
+        found: dict[str, Any] = {}
+
+        def read(site: str, value: Tensor) -> None:
+            found[site] = self.reduce(site, value, batch)
+
+        names = frozenset(self.sites)
+        registration = Registration(recorder=_Reducer(self.sites, read), recorded=names, exact=names)
+        with torch.no_grad(), self.model.engine.registered(registration), contextlib.suppress(_Enough):
+            self.model(inputs)
+        return batch, found
+
+
+# -- cutting and joining inputs ------------------------------------------------------------------------------------------------------------
+
+
+def _side(model: HookedModel, sites: Sequence[str]) -> str | None:
+    """Whose rows are the examples of a dual encoder: "images", "texts" or "both"; None for other models."""
+    if not is_dual(model):
+        return None
+    towers = {SiteName.parse(site).tower for site in sites}
+    return "both" if len(towers) > 1 else "images" if "vision" in towers else "texts"
+
+
+def n_examples(model: HookedModel, inputs: Mapping[str, Any], side: str | None = None) -> int:
+    """How many examples an input mapping holds: prompts, or images where there are none; ``side`` chooses in dual encoders.
+
+    Raises:
+        InputError: neither is there; or both sides of a dual encoder are asked for and have different lengths.
+    """
+    texts, images = inputs.get("input_ids"), inputs.get("pixel_values")
+    counts = [len(part) for part in (texts, images) if isinstance(part, Tensor)]
+    if not counts:
+        raise InputError("An example needs pixel_values or input_ids; model.inputs(images=…, text=…) makes them.")
+    if side == "both" and len(set(counts)) > 1:
+        raise InputError(f"{counts[1]} images and {counts[0]} texts are no examples of both; pair them one to one.")
+    return counts[-1] if side == "images" else counts[0]
+
+
+def _cut(model: HookedModel, inputs: Mapping[str, Any], side: str | None, first: int, last: int) -> dict[str, Any]:
+    """The examples ``first`` … ``last − 1`` of an input mapping."""
+    size = n_examples(model, inputs, side)
+    images = range(first, last)
+    if side is None and model.family.image_layout in ("flat", "anyres") and inputs.get("pixel_values") is not None:
+        owners = Packing(model, inputs).images_of_examples()
+        held = [image for image, owner in enumerate(owners) if first <= owner < last]
+        images = range(held[0], held[-1] + 1) if held else range(0)
+    own_rows = {"images": _OF_IMAGES, "texts": _OF_TEXTS}.get(side or "", (*_OF_IMAGES, *_OF_TEXTS))
+    found: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            found[name] = value
+        elif name in _OF_IMAGES + _OF_TEXTS and name not in own_rows:
+            found[name] = value[:1]
+        elif name in _OF_IMAGES and model.family.image_layout in ("flat", "anyres"):
+            found[name] = value[images.start : images.stop] if images else None
+        elif len(value) != size:
+            raise InputError(
+                f"{name} has {len(value)} rows for {size} examples, so the data set cannot be cut into batches; "
+                "give a sequence of inputs, one mapping per example."
+            )
+        else:
+            found[name] = value[first:last]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _joined(
+    pieces: Iterable[dict[str, Any]], model: HookedModel, side: str | None, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Neighbouring pieces that fit together as one batch of up to ``batch_size`` examples."""
+    waiting: list[dict[str, Any]] = []
+    held = 0
+    for piece in pieces:
+        size = n_examples(model, piece, side)
+        if waiting and (held + size > batch_size or not _fit(waiting[0], piece)):
+            yield _join(waiting, side)
+            waiting, held = [], 0
+        waiting.append(piece)
+        held += size
+    if waiting:
+        yield _join(waiting, side)
+
+
+def _fit(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    if first.keys() != second.keys():
+        return False
+    for name, one in first.items():
+        two = second[name]
+        if isinstance(one, Tensor) != isinstance(two, Tensor):
+            return False
+        if isinstance(one, Tensor):
+            if one.ndim == 0 or one.shape[1:] != two.shape[1:] or (one.dtype, one.device) != (two.dtype, two.device):
+                return False
+        elif one is not two and not (isinstance(one, (bool, int, float, str)) and one == two):
+            return False
+    return True
+
+
+def _join(pieces: Sequence[dict[str, Any]], side: str | None) -> dict[str, Any]:
+    if len(pieces) == 1:
+        return pieces[0]
+    once = {"images": _OF_TEXTS, "texts": _OF_IMAGES}.get(side or "", ())
+    return {
+        name: torch.cat([piece[name] for piece in pieces]) if isinstance(value, Tensor) and name not in once else value
+        for name, value in pieces[0].items()
+    }
