@@ -20,8 +20,8 @@ from circuitvision.plots.attention_overlay import contrast, heads_panel, overlay
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.readout.attention import AttentionSummary
-    from circuitvision.readout.attention_distance import DistanceProfile, PositionPattern
+    from circuitvision.readout.attention.distance import DistanceProfile, PositionPattern
+    from circuitvision.readout.attention.mass import AttentionSummary
 
 __all__ = ["contrast", "distance", "offsets", "overlay", "rollout", "spans", "summary"]
 

@@ -19,9 +19,9 @@ from circuitvision.plots import patches, style
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.readout.attention_regions import AttentionContrast
-    from circuitvision.readout.attention_rollout import AttentionRollout
-    from circuitvision.readout.head_maps import AttentionMaps, Box
+    from circuitvision.readout.attention.maps import AttentionMaps, Box
+    from circuitvision.readout.attention.regions import AttentionContrast
+    from circuitvision.readout.attention.rollout import AttentionRollout
 
 _MOST_STEPS = 144
 _MOST_LABELLED = 120

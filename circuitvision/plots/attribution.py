@@ -20,12 +20,12 @@ from circuitvision.plots.lens import PALETTE
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.readout.attribution import Attribution, SourceAttribution
-    from circuitvision.readout.bilinear import BilinearAttribution
-    from circuitvision.readout.increase import LogProbIncrease
-    from circuitvision.readout.ranking import Ranking
-    from circuitvision.readout.summaries import LensSummary
-    from circuitvision.readout.tuned import TunedLens
+    from circuitvision.readout.attribution.bilinear import BilinearAttribution
+    from circuitvision.readout.attribution.direct import Attribution, SourceAttribution
+    from circuitvision.readout.attribution.increase import LogProbIncrease
+    from circuitvision.readout.lens.summaries import LensSummary
+    from circuitvision.readout.lens.tuned import TunedLens
+    from circuitvision.readout.ranks import Ranking
 
 _MINUS = "\N{MINUS SIGN}"
 

@@ -12,8 +12,8 @@ from circuitvision.plots.relevance import names_of
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.readout.curves import Curve
-    from circuitvision.readout.pointing import PointingGame
+    from circuitvision.readout.relevance.curves import Curve
+    from circuitvision.readout.relevance.pointing import PointingGame
 
 COLORS = (style.FOR, style.AGAINST, "#2b8a3e", "#9c36b5", "#b07d00", "#0b8a8f")
 """One per method."""

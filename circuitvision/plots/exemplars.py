@@ -15,7 +15,7 @@ from circuitvision.plots import patches, style
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.readout.exemplars import ExemplarIndex
+    from circuitvision.readout.probes.exemplars import ExemplarIndex
 
 _DEFAULT_UNITS = 3
 

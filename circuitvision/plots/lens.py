@@ -19,7 +19,7 @@ from circuitvision.plots import patches, style
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.readout.lens import LensResult
+    from circuitvision.readout.lens.result import LensResult
 
 _MOST_PANELS = 9
 _MOST_COLUMNS = 24

@@ -14,9 +14,9 @@ from circuitvision.plots import style
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.readout.decisions import DecisionLayers
-    from circuitvision.readout.probes import ProbeResult
-    from circuitvision.readout.structure import CKAResult, PCAResult
+    from circuitvision.readout.probes.decisions import DecisionLayers
+    from circuitvision.readout.probes.linear import ProbeResult
+    from circuitvision.readout.probes.structure import CKAResult, PCAResult
 
 PALETTE = (style.FOR, style.AGAINST, "#2b8a3e", "#9c36b5", "#c58a00", "#0c8599", "#c2255c", "#868e96")
 """Colours of lines and groups, told apart on a light and on a dark page."""
@@ -320,7 +320,7 @@ def cka(result: CKAResult, title: str | None = None) -> go.Figure:
     """Heat map of linear CKA between sites; within one stream the title names where neighbours differ most."""
     import plotly.graph_objects as go
 
-    from circuitvision.readout.probes import layer_labels
+    from circuitvision.readout.probes.linear import layer_labels
 
     names = [result.axes["site"], result.axes["other"]]
     labels = [[_layer(label) for label in layer_labels(own)] for own in names]
@@ -345,14 +345,14 @@ def cka(result: CKAResult, title: str | None = None) -> go.Figure:
             # White only on strong colours: elsewhere the text is the page's, whatever the theme.
             font = {"size": 12, "color": "#ffffff"} if value > 0.55 else {"size": 12}
             text = "" if math.isnan(value) else f"{value:.2f}"
-            figure.add_annotation(x=labels[1][column], y=labels[0][row], text=text, showarrow=False, font=font)
+            figure.add_annotation(x=column, y=row, text=text, showarrow=False, font=font)
     if title is None and result.same and len(values) > 1:
         steps = values.diagonal(1).nan_to_num(2.0)
         where = int(steps.argmin())
         title = f"The stream changes most between {_place(labels[0][where])} and {_place(labels[0][where + 1])}: CKA {float(steps[where]):.2f}"
     elif title is None:
         row, column = divmod(int(values.nan_to_num(-1.0).argmax()), values.shape[1])
-        title = f"{labels[0][row]} and {labels[1][column]} are most alike: CKA {float(values[row, column]):.2f}"
+        title = f"{_place(labels[0][row])} and {_place(labels[1][column])} (across) are most alike: CKA {float(values[row, column]):.2f}"
     style.layout(figure, html.escape(title), 170 + min(max(46 * len(values), 140), 560))
     for update, own, other in ((figure.update_yaxes, *names), (figure.update_xaxes, *names[::-1])):
         tower = own[0].partition(".")[0] if own[0].partition(".")[0] != other[0].partition(".")[0] else ""

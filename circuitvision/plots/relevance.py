@@ -21,7 +21,7 @@ from circuitvision.plots import patches, style
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.readout.relevance import Relevance
+    from circuitvision.readout.relevance.gradients import Relevance
 
 PixelBox = tuple[float, float, float, float]
 _PANEL = 210

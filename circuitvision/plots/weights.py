@@ -13,10 +13,10 @@ from circuitvision.plots import style
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.readout.class_agreement import Agreement
-    from circuitvision.readout.head_circuits import CompositionScores, SingularVectors
-    from circuitvision.readout.key_values import TokenAgreement
-    from circuitvision.readout.weights import ValueVectors
+    from circuitvision.readout.weights.class_agreement import Agreement
+    from circuitvision.readout.weights.head_circuits import CompositionScores, SingularVectors
+    from circuitvision.readout.weights.key_values import TokenAgreement
+    from circuitvision.readout.weights.value_vectors import ValueVectors
 
 _OTHER = (110, 110, 110)
 _NAMED = 24

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from circuitvision.errors import InputError
-from circuitvision.readout import weights
-from circuitvision.readout.class_agreement import Agreement, agreement, signed_rank_p
-from circuitvision.readout.key_values import TokenAgreement, compositionality, key_value_agreement
-from circuitvision.readout.unembedding import unembedding_matrix
-from circuitvision.readout.weights import written_rows
+from circuitvision.readout.weights import value_vectors as weights
+from circuitvision.readout.weights.class_agreement import Agreement, agreement, signed_rank_p
+from circuitvision.readout.weights.key_values import TokenAgreement, compositionality, key_value_agreement
+from circuitvision.readout.weights.unembedding import unembedding_matrix
+from circuitvision.readout.weights.value_vectors import written_rows
 from tests.readout.planted import hooked, plant, run
 from tests.zoo import case
 

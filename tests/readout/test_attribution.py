@@ -7,9 +7,9 @@ import torch
 
 import circuitvision as cv
 from circuitvision.errors import InputError
-from circuitvision.readout import terms as terms_module
-from circuitvision.readout.attribution import Attribution, direct_attribution, source_attribution
-from circuitvision.readout.bilinear import bilinear_attribution
+from circuitvision.readout.attribution import terms as terms_module
+from circuitvision.readout.attribution.bilinear import bilinear_attribution
+from circuitvision.readout.attribution.direct import Attribution, direct_attribution, source_attribution
 from circuitvision.readout.targets import output_kind, reader_of
 from tests.readout.common import NAMES, outputs_at, run
 from tests.zoo import case

@@ -27,7 +27,7 @@ from circuitvision.readout import (
     occlusion,
     pointing_game,
 )
-from circuitvision.readout.pointing import _on_object
+from circuitvision.readout.relevance.pointing import _on_object
 from tests.zoo import case, shared_model
 
 PATCHES = 16

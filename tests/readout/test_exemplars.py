@@ -16,7 +16,7 @@ import circuitvision as cv
 from circuitvision.data.questions import sample_largest
 from circuitvision.errors import InputError
 from circuitvision.readout import ExemplarIndex, exemplars
-from circuitvision.readout.strongest import Best, box_shares
+from circuitvision.readout.probes.strongest import Best, box_shares
 from tests.zoo import case, shared_model
 
 cv.set_verbosity("quiet")

@@ -11,7 +11,7 @@ from transformer_lens.utilities.matrix import composition_scores as peer_scores
 import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.model.tower import norm_spec
-from circuitvision.readout.head_circuits import (
+from circuitvision.readout.weights.head_circuits import (
     CompositionScores,
     SingularVectors,
     composition_scores,
@@ -21,7 +21,7 @@ from circuitvision.readout.head_circuits import (
     random_composition,
     singular_vectors,
 )
-from circuitvision.readout.unembedding import unembedding_matrix
+from circuitvision.readout.weights.unembedding import unembedding_matrix
 from tests.readout.planted import close, hooked
 from tests.zoo import Case, parametrize, shared_model
 

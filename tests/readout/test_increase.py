@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from circuitvision.errors import InputError
-from circuitvision.readout.attribution import direct_attribution
-from circuitvision.readout.increase import increase, log_prob_increase
+from circuitvision.readout.attribution.direct import direct_attribution
+from circuitvision.readout.attribution.increase import increase, log_prob_increase
 from tests.readout.common import run
 
 
@@ -74,7 +74,7 @@ def test_the_definition_on_a_model(name, tower):
 
 def test_a_head_read_from_one_source_scores_as_that_source():
     """Source vectors of a head sum to the head's vector: with a linear read-out the shares would add up; check the vectors themselves."""
-    from circuitvision.readout.terms import Stream
+    from circuitvision.readout.attribution.terms import Stream
 
     for name, tower in (("llava-clip-llama", "language"), ("paligemma2", "language"), ("dinov2", "vision")):
         model, _, cache = run(name, torch.float64, everything=True)

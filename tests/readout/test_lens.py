@@ -10,8 +10,10 @@ import torch
 
 import circuitvision as cv
 from circuitvision.errors import InputError, UnknownSiteError
-from circuitvision.readout import lens as lens_module
-from circuitvision.readout.lens import LensResult, logit_lens
+from circuitvision.readout.lens import reader as lens_module
+from circuitvision.readout.lens.logit import logit_lens
+from circuitvision.readout.lens.result import LensResult
+from circuitvision.readout.lens.sites import lens_sites
 from circuitvision.readout.targets import output_kind, prompt_embeddings, reader_of
 from tests.readout.common import NAMES, run
 from tests.zoo import case, shared_model
@@ -289,7 +291,7 @@ def test_sites_that_are_not_there_are_refused():
 
 def test_passes_of_a_denoising_run_are_read_one_at_a_time():
     model, _, cache = run("pi0")
-    with model.record(lens_module.lens_sites(model, "action")) as steps:
+    with model.record(lens_sites(model, "action")) as steps:
         model.sample_actions(cache.inputs, num_steps=3)
     steps.inputs = cache.inputs
     with pytest.raises(InputError, match="step="):

@@ -10,12 +10,12 @@ import torch
 
 import circuitvision as cv
 from circuitvision.errors import InputError
-from circuitvision.readout import summaries
-from circuitvision.readout.attribution import direct_attribution, source_attribution
-from circuitvision.readout.bilinear import bilinear_attribution
-from circuitvision.readout.increase import log_prob_increase
-from circuitvision.readout.lens import logit_lens
-from circuitvision.readout.tuned import TunedLens
+from circuitvision.readout.attribution.bilinear import bilinear_attribution
+from circuitvision.readout.attribution.direct import direct_attribution, source_attribution
+from circuitvision.readout.attribution.increase import log_prob_increase
+from circuitvision.readout.lens import summaries
+from circuitvision.readout.lens.logit import logit_lens
+from circuitvision.readout.lens.tuned import TunedLens
 from tests.readout.common import run
 
 

@@ -16,8 +16,8 @@ from circuitvision.errors import InputError, UnknownSiteError
 from circuitvision.plots import probes as figures
 from circuitvision.provenance import hash_inputs
 from circuitvision.readout import DecisionLayers, ProbeResult, collect, decision_layer, linear_probe, probe_vectors
-from circuitvision.readout.collected import stream_sites
-from circuitvision.readout.fitting import Features, Targets, logistic, ridge, splits, wilson
+from circuitvision.readout.probes.collected import stream_sites
+from circuitvision.readout.probes.fitting import Features, Targets, logistic, ridge, splits, wilson
 from tests.zoo import case, shared_model
 
 cv.set_verbosity("quiet")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from circuitvision.errors import InputError
-from circuitvision.readout.attribution import direct_attribution
-from circuitvision.readout.increase import log_prob_increase
-from circuitvision.readout.ranking import ranking
+from circuitvision.readout.attribution.direct import direct_attribution
+from circuitvision.readout.attribution.increase import log_prob_increase
+from circuitvision.readout.ranks import ranking
 from circuitvision.results import Result
 from tests.readout.common import run
 

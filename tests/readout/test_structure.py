@@ -13,7 +13,7 @@ import circuitvision as cv
 from circuitvision.data.questions import sample_largest
 from circuitvision.errors import InputError
 from circuitvision.readout import PCAResult, cka_matrix, collect, linear_cka, pca, pca_of, stream_pca
-from circuitvision.readout.collected import stream_sites
+from circuitvision.readout.probes.collected import stream_sites
 
 cv.set_verbosity("quiet")
 

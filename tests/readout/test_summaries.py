@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuitvision.errors import InputError
-from circuitvision.readout import summaries
-from circuitvision.readout.lens import logit_lens
+from circuitvision.readout.lens import summaries
+from circuitvision.readout.lens.logit import logit_lens
 from tests.readout.common import run
 
 

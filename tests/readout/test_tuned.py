@@ -8,8 +8,8 @@ import torch
 
 import circuitvision as cv
 from circuitvision.errors import InputError
-from circuitvision.readout.lens import logit_lens
-from circuitvision.readout.tuned import TunedLens
+from circuitvision.readout.lens.logit import logit_lens
+from circuitvision.readout.lens.tuned import TunedLens
 from tests.readout.common import run
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import circuitvision as cv
-from circuitvision.readout.unembedding import through_norm, unembedding_matrix
-from circuitvision.readout.weights import value_vectors
+from circuitvision.readout.weights.unembedding import through_norm, unembedding_matrix
+from circuitvision.readout.weights.value_vectors import value_vectors
 from tests.readout.planted import close, denominator, hooked, options_for, uncapped
 from tests.zoo import CASES
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.model.tower import norm_spec
-from circuitvision.readout.unembedding import unembedding_matrix
-from circuitvision.readout.weights import ValueVectors, action_bins, value_vectors, written_rows
+from circuitvision.readout.weights.unembedding import unembedding_matrix
+from circuitvision.readout.weights.value_vectors import ValueVectors, action_bins, value_vectors, written_rows
 from tests.readout.planted import close, hooked, options_for, plant
 from tests.zoo import Case, parametrize, shared_model
 

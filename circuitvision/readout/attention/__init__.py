@@ -1,0 +1,1 @@
+"""Where heads look: masses, distances, maps over the image, contrasts and rollouts."""

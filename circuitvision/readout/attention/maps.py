@@ -1,0 +1,244 @@
+"""Attention over the image: one map per head, as it comes or against the mean head, and whether it peaks inside a region.
+
+A map is one query's attention to every key, with the place and pixels of each key beside it, so that it can be laid over the picture and saved
+without the model. Maps of decoding passes keep the prompt's keys alone; what goes to generated words is missing from their sums.
+
+Not covered: gradients of patterns; upsampling of maps to pixels.
+
+Sources: attention minus the mean over heads and layers, NOTICE (Golovanevsky et al., arXiv 2406.16320); peaks inside an object, Kaduri et al.
+(2411.17491).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.selection import Selection
+from circuitvision.model.tokens import TokenMap
+from circuitvision.readout.attention.cache import read
+from circuitvision.readout.attention.mass import AttentionSummary
+from circuitvision.readout.attention.patterns import (
+    GENERATED,
+    Patterns,
+    Positions,
+    chosen,
+    described,
+    mean_query,
+    warn_undefined,
+)
+from circuitvision.readout.places import on_grid, places_of
+from circuitvision.results import Result
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMaps(Result):
+    """The attention of one query per head: ``values`` is ``[layer head row key]``, of several passes ``[step layer head row key]``.
+
+    ``places`` ``[row key 4]`` is image, tile, patch row and patch column of every key (−1 where it is no patch), ``boxes`` ``[row key 4]`` its
+    pixels (NaN likewise), ``kinds`` its kind. ``query_places`` ``[row 4]`` is the place of the query where it is a single patch.
+    """
+
+    tower: str = ""
+    measure: str = "attention"
+    """"attention" (shares), "difference" from the mean over heads and layers, or "rollout"."""
+    query: str = ""
+    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    boxes: Tensor = field(default_factory=lambda: torch.zeros(0))
+    kinds: list[list[str]] = field(default_factory=list)
+    blocks: list[list[Any]] = field(default_factory=list)
+    """Which positions the keys are: ``[tower, first key, first position, count]`` for each tower they are of."""
+    query_places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    example: list[int] = field(default_factory=list)
+
+    def grid(
+        self, layer: Any, head: Any, row: int = 0, image: int = 0, tile: int | None = None, step: int = 0
+    ) -> Float[Tensor, "grid_row grid_col"]:
+        """One head's map on the patch grid of an image; InputError for a layer, head or image that is not there."""
+        for name, label in (("layer", layer), ("head", head), ("row", row)):
+            if label not in self.axes[name]:
+                raise InputError(f"There is no {name} {label!r} among these maps; there are {self.axes[name]}.")
+        values = self.values[step] if "step" in self.axes else self.values
+        values = values[self.axes["layer"].index(layer), self.axes["head"].index(head)]
+        number = self.axes["row"].index(row)
+        return on_grid(values[number], self.places[number], image, tile)
+
+    def patches(self, image: int | None = None) -> Bool[Tensor, "row key"]:
+        """Which keys are patches (of one image)."""
+        found = self.places[..., 2] >= 0
+        return found if image is None else found & (self.places[..., 0] == image)
+
+    def keys(self, where: Positions | Box) -> Bool[Tensor, "row key"]:
+        """Which keys lie in a box (left, top, right, bottom in pixels of the first image), or are of a kind, mask or ``Selection``.
+
+        Raises InputError if none does, in any row.
+        """
+        if isinstance(where, tuple) and len(where) == 4:
+            left, top, right, bottom = where
+            x0, y0, x1, y1 = self.boxes.unbind(-1)
+            found = (x0 < right) & (x1 > left) & (y0 < bottom) & (y1 > top) & self.patches(0)
+        elif isinstance(where, Selection):
+            found = self._selected(where)
+        else:
+            found = torch.from_numpy(chosen(where, np.array(self.kinds), "keys"))
+        if not bool(found.any()):
+            raise InputError(f"{where!r} holds no key of these maps.")
+        return found
+
+    def _selected(self, where: Selection) -> Tensor:
+        found = np.zeros(np.shape(self.kinds), dtype=bool)
+        for tower, start, first, count in self.blocks:
+            if tower != where.tower:
+                continue
+            here = slice(start, start + count)
+            if not np.array_equal(where.tokens.kind[:, first : first + count], np.array(self.kinds)[:, here]):
+                raise InputError(f"{where!r} is of another run than these maps.")
+            found[:, here] = where.mask[:, first : first + count]
+            return torch.from_numpy(found)
+        towers = " and ".join(str(block[0]) for block in self.blocks)
+        raise InputError(f"{where!r} is of the {where.tower} tower; the keys of these maps are of {towers}.")
+
+
+def attention_maps(
+    cache: Any,
+    tokens: Mapping[str, TokenMap] | TokenMap | None = None,
+    *,
+    tower: str | None = None,
+    query: Positions = None,
+    layers: Any = None,
+    steps: int | str | Iterable[int] | None = None,
+) -> AttentionMaps:
+    """The attention of one query, or the mean over several, to every key: per layer, head and row.
+
+    ``query`` is as ``queries`` of :func:`attention_mass`: "last", "cls", a position, a ``Selection`` (``tokens.image(0).patch(2, 3)``) …
+    ``steps`` chooses passes of a cache that recorded ``generate`` or ``sample_actions``: a number, or several ("all", "decode": all but the
+    first), which become a leading axis ``step``, over the keys that all of them have.
+
+    Raises:
+        InputError: as :func:`attention_mass`.
+    """
+    first, numbers = _first_pass(cache, tokens, tower, layers, steps)
+    passes = [first, *(read(cache, tokens, first.tower, layers, step) for step in numbers[1:])]
+    kept = [torch.from_numpy((one.key_kind != GENERATED).all(0)) for one in passes]
+    if len({int(mask.sum()) for mask in kept}) > 1:
+        raise InputError("These passes look at different numbers of the prompt's keys; choose steps one by one.")
+    values = []
+    for one, mask in zip(passes, kept, strict=True):
+        layers_of_pass = [
+            mean_query(pattern, counted).transpose(0, 1)[..., mask] for pattern, counted in one.each(query)
+        ]
+        values.append(torch.stack(layers_of_pass))
+    several = steps is not None and not isinstance(steps, int)
+    stacked = torch.stack(values) if several else values[0]
+    warn_undefined(stacked, "a row has no query that counts")
+    mask = kept[0]
+    axes = {**first.axes(stacked.shape[-3]), "key": mask.nonzero().flatten().tolist()}
+    return AttentionMaps(
+        values=stacked,
+        axes={"step": numbers, **axes} if several else axes,
+        provenance=first.provenance("attention_maps", query),
+        tower=first.tower,
+        query=described(query),
+        places=first.places()[:, mask],
+        boxes=first.boxes()[:, mask].float(),
+        kinds=first.key_kind[:, mask.numpy()].tolist(),
+        blocks=blocks_of(first),
+        query_places=_query_places(first, query),
+        example=first.example,
+    )
+
+
+def _first_pass(
+    cache: Any,
+    tokens: Mapping[str, TokenMap] | TokenMap | None,
+    tower: str | None,
+    layers: Any,
+    steps: int | str | Iterable[int] | None,
+) -> tuple[Patterns, list[Any]]:
+    """The first pass that is asked for, and the numbers of all."""
+    if steps is None or isinstance(steps, int):
+        return read(cache, tokens, tower, layers, steps), [steps]
+    if isinstance(steps, str):
+        if steps not in ("all", "decode"):
+            raise InputError(f"steps={steps!r} is not understood: numbers of passes, 'all' or 'decode'.")
+        count = read(cache, tokens, tower, layers, 0).n_passes
+        numbers = list(range(0 if steps == "all" else 1, count))
+    else:
+        numbers = list(steps)
+    if not numbers:
+        raise InputError(f"steps={steps!r} holds no pass of this cache.")
+    return read(cache, tokens, tower, layers, numbers[0]), numbers
+
+
+def blocks_of(patterns: Patterns) -> list[list[Any]]:
+    """Which positions the keys are, in a form that results keep: ``[tower, first key, first position, count]``."""
+    return [[one.tower, one.start, one.first, one.count] for one in patterns.blocks if one.tokens is not None]
+
+
+def _query_places(patterns: Patterns, query: Positions) -> Tensor:
+    """The place of each row's query where it is a single patch, −1 elsewhere."""
+    counted = torch.from_numpy(patterns.queries(query, 0))
+    if counted.shape != patterns.own.kind.shape:
+        return torch.full((counted.shape[0], 4), -1)
+    return single_places(counted, places_of(patterns.own))
+
+
+def single_places(counted: Bool[Tensor, "row pos"], places: Int[Tensor, "row pos 4"]) -> Int[Tensor, "row 4"]:
+    """The place of each row's one counted position, −1 where there are several or none."""
+    found = torch.full((counted.shape[0], 4), -1)
+    single = counted.sum(-1) == 1
+    found[single] = places[single][counted[single]]
+    return found
+
+
+def head_contrast(maps: AttentionMaps) -> AttentionMaps:
+    """Each head's attention minus the mean over all heads and layers of these maps: what sets it apart, key by key (NOTICE).
+
+    Values sum to 0 over heads and layers. The mean is over the layers that the maps hold.
+    """
+    mean = maps.values.mean(dim=(-4, -3), keepdim=True)
+    provenance = {**maps.provenance, "method": f"head_contrast of {maps.provenance.get('method', 'attention_maps')}"}
+    return dataclasses.replace(maps, values=maps.values - mean, measure="difference", provenance=provenance)
+
+
+def peak_in(maps: AttentionMaps, where: Positions | Box, *, among: Positions = "patch") -> AttentionSummary:
+    """Whether each head's attention peaks inside a region: ``values`` ``[layer head row]`` is 1 or 0; averaged over rows, the share of rows.
+
+    ``where`` is a box (left, top, right, bottom) in pixels of the first image, a ``Selection``, or a bool mask ``[row key]``. The peak is sought
+    ``among`` the patches, or another kind; equal peaks count in parts. ``uniform`` is the share of those keys that lies inside: chance.
+
+    Raises:
+        InputError: nothing lies in the region, or the maps have several passes.
+    """
+    if "step" in maps.axes:
+        raise InputError("peak_in takes maps of one pass; give attention_maps a single step.")
+    sought = maps.keys(among)
+    inside = maps.keys(where) & sought
+    if not bool(inside.any()):
+        raise InputError(f"{where!r} holds none of the keys among which the peak is sought; see among=.")
+    values = maps.values.masked_fill(~sought, float("-inf"))
+    peaks = (values == values.amax(-1, keepdim=True)) & sought
+    share = (peaks & inside).sum(-1) / peaks.sum(-1)
+    share = share.masked_fill(~inside.any(-1), float("nan"))
+    warn_undefined(share, "a row has no key in the region, or no map")
+    chance = (inside.sum(-1) / sought.sum(-1)).masked_fill(~inside.any(-1), float("nan"))
+    return AttentionSummary(
+        values=share,
+        axes={name: labels for name, labels in maps.axes.items() if name != "key"},
+        provenance={**maps.provenance, "method": f"peak_in of {maps.provenance.get('method', 'attention_maps')}"},
+        tower=maps.tower,
+        measure="peak",
+        queries=maps.query,
+        uniform=chance.expand(share.shape[0], -1).clone(),
+        example=maps.example,
+    )

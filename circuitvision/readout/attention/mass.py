@@ -1,0 +1,204 @@
+"""Attention in numbers: how much of it goes where, and how spread out it is.
+
+Everything is read off ``attn.hook_pattern`` of one run (asking for it makes the run eager). A pattern's row sums to 1: it is one query's
+attention, in shares. Every number is first a mean over the queries that count, then kept per layer, head and row; rows of a vision tower are
+images.
+
+Which queries count, by default: the last position that is not padding in a tower that reads text in order, every position in the others, and
+only positions whose attention can reach the output. Padding is never a query.
+
+Beside each number stands ``uniform``, what a head would give that looked at all the keys it can see alike: a box of 4 of 16 patches gets 25%
+of such a head. Attention says where a head looks, not what it does there: check by ablation before calling a head a cause.
+
+Not covered: attention weighted by the length of what is moved; gradients of patterns.
+
+Sources: mass per modality, "Beyond Semantics" (arXiv 2503.17349); entropy over image tokens, CARVE (2509.06461).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.selection import Selection
+from circuitvision.model.tokens import TokenMap
+from circuitvision.readout.attention.cache import read
+from circuitvision.readout.attention.patterns import (
+    EVERYTHING,
+    Patterns,
+    Positions,
+    described,
+    mean_query,
+    warn_undefined,
+)
+from circuitvision.results import Result
+
+_NO_QUERY = "a row has no query that counts (padding never counts), or lacks the span"
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSummary(Result):
+    """A number per head: ``values`` is ``[layer head row span]`` for masses, ``[layer head row]`` otherwise.
+
+    ``uniform`` (the same without ``head``) is what a head gives that looks at every key it can see alike. ``example`` says which example each
+    row belongs to. ``unread`` names the layers where no counted query can reach the output: attention there changes nothing.
+    """
+
+    tower: str = ""
+    measure: str = "mass"
+    """"mass" (share of attention), "entropy" (nats) or "peak" (share of attention peaks)."""
+    queries: str = ""
+    uniform: Tensor = field(default_factory=lambda: torch.zeros(0))
+    example: list[int] = field(default_factory=list)
+    unread: list[Any] = field(default_factory=list)
+
+    def span(self, name: str) -> AttentionSummary:
+        """One span of several, as a result without the span axis; InputError for a span that was not measured."""
+        names = self.axes.get("span", [])
+        if name not in names:
+            raise InputError(f"{name!r} is not a span of this result; its spans are {', '.join(map(repr, names))}.")
+        axes = {key: labels for key, labels in self.axes.items() if key != "span"}
+        index = names.index(name)
+        return AttentionSummary(
+            self.values[..., index],
+            axes,
+            {**self.provenance, "span": name},
+            self.tower,
+            self.measure,
+            self.queries,
+            self.uniform[..., index],
+            self.example,
+            self.unread,
+        )
+
+
+def attention_mass(
+    cache: Any,
+    tokens: Mapping[str, TokenMap] | TokenMap | None = None,
+    *,
+    tower: str | None = None,
+    spans: Mapping[str, Positions] | None = None,
+    queries: Positions = None,
+    layers: Any = None,
+    step: int | None = None,
+) -> AttentionSummary:
+    """Share of attention that each head's queries give to each span of keys: ``mean over queries of Σ_{key in span} pattern[query, key]``.
+
+    Args:
+        cache: the cache of a run with ``names_filter="{tower}.blocks.*.attn.hook_pattern"``.
+        tokens: ``model.tokens(inputs)``, or the map of the tower to read; None: that of the cache's own inputs.
+        tower: None: the last tower with patterns in the cache that can look at image patches.
+        spans: name → a kind ("patch", "text", "cls", "register", …) or several, a ``Selection`` (an object is ``tokens.image(0).box(…)``),
+            positions, or a bool mask ``[row key]``. None: every kind there is, which add up to 1, and "everything" but padding.
+            Keys may be cached positions: a ``Selection`` of PI0's language tower is a span for its action tower.
+        queries: "last", "all", a kind ("cls"), positions, a ``Selection`` of the tower or a bool mask ``[row query]``; None: see the module.
+        layers: numbers, or "pool" for an attention pool; None: all in the cache that can reach the output.
+        step: which pass, in a cache that recorded ``generate`` or ``sample_actions``.
+
+    A row in which a kind does not occur gives it 0; where a selection or mask is empty in a row the mass is NaN, with a warning.
+
+    Raises:
+        InputError: no such patterns in the cache (the message says what to run), a span that is empty or of another tower.
+    """
+    patterns = read(cache, tokens, tower, layers, step)
+    if spans is None:
+        kinds = [kind for kind in dict.fromkeys(patterns.key_kind.flatten().tolist()) if kind != "padding"]
+        spans = {**{kind: kind for kind in kinds}, EVERYTHING: EVERYTHING}
+    if not spans:
+        raise InputError("spans is empty; leave it out, or name at least one span.")
+    members, absent = _members(patterns, spans)
+    values, uniform = [], []
+    for pattern, counted in patterns.each(queries):
+        mass = (mean_query(pattern, counted) @ members.to(pattern.dtype)).transpose(0, 1)
+        values.append(mass.masked_fill(absent, float("nan")))
+        seen = patterns.visible(pattern).to(pattern.dtype)
+        alike = seen @ members.to(pattern.dtype) / seen.sum(-1, keepdim=True)
+        uniform.append(mean_over(alike, counted).masked_fill(absent, float("nan")))
+    stacked = torch.stack(values)
+    warn_undefined(stacked, _NO_QUERY)
+    return _summary(patterns, "attention_mass", "mass", queries, stacked, torch.stack(uniform), {"span": list(spans)})
+
+
+def attention_entropy(
+    cache: Any,
+    tokens: Mapping[str, TokenMap] | TokenMap | None = None,
+    *,
+    tower: str | None = None,
+    span: Positions = None,
+    renormalise: bool = True,
+    queries: Positions = None,
+    layers: Any = None,
+    step: int | None = None,
+) -> AttentionSummary:
+    """How spread out each head's attention is: ``mean over queries of −Σ_key p ln p``, in nats; 0 is one key, ln n is n keys alike.
+
+    ``span`` restricts the keys, and ``p`` is then the attention renormalised over them (with ``renormalise=False`` it is taken as it is). A
+    query that gives the span nothing has no entropy and is left out of the mean; where no query is left the value is NaN, with a warning.
+    ``uniform`` is ln of the number of visible keys. Other arguments as for :func:`attention_mass`.
+
+    Raises:
+        InputError: as for :func:`attention_mass`.
+    """
+    patterns = read(cache, tokens, tower, layers, step)
+    keys = torch.from_numpy(patterns.keys(span, "span"))
+    values, uniform = [], []
+    for pattern, counted in patterns.each(queries):
+        inside = keys[:, None, :, None].to(pattern.dtype)
+        mass = (pattern @ inside)[..., 0]
+        entropy = (torch.special.entr(pattern) @ inside)[..., 0]
+        if renormalise:
+            # -Σ p/m ln(p/m) = ln m - Σ p ln p / m; rounding may leave it just below 0.
+            entropy = (entropy / mass + mass.log()).clamp_min(0.0)
+        defined = (mass > 0) & counted[:, None]
+        total = torch.where(defined, entropy, 0.0).sum(-1)
+        values.append((total / defined.sum(-1)).transpose(0, 1))
+        count = (patterns.visible(pattern) & keys[:, None]).sum(-1)
+        uniform.append(mean_over(count.to(pattern.dtype).log(), counted & (count > 0)))
+    stacked = torch.stack(values)
+    warn_undefined(stacked, "no query that counts gives the span any attention (padding never counts)")
+    return _summary(patterns, "attention_entropy", "entropy", queries, stacked, torch.stack(uniform), {})
+
+
+def _members(patterns: Patterns, spans: Mapping[str, Positions]) -> tuple[Tensor, Tensor]:
+    """Which keys each span holds, ``[row key span]``, and where a span given by positions is empty, ``[row span]``."""
+    masks = [patterns.keys(spec, name) for name, spec in spans.items()]
+    members = torch.from_numpy(np.stack(masks, axis=-1))
+    by_positions = torch.tensor(
+        [isinstance(spec, Selection | Tensor | np.ndarray) for spec in spans.values()], dtype=torch.bool
+    )
+    return members, ~members.any(1) & by_positions
+
+
+def mean_over(values: Float[Tensor, "row query ..."], counted: Bool[Tensor, "row query"]) -> Float[Tensor, "row ..."]:
+    """Mean over the queries that count, whatever the others hold."""
+    where = counted.reshape(*counted.shape, *[1] * (values.ndim - 2))
+    return torch.where(where, values, 0.0).sum(1) / where.sum(1)
+
+
+def _summary(
+    patterns: Patterns,
+    method: str,
+    measure: str,
+    queries: Positions,
+    values: Tensor,
+    uniform: Tensor,
+    last: dict[str, list[Any]],
+) -> AttentionSummary:
+    return AttentionSummary(
+        values=values,
+        axes={**patterns.axes(values.shape[1]), **last},
+        provenance=patterns.provenance(method, queries),
+        tower=patterns.tower,
+        measure=measure,
+        queries=described(queries),
+        uniform=uniform,
+        example=patterns.example,
+        unread=patterns.unread(queries),
+    )

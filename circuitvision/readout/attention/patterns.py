@@ -1,0 +1,286 @@
+"""Attention patterns as a cache holds them: whose queries, whose keys, and which of them count.
+
+Keys are not always the tower's own positions. An action tower looks at the cached positions of its prefix first, then at its own; a decoding
+step of ``generate`` looks at the prompt and at what was generated since. :class:`Patterns` names every key, so that read-outs say "patch",
+"text" or "this box" and never count columns.
+
+Rows of padding are never queries. Masked keys hold exactly 0 in every head, and that is how a read-out knows which keys a query could see.
+
+Reading one out of a cache is in ``attention_cache.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.dead import dead_positions
+from circuitvision.model.selection import Selection
+from circuitvision.model.tokens import KINDS, TokenMap
+from circuitvision.provenance import describe
+from circuitvision.readout.places import places_of
+
+GENERATED = "generated"
+"""The kind of keys that ``generate`` has added to the prompt."""
+PROBE = "probe"
+"""The kind of the query of an attention pool, which is no position."""
+EVERYTHING = "everything"
+"""The span of all keys but padding."""
+Positions = str | int | Selection | Sequence[Any] | Tensor | np.ndarray | None
+
+
+@dataclass(frozen=True)
+class KeyBlock:
+    """Keys ``[start, start + count)``: the positions of one tower from ``first`` on, or (``tokens`` None) generated ones."""
+
+    tower: str
+    tokens: TokenMap | None
+    start: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Patterns:
+    """The patterns of one tower in one pass, layer by layer."""
+
+    model: Any
+    inputs: Mapping[str, Any]
+    tower: str
+    layers: list[Any]
+    sites: list[str]
+    values: list[Tensor]
+    own: TokenMap
+    query_kind: np.ndarray
+    blocks: tuple[KeyBlock, ...]
+    n_passes: int = 1
+    """How many passes of this tower the cache holds."""
+
+    @property
+    def example(self) -> list[int]:
+        """Example of each row."""
+        return [int(index) for index in self.own.example]
+
+    @property
+    def key_kind(self) -> np.ndarray:
+        """Kind of every key, ``[row key]``."""
+        rows = self.own.n_rows
+        parts = [
+            np.full((rows, block.count), GENERATED, dtype="<U12") if block.tokens is None else _columns(block, "kind")
+            for block in self.blocks
+        ]
+        return np.concatenate(parts, axis=1)
+
+    def places(self) -> Int[Tensor, "row key 4"]:
+        """Image, tile, patch row and patch column of every key, −1 where it is no patch."""
+        return self._of_keys(lambda tokens: places_of(tokens), -1)
+
+    def boxes(self) -> Float[Tensor, "row key 4"]:
+        """Pixels (left, top, right, bottom) of every key that is a patch, NaN elsewhere."""
+        return self._of_keys(lambda tokens: torch.from_numpy(tokens.box.copy()), float("nan"))
+
+    def _of_keys(self, of: Any, missing: float) -> Tensor:
+        parts = []
+        for block in self.blocks:
+            if block.tokens is None:
+                parts.append(torch.full((self.own.n_rows, block.count, 4), missing))
+            else:
+                parts.append(of(block.tokens)[:, block.first : block.first + block.count])
+        dtype = next(part.dtype for part, block in zip(parts, self.blocks, strict=True) if block.tokens is not None)
+        return torch.cat([part.to(dtype) for part in parts], dim=1)
+
+    def each(
+        self, queries: Positions = None
+    ) -> Iterator[tuple[Float[Tensor, "row head query key"], Bool[Tensor, "row query"]]]:
+        """Of every layer the pattern in at least float32, and which queries count.
+
+        Queries that count in no row are left out; where they count in another row only, the pattern is 0.
+        """
+        for number in range(len(self.values)):
+            counted = torch.from_numpy(self.queries(queries, number))
+            there = counted.any(0)
+            pattern = self.layer(number, None if bool(there.all()) else there)
+            counted = counted[:, there]
+            if not bool(counted.all()):
+                pattern = pattern.masked_fill(~counted[:, None, :, None], 0.0)
+            yield pattern, counted
+
+    def layer(self, number: int, queries: Bool[Tensor, " query"] | None = None) -> Float[Tensor, "row head query key"]:
+        """The pattern of the ``number``-th layer (of some queries) on the CPU, in float32 or, where it is, float64."""
+        value = self.values[number].detach()
+        value = (value if queries is None else value[:, :, queries.to(value.device)]).cpu()
+        return value if value.dtype == torch.float64 else value.float()
+
+    def queries(self, spec: Positions, number: int) -> np.ndarray:
+        """Which queries of the ``number``-th layer count: bool ``[row query]``; see :func:`circuitvision.readout.attention_mass`.
+
+        Raises InputError if none does, or if positions of another tower or run are asked for.
+        """
+        if self.layers[number] == "pool":
+            if spec is not None:
+                raise InputError("An attention pool has a single query, its probe; leave queries out.")
+            return np.ones(self.query_kind.shape, dtype=bool)
+        real = self.query_kind != "padding"
+        if spec is None:
+            found = self._live(number) & real
+            if self.model.towers[self.tower].cfg.attention != "bidirectional" and (self.query_kind == "text").any():
+                found = last_of(found)
+        elif isinstance(spec, Selection):
+            found = self._own(spec, "queries") & real
+        else:
+            found = chosen(spec, self.query_kind, f"queries of the {self.tower} tower") & real
+        if not found.any():
+            raise InputError(f"queries={spec!r} leaves no position of the {self.tower} tower that is not padding.")
+        return found
+
+    def _live(self, number: int) -> np.ndarray:
+        """The queries whose attention in this layer can reach the output."""
+        if GENERATED in self.query_kind or not self.inputs:
+            return np.ones(self.query_kind.shape, dtype=bool)
+        dead = dead_positions(self.model.towers[self.tower], self.sites[number], self.own, self.inputs)
+        return np.ones(self.query_kind.shape, dtype=bool) if dead is None else ~dead.numpy()
+
+    def _own(self, selection: Selection, what: str) -> np.ndarray:
+        if selection.tower != self.tower:
+            raise InputError(f"{what}: {selection!r} is of the {selection.tower} tower, not of {self.tower}.")
+        if selection.mask.shape != self.query_kind.shape:
+            raise InputError(
+                f"{what}: {selection!r} is of another run: it has shape {selection.mask.shape}, the queries of this pass "
+                f"{self.query_kind.shape}."
+            )
+        return selection.mask
+
+    def visible(self, pattern: Float[Tensor, "row head query key"]) -> Bool[Tensor, "row query key"]:
+        """The keys that a query can see: those that are no padding and that some head of the layer gives more than 0."""
+        return (pattern.amax(1) > 0) & torch.from_numpy(self.key_kind != "padding")[:, None]
+
+    def axes(self, n_heads: int) -> dict[str, list[Any]]:
+        """The axes that results share: layer, head and row."""
+        return {"layer": self.layers, "head": list(range(n_heads)), "row": list(range(self.own.n_rows))}
+
+    def provenance(self, method: str, queries: Positions) -> dict[str, Any]:
+        """Where a result read off these patterns comes from."""
+        inputs = (self.inputs,) if self.inputs else ()
+        text = f"{method}, tower={self.tower}, queries={described(queries)}"
+        return describe(self.model, method=text, inputs=inputs)
+
+    def unread(self, queries: Positions) -> list[Any]:
+        """Those layers whose counted queries cannot reach the output, whatever their attention."""
+        found = []
+        for number, layer in enumerate(self.layers):
+            dead = self.model.is_dead(self.sites[number])
+            if dead or not (self._live(number) & self.queries(queries, number)).any():
+                found.append(layer)
+        return found
+
+    def keys(self, spec: Positions, name: str = "keys") -> np.ndarray:
+        """Which keys a span holds: bool ``[row key]``.
+
+        Raises InputError if it holds none, or if it is of a tower or run whose positions these keys are not.
+        """
+        if isinstance(spec, Selection):
+            found = self._selected(spec, name)
+        elif spec is None or (isinstance(spec, str) and spec == EVERYTHING):
+            found = self.key_kind != "padding"
+        else:
+            found = chosen(spec, self.key_kind, f"keys of the {self.tower} tower")
+        if not found.any():
+            raise InputError(f"The span {name!r} is empty: no key of the {self.tower} tower is in it.")
+        return found
+
+    def _selected(self, selection: Selection, name: str) -> np.ndarray:
+        found = np.zeros(self.key_kind.shape, dtype=bool)
+        towers = [block.tower for block in self.blocks if block.tokens is not None]
+        for block in self.blocks:
+            if block.tokens is None or block.tower != selection.tower:
+                continue
+            if selection.mask.shape != block.tokens.kind.shape:
+                raise InputError(
+                    f"The span {name!r} is of another run: {selection!r} has shape {selection.mask.shape}, "
+                    f"the {block.tower} tower of this run {block.tokens.kind.shape}."
+                )
+            part = selection.mask[:, block.first : block.first + block.count]
+            found[:, block.start : block.start + block.count] = part
+            return found
+        raise InputError(
+            f"The span {name!r} is of the {selection.tower} tower, but the {self.tower} tower looks at positions of "
+            f"{' and '.join(towers)}; select them in model.tokens(inputs)[{towers[-1]!r}]."
+        )
+
+
+def chosen(spec: Any, kinds: np.ndarray, what: str) -> np.ndarray:
+    """Positions by kind, number, mask, or "last" / "all" of those that are not padding: bool ``[row pos]``.
+
+    Raises InputError for anything else, and for positions that are not there.
+    """
+    there = ", ".join(dict.fromkeys(kinds.flatten().tolist()))
+    if isinstance(spec, str) and spec in ("last", "all"):
+        return last_of(kinds != "padding") if spec == "last" else kinds != "padding"
+    if isinstance(spec, (Tensor, np.ndarray)) and spec.dtype in (torch.bool, np.dtype(bool)):
+        mask = spec.cpu().numpy() if isinstance(spec, Tensor) else spec
+        if mask.shape not in (kinds.shape, kinds.shape[1:]):
+            raise InputError(f"A mask of {what} is {list(kinds.shape)} (or one row of it), not {list(mask.shape)}.")
+        return np.broadcast_to(mask, kinds.shape).copy()
+    listed = list(spec) if isinstance(spec, Iterable) and not isinstance(spec, str) else [spec]
+    names = [item for item in listed if isinstance(item, str)]
+    numbers = [int(item) for item in listed if isinstance(item, int | np.integer) and not isinstance(item, bool)]
+    if listed and len(names) == len(listed):
+        unknown = [name for name in names if name not in (*KINDS, GENERATED)]
+        if unknown or not np.isin(kinds, names).any():
+            raise InputError(f"There are no {what} of kind {(unknown or names)[0]!r}; there are {there}.")
+        return np.isin(kinds, names)
+    if listed and len(numbers) == len(listed):
+        width = kinds.shape[1]
+        outside = [number for number in numbers if not -width <= number < width]
+        if outside:
+            raise InputError(f"Position {outside[0]} is outside the {width} {what}.")
+        found = np.zeros(kinds.shape, dtype=bool)
+        found[:, np.array(numbers)] = True
+        return found
+    raise InputError(f"{spec!r} names no {what}: give a kind ({there}), positions, a Selection, a bool mask or 'last'.")
+
+
+def last_of(mask: np.ndarray) -> np.ndarray:
+    """The last position of every row that is in the mask."""
+    found = np.zeros_like(mask)
+    rows = np.flatnonzero(mask.any(1))
+    found[rows, mask.shape[1] - 1 - mask[rows, ::-1].argmax(1)] = True
+    return found
+
+
+def described(spec: Positions) -> str:
+    """A choice of queries in a word or two."""
+    if spec is None:
+        return "default"
+    if isinstance(spec, Selection):
+        return spec.label or "selection"
+    if isinstance(spec, (Tensor, np.ndarray)) and spec.dtype in (torch.bool, np.dtype(bool)):
+        return "mask"
+    return "+".join(map(str, spec)) if isinstance(spec, (list, tuple)) else str(spec)
+
+
+def warn_undefined(values: Tensor, why: str) -> None:
+    """One warning where a result has entries without a value."""
+    count = int(torch.isnan(values).sum())
+    if count:
+        warnings.warn(f"{count} of {values.numel()} values are NaN: {why}.", stacklevel=3)
+
+
+def _columns(block: KeyBlock, name: str) -> np.ndarray:
+    return getattr(block.tokens, name)[:, block.first : block.first + block.count]
+
+
+def mean_query(
+    pattern: Float[Tensor, "row head query key"], counted: Bool[Tensor, "row query"]
+) -> Float[Tensor, "row head key"]:
+    """The attention of the mean query that counts; NaN in a row without any."""
+    weights = counted / counted.sum(-1, keepdim=True, dtype=torch.float64)
+    return (weights.to(pattern.dtype)[:, None, None] @ pattern)[:, :, 0]

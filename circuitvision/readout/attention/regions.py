@@ -1,0 +1,220 @@
+"""Contrast of two queries' attention, and the regions of the image that stand out in it.
+
+Attention to an image goes to some patches whatever is asked. Dividing the attention under a question by that under a generic instruction about
+the same image leaves what the question adds: ``Â = A_Q / (A_G + λ)``, patch by patch, averaged over heads first and over layers (and generated
+words, later ones weighing more) after. Regions are what remains of the image above a percentile: neighbouring patches, and the box around
+them.
+
+λ keeps patches that the generic query ignores from taking over. The paper's value is not known to us; the default is the mean generic
+attention of a patch, which does not depend on how many patches there are.
+
+Not covered: cropping the image and asking again, which is done with the boxes.
+
+Source: CARVE (Ge et al., arXiv 2509.06461).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.readout.attention.maps import AttentionMaps, Box
+from circuitvision.readout.attention.patterns import warn_undefined
+from circuitvision.readout.places import on_grid
+from circuitvision.results import Result
+
+
+@dataclass(frozen=True)
+class Region:
+    """Connected patches of one image: their box in pixels (left, top, right, bottom), summed contrast, and places (row, column)."""
+
+    box: Box
+    mass: float
+    patches: tuple[tuple[int, int], ...]
+    row: int = 0
+    image: int = 0
+    tile: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionContrast(Result):
+    """``values`` is ``[row key]``: above 1 (for λ = 0) where the question looks more than the generic query; NaN where a key is no patch.
+
+    ``places`` and ``boxes`` say where each key lies in the image.
+    """
+
+    tower: str = ""
+    lam: float = 0.0
+    layers: list[Any] = field(default_factory=list)
+    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    boxes: Tensor = field(default_factory=lambda: torch.zeros(0))
+    example: list[int] = field(default_factory=list)
+
+    def grid(self, row: int = 0, image: int = 0, tile: int | None = None) -> Float[Tensor, "grid_row grid_col"]:
+        """One image's contrast on its patch grid; InputError for a row or image that is not there."""
+        if row not in self.axes["row"]:
+            raise InputError(f"There is no row {row!r}; there are {self.axes['row']}.")
+        number = self.axes["row"].index(row)
+        return on_grid(self.values[number], self.places[number], image, tile)
+
+    def regions(
+        self,
+        top_percent: float = 20.0,
+        count: int = 3,
+        *,
+        row: int = 0,
+        image: int = 0,
+        tile: int | None = None,
+        diagonal: bool = False,
+    ) -> list[Region]:
+        """The connected regions among the ``top_percent`` of patches with the highest contrast, those with the largest sum first.
+
+        At least one patch is kept, and patches equal to the last one kept are kept as well. Patches are neighbours along rows and columns, with
+        ``diagonal`` at corners too. Boxes are in the frame of the token map: the pixels of the tensor, or of the original image where there
+        are tiles.
+
+        Raises:
+            InputError: a share outside 0 … 100, a count below 1, an image that is not there.
+        """
+        if not 0 < top_percent <= 100 or count < 1:
+            raise InputError(
+                f"regions takes a top_percent above 0 and up to 100, and a count from 1 on, not {top_percent} and {count}."
+            )
+        grid = self.grid(row, image, tile)
+        finite = grid[torch.isfinite(grid)]
+        if not finite.numel():
+            return []
+        kept = max(1, math.ceil(finite.numel() * top_percent / 100 - 1e-9))
+        threshold = finite.topk(kept).values[-1]
+        marked = {(r, c) for r, c in (grid >= threshold).nonzero().tolist()}
+        steps = [(0, 1), (1, 0), *([(1, 1), (1, -1)] if diagonal else [])]
+        graph = nx.Graph()
+        graph.add_nodes_from(marked)
+        graph.add_edges_from(
+            ((r, c), (r + dr, c + dc)) for r, c in marked for dr, dc in steps if (r + dr, c + dc) in marked
+        )
+        found = [self._region(grid, sorted(part), row, image, tile) for part in nx.connected_components(graph)]
+        return sorted(found, key=lambda region: (-region.mass, region.patches))[:count]
+
+    def _region(
+        self, grid: Tensor, patches: Sequence[tuple[int, int]], row: int, image: int, tile: int | None
+    ) -> Region:
+        number = self.axes["row"].index(row)
+        places, boxes = self.places[number], self.boxes[number]
+        here = (places[:, 0] == image) & (places[:, 2] >= 0)
+        tile = int(places[here, 1].min()) if tile is None else tile
+        here &= places[:, 1] == tile
+        inside = here.clone()
+        inside[here] = torch.tensor([tuple(place) in set(patches) for place in places[here, 2:].tolist()])
+        left_top, right_bottom = boxes[inside, :2].amin(0).tolist(), boxes[inside, 2:].amax(0).tolist()
+        mass = float(sum(grid[r, c] for r, c in patches))
+        return Region((*left_top, *right_bottom), mass, tuple(patches), row, image, tile)
+
+
+def attention_contrast(
+    question: AttentionMaps,
+    generic: AttentionMaps,
+    *,
+    lam: float | None = None,
+    layers: Iterable[Any] | None = None,
+    weights: Sequence[float] | None = None,
+) -> AttentionContrast:
+    """``Σ_steps w_t · mean over layers of A_Q / (A_G + λ)`` for every patch, with attention averaged over heads and weights that sum to 1.
+
+    Args:
+        question: maps of the run with the question (:func:`attention_maps`; with ``steps="decode"`` those of the generated words).
+        generic: maps of a run with a generic instruction about the same image. One pass serves all steps of the question.
+        lam: λ; None: the mean of ``A_G`` over patches, layers, steps and rows. With 0, a patch that the generic query ignores is NaN, with a
+        warning. layers: those fused (the paper takes 20 to 25 of 32); None: all that the maps hold. weights: one per step; None: 1, 2, 3, … as
+        in the paper.
+
+    The prompts may differ in length: patches are matched by their place.
+
+    Raises:
+        InputError: maps of different towers, images, rows, layers or numbers of steps; weights that do not fit; a negative λ.
+    """
+    _check(question, generic, lam)
+    chosen = question.axes["layer"] if layers is None else list(layers)
+    a_q, a_g = _mean_head(question, chosen, "question"), _mean_head(generic, chosen, "generic")
+    if a_g.shape[0] not in (1, a_q.shape[0]):
+        raise InputError(
+            f"The question has {a_q.shape[0]} steps and the generic query {a_g.shape[0]}; take as many, or one of the generic."
+        )
+    patch = question.patches()
+    matched = _matched(question, generic)
+    a_g = a_g.gather(-1, matched.expand(*a_g.shape[:2], *matched.shape))
+    floor = float(a_g[..., patch].mean()) if lam is None else float(lam)
+    step_weights = _step_weights(weights, a_q.shape[0]).to(a_q.dtype)
+    bottom = a_g + floor
+    ratio = torch.where(bottom > 0, a_q / bottom, float("nan")).mean(1)
+    fused = torch.einsum("srk,s->rk", ratio, step_weights)
+    warn_undefined(fused[patch], "the generic query gives a patch no attention; take lam > 0")
+    return AttentionContrast(
+        values=fused.masked_fill(~patch, float("nan")),
+        axes={"row": question.axes["row"], "key": question.axes["key"]},
+        provenance={
+            **question.provenance,
+            "method": f"attention_contrast(lam={floor:g}, layers={chosen})",
+            "generic": generic.provenance,
+        },
+        tower=question.tower,
+        lam=floor,
+        layers=list(chosen),
+        places=question.places,
+        boxes=question.boxes,
+        example=question.example,
+    )
+
+
+def _check(question: AttentionMaps, generic: AttentionMaps, lam: float | None) -> None:
+    for name, maps in (("question", question), ("generic", generic)):
+        if not isinstance(maps, AttentionMaps):
+            raise InputError(f"{name} is a result of attention_maps, not {type(maps).__name__}.")
+        if maps.measure != "attention":
+            raise InputError(f"{name} holds a {maps.measure}; a contrast takes plain attention_maps.")
+        if not bool(maps.patches().any()):
+            raise InputError(f"No key of {name} is an image patch, so there is nothing to contrast.")
+    if question.tower != generic.tower:
+        raise InputError(f"question is of the {question.tower} tower, generic of {generic.tower}; read the same one.")
+    if lam is not None and not (math.isfinite(lam) and lam >= 0):
+        raise InputError(f"lam={lam} makes no sense; give a number from 0 on.")
+
+
+def _mean_head(maps: AttentionMaps, layers: Sequence[Any], name: str) -> Float[Tensor, "step layer row key"]:
+    missing = [layer for layer in layers if layer not in maps.axes["layer"]]
+    if missing or not layers:
+        raise InputError(f"layers={list(layers)!r}: the maps of {name} hold layers {maps.axes['layer']}.")
+    values = maps.values if "step" in maps.axes else maps.values[None]
+    return values[:, [maps.axes["layer"].index(layer) for layer in layers]].mean(2)
+
+
+def _matched(question: AttentionMaps, generic: AttentionMaps) -> Tensor:
+    """For every key of the question the generic key at the same place (0 where it is no patch), ``[row key]``."""
+    rows = len(question.axes["row"])
+    if rows != len(generic.axes["row"]):
+        raise InputError(f"question has {rows} rows and generic {len(generic.axes['row'])}; ask about the same images.")
+    found = torch.zeros(question.places.shape[:2], dtype=torch.long)
+    for row in range(rows):
+        numbers = {tuple(place): key for key, place in enumerate(generic.places[row].tolist()) if place[2] >= 0}
+        mine = [tuple(place) for place in question.places[row].tolist()]
+        if {place for place in mine if place[2] >= 0} != set(numbers):
+            raise InputError(
+                f"question and generic have different image patches in row {row}; ask about the same images."
+            )
+        found[row] = torch.tensor([numbers.get(place, 0) for place in mine])
+    return found
+
+
+def _step_weights(weights: Sequence[float] | None, steps: int) -> Tensor:
+    given = torch.arange(1, steps + 1) if weights is None else torch.as_tensor(weights)
+    if given.shape != (steps,) or not bool((given >= 0).all()) or not bool(given.sum() > 0):
+        raise InputError(f"weights={weights!r}: give {steps} numbers from 0 on, not all 0, one per step.")
+    return given.double() / given.sum()

@@ -1,0 +1,141 @@
+"""Attention rollout: the layers' attention multiplied up, from a position after the last layer to the positions before the first.
+
+Each layer's attention, fused over heads, is mixed with the identity for the residual stream, and the mixtures are multiplied. That treats
+attention as if it were all that moves information, and the MLPs, values and output weights as if they moved none: a picture of who could reach
+whom, not of what did.
+
+Not covered: towers that look at another tower's positions; passes of ``generate`` after the first.
+
+Source: Abnar & Zuidema 2020 (arXiv 2005.00928), with the fusions of heads and the discarded share that open implementations added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.selection import Selection
+from circuitvision.model.tokens import TokenMap
+from circuitvision.readout.attention.cache import read
+from circuitvision.readout.attention.maps import AttentionMaps, blocks_of, single_places
+from circuitvision.readout.attention.patterns import Positions, chosen, described, mean_query, warn_undefined
+from circuitvision.results import Result
+
+_FUSIONS = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1), "min": lambda a: a.amin(1)}
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRollout(Result):
+    """Attention multiplied up over layers: ``values`` is ``[layer row query key]``, the product of all layers up to and with that one.
+
+    Rows sum to 1; rows of padding are NaN. :meth:`of` takes one query's row as maps that lie over the image.
+    """
+
+    tower: str = ""
+    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    boxes: Tensor = field(default_factory=lambda: torch.zeros(0))
+    kinds: list[list[str]] = field(default_factory=list)
+    blocks: list[list[Any]] = field(default_factory=list)
+    example: list[int] = field(default_factory=list)
+
+    def of(self, query: Positions) -> AttentionMaps:
+        """The rollout of a query ("cls", "last", a position, a kind, a mask), or the mean over several, as maps with one head, "rollout".
+
+        Raises InputError if there is no such position.
+        """
+        kinds = np.array(self.kinds)
+        if isinstance(query, Selection):
+            query = query.mask if query.mask.shape == kinds.shape else query
+        counted = torch.from_numpy(chosen(query, kinds, f"positions of the {self.tower} tower") & (kinds != "padding"))
+        if not bool(counted.any()):
+            raise InputError(f"query={query!r} leaves no position that is not padding.")
+        values = mean_query(self.values.nan_to_num(0.0).transpose(0, 1), counted).transpose(0, 1)[:, None]
+        axes = {"layer": self.axes["layer"], "head": ["rollout"], "row": self.axes["row"], "key": self.axes["key"]}
+        return AttentionMaps(
+            values=values,
+            axes=axes,
+            provenance={**self.provenance, "query": described(query)},
+            tower=self.tower,
+            measure="rollout",
+            query=described(query),
+            places=self.places,
+            boxes=self.boxes,
+            kinds=self.kinds,
+            blocks=self.blocks,
+            query_places=single_places(counted, self.places),
+            example=self.example,
+        )
+
+
+def rollout(
+    cache: Any,
+    tokens: Mapping[str, TokenMap] | TokenMap | None = None,
+    *,
+    tower: str | None = None,
+    residual: float = 0.5,
+    head_fusion: str = "mean",
+    discard: float = 0.0,
+    layers: Any = None,
+    step: int | None = None,
+) -> AttentionRollout:
+    """``R_l = Â_l R_{l−1}``, ``R_{−1} = I``, with ``Â = residual · I + (1 − residual) · A``, every row divided by its sum.
+
+    ``A`` is the layer's attention fused over heads by ``head_fusion`` ("mean", "max" or "min"); ``discard`` sets the lowest share of every row
+    of it to 0 before that. ``R[query, key]`` is how much of what stands at ``query`` after a layer came from ``key`` before the first one. A
+    row in which nothing is left (``residual=0`` with ``"min"``) is NaN, with a warning. Layers must follow on each other.
+
+    Raises:
+        InputError: a tower whose keys are not its own positions, shares outside 0 … 1, an unknown fusion, missing layers.
+    """
+    if not 0 <= residual <= 1 or not 0 <= discard < 1:
+        raise InputError(f"residual is a share from 0 to 1 and discard one below 1, not {residual} and {discard}.")
+    if head_fusion not in _FUSIONS:
+        raise InputError(f"Unknown head_fusion {head_fusion!r}; choose one of {', '.join(_FUSIONS)}.")
+    patterns = read(cache, tokens, tower, layers, step)
+    if len(patterns.blocks) != 1 or patterns.query_kind.shape != patterns.key_kind.shape:
+        raise InputError(
+            f"Rollout needs keys that are the queries of the layer before; in this pass the {patterns.tower} tower looks at "
+            "other positions as well. Roll out a vision tower, or the prompt of a language tower."
+        )
+    steps = [int(layer) for layer in patterns.layers]
+    if steps != list(range(steps[0], steps[0] + len(steps))):
+        raise InputError(f"Layers {steps} do not follow on each other; cache them all, or name a range with layers=.")
+    real = torch.from_numpy(patterns.query_kind != "padding")
+    depths: list[Tensor] = []
+    for number in range(len(steps)):
+        fused = _FUSIONS[head_fusion](patterns.layer(number))
+        step_matrix = _mixed(fused, residual, discard)
+        # Nothing real looks at padding; its own rows stay as they are.
+        step_matrix = torch.where(real[..., None], step_matrix, torch.eye(real.shape[1], dtype=fused.dtype))
+        depths.append(step_matrix @ depths[-1] if depths else step_matrix)
+    stacked = torch.stack(depths)
+    warn_undefined(stacked[:, real], "no attention is left in a row; take residual > 0 or another head_fusion")
+    positions = list(range(patterns.own.n_positions))
+    return AttentionRollout(
+        values=stacked.masked_fill(~real[None, :, :, None], float("nan")),
+        axes={"layer": steps, "row": list(range(patterns.own.n_rows)), "query": positions, "key": positions},
+        provenance=patterns.provenance(f"rollout(residual={residual}, {head_fusion}, discard={discard})", "all"),
+        tower=patterns.tower,
+        places=patterns.places(),
+        boxes=patterns.boxes().float(),
+        kinds=patterns.key_kind.tolist(),
+        blocks=blocks_of(patterns),
+        example=patterns.example,
+    )
+
+
+def _mixed(fused: Float[Tensor, "row query key"], residual: float, discard: float) -> Float[Tensor, "row query key"]:
+    """One layer's step: attention without its weakest keys, mixed with the identity, every row divided by its sum."""
+    dropped = int(discard * fused.shape[-1])
+    if dropped:
+        weakest = fused.topk(dropped, dim=-1, largest=False).indices
+        fused = fused.scatter(-1, weakest, 0.0)
+    mixed = residual * torch.eye(fused.shape[-1], dtype=fused.dtype) + (1 - residual) * fused
+    return mixed / mixed.sum(-1, keepdim=True)

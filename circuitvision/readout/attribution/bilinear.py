@@ -1,0 +1,120 @@
+"""A dual encoder's score as a sum over pairs of terms: what each part of the image tower says to each part of the text tower.
+
+With the norms of both towers and the lengths of both embeddings held at their values in this run, each unit embedding is a sum over the terms
+of its stream, ``img = Σ_i a_i`` and ``txt = Σ_j b_j``, and the score is bilinear: ``logit = scale · Σ_ij <a_i, b_j> + bias``. Rows and columns
+named ``bias`` hold what the norms' and heads' own biases (and the MLP of an attention-pooling head) add to an embedding.
+
+Source: Gandelsman, Efros & Steinhardt 2024, arXiv 2310.05916 (decomposing CLIP's image representation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.cache import ActivationCache
+from circuitvision.model.heads import Reading
+from circuitvision.provenance import describe
+from circuitvision.readout.attribution.terms import Stream
+from circuitvision.readout.targets import output_kind, prompt_embeddings
+from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.tower import Tower
+
+
+@dataclass(frozen=True, eq=False)
+class BilinearAttribution(Result):
+    """``values [image_term text_term image text]`` in logits; they sum, with ``bias``, to ``total [image text]``.
+
+    With prompts in place of the run's texts the text axis has one term, the whole embedding.
+    """
+
+    total: Tensor = field(default_factory=lambda: torch.zeros(0))
+    bias: float = 0.0
+
+    def image_terms(self) -> Float[Tensor, "image_term image text"]:
+        """What each term of the image tower adds, summed over the text tower's."""
+        return self.values.sum(1)
+
+
+def bilinear_attribution(
+    model: HookedModel,
+    cache: ActivationCache | Mapping[str, Any],
+    *,
+    prompts: Sequence[str] | None = None,
+    by: str = "component",
+) -> BilinearAttribution:
+    """Split ``logits_per_image`` over pairs of terms of the two towers.
+
+    Args:
+        model: a dual encoder (CLIP, SigLIP).
+        cache: a cache of one run with all sites, or the inputs of one.
+        prompts: texts to compare with instead of those of the run; their embeddings are not split.
+        by: "component" or "head".
+
+    Raises:
+        InputError: no dual encoder, a cache without what is needed, another ``by``.
+    """
+    kinds = [output_kind(tower) for tower in model.towers.values()]
+    if kinds != ["texts", "images"]:
+        raise InputError(f"A bilinear form needs two towers that are compared; a {model.family.name} model has none.")
+    if by not in ("component", "head"):
+        raise InputError(f"Pairs of terms are split by 'component' or 'head', not by {by!r}.")
+    embeddings = None if prompts is None else prompt_embeddings(model, prompts)
+    if not isinstance(cache, ActivationCache):
+        with torch.no_grad():
+            cache = model.run_with_cache(cache)[1]
+    module: Any = model.module
+    with torch.no_grad():
+        image_terms, images = embedding_terms(model.vision, cache, by)
+        if embeddings is None:
+            text_terms, texts = embedding_terms(model.text, cache, by)
+            text_labels: list[Any] = list(range(texts.shape[1]))
+        else:
+            text_terms, texts, text_labels = ["text"], embeddings[None].to(images), list(prompts or ())
+        scale = module.logit_scale.exp().to(images)
+        values = torch.einsum("amd,btd->abmt", images, texts) * scale
+        bias = float(getattr(module, "logit_bias", None) or 0.0)
+        total = (images.sum(0) @ texts.sum(0).T) * scale + bias
+    return BilinearAttribution(
+        values=values.cpu(),
+        axes={
+            "image_term": image_terms,
+            "text_term": text_terms,
+            "image": list(range(values.shape[2])),
+            "text": text_labels,
+        },
+        provenance=describe(model, method=f"bilinear_attribution(by={by})", inputs=(cache.inputs,)),
+        total=total.cpu(),
+        bias=bias,
+    )
+
+
+def embedding_terms(
+    tower: Tower, cache: ActivationCache, by: str = "component"
+) -> tuple[list[str], Float[Tensor, "term row d_shared"]]:
+    """The unit embedding of a tower of a dual encoder as a sum over the terms of its stream; the last term is ``bias``."""
+    stream = Stream(tower, cache)
+    final = stream.final
+    reading = Reading(tower, cache, norm="frozen", reference=final)
+    with tower.quiet():
+        plain = Reading(tower, cache)
+        length = plain._headed(plain._pooled(final, None)).pow(2).sum(-1, keepdim=True).sqrt()
+
+        def embedded(resid: Tensor) -> Tensor:
+            return reading._headed(reading._pooled(resid, final)) / length
+
+        constant = embedded(torch.zeros_like(final))
+        labels, parts = [], []
+        for label, vector in stream.vectors(by):
+            labels.append(label)
+            parts.append(embedded(vector.to(final.dtype)) - constant)
+    return [*labels, "bias"], torch.stack([*parts, constant])

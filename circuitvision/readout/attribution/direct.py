@@ -1,0 +1,235 @@
+"""Direct attribution: what every term of the residual stream adds to the output by itself, no later layer in between.
+
+``Σ terms + bias = value``: the value of a logit, a difference, a class, a prompt or an action dimension, before a soft cap, with the
+statistics of the final norm (and of an embedding's length, a pooling head's pattern and MLP) held at their values in this run. See
+:mod:`circuitvision.readout.attribution.terms` for the terms and :mod:`circuitvision.readout.attribution.functional` for the direction. A
+term's direct effect is not its importance: what it does through later layers is left out, and terms cancel.
+
+The sum is exact to rounding: 1e-11 in float64 for towers whose norms compute in float64, 1e-6 where the model's own norms round to float32
+(Llama, Gemma), because there the model's own sum holds no better.
+
+Sources: Elhage et al. 2021 (transformer circuits, direct logit attribution); Yu & Ananiadou 2024, arXiv 2411.10950 (source tokens of a head).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.cache import ActivationCache
+from circuitvision.provenance import describe
+from circuitvision.readout.attribution.functional import Functional, functional
+from circuitvision.readout.attribution.terms import SPLITS, Stream
+from circuitvision.readout.places import places_of
+from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.tower import Tower
+
+
+def _none() -> Tensor:
+    return torch.zeros(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution(Result):
+    """What each term adds to a direction: ``values [term row]`` in the direction's units (logits; a robot's own units for actions).
+
+    ``total`` ``[row]`` is the value explained; ``values.sum(0) == total``. The term ``bias`` holds the biases of norm and head.
+    """
+
+    tower: str = ""
+    direction: str = ""
+    total: Tensor = field(default_factory=_none)
+    example: list[int] = field(default_factory=list)
+
+    def top(self, count: int = 10) -> list[tuple[str, float]]:
+        """The terms with the largest mean share in size, with their signed means over rows."""
+        mean = self.values.double().mean(-1)
+        order = mean.abs().argsort(descending=True)[:count].tolist()
+        return [(self.axes["term"][index], float(mean[index])) for index in order]
+
+    def __getitem__(self, term: str) -> Tensor:
+        """One term's share ``[row]``."""
+        if term not in self.axes["term"]:
+            raise InputError(f"There is no term {term!r}; terms look like {', '.join(self.axes['term'][:6])}.")
+        return self.values[self.axes["term"].index(term)]
+
+
+@dataclass(frozen=True, eq=False)
+class SourceAttribution(Result):
+    """What each head takes from each position: ``values [layer head row position]``; the sum over positions is the head's share.
+
+    Positions count keys: cached ones of another tower first, where there are any. ``places`` are theirs in the image (-1 elsewhere).
+    """
+
+    tower: str = ""
+    direction: str = ""
+    places: Tensor = field(default_factory=_none)
+    words: list[list[str]] = field(default_factory=list)
+
+
+def direct_attribution(
+    model: HookedModel,
+    cache: ActivationCache | Mapping[str, Any],
+    direction: Any,
+    tower: str | None = None,
+    *,
+    by: str = "head",
+    layers: Sequence[int] | None = None,
+    position: Any = None,
+    pieces: str | None = None,
+    step: int | None = None,
+) -> Attribution:
+    """Split a direction of the output into what every term of the stream adds to it.
+
+    Args:
+        model: the hooked model.
+        cache: a cache of one run with all sites, or the inputs of one.
+        direction: an answer (word, class, prompt, number, action dimension), a pair ``(answer, foil)``, ``{"answer": [one per example],
+        "foil": […]}``, ``cv.metrics.logit_diff(…)``, or a tensor ``[d_model]`` in the stream itself, which goes through no norm. tower: by
+        default the last tower with a head (the action tower, the language tower, the classifier). by: "component" (attention and MLP of every
+        layer), "head", or "neuron" (heads, and every neuron of ``layers``). layers: whose neurons are told apart; all by default. position:
+        where the output is read: "last" (default of text), a number, one per row, "mean", or a selection, whose mean is read; for actions the
+        step of the chunk. Read-outs that pool have no choice. pieces: for a word of several tokens, "first" or "mean". step: which pass of a
+        cache of several.
+
+    Raises:
+        InputError: a direction or position that does not exist, a cache without what is needed.
+    """
+    if by not in SPLITS:
+        raise InputError(f"Terms are split by {', '.join(SPLITS)}, not by {by!r}.")
+    owner = attribution_tower(model, tower)
+    stream = Stream(owner, cached_for(model, cache, owner, by), step=step)
+    found = functional(model, owner, stream.cache, stream.final, direction, position=position, pieces=pieces)
+    labels, shares = _shares(stream, found, by, layers)
+    return Attribution(
+        values=torch.stack([*shares, found.constant]).cpu(),
+        axes={"term": [*labels, "bias"], "row": list(range(found.value.shape[0]))},
+        provenance=describe(
+            model,
+            method=f"direct_attribution(tower={owner.name}, by={by}, direction={found.label})",
+            inputs=(stream.cache.inputs,),
+        ),
+        tower=owner.name,
+        direction=found.label,
+        total=found.value.cpu(),
+        example=_examples(model, owner, stream.cache, found.value.shape[0]),
+    )
+
+
+def _shares(stream: Stream, found: Functional, by: str, layers: Sequence[int] | None) -> tuple[list[str], list[Tensor]]:
+    gradient = found.gradient
+
+    def share(vector: Tensor) -> Tensor:
+        return (vector.to(gradient.dtype) * gradient).flatten(1).sum(-1)
+
+    shares = {name: share(part) for name, part in stream.input_parts().items()}
+    count = stream.end
+    told_apart = set(range(count) if layers is None else layers)
+    if not told_apart <= set(range(count)):
+        raise InputError(
+            f"Layers {sorted(told_apart)} are asked for; the stream that is read has layers 0 to {count - 1}."
+        )
+    for layer in range(count):
+        if by == "component":
+            shares[f"L{layer}.attn"] = share(stream.site(f"blocks.{layer}.hook_attn_out"))
+        else:
+            heads, bias = stream.head_shares(layer, gradient)
+            shares.update({f"L{layer}H{head}": value for head, value in enumerate(heads)})
+            shares[f"L{layer}.attn.bias"] = bias
+        if by == "neuron" and layer in told_apart:
+            neurons, bias = stream.neuron_shares(layer, gradient)
+            shares.update({f"L{layer}N{index}": value for index, value in enumerate(neurons)})
+            shares[f"L{layer}.mlp.bias"] = bias
+        else:
+            shares[f"L{layer}.mlp"] = share(stream.site(f"blocks.{layer}.hook_mlp_out"))
+    return list(shares), list(shares.values())
+
+
+def source_attribution(
+    model: HookedModel,
+    cache: ActivationCache | Mapping[str, Any],
+    direction: Any,
+    tower: str | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    position: Any = None,
+    pieces: str | None = None,
+    step: int | None = None,
+) -> SourceAttribution:
+    """Split every head's share by source position: ``A_ij v_j W_O^h`` on the direction, summed over the queries ``i`` that are read.
+
+    Arguments as of :func:`direct_attribution`; the cache must hold patterns (``names_filter="**"``), whose run is the model's eager run.
+
+    Raises:
+        InputError: as there, or a cache without patterns.
+    """
+    owner = attribution_tower(model, tower)
+    stream = Stream(owner, cached_for(model, cache, owner, "source"), step=step)
+    found = functional(model, owner, stream.cache, stream.final, direction, position=position, pieces=pieces)
+    chosen = list(range(stream.end)) if layers is None else list(layers)
+    values = torch.stack([stream.source_shares(layer, found.gradient) for layer in chosen])
+    maps = model.tokens(stream.cache.inputs)
+    tokens = maps[owner.name]
+    places, words = places_of(tokens), [tokens.labels(row) for row in range(tokens.n_rows)]
+    ahead = values.shape[-1] - tokens.n_positions
+    if ahead:
+        before = next(maps[t.name] for t in owner.siblings.values() if t.spec.feeds_cache_only)
+        places = torch.cat([places_of(before), places], dim=1)
+        words = [before.labels(row) + words[row] for row in range(tokens.n_rows)]
+    return SourceAttribution(
+        values=values.cpu(),
+        axes={
+            "layer": chosen,
+            "head": list(range(values.shape[1])),
+            "row": list(range(values.shape[2])),
+            "position": list(range(values.shape[3])),
+        },
+        provenance=describe(
+            model,
+            method=f"source_attribution(tower={owner.name}, direction={found.label})",
+            inputs=(stream.cache.inputs,),
+        ),
+        tower=owner.name,
+        direction=found.label,
+        places=places,
+        words=words,
+    )
+
+
+def attribution_tower(model: HookedModel, tower: str | None) -> Tower:
+    """The tower named, or the last one whose head gives the output."""
+    if tower is None:
+        towers = list(model.towers)
+        tower = "vision" if "text" in towers else towers[-1]
+    if tower not in model.towers:
+        raise InputError(f"This model has no tower {tower!r}; its towers are {', '.join(model.towers)}.")
+    return model.towers[tower]
+
+
+def cached_for(
+    model: HookedModel, cache: ActivationCache | Mapping[str, Any], owner: Tower, by: str
+) -> ActivationCache:
+    """The cache given, or that of a run of the inputs, recording what a split ``by`` needs."""
+    if isinstance(cache, ActivationCache):
+        return cache
+    parts = ["hook_attn_out", "hook_mlp_out", "attn.hook_z", "mlp.hook_post", "hook_resid_*"]
+    parts += ["attn.hook_v", "attn.hook_pattern"] if by == "source" else []
+    names = [f"{owner.name}.hook_*", *(f"{owner.name}.blocks.*.{part}" for part in parts)]
+    names += [f"{name}.hook_readout" for name in model.towers if f"{name}.hook_readout" in model.sites()]
+    if by == "source":
+        names += [f"{t.name}.blocks.*.attn.hook_v" for t in owner.siblings.values() if t.spec.feeds_cache_only]
+    with torch.no_grad():
+        return model.run_with_cache(cache, names_filter=names)[1]
+
+
+def _examples(model: HookedModel, tower: Tower, cache: ActivationCache, rows: int) -> list[int]:
+    tokens = model.tokens(cache.inputs).get(tower.name) if cache.inputs else None
+    return list(range(rows)) if tokens is None or tokens.n_rows != rows else [int(e) for e in tokens.example]

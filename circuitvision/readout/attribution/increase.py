@@ -1,0 +1,199 @@
+"""Log-probability increase: what a vector written to the stream does, by itself and at once, to the probability of an answer.
+
+``increase(v) = log p(y | x + v) - log p(y | x)`` with ``p = softmax(head(norm(.)))``, where ``x`` is the stream that ``v`` is added to at the
+position that is read (``resid_pre`` for heads and attention, ``resid_mid`` for an MLP and its neurons) and the norm's denominator is the final
+one of this run for every vector. In nats; positive means towards the answer.
+
+Unlike direct attribution it does not add up: softmax is not linear, and late writers find the answer already said. It is the score of the
+paper for heads, source tokens of a head, and neurons.
+
+Source: Yu & Ananiadou 2024, arXiv 2411.10950.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.cache import ActivationCache
+from circuitvision.model.heads import Reading
+from circuitvision.provenance import describe
+from circuitvision.readout.attribution.direct import attribution_tower, cached_for
+from circuitvision.readout.attribution.functional import positions_read
+from circuitvision.readout.attribution.terms import Stream
+from circuitvision.readout.places import places_of
+from circuitvision.readout.targets import Targets, output_kind, reader_of, resolve_targets
+from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.tower import Tower
+
+_KINDS = ("component", "head", "neuron", "source")
+_VECTORS = 4096
+"""Vectors read at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class LogProbIncrease(Result):
+    """``values`` in nats: ``[layer part row]`` (attn, mlp), ``[layer head row]``, ``[layer neuron row]`` or ``[layer head row position]``.
+
+    ``places`` lays source positions over the image.
+    """
+
+    tower: str = ""
+    answer: str = ""
+    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+
+def log_prob_increase(
+    model: HookedModel,
+    cache: ActivationCache | Mapping[str, Any],
+    answer: Any,
+    tower: str | None = None,
+    *,
+    by: str = "head",
+    layers: Sequence[int] | None = None,
+    position: Any = None,
+    pieces: str | None = None,
+) -> LogProbIncrease:
+    """Score every attention, MLP, head, neuron, or source position of a head by what it alone does to the answer's log-probability.
+
+    Args:
+        model: the hooked model.
+        cache: a cache of one run (with patterns for ``by="source"``), or the inputs of one.
+        answer: word, class or id, or ``{"answer": [one per example]}``.
+        tower: a tower whose output is a distribution over tokens or classes read at one position.
+        by: "component", "head", "neuron" or "source".
+        layers: by default all.
+        position: where the output is read; by default the last word, or the CLS position.
+        pieces: "first" for a word of several tokens.
+
+    Raises:
+        InputError: no such answer, a tower whose output is no distribution or pools over positions, another ``by``.
+    """
+    if by not in _KINDS:
+        raise InputError(f"Scores are by {', '.join(_KINDS)}, not by {by!r}.")
+    owner = attribution_tower(model, tower)
+    _check(owner)
+    if pieces not in (None, "first"):
+        raise InputError(
+            "The score is of one column of the output; for a word of several tokens choose pieces='first'."
+        )
+    chosen = resolve_targets(model, owner, answer, pieces=pieces)
+    stream = Stream(owner, cached_for(model, cache, owner, by))
+    final = stream.final
+    default = 0 if owner.stack.image else "last"
+    mask = positions_read(model, owner, stream.cache, default if position is None else position, final.shape[:2])
+    if not bool((mask.sum(-1) == 1).all()):
+        raise InputError("The score is taken at one position of each row.")
+    where = mask.int().argmax(-1).to(final.device)
+    scorer = _Scorer(owner, stream, chosen, final, where)
+    numbers = list(range(stream.end)) if layers is None else list(layers)
+    with torch.no_grad(), owner.quiet():
+        values = torch.stack([scorer.layer(layer, by) for layer in numbers])
+    names = {"component": ["part"], "head": ["head"], "neuron": ["neuron"], "source": ["head"]}[by]
+    labels: list[Any] = ["attn", "mlp"] if by == "component" else list(range(values.shape[1]))
+    last = {"position": list(range(values.shape[3]))} if by == "source" else {}
+    return LogProbIncrease(
+        values=values.cpu(),
+        axes={"layer": numbers, names[0]: labels, "row": list(range(values.shape[2])), **last},
+        provenance=describe(
+            model,
+            method=f"log_prob_increase(tower={owner.name}, by={by}, answer={answer})",
+            inputs=(stream.cache.inputs,),
+        ),
+        tower=owner.name,
+        answer=str(answer),
+        places=places_of(model.tokens(stream.cache.inputs)[owner.name]),
+    )
+
+
+def increase(
+    before: Float[Tensor, "*batch n_out"], after: Float[Tensor, "*batch n_out"], answer: Tensor
+) -> Float[Tensor, "*batch"]:
+    """``log softmax(after)[answer] - log softmax(before)[answer]``."""
+    index = answer[..., None]
+    return (after.log_softmax(-1).gather(-1, index) - before.log_softmax(-1).gather(-1, index))[..., 0]
+
+
+def _check(owner: Tower) -> None:
+    readout = owner.spec.readout
+    if output_kind(owner) not in ("tokens", "classes") or reader_of(owner) is not owner:
+        raise InputError(
+            f"What the {owner.name} tower says is no distribution over words or classes; use direct_attribution."
+        )
+    assert readout is not None
+    if readout.pool not in ("none", "cls"):
+        raise InputError(
+            f"The {owner.name} tower's output is pooled over positions ({readout.pool}), so no single vector makes it; use direct_attribution."
+        )
+
+
+class _Scorer:
+    """Scores vectors added to the stream at one position of every row."""
+
+    def __init__(self, owner: Tower, stream: Stream, chosen: Targets, final: Tensor, where: Tensor) -> None:
+        self.owner, self.stream, self.where = owner, stream, where
+        self.rows = torch.arange(final.shape[0], device=final.device)
+        self.scale = final[self.rows, where][:, None]
+        ids = chosen.ids[0, :, 0].to(final.device)
+        if len(ids) not in (1, len(self.rows)):
+            raise InputError(f"There are {len(self.rows)} rows and answers for {len(ids)}; give one per row.")
+        self.answer = ids.expand(len(self.rows))
+
+    def at(self, value: Tensor) -> Tensor:
+        """A site at the position that is read, ``[row …]``."""
+        return value[self.rows, self.where]
+
+    def logits(self, vectors: Float[Tensor, "row n d_model"]) -> Float[Tensor, "row n n_out"]:
+        reading = Reading(self.owner, self.stream.cache, norm="frozen", reference=self.scale)
+        out = reading.positions(vectors, 1, self.scale.expand_as(vectors))
+        return out if out.dtype == torch.float64 else out.float()
+
+    def score(self, x: Float[Tensor, "row d_model"], vectors: Float[Tensor, "n row d_model"]) -> Float[Tensor, "n row"]:
+        before = self.logits(x[:, None])
+        found = []
+        width = max(1, _VECTORS // len(self.rows))
+        for start in range(0, vectors.shape[0], width):
+            piece = vectors[start : start + width].transpose(0, 1)
+            after = self.logits(x[:, None] + piece)
+            answer = self.answer[:, None].expand(after.shape[:2])
+            found.append(increase(before.expand_as(after), after, answer).T)
+        return torch.cat(found)
+
+    def layer(self, layer: int, by: str) -> Tensor:
+        """The scores of one layer."""
+        stream = self.stream
+        pre = self.at(stream.site(f"blocks.{layer}.hook_resid_pre"))
+        if by == "component":
+            mid = self.at(stream.site(f"blocks.{layer}.hook_resid_mid"))
+            attn = self.score(pre, self.at(stream.site(f"blocks.{layer}.hook_attn_out"))[None])
+            return torch.cat([attn, self.score(mid, self.at(stream.site(f"blocks.{layer}.hook_mlp_out"))[None])])
+        if by == "head":
+            return self.score(pre, self.at(stream.heads(layer)).transpose(0, 1))
+        if by == "neuron":
+            mid = self.at(stream.site(f"blocks.{layer}.hook_resid_mid"))
+            return self.neurons(layer, mid)
+        sources = stream.source_vectors(layer, self.rows, self.where)
+        heads, keys = sources.shape[:2]
+        return self.score(pre, sources.flatten(0, 1)).unflatten(0, (heads, keys)).transpose(1, 2)
+
+    def neurons(self, layer: int, mid: Tensor) -> Float[Tensor, "neuron row"]:
+        """A few thousand neurons at a time: their vectors together would not fit."""
+        post = self.at(self.stream.site(f"blocks.{layer}.mlp.hook_post"))
+        width = max(1, _VECTORS // len(self.rows))
+        found = [
+            self.score(
+                mid,
+                self.stream.neuron_vectors(layer, post, range(start, min(start + width, post.shape[1])), self.where),
+            )
+            for start in range(0, post.shape[1], width)
+        ]
+        return torch.cat(found)

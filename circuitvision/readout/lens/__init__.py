@@ -1,0 +1,1 @@
+"""The logit lens: what every place in a tower would answer."""

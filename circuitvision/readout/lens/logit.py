@@ -1,0 +1,305 @@
+"""The logit lens: what a tower would answer at any of its sites, at every position, in the tower's own vocabulary.
+
+A vector of width d_model goes through the tower's read-out as if it were the final residual stream (see :mod:`circuitvision.model.heads` for
+what that means at positions that the family does not pool). ``norm`` says what the final norm does to it:
+
+* ``"own"``: its own statistics (the usual lens; of a branch's output too, as in Vilas et al.);
+* ``"frozen"``: the scale that the norm has in this run at the same position, so that the lens is linear in the vector and values of parts add
+  up;
+* ``"none"``: no final norm;
+* ``"tuned"``: an affine map per layer, trained to predict the output, then the norm's own statistics (:class:`TunedLens`).
+
+At the last layer of a tower that feeds the output the lens is the model's own output. Where a vision tower is read by a language tower, its
+patches go through the projector and then through the language tower's head: the answer an image patch would give as a token, had no language
+layer touched it. That map was never trained for, so compare two inputs, or with chance, instead of reading absolutes.
+
+Nothing of the size layers × positions × vocabulary ever exists: a site is read in pieces of at most ``CHUNK_BYTES`` of logits. Read-outs that
+pool give ``pooled`` beside the values per position: what the model would answer if it stopped at that layer.
+
+References: nostalgebraist 2020 (logit lens); Belrose et al. 2023, arXiv 2303.08112 (tuned lens); Vilas et al. 2023, arXiv 2310.18969
+(class-embedding space of ViTs); Neo et al. 2024, arXiv 2410.07149 (image positions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.cache import ActivationCache
+from circuitvision.model.sites import SiteName
+from circuitvision.provenance import describe
+from circuitvision.readout.lens.reader import LensReader, measured
+from circuitvision.readout.lens.result import LensResult
+from circuitvision.readout.lens.sites import lens_sites, ordered_sites
+from circuitvision.readout.places import places_of
+from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, reader_of, resolve_targets
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.tower import Tower
+    from circuitvision.readout.lens.tuned import TunedLens
+
+NORMS = ("own", "frozen", "none", "tuned")
+_SHOWN = 5
+"""How many of the highest columns are kept at every place, for tables and hover texts."""
+
+
+def _none() -> Tensor:
+    return torch.zeros(0, dtype=torch.long)
+
+
+def logit_lens(
+    model: HookedModel,
+    cache: ActivationCache | Mapping[str, Any],
+    tower: str | None = None,
+    *,
+    sites: str | Sequence[str] | None = None,
+    norm: str = "own",
+    targets: Any = None,
+    top_k: int | None = None,
+    measure: str = "logit",
+    pieces: str | None = None,
+    readout: Callable[[Tensor], Tensor] | None = None,
+    tuned: TunedLens | None = None,
+    step: int | None = None,
+) -> LensResult:
+    """Read the answer off any site of a tower: ``lens(h) = head(norm(h))`` at every position.
+
+    Args:
+        model: the hooked model. cache: a cache of one run, or the inputs of one (then the run is made here, recording what is needed). tower:
+        the tower to read; by default the language tower, or the only one there is. sites: kinds ("resid_post", "attn_out", "attn.hook_result",
+        …), names or globs; by default the residual stream, where it can reach the output. norm: "own", "frozen", "none" or "tuned", see the
+        module. targets: words, class names, prompts (for the images of a dual encoder), numbers of columns or action dimensions, the same for
+        all examples; or ``{"answer": [one per example]}``; or a float tensor of embeddings or directions ``[target width]``. top_k: instead of
+        targets, keep the highest values at every position and whose they are. measure: ``"logit"``, ``"logprob"`` (nats) or ``"prob"``.
+        Read-outs that are no distribution (actions, directions) have logits only. pieces: how to read a word of several tokens: "first",
+        "mean" or "joint", see :mod:`circuitvision.readout.targets`. readout: a read-out of your own, ``fn(resid [row pos d_model]) -> [row pos
+        n_out]``, for towers without one. tuned: the trained maps for ``norm="tuned"``. step: which pass of a cache of several (``generate``,
+        ``sample_actions``).
+
+    Raises:
+        InputError: no such tower, both or neither of ``targets`` and ``top_k``, an unknown measure or norm, a cache without what is needed, a
+        target that does not exist, a tower without a read-out and neither directions nor a callable. UnknownSiteError: no such site.
+    """
+    owner = lens_tower(model, tower)
+    _check_options(owner, norm, targets, top_k, measure, tuned, readout)
+    chosen = None if targets is None else _chosen(model, owner, targets, pieces, measure, readout is not None)
+    names = lens_sites(model, owner.name) if sites is None else ordered_sites(model, owner.name, sites)
+    if targets is None and readout is None and output_kind(owner) == "hidden":
+        resolve_targets(model, owner, ["?"])
+    found = _cached(model, cache, owner, names, norm)
+    names = [name for name in names if name in found]
+    if not names:
+        raise InputError(
+            f"The cache holds no residual stream of the {owner.name} tower; "
+            f"run with names_filter=cv.readout.lens_sites(model, {owner.name!r}), or with all sites."
+        )
+    reader = LensReader(model, owner, found, norm, chosen, readout, tuned, step)
+    with torch.no_grad():
+        parts = [_Part.read(reader, name, measure, top_k) for name in names]
+    return _result(model, reader, names, parts, measure, top_k, norm)
+
+
+def lens_tower(model: HookedModel, tower: str | None) -> Tower:
+    """The tower named, or the language tower, or the only one; InputError if the model has none of that name."""
+    if tower is None:
+        tower = "language" if "language" in model.towers else next(iter(model.towers))
+    if tower not in model.towers:
+        raise InputError(f"This model has no tower {tower!r}; its towers are {', '.join(model.towers)}.")
+    return model.towers[tower]
+
+
+def _check_options(
+    owner: Tower,
+    norm: str,
+    targets: Any,
+    top_k: int | None,
+    measure: str,
+    tuned: TunedLens | None,
+    readout: Callable[[Tensor], Tensor] | None,
+) -> None:
+    if (targets is None) == (top_k is None):
+        raise InputError("Give either targets (ids or words) or top_k.")
+    if top_k is not None and top_k < 1:
+        raise InputError("top_k counts from 1.")
+    if measure not in MEASURES:
+        raise InputError(f"Unknown measure {measure!r}; choose one of {', '.join(MEASURES)}.")
+    if norm not in NORMS:
+        raise InputError(f"Unknown norm {norm!r}; choose one of {', '.join(NORMS)}.")
+    if (norm == "tuned") != (tuned is not None):
+        raise InputError("norm='tuned' goes with tuned=TunedLens.train(model, dataset, tower), and only with it.")
+    if tuned is not None and tuned.tower != owner.name:
+        raise InputError(f"This tuned lens was trained on the {tuned.tower} tower, not on {owner.name}.")
+    if norm == "frozen" and (reader_of(owner) is not owner or readout is not None):
+        raise InputError(
+            "A frozen norm needs the norm's scale at the same position of the same tower; patches behind a projector, and a read-out of your own, "
+            "have none. Use norm='own' or 'none'."
+        )
+    unnamed = readout is None and output_kind(owner) in ("actions", "embedding")
+    directions = isinstance(targets, Tensor) and targets.is_floating_point() and output_kind(owner) != "texts"
+    if measure != "logit" and (unnamed or directions):
+        raise InputError(f"What the {owner.name} tower says here is no distribution; use measure='logit'.")
+
+
+def _chosen(
+    model: HookedModel, owner: Tower, targets: Any, pieces: str | None, measure: str, own_columns: bool
+) -> Targets:
+    chosen = resolve_targets(model, owner, targets, pieces=pieces, own_columns=own_columns)
+    if chosen.how == "joint" and measure == "logit":
+        raise InputError("pieces='joint' adds log-probabilities; use measure='logprob' or 'prob'.")
+    return chosen
+
+
+def _cached(
+    model: HookedModel, cache: ActivationCache | Mapping[str, Any], owner: Tower, names: Sequence[str], norm: str
+) -> ActivationCache:
+    """The cache given, or that of a run recording the sites and what their reading depends on."""
+    if isinstance(cache, ActivationCache):
+        return cache
+    needed = [*names, *(owner.residual_name(layer) for layer in owner.feature_layers)]
+    if output_kind(owner) in ("texts", "images"):
+        needed += [f"{name}.hook_readout" for name in model.towers]
+    with torch.no_grad():
+        return model.run_with_cache(cache, names_filter=list(dict.fromkeys(needed)))[1]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One site's share of a lens, with a leading head axis."""
+
+    values: Tensor
+    ids: Tensor
+    ranks: Tensor
+    pooled: tuple[Tensor, Tensor, Tensor] | None
+    size: int
+
+    @classmethod
+    def read(cls, reader: LensReader, name: str, measure: str, top_k: int | None) -> _Part:
+        value = reader.site(name)
+        layer = SiteName.parse(name).layer
+        per_head = value.movedim(2, 0) if value.ndim == 4 else value[None]
+        heads, sizes = [], 0
+        for vectors in per_head:
+            pieces = []
+            for logits in reader.columns(vectors, layer):
+                sizes = logits.shape[-1]
+                pieces.append(_summary(reader, logits, measure, top_k))
+            heads.append([torch.cat(column, dim=1) for column in zip(*pieces, strict=True)])
+        pooled = None
+        if value.ndim == 3 and value.shape[1] > 0:
+            whole = reader.pooled(value, layer)
+            if whole is not None:
+                pooled = tuple(part[:, 0] for part in _summary(reader, whole[:, None], measure, top_k))
+        values, ids, ranks = (torch.stack(column) for column in zip(*heads, strict=True))
+        return cls(values, ids, ranks, pooled, sizes)  # type: ignore[arg-type]
+
+
+def _summary(reader: LensReader, logits: Tensor, measure: str, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What is kept of the logits of some positions: values, highest columns, ranks of the targets."""
+    scored = measured(logits, measure)
+    best = scored.topk(min(top_k or _SHOWN, scored.shape[-1]), dim=-1)
+    if reader.targets is None:
+        return best.values.cpu(), best.indices.cpu(), torch.zeros(*best.values.shape[:-1], 0, dtype=torch.long)
+    _check_columns(reader.targets, scored.shape[-1])
+    values = reader.targets.read(
+        measured(logits, "logprob") if reader.targets.how == "joint" else scored, _examples(reader, scored.shape[0])
+    )
+    if reader.targets.how == "joint" and measure == "prob":
+        values = values.exp()
+    ranks = torch.stack([1 + (scored > values[..., i, None]).sum(-1) for i in range(values.shape[-1])], dim=-1)
+    return values.cpu(), best.indices.cpu(), ranks.cpu()
+
+
+def _check_columns(targets: Targets, size: int) -> None:
+    if int(targets.ids.max()) >= size:
+        raise InputError(f"There is no column {int(targets.ids.max())}: this read-out has {size}, from 0.")
+
+
+def _examples(reader: LensReader, rows: int) -> Tensor:
+    tokens = reader.model.tokens(reader.cache.inputs).get(reader.tower.name) if reader.cache.inputs else None
+    owners = torch.arange(rows) if tokens is None or tokens.n_rows != rows else torch.as_tensor(tokens.example)
+    targets = reader.targets
+    if targets is not None and targets.ids.shape[1] not in (1, int(owners.max()) + 1):
+        raise InputError(
+            f"There are {int(owners.max()) + 1} examples and targets for {targets.ids.shape[1]}; give one per example."
+        )
+    return owners
+
+
+def _result(
+    model: HookedModel,
+    reader: LensReader,
+    names: Sequence[str],
+    parts: Sequence[_Part],
+    measure: str,
+    top_k: int | None,
+    norm: str,
+) -> LensResult:
+    axis, labels = _labels(reader.tower.name, names)
+    values, ids, ranks = (torch.stack([getattr(part, what) for part in parts]) for what in ("values", "ids", "ranks"))
+    heads = {"head": list(range(values.shape[1]))}
+    if all(SiteName.parse(name).site != "attn.hook_result" and values.shape[1] == 1 for name in names):
+        values, ids, ranks, heads = values[:, 0], ids[:, 0], ranks[:, 0], {}
+    rows, length = values.shape[-3:-1]
+    places, example, positions, words, kinds = _where(model, reader, rows, length)
+    targets = reader.targets
+    last = {"rank": list(range(1, values.shape[-1] + 1))} if targets is None else {"target": targets.labels}
+    pooled = [part.pooled for part in parts]
+    kept = [torch.stack(column) for column in zip(*pooled, strict=True)] if None not in pooled else [_none()] * 3  # type: ignore[arg-type]
+    unique = sorted({int(number) for number in torch.cat([ids.flatten(), kept[1].flatten()]).unique()})
+    return LensResult(
+        values=values,
+        axes={axis: labels, **heads, "row": list(range(rows)), "position": positions, **last},
+        provenance=describe(
+            model,
+            method=f"logit_lens(tower={reader.tower.name}, norm={norm}, measure={measure})",
+            inputs=(reader.cache.inputs,),
+        ),
+        tower=reader.tower.name,
+        measure=measure,
+        ids=ids,
+        places=places,
+        example=example,
+        norm=norm,
+        ranks=ranks if targets is not None else _none(),
+        n_outputs=parts[0].size,
+        pooled=kept[0],
+        pooled_ids=kept[1],
+        pooled_ranks=kept[2] if targets is not None else _none(),
+        words=words,
+        kinds=kinds,
+        names={str(n): str(n) for n in unique}
+        if reader.kind == "columns"
+        else names_of(model, reader.tower, unique, targets),
+    )
+
+
+def _labels(tower: str, names: Sequence[str]) -> tuple[str, list[Any]]:
+    """The first axis: layers where all sites are of one kind of block site (what enters block 0 counts as "input"), names otherwise."""
+    sites = [SiteName.parse(name) for name in names]
+    kinds = {site.site for site in sites if site.layer is not None}
+    others = [site for site in sites if site.layer is None]
+    if len(kinds) == 1 and all(site.site == "hook_input" for site in others):
+        return "layer", ["input" if site.layer is None else site.layer for site in sites]
+    return "site", [name.removeprefix(f"{tower}.") for name in names]
+
+
+def _where(
+    model: HookedModel, reader: LensReader, rows: int, length: int
+) -> tuple[Tensor, list[int], list[Any], list[list[str]], list[list[str]]]:
+    """Places, examples, numbers, words and kinds of the positions kept (a projector that drops positions drops the first)."""
+    tokens = model.tokens(reader.cache.inputs).get(reader.tower.name) if reader.cache.inputs else None
+    dropped = 0 if tokens is None else tokens.n_positions - length
+    if tokens is None or dropped < 0 or tokens.n_rows != rows:
+        nowhere = torch.full((rows, length, 4), -1)
+        blank = [[""] * length for _ in range(rows)]
+        return nowhere, list(range(rows)), list(range(length)), blank, blank
+    words = [tokens.labels(row)[dropped:] for row in range(rows)]
+    kinds = [[str(kind) for kind in tokens.kind[row, dropped:]] for row in range(rows)]
+    numbers = list(range(dropped, tokens.n_positions))
+    return places_of(tokens, dropped), tokens.example.tolist(), numbers, words, kinds

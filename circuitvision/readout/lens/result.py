@@ -1,0 +1,104 @@
+"""The result of a lens: values with named axes, the highest columns at every place, and where every position lies in the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.readout.places import on_grid
+from circuitvision.results import Result
+
+
+def _none() -> Tensor:
+    return torch.zeros(0, dtype=torch.long)
+
+
+@dataclass(frozen=True, eq=False)
+class LensResult(Result):
+    """The lens at every site and position.
+
+    ``values`` is ``[layer row position target]`` (``site`` in place of ``layer`` where several kinds were read, a ``head`` axis after it for
+    sites with heads): layer ``"input"`` is what enters block 0, layer ``l`` is block ``l``. With ``top_k`` the last axis is ``rank``. ``ids``
+    ``[… rank]`` are the highest columns at every place, ``names`` what they are called. With targets, ``ranks`` is 1 plus how many columns are
+    strictly higher, out of ``n_outputs``. ``pooled`` ``[layer row target]`` and ``pooled_ids`` are the same for the family's pooled output.
+    ``places`` is ``[row position 4]``: image, tile, patch row and patch column, -1 where a position is no patch; ``words`` labels positions,
+    ``example`` says which example a row belongs to.
+    """
+
+    tower: str = ""
+    measure: str = "logit"
+    ids: Tensor = field(default_factory=_none)
+    places: Tensor = field(default_factory=_none)
+    example: list[int] = field(default_factory=list)
+    norm: str = "own"
+    ranks: Tensor = field(default_factory=_none)
+    n_outputs: int = 0
+    pooled: Tensor = field(default_factory=_none)
+    pooled_ids: Tensor = field(default_factory=_none)
+    pooled_ranks: Tensor = field(default_factory=_none)
+    words: list[list[str]] = field(default_factory=list)
+    kinds: list[list[str]] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Int[Tensor, "layer row position"]:
+        """The highest column at every place."""
+        return self.ids[..., 0]
+
+    def contrast(self, answer: Any, foil: Any) -> LensResult:
+        """The value of one target minus another's: a result with the single target ``answer - foil``."""
+        first, second = self.target(answer), self.target(foil)
+        pooled = self.pooled[..., first] - self.pooled[..., second] if self.pooled.numel() else self.pooled
+        return replace(
+            self,
+            values=(self.values[..., first] - self.values[..., second])[..., None],
+            axes={**self.axes, "target": [f"{answer} - {foil}"]},
+            pooled=pooled[..., None] if self.pooled.numel() else pooled,
+            ranks=_none(),
+            pooled_ranks=_none(),
+        )
+
+    def target(self, label: Any) -> int:
+        """The index of a target; InputError if it is not one of this lens."""
+        labels = self.axes.get("target", [])
+        if label not in labels:
+            raise InputError(f"{label!r} is not a target of this lens; its targets are {labels}.")
+        return labels.index(label)
+
+    def row(self, row: int) -> LensResult:
+        """One row alone."""
+        if not 0 <= row < len(self.axes["row"]):
+            raise InputError(f"There is no row {row}; this lens has {len(self.axes['row'])}.")
+        at = list(self.axes).index("row")
+        cut: dict[str, Any] = {
+            name: getattr(self, name).narrow(at, row, 1)
+            for name in ("ids", "ranks", "pooled", "pooled_ids", "pooled_ranks")
+            if getattr(self, name).numel()
+        }
+        for name in ("example", "words", "kinds"):
+            cut[name] = getattr(self, name)[row : row + 1]
+        axes = {**self.axes, "row": [self.axes["row"][row]]}
+        return replace(self, values=self.values.narrow(at, row, 1), axes=axes, places=self.places[row : row + 1], **cut)
+
+    def patch_grid(self, layer: Any, row: int = 0, image: int = 0, tile: int | None = None, target: Any = 0) -> Tensor:
+        """One layer's values of a target (by number or label) on the patch grid of an image: ``[rows columns]``, NaN where a patch has no position.
+
+        ``tile=None`` takes the first tile there is (the whole image, where a model also reads it in parts).
+
+        Raises:
+            InputError: the row has no patch of that image and tile.
+        """
+        index = target if isinstance(target, int) else self.target(target)
+        return on_grid(self.values[self.index(layer), row, :, index], self.places[row], image, tile)
+
+    def index(self, layer: Any) -> int:
+        """The index of a layer or site on the first axis."""
+        labels = next(iter(self.axes.values()))
+        if layer not in labels:
+            raise InputError(f"There is no {next(iter(self.axes))} {layer!r} in this lens; there are {labels}.")
+        return labels.index(layer)

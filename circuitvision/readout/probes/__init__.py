@@ -1,0 +1,1 @@
+"""What is in the activations of a data set: probes, components, exemplars, decision layers."""

@@ -1,0 +1,238 @@
+"""One vector per example: which positions stand for an example, and their activations over a data set.
+
+The vector of an example at a site is the mean over the chosen positions of all its rows (images, tiles and cameras are rows of a vision
+tower). One chosen position in one row is that position's vector itself. Sites that a tower has pooled already are taken as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.selection import Selection
+from circuitvision.model.tokens import KINDS, TokenMap
+from circuitvision.provenance import describe
+from circuitvision.readout.probes.streaming import Batch, Reading
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+
+Positions = str | int | Sequence[int] | Tensor | Callable[..., Selection] | Mapping[str, Any]
+"""Which positions stand for an example, see :func:`chosen`."""
+
+
+# -- positions -----------------------------------------------------------------------------------------------------------------------------
+
+
+def chosen(tokens: TokenMap, positions: Positions, examples: range) -> Bool[Tensor, "row pos"]:
+    """The positions of every row that stand for its example.
+
+    ``"last"``: the last that is not padding. ``"all"`` or ``"mean"``: all that are not padding. A kind (``"cls"``, ``"patch"``, ``"text"``, …)
+    or ``"mean_patch"``: all of that kind. A number: that position. One number per example of the data set: its own position. A function of the
+    token map, or of the token map and the numbers of the batch's examples, that returns a selection. A mapping: one of these per tower.
+
+    Raises:
+        InputError: not understood; a padding position; an example without such a position.
+    """
+    if isinstance(positions, Mapping):
+        if tokens.tower not in positions:
+            raise InputError(f"positions names {', '.join(positions)}, but a site of the {tokens.tower} tower is read.")
+        positions = positions[tokens.tower]
+    mask = _mask(tokens, positions, examples)
+    if bool((mask & tokens.mask("padding")).any()):
+        raise InputError(f"Positions {positions!r} are padding in some row of the {tokens.tower} tower; take 'last'.")
+    served = torch.zeros(len(examples), dtype=torch.bool)
+    served[torch.from_numpy(tokens.example[mask.any(1).numpy()])] = True
+    if not bool(served.all()):
+        kinds = ", ".join(kind for kind in KINDS if (tokens.kind == kind).any())
+        example = examples[int((~served).nonzero()[0])]
+        raise InputError(
+            f"Example {example} has none of the positions {position_label(positions)!r} in the {tokens.tower} tower; its kinds: {kinds}."
+        )
+    return mask
+
+
+def chosen_at_site(tokens: TokenMap, dropped: int, positions: Positions, examples: range) -> Bool[Tensor, "row pos"]:
+    """:func:`chosen` at a site that lacks the first ``dropped`` positions of its tower; ``"all"`` are all that it has.
+
+    Raises:
+        InputError: a position asked for is among those that the site lacks.
+    """
+    mask = chosen(tokens, positions, examples)
+    if bool(mask[:, :dropped].any()):
+        if not (isinstance(positions, str) and positions in ("all", "mean")):
+            raise InputError(
+                f"The site lacks the first {dropped} positions of the {tokens.tower} tower, and {position_label(positions)!r} names one of them."
+            )
+        mask[:, :dropped] = False
+    return mask
+
+
+def _mask(tokens: TokenMap, positions: Any, examples: range) -> Tensor:
+    shape = tokens.kind.shape
+    if isinstance(positions, str):
+        if positions in ("all", "mean"):
+            return ~tokens.mask("padding")
+        if positions == "last":
+            return _at(torch.as_tensor(tokens.last()), shape)
+        kind = positions.removeprefix("mean_")
+        if kind in KINDS and kind != "padding":
+            return tokens.mask(kind)
+    elif callable(positions):
+        found = positions(tokens, examples) if _takes_two(positions) else positions(tokens)
+        if isinstance(found, Selection) and found.mask.shape == shape:
+            return found.tensor
+        raise InputError("A function of positions returns a selection of the map it gets, e.g. tokens.select('patch').")
+    elif isinstance(positions, (int, np.integer)) and not isinstance(positions, bool):
+        return _at(torch.full((shape[0],), int(positions)), shape)
+    elif isinstance(positions, (Sequence, Tensor, np.ndarray)):
+        own = torch.as_tensor(positions)
+        if own.ndim == 1 and not own.is_floating_point() and len(own) >= examples.stop:
+            return _at(own.cpu()[torch.from_numpy(tokens.example) + examples.start], shape)
+    raise InputError(
+        f"Positions {position_label(positions)!r} are not understood: 'last', 'all', a kind ({', '.join(KINDS)}), a number, one number per "
+        "example, or a function of the token map that returns a selection."
+    )
+
+
+def check_count(found: int | None, wanted: int | None, positions: Positions) -> None:
+    """Raise InputError if a data set of ``found`` examples does not have ``wanted``, or the positions given one by one are not as many."""
+    if found is None:
+        return
+    if wanted is not None and found != wanted:
+        raise InputError(f"The data set has {found} examples and there are {wanted} labels; give one per example.")
+    for own in positions.values() if isinstance(positions, Mapping) else (positions,):
+        if isinstance(own, (Sequence, Tensor, np.ndarray)) and not isinstance(own, str) and len(own) != found:
+            raise InputError(f"There are {len(own)} positions for {found} examples; give one per example.")
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _at(where: Tensor, shape: tuple[int, ...]) -> Tensor:
+    outside = where[(where < 0) | (where >= shape[1])]
+    if len(outside):
+        raise InputError(f"Position {int(outside[0])} is outside the {shape[1]} positions of a row; they count from 0.")
+    return torch.arange(shape[1]) == where[:, None]
+
+
+def position_label(positions: Any) -> str:
+    """A short name of a choice of positions, for provenance and messages."""
+    if callable(positions):
+        return getattr(positions, "__name__", type(positions).__name__)
+    if isinstance(positions, Mapping):
+        return ", ".join(f"{tower}: {position_label(own)}" for tower, own in positions.items())
+    return str(positions) if isinstance(positions, (str, int)) else f"one per example ({type(positions).__name__})"
+
+
+# -- one vector per example ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Collected(Mapping[str, Tensor]):
+    """One vector per example of every site: ``collected[site]`` is ``[example feature]`` (head axes flattened), on the CPU."""
+
+    vectors: dict[str, Tensor]
+    positions: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, site: str) -> Float[Tensor, "example feature"]:
+        return self.vectors[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.vectors)
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __repr__(self) -> str:
+        shapes = sorted({tuple(vector.shape) for vector in self.vectors.values()})
+        return f"Collected({len(self)} sites of shape {', '.join(map(str, shapes))} at {self.positions})"
+
+
+def stream_sites(model: HookedModel, tower: str | None = None) -> list[str]:
+    """The residual stream of a tower: what enters block 0 and what leaves every block that can reach the output.
+
+    Raises:
+        InputError: no such tower, or none named where there are several.
+    """
+    if tower is None and len(model.towers) == 1:
+        (tower,) = model.towers
+    if tower not in model.towers:
+        raise InputError(f"Name the tower whose stream is read: {', '.join(model.towers)}.")
+    layers = range(model.towers[tower].cfg.n_layers)
+    names = [f"{tower}.hook_input", *(f"{tower}.blocks.{layer}.hook_resid_post" for layer in layers)]
+    return [name for name in model.sites(names) if not model.is_dead(name)]
+
+
+def collect(
+    model: HookedModel,
+    dataset: Any,
+    sites: str | Sequence[str],
+    *,
+    positions: Positions = "last",
+    batch_size: int = 32,
+    count: int | None = None,
+) -> Collected:
+    """Run a data set and keep one vector per example and site; nothing else is kept.
+
+    Args:
+        model: the hooked model.
+        dataset: an iterable of model inputs, or one mapping of many examples.
+        sites: names or globs; not patterns or scores.
+        positions: which positions stand for an example, see :func:`chosen`; their mean where there are several.
+        batch_size: examples that run at once.
+        count: how many examples there must be, known before anything runs where the data set has a length.
+
+    Raises:
+        InputError: an empty data set or one of another length, positions an example does not have, inputs that cannot be cut.
+        UnknownSiteError: no such site.
+    """
+    names = model.sites(sites)
+
+    def reduce(site: str, value: Tensor, batch: Batch) -> Tensor:
+        return _vectors(value, batch.layout(site, value), positions, batch).cpu()
+
+    reading = Reading(model, dataset, names, reduce, batch_size=batch_size, description="collect")
+    check_count(reading.total, count, positions)
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for _, found in reading:
+        for name, value in found.items():
+            parts[name].append(value)
+    check_count(reading.count, count, positions)
+    label = position_label(positions)
+    return Collected(
+        {name: torch.cat(values) for name, values in parts.items()},
+        label,
+        describe(model, method=f"collect(positions={label})", dataset_sha256=reading.digest, examples=reading.count),
+    )
+
+
+def _vectors(
+    value: Tensor, layout: tuple[TokenMap, int | None], positions: Positions, batch: Batch
+) -> Float[Tensor, "example feature"]:
+    tokens, dropped = layout
+    exact = value if value.dtype == torch.float64 else value.float()
+    owner = torch.from_numpy(tokens.example)
+    if dropped is None:
+        picked = exact
+    else:
+        mask = chosen_at_site(tokens, dropped, positions, batch.examples)
+        picked = exact[mask[:, dropped:].to(value.device)]
+        owner = owner[mask.nonzero()[:, 0]]
+    flat, owner = picked.flatten(1), owner.to(value.device)
+    sums = flat.new_zeros(len(batch.examples), flat.shape[1]).index_add_(0, owner, flat)
+    return sums / torch.bincount(owner, minlength=len(batch.examples)).to(flat)[:, None]

@@ -1,0 +1,309 @@
+"""Linear probes: what a linear map can read off a site, layer by layer.
+
+A probe is trained on one part of the examples and scored on the other. High accuracy alone says little: with many features and few examples a
+linear map fits anything, so every probe has a *control*, the same probe on labels shuffled within each part, and chance is what always
+guessing the commonest training label would score. Readable is not used: a probe shows that information is there, edits show whether the model
+reads it.
+
+Not covered: probes with hidden layers, several labels per example.
+
+Reference: Alain and Bengio 2016 (arXiv 1610.01644); Hewitt and Liang 2019 (arXiv 1909.03368) on controls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.sites import SiteName
+from circuitvision.progress import track
+from circuitvision.readout.probes.collected import Collected, Positions, collect, stream_sites
+from circuitvision.readout.probes.decisions import DecisionLayers, decision_layer
+from circuitvision.readout.probes.fitting import Features, Targets, best_penalty, fit, predict, score, splits, wilson
+from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from circuitvision.model.hooked import HookedModel
+
+Split = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeResult(Result):
+    """Held-out scores of one probe per site: ``values`` ``[site]`` is the accuracy, or R² where labels are numbers (``classes`` is empty then).
+
+    ``low`` and ``high`` are Wilson's 95% interval (NaN for R²), ``train`` the score on the training part, ``shuffled`` ``[site shuffle]`` the
+    scores of the control, ``chance`` the accuracy of always guessing the commonest training label (0 for R²). ``predictions`` ``[site
+    held_out]`` are class numbers (or values), ``target`` what they should be and ``held_out`` the examples they belong to. ``weights`` ``[site
+    out feature]`` and ``bias`` ``[site out]`` give the probe's logits on activations as they are, ``x @ weights.T + bias``; empty where sites
+    differ in width and with folds. ``penalty`` ``[site]`` is what was used (the geometric mean over folds).
+    """
+
+    low: Tensor = field(default_factory=lambda: torch.zeros(0))
+    high: Tensor = field(default_factory=lambda: torch.zeros(0))
+    train: Tensor = field(default_factory=lambda: torch.zeros(0))
+    shuffled: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    chance: float = 0.0
+    predictions: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    target: Tensor = field(default_factory=lambda: torch.zeros(0))
+    held_out: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    classes: list[Any] = field(default_factory=list)
+    weights: Tensor = field(default_factory=lambda: torch.zeros(0))
+    bias: Tensor = field(default_factory=lambda: torch.zeros(0))
+    penalty: Tensor = field(default_factory=lambda: torch.zeros(0))
+    what: str = "label"
+    positions: str = ""
+
+    @property
+    def control(self) -> Float[Tensor, " site"]:
+        """Mean score on shuffled labels; NaN without shuffles."""
+        return self.shuffled.mean(1) if self.shuffled.shape[1] else torch.full_like(self.values, torch.nan)
+
+    @property
+    def control_sd(self) -> Float[Tensor, " site"]:
+        """Standard deviation of the scores on shuffled labels; NaN with fewer than two shuffles."""
+        return self.shuffled.std(1) if self.shuffled.shape[1] > 1 else torch.full_like(self.values, torch.nan)
+
+    @property
+    def p_value(self) -> Float[Tensor, " site"]:
+        """Share of shufflings, the true labels counted as one, that score at least as high as the true labels."""
+        return (1 + (self.shuffled >= self.values[:, None]).sum(1)) / (1 + self.shuffled.shape[1])
+
+    @property
+    def layers(self) -> list[Any]:
+        """A short label per site: "input" and layer numbers for the stream of one tower, site names otherwise."""
+        return layer_labels(self.axes["site"])
+
+    def decisions(self, k: int = 2) -> DecisionLayers:
+        """The decision layers of the held-out examples, see :func:`decision_layer`.
+
+        Raises:
+            InputError: labels are numbers, or there are too few sites.
+        """
+        if not self.classes:
+            raise InputError("Decision layers need probes of classes; these labels are numbers.")
+        return decision_layer(
+            self.predictions,
+            k,
+            target=self.target,
+            layers=self.layers,
+            examples=self.held_out.tolist(),
+            provenance=self.provenance,
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per site: score, interval, training score, control and chance."""
+        frame = super().to_frame()
+        columns = {"low": self.low, "high": self.high, "train": self.train}
+        columns |= {"control": self.control, "control_sd": self.control_sd, "p_value": self.p_value}
+        for name, column in columns.items():
+            frame[name] = column.numpy()
+        frame["chance"] = self.chance
+        return frame
+
+
+def linear_probe(
+    model: HookedModel,
+    dataset: Any,
+    labels: Sequence[Any] | Tensor | np.ndarray,
+    *,
+    tower: str | None = None,
+    sites: str | Sequence[str] | None = None,
+    positions: Positions = "last",
+    batch_size: int = 32,
+    what: str = "label",
+    test_share: float = 0.3,
+    folds: int | None = None,
+    groups: Sequence[Any] | None = None,
+    held_out: Sequence[int] | Sequence[bool] | Tensor | np.ndarray | None = None,
+    shuffles: int = 20,
+    penalty: float | None = None,
+    seed: int = 0,
+) -> ProbeResult:
+    """Train one linear probe per site on a data set's activations and score it on examples it never saw.
+
+    Args:
+        model: the hooked model.
+        dataset: an iterable of model inputs, or one mapping of many examples.
+        labels: one per example. Text, whole numbers and booleans are classes; floats are numbers, predicted by ridge regression.
+        tower: whose residual stream is probed, after every layer that can reach the output; may be left out where there is one tower.
+        sites: names or globs instead.
+        positions: what stands for an example, see :func:`circuitvision.readout.probes.collected.chosen`.
+        batch_size: examples that run at once.
+        what: what the labels are, for titles.
+        test_share: share of the examples held out, in proportion for every class.
+        folds: instead, that many parts, each held out once.
+        groups: one entry per example; equal entries stay on one side.
+        held_out: instead, which examples are held out (a mask or numbers), for example all combinations that training must not see.
+        shuffles: how often the control is drawn.
+        penalty: weight of the squared weights, see :mod:`circuitvision.readout.probes.fitting`; None chooses it for each site, within the
+        training part. seed: of the split and the shuffles.
+
+    Raises:
+        InputError: labels that do not fit the data set or the split, an example without such a position. UnknownSiteError: no such site.
+    """
+    Targets.of(labels)
+    names = stream_sites(model, tower) if sites is None else model.sites(sites)
+    collected = collect(model, dataset, names, positions=positions, batch_size=batch_size, count=len(labels))
+    return probe_vectors(
+        collected,
+        labels,
+        what=what,
+        test_share=test_share,
+        folds=folds,
+        groups=groups,
+        held_out=held_out,
+        shuffles=shuffles,
+        penalty=penalty,
+        seed=seed,
+    )
+
+
+def probe_vectors(
+    vectors: Mapping[str, Float[Tensor, "example feature"]],
+    labels: Sequence[Any] | Tensor | np.ndarray,
+    *,
+    what: str = "label",
+    test_share: float = 0.3,
+    folds: int | None = None,
+    groups: Sequence[Any] | None = None,
+    held_out: Sequence[int] | Sequence[bool] | Tensor | np.ndarray | None = None,
+    shuffles: int = 20,
+    penalty: float | None = None,
+    seed: int = 0,
+) -> ProbeResult:
+    """:func:`linear_probe` on vectors that are there already: one run of the model serves several labels.
+
+    Raises:
+        InputError: no vectors, vectors that are not finite, labels that do not fit them or the split.
+    """
+    targets = Targets.of(labels)
+    _check_vectors(vectors, len(targets.values))
+    if (penalty is not None and penalty <= 0) or shuffles < 0:
+        raise InputError(f"penalty={penalty} must be positive and shuffles={shuffles} not negative.")
+    parts = splits(targets, test_share=test_share, folds=folds, groups=groups, held_out=held_out, seed=seed)
+    shuffled = _shuffled(targets.values, parts, shuffles, seed)
+    found = [
+        _Site(vectors[name], targets, parts, shuffled, penalty, groups, seed) for name in track(list(vectors), "probe")
+    ]
+    held_out = torch.cat([test for _, test in parts])
+    order = held_out.argsort()
+    scores = torch.stack([site.score for site in found])
+    low, high = wilson(scores, len(held_out)) if targets.classes else (torch.full_like(scores, torch.nan),) * 2
+    same = len(parts) == 1 and len({site.weights.shape for site in found}) == 1
+    settings = f"test_share={test_share}" if folds is None else f"folds={folds}"
+    settings = settings if held_out is None else "held_out=given"
+    settings += f", shuffles={shuffles}, penalty={'chosen' if penalty is None else penalty}{', grouped' if groups is not None else ''}"
+    known = vectors.provenance if isinstance(vectors, Collected) else {}
+    return ProbeResult(
+        values=scores,
+        axes={"site": list(vectors)},
+        provenance={**known, "method": f"linear_probe({settings})", "metric": _measure(targets), "seed": seed},
+        low=low,
+        high=high,
+        train=torch.stack([site.train for site in found]),
+        shuffled=torch.stack([site.control for site in found]),
+        chance=_chance(targets, parts),
+        predictions=torch.stack([site.predictions[order] for site in found]),
+        target=targets.values[held_out[order]],
+        held_out=held_out[order],
+        classes=targets.classes,
+        weights=torch.stack([site.weights for site in found]) if same else torch.zeros(0),
+        bias=torch.stack([site.bias for site in found]) if same else torch.zeros(0),
+        penalty=torch.stack([site.penalty for site in found]),
+        what=what,
+        positions=vectors.positions if isinstance(vectors, Collected) else "",
+    )
+
+
+def _measure(targets: Targets) -> str:
+    return "held-out accuracy" if targets.classes else "held-out R²"
+
+
+def _check_vectors(vectors: Mapping[str, Tensor], count: int) -> None:
+    if not vectors:
+        raise InputError("There are no vectors to probe; collect at least one site.")
+    for name, value in vectors.items():
+        if value.ndim != 2 or len(value) != count:
+            raise InputError(f"{name} has shape {tuple(value.shape)} for {count} labels; it must be [example feature].")
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(f"{name} holds values that are not finite; a probe would be undefined.")
+
+
+def _shuffled(values: Tensor, parts: Sequence[Split], shuffles: int, seed: int) -> list[Tensor]:
+    """Per part, labels ``[shuffle example]`` shuffled within the training and within the held-out examples."""
+    rng = np.random.default_rng([seed, 1])
+    found = []
+    for train, test in parts:
+        drawn = values.repeat(shuffles, 1)
+        for row in drawn:
+            row[train] = values[train[rng.permutation(len(train))]]
+            row[test] = values[test[rng.permutation(len(test))]]
+        found.append(drawn)
+    return found
+
+
+def _chance(targets: Targets, parts: Sequence[Split]) -> float:
+    if not targets.classes:
+        return 0.0
+    right = sum(int((targets.values[test] == targets.values[train].mode().values).sum()) for train, test in parts)
+    return right / sum(len(test) for _, test in parts)
+
+
+class _Site:
+    """The probes of one site: true labels and shuffled ones, over all parts."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        targets: Targets,
+        parts: Sequence[Split],
+        shuffled: Sequence[Tensor],
+        penalty: float | None,
+        groups: Sequence[Any] | None,
+        seed: int,
+    ) -> None:
+        x = x.detach().cpu()
+        predicted, trained, controls, wanted, penalties = [], [], [], [], []
+        for (train, test), control in zip(parts, shuffled, strict=True):
+            own = Targets(targets.values[train], targets.classes)
+            inside = None if groups is None else [groups[index] for index in train.tolist()]
+            strength = best_penalty(x[train], own, inside, seed) if penalty is None else penalty
+            features = Features.of(x[train])
+            others = features.of_others(x[test])
+            model = fit(features, own.values[None], targets, strength)
+            predicted.append(predict(others, model, targets)[0])
+            trained.append(score(predict(features.rotated, model, targets)[0], own.values, targets))
+            penalties.append(strength)
+            self.weights, self.bias = features.raw(model[0][0], model[1][0])
+            if len(control):
+                shuffled_model = fit(features, control[:, train], targets, strength)
+                controls.append(predict(others, shuffled_model, targets))
+                wanted.append(control[:, test])
+        self.predictions = torch.cat(predicted)
+        self.train = torch.stack(trained).mean()
+        self.penalty = torch.tensor(penalties, dtype=torch.float64)
+        self.penalty = self.penalty[0] if len(penalties) == 1 else self.penalty.log().mean().exp()
+        self.score = score(self.predictions, targets.values[torch.cat([test for _, test in parts])], targets)
+        self.control = self.score.new_zeros(0)
+        if controls:
+            self.control = score(torch.cat(controls, 1), torch.cat(wanted, 1), targets)
+
+
+def layer_labels(sites: Sequence[str]) -> list[Any]:
+    """ "input" and layer numbers where the sites are one kind of site of one tower; the names otherwise."""
+    names = [SiteName.parse(site) for site in sites]
+    kinds = {name.site for name in names if name.layer is not None}
+    others = {name.site for name in names if name.layer is None}
+    labels = ["input" if name.layer is None else name.layer for name in names]
+    plain = len({name.tower for name in names}) == 1 and len(kinds) == 1 and others <= {"hook_input"}
+    return labels if plain and len(set(labels)) == len(labels) else list(sites)

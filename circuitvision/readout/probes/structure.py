@@ -1,0 +1,333 @@
+"""The geometry of activations over examples: principal components, and how alike two layers are.
+
+Principal components: of centred activations, by a singular value decomposition in float64. The sign of a component is arbitrary, so it is fixed:
+*the loading with the largest absolute value is positive* (of equal ones, the first). Components beyond the rank of the data have no direction
+(NaN), explain nothing and score 0; data without any spread, up to the rounding of their dtype, have no shares either (NaN).
+
+Linear CKA: ``||Yᵀ X||² / (||Xᵀ X|| ||Yᵀ Y||)`` of centred activations (Frobenius norms) of the same examples: 1 for equal up to rotation,
+shift and scale, near 0 for unrelated ones. With few examples and many features it is biased upwards; ``unbiased=True`` uses the estimator of
+Song et al. 2012, which is 0 on average for unrelated activations (and may be negative).
+
+Not covered: nonlinear embeddings, kernels other than the linear one.
+
+Reference: Kornblith et al. 2019 (arXiv 1905.00414); Nguyen et al. 2021 (arXiv 2010.15327) on the estimator.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.readout.probes.collected import Collected, Positions, collect, stream_sites
+from circuitvision.readout.probes.fitting import Targets
+from circuitvision.readout.probes.linear import layer_labels
+from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+
+_NEAR_TIE = 1e-6
+"""Loadings closer than this share of the largest count as equal, so that rounding does not choose the sign."""
+
+
+@dataclass(frozen=True, eq=False)
+class PCAResult(Result):
+    """Principal components: ``values`` are the scores ``[example component]``, or ``[layer example component]`` of a stream.
+
+    ``components`` ``[component feature]`` are unit vectors, ``explained`` ``[component]`` their shares of the variance, ``mean`` ``[feature]``
+    what is subtracted; of a stream each has a leading layer axis. ``labels`` are kept for colouring; ``between`` is then the share of the
+    scores' variance that lies between the means of the labels (the squared correlation for numbers), over all components kept: 1 where labels
+    are apart, 0 where they mix.
+    """
+
+    components: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    explained: Tensor = field(default_factory=lambda: torch.zeros(0))
+    mean: Tensor = field(default_factory=lambda: torch.zeros(0))
+    between: Tensor = field(default_factory=lambda: torch.zeros(0))
+    labels: list[Any] = field(default_factory=list)
+    what: str = "label"
+
+    def transform(self, x: Float[Tensor, "example feature"], layer: Any = None) -> Float[Tensor, "example component"]:
+        """Scores of other activations: ``(x − mean) @ components.T``; ``layer`` names the layer of a stream.
+
+        Raises:
+            InputError: a layer that is not there, or none named where there are several; another number of features.
+        """
+        components, mean = self.components, self.mean
+        if "layer" in self.axes:
+            if layer not in self.axes["layer"]:
+                raise InputError(f"Name the layer: one of {self.axes['layer']}.")
+            components, mean = components[self.axes["layer"].index(layer)], mean[self.axes["layer"].index(layer)]
+        if x.shape[-1] != len(mean):
+            raise InputError(f"These components have {len(mean)} features, the activations {x.shape[-1]}.")
+        return (x.double() - mean) @ components.T
+
+
+def pca(
+    x: Float[Tensor, "example feature"],
+    n_components: int = 2,
+    *,
+    labels: Sequence[Any] | Tensor | np.ndarray | None = None,
+    what: str = "label",
+) -> PCAResult:
+    """The first principal components of activations, in order of the variance they explain; see the module for the sign.
+
+    Raises:
+        InputError: not ``[example feature]``, not finite, fewer examples or features than components, labels that do not fit.
+    """
+    _check(x, "The activations", n_components)
+    scores, components, explained, mean = _components(x, n_components)
+    targets = _targets(labels, len(x))
+    return PCAResult(
+        values=scores,
+        axes={"example": list(range(len(x))), "component": list(range(1, n_components + 1))},
+        provenance={"method": f"pca(n_components={n_components})"},
+        components=components,
+        explained=explained,
+        mean=mean,
+        between=_between(scores, targets),
+        labels=_plain(labels),
+        what=what,
+    )
+
+
+def stream_pca(
+    model: HookedModel,
+    dataset: Any,
+    *,
+    tower: str | None = None,
+    sites: str | Sequence[str] | None = None,
+    positions: Positions = "last",
+    n_components: int = 2,
+    labels: Sequence[Any] | Tensor | np.ndarray | None = None,
+    what: str = "label",
+    batch_size: int = 32,
+) -> PCAResult:
+    """:func:`pca` of a tower's residual stream after every layer, over a data set.
+
+    Args:
+        model: the hooked model.
+        dataset: an iterable of model inputs, or one mapping of many examples.
+        tower: whose stream; may be left out where there is one tower.
+        sites: names or globs instead, all of one width.
+        positions: what stands for an example, see :func:`circuitvision.readout.probes.collected.chosen`.
+        n_components: components kept.
+        labels: one per example, kept for colouring.
+        what: what the labels are, for titles.
+        batch_size: examples that run at once.
+
+    Raises:
+        InputError: as :func:`pca` and :func:`circuitvision.readout.probes.collected.collect`. UnknownSiteError: no such site.
+    """
+    targets = _targets(labels, None)
+    names = stream_sites(model, tower) if sites is None else model.sites(sites)
+    count = None if targets is None else len(targets.values)
+    collected = collect(model, dataset, names, positions=positions, batch_size=batch_size, count=count)
+    return pca_of(collected, n_components, labels=labels, what=what)
+
+
+def pca_of(
+    vectors: Mapping[str, Float[Tensor, "example feature"]],
+    n_components: int = 2,
+    *,
+    labels: Sequence[Any] | Tensor | np.ndarray | None = None,
+    what: str = "label",
+) -> PCAResult:
+    """:func:`stream_pca` on vectors that are there already, one of each site and all of one width.
+
+    Raises:
+        InputError: as :func:`pca`; sites of different widths.
+    """
+    shapes = {tuple(value.shape) for value in vectors.values()}
+    if len(shapes) != 1:
+        raise InputError(f"Layers side by side need one shape, found {sorted(shapes)}; take sites of one width.")
+    for name, value in vectors.items():
+        _check(value, name, n_components)
+    found = [_components(value, n_components) for value in vectors.values()]
+    scores, components, explained, mean = (torch.stack(parts) for parts in zip(*found, strict=True))
+    targets = _targets(labels, scores.shape[1])
+    known = vectors.provenance if isinstance(vectors, Collected) else {}
+    return PCAResult(
+        values=scores,
+        axes={
+            "layer": layer_labels(list(vectors)),
+            "example": list(range(scores.shape[1])),
+            "component": list(range(1, n_components + 1)),
+        },
+        provenance={**known, "method": f"stream_pca(n_components={n_components})"},
+        components=components,
+        explained=explained,
+        mean=mean,
+        between=torch.stack([_between(part, targets) for part in scores]),
+        labels=_plain(labels),
+        what=what,
+    )
+
+
+def _check(x: Tensor, name: str, n_components: int = 1) -> None:
+    if x.ndim != 2 or not bool(torch.isfinite(x).all()):
+        raise InputError(f"{name} must be finite numbers [example feature], not {tuple(x.shape)}.")
+    if not 1 <= n_components <= min(x.shape):
+        raise InputError(
+            f"{n_components} components need at least as many examples and features; {name}: {tuple(x.shape)}."
+        )
+
+
+def _targets(labels: Any, count: int | None) -> Targets | None:
+    if labels is None:
+        return None
+    targets = Targets.of(labels)
+    if count is not None and len(targets.values) != count:
+        raise InputError(f"There are {len(targets.values)} labels for {count} examples; give one per example.")
+    return targets
+
+
+def _plain(labels: Any) -> list[Any]:
+    return [] if labels is None else labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else list(labels)
+
+
+def _components(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores, components, shares of variance and mean, in float64."""
+    exact = x.detach().cpu().double()
+    mean = exact.mean(0)
+    left, sizes, right = torch.linalg.svd(exact - mean, full_matrices=False)
+    precision = torch.finfo(x.dtype).eps if x.is_floating_point() else torch.finfo(torch.float64).eps
+    real = sizes > 4 * precision * exact.norm()
+    variances = torch.where(real, sizes, 0.0).square()
+    explained = (variances / variances.sum())[:count]
+    if not bool(real[:count].all()):
+        found = int(real.sum())
+        warnings.warn(
+            f"The activations spread in {found} directions, so {count - found} components have none.", stacklevel=3
+        )
+    components = right[:count] * _signs(right[:count])[:, None]
+    scores = (left * torch.where(real, sizes, 0.0))[:, :count] * _signs(right[:count])
+    components = torch.where(real[:count, None], components, torch.nan)
+    return scores, components, explained, mean
+
+
+def _signs(components: Float[Tensor, "component feature"]) -> Float[Tensor, " component"]:
+    """+1 or −1 for each component: what makes its largest loading positive."""
+    size = components.abs()
+    first = (size >= size.max(1, keepdim=True).values * (1 - _NEAR_TIE)).int().argmax(1)
+    return torch.where(components.gather(1, first[:, None])[:, 0] < 0, -1.0, 1.0).to(components)
+
+
+def _between(scores: Float[Tensor, "example component"], targets: Targets | None) -> Float[Tensor, ""]:
+    """Share of the scores' variance that the labels account for; NaN without labels or spread."""
+    centred = scores - scores.mean(0)
+    spread = centred.square().sum()
+    if targets is None or not float(spread) > 0:
+        return torch.tensor(torch.nan, dtype=torch.float64)
+    if not targets.classes:
+        wanted = targets.values - targets.values.mean()
+        return (wanted @ centred).square().sum() / (wanted.square().sum() * spread)
+    members = torch.nn.functional.one_hot(targets.values, len(targets.classes)).to(centred)
+    means = members.T @ centred / members.sum(0)[:, None]
+    return (members.sum(0)[:, None] * means.square()).sum() / spread
+
+
+# -- similarity ----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class CKAResult(Result):
+    """Linear CKA of every site of one collection with every site of another, or of the same one (``same``): ``values`` ``[site other]``."""
+
+    unbiased: bool = False
+    same: bool = False
+
+
+def linear_cka(
+    x: Float[Tensor, "example feature"], y: Float[Tensor, "example other"], *, unbiased: bool = False
+) -> float:
+    """How alike two sets of activations of the same examples are, whatever their widths; see the module. NaN without spread.
+
+    Raises:
+        InputError: not ``[example feature]``, not the same examples, not finite; fewer than four examples for the unbiased estimator.
+    """
+    _check(x, "The first activations")
+    _check(y, "The second activations")
+    if len(x) != len(y) or (unbiased and len(x) < 4):
+        raise InputError(f"CKA compares the same examples (at least 4 if unbiased); found {len(x)} and {len(y)}.")
+    value = _alignment(*(_Kernel(part, unbiased) for part in (x, y)))
+    if np.isnan(value):
+        warnings.warn("One of the two sets of activations does not vary, so CKA is undefined.", stacklevel=2)
+    return value
+
+
+def cka_matrix(
+    first: Mapping[str, Float[Tensor, "example feature"]],
+    second: Mapping[str, Float[Tensor, "example other"]] | None = None,
+    *,
+    unbiased: bool = False,
+) -> CKAResult:
+    """:func:`linear_cka` of every site of ``first`` with every site of ``second`` (default: of ``first``), e.g. of two towers.
+
+    Raises:
+        InputError: as :func:`linear_cka`.
+    """
+    others = first if second is None else second
+    kernels = []
+    counts = {len(value) for vectors in (first, others) for value in vectors.values()}
+    if len(counts) != 1 or (unbiased and min(counts) < 4):
+        raise InputError(f"CKA compares the same examples; the sites have {sorted(counts)} of them.")
+    for vectors in (first, others):
+        for name, value in vectors.items():
+            _check(value, name)
+        kernels.append([_Kernel(value, unbiased) for value in vectors.values()])
+    values = torch.tensor([[_alignment(one, two) for two in kernels[1]] for one in kernels[0]], dtype=torch.float64)
+    if bool(values.isnan().any()):
+        warnings.warn("Some activations do not vary, so their CKA is NaN.", stacklevel=2)
+    known = first.provenance if isinstance(first, Collected) else {}
+    return CKAResult(
+        values=values,
+        axes={"site": list(first), "other": list(others)},
+        provenance={**known, "method": f"linear_cka(unbiased={unbiased})"},
+        unbiased=unbiased,
+        same=second is None,
+    )
+
+
+class _Kernel:
+    """Centred activations and what CKA needs of them: inner products of examples, or of features where those are fewer."""
+
+    def __init__(self, x: Tensor, unbiased: bool) -> None:
+        exact = x.detach().cpu().double()
+        precision = torch.finfo(x.dtype).eps if x.is_floating_point() else torch.finfo(torch.float64).eps
+        self.x = exact - exact.mean(0)
+        self.constant = float(self.x.norm()) <= 4 * precision * float(exact.norm())
+        self.gram = _hollow(self.x @ self.x.T) if unbiased else None
+        self.size = self.product(self) ** 0.5 if self.product(self) > 0 else float("nan")
+
+    def product(self, other: _Kernel) -> float:
+        """``||Yᵀ X||²``, or the unbiased estimate of it."""
+        if self.gram is not None and other.gram is not None:
+            return float((self.gram * other.gram).sum())
+        wide = self.x.shape[1] * other.x.shape[1] > len(self.x) ** 2
+        if wide:
+            return float(((self.x @ self.x.T) * (other.x @ other.x.T)).sum())
+        return float((other.x.T @ self.x).square().sum())
+
+
+def _hollow(gram: Float[Tensor, "example example"]) -> Float[Tensor, "example example"]:
+    """U-centring (Székely and Rizzo 2014): the inner product of two such matrices is proportional to Song et al.'s estimator."""
+    count = len(gram)
+    gram = gram.clone().fill_diagonal_(0)
+    rows = gram.sum(1) / (count - 2)
+    centred = gram - rows[:, None] - rows[None] + gram.sum() / ((count - 1) * (count - 2))
+    return centred.fill_diagonal_(0)
+
+
+def _alignment(one: _Kernel, two: _Kernel) -> float:
+    if one.constant or two.constant:
+        return float("nan")
+    return one.product(two) / (one.size * two.size)

@@ -1,0 +1,1 @@
+"""Which pixels, patches and words the output depends on, and whether a map of them tells the truth."""

@@ -1,0 +1,306 @@
+"""Relevance read off attention: patterns weighted by the gradient of the metric with respect to them.
+
+Both methods run the model's eager attention, whose pattern is a part of the computation. The gradient is of a pattern as if its entries were
+free: it ignores that they come out of a softmax and sum to 1. Values are never negative, have no unit, and compare positions of one image, not
+images.
+
+Key positions need not be the tower's own: an action expert also reads keys that another tower left in the cache. Those come first, as
+positions of that tower.
+
+What a position says can reach the answer without attention: in a vision tower whose patches a language tower reads one by one, the patch that
+matters hands itself on. LeGrad asks about attention inside the tower alone and is misled there (on shapes-llava its maximum lies on the object
+in 3 % of pictures, where chance is 6 %); ask it of the language tower. Chefer relevance goes through both.
+
+Not covered: the rules of Chefer et al. for co-attention, relevance by layer-wise propagation (Chefer et al. 2021, arXiv 2012.09838).
+
+References: LeGrad, Bousselham et al. 2024 (arXiv 2404.03214); generic attention explainability, Chefer, Gur and Wolf 2021 (arXiv 2103.15679).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision import metrics
+from circuitvision.errors import InputError
+from circuitvision.model.hooks import HookPoint
+from circuitvision.model.routes import is_dual
+from circuitvision.model.tokens import TokenMap
+from circuitvision.provenance import describe
+from circuitvision.readout.places import places_of
+from circuitvision.readout.relevance.gradients import Relevance
+from circuitvision.readout.relevance.variables import checked_tower, differentiating, gradient_of, usable, wide
+
+Readout = Callable[[Tensor, Any], Tensor]
+
+
+def legrad(
+    model: Any,
+    inputs: Mapping[str, Any],
+    metric: Any,
+    *,
+    tower: str | None = None,
+    layers: Sequence[int] | str | None = None,
+    score: str = "layer",
+    readout: Readout | None = None,
+) -> Relevance:
+    """How much more attention to a position would raise the score, over layers, heads and queries.
+
+    ``relevance[j] = mean over layers l, heads h, queries i of ReLU(∂s_l / ∂A_l[h, i, j])``. ``s_l`` is the metric of what the tower would
+    answer if it stopped after layer ``l`` (``score="layer"``, as in the paper: each layer is asked for its own share), or with
+    ``score="output"`` the metric of the output itself, one backward pass for all layers.
+
+    The released code differs in three places. It takes the last two layers, sums over layers and stretches each map to 0 … 1; the last two
+    change no order. For CLIP its ``s_l`` reads the mean over tokens where the model reads the class token; here that is ``readout=lambda
+    resid, cache: model.vision.readout(resid.mean(1, keepdim=True), context=cache)``. For SigLIP it takes the pooling's pattern alone
+    (``layers="pool"``), and blanks what an empty prompt marks as well: subtract that prompt's column in the metric.
+
+    Args:
+        model, inputs, metric: as in :func:`~circuitvision.readout.relevance.gradients.gradient_times_activation`.
+        tower: by default the first that reads images.
+        layers: numbers of the layers; by default all whose pattern reaches the output. ``"pool"`` is an attention pooling's own pattern.
+        score: ``"layer"`` or ``"output"``.
+        readout: ``readout(resid, cache)`` gives what the metric reads from a residual stream ``[row position d_model]``; by default the tower's
+            own read-out, which must end in the model's output. ``cache`` holds the run's inputs and what read-outs need besides the residual.
+
+    Raises:
+        InputError: no such tower or layer; a tower whose read-out is not the model's output, with ``score="layer"`` and no ``readout``.
+    """
+    if score not in ("layer", "output"):
+        raise InputError(f"score={score!r} is not understood: 'layer' or 'output'.")
+    tower = checked_tower(model, tower)
+    names = _patterns(model, tower, layers)
+    bound, inputs = metrics.bind(metric, model), usable(inputs)
+    if score == "output" or layers == "pool":
+        _, slopes, values = _with_gradients(model, inputs, bound, names)
+    else:
+        slopes, values = _of_layers(model, inputs, bound, tower, names, readout)
+    found = torch.stack([wide(slope).clamp_min(0).mean((1, 2)) for slope in slopes]).mean(0)
+    method = f"LeGrad ({'all layers' if layers is None else f'layers {layers}'}, score of the {score})"
+    return _result(model, inputs, metric, tower, found, values, method)
+
+
+def chefer_relevance(model: Any, inputs: Mapping[str, Any], metric: Any, *, tower: str | None = None) -> Relevance:
+    """``R ← R + Ā R`` with ``Ā = mean over heads of ReLU(∂metric/∂A ⊙ A)``, from ``R = I`` through all layers; the rows that are read.
+
+    In the tower that ends in the output these are the positions of its last layer that the metric depends on, found by the gradient (class
+    token, last word, or the mean over the patches that are pooled), less ``I``: a position's relevance to itself before any attention. A
+    pooling by attention weighs the rows with its own ``Ā``.
+
+    A tower that another one reads (vision by language, a prompt by an action expert) is read as that one finds relevant: its rows are weighed
+    with the reader's relevance of these positions. That is the rule above for the two as one sequence of layers, where the reader takes over
+    whole positions, and an approximation where it reads every layer's keys.
+
+    Raises:
+        InputError: no such tower.
+    """
+    tower = checked_tower(model, tower)
+    inputs = usable(inputs)
+    found, values = _rolled(model, inputs, metrics.bind(metric, model), tower)
+    return _result(model, inputs, metric, tower, found, values, "Chefer relevance")
+
+
+def _rolled(model: Any, inputs: Mapping[str, Any], metric: Any, tower: str) -> tuple[Tensor, Tensor]:
+    """Relevance of the keys of a tower, ``[row key]``, and the metric per example."""
+    names = _patterns(model, tower, None)
+    beside = [name for name in model.sites() if name == f"{tower}.pool.attn.hook_pattern"]
+    reader = None if beside else _reader(model, inputs, tower)
+    beside = beside or ([] if reader else [_last_stream(model, tower)])
+    cached, slopes, values = _with_gradients(model, inputs, metric, [*names, *beside])
+    layers = len(names)
+    shares = [
+        wide((slope * pattern).clamp_min(0).mean(1))
+        for slope, pattern in zip(slopes[:layers], cached[:layers], strict=True)
+    ]
+    rolled = relevance_rollout(shares)
+    if reader:
+        weights = _read_by(model, inputs, metric, tower, reader)
+    elif beside[0].endswith("hook_pattern"):
+        weights = wide((slopes[-1] * cached[-1]).clamp_min(0).mean(1))[:, 0]
+    else:
+        weights, rolled = _read(wide(slopes[-1])), rolled - _identity(shares[0])
+    return torch.einsum("rp,rpk->rk", weights.to(rolled), rolled), values
+
+
+def _reader(model: Any, inputs: Mapping[str, Any], tower: str) -> str | None:
+    """The tower that takes over positions of this one: as its own patches, or as keys from the cache."""
+    maps = model.tokens(inputs)
+    if is_dual(model):
+        return None
+    for name in list(model.towers)[list(model.towers).index(tower) + 1 :]:
+        patches = model.towers[tower].stack.image and name in maps and bool((maps[name].kind == "patch").any())
+        if patches or model.towers[tower].spec.feeds_cache_only:
+            return name
+    return None
+
+
+def _read_by(model: Any, inputs: Mapping[str, Any], metric: Any, tower: str, reader: str) -> Float[Tensor, "row pos"]:
+    """How relevant the positions of a tower are to the one that reads them."""
+    found, _ = _rolled(model, inputs, metric, reader)
+    maps = _key_maps(model, inputs, reader, found.shape[1])
+    own = model.tokens(inputs)[tower]
+    if maps[0].tower == tower:
+        return found[:, : own.n_positions]
+    places = _places(maps[-1])
+    at = {place: (row, position + found.shape[1] - maps[-1].n_positions) for (row, position), place in places.items()}
+    weights = torch.zeros(own.n_rows, own.n_positions, dtype=found.dtype)
+    for where, place in _places(own).items():
+        if place in at:
+            weights[where] = found[at[place]]
+    return weights
+
+
+def _places(tokens: TokenMap) -> dict[tuple[int, int], tuple[int, ...]]:
+    """Example, image, tile, patch row and patch column of every position that is a patch."""
+    columns = (tokens.image_number, tokens.tile, tokens.patch_row, tokens.patch_col)
+    return {
+        (int(row), int(position)): (int(tokens.example[row]), *(int(column[row, position]) for column in columns))
+        for row, position in zip(*(tokens.kind == "patch").nonzero(), strict=True)
+    }
+
+
+def relevance_rollout(shares: Sequence[Float[Tensor, "row query key"]]) -> Float[Tensor, "row query key"]:
+    """``R ← R + Ā R`` from ``R = I`` over the layers' ``Ā``, not normalised.
+
+    Where there are more keys than queries, the first keys are another tower's and stay what they are: rows of the identity.
+    """
+    rolled = _identity(shares[0])
+    own = shares[0].shape[1]
+    for share in shares:
+        before = share[..., :-own] if share.shape[-1] > own else None
+        step = share[..., share.shape[-1] - own :] @ rolled
+        if before is not None:
+            step[..., : before.shape[-1]] += before
+        rolled = rolled + step
+    return rolled
+
+
+def _identity(share: Tensor) -> Tensor:
+    rows, queries, keys = share.shape
+    one = torch.zeros(queries, keys, dtype=share.dtype)
+    one[:, keys - queries :] = torch.eye(queries, dtype=share.dtype)
+    return one.expand(rows, -1, -1)
+
+
+def _read(slope: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos"]:
+    """Equal weights on the positions the metric depends on."""
+    read = (slope.abs().amax(-1) > 0).to(slope.dtype)
+    return read / read.sum(-1, keepdim=True).clamp_min(1)
+
+
+def _patterns(model: Any, tower: str, layers: Sequence[int] | str | None) -> list[str]:
+    """The patterns of the layers asked for, in order.
+
+    Raises:
+        InputError: a layer that does not exist or cannot reach the output.
+    """
+    if isinstance(layers, str):
+        name = f"{tower}.pool.attn.hook_pattern"
+        if layers != "pool" or name not in model.sites():
+            raise InputError(
+                f"layers={layers!r} is not understood by the {tower} tower: numbers, or 'pool' where it pools by attention."
+            )
+        return [name]
+    count = model.towers[tower].cfg.n_layers
+    numbers = range(count) if layers is None else [layer + count if layer < 0 else layer for layer in layers]
+    names = [f"{tower}.blocks.{layer}.attn.hook_pattern" for layer in numbers]
+    live = [name for name, layer in zip(names, numbers, strict=True) if 0 <= layer < count and not model.is_dead(name)]
+    if not live or (layers is not None and len(live) < len(names)):
+        raise InputError(
+            f"layers={layers} of the {tower} tower: it has {count}, and not all of those asked for reach the output."
+        )
+    return live
+
+
+def _last_stream(model: Any, tower: str) -> str:
+    names = [f"{tower}.blocks.{layer}.hook_resid_post" for layer in range(model.towers[tower].cfg.n_layers)]
+    return [f"{tower}.hook_input", *(name for name in names if not model.is_dead(name))][-1]
+
+
+def _with_gradients(
+    model: Any, inputs: Mapping[str, Any], metric: Any, names: Sequence[str]
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Values of the sites, the metric's gradient there, and the metric per example."""
+    kept: list[Tensor] = []
+
+    def keep(logits: Tensor) -> Tensor:
+        kept.append(metrics.evaluate(metric, logits, inputs))
+        return kept[0]
+
+    with differentiating():
+        _, cache = model.run_with_cache(inputs, names_filter=list(names), incl_bwd=True, metric=keep)
+    return [cache[name] for name in names], [cache[f"{name}_grad"] for name in names], kept[0].detach()
+
+
+def _of_layers(
+    model: Any, inputs: Mapping[str, Any], metric: Any, tower: str, names: Sequence[str], readout: Readout | None
+) -> tuple[list[Tensor], Tensor]:
+    """The gradient of each layer's own score with respect to that layer's pattern, and the metric of the output."""
+    read = readout or (lambda resid, cache: model.towers[tower].readout(resid, context=cache))
+    posts = [name.replace("attn.hook_pattern", "hook_resid_post") for name in names]
+    leaves: dict[str, Tensor] = {}
+    streams: dict[str, Tensor] = {}
+
+    def start(pattern: Tensor, hook: HookPoint) -> Tensor:
+        leaves[hook.name] = pattern.detach().requires_grad_(True)
+        return leaves[hook.name]
+
+    def stream(resid: Tensor, hook: HookPoint) -> None:
+        streams[hook.name] = resid
+
+    # What read-outs may need besides the residual: the other tower's embedding, and other feature layers.
+    beside = [name for name in model.sites() if name.endswith(".hook_readout")]
+    beside += [model.towers[tower].residual_name(layer) for layer in model.towers[tower].feature_layers]
+    hooks = [*((name, start) for name in names), *((name, stream) for name in posts)]
+    with differentiating(), model.hooks(fwd_hooks=hooks):
+        logits, cache = model.run_with_cache(inputs, names_filter=list(dict.fromkeys(beside)))
+        values = metrics.evaluate(metric, logits, inputs).detach()
+        slopes = []
+        for name, post in zip(names, posts, strict=True):
+            answer = read(streams[post], cache)
+            if readout is None and answer.shape != logits.shape:
+                raise InputError(
+                    f"The {tower} tower's read-out has the shape {tuple(answer.shape)}, the output {tuple(logits.shape)}: the metric "
+                    "cannot read single layers. Use score='output', or give readout(resid, cache)."
+                )
+            slopes += gradient_of(metrics.evaluate(metric, answer, inputs).sum(), [leaves[name]])
+    return slopes, values
+
+
+def _key_maps(model: Any, inputs: Mapping[str, Any], tower: str, keys: int) -> list[TokenMap]:
+    """The token maps of the key positions: the tower's own, and before it one whose keys it reads from the cache."""
+    maps = model.tokens(inputs)
+    own = maps[tower]
+    if own.n_positions == keys:
+        return [own]
+    before = list(model.towers)[: list(model.towers).index(tower)]
+    other = [
+        maps[name] for name in reversed(before) if name in maps and maps[name].n_positions + own.n_positions == keys
+    ]
+    if not other:
+        raise InputError(
+            f"The {tower} tower attends to {keys} keys, which are not its own {own.n_positions} positions."
+        )
+    return [other[0], own]
+
+
+def _result(
+    model: Any, inputs: Mapping[str, Any], metric: Any, tower: str, found: Tensor, values: Tensor, method: str
+) -> Relevance:
+    maps = _key_maps(model, inputs, tower, found.shape[1])
+    return Relevance(
+        values=found,
+        axes={"row": list(range(found.shape[0])), "position": list(range(found.shape[1]))},
+        provenance=describe(model, method=method, metric=metric, inputs=(inputs,), tower=tower),
+        method=method,
+        tower=tower,
+        site=f"{tower}.blocks.*.attn.hook_pattern",
+        metric_value=wide(values),
+        places=torch.cat([places_of(tokens) for tokens in maps], dim=1),
+        example=maps[-1].example.tolist(),
+        labels=[[label for tokens in maps for label in tokens.labels(row)] for row in range(found.shape[0])],
+    )

@@ -1,0 +1,312 @@
+"""Does a relevance map say what the model used? Insertion and deletion curves.
+
+*Deletion* removes the most relevant places first and watches the metric fall: the better the map, the lower the curve. *Insertion* starts with
+every place removed and brings the most relevant back first: the better the map, the higher the curve. Both are counted as the area under the
+curve over the share of places, 0 … 1, in the metric's units, so two maps of one model are compared by a number.
+
+A curve means something only beside its controls, which are run with it: random orders (the chance level, and how far it scatters) and the
+reverse order (the worst a map could do, if it is right).
+
+Places are the positions a relevance was measured at: image patches (or words) of a tower, removed at a site (``level="token"``), or the boxes of
+patches in the picture, filled with a colour (``level="pixel"``). What *removed* means is in :mod:`circuitvision.readout.relevance.variables`;
+the whole curve depends on it, so compare curves of one baseline only. Places of equal relevance go in the order of rows and positions.
+
+Not covered: removing tokens from the sequence, blurring, retraining on the removed input.
+
+References: Petsiuk et al. 2018 (arXiv 1806.07421) for both games; Samek et al. 2015 (arXiv 1509.06321) for deletion against random orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuitvision import edits
+from circuitvision.errors import InputError
+from circuitvision.model.tokens import TokenMap
+from circuitvision.progress import track
+from circuitvision.provenance import describe
+from circuitvision.readout.relevance.gradients import Relevance
+from circuitvision.readout.relevance.variables import (
+    PIXELS,
+    Baseline,
+    Place,
+    Variable,
+    brief,
+    image_tower,
+    place_of,
+    rows_of_pixels,
+    start_of,
+    wide,
+)
+from circuitvision.results import Result
+
+_Units = list[tuple[int, int]]
+"""(row, position) of every place of one example."""
+
+
+@dataclass(frozen=True, eq=False)
+class Curve(Result):
+    """The metric as places are removed or brought back: ``values`` ``[example share]``, the share of an example's places treated so far, 0 … 1.
+
+    ``kind`` is ``"deletion"`` or ``"insertion"``. ``reverse`` ``[example share]`` is the curve of the reverse order, ``random`` ``[order example
+    share]`` those of random orders. ``method`` says whose order it is.
+    """
+
+    kind: str = "deletion"
+    method: str = ""
+    level: str = "token"
+    baseline: str = ""
+    reverse: Tensor = field(default_factory=lambda: torch.zeros(0))
+    random: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @property
+    def shares(self) -> Float[Tensor, " share"]:
+        """The share of places treated at each step."""
+        return torch.tensor(self.axes["share"], dtype=self.values.dtype)
+
+    def auc(self, order: str = "own") -> Float[Tensor, "*order example"]:
+        """Area under the curve over the share of places (trapezoids), the mean of the metric along the way: of the map's ``"own"`` order, the
+        ``"reverse"``, or each ``"random"`` one.
+
+        Raises:
+            InputError: another order.
+        """
+        curves = {"own": self.values, "reverse": self.reverse, "random": self.random}
+        if order not in curves:
+            raise InputError(f"order={order!r} is not understood: {', '.join(map(repr, curves))}.")
+        return torch.trapezoid(curves[order], self.shares, dim=-1)
+
+    @property
+    def advantage(self) -> Float[Tensor, " example"]:
+        """How much better than random orders: the difference in area to their mean, positive where the map's order is the better one."""
+        difference = self.auc("random").mean(0) - self.auc()
+        return difference if self.kind == "deletion" else -difference
+
+
+def deletion_curve(
+    model: Any,
+    inputs: Mapping[str, Any],
+    metric: Any,
+    relevance: Relevance | Tensor,
+    *,
+    level: str = "token",
+    baseline: Baseline = "mean",
+    steps: int | None = 20,
+    random_orders: int = 20,
+    kinds: Sequence[str] | str = "patch",
+    tower: str | None = None,
+    site: str | None = None,
+    seed: int = 0,
+) -> Curve:
+    """``curve[s]`` = the metric with the ``s`` most relevant share of places removed. Low is good.
+
+    Args:
+        model, inputs, metric: as in :func:`~circuitvision.readout.relevance.gradients.gradient_times_activation`.
+        relevance: a result for these inputs, or scores ``[row position]`` (higher goes first, NaN never).
+        level: ``"token"`` removes positions at ``site``, ``"pixel"`` fills the patches' boxes in the picture.
+        baseline: what they become, see :mod:`circuitvision.readout.relevance.variables`.
+        steps: how many steps the curve takes; None removes one place at a time.
+        random_orders: how many random orders are run for comparison.
+        kinds: kinds of positions that are places, see ``circuitvision.model.tokens.KINDS``.
+        tower: whose positions ``relevance`` ranks: by default its own, or the first image tower's.
+        site: where they are removed; by default what enters the tower.
+        seed: of the random orders.
+
+    Raises:
+        InputError: scores of another shape than the tower's positions, no place, an unknown level or baseline.
+    """
+    return _Game(model, inputs, metric, relevance, level, baseline, kinds, tower, site).curve(
+        "deletion", steps, random_orders, seed
+    )
+
+
+def insertion_curve(
+    model: Any,
+    inputs: Mapping[str, Any],
+    metric: Any,
+    relevance: Relevance | Tensor,
+    *,
+    level: str = "token",
+    baseline: Baseline = "mean",
+    steps: int | None = 20,
+    random_orders: int = 20,
+    kinds: Sequence[str] | str = "patch",
+    tower: str | None = None,
+    site: str | None = None,
+    seed: int = 0,
+) -> Curve:
+    """``curve[s]`` = the metric with all places removed but the ``s`` most relevant share. High is good. Options as in :func:`deletion_curve`."""
+    return _Game(model, inputs, metric, relevance, level, baseline, kinds, tower, site).curve(
+        "insertion", steps, random_orders, seed
+    )
+
+
+class _Game:
+    """The places of one run, and the metric with any set of them removed."""
+
+    def __init__(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        metric: Any,
+        relevance: Relevance | Tensor,
+        level: str,
+        baseline: Baseline,
+        kinds: Sequence[str] | str,
+        tower: str | None,
+        site: str | None,
+    ) -> None:
+        if level not in ("token", "pixel"):
+            raise InputError(f"level={level!r} is not understood: 'token' or 'pixel'.")
+        self.model, self.metric, self.level = model, metric, level
+        self.method = relevance.method if isinstance(relevance, Relevance) else "given ranking"
+        self.baseline = baseline
+        own = relevance.tower if isinstance(relevance, Relevance) else None
+        site = site or f"{tower or own or image_tower(model)}.hook_input"
+        self.variable = Variable(model, inputs, metric, site)
+        self.inputs = self.variable.inputs
+        self.place = place_of(model, self.inputs, self.variable.site, self.variable.value.shape)
+        scores = relevance.per_position if isinstance(relevance, Relevance) else torch.as_tensor(relevance)
+        self.units, self.scores = self._ranked(wide(scores), kinds)
+
+    def _ranked(
+        self, scores: Float[Tensor, "row pos"], kinds: Sequence[str] | str
+    ) -> tuple[list[_Units], list[Tensor]]:
+        """The places of every example and their scores."""
+        tokens, kind = self.place.tokens, self.place.kind
+        if scores.shape[-1] == tokens.n_positions:
+            scores = scores[..., self.place.dropped :]
+        if tuple(scores.shape) != kind.shape:
+            raise InputError(
+                f"The relevance has {tuple(scores.shape)} rows and positions, {self.variable.site} {kind.shape}: "
+                "rank the positions of one tower of the same run, and name it with tower=…."
+            )
+        wanted = torch.from_numpy(np.isin(kind, [kinds] if isinstance(kinds, str) else list(kinds))) & ~scores.isnan()
+        found: list[_Units] = []
+        for example in range(len(self.variable.metric_value)):
+            rows = [row for row, owner in enumerate(tokens.example.tolist()) if owner == example]
+            units = [(row, position) for row in rows for position in wanted[row].nonzero().flatten().tolist()]
+            if not units:
+                raise InputError(
+                    f"Example {example} has no place to remove: kinds={kinds!r} with a relevance that is not NaN."
+                )
+            found.append(units)
+        return found, [torch.stack([scores[unit] for unit in units]) for units in found]
+
+    def curve(self, kind: str, steps: int | None, random_orders: int, seed: int) -> Curve:
+        """Run the map's order, its reverse and random ones."""
+        most = max(map(len, self.units))
+        count = most if steps is None else min(steps, most)
+        if count < 1 or random_orders < 0:
+            raise InputError(
+                f"steps={steps} and random_orders={random_orders}: at least one step, and no negative number."
+            )
+        own = [scores.argsort(descending=True, stable=True) for scores in self.scores]
+        generator = torch.Generator().manual_seed(seed)
+        orders = [own, [order.flip(0) for order in own]]
+        orders += [
+            [torch.randperm(len(units), generator=generator) for units in self.units] for _ in range(random_orders)
+        ]
+        shares = [step / count for step in range(count + 1)]
+        removed = [
+            self._removed(order, share if kind == "deletion" else 1 - share, kind == "deletion")
+            for order in orders
+            for share in shares
+        ]
+        values = self._values(removed).T.view(-1, len(orders), len(shares)).transpose(0, 1)
+        return Curve(
+            values=values[0].clone(),
+            axes={"example": list(range(values.shape[1])), "share": shares},
+            provenance=describe(
+                self.model,
+                method=f"{kind} by {self.method} (level={self.level}, baseline={brief(self.baseline)})",
+                metric=self.variable.metric,
+                inputs=(self.inputs,),
+                seed=seed,
+                site=self.variable.site if self.level == "token" else PIXELS,
+            ),
+            kind=kind,
+            method=self.method,
+            level=self.level,
+            baseline=brief(self.baseline),
+            reverse=values[1].clone(),
+            random=values[2:].clone(),
+        )
+
+    def _removed(self, order: Sequence[Tensor], share: float, first: bool) -> Bool[Tensor, "row pos"]:
+        """The places removed: the first, or else the last, ``share`` of every example's order."""
+        mask = torch.zeros(self.place.kind.shape, dtype=torch.bool)
+        for units, ranks in zip(self.units, order, strict=True):
+            count = round(share * len(units))
+            chosen = ranks[:count] if first else ranks[len(units) - count :]
+            for number in chosen.tolist():
+                mask[units[number]] = True
+        return mask
+
+    def _values(self, removed: Sequence[Tensor]) -> Float[Tensor, "run example"]:
+        """The metric with each set of places removed; equal sets run once."""
+        keys = [mask.numpy().tobytes() for mask in removed]
+        once = dict(zip(keys, removed, strict=True))
+        masks = list(once.values())
+        found = self._by_sweep(masks) if self.level == "token" else self._by_colour(masks)
+        index = {key: number for number, key in enumerate(once)}
+        return wide(found)[[index[key] for key in keys]]
+
+    def _by_sweep(self, masks: Sequence[Tensor]) -> Tensor:
+        source = start_of(self.variable, self.baseline)
+        groups = [[edits.replace(self.variable.site, source, positions=mask)] if mask.any() else [] for mask in masks]
+        return self.model.sweep(self.inputs, groups, self.metric).values
+
+    def _by_colour(self, masks: Sequence[Tensor]) -> Tensor:
+        picture = Variable(self.model, self.inputs, self.metric, PIXELS)
+        filled = start_of(picture, self.baseline)
+        boxes = _Boxes(self.model, self.inputs, self.place, picture.value)
+        found, batch = [], picture.at_once()
+        for first in track(range(0, len(masks), batch), "curve"):
+            points = [torch.where(boxes.of(mask), filled, picture.value) for mask in masks[first : first + batch]]
+            found.append(picture(points, gradients=False)[0])
+        return torch.cat(found)
+
+
+class _Boxes:
+    """From positions of a tower that are patches to the pixels of their boxes, in the shape of the pictures."""
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any], place: Place, pixels: Tensor) -> None:
+        self.pixels = pixels
+        pictures: TokenMap = model.tokens(inputs)[image_tower(model)]
+        self.rows = rows_of_pixels(model, inputs)
+        patches = pictures.kind == "patch"
+        rows = {
+            (int(pictures.example[row]), int(pictures.image_number[row, first]), int(pictures.tile[row, first])): row
+            for row, first in enumerate(patches.argmax(1).tolist())
+        }
+        self.grids = [
+            (int(pictures.patch_row[row].max()) + 1, int(pictures.patch_col[row].max()) + 1)
+            for row in range(pictures.n_rows)
+        ]
+        tokens, first = place.tokens, place.dropped
+        self.cells: dict[tuple[int, int], tuple[int, int, int]] = {}
+        for row, position in zip(*(place.kind == "patch").nonzero(), strict=True):
+            at = (row, position + first)
+            picture = rows[int(tokens.example[row]), int(tokens.image_number[at]), int(tokens.tile[at])]
+            self.cells[int(row), int(position)] = (picture, int(tokens.patch_row[at]), int(tokens.patch_col[at]))
+
+    def of(self, mask: Bool[Tensor, "row pos"]) -> Bool[Tensor, "*picture one height width"]:
+        """The pixels of the selected positions, with a channel axis of one."""
+        height, width = self.pixels.shape[-2:]
+        inside = torch.zeros(self.pixels.shape[:-3].numel(), height, width, dtype=torch.bool)
+        for row, position in mask.nonzero().tolist():
+            if (row, position) not in self.cells:
+                raise InputError("level='pixel' removes image patches; words have no pixels (kinds='patch').")
+            picture, down, across = self.cells[row, position]
+            rows, columns = self.grids[picture]
+            high, wide_ = height // rows, width // columns
+            inside[self.rows[picture], down * high : (down + 1) * high, across * wide_ : (across + 1) * wide_] = True
+        return inside.view(*self.pixels.shape[:-3], 1, height, width).to(self.pixels.device)

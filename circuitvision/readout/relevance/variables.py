@@ -1,0 +1,348 @@
+"""What a relevance is a relevance *of*: the values at one site of a run, or its pixels, as the variable the metric depends on.
+
+A :class:`Variable` runs the model with other values in that place and returns the metric, and its gradient with respect to them. Everything
+else of the run stays as it is. Several points run as one batch: all tensors of the inputs are repeated, and the output is cut into one block
+per point (of rows and columns, where the output compares rows with columns). Gradients never reach parameters, and the caller's tensors are
+copied.
+
+*Removed* means replaced by a baseline, and every method here shares one vocabulary for it:
+
+* ``"mean"``: the mean over the *other* rows of the run at the same position (or pixel), so that nothing of the row itself is left in it;
+* inputs of a data set: the mean over its rows at the same position, the same for every row;
+* ``"zero"``; of pixels this is the colour that the processor normalises to 0, and ``"black"`` is black;
+* ``"own"``: the mean over the row's own positions of the same kind (every patch becomes the image's average patch), or the picture's own mean
+  colour. It keeps the answer wherever an average keeps it: shapes-vit still names the right shape in 91 % of pictures when *all* of their
+  patches are their own mean;
+* a number, or a tensor that broadcasts to the values.
+
+Not covered: pixels that a processor has cut into flattened patches (SigLIP 2 with free image sizes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision import metrics
+from circuitvision.errors import InputError
+from circuitvision.model.routes import is_dual
+from circuitvision.model.sites import SiteName
+from circuitvision.model.tokens import Packing
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.tokens import TokenMap
+
+PIXELS = "pixels"
+"""The name that stands for ``pixel_values`` where a site is asked for."""
+POSITIONS_AT_ONCE = 1024
+"""How many positions an automatic batch of points computes; a batch with gradients keeps all of its activations."""
+Baseline = str | float | Tensor | Mapping[str, Any]
+"""What values become where they are removed, see the module."""
+
+
+@contextlib.contextmanager
+def differentiating(wanted: bool = True) -> Iterator[None]:
+    """Gradients on (or off), also where the caller has switched them off or works in inference mode."""
+    with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+        yield
+
+
+def usable(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with tensors that a gradient may pass: those made in inference mode are copied."""
+    with torch.inference_mode(False):
+        return {
+            name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+            for name, value in inputs.items()
+        }
+
+
+def image_tower(model: HookedModel) -> str:
+    """The first tower that reads images.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = [name for name, tower in model.towers.items() if tower.stack.image]
+    if not found:
+        raise InputError(f"No tower of this model reads images; its towers are {', '.join(model.towers)}.")
+    return found[0]
+
+
+def checked_tower(model: HookedModel, tower: str | None) -> str:
+    """``tower``, or the first that reads images; InputError where the model has no such tower."""
+    if tower is not None and tower not in model.towers:
+        raise InputError(f"This model has no tower {tower!r}; its towers are {', '.join(model.towers)}.")
+    return image_tower(model) if tower is None else tower
+
+
+def rows_serve_all(model: HookedModel, tower: str) -> bool:
+    """Whether every example's metric depends on every row of a tower: the texts that a dual encoder compares its images with."""
+    return is_dual(model) and tower in model.towers and not model.towers[tower].stack.image
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Which positions of which tower the entries of a site are: all but the first ``dropped``."""
+
+    tokens: TokenMap
+    dropped: int
+
+    @property
+    def kind(self) -> np.ndarray[Any, Any]:
+        """Kind of every position, ``[row pos]``."""
+        return self.tokens.kind[:, self.dropped :]
+
+    @property
+    def labels(self) -> list[list[str]]:
+        """A short label of every position of every row."""
+        return [self.tokens.labels(row)[self.dropped :] for row in range(self.tokens.n_rows)]
+
+
+def place_of(model: HookedModel, inputs: Mapping[str, Any], site: str, shape: Sequence[int]) -> Place:
+    """Where the positions of a site with values of this shape lie.
+
+    Raises:
+        InputError: the site has no position axis.
+    """
+    name = SiteName.parse(site)
+    tower = name.tower if name.tower in model.towers else image_tower(model)
+    tokens = model.tokens(inputs)[tower]
+    prefix = model.towers[tower].cfg.n_prefix
+    dropped = tokens.n_positions - shape[1] if len(shape) > 2 else -1
+    pooled = name.is_pattern or name.site.startswith("pool.") or shape[0] != tokens.n_rows
+    if pooled or dropped not in (0, prefix):
+        raise InputError(
+            f"{site} has the shape {tuple(shape)}, which is no value per position of the {tower} tower. "
+            f"Take a site of the stream, such as {tower}.hook_input."
+        )
+    return Place(tokens, dropped)
+
+
+class Variable:
+    """The values at one place of a run, and the metric as a function of them.
+
+    ``value`` holds them as they are in the unedited run, and ``metric_value`` the metric there, ``[example]``.
+
+    Raises:
+        InputError: a dead site, pixels the model does not read as images.
+    """
+
+    def __init__(self, model: HookedModel, inputs: Mapping[str, Any], metric: Any, site: str) -> None:
+        self.model, self.site = model, site
+        self.metric = metrics.bind(metric, model)
+        self.inputs = usable(inputs)
+        if site == PIXELS:
+            self.value = _pixels(self.inputs)
+            names = []
+        else:
+            (found,) = model.sites(site) if len(model.sites(site)) == 1 else (None,)
+            if found is None:
+                raise InputError(f"site={site!r} names {len(model.sites(site))} sites; relevance is of one.")
+            if model.is_dead(found):
+                raise InputError(f"{found} cannot reach the output of this model, so nothing there is relevant.")
+            self.site, names = found, [found]
+        with differentiating(False):
+            logits, cache = model.run_with_cache(self.inputs, names_filter=names) if names else (model(self.inputs), {})
+            self.metric_value = metrics.evaluate(self.metric, logits, self.inputs).detach().clone()
+        self.output_shape = tuple(logits.shape)
+        if names:
+            self.value = cache[self.site].detach()
+        self._copies: dict[int, dict[str, Any]] = {1: self.inputs}
+
+    def __call__(
+        self, points: Sequence[Tensor], gradients: bool = True
+    ) -> tuple[Float[Tensor, "point example"], Float[Tensor, "point ..."]]:
+        """The metric at each point, and its gradient summed over examples there (zeros where none is asked for).
+
+        Raises:
+            InputError: a metric that cannot be differentiated; inputs whose tensors cannot be repeated row by row.
+        """
+        with differentiating(gradients):
+            inputs = self._repeated(len(points))
+            leaf = torch.cat([point.detach().to(self.value) for point in points]).requires_grad_(gradients)
+            if self.site == PIXELS:
+                logits = self.model.run_with_hooks({**inputs, "pixel_values": leaf})
+            else:
+                logits = self.model.run_with_hooks(inputs, fwd_hooks=[(self.site, lambda value, hook: leaf)])
+            found = torch.stack(
+                [metrics.evaluate(self.metric, block, self.inputs) for block in self._blocks(logits, len(points))]
+            )
+            slope = torch.zeros_like(leaf)
+            if gradients:
+                slope = gradient_of(found.sum(), [leaf])[0]
+        return found.detach(), slope.view(len(points), *self.value.shape)
+
+    def at_once(self) -> int:
+        """How many points a batch takes when it goes by how many positions it computes."""
+        maps = self.model.tokens(self.inputs).values()
+        return max(1, POSITIONS_AT_ONCE // max(tokens.n_rows * tokens.n_positions for tokens in maps))
+
+    def _repeated(self, copies: int) -> dict[str, Any]:
+        if copies not in self._copies:
+            self._copies = {1: self.inputs}
+            self._copies[copies] = {
+                name: torch.cat([value] * copies) if isinstance(value, Tensor) and value.ndim else value
+                for name, value in self.inputs.items()
+            }
+        return self._copies[copies]
+
+    def _blocks(self, logits: Tensor, copies: int) -> Iterator[Tensor]:
+        rows, columns = self.output_shape[:2]
+        if logits.shape[0] != rows * copies:
+            raise InputError(
+                f"{copies} repeated runs gave {logits.shape[0]} rows of output where one gives {rows}: these inputs cannot be "
+                "repeated row by row. Run one point at a time (steps_at_once=1)."
+            )
+        crossed = logits.ndim == 2 and logits.shape[1] == columns * copies
+        for copy in range(copies):
+            block = logits[copy * rows : (copy + 1) * rows]
+            yield block[:, copy * columns : (copy + 1) * columns] if crossed else block
+
+
+def gradient_of(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of a number, zeros where it does not depend on a leaf.
+
+    Raises:
+        InputError: the number was not computed by differentiable operations.
+    """
+    if not value.requires_grad:
+        raise InputError(
+            "The metric has no gradient: it must be computed from the output by differentiable operations."
+        )
+    found = torch.autograd.grad(value, list(leaves), allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+
+
+def _pixels(inputs: Mapping[str, Any]) -> Tensor:
+    pixels = inputs.get("pixel_values")
+    if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
+        shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else None
+        raise InputError(
+            f"Relevance of pixels needs pixel_values [image, channel, height, width], not {shape}; "
+            "ask for a site such as vision.hook_input instead."
+        )
+    return pixels.detach()
+
+
+def rows_of_pixels(model: HookedModel, inputs: Mapping[str, Any]) -> list[int]:
+    """Where each row of the image tower lies among the pictures of ``pixel_values``, tiles counted through.
+
+    Tiles that only fill up a batch are no rows.
+    """
+    pixels = inputs["pixel_values"]
+    per_image = pixels.shape[1] if pixels.ndim == 5 else 1
+    tiles = Packing(model, inputs).tiles
+    if len(tiles) == pixels.shape[0] * per_image:
+        return list(range(len(tiles)))
+    return [image * per_image + tile for image, count in enumerate(tiles) for tile in range(count)]
+
+
+def start_of(variable: Variable, baseline: Baseline) -> Tensor:
+    """What the values of a variable become where they are removed, see the module.
+
+    Raises:
+        InputError: an unknown word; ``"mean"`` of a single row; a data set whose values have another shape; ``"black"`` without a processor
+        that says what black is; a tensor that does not broadcast.
+    """
+    value = variable.value
+    if isinstance(baseline, Mapping):
+        return _mean_of_data(variable, baseline)
+    if not isinstance(baseline, str):
+        return _broadcast(baseline, value)
+    of_pixels = variable.site == PIXELS
+    words = ("mean", "zero", "own", "black") if of_pixels else ("mean", "zero", "own")
+    if baseline not in words:
+        raise InputError(
+            f"baseline={baseline!r} is not understood: {', '.join(map(repr, words))}, inputs, or a tensor."
+        )
+    if baseline == "zero":
+        return torch.zeros_like(value)
+    if baseline == "black":
+        return _black(variable)
+    if baseline == "mean":
+        return _mean_of_others(value)
+    if of_pixels:
+        return value.mean((-2, -1), keepdim=True).expand_as(value)
+    return _mean_of_kind(value, place_of(variable.model, variable.inputs, variable.site, value.shape))
+
+
+def _mean_of_others(value: Tensor) -> Tensor:
+    if value.shape[0] == 1:
+        raise InputError(
+            "The mean over the other rows of the run needs another row. Give the inputs of a data set as baseline, 'zero', or 'own' (which keeps "
+            "what an average keeps)."
+        )
+    sums = value.to(_wide_type(value))
+    return ((sums.sum(0, keepdim=True) - sums) / (value.shape[0] - 1)).to(value)
+
+
+def _mean_of_data(variable: Variable, inputs: Mapping[str, Any]) -> Tensor:
+    with differentiating(False):
+        if variable.site == PIXELS:
+            found = _pixels(inputs)
+        else:
+            _, cache = variable.model.run_with_cache(usable(inputs), names_filter=[variable.site])
+            found = cache[variable.site]
+        if found.shape[1:] != variable.value.shape[1:]:
+            raise InputError(
+                f"The data set has values {tuple(found.shape)} at {variable.site}, the run {tuple(variable.value.shape)}: a mean per position needs "
+                "inputs of one size and prompts of one length."
+            )
+        return _broadcast(found.to(_wide_type(found)).mean(0), variable.value)
+
+
+def _mean_of_kind(value: Tensor, place: Place) -> Tensor:
+    out = value.clone()
+    kinds = place.kind
+    images = place.tokens.image_number[:, place.dropped :]
+    for row in range(value.shape[0]):
+        for kind, image in set(zip(kinds[row].tolist(), images[row].tolist(), strict=True)):
+            if kind != "padding":
+                same = torch.from_numpy((kinds[row] == kind) & (images[row] == image)).to(value.device)
+                out[row, same] = value[row, same].to(_wide_type(value)).mean(0).to(value)
+    return out
+
+
+def _black(variable: Variable) -> Tensor:
+    processor = getattr(variable.model.processor, "image_processor", variable.model.processor)
+    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    if mean is None or std is None:
+        raise InputError("Only a processor with image_mean and image_std knows which value is black; give a tensor.")
+    black = -torch.tensor(mean) / torch.tensor(std)
+    return _broadcast(black[:, None, None], variable.value)
+
+
+def _wide_type(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _broadcast(baseline: float | Tensor, value: Tensor) -> Tensor:
+    given = torch.as_tensor(baseline, dtype=value.dtype, device=value.device).detach()
+    try:
+        return given.expand_as(value)
+    except RuntimeError as error:
+        raise InputError(
+            f"A baseline of shape {tuple(given.shape)} does not broadcast to the values, {tuple(value.shape)}."
+        ) from error
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least, on the CPU, without history: what results hold."""
+    return tensor.detach().to(_wide_type(tensor)).cpu()
+
+
+def brief(baseline: Baseline) -> str:
+    """A baseline in a word."""
+    if isinstance(baseline, str):
+        return baseline
+    return (
+        "data mean" if isinstance(baseline, Mapping) else "given" if isinstance(baseline, Tensor) else f"{baseline:g}"
+    )

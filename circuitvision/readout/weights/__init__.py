@@ -1,0 +1,1 @@
+"""What the weights say without an input: value vectors, agreement, and the circuits of heads."""

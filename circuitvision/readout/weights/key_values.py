@@ -1,0 +1,241 @@
+"""Keys and values of a run: are the memories that a token activates those of its class, and does the layer say what they say?
+
+A neuron's *key* is how active it is at a token (``mlp.hook_post``; for heads the channels of ``z``, all heads together), its *value vector*
+says which class it speaks for (:mod:`circuitvision.readout.weights.value_vectors`). "Most active" means the largest values, not the largest
+absolute values.
+
+*Key-value agreement* (:func:`key_value_agreement`): does a token's ``n_keys`` most active keys include one of the ``n_values`` value vectors
+with the largest logit for the true class? Chance is the same for the other classes, averaged over all of them, so nothing is drawn.
+
+*Compositionality* (:func:`compositionality`): the share of the ``n_keys`` most active value vectors whose own top class is the top class of
+the whole layer's output at that token. Low means that the layer's answer is composed of vectors that each say something else. Chance is the
+share of *all* value vectors of the layer with that top class. Both sides are read by the same linear map, without the biases of layer, norm
+and head.
+
+Reference: Vilas et al. 2023 (arXiv 2310.18969), who pass branches through the whole final norm; here its gain takes part only if the
+unembedding given holds it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.tokens import TokenMap
+from circuitvision.progress import track
+from circuitvision.provenance import describe
+from circuitvision.readout.places import places_of
+from circuitvision.readout.weights.unembedding import Unembedding, model_of, unembedding_matrix
+from circuitvision.readout.weights.value_vectors import layers_of, projections, written_rows
+from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from circuitvision.model.cache import ActivationCache
+    from circuitvision.model.tower import Tower
+
+_SITES = {"mlp": ("mlp.hook_post", "hook_mlp_out"), "ov": ("attn.hook_z", "hook_attn_out")}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenAgreement(Result):
+    """A rate per token and layer beside its chance level: ``values`` and ``chance`` ``[layer row position]``, NaN at padding.
+
+    ``kinds`` names every position of every row (``"cls"``, ``"patch"``, …), ``places`` ``[row position 4]`` is its image, tile, patch row and
+    column.
+    """
+
+    chance: Tensor = field(default_factory=lambda: torch.zeros(0))
+    kinds: list[list[str]] = field(default_factory=list)
+    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    example: list[int] = field(default_factory=list)
+    tower: str = ""
+    of: str = "mlp"
+    measure: str = ""
+
+    def summary(self) -> pd.DataFrame:
+        """One row per layer and kind of position: rate, chance, how many tokens."""
+        import pandas as pd
+
+        records = []
+        for kind in dict.fromkeys(name for row in self.kinds for name in row if name != "padding"):
+            here = torch.tensor([[name == kind for name in row] for row in self.kinds])
+            for number, layer in enumerate(self.axes["layer"]):
+                rate, chance = (float(part[number][here].mean()) for part in (self.values, self.chance))
+                records.append(
+                    {"layer": layer, "kind": kind, "rate": rate, "chance": chance, "tokens": int(here.sum())}
+                )
+        return pd.DataFrame(records).sort_values("layer", kind="stable", ignore_index=True)
+
+
+def key_value_agreement(
+    cache: ActivationCache,
+    tower: Tower,
+    labels: Sequence[int | str] | Tensor,
+    *,
+    of: str = "mlp",
+    layers: Sequence[int] | None = None,
+    targets: Sequence[int | str] | None = None,
+    unembedding: Unembedding | None = None,
+    n_keys: int = 5,
+    n_values: int = 5,
+) -> TokenAgreement:
+    """Whether a token's most active keys belong to value vectors of its true class: 1 or 0 per token and layer, with chance (see the module).
+
+    Args:
+        cache: a run that holds ``mlp.hook_post`` (heads: ``attn.hook_z``) of the layers.
+        tower: the tower that is read.
+        labels: the true class of every example, ids or names.
+        of: neurons of the ``"mlp"``, or channels of the heads, ``"ov"``.
+        layers: only these layers.
+        targets: the classes among which chance is taken; the labels must be among them. All outputs by default.
+        unembedding: the class directions; None takes the tower's head without the final norm's gain.
+        n_keys: how many active keys a token has.
+        n_values: how many value vectors a class has.
+
+    Raises:
+        InputError: labels that do not fit the examples, sites that the cache lacks, counts below 1.
+    """
+    if n_values < 1:
+        raise InputError(f"n_values={n_values} must be at least 1.")
+    numbers, weight, columns, tokens, outputs = _prepare(cache, tower, of, layers, targets, unembedding, n_keys)
+    true = _true_classes(labels, tokens, outputs, columns)
+    values, chance = [], []
+    for layer in track(numbers, "key-value agreement"):
+        logits = torch.cat(list(projections(written_rows(tower, layer, of), weight)))
+        speakers = logits.topk(min(n_values, len(logits)), dim=0).indices.cpu()
+        active = _active(_keys(cache, tower, layer, of), n_keys)
+        hits = torch.stack([active[..., speakers[:, c]].any(-1) for c in range(len(columns))], dim=-1).float()
+        mine = hits.gather(-1, true[:, None, None].expand(*hits.shape[:2], 1))[..., 0]
+        values.append(mine)
+        chance.append((hits.sum(-1) - mine) / (len(columns) - 1) if len(columns) > 1 else mine * torch.nan)
+    if len(columns) == 1:
+        warnings.warn("With a single class there is no chance level; it is NaN.", stacklevel=2)
+    method = f"key_value_agreement(of={of}, gain={outputs.gain}, n_keys={n_keys}, n_values={n_values})"
+    return _result(cache, tower, of, numbers, tokens, values, chance, method)
+
+
+def compositionality(
+    cache: ActivationCache,
+    tower: Tower,
+    *,
+    of: str = "mlp",
+    layers: Sequence[int] | None = None,
+    targets: Sequence[int | str] | None = None,
+    unembedding: Unembedding | None = None,
+    n_keys: int = 5,
+) -> TokenAgreement:
+    """The share of a token's most active value vectors whose own top class is that of the layer's output there, with chance (see the module).
+
+    Args:
+        cache: a run that holds ``mlp.hook_post`` and ``hook_mlp_out`` (heads: ``attn.hook_z`` and ``hook_attn_out``) of the layers.
+        tower, of, layers, targets, unembedding, n_keys: as in :func:`key_value_agreement`.
+
+    Raises:
+        InputError: sites that the cache lacks, ``n_keys`` below 1.
+    """
+    numbers, weight, columns, tokens, outputs = _prepare(cache, tower, of, layers, targets, unembedding, n_keys)
+    values, chance = [], []
+    for layer in track(numbers, "compositionality"):
+        own = torch.cat([logits.argmax(-1) for logits in projections(written_rows(tower, layer, of), weight)]).cpu()
+        written = _site(cache, f"{tower.name}.blocks.{layer}.{_SITES[of][1]}").to(weight)
+        answer = (written @ weight).argmax(-1).cpu()
+        active = _active(_keys(cache, tower, layer, of), n_keys).float()
+        same = own == answer[..., None]
+        values.append((active * same).sum(-1) / active.sum(-1))
+        chance.append((torch.bincount(own, minlength=len(columns)).float() / len(own))[answer])
+    method = f"compositionality(of={of}, gain={outputs.gain}, n_keys={n_keys})"
+    return _result(cache, tower, of, numbers, tokens, values, chance, method)
+
+
+def _prepare(
+    cache: ActivationCache,
+    tower: Tower,
+    of: str,
+    layers: Sequence[int] | None,
+    targets: Sequence[int | str] | None,
+    unembedding: Unembedding | None,
+    n_keys: int,
+) -> tuple[list[int], Tensor, list[int], TokenMap, Unembedding]:
+    """Layers, class directions, their columns and the run's positions, after everything that can be wrong was checked."""
+    model = model_of(tower)
+    if of not in _SITES or n_keys < 1:
+        raise InputError(f"of={of!r} must be 'mlp' or 'ov', and n_keys={n_keys} at least 1.")
+    if cache.model is not model:
+        raise InputError("The cache is of another model than the tower; give the tower of the model that was run.")
+    outputs = unembedding or unembedding_matrix(tower, gain=False)
+    columns = list(range(outputs.matrix.shape[1])) if targets is None else outputs.find(targets)
+    return (
+        layers_of(tower, layers),
+        outputs.matrix[:, columns],
+        columns,
+        model.tokens(cache.inputs)[tower.name],
+        outputs,
+    )
+
+
+def _true_classes(
+    labels: Sequence[int | str] | Tensor, tokens: TokenMap, outputs: Unembedding, columns: list[int]
+) -> Tensor:
+    """For every row, the number of its class among ``columns``."""
+    wanted = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    n_examples = int(tokens.example.max()) + 1
+    if len(wanted) != n_examples:
+        raise InputError(f"There are {len(wanted)} labels for {n_examples} examples; give one each.")
+    found = outputs.find(wanted)
+    absent = [column for column in found if column not in columns]
+    if absent:
+        raise InputError(f"The label {outputs.label(absent[0])!r} is not among the targets; add it.")
+    return torch.tensor([columns.index(column) for column in found])[torch.from_numpy(tokens.example)]
+
+
+def _site(cache: ActivationCache, name: str) -> Tensor:
+    if name not in cache:
+        glob = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        raise InputError(f"The cache does not hold {name}; run with names_filter=[{glob!r}].")
+    return cache[name]
+
+
+def _keys(cache: ActivationCache, tower: Tower, layer: int, of: str) -> Float[Tensor, "row pos key"]:
+    value = _site(cache, f"{tower.name}.blocks.{layer}.{_SITES[of][0]}").detach()
+    return (value if of == "mlp" else value.flatten(-2)).cpu()
+
+
+def _active(keys: Float[Tensor, "row pos key"], count: int) -> Bool[Tensor, "row pos key"]:
+    order = keys.topk(min(count, keys.shape[-1]), dim=-1).indices
+    return torch.zeros_like(keys, dtype=torch.bool).scatter(-1, order, True)
+
+
+def _result(
+    cache: ActivationCache,
+    tower: Tower,
+    of: str,
+    numbers: list[int],
+    tokens: TokenMap,
+    values: list[Tensor],
+    chance: list[Tensor],
+    method: str,
+) -> TokenAgreement:
+    padding = torch.from_numpy(tokens.kind == "padding")
+    rates, levels = (torch.stack(kind).masked_fill(padding, torch.nan) for kind in (values, chance))
+    axes = {"layer": numbers, "row": list(range(rates.shape[1])), "position": list(range(rates.shape[2]))}
+    return TokenAgreement(
+        values=rates,
+        axes=axes,
+        provenance=describe(cache.model, method=f"{method} of {tower.name}", inputs=(cache.inputs,)),
+        chance=levels,
+        kinds=tokens.kind.tolist(),
+        places=places_of(tokens),
+        example=tokens.example.tolist(),
+        tower=tower.name,
+        of=of,
+        measure=method.split("(")[0],
+    )
