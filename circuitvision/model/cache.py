@@ -111,6 +111,25 @@ class ActivationCache(Mapping[str, Any]):
             return [part.unsqueeze(-2).expand(*part.shape[:-1], n_heads, part.shape[-1]) for part in resid]
         return resid.unsqueeze(-2).expand(*resid.shape[:-1], n_heads, resid.shape[-1])
 
+    def one_pass(self, name: str, step: int | None = None) -> Tensor:
+        """A site as ``[row …]``, of one pass, whatever recorded it.
+
+        Raises InputError if the cache does not hold it, or holds several passes (``generate``, ``sample_actions``) and ``step`` does not say
+        which.
+        """
+        if name not in self:
+            raise InputError(f"The cache does not hold {name}; add it to names_filter, or record all sites.")
+        value = self[name]
+        ndim = (4 if SiteName.parse(name).has_heads else 3) - (not self.has_batch_dim)
+        pooled = SiteName.parse(name).may_be_pooled and isinstance(value, Tensor) and value.ndim == ndim - 1
+        if not pooled and (isinstance(value, list) or value.ndim == ndim + 1):
+            if step is None:
+                raise InputError("This cache holds several passes; say which with step=, counted from 0.")
+            if not -len(value) <= step < len(value):
+                raise InputError(f"There is no step {step}; this cache holds {len(value)} passes.")
+            value = value[step]
+        return value if self.has_batch_dim else value[None]
+
     # -- moving and keeping ----------------------------------------------------------------------------------------------------------------
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> ActivationCache:

@@ -1,14 +1,14 @@
 """Read-outs: from a tower's residual stream to the family's own output, through the model's own modules.
 
-A :class:`Reading` is one way of doing it. Its ``output`` pools as the family does: at the last layer it equals what the model returns wherever the
-tower feeds the output, at other layers the same map is a lens. Its ``positions`` reads every position as if the family pooled that one alone, so
-that
+A :class:`Reading` is one way of doing it. Its ``output`` pools as the family does: at the last layer it equals what the model returns wherever
+the tower feeds the output, at other layers the same map is a lens. Its ``positions`` reads every position as if the family pooled that one
+alone, so that
 
 * pooling at a position (CLS, end of text): the pooled position's reading is the output;
 * pooling by a mean: the mean of the readings is the output (before an embedding is brought to unit length);
-* DINOv2, whose head reads CLS beside the mean patch: CLS goes through its half of the head, other positions through the other half, each with the
-  head's bias, so CLS plus the mean patch is the output plus the bias; DeiT's two heads read their own tokens, other positions go through the mean
-  of the heads;
+* DINOv2, whose head reads CLS beside the mean patch: CLS goes through its half of the head, other positions through the other half, each with
+  the head's bias, so CLS plus the mean patch is the output plus the bias; DeiT's two heads read their own tokens, other positions go through
+  the mean of the heads;
 * attention pooling (SigLIP): the pooling head sees the position alone.
 
 The final norm is applied once, with the statistics of the vector itself ("own"), of a reference residual ("frozen": the whole read-out is then
@@ -44,8 +44,8 @@ def read_out(tower: Tower, resid: Tensor, context: ActivationCache | None) -> Te
 class Reading:
     """One way of reading a tower's residual stream.
 
-    ``reference`` is the residual ``[row pos d_model]`` that frozen statistics are taken from. ``against`` are unit embeddings ``[target d_shared]``
-    that a dual encoder is compared with, instead of those of the run. Without ``capped`` a soft cap on the logits is left out.
+    ``reference`` is the residual ``[row pos d_model]`` that frozen statistics are taken from. ``against`` are unit embeddings ``[target
+    d_shared]`` that a dual encoder is compared with, instead of those of the run. Without ``capped`` a soft cap on the logits is left out.
 
     Raises:
         InputError: a frozen norm without a reference.
@@ -130,11 +130,12 @@ class Reading:
     def _finish(self, pooled: Tensor, own: Tensor | None) -> Tensor:
         out = self._headed(pooled)
         if self.readout.finish != "contrast":
-            return self._cap(out)
+            return self.cap(out)
         logits = self._contrast(out, own)
         return logits.T if self.against is None and self.tower.name != "vision" else logits
 
-    def _cap(self, logits: Tensor) -> Tensor:
+    def cap(self, logits: Tensor) -> Tensor:
+        """Logits under the family's soft cap, where it has one."""
         softcap = self.capped and self.readout.finish == "softcap" and _caps_logits(self.tower)
         if not softcap:
             return logits
@@ -180,7 +181,7 @@ class Reading:
             normed = head(normed.reshape(-1, 1, normed.shape[-1])).view(*normed.shape[:2], -1)
         own = None if frozen is None else Reading(self.tower, self.context)._each_head(self._plain_norm(frozen), start)
         out = self._each_head(normed, start)
-        return self._contrast(out, own) if readout.finish == "contrast" else self._cap(out)
+        return self._contrast(out, own) if readout.finish == "contrast" else self.cap(out)
 
     def _plain_norm(self, value: Tensor) -> Tensor:
         norm = self.tower.final_norm
@@ -297,9 +298,18 @@ def weighted_values(
     return nn.functional.linear(z, attention.out_proj.weight, attention.out_proj.bias)[:, 0]
 
 
-def through_projector(tower: Tower, readout: Readout, resid: Tensor, context: ActivationCache | None) -> Tensor:
-    """What the projector makes of a residual at the feature layer (other feature layers, where there are several, are those of the run)."""
+def through_projector(
+    tower: Tower, readout: Readout, resid: Tensor, context: ActivationCache | None, has_prefix: bool = True
+) -> Tensor:
+    """What the projector makes of a residual at the feature layer (other feature layers, where there are several, are those of the run).
+
+    ``has_prefix=False`` says that the residual is of patches alone, so that no CLS position is there to drop.
+    """
     layers = tower.feature_layers
+    if len(layers) > 1 and not has_prefix:
+        raise InputError(
+            f"This model concatenates the feature layers {layers}, which have a prefix; read a site that has it too."
+        )
     parts = [resid]
     if len(layers) > 1:
         if context is None:
@@ -311,15 +321,17 @@ def through_projector(tower: Tower, readout: Readout, resid: Tensor, context: Ac
         ]
     if readout.normed and tower.final_norm is not None:
         parts = [tower.final_norm(part) for part in parts]
-    if tower.drops_cls:
+    if tower.drops_cls and has_prefix:
         parts = [part[:, 1:] for part in parts]
     projector = require(tower.module, tower.family.projector or "", "projector")
     return projector(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
 
 
 def _held(context: ActivationCache, name: str) -> Tensor:
-    """A site of the run, with its row axis where the cache dropped it."""
-    return context[name] if context.has_batch_dim else context[name][None]
+    """A site of the run's first pass of its tower, as a tensor that may be tracked."""
+    value = context.one_pass(name, 0)
+    with torch.inference_mode(False):
+        return value.clone() if value.is_inference() else value
 
 
 def _inputs(context: ActivationCache | None) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.results import Result
 
-EXAMPLE_AXES = ("row", "example", "position", "step")
+INDEPENDENT = ("row", "example")
+EXAMPLE_AXES = (*INDEPENDENT, "position", "step")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +41,10 @@ class Ranking(Result):
         scores = self._scores()
         if len(scores) < 2:
             raise InputError("Standing out needs at least two components.")
-        limit = float(scores.mean() + deviations * scores.std(correction=0))
+        there = scores[~scores.isnan()]
+        limit = float(there.mean() + deviations * there.std(correction=0))
         names = self.axes["component"]
-        if float(scores.std(correction=0)) == 0.0:
+        if not len(there) or float(there.std(correction=0)) == 0.0:
             return []
         return [name for name, score in zip(names, scores.tolist(), strict=True) if score >= limit]
 
@@ -55,12 +57,17 @@ class Ranking(Result):
         return [name for name, value in sorted(self._pairs(), key=lambda pair: pair[1]) if value < 0]
 
     def random_control(self, count: int, draws: int = 1000, seed: int = 0) -> Tensor:
-        """The summed score of ``count`` components drawn without replacement, ``[draw]``: what the top ``count`` have to beat."""
-        if not 1 <= count <= len(self.values):
-            raise InputError(f"count={count} is outside the {len(self.values)} components.")
+        """The summed score (size, where ranked by size) of ``count`` components drawn without replacement, ``[draw]``: what the top have to beat.
+
+        Components without a score are left out.
+        """
+        scores = self._scores()
+        scores = scores[~scores.isnan()]
+        if not 1 <= count <= len(scores):
+            raise InputError(f"count={count} is outside the {len(scores)} components that have a score.")
         generator = torch.Generator().manual_seed(seed)
-        order = torch.rand(draws, len(self.values), generator=generator).argsort(-1)[:, :count]
-        return self.values.double()[order].sum(-1)
+        order = torch.rand(draws, len(scores), generator=generator).argsort(-1)[:, :count]
+        return scores[order].sum(-1)
 
     def removal(self) -> list[list[str]]:
         """The sets to remove one after the other: the first component, the first two, …"""
@@ -111,11 +118,15 @@ def _flat(result: Result) -> tuple[Tensor, list[str]]:
     """Scores ``[component example]`` and the components' names."""
     names = list(result.axes)
     inner = [name for name in names if name not in EXAMPLE_AXES]
-    outer = [name for name in names if name in EXAMPLE_AXES]
+    outer = [name for name in names if name in INDEPENDENT]
+    within = [name for name in names if name in EXAMPLE_AXES and name not in INDEPENDENT]
     if not inner:
         raise InputError(f"The axes of this result ({', '.join(names)}) hold no components.")
-    order = [names.index(name) for name in (*inner, *outer)]
+    order = [names.index(name) for name in (*inner, *outer, *within)]
     values = result.values.permute(order).flatten(0, len(inner) - 1)
+    # Positions and steps of one example are not independent: they are averaged before examples are compared.
+    for _ in within:
+        values = values.mean(-1)
     values = values.flatten(1) if values.ndim > 1 else values[:, None]
     labels = [_name(inner, labels) for labels in itertools.product(*(result.axes[name] for name in inner))]
     return values, labels

@@ -1,7 +1,8 @@
 """Targets: what a read-out is read for, and how words, classes, prompts, dimensions and directions become columns of it.
 
-A tower speaks about one kind of thing (:func:`output_kind`): classes, tokens, the texts or images a dual encoder compares with, action dimensions, or
-nothing with a name. Words are looked up among the class names, then in the tokenizer; a word of several tokens needs ``pieces``:
+A tower speaks about one kind of thing (:func:`output_kind`): classes, tokens, the texts or images a dual encoder compares with, action
+dimensions, or nothing with a name. Words are looked up among the class names, then in the tokenizer; a word of several tokens needs
+``pieces``:
 
 * ``"first"``: its first token;
 * ``"mean"``: the mean of the measure over its tokens;
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -78,7 +80,8 @@ def prompt_embeddings(model: HookedModel, prompts: Sequence[str]) -> Float[Tenso
     """Unit embeddings of text prompts by a dual encoder's own text tower.
 
     Raises:
-        InputError: a prompt that is empty or longer than the text tower reads, no processor. UnsupportedModelError: a model without text features.
+        InputError: a prompt that is empty or longer than the text tower reads, no processor. UnsupportedModelError: a model without text
+        features.
     """
     module: Any = model.module
     if "text" not in model.towers or not hasattr(module, "get_text_features"):
@@ -131,6 +134,42 @@ class Targets:
             columns.append(total / there.sum(-1) if self.how == "mean" else total)
         return torch.stack(columns, dim=-1)
 
+    def check(self, examples: int) -> None:
+        """Raises InputError unless there is one target for all examples, or one each."""
+        if self.ids.shape[1] not in (1, examples):
+            raise InputError(
+                f"There are {examples} examples and targets for {self.ids.shape[1]}; give one per example."
+            )
+
+
+def plain(targets: Any) -> Any:
+    """Targets with numpy's and torch's whole numbers as Python's; everything else as it is.
+
+    Raises:
+        InputError: truth values.
+    """
+    if isinstance(targets, Tensor | np.ndarray):
+        kind = targets.dtype.is_floating_point if isinstance(targets, Tensor) else targets.dtype.kind == "f"
+        if kind:
+            return torch.as_tensor(targets)
+        targets = targets.tolist()
+    if isinstance(targets, np.integer):
+        return int(targets)
+    if isinstance(targets, Mapping):
+        return {name: plain(value) for name, value in targets.items()}
+    if isinstance(targets, list | tuple):
+        return type(targets)(plain(item) for item in targets)
+    if isinstance(targets, bool):
+        raise InputError("A target is a word, a number or a direction, not a truth value.")
+    return targets
+
+
+def shared_width(tower: Tower) -> int:
+    """The width of the space in which a dual encoder compares its towers."""
+    found = heads.unembedding(tower)
+    head: Any = None if found is None else found[0]
+    return tower.cfg.d_model if head is None else int(head.weight.shape[0])
+
 
 def resolve_targets(
     model: HookedModel, tower: Tower, targets: Any, *, pieces: str | None = None, own_columns: bool = False
@@ -138,14 +177,16 @@ def resolve_targets(
     """Targets by name, id, prompt, dimension or direction as columns of a tower's read-out.
 
     ``targets`` is a list of them (or one), the same for all examples; a mapping of a name to one per example
-    (``{"answer": ["red", "blue"]}``); or a float tensor of embeddings or directions ``[target width]``. ``own_columns`` says that the caller brings a
-    read-out of its own, whose columns have numbers only.
+    (``{"answer": ["red", "blue"]}``); or a float tensor of embeddings or directions ``[target width]``. ``own_columns`` says that the caller
+    brings a read-out of its own, whose columns have numbers only.
 
     Raises:
-        InputError: no such class, word or column, a word of several tokens without ``pieces``, an empty or too long prompt, a tower without a head.
+        InputError: no such class, word or column, a word of several tokens without ``pieces``, an empty or too long prompt, a tower without a
+        head.
     """
     if pieces is not None and pieces not in PIECES:
         raise InputError(f"Unknown pieces {pieces!r}; choose 'first', 'mean' or 'joint'.")
+    targets = plain(targets)
     kind = "columns" if own_columns else output_kind(tower)
     if isinstance(targets, Tensor) and targets.is_floating_point():
         return _directions(tower, kind, targets)
@@ -186,14 +227,16 @@ def _directions(tower: Tower, kind: str, targets: Tensor) -> Targets:
         raise InputError(f"Directions or embeddings are [target width]; got {tuple(targets.shape)}.")
     labels = [f"direction {index}" for index in range(len(targets))]
     if kind in ("texts", "images"):
+        if targets.shape[1] != shared_width(tower):
+            raise InputError(
+                f"Embeddings that the {tower.name} tower is compared with are [target {shared_width(tower)}], not {tuple(targets.shape)}."
+            )
         # Embeddings of a dual encoder are compared by cosine, whatever their length.
         targets = targets / targets.pow(2).sum(-1, keepdim=True).sqrt()
     return Targets(labels, torch.arange(len(labels)).view(-1, 1, 1), "first", targets)
 
 
 def _ids(model: HookedModel, tower: Tower, kind: str, target: Any, pieces: str | None) -> list[int]:
-    if isinstance(target, Tensor) and target.ndim == 0 and not target.is_floating_point():
-        target = int(target)
     if isinstance(target, int) and not isinstance(target, bool):
         size = None if kind == "columns" else output_size(tower)
         if target < 0 or (size is not None and target >= size):

@@ -9,6 +9,7 @@ import torch
 
 import circuitvision as cv
 from circuitvision.readout import chefer_relevance, legrad, relevance_rollout
+from circuitvision.readout.places import places_of
 from tests.readout.relevance_models import TOWERS, inputs_of, metric, model_of
 from tests.zoo import shared_model
 
@@ -94,7 +95,7 @@ def test_an_action_expert_sees_the_prompt_it_reads_from_the_cache():
     result = chefer_relevance(model, inputs, metric, tower="action")
     prompt = tokens["language"].n_positions
     assert result.values.shape[1] == prompt + tokens["action"].n_positions
-    assert torch.equal(result.places[:, :prompt], cv.readout.relevance.places_of(tokens["language"]))
+    assert torch.equal(result.places[:, :prompt], places_of(tokens["language"]))
     assert float(result.values[:, :prompt].max()) > 0.0
     hidden = torch.from_numpy(tokens["language"].kind == "padding")
     assert float(result.values[:, :prompt][hidden].abs().sum()) == 0.0

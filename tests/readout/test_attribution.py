@@ -204,7 +204,7 @@ def test_inputs_in_place_of_a_cache_give_the_same():
         ("vit", (0, 1, 2), {}, "pair"),
         ("vit", "walrus", {}, "no class"),
         ("vit", (0, 1), {"by": "layer"}, "split by"),
-        ("vit", (0, 1), {"by": "neuron", "layers": [99]}, "layers 0 to"),
+        ("vit", (0, 1), {"by": "neuron", "layers": [99]}, "layers of 0 to"),
         ("vit", cv.metrics.prob(0), {}, "not linear"),
         ("vit-headless", (0, 1), {}, "direction of the stream"),
         ("siglip-vision", torch.randn(24), {}, "direction"),

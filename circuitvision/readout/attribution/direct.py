@@ -26,6 +26,7 @@ from circuitvision.provenance import describe
 from circuitvision.readout.attribution.functional import Functional, functional
 from circuitvision.readout.attribution.terms import SPLITS, Stream
 from circuitvision.readout.places import places_of
+from circuitvision.readout.recorded import chosen_layers, examples_of, tokens_of
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
@@ -132,11 +133,7 @@ def _shares(stream: Stream, found: Functional, by: str, layers: Sequence[int] | 
 
     shares = {name: share(part) for name, part in stream.input_parts().items()}
     count = stream.end
-    told_apart = set(range(count) if layers is None else layers)
-    if not told_apart <= set(range(count)):
-        raise InputError(
-            f"Layers {sorted(told_apart)} are asked for; the stream that is read has layers 0 to {count - 1}."
-        )
+    told_apart = set(chosen_layers(layers, count))
     for layer in range(count):
         if by == "component":
             shares[f"L{layer}.attn"] = share(stream.site(f"blocks.{layer}.hook_attn_out"))
@@ -174,14 +171,13 @@ def source_attribution(
     owner = attribution_tower(model, tower)
     stream = Stream(owner, cached_for(model, cache, owner, "source"), step=step)
     found = functional(model, owner, stream.cache, stream.final, direction, position=position, pieces=pieces)
-    chosen = list(range(stream.end)) if layers is None else list(layers)
+    chosen = chosen_layers(layers, stream.end)
     values = torch.stack([stream.source_shares(layer, found.gradient) for layer in chosen])
-    maps = model.tokens(stream.cache.inputs)
-    tokens = maps[owner.name]
+    tokens = tokens_of(stream.cache, owner.name)
     places, words = places_of(tokens), [tokens.labels(row) for row in range(tokens.n_rows)]
     ahead = values.shape[-1] - tokens.n_positions
     if ahead:
-        before = next(maps[t.name] for t in owner.siblings.values() if t.spec.feeds_cache_only)
+        before = next(tokens_of(stream.cache, t.name) for t in owner.siblings.values() if t.spec.feeds_cache_only)
         places = torch.cat([places_of(before), places], dim=1)
         words = [before.labels(row) + words[row] for row in range(tokens.n_rows)]
     return SourceAttribution(
@@ -220,7 +216,9 @@ def cached_for(
     """The cache given, or that of a run of the inputs, recording what a split ``by`` needs."""
     if isinstance(cache, ActivationCache):
         return cache
-    parts = ["hook_attn_out", "hook_mlp_out", "attn.hook_z", "mlp.hook_post", "hook_resid_*"]
+    parts = ["hook_attn_out", "hook_mlp_out", "hook_resid_*"]
+    parts += ["attn.hook_z"] if by != "component" else []
+    parts += ["mlp.hook_post"] if by == "neuron" or owner.blocks[0].has("mlp_add") else []
     parts += ["attn.hook_v", "attn.hook_pattern"] if by == "source" else []
     names = [f"{owner.name}.hook_*", *(f"{owner.name}.blocks.*.{part}" for part in parts)]
     names += [f"{name}.hook_readout" for name in model.towers if f"{name}.hook_readout" in model.sites()]
@@ -231,5 +229,4 @@ def cached_for(
 
 
 def _examples(model: HookedModel, tower: Tower, cache: ActivationCache, rows: int) -> list[int]:
-    tokens = model.tokens(cache.inputs).get(tower.name) if cache.inputs else None
-    return list(range(rows)) if tokens is None or tokens.n_rows != rows else [int(e) for e in tokens.example]
+    return examples_of(cache, tower.name, rows)[0].tolist()

@@ -11,12 +11,12 @@ Not covered: towers behind a projector of more than one layer (give a direction 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision import metrics
@@ -24,7 +24,16 @@ from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading
 from circuitvision.model.selection import Selection
-from circuitvision.readout.targets import Targets, output_kind, reader_of, resolve_targets
+from circuitvision.readout.recorded import examples_of, tokens_of
+from circuitvision.readout.targets import (
+    Targets,
+    output_kind,
+    output_size,
+    plain,
+    reader_of,
+    resolve_targets,
+    shared_width,
+)
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -57,20 +66,29 @@ def functional(
         InputError: a direction that does not fit the tower, no position where one is needed.
     """
     final = final.detach().to(torch.promote_types(final.dtype, torch.float32))
-    if isinstance(direction, Tensor) and direction.is_floating_point() and direction.shape[-1] == tower.cfg.d_model:
-        return _stream_direction(model, tower, cache, final, direction, position)
-    answer, foil, label = _answers(direction)
+    direction = direction if isinstance(direction, metrics.Metric) else plain(direction)
     kind = output_kind(tower)
+    given = isinstance(direction, Tensor)
+    if given and (kind not in ("texts", "images") or direction.shape[-1] != shared_width(tower)):
+        return _stream_direction(tower, cache, final, direction, position)
+    answer, foil, label = (None, None, "embedding") if given else _answers(direction)
+    position = _position_of(direction, position)
     if kind in ("hidden", "embedding") or reader_of(tower) is not tower:
         raise InputError(
             f"The {tower.name} tower has no read-out that is affine in its stream; give a direction of the stream: a tensor "
             f"[{tower.cfg.d_model}] or one per row."
         )
-    chosen = resolve_targets(model, tower, _named(answer, foil), pieces=pieces)
+    named = direction if given else _named(_from_end(answer, tower), _from_end(foil, tower))
+    chosen = resolve_targets(model, tower, named, pieces=pieces)
+    if given and len(chosen.labels) != 1:
+        raise InputError("A direction is one embedding, [d_shared].")
     if chosen.how == "joint":
         raise InputError("A joint probability is not linear in the logits; choose pieces='first' or 'mean'.")
-    rows = _rows(model, tower, cache, final.shape[0])
-    index = None if _pools(tower) else positions_read(model, tower, cache, position, final.shape[:2])
+    rows, examples = examples_of(cache, tower.name, final.shape[0])
+    chosen.check(examples)
+    if _pools(tower) and position is not None:
+        raise InputError(f"The {tower.name} tower's output is pooled by the model; leave position= out.")
+    index = None if _pools(tower) else positions_read(tower, cache, position, final.shape[:2])
     # Inference tensors cannot be tracked; a copy made here can.
     with torch.inference_mode(False), torch.enable_grad(), tower.quiet():
         resid = final.clone().requires_grad_(True)
@@ -81,6 +99,32 @@ def functional(
     value = value.detach()
     constant = value - (gradient * final).flatten(1).sum(-1)
     return Functional(gradient, constant, value, label)
+
+
+def _position_of(direction: Any, position: Any) -> Any:
+    """The position asked for, or the one that a metric reads.
+
+    Raises:
+        InputError: both are given, and differ.
+    """
+    own = None
+    if isinstance(direction, metrics.LogitDiff):
+        own = direction.position
+    if isinstance(direction, metrics.ActionDim):
+        own = "mean" if direction.step is None else direction.step
+    if own is None or (isinstance(own, str) and own == "last"):
+        return position
+    if position is not None and (not isinstance(position, int | str) or position != own):
+        raise InputError(f"The metric reads position {own!r} and position={position!r} is given; give one of them.")
+    return own
+
+
+def _from_end(answer: Any, tower: Tower) -> Any:
+    """A negative action dimension counted from the end, as metrics count it."""
+    size = output_size(tower)
+    if output_kind(tower) == "actions" and isinstance(answer, int) and size is not None and -size <= answer < 0:
+        return answer + size
+    return answer
 
 
 def _pools(tower: Tower) -> bool:
@@ -137,25 +181,25 @@ def _named(answer: Any, foil: Any) -> Any:
 def _listed(answers: Any) -> list[Any]:
     if isinstance(answers, str | int):
         return [answers]
-    return [int(item) if isinstance(item, Tensor) else item for item in answers]
-
-
-def _rows(model: HookedModel, tower: Tower, cache: ActivationCache, rows: int) -> Tensor:
-    tokens = model.tokens(cache.inputs).get(tower.name) if cache.inputs else None
-    return torch.arange(rows) if tokens is None or tokens.n_rows != rows else torch.as_tensor(tokens.example)
+    if isinstance(answers, Tensor):
+        raise InputError(
+            "A direction as a tensor of numbers with a fraction is [d_model] (or an embedding); ids are whole numbers."
+        )
+    return list(answers)
 
 
 def _stream_direction(
-    model: HookedModel, tower: Tower, cache: ActivationCache, final: Tensor, direction: Tensor, position: Any
+    tower: Tower, cache: ActivationCache, final: Tensor, direction: Tensor, position: Any
 ) -> Functional:
-    if direction.ndim > 2 or (direction.ndim == 2 and direction.shape[0] != final.shape[0]):
+    fits = direction.ndim == 1 or (direction.ndim == 2 and direction.shape[0] == final.shape[0])
+    if not fits or direction.shape[-1] != tower.cfg.d_model:
         raise InputError(
             f"A direction of the stream is [{tower.cfg.d_model}] or one per row ({final.shape[0]}), not {tuple(direction.shape)}."
         )
     if position is None and tower.stack.image and tower.cfg.n_prefix == 0:
         raise InputError("Say where the direction is read: position= a number, or a selection (its mean is read).")
     default = 0 if tower.stack.image else "last"
-    index = positions_read(model, tower, cache, default if position is None else position, final.shape[:2])
+    index = positions_read(tower, cache, default if position is None else position, final.shape[:2])
     share = index.to(final) / index.sum(-1, keepdim=True).to(final)
     direction = direction.detach().to(final).expand(final.shape[0], -1)
     gradient = share[..., None] * direction[:, None]
@@ -164,38 +208,43 @@ def _stream_direction(
 
 
 def positions_read(
-    model: HookedModel, tower: Tower, cache: ActivationCache, position: Any, shape: torch.Size
-) -> Tensor:
-    """The positions read, bool ``[row pos]``: one per row, or those of a selection."""
+    tower: Tower, cache: ActivationCache, position: Any, shape: Sequence[int]
+) -> Bool[Tensor, "row pos"]:
+    """The positions read: one per row, those of a selection, or all real ones ("mean"; for actions, of the chunk)."""
     rows, length = shape
     chunk = tower.spec.readout is not None and tower.spec.readout.pool == "chunk"
     start = length - int(tower.config_of_model.chunk_size) if chunk else 0
     if position is None:
         position = 0 if chunk else "last"
     if isinstance(position, Selection):
-        if position.tower != tower.name or position.mask.shape != (rows, length):
-            raise InputError(
-                f"The selection is of the {position.tower} tower or of another run; select in {tower.name}."
-            )
-        mask = position.tensor
-        if not bool(mask.any(1).all()):
-            raise InputError("The selection is empty in a row, so there is nothing to read there.")
-        return mask
+        return _selected(tower, position, rows, length)
     mask = torch.zeros(rows, length, dtype=torch.bool)
-    if position == "mean":
-        mask[:, start:] = True
-        return mask
     if isinstance(position, str):
-        if position != "last":
+        if position not in ("mean", "last"):
             raise InputError(
                 f"Unknown position {position!r}; give 'last', 'mean', a number, one per row, or a selection."
             )
-        last = torch.as_tensor(model.tokens(cache.inputs)[tower.name].last())
-        mask[torch.arange(rows), last] = True
+        tokens = tokens_of(cache, tower.name)
+        # A later pass holds only what it generated: all of it is real.
+        whole = tokens.n_positions == length and tokens.n_rows == rows
+        real = torch.from_numpy(tokens.kind != "padding") if whole else torch.ones(rows, length, dtype=torch.bool)
+        if position == "mean":
+            mask[:, start:] = real[:, start:]
+            return mask
+        mask[torch.arange(rows), length - 1 - real.flip(1).int().argmax(1)] = True
         return mask
     where = torch.as_tensor(position).expand(rows)
     where = torch.where(where < 0, where + length, where + start)
     if bool(((where < start) | (where >= length)).any()):
         raise InputError(f"Position {position!r} is outside the {length - start} positions that are read here.")
     mask[torch.arange(rows), where] = True
+    return mask
+
+
+def _selected(tower: Tower, position: Selection, rows: int, length: int) -> Tensor:
+    if position.tower != tower.name or position.mask.shape != (rows, length):
+        raise InputError(f"The selection is of the {position.tower} tower or of another run; select in {tower.name}.")
+    mask = position.tensor
+    if not bool(mask.any(1).all()):
+        raise InputError("The selection is empty in a row, so there is nothing to read there.")
     return mask

@@ -28,7 +28,8 @@ from circuitvision.readout.attribution.direct import attribution_tower, cached_f
 from circuitvision.readout.attribution.functional import positions_read
 from circuitvision.readout.attribution.terms import Stream
 from circuitvision.readout.places import places_of
-from circuitvision.readout.targets import Targets, output_kind, reader_of, resolve_targets
+from circuitvision.readout.recorded import chosen_layers, examples_of, tokens_of
+from circuitvision.readout.targets import Targets, output_kind, plain, reader_of, resolve_targets
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
@@ -86,16 +87,17 @@ def log_prob_increase(
         raise InputError(
             "The score is of one column of the output; for a word of several tokens choose pieces='first'."
         )
-    chosen = resolve_targets(model, owner, answer, pieces=pieces)
+    chosen = _answer(model, owner, answer, pieces)
     stream = Stream(owner, cached_for(model, cache, owner, by))
     final = stream.final
     default = 0 if owner.stack.image else "last"
-    mask = positions_read(model, owner, stream.cache, default if position is None else position, final.shape[:2])
+    mask = positions_read(owner, stream.cache, default if position is None else position, final.shape[:2])
     if not bool((mask.sum(-1) == 1).all()):
         raise InputError("The score is taken at one position of each row.")
     where = mask.int().argmax(-1).to(final.device)
     scorer = _Scorer(owner, stream, chosen, final, where)
-    numbers = list(range(stream.end)) if layers is None else list(layers)
+    numbers = chosen_layers(layers, stream.end)
+    places = places_of(tokens_of(stream.cache, owner.name))
     with torch.no_grad(), owner.quiet():
         values = torch.stack([scorer.layer(layer, by) for layer in numbers])
     names = {"component": ["part"], "head": ["head"], "neuron": ["neuron"], "source": ["head"]}[by]
@@ -110,8 +112,8 @@ def log_prob_increase(
             inputs=(stream.cache.inputs,),
         ),
         tower=owner.name,
-        answer=str(answer),
-        places=places_of(model.tokens(stream.cache.inputs)[owner.name]),
+        answer=str(answer) if isinstance(answer, str | int) else "each row's answer",
+        places=places,
     )
 
 
@@ -119,8 +121,24 @@ def increase(
     before: Float[Tensor, "*batch n_out"], after: Float[Tensor, "*batch n_out"], answer: Tensor
 ) -> Float[Tensor, "*batch"]:
     """``log softmax(after)[answer] - log softmax(before)[answer]``."""
-    index = answer[..., None]
-    return (after.log_softmax(-1).gather(-1, index) - before.log_softmax(-1).gather(-1, index))[..., 0]
+    index = answer[..., None].expand(*after.shape[:-1], 1)
+    said, was = (logits.expand_as(after).gather(-1, index)[..., 0] for logits in (after, before))
+    return (said - after.logsumexp(-1)) - (was - before.logsumexp(-1))
+
+
+def _answer(model: HookedModel, owner: Tower, answer: Any, pieces: str | None) -> Targets:
+    """One answer for all examples, or one each.
+
+    Raises:
+        InputError: several answers, or a tensor that is no whole number.
+    """
+    answer = plain(answer)
+    if isinstance(answer, Tensor):
+        raise InputError("The score is of a word, class or id, not of a direction; use direct_attribution.")
+    named = {"answer": list(answer)} if isinstance(answer, list | tuple) else answer
+    if isinstance(named, Mapping) and len(named) != 1:
+        raise InputError("Give one answer: a word, class or id, or one per example.")
+    return resolve_targets(model, owner, named, pieces=pieces)
 
 
 def _check(owner: Tower) -> None:
@@ -137,35 +155,43 @@ def _check(owner: Tower) -> None:
 
 
 class _Scorer:
-    """Scores vectors added to the stream at one position of every row."""
+    """Scores vectors added to the stream at one position of every row.
+
+    The frozen read-out is affine, so the logits of ``x + v`` are those of ``x`` plus the linear part of ``v``, taken at ``v``'s own size:
+    added up in the stream first, small vectors would be lost in a half-precision ``x``.
+    """
 
     def __init__(self, owner: Tower, stream: Stream, chosen: Targets, final: Tensor, where: Tensor) -> None:
         self.owner, self.stream, self.where = owner, stream, where
         self.rows = torch.arange(final.shape[0], device=final.device)
-        self.scale = final[self.rows, where][:, None]
-        ids = chosen.ids[0, :, 0].to(final.device)
-        if len(ids) not in (1, len(self.rows)):
-            raise InputError(f"There are {len(self.rows)} rows and answers for {len(ids)}; give one per row.")
-        self.answer = ids.expand(len(self.rows))
+        self.dtype = next(owner.module.parameters()).dtype
+        self.scale = final[self.rows, where][:, None].to(self.dtype)
+        owners, count = examples_of(stream.cache, owner.name, len(self.rows))
+        chosen.check(count)
+        ids = chosen.ids[0, :, 0]
+        self.answer = (ids.expand(len(self.rows)) if len(ids) == 1 else ids[owners]).to(final.device)
 
     def at(self, value: Tensor) -> Tensor:
         """A site at the position that is read, ``[row …]``."""
         return value[self.rows, self.where]
 
     def logits(self, vectors: Float[Tensor, "row n d_model"]) -> Float[Tensor, "row n n_out"]:
-        reading = Reading(self.owner, self.stream.cache, norm="frozen", reference=self.scale)
+        """The read-out of vectors with the run's denominator, before a soft cap, in float32 at least."""
+        reading = Reading(self.owner, self.stream.cache, norm="frozen", reference=self.scale, capped=False)
+        vectors = vectors.to(self.dtype)
         out = reading.positions(vectors, 1, self.scale.expand_as(vectors))
         return out if out.dtype == torch.float64 else out.float()
 
     def score(self, x: Float[Tensor, "row d_model"], vectors: Float[Tensor, "n row d_model"]) -> Float[Tensor, "n row"]:
-        before = self.logits(x[:, None])
+        """The increase of each vector at ``x``."""
+        cap = Reading(self.owner, self.stream.cache).cap
+        before, offset = self.logits(x[:, None]), self.logits(torch.zeros_like(x[:, None]))
         found = []
         width = max(1, _VECTORS // len(self.rows))
         for start in range(0, vectors.shape[0], width):
             piece = vectors[start : start + width].transpose(0, 1)
-            after = self.logits(x[:, None] + piece)
-            answer = self.answer[:, None].expand(after.shape[:2])
-            found.append(increase(before.expand_as(after), after, answer).T)
+            after = cap(before + (self.logits(piece) - offset))
+            found.append(increase(cap(before), after, self.answer[:, None].expand(after.shape[:2])).T)
         return torch.cat(found)
 
     def layer(self, layer: int, by: str) -> Tensor:
@@ -177,7 +203,7 @@ class _Scorer:
             attn = self.score(pre, self.at(stream.site(f"blocks.{layer}.hook_attn_out"))[None])
             return torch.cat([attn, self.score(mid, self.at(stream.site(f"blocks.{layer}.hook_mlp_out"))[None])])
         if by == "head":
-            return self.score(pre, self.at(stream.heads(layer)).transpose(0, 1))
+            return self.score(pre, stream.head_vectors(layer, self.rows, self.where))
         if by == "neuron":
             mid = self.at(stream.site(f"blocks.{layer}.hook_resid_mid"))
             return self.neurons(layer, mid)

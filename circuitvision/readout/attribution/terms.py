@@ -150,7 +150,8 @@ class Stream:
         pulled, constant = self.adjoint(layer, "attn", gradient)
         z = self.site(f"blocks.{layer}.attn.hook_z").to(gradient.dtype)
         w_o, bias = self._output(self.tower.blocks[layer], gradient)
-        per_head = torch.einsum("bphd,hdm,bpm->hb", z, w_o, pulled)
+        # In two steps: all three at once would hold every head's vector at every position.
+        per_head = torch.einsum("bphd,bphd->hb", z, torch.einsum("bpm,hdm->bphd", pulled, w_o))
         written = constant if bias is None else constant + (pulled @ bias).sum(-1)
         return per_head, written
 
@@ -174,8 +175,22 @@ class Stream:
         values = self._all_values(layer, pattern.shape[-1])
         w_o, _ = self._output(self.tower.blocks[layer], pattern)
         values = values.repeat_interleave(w_o.shape[0] // values.shape[2], dim=2)
-        written = torch.einsum("bhk,bkhd,hdm->hkbm", pattern, values, w_o)
-        return self._written(layer, "attn", written, rows, where)
+        reference = self._reference(layer, "attn", rows, where)
+        # A head at a time: with all heads at once only the sources of one row would fit into memory at real sizes.
+        written = [
+            self._written(
+                layer, "attn", torch.einsum("bk,bkd,dm->kbm", pattern[:, h], values[:, :, h], w_o[h]), reference
+            )
+            for h in range(w_o.shape[0])
+        ]
+        return torch.stack(written)
+
+    def head_vectors(self, layer: int, rows: Tensor, where: Tensor) -> Float[Tensor, "head row d_model"]:
+        """What each head adds to the stream at one position of every row, the output bias left out."""
+        z = self.site(f"blocks.{layer}.attn.hook_z")[rows, where]
+        w_o, _ = self._output(self.tower.blocks[layer], z)
+        written = torch.einsum("bhd,hdm->hbm", z, w_o)
+        return self._written(layer, "attn", written, self._reference(layer, "attn", rows, where))
 
     def neuron_vectors(
         self, layer: int, post: Float[Tensor, "row d_mlp"], which: range, where: Tensor
@@ -184,12 +199,17 @@ class Stream:
         weight, _ = linear(self.tower.blocks[layer].part("mlp_out"), post.dtype, post.device)
         chosen = torch.arange(which.start, which.stop, device=post.device)
         written = post[:, chosen].T[..., None] * weight.detach()[chosen][:, None]
-        return self._written(layer, "mlp", written, torch.arange(post.shape[0], device=post.device), where)
+        rows = torch.arange(post.shape[0], device=post.device)
+        return self._written(layer, "mlp", written, self._reference(layer, "mlp", rows, where))
 
-    def _written(self, layer: int, branch: str, value: Tensor, rows: Tensor, where: Tensor) -> Tensor:
-        if not self.tower.blocks[layer].has(f"{branch}_add"):
+    def _reference(self, layer: int, branch: str, rows: Tensor, where: Tensor) -> Tensor | None:
+        """What the norm of a branch takes its denominator from, at one position of every row; None without one."""
+        has = self.tower.blocks[layer].has(f"{branch}_add")
+        return self.before(layer, branch)[rows, where] if has else None
+
+    def _written(self, layer: int, branch: str, value: Tensor, reference: Tensor | None) -> Tensor:
+        if reference is None:
             return value
-        reference = self.before(layer, branch)[rows, where]
         offset = self.through(layer, branch, torch.zeros_like(reference), reference)
         return self.through(layer, branch, value, reference.expand_as(value)) - offset
 
@@ -201,7 +221,8 @@ class Stream:
         before = next((t for t in self.tower.siblings.values() if t.spec.feeds_cache_only), None)
         if before is None:
             raise InputError(f"Attention reads {keys} keys, but the cache holds the values of {own.shape[1]} only.")
-        prefix = Stream(before, self.cache).site(f"blocks.{layer}.attn.hook_v")
+        # The prefix ran once, whichever denoising step is looked at.
+        prefix = Stream(before, self.cache, step=0).site(f"blocks.{layer}.attn.hook_v")
         return torch.cat([prefix, own], dim=1)
 
     def neuron_shares(self, layer: int, gradient: Tensor) -> tuple[Float[Tensor, "neuron row"], Float[Tensor, " row"]]:

@@ -37,6 +37,7 @@ from circuitvision.readout.lens.reader import LensReader, measured
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.lens.sites import lens_sites, ordered_sites
 from circuitvision.readout.places import places_of
+from circuitvision.readout.recorded import examples_of
 from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, reader_of, resolve_targets
 
 if TYPE_CHECKING:
@@ -100,6 +101,9 @@ def logit_lens(
             f"run with names_filter=cv.readout.lens_sites(model, {owner.name!r}), or with all sites."
         )
     reader = LensReader(model, owner, found, norm, chosen, readout, tuned, step)
+    shapes = {name: tuple(reader.site(name).shape[1:-1]) for name in names}
+    if len(set(shapes.values())) > 1:
+        raise InputError(f"Sites of different shapes are read apart; these have {shapes}.")
     with torch.no_grad():
         parts = [_Part.read(reader, name, measure, top_k) for name in names]
     return _result(model, reader, names, parts, measure, top_k, norm)
@@ -181,18 +185,17 @@ class _Part:
     @classmethod
     def read(cls, reader: LensReader, name: str, measure: str, top_k: int | None) -> _Part:
         value = reader.site(name)
-        layer = SiteName.parse(name).layer
         per_head = value.movedim(2, 0) if value.ndim == 4 else value[None]
         heads, sizes = [], 0
         for vectors in per_head:
             pieces = []
-            for logits in reader.columns(vectors, layer):
+            for logits in reader.columns(vectors, name):
                 sizes = logits.shape[-1]
                 pieces.append(_summary(reader, logits, measure, top_k))
             heads.append([torch.cat(column, dim=1) for column in zip(*pieces, strict=True)])
         pooled = None
         if value.ndim == 3 and value.shape[1] > 0:
-            whole = reader.pooled(value, layer)
+            whole = reader.pooled(value, name)
             if whole is not None:
                 pooled = tuple(part[:, 0] for part in _summary(reader, whole[:, None], measure, top_k))
         values, ids, ranks = (torch.stack(column) for column in zip(*heads, strict=True))
@@ -201,17 +204,20 @@ class _Part:
 
 def _summary(reader: LensReader, logits: Tensor, measure: str, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """What is kept of the logits of some positions: values, highest columns, ranks of the targets."""
-    scored = measured(logits, measure)
+    scored = measured(logits, measure, reader.pairwise)
     best = scored.topk(min(top_k or _SHOWN, scored.shape[-1]), dim=-1)
     if reader.targets is None:
         return best.values.cpu(), best.indices.cpu(), torch.zeros(*best.values.shape[:-1], 0, dtype=torch.long)
     _check_columns(reader.targets, scored.shape[-1])
     values = reader.targets.read(
-        measured(logits, "logprob") if reader.targets.how == "joint" else scored, _examples(reader, scored.shape[0])
+        measured(logits, "logprob", reader.pairwise) if reader.targets.how == "joint" else scored,
+        _examples(reader, scored.shape[0]),
     )
     if reader.targets.how == "joint" and measure == "prob":
         values = values.exp()
-    ranks = torch.stack([1 + (scored > values[..., i, None]).sum(-1) for i in range(values.shape[-1])], dim=-1)
+    higher = [1 + (scored > values[..., i, None]).sum(-1) for i in range(values.shape[-1])]
+    # What is not a number has no rank.
+    ranks = torch.stack(higher, dim=-1).where(~values.isnan(), 0)
     return values.cpu(), best.indices.cpu(), ranks.cpu()
 
 
@@ -221,13 +227,9 @@ def _check_columns(targets: Targets, size: int) -> None:
 
 
 def _examples(reader: LensReader, rows: int) -> Tensor:
-    tokens = reader.model.tokens(reader.cache.inputs).get(reader.tower.name) if reader.cache.inputs else None
-    owners = torch.arange(rows) if tokens is None or tokens.n_rows != rows else torch.as_tensor(tokens.example)
-    targets = reader.targets
-    if targets is not None and targets.ids.shape[1] not in (1, int(owners.max()) + 1):
-        raise InputError(
-            f"There are {int(owners.max()) + 1} examples and targets for {targets.ids.shape[1]}; give one per example."
-        )
+    owners, count = examples_of(reader.cache, reader.tower.name, rows)
+    if reader.targets is not None:
+        reader.targets.check(count)
     return owners
 
 
@@ -292,14 +294,21 @@ def _labels(tower: str, names: Sequence[str]) -> tuple[str, list[Any]]:
 def _where(
     model: HookedModel, reader: LensReader, rows: int, length: int
 ) -> tuple[Tensor, list[int], list[Any], list[list[str]], list[list[str]]]:
-    """Places, examples, numbers, words and kinds of the positions kept (a projector that drops positions drops the first)."""
-    tokens = model.tokens(reader.cache.inputs).get(reader.tower.name) if reader.cache.inputs else None
-    dropped = 0 if tokens is None else tokens.n_positions - length
-    if tokens is None or dropped < 0 or tokens.n_rows != rows:
+    """Places, examples, numbers, words and kinds of the positions kept.
+
+    A site or projector without the first positions lacks the tower's prefix; a later pass of a text tower holds what it generated.
+    """
+    tokens = reader.tokens
+    if tokens is None or tokens.n_rows != rows or length > tokens.n_positions:
         nowhere = torch.full((rows, length, 4), -1)
         blank = [[""] * length for _ in range(rows)]
         return nowhere, list(range(rows)), list(range(length)), blank, blank
+    example = [int(number) for number in tokens.example]
+    if length < tokens.n_positions and (tokens.kind == "text").any():
+        first = tokens.n_positions + length * max((reader.step or 1) - 1, 0)
+        generated = [["generated"] * length for _ in range(rows)]
+        return torch.full((rows, length, 4), -1), example, list(range(first, first + length)), generated, generated
+    dropped = tokens.n_positions - length
     words = [tokens.labels(row)[dropped:] for row in range(rows)]
     kinds = [[str(kind) for kind in tokens.kind[row, dropped:]] for row in range(rows)]
-    numbers = list(range(dropped, tokens.n_positions))
-    return places_of(tokens, dropped), tokens.example.tolist(), numbers, words, kinds
+    return places_of(tokens, dropped), example, list(range(dropped, tokens.n_positions)), words, kinds

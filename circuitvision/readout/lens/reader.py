@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading, through_projector
+from circuitvision.model.tokens import TokenMap
 from circuitvision.readout.recorded import recorded
 from circuitvision.readout.targets import Targets, output_kind, output_size, reader_of
 
@@ -45,7 +46,9 @@ class LensReader:
         self.directions = against if self.kind in ("hidden", "embedding") or self._wide(against) else None
         self._check_width()
         self.norm = "own" if norm == "tuned" else norm
-        self.reference = self.site(tower.residual_name(max(tower.feature_layers))) if norm == "frozen" else None
+        self.reference = None
+        if norm == "frozen":
+            self.reference = self.site(tower.residual_name(max(tower.feature_layers))).to(self._dtype())
         self.reading = Reading(
             reader_of(tower),
             cache,
@@ -72,40 +75,80 @@ class LensReader:
         return recorded(self.cache, name, self.step)
 
     def columns(
-        self, value: Float[Tensor, "row pos d_model"], layer: int | None = None
+        self, value: Float[Tensor, "row pos d_model"], name: str | None = None
     ) -> Iterator[Float[Tensor, "row pos n_out"]]:
-        """The logits of every position, a few positions at a time."""
+        """The logits of every position of a site, a few positions at a time."""
         if value.shape[-1] != self.tower.cfg.d_model or value.ndim != 3:
             raise InputError(
                 f"The lens reads vectors of the stream [row pos {self.tower.cfg.d_model}]; this site holds {tuple(value.shape)}."
             )
         with self.tower.quiet():
             value = value.to(self._dtype())
-            value = value if self.tuned is None else self.tuned.translate(value, layer)
+            value = value if self.tuned is None else self.tuned.translate(value, name)
             if self.custom is not None:
-                yield self.custom(value)
+                yield self._own_columns(value)
                 return
+            missing = self.missing(value)
             if reader_of(self.tower) is not self.tower and self.directions is None:
                 assert self.tower.spec.readout is not None
-                value = through_projector(self.tower, self.tower.spec.readout, value, self.cache)
-            width, missing = self._positions_at_once(value), self.missing(value)
+                value = through_projector(self.tower, self.tower.spec.readout, value, self.cache, not missing)
+            width = self._positions_at_once(value)
             for start in range(0, value.shape[1], width):
-                yield self._piece(value[:, start : start + width], start + missing)
+                piece = value[:, start : start + width]
+                yield self._piece(piece, start + missing, self._frozen(start, piece.shape[1], value.shape[1]))
+
+    def _own_columns(self, value: Tensor) -> Tensor:
+        assert self.custom is not None
+        out = self.custom(value)
+        if not isinstance(out, Tensor) or out.ndim != 3 or out.shape[:2] != value.shape[:2]:
+            shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise InputError(
+                f"readout=fn gives [row pos n_out] for [row pos d_model]; this one gave {shape} for {tuple(value.shape)}."
+            )
+        return out
+
+    def at(
+        self, values: Float[Tensor, "vector d_model"], numbers: Int[Tensor, " vector"]
+    ) -> Float[Tensor, "vector n_out"]:
+        """The logits of single vectors, each read as a position of the number given."""
+        # Heads that read several pooled vectors tell at most the first two positions from the rest.
+        roles = numbers.clamp(max=2)
+        found, order = [], []
+        with self.tower.quiet():
+            for role in roles.unique().tolist():
+                mine = (roles == role).nonzero().flatten()
+                order.append(mine)
+                found.append(self._piece(values[mine.to(values.device), None].to(self._dtype()), int(role), None)[:, 0])
+        back = torch.cat(order).argsort()
+        return torch.cat(found)[back.to(values.device)]
+
+    def _frozen(self, start: int, length: int, whole: int) -> Tensor | None:
+        """The reference at the positions of a piece: the site may lack the reference's first positions."""
+        if self.reference is None:
+            return None
+        first = self.reference.shape[1] - whole + start
+        return self.reference[:, first : first + length]
 
     def missing(self, value: Float[Tensor, "row pos width"]) -> int:
-        """How many of the tower's first positions a site does not have (patch embeddings have no CLS, a projector drops it)."""
-        tokens = self.model.tokens(self.cache.inputs).get(self.tower.name) if self.cache.inputs else None
-        return 0 if tokens is None or tokens.n_rows != value.shape[0] else max(tokens.n_positions - value.shape[1], 0)
+        """How many of the tower's first positions a site does not have: patch embeddings have no CLS, action embeddings no state."""
+        tokens = self.tokens
+        if tokens is None or tokens.n_rows != value.shape[0] or not (tokens.kind != "text").all():
+            return 0
+        return max(tokens.n_positions - value.shape[1], 0)
 
-    def _piece(self, piece: Tensor, start: int) -> Tensor:
+    @property
+    def tokens(self) -> TokenMap | None:
+        """What the tower's positions are, where the cache knows its inputs."""
+        return self.model.tokens(self.cache.inputs).get(self.tower.name) if self.cache.inputs else None
+
+    def _piece(self, piece: Tensor, start: int, frozen: Tensor | None) -> Tensor:
         if self.directions is not None and self.kind != "embedding":
             norm = self.tower.final_norm if self.norm == "own" and self.tower.spec.readout is None else None
             return (piece if norm is None else norm(piece)) @ self.directions.to(piece).T
-        frozen = None if self.reference is None else self.reference[:, start : start + piece.shape[1]]
         out = self.reading.positions(piece, start, frozen)
         return out if self.directions is None else out @ self.directions.to(out).T
 
-    def pooled(self, value: Float[Tensor, "row pos d_model"], layer: int | None = None) -> Tensor | None:
+    def pooled(self, value: Float[Tensor, "row pos d_model"], name: str | None = None) -> Tensor | None:
         """The family's pooled output ``[row n_out]``; None where it does not pool, or where the vector is not read by its head."""
         readout = self.tower.spec.readout
         pools = readout is not None and readout.pool not in ("none", "chunk")
@@ -113,9 +156,14 @@ class LensReader:
             return None
         with self.tower.quiet():
             value = value.to(self._dtype())
-            value = value if self.tuned is None else self.tuned.translate(value, layer)
+            value = value if self.tuned is None else self.tuned.translate(value, name)
             out = self.reading.output(value)
         return out.T if self.kind == "images" and self.reading.against is None else out
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether every column is a yes or no of its own (SigLIP)."""
+        return self.kind in ("texts", "images") and getattr(self.tower.module, "logit_bias", None) is not None
 
     def _dtype(self) -> torch.dtype:
         return next(self.tower.module.parameters()).dtype
@@ -125,7 +173,13 @@ class LensReader:
         return max(1, CHUNK_BYTES // (4 * size * value.shape[0]))
 
 
-def measured(logits: Tensor, measure: str) -> Tensor:
-    """Logits as they are, log-probabilities or probabilities; in float32 at least."""
+def measured(logits: Tensor, measure: str, pairwise: bool = False) -> Tensor:
+    """Logits as they are, log-probabilities or probabilities; in float32 at least.
+
+    ``pairwise`` says that every column is a yes or no of its own, as SigLIP is trained: the probability is a sigmoid, not a softmax over
+    columns.
+    """
     wide = logits if logits.dtype == torch.float64 else logits.float()
+    if pairwise and measure != "logit":
+        return nn.functional.logsigmoid(wide) if measure == "logprob" else wide.sigmoid()
     return wide if measure == "logit" else wide.log_softmax(-1) if measure == "logprob" else wide.softmax(-1)

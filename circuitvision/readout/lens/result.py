@@ -64,9 +64,11 @@ class LensResult(Result):
         )
 
     def target(self, label: Any) -> int:
-        """The index of a target; InputError if it is not one of this lens."""
-        labels = self.axes.get("target", [])
+        """The index of a target by its label, or else by its place; InputError if it is neither."""
+        labels = self.axes.get("target") or self.axes.get("rank", [])
         if label not in labels:
+            if isinstance(label, int) and 0 <= label < len(labels):
+                return label
             raise InputError(f"{label!r} is not a target of this lens; its targets are {labels}.")
         return labels.index(label)
 
@@ -85,15 +87,23 @@ class LensResult(Result):
         axes = {**self.axes, "row": [self.axes["row"][row]]}
         return replace(self, values=self.values.narrow(at, row, 1), axes=axes, places=self.places[row : row + 1], **cut)
 
-    def patch_grid(self, layer: Any, row: int = 0, image: int = 0, tile: int | None = None, target: Any = 0) -> Tensor:
-        """One layer's values of a target (by number or label) on the patch grid of an image: ``[rows columns]``, NaN where a patch has no position.
+    def patch_grid(
+        self, layer: Any, row: int = 0, image: int = 0, tile: int | None = None, target: Any = None
+    ) -> Tensor:
+        """One layer's values of a target (by label or place; None: the first) on the patch grid of an image: ``[rows columns]``.
+
+        NaN where a patch has no position.
 
         ``tile=None`` takes the first tile there is (the whole image, where a model also reads it in parts).
 
         Raises:
-            InputError: the row has no patch of that image and tile.
+            InputError: the row has no patch of that image and tile, or the lens has heads.
         """
-        index = target if isinstance(target, int) else self.target(target)
+        if "head" in self.axes:
+            raise InputError("This lens has a head axis; read a site without heads to lay it over an image.")
+        if row not in range(len(self.axes["row"])):
+            raise InputError(f"There is no row {row}; this lens has {len(self.axes['row'])}.")
+        index = 0 if target is None else self.target(target)
         return on_grid(self.values[self.index(layer), row, :, index], self.places[row], image, tile)
 
     def index(self, layer: Any) -> int:

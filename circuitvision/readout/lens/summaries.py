@@ -52,13 +52,14 @@ class Difference:
 
 
 def rank(logits: Float[Tensor, "*batch n_out"], answer: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
-    """1 plus how many columns are strictly higher than the answer's."""
-    return 1 + (logits > logits.gather(-1, answer[..., None])).sum(-1)
+    """1 plus how many columns are strictly higher than the answer's; 0 where the answer's value is not a number."""
+    value = logits.gather(-1, answer[..., None])
+    return (1 + (logits > value).sum(-1)).where(~value[..., 0].isnan(), 0)
 
 
 def identifiability(ranks: Int[Tensor, "*batch"], n_outputs: int) -> Float[Tensor, "*batch"]:
-    """``1 - (rank - 1)/K``: 1 for the highest column, ``1/K`` for the lowest, ``(K+1)/(2K)`` by chance."""
-    return 1 - (ranks.double() - 1) / n_outputs
+    """``1 - (rank - 1)/K``: 1 for the highest column, ``1/K`` for the lowest, ``(K+1)/(2K)`` by chance; NaN where there is no rank."""
+    return torch.where(ranks > 0, 1 - (ranks.double() - 1) / n_outputs, float("nan"))
 
 
 def lens_identifiability(result: LensResult, kinds: str | list[str] | None = None) -> LensSummary:
@@ -117,7 +118,15 @@ def match_rates(
 
 
 def similarity_change(branch: LensResult, stream: LensResult) -> LensSummary:
-    """What a branch says of a target beside the stream it reads: ``lens(branch_l) - lens(stream before l)``; axes ``layer row position target``."""
+    """What a branch says of a target beside the stream it reads: ``lens(branch_l) - lens(stream before l)``; axes ``layer row position target``.
+
+    Raises InputError for lenses of different towers, targets, measures, norms or rows.
+    """
+    for name in ("tower", "measure", "norm", "example"):
+        if getattr(branch, name) != getattr(stream, name):
+            raise InputError(f"The lenses differ in {name}: {getattr(branch, name)!r} and {getattr(stream, name)!r}.")
+    if branch.axes.get("target") != stream.axes.get("target") or "target" not in branch.axes:
+        raise InputError(f"The lenses have other targets: {branch.axes.get('target')} and {stream.axes.get('target')}.")
     layers = branch.axes["layer"]
     if stream.axes["layer"][: len(layers)] != ["input", *layers[:-1]]:
         raise InputError("The stream's lens must start with 'input' and cover the branch's layers.")
@@ -182,7 +191,9 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _stream_only(result: LensResult) -> None:
-    if next(iter(result.axes)) != "layer" or "target" not in result.axes:
+    layers = result.axes.get("layer", [])
+    whole = layers[:1] == ["input"] and layers[1:] == list(range(len(layers) - 1))
+    if not whole or "target" not in result.axes:
         raise InputError(
             "The change rate compares the stream of successive layers; read the lens with targets= and the default sites."
         )

@@ -6,7 +6,7 @@ same position (the model's output wherever the tower feeds it). Outputs that are
 squared error.
 
 The last layer's map stays the identity. A tuned lens says what could be read linearly, not what later layers do read; it needs inputs like
-those it is used on. The KL on inputs held out is kept per layer, beside that of the plain lens. Not covered: training while the model streams
+those it is used on. The KL on positions held out is kept per layer, beside that of the plain lens. Not covered: training while the model streams
 from disk.
 
 Reference: Belrose et al. 2023, arXiv 2303.08112.
@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.sites import SiteName
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe
 from circuitvision.readout.lens.sites import lens_sites
@@ -41,18 +42,27 @@ def _nothing() -> Tensor:
 class TunedLens(Result):
     """The trained maps of one tower: ``A`` is ``weight [layer d_model d_model]``, ``b`` is ``bias [layer d_model]``.
 
-    ``values`` ``[lens layer]`` is the loss on the inputs held out (nats; squared error for actions) of the plain and of the tuned lens.
+    ``values`` ``[lens layer]`` is the loss on the positions held out (nats; squared error for actions) of the plain and of the tuned lens.
     """
 
     tower: str = ""
     weight: Tensor = field(default_factory=_nothing)
     bias: Tensor = field(default_factory=_nothing)
 
-    def translate(self, value: Float[Tensor, "row pos d_model"], layer: int | None) -> Float[Tensor, "row pos d_model"]:
-        """A residual of one layer (None: what enters block 0) as the last layer would write it."""
-        index = 0 if layer is None else layer + 1
+    def translate(self, value: Float[Tensor, "row pos d_model"], site: str | None) -> Float[Tensor, "row pos d_model"]:
+        """A residual at a site of the stream (None: what enters block 0) as the last layer would write it.
+
+        Raises InputError for a site that is not the stream between blocks, or of a layer without a map.
+        """
+        name = SiteName.parse(site or "tower.hook_input")
+        after = {"hook_input": 0, "hook_resid_pre": 0, "hook_resid_post": 1}
+        if name.site not in after:
+            raise InputError(
+                f"A tuned lens maps the stream between blocks (hook_input, resid_pre, resid_post), not {site}."
+            )
+        index = after[name.site] + (name.layer or 0)
         if index >= len(self.weight):
-            raise InputError(f"This tuned lens covers {len(self.weight) - 1} layers; there is none for layer {layer}.")
+            raise InputError(f"This tuned lens covers {len(self.weight) - 1} layers; there is no map for {site}.")
         weight, bias = (part[index].to(value.device, torch.float32) for part in (self.weight, self.bias))
         wide = value.to(torch.promote_types(value.dtype, torch.float32))
         return (wide + wide @ weight.to(wide) + bias.to(wide)).to(value.dtype)
@@ -102,7 +112,7 @@ class TunedLens(Result):
             raise InputError(
                 "A dual encoder's columns are the texts of the run: give the inputs of one run, with all images."
             )
-        residuals, outputs = _residuals(model, data, owner.name, positions, LensReader)
+        residuals, outputs, numbers = _residuals(model, data, owner.name, positions, LensReader)
         count = outputs.shape[0]
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(count, generator=generator)
@@ -118,7 +128,9 @@ class TunedLens(Result):
             for index, values in enumerate(residuals):
                 # The last layer is what the others are trained towards: its map is the identity, not Adam's noise around it.
                 count_of_steps = 0 if index == len(residuals) - 1 else steps
-                found = _fit(reader, values, outputs, split, count_of_steps, learning_rate, batch, generator, bar)
+                found = _fit(
+                    reader, values, outputs, numbers, split, count_of_steps, learning_rate, batch, generator, bar
+                )
                 weights.append(found[0])
                 biases.append(found[1])
                 losses.append(found[2])
@@ -153,23 +165,27 @@ def _residuals(
     tower: str,
     positions: str | Sequence[str] | None,
     reader_class: Any,
-) -> tuple[list[Tensor], Tensor]:
-    """The residuals ``[position d_model]`` of every layer at the positions chosen, and the tower's own output there."""
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The residuals ``[position d_model]`` of every layer at the positions chosen, the tower's own output there, and their numbers."""
     owner = model.towers[tower]
     per_layer: list[list[Tensor]] = []
     outputs: list[Tensor] = []
+    numbers: list[Tensor] = []
     for inputs in data:
         cache = _cache_of(model, inputs, tower)
         mask = _mask(model.tokens(cache.inputs)[tower], owner, positions, cache.inputs)
         values = [cache[name][mask].float().cpu() for name in lens_sites(model, tower)]
         reader = reader_class(model, owner, cache)
+        at = torch.arange(mask.shape[1]).expand(mask.shape)[mask]
+        numbers.append(at)
+        last = cache[lens_sites(model, tower)[-1]][mask]
         with torch.no_grad():
-            logits = torch.cat(list(reader.columns(cache[lens_sites(model, tower)[-1]])), dim=1)
-        outputs.append(logits[mask].float().cpu())
+            said = [reader.at(last[part], at[part]) for part in torch.arange(len(at)).split(1024)]
+        outputs.append(torch.cat(said).float().cpu())
         per_layer = per_layer or [[] for _ in values]
         for layer, value in enumerate(values):
             per_layer[layer].append(value)
-    return [torch.cat(layer) for layer in per_layer], torch.cat(outputs)
+    return [torch.cat(layer) for layer in per_layer], torch.cat(outputs), torch.cat(numbers)
 
 
 def _mask(tokens: Any, owner: Any, positions: str | Sequence[str] | None, inputs: Mapping[str, Any]) -> Tensor:
@@ -188,6 +204,7 @@ def _fit(
     reader: Any,
     values: Tensor,
     outputs: Tensor,
+    numbers: Tensor,
     split: tuple[Tensor, Tensor],
     steps: int,
     learning_rate: float,
@@ -207,8 +224,7 @@ def _fit(
     def loss(index: Tensor, mapped: bool) -> Tensor:
         x = values[index].to(device)
         x = x + x @ weight + bias if mapped else x
-        (said,) = reader.columns(x[None])
-        return _distance(said[0].float(), outputs[index].to(device), reader.kind)
+        return _distance(reader.at(x, numbers[index]).float(), outputs[index].to(device), reader.kind)
 
     with torch.no_grad():
         plain = float(loss(held, False))

@@ -40,7 +40,6 @@ from circuitvision.readout.relevance.variables import (
     Variable,
     brief,
     image_tower,
-    place_of,
     rows_of_pixels,
     start_of,
     wide,
@@ -172,7 +171,7 @@ class _Game:
         site = site or f"{tower or own or image_tower(model)}.hook_input"
         self.variable = Variable(model, inputs, metric, site)
         self.inputs = self.variable.inputs
-        self.place = place_of(model, self.inputs, self.variable.site, self.variable.value.shape)
+        self.place = self.variable.place
         scores = relevance.per_position if isinstance(relevance, Relevance) else torch.as_tensor(relevance)
         self.units, self.scores = self._ranked(wide(scores), kinds)
 

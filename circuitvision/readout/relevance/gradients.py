@@ -11,7 +11,7 @@ with different claims:
   weighted by its gradient. Never negative, in no unit, comparable within one image only.
 
 Whether a map tells what the model used is measured, not seen: :func:`~circuitvision.readout.relevance.curves.deletion_curve`,
-:func:`~circuitvision.readout.relevance.curves.pointing_game`.
+:func:`~circuitvision.readout.relevance.pointing.pointing_game`.
 
 The metric is summed over examples before it is differentiated; examples of one run do not see each other, so each gets its own gradient. The
 texts of a dual encoder are the exception: all images are compared with each, and their relevance is for the sum.
@@ -42,11 +42,9 @@ from circuitvision.readout.places import on_grid, places_of
 from circuitvision.readout.relevance.variables import (
     PIXELS,
     Baseline,
-    Place,
     Variable,
     brief,
     image_tower,
-    place_of,
     rows_of_pixels,
     rows_serve_all,
     start_of,
@@ -233,7 +231,7 @@ def _start(place: Variable, baseline: Baseline, positions: Selection | Tensor | 
     start = start_of(place, baseline)
     if positions is None:
         return start
-    where = place_of(place.model, place.inputs, place.site, place.value.shape)
+    where = place.place
     mask = positions.tensor if isinstance(positions, Selection) else positions
     mask = mask[:, where.dropped :] if mask.shape[-1] == where.tokens.n_positions else mask
     if mask.dtype != torch.bool or tuple(mask.shape) != tuple(place.value.shape[:2]):
@@ -281,17 +279,15 @@ def _totals(result: Relevance, model: Any, examples: int) -> Tensor:
 def _result(place: Variable, values: Tensor, method: str, metric: Any) -> Relevance:
     """Contributions of single numbers, in the shape of the place, as a result."""
     if place.site != PIXELS:
-        where = place_of(place.model, place.inputs, place.site, values.shape)
-        return result_at(place, where, values.sum(-1), method, metric)
-    tokens = place.model.tokens(place.inputs)[image_tower(place.model)]
+        return result_at(place, values.sum(-1), method, metric)
     maps = values.sum(-3)
     maps = maps.reshape(-1, *maps.shape[-2:])[rows_of_pixels(place.model, place.inputs)]
-    return result_at(place, Place(tokens, 0), maps, method, metric)
+    return result_at(place, maps, method, metric)
 
 
-def result_at(place: Variable, where: Place, values: Tensor, method: str, metric: Any) -> Relevance:
+def result_at(place: Variable, values: Tensor, method: str, metric: Any) -> Relevance:
     """Values per position (and head), or per pixel, of a variable as a result."""
-    axes = {"row": list(range(values.shape[0]))}
+    where, axes = place.place, {"row": list(range(values.shape[0]))}
     if place.site == PIXELS:
         axes |= {"down": list(range(values.shape[1])), "across": list(range(values.shape[2]))}
     else:

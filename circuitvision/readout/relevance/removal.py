@@ -35,7 +35,6 @@ from circuitvision.readout.relevance.variables import (
     Variable,
     brief,
     checked_tower,
-    place_of,
     rows_serve_all,
     start_of,
     wide,
@@ -62,9 +61,10 @@ def occlusion(
     Args:
         model, inputs, metric: as in :func:`~circuitvision.readout.relevance.gradients.gradient_times_activation`.
         tower: whose positions; by default the first image tower's.
-        kinds: kinds of positions to remove, see ``circuitvision.model.tokens.KINDS``: by default patches, and outside image towers words as
-        well. window: side of the sliding window of patches. with_: what a removed position becomes, see
-        :mod:`circuitvision.readout.relevance.variables`. site: where it is removed; by default what enters the tower.
+        kinds: kinds of positions to remove, see ``circuitvision.model.tokens.KINDS``: by default patches, and outside image towers words too.
+        window: side of the sliding window of patches.
+        with_: what a removed position becomes, see :mod:`circuitvision.readout.relevance.variables`.
+        site: where it is removed; by default what enters the tower.
 
     Raises:
         InputError: no such tower, kind or position; a window larger than the grid.
@@ -72,7 +72,7 @@ def occlusion(
     place = Variable(model, inputs, metric, site or f"{checked_tower(model, tower)}.hook_input")
     if place.site == PIXELS:
         raise InputError("Occlusion removes positions of a tower; deletion_curve(level='pixel') colours pixels.")
-    where = place_of(model, place.inputs, place.site, place.value.shape)
+    where = place.place
     tower = where.tokens.tower
     if kinds is None:
         kinds = ("patch",) if model.towers[tower].stack.image else ("patch", "text")
@@ -94,7 +94,7 @@ def occlusion(
     counts = removed.sum(0)
     values = torch.einsum("erp,er->rp", removed.to(of_row), of_row) / counts
     values = torch.where(counts > 0, values, float("nan"))
-    return result_at(place, where, values, f"occlusion (window {window}, baseline {brief(with_)})", metric)
+    return result_at(place, values, f"occlusion (window {window}, baseline {brief(with_)})", metric)
 
 
 def _removals(where: Place, kinds: Sequence[str], window: int, alone: bool) -> Iterator[Bool[Tensor, "row pos"]]:

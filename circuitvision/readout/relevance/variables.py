@@ -107,11 +107,13 @@ class Place:
 
 
 def place_of(model: HookedModel, inputs: Mapping[str, Any], site: str, shape: Sequence[int]) -> Place:
-    """Where the positions of a site with values of this shape lie.
+    """Where the positions of a site with values of this shape lie; for pixels, the positions of the tower that reads them.
 
     Raises:
         InputError: the site has no position axis.
     """
+    if site == PIXELS:
+        return Place(model.tokens(inputs)[image_tower(model)], 0)
     name = SiteName.parse(site)
     tower = name.tower if name.tower in model.towers else image_tower(model)
     tokens = model.tokens(inputs)[tower]
@@ -129,10 +131,11 @@ def place_of(model: HookedModel, inputs: Mapping[str, Any], site: str, shape: Se
 class Variable:
     """The values at one place of a run, and the metric as a function of them.
 
-    ``value`` holds them as they are in the unedited run, and ``metric_value`` the metric there, ``[example]``.
+    ``value`` holds them as they are in the unedited run, ``place`` says where their positions lie, and ``metric_value`` is the metric there,
+    ``[example]``.
 
     Raises:
-        InputError: a dead site, pixels the model does not read as images.
+        InputError: a dead site, one without positions, pixels the model does not read as images.
     """
 
     def __init__(self, model: HookedModel, inputs: Mapping[str, Any], metric: Any, site: str) -> None:
@@ -155,6 +158,7 @@ class Variable:
         self.output_shape = tuple(logits.shape)
         if names:
             self.value = cache[self.site].detach()
+        self.place = place_of(model, self.inputs, self.site, self.value.shape)
         self._copies: dict[int, dict[str, Any]] = {1: self.inputs}
 
     def __call__(
@@ -271,7 +275,7 @@ def start_of(variable: Variable, baseline: Baseline) -> Tensor:
         return _mean_of_others(value)
     if of_pixels:
         return value.mean((-2, -1), keepdim=True).expand_as(value)
-    return _mean_of_kind(value, place_of(variable.model, variable.inputs, variable.site, value.shape))
+    return _mean_of_kind(value, variable.place)
 
 
 def _mean_of_others(value: Tensor) -> Tensor:
