@@ -4,8 +4,8 @@ A vector of width d_model goes through the tower's read-out as if it were the fi
 what that means at positions that the family does not pool). ``norm`` says what the final norm does to it:
 
 * ``"own"``: its own statistics (the usual lens; of a branch's output too, as in Vilas et al.);
-* ``"frozen"``: the scale that the norm has in this run at the same position, so that the lens is linear in the vector and values of parts add
-  up;
+* ``"frozen"``: the scale that the norm has in this run at the same position, so that the lens is affine in the vector (before a soft cap, where
+  there is one) and values of parts add up;
 * ``"none"``: no final norm;
 * ``"tuned"``: an affine map per layer, trained to predict the output, then the norm's own statistics (:class:`TunedLens`).
 
