@@ -55,6 +55,9 @@ class Result:
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         Result._classes[cls.__name__] = cls
+        if "__repr__" not in cls.__dict__:
+            # A dataclass would print every tensor it holds.
+            cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         axes = {str(name): [as_builtin(label) for label in labels] for name, labels in self.axes.items()}
@@ -66,6 +69,9 @@ class Result:
             )
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "provenance", as_builtin(dict(self.provenance)))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({' × '.join(f'{name} {len(labels)}' for name, labels in self.axes.items())})"
 
     def to_frame(self) -> pd.DataFrame:
         """One row per value: a column for each axis and the column ``value`` (long form, in row-major order)."""

@@ -14,7 +14,7 @@ import circuitvision as cv
 from circuitvision.errors import InputError, UnknownSiteError
 from circuitvision.model.cache import ActivationCache
 from tests.conformance.setting import Setting, close, same
-from tests.zoo import CASES, Case, cases, parametrize, shared_model
+from tests.zoo import CASES, Case, case, cases, parametrize, shared_model
 
 
 def run(
@@ -386,3 +386,18 @@ def test_moving_and_converting() -> None:
         _, tracked = setting.model().run_with_cache(setting.inputs(setting.model()))
     assert any(value.requires_grad for value in tracked.values())
     assert not any(value.requires_grad for value in tracked.detach().values())
+
+
+def test_a_recording_of_one_run_knows_its_inputs_and_of_several_does_not():
+    entry = case("vit")
+    model = cv.HookedModel(shared_model("vit"))
+    inputs = entry.inputs(model.module)
+    with model.record("vision.hook_input") as one:
+        model(inputs)
+    assert set(one.inputs) == set(inputs)
+    with model.record("vision.hook_input") as two:
+        model(inputs)
+        model(inputs)
+    assert not two.inputs
+    model(inputs)
+    assert model._recorded_inputs is None

@@ -76,6 +76,7 @@ class HookedModel(TextTools):
         self._persistent: list[Registration] = []
         self._matches: dict[Any, list[str]] = {}
         self._passes_recorded = False
+        self._recorded_inputs: list[dict[str, Any]] | None = None
         self._checked_inputs = inputs.Checked()
 
     def _own_towers(self) -> None:
@@ -213,9 +214,15 @@ class HookedModel(TextTools):
             self._checked_inputs.keep(self, mapping)
         return mapping
 
+    def _ran(self, mapping: Mapping[str, Any]) -> None:
+        """Remember the inputs of a run for the cache that records it."""
+        if self._recorded_inputs is not None:
+            self._recorded_inputs.append(dict(mapping))
+
     def _forward(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Tensor:
         if kwargs:
             inputs.check_names(self, kwargs)
+        self._ran(mapping)
         with self.engine.run():
             output = self.module(**mapping, **kwargs)
         return output[self.family.output] if isinstance(output, Mapping) else getattr(output, self.family.output)
@@ -342,16 +349,21 @@ class HookedModel(TextTools):
     ) -> Iterator[ActivationCache]:
         """A cache that fills with the runs inside the block, ``generate`` and ``sample_actions`` among them: complete when the block ends.
 
-        Sites of runs with several passes get a leading step axis, or a list where the lengths differ.
+        Sites of runs with several passes get a leading step axis, or a list where the lengths differ. Of a single run the cache knows the inputs.
         """
         recorder = Recorder(device)
         cache = ActivationCache({}, self)
-        self._passes_recorded = False
+        self._passes_recorded, self._recorded_inputs = False, []
         names = self._match(names_filter)
-        with self.engine.registered(Registration(recorder=recorder, recorded=frozenset(names))):
-            yield cache
+        try:
+            with self.engine.registered(Registration(recorder=recorder, recorded=frozenset(names))):
+                yield cache
+        finally:
+            runs, self._recorded_inputs = self._recorded_inputs or [], None
         ordered = {name: recorder.values[name] for name in names if name in recorder.values}
         cache._values.update(collected(ordered, multi_pass=self._passes_recorded))
+        if len(runs) == 1:
+            cache.inputs = runs[0]
 
     def run(self, inputs: Any, edits: Edit | Sequence[Edit] = (), **kwargs: Any) -> Tensor:
         """One forward pass under edits, see :mod:`circuitvision.edits`; returns the output.
@@ -413,6 +425,7 @@ class HookedModel(TextTools):
         if bound.writes and kwargs.get("use_cache") is False:
             raise InputError("Edits count positions by the cache: leave use_cache on.")
         self._passes_recorded = True
+        self._ran(mapping)
         with self._edited(binder, bound), self.engine.run():
             return module.generate(**mapping, **kwargs)
 
@@ -433,6 +446,7 @@ class HookedModel(TextTools):
         (bound,) = binder.bind(_one_group(edits))
         mapping.pop("timestep", None)
         self._passes_recorded = True
+        self._ran(mapping)
         with self._edited(binder, bound), self.engine.run():
             return module.sample_actions(**mapping, num_steps=num_steps, **kwargs)
 

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from circuitvision.errors import InputError
+from circuitvision.readout.weights import key_values
 from circuitvision.readout.weights import value_vectors as weights
 from circuitvision.readout.weights.class_agreement import Agreement, agreement, signed_rank_p
 from circuitvision.readout.weights.key_values import TokenAgreement, compositionality, key_value_agreement
 from circuitvision.readout.weights.unembedding import unembedding_matrix
-from circuitvision.readout.weights.value_vectors import written_rows
+from circuitvision.readout.weights.value_vectors import projections, written_rows
 from tests.readout.planted import hooked, plant, run
 from tests.zoo import case
 
@@ -189,13 +190,59 @@ def test_token_rates_leave_padding_out_and_are_saved(tmp_path):
         ({"labels": ["red", "cross"], "targets": ["red", "blue"]}, "among the targets"),
         ({"labels": ["red", "blue"], "n_values": 0}, "at least 1"),
         ({"labels": ["red", "blue"], "n_keys": 0}, "at least 1"),
-        ({"labels": ["red", "blue"], "of": "ov"}, r"language\.blocks\.\*\.attn\.hook_z"),
+        ({"labels": ["red", "blue"], "of": "ov"}, r"language\.blocks\.0\.attn\.hook_z"),
     ):
         with pytest.raises(InputError, match=message):
             key_value_agreement(cache, model.language, **options)
     other = hooked("llava-clip-llama")
     with pytest.raises(InputError, match="another model"):
         key_value_agreement(cache, other.language, ["red", "red"])
+
+
+@pytest.mark.parametrize("of", ["mlp", "ov"])
+def test_a_few_classes_at_a_time_give_the_same_rates(of, monkeypatch):
+    model = hooked("vit")
+    cache = run(model, "vit")
+    labels, tower = [0, 3], model.vision
+    whole = [key_value_agreement(cache, tower, labels, of=of), compositionality(cache, tower, of=of)]
+    widest = []
+
+    def watched(rows, weight, *more):
+        widest.append(len(rows) * weight.shape[1])
+        return projections(rows, weight, *more)
+
+    monkeypatch.setattr(key_values, "projections", watched)
+    rows = tower.cfg.d_mlp if of == "mlp" else tower.cfg.n_heads * tower.cfg.d_head
+    monkeypatch.setattr(weights, "_CHUNK", max(rows, 2 * 17 * 5))
+    parts = [key_value_agreement(cache, tower, labels, of=of), compositionality(cache, tower, of=of)]
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.values, other.values)
+        torch.testing.assert_close(one.chance, other.chance)
+    assert max(widest[: len(widest) // 2]) <= max(rows, 2 * 17 * 5)
+
+
+def test_rates_of_a_cache_without_rows_or_of_several_passes_are_those_of_the_run():
+    model = hooked("llava-clip-llama")
+    inputs = case("llava-clip-llama").inputs(model.module, batch=1)
+    sites = ["language.blocks.*.mlp.hook_post", "language.blocks.*.hook_mlp_out"]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs, names_filter=sites)
+        _, alone = model.run_with_cache(inputs, names_filter=sites)
+        with model.record(sites) as steps:
+            model.generate(inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    alone.remove_batch_dim()
+    with pytest.raises(InputError, match="does not know its model and inputs"):
+        compositionality(steps, model.language)
+    steps.inputs = cache.inputs
+    known = key_value_agreement(cache, model.language, ["red"]), compositionality(cache, model.language)
+    for other, step in ((alone, None), (steps, 0)):
+        rates = key_value_agreement(other, model.language, ["red"], step=step)
+        assert torch.equal(rates.values, known[0].values)
+        assert torch.equal(compositionality(other, model.language, step=step).values, known[1].values)
+    with pytest.raises(InputError, match="step="):
+        compositionality(steps, model.language)
+    with pytest.raises(InputError, match=r"the pass that reads the prompt \(step=0\)"):
+        compositionality(steps, model.language, step=1)
 
 
 # -- figures -------------------------------------------------------------------------------------------------------------------------------

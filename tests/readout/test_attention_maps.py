@@ -99,10 +99,32 @@ def test_maps_of_generated_words_keep_the_keys_of_the_prompt():
     torch.testing.assert_close(maps.values[1, 0, :, 0], steps["language", "pattern", 0][2][0, :, 0, :16])
     assert attention_maps(steps, tokens, steps=[3]).axes["step"] == [3]
     assert "step" not in attention_maps(steps, tokens, steps=3).axes
-    assert torch.equal(maps.grid(1, 2, step=2), attention_maps(steps, tokens, steps=3).grid(1, 2))
+    assert torch.equal(maps.grid(1, 2, step=3), attention_maps(steps, tokens, steps=3).grid(1, 2))
     for bad in ("later", []):
         with pytest.raises(InputError, match="steps="):
             attention_maps(steps, tokens, steps=bad)
+
+
+def test_passes_go_by_their_number_and_not_by_their_place():
+    values = random_shares(2, 1, 1, 1, 16)
+    maps = dataclasses.replace(made(values), axes={**made(values).axes, "step": [1, 2]})
+    assert torch.equal(maps.grid(0, 0, step=1).flatten(), values[0, 0, 0, 0])
+    assert torch.equal(maps.grid(0, 0, step=2).flatten(), values[1, 0, 0, 0])
+    assert torch.equal(maps.grid(0, 0), maps.grid(0, 0, step=1))
+    assert torch.equal(maps.pass_values(2), values[1])
+    with pytest.raises(InputError, match=r"no step 0 among these maps; there are \[1, 2\]"):
+        maps.grid(0, 0, step=0)
+    with pytest.raises(InputError, match="of one pass"):
+        made(values[0]).grid(0, 0, step=1)
+
+
+def test_passes_counted_from_the_end_are_named_by_their_place():
+    model, inputs, _ = run("llava-clip-llama", batch=1)
+    with torch.no_grad(), model.record("language.blocks.*.attn.hook_pattern") as steps:
+        model.generate(inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    maps = attention_maps(steps, model.tokens(inputs), steps=[-1, 1])
+    assert maps.axes["step"] == [2, 1]
+    assert torch.equal(maps.grid(0, 0, step=2), attention_maps(steps, model.tokens(inputs), steps=2).grid(0, 0))
 
 
 def test_maps_of_an_action_tower_lie_over_every_camera():
@@ -318,6 +340,24 @@ def test_the_weakest_keys_are_discarded_row_by_row():
     result = rollout(cache, discard=0.95, layers=0)
     known = torch.tensor([[0.5 + 0.35, 0, 0], [0.25, 0.5, 0], [0, 0, 0.5 + 0.4]])
     torch.testing.assert_close(result.values[0, 0, :3, :3], known / known.sum(-1, keepdim=True))
+
+
+def test_what_is_discarded_depends_on_no_padding():
+    model = wrapped("llava-clip-llama")
+    kept = []
+    for side in (None, "left", "right"):
+        inputs = case("llava-clip-llama").inputs(model.module, batch=2, padding=side)
+        real = torch.from_numpy(model.tokens(inputs)["language"].kind != "padding")
+        with torch.no_grad():
+            _, cache = model.run_with_cache(inputs, names_filter=PATTERNS)
+        step = rollout(cache, residual=0.0, discard=0.5, layers=0).values[0]
+        for row in range(len(real)):
+            seen = step[row][real[row]][:, real[row]]
+            # The n-th real position of a causal tower sees n keys, and keeps all but half of them.
+            counts = torch.arange(1, len(seen) + 1)
+            assert torch.equal((seen > 0).sum(-1), counts - counts // 2)
+        kept.append(int(real.sum()))
+    assert kept[1] < kept[0] or kept[2] < kept[0], "some row is padded"
 
 
 @parametrize()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from circuitvision.errors import InputError
-from circuitvision.plots import attention, style
+from circuitvision.plots import attention, patches, style
 from circuitvision.readout import (
     AttentionContrast,
     AttentionSummary,
@@ -56,6 +56,22 @@ def test_the_summary_shows_the_mean_over_rows_of_every_span_but_everything():
     assert "to text" in mass().plot(span="text").layout.title.text
     with pytest.raises(InputError, match="not a span"):
         mass().plot(span="sky")
+
+
+def test_names_of_spans_and_queries_are_text_and_never_markup():
+    named = dataclasses.replace(
+        mass(), axes={**AXES, "span": ["<b>patch", "<i>", "everything"]}, queries="<u>", provenance={}
+    )
+    for figure in (named.plot(), named.plot(span="<b>patch"), attention.spans(named)):
+        assert not any(tag in str(figure.to_dict()) for tag in ("<b>", "<i>", "<u>"))
+        assert "&lt;b&gt;patch" in figure.layout.title.text
+    maps = dataclasses.replace(planted_maps(), query="<u>")
+    assert "query: &lt;u&gt;" in maps.plot().layout.title.text
+
+
+def test_a_row_without_a_query_is_said_to_have_none():
+    nothing = dataclasses.replace(planted_maps(), values=torch.full((2, 3, 1, 18), float("nan")))
+    assert "no attention to show" in nothing.plot().layout.title.text
 
 
 def test_unread_layers_are_marked_and_missing_values_are_dashes():
@@ -185,6 +201,83 @@ def test_the_query_patch_is_marked_where_it_is_one():
     square = asked.layout.shapes[0]
     assert (square.x0, square.x1, square.y0, square.y1) == (15.5, 23.5, 7.5, 15.5)
     assert "query" not in {annotation.text for annotation in attention_maps(cache).plot().layout.annotations}
+
+
+def tiled(values):
+    """Maps of one image of 2 × 2 patches, read whole (tile 0) and in part (tile 1)."""
+    maps = made(values, rows=2, columns=4)
+    maps.places[:, :, 1] = torch.tensor([0] * 4 + [1] * 4)
+    maps.places[:, :, 2:] = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]] * 2)
+    left_top = maps.places[:, :, [3, 2]].float()
+    maps.boxes[:] = torch.cat([left_top * 16, left_top * 16 + 16], -1)
+    maps.boxes[:, 4:] = torch.cat([left_top * 8, left_top * 8 + 8], -1)[:, 4:]
+    return maps
+
+
+def test_the_query_is_marked_on_its_own_tile_alone_and_shares_are_of_the_tile_drawn():
+    values = torch.zeros(1, 2, 1, 8)
+    values[0, 0, 0, :] = torch.tensor([0.04, 0, 0, 0, 0.9, 0.06, 0, 0])
+    values[0, 1, 0, :] = torch.tensor([0.02, 0, 0, 0, 0.5, 0.48, 0, 0])
+    maps = tiled(values)
+    maps = dataclasses.replace(maps, query_places=torch.tensor([[0, 1, 1, 0]]))
+    first, second = maps.plot(), maps.plot(tile=1)
+    assert "query" not in {annotation.text for annotation in first.layout.annotations}
+    assert "query" in {annotation.text for annotation in second.layout.annotations}
+    assert "head 0 gives 4% of its attention to tile 0 of this image" in first.layout.title.text
+    assert "head 1 gives 98% of its attention to tile 1 of this image" in second.layout.title.text
+    np.testing.assert_allclose(heat_maps(second)[1], [[0.96, 0.98]])
+    # A box is what all tiles show of it, unless a tile is named.
+    assert "head 0 gives 94% of its attention to the box" in maps.plot(box=(0, 0, 8, 8)).layout.title.text
+    assert "90% of its attention to the box in tile 1" in maps.plot(box=(0, 0, 8, 8), tile=1).layout.title.text
+
+
+def test_a_box_lies_in_the_image_that_is_shown():
+    values = torch.zeros(1, 2, 1, 8)
+    values[0, 0, 0, 0], values[0, 1, 0, 4] = 1.0, 1.0
+    maps = tiled(values)
+    maps.places[:, :, 0] = torch.tensor([0] * 4 + [1] * 4)
+    maps.places[:, :, 1] = 0
+    assert "head 0 gives 100%" in maps.plot(box=(0, 0, 8, 8)).layout.title.text
+    assert "head 1 gives 100%" in maps.plot(box=(0, 0, 8, 8), image=1).layout.title.text
+
+
+def test_the_overlay_takes_a_pass_by_its_number():
+    values = random_shares(2, 1, 2, 1, 16)
+    maps = dataclasses.replace(made(values), axes={**made(values).axes, "step": [1, 2]})
+    for step, place in ((None, 0), (1, 0), (2, 1)):
+        figure = maps.plot(step=step)
+        opened = int(values[place, 0, :, 0].sum(-1).argmax())
+        np.testing.assert_allclose(heat_maps(figure)[0].flatten(), values[place, 0, opened, 0])
+    with pytest.raises(InputError, match="no step 0"):
+        maps.plot(step=0)
+
+
+def test_pictures_of_any_mode_are_drawn_whole():
+    grey = Image.fromarray(np.arange(32 * 48, dtype=np.uint8).reshape(32, 48) % 251, mode="L")
+    shown = patches.as_picture(grey)
+    assert shown.shape == (32, 48, 3)
+    assert (shown == np.asarray(grey)[..., None]).all()
+    figure = planted_maps().plot(picture=grey)
+    # The map fills the picture: the last column is centred 6 pixels before the right edge.
+    trace = next(trace for trace in figure.data if trace.type == "heatmap")
+    assert trace.x[-1] == 47.5 - 6
+    assert patches.as_picture(Image.new("RGBA", (4, 2))).shape == (2, 4, 3)
+    assert patches.as_picture(torch.full((2, 4, 3), 255.0)).dtype == np.uint8
+    for wrong, message in (
+        (torch.zeros(3, 8, 8), "move the channels last"),
+        (np.zeros((8, 8)), "give a PIL image"),
+        (np.full((2, 2, 3), 0.5), "multiply shares by 255"),
+        (torch.randn(2, 2, 3), "not normalised"),
+    ):
+        with pytest.raises(InputError, match=message):
+            planted_maps().plot(picture=wrong)
+
+
+def test_hovering_over_a_patch_names_its_row_and_column():
+    for picture in (None, np.zeros((8, 8, 3), dtype=np.uint8)):
+        trace = next(trace for trace in planted_maps().plot(picture=picture).data if trace.type == "heatmap")
+        assert trace.customdata[1][2] == "patch row 1, column 2"
+        assert "%{customdata}<br>%{z:.2%}" in trace.hovertemplate
 
 
 def test_other_rows_images_and_differences_can_be_shown():

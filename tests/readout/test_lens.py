@@ -293,7 +293,6 @@ def test_passes_of_a_denoising_run_are_read_one_at_a_time():
     model, _, cache = run("pi0")
     with model.record(lens_sites(model, "action")) as steps:
         model.sample_actions(cache.inputs, num_steps=3)
-    steps.inputs = cache.inputs
     with pytest.raises(InputError, match="step="):
         logit_lens(model, steps, "action", targets=[0])
     first, last = (logit_lens(model, steps, "action", targets=[0], step=step).values for step in (0, 2))

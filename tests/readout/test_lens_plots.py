@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +12,16 @@ import torch
 
 import circuitvision as cv
 from circuitvision.errors import InputError
+from circuitvision.plots import attribution as figures
 from circuitvision.readout.attribution.bilinear import bilinear_attribution
-from circuitvision.readout.attribution.direct import direct_attribution, source_attribution
+from circuitvision.readout.attribution.direct import Attribution, direct_attribution, source_attribution
 from circuitvision.readout.attribution.increase import log_prob_increase
 from circuitvision.readout.lens import summaries
 from circuitvision.readout.lens.logit import logit_lens
+from circuitvision.readout.lens.result import LensResult
+from circuitvision.readout.lens.summaries import LensSummary
 from circuitvision.readout.lens.tuned import TunedLens
+from circuitvision.readout.ranks import Ranking
 from tests.readout.common import run
 
 
@@ -49,8 +55,6 @@ def test_a_picture_and_a_box_are_drawn_and_by_rank_the_word_stands_on_the_patch(
 
 
 def test_many_layers_are_thinned_evenly_and_both_ends_stay():
-    from dataclasses import replace
-
     model, _, cache = run("vit")
     result = logit_lens(model, cache, "vision", targets=[0])
     many = replace(
@@ -121,3 +125,145 @@ def test_every_other_result_has_its_figure():
     assert np.asarray(trace.z).sum() + pairs.bias == pytest.approx(float(scores[1, 0]), abs=1e-4)
     blank = TunedLens(torch.ones(2, 3), {"lens": ["plain", "tuned"], "layer": ["input", 0, 1]}, tower="vision")
     assert len(blank.plot().data) == 2
+
+
+# -- what is shown of hand-made results ----------------------------------------------------------------------------------------------------
+
+
+def small(values: list[list[float]], targets: list | None = None, **more) -> LensResult:
+    """A lens of one row of 2 × 2 patches, of as many layers as values are given; the same value at every target and position of a layer."""
+    targets = targets or ["<pad>", "red"]
+    made = torch.tensor(values).reshape(len(values), 1, 1, -1).expand(-1, 1, 4, len(targets)).clone()
+    places = torch.tensor([[[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 1]]])
+    layers = ["input", *range(len(values) - 1)]
+    axes = {"layer": layers, "row": [0], "position": list(range(4)), "target": targets}
+    best = torch.zeros(len(values), 1, 4, 1, dtype=torch.long)
+    options = {"places": places, "ids": best, "names": {"0": "<pad>"}, "pooled": made[:, :, 0], "tower": "vision"}
+    return LensResult(made, axes, **{**options, **more})
+
+
+def title(figure) -> str:
+    return figure.layout.title.text
+
+
+def test_names_are_text_and_never_markup():
+    result = small([[1.0, 2.0], [3.0, 2.0]])
+    over, table = result.plot(target="<pad>"), result.plot(view="table", target="<pad>")
+    assert over.layout.coloraxis.colorbar.title.text == "&lt;pad&gt; (logit)"
+    assert table.data[0].colorbar.title.text == "&lt;pad&gt; (logit)"
+    assert all("<pad>" not in str(figure.to_dict()) for figure in (over, table, result.plot(view="layers")))
+
+
+def test_without_a_finite_value_figures_say_so():
+    nothing, zeros = small([[math.nan] * 2] * 2), small([[0.0] * 2] * 2)
+    assert title(nothing.plot()) == "vision: &lt;pad&gt; has no finite value at these patches"
+    assert title(zeros.plot()) == "vision: &lt;pad&gt; is 0 at every patch"
+    assert title(nothing.plot(view="layers")) == "vision: no finite value at any layer"
+    assert title(zeros.plot(view="layers")) == "vision: no target leads at layer 0"
+    assert "red leads from layer 0 on" in title(small([[math.nan] * 2, [1.0, 2.0]]).plot(view="layers"))
+    assert "red leads from input on" in title(small([[0.0, 1.0], [math.nan, 2.0]]).plot(view="layers"))
+    table = nothing.plot(view="table")
+    assert "has no finite value at layer 0" in title(table)
+    assert (table.data[0].zmin, table.data[0].zmax) == (0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([math.nan] * 3, "No term has a finite value"),
+        ([0.0] * 3, "No term adds anything to red"),
+        ([math.nan, 1.0, -2.0], "L0H0 takes most: \N{MINUS SIGN}2.00 of red"),
+    ],
+)
+def test_bars_find_nothing_in_zeros_and_pass_over_what_has_no_value(values, found):
+    terms = ["input", "L0.attn", "L0H0"]
+    made = torch.tensor(values)[:, None]
+    result = Attribution(made, {"term": terms, "row": [0]}, direction="red", total=made.sum(0))
+    assert title(result.plot()).startswith(found)
+    assert "nan" not in title(result.plot())
+    ranks = Ranking(made[:, 0], {"component": terms}, errors=torch.zeros(3))
+    assert "nan" not in title(ranks.plot())
+
+
+def test_a_single_target_is_told_by_its_range():
+    result = small([[-1.5], [4.0], [2.0]], ["<pad>"])
+    text = title(result.plot(view="layers"))
+    assert text == "&lt;pad&gt;: from \N{MINUS SIGN}1.5 at input to 4 at layer 0"
+    assert title(small([[2.0], [2.0]], ["<pad>"]).plot(view="layers")) == "&lt;pad&gt; is 2 at every layer"
+
+
+def test_targets_go_by_their_label_first():
+    result = small([[1.0, 2.0]], [1, 0])
+    for target, value in ((1, 1.0), (0, 2.0), (None, 1.0)):
+        assert np.all(np.asarray(heat_maps(result.plot(target=target))[0].z) == value)
+        assert np.all(np.asarray(result.plot(view="table", target=target).data[0].z) == value)
+    with pytest.raises(InputError, match="not a target"):
+        result.plot(target=2)
+
+
+def test_rows_that_are_there_are_drawn_by_every_view_and_others_refused():
+    _, _, cache = run("clip")
+    model = cache.model
+    words = logit_lens(model, cache, "text", targets=[0, 1])
+    single, every = words.plot(row=1), words.plot()
+    assert list(single.data[0].y) == pytest.approx(words.pooled[:, 1, 0].tolist())
+    assert list(every.data[0].y) == pytest.approx(words.pooled[..., 0].mean(1).tolist())
+    for view in (None, "layers", "table"):
+        with pytest.raises(InputError, match="no row 9"):
+            words.plot(view=view, row=9)
+    with pytest.raises(InputError, match="no row 9"):
+        small([[1.0, 2.0]]).plot(row=9)
+    with pytest.raises(InputError, match="not both"):
+        words.plot(view="layers", row=0, rows=[1])
+
+
+def test_a_lens_with_heads_is_refused_with_the_way_out():
+    model, _, cache = run("vit", everything=True)
+    result = logit_lens(model, cache, "vision", targets=[0, 1], sites=["vision.blocks.*.attn.hook_result"])
+    assert "head" in result.axes
+    for view in (None, "patches", "table", "layers"):
+        with pytest.raises(InputError, match="without heads"):
+            result.plot(view=view)
+
+
+def test_summaries_of_sites_and_of_heads_name_their_lines():
+    values = torch.rand(2, 3, 4, 2, generator=torch.Generator().manual_seed(0))
+    axes = {"layer": [0, 1], "head": [0, 1, 2], "row": list(range(4)), "target": ["red", "<blue>"]}
+    figure = LensSummary(values, axes, measure="identifiability", tower="vision").plot()
+    assert [trace.name for trace in figure.data][:2] == ["head 0, red", "head 0, &lt;blue&gt;"]
+    assert list(figure.data[3].y) == pytest.approx(values[:, 1, :, 1].double().mean(1).tolist())
+    assert "identifiability of head 0, red goes from" in title(figure)
+    sites = {"site": ["vision.a", "vision.b"], "row": [0, 1], "target": ["red"]}
+    mixed = LensSummary(values[:, 0, :2, :1], sites, measure="identifiability", tower="vision").plot()
+    assert list(mixed.data[0].x) == ["vision.a", "vision.b"]
+    bare = LensSummary(values[:, 0, :, 0], {"layer": [0, 1], "row": list(range(4))}, measure="rate", tower="t").plot()
+    assert title(bare).startswith("t: rate goes from")
+    gap = values[:, 0, :, 0].clone()
+    gap[0, 1] = math.nan
+    line = LensSummary(gap, {"layer": [0, 1], "row": list(range(4))}, measure="rate", tower="t").plot().data[0]
+    assert line.y[0] == pytest.approx(float(gap[0, [0, 2, 3]].double().mean()))
+    assert line.error_y.array[0] == pytest.approx(float(gap[0, [0, 2, 3]].double().std()) / math.sqrt(3))
+
+
+def test_sources_show_the_tile_that_is_asked_for_and_scores_of_rows_name_no_list():
+    model, out, cache = run("llava-clip-llama", everything=True)
+    result = source_attribution(model, cache, ("red", "blue"))
+    places = result.places.clone()
+    here = places[0, :, 2] >= 0
+    half = here.cumsum(0) > int(here.sum()) // 2
+    places[:, here & half, 1] = 1
+    places[:, here & half, 2] -= places[0, here & half, 2].min()
+    places[:, here & ~half, 1] = 0
+    split = replace(result, places=places)
+    for tile, where in ((None, here & ~half), (0, here & ~half), (1, here & half)):
+        (trace,) = heat_maps(split.plot(heads=[(1, 0)], tile=tile))
+        shown = np.asarray(trace.z).flatten()
+        np.testing.assert_allclose(shown[np.isfinite(shown)], result.values[1, 0, 0, where].numpy(), atol=1e-7)
+    with pytest.raises(InputError, match="tile 7"):
+        split.plot(tile=7)
+    with pytest.raises(InputError, match="no row 9"):
+        split.plot(row=9)
+    scores = log_prob_increase(model, cache, {"answer": out[:, -1].argmax(-1).tolist()})
+    assert "{" not in title(scores.plot())
+    assert title(replace(scores, values=scores.values * 0).plot()).startswith("No head moves log p(")
+    assert figures._number(math.nan) == "no value"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,6 +60,25 @@ def test_search_finds_the_planted_neurons_by_name_and_their_flat_index():
     share = value_vectors(tower, 2).share(["red", "blue"])
     assert share.shape == (tower.cfg.n_layers, tower.cfg.d_mlp)
     assert float(share[1, 7]) == 1.0
+
+
+def test_numbers_of_any_kind_are_targets_and_fractions_are_refused():
+    model = hooked("vit")
+    result = value_vectors(model.vision, 2)
+    ids = [int(column) for column in result.ids[0, 0]]
+    known = result.search(ids)
+    assert len(known)
+    for same in (list(np.array(ids)), torch.tensor(ids), [torch.tensor(column) for column in ids]):
+        assert result.search(same).equals(known)
+        assert torch.equal(
+            value_vectors(model.vision, targets=same).values, value_vectors(model.vision, targets=ids).values
+        )
+    assert result.plot(targets=np.array(ids)).layout.title.text == result.plot(targets=ids).layout.title.text
+    for wrong in (3.7, True, None):
+        with pytest.raises(InputError, match="whole numbers or names"):
+            value_vectors(model.vision, targets=[wrong])
+        with pytest.raises(InputError, match="whole numbers or names"):
+            result.search([wrong])
 
 
 def test_the_lowest_outputs_are_the_highest_of_the_opposite_vector():
