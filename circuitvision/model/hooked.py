@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from circuitvision import metrics
 from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
 from circuitvision.model import dead, inputs, layout, loading
 from circuitvision.model.cache import ActivationCache, collected
@@ -265,7 +266,7 @@ class HookedModel(TextTools):
         cache = ActivationCache(collected(values, multi_pass=False), self, mapping)
         if incl_bwd:
             assert metric is not None
-            cache = _with_gradients(cache, metric, out, mapping, device)
+            cache = _with_gradients(cache, metrics.bind(metric, self), out, mapping, device)
             out = out.detach()
         return out, cache.remove_batch_dim() if remove_batch_dim else cache
 

@@ -15,6 +15,7 @@ targets of a language model.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -101,11 +102,31 @@ def prompt_embeddings(model: HookedModel, prompts: Sequence[str]) -> Float[Tenso
             raise InputError(
                 f"The prompt {prompt[:40]!r} takes {length} tokens, start and end included; this text tower reads {limit}. Shorten it."
             )
+    _warn_of_unknown(tokenizer, prompts)
     inputs = model.inputs(text=list(prompts))
     with torch.no_grad(), model.text.quiet():
         found: Any = module.get_text_features(**inputs)
     found = found if isinstance(found, Tensor) else found.pooler_output
     return found / found.pow(2).sum(-1, keepdim=True).sqrt()
+
+
+def _warn_of_unknown(tokenizer: Any, prompts: Sequence[str]) -> None:
+    """A warning where words of a prompt are not in the vocabulary (where the end token stands for unknown ones, nothing can be told)."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id):
+        return
+    lost = {
+        prompt: [word for word in prompt.split() if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]
+        for prompt in prompts
+    }
+    lost = {prompt: words for prompt, words in lost.items() if words}
+    if lost:
+        prompt, words = next(iter(lost.items()))
+        warnings.warn(
+            f"{len(lost)} of {len(prompts)} prompts hold words that this tokenizer does not know, and reads all alike: "
+            f"{', '.join(map(repr, words))} in {prompt!r}.",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +154,11 @@ class Targets:
             total = torch.where(there, found, torch.zeros_like(found)).sum(-1)
             columns.append(total / there.sum(-1) if self.how == "mean" else total)
         return torch.stack(columns, dim=-1)
+
+    def check_columns(self, size: int) -> None:
+        """Raises InputError if a target is beyond the columns of the read-out."""
+        if int(self.ids.max()) >= size:
+            raise InputError(f"There is no column {int(self.ids.max())}: this read-out has {size}, from 0.")
 
     def check(self, examples: int) -> None:
         """Raises InputError unless there is one target for all examples, or one each."""

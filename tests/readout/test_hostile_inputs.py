@@ -278,3 +278,31 @@ def test_sites_of_different_shapes_and_read_outs_of_another_form_are_refused():
         logit_lens(model, cache, "vision", targets=[0], readout=lambda resid: resid[:, 0])
     with pytest.raises(InputError, match="pooled by the model"):
         direct_attribution(model, cache, (0, 1), position=3)
+
+
+def test_unknown_words_of_a_prompt_are_announced():
+    from circuitvision.readout.targets import prompt_embeddings
+
+    model = cv.organisms.load("shapes-clip")
+    with pytest.warns(UserWarning, match="'zebra' in 'purple zebra'"):
+        prompt_embeddings(model, ["purple zebra", "red circle"])
+
+
+def test_a_column_that_is_not_there_is_named():
+    model, _, cache = run("clip", everything=True)
+    with pytest.raises(InputError, match="no column 9"):
+        direct_attribution(model, cache, (0, 9), "text")
+    with pytest.raises(InputError, match="no column 9"):
+        logit_lens(model, cache, "text", targets=[9])
+
+
+def test_gradients_of_a_metric_in_words():
+    model, _, cache = run("llava-clip-llama")
+    _, by_words = model.run_with_cache(
+        cache.inputs, "language.hook_input", incl_bwd=True, metric=cv.metrics.logit_diff("red", "blue")
+    )
+    ids = [model.token("red"), model.token("blue")]
+    _, by_ids = model.run_with_cache(
+        cache.inputs, "language.hook_input", incl_bwd=True, metric=cv.metrics.logit_diff(*ids)
+    )
+    assert torch.equal(by_words["language.hook_input_grad"], by_ids["language.hook_input_grad"])

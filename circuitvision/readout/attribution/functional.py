@@ -93,6 +93,7 @@ def functional(
     with torch.inference_mode(False), torch.enable_grad(), tower.quiet():
         resid = final.clone().requires_grad_(True)
         logits = _read(tower, cache, resid, chosen, index)
+        chosen.check_columns(logits.shape[-1])
         values = chosen.read(logits.to(resid.dtype), rows.to(resid.device))[..., 0, :]
         value = values[:, 0] - values[:, 1] if foil is not None else values[:, 0]
         (gradient,) = torch.autograd.grad(value.sum(), resid)

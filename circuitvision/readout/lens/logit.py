@@ -208,7 +208,7 @@ def _summary(reader: LensReader, logits: Tensor, measure: str, top_k: int | None
     best = scored.topk(min(top_k or _SHOWN, scored.shape[-1]), dim=-1)
     if reader.targets is None:
         return best.values.cpu(), best.indices.cpu(), torch.zeros(*best.values.shape[:-1], 0, dtype=torch.long)
-    _check_columns(reader.targets, scored.shape[-1])
+    reader.targets.check_columns(scored.shape[-1])
     values = reader.targets.read(
         measured(logits, "logprob", reader.pairwise) if reader.targets.how == "joint" else scored,
         _examples(reader, scored.shape[0]),
@@ -219,11 +219,6 @@ def _summary(reader: LensReader, logits: Tensor, measure: str, top_k: int | None
     # What is not a number has no rank.
     ranks = torch.stack(higher, dim=-1).where(~values.isnan(), 0)
     return values.cpu(), best.indices.cpu(), ranks.cpu()
-
-
-def _check_columns(targets: Targets, size: int) -> None:
-    if int(targets.ids.max()) >= size:
-        raise InputError(f"There is no column {int(targets.ids.max())}: this read-out has {size}, from 0.")
 
 
 def _examples(reader: LensReader, rows: int) -> Tensor:
