@@ -15,7 +15,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.plots import patches, style
-from circuitvision.plots.attention_overlay import contrast, heads_panel, overlay, percent, rollout, sequential
+from circuitvision.plots.attention_overlay import contrast, escaped, heads_panel, overlay, percent, rollout, sequential
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -40,7 +40,10 @@ def summary(result: AttentionSummary, title: str | None = None, span: str | None
 
     values, uniform, names = _panels(result, span)
     figure = make_subplots(
-        rows=1, cols=len(names), subplot_titles=names if len(names) > 1 else None, horizontal_spacing=0.05
+        rows=1,
+        cols=len(names),
+        subplot_titles=list(map(escaped, names)) if len(names) > 1 else None,
+        horizontal_spacing=0.05,
     )
     entropy = result.measure == "entropy"
     top = float(torch.nan_to_num(uniform, nan=0.0).max()) if entropy else 1.0
@@ -101,7 +104,7 @@ def _finding(result: AttentionSummary, values: Tensor, uniform: Tensor, names: l
         )
     span = names[panel] if "span" in result.axes else result.provenance.get("span", names[panel])
     return (
-        f"{where} gives {percent(share)} of its attention to {span}"
+        f"{where} gives {percent(share)} of its attention to {escaped(span)}"
         f"<br><span style='font-size:12px'>looking at all keys alike: {percent(alike)}; {_rows(result)}</span>"
     )
 
@@ -112,7 +115,7 @@ def _head(result: Any, layer: int, head: int) -> str:
 
 def _rows(result: Any) -> str:
     count = len(result.axes["row"])
-    queries = f"queries: {result.queries}" if result.queries and result.queries != "default" else ""
+    queries = f"queries: {escaped(result.queries)}" if result.queries and result.queries != "default" else ""
     return "; ".join(part for part in (f"mean of {count} rows" if count > 1 else "1 row", queries) if part)
 
 
@@ -154,7 +157,7 @@ def spans(result: AttentionSummary, title: str | None = None) -> go.Figure:
         figure.add_bar(
             y=labels,
             x=shares,
-            name=str(name),
+            name=escaped(name),
             orientation="h",
             marker={"color": color, "opacity": [1.0] * (len(labels) - 1) + [0.7], "line": {"width": 0}},
             text=[f"{share:.0%}" if share >= 0.06 else "" for share in shares],
@@ -162,13 +165,13 @@ def spans(result: AttentionSummary, title: str | None = None) -> go.Figure:
             insidetextanchor="middle",
             textangle=0,
             insidetextfont={"color": "#ffffff"},
-            hovertemplate=f"{name} %{{x:.1%}}<extra>%{{y}}</extra>",
+            hovertemplate=f"{escaped(name)} %{{x:.1%}}<extra>%{{y}}</extra>",
         )
     above = (rows[:-1] - rows[-1:])[:, : len(index)]
     layer, span = divmod(int(above.argmax()), above.shape[1])
     heading = title or (
         f"Layer {result.axes['layer'][layer]} of the {result.tower} tower gives {percent(float(rows[layer, span]))} of its attention "
-        f"to {names[span]}<br><span style='font-size:12px'>mean of {len(result.axes['head'])} heads, {_rows(result)}; "
+        f"to {escaped(names[span])}<br><span style='font-size:12px'>mean of {len(result.axes['head'])} heads, {_rows(result)}; "
         "“all alike”: what a head gives that looks at every key alike</span>"
     )
     style.layout(figure, heading, 150 + 34 * len(labels), barmode="stack", bargap=0.25)

@@ -6,6 +6,7 @@ picture says how much of each head's attention the image, or the box, gets. A bl
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,11 @@ def sequential(over_picture: bool = False) -> list[list[float | str]]:
     return [[0.0, lowest], [0.3, "rgba(208,63,8,0.45)"], [1.0, "rgba(208,63,8,1)"]]
 
 
+def escaped(name: Any) -> str:
+    """A name that somebody gave as text of a figure: no markup."""
+    return html.escape(str(name), quote=False)
+
+
 def percent(share: float) -> str:
     """A share in whole percent that says neither all nor nothing where it is not."""
     if 0.995 <= share < 1 - 1e-6:
@@ -49,7 +55,7 @@ def overlay(
     row: int = 0,
     image: int = 0,
     tile: int | None = None,
-    step: int = 0,
+    step: int | None = None,
 ) -> go.Figure:
     """One row's attention over the image, with a slider over layers and heads that opens at the head with the most attention in the box (or image).
 
@@ -58,7 +64,9 @@ def overlay(
         picture: what the row shows, ``[height width 3]`` of whole numbers 0 … 255 or a PIL image of any size; None: the map alone.
         box: an object, (left, top, right, bottom) in the frame of the maps' boxes; also sets what the grid of heads shows.
         row: the row, and with ``image`` and ``tile`` the map of it, that is drawn.
-        step: number of the pass, where the maps hold several.
+        step: number of the pass, as in ``axes["step"]``; None: the first of those kept.
+
+    Of an image in several tiles shares are of the tile that is drawn; of a box, with ``tile=None``, those of all tiles that show it.
 
     The query is outlined where it is a patch of this image. Of more than 144 heads, the strongest are behind the slider.
     """
@@ -68,20 +76,20 @@ def overlay(
     grids = torch.stack(
         [torch.stack([result.grid(layer, head, row, image, tile, step) for head in heads]) for layer in layers]
     ).double()
-    strength = _strength(result, box, row, image, step)
+    strength, what = _strength(result, box, row, image, tile, step)
+    tile = _tile(result, row, image, tile)
     beside = len(heads) > 1
     figure = make_subplots(rows=1, cols=2 if beside else 1, column_widths=[0.56, 0.44] if beside else None,
                            horizontal_spacing=0.12)  # fmt: skip
     shown = _shown(strength)
     opened = max(shown, key=lambda at: float(strength[at].nan_to_num(-math.inf)))
     signed = result.measure == "difference"
-    pixels = None if picture is None else np.asarray(picture)
+    pixels = None if picture is None else patches.as_picture(picture)
     _add_base(figure, pixels, grids[opened], signed)
     frame = _frame(result.places, result.boxes, row, image, tile)
     height, width = grids.shape[-2:] if pixels is None else pixels.shape[:2]
     _outline(figure, frame, box, height, width)
     _mark_query(figure, result, row, image, tile, (height, width), grids.shape[-2:])
-    what = "this image" if box is None else "the box"
     if beside:
         top = float(strength.abs().nan_to_num(0.0).max())
         heads_panel(figure, strength, result.axes, 2, top, as_share=True, local=True, signed=signed)
@@ -126,7 +134,7 @@ def contrast(
 
     grid = result.grid(row, image, tile).double()
     figure = make_subplots(rows=1, cols=1)
-    pixels = None if picture is None else np.asarray(picture)
+    pixels = None if picture is None else patches.as_picture(picture)
     _add_base(figure, pixels, grid, signed=False, as_share=False)
     frame = _frame(result.places, result.boxes, row, image, tile)
     height, width = grid.shape if pixels is None else pixels.shape[:2]
@@ -190,10 +198,10 @@ def heads_panel(
         for layer in range(layers):
             for head in range(heads):
                 value = float(grid[layer, head])
-                text = "–" if value != value else style.signed_percent(value) if as_share else f"{value:.1f}"
+                label = "–" if value != value else style.signed_percent(value) if as_share else f"{value:.1f}"
                 strong = abs(value) > 0.45 * top
                 figure.add_annotation(
-                    x=head, y=layer, text=text, showarrow=False, row=1, col=column,
+                    x=head, y=layer, text=label, showarrow=False, row=1, col=column,
                     font={"size": 12, "color": "#ffffff"} if strong else {"size": 12},
                 )  # fmt: skip
     every_layer, every_head = (1 if layers <= 16 else 4), (1 if heads * panels <= 32 else 4)
@@ -214,22 +222,19 @@ def _add_base(
 ) -> None:
     """Picture (where given) and map in the first panel; the map is the last trace."""
     values = grid.numpy()
-    number = "%{z:.2%}" if as_share else "%{z:.3g}"
-    places = [[f"patch row {r}, column {c}" for c in range(values.shape[1])] for r in range(values.shape[0])]
     bar: dict[str, Any] = {"thickness": 12, "outlinewidth": 0, "x": -0.02, "xanchor": "right", "len": 0.8}
     if as_share:
         bar["tickformat"] = ".2~%"
     options: dict[str, Any] = {
         "colorscale": style.diverging() if signed else sequential(over_picture=picture is not None),
         **_range(grid, signed),
-        "text": places,
-        "hovertemplate": f"%{{text}}<br>{number}<extra></extra>",
+        "number": ".2%" if as_share else ".3g",
         "colorbar": bar,
     }
     if picture is None:
         patches.add_map(figure, values, 1, 1, **options)
     else:
-        patches.add_overlay(figure, picture[..., :3], values, 1, 1, opacity=0.55, **options)
+        patches.add_overlay(figure, picture, values, 1, 1, opacity=0.55, **options)
 
 
 def _range(grid: Tensor, signed: bool) -> dict[str, float]:
@@ -237,12 +242,31 @@ def _range(grid: Tensor, signed: bool) -> dict[str, float]:
     return {"zmin": -top if signed else 0.0, "zmax": top}
 
 
-def _strength(result: AttentionMaps, box: Box | None, row: int, image: int, step: int) -> Tensor:
-    """How much of each head's attention the box, or the image, gets: ``[layer head]``."""
-    values = result.values[step] if "step" in result.axes else result.values
+def _tile(result: AttentionMaps, row: int, image: int, tile: int | None) -> int:
+    """The tile that is drawn: the first of the image, unless another one is named."""
+    if tile is not None:
+        return tile
     number = result.axes["row"].index(row)
-    inside = (result.patches(image) if box is None else result.keys(tuple(box)))[number]
-    return values[:, :, number].double()[..., inside].sum(-1)
+    return int(result.places[number, result.patches(image)[number], 1].min())
+
+
+def _strength(
+    result: AttentionMaps, box: Box | None, row: int, image: int, tile: int | None, step: int | None
+) -> tuple[Tensor, str]:
+    """How much of each head's attention the box, the image or the tile that is drawn gets, ``[layer head]``, and what that is in words."""
+    number = result.axes["row"].index(row)
+    tiles = result.places[number, :, 1]
+    inside = result.patches(image)[number]
+    several = len(set(tiles[inside].tolist())) > 1
+    shown = _tile(result, row, image, tile)
+    if box is not None:
+        inside, what = result.keys(tuple(box), image)[number], "the box"
+    else:
+        what = "this image"
+    if several and (box is None or tile is not None):
+        inside = inside & (tiles == shown)
+        what = f"{'the box in ' if box is not None else ''}tile {shown} of this image"
+    return result.pass_values(step)[:, :, number].double()[..., inside].sum(-1), what
 
 
 def _shown(strength: Tensor) -> list[tuple[int, int]]:
@@ -291,7 +315,9 @@ def _label(result: AttentionMaps, at: tuple[int, int]) -> str:
 def _heading(result: AttentionMaps, at: tuple[int, int], strength: Tensor, what: str) -> str:
     layer, head = result.axes["layer"][at[0]], result.axes["head"][at[1]]
     share = float(strength[at])
-    query = "" if result.query in ("", "default") else f"; query: {result.query}"
+    query = "" if result.query in ("", "default") else f"; query: {escaped(result.query)}"
+    if math.isnan(share):
+        return f"This row has no attention to show: no query of it counts{query}"
     if result.measure == "rollout":
         return (
             f"Rolled out to layer {layer}, {percent(share)} comes from {what}"
@@ -299,10 +325,10 @@ def _heading(result: AttentionMaps, at: tuple[int, int], strength: Tensor, what:
         )
     where = f"{result.tower} layer {layer} head {head}"
     if result.measure == "difference":
-        text = f"{where} gives {what} {percent(abs(share))} {'more' if share >= 0 else 'less'} attention than the mean head"
+        said = f"{where} gives {what} {percent(abs(share))} {'more' if share >= 0 else 'less'} attention than the mean head"
     else:
-        text = f"{where} gives {percent(share)} of its attention to {what}"
-    return f"{text}<br><span style='font-size:12px'>move the slider for other heads{query}</span>"
+        said = f"{where} gives {percent(share)} of its attention to {what}"
+    return f"{said}<br><span style='font-size:12px'>move the slider for other heads{query}</span>"
 
 
 def _around(at: tuple[int, int]) -> dict[str, float]:
@@ -337,12 +363,12 @@ def _mark_query(
     result: AttentionMaps,
     row: int,
     image: int,
-    tile: int | None,
+    tile: int,
     size: tuple[int, int],
     grid: Sequence[int],
 ) -> None:
     place = result.query_places[result.axes["row"].index(row)].tolist()
-    if place[2] < 0 or place[0] != image or (tile is not None and place[1] != tile):
+    if place[2] < 0 or place[0] != image or place[1] != tile:
         return
     rows, columns = grid
     left, top = place[3] / columns, place[2] / rows

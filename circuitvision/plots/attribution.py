@@ -7,10 +7,10 @@ that the bars add up to the total in the subtitle.
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from circuitvision.errors import InputError
@@ -34,7 +34,7 @@ def bars(result: Attribution, count: int = 14, title: str | None = None) -> go.F
     """The ``count`` strongest terms as bars, the rest as one; mean over rows, whiskers are standard errors."""
     values = result.values.double()
     mean, rows = values.mean(-1), values.shape[-1]
-    order = mean.abs().argsort(descending=True)
+    order = mean.abs().nan_to_num(-1.0).argsort(descending=True)
     shown, rest = order[:count].tolist(), order[count:]
     names = [result.axes["term"][index] for index in shown]
     heights = mean[shown].tolist()
@@ -45,12 +45,13 @@ def bars(result: Attribution, count: int = 14, title: str | None = None) -> go.F
         errors.append(float(values[rest].sum(0).std() / math.sqrt(rows)) if rows > 1 else 0.0)
     total = float(result.total.double().mean())
     direction = _words(result.direction)
+    title = title or _nothing(mean, "term", f"adds anything to {direction}")
     if title is None:
         share = (
             f", {heights[0] / total:.0%} of it".replace("-", _MINUS) if total and 0 < heights[0] / total < 10 else ""
         )
         verb = "adds" if heights[0] >= 0 else "takes"
-        title = f"{names[0]} {verb} most: {_number(heights[0])} of {direction}{share}"
+        title = f"{html.escape(names[0])} {verb} most: {_number(heights[0])} of {direction}{share}"
     note = f"all terms add up to {_number(total)}" + (f"; mean of {rows} rows ± standard error" if rows > 1 else "")
     return _bars(
         names,
@@ -67,7 +68,9 @@ def ranked(result: Ranking, count: int = 14, title: str | None = None) -> go.Fig
     names = result.top(count)
     heights = result.values[:count].tolist()
     errors = result.errors[:count].nan_to_num(0.0).tolist()
-    outstanding = result.standing_out() if len(result.values) > 1 else []
+    finite = bool(torch.isfinite(result.values).any())
+    outstanding = result.standing_out() if finite and len(result.values) > 1 else []
+    title = title or _nothing(result.values, "component", "has a score other than 0")
     if title is None:
         title = f"{html.escape(names[0])} comes first: {_number(heights[0])}"
     note = f"{len(outstanding)} of {len(result.values)} components at or beyond mean + 2 sd"
@@ -113,23 +116,30 @@ def sources(
     box: patches.Box | None = None,
     image: int = 0,
     title: str | None = None,
+    tile: int | None = None,
 ) -> go.Figure:
     """What the strongest heads (or those given as ``(layer, head)``) take from each image patch and word of one row.
 
-    ``picture`` is ``[height width 3]`` or a PIL image; ``box`` (left, top, right, bottom) as shares of it.
+    ``picture`` is ``[height width 3]`` or a PIL image; ``box`` (left, top, right, bottom) as shares of it. ``tile=None`` is the first tile there
+    is of the image.
+
+    Raises:
+        InputError: no such row, image or tile, or no source position that is a patch.
     """
     from plotly.subplots import make_subplots
 
     from circuitvision.readout.places import on_grid
 
+    if row not in range(len(result.axes["row"])):
+        raise InputError(f"There is no row {row}; this result has {len(result.axes['row'])}, counted from 0.")
     values = result.values[:, :, row].double()
     layers = result.axes["layer"]
     strongest = heads or _strongest(values, layers)
     places = result.places[row]
     if not bool((places[:, 2] >= 0).any()):
         raise InputError("No source position of this row is an image patch; use to_frame() for words.")
-    pixels = None if picture is None else np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture)
-    maps = [on_grid(values[layers.index(layer), head], places, image) for layer, head in strongest]
+    pixels = None if picture is None else patches.as_picture(picture)
+    maps = [on_grid(values[layers.index(layer), head], places, image, tile) for layer, head in strongest]
     limit = max(float(grid.abs().nan_to_num(0).max()) for grid in maps) or 1.0
     headings = [f"L{layer}H{head}" for layer, head in strongest]
     first = int(pixels is not None)
@@ -155,7 +165,7 @@ def sources(
 
 
 def _strongest(values: torch.Tensor, layers: list[int], count: int = 4) -> list[tuple[int, int]]:
-    order = values.abs().sum(-1).flatten().argsort(descending=True)[:count].tolist()
+    order = values.abs().sum(-1).flatten().nan_to_num(-1.0).argsort(descending=True)[:count].tolist()
     return [(layers[at // values.shape[1]], at % values.shape[1]) for at in order]
 
 
@@ -163,6 +173,9 @@ def _source_finding(
     values: torch.Tensor, layers: list[int], best: tuple[int, int], places: torch.Tensor, direction: str
 ) -> str:
     share = values[layers.index(best[0]), best[1]]
+    nothing = _nothing(share, "source", f"of L{best[0]}H{best[1]} adds anything to {direction}")
+    if nothing is not None:
+        return nothing
     total = float(share.sum())
     image = float(share[places[:, 2] >= 0].sum())
     part = f"{image / total:.0%} of it from image patches".replace("-", _MINUS) if total else "nothing"
@@ -174,7 +187,7 @@ def _add_words(figure: go.Figure, result: SourceAttribution, share: torch.Tensor
     words = [at for at in range(len(share)) if int(result.places[row, at, 2]) < 0]
     if not words:
         return
-    best = max(words, key=lambda at: abs(float(share[at])))
+    best = max(words, key=lambda at: float(share[at].abs().nan_to_num(-1.0)))
     name = html.escape(result.words[row][best].replace("▁", "").replace("Ġ", "")) if result.words else str(best)
     text = f"{name or best}: {_number(float(share[best]))}"
     where = {"xref": "x domain", "yref": "y domain", "x": 0.5, "y": -0.06, "yanchor": "top"}
@@ -191,9 +204,10 @@ def increase(result: LogProbIncrease, row: int | None = None, title: str | None 
     inner = names[1]
     labels = result.axes[inner]
     if inner == "neuron" and values.shape[1] > 24:
-        keep = values.abs().max(0).values.argsort(descending=True)[:24].sort().values
+        keep = values.abs().nan_to_num(-1.0).max(0).values.argsort(descending=True)[:24].sort().values
         values, labels = values[:, keep], [labels[index] for index in keep.tolist()]
-    best = divmod(int(values.abs().argmax()), values.shape[1])
+    best = divmod(int(values.abs().nan_to_num(-1.0).argmax()), values.shape[1])
+    title = title or _nothing(values, inner, f"moves log p({html.escape(result.answer)})")
     if title is None:
         title = (
             f"{inner} {labels[best[1]]} of layer {result.axes['layer'][best[0]]} moves log p({html.escape(result.answer)}) most: "
@@ -208,7 +222,8 @@ def bilinear(result: BilinearAttribution, image: int = 0, text: int = 0, title: 
         values, across, name = result.values[:, 0, image].double(), result.axes["text"], "prompt"
     else:
         values, across, name = result.values[:, :, image, text].double(), result.axes["text_term"], "text term"
-    best = divmod(int(values.abs().argmax()), values.shape[1])
+    best = divmod(int(values.abs().nan_to_num(-1.0).argmax()), values.shape[1])
+    title = title or _nothing(values, "pair of terms" if name == "text term" else "term", "adds anything")
     if title is None:
         title = (
             f"{result.axes['image_term'][best[0]]} with {html.escape(str(across[best[1]]))} adds most: {_number(float(values[best]))} "
@@ -224,7 +239,7 @@ def _heat(
 ) -> go.Figure:
     import plotly.graph_objects as go
 
-    limit = float(values.abs().max()) or 1.0
+    limit = float(values.abs().nan_to_num(0.0, posinf=0.0).max()) or 1.0
     figure = go.Figure(
         go.Heatmap(
             z=values.numpy(),
@@ -248,26 +263,24 @@ def _heat(
 
 
 def summary(result: LensSummary, title: str | None = None) -> go.Figure:
-    """A lens summary as lines over layers, one per target or source; the band is the standard error over rows, the dotted line is chance."""
+    """A lens summary as lines over layers, one per target, source or head (the mean over positions, where it has any).
+
+    Whiskers are the standard error over rows, the dotted line is chance.
+    """
     import plotly.graph_objects as go
 
-    names = [name for name in result.axes if name not in ("layer", "row")]
-    order = list(result.axes)
-    values = result.values.double().movedim(order.index("layer"), 0)
-    rest = [name for name in order if name != "layer"]
-    values = values.movedim(1 + rest.index("row"), -1).flatten(1, -2) if values.ndim > 2 else values[:, None]
-    labels = [f"layer {layer}" if isinstance(layer, int) else str(layer) for layer in result.axes["layer"]]
-    lines = result.axes[names[0]] if len(names) == 1 else [result.measure] * values.shape[1]
+    values, labels, lines = _lines(result)
     figure = go.Figure()
-    mean = values.mean(-1)
-    error = values.std(-1) / math.sqrt(values.shape[-1]) if values.shape[-1] > 1 else torch.zeros_like(mean)
+    mean, counted = values.nanmean(-1), (~values.isnan()).sum(-1)
+    squares = (values - mean[..., None]).square().nansum(-1)
+    error = (squares / (counted - 1).clamp_min(1) / counted.clamp_min(1)).sqrt()
     for index, name in enumerate(lines):
         figure.add_trace(
             go.Scatter(
                 x=labels,
                 y=mean[:, index].tolist(),
                 error_y={"array": error[:, index].tolist(), "thickness": 1.5, "width": 4},
-                name=html.escape(str(name)),
+                name=html.escape(name or result.measure),
                 mode="lines+markers",
                 line={"width": 3, "color": PALETTE[index % len(PALETTE)]},
             )
@@ -279,13 +292,30 @@ def summary(result: LensSummary, title: str | None = None) -> go.Figure:
             annotation_text="chance",
             annotation_font_color=style.GREY,
         )
+    title = title or _nothing(mean, "layer", "has a value other than 0")
     if title is None:
-        ends = f"{float(mean[0, 0]):.2f} to {float(mean[-1, 0]):.2f}"
-        title = f"{result.tower}: {result.measure} of {html.escape(str(lines[0]))} goes from {ends}"
+        ends = f"{_plain(mean[0, 0])} to {_plain(mean[-1, 0])}"
+        of = f" of {html.escape(lines[0])}" if lines[0] else ""
+        title = f"{result.tower}: {result.measure}{of} goes from {ends}"
     style.layout(figure, title, 360, showlegend=len(lines) > 1)
     figure.update_yaxes(title=result.measure, gridcolor=style.FAINT, zerolinecolor=style.FAINT)
     figure.update_xaxes(type="category", showgrid=False)
     return figure
+
+
+def _lines(result: LensSummary) -> tuple[torch.Tensor, list[str], list[str]]:
+    """Values ``[layer line row]``, the names of layers (or sites), and of lines ("" for the only one)."""
+    order, values = list(result.axes), result.values.double()
+    if "position" in order:
+        values = values.nanmean(order.index("position"))
+        order.remove("position")
+    depth = order[0] if "layer" not in order else "layer"
+    inner = [name for name in order if name not in (depth, "row")]
+    values = values.permute([order.index(name) for name in (depth, *inner, "row")])
+    labels = [f"layer {label}" if isinstance(label, int) else str(label) for label in result.axes[depth]]
+    named = [[f"head {label}" if name == "head" else str(label) for label in result.axes[name]] for name in inner]
+    lines = [", ".join(parts) for parts in itertools.product(*named)]
+    return values.reshape(len(labels), len(lines), -1), labels, lines
 
 
 def tuned(result: TunedLens, title: str | None = None) -> go.Figure:
@@ -319,7 +349,22 @@ def tuned(result: TunedLens, title: str | None = None) -> go.Figure:
     return figure
 
 
+def _nothing(values: torch.Tensor, what: str, does: str) -> str | None:
+    """What to say where there is nothing to find: no finite value, or zeros alone."""
+    finite = values[torch.isfinite(values)]
+    if not finite.numel():
+        return f"No {what} has a finite value"
+    return None if bool(finite.any()) else f"No {what} {does}"
+
+
+def _plain(value: Any) -> str:
+    return f"{float(value):.2f}".replace("nan", "no value").replace("-", _MINUS)
+
+
 def _number(value: float) -> str:
+    """Two decimals with a sign."""
+    if math.isnan(value):
+        return "no value"
     digits = f"{abs(value):.2f}" if abs(value) < 100 else f"{abs(value):.0f}"
     return digits if float(digits) == 0 else f"{'+' if value > 0 else _MINUS}{digits}"
 

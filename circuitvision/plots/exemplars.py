@@ -6,7 +6,6 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from circuitvision.errors import InputError
@@ -87,11 +86,12 @@ def _add_exemplar(
 ) -> None:
     example = int(result.example[unit, rank])
     try:
-        picture = np.asarray(pictures[example])
+        given = pictures[example]
     except (IndexError, KeyError) as error:
         raise InputError(
             f"There is no picture of example {example}; pictures are indexed by the number of the example."
         ) from error
+    picture = patches.as_picture(given)
     patches.add_picture(figure, picture, row, column)
     box = result.boxes[unit, rank]
     if not bool(box.isnan().any()):

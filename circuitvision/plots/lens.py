@@ -31,10 +31,10 @@ def lens(result: LensResult, view: str | None = None, **keywords: Any) -> go.Fig
     """A figure of one lens: ``view`` is "patches", "table" or "layers" (see the functions of these names for keywords).
 
     Raises:
-        InputError: no such view, or one that needs what the lens does not hold.
+        InputError: no such view or row, one that needs what the lens does not hold, or a lens with heads.
     """
+    row = _row(result, keywords.get("row"))
     if view is None:
-        row = keywords.get("row", 0)
         placed = result.places.ndim == 3 and bool((result.places[row][:, 2] >= 0).any())
         view = "patches" if placed else "layers" if result.pooled.numel() else "table"
     if view not in _VIEWS:
@@ -46,7 +46,7 @@ def lens(result: LensResult, view: str | None = None, **keywords: Any) -> go.Fig
 def over_image(
     result: LensResult,
     row: int = 0,
-    target: Any = 0,
+    target: Any = None,
     picture: Any = None,
     box: patches.Box | None = None,
     title: str | None = None,
@@ -59,7 +59,8 @@ def over_image(
     Args:
         result: a lens with places.
         row: which row.
-        target: number or label of the target shown; of a lens by rank, the value of the highest column, whose name is written on the patch.
+        target: label, or else number, of the target shown (None: the first); of a lens by rank, the value of the highest column, whose name is
+            written on the patch.
         picture: what the row shows, ``[height width 3]`` or a PIL image.
         box: an object, (left, top, right, bottom) as shares of the image.
         title: by default the layer and patch where the value is highest.
@@ -68,11 +69,11 @@ def over_image(
     """
     from plotly.subplots import make_subplots
 
-    shown = _chosen_layers(result)
-    index = target if isinstance(target, int) else result.target(target)
-    grids = [result.patch_grid(layer, row, image, tile, index) for layer in shown]
+    row, shown = _row(result, row), _chosen_layers(result)
+    name = html.escape(_target_name(result, 0 if target is None else result.target(target)))
+    grids = [result.patch_grid(layer, row, image, tile, target) for layer in shown]
     hovers = [_grid_words(result, layer, row, image, tile) for layer in shown]
-    pixels = None if picture is None else np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture)
+    pixels = None if picture is None else patches.as_picture(picture)
     columns = len(shown) + (pixels is not None)
     headings = (["image"] if pixels is not None else []) + [_layer_name(layer) for layer in shown]
     figure = make_subplots(rows=1, cols=columns, column_titles=headings, horizontal_spacing=0.012)
@@ -92,14 +93,13 @@ def over_image(
         else:
             patches.add_overlay(figure, pixels, grid, 1, column, opacity=0.72, hover=hover, unit=_unit(result))
             patches.mark(figure, box, pixels.shape[0], pixels.shape[1], 1, column)
-    name = _target_name(result, index)
     if title is None:
         title = _patch_finding(result, shown, grids, name)
     style.layout(figure, title, int(150 + 1060 / columns), margin={"l": 10, "r": 30, "t": 96, "b": 20})
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     bar = {"title": {"text": f"{name} ({result.measure})", "side": "right"}, "thickness": 12, "outlinewidth": 0}
-    signed = min(float(np.nanmin(grid)) for grid in grids) < 0
+    signed = any(bool((grid < 0).any()) for grid in grids)
     scale = style.diverging(*(colors or ())) if signed else _rising(colors)
     scale = style.legible(signed) if by_rank else scale
     low = -limit if signed else 0.0
@@ -120,24 +120,23 @@ def table(
         result: a lens over layers.
         row: which row.
         positions: numbers of the positions shown; by default text, then whatever there is, at most the last 24.
-        target: number or label of the target that colours the cells; of a lens by rank, the highest column's value does.
+        target: label, or else number, of the target that colours the cells; of a lens by rank, the highest column's value does.
         title: by default from which layer on the last position says what the last layer says.
     """
     import plotly.graph_objects as go
 
-    if "head" in result.axes:
-        raise InputError("The table shows layers by positions; read the lens at a site without heads.")
-    numbers = result.axes["position"]
+    row, numbers = _row(result, row), result.axes["position"]
     chosen = _columns(result, row) if positions is None else [numbers.index(position) for position in positions]
-    index = 0 if target is None else target if isinstance(target, int) else result.target(target)
+    index = 0 if target is None else result.target(target)
     values = result.values[:, row][:, chosen][..., index].float()
     names = np.array([[_highest(result, layer, row, at)[0] for at in chosen] for layer in range(len(values))])
     hover = [
         [html.escape(", ".join(_highest(result, layer, row, at))) for at in chosen] for layer in range(len(values))
     ]
     labels = next(iter(result.axes.values()))
-    signed = float(values.min()) < 0
-    limit = float(values.abs().max()) or 1.0
+    signed = bool((values < 0).any())
+    limit = float(values[torch.isfinite(values)].abs().max()) if bool(torch.isfinite(values).any()) else 0.0
+    limit = limit or 1.0
     figure = go.Figure(
         go.Heatmap(
             z=values.numpy(),
@@ -153,13 +152,14 @@ def table(
             xgap=2,
             ygap=2,
             colorbar={
-                "title": {"text": f"{_target_name(result, index)} ({result.measure})", "side": "right"},
+                "title": {"text": f"{html.escape(_target_name(result, index))} ({result.measure})", "side": "right"},
                 "thickness": 12,
                 "outlinewidth": 0,
             },
         )
     )
-    style.layout(figure, title or _table_finding(names, labels, result, row, chosen), 150 + 34 * len(labels))
+    said = bool(torch.isfinite(values[-1, -1]))
+    style.layout(figure, title or _table_finding(names, labels, result, row, chosen, said), 150 + 34 * len(labels))
     words = result.words[row] if result.words else [""] * len(numbers)
     ticks = [html.escape(_plain(words[at])) or str(numbers[at]) for at in chosen]
     figure.update_xaxes(
@@ -170,17 +170,27 @@ def table(
 
 
 def layers(
-    result: LensResult, rows: Sequence[int] | None = None, title: str | None = None, position: int | None = None
+    result: LensResult,
+    rows: Sequence[int] | None = None,
+    title: str | None = None,
+    position: int | None = None,
+    row: int | None = None,
 ) -> go.Figure:
-    """Lines over layers, one per target: the pooled output's value (or a position's), the mean over rows."""
+    """Lines over layers, one per target: the pooled output's value (or a position's), the mean over ``rows`` (all; or of one ``row``)."""
     import plotly.graph_objects as go
 
-    if "target" not in result.axes or "head" in result.axes:
-        raise InputError("Lines over layers show targets at sites without heads; read the lens with targets=.")
+    if row is not None and rows is not None:
+        raise InputError("Give rows= or row=, not both.")
+    rows = [
+        _row(result, one)
+        for one in (rows if rows is not None else [row] if row is not None else range(_n_rows(result)))
+    ]
+    if "target" not in result.axes:
+        raise InputError("Lines over layers show targets; read the lens with targets=.")
     if position is None and not result.pooled.numel():
         raise InputError("This read-out does not pool; say which position= the lines show.")
     values = result.pooled if position is None else result.values[:, :, result.axes["position"].index(position)]
-    values = values.double() if rows is None else values.double()[:, list(rows)]
+    values = values.double()[:, rows]
     labels = next(iter(result.axes.values()))
     figure = go.Figure()
     mean = values.mean(1)
@@ -197,17 +207,57 @@ def layers(
                 hovertemplate=f"{html.escape(str(name))}, %{{x}}: %{{y:.3g}}<extra></extra>",
             )
         )
-    best = int(mean[-1].argmax())
-    if title is None:
-        ahead = (mean.argmax(-1) == best).int().flip(0).cumprod(0).sum()
-        since = labels[len(labels) - int(ahead)]
-        title = f"{html.escape(_target_name(result, best))} leads from {_layer_name(since)} on"
-    style.layout(figure, title, 380, margin={"l": 60, "r": 20, "t": 60, "b": 60})
+    style.layout(figure, title or _lines_finding(result, mean), 380, margin={"l": 60, "r": 20, "t": 60, "b": 60})
     figure.update_yaxes(
         title=f"{result.measure} ({result.norm} norm)", gridcolor=style.FAINT, zerolinecolor=style.FAINT
     )
     figure.update_xaxes(showgrid=False, type="category")
     return figure
+
+
+def _lines_finding(result: LensResult, mean: torch.Tensor) -> str:
+    """Which target leads from which layer on; of a single target, where it is lowest and highest."""
+    labels, finite = next(iter(result.axes.values())), torch.isfinite(mean)
+    last = _layer_name(labels[-1])
+    if not bool(finite.any()):
+        return f"{result.tower}: no finite value at any layer"
+    if mean.shape[1] == 1:
+        line, name = mean[:, 0], html.escape(_target_name(result, 0))
+        low, high = int(line.nan_to_num(float("inf")).argmin()), int(line.nan_to_num(-float("inf")).argmax())
+        if float(line[low]) == float(line[high]):
+            return f"{name} is {_value(line[low])} at every layer"
+        return f"{name}: from {_value(line[low])} at {_layer_name(labels[low])} to {_value(line[high])} at {_layer_name(labels[high])}"
+    ranked = mean.where(finite, -float("inf"))
+    best = int(ranked[-1].argmax())
+    if not bool(finite[-1].any()):
+        return f"{result.tower}: no finite value at {last}"
+    if int((ranked[-1] == ranked[-1, best]).sum()) > 1:
+        return f"{result.tower}: no target leads at {last}"
+    leads = (ranked.argmax(-1) == best) & finite[:, best]
+    since = labels[len(labels) - int(leads.int().flip(0).cumprod(0).sum())]
+    return f"{html.escape(_target_name(result, best))} leads from {_layer_name(since)} on"
+
+
+def _value(value: Any) -> str:
+    return f"{float(value):.3g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _n_rows(result: LensResult) -> int:
+    return len(result.axes["row"])
+
+
+def _row(result: LensResult, row: int | None) -> int:
+    """The number of a row (None: the first).
+
+    Raises:
+        InputError: there is no such row, or the lens has heads, which no view shows.
+    """
+    if "head" in result.axes:
+        raise InputError("Figures of a lens show one value per layer and position; read it at a site without heads.")
+    row = 0 if row is None else row
+    if row not in range(_n_rows(result)):
+        raise InputError(f"There is no row {row}; this lens has {_n_rows(result)}, counted from 0.")
+    return row
 
 
 def _rising(colors: tuple[style.Color, style.Color] | None) -> list[list[float | str]]:
@@ -229,7 +279,7 @@ def _plain(piece: str) -> str:
 
 def _target_name(result: LensResult, index: int) -> str:
     if "target" not in result.axes:
-        return "highest"
+        return "highest" if index == 0 else f"rank {result.axes['rank'][index]}"
     label = result.axes["target"][index]
     name = result.names.get(str(label), str(label)) if isinstance(label, int) else str(label)
     return name.replace(" - ", " \N{MINUS SIGN} ")
@@ -268,21 +318,29 @@ def _limit(grids: Sequence[torch.Tensor]) -> float:
 
 
 def _patch_finding(result: LensResult, shown: Sequence[Any], grids: Sequence[torch.Tensor], name: str) -> str:
-    stacked = torch.stack([grid.nan_to_num(-float("inf")) for grid in grids])
+    """Where the value is highest; ``name`` is escaped."""
+    stacked = torch.stack([grid.where(torch.isfinite(grid), -float("inf")) for grid in grids])
+    finite = stacked[torch.isfinite(stacked)]
+    if not finite.numel():
+        return f"{result.tower}: {name} has no finite value at these patches"
+    if finite.numel() > 1 and float(finite.min()) == float(finite.max()):
+        return f"{result.tower}: {name} is {_value(finite[0])} at every patch"
     layer, cell = divmod(int(stacked.flatten(1).argmax()), stacked[0].numel())
     place = divmod(cell, stacked.shape[2])
-    said = f"{html.escape(name)} is strongest" if name != "highest" else "The surest patch"
+    said = f"{name} is strongest" if name != "highest" else "The surest patch"
     return f"{result.tower}: {said} at {_layer_name(shown[layer])}, patch row {place[0]}, column {place[1]}"
 
 
 def _table_finding(
-    names: np.ndarray, labels: Sequence[Any], result: LensResult, row: int, chosen: Sequence[int]
+    names: np.ndarray, labels: Sequence[Any], result: LensResult, row: int, chosen: Sequence[int], said: bool
 ) -> str:
     last = names[:, -1]
     same = np.flip(np.cumprod(np.flip(last == last[-1]))).astype(bool)
     since = labels[int(np.argmax(same))]
     where = html.escape(_plain(result.words[row][chosen[-1]])) if result.words else ""
     where = where or f"position {result.axes['position'][chosen[-1]]}"
+    if not said:
+        return f"At {where!r} the {result.tower} tower has no finite value at {_layer_name(labels[-1])}"
     return f"At {where!r} the {result.tower} tower says {html.escape(str(last[-1]))!r} from {_layer_name(since)} on"
 
 

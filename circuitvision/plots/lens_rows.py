@@ -57,8 +57,9 @@ def lens_rows(
         where = {"xref": "x domain", "yref": "y domain", "x": -0.06, "y": 0.5, "xanchor": "right"}
         figure.add_annotation(text=row.title, textangle=-90, showarrow=False, font={"size": 14}, **where, **first)
         if row.picture is not None:
-            patches.add_picture(figure, row.picture, number)
-            patches.mark(figure, changed, row.picture.shape[0], row.picture.shape[1], number, 1)
+            pixels = patches.as_picture(row.picture)
+            patches.add_picture(figure, pixels, number)
+            patches.mark(figure, changed, pixels.shape[0], pixels.shape[1], number, 1)
         for column, (_, which, layer) in enumerate(panels, start=2 if pictured else 1):
             grid = row.lenses[which].patch_grid(layer)
             patches.add_map(figure, grid, number, column)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from circuitvision.errors import InputError
 from circuitvision.plots import style
 
 if TYPE_CHECKING:
@@ -19,8 +20,32 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 
 
+def as_picture(picture: Any) -> np.ndarray[Any, Any]:
+    """A picture as ``[height width 3]`` of bytes: a PIL image of any mode, or an array or tensor of levels 0 … 255.
+
+    Raises:
+        InputError: another shape (channels first, without channels), or other levels.
+    """
+    if hasattr(picture, "convert"):
+        return np.asarray(picture.convert("RGB"))
+    if hasattr(picture, "detach"):
+        picture = picture.detach().cpu().numpy()
+    pixels = np.asarray(picture)
+    if pixels.ndim != 3 or pixels.shape[-1] not in (3, 4):
+        hint = "move the channels last" if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4) else "or give a PIL image"
+        raise InputError(f"A picture is [height, width, 3]; this one is {list(pixels.shape)}: {hint}.")
+    pixels = pixels[..., :3]
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == bool or not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 255:
+        raise InputError("A picture holds levels 0 … 255 of red, green and blue, not normalised pixel values.")
+    if np.issubdtype(pixels.dtype, np.floating) and 0 < pixels.max() <= 1:
+        raise InputError("A picture holds levels 0 … 255 of red, green and blue; multiply shares by 255.")
+    return pixels.round().astype(np.uint8)
+
+
 def add_picture(figure: go.Figure, picture: np.ndarray[Any, Any], row: int, column: int = 1) -> None:
-    """An image ``[height width 3]`` of whole numbers 0 … 255."""
+    """An image ``[height width 3]`` of whole numbers 0 … 255 (see :func:`as_picture`)."""
     import plotly.graph_objects as go
 
     figure.add_trace(go.Image(z=picture, hoverinfo="skip"), row=row, col=column)
@@ -34,12 +59,14 @@ def add_map(
     column: int,
     hover: Sequence[Sequence[str]] | None = None,
     unit: str = "",
+    number: str = ".3g",
     written: Sequence[Sequence[str]] | None = None,
     **heatmap: Any,
 ) -> None:
     """A value per patch ``[rows columns]`` as coloured cells; on the figure's shared ``coloraxis`` unless the keywords say otherwise.
 
-    ``hover`` is a line of text per patch, shown with its place and value; ``written`` is a word per patch, shown on it.
+    ``hover`` is a line of text per patch, shown with its place and value; ``written`` is a word per patch, shown on it. ``number`` is the
+    format of the values.
     """
     import plotly.graph_objects as go
 
@@ -55,7 +82,7 @@ def add_map(
         "xgap": 1 if values.shape[1] <= 16 else 0,
         "ygap": 1 if values.shape[0] <= 16 else 0,
         "customdata": lines,
-        "hovertemplate": "%{customdata}<br>%{z:.3g}" + (f" {unit}" if unit else "") + "<extra></extra>",
+        "hovertemplate": "%{customdata}<br>%{z:" + number + "}" + (f" {unit}" if unit else "") + "<extra></extra>",
         **({"text": written, "texttemplate": "%{text}"} if written is not None else {}),
         **({} if "colorscale" in heatmap else {"coloraxis": "coloraxis"}),
         **heatmap,

@@ -66,7 +66,7 @@ def relevance(
     for number, (line, one, frame) in enumerate(zip(rows, pictures, boxes, strict=True), start=1):
         shares = None if frame is None else _as_shares(frame, one)
         if one is not None:
-            patches.add_picture(figure, np.asarray(one), number)
+            patches.add_picture(figure, one, number)
             patches.mark(figure, shares, one.shape[0], one.shape[1], number, 1, "#ffffff")
         for column, found in enumerate(results, start=first):
             _add_map(figure, found, line, (image, tile), one if overlay else None, shares, number, column)
@@ -135,7 +135,7 @@ def _add_map(
         patches.mark(figure, box, grid.shape[0], grid.shape[1], row, column)
         return
     # A grey picture leaves the colours to the map.
-    grey = np.asarray(picture)[..., :3].mean(-1, keepdims=True).repeat(3, -1)
+    grey = picture.mean(-1, keepdims=True).repeat(3, -1)
     pale = (0.35 * grey + 0.65 * 245).astype(np.uint8)
     patches.add_overlay(figure, pale, grid.numpy(), row, column, opacity=0.75, unit=unit, **look)
     patches.mark(figure, box, pale.shape[0], pale.shape[1], row, column, "#111111")
@@ -290,7 +290,7 @@ def _per_row(given: Any, rows: Sequence[int], single: bool, name: str) -> list[A
     found = [given] if single else list(given)
     if len(found) != len(rows):
         raise InputError(f"Give one {name} per row: there are {len(rows)} rows and {len(found)} of them.")
-    return [np.asarray(one) for one in found] if name == "picture" else found
+    return [patches.as_picture(one) for one in found] if name == "picture" else found
 
 
 def _as_shares(box: PixelBox, picture: Any) -> patches.Box:

@@ -47,7 +47,7 @@ def value_vectors(
     rows = [result.outputs(*place) for place in places]
     if not rows:
         return _empty("No value vector holds any of these outputs", title)
-    asked = None if targets is None else {result.label(t) if isinstance(t, int) else t for t in targets}
+    asked = None if targets is None else {t if isinstance(t, str) else result.label(t) for t in targets}
     marked = [[asked is None or name in asked or _plain(name) in asked for name, _ in row] for row in rows]
     limit = max(max(abs(value) for row in rows for _, value in row), 1e-12)
     shade = [[value / limit for _, value in row] for row in rows]

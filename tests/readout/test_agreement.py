@@ -231,8 +231,9 @@ def test_rates_of_a_cache_without_rows_or_of_several_passes_are_those_of_the_run
         with model.record(sites) as steps:
             model.generate(inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
     alone.remove_batch_dim()
+    steps.inputs = {}
     with pytest.raises(InputError, match="does not know its model and inputs"):
-        compositionality(steps, model.language)
+        compositionality(steps, model.language, step=0)
     steps.inputs = cache.inputs
     known = key_value_agreement(cache, model.language, ["red"]), compositionality(cache, model.language)
     for other, step in ((alone, None), (steps, 0)):

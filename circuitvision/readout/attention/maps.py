@@ -61,15 +61,31 @@ class AttentionMaps(Result):
     query_places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     example: list[int] = field(default_factory=list)
 
+    def pass_values(self, step: int | None = None) -> Float[Tensor, "layer head row key"]:
+        """The maps of one pass, by its number as in ``axes["step"]``; None: the first of those kept.
+
+        Raises InputError for a pass that these maps do not hold.
+        """
+        if "step" not in self.axes:
+            if step is not None:
+                raise InputError("These maps are of one pass; leave step out, or give attention_maps several steps.")
+            return self.values
+        numbers = self.axes["step"]
+        if step is not None and step not in numbers:
+            raise InputError(f"There is no step {step!r} among these maps; there are {numbers}.")
+        return self.values[0 if step is None else numbers.index(step)]
+
     def grid(
-        self, layer: Any, head: Any, row: int = 0, image: int = 0, tile: int | None = None, step: int = 0
+        self, layer: Any, head: Any, row: int = 0, image: int = 0, tile: int | None = None, step: int | None = None
     ) -> Float[Tensor, "grid_row grid_col"]:
-        """One head's map on the patch grid of an image; InputError for a layer, head or image that is not there."""
+        """One head's map on the patch grid of an image; InputError for a layer, head, image or pass that is not there.
+
+        ``step`` is the number of a pass, as in :meth:`pass_values`.
+        """
         for name, label in (("layer", layer), ("head", head), ("row", row)):
             if label not in self.axes[name]:
                 raise InputError(f"There is no {name} {label!r} among these maps; there are {self.axes[name]}.")
-        values = self.values[step] if "step" in self.axes else self.values
-        values = values[self.axes["layer"].index(layer), self.axes["head"].index(head)]
+        values = self.pass_values(step)[self.axes["layer"].index(layer), self.axes["head"].index(head)]
         number = self.axes["row"].index(row)
         return on_grid(values[number], self.places[number], image, tile)
 
@@ -78,15 +94,15 @@ class AttentionMaps(Result):
         found = self.places[..., 2] >= 0
         return found if image is None else found & (self.places[..., 0] == image)
 
-    def keys(self, where: Positions | Box) -> Bool[Tensor, "row key"]:
-        """Which keys lie in a box (left, top, right, bottom in pixels of the first image), or are of a kind, mask or ``Selection``.
+    def keys(self, where: Positions | Box, image: int = 0) -> Bool[Tensor, "row key"]:
+        """Which keys lie in a box (left, top, right, bottom in pixels of an image), or are of a kind, mask or ``Selection``.
 
         Raises InputError if none does, in any row.
         """
         if isinstance(where, tuple) and len(where) == 4:
             left, top, right, bottom = where
             x0, y0, x1, y1 = self.boxes.unbind(-1)
-            found = (x0 < right) & (x1 > left) & (y0 < bottom) & (y1 > top) & self.patches(0)
+            found = (x0 < right) & (x1 > left) & (y0 < bottom) & (y1 > top) & self.patches(image)
         elif isinstance(where, Selection):
             found = self._selected(where)
         else:
@@ -129,6 +145,9 @@ def attention_maps(
     """
     first, numbers = _first_pass(cache, tokens, tower, layers, steps)
     passes = [first, *(read(cache, tokens, first.tower, layers, step) for step in numbers[1:])]
+    several = steps is not None and not isinstance(steps, int)
+    # Passes counted from the end are named by their place, so that one label means one pass.
+    numbers = [int(step) % first.n_passes for step in numbers] if several else numbers
     kept = [torch.from_numpy((one.key_kind != GENERATED).all(0)) for one in passes]
     if len({int(mask.sum()) for mask in kept}) > 1:
         raise InputError("These passes look at different numbers of the prompt's keys; choose steps one by one.")
@@ -138,7 +157,6 @@ def attention_maps(
             mean_query(pattern, counted).transpose(0, 1)[..., mask] for pattern, counted in one.each(query)
         ]
         values.append(torch.stack(layers_of_pass))
-    several = steps is not None and not isinstance(steps, int)
     stacked = torch.stack(values) if several else values[0]
     warn_undefined(stacked, "a row has no query that counts")
     mask = kept[0]

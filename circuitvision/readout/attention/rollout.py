@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
@@ -87,9 +87,10 @@ def rollout(
 ) -> AttentionRollout:
     """``R_l = Â_l R_{l−1}``, ``R_{−1} = I``, with ``Â = residual · I + (1 − residual) · A``, every row divided by its sum.
 
-    ``A`` is the layer's attention fused over heads by ``head_fusion`` ("mean", "max" or "min"); ``discard`` sets the lowest share of every row
-    of it to 0 before that. ``R[query, key]`` is how much of what stands at ``query`` after a layer came from ``key`` before the first one. A
-    row in which nothing is left (``residual=0`` with ``"min"``) is NaN, with a warning. Layers must follow on each other.
+    ``A`` is the layer's attention fused over heads by ``head_fusion`` ("mean", "max" or "min"); ``discard`` then sets the lowest share of the
+    keys that each query can see to 0 (padding and masked keys do not count). ``R[query, key]`` is how much of what stands at ``query`` after
+    a layer came from ``key`` before the first one. A row in which nothing is left (``residual=0`` with ``"min"``) is NaN, with a warning.
+    Layers must follow on each other.
 
     Raises:
         InputError: a tower whose keys are not its own positions, shares outside 0 … 1, an unknown fusion, missing layers.
@@ -110,8 +111,11 @@ def rollout(
     real = torch.from_numpy(patterns.query_kind != "padding")
     depths: list[Tensor] = []
     for number in range(len(steps)):
-        fused = _FUSIONS[head_fusion](patterns.layer(number))
-        step_matrix = _mixed(fused, residual, discard)
+        pattern = patterns.layer(number)
+        fused = _FUSIONS[head_fusion](pattern)
+        if discard:
+            fused = _without_weakest(fused, patterns.visible(pattern), discard)
+        step_matrix = _mixed(fused, residual)
         # Nothing real looks at padding; its own rows stay as they are.
         step_matrix = torch.where(real[..., None], step_matrix, torch.eye(real.shape[1], dtype=fused.dtype))
         depths.append(step_matrix @ depths[-1] if depths else step_matrix)
@@ -131,11 +135,17 @@ def rollout(
     )
 
 
-def _mixed(fused: Float[Tensor, "row query key"], residual: float, discard: float) -> Float[Tensor, "row query key"]:
-    """One layer's step: attention without its weakest keys, mixed with the identity, every row divided by its sum."""
-    dropped = int(discard * fused.shape[-1])
-    if dropped:
-        weakest = fused.topk(dropped, dim=-1, largest=False).indices
-        fused = fused.scatter(-1, weakest, 0.0)
+def _without_weakest(
+    fused: Float[Tensor, "row query key"], visible: Bool[Tensor, "row query key"], discard: float
+) -> Float[Tensor, "row query key"]:
+    """Attention with the weakest share of each query's visible keys at 0; of a number that is not whole, the whole part."""
+    # Rounding must not cost a key: 0.29 * 100 is just below 29.
+    dropped = (discard * visible.sum(-1, keepdim=True).double() + 1e-9).floor()
+    rank = fused.masked_fill(~visible, float("inf")).argsort(dim=-1, stable=True).argsort(dim=-1)
+    return fused.masked_fill(rank < dropped, 0.0)
+
+
+def _mixed(fused: Float[Tensor, "row query key"], residual: float) -> Float[Tensor, "row query key"]:
+    """One layer's step: attention mixed with the identity, every row divided by its sum."""
     mixed = residual * torch.eye(fused.shape[-1], dtype=fused.dtype) + (1 - residual) * fused
     return mixed / mixed.sum(-1, keepdim=True)

@@ -19,7 +19,7 @@ unembedding given holds it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,8 +32,9 @@ from circuitvision.model.tokens import TokenMap
 from circuitvision.progress import track
 from circuitvision.provenance import describe
 from circuitvision.readout.places import places_of
+from circuitvision.readout.recorded import recorded, tokens_of
 from circuitvision.readout.weights.unembedding import Unembedding, model_of, unembedding_matrix
-from circuitvision.readout.weights.value_vectors import layers_of, projections, written_rows
+from circuitvision.readout.weights.value_vectors import at_once, layers_of, projections, written_rows
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def key_value_agreement(
     unembedding: Unembedding | None = None,
     n_keys: int = 5,
     n_values: int = 5,
+    step: int | None = None,
 ) -> TokenAgreement:
     """Whether a token's most active keys belong to value vectors of its true class: 1 or 0 per token and layer, with chance (see the module).
 
@@ -100,27 +102,30 @@ def key_value_agreement(
         unembedding: the class directions; None takes the tower's head without the final norm's gain.
         n_keys: how many active keys a token has.
         n_values: how many value vectors a class has.
+        step: which pass, in a cache that recorded several: one that reads all positions, such as the first of ``generate``.
 
     Raises:
-        InputError: labels that do not fit the examples, sites that the cache lacks, counts below 1.
+        InputError: labels that do not fit the examples, sites that the cache lacks, counts below 1, a pass of other positions.
     """
     if n_values < 1:
         raise InputError(f"n_values={n_values} must be at least 1.")
-    numbers, weight, columns, tokens, outputs = _prepare(cache, tower, of, layers, targets, unembedding, n_keys)
-    true = _true_classes(labels, tokens, outputs, columns)
+    run = _Run(cache, tower, of, _token_map(cache, tower), step)
+    numbers, weight, columns, outputs = _prepare(run, layers, targets, unembedding, n_keys)
+    true = _true_classes(labels, run.tokens, outputs, columns)
     values, chance = [], []
     for layer in track(numbers, "key-value agreement"):
-        logits = torch.cat(list(projections(written_rows(tower, layer, of), weight)))
-        speakers = logits.topk(min(n_values, len(logits)), dim=0).indices.cpu()
-        active = _active(_keys(cache, tower, layer, of), n_keys)
-        hits = torch.stack([active[..., speakers[:, c]].any(-1) for c in range(len(columns))], dim=-1).float()
-        mine = hits.gather(-1, true[:, None, None].expand(*hits.shape[:2], 1))[..., 0]
+        active = _active(run.keys(layer), n_keys)
+        mine, all_hits = torch.zeros(active.shape[:2]), torch.zeros(active.shape[:2])
+        for first, hits in _hits(active, written_rows(tower, layer, of), weight, n_values):
+            all_hits += hits.sum(-1)
+            here = (true >= first) & (true < first + hits.shape[-1])
+            mine[here] = hits[here, :, true[here] - first].float()
         values.append(mine)
-        chance.append((hits.sum(-1) - mine) / (len(columns) - 1) if len(columns) > 1 else mine * torch.nan)
+        chance.append((all_hits - mine) / (len(columns) - 1) if len(columns) > 1 else mine * torch.nan)
     if len(columns) == 1:
         warnings.warn("With a single class there is no chance level; it is NaN.", stacklevel=2)
     method = f"key_value_agreement(of={of}, gain={outputs.gain}, n_keys={n_keys}, n_values={n_values})"
-    return _result(cache, tower, of, numbers, tokens, values, chance, method)
+    return _result(run, numbers, values, chance, method)
 
 
 def compositionality(
@@ -132,54 +137,99 @@ def compositionality(
     targets: Sequence[int | str] | None = None,
     unembedding: Unembedding | None = None,
     n_keys: int = 5,
+    step: int | None = None,
 ) -> TokenAgreement:
     """The share of a token's most active value vectors whose own top class is that of the layer's output there, with chance (see the module).
 
     Args:
         cache: a run that holds ``mlp.hook_post`` and ``hook_mlp_out`` (heads: ``attn.hook_z`` and ``hook_attn_out``) of the layers.
-        tower, of, layers, targets, unembedding, n_keys: as in :func:`key_value_agreement`.
+        tower, of, layers, targets, unembedding, n_keys, step: as in :func:`key_value_agreement`.
 
     Raises:
-        InputError: sites that the cache lacks, ``n_keys`` below 1.
+        InputError: sites that the cache lacks, ``n_keys`` below 1, a pass of other positions.
     """
-    numbers, weight, columns, tokens, outputs = _prepare(cache, tower, of, layers, targets, unembedding, n_keys)
+    run = _Run(cache, tower, of, _token_map(cache, tower), step)
+    numbers, weight, columns, outputs = _prepare(run, layers, targets, unembedding, n_keys)
     values, chance = [], []
     for layer in track(numbers, "compositionality"):
-        own = torch.cat([logits.argmax(-1) for logits in projections(written_rows(tower, layer, of), weight)]).cpu()
-        written = _site(cache, f"{tower.name}.blocks.{layer}.{_SITES[of][1]}").to(weight)
-        answer = (written @ weight).argmax(-1).cpu()
-        active = _active(_keys(cache, tower, layer, of), n_keys).float()
+        own = _best(written_rows(tower, layer, of), weight)
+        written = run.site(layer, _SITES[of][1])
+        answer = _best(written.flatten(0, 1), weight).view(written.shape[:2])
+        active = _active(run.keys(layer), n_keys).float()
         same = own == answer[..., None]
         values.append((active * same).sum(-1) / active.sum(-1))
         chance.append((torch.bincount(own, minlength=len(columns)).float() / len(own))[answer])
     method = f"compositionality(of={of}, gain={outputs.gain}, n_keys={n_keys})"
-    return _result(cache, tower, of, numbers, tokens, values, chance, method)
+    return _result(run, numbers, values, chance, method)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One pass of a cache, as the two scores read it."""
+
+    cache: ActivationCache
+    tower: Tower
+    of: str
+    tokens: TokenMap
+    step: int | None
+
+    def site(self, layer: int, name: str) -> Float[Tensor, "row pos ..."]:
+        """A site of a layer; InputError where its positions are not those of the token map."""
+        value = recorded(self.cache, f"{self.tower.name}.blocks.{layer}.{name}", self.step).detach()
+        wanted = (self.tokens.n_rows, self.tokens.n_positions)
+        if tuple(value.shape[:2]) != wanted:
+            raise InputError(
+                f"This pass has {value.shape[0]} rows of {value.shape[1]} positions, the token map of the {self.tower.name} "
+                f"tower {wanted[0]} of {wanted[1]}; choose the pass that reads the prompt (step=0)."
+            )
+        return value
+
+    def keys(self, layer: int) -> Float[Tensor, "row pos key"]:
+        """How active every neuron, or channel of a head, is."""
+        value = self.site(layer, _SITES[self.of][0])
+        return (value if self.of == "mlp" else value.flatten(-2)).cpu()
+
+
+def _token_map(cache: ActivationCache, tower: Tower) -> TokenMap:
+    """The token map of the tower that is read; InputError for a cache of another model, or of unknown inputs."""
+    if cache.model not in (None, model_of(tower)):
+        raise InputError("The cache is of another model than the tower; give the tower of the model that was run.")
+    return tokens_of(cache, tower.name)
 
 
 def _prepare(
-    cache: ActivationCache,
-    tower: Tower,
-    of: str,
+    run: _Run,
     layers: Sequence[int] | None,
     targets: Sequence[int | str] | None,
     unembedding: Unembedding | None,
     n_keys: int,
-) -> tuple[list[int], Tensor, list[int], TokenMap, Unembedding]:
-    """Layers, class directions, their columns and the run's positions, after everything that can be wrong was checked."""
-    model = model_of(tower)
-    if of not in _SITES or n_keys < 1:
-        raise InputError(f"of={of!r} must be 'mlp' or 'ov', and n_keys={n_keys} at least 1.")
-    if cache.model is not model:
-        raise InputError("The cache is of another model than the tower; give the tower of the model that was run.")
-    outputs = unembedding or unembedding_matrix(tower, gain=False)
+) -> tuple[list[int], Tensor, list[int], Unembedding]:
+    """Layers, class directions and their columns, after everything that can be wrong was checked."""
+    if run.of not in _SITES or n_keys < 1:
+        raise InputError(f"of={run.of!r} must be 'mlp' or 'ov', and n_keys={n_keys} at least 1.")
+    outputs = unembedding or unembedding_matrix(run.tower, gain=False)
+    # All columns are taken as they are: the matrix of a large vocabulary must not be copied.
     columns = list(range(outputs.matrix.shape[1])) if targets is None else outputs.find(targets)
-    return (
-        layers_of(tower, layers),
-        outputs.matrix[:, columns],
-        columns,
-        model.tokens(cache.inputs)[tower.name],
-        outputs,
-    )
+    weight = outputs.matrix if targets is None else outputs.matrix[:, columns]
+    return layers_of(run.tower, layers), weight, columns, outputs
+
+
+def _hits(
+    active: Bool[Tensor, "row pos key"], rows: Float[Tensor, "key d_model"], weight: Tensor, n_values: int
+) -> Iterator[tuple[int, Bool[Tensor, "row pos column"]]]:
+    """Whether an active key is among the value vectors that speak most for a class: a few classes at a time, with the number of the first."""
+    n_values = min(n_values, len(rows))
+    width = at_once(max(len(rows), active.shape[0] * active.shape[1] * n_values))
+    for first in range(0, weight.shape[1], width):
+        some = weight[:, first : first + width]
+        logits = torch.cat(list(projections(rows, some)))
+        speakers = logits.topk(n_values, dim=0).indices.cpu()
+        yield first, torch.stack([active[..., speaker] for speaker in speakers]).any(0)
+
+
+def _best(rows: Float[Tensor, "row d_model"], weight: Float[Tensor, "d_model n_out"]) -> Tensor:
+    """The highest column of every row."""
+    return torch.cat([logits.argmax(-1) for logits in projections(rows, weight)]).cpu()
 
 
 def _true_classes(
@@ -197,45 +247,24 @@ def _true_classes(
     return torch.tensor([columns.index(column) for column in found])[torch.from_numpy(tokens.example)]
 
 
-def _site(cache: ActivationCache, name: str) -> Tensor:
-    if name not in cache:
-        glob = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        raise InputError(f"The cache does not hold {name}; run with names_filter=[{glob!r}].")
-    return cache[name]
-
-
-def _keys(cache: ActivationCache, tower: Tower, layer: int, of: str) -> Float[Tensor, "row pos key"]:
-    value = _site(cache, f"{tower.name}.blocks.{layer}.{_SITES[of][0]}").detach()
-    return (value if of == "mlp" else value.flatten(-2)).cpu()
-
-
 def _active(keys: Float[Tensor, "row pos key"], count: int) -> Bool[Tensor, "row pos key"]:
     order = keys.topk(min(count, keys.shape[-1]), dim=-1).indices
     return torch.zeros_like(keys, dtype=torch.bool).scatter(-1, order, True)
 
 
-def _result(
-    cache: ActivationCache,
-    tower: Tower,
-    of: str,
-    numbers: list[int],
-    tokens: TokenMap,
-    values: list[Tensor],
-    chance: list[Tensor],
-    method: str,
-) -> TokenAgreement:
-    padding = torch.from_numpy(tokens.kind == "padding")
+def _result(run: _Run, numbers: list[int], values: list[Tensor], chance: list[Tensor], method: str) -> TokenAgreement:
+    padding = torch.from_numpy(run.tokens.kind == "padding")
     rates, levels = (torch.stack(kind).masked_fill(padding, torch.nan) for kind in (values, chance))
     axes = {"layer": numbers, "row": list(range(rates.shape[1])), "position": list(range(rates.shape[2]))}
     return TokenAgreement(
         values=rates,
         axes=axes,
-        provenance=describe(cache.model, method=f"{method} of {tower.name}", inputs=(cache.inputs,)),
+        provenance=describe(run.cache.model, method=f"{method} of {run.tower.name}", inputs=(run.cache.inputs,)),
         chance=levels,
-        kinds=tokens.kind.tolist(),
-        places=places_of(tokens),
-        example=tokens.example.tolist(),
-        tower=tower.name,
-        of=of,
+        kinds=run.tokens.kind.tolist(),
+        places=places_of(run.tokens),
+        example=run.tokens.example.tolist(),
+        tower=run.tower.name,
+        of=run.of,
         measure=method.split("(")[0],
     )

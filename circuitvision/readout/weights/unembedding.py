@@ -20,6 +20,7 @@ Not covered: projectors with a non-linearity, for which a matrix of one's own ca
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,16 @@ def model_of(tower: Tower) -> HookedModel:
             "The wrapped model of this tower is gone; keep it in a variable: model = HookedModel(…), then model.vision."
         )
     return model
+
+
+def column_number(target: Any) -> int:
+    """A target given as a whole number of any kind (Python's, numpy's, a tensor's); InputError for anything else."""
+    try:
+        if not isinstance(target, bool):
+            return operator.index(target)
+    except TypeError:
+        pass
+    raise InputError(f"{target!r} is no output: outputs are whole numbers or names.")
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -246,7 +257,7 @@ def _labels(
 
     def one(target: int | str) -> int:
         if not isinstance(target, str):
-            column = int(target)
+            column = column_number(target)
         elif names is None and output_kind(tower) in ("classes", "tokens"):
             column = word_ids(model, target)[0]
         else:

@@ -38,6 +38,7 @@ from circuitvision.provenance import describe
 from circuitvision.readout.weights.unembedding import (
     Prompts,
     Unembedding,
+    column_number,
     model_of,
     through_norm,
     unembedding_matrix,
@@ -165,8 +166,8 @@ class ValueVectors(Result):
     def _found(self, targets: Sequence[int | str]) -> Tensor:
         if isinstance(targets, str):
             raise InputError(f"Targets are a list; write [{targets!r}].")
-        wanted = {t for t in targets if isinstance(t, int)}
         words = {t for t in targets if isinstance(t, str)}
+        wanted = {column_number(t) for t in targets if not isinstance(t, str)}
         # Text pieces carry the mark of a leading space.
         wanted |= {int(i) for i, name in self.labels.items() if name in words or name.lstrip("▁Ġ ") in words}
         found = torch.isin(self.ids, torch.tensor(sorted(wanted), dtype=torch.long))
@@ -297,12 +298,17 @@ def projections(
     batch_size: int | None = None,
 ) -> Iterator[Float[Tensor, "batch n_out"]]:
     """``rows @ weight`` in batches; for ``measure="cosine"`` of unit rows and columns, NaN where one of them is zero."""
-    step = batch_size or max(1, _CHUNK // max(weight.shape[1], 1))
+    step = batch_size or at_once(weight.shape[1])
     norms = weight.norm(dim=0) if measure == "cosine" else None
     for chunk in rows.split(step):
         chunk = chunk.to(weight)
         logits = chunk @ weight
         yield logits if norms is None else logits / (chunk.norm(dim=-1, keepdim=True) * norms)
+
+
+def at_once(width: int) -> int:
+    """How many rows (or columns) of ``width`` numbers a product may hold."""
+    return max(1, _CHUNK // max(width, 1))
 
 
 def layers_of(tower: Tower, layers: Sequence[int] | None) -> list[int]:
