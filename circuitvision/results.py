@@ -83,7 +83,7 @@ class Result:
         return pd.DataFrame({"value": flat.reshape(-1).numpy()}, index=index).reset_index()
 
     def plot(self, **keywords: Any) -> go.Figure:
-        """The Plotly figure made for this kind of result; keywords go to it (see :mod:`circuitvision.plots`)."""
+        """The Plotly figure made for this kind of result; keywords go to it (a wrong one raises an InputError that lists them)."""
         from circuitvision import plots
 
         return plots.plot(self, **keywords)
@@ -144,14 +144,20 @@ class Result:
         }
         return found(**restored, **header["fields"])
 
+    def highlights(self) -> dict[str, str]:
+        """What a reader wants to see first, by name, for the table that notebooks show; nothing by default."""
+        return {}
+
     def _repr_html_(self) -> str:
-        """A short table for notebooks: shape, range, and provenance."""
+        """A short table for notebooks: shape, range, highlights, and provenance without its hashes."""
         finite = self.values[torch.isfinite(self.values)]
         span = f"{finite.min():.4g} … {finite.max():.4g}" if finite.numel() else "no finite value"
+        known = {key: value for key, value in self.provenance.items() if isinstance(value, str | int | float)}
         rows = {
             "axes": " × ".join(f"{name} {len(labels)}" for name, labels in self.axes.items()),
             "range": span,
-            **{key: value for key, value in self.provenance.items() if isinstance(value, str | int | float)},
+            **self.highlights(),
+            **{key: value for key, value in known.items() if value != "" and not key.endswith("sha256")},
         }
         cells = "".join(
             f"<tr><th style='text-align:left'>{html.escape(str(key))}</th><td style='text-align:left'>"

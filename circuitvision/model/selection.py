@@ -47,6 +47,10 @@ class Selection:
 
         The box is in the frame of ``tokens.box``: pixels of the tensor the tower reads, or of the original image where there are tiles.
         """
+        if right <= left or bottom <= top:
+            raise InputError(
+                f"A box is (left, top, right, bottom) with left < right and top < bottom, not {(left, top, right, bottom)}."
+            )
         pixels = self.tokens.box
         with np.errstate(invalid="ignore"):
             hit = (

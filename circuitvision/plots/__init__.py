@@ -47,6 +47,21 @@ _FIGURES = {
 }
 
 
+def _check_keywords(figure: Any, name: str, keywords: dict[str, Any]) -> None:
+    """Raises InputError that lists the keywords of a figure, if one is given that it does not take."""
+    import inspect
+
+    known = inspect.signature(figure).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    unknown = [word for word in keywords if word not in known]
+    if unknown:
+        raise InputError(
+            f"The figure of a {name} does not take {unknown[0]}=; it takes {', '.join(list(known)[1:])}. "
+            f"help(cv.plots.{figure.__module__.rpartition('.')[2]}.{figure.__name__}) says what they are."
+        )
+
+
 def plot(result: Any, **keywords: Any) -> go.Figure:
     """The figure made for this kind of result, or its base class's; keywords go to the figure's function.
 
@@ -57,8 +72,10 @@ def plot(result: Any, **keywords: Any) -> go.Figure:
 
     for cls in type(result).__mro__:
         if cls.__name__ in _FIGURES:
-            module, function = _FIGURES[cls.__name__]
-            return getattr(importlib.import_module(f"circuitvision.plots.{module}"), function)(result, **keywords)
+            module, name = _FIGURES[cls.__name__]
+            figure = getattr(importlib.import_module(f"circuitvision.plots.{module}"), name)
+            _check_keywords(figure, type(result).__name__, keywords)
+            return figure(result, **keywords)
     raise InputError(
         f"There is no figure for a {type(result).__name__}; known are {', '.join(_FIGURES)}. Use to_frame()."
     )

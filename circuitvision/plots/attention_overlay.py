@@ -1,7 +1,7 @@
 """Attention laid over the picture: a map per head behind a slider, beside a grid of all heads; contrasts with their regions; rollouts.
 
-Colours go from nothing to the largest value of the map that is shown, so maps of different heads cannot be compared by colour: the grid beside the
-picture says how much of each head's attention the image, or the box, gets. A blue outline is the object's box or the query's patch.
+Colours go from nothing to the largest value of the map that is shown, so maps of different heads cannot be compared by colour: the grid beside
+the picture says how much of each head's attention the image, or the box, gets. A blue outline is the object's box or the query's patch.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def overlay(
     Args:
         result: maps of one query.
         picture: what the row shows, ``[height width 3]`` of whole numbers 0 … 255 or a PIL image of any size; None: the map alone.
-        box: an object, (left, top, right, bottom) in the frame of the maps' boxes; also sets what the grid of heads shows.
-        row: the row, and with ``image`` and ``tile`` the map of it, that is drawn.
-        step: number of the pass, as in ``axes["step"]``; None: the first of those kept.
+        box: an object, (left, top, right, bottom) in the frame of the maps' boxes or as shares of the map; also sets what the grid of heads
+        shows. row: the row, and with ``image`` and ``tile`` the map of it, that is drawn. step: number of the pass, as in ``axes["step"]``;
+        None: the first of those kept.
 
     Of an image in several tiles shares are of the tile that is drawn; of a box, with ``tile=None``, those of all tiles that show it.
 
@@ -76,6 +76,8 @@ def overlay(
     grids = torch.stack(
         [torch.stack([result.grid(layer, head, row, image, tile, step) for head in heads]) for layer in layers]
     ).double()
+    if box is not None and max(box) <= 1.0:
+        box = _of_shares(_frame(result.places, result.boxes, row, image, tile), box)
     strength, what = _strength(result, box, row, image, tile, step)
     tile = _tile(result, row, image, tile)
     beside = len(heads) > 1
@@ -343,6 +345,13 @@ def _frame(places: Tensor, boxes: Tensor, row: int, image: int, tile: int | None
     left, top = boxes[row, here, :2].amin(0).tolist()
     right, bottom = boxes[row, here, 2:].amax(0).tolist()
     return left, top, right, bottom
+
+
+def _of_shares(frame: Box, box: Box) -> Box:
+    """A box given as shares of the drawn map, in its pixels."""
+    left, top, right, bottom = frame
+    across, down = right - left, bottom - top
+    return left + box[0] * across, top + box[1] * down, left + box[2] * across, top + box[3] * down
 
 
 def _shares(frame: Box, box: Box) -> Box:

@@ -120,8 +120,8 @@ def sources(
 ) -> go.Figure:
     """What the strongest heads (or those given as ``(layer, head)``) take from each image patch and word of one row.
 
-    ``picture`` is ``[height width 3]`` or a PIL image; ``box`` (left, top, right, bottom) as shares of it. ``tile=None`` is the first tile there
-    is of the image.
+    ``picture`` is ``[height width 3]`` or a PIL image; ``box`` (left, top, right, bottom) in its pixels or as shares of it. ``tile=None`` is
+    the first tile there is of the image.
 
     Raises:
         InputError: no such row, image or tile, or no source position that is a patch.
@@ -139,6 +139,7 @@ def sources(
     if not bool((places[:, 2] >= 0).any()):
         raise InputError("No source position of this row is an image patch; use to_frame() for words.")
     pixels = None if picture is None else patches.as_picture(picture)
+    box = patches.as_shares(box, pixels)
     maps = [on_grid(values[layers.index(layer), head], places, image, tile) for layer, head in strongest]
     limit = max(float(grid.abs().nan_to_num(0).max()) for grid in maps) or 1.0
     headings = [f"L{layer}H{head}" for layer, head in strongest]

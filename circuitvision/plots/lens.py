@@ -62,7 +62,7 @@ def over_image(
         target: label, or else number, of the target shown (None: the first); of a lens by rank, the value of the highest column, whose name is
             written on the patch.
         picture: what the row shows, ``[height width 3]`` or a PIL image.
-        box: an object, (left, top, right, bottom) as shares of the image.
+        box: an object, (left, top, right, bottom) in pixels of the picture, or as shares of the image.
         title: by default the layer and patch where the value is highest.
         image: number of the image within the example, with ``tile`` where there are several.
         colors: of the lowest and the highest value.
@@ -74,6 +74,7 @@ def over_image(
     grids = [result.patch_grid(layer, row, image, tile, target) for layer in shown]
     hovers = [_grid_words(result, layer, row, image, tile) for layer in shown]
     pixels = None if picture is None else patches.as_picture(picture)
+    box = patches.as_shares(box, pixels)
     columns = len(shown) + (pixels is not None)
     headings = (["image"] if pixels is not None else []) + [_layer_name(layer) for layer in shown]
     figure = make_subplots(rows=1, cols=columns, column_titles=headings, horizontal_spacing=0.012)
@@ -98,7 +99,11 @@ def over_image(
     style.layout(figure, title, int(150 + 1060 / columns), margin={"l": 10, "r": 30, "t": 96, "b": 20})
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
-    bar = {"title": {"text": f"{name} ({result.measure})", "side": "right"}, "thickness": 12, "outlinewidth": 0}
+    bar = {
+        "title": {"text": f"{_short(name, 34)} ({_unit(result)})", "side": "right"},
+        "thickness": 12,
+        "outlinewidth": 0,
+    }
     signed = any(bool((grid < 0).any()) for grid in grids)
     scale = style.diverging(*(colors or ())) if signed else _rising(colors)
     scale = style.legible(signed) if by_rank else scale
@@ -142,7 +147,7 @@ def table(
             z=values.numpy(),
             x=list(range(len(chosen))),
             y=[_layer_name(label) for label in labels],
-            text=[[html.escape(cell) for cell in line] for line in names],
+            text=[[html.escape(_short(cell)) for cell in line] for line in _cells(result, names, values)],
             texttemplate="%{text}",
             customdata=hover,
             hovertemplate="%{y}, position %{x}<br>highest: %{customdata}<br>%{z:.3g}<extra></extra>",
@@ -152,7 +157,10 @@ def table(
             xgap=2,
             ygap=2,
             colorbar={
-                "title": {"text": f"{html.escape(_target_name(result, index))} ({result.measure})", "side": "right"},
+                "title": {
+                    "text": f"{html.escape(_short(_target_name(result, index), 34))} ({_unit(result)})",
+                    "side": "right",
+                },
                 "thickness": 12,
                 "outlinewidth": 0,
             },
@@ -189,6 +197,8 @@ def layers(
         raise InputError("Lines over layers show targets; read the lens with targets=.")
     if position is None and not result.pooled.numel():
         raise InputError("This read-out does not pool; say which position= the lines show.")
+    if position is not None and position not in result.axes["position"]:
+        raise InputError(f"There is no position {position!r}; this lens has {result.axes['position']}.")
     values = result.pooled if position is None else result.values[:, :, result.axes["position"].index(position)]
     values = values.double()[:, rows]
     labels = next(iter(result.axes.values()))
@@ -270,7 +280,16 @@ def _layer_name(layer: Any) -> str:
 
 
 def _unit(result: LensResult) -> str:
-    return result.measure
+    return "model units" if result.columns == "actions" else result.measure
+
+
+def _short(text: str, length: int = 22) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _where(result: LensResult) -> str:
+    """The tower, and which pass of it."""
+    return result.tower if result.step is None else f"{result.tower}, pass {result.step}"
 
 
 def _plain(piece: str) -> str:
@@ -328,20 +347,36 @@ def _patch_finding(result: LensResult, shown: Sequence[Any], grids: Sequence[tor
     layer, cell = divmod(int(stacked.flatten(1).argmax()), stacked[0].numel())
     place = divmod(cell, stacked.shape[2])
     said = f"{name} is strongest" if name != "highest" else "The surest patch"
-    return f"{result.tower}: {said} at {_layer_name(shown[layer])}, patch row {place[0]}, column {place[1]}"
+    return f"{_where(result)}: {said} at {_layer_name(shown[layer])}, patch row {place[0]}, column {place[1]}"
 
 
 def _table_finding(
     names: np.ndarray, labels: Sequence[Any], result: LensResult, row: int, chosen: Sequence[int], said: bool
 ) -> str:
-    last = names[:, -1]
+    read = _read_position(result, row, chosen)
+    last = names[:, read]
     same = np.flip(np.cumprod(np.flip(last == last[-1]))).astype(bool)
     since = labels[int(np.argmax(same))]
-    where = html.escape(_plain(result.words[row][chosen[-1]])) if result.words else ""
-    where = where or f"position {result.axes['position'][chosen[-1]]}"
+    where = html.escape(_plain(result.words[row][chosen[read]])) if result.words else ""
+    where = where or f"position {result.axes['position'][chosen[read]]}"
+    if result.columns == "actions":
+        return f"What the {_where(result)} tower says in action dimensions, layer by layer: {_target_name(result, 0)}"
     if not said:
-        return f"At {where!r} the {result.tower} tower has no finite value at {_layer_name(labels[-1])}"
-    return f"At {where!r} the {result.tower} tower says {html.escape(str(last[-1]))!r} from {_layer_name(since)} on"
+        return f"At {where!r} the {_where(result)} tower has no finite value at {_layer_name(labels[-1])}"
+    return f"At {where!r} the {_where(result)} tower says {html.escape(str(last[-1]))!r} from {_layer_name(since)} on"
+
+
+def _read_position(result: LensResult, row: int, chosen: Sequence[int]) -> int:
+    """The column of the table that a reader looks at first: the class token where there is one, else the last."""
+    kinds = result.kinds[row] if result.kinds else []
+    return next((column for column, at in enumerate(chosen) if kinds and kinds[at] == "cls"), len(chosen) - 1)
+
+
+def _cells(result: LensResult, names: np.ndarray, values: torch.Tensor) -> list[list[str]]:
+    """What stands in the cells: the highest column, or the value itself where columns are no alternatives."""
+    if result.columns == "actions":
+        return [[_value(value) for value in line] for line in values]
+    return names.tolist()
 
 
 def _columns(result: LensResult, row: int) -> list[int]:
@@ -349,4 +384,5 @@ def _columns(result: LensResult, row: int) -> list[int]:
     kinds = result.kinds[row] if result.kinds else [""] * len(result.axes["position"])
     text = [at for at, kind in enumerate(kinds) if kind == "text"]
     there = text or [at for at, kind in enumerate(kinds) if kind != "padding"]
-    return there[-_MOST_COLUMNS:]
+    first = [at for at in there if kinds[at] == "cls"][:1]
+    return [*first, *[at for at in there if at not in first][-(_MOST_COLUMNS - len(first)) :]]

@@ -120,6 +120,27 @@ def square(figure: go.Figure, height: int, row: int, column: int) -> None:
     figure.update_xaxes(constrain="domain", row=row, col=column)
 
 
+def as_shares(box: Sequence[float] | None, picture: np.ndarray[Any, Any] | None) -> Box | None:
+    """A box as shares of the image: given so (nothing above 1), or in pixels of the picture.
+
+    Raises:
+        InputError: pixels without a picture, or corners in the wrong order.
+    """
+    if box is None:
+        return None
+    left, top, right, bottom = (float(edge) for edge in box)
+    if right <= left or bottom <= top:
+        raise InputError(f"A box is (left, top, right, bottom) with left < right and top < bottom, not {tuple(box)}.")
+    if max(left, top, right, bottom) <= 1.0:
+        return left, top, right, bottom
+    if picture is None:
+        raise InputError(
+            f"The box {tuple(box)} is in pixels: give the picture as well, or the box as shares of the image."
+        )
+    height, width = picture.shape[:2]
+    return left / width, top / height, right / width, bottom / height
+
+
 def mark(
     figure: go.Figure, box: Box | None, rows: int, columns: int, row: int, column: int, color: str = style.AGAINST
 ) -> None:

@@ -1,7 +1,7 @@
 """Maps of relevance, beside the picture they are about.
 
-A figure takes one result or several of one kind, side by side. Maps of different methods have different units, so each is coloured by its own largest
-absolute value, written below it: compare where they are strong, not how strong they are.
+A figure takes one result or several of one kind, side by side. Maps of different methods have different units, so each is coloured by its own
+largest absolute value, written below it: compare where they are strong, not how strong they are.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def relevance(
         result, beside: the results shown.
         row: the row of the tower, or several, one below the other.
         picture: the picture ``[height width 3]`` of levels 0 … 255 (one per row), shown first.
-        box: the object's box (left, top, right, bottom) in pixels of the picture (one per row), drawn over every panel.
+        box: the object's box (left, top, right, bottom) in pixels of the picture or as shares of it (one per row), drawn over every panel.
         image, tile: which image and tile of the row.
         overlay: lay maps over the picture; else they stand alone.
 
@@ -294,9 +294,9 @@ def _per_row(given: Any, rows: Sequence[int], single: bool, name: str) -> list[A
 
 
 def _as_shares(box: PixelBox, picture: Any) -> patches.Box:
-    height, width = picture.shape[:2]
-    left, top, right, bottom = box
-    return left / width, top / height, right / width, bottom / height
+    found = patches.as_shares(box, picture)
+    assert found is not None
+    return found
 
 
 def _escape(text: str) -> str:

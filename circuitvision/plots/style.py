@@ -117,7 +117,8 @@ def page(title: str, body: str) -> str:
 
 
 def write_figures(path: str | Path, title: str, figures: Sequence[go.Figure], intro: str = "") -> Path:
-    """Write figures to one page, complete or not at all; ``intro`` is plain text above them."""
+    """Write figures (or one) to one page, complete or not at all; ``intro`` is plain text above them."""
+    figures = [figures] if hasattr(figures, "to_html") else figures
     text = f"<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>" + "".join(fragment(figure) for figure in figures)
     return write_text(path, page(title, text))
 

@@ -32,6 +32,10 @@ class Ranking(Result):
     errors: Tensor = field(default_factory=lambda: torch.zeros(0))
     by: str = "value"
 
+    def highlights(self) -> dict[str, str]:
+        """The first components and their scores."""
+        return {name: f"{value:+.4g}" for name, value in self._pairs()[:5]}
+
     def top(self, count: int) -> list[str]:
         """The first ``count`` components."""
         return self.axes["component"][:count]

@@ -125,7 +125,7 @@ def _warn_of_unknown(tokenizer: Any, prompts: Sequence[str]) -> None:
         warnings.warn(
             f"{len(lost)} of {len(prompts)} prompts hold words that this tokenizer does not know, and reads all alike: "
             f"{', '.join(map(repr, words))} in {prompt!r}.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

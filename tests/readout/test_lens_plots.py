@@ -267,3 +267,67 @@ def test_sources_show_the_tile_that_is_asked_for_and_scores_of_rows_name_no_list
     assert "{" not in title(scores.plot())
     assert title(replace(scores, values=scores.values * 0).plot()).startswith("No head moves log p(")
     assert figures._number(math.nan) == "no value"
+
+
+def test_a_box_in_pixels_or_in_shares_is_the_same_box():
+    model = cv.organisms.load("shapes-vit")
+    scene = cv.data.scenes.sample_scene(np.random.default_rng(0))
+    lens = logit_lens(model, model.inputs(images=[scene.image]), targets=[0])
+    pixels = scene.boxes[0]
+    shares = tuple(edge / scene.image.size[0] for edge in pixels)
+    first, second = (lens.plot(picture=scene.image, box=box) for box in (pixels, shares))
+    assert first.layout.shapes == second.layout.shapes
+    with pytest.raises(InputError, match="give the picture"):
+        lens.plot(box=pixels)
+    with pytest.raises(InputError, match="left < right"):
+        lens.plot(picture=scene.image, box=(0.5, 0.0, 0.2, 1.0))
+
+
+def test_a_wrong_keyword_lists_the_right_ones():
+    model, _, cache = run("vit", everything=True)
+    with pytest.raises(InputError, match=r"pictur=.*count, title"):
+        direct_attribution(model, cache, (0, 1)).plot(pictur=None)
+
+
+def test_the_table_of_a_classifier_is_about_the_class_token():
+    model, out, cache = run("vit")
+    figure = logit_lens(model, cache, "vision", top_k=2).plot(view="table")
+    assert "[cls]" in figure.layout.title.text
+    assert model.config.id2label[int(out[0].argmax())] in figure.layout.title.text
+
+
+def test_actions_are_numbers_and_a_pass_is_named():
+    model, velocity, cache = run("pi0")
+    figure = logit_lens(model, cache, "action", targets=[0, 1]).plot(view="table")
+    (trace,) = heat_maps(figure)
+    assert float(trace.text[-1][-1].replace("\N{MINUS SIGN}", "-")) == pytest.approx(
+        float(velocity[0, -1, 0]), rel=0.01
+    )
+    with model.record(list(cv.readout.lens_sites(model, "action"))) as steps:
+        model.sample_actions(cache.inputs, num_steps=3)
+    later = logit_lens(model, steps, "action", targets=[0], step=2)
+    assert "pass 2" in later.plot(view="table").layout.title.text
+    assert "step=2" in later.provenance["method"]
+    with pytest.raises(InputError, match="number of one pass"):
+        logit_lens(model, steps, "action", targets=[0], step="all")
+
+
+def test_long_names_are_cut_in_cells_and_whole_when_hovered():
+    model = cv.organisms.load("shapes-clip")
+    scene = cv.data.scenes.sample_scene(np.random.default_rng(0))
+    prompts = ["red triangle and blue square", "blue square and red triangle"]
+    lens = logit_lens(model, model.inputs(images=[scene.image], text=prompts), "vision", targets=prompts)
+    (trace,) = heat_maps(lens.plot(view="table"))
+    assert max(len(cell) for line in trace.text for cell in line) <= 22
+    assert any(prompts[0] in cell for line in trace.customdata for cell in line)
+
+
+def test_notebooks_show_the_strongest_terms():
+    model, _, cache = run("vit", everything=True)
+    result = direct_attribution(model, cache, (0, 1))
+    page = result._repr_html_()
+    assert result.top(1)[0][0] in page
+    assert "sha256" not in page
+    assert "values=" not in repr(result)
+    frame = logit_lens(model, cache, "vision", top_k=2).to_frame()
+    assert set(frame["output"]) <= set(model.config.id2label.values())

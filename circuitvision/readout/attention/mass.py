@@ -168,6 +168,10 @@ def attention_entropy(
 
 def _members(patterns: Patterns, spans: Mapping[str, Positions]) -> tuple[Tensor, Tensor]:
     """Which keys each span holds, ``[row key span]``, and where a span given by positions is empty, ``[row span]``."""
+    if not isinstance(spans, Mapping):
+        raise InputError(
+            "spans= maps names to kinds, selections or masks: {'image': 'patch', 'box': tokens.image(0).box(…)}."
+        )
     masks = [patterns.keys(spec, name) for name, spec in spans.items()]
     members = torch.from_numpy(np.stack(masks, axis=-1))
     by_positions = torch.tensor(

@@ -50,6 +50,11 @@ class Attribution(Result):
     total: Tensor = field(default_factory=_none)
     example: list[int] = field(default_factory=list)
 
+    def highlights(self) -> dict[str, str]:
+        """The strongest terms, and what all add up to."""
+        strongest = {name: f"{value:+.4g}" for name, value in self.top(5)}
+        return {**strongest, "all terms": f"{float(self.total.double().mean()):+.4g} ({self.direction})"}
+
     def top(self, count: int = 10) -> list[tuple[str, float]]:
         """The terms with the largest mean share in size, with their signed means over rows."""
         mean = self.values.double().mean(-1)
@@ -163,7 +168,8 @@ def source_attribution(
 ) -> SourceAttribution:
     """Split every head's share by source position: ``A_ij v_j W_O^h`` on the direction, summed over the queries ``i`` that are read.
 
-    Arguments as of :func:`direct_attribution`; the cache must hold patterns (``names_filter="**"``), whose run is the model's eager run.
+    Arguments as of :func:`direct_attribution`; the cache must hold patterns (a run that records all sites does), which makes it the model's
+    eager run.
 
     Raises:
         InputError: as there, or a cache without patterns.

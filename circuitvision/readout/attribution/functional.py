@@ -27,6 +27,7 @@ from circuitvision.model.selection import Selection
 from circuitvision.readout.recorded import examples_of, tokens_of
 from circuitvision.readout.targets import (
     Targets,
+    names_of,
     output_kind,
     output_size,
     plain,
@@ -80,6 +81,9 @@ def functional(
         )
     named = direction if given else _named(_from_end(answer, tower), _from_end(foil, tower))
     chosen = resolve_targets(model, tower, named, pieces=pieces)
+    if not isinstance(direction, metrics.Metric) and isinstance(named, list):
+        names = names_of(model, tower, [item for item in named if isinstance(item, int)])
+        label = " - ".join(names.get(str(item), str(item)) for item in named)
     if given and len(chosen.labels) != 1:
         raise InputError("A direction is one embedding, [d_shared].")
     if chosen.how == "joint":

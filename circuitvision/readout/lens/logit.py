@@ -100,6 +100,8 @@ def logit_lens(
             f"The cache holds no residual stream of the {owner.name} tower; "
             f"run with names_filter=cv.readout.lens_sites(model, {owner.name!r}), or with all sites."
         )
+    if step is not None and not isinstance(step, int):
+        raise InputError(f"step= is the number of one pass, counted from 0, not {step!r}.")
     reader = LensReader(model, owner, found, norm, chosen, readout, tuned, step)
     shapes = {name: tuple(reader.site(name).shape[1:-1]) for name in names}
     if len(set(shapes.values())) > 1:
@@ -254,7 +256,8 @@ def _result(
         axes={axis: labels, **heads, "row": list(range(rows)), "position": positions, **last},
         provenance=describe(
             model,
-            method=f"logit_lens(tower={reader.tower.name}, norm={norm}, measure={measure})",
+            method=f"logit_lens(tower={reader.tower.name}, norm={norm}, measure={measure}"
+            + (")" if reader.step is None else f", step={reader.step})"),
             inputs=(reader.cache.inputs,),
         ),
         tower=reader.tower.name,
@@ -270,6 +273,8 @@ def _result(
         pooled_ranks=kept[2] if targets is not None else _none(),
         words=words,
         kinds=kinds,
+        columns=reader.kind,
+        step=reader.step,
         names={str(n): str(n) for n in unique}
         if reader.kind == "columns"
         else names_of(model, reader.tower, unique, targets),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -12,6 +12,9 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.readout.places import on_grid
 from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def _none() -> Tensor:
@@ -27,7 +30,8 @@ class LensResult(Result):
     ``[… rank]`` are the highest columns at every place, ``names`` what they are called. With targets, ``ranks`` is 1 plus how many columns are
     strictly higher, out of ``n_outputs``. ``pooled`` ``[layer row target]`` and ``pooled_ids`` are the same for the family's pooled output.
     ``places`` is ``[row position 4]``: image, tile, patch row and patch column, -1 where a position is no patch; ``words`` labels positions,
-    ``example`` says which example a row belongs to.
+    ``columns`` says what the columns are (tokens, classes, actions, …), ``step`` which pass was read, ``example`` says which example a row
+    belongs to.
     """
 
     tower: str = ""
@@ -44,6 +48,15 @@ class LensResult(Result):
     words: list[list[str]] = field(default_factory=list)
     kinds: list[list[str]] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
+    columns: str = "tokens"
+    step: int | None = None
+
+    def to_frame(self) -> pd.DataFrame:
+        """As of every result; by rank, the column ``output`` names what is at each rank."""
+        frame = super().to_frame()
+        if "rank" in self.axes:
+            frame["output"] = [self.names.get(str(number), str(number)) for number in self.ids.flatten().tolist()]
+        return frame
 
     @property
     def best(self) -> Int[Tensor, "layer row position"]:

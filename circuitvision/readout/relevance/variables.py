@@ -259,6 +259,10 @@ def start_of(variable: Variable, baseline: Baseline) -> Tensor:
     value = variable.value
     if isinstance(baseline, Mapping):
         return _mean_of_data(variable, baseline)
+    if baseline is None:
+        raise InputError(
+            "Say what values become where they are removed: baseline='own', 'zero', inputs of a data set, …"
+        )
     if not isinstance(baseline, str):
         return _broadcast(baseline, value)
     of_pixels = variable.site == PIXELS

@@ -104,6 +104,8 @@ def unembedding_matrix(
 
 def model_of(tower: Tower) -> HookedModel:
     """The wrapped model of a tower; raises InputError if nothing holds it any more."""
+    if not hasattr(tower, "owner"):
+        raise InputError(f"Give a tower, such as model.vision or model.language, not a {type(tower).__name__}.")
     model = tower.owner()
     if model is None:
         raise InputError(

@@ -24,6 +24,7 @@ Reference: Geva et al. 2022 (arXiv 2203.14680); Vilas et al. 2023 (arXiv 2310.18
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -170,6 +171,13 @@ class ValueVectors(Result):
         wanted = {column_number(t) for t in targets if not isinstance(t, str)}
         # Text pieces carry the mark of a leading space.
         wanted |= {int(i) for i, name in self.labels.items() if name in words or name.lstrip("▁Ġ ") in words}
+        absent = [
+            word for word in words if all(word not in (name, name.lstrip("▁Ġ ")) for name in self.labels.values())
+        ]
+        if absent and self.ranked:
+            warnings.warn(
+                f"No value vector holds {absent[0]!r} among its first {self.ids.shape[-1]} outputs.", stacklevel=3
+            )
         found = torch.isin(self.ids, torch.tensor(sorted(wanted), dtype=torch.long))
         if self.ranked:
             return found
