@@ -131,8 +131,8 @@ def never_count(patch: pytest.MonkeyPatch) -> None:
 
 def normalise_twice(patch: pytest.MonkeyPatch) -> None:
     """A read-out that applies the final norm to what it has normalised already."""
-    right = heads._norm
-    patch.setattr(heads, "_norm", lambda tower, resid: right(tower, right(tower, resid)))
+    right = heads.Reading._norm
+    patch.setattr(heads.Reading, "_norm", lambda self, resid, ref: right(self, right(self, resid, ref), ref))
 
 
 MUTANTS: list[tuple[Mutate, str, str]] = [
