@@ -306,3 +306,22 @@ def test_gradients_of_a_metric_in_words():
         cache.inputs, "language.hook_input", incl_bwd=True, metric=cv.metrics.logit_diff(*ids)
     )
     assert torch.equal(by_words["language.hook_input_grad"], by_ids["language.hook_input_grad"])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["vit", "clip", "llava-clip-llama", "pi0"])
+def test_a_model_on_a_gpu_reads_as_on_the_cpu_from_caches_on_either(name):
+    model, _, cache = run(name, everything=True)
+    tower = "vision" if "language" not in model.towers else list(model.towers)[-1]
+    far = cv.HookedModel(copy.deepcopy(model.module).cuda())
+    inputs = {key: value.cuda() for key, value in cache.inputs.items()}
+    with torch.no_grad():
+        _, there = far.run_with_cache(inputs, "**")
+    for recorded in (there, there.to("cpu")):
+        for norm in ("own", "frozen"):
+            near = logit_lens(model, cache, tower, targets=[0, 1], norm=norm).values
+            found = logit_lens(far, recorded, tower, targets=[0, 1], norm=norm).values
+            torch.testing.assert_close(found, near, atol=1e-3, rtol=1e-3)
+        shares = direct_attribution(far, recorded, (0, 1), tower).values
+        torch.testing.assert_close(shares, direct_attribution(model, cache, (0, 1), tower).values, atol=1e-3, rtol=1e-3)

@@ -46,7 +46,9 @@ class Stream:
         Raises:
             InputError: the cache does not hold it, or holds several passes and no step was chosen.
         """
-        return recorded(self.cache, f"{self.tower.name}.{name}", self.step).detach()
+        value = recorded(self.cache, f"{self.tower.name}.{name}", self.step).detach()
+        # A cache may have been recorded on another device than the model's.
+        return value.to(next(self.tower.blocks[0].module.parameters()).device)
 
     @property
     def final(self) -> Float[Tensor, "row pos d_model"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.heads import Reading, through_projector
+from circuitvision.model.heads import Reading, through_projector, unembedding
 from circuitvision.model.tokens import TokenMap
 from circuitvision.readout.recorded import recorded
 from circuitvision.readout.targets import Targets, output_kind, output_size, reader_of
@@ -48,7 +48,8 @@ class LensReader:
         self.norm = "own" if norm == "tuned" else norm
         self.reference = None
         if norm == "frozen":
-            self.reference = self.site(tower.residual_name(max(tower.feature_layers))).to(self._dtype())
+            reference = self.site(tower.residual_name(max(tower.feature_layers)))
+            self.reference = reference.to(self._device(reference), self._dtype())
         self.reading = Reading(
             reader_of(tower),
             cache,
@@ -83,7 +84,7 @@ class LensReader:
                 f"The lens reads vectors of the stream [row pos {self.tower.cfg.d_model}]; this site holds {tuple(value.shape)}."
             )
         with self.tower.quiet():
-            value = value.to(self._dtype())
+            value = value.to(self._device(value), self._dtype())
             value = value if self.tuned is None else self.tuned.translate(value, name)
             if self.custom is not None:
                 yield self._own_columns(value)
@@ -155,7 +156,7 @@ class LensReader:
         if not pools or self.custom is not None or self.directions is not None or self.missing(value):
             return None
         with self.tower.quiet():
-            value = value.to(self._dtype())
+            value = value.to(self._device(value), self._dtype())
             value = value if self.tuned is None else self.tuned.translate(value, name)
             out = self.reading.output(value)
         return out.T if self.kind == "images" and self.reading.against is None else out
@@ -164,6 +165,12 @@ class LensReader:
     def pairwise(self) -> bool:
         """Whether every column is a yes or no of its own (SigLIP)."""
         return self.kind in ("texts", "images") and getattr(self.tower.module, "logit_bias", None) is not None
+
+    def _device(self, value: Tensor) -> torch.device:
+        """Where the head is: a cache may have been recorded on another device."""
+        found = unembedding(reader_of(self.tower))
+        head: Any = None if found is None else found[0]
+        return value.device if head is None or self.custom is not None else head.weight.device
 
     def _dtype(self) -> torch.dtype:
         return next(self.tower.module.parameters()).dtype
