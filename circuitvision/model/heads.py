@@ -84,14 +84,17 @@ class Reading:
         if self.readout.finish == "projector":
             return through_projector(self.tower, self.readout, resid, self.context)
         pooled = self._pooled(resid, self.reference)
-        return self._finish(pooled, self._own(resid))
+        return self._finish(pooled, self._own())
 
-    def _own(self, resid: Tensor) -> Float[Tensor, "... d_shared"] | None:
+    def embedding(self, resid: Float[Tensor, "row pos d_model"]) -> Tensor:
+        """What the head makes of the pooled residual, before embeddings are compared or a soft cap is taken."""
+        return self._headed(self._pooled(resid, self.reference))
+
+    def _own(self) -> Float[Tensor, "... d_shared"] | None:
         """The reference's embedding, whose length a frozen reading divides by."""
         if self.reference is None or self.readout.finish != "contrast":
             return None
-        plain = Reading(self.tower, self.context)
-        return plain._headed(plain._pooled(self.reference, None))
+        return Reading(self.tower, self.context).embedding(self.reference)
 
     def _pooled(self, resid: Tensor, reference: Tensor | None) -> Tensor:
         readout = self.readout

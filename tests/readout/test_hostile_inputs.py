@@ -309,7 +309,6 @@ def test_gradients_of_a_metric_in_words():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["vit", "clip", "llava-clip-llama", "pi0"])
 def test_a_model_on_a_gpu_reads_as_on_the_cpu_from_caches_on_either(name):
     model, _, cache = run(name, everything=True)

@@ -106,11 +106,10 @@ def embedding_terms(
     final = stream.final
     reading = Reading(tower, cache, norm="frozen", reference=final)
     with tower.quiet():
-        plain = Reading(tower, cache)
-        length = plain._headed(plain._pooled(final, None)).pow(2).sum(-1, keepdim=True).sqrt()
+        length = Reading(tower, cache).embedding(final).pow(2).sum(-1, keepdim=True).sqrt()
 
         def embedded(resid: Tensor) -> Tensor:
-            return reading._headed(reading._pooled(resid, final)) / length
+            return reading.embedding(resid) / length
 
         constant = embedded(torch.zeros_like(final))
         labels, parts = [], []
