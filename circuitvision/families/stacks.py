@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -19,65 +20,45 @@ NORMS.update(
     }
 )
 
-VIT_BLOCK = BlockLayout(
-    ln1="layernorm_before",
-    attn="attention",
-    q="attention.q_proj",
-    k="attention.k_proj",
-    v="attention.v_proj",
-    o="attention.o_proj",
-    ln2="layernorm_after",
-    mlp="mlp",
-    mlp_in="mlp.fc1",
-    mlp_out="mlp.fc2",
-)
-CLIP_BLOCK = BlockLayout(
-    ln1="layer_norm1",
-    attn="self_attn",
-    q="self_attn.q_proj",
-    k="self_attn.k_proj",
-    v="self_attn.v_proj",
-    o="self_attn.out_proj",
-    ln2="layer_norm2",
-    mlp="mlp",
-    mlp_in="mlp.fc1",
-    mlp_out="mlp.fc2",
-)
-_DINOV2: dict[str, Any] = {
-    "ln1": "norm1",
-    "attn": "attention",
-    "q": "attention.q_proj",
-    "k": "attention.k_proj",
-    "v": "attention.v_proj",
-    "o": "attention.o_proj",
-    "attn_add": "layer_scale1",
-    "ln2": "norm2",
-    "mlp": "mlp",
-    "mlp_add": "layer_scale2",
-}
-DINOV2_BLOCK = BlockLayout(**_DINOV2, mlp_in="mlp.fc1", mlp_out="mlp.fc2")
-DINOV2_GATED_BLOCK = BlockLayout(
-    **_DINOV2, mlp_gate="mlp.gate_proj", mlp_in="mlp.up_proj", mlp_out="mlp.down_proj", act="silu"
-)
-_LLAMA: dict[str, Any] = {
-    "ln1": "input_layernorm",
-    "attn": "self_attn",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
+
+def _separate(attention: str, output: str) -> dict[str, Any]:
+    """The attention module at ``attention``, with projections of the names all these models use."""
+    return {"attn": attention, "o": f"{attention}.{output}", **{part: f"{attention}.{part}_proj" for part in "qkv"}}
+
+
+_TWO_LAYERS: dict[str, Any] = {"mlp": "mlp", "mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2"}
+_GATED: dict[str, Any] = {
     "mlp": "mlp",
     "mlp_gate": "mlp.gate_proj",
     "mlp_in": "mlp.up_proj",
     "mlp_out": "mlp.down_proj",
 }
-LLAMA_BLOCK = BlockLayout(**_LLAMA, ln2="post_attention_layernorm", rotary=True)
-GEMMA2_BLOCK = BlockLayout(
-    **_LLAMA,
+
+VIT_BLOCK = BlockLayout(
+    ln1="layernorm_before", **_separate("attention", "o_proj"), ln2="layernorm_after", **_TWO_LAYERS
+)
+CLIP_BLOCK = BlockLayout(ln1="layer_norm1", **_separate("self_attn", "out_proj"), ln2="layer_norm2", **_TWO_LAYERS)
+DINOV2_BLOCK = BlockLayout(
+    ln1="norm1",
+    **_separate("attention", "o_proj"),
+    attn_add="layer_scale1",
+    ln2="norm2",
+    **_TWO_LAYERS,
+    mlp_add="layer_scale2",
+)
+DINOV2_GATED_BLOCK = replace(DINOV2_BLOCK, **_GATED, act="silu")
+LLAMA_BLOCK = BlockLayout(
+    ln1="input_layernorm",
+    **_separate("self_attn", "o_proj"),
+    ln2="post_attention_layernorm",
+    **_GATED,
+    rotary=True,
+)
+GEMMA2_BLOCK = replace(
+    LLAMA_BLOCK,
     ln2="pre_feedforward_layernorm",
     attn_add="post_attention_layernorm",
     mlp_add="post_feedforward_layernorm",
-    rotary=True,
 )
 
 
@@ -86,124 +67,52 @@ def dinov2_block(block: nn.Module) -> BlockLayout:
     return DINOV2_GATED_BLOCK if hasattr(block.mlp, "gate_proj") else DINOV2_BLOCK
 
 
-VIT = register_stack(
-    Stack(
-        blocks="layers",
-        block=VIT_BLOCK,
-        final_norm="layernorm",
-        embed="embeddings.patch_embeddings",
-        embeddings="embeddings",
-        position="grid",
-        position_weight="position_embeddings",
-        prefix=("cls",),
-        image=True,
-    ),
-    "vit",
+VIT = Stack(
+    blocks="layers",
+    block=VIT_BLOCK,
+    final_norm="layernorm",
+    embed="embeddings.patch_embeddings",
+    embeddings="embeddings",
+    position="grid",
+    position_weight="position_embeddings",
+    prefix=("cls",),
+    image=True,
 )
-DEIT = register_stack(
-    Stack(
-        blocks="layers",
-        block=VIT_BLOCK,
-        final_norm="layernorm",
-        embed="embeddings.patch_embeddings",
-        embeddings="embeddings",
-        position="grid",
-        position_weight="position_embeddings",
-        prefix=("cls", "distillation"),
-        image=True,
-    ),
-    "deit",
+DEIT = replace(VIT, prefix=("cls", "distillation"))
+DINOV2 = replace(VIT, blocks="encoder.layer", block=dinov2_block, position="grid_always", prefix=("cls", "register"))
+CLIP_VISION = Stack(
+    blocks="encoder.layers",
+    block=CLIP_BLOCK,
+    final_norm="post_layernorm",
+    embed="embeddings.patch_embedding",
+    embeddings="embeddings",
+    position="grid",
+    position_weight="position_embedding",
+    prefix=("cls",),
+    image=True,
 )
-DINOV2 = register_stack(
-    Stack(
-        blocks="encoder.layer",
-        block=dinov2_block,
-        final_norm="layernorm",
-        embed="embeddings.patch_embeddings",
-        embeddings="embeddings",
-        position="grid_always",
-        position_weight="position_embeddings",
-        prefix=("cls", "register"),
-        image=True,
-    ),
-    "dinov2",
-    "dinov2_with_registers",
+SIGLIP_VISION = replace(CLIP_VISION, prefix=())
+SIGLIP2_VISION = replace(SIGLIP_VISION, position="resized", attention="by_mask")
+SIGLIP_TEXT = Stack(
+    blocks="encoder.layers",
+    block=CLIP_BLOCK,
+    final_norm="final_layer_norm",
+    embed="embeddings.token_embedding",
+    embeddings="embeddings",
+    position="table",
+    position_weight="position_embedding",
 )
-CLIP_VISION = register_stack(
-    Stack(
-        blocks="encoder.layers",
-        block=CLIP_BLOCK,
-        final_norm="post_layernorm",
-        embed="embeddings.patch_embedding",
-        embeddings="embeddings",
-        position="grid",
-        position_weight="position_embedding",
-        prefix=("cls",),
-        image=True,
-    ),
-    "clip_vision_model",
-)
-CLIP_TEXT = register_stack(
-    Stack(
-        blocks="encoder.layers",
-        block=CLIP_BLOCK,
-        final_norm="final_layer_norm",
-        embed="embeddings.token_embedding",
-        embeddings="embeddings",
-        position="table",
-        position_weight="position_embedding",
-        attention="causal",
-    ),
-    "clip_text_model",
-)
-SIGLIP_VISION = register_stack(
-    Stack(
-        blocks="encoder.layers",
-        block=CLIP_BLOCK,
-        final_norm="post_layernorm",
-        embed="embeddings.patch_embedding",
-        embeddings="embeddings",
-        position="grid",
-        position_weight="position_embedding",
-        image=True,
-    ),
-    "siglip_vision_model",
-)
-SIGLIP2_VISION = register_stack(
-    Stack(
-        blocks="encoder.layers",
-        block=CLIP_BLOCK,
-        final_norm="post_layernorm",
-        embed="embeddings.patch_embedding",
-        embeddings="embeddings",
-        position="resized",
-        position_weight="position_embedding",
-        attention="by_mask",
-        image=True,
-    ),
-    "siglip2_vision_model",
-)
-SIGLIP_TEXT = register_stack(
-    Stack(
-        blocks="encoder.layers",
-        block=CLIP_BLOCK,
-        final_norm="final_layer_norm",
-        embed="embeddings.token_embedding",
-        embeddings="embeddings",
-        position="table",
-        position_weight="position_embedding",
-    ),
-    "siglip_text_model",
-    "siglip2_text_model",
-)
-LLAMA = register_stack(
-    Stack(blocks="layers", block=LLAMA_BLOCK, final_norm="norm", embed="embed_tokens", attention="causal"),
-    "llama",
-    "mistral",
-    "qwen2",
-    "gemma",
-)
-GEMMA2 = register_stack(
-    Stack(blocks="layers", block=GEMMA2_BLOCK, final_norm="norm", embed="embed_tokens", attention="causal"),
-    "gemma2",
-)
+CLIP_TEXT = replace(SIGLIP_TEXT, attention="causal")
+LLAMA = Stack(blocks="layers", block=LLAMA_BLOCK, final_norm="norm", embed="embed_tokens", attention="causal")
+GEMMA2 = replace(LLAMA, block=GEMMA2_BLOCK)
+
+register_stack(VIT, "vit")
+register_stack(DEIT, "deit")
+register_stack(DINOV2, "dinov2", "dinov2_with_registers")
+register_stack(CLIP_VISION, "clip_vision_model")
+register_stack(CLIP_TEXT, "clip_text_model")
+register_stack(SIGLIP_VISION, "siglip_vision_model")
+register_stack(SIGLIP2_VISION, "siglip2_vision_model")
+register_stack(SIGLIP_TEXT, "siglip_text_model", "siglip2_text_model")
+register_stack(LLAMA, "llama", "mistral", "qwen2", "gemma")
+register_stack(GEMMA2, "gemma2")
