@@ -212,6 +212,28 @@ def bind(metric: Any, model: Any) -> Any:
     return metric.bind(model) if hasattr(metric, "bind") else metric
 
 
+def takes_inputs(function: Any) -> bool:
+    """Whether a metric wants the run's inputs after the logits: its second positional parameter has no default, or is called ``inputs``.
+
+    ``lambda logits, i=i: logits[:, i]`` keeps its ``i``.
+    """
+    import inspect
+
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    if any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        return True
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) >= 2 and (positional[1].default is positional[1].empty or positional[1].name == "inputs")
+
+
+def call(metric: Any, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Any:
+    """``metric(logits, inputs)`` if it takes the inputs, else ``metric(logits)``."""
+    return metric(logits, inputs) if isinstance(metric, Metric) or takes_inputs(metric) else metric(logits)
+
+
 def evaluate(metric: Any, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Float[Tensor, " batch"]:
     """Call a metric that takes ``(logits, inputs)`` or only ``(logits)``, and check that it gives one number per
     example.
@@ -219,7 +241,7 @@ def evaluate(metric: Any, logits: Tensor, inputs: Mapping[str, Any] | None = Non
     Raises:
         InputError: the result is not a vector.
     """
-    values = metric(logits, inputs) if isinstance(metric, Metric) or _takes_inputs(metric) else metric(logits)
+    values = call(metric, logits, inputs)
     if not isinstance(values, Tensor) or values.ndim != 1:
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InputError(f"A metric returns one number per example, a tensor [batch]; this one returned {shape}.")
@@ -324,14 +346,3 @@ def _label(answer: Answer) -> str:
     items = answer.tolist() if isinstance(answer, Tensor) else list(answer)
     items = items if isinstance(items, list) else [items]
     return str(items[0]) if len(set(items)) == 1 else "per example"
-
-
-def _takes_inputs(function: Any) -> bool:
-    import inspect
-
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        return False
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) >= 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)

@@ -133,6 +133,16 @@ def test_evaluate_accepts_both_signatures_and_refuses_scalars(logits):
         metrics.evaluate(lambda x: x.mean(), logits)
 
 
+def test_a_metric_keeps_the_default_of_its_second_argument(logits):
+    by_class = [lambda x, i=i: x[:, -1, i] for i in range(3)]
+    assert [metrics.evaluate(metric, logits, {"pixel_values": 0}).tolist() for metric in by_class] == [
+        logits[:, -1, i].tolist() for i in range(3)
+    ]
+    mask = {"attention_mask": torch.ones(2, 3)}
+    assert metrics.evaluate(lambda x, inputs=None: inputs["attention_mask"].sum(1), logits, mask).tolist() == [3, 3]
+    assert metrics.evaluate(lambda *given: given[1]["attention_mask"].sum(1), logits, mask).tolist() == [3, 3]
+
+
 def test_gradients_pass_through(logits):
     logits.requires_grad_(True)
     (gradient,) = torch.autograd.grad(metrics.logit_diff(0, 1)(logits).sum(), logits)

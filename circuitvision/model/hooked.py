@@ -11,10 +11,9 @@ the same time.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from circuitvision.model import dead, inputs, layout, loading
 from circuitvision.model.cache import ActivationCache, collected
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups
+from circuitvision.model.gradients import Metric, with_gradients
 from circuitvision.model.hooks import Hook, HookEngine, HookPoint, Recorder, Registration
 from circuitvision.model.sites import NamesFilter, SiteName, exact_names, matching
 from circuitvision.model.spec import family_of
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from circuitvision.model.sweep import SweepResult
 
 HookList = Sequence[tuple[Any, Hook]]
-Metric = Callable[..., Tensor]
 
 
 class _Stop(Exception):
@@ -266,7 +265,7 @@ class HookedModel(TextTools):
         cache = ActivationCache(collected(values, multi_pass=False), self, mapping)
         if incl_bwd:
             assert metric is not None
-            cache = _with_gradients(cache, metrics.bind(metric, self), out, mapping, device)
+            cache = with_gradients(cache, metrics.bind(metric, self), out, mapping, device)
             out = out.detach()
         return out, cache.remove_batch_dim() if remove_batch_dim else cache
 
@@ -474,37 +473,6 @@ def _hook_entry(entry: Any) -> tuple[NamesFilter, Hook]:
     if not (isinstance(entry, tuple) and len(entry) == 2 and callable(entry[1])):
         raise HookError(f"A hook is a pair (site name or glob, function), got {entry!r}.")
     return entry
-
-
-def call_metric(metric: Metric, logits: Tensor, mapping: Mapping[str, Any]) -> Tensor:
-    """``metric(logits, inputs)`` if it takes two arguments, else ``metric(logits)``."""
-    try:
-        inspect.signature(metric).bind(logits, mapping)
-    except (TypeError, ValueError):
-        return metric(logits)
-    return metric(logits, mapping)
-
-
-def _with_gradients(
-    cache: ActivationCache,
-    metric: Metric,
-    logits: Tensor,
-    mapping: Mapping[str, Any],
-    device: torch.device | str | None,
-) -> ActivationCache:
-    """The cache with the gradient of the summed metric at every site under ``name + "_grad"``, all detached."""
-    with torch.enable_grad():
-        value = call_metric(metric, logits, mapping)
-        value = value.sum() if isinstance(value, Tensor) else value
-    if not isinstance(value, Tensor) or not value.requires_grad:
-        raise InputError("metric(logits) must be a tensor computed from the logits by differentiable operations.")
-    names = [name for name in cache if cache[name].requires_grad]
-    found = torch.autograd.grad(value, [cache[name] for name in names], allow_unused=True)
-    values: dict[str, Any] = {name: cache[name].detach() for name in cache}
-    for name, grad in zip(names, found, strict=True):
-        values[f"{name}_grad"] = torch.zeros_like(values[name]) if grad is None else grad
-    out = ActivationCache(values, cache.model, cache.inputs, cache.has_batch_dim)
-    return out if device is None else out.to(device)
 
 
 __all__ = ["HookPoint", "HookedModel", "UnknownSiteError"]
