@@ -1,11 +1,13 @@
 """Progress bars that scripts can silence.
 
-One switch for the whole library: bars are drawn on standard error when it is a terminal or a notebook is running,
-and never after ``set_verbosity("quiet")``. Not covered: logging.
+One switch for the whole library: bars are drawn when standard error is a terminal or a notebook is running, and never
+after ``set_verbosity("quiet")``. Not covered: logging.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -27,17 +29,35 @@ def set_verbosity(level: str) -> None:
     _state["level"] = level
 
 
+def silent() -> bool:
+    """Whether nothing is drawn: after ``set_verbosity("quiet")``, and where standard error goes to a file."""
+    return _state["level"] == "quiet" or not ("ipykernel" in sys.modules or sys.stderr.isatty())
+
+
+@contextlib.contextmanager
+def as_silent_as_we_are() -> Iterator[None]:
+    """Inside, transformers draws a bar only where this library would."""
+    from transformers.utils import logging
+
+    if not silent() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Iterate over ``items`` behind a progress bar named ``description`` (silent after ``set_verbosity("quiet")``)."""
+    """Iterate over ``items`` behind a progress bar named ``description`` (drawn unless :func:`silent`)."""
     from tqdm.auto import tqdm
 
-    yield from tqdm(
-        items, desc=description, total=total, disable=_state["level"] == "quiet", leave=False, dynamic_ncols=True
-    )
+    yield from tqdm(items, desc=description, total=total, disable=silent(), leave=False, dynamic_ncols=True)
 
 
 class Progress:
-    """A progress bar that work of uneven steps advances itself (silent after ``set_verbosity("quiet")``, or with ``shown=False``)."""
+    """A progress bar that work of uneven steps advances itself (drawn unless :func:`silent` or ``shown=False``)."""
 
     def __init__(self, total: int, description: str, shown: bool = True) -> None:
         self.total, self.description, self.shown = total, description, shown
@@ -46,7 +66,7 @@ class Progress:
     def __enter__(self) -> Progress:
         from tqdm.auto import tqdm
 
-        disable = not self.shown or _state["level"] == "quiet"
+        disable = not self.shown or silent()
         self._bar = tqdm(total=self.total, desc=self.description, disable=disable, leave=False, dynamic_ncols=True)
         return self
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.model.spec import FAMILIES, family_of, load_tables
+from circuitvision.progress import as_silent_as_we_are
 
 
 def load_module(
@@ -53,7 +54,8 @@ def load_module(
     options = {
         key: value for key, value in {"dtype": dtype, "device_map": device_map, **kwargs}.items() if value is not None
     }
-    module = loader.from_pretrained(str(Path(name).expanduser()) if looks_local else name, **options)
+    with as_silent_as_we_are():
+        module = loader.from_pretrained(str(Path(name).expanduser()) if looks_local else name, **options)
     if device is not None:
         module = module.to(device)
     return module.eval()

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from circuitvision.data.scenes import Scene, render
+from circuitvision.progress import silent
 
 PAD, BOS, EOS, UNK, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -73,7 +74,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.rate_factor(step, steps))
     model.train()
     started, smooth, checked = time.monotonic(), None, {}
-    bar = tqdm(range(steps), desc=label, disable=not progress, mininterval=2.0)
+    bar = tqdm(range(steps), desc=label, disable=not progress or silent(), mininterval=2.0)
     for step in bar:
         value = loss()
         optimizer.zero_grad(set_to_none=True)
