@@ -34,6 +34,8 @@ from circuitvision.model.sites import SiteName
 
 Hook = Callable[[Tensor, "HookPoint"], "Tensor | None"]
 MOST_PLANS = 128
+ALIGNMENT = 64
+"""Bytes that the widest vector registers want an address to be a multiple of."""
 """Plans kept at once; a sweep over single sites makes one per site."""
 
 
@@ -380,11 +382,11 @@ class HookEngine:
             self.fired[point.name] = step + 1
             where = HookPoint(point.name, name.tower, name.layer, name.site, step)
             with_grad = torch.is_grad_enabled()
+            layout = value
             if with_grad and wants_grad and not value.requires_grad and value.is_floating_point():
                 value = value.detach().clone().requires_grad_(True)
             tracked = with_grad and value.requires_grad
             changed = tracked
-            layout = value
             if in_place and (edits or tracked):
                 value = value.clone()
             for hook in chain:
@@ -393,7 +395,7 @@ class HookEngine:
                     continue
                 value, edited = _run_hook(hook, value, where, tracked)
                 changed = changed or edited
-            if changed and edits and not in_place:
+            if changed and not in_place:
                 value = laid_out(value, layout)
             for hook in backward:
                 value.register_hook(lambda grad, hook=hook: _checked(hook(grad, where), grad, where))
@@ -441,12 +443,27 @@ def _run_hook(hook: Hook, value: Tensor, where: HookPoint, tracked: bool) -> tup
 
 
 def laid_out(value: Tensor, like: Tensor) -> Tensor:
-    """``value`` in the memory layout of ``like``: kernels add in the order of memory, so equal values in another layout can give other bits."""
+    """``value`` in the memory layout and alignment of ``like``: kernels add in the order of memory, by vectors, so equal values elsewhere can give
+    other bits."""
     strides = like.stride()
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(strides, like.shape, strict=True))
-    if value.stride() == strides or overlaps:
+    shift = _misalignment(like)
+    if overlaps or not like.numel() or (value.stride() == strides and _misalignment(value) == shift):
         return value
-    return torch.empty_strided(like.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, strides, strict=True))
+    room = torch.empty(extent + ALIGNMENT // like.element_size(), dtype=value.dtype, device=value.device)
+    offset = (shift - _misalignment(room)) % ALIGNMENT // like.element_size()
+    # No view of ``room``: autograd would follow the whole of it.
+    place = torch.empty(0, dtype=value.dtype, device=value.device)
+    return place.set_(room.untyped_storage(), offset, like.shape, strides).copy_(value)
+
+
+def _misalignment(value: Tensor) -> int:
+    """Bytes from the last aligned address to the first element; 0 for tensors without memory of their own (meta, functional transforms)."""
+    try:
+        return value.data_ptr() % ALIGNMENT
+    except RuntimeError:
+        return 0
 
 
 def _checked(returned: Any, expected: Tensor, where: HookPoint) -> Any:
