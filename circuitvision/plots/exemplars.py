@@ -32,8 +32,10 @@ def exemplars(
     bars. Without ``units`` the most selective are shown, or those of the largest values. Words stand in for patches where a unit reads text.
 
     Raises:
-        InputError: a unit that is not in the index, or no picture of an example shown.
+        InputError: a unit that is not in the index, no picture of an example shown, or a count below 1.
     """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InputError(f"count={count!r} must be a whole number of at least 1.")
     rows = _rows(result, units)
     if title is None:
         title = _finding(result, rows[0])

@@ -6,6 +6,7 @@ top, right, bottom) as shares of the image, so that it fits the picture and any 
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Box = tuple[float, float, float, float]
+_LONGEST_WORD = 7
+_USUAL_WIDTH, _LETTER_WIDTH = 860, 0.7
+"""Pixels of a figure on an ordinary page, and the width of a letter as a share of its size."""
 
 
 def as_picture(picture: Any) -> np.ndarray[Any, Any]:
@@ -65,8 +69,8 @@ def add_map(
 ) -> None:
     """A value per patch ``[rows columns]`` as coloured cells; on the figure's shared ``coloraxis`` unless the keywords say otherwise.
 
-    ``hover`` is a line of text per patch, shown with its place and value; ``written`` is a word per patch, shown on it. ``number`` is the
-    format of the values.
+    ``hover`` is a line of text per patch, shown with its place and value; ``written`` is a word per patch, shown on it and cut where it is long.
+    ``number`` is the format of the values.
     """
     import plotly.graph_objects as go
 
@@ -83,12 +87,28 @@ def add_map(
         "ygap": 1 if values.shape[0] <= 16 else 0,
         "customdata": lines,
         "hovertemplate": "%{customdata}<br>%{z:" + number + "}" + (f" {unit}" if unit else "") + "<extra></extra>",
-        **({"text": written, "texttemplate": "%{text}"} if written is not None else {}),
+        **({} if written is None else _words(figure, written, row, column)),
         **({} if "colorscale" in heatmap else {"coloraxis": "coloraxis"}),
         **heatmap,
     }
     figure.add_trace(go.Heatmap(z=values, **options), row=row, col=column)
     square(figure, values.shape[0], row, column)
+
+
+def _words(figure: go.Figure, words: Sequence[Sequence[str]], row: int, column: int) -> dict[str, Any]:
+    """The words of a map, cut where they are long, in a size that fits its cells; left alone, plotly takes another size in every panel."""
+    plain = [[html.unescape(word) for word in line] for line in words]
+    short = [
+        [word if len(word) <= _LONGEST_WORD else word[: _LONGEST_WORD - 1] + "…" for word in line] for line in plain
+    ]
+    left, right = next(figure.select_xaxes(row=row, col=column)).domain
+    room = _USUAL_WIDTH * (right - left) / len(short[0])
+    size = room / (_LETTER_WIDTH * max(3, *(len(word) for line in short for word in line)))
+    return {
+        "text": [[html.escape(word) for word in line] for line in short],
+        "texttemplate": "%{text}",
+        "textfont": {"size": min(max(size, 6.0), 13.0)},
+    }
 
 
 def add_overlay(

@@ -34,6 +34,8 @@ _NAMED = {
 """Labels that are colours are drawn in their colour."""
 _PANELS_PER_ROW = 4
 _MOST_LABELLED = 200
+_ROOM = 0.12
+"""Share of the axis that words below a band need."""
 _LITTLE = 0.1
 """Below this share of the components' variance, labels are not what they show."""
 
@@ -54,7 +56,8 @@ def probe(result: ProbeResult | Mapping[str, ProbeResult], title: str | None = N
         _add_control(figure, own, layers, color if several else style.GREY, f"{name}: " if several else "", not several)
         _add_scores(figure, own, layers, color, name)
     first = next(iter(results.values()))
-    notes = [f"{len(first.held_out)} examples held out{', bars: 95% interval' if first.classes else ''}"]
+    grouped = f" in {first.independent} groups" if 0 < first.independent < len(first.held_out) else ""
+    notes = [f"{len(first.held_out)} examples{grouped} held out, bars: 95% interval"]
     if first.shuffled.shape[1] > 1:
         notes.append(f"bands: {first.shuffled.shape[1]} shufflings of the labels ± 2 sd")
     notes.append("dashed: always the commonest label" if first.classes else "dashed: always the mean")
@@ -79,9 +82,7 @@ def probe(result: ProbeResult | Mapping[str, ProbeResult], title: str | None = N
 
 def _add_scores(figure: go.Figure, result: ProbeResult, layers: list[str], color: str, name: str) -> None:
     values = result.values
-    bars = {}
-    if result.classes:
-        bars = {"array": (result.high - values).tolist(), "arrayminus": (values - result.low).tolist()}
+    bars = {"array": (result.high - values).tolist(), "arrayminus": (values - result.low).tolist()}
     figure.add_scatter(
         x=layers,
         y=values.tolist(),
@@ -89,7 +90,7 @@ def _add_scores(figure: go.Figure, result: ProbeResult, layers: list[str], color
         name=html.escape(name),
         line={"color": color, "width": 2.5},
         marker={"size": 8, "color": color},
-        error_y={**bars, "visible": bool(bars), "color": color, "thickness": 1.5, "width": 4},
+        error_y={**bars, "color": color, "thickness": 1.5, "width": 4},
         hovertemplate="%{x}: %{y:.3f}<extra>" + html.escape(name) + "</extra>",
     )
 
@@ -110,12 +111,16 @@ def _add_control(figure: go.Figure, result: ProbeResult, layers: list[str], colo
             name=f"{name}shuffled labels",
         )
         if named:
+            # Below the band, where the line of chance does not run; above both where there is no room.
+            below = float((middle - 2 * sd)[-1])
+            above = max(float((middle + 2 * sd)[-1]), result.chance)
+            room = not result.classes or below > _ROOM
             figure.add_annotation(
                 x=0.99,
                 xref="paper",
                 xanchor="right",
-                y=float((middle + 2 * sd)[-1]),
-                yanchor="bottom",
+                y=below if room else above,
+                yanchor="top" if room else "bottom",
                 text="shuffled labels",
                 showarrow=False,
                 font={"size": 12},
@@ -146,6 +151,8 @@ def _heading(results: Mapping[str, ProbeResult], several: bool) -> str:
         beside = f", {_score(result, float(result.control[layer]))} with shuffled labels"
     value = _score(result, float(result.values[layer]))
     if not told:
+        # With classes of unequal size, what is above its control may still be below the commonest label.
+        beside = f"; always the commonest label scores {result.chance:.0%}" if result.classes else beside
         return f"No layer tells the {result.what}: {value} at most{beside}"
     right = " right" if result.classes else ""
     return f"The {result.what} can be read {_after(result.layers[layer])}: {value}{right}{beside}"
@@ -155,10 +162,12 @@ def _earliest(result: ProbeResult) -> tuple[bool, int]:
     """Whether the best layer is better than chance and shuffled labels, and the first layer that is as good, within its interval."""
     best = int(result.values.nan_to_num(-math.inf).argmax())
     value, control = float(result.values[best]), float(result.control.nan_to_num(-math.inf)[best])
-    # Fewer shufflings cannot reach one in twenty.
-    told = result.p_value[best] <= 0.05 if result.shuffled.shape[1] >= 19 else value > max(result.chance, control)
-    floor = float(result.low[best]) if result.classes else value - 0.02
-    return bool(told), int((result.values >= floor).int().argmax()) if told else best
+    # Fewer shufflings cannot reach one in twenty. Better than its control and worse than the commonest label is no reading of the label.
+    told = value > max(result.chance, control)
+    if result.shuffled.shape[1] >= 19:
+        told = told and float(result.p_value[best]) <= 0.05
+    floor = float(result.low[best].nan_to_num(value))
+    return told, int((result.values >= floor).int().argmax()) if told else best
 
 
 def _score(result: ProbeResult, value: float) -> str:

@@ -139,6 +139,10 @@ def test_directions_and_encoders_make_units():
     by_direction = exemplars(model, inputs, site, through=directions, top_k=4)
     by_encoder = exemplars(model, inputs, site, through=SimpleNamespace(encode=lambda x: x @ directions.T), top_k=4)
     same(by_direction, by_encoder)
+    layer = torch.nn.Linear(24, 3, bias=False)
+    layer.weight.data = directions
+    for through in (directions.numpy(), lambda x: x @ directions.T, layer):
+        same(by_direction, exemplars(model, inputs, site, through=through, top_k=4))
     assert (by_direction.what, by_encoder.what) == ("direction", "feature")
     plain = exemplars(model, inputs, site, top_k=4)
     axis = exemplars(model, inputs, site, through=torch.eye(24)[5], top_k=4)
@@ -157,6 +161,31 @@ def test_several_layers_in_one_pass():
     alone = exemplars(model, inputs, "vision.blocks.1.mlp.hook_post", top_k=3, units=[7])
     assert torch.equal(found.values[found.row("1.7")], alone.values[0])
     assert found.plot(units="1.7").data
+
+
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_a_thousand_pictures_equal_a_full_sort(pool):
+    model, entry = hooked("vit")
+    pixels = entry.inputs(model.module, batch=2)["pixel_values"]
+    pixels = torch.randn(1000, *pixels.shape[1:], generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def coarse(x):
+        # Few distinct values, so that most ranks are decided between equals.
+        seen.append((x[:, :4] * 1.5).round())
+        return seen[-1]
+
+    found = exemplars(
+        model, {"pixel_values": pixels}, "vision.hook_embed", through=coarse, pool=pool, top_k=25, batch_size=64
+    )
+    values = torch.stack(seen)
+    assert len(values) == 1000
+    pooled = values.max(1).values if pool == "max" else values.sum(1) / values.shape[1]
+    assert len(pooled.unique()) < 200
+    assert pairs(found) == by_sorting(pooled, 25)
+    for unit, row in enumerate(found.example.tolist()):
+        # The site begins behind the class token.
+        assert found.position[unit].tolist() == [1 + int(values[example, :, unit].argmax()) for example in row]
 
 
 def test_max_and_mean_prefer_different_examples():
@@ -308,6 +337,57 @@ def test_an_interruption_keeps_what_was_seen():
     assert not model.engine.handles
 
 
+def test_an_interrupted_index_is_resumed_from_its_file(tmp_path):
+    model, entry = hooked("vit")
+    images = [entry.inputs(model.module, batch=1, seed=seed) for seed in range(9)]
+    site = "vision.blocks.0.mlp.hook_post"
+
+    def stopped():
+        yield from images[:5]
+        raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="stopped by hand after 4 examples"):
+        part = exemplars(model, stopped(), site, top_k=3, batch_size=2)
+    part = ExemplarIndex.load(part.save(tmp_path / "part.safetensors"))
+    first = part.ranges[-1][1]
+    rest = exemplars(model, images[first:], site, top_k=3, batch_size=2, start=first)
+    whole = exemplars(model, images, site, top_k=3, batch_size=2)
+    same(part.merge(rest), whole)
+
+
+def test_the_frame_says_which_example_and_where():
+    model, entry = hooked("vit")
+    inputs = entry.inputs(model.module, batch=6)
+    found = exemplars(model, inputs, "vision.blocks.0.mlp.hook_post", top_k=2, labels=["a", "b", "c"] * 2)
+    frame = found.to_frame()
+    row = frame[(frame["unit"] == 7) & (frame["rank"] == 2)].iloc[0]
+    assert row["example"] == int(found.example[7, 1])
+    assert row["position"] == int(found.position[7, 1])
+    assert row["piece"] == found.pieces[7][1]
+    assert row["preferred"] == found.preferred[7]
+    assert row["selectivity"] == pytest.approx(float(found.selectivity[7]), nan_ok=True)
+    assert "6 examples, 102 positions" in found.highlights()["seen"]
+
+
+def test_memory_does_not_grow_with_the_data_set():
+    """What waits between batches is top_k rows of every unit, whatever came by."""
+    model, entry = hooked("vit")
+    site = "vision.blocks.0.mlp.hook_post"
+    held = []
+    original = Best.merged
+
+    def watched(self, other, top_k):
+        merged = original(self, other, top_k)
+        held.append((self.values.shape[1], other.values.shape[1], merged.values.shape[1]))
+        return merged
+
+    images = (entry.inputs(model.module, batch=4, seed=seed) for seed in range(6))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Best, "merged", watched)
+        exemplars(model, images, site, top_k=3, batch_size=4)
+    assert held == [(3, 3, 3)] * 5
+
+
 def by_hand(class_means, counts):
     means = torch.tensor(class_means, dtype=torch.float64)
     units = means.shape[1]
@@ -360,6 +440,8 @@ def test_class_means_are_means_of_pooled_values_and_the_sheet_shows_them(shapes)
         patches.plot(units=3, pictures={})
     with pytest.raises(InputError, match="no unit"):
         patches.plot(units=999)
+    with pytest.raises(InputError, match="count=0"):
+        patches.plot(count=0)
 
 
 def test_words_stand_in_for_patches():
@@ -383,6 +465,13 @@ def test_words_stand_in_for_patches():
         ("vision.blocks.0.mlp.hook_post", {"labels": [0.5, 0.5]}, "float"),
         ("vision.blocks.0.mlp.hook_post", {"through": torch.randn(2, 5)}, "5 coordinates"),
         ("vision.blocks.0.mlp.hook_post", {"through": object()}, "encode"),
+        ("vision.blocks.0.mlp.hook_post", {"top_k": 2.5}, "top_k"),
+        ("vision.blocks.0.mlp.hook_post", {"start": 1.5}, "start"),
+        ("vision.blocks.0.mlp.hook_post", {"units": []}, "at least one unit"),
+        ("vision.blocks.0.mlp.hook_post", {"units": [3, 3]}, "each once"),
+        ("vision.blocks.0.mlp.hook_post", {"threshold": math.nan}, "threshold"),
+        ("vision.blocks.0.mlp.hook_post", {"through": lambda x: x[:, 0]}, "tensor \\[pos feature\\]"),
+        ("vision.blocks.0.mlp.hook_post", {"through": lambda x: (x, x)}, "gave tuple"),
         ("vision.blocks.0.attn.hook_z", {"through": torch.randn(2, 5)}, "has heads"),
         ("vision.blocks.0.attn.hook_pattern", {}, "number per query"),
         ("vision.blocks.0.*", {}, "one kind"),

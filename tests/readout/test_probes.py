@@ -15,9 +15,18 @@ from circuitvision.data.questions import sample_largest
 from circuitvision.errors import InputError, UnknownSiteError
 from circuitvision.plots import probes as figures
 from circuitvision.provenance import hash_inputs
-from circuitvision.readout import DecisionLayers, ProbeResult, collect, decision_layer, linear_probe, probe_vectors
-from circuitvision.readout.probes.collected import stream_sites
-from circuitvision.readout.probes.fitting import Features, Targets, logistic, ridge, splits, wilson
+from circuitvision.readout import (
+    DecisionLayers,
+    ProbeResult,
+    collect,
+    decision_layer,
+    exemplars,
+    linear_probe,
+    probe_vectors,
+)
+from circuitvision.readout.probes.collected import Collected, stream_sites
+from circuitvision.readout.probes.fitting import Features, logistic, ridge
+from circuitvision.readout.probes.splitting import Targets, bootstrapped, shuffled, splits, wilson
 from tests.zoo import case, shared_model
 
 cv.set_verbosity("quiet")
@@ -51,7 +60,8 @@ def test_separable_classes_are_told_and_shuffled_ones_are_not():
 def test_features_without_information_stay_at_chance_even_where_they_fit_the_training_part():
     x = torch.randn(200, 400, generator=torch.Generator().manual_seed(3))
     labels = torch.arange(200) % 2
-    result = probe_vectors({"a": x}, labels)
+    with pytest.warns(UserWarning, match="140 training examples for 400 features"):
+        result = probe_vectors({"a": x}, labels)
     assert float(result.train[0]) == 1.0
     assert abs(float(result.values[0]) - 0.5) < 0.2
     assert float(result.p_value[0]) > 0.05
@@ -179,6 +189,179 @@ def test_groups_end_a_leak():
     honest = float(probe_vectors({"a": x}, labels, groups=groups, penalty=1e-3).values[0])
     assert leaking > 0.9
     assert honest < 0.75
+    chosen = [probe_vectors({"a": x}, labels, groups=own, shuffles=0).penalty[0] for own in (groups, None)]
+    assert float(chosen[0]) == 1.0 > float(chosen[1])
+
+
+@given(st.integers(2, 9), st.integers(1, 5), st.integers(0, 99))
+def test_shuffled_labels_keep_what_groups_share(n_groups, size, seed):
+    rng = np.random.default_rng(seed)
+    groups = rng.permutation(np.repeat(np.arange(n_groups), rng.integers(1, size + 1, n_groups)))
+    part = torch.arange(len(groups)), torch.zeros(0, dtype=torch.long)
+    own = torch.from_numpy(groups % 3)
+    (drawn,) = shuffled(own, [part], groups, 3, seed)
+    for row in drawn:
+        labels = [set(row[torch.from_numpy(groups == group)].tolist()) for group in range(n_groups)]
+        assert all(len(label) == 1 for label in labels)
+        assert sorted(label.pop() for label in labels) == sorted(group % 3 for group in range(n_groups))
+    pairs, mixed = np.repeat(np.arange(n_groups), 2), torch.tensor([0, 1]).repeat(n_groups)
+    part = torch.arange(len(pairs)), torch.zeros(0, dtype=torch.long)
+    (drawn,) = shuffled(mixed, [part], pairs, 20, seed)
+    assert (drawn.view(20, n_groups, 2).sum(-1) == 1).all()
+    assert not torch.equal(drawn, mixed.repeat(20, 1))
+    (alone,) = shuffled(mixed, [part], np.arange(2 * n_groups), 20, seed)
+    assert torch.equal(alone.sort(dim=1).values, mixed.repeat(20, 1).sort(dim=1).values)
+
+
+def test_copies_of_a_few_scenes_do_not_pass_for_many_examples():
+    """Labels and features of 30 scenes have nothing to do with each other; every scene is there eight times."""
+    found = {True: [], False: []}
+    groups = torch.arange(240) // 8
+    for seed in range(24):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(30, 6, generator=generator)[groups] + 0.1 * torch.randn(240, 6, generator=generator)
+        labels = (torch.randperm(30, generator=generator) % 2)[groups]
+        honest = probe_vectors({"a": x}, labels, groups=groups, shuffles=19, penalty=0.1, seed=seed)
+        assert honest.independent == len(set(groups[honest.held_out].tolist()))
+        found[True].append((float(honest.p_value[0]), bool(honest.low[0] <= 0.5 <= honest.high[0])))
+        alike = probe_vectors({"a": x}, labels, held_out=honest.held_out, shuffles=19, penalty=0.1, seed=seed)
+        found[False].append((float(alike.p_value[0]), bool(alike.low[0] <= 0.5 <= alike.high[0])))
+        assert float(honest.control_sd[0]) > 1.3 * float(alike.control_sd[0])
+    false_alarms = {grouped: sum(p <= 0.0501 for p, _ in rows) for grouped, rows in found.items()}
+    covered = {grouped: sum(inside for _, inside in rows) for grouped, rows in found.items()}
+    assert false_alarms[True] <= 3 < false_alarms[False]
+    assert covered[True] >= 20 > covered[False]
+
+
+def test_rare_classes_show_in_the_balanced_score():
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.arange(400) % 10 == 0).long()
+    result = probe_vectors({"noise": torch.randn(400, 3, generator=generator)}, labels, penalty=1.0)
+    assert float(result.values[0]) == pytest.approx(result.chance) == pytest.approx(0.9)
+    assert float(result.balanced[0]) == pytest.approx(0.5)
+    assert float(result.selectivity[0]) == pytest.approx(0.0)
+    both = ProbeResult(
+        torch.tensor([0.5]), {"site": ["a"]}, predictions=torch.tensor([[0, 0, 0, 1]]),
+        target=torch.tensor([0, 0, 2, 2]), classes=["a", "b", "c"], shuffled=torch.tensor([[0.25, 0.35]]),
+    )  # fmt: skip
+    assert both.balanced.tolist() == [0.5]
+    assert both.selectivity.tolist() == pytest.approx([0.2])
+    frame = result.to_frame()
+    assert frame["balanced"][0] == pytest.approx(0.5)
+    assert frame["selectivity"][0] == pytest.approx(0.0)
+    assert "n = 120" in result.highlights()["best"]
+
+
+def test_a_probe_below_the_commonest_label_is_not_said_to_read_it():
+    labels = torch.arange(200) % 5 == 0
+    better = ProbeResult(
+        torch.tensor([0.75]), {"site": ["a"]}, low=torch.tensor([0.7]), high=torch.tensor([0.8]),
+        shuffled=torch.full((1, 20), 0.6), chance=0.8, held_out=torch.arange(200), target=labels.long(),
+        classes=[False, True], what="rare", independent=200,
+    )  # fmt: skip
+    assert "No layer tells the rare: 75% at most" in better.plot().layout.title.text
+    assert "commonest label scores 80%" in better.plot().layout.title.text
+
+
+def test_the_control_may_choose_its_own_penalty():
+    """A small penalty suits the labels; under it a probe of shuffled labels fits noise and falls below chance."""
+    generator = torch.Generator().manual_seed(0)
+    rare = (torch.rand(400, generator=generator) < 0.2).long()
+    x = torch.randn(400, 60, generator=generator)
+    x[:, 0] += 3 * rare
+    numbers = x[:, 0].double() + 0.1 * torch.randn(400, generator=generator)
+    for labels, tolerance in ((rare, 0.02), (numbers, 0.12)):
+        free = probe_vectors({"a": x}, labels, shuffles=10)
+        bound = probe_vectors({"a": x}, labels, shuffles=10, penalty=float(free.penalty[0]))
+        assert float(free.values[0]) == float(bound.values[0])
+        assert abs(float(free.control[0]) - free.chance) < tolerance < free.chance - float(bound.control[0])
+    assert len(probe_vectors({"a": x}, rare, shuffles=0).shuffled[0]) == 0
+
+
+def test_intervals_of_numbers_cover_the_truth():
+    inside = []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(4000, 2, generator=generator)
+        y = (x[:, 0] + torch.randn(4000, generator=generator)).double()
+        held_out = torch.arange(200)
+        result = probe_vectors({"a": x, "b": x}, y, held_out=held_out, shuffles=0, penalty=1e-6, seed=seed)
+        assert torch.equal(result.low, torch.stack([result.low[0]] * 2))
+        assert float(result.low[0]) < float(result.values[0]) < float(result.high[0])
+        inside.append(float(result.low[0]) < 0.5 < float(result.high[0]))
+    assert sum(inside) >= 17
+    groups = torch.arange(4000) // 20
+    wide = probe_vectors({"a": x[groups]}, y[20 * groups], groups=groups, shuffles=0, penalty=1e-6)
+    alike = probe_vectors({"a": x[groups]}, y[20 * groups], held_out=wide.held_out, shuffles=0, penalty=1e-6)
+    assert wide.independent == len(wide.held_out) / 20
+    assert float(wide.high[0] - wide.low[0]) > 2 * float(alike.high[0] - alike.low[0])
+    error_bars = result.plot().data[-1].error_y
+    assert error_bars.array[0] == pytest.approx(float(result.high[0] - result.values[0]))
+
+
+def test_the_interval_of_numbers_is_that_of_examples_drawn_again():
+    target = torch.tensor([0.0, 1.0, 3.0, 2.0, 5.0, 4.0], dtype=torch.float64)
+    predicted = torch.stack([target + torch.tensor([0.5, -1.0, 0.2, 0.1, -0.4, 1.5]), torch.zeros(6)]).double()
+    groups = np.array([4, 4, 7, 8, 8, 9])
+    low, high = bootstrapped(predicted, target, groups, seed=3, draws=50)
+    times = np.random.default_rng([3, 2]).multinomial(4, [0.25] * 4, size=50)[:, [0, 0, 1, 2, 2, 3]]
+    for site in range(2):
+        scores = []
+        for row in times:
+            again = torch.from_numpy(np.repeat(np.arange(6), row))
+            own, wanted = predicted[site, again], target[again]
+            if len(set(wanted.tolist())) > 1:
+                scores.append(float(1 - (own - wanted).square().sum() / (wanted - wanted.mean()).square().sum()))
+        assert (float(low[site]), float(high[site])) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))
+    assert bootstrapped(predicted, target, np.zeros(6), seed=3)[0].isnan().all()
+
+
+def test_few_examples_are_told_early():
+    x = torch.randn(60, 50)
+    with pytest.warns(UserWarning, match="42 training examples for 50 features"):
+        probe_vectors({"a": x}, torch.arange(60) % 2, shuffles=0, penalty=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        probe_vectors({"a": x}, torch.arange(60) % 2, shuffles=0, penalty=1.0, test_share=0.1)
+    model, entry = hooked("vit")
+    inputs = entry.inputs(model.module, batch=6)
+    seen = []
+    handle = model.module.register_forward_pre_hook(lambda *_: seen.append(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="for 24 features"):
+            linear_probe(model, inputs, [0, 1] * 3)
+    with pytest.raises(InputError, match="folds"):
+        linear_probe(model, inputs, [0, 1] * 3, folds=7)
+    handle.remove()
+    assert not seen
+    broken = {"pixel_values": inputs["pixel_values"] * torch.nan}
+    with pytest.raises(InputError, match="not finite"), pytest.warns(UserWarning, match="features"):
+        linear_probe(model, broken, [0, 1] * 3, shuffles=0)
+
+
+def test_two_classes_have_the_penalty_that_is_promised():
+    """With two classes, two rows of weights under a penalty are one row of the usual logistic regression under half of it."""
+    x, labels = gaussians(80, 2, apart=1.0, features=4)
+    fitted = Features.of(x)
+    weights, bias = logistic(fitted, labels[None], 2, 0.1)
+    logits = fitted.rotated @ weights[0] + bias[0]
+    row = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([row], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def loss():
+        solver.zero_grad()
+        out = fitted.rotated @ row[:4] + row[4]
+        value = (
+            torch.nn.functional.binary_cross_entropy_with_logits(out, labels.double())
+            + 0.05 / 2 * row[:4].square().sum()
+        )
+        value.backward()
+        return value
+
+    solver.step(loss)
+    wanted = (fitted.rotated @ row[:4] + row[4]).detach()
+    torch.testing.assert_close(logits[:, 1] - logits[:, 0], wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_examples_to_hold_out_may_be_named():
@@ -264,6 +447,12 @@ def test_the_result_is_the_same_again_and_survives_files(tmp_path):
         ([0, 1] * 10, {"groups": [0] * 3}, "groups"),
         ([0, 1] * 10, {"groups": [0, 1] * 10}, "train on"),
         ([0, 1] * 10, {"penalty": 0.0}, "penalty"),
+        ([0, 1] * 10, {"penalty": float("nan")}, "penalty"),
+        ([0, 1] * 10, {"shuffles": 2.5}, "shuffles"),
+        ([0, 1] * 10, {"folds": 2.5}, "folds"),
+        ([0, 1] * 10, {"test_share": "a third"}, "test_share"),
+        (3, {}, "sequence"),
+        ("ab" * 10, {}, "sequence"),
         ([0, 1] * 10, {"held_out": [20]}, "held_out"),
         ([0, 1] * 10, {"held_out": [True] * 3}, "held_out"),
         ([0, 1] * 10, {"held_out": [1], "folds": 3}, "no say"),
@@ -273,6 +462,23 @@ def test_the_result_is_the_same_again_and_survives_files(tmp_path):
 def test_meaningless_probes_are_refused(labels, options, message):
     with pytest.raises(InputError, match=message):
         probe_vectors({"a": torch.randn(20, 3)}, labels, **options)
+
+
+@pytest.mark.parametrize(
+    "vectors", [torch.randn(20, 3), {}, {"a": torch.randn(20)}, {"a": torch.randn(20, 0)}, {"a": [1] * 20}]
+)
+def test_vectors_that_are_none_are_refused(vectors):
+    with pytest.raises(InputError, match="example feature"):
+        probe_vectors(vectors, [0, 1] * 10)
+
+
+def test_arrays_will_do():
+    x, labels = gaussians(60, 2, apart=5.0)
+    one, other = (probe_vectors({"a": own}, labels, shuffles=0, penalty=1e-2) for own in (x, x.numpy()))
+    assert torch.equal(one.weights, other.weights)
+    as_list = decision_layer([[3], [1], [1], [1]], target=[1])
+    assert as_list.values.tolist() == [1]
+    assert decision_layer(np.array([[3], [1], [1], [1]])).values.tolist() == [1]
 
 
 def test_activations_that_are_not_finite_are_refused():
@@ -335,6 +541,18 @@ def test_positions_may_be_functions_of_the_tokens_and_differ_from_example_to_exa
     one_each = by_hand(model, inputs, site, lambda t, r: [own[r]])
     for positions in (own, torch.tensor(own), {"language": own}):
         torch.testing.assert_close(collect(model, inputs, site, positions=positions, batch_size=3)[site], one_each)
+    mask = torch.nn.functional.one_hot(torch.tensor(own), tokens.n_positions).bool()
+    torch.testing.assert_close(collect(model, inputs, site, positions=mask, batch_size=3)[site], one_each)
+    patches = tokens.select("patch")
+    for positions in (patches, patches.tensor.numpy()):
+        found = collect(model, inputs, site, positions=positions, batch_size=3)
+        torch.testing.assert_close(found[site], collect(model, inputs, site, positions="patch")[site])
+    with pytest.raises(InputError, match="3 examples for 4"):
+        collect(model, inputs, site, positions=mask[:3])
+    two = entry.inputs(model.module, batch=2, images_per_prompt=2)
+    first = model.tokens(two)["vision"].select("patch").tensor[:2]
+    with pytest.raises(InputError, match="several rows"):
+        collect(model, two, "vision.blocks.0.hook_resid_post", positions=first)
     numbered = []
 
     def chosen(tokens, examples):
@@ -400,6 +618,14 @@ def test_sites_a_tower_has_pooled_and_sites_without_the_first_positions():
     out = collect(model, inputs, "projector.hook_out", positions="mean_patch")["projector.hook_out"]
     _, cache = model.run_with_cache(inputs, names_filter="projector.hook_out")
     torch.testing.assert_close(out, cache["projector.hook_out"].mean(1).detach())
+    for positions in ("all", "mean"):
+        found = collect(model, inputs, "projector.hook_out", positions=positions)["projector.hook_out"]
+        torch.testing.assert_close(found, out)
+    strongest = exemplars(model, inputs, "projector.hook_out", top_k=2)
+    torch.testing.assert_close(
+        strongest.values, cache["projector.hook_out"].detach().max(1).values.T.sort(dim=1, descending=True).values
+    )
+    assert int(strongest.position.min()) >= 1
     with pytest.raises(InputError, match="lacks the first 1"):
         collect(model, inputs, "projector.hook_out", positions="cls")
     siglip, entry = hooked("siglip")
@@ -432,6 +658,26 @@ def test_a_run_ends_when_the_last_site_was_read_and_leaves_nothing():
     )
 
 
+def test_collected_vectors_keep(tmp_path):
+    model, entry = hooked("vit")
+    vectors = collect(model, entry.inputs(model.module, batch=3), stream_sites(model), positions="mean_patch")
+    again = Collected.load(vectors.save(tmp_path / "vectors.safetensors"))
+    assert list(again) == list(vectors)
+    assert all(torch.equal(again[site], vectors[site]) for site in vectors)
+    assert (again.positions, again.provenance) == (vectors.positions, vectors.provenance)
+    result = probe_vectors(
+        {site: x.repeat(16, 1) for site, x in again.items()}, [0, 1, 1] * 16, shuffles=0, penalty=1.0
+    )
+    with pytest.raises(InputError, match="safetensors"):
+        vectors.save(tmp_path / "vectors.npz")
+    with pytest.raises(InputError, match="no file"):
+        Collected.load(tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("text")
+    for path in (result.save(tmp_path / "probe.safetensors"), tmp_path / "text.safetensors"):
+        with pytest.raises(InputError, match="no collected vectors"):
+            Collected.load(path)
+
+
 def test_bfloat16_becomes_float32_and_float64_stays(fresh_model):
     for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         model = cv.HookedModel(fresh_model(case("vit")).to(dtype))
@@ -446,7 +692,7 @@ def test_bfloat16_becomes_float32_and_float64_stays(fresh_model):
         ("register", "its kinds: cls, patch"),
         (99, "outside"),
         (-1, "outside"),
-        ([0, 1, 2], "3 positions for 2 examples"),
+        ([0, 1, 2], "positions of 3 examples for 2"),
         (lambda tokens: [1, 2], "returns a selection"),
         ({"language": "last"}, "names language"),
     ],
@@ -566,8 +812,19 @@ def test_never_settled_examples_are_counted_apart_from_late_ones(tmp_path):
     again = DecisionLayers.load(found.save(tmp_path / "decisions.npz"))
     assert torch.equal(again.stable, found.stable)
     assert again.layers == ["input", *range(6)]
+    frame = again.to_frame()
+    assert frame["layer"].tolist() == ["input", 1, 4, 5]
+    assert frame["stable"].tolist() == [True, True, True, False]
+    assert again.highlights()["never"] == "25%"
     bars = again.plot()
     assert sum(sum(bar.y) for bar in bars.data) == pytest.approx(1.0)
+
+
+def test_early_ends_and_late_begins_where_it_is_said():
+    settled = DecisionLayers(
+        torch.tensor([2, 3, 6, 7]), {"example": list(range(4))}, stable=torch.ones(4, dtype=torch.bool), layers=list(range(11))
+    )  # fmt: skip
+    assert settled.shares == {"early": 0.25, "middle": 0.5, "late": 0.25, "never": 0.0}
 
 
 def test_a_lens_gives_predictions_as_well(shapes):
@@ -583,7 +840,8 @@ def test_a_lens_gives_predictions_as_well(shapes):
     [
         (torch.rand(4, 3), {}, "whole numbers"),
         (torch.zeros(4, dtype=torch.long), {}, "layer example"),
-        (torch.zeros(3, 2, dtype=torch.long), {"k": 3}, "at least 4 anchors"),
+        (torch.zeros(3, 2, dtype=torch.long), {"k": 3}, "less than the 3 anchors"),
+        (torch.zeros(3, 2, dtype=torch.long), {"k": 1.5}, "whole number"),
         (torch.zeros(3, 2, dtype=torch.long), {"target": torch.zeros(3)}, "must fit"),
         (torch.zeros(3, 2, dtype=torch.long), {"layers": [0]}, "must fit"),
     ],

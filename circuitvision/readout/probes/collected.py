@@ -7,8 +7,10 @@ tower). One chosen position in one row is that position's vector itself. Sites t
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.files import replacing
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import KINDS, TokenMap
 from circuitvision.provenance import describe
@@ -25,6 +28,7 @@ from circuitvision.readout.probes.streaming import Batch, Reading
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
 
+_FORMAT, _META = "circuitvision.collected/1", "circuitvision_json"
 Positions = str | int | Sequence[int] | Tensor | Callable[..., Selection] | Mapping[str, Any]
 """Which positions stand for an example, see :func:`chosen`."""
 
@@ -36,8 +40,9 @@ def chosen(tokens: TokenMap, positions: Positions, examples: range) -> Bool[Tens
     """The positions of every row that stand for its example.
 
     ``"last"``: the last that is not padding. ``"all"`` or ``"mean"``: all that are not padding. A kind (``"cls"``, ``"patch"``, ``"text"``, …)
-    or ``"mean_patch"``: all of that kind. A number: that position. One number per example of the data set: its own position. A function of the
-    token map, or of the token map and the numbers of the batch's examples, that returns a selection. A mapping: one of these per tower.
+    or ``"mean_patch"``: all of that kind. A number: that position. One number per example of the data set: its own position. A selection or a
+    bool mask ``[example pos]`` of the data set, where every example is one row. A function of the token map, or of the token map and the
+    numbers of the batch's examples, that returns a selection. A mapping: one of these per tower.
 
     Raises:
         InputError: not understood; a padding position; an example without such a position.
@@ -93,13 +98,20 @@ def _mask(tokens: TokenMap, positions: Any, examples: range) -> Tensor:
         raise InputError("A function of positions returns a selection of the map it gets, e.g. tokens.select('patch').")
     elif isinstance(positions, (int, np.integer)) and not isinstance(positions, bool):
         return _at(torch.full((shape[0],), int(positions)), shape)
-    elif isinstance(positions, (Sequence, Tensor, np.ndarray)):
-        own = torch.as_tensor(positions)
+    elif isinstance(positions, (Selection, Sequence, Tensor, np.ndarray)):
+        own = positions.tensor if isinstance(positions, Selection) else torch.as_tensor(positions)
+        if own.ndim == 2 and own.dtype == torch.bool and own.shape[1] == shape[1] and len(own) >= examples.stop:
+            if shape[0] != len(examples):
+                raise InputError(
+                    f"Examples have several rows in the {tokens.tower} tower, so a mask [example pos] does not say which; give a function of "
+                    "the token map, e.g. lambda tokens: tokens.select('patch')."
+                )
+            return own.cpu()[examples.start : examples.stop].clone()
         if own.ndim == 1 and not own.is_floating_point() and len(own) >= examples.stop:
             return _at(own.cpu()[torch.from_numpy(tokens.example) + examples.start], shape)
     raise InputError(
         f"Positions {position_label(positions)!r} are not understood: 'last', 'all', a kind ({', '.join(KINDS)}), a number, one number per "
-        "example, or a function of the token map that returns a selection."
+        "example, a mask [example pos], or a function of the token map that returns a selection."
     )
 
 
@@ -110,8 +122,11 @@ def check_count(found: int | None, wanted: int | None, positions: Positions) -> 
     if wanted is not None and found != wanted:
         raise InputError(f"The data set has {found} examples and there are {wanted} labels; give one per example.")
     for own in positions.values() if isinstance(positions, Mapping) else (positions,):
-        if isinstance(own, (Sequence, Tensor, np.ndarray)) and not isinstance(own, str) and len(own) != found:
-            raise InputError(f"There are {len(own)} positions for {found} examples; give one per example.")
+        given = own.mask if isinstance(own, Selection) else own
+        if isinstance(given, (Sequence, Tensor, np.ndarray)) and not isinstance(given, str) and len(given) != found:
+            raise InputError(
+                f"There are positions of {len(given)} examples for {found}; give one, or one row, per example."
+            )
 
 
 def _takes_two(function: Callable[..., Any]) -> bool:
@@ -135,7 +150,10 @@ def position_label(positions: Any) -> str:
         return getattr(positions, "__name__", type(positions).__name__)
     if isinstance(positions, Mapping):
         return ", ".join(f"{tower}: {position_label(own)}" for tower, own in positions.items())
-    return str(positions) if isinstance(positions, (str, int)) else f"one per example ({type(positions).__name__})"
+    if isinstance(positions, Selection):
+        return positions.label or "selection"
+    listed = isinstance(positions, (Sequence, Tensor, np.ndarray)) and not isinstance(positions, str)
+    return f"one per example ({type(positions).__name__})" if listed else str(positions)
 
 
 # -- one vector per example ----------------------------------------------------------------------------------------------------------------
@@ -143,7 +161,10 @@ def position_label(positions: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Collected(Mapping[str, Tensor]):
-    """One vector per example of every site: ``collected[site]`` is ``[example feature]`` (head axes flattened), on the CPU."""
+    """One vector per example of every site: ``collected[site]`` is ``[example feature]`` (head axes flattened), on the CPU.
+
+    One run serves many probes; :meth:`save` keeps it for another day.
+    """
 
     vectors: dict[str, Tensor]
     positions: str = ""
@@ -157,6 +178,46 @@ class Collected(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.vectors)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the vectors and where they came from to one ``.safetensors`` file, complete or not at all; returns the path.
+
+        Raises:
+            InputError: another suffix.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise InputError(f"Collected vectors are saved as .safetensors, not {path.suffix or 'without a suffix'!r}.")
+        header = json.dumps(
+            {"format": _FORMAT, "sites": list(self), "positions": self.positions, "provenance": self.provenance}
+        )
+        with replacing(path) as temporary:
+            save_file({site: x.contiguous().clone() for site, x in self.items()}, temporary, metadata={_META: header})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Collected:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: no such file, or another kind of file.
+        """
+        from safetensors import safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"There is no file {path}.")
+        try:
+            with safe_open(path, framework="pt") as handle:
+                header = json.loads((handle.metadata() or {}).get(_META, "{}"))
+                vectors = {site: handle.get_tensor(site) for site in header.get("sites", [])}
+        except Exception as error:
+            raise InputError(f"{path} holds no collected vectors: {error}") from error
+        if header.get("format") != _FORMAT:
+            raise InputError(f"{path} holds no collected vectors; those are what Collected.save writes.")
+        return cls(vectors, header["positions"], header["provenance"])
 
     def __repr__(self) -> str:
         shapes = sorted({tuple(vector.shape) for vector in self.vectors.values()})

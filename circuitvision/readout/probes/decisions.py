@@ -13,14 +13,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.readout.probes.splitting import is_whole
 from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +42,20 @@ class DecisionLayers(Result):
     target: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     layers: list[Any] = field(default_factory=list)
     k: int = 2
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per example: where it settles (the label of the anchor), whether it does, on what, and the last prediction."""
+        frame = super().to_frame()
+        frame["layer"] = [self.layers[where] for where in self.values.tolist()]
+        columns = {"stable": self.stable, "decided": self.decided, "final": self.final}
+        columns |= {"target": self.target} if len(self.target) == len(self.values) else {}
+        for name, column in columns.items():
+            frame[name] = column.numpy()
+        return frame
+
+    def highlights(self) -> dict[str, str]:
+        """Shares of the examples that settle early, in the middle, late and never."""
+        return {name: f"{share:.0%}" for name, share in self.shares.items()}
 
     @property
     def wrong(self) -> Bool[Tensor, " example"]:
@@ -72,10 +91,10 @@ class DecisionLayers(Result):
 
 
 def decision_layer(
-    predictions: Int[Tensor, "layer example"],
+    predictions: Int[Tensor, "layer example"] | np.ndarray | Sequence[Sequence[int]],
     k: int = 2,
     *,
-    target: Int[Tensor, " example"] | None = None,
+    target: Int[Tensor, " example"] | Sequence[int] | None = None,
     layers: Sequence[Any] | None = None,
     examples: Sequence[int] | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -93,19 +112,21 @@ def decision_layer(
     Raises:
         InputError: predictions that are not whole numbers ``[layer example]``, too few anchors for ``k``, labels that do not fit.
     """
-    if predictions.ndim != 2 or predictions.is_floating_point() or predictions.shape[1] == 0:
+    predicted = torch.as_tensor(predictions).detach().cpu()
+    if predicted.ndim != 2 or predicted.is_floating_point() or predicted.shape[1] == 0:
         raise InputError(
-            f"Predictions must be whole numbers [layer example], not {predictions.dtype} {tuple(predictions.shape)}."
+            f"Predictions must be whole numbers [layer example], not {predicted.dtype} {tuple(predicted.shape)}."
         )
-    anchors, count = predictions.shape
-    if not 1 <= k < anchors:
-        raise InputError(f"k={k} needs at least {k + 1} anchors and k ≥ 1; there are {anchors}.")
+    anchors, count = predicted.shape
+    if not is_whole(k) or not 1 <= k < anchors:
+        raise InputError(
+            f"k={k!r} must be a whole number of at least 1, and less than the {anchors} anchors there are."
+        )
     named = list(range(anchors)) if layers is None else list(layers)
     numbers = list(range(count)) if examples is None else list(examples)
     right = torch.zeros(0, dtype=torch.long) if target is None else torch.as_tensor(target).cpu()
     if len(named) != anchors or len(numbers) != count or len(right) not in (0, count):
         raise InputError(f"Labels and targets must fit {anchors} anchors and {count} examples.")
-    predicted = predictions.detach().cpu()
     agrees = torch.stack(
         [(predicted[first : first + k + 1] == predicted[first]).all(0) for first in range(anchors - k)]
     )

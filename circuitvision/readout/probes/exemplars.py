@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,12 +30,14 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.provenance import describe
 from circuitvision.readout.probes.collected import Positions, check_count, position_label
-from circuitvision.readout.probes.fitting import numbered
+from circuitvision.readout.probes.splitting import is_whole, numbered
 from circuitvision.readout.probes.streaming import Reading
 from circuitvision.readout.probes.strongest import Best, Sums, UnitReader, Units
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from circuitvision.model.hooked import HookedModel
 
 _POOLS = ("max", "mean")
@@ -117,6 +119,27 @@ class ExemplarIndex(Result):
             raise InputError("Selectivity compares classes: exemplars(…, labels=…) with at least two.")
         return self.class_means[seen]
 
+    def to_frame(self) -> pd.DataFrame:
+        """One row per unit and rank: value, example, position and its label; with labels also the unit's preferred class and selectivity."""
+        frame = super().to_frame()
+        frame["example"] = self.example.flatten().numpy()
+        frame["position"] = self.position.flatten().numpy()
+        frame["piece"] = [piece for unit in self.pieces for piece in unit]
+        if int((self.class_counts > 0).sum()) > 1:
+            ranks = self.values.shape[1]
+            frame["preferred"] = np.repeat(np.array(self.preferred, dtype=object), ranks)
+            frame["selectivity"] = self.selectivity.repeat_interleave(ranks).numpy()
+        return frame
+
+    def highlights(self) -> dict[str, str]:
+        """How much was seen, and the unit whose strongest example is strongest."""
+        best = int(self.values[:, 0].argmax())
+        seen = f"{self.count} examples, {self.n_positions} positions" + (
+            f" ({self.interrupted})" if self.interrupted else ""
+        )
+        strongest = f"{self.what} {self.axes['unit'][best]}: {float(self.values[best, 0]):.3g} on example {int(self.example[best, 0])}"
+        return {"seen": seen, "strongest": strongest}
+
     def row(self, unit: Any) -> int:
         """The index of a unit's label on the unit axis; InputError if there is no such unit."""
         if unit not in self.axes["unit"]:
@@ -165,7 +188,7 @@ def exemplars(
     units: Sequence[int] | None = None,
     pool: str = "max",
     positions: Positions = "all",
-    through: Float[Tensor, "unit d_in"] | Encoder | None = None,
+    through: Float[Tensor, "unit d_in"] | np.ndarray | Encoder | Callable[[Tensor], Tensor] | None = None,
     labels: Sequence[Any] | Tensor | np.ndarray | None = None,
     threshold: float = 0.0,
     batch_size: int = 32,
@@ -181,7 +204,7 @@ def exemplars(
         units: numbers of the units; all by default.
         pool: ``"max"`` or ``"mean"`` over an example's positions.
         positions: where units are read, see :func:`circuitvision.readout.probes.collected.chosen`; by default everywhere but padding.
-        through: directions (a unit's activation is ``x · direction``), or anything with ``.encode(x [pos d_in])``.
+        through: directions (a unit's activation is ``x · direction``), a function or module of ``x [pos d_in]``, or anything with ``.encode(x)``.
         labels: one class per example, for selectivity.
         threshold: a unit is active above it.
         batch_size: examples that run at once.
@@ -191,13 +214,15 @@ def exemplars(
         InputError: settings that make no sense, labels or positions that do not fit the data set, activations that are not finite.
         UnknownSiteError: no such site.
     """
-    if pool not in _POOLS or isinstance(top_k, bool) or top_k < 1 or start < 0:
+    if pool not in _POOLS or not (is_whole(top_k) and top_k >= 1 and is_whole(start) and start >= 0):
         raise InputError(
-            f"pool={pool!r} must be 'max' or 'mean', top_k={top_k} at least 1, start={start} not negative."
+            f"pool={pool!r} must be 'max' or 'mean', top_k={top_k!r} a whole number of at least 1, start={start!r} one that is not negative."
         )
+    if threshold != threshold:
+        raise InputError("threshold is not a number; a unit is active above it.")
     kept = Units(model.sites(site), units, through)
     codes, classes = (None, []) if labels is None else numbered(labels)
-    reader = UnitReader(kept, pool, positions, threshold, start, codes, len(classes))
+    reader = UnitReader(kept, pool, positions, threshold, start, codes, len(classes), top_k)
     reading = Reading(model, dataset, kept.sites, reader, batch_size=batch_size, description="exemplars")
     labelled = None if codes is None else len(codes)
     check_count(reading.total, labelled, positions)
@@ -228,7 +253,7 @@ def _streamed(reading: Reading, sites: Sequence[str], top_k: int) -> tuple[Best,
             best = Best.of_units([found[name][0] for name in sites])
             sums = Sums.of_units([found[name][1] for name in sites])
             # One assignment: an interruption leaves the state before a batch or after it.
-            state = (best.first(top_k), sums) if state is None else (state[0].merged(best, top_k), state[1] + sums)
+            state = (best, sums) if state is None else (state[0].merged(best, top_k), state[1] + sums)
     except KeyboardInterrupt:
         if state is None:
             raise

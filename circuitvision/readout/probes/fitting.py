@@ -1,19 +1,18 @@
-"""Small linear models and honest splits: what probes are made of.
+"""Small linear models: what probes are made of.
 
 Features are standardised with the mean and deviation of the training part alone; a feature that is constant there (up to rounding) becomes 0 and
 cannot be used. The models, on standardised features ``z``:
 
-* classes: multinomial logistic regression, ``mean cross entropy + penalty / 2 · ||W||²`` (scikit-learn's ``C = 1 / (n · penalty)``), biases
-  free;
+* classes: multinomial logistic regression, ``mean cross entropy + penalty / 2 · ||W||²`` with a row of weights for every class, biases
+  free (scikit-learn's ``C = 1 / (n · penalty)``; ``2 / (n · penalty)`` for two classes, of which it has one row);
 * numbers: ridge regression, ``mean squared error / 2 + penalty / 2 · ||w||²``, the intercept free.
 
 Both are solved in the principal components of the training features, where the problem is well conditioned and has no more unknowns than
 examples: in closed form for numbers, by L-BFGS for classes. Many label vectors over the same features (shuffled labels) are solved together.
 
-Splits are drawn group by group, largest first, each to the part that lacks most of its classes: stratified, and no group is on both sides.
-
 The penalty matters: too large a one hides what is there in small directions, too small a one fits noise. By default it is chosen for every
-site, by three folds inside the training part. Not covered: non-linear probes.
+site, by three folds inside the training part, and once more for the shuffled labels (one for all of them, by the first few): a control under
+the penalty that suits the true labels fits noise and scores below chance, which flatters the probe. Not covered: non-linear probes.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.readout.probes.splitting import Targets, dealt
 
 _CONSTANT = 1e-6
 """A feature whose deviation is below this share of its size is rounding noise around a constant."""
@@ -38,163 +37,8 @@ _NUMBERS_AT_ONCE = 2**24
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """What a penalty is chosen from."""
 _FOLDS, _STEPS_TO_CHOOSE, _STEPS = 3, 100, 500
-
-
-# -- labels and splits ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What is to be told: class numbers and the classes' names, or numbers (``classes`` is empty)."""
-
-    values: Tensor
-    classes: list[Any]
-
-    @classmethod
-    def of(cls, labels: Sequence[Any] | Tensor | np.ndarray) -> Targets:
-        """Labels of text, whole numbers or booleans are classes (sorted); floats are numbers to be predicted.
-
-        Raises:
-            InputError: labels of several types, of none of these, not finite, or all the same.
-        """
-        plain = _plain(labels)
-        kinds = {type(label) for label in plain}
-        if kinds <= {float, int} and float in kinds:
-            values = torch.tensor(plain, dtype=torch.float64)
-            if not bool(torch.isfinite(values).all()):
-                raise InputError("Some labels are not finite numbers; leave those examples out.")
-            found = cls(values, [])
-        else:
-            found = cls(*numbered(plain))
-        if len(set(plain)) < 2:
-            raise InputError("All labels are the same; there is nothing to tell apart.")
-        return found
-
-    @property
-    def strata(self) -> Int[np.ndarray, " example"]:
-        """What a split keeps in proportion: the class, or nothing for numbers."""
-        return self.values.numpy() if self.classes else np.zeros(len(self.values), dtype=np.int64)
-
-
-def numbered(labels: Sequence[Any] | Tensor | np.ndarray) -> tuple[Int[Tensor, " example"], list[Any]]:
-    """Labels as numbers of their sorted classes, and the classes.
-
-    Raises:
-        InputError: labels that are not all text, all whole numbers or all booleans, or none.
-    """
-    plain = _plain(labels)
-    kinds = {type(label) for label in plain}
-    if len(kinds) != 1 or not kinds <= {str, int, bool}:
-        found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
-        raise InputError(
-            f"Labels are one flat sequence of text, whole numbers or booleans (classes), or of floats (numbers); found {found}."
-        )
-    classes = sorted(set(plain))
-    number = {label: index for index, label in enumerate(classes)}
-    return torch.tensor([number[label] for label in plain]), classes
-
-
-def _plain(labels: Sequence[Any] | Tensor | np.ndarray) -> list[Any]:
-    return [_key(label) for label in (labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels)]
-
-
-def splits(
-    targets: Targets,
-    *,
-    test_share: float = 0.3,
-    folds: int | None = None,
-    groups: Sequence[Any] | None = None,
-    held_out: Sequence[int] | Sequence[bool] | Tensor | np.ndarray | None = None,
-    seed: int = 0,
-) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (training examples, held-out examples): one by share, ``folds`` that hold out every example once, or what ``held_out`` names.
-
-    Examples with the same entry of ``groups`` stay on one side.
-
-    Raises:
-        InputError: a share outside (0, 1), fewer than two folds, groups of another length, examples to hold out that are not there or beside
-        folds or groups, a class that would be missing in training or held out.
-    """
-    count = len(targets.values)
-    if held_out is not None:
-        if folds is not None or groups is not None:
-            raise InputError("held_out names the examples held out, so folds and groups have no say; leave them out.")
-        return [_named(targets, held_out)]
-    if folds is None and not 0 < test_share < 1:
-        raise InputError(f"test_share={test_share} must lie between 0 and 1.")
-    if folds is not None and not 2 <= folds <= count:
-        raise InputError(f"folds={folds} must lie between 2 and the {count} examples.")
-    if groups is not None and len(groups) != count:
-        raise InputError(f"There are {len(groups)} groups for {count} labels; give one per example.")
-    shares = np.array([1 - test_share, test_share]) if folds is None else np.full(folds, 1 / folds)
-    part = torch.from_numpy(_dealt(targets.strata, shares, groups, seed))
-    numbers = [1] if folds is None else range(folds)
-    found = [((part != number).nonzero().flatten(), (part == number).nonzero().flatten()) for number in numbers]
-    _check_parts(targets, found)
-    return found
-
-
-def _named(targets: Targets, held_out: Any) -> tuple[Tensor, Tensor]:
-    """The split that numbers or a mask of the examples held out make."""
-    count, chosen = len(targets.values), torch.as_tensor(held_out)
-    fits = chosen.ndim == 1 and not chosen.is_floating_point()
-    if fits and chosen.dtype == torch.bool:
-        fits, chosen = len(chosen) == count, chosen.nonzero().flatten()
-    if not fits or not bool(((chosen >= 0) & (chosen < count)).all()):
-        raise InputError(f"held_out is a mask of the {count} examples, or some of their numbers.")
-    test = torch.zeros(count, dtype=torch.bool).index_fill_(0, chosen.long(), True)
-    found = ((~test).nonzero().flatten(), test.nonzero().flatten())
-    _check_parts(targets, [found], everything=False)
-    return found
-
-
-def _dealt(
-    strata: Int[np.ndarray, " example"], shares: np.ndarray, groups: Sequence[Any] | None, seed: int
-) -> Int[np.ndarray, " example"]:
-    """The part of every example: groups go, largest first and else in random order, where their classes are most wanting."""
-    rng = np.random.default_rng(seed)
-    numbers: dict[Any, int] = {}
-    keys = range(len(strata)) if groups is None else groups
-    group = np.array([numbers.setdefault(_key(key), len(numbers)) for key in keys])
-    counts = np.zeros((len(numbers), int(strata.max()) + 1))
-    np.add.at(counts, (group, strata), 1)
-    order = rng.permutation(len(counts))
-    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
-    lacking = shares[:, None] * counts.sum(0)
-    part = np.zeros(len(counts), dtype=np.int64)
-    for index in order:
-        own = counts[index]
-        # How much less the squared shortfall gets if this part takes the group.
-        part[index] = int(np.argmax((own * (2 * lacking - own)).sum(1)))
-        lacking[part[index]] -= own
-    return part[group]
-
-
-def _key(label: Any) -> Any:
-    return label.item() if isinstance(label, (Tensor, np.generic)) else label
-
-
-def _check_parts(targets: Targets, parts: Sequence[tuple[Tensor, Tensor]], everything: bool = True) -> None:
-    """Every class is there to train on, and (``everything``) held out somewhere."""
-    advice = "gather more examples of it, leave it out, or use smaller groups or another seed"
-    if any(len(train) < 2 or len(test) == 0 for train, test in parts):
-        raise InputError(
-            "A split leaves nothing to train on or nothing held out; give more examples or smaller groups."
-        )
-    for number, label in enumerate(targets.classes):
-        own = targets.values == number
-        if any(not bool(own[train].any()) for train, _ in parts):
-            raise InputError(f"No example of {label!r} would be left to train on; {advice}.")
-        if everything and not any(bool(own[test].any()) for _, test in parts):
-            raise InputError(f"No example of {label!r} would be held out; {advice}.")
-
-
-def wilson(right: Float[Tensor, "*shape"], count: int, z: float = 1.96) -> tuple[Tensor, Tensor]:
-    """Wilson's interval of a share ``right`` of ``count``: low and high end, 95% by default (Wilson 1927)."""
-    share = right.double()
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)).sqrt()
-    return (middle - half).clamp(min=0), (middle + half).clamp(max=1)
+CHOOSING = 3
+"""How many shufflings the control's penalty is chosen by."""
 
 
 # -- the models ----------------------------------------------------------------------------------------------------------------------------
@@ -315,29 +159,33 @@ def score(predicted: Tensor, target: Tensor, targets: Targets) -> Float[Tensor, 
 
 
 def best_penalty(
-    x: Float[Tensor, "example feature"], targets: Targets, groups: Sequence[Any] | None = None, seed: int = 0
+    x: Float[Tensor, "example feature"],
+    labels: Float[Tensor, "problem example"],
+    targets: Targets,
+    groups: Sequence[Any] | None = None,
+    seed: int = 0,
 ) -> float:
-    """The penalty of :data:`PENALTIES` with the least cross entropy, or squared error, in three folds of these examples.
+    """The penalty of :data:`PENALTIES` with the least cross entropy, or squared error, over all rows of labels in three folds of these examples.
 
-    Cross entropy and not accuracy, which many penalties share.
+    Cross entropy and not accuracy, which many penalties share. ``targets`` are what the folds keep in proportion.
     """
-    part = torch.from_numpy(_dealt(targets.strata, np.full(_FOLDS, 1 / _FOLDS), groups, seed))
+    part = torch.from_numpy(dealt(targets.strata, np.full(_FOLDS, 1 / _FOLDS), groups, seed))
     inside = [((part != fold).nonzero().flatten(), (part == fold).nonzero().flatten()) for fold in range(_FOLDS)]
-    inside = [(train, test) for train, test in inside if len(test) and len(train) > 1]
-    features = [Features.of(x[train]) for train, _ in inside]
-    best, reached = PENALTIES[0], torch.inf
-    for penalty in PENALTIES:
-        loss = 0.0
-        for own, (train, test) in zip(features, inside, strict=True):
-            weights, bias = fit(own, targets.values[None, train], targets, penalty, _STEPS_TO_CHOOSE)
-            out, wanted = own.of_others(x[test]) @ weights[0] + bias[0], targets.values[test]
+    losses = dict.fromkeys(PENALTIES, 0.0)
+    for train, test in inside:
+        if not len(test) or len(train) < 2:
+            continue
+        own = Features.of(x[train])
+        others = own.of_others(x[test])
+        for penalty in PENALTIES:
+            weights, bias = fit(own, labels[:, train], targets, penalty, _STEPS_TO_CHOOSE)
+            out, wanted = others @ weights + bias[:, None], labels[:, test]
             if targets.classes:
-                loss += float(torch.nn.functional.cross_entropy(out, wanted, reduction="sum"))
+                loss = torch.nn.functional.cross_entropy(out.movedim(-1, 1), wanted, reduction="sum")
             else:
-                loss += float((out[:, 0] - wanted).square().sum())
-        if loss < reached:
-            best, reached = penalty, loss
-    return best
+                loss = (out[..., 0] - wanted).square().sum()
+            losses[penalty] += float(loss)
+    return min(PENALTIES, key=lambda penalty: losses[penalty])
 
 
 def r_squared(

@@ -1,9 +1,10 @@
 """Linear probes: what a linear map can read off a site, layer by layer.
 
 A probe is trained on one part of the examples and scored on the other. High accuracy alone says little: with many features and few examples a
-linear map fits anything, so every probe has a *control*, the same probe on labels shuffled within each part, and chance is what always
-guessing the commonest training label would score. Readable is not used: a probe shows that information is there, edits show whether the model
-reads it.
+linear map fits anything, so every probe has a *control*, the same probe on shuffled labels (whole groups are shuffled where there are groups,
+see :mod:`circuitvision.readout.probes.splitting`), and chance is what always guessing the commonest training label would score. Where classes
+are unequal in size, ``balanced`` says what accuracy hides. Readable is not used: a probe shows that information is there, edits show whether
+the model reads it.
 
 Not covered: probes with hidden layers, several labels per example.
 
@@ -24,9 +25,11 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.sites import SiteName
 from circuitvision.progress import track
-from circuitvision.readout.probes.collected import Collected, Positions, collect, stream_sites
+from circuitvision.readout.probes.collected import Collected, Positions, check_count, collect, stream_sites
 from circuitvision.readout.probes.decisions import DecisionLayers, decision_layer
-from circuitvision.readout.probes.fitting import Features, Targets, best_penalty, fit, predict, score, splits, wilson
+from circuitvision.readout.probes.fitting import CHOOSING, Features, best_penalty, fit, predict, score
+from circuitvision.readout.probes.splitting import Plan, Targets, bootstrapped, wilson
+from circuitvision.readout.probes.streaming import Reading
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
@@ -34,18 +37,18 @@ if TYPE_CHECKING:
 
     from circuitvision.model.hooked import HookedModel
 
-Split = tuple[Tensor, Tensor]
-
 
 @dataclass(frozen=True, eq=False)
 class ProbeResult(Result):
     """Held-out scores of one probe per site: ``values`` ``[site]`` is the accuracy, or R² where labels are numbers (``classes`` is empty then).
 
-    ``low`` and ``high`` are Wilson's 95% interval (NaN for R²), ``train`` the score on the training part, ``shuffled`` ``[site shuffle]`` the
-    scores of the control, ``chance`` the accuracy of always guessing the commonest training label (0 for R²). ``predictions`` ``[site
-    held_out]`` are class numbers (or values), ``target`` what they should be and ``held_out`` the examples they belong to. ``weights`` ``[site
-    out feature]`` and ``bias`` ``[site out]`` give the probe's logits on activations as they are, ``x @ weights.T + bias``; empty where sites
-    differ in width and with folds. ``penalty`` ``[site]`` is what was used (the geometric mean over folds).
+    ``low`` and ``high`` are a 95% interval: Wilson's for accuracies, of R² the percentiles over held-out examples drawn again. ``independent``
+    is the number of examples, or of groups, that the interval counts: examples of one group may be right or wrong together. ``train`` is the
+    score on the training part, ``shuffled`` ``[site shuffle]`` the scores of the control, ``chance`` the accuracy of always guessing the
+    commonest training label (0 for R²). ``predictions`` ``[site held_out]`` are class numbers (or values), ``target`` what they should be and
+    ``held_out`` the examples they belong to. ``weights`` ``[site out feature]`` and ``bias`` ``[site out]`` give the probe's logits on
+    activations as they are, ``x @ weights.T + bias``; empty where sites differ in width and with folds. ``penalty`` ``[site]`` is what was used
+    (the geometric mean over folds).
     """
 
     low: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -56,6 +59,7 @@ class ProbeResult(Result):
     predictions: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     target: Tensor = field(default_factory=lambda: torch.zeros(0))
     held_out: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    independent: int = 0
     classes: list[Any] = field(default_factory=list)
     weights: Tensor = field(default_factory=lambda: torch.zeros(0))
     bias: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -74,9 +78,25 @@ class ProbeResult(Result):
         return self.shuffled.std(1) if self.shuffled.shape[1] > 1 else torch.full_like(self.values, torch.nan)
 
     @property
+    def selectivity(self) -> Float[Tensor, " site"]:
+        """Score on the true labels minus that on shuffled ones (Hewitt and Liang 2019); NaN without shuffles."""
+        return self.values - self.control
+
+    @property
+    def balanced(self) -> Float[Tensor, " site"]:
+        """Balanced accuracy: the mean over held-out classes of the share of each that is right; one class guessed for all scores 1 / classes.
+
+        NaN where labels are numbers.
+        """
+        if not self.classes:
+            return torch.full_like(self.values, torch.nan)
+        right = (self.predictions == self.target).double()
+        return torch.stack([right[:, self.target == number].mean(1) for number in self.target.unique()]).mean(0)
+
+    @property
     def p_value(self) -> Float[Tensor, " site"]:
         """Share of shufflings, the true labels counted as one, that score at least as high as the true labels."""
-        return (1 + (self.shuffled >= self.values[:, None]).sum(1)) / (1 + self.shuffled.shape[1])
+        return (1.0 + (self.shuffled >= self.values[:, None]).sum(1).double()) / (1 + self.shuffled.shape[1])
 
     @property
     def layers(self) -> list[Any]:
@@ -101,14 +121,25 @@ class ProbeResult(Result):
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per site: score, interval, training score, control and chance."""
+        """One row per site: score, interval, training and balanced score, control, selectivity and chance."""
         frame = super().to_frame()
-        columns = {"low": self.low, "high": self.high, "train": self.train}
-        columns |= {"control": self.control, "control_sd": self.control_sd, "p_value": self.p_value}
+        columns = {"low": self.low, "high": self.high, "train": self.train, "balanced": self.balanced}
+        columns |= {"control": self.control, "control_sd": self.control_sd, "selectivity": self.selectivity}
+        columns |= {"p_value": self.p_value}
         for name, column in columns.items():
             frame[name] = column.numpy()
         frame["chance"] = self.chance
         return frame
+
+    def highlights(self) -> dict[str, str]:
+        """The best site with its interval, beside control and chance."""
+        best = int(self.values.nan_to_num(-torch.inf).argmax())
+        span = f"{float(self.values[best]):.3f} [{float(self.low[best]):.3f}, {float(self.high[best]):.3f}]"
+        return {
+            "best": f"{self.layers[best]}: {span}, n = {len(self.held_out)}",
+            "shuffled labels": f"{float(self.control[best]):.3f}",
+            "chance": f"{self.chance:.3f}",
+        }
 
 
 def linear_probe(
@@ -142,30 +173,28 @@ def linear_probe(
         what: what the labels are, for titles.
         test_share: share of the examples held out, in proportion for every class.
         folds: instead, that many parts, each held out once.
-        groups: one entry per example; equal entries stay on one side.
+        groups: one entry per example; equal entries stay on one side, are shuffled as wholes, and count once in the interval.
         held_out: instead, which examples are held out (a mask or numbers), for example all combinations that training must not see.
         shuffles: how often the control is drawn.
-        penalty: weight of the squared weights, see :mod:`circuitvision.readout.probes.fitting`; None chooses it for each site, within the
-        training part. seed: of the split and the shuffles.
+        penalty: weight of the squared weights, see :mod:`circuitvision.readout.probes.fitting`; None chooses it for each site, and once more
+            for its control, within the training part.
+        seed: of the split and the shuffles.
 
     Raises:
         InputError: labels that do not fit the data set or the split, an example without such a position. UnknownSiteError: no such site.
     """
-    Targets.of(labels)
     names = stream_sites(model, tower) if sites is None else model.sites(sites)
-    collected = collect(model, dataset, names, positions=positions, batch_size=batch_size, count=len(labels))
-    return probe_vectors(
-        collected,
-        labels,
-        what=what,
-        test_share=test_share,
-        folds=folds,
-        groups=groups,
-        held_out=held_out,
-        shuffles=shuffles,
-        penalty=penalty,
-        seed=seed,
+    count = len(Targets.of(labels).values)
+    check_count(Reading(model, dataset, names, lambda *_: None).total, count, positions)
+    plan = Plan.of(labels, test_share, folds, groups, held_out, shuffles, penalty, seed)
+    if sites is None:
+        plan.warn_if_few(model.towers[SiteName.parse(names[0]).tower].cfg.d_model)
+    collected = collect(
+        model, dataset, names, positions=positions, batch_size=batch_size, count=len(plan.targets.values)
     )
+    if sites is not None:
+        plan.warn_if_few(max(value.shape[1] for value in collected.values()))
+    return _probed(_checked(collected, count), plan, what)
 
 
 def probe_vectors(
@@ -186,36 +215,47 @@ def probe_vectors(
     Raises:
         InputError: no vectors, vectors that are not finite, labels that do not fit them or the split.
     """
-    targets = Targets.of(labels)
-    _check_vectors(vectors, len(targets.values))
-    if (penalty is not None and penalty <= 0) or shuffles < 0:
-        raise InputError(f"penalty={penalty} must be positive and shuffles={shuffles} not negative.")
-    parts = splits(targets, test_share=test_share, folds=folds, groups=groups, held_out=held_out, seed=seed)
-    shuffled = _shuffled(targets.values, parts, shuffles, seed)
-    found = [
-        _Site(vectors[name], targets, parts, shuffled, penalty, groups, seed) for name in track(list(vectors), "probe")
-    ]
-    held_out = torch.cat([test for _, test in parts])
+    found = _checked(vectors, len(Targets.of(labels).values))
+    plan = Plan.of(labels, test_share, folds, groups, held_out, shuffles, penalty, seed)
+    plan.warn_if_few(max(value.shape[1] for value in found.values()))
+    return _probed(found, plan, what)
+
+
+def _probed(vectors: Mapping[str, Tensor], plan: Plan, what: str) -> ProbeResult:
+    """Fit and score the probes of every site."""
+    targets = plan.targets
+    found = [_Site(vectors[name], plan) for name in track(list(vectors), "probe")]
+    held_out = torch.cat([test for _, test in plan.parts])
     order = held_out.argsort()
+    held_out = held_out[order]
     scores = torch.stack([site.score for site in found])
-    low, high = wilson(scores, len(held_out)) if targets.classes else (torch.full_like(scores, torch.nan),) * 2
-    same = len(parts) == 1 and len({site.weights.shape for site in found}) == 1
-    settings = f"test_share={test_share}" if folds is None else f"folds={folds}"
-    settings = settings if held_out is None else "held_out=given"
-    settings += f", shuffles={shuffles}, penalty={'chosen' if penalty is None else penalty}{', grouped' if groups is not None else ''}"
+    predictions = torch.stack([site.predictions[order] for site in found])
+    groups = plan.groups[held_out.numpy()]
+    independent = len(np.unique(groups))
+    if targets.classes:
+        low, high = wilson(scores, independent)
+    else:
+        low, high = bootstrapped(predictions, targets.values[held_out], groups, plan.seed)
+    same = len(plan.parts) == 1 and len({site.weights.shape for site in found}) == 1
     known = vectors.provenance if isinstance(vectors, Collected) else {}
     return ProbeResult(
         values=scores,
         axes={"site": list(vectors)},
-        provenance={**known, "method": f"linear_probe({settings})", "metric": _measure(targets), "seed": seed},
+        provenance={
+            **known,
+            "method": f"linear_probe({plan.settings})",
+            "metric": _measure(targets),
+            "seed": plan.seed,
+        },
         low=low,
         high=high,
         train=torch.stack([site.train for site in found]),
         shuffled=torch.stack([site.control for site in found]),
-        chance=_chance(targets, parts),
-        predictions=torch.stack([site.predictions[order] for site in found]),
-        target=targets.values[held_out[order]],
-        held_out=held_out[order],
+        chance=_chance(targets, plan.parts),
+        predictions=predictions,
+        target=targets.values[held_out],
+        held_out=held_out,
+        independent=independent,
         classes=targets.classes,
         weights=torch.stack([site.weights for site in found]) if same else torch.zeros(0),
         bias=torch.stack([site.bias for site in found]) if same else torch.zeros(0),
@@ -229,27 +269,18 @@ def _measure(targets: Targets) -> str:
     return "held-out accuracy" if targets.classes else "held-out R²"
 
 
-def _check_vectors(vectors: Mapping[str, Tensor], count: int) -> None:
-    if not vectors:
-        raise InputError("There are no vectors to probe; collect at least one site.")
-    for name, value in vectors.items():
-        if value.ndim != 2 or len(value) != count:
-            raise InputError(f"{name} has shape {tuple(value.shape)} for {count} labels; it must be [example feature].")
+def _checked(vectors: Any, count: int) -> Mapping[str, Tensor]:
+    """The vectors as tensors; InputError where they do not fit the labels or hold no finite numbers."""
+    if not isinstance(vectors, Mapping) or not vectors:
+        raise InputError("Vectors are a mapping {site: activations [example feature]} of at least one site.")
+    found = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in vectors.items()}
+    for name, value in found.items():
+        if not isinstance(value, Tensor) or value.ndim != 2 or len(value) != count or value.shape[1] == 0:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"{name} is {shape} for {count} labels; it must be a tensor [example feature].")
         if not bool(torch.isfinite(value).all()):
             raise InputError(f"{name} holds values that are not finite; a probe would be undefined.")
-
-
-def _shuffled(values: Tensor, parts: Sequence[Split], shuffles: int, seed: int) -> list[Tensor]:
-    """Per part, labels ``[shuffle example]`` shuffled within the training and within the held-out examples."""
-    rng = np.random.default_rng([seed, 1])
-    found = []
-    for train, test in parts:
-        drawn = values.repeat(shuffles, 1)
-        for row in drawn:
-            row[train] = values[train[rng.permutation(len(train))]]
-            row[test] = values[test[rng.permutation(len(test))]]
-        found.append(drawn)
-    return found
+    return vectors if isinstance(vectors, Collected) else found
 
 
 def _chance(targets: Targets, parts: Sequence[Split]) -> float:
@@ -262,38 +293,33 @@ def _chance(targets: Targets, parts: Sequence[Split]) -> float:
 class _Site:
     """The probes of one site: true labels and shuffled ones, over all parts."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        targets: Targets,
-        parts: Sequence[Split],
-        shuffled: Sequence[Tensor],
-        penalty: float | None,
-        groups: Sequence[Any] | None,
-        seed: int,
-    ) -> None:
+    def __init__(self, x: Tensor, plan: Plan) -> None:
+        targets = plan.targets
         x = x.detach().cpu()
         predicted, trained, controls, wanted, penalties = [], [], [], [], []
-        for (train, test), control in zip(parts, shuffled, strict=True):
+        for (train, test), control in zip(plan.parts, plan.shuffled, strict=True):
             own = Targets(targets.values[train], targets.classes)
-            inside = None if groups is None else [groups[index] for index in train.tolist()]
-            strength = best_penalty(x[train], own, inside, seed) if penalty is None else penalty
+            strengths = [plan.penalty or 0.0] * 2
+            if plan.penalty is None:
+                rows = [own.values[None], control[:CHOOSING, train]][: 1 + bool(len(control))]
+                groups = plan.groups[train.numpy()].tolist()
+                strengths = [best_penalty(x[train], row, own, groups, plan.seed) for row in rows]
             features = Features.of(x[train])
             others = features.of_others(x[test])
-            model = fit(features, own.values[None], targets, strength)
+            model = fit(features, own.values[None], targets, strengths[0])
             predicted.append(predict(others, model, targets)[0])
             trained.append(score(predict(features.rotated, model, targets)[0], own.values, targets))
-            penalties.append(strength)
+            penalties.append(strengths[0])
             self.weights, self.bias = features.raw(model[0][0], model[1][0])
             if len(control):
-                shuffled_model = fit(features, control[:, train], targets, strength)
+                shuffled_model = fit(features, control[:, train], targets, strengths[1])
                 controls.append(predict(others, shuffled_model, targets))
                 wanted.append(control[:, test])
         self.predictions = torch.cat(predicted)
         self.train = torch.stack(trained).mean()
         self.penalty = torch.tensor(penalties, dtype=torch.float64)
         self.penalty = self.penalty[0] if len(penalties) == 1 else self.penalty.log().mean().exp()
-        self.score = score(self.predictions, targets.values[torch.cat([test for _, test in parts])], targets)
+        self.score = score(self.predictions, targets.values[torch.cat([test for _, test in plan.parts])], targets)
         self.control = self.score.new_zeros(0)
         if controls:
             self.control = score(torch.cat(controls, 1), torch.cat(wanted, 1), targets)

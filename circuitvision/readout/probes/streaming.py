@@ -110,6 +110,10 @@ class Reading:
         self.count = 0
         self._hashes, self._first, self._items = hashlib.sha256(), "", 0
         whole = isinstance(dataset, (Mapping, Tensor))
+        if not whole and not isinstance(dataset, Iterable) and not hasattr(dataset, "__getitem__"):
+            raise InputError(
+                f"A data set is model inputs, or a sequence or iterable of them, not {type(dataset).__name__}."
+            )
         self.items: Iterable[Any] = [dataset] if whole else dataset
         self.total: int | None = None
         if isinstance(self.items, (list, tuple)):

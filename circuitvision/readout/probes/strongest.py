@@ -19,6 +19,7 @@ from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
 from circuitvision.readout.places import places_of
 from circuitvision.readout.probes.collected import Positions, chosen_at_site
+from circuitvision.readout.probes.splitting import is_whole
 from circuitvision.readout.probes.streaming import Batch
 
 _TENSORS = ("values", "example", "position", "places", "boxes")
@@ -109,17 +110,20 @@ class Units:
         if len({(name.tower, name.site) for name in names}) > 1:
             raise InputError(f"An index is of one kind of site of one tower; found {', '.join(sites[:3])}.")
         self.sites, self.through = list(sites), through
-        self.chosen = None if units is None else [int(unit) for unit in units]
+        self.chosen = _numbers(units)
         self.heads = names[0].has_heads
         if through is not None and self.heads:
             raise InputError(f"{sites[0]} has heads, whose length is taken; directions and encoders read other sites.")
-        if isinstance(through, Tensor):
-            self.through = torch.atleast_2d(through)
+        if isinstance(through, (Tensor, np.ndarray)):
+            self.through = torch.atleast_2d(torch.as_tensor(through))
             self.kind = "direction"
         elif through is not None:
-            if not callable(getattr(through, "encode", None)):
-                raise InputError("through is a tensor of directions [unit d_in], or something with .encode(x).")
-            self.kind = "feature"
+            encode = getattr(through, "encode", through)
+            if not callable(encode):
+                raise InputError(
+                    "through is a tensor of directions [unit d_in], a function of activations, or something with .encode(x)."
+                )
+            self.through, self.kind = encode, "feature"
         elif self.heads:
             self.kind = "head"
         else:
@@ -128,7 +132,11 @@ class Units:
     def activations(self, x: Float[Tensor, "pos ..."]) -> Float[Tensor, "pos unit"]:
         """The activation of every unit at some positions."""
         if self.kind == "feature":
-            x = self.through.encode(x).detach()
+            found = self.through(x)
+            if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(x):
+                shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise InputError(f"Features of {len(x)} positions must be a tensor [pos feature]; encode gave {shape}.")
+            x = found.detach()
         x = x if x.dtype == torch.float64 else x.float()
         if self.kind == "direction":
             if x.shape[-1] != self.through.shape[1]:
@@ -148,6 +156,19 @@ class Units:
         return [f"{SiteName.parse(site).layer}.{unit}" for site in self.sites for unit in own]
 
 
+def _numbers(units: Any) -> list[int] | None:
+    """The numbers of the units asked for; None for all."""
+    if units is None:
+        return None
+    listed = units.tolist() if isinstance(units, (Tensor, np.ndarray)) else units
+    listed = [listed] if is_whole(listed) else list(listed)
+    if not listed or not all(is_whole(unit) for unit in listed) or len(set(listed)) < len(listed):
+        raise InputError(
+            f"units={units!r}: name at least one unit by its number, each once, or leave units out for all."
+        )
+    return [int(unit) for unit in listed]
+
+
 class UnitReader:
     """Reduces a site's activations in one batch to its :class:`Best` and :class:`Sums`."""
 
@@ -160,7 +181,9 @@ class UnitReader:
         start: int,
         codes: Int[Tensor, " example"] | None,
         n_classes: int,
+        top_k: int,
     ) -> None:
+        self.top_k = top_k
         self.units, self.pool, self.positions, self.threshold, self.start = units, pool, positions, threshold, start
         self.codes, self.n_classes = codes, n_classes
 
@@ -176,15 +199,19 @@ class UnitReader:
         if not bool(torch.isfinite(pooled).all()):
             example = batch.examples[int((~torch.isfinite(pooled)).any(1).nonzero()[0])]
             raise InputError(f"{site} is not finite on example {example + self.start}, so its units have no order.")
-        where = (row.T, position.T)
-        number = torch.tensor(batch.examples)[None] + self.start
+        # Cut to top_k before places are looked up: a batch of all units of all layers has many times the numbers that are kept.
+        values, order = pooled.T.sort(dim=1, descending=True, stable=True)
+        values, order = values[:, : self.top_k], order[:, : self.top_k]
+        row, position = row.T.gather(1, order), position.T.gather(1, order)
         best = Best(
-            values=pooled.T,
-            example=number.expand(pooled.shape[1], -1),
-            position=torch.full_like(position.T, -1) if lost else position.T,
-            places=torch.full((*position.T.shape, 4), -1) if lost else places_of(tokens)[where],
-            boxes=torch.full((*position.T.shape, 4), torch.nan) if lost else box_shares(tokens)[where],
-            pieces=np.full(position.T.shape, "", dtype=object) if lost else _labels(tokens)[row.T, position.T],
+            values=values,
+            example=order + batch.examples.start + self.start,
+            position=torch.full_like(position, -1) if lost else position,
+            places=torch.full((*position.shape, 4), -1) if lost else places_of(tokens)[row, position],
+            boxes=torch.full((*position.shape, 4), torch.nan) if lost else box_shares(tokens)[row, position],
+            pieces=np.full(position.shape, "", dtype=object)
+            if lost
+            else _labels(tokens)[row.numpy(), position.numpy()],
         )
         return best, self._sums(pooled, active, counts, batch)
 

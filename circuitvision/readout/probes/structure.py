@@ -27,8 +27,8 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.readout.probes.collected import Collected, Positions, collect, stream_sites
-from circuitvision.readout.probes.fitting import Targets
 from circuitvision.readout.probes.linear import layer_labels
+from circuitvision.readout.probes.splitting import Targets, is_whole
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class PCAResult(Result):
 
 
 def pca(
-    x: Float[Tensor, "example feature"],
+    x: Float[Tensor, "example feature"] | np.ndarray,
     n_components: int = 2,
     *,
     labels: Sequence[Any] | Tensor | np.ndarray | None = None,
@@ -83,7 +83,7 @@ def pca(
     Raises:
         InputError: not ``[example feature]``, not finite, fewer examples or features than components, labels that do not fit.
     """
-    _check(x, "The activations", n_components)
+    x = _checked(x, "The activations", n_components)
     scores, components, explained, mean = _components(x, n_components)
     targets = _targets(labels, len(x))
     return PCAResult(
@@ -146,12 +146,11 @@ def pca_of(
     Raises:
         InputError: as :func:`pca`; sites of different widths.
     """
-    shapes = {tuple(value.shape) for value in vectors.values()}
+    checked = [_checked(value, name, n_components) for name, value in vectors.items()]
+    shapes = {tuple(value.shape) for value in checked}
     if len(shapes) != 1:
         raise InputError(f"Layers side by side need one shape, found {sorted(shapes)}; take sites of one width.")
-    for name, value in vectors.items():
-        _check(value, name, n_components)
-    found = [_components(value, n_components) for value in vectors.values()]
+    found = [_components(value, n_components) for value in checked]
     scores, components, explained, mean = (torch.stack(parts) for parts in zip(*found, strict=True))
     targets = _targets(labels, scores.shape[1])
     known = vectors.provenance if isinstance(vectors, Collected) else {}
@@ -172,13 +171,18 @@ def pca_of(
     )
 
 
-def _check(x: Tensor, name: str, n_components: int = 1) -> None:
+def _checked(x: Any, name: str, n_components: int = 1) -> Float[Tensor, "example feature"]:
+    """The activations as a tensor; InputError where they are not finite, or too few for so many components."""
+    if not isinstance(x, (Tensor, np.ndarray)):
+        raise InputError(f"{name} must be a tensor [example feature], not {type(x).__name__}.")
+    x = torch.as_tensor(x)
     if x.ndim != 2 or not bool(torch.isfinite(x).all()):
         raise InputError(f"{name} must be finite numbers [example feature], not {tuple(x.shape)}.")
-    if not 1 <= n_components <= min(x.shape):
+    if not is_whole(n_components) or not 1 <= n_components <= min(x.shape):
         raise InputError(
             f"{n_components} components need at least as many examples and features; {name}: {tuple(x.shape)}."
         )
+    return x
 
 
 def _targets(labels: Any, count: int | None) -> Targets | None:
@@ -247,15 +251,17 @@ class CKAResult(Result):
 
 
 def linear_cka(
-    x: Float[Tensor, "example feature"], y: Float[Tensor, "example other"], *, unbiased: bool = False
+    x: Float[Tensor, "example feature"] | np.ndarray,
+    y: Float[Tensor, "example other"] | np.ndarray,
+    *,
+    unbiased: bool = False,
 ) -> float:
     """How alike two sets of activations of the same examples are, whatever their widths; see the module. NaN without spread.
 
     Raises:
         InputError: not ``[example feature]``, not the same examples, not finite; fewer than four examples for the unbiased estimator.
     """
-    _check(x, "The first activations")
-    _check(y, "The second activations")
+    x, y = _checked(x, "The first activations"), _checked(y, "The second activations")
     if len(x) != len(y) or (unbiased and len(x) < 4):
         raise InputError(f"CKA compares the same examples (at least 4 if unbiased); found {len(x)} and {len(y)}.")
     value = _alignment(*(_Kernel(part, unbiased) for part in (x, y)))
@@ -279,11 +285,10 @@ def cka_matrix(
     kernels = []
     counts = {len(value) for vectors in (first, others) for value in vectors.values()}
     if len(counts) != 1 or (unbiased and min(counts) < 4):
-        raise InputError(f"CKA compares the same examples; the sites have {sorted(counts)} of them.")
+        least = " (at least 4 if unbiased)" if unbiased else ""
+        raise InputError(f"CKA compares the same examples{least}; the sites have {sorted(counts)} of them.")
     for vectors in (first, others):
-        for name, value in vectors.items():
-            _check(value, name)
-        kernels.append([_Kernel(value, unbiased) for value in vectors.values()])
+        kernels.append([_Kernel(_checked(value, name), unbiased) for name, value in vectors.items()])
     values = torch.tensor([[_alignment(one, two) for two in kernels[1]] for one in kernels[0]], dtype=torch.float64)
     if bool(values.isnan().any()):
         warnings.warn("Some activations do not vary, so their CKA is NaN.", stacklevel=2)
