@@ -12,7 +12,8 @@ alone, so that
 * attention pooling (SigLIP): the pooling head sees the position alone.
 
 The final norm is applied once, with the statistics of the vector itself ("own"), of a reference residual ("frozen": the whole read-out is then
-affine in the residual, also in what follows the norm), or not at all ("none").
+affine in the residual, also in what follows the norm: an embedding is divided by the reference's length, a pooling head keeps the reference's
+pattern and MLP), or not at all ("none"). A projector of several layers is no part of that: frozen, its norms are held, its activation is not.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Reading:
                 f"The {self.tower.name} tower has no read-out; project on a direction of your own instead."
             )
         if self.readout.finish == "projector":
-            return through_projector(self.tower, self.readout, resid, self.context)
+            return through_projector(self.tower, self.readout, resid, self.context, reading=self)
         pooled = self._pooled(resid, self.reference)
         return self._finish(pooled, self._own())
 
@@ -167,28 +168,31 @@ class Reading:
         """What each position says by itself. ``start`` is the number of the first position given, ``reference`` that of these positions alone.
 
         Raises:
-            InputError: a frozen norm where the pooling is not affine in one position. UnsupportedModelError: a tower without a head.
+            UnsupportedModelError: a tower without a head.
         """
         readout = self.readout
         if self.headless or readout.finish == "projector" or (readout.finish == "none" and not _has_head(readout)):
             raise UnsupportedModelError(f"The {self.tower.name} tower has no head of its own.")
         frozen = (reference if reference is not None else self.reference) if self.norm == "frozen" else None
-        if readout.pool == "attention" and frozen is not None:
-            raise InputError(
-                "What the pooling head of this tower makes of a single position is not affine, so nothing can be frozen; "
-                "use norm='own', or direct_attribution for exact shares of the pooled output."
-            )
-        normed = self._norm(resid, frozen) if readout.normed else resid
-        if readout.pool == "attention":
-            head = require(self.tower.module, readout.pool_module or "", "pooling head")
-            normed = head(normed.reshape(-1, 1, normed.shape[-1])).view(*normed.shape[:2], -1)
-        own = None if frozen is None else Reading(self.tower, self.context)._each_head(self._plain_norm(frozen), start)
-        out = self._each_head(normed, start)
-        return self._contrast(out, own) if readout.finish == "contrast" else self.cap(out)
+        out = self._alone(resid, start, frozen)
+        if readout.finish != "contrast":
+            return self.cap(out)
+        own = None if frozen is None else Reading(self.tower, self.context)._alone(frozen, start, None)
+        return self._contrast(out, own)
 
-    def _plain_norm(self, value: Tensor) -> Tensor:
-        norm = self.tower.final_norm
-        return value if norm is None or not self.readout.normed else norm(value)
+    def normed(self, resid: Float[Tensor, "row pos d_model"], reference: Tensor | None = None) -> Tensor:
+        """The final norm of every position, where the family applies one before its head (or to its last hidden state)."""
+        frozen = (reference if reference is not None else self.reference) if self.norm == "frozen" else None
+        return self._norm(resid, frozen) if self.readout.normed else resid
+
+    def _alone(self, resid: Tensor, start: int, reference: Tensor | None) -> Tensor:
+        """What the head makes of each position as if the family pooled that one alone."""
+        normed = self._norm(resid, reference) if self.readout.normed else resid
+        if self.readout.pool != "attention":
+            return self._each_head(normed, start)
+        single = normed.reshape(-1, 1, normed.shape[-1])
+        held = None if reference is None else Reading(self.tower).normed(reference).reshape(single.shape)
+        return _attention_pool(self.tower, self.readout, single, None, held).view(*normed.shape[:2], -1)
 
     def _each_head(self, normed: Tensor, start: int) -> Tensor:
         """The head on every position, where it reads several pooled vectors at once: on the part that a position takes."""
@@ -302,11 +306,17 @@ def weighted_values(
 
 
 def through_projector(
-    tower: Tower, readout: Readout, resid: Tensor, context: ActivationCache | None, has_prefix: bool = True
+    tower: Tower,
+    readout: Readout,
+    resid: Tensor,
+    context: ActivationCache | None,
+    has_prefix: bool = True,
+    reading: Reading | None = None,
 ) -> Tensor:
     """What the projector makes of a residual at the feature layer (other feature layers, where there are several, are those of the run).
 
-    ``has_prefix=False`` says that the residual is of patches alone, so that no CLS position is there to drop.
+    ``has_prefix=False`` says that the residual is of patches alone, so that no CLS position is there to drop. ``reading`` says how the tower's
+    own final norm is taken, where it comes before the projector.
     """
     layers = tower.feature_layers
     if len(layers) > 1 and not has_prefix:
@@ -317,13 +327,13 @@ def through_projector(
     if len(layers) > 1:
         if context is None:
             raise InputError(f"This model concatenates the feature layers {layers}; give context=cache for the others.")
-        deepest = max(range(len(layers)), key=lambda index: layers[index])
         parts = [
-            resid if index == deepest else _held(context, tower.residual_name(layer))
-            for index, layer in enumerate(layers)
+            resid if layer == max(layers) else _held(context, tower.residual_name(layer)).to(resid) for layer in layers
         ]
-    if readout.normed and tower.final_norm is not None:
-        parts = [tower.final_norm(part) for part in parts]
+    if readout.normed:
+        reading = Reading(tower, context) if reading is None else reading
+        held = None if reading.reference is None else reading.reference[:, -resid.shape[1] :]
+        parts = [reading.normed(part, held) for part in parts]
     if tower.drops_cls and has_prefix:
         parts = [part[:, 1:] for part in parts]
     projector = require(tower.module, tower.family.projector or "", "projector")
@@ -367,7 +377,9 @@ def other_embeddings(tower: Tower, context: ActivationCache | None) -> Float[Ten
     other = next(t for name, t in tower.siblings.items() if name != tower.name)
     _inputs(context)
     assert context is not None
-    theirs = _held(context, f"{other.name}.hook_readout")
+    # A cache may have been recorded on another device, or converted.
+    weights = next(other.module.parameters())
+    theirs = _held(context, f"{other.name}.hook_readout").to(weights.device, weights.dtype)
     spec = other.spec.readout
     other_head = resolve(other.module, spec.head if spec else None)
     theirs = theirs if other_head is None else other_head(theirs)

@@ -25,7 +25,7 @@ from circuitvision.readout.attribution.direct import (
     direct_attribution,
     source_attribution,
 )
-from circuitvision.readout.attribution.increase import LogProbIncrease, log_prob_increase
+from circuitvision.readout.attribution.increase import LogProbIncrease, SourceIncrease, log_prob_increase
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.lens.sites import lens_sites
@@ -38,6 +38,8 @@ from circuitvision.readout.lens.summaries import (
     match_rates,
     rank,
     similarity_change,
+    top_k_agreement,
+    top_k_rate,
 )
 from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.probes.collected import Collected, collect
@@ -63,8 +65,9 @@ from circuitvision.readout.weights.head_circuits import (
     singular_vectors,
 )
 from circuitvision.readout.weights.key_values import TokenAgreement, compositionality, key_value_agreement
+from circuitvision.readout.weights.rows import action_bins
 from circuitvision.readout.weights.unembedding import Unembedding, unembedding_matrix
-from circuitvision.readout.weights.value_vectors import ValueVectors, action_bins, value_vectors
+from circuitvision.readout.weights.value_vectors import ValueVectors, value_vectors
 
 __all__ = [
     "Agreement",
@@ -93,6 +96,7 @@ __all__ = [
     "Relevance",
     "SingularVectors",
     "SourceAttribution",
+    "SourceIncrease",
     "TokenAgreement",
     "TunedLens",
     "Unembedding",
@@ -150,6 +154,8 @@ __all__ = [
     "singular_vectors",
     "source_attribution",
     "stream_pca",
+    "top_k_agreement",
+    "top_k_rate",
     "unembedding_matrix",
     "value_vectors",
 ]

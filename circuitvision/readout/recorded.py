@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -10,12 +11,52 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
+from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
+
+_DERIVED_FROM = {
+    "attn.hook_result": "attn.hook_z",
+    "hook_mlp_in": "hook_resid_mid",
+    "hook_q_input": "hook_resid_pre",
+    "hook_k_input": "hook_resid_pre",
+    "hook_v_input": "hook_resid_pre",
+}
+
+
+def held_as(cache: ActivationCache, name: str) -> str | None:
+    """The stored site that a site is, or is derived from; None if the cache holds neither. Nothing is computed."""
+    stored, site = set(cache), SiteName.parse(name).site
+    if name in stored:
+        return name
+    source = name.removesuffix(site) + _DERIVED_FROM.get(site, "?")
+    return source if cache.model is not None and source in stored else None
 
 
 def recorded(cache: ActivationCache, name: str, step: int | None = None) -> Tensor:
-    """A site of a cache as ``[row …]``, of one pass; see :meth:`ActivationCache.one_pass`."""
-    return cache.one_pass(name, step)
+    """A site of a cache as ``[row …]``, of one pass; see :meth:`ActivationCache.one_pass`.
+
+    ``step`` may be left out where a tower ran once in a recording of several passes, as vision towers do in ``generate``.
+    """
+    source = held_as(cache, name)
+    if source is not None and source != name:
+        # What is derived is computed when the cache is asked for it, so it is asked once.
+        cache = ActivationCache({name: cache[name]}, cache.model, cache.inputs, cache.has_batch_dim)
+    try:
+        return cache.one_pass(name, step)
+    except InputError:
+        if step is not None or source is None or len(cache[name]) != 1:
+            raise
+        return cache.one_pass(name, 0)
+
+
+def pass_number(cache: ActivationCache, name: str, step: int | None) -> int | None:
+    """The pass of a site that ``step`` means (negative ones count from the end), counted from 0; None where it was recorded in a single pass."""
+    if step is None:
+        return None
+    stored = held_as(cache, name) or name
+    whole = cache[stored]
+    several = isinstance(whole, list) or whole.ndim == cache.one_pass(stored, step).ndim + int(cache.has_batch_dim)
+    return step % len(whole) if several else None
 
 
 def tokens_of(cache: ActivationCache, tower: str) -> TokenMap:
@@ -45,15 +86,20 @@ def examples_of(cache: ActivationCache, tower: str, rows: int) -> tuple[Int[Tens
     return owners, max(count, int(owners.max()) + 1)
 
 
-def chosen_layers(layers: Sequence[int] | None, count: int) -> list[int]:
-    """Numbers of layers (negative ones count from the end); None: all ``count``.
+def chosen_layers(layers: int | Sequence[int] | None, count: int) -> list[int]:
+    """Numbers of layers (one or several, negative ones count from the end); None: all ``count``.
 
     Raises:
-        InputError: none, or one that does not exist.
+        InputError: none, what is no number, or one that does not exist.
     """
     if layers is None:
         return list(range(count))
-    found = [int(layer) + count if layer < 0 else int(layer) for layer in layers]
-    if not found or not all(0 <= layer < count for layer in found):
-        raise InputError(f"layers={list(layers)} does not name layers of 0 to {count - 1}.")
-    return found
+    try:
+        asked = [layers] if hasattr(layers, "__index__") else list(layers)  # type: ignore[arg-type]
+        found = [None if isinstance(layer, bool) else operator.index(layer) for layer in asked]
+    except TypeError:
+        found = []
+    numbers = [layer + count if layer < 0 else layer for layer in found if layer is not None]
+    if not numbers or len(numbers) < len(found) or not all(0 <= layer < count for layer in numbers):
+        raise InputError(f"layers={layers!r} does not name layers of 0 to {count - 1}; give numbers, such as [0, -1].")
+    return numbers

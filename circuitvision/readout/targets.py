@@ -6,8 +6,10 @@ dimensions, or nothing with a name. Words are looked up among the class names, t
 
 * ``"first"``: its first token;
 * ``"mean"``: the mean of the measure over its tokens;
-* ``"joint"``: the sum of their log-probabilities at the same place (with the measure ``"prob"``, their product). A reading of one place knows no
-  order, so this is not the probability of saying the word.
+* ``"joint"``: ``Σ_i log p(piece_i | context)``, all read at the same place (with the measure ``"prob"``, their product). The probability of
+  saying the word is the chain ``Σ_i log p(piece_i | context, piece_1 … piece_{i-1})``: the first terms agree, the others do not, and the joint
+  reading is the same for any order of the pieces. It says which pieces a place has in mind, and compares words of equally many. For the chain,
+  run the model with the word appended.
 
 A dual encoder's prompts are strings: its text tower runs on them alone, and images are read against their embeddings. Not covered: sentences as
 targets of a language model.
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError, UnsupportedModelError
@@ -154,6 +156,12 @@ class Targets:
             total = torch.where(there, found, torch.zeros_like(found)).sum(-1)
             columns.append(total / there.sum(-1) if self.how == "mean" else total)
         return torch.stack(columns, dim=-1)
+
+    def ranked(self, example: Int[Tensor, " row"]) -> Bool[Tensor, "row target"]:
+        """Which targets can be ranked among single columns: not the joint log-probability of several pieces."""
+        single = (self.ids >= 0).sum(-1) == 1
+        single = single.expand(-1, int(example.max()) + 1) if single.shape[1] == 1 else single
+        return single[:, example].T | (self.how != "joint")
 
     def check_columns(self, size: int) -> None:
         """Raises InputError if a target is beyond the columns of the read-out."""

@@ -260,6 +260,19 @@ def test_caches_in_another_precision_are_read_in_the_models(dtype):
     direct_attribution(model, moved, 3)
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip", "llava-clip-llama-layers"])
+def test_what_a_read_out_takes_from_the_run_follows_the_model_as_well(name):
+    """The other tower's embeddings and the other feature layers come from the cache, whatever it was converted to."""
+    model, _, cache = run(name)
+    moved = cache.to(torch.float64)
+    for tower in model.towers:
+        for norm in ("own", "frozen"):
+            near = logit_lens(model, cache, tower, targets=[0], norm=norm)
+            found = logit_lens(model, moved, tower, targets=[0], norm=norm)
+            torch.testing.assert_close(found.values, near.values, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found.pooled, near.pooled, atol=1e-5, rtol=1e-5)
+
+
 def test_layers_are_checked_before_anything_is_computed():
     model, _, cache = run("llava-clip-llama", everything=True)
     for function in (log_prob_increase, source_attribution):

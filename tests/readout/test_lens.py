@@ -29,11 +29,7 @@ def test_at_the_last_layer_the_lens_is_the_models_own_output(name, norm):
     for tower_name, tower in model.towers.items():
         kind = output_kind(tower)
         feeds = reader_of(tower) is tower and not tower.spec.feeds_cache_only
-        if (
-            not feeds
-            or kind in ("hidden", "embedding")
-            or (norm == "frozen" and tower.spec.readout.pool == "attention")
-        ):
+        if not feeds or kind in ("hidden", "embedding"):
             continue
         result = logit_lens(model, cache, tower_name, targets=[0, 1], norm=norm)
         wanted = (out.T if tower_name == "text" else out)[..., :2]
@@ -267,8 +263,13 @@ def test_a_tower_without_a_read_out_asks_for_a_direction_or_a_callable():
         ("vit", {"targets": [0], "pieces": "last"}, "pieces"),
         ("pi0", {"targets": [0], "tower": "action", "measure": "prob"}, "distribution"),
         ("pi0", {"targets": ["up"], "tower": "action"}, "number"),
-        ("llava-clip-llama", {"targets": [0], "tower": "vision", "norm": "frozen"}, "projector"),
-        ("siglip", {"targets": [0], "tower": "vision", "norm": "frozen"}, "pooling head"),
+        ("vit-headless", {"targets": [0], "norm": "frozen", "readout": abs}, "leave norm= out"),
+        ("vit-headless", {"targets": [0], "readout": 3}, "function"),
+        ("vit", {"top_k": 2.5}, "whole number"),
+        ("vit", {"targets": [0], "step": "last"}, "number of one pass"),
+        ("vit", {"targets": [0], "norm": "tuned", "tuned": 3}, "TunedLens"),
+        ("vit", {"targets": np.ones((1, 24)), "measure": "prob"}, "no distribution"),
+        ("vit", {"targets": [0], "sites": 3}, "kinds, names or globs"),
         ("clip", {"targets": ["a cat"], "tower": "text"}, "number of the image"),
     ],
 )
@@ -285,8 +286,16 @@ def test_sites_that_are_not_there_are_refused():
     clip, _, both = run("clip")
     with pytest.raises(InputError, match="one tower"):
         logit_lens(clip, both, "vision", targets=[0], sites="text.hook_input")
-    with pytest.raises(InputError, match="vectors of the stream"):
-        logit_lens(model, cache, "vision", targets=[0], sites="mlp.hook_post")
+    for site, way_out in {
+        "mlp.hook_post": "value_vectors",
+        "z": "attn.hook_result",
+        "pattern": "attention_maps",
+        "ln_final.hook_normalized": "once more",
+        "hook_readout": "once more",
+        "ln1.hook_scale": "denominators",
+    }.items():
+        with pytest.raises(InputError, match=way_out):
+            logit_lens(model, cache, "vision", targets=[0], sites=site)
 
 
 def test_passes_of_a_denoising_run_are_read_one_at_a_time():

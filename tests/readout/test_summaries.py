@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.readout.lens import summaries
 from circuitvision.readout.lens.logit import logit_lens
@@ -102,3 +103,87 @@ def test_summaries_refuse_what_they_cannot_read():
         summaries.lens_identifiability(read, "newline")
     with pytest.raises(InputError, match="same layers"):
         summaries.match_rates(read, read, read)
+
+
+def test_top_k_by_hand_on_the_patches_of_an_object():
+    model, out, cache = run("vit")
+    size = out.shape[-1]
+    result = logit_lens(model, cache, "vision", targets=[0, 3])
+    inside = torch.zeros(2, result.values.shape[2], dtype=torch.bool)
+    inside[0, [2, 3]] = inside[1, [5, 9, 11]] = True
+    found = summaries.top_k_rate(result, 2, inside)
+    assert list(found.axes) == ["layer", "row", "target"]
+    assert found.chance == pytest.approx(2 / size)
+    for row in range(2):
+        logits = model.module.classifier(
+            model.vision.final_norm(cache["vision.blocks.1.hook_resid_post"][row, inside[row]])
+        )
+        wanted = (logits.topk(2).indices == 3).any(-1).double().mean()
+        assert float(found.values[2, row, 1]) == pytest.approx(float(wanted))
+    assert bool((summaries.top_k_rate(result, size).values == 1).all())
+    assert summaries.top_k_rate(result, 1, "cls").values[-1, 0, 0] == float(out[0].argmax() == 0)
+    means = summaries.lens_identifiability(result, inside).values[1, 0, 0]
+    assert float(means) == pytest.approx(float((1 - (result.ranks[1, 0, [2, 3], 0].double() - 1) / size).mean()))
+    for wrong in (0, size + 1, 1.5):
+        with pytest.raises(InputError, match="whole number"):
+            summaries.top_k_rate(result, wrong)
+    for mask in (inside[:, 1:], inside.float()):
+        with pytest.raises(InputError, match="A mask of positions"):
+            summaries.top_k_rate(result, 2, mask)
+    with pytest.raises(InputError, match="no position in the mask"):
+        summaries.top_k_rate(result, 2, inside & False)
+
+
+def test_top_k_agreement_counts_what_both_name():
+    model, _, cache = run("vit")
+    own, frozen = (logit_lens(model, cache, "vision", top_k=3, norm=norm) for norm in ("own", "frozen"))
+    found = summaries.top_k_agreement(own, frozen, 3)
+    assert list(found.axes) == ["layer", "row"]
+    wanted = [len(set(a.tolist()) & set(b.tolist())) / 3 for a, b in zip(own.ids[1, 0], frozen.ids[1, 0], strict=True)]
+    assert float(found.values[1, 0]) == pytest.approx(sum(wanted) / len(wanted))
+    assert found.values[-1].tolist() == [1.0, 1.0]
+    assert float(found.values[0].mean()) < 1
+    with pytest.raises(InputError, match="from 1 to 3"):
+        summaries.top_k_agreement(own, frozen, 4)
+    with pytest.raises(InputError, match="same rows"):
+        summaries.top_k_agreement(own, frozen.row(0), 2)
+
+
+def test_patches_of_an_object_are_selected_by_its_box_in_either_tower():
+    model = cv.organisms.load("shapes-llava")
+    pair = cv.data.sample_question_pairs(1, seed=3)[0]
+    inputs = model.inputs(images=[pair.clean.image], text=[pair.prompt])
+    left, top, right, bottom = pair.clean.boxes[0]
+    for tower in ("language", "vision"):
+        result = logit_lens(model, inputs, tower, targets=["red", "blue"])
+        chosen = model.tokens(inputs)[tower].image(0).box(left, top, right, bottom)
+        numbers = [result.axes["position"].index(number) for number in chosen.positions(0)]
+        assert 0 < len(numbers) < 16
+        found = summaries.lens_identifiability(result, chosen).values
+        wanted = (1 - (result.ranks[:, :, numbers].double() - 1) / result.n_outputs).mean(2)
+        torch.testing.assert_close(found, wanted)
+        with pytest.raises(InputError, match="selection of the"):
+            summaries.change_rate(
+                result, model.tokens(inputs)["vision" if tower == "language" else "language"].image(0)
+            )
+
+
+def test_matches_are_unknown_where_a_lens_has_no_number():
+    model, _, cache = run("vit")
+    lenses = [
+        logit_lens(model, cache, "vision", top_k=1, sites=sites)
+        for sites in (["vision.hook_input", "resid_post"], "attn_out", "mlp_out")
+    ]
+    whole = summaries.match_rates(*lenses, kinds="patch").values
+    assert whole.isfinite().all()
+    for lens, layer, lost in ((0, 1, [0, 1]), (1, 2, [2]), (2, 0, [0])):
+        values = lenses[lens].values
+        kept = values[layer, 1, 4].clone()
+        values[layer, 1, 4] = float("nan")
+        found = summaries.match_rates(*lenses, kinds="patch").values
+        assert found[:, lost, 1].isnan().all()
+        there = ~found.isnan()
+        assert int((~there).sum()) == 4 * len(lost)
+        assert torch.equal(found[there], whole[there])
+        assert summaries.match_rates(*lenses, kinds="cls").values.isfinite().all()
+        values[layer, 1, 4] = kept

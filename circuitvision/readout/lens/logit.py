@@ -4,17 +4,26 @@ A vector of width d_model goes through the tower's read-out as if it were the fi
 what that means at positions that the family does not pool). ``norm`` says what the final norm does to it:
 
 * ``"own"``: its own statistics (the usual lens; of a branch's output too, as in Vilas et al.);
-* ``"frozen"``: the scale that the norm has in this run at the same position, so that the lens is affine in the vector (before a soft cap, where
-  there is one) and values of parts add up;
-* ``"none"``: no final norm;
+* ``"frozen"``: the scale that the norm has in this run at the same position of the residual that leaves the tower, so that the lens is affine
+  in the vector (before a soft cap, where there is one) and values of parts add up. Behind a projector both norms are held, the vision tower's
+  and, at the projected patch, the language tower's: affine where the projector is one linear map (PaliGemma, PI0), not behind an MLP (LLaVA).
+  A pooling head (SigLIP) keeps what follows its attention as it is for that patch of the run;
+* ``"none"``: no final norm (of either tower);
 * ``"tuned"``: an affine map per layer, trained to predict the output, then the norm's own statistics (:class:`TunedLens`).
 
 At the last layer of a tower that feeds the output the lens is the model's own output. Where a vision tower is read by a language tower, its
 patches go through the projector and then through the language tower's head: the answer an image patch would give as a token, had no language
 layer touched it. That map was never trained for, so compare two inputs, or with chance, instead of reading absolutes.
 
-Nothing of the size layers × positions × vocabulary ever exists: a site is read in pieces of at most ``CHUNK_BYTES`` of logits. Read-outs that
-pool give ``pooled`` beside the values per position: what the model would answer if it stopped at that layer.
+Directions given as a tensor take the place of the head's columns: ``norm(h) · direction``, without a bias. A direction that was found in the
+stream itself (a probe's, a steering vector) wants ``norm="none"``, which is what ``direct_attribution`` makes of one.
+
+Nothing of the size layers × positions × vocabulary ever exists: a site is read in pieces of at most ``CHUNK_BYTES`` of logits (a read-out of
+your own is given one site whole). Read-outs that pool give ``pooled`` beside the values per position: what the model would answer if it
+stopped at that layer.
+
+Heads are read at ``attn.hook_result`` as what each adds to the stream: after LayerScale, or a sandwich norm with its denominator held. Not
+covered: norms that a block applies to its branches' inputs only when a classifier averages patches (timm's ``fc_norm`` models).
 
 References: nostalgebraist 2020 (logit lens); Belrose et al. 2023, arXiv 2303.08112 (tuned lens); Vilas et al. 2023, arXiv 2310.18969
 (class-embedding space of ViTs); Neo et al. 2024, arXiv 2410.07149 (image positions).
@@ -36,14 +45,14 @@ from circuitvision.provenance import describe
 from circuitvision.readout.lens.reader import LensReader, measured
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.lens.sites import lens_sites, ordered_sites
+from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.places import places_of
-from circuitvision.readout.recorded import examples_of
-from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, reader_of, resolve_targets
+from circuitvision.readout.recorded import held_as
+from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, plain, resolve_targets
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
-    from circuitvision.readout.lens.tuned import TunedLens
 
 NORMS = ("own", "frozen", "none", "tuned")
 _SHOWN = 5
@@ -72,43 +81,41 @@ def logit_lens(
     """Read the answer off any site of a tower: ``lens(h) = head(norm(h))`` at every position.
 
     Args:
-        model: the hooked model. cache: a cache of one run, or the inputs of one (then the run is made here, recording what is needed). tower:
-        the tower to read; by default the language tower, or the only one there is. sites: kinds ("resid_post", "attn_out", "attn.hook_result",
-        …), names or globs; by default the residual stream, where it can reach the output. norm: "own", "frozen", "none" or "tuned", see the
-        module. targets: words, class names, prompts (for the images of a dual encoder), numbers of columns or action dimensions, the same for
-        all examples; or ``{"answer": [one per example]}``; or a float tensor of embeddings or directions ``[target width]``. top_k: instead of
-        targets, keep the highest values at every position and whose they are. measure: ``"logit"``, ``"logprob"`` (nats) or ``"prob"``.
-        Read-outs that are no distribution (actions, directions) have logits only. pieces: how to read a word of several tokens: "first",
-        "mean" or "joint", see :mod:`circuitvision.readout.targets`. readout: a read-out of your own, ``fn(resid [row pos d_model]) -> [row pos
-        n_out]``, for towers without one. tuned: the trained maps for ``norm="tuned"``. step: which pass of a cache of several (``generate``,
-        ``sample_actions``).
+        model: the hooked model.
+        cache: a cache of one run, or the inputs of one (then the run is made here, recording what is needed).
+        tower: the tower to read; by default the language tower, or the only one there is.
+        sites: kinds ("resid_post", "attn_out", "attn.hook_result", …), names or globs; by default the residual stream, where it can reach the
+            output.
+        norm: "own", "frozen", "none" or "tuned", see the module.
+        targets: words, class names, prompts (for the images of a dual encoder), numbers of columns or action dimensions, the same for all
+            examples; or ``{"answer": [one per example]}``; or a float tensor of embeddings or directions ``[target width]``.
+        top_k: instead of targets, keep the highest values at every position and whose they are (all columns, where there are fewer).
+        measure: ``"logit"``, ``"logprob"`` (nats) or ``"prob"``. Read-outs that are no distribution (actions, directions) have logits only.
+        pieces: how to read a word of several tokens: "first", "mean" or "joint", see :mod:`circuitvision.readout.targets`.
+        readout: a read-out of your own, ``fn(resid [row pos d_model]) -> [row pos n_out]``, for towers without one.
+        tuned: the trained maps for ``norm="tuned"``.
+        step: which pass of a cache of several (``generate``, ``sample_actions``); negative ones count from the last.
 
     Raises:
         InputError: no such tower, both or neither of ``targets`` and ``top_k``, an unknown measure or norm, a cache without what is needed, a
         target that does not exist, a tower without a read-out and neither directions nor a callable. UnknownSiteError: no such site.
     """
     owner = lens_tower(model, tower)
-    _check_options(owner, norm, targets, top_k, measure, tuned, readout)
+    targets = plain(targets)
+    _check_options(owner, norm, targets, top_k, measure, tuned, readout, step)
     chosen = None if targets is None else _chosen(model, owner, targets, pieces, measure, readout is not None)
     names = lens_sites(model, owner.name) if sites is None else ordered_sites(model, owner.name, sites)
     if targets is None and readout is None and output_kind(owner) == "hidden":
         resolve_targets(model, owner, ["?"])
     found = _cached(model, cache, owner, names, norm)
-    names = [name for name in names if name in found]
-    if not names:
-        raise InputError(
-            f"The cache holds no residual stream of the {owner.name} tower; "
-            f"run with names_filter=cv.readout.lens_sites(model, {owner.name!r}), or with all sites."
-        )
-    if step is not None and not isinstance(step, int):
-        raise InputError(f"step= is the number of one pass, counted from 0, not {step!r}.")
-    reader = LensReader(model, owner, found, norm, chosen, readout, tuned, step)
-    shapes = {name: tuple(reader.site(name).shape[1:-1]) for name in names}
-    if len(set(shapes.values())) > 1:
-        raise InputError(f"Sites of different shapes are read apart; these have {shapes}.")
+    names = _recorded_sites(found, owner, names, sites)
     with torch.no_grad():
+        reader = LensReader(model, owner, found, norm, chosen, readout, tuned, step)
+        shapes = {name: reader.shape(name) for name in names}
+        if len(set(shapes.values())) > 1:
+            raise InputError(f"Sites of different shapes are read apart; these have {shapes}.")
         parts = [_Part.read(reader, name, measure, top_k) for name in names]
-    return _result(model, reader, names, parts, measure, top_k, norm)
+    return _result(model, reader, names, parts, measure, "none" if readout is not None and tuned is None else norm)
 
 
 def lens_tower(model: HookedModel, tower: str | None) -> Tower:
@@ -128,26 +135,30 @@ def _check_options(
     measure: str,
     tuned: TunedLens | None,
     readout: Callable[[Tensor], Tensor] | None,
+    step: int | None,
 ) -> None:
     if (targets is None) == (top_k is None):
         raise InputError("Give either targets (ids or words) or top_k.")
-    if top_k is not None and top_k < 1:
-        raise InputError("top_k counts from 1.")
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+        raise InputError(f"top_k is a whole number from 1, not {top_k!r}.")
+    if step is not None and (not isinstance(step, int) or isinstance(step, bool)):
+        raise InputError(f"step= is the number of one pass, counted from 0, not {step!r}.")
     if measure not in MEASURES:
         raise InputError(f"Unknown measure {measure!r}; choose one of {', '.join(MEASURES)}.")
     if norm not in NORMS:
         raise InputError(f"Unknown norm {norm!r}; choose one of {', '.join(NORMS)}.")
-    if (norm == "tuned") != (tuned is not None):
+    if (norm == "tuned") != isinstance(tuned, TunedLens):
         raise InputError("norm='tuned' goes with tuned=TunedLens.train(model, dataset, tower), and only with it.")
     if tuned is not None and tuned.tower != owner.name:
         raise InputError(f"This tuned lens was trained on the {tuned.tower} tower, not on {owner.name}.")
-    if norm == "frozen" and (reader_of(owner) is not owner or readout is not None):
+    if readout is not None and not callable(readout):
+        raise InputError(f"readout= is a function fn(resid [row pos d_model]) -> [row pos n_out], not {readout!r}.")
+    if readout is not None and norm == "frozen":
         raise InputError(
-            "A frozen norm needs the norm's scale at the same position of the same tower; patches behind a projector, and a read-out of your own, "
-            "have none. Use norm='own' or 'none'."
+            "A read-out of your own is given the vectors as they are, and freezes its norm itself: leave norm= out."
         )
     unnamed = readout is None and output_kind(owner) in ("actions", "embedding")
-    directions = isinstance(targets, Tensor) and targets.is_floating_point() and output_kind(owner) != "texts"
+    directions = isinstance(targets, Tensor) and output_kind(owner) not in ("texts", "images")
     if measure != "logit" and (unnamed or directions):
         raise InputError(f"What the {owner.name} tower says here is no distribution; use measure='logit'.")
 
@@ -174,6 +185,30 @@ def _cached(
         return model.run_with_cache(cache, names_filter=list(dict.fromkeys(needed)))[1]
 
 
+def _recorded_sites(
+    cache: ActivationCache, owner: Tower, names: Sequence[str], asked: str | Sequence[str] | None
+) -> list[str]:
+    """Those of the sites that the cache holds: of a kind or glob, layers that were not recorded are left out.
+
+    Raises:
+        InputError: it holds none of them, or not one that was named in full.
+    """
+    there = [name for name in names if held_as(cache, name)]
+    if not there and asked is None:
+        raise InputError(
+            f"The cache holds no residual stream of the {owner.name} tower; "
+            f"run with names_filter=cv.readout.lens_sites(model, {owner.name!r}), or with all sites."
+        )
+    entries = {asked} if isinstance(asked, str) else set(asked or ())
+    full = [name for name in names if name in entries or name.removeprefix(f"{owner.name}.") in entries]
+    lost = [name for name in full if name not in there] or ([] if there else list(names))
+    if lost:
+        raise InputError(
+            f"The cache does not hold {lost[0]}; add it to names_filter, or give the inputs in place of the cache."
+        )
+    return there
+
+
 @dataclass(frozen=True)
 class _Part:
     """One site's share of a lens, with a leading head axis."""
@@ -188,23 +223,27 @@ class _Part:
     def read(cls, reader: LensReader, name: str, measure: str, top_k: int | None) -> _Part:
         value = reader.site(name)
         per_head = value.movedim(2, 0) if value.ndim == 4 else value[None]
-        heads, sizes = [], 0
+        owners = reader.examples(value.shape[0])
+        heads, size = [], 0
         for vectors in per_head:
-            pieces = []
-            for logits in reader.columns(vectors, name):
-                sizes = logits.shape[-1]
-                pieces.append(_summary(reader, logits, measure, top_k))
-            heads.append([torch.cat(column, dim=1) for column in zip(*pieces, strict=True)])
+            pieces: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+            for rows, logits in reader.columns(vectors, name):
+                size = logits.shape[-1]
+                pieces.setdefault(rows.start or 0, []).append(_summary(reader, logits, owners[rows], measure, top_k))
+            by_row = [[torch.cat(kept, dim=1) for kept in zip(*found, strict=True)] for found in pieces.values()]
+            heads.append([torch.cat(kept) for kept in zip(*by_row, strict=True)])
         pooled = None
         if value.ndim == 3 and value.shape[1] > 0:
             whole = reader.pooled(value, name)
             if whole is not None:
-                pooled = tuple(part[:, 0] for part in _summary(reader, whole[:, None], measure, top_k))
+                pooled = tuple(part[:, 0] for part in _summary(reader, whole[:, None], owners, measure, top_k))
         values, ids, ranks = (torch.stack(column) for column in zip(*heads, strict=True))
-        return cls(values, ids, ranks, pooled, sizes)  # type: ignore[arg-type]
+        return cls(values, ids, ranks, pooled, size)  # type: ignore[arg-type]
 
 
-def _summary(reader: LensReader, logits: Tensor, measure: str, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _summary(
+    reader: LensReader, logits: Tensor, owners: Tensor, measure: str, top_k: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """What is kept of the logits of some positions: values, highest columns, ranks of the targets."""
     scored = measured(logits, measure, reader.pairwise)
     best = scored.topk(min(top_k or _SHOWN, scored.shape[-1]), dim=-1)
@@ -212,32 +251,20 @@ def _summary(reader: LensReader, logits: Tensor, measure: str, top_k: int | None
         return best.values.cpu(), best.indices.cpu(), torch.zeros(*best.values.shape[:-1], 0, dtype=torch.long)
     reader.targets.check_columns(scored.shape[-1])
     values = reader.targets.read(
-        measured(logits, "logprob", reader.pairwise) if reader.targets.how == "joint" else scored,
-        _examples(reader, scored.shape[0]),
+        measured(logits, "logprob", reader.pairwise) if reader.targets.how == "joint" else scored, owners
     )
     if reader.targets.how == "joint" and measure == "prob":
         values = values.exp()
-    higher = [1 + (scored > values[..., i, None]).sum(-1) for i in range(values.shape[-1])]
-    # What is not a number has no rank.
-    ranks = torch.stack(higher, dim=-1).where(~values.isnan(), 0)
+    # Counting in 32 bits: a sum of truth values makes a copy of all of them in the type it counts in.
+    higher = [1 + (scored > values[..., i, None]).sum(-1, dtype=torch.int32) for i in range(values.shape[-1])]
+    # What is not a number has no rank, and several columns together have none among single ones.
+    there = ~values.isnan() & reader.targets.ranked(owners)[:, None].to(values.device)
+    ranks = torch.stack(higher, dim=-1).long().where(there, 0)
     return values.cpu(), best.indices.cpu(), ranks.cpu()
 
 
-def _examples(reader: LensReader, rows: int) -> Tensor:
-    owners, count = examples_of(reader.cache, reader.tower.name, rows)
-    if reader.targets is not None:
-        reader.targets.check(count)
-    return owners
-
-
 def _result(
-    model: HookedModel,
-    reader: LensReader,
-    names: Sequence[str],
-    parts: Sequence[_Part],
-    measure: str,
-    top_k: int | None,
-    norm: str,
+    model: HookedModel, reader: LensReader, names: Sequence[str], parts: Sequence[_Part], measure: str, norm: str
 ) -> LensResult:
     axis, labels = _labels(reader.tower.name, names)
     values, ids, ranks = (torch.stack([getattr(part, what) for part in parts]) for what in ("values", "ids", "ranks"))
@@ -245,7 +272,8 @@ def _result(
     if all(SiteName.parse(name).site != "attn.hook_result" and values.shape[1] == 1 for name in names):
         values, ids, ranks, heads = values[:, 0], ids[:, 0], ranks[:, 0], {}
     rows, length = values.shape[-3:-1]
-    places, example, positions, words, kinds = _where(model, reader, rows, length)
+    step = reader.number_of_pass(names[0])
+    places, example, positions, words, kinds = _where(reader, rows, length, step)
     targets = reader.targets
     last = {"rank": list(range(1, values.shape[-1] + 1))} if targets is None else {"target": targets.labels}
     pooled = [part.pooled for part in parts]
@@ -254,12 +282,7 @@ def _result(
     return LensResult(
         values=values,
         axes={axis: labels, **heads, "row": list(range(rows)), "position": positions, **last},
-        provenance=describe(
-            model,
-            method=f"logit_lens(tower={reader.tower.name}, norm={norm}, measure={measure}"
-            + (")" if reader.step is None else f", step={reader.step})"),
-            inputs=(reader.cache.inputs,),
-        ),
+        provenance=describe(model, method=_method(reader, measure, norm, step), inputs=(reader.cache.inputs,)),
         tower=reader.tower.name,
         measure=measure,
         ids=ids,
@@ -274,11 +297,22 @@ def _result(
         words=words,
         kinds=kinds,
         columns=reader.kind,
-        step=reader.step,
+        step=step,
         names={str(n): str(n) for n in unique}
         if reader.kind == "columns"
         else names_of(model, reader.tower, unique, targets),
     )
+
+
+def _method(reader: LensReader, measure: str, norm: str, step: int | None) -> str:
+    options = {"tower": reader.tower.name, "norm": norm, "measure": measure}
+    if step is not None:
+        options["step"] = str(step)
+    if reader.custom is not None:
+        options["readout"] = getattr(reader.custom, "__qualname__", type(reader.custom).__name__)
+    if reader.targets is not None and int((reader.targets.ids >= 0).sum(-1).max()) > 1:
+        options["pieces"] = reader.targets.how
+    return f"logit_lens({', '.join(f'{name}={value}' for name, value in options.items())})"
 
 
 def _labels(tower: str, names: Sequence[str]) -> tuple[str, list[Any]]:
@@ -292,7 +326,7 @@ def _labels(tower: str, names: Sequence[str]) -> tuple[str, list[Any]]:
 
 
 def _where(
-    model: HookedModel, reader: LensReader, rows: int, length: int
+    reader: LensReader, rows: int, length: int, step: int | None
 ) -> tuple[Tensor, list[int], list[Any], list[list[str]], list[list[str]]]:
     """Places, examples, numbers, words and kinds of the positions kept.
 
@@ -305,7 +339,7 @@ def _where(
         return nowhere, list(range(rows)), list(range(length)), blank, blank
     example = [int(number) for number in tokens.example]
     if length < tokens.n_positions and (tokens.kind == "text").any():
-        first = tokens.n_positions + length * max((reader.step or 1) - 1, 0)
+        first = tokens.n_positions + length * max((step or 1) - 1, 0)
         generated = [["generated"] * length for _ in range(rows)]
         return torch.full((rows, length, 4), -1), example, list(range(first, first + length)), generated, generated
     dropped = tokens.n_positions - length

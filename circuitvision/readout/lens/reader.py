@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.heads import Reading, through_projector, unembedding
+from circuitvision.model.heads import Reading, frozen_norm, through_projector, unembedding
+from circuitvision.model.sites import SiteName
+from circuitvision.model.spec import NORMS
 from circuitvision.model.tokens import TokenMap
-from circuitvision.readout.recorded import recorded
+from circuitvision.readout.recorded import examples_of, held_as, pass_number, recorded
 from circuitvision.readout.targets import Targets, output_kind, output_size, reader_of
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from circuitvision.model.tower import Tower
     from circuitvision.readout.lens.tuned import TunedLens
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 16 * 2**20
 """Logits held at once."""
 
 
@@ -45,15 +48,18 @@ class LensReader:
         against = None if targets is None else targets.against
         self.directions = against if self.kind in ("hidden", "embedding") or self._wide(against) else None
         self._check_width()
-        self.norm = "own" if norm == "tuned" else norm
-        self.reference = None
-        if norm == "frozen":
-            reference = self.site(tower.residual_name(max(tower.feature_layers)))
-            self.reference = reference.to(self._device(reference), self._dtype())
+        self.projects = reader_of(tower) is not tower and self.directions is None
+        norm = "own" if norm == "tuned" else norm
+        final = self._final() if norm == "frozen" else None
+        self.own = Reading(tower, cache, norm=norm, reference=final)
+        self.reference = final
+        if final is not None and self.projects:
+            # What the norm behind the projector has at the patch that the run projected.
+            self.reference = self._projected(final, True, Reading(tower, cache))
         self.reading = Reading(
             reader_of(tower),
             cache,
-            norm=self.norm,
+            norm=norm,
             reference=self.reference,
             against=None if self.directions is not None else against,
         )
@@ -71,36 +77,81 @@ class LensReader:
         """Whether the targets are directions of the stream itself, in a tower whose columns have names of their own."""
         return against is not None and self.kind in ("classes", "tokens", "actions")
 
+    # -- what is read ------------------------------------------------------------------------------------------------------------------------
+
+    def _final(self) -> Float[Tensor, "row pos d_model"]:
+        """The residual that leaves the tower: frozen statistics are those it has there."""
+        final = recorded(self.cache, self.tower.residual_name(max(self.tower.feature_layers)), self.step)
+        return self._moved(final)
+
     def site(self, name: str) -> Tensor:
-        """A site of the cache as ``[row pos …]``, see :func:`recorded`."""
-        return recorded(self.cache, name, self.step)
+        """A site of the cache as ``[row pos …]``; a head's share as it is added to the stream.
+
+        LayerScale multiplies it, a sandwich norm divides it by the denominator it has in this run (without its bias, which is no head's).
+        """
+        value = recorded(self.cache, name, self.step)
+        parsed = SiteName.parse(name)
+        if parsed.site != "attn.hook_result" or parsed.layer is None:
+            return value
+        block = self.tower.blocks[parsed.layer]
+        if not block.has("attn_add"):
+            return value
+        value = self._moved(value)
+        adder = block.part("attn_add")
+        with self.tower.quiet():
+            if type(adder).__name__ not in NORMS:
+                return adder(value)
+            whole = (value.sum(2) + block.b_O)[:, :, None]
+            return frozen_norm(adder, value, whole) - frozen_norm(adder, torch.zeros_like(whole), whole)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Positions (and heads) of a site, without computing a derived one."""
+        held = held_as(self.cache, name)
+        if held is None or not name.endswith("attn.hook_result"):
+            held = name
+        return tuple(recorded(self.cache, held, self.step).shape[1:-1])
+
+    def number_of_pass(self, name: str) -> int | None:
+        """The pass read, counted from 0; None where the site was recorded in one pass."""
+        return pass_number(self.cache, name, self.step)
 
     def columns(
         self, value: Float[Tensor, "row pos d_model"], name: str | None = None
-    ) -> Iterator[Float[Tensor, "row pos n_out"]]:
-        """The logits of every position of a site, a few positions at a time."""
+    ) -> Iterator[tuple[slice, Float[Tensor, "row pos n_out"]]]:
+        """The logits of every position of a site, a few rows and positions at a time: the rows, and their next positions.
+
+        A read-out of the user's own is given the site whole.
+        """
         if value.shape[-1] != self.tower.cfg.d_model or value.ndim != 3:
             raise InputError(
-                f"The lens reads vectors of the stream [row pos {self.tower.cfg.d_model}]; this site holds {tuple(value.shape)}."
+                f"The lens reads vectors of the stream [row pos {self.tower.cfg.d_model}]; {name or 'this site'} holds {tuple(value.shape)}."
             )
-        with self.tower.quiet():
-            value = value.to(self._device(value), self._dtype())
-            value = value if self.tuned is None else self.tuned.translate(value, name)
-            if self.custom is not None:
-                yield self._own_columns(value)
-                return
-            missing = self.missing(value)
-            if reader_of(self.tower) is not self.tower and self.directions is None:
-                assert self.tower.spec.readout is not None
-                value = through_projector(self.tower, self.tower.spec.readout, value, self.cache, not missing)
-            width = self._positions_at_once(value)
+        value = self._carried(value, name)
+        if self.custom is not None:
+            yield slice(None), self._own_columns(value)
+            return
+        missing = self.missing(value)
+        if self.projects:
+            value = self._projected(value, not missing, self.own)
+        rows, width = self._at_once(value)
+        for first in range(0, value.shape[0], rows):
+            mine = slice(first, first + rows)
             for start in range(0, value.shape[1], width):
-                piece = value[:, start : start + width]
-                yield self._piece(piece, start + missing, self._frozen(start, piece.shape[1], value.shape[1]))
+                piece = value[mine, start : start + width]
+                # Hooks are quiet while a piece is read, and no longer: what is done with it may run the model.
+                with self.tower.quiet():
+                    found = self._piece(piece, start + missing, self._frozen(mine, start, piece, value))
+                yield mine, found
+
+    def _carried(self, value: Tensor, name: str | None) -> Tensor:
+        """A value where the head is, and in the last layer's coordinates where the lens is tuned."""
+        value = self._moved(value)
+        return value if self.tuned is None else self.tuned.translate(value, name)
 
     def _own_columns(self, value: Tensor) -> Tensor:
         assert self.custom is not None
-        out = self.custom(value)
+        with self.tower.quiet():
+            out = self.custom(value)
         if not isinstance(out, Tensor) or out.ndim != 3 or out.shape[:2] != value.shape[:2]:
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise InputError(
@@ -123,12 +174,29 @@ class LensReader:
         back = torch.cat(order).argsort()
         return torch.cat(found)[back.to(values.device)]
 
-    def _frozen(self, start: int, length: int, whole: int) -> Tensor | None:
+    def pooled(self, value: Float[Tensor, "row pos d_model"], name: str | None = None) -> Tensor | None:
+        """The family's pooled output ``[row n_out]``; None where it does not pool, or where the vector is not read by its head."""
+        readout = self.tower.spec.readout
+        pools = readout is not None and readout.pool not in ("none", "chunk")
+        if not pools or self.custom is not None or self.directions is not None or self.missing(value):
+            return None
+        with self.tower.quiet():
+            out = self.reading.output(self._carried(value, name))
+        return out.T if self.kind == "images" and self.reading.against is None else out
+
+    # -- how it is read ----------------------------------------------------------------------------------------------------------------------
+
+    def _projected(self, value: Tensor, has_prefix: bool, reading: Reading) -> Tensor:
+        assert self.tower.spec.readout is not None
+        with torch.no_grad(), self.tower.quiet():
+            return through_projector(self.tower, self.tower.spec.readout, value, self.cache, has_prefix, reading)
+
+    def _frozen(self, rows: slice, start: int, piece: Tensor, whole: Tensor) -> Tensor | None:
         """The reference at the positions of a piece: the site may lack the reference's first positions."""
         if self.reference is None:
             return None
-        first = self.reference.shape[1] - whole + start
-        return self.reference[:, first : first + length]
+        first = self.reference.shape[1] - whole.shape[1] + start
+        return self.reference[rows, first : first + piece.shape[1]]
 
     def missing(self, value: Float[Tensor, "row pos width"]) -> int:
         """How many of the tower's first positions a site does not have: patch embeddings have no CLS, action embeddings no state."""
@@ -137,47 +205,58 @@ class LensReader:
             return 0
         return max(tokens.n_positions - value.shape[1], 0)
 
-    @property
+    @cached_property
     def tokens(self) -> TokenMap | None:
         """What the tower's positions are, where the cache knows its inputs."""
         return self.model.tokens(self.cache.inputs).get(self.tower.name) if self.cache.inputs else None
 
+    def examples(self, rows: int) -> Int[Tensor, " row"]:
+        """Which example each row belongs to.
+
+        Raises:
+            InputError: targets per example that are not one per example.
+        """
+        if self._examples is None or len(self._examples) != rows:
+            owners, count = examples_of(self.cache, self.tower.name, rows)
+            if self.targets is not None:
+                self.targets.check(count)
+            self._examples = owners
+        return self._examples
+
+    _examples: Tensor | None = None
+
     def _piece(self, piece: Tensor, start: int, frozen: Tensor | None) -> Tensor:
         if self.directions is not None and self.kind != "embedding":
-            norm = self.tower.final_norm if self.norm == "own" and self.tower.spec.readout is None else None
-            return (piece if norm is None else norm(piece)) @ self.directions.to(piece).T
+            return self.own.normed(piece, frozen) @ self.directions.to(piece).T
         out = self.reading.positions(piece, start, frozen)
         return out if self.directions is None else out @ self.directions.to(out).T
-
-    def pooled(self, value: Float[Tensor, "row pos d_model"], name: str | None = None) -> Tensor | None:
-        """The family's pooled output ``[row n_out]``; None where it does not pool, or where the vector is not read by its head."""
-        readout = self.tower.spec.readout
-        pools = readout is not None and readout.pool not in ("none", "chunk")
-        if not pools or self.custom is not None or self.directions is not None or self.missing(value):
-            return None
-        with self.tower.quiet():
-            value = value.to(self._device(value), self._dtype())
-            value = value if self.tuned is None else self.tuned.translate(value, name)
-            out = self.reading.output(value)
-        return out.T if self.kind == "images" and self.reading.against is None else out
 
     @property
     def pairwise(self) -> bool:
         """Whether every column is a yes or no of its own (SigLIP)."""
         return self.kind in ("texts", "images") and getattr(self.tower.module, "logit_bias", None) is not None
 
-    def _device(self, value: Tensor) -> torch.device:
-        """Where the head is: a cache may have been recorded on another device."""
+    def _moved(self, value: Tensor) -> Tensor:
+        """A value where the head is, in the model's precision: a cache may have been recorded on another device, or converted."""
         found = unembedding(reader_of(self.tower))
         head: Any = None if found is None else found[0]
-        return value.device if head is None or self.custom is not None else head.weight.device
+        device = value.device if head is None or self.custom is not None else head.weight.device
+        return value.to(device, self._dtype())
 
     def _dtype(self) -> torch.dtype:
         return next(self.tower.module.parameters()).dtype
 
-    def _positions_at_once(self, value: Tensor) -> int:
-        size = len(self.directions) if self.directions is not None else output_size(self.tower) or 1024
-        return max(1, CHUNK_BYTES // (4 * size * value.shape[0]))
+    @property
+    def vectors_at_once(self) -> int:
+        """How many vectors are read at once, so that their logits stay within ``CHUNK_BYTES``."""
+        named = self.directions if self.directions is not None else self.reading.against
+        size = len(named) if named is not None else output_size(self.tower) or 1024
+        return max(1, CHUNK_BYTES // (4 * size))
+
+    def _at_once(self, value: Tensor) -> tuple[int, int]:
+        """How many rows, and how many positions of each, are read at once."""
+        rows = max(1, min(value.shape[0], self.vectors_at_once))
+        return rows, self.vectors_at_once // rows
 
 
 def measured(logits: Tensor, measure: str, pairwise: bool = False) -> Tensor:

@@ -28,10 +28,10 @@ class LensResult(Result):
     ``values`` is ``[layer row position target]`` (``site`` in place of ``layer`` where several kinds were read, a ``head`` axis after it for
     sites with heads): layer ``"input"`` is what enters block 0, layer ``l`` is block ``l``. With ``top_k`` the last axis is ``rank``. ``ids``
     ``[… rank]`` are the highest columns at every place, ``names`` what they are called. With targets, ``ranks`` is 1 plus how many columns are
-    strictly higher, out of ``n_outputs``. ``pooled`` ``[layer row target]`` and ``pooled_ids`` are the same for the family's pooled output.
-    ``places`` is ``[row position 4]``: image, tile, patch row and patch column, -1 where a position is no patch; ``words`` labels positions,
-    ``columns`` says what the columns are (tokens, classes, actions, …), ``step`` which pass was read, ``example`` says which example a row
-    belongs to.
+    strictly higher, out of ``n_outputs`` (0 where there is none: no number, or the joint value of several pieces). ``pooled`` ``[layer row
+    target]`` and ``pooled_ids`` are the same for the family's pooled output. ``places`` is ``[row position 4]``: image, tile, patch row and patch
+    column, -1 where a position is no patch; ``words`` labels positions, ``columns`` says what the columns are (tokens, classes, actions, …),
+    ``step`` which pass was read (None: there was one), ``example`` says which example a row belongs to.
     """
 
     tower: str = ""
@@ -58,13 +58,34 @@ class LensResult(Result):
             frame["output"] = [self.names.get(str(number), str(number)) for number in self.ids.flatten().tolist()]
         return frame
 
+    def highlights(self) -> dict[str, str]:
+        """What stands highest in the first rows at the last layer: of the pooled output, or else of the last position that is no padding."""
+        if "head" in self.axes or not self.ids.numel() or self.columns == "actions":
+            return {}
+        found = {}
+        for row in range(min(len(self.axes["row"]), 3)):
+            kinds = self.kinds[row] if self.kinds else [""]
+            at = max((at for at, kind in enumerate(kinds) if kind != "padding"), default=-1)
+            best = self.pooled_ids[-1, row] if self.pooled_ids.numel() else self.ids[-1, row, at]
+            where = "" if self.pooled_ids.numel() else f" at position {self.axes['position'][at]}"
+            words = [self.names.get(str(int(number)), str(int(number))) for number in best[:3]]
+            found[f"row {row}, highest{where}"] = ", ".join(words)
+        return found
+
     @property
     def best(self) -> Int[Tensor, "layer row position"]:
         """The highest column at every place."""
         return self.ids[..., 0]
 
     def contrast(self, answer: Any, foil: Any) -> LensResult:
-        """The value of one target minus another's: a result with the single target ``answer - foil``."""
+        """The value of one target minus another's: a result with the single target ``answer - foil``.
+
+        Raises InputError for a target that is not there, or a lens read by rank.
+        """
+        if "target" not in self.axes:
+            raise InputError(
+                "A contrast is between two targets; this lens was read with top_k=. Read it with targets=[answer, foil]."
+            )
         first, second = self.target(answer), self.target(foil)
         pooled = self.pooled[..., first] - self.pooled[..., second] if self.pooled.numel() else self.pooled
         return replace(

@@ -6,8 +6,12 @@ same position (the model's output wherever the tower feeds it). Outputs that are
 squared error.
 
 The last layer's map stays the identity. A tuned lens says what could be read linearly, not what later layers do read; it needs inputs like
-those it is used on. The KL on positions held out is kept per layer, beside that of the plain lens. Not covered: training while the model streams
-from disk.
+those it is used on. The loss on examples held out is kept per layer, beside that of the plain lens: whole examples, because the positions of
+one example (patches of one image above all) are nearly copies of each other, and a map that knows the picture would look as good as one that
+knows the layer. Of a single example positions are held out, which the result says. Not covered: training while the model streams from disk.
+
+The residuals of all layers at the positions trained on are held in memory, outputs are not: they are read again from the last residual, some
+positions at a time.
 
 Reference: Belrose et al. 2023, arXiv 2303.08112.
 """
@@ -19,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
@@ -32,6 +36,8 @@ from circuitvision.results import Result
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.tower import Tower
+    from circuitvision.readout.lens.reader import LensReader
 
 
 def _nothing() -> Tensor:
@@ -42,12 +48,28 @@ def _nothing() -> Tensor:
 class TunedLens(Result):
     """The trained maps of one tower: ``A`` is ``weight [layer d_model d_model]``, ``b`` is ``bias [layer d_model]``.
 
-    ``values`` ``[lens layer]`` is the loss on the positions held out (nats; squared error for actions) of the plain and of the tuned lens.
+    ``values`` ``[lens layer]`` is the loss on what was held out (nats; squared error for actions) of the plain and of the tuned lens.
+    ``held_out`` says what that was: ``"examples"``, or ``"positions"`` where there was a single example; ``positions`` counts those trained on
+    and those held out.
     """
 
     tower: str = ""
     weight: Tensor = field(default_factory=_nothing)
     bias: Tensor = field(default_factory=_nothing)
+    held_out: str = "examples"
+    positions: list[int] = field(default_factory=list)
+
+    def highlights(self) -> dict[str, str]:
+        """What the loss was measured on, and where training helped most."""
+        gain = self.values[0] - self.values[1]
+        at = int(gain.nan_to_num(-float("inf")).argmax())
+        plain, tuned = (float(value) for value in self.values[:, at])
+        found = {"helps most": f"{self.axes['layer'][at]}: {plain:.3g} → {tuned:.3g}"}
+        if len(self.positions) == 2:
+            found["held out"] = f"whole examples ({self.positions[1]} positions)"
+            if self.held_out == "positions":
+                found["held out"] = f"{self.positions[1]} positions of the one example that it was trained on"
+        return found
 
     def translate(self, value: Float[Tensor, "row pos d_model"], site: str | None) -> Float[Tensor, "row pos d_model"]:
         """A residual at a site of the stream (None: what enters block 0) as the last layer would write it.
@@ -88,7 +110,7 @@ class TunedLens(Result):
             dataset: inputs of one run, or a list of them.
             tower: by default the language tower, or the only one.
             positions: kinds of positions to train on; by default those the tower's head reads (all real ones, where it reads all).
-            held_out: share of positions kept for the loss that is reported.
+            held_out: share of the examples (of a single example: of its positions) kept for the loss that is reported.
             steps: steps of Adam per layer.
             learning_rate: its step size, falling to zero linearly.
             batch: positions per step.
@@ -98,151 +120,193 @@ class TunedLens(Result):
             InputError: a tower without a head, a vision tower behind a projector, too few positions, no such kind.
         """
         from circuitvision.readout.lens.logit import lens_tower
-        from circuitvision.readout.lens.reader import LensReader
 
         owner = lens_tower(model, tower)
-        if output_kind(owner) in ("hidden", "embedding") or (
-            owner.spec.readout and owner.spec.readout.finish == "projector"
-        ):
-            raise InputError(
-                f"The {owner.name} tower's own head gives no prediction to train on. Train on a tower that the output is read from."
-            )
-        data = [dataset] if isinstance(dataset, Mapping) else list(dataset)
-        if output_kind(owner) in ("texts", "images") and len(data) > 1:
-            raise InputError(
-                "A dual encoder's columns are the texts of the run: give the inputs of one run, with all images."
-            )
-        residuals, outputs, numbers = _residuals(model, data, owner.name, positions, LensReader)
-        count = outputs.shape[0]
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(count, generator=generator)
-        kept = round(count * held_out)
-        if kept < 1 or count - kept < 2:
-            raise InputError(
-                f"There are {count} positions to train on, too few to hold out {held_out:.0%}; give more inputs."
-            )
-        split = (order[kept:], order[:kept])
-        reader = LensReader(model, owner, _cache_of(model, data[0], owner.name))
-        losses, weights, biases = [], [], []
-        with Progress(len(residuals) * steps, f"tuned lens of {owner.name}") as bar:
-            for index, values in enumerate(residuals):
-                # The last layer is what the others are trained towards: its map is the identity, not Adam's noise around it.
-                count_of_steps = 0 if index == len(residuals) - 1 else steps
-                found = _fit(
-                    reader, values, outputs, numbers, split, count_of_steps, learning_rate, batch, generator, bar
-                )
-                weights.append(found[0])
-                biases.append(found[1])
-                losses.append(found[2])
-        labels = ["input", *range(owner.cfg.n_layers)]
+        data = _checked(owner, dataset, held_out, steps, learning_rate, batch)
+        # Inference tensors cannot be tracked, whoever calls.
+        with torch.inference_mode(False):
+            seen = _Seen.collect(model, data, owner, positions)
+            generator = torch.Generator().manual_seed(seed)
+            train, held = seen.split(held_out, generator)
+            fit = _Fit(seen, train, held, steps, learning_rate, batch, generator)
+            with Progress(len(seen.residuals) * steps, f"tuned lens of {owner.name}") as bar:
+                maps = [fit.layer(index, bar) for index in range(len(seen.residuals))]
+        weights, biases, losses = zip(*maps, strict=True)
+        how = f"steps={steps}, learning_rate={learning_rate}, batch={batch}, held_out={held_out}"
         return cls(
             values=torch.tensor(losses).T,
-            axes={"lens": ["plain", "tuned"], "layer": labels[: len(losses)]},
+            axes={"lens": ["plain", "tuned"], "layer": ["input", *range(owner.cfg.n_layers)][: len(losses)]},
             provenance=describe(
                 model,
-                method=f"TunedLens.train(tower={owner.name}, steps={steps}, learning_rate={learning_rate}, batch={batch})",
+                method=f"TunedLens.train(tower={owner.name}, {how})",
                 inputs=tuple(data),
                 seed=seed,
-                positions=count,
+                positions=len(seen.numbers),
             ),
             tower=owner.name,
             weight=torch.stack(weights),
             bias=torch.stack(biases),
+            held_out="examples" if seen.n_examples > 1 else "positions",
+            positions=[len(train), len(held)],
         )
 
 
-def _cache_of(model: HookedModel, inputs: Mapping[str, Any], tower: str) -> Any:
-    names = list(lens_sites(model, tower))
-    if output_kind(model.towers[tower]) in ("texts", "images"):
-        names += [f"{name}.hook_readout" for name in model.towers]
-    with torch.no_grad():
-        return model.run_with_cache(inputs, names_filter=names)[1]
+def _checked(
+    owner: Tower, dataset: Any, held_out: float, steps: int, learning_rate: float, batch: int
+) -> list[Mapping[str, Any]]:
+    """The dataset as a list of inputs; InputError for what cannot be trained on, or with."""
+    if output_kind(owner) in ("hidden", "embedding") or (
+        owner.spec.readout and owner.spec.readout.finish == "projector"
+    ):
+        raise InputError(
+            f"The {owner.name} tower's own head gives no prediction to train on. Train on a tower that the output is read from."
+        )
+    if not 0 < held_out < 1:
+        raise InputError(
+            f"held_out is a share between 0 and 1, not {held_out!r}: without it nothing says how good the lens is."
+        )
+    if steps < 0 or batch < 1 or not 0 <= learning_rate < float("inf"):
+        raise InputError(
+            f"Training needs steps from 0, a batch from 1 and a finite learning_rate from 0; got {steps}, {batch}, {learning_rate}."
+        )
+    data = [dataset] if isinstance(dataset, Mapping) else list(dataset)
+    if not data:
+        raise InputError("Give inputs to train on: those of one run, or a list of them.")
+    if output_kind(owner) in ("texts", "images") and len(data) > 1:
+        raise InputError(
+            "A dual encoder's columns are the texts of the run: give the inputs of one run, with all images."
+        )
+    return data
 
 
-def _residuals(
-    model: HookedModel,
-    data: Sequence[Mapping[str, Any]],
-    tower: str,
-    positions: str | Sequence[str] | None,
-    reader_class: Any,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The residuals ``[position d_model]`` of every layer at the positions chosen, the tower's own output there, and their numbers."""
-    owner = model.towers[tower]
-    per_layer: list[list[Tensor]] = []
-    outputs: list[Tensor] = []
-    numbers: list[Tensor] = []
-    for inputs in data:
-        cache = _cache_of(model, inputs, tower)
-        mask = _mask(model.tokens(cache.inputs)[tower], owner, positions, cache.inputs)
-        values = [cache[name][mask].float().cpu() for name in lens_sites(model, tower)]
-        reader = reader_class(model, owner, cache)
-        at = torch.arange(mask.shape[1]).expand(mask.shape)[mask]
-        numbers.append(at)
-        last = cache[lens_sites(model, tower)[-1]][mask]
-        with torch.no_grad():
-            said = [reader.at(last[part], at[part]) for part in torch.arange(len(at)).split(1024)]
-        outputs.append(torch.cat(said).float().cpu())
-        per_layer = per_layer or [[] for _ in values]
-        for layer, value in enumerate(values):
-            per_layer[layer].append(value)
-    return [torch.cat(layer) for layer in per_layer], torch.cat(outputs), torch.cat(numbers)
+@dataclass(frozen=True)
+class _Seen:
+    """What a lens is trained on: residuals ``[position d_model]`` of every layer, their positions' numbers and examples."""
+
+    reader: LensReader
+    residuals: list[Tensor]
+    numbers: Int[Tensor, " position"]
+    examples: Int[Tensor, " position"]
+
+    @property
+    def n_examples(self) -> int:
+        """How many examples have a position here."""
+        return len(self.examples.unique())
+
+    @classmethod
+    def collect(
+        cls, model: HookedModel, data: Sequence[Mapping[str, Any]], owner: Tower, positions: str | Sequence[str] | None
+    ) -> _Seen:
+        """Run the model on all inputs and keep the residuals at the positions chosen."""
+        from circuitvision.readout.lens.reader import LensReader
+
+        names = lens_sites(model, owner.name)
+        needed = names + [f"{name}.hook_readout" for name in model.towers if output_kind(owner) in ("texts", "images")]
+        residuals: list[list[Tensor]] = [[] for _ in names]
+        numbers: list[Tensor] = []
+        examples: list[Tensor] = []
+        reader = None
+        for inputs in data:
+            with torch.no_grad():
+                cache = model.run_with_cache(inputs, names_filter=needed)[1]
+            tokens = model.tokens(cache.inputs)[owner.name]
+            mask = _mask(tokens, owner, positions)
+            for kept, name in zip(residuals, names, strict=True):
+                kept.append(cache[name][mask].cpu())
+            numbers.append(torch.arange(mask.shape[1]).expand(mask.shape)[mask])
+            before = int(examples[-1].max()) + 1 if examples else 0
+            examples.append(before + torch.as_tensor(tokens.example)[:, None].expand(mask.shape)[mask])
+            reader = reader or LensReader(model, owner, cache)
+        assert reader is not None
+        return cls(reader, [torch.cat(kept) for kept in residuals], torch.cat(numbers), torch.cat(examples))
+
+    def split(self, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Numbers of the positions to train on and of those held out: whole examples, where there are several.
+
+        Raises InputError if either would be empty.
+        """
+        names, unit = self.examples.unique(return_inverse=True)
+        single = len(names) == 1
+        count = len(self.numbers) if single else len(names)
+        order = torch.randperm(count, generator=generator)
+        kept = order[: max(1, round(count * share)) if count > 1 else 0]
+        out = torch.zeros(count, dtype=torch.bool).index_fill(0, kept, True)
+        out = out if single else out[unit]
+        train, held = (~out).nonzero().flatten(), out.nonzero().flatten()
+        if len(held) < 1 or len(train) < 2:
+            raise InputError(
+                f"There are {count} {'positions' if single else 'examples'} to train on, too few to hold out {share:.0%}; give more inputs."
+            )
+        return train, held
 
 
-def _mask(tokens: Any, owner: Any, positions: str | Sequence[str] | None, inputs: Mapping[str, Any]) -> Tensor:
+def _mask(tokens: Any, owner: Tower, positions: str | Sequence[str] | None) -> Tensor:
     if positions is not None:
         mask = tokens.mask(positions)
     else:
-        reads = owner.spec.readout.reads
-        kinds = [kind for kind in reads if kind in {str(k) for k in set(tokens.kind.flatten())}]
+        assert owner.spec.readout is not None
+        there = {str(kind) for kind in set(tokens.kind.flatten())}
+        kinds = [kind for kind in owner.spec.readout.reads if kind in there]
         mask = tokens.mask(kinds) if kinds else torch.from_numpy(tokens.kind != "padding")
     if not bool(mask.any()):
         raise InputError(f"The {owner.name} tower has no position of the kind {positions!r} in these inputs.")
     return mask
 
 
-def _fit(
-    reader: Any,
-    values: Tensor,
-    outputs: Tensor,
-    numbers: Tensor,
-    split: tuple[Tensor, Tensor],
-    steps: int,
-    learning_rate: float,
-    batch: int,
-    generator: torch.Generator,
-    bar: Progress,
-) -> tuple[Tensor, Tensor, tuple[float, float]]:
-    """The map of one layer, and the loss held out of the plain and of the tuned lens."""
-    device = reader.model.device
-    width = values.shape[-1]
-    weight = torch.zeros(width, width, device=device, requires_grad=True)
-    bias = torch.zeros(width, device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
-    train, held = split
+@dataclass
+class _Fit:
+    """How every layer's map is trained."""
 
-    def loss(index: Tensor, mapped: bool) -> Tensor:
-        x = values[index].to(device)
-        x = x + x @ weight + bias if mapped else x
-        return _distance(reader.at(x, numbers[index]).float(), outputs[index].to(device), reader.kind)
+    seen: _Seen
+    train: Tensor
+    held: Tensor
+    steps: int
+    learning_rate: float
+    batch: int
+    generator: torch.Generator
 
-    with torch.no_grad():
-        plain = float(loss(held, False))
-    with torch.enable_grad():
+    def layer(self, index: int, bar: Progress) -> tuple[Tensor, Tensor, tuple[float, float]]:
+        """The map of one layer, and the loss held out of the plain and of the tuned lens."""
+        values = self.seen.residuals[index]
+        device, width = self.seen.reader.model.device, values.shape[-1]
+        weight = torch.zeros(width, width, device=device, requires_grad=True)
+        bias = torch.zeros(width, device=device, requires_grad=True)
+        plain = self._held_out(values, None)
+        # The last layer is what the others are trained towards: its map is the identity, not Adam's noise around it.
+        steps = 0 if index == len(self.seen.residuals) - 1 else self.steps
+        optimizer = torch.optim.Adam([weight, bias], lr=self.learning_rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
+        size = min(self.batch, len(self.train))
         for _ in range(steps):
-            index = train[torch.randint(len(train), (min(batch, len(train)),), generator=generator)]
-            gradients = torch.autograd.grad(loss(index, True), [weight, bias])
-            weight.grad, bias.grad = gradients
+            chosen = self.train[torch.randint(len(self.train), (size,), generator=self.generator)]
+            with torch.enable_grad():
+                loss = self._distances(values, chosen, (weight, bias)).mean()
+                weight.grad, bias.grad = torch.autograd.grad(loss, [weight, bias])
             optimizer.step()
             schedule.step()
             bar.advance()
-    with torch.no_grad():
-        tuned = float(loss(held, True))
-    return weight.detach().cpu(), bias.detach().cpu(), (plain, tuned)
+        tuned = self._held_out(values, (weight, bias)) if steps else plain
+        return weight.detach().cpu(), bias.detach().cpu(), (plain, tuned)
 
+    def _held_out(self, values: Tensor, maps: tuple[Tensor, Tensor] | None) -> float:
+        with torch.no_grad():
+            found = [self._distances(values, part, maps) for part in self.held.split(self.seen.reader.vectors_at_once)]
+        return float(torch.cat(found).double().mean())
 
-def _distance(said: Tensor, output: Tensor, kind: str) -> Tensor:
-    if kind == "actions":
-        return (said - output).pow(2).mean()
-    wanted = output.log_softmax(-1)
-    return (wanted.exp() * (wanted - said.log_softmax(-1))).sum(-1).mean()
+    def _distances(
+        self, values: Tensor, index: Tensor, maps: tuple[Tensor, Tensor] | None
+    ) -> Float[Tensor, " position"]:
+        """How far the lens of some positions is from the tower's output there: KL in nats, or the mean squared error of actions."""
+        reader, numbers = self.seen.reader, self.seen.numbers[index]
+        device = reader.model.device
+        x = values[index].to(device)
+        if maps is not None:
+            wide = x.float()
+            x = wide + wide @ maps[0] + maps[1]
+        said = reader.at(x, numbers).float()
+        with torch.no_grad():
+            output = reader.at(self.seen.residuals[-1][index].to(device), numbers).float()
+        if reader.kind == "actions":
+            return (said - output).pow(2).mean(-1)
+        wanted = output.log_softmax(-1)
+        return (wanted.exp() * (wanted - said.log_softmax(-1))).sum(-1)
