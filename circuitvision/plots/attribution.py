@@ -7,7 +7,6 @@ that the bars add up to the total in the subtitle.
 from __future__ import annotations
 
 import html
-import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +14,13 @@ import torch
 
 from circuitvision.errors import InputError
 from circuitvision.plots import patches, style
-from circuitvision.plots.lens import PALETTE
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from circuitvision.readout.attribution.bilinear import BilinearAttribution
     from circuitvision.readout.attribution.direct import Attribution, SourceAttribution
-    from circuitvision.readout.attribution.increase import LogProbIncrease
-    from circuitvision.readout.lens.summaries import LensSummary
-    from circuitvision.readout.lens.tuned import TunedLens
+    from circuitvision.readout.attribution.increase import LogProbIncrease, SourceIncrease
     from circuitvision.readout.ranks import Ranking
 
 _MINUS = "\N{MINUS SIGN}"
@@ -45,21 +41,24 @@ def bars(result: Attribution, count: int = 14, title: str | None = None) -> go.F
         errors.append(float(values[rest].sum(0).std() / math.sqrt(rows)) if rows > 1 else 0.0)
     total = float(result.total.double().mean())
     direction = _words(result.direction)
-    title = title or _nothing(mean, "term", f"adds anything to {direction}")
+    title = title or nothing_found(mean, "term", f"adds anything to {direction}")
     if title is None:
         share = (
             f", {heights[0] / total:.0%} of it".replace("-", _MINUS) if total and 0 < heights[0] / total < 10 else ""
         )
         verb = "adds" if heights[0] >= 0 else "takes"
         title = f"{html.escape(names[0])} {verb} most: {_number(heights[0])} of {direction}{share}"
-    note = f"all terms add up to {_number(total)}" + (f"; mean of {rows} rows ± standard error" if rows > 1 else "")
+    cap = " before the soft cap" if result.is_capped else ""
+    note = f"all terms add up to {_number(total)}{cap}"
+    note += f" ({_number(float(result.capped.double().mean()))} under it)" if cap else ""
+    note += f"; mean of {rows} rows ± standard error" if rows > 1 else ""
     return _bars(
         names,
         heights,
         errors,
         rows > 1,
         f"{title}<br><span style='font-size:12px'>{note}</span>",
-        f"{direction}, directly",
+        f"{direction}, directly{cap}",
     )
 
 
@@ -70,7 +69,7 @@ def ranked(result: Ranking, count: int = 14, title: str | None = None) -> go.Fig
     errors = result.errors[:count].nan_to_num(0.0).tolist()
     finite = bool(torch.isfinite(result.values).any())
     outstanding = result.standing_out() if finite and len(result.values) > 1 else []
-    title = title or _nothing(result.values, "component", "has a score other than 0")
+    title = title or nothing_found(result.values, "component", "has a score other than 0")
     if title is None:
         title = f"{html.escape(names[0])} comes first: {_number(heights[0])}"
     note = f"{len(outstanding)} of {len(result.values)} components at or beyond mean + 2 sd"
@@ -109,7 +108,7 @@ def _bars(
 
 
 def sources(
-    result: SourceAttribution,
+    result: SourceAttribution | SourceIncrease,
     row: int = 0,
     heads: list[tuple[int, int]] | None = None,
     picture: Any = None,
@@ -155,9 +154,9 @@ def sources(
         patches.mark(figure, box, grid.shape[0], grid.shape[1], 1, column)
         _add_words(figure, result, values[layers.index(layer), head], row, column)
     if title is None:
-        title = _source_finding(values, layers, strongest[0], places, _words(result.direction))
-    width = 1060 / (len(maps) + first)
-    style.layout(figure, title, int(200 + width), margin={"l": 10, "r": 40, "t": 90, "b": 70})
+        title = _source_finding(result, values, strongest[0], row)
+    width = 940 / (len(maps) + first)
+    style.layout(figure, title, int(150 + width), margin={"l": 10, "r": 40, "t": 90, "b": 50})
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     bar = {"title": {"text": _words(result.direction), "side": "right"}, "thickness": 12, "outlinewidth": 0}
@@ -171,19 +170,27 @@ def _strongest(values: torch.Tensor, layers: list[int], count: int = 4) -> list[
 
 
 def _source_finding(
-    values: torch.Tensor, layers: list[int], best: tuple[int, int], places: torch.Tensor, direction: str
+    result: SourceAttribution | SourceIncrease, values: torch.Tensor, best: tuple[int, int], row: int
 ) -> str:
-    share = values[layers.index(best[0]), best[1]]
-    nothing = _nothing(share, "source", f"of L{best[0]}H{best[1]} adds anything to {direction}")
+    share, places = values[result.axes["layer"].index(best[0]), best[1]], result.places[row]
+    direction = _words(result.direction)
+    nothing = nothing_found(share, "source", f"of L{best[0]}H{best[1]} adds anything to {direction}")
     if nothing is not None:
         return nothing
+    if hasattr(result, "answer"):
+        # Increases do not add up over sources: the strongest is named instead of a sum.
+        at = int(share.abs().nan_to_num(-1.0).argmax())
+        source = "an image patch" if int(places[at, 2]) >= 0 else html.escape(repr(result.words[row][at]))
+        return f"What L{best[0]}H{best[1]} takes from {source} moves {direction} by {_number(float(share[at]))} nats"
     total = float(share.sum())
     image = float(share[places[:, 2] >= 0].sum())
     part = f"{image / total:.0%} of it from image patches".replace("-", _MINUS) if total else "nothing"
     return f"L{best[0]}H{best[1]} adds {_number(total)} to {direction}, {part}"
 
 
-def _add_words(figure: go.Figure, result: SourceAttribution, share: torch.Tensor, row: int, column: int) -> None:
+def _add_words(
+    figure: go.Figure, result: SourceAttribution | SourceIncrease, share: torch.Tensor, row: int, column: int
+) -> None:
     """Below a map, the word the head takes most from."""
     words = [at for at in range(len(share)) if int(result.places[row, at, 2]) < 0]
     if not words:
@@ -196,19 +203,17 @@ def _add_words(figure: go.Figure, result: SourceAttribution, share: torch.Tensor
 
 
 def increase(result: LogProbIncrease, row: int | None = None, title: str | None = None) -> go.Figure:
-    """Layers × heads (parts, or the strongest neurons) of log-probability increase, mean over rows; of sources, the sum of what is positive."""
+    """Layers × heads (parts, or the strongest neurons) of log-probability increase, of one row or the mean over all."""
     names = list(result.axes)
     values = result.values.double()
     values = values.mean(2) if row is None else values[:, :, row]
-    if values.ndim == 3:
-        values = values.clamp(min=0).sum(-1)
     inner = names[1]
     labels = result.axes[inner]
     if inner == "neuron" and values.shape[1] > 24:
         keep = values.abs().nan_to_num(-1.0).max(0).values.argsort(descending=True)[:24].sort().values
         values, labels = values[:, keep], [labels[index] for index in keep.tolist()]
     best = divmod(int(values.abs().nan_to_num(-1.0).argmax()), values.shape[1])
-    title = title or _nothing(values, inner, f"moves log p({html.escape(result.answer)})")
+    title = title or nothing_found(values, inner, f"moves log p({html.escape(result.answer)})")
     if title is None:
         title = (
             f"{inner} {labels[best[1]]} of layer {result.axes['layer'][best[0]]} moves log p({html.escape(result.answer)}) most: "
@@ -218,13 +223,20 @@ def increase(result: LogProbIncrease, row: int | None = None, title: str | None 
 
 
 def bilinear(result: BilinearAttribution, image: int = 0, text: int = 0, title: str | None = None) -> go.Figure:
-    """Terms of the image tower × terms of the text tower for one pair, or terms × prompts where the texts are not split."""
+    """Terms of the image tower × terms of the text tower for one pair, or terms × prompts where the texts are not split.
+
+    Raises:
+        InputError: no such image or text.
+    """
+    for name, number in (("image", image), ("text", text)):
+        if number not in range(len(result.axes[name])):
+            raise InputError(f"There is no {name} {number}; this result has {len(result.axes[name])}, counted from 0.")
     if len(result.axes["text_term"]) == 1:
         values, across, name = result.values[:, 0, image].double(), result.axes["text"], "prompt"
     else:
         values, across, name = result.values[:, :, image, text].double(), result.axes["text_term"], "text term"
     best = divmod(int(values.abs().nan_to_num(-1.0).argmax()), values.shape[1])
-    title = title or _nothing(values, "pair of terms" if name == "text term" else "term", "adds anything")
+    title = title or nothing_found(values, "pair of terms" if name == "text term" else "term", "adds anything")
     if title is None:
         title = (
             f"{result.axes['image_term'][best[0]]} with {html.escape(str(across[best[1]]))} adds most: {_number(float(values[best]))} "
@@ -263,103 +275,12 @@ def _heat(
     return figure
 
 
-def summary(result: LensSummary, title: str | None = None) -> go.Figure:
-    """A lens summary as lines over layers, one per target, source or head (the mean over positions, where it has any).
-
-    Whiskers are the standard error over rows, the dotted line is chance.
-    """
-    import plotly.graph_objects as go
-
-    values, labels, lines = _lines(result)
-    figure = go.Figure()
-    mean, counted = values.nanmean(-1), (~values.isnan()).sum(-1)
-    squares = (values - mean[..., None]).square().nansum(-1)
-    error = (squares / (counted - 1).clamp_min(1) / counted.clamp_min(1)).sqrt()
-    for index, name in enumerate(lines):
-        figure.add_trace(
-            go.Scatter(
-                x=labels,
-                y=mean[:, index].tolist(),
-                error_y={"array": error[:, index].tolist(), "thickness": 1.5, "width": 4},
-                name=html.escape(name or result.measure),
-                mode="lines+markers",
-                line={"width": 3, "color": PALETTE[index % len(PALETTE)]},
-            )
-        )
-    if result.chance == result.chance:
-        figure.add_hline(
-            y=result.chance,
-            line={"dash": "dot", "color": style.GREY},
-            annotation_text="chance",
-            annotation_font_color=style.GREY,
-        )
-    title = title or _nothing(mean, "layer", "has a value other than 0")
-    if title is None:
-        ends = f"{_plain(mean[0, 0])} to {_plain(mean[-1, 0])}"
-        of = f" of {html.escape(lines[0])}" if lines[0] else ""
-        title = f"{result.tower}: {result.measure}{of} goes from {ends}"
-    style.layout(figure, title, 360, showlegend=len(lines) > 1)
-    figure.update_yaxes(title=result.measure, gridcolor=style.FAINT, zerolinecolor=style.FAINT)
-    figure.update_xaxes(type="category", showgrid=False)
-    return figure
-
-
-def _lines(result: LensSummary) -> tuple[torch.Tensor, list[str], list[str]]:
-    """Values ``[layer line row]``, the names of layers (or sites), and of lines ("" for the only one)."""
-    order, values = list(result.axes), result.values.double()
-    if "position" in order:
-        values = values.nanmean(order.index("position"))
-        order.remove("position")
-    depth = order[0] if "layer" not in order else "layer"
-    inner = [name for name in order if name not in (depth, "row")]
-    values = values.permute([order.index(name) for name in (depth, *inner, "row")])
-    labels = [f"layer {label}" if isinstance(label, int) else str(label) for label in result.axes[depth]]
-    named = [[f"head {label}" if name == "head" else str(label) for label in result.axes[name]] for name in inner]
-    lines = [", ".join(parts) for parts in itertools.product(*named)]
-    return values.reshape(len(labels), len(lines), -1), labels, lines
-
-
-def tuned(result: TunedLens, title: str | None = None) -> go.Figure:
-    """The loss on positions held out, layer by layer, of the plain and of the tuned lens."""
-    import plotly.graph_objects as go
-
-    labels = [f"layer {layer}" if isinstance(layer, int) else str(layer) for layer in result.axes["layer"]]
-    figure = go.Figure()
-    for index, (name, color) in enumerate(zip(result.axes["lens"], (style.AGAINST, style.FOR), strict=True)):
-        figure.add_trace(
-            go.Scatter(
-                x=labels,
-                y=result.values[index].tolist(),
-                name=name,
-                mode="lines+markers",
-                line={"width": 3, "color": color},
-            )
-        )
-    if title is None:
-        gain = result.values[0] - result.values[1]
-        best = int(gain.argmax())
-        title = (
-            f"At {labels[best]} the tuned lens is {float(result.values[1, best]):.2f} from the {result.tower} tower's output, "
-            f"the plain one {float(result.values[0, best]):.2f}"
-        )
-    style.layout(figure, title, 340)
-    figure.update_yaxes(
-        title="KL to the output, nats", gridcolor=style.FAINT, rangemode="tozero", zerolinecolor=style.FAINT
-    )
-    figure.update_xaxes(type="category", showgrid=False)
-    return figure
-
-
-def _nothing(values: torch.Tensor, what: str, does: str) -> str | None:
+def nothing_found(values: torch.Tensor, what: str, does: str) -> str | None:
     """What to say where there is nothing to find: no finite value, or zeros alone."""
     finite = values[torch.isfinite(values)]
     if not finite.numel():
         return f"No {what} has a finite value"
     return None if bool(finite.any()) else f"No {what} {does}"
-
-
-def _plain(value: Any) -> str:
-    return f"{float(value):.2f}".replace("nan", "no value").replace("-", _MINUS)
 
 
 def _number(value: float) -> str:

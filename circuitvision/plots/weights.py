@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -174,14 +175,14 @@ def token_agreement(result: TokenAgreement, title: str | None = None) -> go.Figu
     return figure
 
 
-def singular_vectors(result: SingularVectors, title: str | None = None, words: int = 5) -> go.Figure:
-    """Bars of the singular values, each with the outputs its direction speaks for (and, where known, the inputs it listens for)."""
+def singular_vectors(result: SingularVectors, count: int = 5, title: str | None = None) -> go.Figure:
+    """Bars of the singular values, each with the ``count`` outputs its direction speaks for most (and, where known, inputs it listens for)."""
     import plotly.graph_objects as go
 
     shares = result.shares.tolist()
     texts = []
     for direction in range(len(shares)):
-        heard, said = (_words(pairs[:words]) for pairs in (result.sources(direction), result.outputs(direction)))
+        heard, said = (_words(pairs[:count]) for pairs in (result.sources(direction), result.outputs(direction)))
         texts.append(f"{heard} → {said}" if heard else said)
     figure = go.Figure(
         go.Bar(
@@ -257,13 +258,7 @@ def composition(result: CompositionScores, title: str | None = None) -> go.Figur
         figure.add_vline(x=edge * len(heads) - 0.5, line={"color": style.GREY, "width": 1})
         figure.add_hline(y=edge * len(heads) - 0.5, line={"color": style.GREY, "width": 1})
     if title is None:
-        found = result.top(1)
-        title = (
-            f"{found[0][0]} → {found[0][1]} composes most through {result.kind}: {_signed(found[0][2])}"
-            if found
-            else "No pair"
-        )
-        title += " above random heads" if result.baseline else ""
+        title = _composition_finding(result, len(there))
     chance = f"; random heads: {result.baseline:.3f} ± {result.baseline_sd:.3f}" if result.baseline else ""
     heading = f"{title}<br><span style='font-size:12px'>{result.tower} tower, {result.kind}-composition{chance}</span>"
     style.layout(figure, heading, 190 + min(max(26 * len(writers), 130), 620))
@@ -273,6 +268,19 @@ def composition(result: CompositionScores, title: str | None = None) -> go.Figur
     _bare(figure)
     figure.update_layout(margin={"t": 80, "l": 80})
     return figure
+
+
+def _composition_finding(result: CompositionScores, n_pairs: int) -> str:
+    """The strongest pair, unless as many pairs of random heads would have had one as strong."""
+    found = result.top(1)
+    if not found:
+        return "No pair of heads has a score"
+    pair, score = f"{found[0][0]} → {found[0][1]}", _signed(found[0][2])
+    # The largest of n Gaussian draws lies near this many standard deviations.
+    expected = result.baseline_sd * math.sqrt(2 * math.log(max(n_pairs, 2)))
+    if result.baseline and found[0][2] <= expected:
+        return f"No pair stands out from random heads in {result.kind}-composition; the first is {pair}, {score}"
+    return f"{pair} composes most through {result.kind}: {score}" + (" above random heads" if result.baseline else "")
 
 
 def _head_axis(update: Any, names: Sequence[str], layers: Sequence[int], n_heads: int, title: str) -> None:

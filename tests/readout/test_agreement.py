@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from circuitvision.errors import InputError
 from circuitvision.readout.weights import key_values
-from circuitvision.readout.weights import value_vectors as weights
+from circuitvision.readout.weights import rows as weights
 from circuitvision.readout.weights.class_agreement import Agreement, agreement, signed_rank_p
 from circuitvision.readout.weights.key_values import TokenAgreement, compositionality, key_value_agreement
+from circuitvision.readout.weights.rows import projections, written_rows
 from circuitvision.readout.weights.unembedding import unembedding_matrix
-from circuitvision.readout.weights.value_vectors import projections, written_rows
 from tests.readout.planted import hooked, plant, run
 from tests.zoo import case
 
@@ -194,6 +194,12 @@ def test_token_rates_leave_padding_out_and_are_saved(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             key_value_agreement(cache, model.language, **options)
+    direct = key_value_agreement(inputs, model.language, ["red", "blue"], targets=["red", "blue", "green"])
+    torch.testing.assert_close(direct.values, result.values, equal_nan=True)
+    assert compositionality(inputs, model.language, of="ov").values.shape == result.values.shape
+    for swapped in (model.language, None):
+        with pytest.raises(InputError, match="cache of a run"):
+            compositionality(swapped, model.language)
     other = hooked("llava-clip-llama")
     with pytest.raises(InputError, match="another model"):
         key_value_agreement(cache, other.language, ["red", "red"])

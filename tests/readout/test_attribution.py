@@ -7,10 +7,14 @@ import torch
 
 import circuitvision as cv
 from circuitvision.errors import InputError
+from circuitvision.model.heads import Reading
+from circuitvision.model.tower import norm_spec
 from circuitvision.readout.attribution import terms as terms_module
 from circuitvision.readout.attribution.bilinear import bilinear_attribution
 from circuitvision.readout.attribution.direct import Attribution, direct_attribution, source_attribution
+from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.targets import output_kind, reader_of
+from circuitvision.readout.weights.unembedding import linear_projector
 from tests.readout.common import NAMES, outputs_at, run
 from tests.zoo import case
 
@@ -20,7 +24,9 @@ EXACT = {torch.float32: 3e-6, torch.float64: 1e-11}
 def requests(model, dtype):
     """For every tower: a direction of its output where it has one, of its stream otherwise."""
     for name, tower in model.towers.items():
-        if output_kind(tower) in ("hidden", "embedding") or reader_of(tower) is not tower:
+        if reader_of(tower) is not tower and linear_projector(tower) is not None:
+            yield name, (0, 1), {"position": 1}
+        elif output_kind(tower) == "hidden" or reader_of(tower) is not tower:
             direction = torch.randn(tower.cfg.d_model, generator=torch.Generator().manual_seed(1), dtype=dtype)
             yield name, direction, {"position": 1}
         else:
@@ -85,6 +91,111 @@ def test_a_share_is_what_the_model_loses_when_the_term_is_taken_out_behind_a_fro
         wanted = ((vector - vector.mean(-1, keepdim=True)) / scale * gain) @ direction
         torch.testing.assert_close(result[term], wanted)
     assert float(result["patch_embed"].abs().max()) == 0.0
+
+
+def frozen_output(model, cache, tower, direction, options):
+    """The value of a direction as a function of the final residual, every statistic held: by the lens's reading, no gradient."""
+    stream = terms_module.Stream(tower, cache)
+    final = stream.final
+    if isinstance(direction, torch.Tensor):
+        return final, lambda resid: resid[:, options["position"]] @ direction
+    readout, pooled = tower.spec.readout, output_kind(tower) not in ("tokens", "actions")
+    reading = Reading(tower, cache, norm="frozen", reference=final, capped=False)
+    last = torch.as_tensor(model.tokens(cache.inputs)[tower.name].last())
+    position = {"chunk": -int(getattr(tower.config_of_model, "chunk_size", 0))}.get(readout.pool, last)
+
+    def value(resid):
+        out = (
+            reading.output(resid) if pooled else reading.positions(resid, 0, final)[torch.arange(len(resid)), position]
+        )
+        out = out.T if output_kind(tower) == "images" else out
+        return out[:, direction[0]] - out[:, direction[1]]
+
+    return final, value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_share_is_what_is_lost_when_its_own_term_is_taken_out_of_the_stream(name):
+    """Sums do not see shares that change places; here every head, and some neurons and sources, are taken out one by one, from the model's sites."""
+    model, _, cache = run(name, torch.float64, everything=True)
+    for tower_name, direction, options in requests(model, torch.float64):
+        tower = model.towers[tower_name]
+        if reader_of(tower) is not tower and not isinstance(direction, torch.Tensor):
+            continue
+        found = direct_attribution(model, cache, direction, tower_name, by="neuron", **options)
+        sources = source_attribution(model, cache, direction, tower_name, **options)
+        final, value = frozen_output(model, cache, tower, direction, options)
+        total = value(final)
+        torch.testing.assert_close(total, found.total, atol=2e-6, rtol=1e-6)
+        layer = terms_module.Stream(tower, cache).end - 1
+        block, base = tower.blocks[layer], f"{tower_name}.blocks.{layer}"
+
+        def written(vector, add, norm, block=block, base=base):
+            if not block.has(add):
+                return vector
+            module = block.part(add)
+            if hasattr(module, "lambda1"):
+                return vector * module.lambda1.detach()
+            gain = norm_spec(module).offset + module.weight.detach()
+            return vector / cache[f"{base}.{norm}.hook_scale"] * gain
+
+        results, w_o = cache[f"{base}.attn.hook_result"], block.W_O.detach()
+        for head in range(tower.cfg.n_heads):
+            lost = total - value(final - written(results[:, :, head], "attn_add", "ln1_post"))
+            torch.testing.assert_close(found[f"L{layer}H{head}"], lost, atol=2e-6, rtol=1e-6)
+        own = cache[f"{base}.attn.hook_v"]
+        pattern = cache[f"{base}.attn.hook_pattern"]
+        group = tower.cfg.n_heads // own.shape[2]
+        for head, source in ((0, 1), (tower.cfg.n_heads - 1, own.shape[1] - 1)):
+            ahead = pattern.shape[-1] - own.shape[1]
+            weights = pattern[:, head, :, ahead + source]
+            vector = weights[..., None] * (own[:, source, head // group] @ w_o[head])[:, None]
+            lost = total - value(final - written(vector, "attn_add", "ln1_post"))
+            torch.testing.assert_close(sources.values[layer, head, :, ahead + source], lost, atol=2e-6, rtol=1e-6)
+        post, w_out = cache[f"{base}.mlp.hook_post"], block.W_out.detach()
+        for neuron in (0, 3, tower.cfg.d_mlp - 1):
+            vector = post[..., neuron, None] * w_out[neuron]
+            lost = total - value(final - written(vector, "mlp_add", "ln2_post"))
+            torch.testing.assert_close(found[f"L{layer}N{neuron}"], lost, atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["paligemma", "paligemma2", "pi0"])
+def test_patches_behind_a_linear_projector_are_split_as_the_lens_reads_them(name):
+    model, _, cache = run(name, torch.float64, everything=True)
+    patches = model.tokens(cache.inputs)["vision"].select("patch")
+    lens = logit_lens(model, cache, "vision", sites="resid_post", targets=[7, 11]).values[-1].double()
+    wanted = lens[..., 0] - lens[..., 1]
+    for position, said in ((3, wanted[:, 3]), (patches, wanted.mean(1))):
+        found = direct_attribution(model, cache, (7, 11), "vision", position=position)
+        torch.testing.assert_close(found.values.sum(0), found.total, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(found.capped, said, atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="which of the vision tower's patches"):
+        direct_attribution(model, cache, (7, 11), "vision")
+
+
+def test_shares_of_a_capped_logit_add_up_before_the_cap_and_the_models_own_stands_beside():
+    model, out, cache = run("paligemma2", torch.float64)
+    cap = model.config.get_text_config().final_logit_softcapping
+    last = torch.as_tensor(model.tokens(cache.inputs)["language"].last())
+    said = out[torch.arange(2), last]
+    before = cap * torch.atanh(said / cap)
+    found = direct_attribution(model, cache, (7, 11))
+    torch.testing.assert_close(found.capped, said[:, 7] - said[:, 11], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found.total, before[:, 7] - before[:, 11], atol=1e-5, rtol=1e-5)
+    assert float((found.total - found.capped).abs().min()) > 1e-2
+    assert "before the soft cap" in found.highlights()["all terms"]
+    assert "before the soft cap" in found.plot().layout.title.text
+    assert "before the soft cap" in found.plot().layout.xaxis.title.text
+    plain = direct_attribution(*[run("vit")[i] for i in (0, 2)], (0, 1))
+    assert torch.equal(plain.total, plain.capped)
+    assert "soft cap" not in plain.highlights()["all terms"] + plain.plot().layout.title.text
+
+
+def test_the_columns_of_an_embedding_are_directions():
+    model, out, cache = run("clip-vision-projection", torch.float64)
+    found = direct_attribution(model, cache, 3)
+    torch.testing.assert_close(found.total, out[:, 3])
+    torch.testing.assert_close(found.values.sum(0), found.total)
 
 
 def test_layer_scale_and_sandwich_norms_reach_the_shares():
@@ -166,13 +277,38 @@ def test_clip_prompts_and_embeddings_are_directions():
 def test_the_bilinear_form_sums_to_the_score_of_every_pair(name, by):
     model, out, cache = run(name, torch.float64, everything=True)
     result = bilinear_attribution(model, cache, by=by)
-    torch.testing.assert_close(result.values.sum((0, 1)) + result.bias, out, atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(result.total, out, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(result.values.sum((0, 1)) + result.bias, out, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(result.total, out, atol=1e-11, rtol=1e-11)
     direct = direct_attribution(model, cache, (0, 1), "vision", by=by)
     terms = result.image_terms()
     named = [label for label in result.axes["image_term"] if label != "bias"]
     for index, label in enumerate(named):
         torch.testing.assert_close(terms[index, :, 0] - terms[index, :, 1], direct[label], atol=1e-9, rtol=1e-7)
+
+
+def test_the_first_things_shown_are_the_strongest():
+    model, _, cache = run("clip", everything=True)
+    pairs = bilinear_attribution(model, cache)
+    name, value = next(iter(pairs.highlights().items()))
+    image, text = name.split(" × ")
+    at = pairs.axes["image_term"].index(image), pairs.axes["text_term"].index(text), 0, 0
+    assert abs(float(pairs.values[at])) == float(pairs.values[:, :, 0, 0].abs().max())
+    assert float(value) == pytest.approx(float(pairs.values[at]), rel=1e-3)
+    for options in ({"image": 2}, {"text": 9}, {"image": -1}):
+        with pytest.raises(InputError, match="There is no"):
+            pairs.plot(**options)
+    model, _, cache = run("llava-clip-llama", everything=True)
+    sources = source_attribution(model, cache, (3, 4))
+    name, value = next(iter(sources.highlights().items()))
+    size = sources.values.abs().sum(-1).mean(-1)
+    layer, head = divmod(int(size.argmax()), size.shape[1])
+    assert name == f"L{layer}H{head}"
+    mine = sources.values[layer, head].double()
+    patches = model.tokens(cache.inputs)["language"].positions("patch")
+    wanted = (
+        f"{float(mine.sum(-1).mean()):+.4g}, {float(mine[:, patches].sum(-1).mean()):+.4g} of it from image patches"
+    )
+    assert value == wanted
 
 
 def test_prompts_take_the_place_of_the_runs_texts():
@@ -189,15 +325,6 @@ def test_prompts_take_the_place_of_the_runs_texts():
     assert result.axes["text"] == prompts
 
 
-def test_inputs_in_place_of_a_cache_give_the_same():
-    for name in ("dinov2", "pi0", "clip", "paligemma2"):
-        model, _, cache = run(name, everything=True)
-        tower = list(model.towers)[-1]
-        found = direct_attribution(model, cache.inputs, (0, 1), tower, by="neuron")
-        torch.testing.assert_close(found.values, direct_attribution(model, cache, (0, 1), tower, by="neuron").values)
-        source_attribution(model, cache.inputs, (0, 1), tower)
-
-
 @pytest.mark.parametrize(
     ("name", "direction", "options", "message"),
     [
@@ -210,6 +337,15 @@ def test_inputs_in_place_of_a_cache_give_the_same():
         ("siglip-vision", torch.randn(24), {}, "direction"),
         ("llava-clip-llama", ("red", "blue"), {"tower": "vision"}, "direction of the stream"),
         ("llava-clip-llama", ("red", "blue"), {"position": 999}, "outside"),
+        ("llava-clip-llama", ("red", "blue"), {"position": 1.5}, "whole number"),
+        ("llava-clip-llama", ("red", "blue"), {"position": True}, "whole number"),
+        ("llava-clip-llama", ("red", "blue"), {"position": [1, 2, 3]}, "one per row"),
+        ("llava-clip-llama", ("red", "blue"), {"position": slice(2)}, "whole number"),
+        ("llava-clip-llama", ({"red", "green"}, "blue"), {}, "one per example"),
+        ("llava-clip-llama", None, {}, "A direction is"),
+        ("llava-clip-llama", 1.5, {}, "A direction is"),
+        ("clip", torch.tensor(1.5), {}, "direction of the stream"),
+        ("llava-clip-llama", torch.ones(20), {"tower": "vision"}, "Say where"),
         ("llava-clip-llama", ("red", "blue"), {"position": "first"}, "position"),
         ("llava-clip-llama", "red blue", {}, "several|2 tokens"),
         ("llava-clip-llama", {"foil": "red"}, {}, "answer"),
@@ -221,15 +357,10 @@ def test_meaningless_requests_are_refused(name, direction, options, message):
         direct_attribution(model, cache, direction, **options)
 
 
-def test_a_cache_without_what_is_needed_says_so():
-    model, _, cache = run("vit")
-    _, small = model.run_with_cache(cache.inputs, names_filter="vision.blocks.*.hook_resid_post")
-    with pytest.raises(InputError, match=r"hook_input|hook_z"):
-        direct_attribution(model, small, (0, 1))
-    keep = [name for name in cache if "pattern" not in name]
-    without = cv.ActivationCache({name: cache[name] for name in keep}, model, cache.inputs)
-    with pytest.raises(InputError, match="hook_pattern"):
-        source_attribution(model, without, (0, 1))
+def test_a_direction_of_zeros_has_shares_of_zero():
+    model, _, cache = run("paligemma2", everything=True)
+    assert float(direct_attribution(model, cache, (3, 3), by="neuron").values.abs().max()) == 0.0
+    assert float(source_attribution(model, cache, (3, 3)).values.abs().max()) == 0.0
 
 
 def test_results_are_saved_and_list_their_strongest_terms(tmp_path):
@@ -242,12 +373,3 @@ def test_results_are_saved_and_list_their_strongest_terms(tmp_path):
     assert abs(top[0][1]) == pytest.approx(float(result.values.double().mean(-1).abs().max()))
     with pytest.raises(InputError, match="no term"):
         result["L99H0"]
-
-
-def test_works_on_caches_of_inference_mode_and_leaves_no_gradient():
-    model, _, cache = run("dinov2")
-    with torch.inference_mode():
-        _, made = model.run_with_cache(cache.inputs)
-        inside = direct_attribution(model, made, (0, 1))
-    torch.testing.assert_close(inside.values, direct_attribution(model, cache, (0, 1)).values)
-    assert all(p.grad is None for p in model.module.parameters())

@@ -70,6 +70,8 @@ def test_heads_write_pattern_times_stream_times_ov(case: Case):
                 close(moved, cache[f"{name}.attn.hook_result"][..., head, :], norm)
                 folded = ov_circuit(tower, layer, head, gain=True)
                 close((resid @ folded.AB) / scale, (x - base) @ plain.AB, norm)
+                scores = (resid @ qk_circuit(tower, layer, head, gain=True).AB @ resid.mT) / scale / scale.mT
+                close(scores, (x - base) @ qk_circuit(tower, layer, head).AB @ (x - base).mT, norm)
                 checked += 1
     assert checked
 
@@ -152,6 +154,15 @@ def test_singular_vectors_rebuild_the_matrix_and_have_one_sign():
     assert len(result.values) == tower.cfg.d_head
     torch.testing.assert_close(result.left * result.values @ result.right.T, circuit.AB)
     assert float(result.shares.sum()) == pytest.approx(1.0)
+    for side in (result.left, result.right):
+        torch.testing.assert_close(side.T @ side, torch.eye(tower.cfg.d_head, dtype=torch.float64))
+    torch.testing.assert_close(result.values, torch.linalg.svdvals(circuit.AB)[: tower.cfg.d_head])
+    dense = singular_vectors(circuit.AB, 3, project_into=outputs, read_with=outputs)
+    torch.testing.assert_close(dense.values, result.values[:3])
+    torch.testing.assert_close(dense.right, result.right[:, :3])
+    torch.testing.assert_close(dense.left, result.left[:, :3])
+    read = dense.left.T @ outputs.matrix
+    torch.testing.assert_close(dense.input_values, read.topk(10, dim=-1).values)
     logits = result.right.T @ outputs.matrix
     assert (logits.max(-1).values >= -logits.min(-1).values).all(), "the largest output is positive"
     torch.testing.assert_close(result.top_values, logits.topk(4, dim=-1).values)
@@ -189,6 +200,10 @@ def test_singular_vectors_refuse_what_they_cannot_read():
         singular_vectors(FactoredMatrix(torch.randn(3, 6, 2), torch.randn(3, 2, 6)))
     with pytest.raises(InputError, match="k ≥ 1"):
         singular_vectors(circuit, 0)
+    with pytest.raises(InputError, match="k ≥ 1"):
+        singular_vectors(circuit, 2.5)
+    with pytest.raises(InputError, match="one matrix"):
+        singular_vectors(None)
 
 
 # -- composition ------------------------------------------------------------------------------------------------------------------------------
@@ -285,6 +300,9 @@ def test_chosen_layers_and_heads_of_zeros():
     some = composition_scores(tower, "K", layers=[2, 0], baseline=False)
     assert some.axes["source_layer"] == [0, 2]
     torch.testing.assert_close(some.values[0, :, 1], whole.values[0, :, 2])
+    torch.testing.assert_close(
+        composition_scores(tower, "K", layers=[0, -1], baseline=False).values, some.values, equal_nan=True
+    )
     assert some.top(1)[0][0].startswith("L0")
     assert some.top(1)[0][1].startswith("L2")
     with torch.no_grad():
@@ -301,9 +319,10 @@ def test_chosen_layers_and_heads_of_zeros():
         (lambda tower: ov_circuit(tower, 3, 0), "no L3H0"),
         (lambda tower: qk_circuit(tower, 0, 4), "no L0H4"),
         (lambda tower: ov_circuit(tower, 0, -1), "no L0H-1"),
+        (lambda tower: ov_circuit(tower, 0.5, 1), "no L0.5H1"),
         (lambda tower: full_ov(tower, 0, 0), "no tokens"),
         (lambda tower: composition_scores(tower, "O"), "Q, K, V"),
-        (lambda tower: composition_scores(tower, layers=[5]), "layers 0 to 2"),
+        (lambda tower: composition_scores(tower, layers=[5]), "layers of 0 to 2"),
         (lambda tower: composition_scores(tower, draws=0), "at least 1"),
     ],
 )
@@ -333,14 +352,17 @@ def test_figures_say_which_heads_and_which_words(tmp_path):
     scores = CompositionScores.load(composition_scores(tower, "Q").save(tmp_path / "scores.npz"))
     figure = scores.plot()
     source, target, value = scores.top(1)[0]
-    assert figure.layout.title.text.startswith(f"{source} → {target} composes most through Q: {value:+.2f} above")
+    assert figure.layout.title.text.startswith("No pair stands out from random heads in Q-composition")
+    assert f"the first is {source} → {target}, {value:+.2f}" in figure.layout.title.text
+    scores.values[0, 1, 1, 2] = 0.5
+    assert scores.plot().layout.title.text.startswith("L0H1 → L1H2 composes most through Q: +0.50 above random heads")
     heads = tower.cfg.n_heads
     assert figure.data[0].z.shape == (2 * heads, 2 * heads)
     assert "two layers" in composition_scores(tower, layers=[1]).plot().layout.title.text
     assert "above random" not in composition_scores(tower, baseline=False).plot().layout.title.text
     outputs = unembedding_matrix(tower)
     vectors = singular_vectors(ov_circuit(tower, 1, 0), 3, project_into=outputs)
-    figure = vectors.plot(words=2)
+    figure = vectors.plot(count=2)
     assert vectors.outputs(0)[0][0].replace("<", "&lt;").replace(">", "&gt;") in figure.layout.title.text
     assert len(figure.layout.annotations) == 3
     assert "circuit" in singular_vectors(ov_circuit(tower, 1, 0), 2).plot().layout.title.text

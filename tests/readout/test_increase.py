@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import html
 import math
 
 import pytest
 import torch
 
+import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.readout.attribution.direct import direct_attribution
-from circuitvision.readout.attribution.increase import increase, log_prob_increase
+from circuitvision.readout.attribution.increase import SourceIncrease, increase, log_prob_increase
 from tests.readout.common import run
+from tests.zoo import case, shared_model
 
 
 def test_closed_forms():
@@ -102,9 +105,88 @@ def test_it_disagrees_with_direct_attribution_where_the_answer_is_said_already()
         ("clip", {}, "distribution"),
         ("llava-clip-llama", {"tower": "vision"}, "distribution"),
         ("llava-clip-llama", {"position": "mean"}, "one position"),
+        ("llava-clip-llama", {"pieces": "mean"}, "one column"),
+        ("llava-clip-llama", {"answer": (3, 4)}, "a pair"),
+        ("llava-clip-llama", {"answer": cv.metrics.logprob(3)}, "a metric"),
+        ("llava-clip-llama", {"answer": None}, "An answer is"),
+        ("llava-clip-llama", {"answer": 1.5}, "An answer is"),
+        ("llava-clip-llama", {"answer": {"answer": [3, 4], "foil": [4, 3]}}, "one answer"),
     ],
 )
 def test_meaningless_requests_are_refused(name, options, message):
     model, _, cache = run(name, everything=True)
     with pytest.raises(InputError, match=message):
-        log_prob_increase(model, cache, 1, **options)
+        log_prob_increase(model, cache, **{"answer": 1, **options})
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_scores_by_hand_from_the_models_own_modules(padding):
+    """No part of the library: hooks on a Llama of two prompts of different lengths, and the formula of the paper."""
+    entry, module = case("llava-clip-llama"), shared_model("llava-clip-llama")
+    model = cv.HookedModel(module, entry.processor())
+    inputs = entry.inputs(module, batch=2, padding=padding)
+    answer, layer, tower = 7, 1, module.model.language_model
+    block, kept = tower.layers[layer], {}
+
+    def keep(name, output=False):
+        def hook(module, args, *rest):
+            value = rest[0] if output else args[0]
+            kept[name] = (value[0] if isinstance(value, tuple) else value).detach().double()
+
+        return hook
+
+    handles = [
+        block.register_forward_pre_hook(keep("pre")),
+        block.self_attn.o_proj.register_forward_pre_hook(keep("z")),
+        block.self_attn.o_proj.register_forward_hook(keep("attn", output=True)),
+        block.mlp.down_proj.register_forward_pre_hook(keep("post")),
+        block.register_forward_hook(keep("final", output=True)),
+    ]
+    with torch.no_grad():
+        module(**inputs)
+    for handle in handles:
+        handle.remove()
+    rows, last = torch.arange(2), torch.stack([row.nonzero().max() for row in inputs["attention_mask"]])
+    pre, z, attn, post, final = (kept[name][rows, last] for name in ("pre", "z", "attn", "post", "final"))
+    scale = (final.pow(2).mean(-1, keepdim=True) + tower.norm.variance_epsilon).rsqrt()
+
+    def log_p(vector):
+        normed = vector * scale.view(2, *[1] * (vector.ndim - 2), 1) * tower.norm.weight.double()
+        return (normed @ module.lm_head.weight.double().T).log_softmax(-1)[..., answer]
+
+    n_heads = tower.config.num_attention_heads
+    w_o = block.self_attn.o_proj.weight.double().T.unflatten(0, (n_heads, -1))
+    heads = torch.einsum("bhd,hdm->bhm", z.unflatten(-1, (n_heads, -1)), w_o)
+    neurons = post[..., None] * block.mlp.down_proj.weight.double().T
+    mid = pre + attn
+    for by, x, vectors in (("head", pre, heads), ("neuron", mid, neurons)):
+        wanted = log_p(x[:, None] + vectors) - log_p(x[:, None])
+        found = log_prob_increase(model, inputs, answer, by=by, layers=[layer]).values[0].T.double()
+        torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-4)
+
+
+def test_sources_are_drawn_over_the_image_and_kept_with_their_words(tmp_path):
+    model, _, cache = run("llava-clip-llama", everything=True)
+    found = log_prob_increase(model, cache, 7, by="source")
+    again = SourceIncrease.load(found.save(tmp_path / "sources.npz"))
+    assert again.words == found.words
+    assert len(again.words[0]) == again.places.shape[1] == again.values.shape[-1]
+    figure = again.plot(row=1, heads=[(1, 2)])
+    grid = torch.as_tensor(figure.data[0].z)
+    tokens = model.tokens(cache.inputs)["language"]
+    patches = tokens.positions("patch")
+    wanted = found.values[1, 2, 1, patches]
+    torch.testing.assert_close(grid.flatten().float(), wanted.float())
+    strongest = found.values[1, 2, 1].abs().argmax()
+    source = "an image patch" if int(strongest) in patches else repr(found.words[1][strongest])
+    wanted = f"What L1H2 takes from {source} moves log p({found.answer}) by "
+    assert html.unescape(figure.layout.title.text).startswith(wanted)
+    mean = found.values.double().mean(2).flatten()
+    first = float(next(iter(found.highlights().values())))
+    assert first == pytest.approx(float(mean[mean.abs().argmax()]), rel=1e-3)
+    heads = log_prob_increase(model, cache, 7)
+    assert not isinstance(heads, SourceIncrease)
+    assert heads.answer == model.tokenizer.convert_ids_to_tokens(7)
+    assert heads.highlights()["answer"] == heads.answer
+    strongest = max(heads.to_frame().groupby(["layer", "head"])["value"].mean().items(), key=lambda pair: abs(pair[1]))
+    assert next(iter(heads.highlights())) == "L{}H{}".format(*strongest[0])

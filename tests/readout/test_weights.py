@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.model.tower import norm_spec
+from circuitvision.readout.weights.rows import action_bins, written_rows
 from circuitvision.readout.weights.unembedding import unembedding_matrix
-from circuitvision.readout.weights.value_vectors import ValueVectors, action_bins, value_vectors, written_rows
+from circuitvision.readout.weights.value_vectors import ValueVectors, value_vectors
 from tests.readout.planted import close, hooked, options_for, plant
 from tests.zoo import Case, parametrize, shared_model
 
@@ -159,6 +160,7 @@ def test_batches_targets_and_layers_agree_with_one_dense_product():
     chosen = value_vectors(tower, targets=[5, 3], layers=[1])
     torch.testing.assert_close(chosen.values[0], dense[1][:, [5, 3]])
     assert chosen.axes["layer"] == [1]
+    assert torch.equal(value_vectors(tower, targets=[5, 3], layers=[-1]).values, chosen.values)
     assert chosen.place(chosen.flat(1, 6)) == (1, 6)
     cosines = value_vectors(tower, targets=[5], measure="cosine").values[..., 0]
     rows = torch.stack([written_rows(tower, layer) for layer in range(2)])
@@ -184,6 +186,9 @@ def test_dead_vectors_have_no_cosine_and_do_not_win_a_ranking():
     assert result.values[0, 2].isnan().all()
     assert result.values[0, 3].isfinite().all()
     assert not bool((result.ids[0, 3] == 1).any())
+    lowest = value_vectors(model.vision, 2, measure="cosine", largest=False)
+    assert lowest.values[0, 3].isfinite().all()
+    assert not bool((lowest.ids[0, 3] == 1).any())
 
 
 def test_results_are_saved_and_framed(tmp_path):
@@ -221,8 +226,12 @@ def test_bfloat16_weights_are_read_in_float32_and_nothing_is_changed():
         ("vit", {"prompts": ["a"]}, "leave prompts out"),
         ("vit", {"part": "cls"}, "no parts"),
         ("dinov2", {"part": "register"}, "cls, patch"),
-        ("vit", {"layers": [3]}, "layers 0 to 2"),
-        ("vit", {"layers": []}, "layers 0 to 2"),
+        ("vit", {"layers": [3]}, "layers of 0 to 2"),
+        ("vit", {"layers": []}, "layers of 0 to 2"),
+        ("vit", {"layers": 1.0}, "give numbers"),
+        ("vit", {"layers": "all"}, "give numbers"),
+        ("vit", {"top_k": 2.5}, "whole number"),
+        ("vit", {"batch_size": 1.5}, "whole number"),
         ("vit", {"of": "neurons"}, "choose one of"),
         ("vit", {"measure": "length"}, "cosine"),
         ("vit", {"top_k": 0}, "at least 1"),
@@ -262,6 +271,34 @@ def test_action_bins_count_from_the_end_of_the_vocabulary():
     assert centres[1] - centres[0] == pytest.approx(2 / 255, abs=1e-6)
     assert centres[2] == centres[3] == pytest.approx(1 - 1 / 255)
     assert centres[4:].isnan().all()
+    other = action_bins(torch.tensor([9, 8, 5, 4]), 10, n_bins=5, low=0.0, high=8.0)
+    assert other[:3].tolist() == [1.0, 3.0, 7.0]
+    assert other[3].isnan()
+    for n_bins in (1, 11):
+        with pytest.raises(InputError, match="edges"):
+            action_bins(torch.tensor([3]), 10, n_bins=n_bins)
+
+
+def test_concepts_and_actions_are_read_off_the_neurons_of_a_policys_language_tower():
+    """The first step of steering by value vectors: neurons that speak for a group of words by flat index, and their share of action tokens."""
+    model = hooked("pi0")
+    tower = model.language
+    table = tower.W_U / tower.W_U.norm(dim=0)
+    fast, n_vocab = ["red", "green"], tower.W_U.shape[1]
+    words = [model.token(word) for word in fast]
+    plant(tower, 1, 4, 50 * table[:, words].sum(1))
+    plant(tower, 2, 9, 70 * table[:, words].sum(1))
+    action = n_vocab - 1
+    plant(tower, 0, 2, 60 * table[:, action])
+    result = value_vectors(tower, 10, measure="cosine")
+    found = result.search(fast, 2)
+    assert sorted(found["flat"]) == [tower.cfg.d_mlp + 4, 2 * tower.cfg.d_mlp + 9]
+    assert found["found"].tolist() == [2, 2]
+    moved = action_bins(result.ids, n_vocab, n_bins=16)
+    assert moved.shape == result.ids.shape
+    assert float(moved[0, 2, 0]) == pytest.approx(-1 + 1 / 15)
+    share = moved.isfinite().double().mean(-1)
+    torch.testing.assert_close(share, result.share(range(n_vocab - 16, n_vocab)).double())
 
 
 # -- figures -------------------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading
 from circuitvision.provenance import describe
+from circuitvision.readout.attribution.direct import attribution_tower, cached_for
 from circuitvision.readout.attribution.terms import Stream
 from circuitvision.readout.targets import output_kind, prompt_embeddings
 from circuitvision.results import Result
@@ -39,6 +40,17 @@ class BilinearAttribution(Result):
 
     total: Tensor = field(default_factory=lambda: torch.zeros(0))
     bias: float = 0.0
+
+    def highlights(self) -> dict[str, str]:
+        """The strongest pairs of terms of the first image with the first text."""
+        values = self.values[:, :, 0, 0].double()
+        found = {}
+        for flat in values.abs().nan_to_num(-1.0).flatten().argsort(descending=True)[:5].tolist():
+            image, text = divmod(flat, values.shape[1])
+            found[f"{self.axes['image_term'][image]} × {self.axes['text_term'][text]}"] = (
+                f"{float(values[image, text]):+.4g}"
+            )
+        return {**found, "score of image 0 with text 0": f"{float(self.total[0, 0]):+.4g}"}
 
     def image_terms(self) -> Float[Tensor, "image_term image text"]:
         """What each term of the image tower adds, summed over the text tower's."""
@@ -63,6 +75,7 @@ def bilinear_attribution(
     Raises:
         InputError: no dual encoder, a cache without what is needed, another ``by``.
     """
+    attribution_tower(model, None)
     kinds = [output_kind(tower) for tower in model.towers.values()]
     if kinds != ["texts", "images"]:
         raise InputError(f"A bilinear form needs two towers that are compared; a {model.family.name} model has none.")
@@ -72,6 +85,7 @@ def bilinear_attribution(
     if not isinstance(cache, ActivationCache):
         with torch.no_grad():
             cache = model.run_with_cache(cache)[1]
+    cache = cached_for(model, cache, model.vision, by)
     module: Any = model.module
     with torch.no_grad():
         image_terms, images = embedding_terms(model.vision, cache, by)

@@ -5,8 +5,18 @@ statistics of the final norm (and of an embedding's length, a pooling head's pat
 :mod:`circuitvision.readout.attribution.terms` for the terms and :mod:`circuitvision.readout.attribution.functional` for the direction. A
 term's direct effect is not its importance: what it does through later layers is left out, and terms cancel.
 
+A *direction* is what is explained:
+
+* an answer: a word, class, prompt of a dual encoder, number or action dimension; a list has one per example;
+* a pair ``(answer, foil)``, their difference; ``{"answer": …, "foil": …}`` and ``cv.metrics.logit_diff(…)`` say the same;
+* a tensor ``[d_model]``, or one per row: a direction of the stream itself, which goes through no norm; of a dual encoder ``[d_shared]``, an
+  embedding that it is compared with.
+
+Shares are linear in the direction: for the mean of several words take the mean of their results. PaliGemma 2 caps its logits: its shares add up
+to the logit before the cap, and the result holds what the model says beside it.
+
 The sum is exact to rounding: 1e-11 in float64 for towers whose norms compute in float64, 1e-6 where the model's own norms round to float32
-(Llama, Gemma), because there the model's own sum holds no better.
+(Llama, Gemma), and 1e-2 in bfloat16, because there the model's own sum holds no better.
 
 Sources: Elhage et al. 2021 (transformer circuits, direct logit attribution); Yu & Ananiadou 2024, arXiv 2411.10950 (source tokens of a head).
 """
@@ -18,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
@@ -42,18 +53,28 @@ def _none() -> Tensor:
 class Attribution(Result):
     """What each term adds to a direction: ``values [term row]`` in the direction's units (logits; a robot's own units for actions).
 
-    ``total`` ``[row]`` is the value explained; ``values.sum(0) == total``. The term ``bias`` holds the biases of norm and head.
+    ``total`` ``[row]`` is the value explained; ``values.sum(0) == total``. The term ``bias`` holds the biases of norm and head. Where the family
+    caps its logits (PaliGemma 2), ``total`` is the value before the cap, and ``capped`` ``[row]`` what the model says; elsewhere both are the same.
     """
 
     tower: str = ""
     direction: str = ""
     total: Tensor = field(default_factory=_none)
+    capped: Tensor = field(default_factory=_none)
     example: list[int] = field(default_factory=list)
 
     def highlights(self) -> dict[str, str]:
         """The strongest terms, and what all add up to."""
         strongest = {name: f"{value:+.4g}" for name, value in self.top(5)}
-        return {**strongest, "all terms": f"{float(self.total.double().mean()):+.4g} ({self.direction})"}
+        summed = f"{float(self.total.double().mean()):+.4g} ({self.direction})"
+        if self.is_capped:
+            summed += f" before the soft cap, {float(self.capped.double().mean()):+.4g} under it"
+        return {**strongest, "all terms": summed}
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether a soft cap stands between what the terms add up to and what the model says."""
+        return bool(self.capped.numel()) and not torch.equal(self.total, self.capped)
 
     def top(self, count: int = 10) -> list[tuple[str, float]]:
         """The terms with the largest mean share in size, with their signed means over rows."""
@@ -80,6 +101,20 @@ class SourceAttribution(Result):
     places: Tensor = field(default_factory=_none)
     words: list[list[str]] = field(default_factory=list)
 
+    def highlights(self) -> dict[str, str]:
+        """The heads that take most, and how much of it from image patches; mean over rows."""
+        values = self.values.double()
+        heads, size = values.sum(-1).mean(-1), values.abs().sum(-1).mean(-1)
+        patches = (values * (self.places[..., 2] >= 0)).sum(-1).mean(-1)
+        found = {}
+        for flat in size.nan_to_num(-1.0).flatten().argsort(descending=True)[:5].tolist():
+            layer, head = divmod(flat, heads.shape[1])
+            name = f"L{self.axes['layer'][layer]}H{head}"
+            found[name] = (
+                f"{float(heads[layer, head]):+.4g}, {float(patches[layer, head]):+.4g} of it from image patches"
+            )
+        return {**found, "direction": self.direction}
+
 
 def direct_attribution(
     model: HookedModel,
@@ -88,7 +123,7 @@ def direct_attribution(
     tower: str | None = None,
     *,
     by: str = "head",
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     position: Any = None,
     pieces: str | None = None,
     step: int | None = None,
@@ -98,13 +133,14 @@ def direct_attribution(
     Args:
         model: the hooked model.
         cache: a cache of one run with all sites, or the inputs of one.
-        direction: an answer (word, class, prompt, number, action dimension), a pair ``(answer, foil)``, ``{"answer": [one per example],
-        "foil": […]}``, ``cv.metrics.logit_diff(…)``, or a tensor ``[d_model]`` in the stream itself, which goes through no norm. tower: by
-        default the last tower with a head (the action tower, the language tower, the classifier). by: "component" (attention and MLP of every
-        layer), "head", or "neuron" (heads, and every neuron of ``layers``). layers: whose neurons are told apart; all by default. position:
-        where the output is read: "last" (default of text), a number, one per row, "mean", or a selection, whose mean is read; for actions the
-        step of the chunk. Read-outs that pool have no choice. pieces: for a word of several tokens, "first" or "mean". step: which pass of a
-        cache of several.
+        direction: what is explained, such as ``("red", "blue")`` (see the module).
+        tower: by default the last tower with a head (the action tower, the language tower, the classifier).
+        by: "component" (attention and MLP of every layer), "head", or "neuron" (heads, and every neuron of ``layers``).
+        layers: whose neurons are told apart; all by default.
+        position: where the output is read: "last" (default of text), a number, one per row, "mean", or a selection, whose mean is read; for
+            actions the step of the chunk. Read-outs that pool have no choice, patches of a vision tower behind a projector no default.
+        pieces: for a word of several tokens, "first" or "mean".
+        step: which pass of a cache of several.
 
     Raises:
         InputError: a direction or position that does not exist, a cache without what is needed.
@@ -126,15 +162,18 @@ def direct_attribution(
         tower=owner.name,
         direction=found.label,
         total=found.value.cpu(),
+        capped=found.capped.cpu(),
         example=_examples(model, owner, stream.cache, found.value.shape[0]),
     )
 
 
-def _shares(stream: Stream, found: Functional, by: str, layers: Sequence[int] | None) -> tuple[list[str], list[Tensor]]:
-    gradient = found.gradient
+def _shares(
+    stream: Stream, found: Functional, by: str, layers: int | Sequence[int] | None
+) -> tuple[list[str], list[Tensor]]:
+    stream, gradient = stream.reading(found.gradient)
 
     def share(vector: Tensor) -> Tensor:
-        return (vector.to(gradient.dtype) * gradient).flatten(1).sum(-1)
+        return (vector[:, stream.here].to(gradient.dtype) * gradient).flatten(1).sum(-1)
 
     shares = {name: share(part) for name, part in stream.input_parts().items()}
     count = stream.end
@@ -161,7 +200,7 @@ def source_attribution(
     direction: Any,
     tower: str | None = None,
     *,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     position: Any = None,
     pieces: str | None = None,
     step: int | None = None,
@@ -178,14 +217,9 @@ def source_attribution(
     stream = Stream(owner, cached_for(model, cache, owner, "source"), step=step)
     found = functional(model, owner, stream.cache, stream.final, direction, position=position, pieces=pieces)
     chosen = chosen_layers(layers, stream.end)
-    values = torch.stack([stream.source_shares(layer, found.gradient) for layer in chosen])
-    tokens = tokens_of(stream.cache, owner.name)
-    places, words = places_of(tokens), [tokens.labels(row) for row in range(tokens.n_rows)]
-    ahead = values.shape[-1] - tokens.n_positions
-    if ahead:
-        before = next(tokens_of(stream.cache, t.name) for t in owner.siblings.values() if t.spec.feeds_cache_only)
-        places = torch.cat([places_of(before), places], dim=1)
-        words = [before.labels(row) + words[row] for row in range(tokens.n_rows)]
+    there, gradient = stream.reading(found.gradient)
+    values = torch.stack([there.source_shares(layer, gradient) for layer in chosen])
+    places, words = sources_of(stream, values.shape[-1])
     return SourceAttribution(
         values=values.cpu(),
         axes={
@@ -206,8 +240,30 @@ def source_attribution(
     )
 
 
+def sources_of(stream: Stream, count: int) -> tuple[Int[Tensor, "row source 4"], list[list[str]]]:
+    """Places in the image and words of the ``count`` sources that a tower's attention reads: cached ones first."""
+    tokens = tokens_of(stream.cache, stream.tower.name)
+    places, words = places_of(tokens), [tokens.labels(row) for row in range(tokens.n_rows)]
+    feeder = next((t for t in stream.tower.siblings.values() if t.spec.feeds_cache_only), None)
+    more = count - tokens.n_positions
+    if more > 0 and feeder is not None:
+        before = tokens_of(stream.cache, feeder.name)
+        places = torch.cat([places_of(before), places], dim=1)
+        words = [before.labels(row) + words[row] for row in range(tokens.n_rows)]
+    elif more > 0:
+        places = torch.nn.functional.pad(places, (0, 0, 0, more), value=-1)
+        words = [row + [f"generated {number}" for number in range(1, more + 1)] for row in words]
+    return places, words
+
+
 def attribution_tower(model: HookedModel, tower: str | None) -> Tower:
-    """The tower named, or the last one whose head gives the output."""
+    """The tower named, or the last one whose head gives the output.
+
+    Raises:
+        InputError: no wrapped model, no such tower.
+    """
+    if not hasattr(model, "towers"):
+        raise InputError(f"Give a wrapped model, cv.HookedModel(module, processor), not a {type(model).__name__}.")
     if tower is None:
         towers = list(model.towers)
         tower = "vision" if "text" in towers else towers[-1]
@@ -219,8 +275,14 @@ def attribution_tower(model: HookedModel, tower: str | None) -> Tower:
 def cached_for(
     model: HookedModel, cache: ActivationCache | Mapping[str, Any], owner: Tower, by: str
 ) -> ActivationCache:
-    """The cache given, or that of a run of the inputs, recording what a split ``by`` needs."""
+    """The cache given, or that of a run of the inputs, recording what a split ``by`` needs.
+
+    Raises:
+        InputError: a cache of another model, whose activations would be read by the wrong weights.
+    """
     if isinstance(cache, ActivationCache):
+        if cache.model is not None and cache.model.module is not model.module:
+            raise InputError("The cache is of another model than the one given; record it with this model.")
         return cache
     parts = ["hook_attn_out", "hook_mlp_out", "hook_resid_*"]
     parts += ["attn.hook_z"] if by != "component" else []

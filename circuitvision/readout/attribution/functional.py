@@ -6,11 +6,15 @@ not an approximation, and holds whatever the family pools: one position, a mean,
 the stream contributes is its inner product with the gradient; the contributions and the constant (biases of norm and head) add up to the
 output.
 
+A vision tower behind a projector of one linear map (PaliGemma, PI0) is read as the lens reads it: what the patches at ``position`` say in the
+language tower's words, both norms held.
+
 Not covered: towers behind a projector of more than one layer (give a direction of the stream).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,8 +26,9 @@ from torch import Tensor
 from circuitvision import metrics
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.heads import Reading
+from circuitvision.model.heads import Reading, frozen_norm
 from circuitvision.model.selection import Selection
+from circuitvision.model.spec import require
 from circuitvision.readout.recorded import examples_of, tokens_of
 from circuitvision.readout.targets import (
     Targets,
@@ -35,6 +40,7 @@ from circuitvision.readout.targets import (
     resolve_targets,
     shared_width,
 )
+from circuitvision.readout.weights.unembedding import linear_projector
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -43,12 +49,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Functional:
-    """``value = Σ_pos gradient·resid + constant`` per row, and in words what it is."""
+    """``value = Σ_pos gradient·resid + constant`` per row, and in words what it is. ``capped`` is the value under the family's soft cap, if any."""
 
     gradient: Float[Tensor, "row pos d_model"]
     constant: Float[Tensor, " row"]
     value: Float[Tensor, " row"]
     label: str
+    capped: Float[Tensor, " row"]
 
 
 def functional(
@@ -68,42 +75,85 @@ def functional(
     """
     final = final.detach().to(torch.promote_types(final.dtype, torch.float32))
     direction = direction if isinstance(direction, metrics.Metric) else plain(direction)
-    kind = output_kind(tower)
-    given = isinstance(direction, Tensor)
-    if given and (kind not in ("texts", "images") or direction.shape[-1] != shared_width(tower)):
+    if isinstance(direction, Tensor) and not _is_embedding(tower, direction):
         return _stream_direction(tower, cache, final, direction, position)
-    answer, foil, label = (None, None, "embedding") if given else _answers(direction)
     position = _position_of(direction, position)
-    if kind in ("hidden", "embedding") or reader_of(tower) is not tower:
-        raise InputError(
-            f"The {tower.name} tower has no read-out that is affine in its stream; give a direction of the stream: a tensor "
-            f"[{tower.cfg.d_model}] or one per row."
-        )
-    named = direction if given else _named(_from_end(answer, tower), _from_end(foil, tower))
-    chosen = resolve_targets(model, tower, named, pieces=pieces)
-    if not isinstance(direction, metrics.Metric) and isinstance(named, list):
-        names = names_of(model, tower, [item for item in named if isinstance(item, int)])
-        label = " - ".join(names.get(str(item), str(item)) for item in named)
-    if given and len(chosen.labels) != 1:
-        raise InputError("A direction is one embedding, [d_shared].")
-    if chosen.how == "joint":
-        raise InputError("A joint probability is not linear in the logits; choose pieces='first' or 'mean'.")
+    _check_readable(tower, position)
+    chosen, label = _columns(model, tower, direction, pieces)
     rows, examples = examples_of(cache, tower.name, final.shape[0])
     chosen.check(examples)
-    if _pools(tower) and position is not None:
-        raise InputError(f"The {tower.name} tower's output is pooled by the model; leave position= out.")
     index = None if _pools(tower) else positions_read(tower, cache, position, final.shape[:2])
     # Inference tensors cannot be tracked; a copy made here can.
     with torch.inference_mode(False), torch.enable_grad(), tower.quiet():
         resid = final.clone().requires_grad_(True)
-        logits = _read(tower, cache, resid, chosen, index)
-        chosen.check_columns(logits.shape[-1])
-        values = chosen.read(logits.to(resid.dtype), rows.to(resid.device))[..., 0, :]
-        value = values[:, 0] - values[:, 1] if foil is not None else values[:, 0]
+        value = _value(chosen, rows, _read(tower, cache, resid, chosen, index))
         (gradient,) = torch.autograd.grad(value.sum(), resid)
     value = value.detach()
+    _warn_unless_finite(tower, value)
+    capped = value
+    reader = reader_of(tower).spec.readout
+    if reader is not None and reader.finish == "softcap":
+        with torch.no_grad(), tower.quiet():
+            capped = _value(chosen, rows, _read(tower, cache, final, chosen, index, capped=True))
     constant = value - (gradient * final).flatten(1).sum(-1)
-    return Functional(gradient, constant, value, label)
+    return Functional(gradient, constant, value, label, capped)
+
+
+def _is_embedding(tower: Tower, direction: Tensor) -> bool:
+    compares = output_kind(tower) in ("texts", "images")
+    return compares and direction.ndim > 0 and direction.shape[-1] == shared_width(tower)
+
+
+def _check_readable(tower: Tower, position: Any) -> None:
+    """Raises InputError where no position can be read, or none is given where the model does not choose one."""
+    behind = reader_of(tower) is not tower
+    if output_kind(tower) == "hidden" or (behind and linear_projector(tower) is None):
+        raise InputError(
+            f"The {tower.name} tower has no read-out that is affine in its stream; give a direction of the stream: a tensor "
+            f"[{tower.cfg.d_model}] or one per row."
+        )
+    if _pools(tower) and position is not None:
+        raise InputError(f"The {tower.name} tower's output is pooled by the model; leave position= out.")
+    if behind and position is None:
+        raise InputError(
+            f"Say which of the {tower.name} tower's patches speak: position= a number, or a selection (its mean is read)."
+        )
+
+
+def _columns(model: HookedModel, tower: Tower, direction: Any, pieces: str | None) -> tuple[Targets, str]:
+    """The columns of the read-out that a direction is made of, one or the two of a difference, and what it is called."""
+    if isinstance(direction, Tensor):
+        chosen = resolve_targets(model, tower, direction)
+        if len(chosen.labels) != 1:
+            raise InputError("A direction is one embedding, [d_shared].")
+        return chosen, "embedding"
+    answer, foil, label = _answers(direction)
+    named = _named(_from_end(answer, tower), _from_end(foil, tower))
+    chosen = resolve_targets(model, tower, named, pieces=pieces)
+    if chosen.how == "joint":
+        raise InputError("A joint probability is not linear in the logits; choose pieces='first' or 'mean'.")
+    if not isinstance(direction, metrics.Metric) and isinstance(named, list):
+        names = names_of(model, tower, [item for item in named if isinstance(item, int)])
+        label = " - ".join(names.get(str(item), str(item)) for item in named)
+    return chosen, label
+
+
+def _warn_unless_finite(tower: Tower, value: Tensor) -> None:
+    lost = int((~value.isfinite()).sum())
+    if lost:
+        warnings.warn(
+            f"What the {tower.name} tower says is not finite in {lost} of {len(value)} rows of this run, and so are the shares there. Eager "
+            "attention in float64 makes NaN of left padding: pad on the right, or use float32.",
+            stacklevel=4,
+        )
+
+
+def _value(chosen: Targets, rows: Tensor, logits: Float[Tensor, "row 1 n_out"]) -> Float[Tensor, " row"]:
+    """The answer's logit, or the difference of two, in float32 at least."""
+    chosen.check_columns(logits.shape[-1])
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    values = chosen.read(wide, rows.to(logits.device))[..., 0, :]
+    return values[:, 0] - values[:, 1] if values.shape[1] == 2 else values[:, 0]
 
 
 def _position_of(direction: Any, position: Any) -> Any:
@@ -138,20 +188,32 @@ def _pools(tower: Tower) -> bool:
 
 
 def _read(
-    tower: Tower, cache: ActivationCache, resid: Tensor, chosen: Targets, index: Tensor | None
+    tower: Tower, cache: ActivationCache, resid: Tensor, chosen: Targets, index: Tensor | None, capped: bool = False
 ) -> Float[Tensor, "row 1 n_out"]:
     """The frozen read-out: pooled, or the mean over the positions ``index`` (bool ``[row pos]``) of what each says."""
     dtype = next(tower.module.parameters()).dtype
-    options: dict[str, Any] = {"norm": "frozen", "against": chosen.against, "capped": False}
+    options: dict[str, Any] = {"norm": "frozen", "against": chosen.against, "capped": capped}
     if index is None:
         out = Reading(tower, cache, reference=resid.detach().to(dtype), **options).output(resid.to(dtype))
         return (out.T if output_kind(tower) == "images" and chosen.against is None else out)[:, None]
     there = index.any(0).nonzero().flatten()
     picked = resid[:, there].to(dtype)
+    if reader_of(tower) is not tower:
+        tower, picked = reader_of(tower), _projected(tower, picked)
     reading = Reading(tower, cache, reference=picked.detach(), **options)
     out = reading.positions(picked, 0, picked.detach())
-    share = index[:, there].to(out.dtype)
+    share = index[:, there].to(out)
     return torch.einsum("bp,bpk->bk", share / share.sum(-1, keepdim=True), out)[:, None]
+
+
+def _projected(tower: Tower, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_reader"]:
+    """What a projector of one linear map makes of patches, the norm before it held."""
+    normed = tower.spec.readout is not None and tower.spec.readout.normed and tower.final_norm is not None
+    if normed:
+        assert tower.final_norm is not None
+        resid = frozen_norm(tower.final_norm, resid, resid.detach())
+    projector = require(tower.module, tower.family.projector or "", "projector")
+    return projector(resid)
 
 
 def _answers(direction: Any) -> tuple[Any, Any, str]:
@@ -173,7 +235,11 @@ def _answers(direction: Any) -> tuple[Any, Any, str]:
         if len(direction) != 2:
             raise InputError(f"A pair is (answer, foil); this one has {len(direction)} entries.")
         return direction[0], direction[1], f"{direction[0]} - {direction[1]}"
-    return direction, None, str(direction)
+    if isinstance(direction, str | int | list):
+        return direction, None, str(direction)
+    raise InputError(
+        f"A direction is an answer, a pair (answer, foil), a mapping, a metric or a tensor, not {direction!r}."
+    )
 
 
 def _named(answer: Any, foil: Any) -> Any:
@@ -190,6 +256,10 @@ def _listed(answers: Any) -> list[Any]:
         raise InputError(
             "A direction as a tensor of numbers with a fraction is [d_model] (or an embedding); ids are whole numbers."
         )
+    if not isinstance(answers, list | tuple):
+        raise InputError(
+            f"An answer is a word, class, prompt or number, or a list with one per example, not {answers!r}."
+        )
     return list(answers)
 
 
@@ -201,7 +271,8 @@ def _stream_direction(
         raise InputError(
             f"A direction of the stream is [{tower.cfg.d_model}] or one per row ({final.shape[0]}), not {tuple(direction.shape)}."
         )
-    if position is None and tower.stack.image and tower.cfg.n_prefix == 0:
+    # A class token that the projector drops says nothing.
+    if position is None and tower.stack.image and (tower.cfg.n_prefix == 0 or tower.drops_cls):
         raise InputError("Say where the direction is read: position= a number, or a selection (its mean is read).")
     default = 0 if tower.stack.image else "last"
     index = positions_read(tower, cache, default if position is None else position, final.shape[:2])
@@ -209,7 +280,7 @@ def _stream_direction(
     direction = direction.detach().to(final).expand(final.shape[0], -1)
     gradient = share[..., None] * direction[:, None]
     value = (gradient * final).flatten(1).sum(-1)
-    return Functional(gradient, torch.zeros_like(value), value, "direction")
+    return Functional(gradient, torch.zeros_like(value), value, "direction", value)
 
 
 def positions_read(
@@ -238,12 +309,25 @@ def positions_read(
             return mask
         mask[torch.arange(rows), length - 1 - real.flip(1).int().argmax(1)] = True
         return mask
-    where = torch.as_tensor(position).expand(rows)
+    where = _numbers(position, rows)
     where = torch.where(where < 0, where + length, where + start)
     if bool(((where < start) | (where >= length)).any()):
         raise InputError(f"Position {position!r} is outside the {length - start} positions that are read here.")
     mask[torch.arange(rows), where] = True
     return mask
+
+
+def _numbers(position: Any, rows: int) -> Tensor:
+    """A position for every row, from one number or one per row."""
+    try:
+        where = torch.as_tensor(position)
+    except (TypeError, ValueError, RuntimeError):
+        where = torch.zeros(0)
+    if where.is_floating_point() or where.dtype == torch.bool or where.shape not in ((), (1,), (rows,)):
+        raise InputError(
+            f"Position {position!r} is none; give 'last', 'mean', a whole number, one per row ({rows} here), or a selection."
+        )
+    return where.cpu().expand(rows)
 
 
 def _selected(tower: Tower, position: Selection, rows: int, length: int) -> Tensor:

@@ -17,19 +17,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading
 from circuitvision.provenance import describe
-from circuitvision.readout.attribution.direct import attribution_tower, cached_for
+from circuitvision.readout.attribution.direct import attribution_tower, cached_for, sources_of
 from circuitvision.readout.attribution.functional import positions_read
 from circuitvision.readout.attribution.terms import Stream
-from circuitvision.readout.places import places_of
-from circuitvision.readout.recorded import chosen_layers, examples_of, tokens_of
-from circuitvision.readout.targets import Targets, output_kind, plain, reader_of, resolve_targets
+from circuitvision.readout.ranks import ranking
+from circuitvision.readout.recorded import chosen_layers, examples_of
+from circuitvision.readout.targets import Targets, names_of, output_kind, plain, reader_of, resolve_targets
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
@@ -43,14 +43,43 @@ _VECTORS = 4096
 
 @dataclass(frozen=True, eq=False)
 class LogProbIncrease(Result):
-    """``values`` in nats: ``[layer part row]`` (attn, mlp), ``[layer head row]``, ``[layer neuron row]`` or ``[layer head row position]``.
-
-    ``places`` lays source positions over the image.
-    """
+    """``values`` in nats: ``[layer part row]`` (attn, mlp), ``[layer head row]`` or ``[layer neuron row]``."""
 
     tower: str = ""
     answer: str = ""
+
+    def highlights(self) -> dict[str, str]:
+        """What moves the answer most, in nats, mean over rows."""
+        return {**ranking(self, by="size").highlights(), "answer": self.answer}
+
+
+@dataclass(frozen=True, eq=False)
+class SourceIncrease(LogProbIncrease):
+    """``values`` in nats, of what each head takes from each position: ``[layer head row position]``; they do not add up to the head's.
+
+    ``places`` are those of the positions in the image (-1 elsewhere), ``words`` their pieces.
+    """
+
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    words: list[list[str]] = field(default_factory=list)
+
+    @property
+    def direction(self) -> str:
+        """What the values are of."""
+        return f"log p({self.answer})"
+
+    def highlights(self) -> dict[str, str]:
+        """The sources that move the answer most, in nats, mean over rows."""
+        mean = self.values.double().mean(2)
+        order = mean.abs().nan_to_num(-1.0).flatten().argsort(descending=True)[:5].tolist()
+        found = {}
+        for flat in order:
+            layer, head, position = (int(i) for i in torch.unravel_index(torch.tensor(flat), mean.shape))
+            name = f"L{self.axes['layer'][layer]}H{head} from {position}" + f" ({self.words[0][position]})" * (
+                len(self.words) == 1
+            )
+            found[name] = f"{float(mean[layer, head, position]):+.4g}"
+        return {**found, "answer": self.answer}
 
 
 def log_prob_increase(
@@ -60,21 +89,23 @@ def log_prob_increase(
     tower: str | None = None,
     *,
     by: str = "head",
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     position: Any = None,
     pieces: str | None = None,
+    step: int | None = None,
 ) -> LogProbIncrease:
     """Score every attention, MLP, head, neuron, or source position of a head by what it alone does to the answer's log-probability.
 
     Args:
         model: the hooked model.
         cache: a cache of one run (with patterns for ``by="source"``), or the inputs of one.
-        answer: word, class or id, or ``{"answer": [one per example]}``.
+        answer: word, class or id, or a list with one per example.
         tower: a tower whose output is a distribution over tokens or classes read at one position.
         by: "component", "head", "neuron" or "source".
         layers: by default all.
         position: where the output is read; by default the last word, or the CLS position.
         pieces: "first" for a word of several tokens.
+        step: which pass of a cache of several.
 
     Raises:
         InputError: no such answer, a tower whose output is no distribution or pools over positions, another ``by``.
@@ -83,38 +114,40 @@ def log_prob_increase(
         raise InputError(f"Scores are by {', '.join(_KINDS)}, not by {by!r}.")
     owner = attribution_tower(model, tower)
     _check(owner)
-    if pieces not in (None, "first"):
-        raise InputError(
-            "The score is of one column of the output; for a word of several tokens choose pieces='first'."
-        )
     chosen = _answer(model, owner, answer, pieces)
-    stream = Stream(owner, cached_for(model, cache, owner, by))
-    final = stream.final
+    stream = Stream(owner, cached_for(model, cache, owner, by), step=step)
+    scorer = _Scorer(owner, stream, chosen, stream.final, _where(owner, stream, stream.final, position))
+    numbers = chosen_layers(layers, stream.end)
+    with torch.no_grad(), owner.quiet():
+        values = torch.stack([scorer.layer(layer, by) for layer in numbers])
+    inner = {"component": "part", "source": "head"}.get(by, by)
+    parts = ["attn", "mlp"] if by == "component" else list(range(values.shape[1]))
+    axes: dict[str, list[Any]] = {"layer": numbers, inner: parts, "row": list(range(values.shape[2]))}
+    method = f"log_prob_increase(tower={owner.name}, by={by}, answer={answer})"
+    provenance = describe(model, method=method, inputs=(stream.cache.inputs,))
+    named = _called(model, owner, chosen, answer)
+    if by != "source":
+        return LogProbIncrease(values.cpu(), axes, provenance, owner.name, named)
+    axes["position"] = list(range(values.shape[3]))
+    places, words = sources_of(stream, values.shape[3])
+    return SourceIncrease(values.cpu(), axes, provenance, owner.name, named, places, words)
+
+
+def _called(model: HookedModel, owner: Tower, chosen: Targets, answer: Any) -> str:
+    """The answer by name; a number by the word or class it stands for."""
+    if isinstance(answer, str):
+        return answer
+    number = int(chosen.ids[0, 0, 0])
+    return names_of(model, owner, [number])[str(number)] if chosen.ids.shape[1] == 1 else "each row's answer"
+
+
+def _where(owner: Tower, stream: Stream, final: Tensor, position: Any) -> Int[Tensor, " row"]:
+    """The one position of every row that is read."""
     default = 0 if owner.stack.image else "last"
     mask = positions_read(owner, stream.cache, default if position is None else position, final.shape[:2])
     if not bool((mask.sum(-1) == 1).all()):
         raise InputError("The score is taken at one position of each row.")
-    where = mask.int().argmax(-1).to(final.device)
-    scorer = _Scorer(owner, stream, chosen, final, where)
-    numbers = chosen_layers(layers, stream.end)
-    places = places_of(tokens_of(stream.cache, owner.name))
-    with torch.no_grad(), owner.quiet():
-        values = torch.stack([scorer.layer(layer, by) for layer in numbers])
-    names = {"component": ["part"], "head": ["head"], "neuron": ["neuron"], "source": ["head"]}[by]
-    labels: list[Any] = ["attn", "mlp"] if by == "component" else list(range(values.shape[1]))
-    last = {"position": list(range(values.shape[3]))} if by == "source" else {}
-    return LogProbIncrease(
-        values=values.cpu(),
-        axes={"layer": numbers, names[0]: labels, "row": list(range(values.shape[2])), **last},
-        provenance=describe(
-            model,
-            method=f"log_prob_increase(tower={owner.name}, by={by}, answer={answer})",
-            inputs=(stream.cache.inputs,),
-        ),
-        tower=owner.name,
-        answer=str(answer) if isinstance(answer, str | int) else "each row's answer",
-        places=places,
-    )
+    return mask.int().argmax(-1).to(final.device)
 
 
 def increase(
@@ -130,12 +163,20 @@ def _answer(model: HookedModel, owner: Tower, answer: Any, pieces: str | None) -
     """One answer for all examples, or one each.
 
     Raises:
-        InputError: several answers, or a tensor that is no whole number.
+        InputError: several answers, a tensor that is no whole number, a pair, a metric, another ``pieces``.
     """
-    answer = plain(answer)
-    if isinstance(answer, Tensor):
-        raise InputError("The score is of a word, class or id, not of a direction; use direct_attribution.")
-    named = {"answer": list(answer)} if isinstance(answer, list | tuple) else answer
+    if pieces not in (None, "first"):
+        raise InputError(
+            "The score is of one column of the output; for a word of several tokens choose pieces='first'."
+        )
+    answer = answer if callable(answer) else plain(answer)
+    if isinstance(answer, Tensor | tuple) or callable(answer):
+        raise InputError(
+            "The score is of one word, class or id (or a list, one per example), not of a direction, a pair or a metric; use direct_attribution."
+        )
+    if not isinstance(answer, str | int | list | Mapping):
+        raise InputError(f"An answer is a word, class or id, not {answer!r}.")
+    named = {"answer": answer} if isinstance(answer, list) else answer
     if isinstance(named, Mapping) and len(named) != 1:
         raise InputError("Give one answer: a word, class or id, or one per example.")
     return resolve_targets(model, owner, named, pieces=pieces)

@@ -39,6 +39,13 @@ class Stream:
     def __init__(self, tower: Tower, cache: ActivationCache, end: int | None = None, step: int | None = None) -> None:
         self.tower, self.cache, self.step = tower, cache, step
         self.end = max(tower.feature_layers) if end is None else end
+        self.here: Tensor | slice = slice(None)
+
+    def reading(self, gradient: Float[Tensor, "row pos d_model"]) -> tuple[Stream, Float[Tensor, "row here d_model"]]:
+        """This stream at the positions that a gradient reads, and the gradient there: what is read at one word costs as much as one word."""
+        found = Stream(self.tower, self.cache, self.end, self.step)
+        found.here = (gradient != 0).any(-1).any(0).nonzero().flatten()
+        return found, gradient[:, found.here]
 
     def site(self, name: str) -> Tensor:
         """A site of this tower (name without the tower) as ``[row …]``.
@@ -71,7 +78,8 @@ class Stream:
         positions = table.expand_as(whole).clone()
         rest = whole - patches - positions
         n_prefix = whole.shape[1] - embed.shape[1]
-        if float(rest[:, n_prefix:].abs().amax()) > 1e-5 * float(whole.abs().amax()):
+        rounding = max(1e-5, 4 * torch.finfo(whole.dtype).eps)
+        if float(rest[:, n_prefix:].abs().amax()) > rounding * float(whole.abs().amax()):
             return {"input": whole}
         # Rounding at the patches stays with them, so that the parts add up to the input.
         patches[:, n_prefix:] += rest[:, n_prefix:]
@@ -106,13 +114,13 @@ class Stream:
             (pulled,) = torch.autograd.grad(out, zero, gradient.clone())
         return pulled.detach(), (out.detach() * gradient).flatten(1).sum(-1)
 
-    def before(self, layer: int, branch: str) -> Float[Tensor, "row pos d_model"]:
-        """A branch's sum of shares and bias, before ``T``."""
+    def before(self, layer: int, branch: str, at: Any = None) -> Float[Tensor, "... d_model"]:
+        """A branch's sum of shares and bias, before ``T``, at the positions read or at ``at``, an index into rows and positions."""
         block = self.tower.blocks[layer]
-        if branch == "attn":
-            inner, part = self.site(f"blocks.{layer}.attn.hook_z").flatten(-2), "o"
-        else:
-            inner, part = self.site(f"blocks.{layer}.mlp.hook_post"), "mlp_out"
+        site, part = ("attn.hook_z", "o") if branch == "attn" else ("mlp.hook_post", "mlp_out")
+        value = self.site(f"blocks.{layer}.{site}")
+        value = value[:, self.here] if at is None else value[at]
+        inner = value.flatten(-2) if branch == "attn" else value
         weight, bias = linear(block.part(part), inner.dtype, inner.device)
         out = inner @ weight.detach()
         return out if bias is None else out + bias.detach()
@@ -125,7 +133,7 @@ class Stream:
             block = self.tower.blocks[layer]
             if not block.has("attn_add"):
                 return result
-            reference = self.before(layer, "attn").unsqueeze(-2)
+            reference = self.before(layer, "attn", (slice(None),)).unsqueeze(-2)
             offset = self.through(layer, "attn", torch.zeros_like(reference), reference)
             return self.through(layer, "attn", result, reference) - offset
 
@@ -145,12 +153,12 @@ class Stream:
                 yield f"L{layer}.attn.bias", out - results.sum(2)
             yield f"L{layer}.mlp", self.site(f"blocks.{layer}.hook_mlp_out")
 
-    # -- scalar shares -----------------------------------------------------------------------------------------------------------------------
+    # -- scalar shares, of a gradient at the positions read ---------------------------------------------------------------------------------------
 
     def head_shares(self, layer: int, gradient: Tensor) -> tuple[Float[Tensor, "head row"], Float[Tensor, " row"]]:
-        """``g·T(z_h W_O^h)`` of every head, summed over positions, and the share of the output bias."""
+        """``g·T(z_h W_O^h)`` of every head, summed over the positions read, and the share of the output bias."""
         pulled, constant = self.adjoint(layer, "attn", gradient)
-        z = self.site(f"blocks.{layer}.attn.hook_z").to(gradient.dtype)
+        z = self.site(f"blocks.{layer}.attn.hook_z")[:, self.here].to(gradient.dtype)
         w_o, bias = self._output(self.tower.blocks[layer], gradient)
         # In two steps: all three at once would hold every head's vector at every position.
         per_head = torch.einsum("bphd,bphd->hb", z, torch.einsum("bpm,hdm->bphd", pulled, w_o))
@@ -162,10 +170,10 @@ class Stream:
     ) -> Float[Tensor, "head row source"]:
         """``g_i·T(A_ij v_j W_O^h)`` of every head and source ``j``, summed over queries ``i``: the head's share, split by where it looked."""
         pulled, _ = self.adjoint(layer, "attn", gradient)
-        pattern = self.site(f"blocks.{layer}.attn.hook_pattern").to(gradient.dtype)
+        pattern = self.site(f"blocks.{layer}.attn.hook_pattern")[:, :, self.here].to(gradient.dtype)
         w_o, _ = self._output(self.tower.blocks[layer], gradient)
-        values = self._all_values(layer, pattern.shape[-1]).to(gradient.dtype)
-        values = values.repeat_interleave(self.tower.cfg.n_heads // values.shape[2], dim=2)
+        pattern, values = self._all_values(layer, pattern)
+        values = values.to(gradient.dtype).repeat_interleave(self.tower.cfg.n_heads // values.shape[2], dim=2)
         chosen = list(range(w_o.shape[0])) if heads is None else list(heads)
         wanted = torch.einsum("bpm,hdm->bphd", pulled, w_o[chosen])
         worth = torch.einsum("bkhd,bphd->bhpk", values[:, :, chosen], wanted)
@@ -174,7 +182,7 @@ class Stream:
     def source_vectors(self, layer: int, rows: Tensor, where: Tensor) -> Float[Tensor, "head source row d_model"]:
         """``T(A_ij v_j W_O^h)`` at one query ``i`` of every row: what each head takes from each source and writes there."""
         pattern = self.site(f"blocks.{layer}.attn.hook_pattern")[rows, :, where]
-        values = self._all_values(layer, pattern.shape[-1])
+        pattern, values = self._all_values(layer, pattern)
         w_o, _ = self._output(self.tower.blocks[layer], pattern)
         values = values.repeat_interleave(w_o.shape[0] // values.shape[2], dim=2)
         reference = self._reference(layer, "attn", rows, where)
@@ -207,7 +215,7 @@ class Stream:
     def _reference(self, layer: int, branch: str, rows: Tensor, where: Tensor) -> Tensor | None:
         """What the norm of a branch takes its denominator from, at one position of every row; None without one."""
         has = self.tower.blocks[layer].has(f"{branch}_add")
-        return self.before(layer, branch)[rows, where] if has else None
+        return self.before(layer, branch, (rows, where)) if has else None
 
     def _written(self, layer: int, branch: str, value: Tensor, reference: Tensor | None) -> Tensor:
         if reference is None:
@@ -215,22 +223,36 @@ class Stream:
         offset = self.through(layer, branch, torch.zeros_like(reference), reference)
         return self.through(layer, branch, value, reference.expand_as(value)) - offset
 
-    def _all_values(self, layer: int, keys: int) -> Tensor:
-        """The values of every key: cached ones, where another tower filled the cache, then the tower's own."""
-        own = self.site(f"blocks.{layer}.attn.hook_v")
+    def _all_values(
+        self, layer: int, pattern: Float[Tensor, "row ... key"]
+    ) -> tuple[Float[Tensor, "row ... source"], Float[Tensor, "row source kv_head d_head"]]:
+        """The values of every source (those in the key-value cache, then the pass's own), and the pattern over as many.
+
+        The cache was filled by another tower's prefix, or by earlier passes of this one. Sources that a sliding window has left behind get nothing.
+        """
+        name, keys = f"blocks.{layer}.attn.hook_v", pattern.shape[-1]
+        own = self.site(name)
         if own.shape[1] == keys:
-            return own
-        before = next((t for t in self.tower.siblings.values() if t.spec.feeds_cache_only), None)
-        if before is None:
-            raise InputError(f"Attention reads {keys} keys, but the cache holds the values of {own.shape[1]} only.")
-        # The prefix ran once, whichever denoising step is looked at.
-        prefix = Stream(before, self.cache, step=0).site(f"blocks.{layer}.attn.hook_v")
-        return torch.cat([prefix, own], dim=1)
+            return pattern, own
+        feeder = next((t for t in self.tower.siblings.values() if t.spec.feeds_cache_only), None)
+        if feeder is not None:
+            # The prefix ran once, whichever denoising step is looked at.
+            earlier = [Stream(feeder, self.cache, step=0).site(name)]
+        else:
+            passes = self.cache[f"{self.tower.name}.{name}"]
+            number = 0 if self.step is None else self.step % len(passes)
+            earlier = [Stream(self.tower, self.cache, step=index).site(name) for index in range(number)]
+        values = torch.cat([*earlier, own], dim=1)
+        if values.shape[1] < keys:
+            raise InputError(
+                f"Attention reads {keys} keys, but the cache holds the values of {values.shape[1]} only; record the passes before this one as well."
+            )
+        return torch.nn.functional.pad(pattern, (values.shape[1] - keys, 0)), values
 
     def neuron_shares(self, layer: int, gradient: Tensor) -> tuple[Float[Tensor, "neuron row"], Float[Tensor, " row"]]:
-        """``post_i g·T(W_out[i])`` of every neuron, summed over positions, and the share of the MLP's bias."""
+        """``post_i g·T(W_out[i])`` of every neuron, summed over the positions read, and the share of the MLP's bias."""
         pulled, constant = self.adjoint(layer, "mlp", gradient)
-        post = self.site(f"blocks.{layer}.mlp.hook_post").to(gradient.dtype)
+        post = self.site(f"blocks.{layer}.mlp.hook_post")[:, self.here].to(gradient.dtype)
         weight, bias = linear(self.tower.blocks[layer].part("mlp_out"), gradient.dtype, gradient.device)
         wanted = pulled @ weight.detach().to(gradient.dtype).T
         shares = torch.einsum("bpf,bpf->fb", post, wanted)

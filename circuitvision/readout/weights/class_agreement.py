@@ -25,8 +25,9 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.progress import track
 from circuitvision.provenance import describe
+from circuitvision.readout.recorded import chosen_layers
+from circuitvision.readout.weights.rows import projections, written_rows
 from circuitvision.readout.weights.unembedding import Unembedding, model_of, unembedding_matrix
-from circuitvision.readout.weights.value_vectors import layers_of, projections, written_rows
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def agreement(
     tower: Tower,
     *,
     of: str = "mlp",
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     targets: Sequence[int | str] | None = None,
     unembedding: Unembedding | None = None,
     draws: int = 20,
@@ -105,7 +106,7 @@ def agreement(
     model = model_of(tower)
     if of not in ("mlp", "ov") or draws < 1:
         raise InputError(f"of={of!r} must be 'mlp' or 'ov', and draws={draws} at least 1.")
-    numbers = layers_of(tower, layers)
+    numbers = chosen_layers(layers, tower.cfg.n_layers)
     outputs = unembedding or unembedding_matrix(tower, gain=False)
     columns = list(range(outputs.matrix.shape[1])) if targets is None else outputs.find(targets)
     weight = outputs.matrix[:, columns]

@@ -34,8 +34,9 @@ from torch import Tensor, nn
 from circuitvision.errors import InputError
 from circuitvision.progress import track
 from circuitvision.provenance import describe
+from circuitvision.readout.recorded import chosen_layers
+from circuitvision.readout.weights.rows import as_written
 from circuitvision.readout.weights.unembedding import Unembedding, before_norm, model_of, unembedding_matrix, wide
-from circuitvision.readout.weights.value_vectors import as_written
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def full_ov(
 
 
 def singular_vectors(
-    factored: FactoredMatrix,
+    factored: FactoredMatrix | Float[Tensor, "d_in d_out"],
     k: int = 5,
     *,
     project_into: Unembedding | Tensor | None = None,
@@ -173,7 +174,7 @@ def singular_vectors(
     """The ``k`` strongest directions of a circuit: what it listens for (left), what it says (right), and how loudly.
 
     Args:
-        factored: a matrix without leading dimensions, such as :func:`ov_circuit` returns.
+        factored: a matrix without leading dimensions, such as :func:`ov_circuit` returns, or a dense one.
         k: how many directions.
         project_into: the unembedding that right singular vectors are read with, ``[d_model n_out]``.
         read_with: the same for left singular vectors.
@@ -182,11 +183,12 @@ def singular_vectors(
     Raises:
         InputError: leading dimensions, ``k`` or ``top_k`` below 1, an unembedding of the wrong width.
     """
-    if factored.ndim != 2 or k < 1 or top_k < 1:
+    whole = isinstance(k, int) and isinstance(top_k, int)
+    if getattr(factored, "ndim", 0) != 2 or not whole or k < 1 or top_k < 1:
         raise InputError(
-            f"singular_vectors takes one matrix (this has shape {tuple(factored.shape)}), k ≥ 1 and top_k ≥ 1."
+            f"singular_vectors takes one matrix (this has shape {tuple(getattr(factored, 'shape', ()))}), k ≥ 1 and top_k ≥ 1."
         )
-    left, values, right = (part.detach() for part in factored.svd())
+    left, values, right = (part.detach() for part in _svd(factored))
     total = float(values.double().square().sum())
     left, values, right = left[:, :k], values[:k], right[:, :k]
     out = _matrix(project_into, right, "project_into")
@@ -212,11 +214,19 @@ def singular_vectors(
     )
 
 
+def _svd(matrix: FactoredMatrix | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``U``, ``S`` and ``V`` (not its transpose) of a factored or dense matrix."""
+    if not isinstance(matrix, Tensor):
+        return matrix.svd()
+    left, values, right = torch.linalg.svd(wide(matrix), full_matrices=False)
+    return left, values, right.mT
+
+
 def composition_scores(
     tower: Tower,
     kind: str = "V",
     *,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     gain: bool = True,
     baseline: bool = True,
     draws: int = 16,
@@ -229,7 +239,7 @@ def composition_scores(
     Args:
         tower: the tower.
         kind: what the later head reads with: ``"Q"``, ``"K"`` or ``"V"``.
-        layers: only these layers, in ascending order.
+        layers: only these layers; the result has them in ascending order.
         gain: include the linear part of the norm the later head reads through; LayerScale of the earlier one always is.
         baseline: subtract the mean of ``draws`` Gaussian matrices of the same shapes, drawn with ``seed``.
 
@@ -240,9 +250,7 @@ def composition_scores(
         raise InputError(f"kind={kind!r} must be one of {', '.join(_KINDS)}, and draws={draws} at least 1.")
     model = model_of(tower)
     cfg = tower.cfg
-    numbers = list(range(cfg.n_layers)) if layers is None else sorted({int(layer) for layer in layers})
-    if not numbers or not 0 <= numbers[0] <= numbers[-1] < cfg.n_layers:
-        raise InputError(f"layers={numbers}: the {tower.name} tower has layers 0 to {cfg.n_layers - 1}.")
+    numbers = sorted(set(chosen_layers(layers, tower.cfg.n_layers)))
     values = torch.full((len(numbers), cfg.n_heads, len(numbers), cfg.n_heads), torch.nan)
     sources: list[Tensor] = []
     for column, layer in enumerate(track(numbers, f"{kind}-composition")):
@@ -344,7 +352,8 @@ def _score_scale(tower: Tower, layer: int) -> float:
 
 def _check_head(tower: Tower, layer: int, head: int) -> None:
     cfg = tower.cfg
-    if not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
+    whole = isinstance(layer, int) and isinstance(head, int)
+    if not whole or not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
         raise InputError(
             f"The {tower.name} tower has {cfg.n_layers} layers of {cfg.n_heads} heads; there is no L{layer}H{head}."
         )

@@ -19,28 +19,28 @@ unembedding given holds it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.cache import ActivationCache
 from circuitvision.model.tokens import TokenMap
 from circuitvision.progress import track
 from circuitvision.provenance import describe
 from circuitvision.readout.places import places_of
-from circuitvision.readout.recorded import recorded, tokens_of
+from circuitvision.readout.recorded import chosen_layers, recorded, tokens_of
+from circuitvision.readout.weights.rows import at_once, projections, written_rows
 from circuitvision.readout.weights.unembedding import Unembedding, model_of, unembedding_matrix
-from circuitvision.readout.weights.value_vectors import at_once, layers_of, projections, written_rows
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from circuitvision.model.cache import ActivationCache
     from circuitvision.model.tower import Tower
 
 _SITES = {"mlp": ("mlp.hook_post", "hook_mlp_out"), "ov": ("attn.hook_z", "hook_attn_out")}
@@ -78,12 +78,12 @@ class TokenAgreement(Result):
 
 
 def key_value_agreement(
-    cache: ActivationCache,
+    cache: ActivationCache | Mapping[str, Any],
     tower: Tower,
     labels: Sequence[int | str] | Tensor,
     *,
     of: str = "mlp",
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     targets: Sequence[int | str] | None = None,
     unembedding: Unembedding | None = None,
     n_keys: int = 5,
@@ -93,7 +93,7 @@ def key_value_agreement(
     """Whether a token's most active keys belong to value vectors of its true class: 1 or 0 per token and layer, with chance (see the module).
 
     Args:
-        cache: a run that holds ``mlp.hook_post`` (heads: ``attn.hook_z``) of the layers.
+        cache: a cache that holds ``mlp.hook_post`` (heads: ``attn.hook_z``) of the layers, or the inputs of a run.
         tower: the tower that is read.
         labels: the true class of every example, ids or names.
         of: neurons of the ``"mlp"``, or channels of the heads, ``"ov"``.
@@ -109,7 +109,7 @@ def key_value_agreement(
     """
     if n_values < 1:
         raise InputError(f"n_values={n_values} must be at least 1.")
-    run = _Run(cache, tower, of, _token_map(cache, tower), step)
+    run = _run(cache, tower, of, step)
     numbers, weight, columns, outputs = _prepare(run, layers, targets, unembedding, n_keys)
     true = _true_classes(labels, run.tokens, outputs, columns)
     values, chance = [], []
@@ -129,11 +129,11 @@ def key_value_agreement(
 
 
 def compositionality(
-    cache: ActivationCache,
+    cache: ActivationCache | Mapping[str, Any],
     tower: Tower,
     *,
     of: str = "mlp",
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     targets: Sequence[int | str] | None = None,
     unembedding: Unembedding | None = None,
     n_keys: int = 5,
@@ -142,13 +142,14 @@ def compositionality(
     """The share of a token's most active value vectors whose own top class is that of the layer's output there, with chance (see the module).
 
     Args:
-        cache: a run that holds ``mlp.hook_post`` and ``hook_mlp_out`` (heads: ``attn.hook_z`` and ``hook_attn_out``) of the layers.
+        cache: a cache that holds ``mlp.hook_post`` and ``hook_mlp_out`` (heads: ``attn.hook_z`` and ``hook_attn_out``) of the layers, or the
+            inputs of a run.
         tower, of, layers, targets, unembedding, n_keys, step: as in :func:`key_value_agreement`.
 
     Raises:
         InputError: sites that the cache lacks, ``n_keys`` below 1, a pass of other positions.
     """
-    run = _Run(cache, tower, of, _token_map(cache, tower), step)
+    run = _run(cache, tower, of, step)
     numbers, weight, columns, outputs = _prepare(run, layers, targets, unembedding, n_keys)
     values, chance = [], []
     for layer in track(numbers, "compositionality"):
@@ -190,28 +191,36 @@ class _Run:
         return (value if self.of == "mlp" else value.flatten(-2)).cpu()
 
 
-def _token_map(cache: ActivationCache, tower: Tower) -> TokenMap:
-    """The token map of the tower that is read; InputError for a cache of another model, or of unknown inputs."""
-    if cache.model not in (None, model_of(tower)):
+def _run(cache: ActivationCache | Mapping[str, Any], tower: Tower, of: str, step: int | None) -> _Run:
+    """The pass of a cache, or a run of the inputs; InputError for a cache of another model, or of unknown inputs."""
+    model = model_of(tower)
+    if of not in _SITES:
+        raise InputError(f"of={of!r} must be 'mlp' or 'ov'.")
+    if not isinstance(cache, Mapping):
+        raise InputError(f"Give a cache of a run, or the inputs of one, not a {type(cache).__name__}.")
+    if not isinstance(cache, ActivationCache):
+        with torch.no_grad():
+            cache = model.run_with_cache(cache, [f"{tower.name}.blocks.*.{site}" for site in _SITES[of]])[1]
+    if cache.model is not None and cache.model.module is not model.module:
         raise InputError("The cache is of another model than the tower; give the tower of the model that was run.")
-    return tokens_of(cache, tower.name)
+    return _Run(cache, tower, of, tokens_of(cache, tower.name), step)
 
 
 def _prepare(
     run: _Run,
-    layers: Sequence[int] | None,
+    layers: int | Sequence[int] | None,
     targets: Sequence[int | str] | None,
     unembedding: Unembedding | None,
     n_keys: int,
 ) -> tuple[list[int], Tensor, list[int], Unembedding]:
     """Layers, class directions and their columns, after everything that can be wrong was checked."""
-    if run.of not in _SITES or n_keys < 1:
-        raise InputError(f"of={run.of!r} must be 'mlp' or 'ov', and n_keys={n_keys} at least 1.")
+    if n_keys < 1:
+        raise InputError(f"n_keys={n_keys} must be at least 1.")
     outputs = unembedding or unembedding_matrix(run.tower, gain=False)
     # All columns are taken as they are: the matrix of a large vocabulary must not be copied.
     columns = list(range(outputs.matrix.shape[1])) if targets is None else outputs.find(targets)
     weight = outputs.matrix if targets is None else outputs.matrix[:, columns]
-    return layers_of(run.tower, layers), weight, columns, outputs
+    return chosen_layers(layers, run.tower.cfg.n_layers), weight, columns, outputs
 
 
 def _hits(

@@ -186,9 +186,9 @@ def _linear(module: Any) -> Tensor:
 
 
 def _projected(tower: Tower, gain: bool) -> Tensor:
-    projector = require(tower.module, tower.family.projector or "", "projector")
-    maps = _maps(projector)
-    if len(maps) != 1 or not hasattr(maps[0], "in_features"):
+    found = linear_projector(tower)
+    if found is None:
+        projector = require(tower.module, tower.family.projector or "", "projector")
         raise InputError(
             f"The {tower.name} tower is read through {type(projector).__name__}, which is not linear; give a matrix= "
             f"[{tower.cfg.d_model}, n_out] of your own, or read activations with the logit lens."
@@ -197,7 +197,13 @@ def _projected(tower: Tower, gain: bool) -> Tensor:
     if reader is None:
         raise InputError(f"No language tower reads the {tower.name} tower; give a matrix= of your own.")
     inner = unembedding_matrix(reader, gain=gain).matrix
-    return wide(_linear(maps[0])).to(inner) @ inner
+    return wide(_linear(found)).to(inner) @ inner
+
+
+def linear_projector(tower: Tower) -> nn.Module | None:
+    """The one linear map that a vision tower's projector is made of, if it is made of one."""
+    maps = _maps(require(tower.module, tower.family.projector or "", "projector"))
+    return maps[0] if len(maps) == 1 and hasattr(maps[0], "in_features") else None
 
 
 def _maps(module: nn.Module) -> list[nn.Module]:

@@ -25,26 +25,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.progress import track
 from circuitvision.provenance import describe
-from circuitvision.readout.weights.unembedding import (
-    Prompts,
-    Unembedding,
-    column_number,
-    model_of,
-    through_norm,
-    unembedding_matrix,
-    wide,
-)
+from circuitvision.readout.recorded import chosen_layers
+from circuitvision.readout.weights.rows import is_normed, projections, written_rows
+from circuitvision.readout.weights.unembedding import Prompts, Unembedding, column_number, model_of, unembedding_matrix
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
@@ -53,8 +47,6 @@ if TYPE_CHECKING:
     from circuitvision.model.tower import Tower
 
 _ROWS = {"mlp": ("neuron",), "ov": ("head", "channel"), "ov_circuit": ("head", "coordinate")}
-_CHUNK = 2**24
-"""Numbers that a batch of projections may hold: 64 MiB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +183,7 @@ def value_vectors(
     tower: Tower,
     top_k: int = 10,
     *,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     of: str = "mlp",
     gain: bool = False,
     targets: Sequence[int | str] | None = None,
@@ -223,71 +215,44 @@ def value_vectors(
     Raises:
         InputError: no such layer, kind of row, measure, output or linear read-out; top_k or batch_size below 1.
     """
-    model = model_of(tower)
+    model_of(tower)
     _check(of, measure, top_k, batch_size)
-    numbers = layers_of(tower, layers)
+    numbers = chosen_layers(layers, tower.cfg.n_layers)
     outputs = outputs_of(tower, gain, prompts, matrix, part)
     chosen = None if targets is None else outputs.find(targets)
+    best = _Best(outputs.matrix, chosen, top_k, largest, measure, batch_size)
+    found = [best.of(written_rows(tower, layer, of)) for layer in track(numbers, "value vectors")]
+    values, ids = (torch.stack(part) for part in zip(*found, strict=True))
+    return _result(tower, of, numbers, outputs, best, values, ids)
+
+
+def _result(
+    tower: Tower, of: str, numbers: list[int], outputs: Unembedding, best: _Best, values: Tensor, ids: Tensor
+) -> ValueVectors:
     sizes = _row_axes(tower, of)
-    shape = (len(numbers), *(len(labels) for labels in sizes.values()))
-    values, ids = [], []
-    for layer in track(numbers, "value vectors"):
-        rows = written_rows(tower, layer, of)
-        best = _best_outputs(rows, outputs.matrix, chosen, top_k, largest, measure, batch_size)
-        values.append(best[0])
-        ids.append(best[1])
-    kept = torch.stack(values).reshape(*shape, -1)
-    kept_ids = torch.tensor(chosen) if chosen is not None else torch.stack(ids).reshape(*shape, -1)
-    names = {str(column): outputs.label(column) for column in kept_ids.unique().tolist()}
-    last: dict[str, list[Any]] = {"rank": list(range(1, kept.shape[-1] + 1))}
-    if chosen is not None:
-        last = {"target": [names[str(column)] for column in chosen]}
-    kind = f"of={of}, gain={outputs.gain}, measure={measure}" + (f", part={outputs.part}" if outputs.part else "")
+    shape = [len(numbers), *(len(labels) for labels in sizes.values())]
+    values, ids = values.reshape(*shape, -1), ids.reshape(*shape, -1)
+    ids = ids if best.chosen is None else torch.tensor(best.chosen)
+    names = {str(column): outputs.label(column) for column in ids.unique().tolist()}
+    last: dict[str, list[Any]] = {"rank": list(range(1, values.shape[-1] + 1))}
+    if best.chosen is not None:
+        last = {"target": [names[str(column)] for column in best.chosen]}
+    kind = f"of={of}, gain={outputs.gain}, measure={best.measure}" + (f", part={outputs.part}" if outputs.part else "")
     return ValueVectors(
-        values=kept,
+        values=values,
         axes={"layer": numbers, **sizes, **last},
-        provenance=describe(model, method=f"value_vectors(tower={tower.name}, {kind})"),
-        ids=kept_ids,
+        provenance=describe(model_of(tower), method=f"value_vectors(tower={tower.name}, {kind})"),
+        ids=ids,
         labels=names,
         tower=tower.name,
         of=of,
-        measure=measure,
-        largest=largest,
+        measure=best.measure,
+        largest=best.largest,
         gain=outputs.gain,
         part=outputs.part,
         normed=is_normed(tower, of),
         per_layer=math.prod(shape[1:]),
     )
-
-
-def written_rows(tower: Tower, layer: int, of: str = "mlp") -> Float[Tensor, "row d_model"]:
-    """The value vectors of one layer as they are written to the stream (see the module), in float32 at least; heads one after another."""
-    block = tower.blocks[layer]
-    with torch.no_grad(), tower.quiet():
-        if of == "mlp":
-            rows = block.W_out
-        elif of == "ov":
-            rows = block.W_O.flatten(0, 1)
-        else:
-            values = wide(block.W_V).repeat_interleave(tower.cfg.n_heads // tower.cfg.n_kv_heads, dim=0)
-            rows = (values @ wide(block.W_O)).flatten(0, 1)
-        return as_written(tower, layer, "mlp_add" if of == "mlp" else "attn_add", wide(rows.detach()))
-
-
-def as_written(tower: Tower, layer: int, add: str, rows: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-    """Rows of an output projection through what follows it: LayerScale, or the linear part of a sandwich norm."""
-    block = tower.blocks[layer]
-    if not block.has(add):
-        return rows
-    module: Any = block.part(add)
-    scale = getattr(module, "lambda1", None)
-    return through_norm(module, rows) if scale is None else rows * wide(scale.detach()).to(rows)
-
-
-def is_normed(tower: Tower, of: str) -> bool:
-    """Whether a norm stands between these rows and the stream, so that their length there depends on the input."""
-    block, add = tower.blocks[0], "mlp_add" if of == "mlp" else "attn_add"
-    return block.has(add) and not hasattr(block.part(add), "lambda1")
 
 
 def outputs_of(
@@ -299,72 +264,31 @@ def outputs_of(
     return unembedding_matrix(tower, gain=gain, prompts=prompts, matrix=matrix, part=part)
 
 
-def projections(
-    rows: Float[Tensor, "row d_model"],
-    weight: Float[Tensor, "d_model n_out"],
-    measure: str = "logit",
-    batch_size: int | None = None,
-) -> Iterator[Float[Tensor, "batch n_out"]]:
-    """``rows @ weight`` in batches; for ``measure="cosine"`` of unit rows and columns, NaN where one of them is zero."""
-    step = batch_size or at_once(weight.shape[1])
-    norms = weight.norm(dim=0) if measure == "cosine" else None
-    for chunk in rows.split(step):
-        chunk = chunk.to(weight)
-        logits = chunk @ weight
-        yield logits if norms is None else logits / (chunk.norm(dim=-1, keepdim=True) * norms)
+@dataclass(frozen=True)
+class _Best:
+    """Which outputs of a row are kept: the ``chosen`` ones, or the ``top_k`` best."""
 
+    matrix: Tensor
+    chosen: list[int] | None
+    top_k: int
+    largest: bool
+    measure: str
+    batch_size: int | None
 
-def at_once(width: int) -> int:
-    """How many rows (or columns) of ``width`` numbers a product may hold."""
-    return max(1, _CHUNK // max(width, 1))
-
-
-def layers_of(tower: Tower, layers: Sequence[int] | None) -> list[int]:
-    """The layers asked for, all by default; raises InputError for one that is not there."""
-    count = tower.cfg.n_layers
-    numbers = list(range(count)) if layers is None else [int(layer) for layer in layers]
-    if not numbers or any(not 0 <= layer < count for layer in numbers):
-        raise InputError(f"layers={numbers}: the {tower.name} tower has layers 0 to {count - 1}.")
-    return numbers
-
-
-def action_bins(
-    ids: Int[Tensor, "*batch token"], n_vocab: int, *, n_bins: int = 256, low: float = -1.0, high: float = 1.0
-) -> Float[Tensor, "*batch token"]:
-    """The action that a token of a discretising policy stands for; NaN for tokens that are no action.
-
-    The last ``n_bins`` ids of the vocabulary (padding rows not counted) are the edges of ``linspace(low, high, n_bins)``, counted from the
-    end: id ``t`` is bin ``n_vocab - t - 1``, clipped to the last of the ``n_bins - 1`` centres. Convention of OpenVLA (Kim et al. 2024, arXiv
-    2406.09246).
-    """
-    edges = torch.linspace(low, high, n_bins, dtype=torch.float64)
-    centres = (edges[1:] + edges[:-1]) / 2
-    number = n_vocab - ids.cpu() - 1
-    action = centres[number.clamp(0, n_bins - 2)].float()
-    return torch.where((number >= 0) & (number < n_bins), action, torch.nan)
-
-
-def _best_outputs(
-    rows: Tensor,
-    matrix: Tensor,
-    chosen: list[int] | None,
-    top_k: int,
-    largest: bool,
-    measure: str,
-    batch_size: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Of every row, the values of the ``chosen`` outputs, or the ``top_k`` best values and whose they are."""
-    weight = matrix if chosen is None else matrix[:, chosen]
-    values, ids = [], []
-    for logits in projections(rows, weight, measure, batch_size):
-        if chosen is None:
-            # A zero vector has no cosine: its NaNs must not win a ranking.
-            sortable = logits.nan_to_num(nan=-torch.inf if largest else torch.inf)
-            order = sortable.topk(min(top_k, weight.shape[1]), dim=-1, largest=largest).indices
-            logits = logits.gather(-1, order)
+    def of(self, rows: Float[Tensor, "row d_model"]) -> tuple[Tensor, Tensor]:
+        """Values ``[row rank]`` and whose they are (of chosen outputs, which are known: as many zeros)."""
+        weight = self.matrix if self.chosen is None else self.matrix[:, self.chosen]
+        values, ids = [], []
+        for logits in projections(rows, weight, self.measure, self.batch_size):
+            order = torch.zeros_like(logits, dtype=torch.long)
+            if self.chosen is None:
+                # A zero vector has no cosine: its NaNs must not win a ranking.
+                sortable = logits.nan_to_num(nan=-torch.inf if self.largest else torch.inf)
+                order = sortable.topk(min(self.top_k, weight.shape[1]), dim=-1, largest=self.largest).indices
+                logits = logits.gather(-1, order)
+            values.append(logits.cpu())
             ids.append(order.cpu())
-        values.append(logits.cpu())
-    return torch.cat(values), torch.cat(ids) if ids else torch.zeros(0, dtype=torch.long)
+        return torch.cat(values), torch.cat(ids)
 
 
 def _row_axes(tower: Tower, of: str) -> dict[str, list[int]]:
@@ -378,5 +302,6 @@ def _check(of: str, measure: str, top_k: int, batch_size: int | None) -> None:
         raise InputError(f"of={of!r}: choose one of {', '.join(_ROWS)}.")
     if measure not in ("logit", "cosine"):
         raise InputError(f"measure={measure!r}: choose 'logit' or 'cosine'.")
-    if top_k < 1 or (batch_size is not None and batch_size < 1):
-        raise InputError(f"top_k={top_k} and batch_size={batch_size} must be at least 1.")
+    for name, number in (("top_k", top_k), ("batch_size", 1 if batch_size is None else batch_size)):
+        if not isinstance(number, int) or number < 1:
+            raise InputError(f"{name}={number!r} must be a whole number of at least 1.")
