@@ -15,7 +15,8 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.plots import patches, style
-from circuitvision.plots.attention_overlay import contrast, escaped, heads_panel, overlay, percent, rollout, sequential
+from circuitvision.plots.attention_overlay import contrast, overlay, rollout
+from circuitvision.plots.attention_parts import escaped, head_labels, heads_panel, percent, sequential
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -31,7 +32,7 @@ _OF_KIND = {"patch": "#d9480f", "text": "#2f6fdb", "cls": "#2b8a3e", "register":
 _MOST_PANELS = 6
 
 
-def summary(result: AttentionSummary, title: str | None = None, span: str | None = None) -> go.Figure:
+def summary(result: AttentionSummary, *, span: str | None = None, title: str | None = None) -> go.Figure:
     """Heat maps of layers × heads, one per span (or of one ``span``), averaged over rows; entropies and peaks have one.
 
     Shares are coloured from 0 to 1, entropies up to that of uniform attention.
@@ -45,8 +46,8 @@ def summary(result: AttentionSummary, title: str | None = None, span: str | None
         subplot_titles=list(map(escaped, names)) if len(names) > 1 else None,
         horizontal_spacing=0.05,
     )
-    entropy = result.measure == "entropy"
-    top = float(torch.nan_to_num(uniform, nan=0.0).max()) if entropy else 1.0
+    nats = result.measure == "entropy"
+    top = float(torch.nan_to_num(uniform, nan=0.0).max()) if nats else 1.0
     for column in range(len(names)):
         heads_panel(
             figure,
@@ -54,15 +55,18 @@ def summary(result: AttentionSummary, title: str | None = None, span: str | None
             result.axes,
             column + 1,
             top,
-            as_share=not entropy,
+            as_share=not nats,
             unread=result.unread,
             first=column == 0,
             panels=len(names),
         )
+        axis = str(column + 1) if column else ""
+        for label in head_labels(values[..., column], top, axis, as_share=not nats, panels=len(names)):
+            figure.add_annotation(**label)
     heading = title or _finding(result, values, uniform, names)
     style.layout(figure, heading, _height(values.shape[0]), margin={"l": 60, "r": 20, "t": 96, "b": 50})
-    bar: dict[str, Any] = {"thickness": 14, "outlinewidth": 0, "title": "nats" if entropy else "share"}
-    if not entropy:
+    bar: dict[str, Any] = {"thickness": 14, "outlinewidth": 0, "title": "nats" if nats else "share"}
+    if not nats:
         bar["tickformat"] = ".0%"
     scale = {"colorscale": sequential(), "cmin": 0, "cmax": max(top, 1e-9), "colorbar": bar}
     figure.update_layout(coloraxis=scale)
@@ -90,6 +94,12 @@ def _finding(result: AttentionSummary, values: Tensor, uniform: Tensor, names: l
         return (
             f"{_head(result, layer, head)} has the narrowest attention<br><span style='font-size:12px'>spread over "
             f"{_plain(keys)} keys (exp of its entropy), of {_plain(alike)} it can look at</span>"
+        )
+    if result.measure == "relative entropy":
+        layer, head = divmod(int(values[..., 0].nan_to_num(math.inf).argmin()), values.shape[1])
+        return (
+            f"{_head(result, layer, head)} has the narrowest attention<br><span style='font-size:12px'>its entropy is "
+            f"{percent(values[layer, head, 0].item())} of what looking at all visible keys alike has; {_rows(result)}</span>"
         )
     above = (values - uniform[:, None]).nan_to_num(-math.inf)
     flat = int(above.argmax())
@@ -127,7 +137,7 @@ def _height(layers: int) -> int:
     return 180 + min(max(44 * layers, 110), 560)
 
 
-def spans(result: AttentionSummary, title: str | None = None) -> go.Figure:
+def spans(result: AttentionSummary, *, title: str | None = None) -> go.Figure:
     """Stacked bars: of each layer the share of attention that each span gets, averaged over heads and rows, and uniform attention below.
 
     What no span covers is "other". Raises InputError for a result without spans, and for spans that overlap.
@@ -184,7 +194,7 @@ def spans(result: AttentionSummary, title: str | None = None) -> go.Figure:
     return figure
 
 
-def distance(result: DistanceProfile, title: str | None = None) -> go.Figure:
+def distance(result: DistanceProfile, *, title: str | None = None) -> go.Figure:
     """Left: share of attention by distance, a line per head, coloured by layer, and beside it the keys that are no patches. Right: the mean distance
     of every head. Dashed: uniform attention."""
     from plotly.subplots import make_subplots
@@ -277,7 +287,7 @@ def _distance_finding(result: DistanceProfile, means: Tensor, alike: Tensor) -> 
     )
 
 
-def offsets(result: PositionPattern, title: str | None = None, count: int = 6) -> go.Figure:
+def offsets(result: PositionPattern, *, count: int = 6, title: str | None = None) -> go.Figure:
     """Mean attention by offset from the query patch (the marked centre), of the ``count`` heads whose attention the offset explains best.
 
     Every panel has its own colours, from 0 to the head's largest mean.

@@ -6,8 +6,9 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from circuitvision.errors import InputError
 from circuitvision.plots import style
-from circuitvision.plots.relevance import names_of
+from circuitvision.plots.relevance import names_of, together
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -20,15 +21,24 @@ COLORS = (style.FOR, style.AGAINST, "#2b8a3e", "#9c36b5", "#b07d00", "#0b8a8f")
 
 
 def curve(
-    result: Curve | Sequence[Curve], beside: Sequence[Curve] = (), *, title: str | None = None, reverse: bool = True
+    result: Curve | Sequence[Curve],
+    *,
+    reverse: bool = True,
+    beside: Curve | Sequence[Curve] = (),
+    title: str | None = None,
 ) -> go.Figure:
     """The metric as places are removed or brought back, averaged over examples; random orders as a band (5 to 95 % of them).
 
     ``reverse`` draws the reverse order too, where there is a single result. The band is the first result's.
+
+    Raises:
+        InputError: curves of both kinds, or something that is none.
     """
     import plotly.graph_objects as go
 
-    curves = [*(result if isinstance(result, Sequence) else [result]), *beside]
+    curves = together(result, beside, "Curve")
+    if len({one.kind for one in curves}) > 1:
+        raise InputError("Deletion and insertion go opposite ways: draw them in two figures.")
     lead = curves[0]
     shares = lead.axes["share"]
     figure = go.Figure()
@@ -67,12 +77,15 @@ def curve(
 
 
 def pointing(
-    result: PointingGame | Sequence[PointingGame], beside: Sequence[PointingGame] = (), *, title: str | None = None
+    result: PointingGame | Sequence[PointingGame],
+    *,
+    beside: PointingGame | Sequence[PointingGame] = (),
+    title: str | None = None,
 ) -> go.Figure:
     """How often each map's maximum lies on the object, with its 95 % interval, beside chance."""
     import plotly.graph_objects as go
 
-    games = [*(result if isinstance(result, Sequence) else [result]), *beside]
+    games = together(result, beside, "PointingGame")
     names = names_of(games)
     rates, ends = [game.rate for game in games], [game.interval for game in games]
     figure = go.Figure()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Box = tuple[float, float, float, float]
-_LONGEST_WORD = 7
+_LONGEST_WORD = 8
 _USUAL_WIDTH, _LETTER_WIDTH = 860, 0.7
 """Pixels of a figure on an ordinary page, and the width of a letter as a share of its size."""
 

@@ -7,6 +7,7 @@ largest absolute value, written below it: compare where they are strong, not how
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from circuitvision.plots import patches, style
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.readout.relevance.gradients import Relevance
+    from circuitvision.readout.relevance.result import Relevance
 
 PixelBox = tuple[float, float, float, float]
 _PANEL = 210
@@ -29,37 +30,37 @@ _PANEL = 210
 
 def relevance(
     result: Relevance | Sequence[Relevance],
-    beside: Sequence[Relevance] = (),
     *,
-    row: int | Sequence[int] = 0,
     picture: Any = None,
-    box: Any = None,
+    row: int | Sequence[int] = 0,
     image: int | None = None,
     tile: int | None = None,
-    overlay: bool = True,
+    box: Any = None,
+    beside: Relevance | Sequence[Relevance] = (),
     title: str | None = None,
 ) -> go.Figure:
     """Maps over the patches (or pixels) of one row or several, a column per result; words as bars below.
 
     Args:
         result, beside: the results shown.
+        picture: the picture ``[height width 3]`` of levels 0 … 255 (one per row), shown first and laid under the maps.
         row: the row of the tower, or several, one below the other.
-        picture: the picture ``[height width 3]`` of levels 0 … 255 (one per row), shown first.
-        box: the object's box (left, top, right, bottom) in pixels of the picture or as shares of it (one per row), drawn over every panel.
         image, tile: which image and tile of the row.
-        overlay: lay maps over the picture; else they stand alone.
+        box: the object's box (left, top, right, bottom) in pixels of the picture or as shares of it (one per row), drawn over every panel.
 
     Raises:
-        InputError: another number of pictures or boxes than of rows, a box without a picture.
+        InputError: another number of pictures or boxes than of rows, a box in pixels without a picture, no such row, something that is no
+        relevance of the same rows.
     """
-    results = [*(result if isinstance(result, Sequence) else [result]), *beside]
+    results = together(result, beside, "Relevance")
     rows = [row] if isinstance(row, int) else list(row)
     pictures, boxes = (
         _per_row(picture, rows, isinstance(row, int), "picture"),
         _per_row(box, rows, isinstance(row, int), "box"),
     )
-    if any(one is not None for one in boxes) and any(one is None for one in pictures):
-        raise InputError("A box is in pixels of the picture: give the picture as well.")
+    for one, line in itertools.product(results, rows):
+        if line not in one.axes["row"]:
+            raise InputError(f"There is no row {line!r}; there are {one.axes['row']}.")
     if not any(_patches(one, rows[0]) for one in results):
         return _words_alone(results, rows[0], title)
     figure, first, with_words = _panels(results, rows, pictures[0] is not None)
@@ -69,7 +70,7 @@ def relevance(
             patches.add_picture(figure, one, number)
             patches.mark(figure, shares, one.shape[0], one.shape[1], number, 1, "#ffffff")
         for column, found in enumerate(results, start=first):
-            _add_map(figure, found, line, (image, tile), one if overlay else None, shares, number, column)
+            _add_map(figure, found, line, (image, tile), one, shares, number, column)
             if with_words:
                 _add_words(figure, found, line, len(rows) + 1, column)
     lead = _finding(results, rows, pictures, boxes, (image, tile)) if title is None else title
@@ -242,9 +243,10 @@ def _finding(
 
 
 def _peaks_inside(grid: Tensor, box: patches.Box) -> bool:
-    down, across = divmod(int(grid.nan_to_num(-math.inf).argmax()), grid.shape[1])
+    """Whether a cell with the largest value touches the box; of several that share it (a region removed whole), one is enough."""
+    peaks = (grid == grid.nan_to_num(-math.inf).max()).nonzero().tolist()
     left, top, right, bottom = (edge * size for edge, size in zip(box, (grid.shape[1], grid.shape[0]) * 2, strict=True))
-    return left < across + 1 and across < right and top < down + 1 and down < bottom
+    return any(left < across + 1 and across < right and top < down + 1 and down < bottom for down, across in peaks)
 
 
 def _legend(results: Sequence[Relevance]) -> str:
@@ -270,6 +272,16 @@ def _short(method: str) -> str:
     """The method without its settings, with a capital letter."""
     name = _escape(method.partition(" (")[0])
     return name[:1].upper() + name[1:]
+
+
+def together(result: Any, beside: Any, kind: str) -> list[Any]:
+    """The results that one figure compares; InputError if one is of another kind."""
+    parts = [[*one] if isinstance(one, Sequence) else [one] for one in (result, beside)]
+    found = [*parts[0], *parts[1]]
+    for one in found:
+        if kind not in {cls.__name__ for cls in type(one).__mro__}:
+            raise InputError(f"This figure compares results of the kind {kind}; {type(one).__name__} is none.")
+    return found
 
 
 def names_of(results: Sequence[Any]) -> list[str]:

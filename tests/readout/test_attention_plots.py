@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from circuitvision.errors import InputError
-from circuitvision.plots import attention, patches, style
+from circuitvision.plots import attention, attention_overlay, patches, style
 from circuitvision.readout import (
     AttentionContrast,
     AttentionSummary,
@@ -152,7 +152,7 @@ def planted_maps():
 
 
 def test_the_overlay_opens_at_the_head_that_looks_most_at_the_box():
-    figure = planted_maps().plot(picture=np.zeros((64, 96, 3), dtype=np.uint8), box=(16, 8, 24, 16))
+    figure = planted_maps().plot(picture=np.zeros((64, 96, 3), dtype=np.uint8), box=(48, 16, 72, 32))
     shown, heads = heat_maps(figure)
     assert shown[1, 2] == 1.0
     assert heads.shape == (2, 3)
@@ -244,12 +244,106 @@ def test_a_box_lies_in_the_image_that_is_shown():
 def test_the_overlay_takes_a_pass_by_its_number():
     values = random_shares(2, 1, 2, 1, 16)
     maps = dataclasses.replace(made(values), axes={**made(values).axes, "step": [1, 2]})
-    for step, place in ((None, 0), (1, 0), (2, 1)):
+    for step, place in ((1, 0), (2, 1)):
         figure = maps.plot(step=step)
+        assert len(figure.layout.sliders) == 1
         opened = int(values[place, 0, :, 0].sum(-1).argmax())
         np.testing.assert_allclose(heat_maps(figure)[0].flatten(), values[place, 0, opened, 0])
     with pytest.raises(InputError, match="no step 0"):
         maps.plot(step=0)
+
+
+def moved(figure, slider: int, place: int):
+    """The figure after its slider was moved, as a browser does it."""
+    data, layout, *traces = figure.layout.sliders[slider].steps[place].args
+    for at, number in enumerate(traces[0] if traces else range(len(figure.data))):
+        figure.data[number].update({name: values[at] for name, values in data.items()})
+    for name, value in layout.items():
+        if name.startswith("shapes["):
+            figure.layout.shapes[int(name[7])].update({name.split(".")[1]: value})
+        elif name == "title.text":
+            figure.layout.title.text = value
+        else:
+            figure.update_layout({name: value})
+    return figure
+
+
+def seen(figure) -> list[np.ndarray]:
+    return [np.asarray(one.z, dtype=float) for one in figure.data if one.type == "heatmap" and one.visible is not False]
+
+
+@pytest.mark.parametrize("picture", [None, np.full((64, 64, 3), 9, dtype=np.uint8)])
+def test_two_sliders_choose_head_and_step_in_any_order(picture):
+    values = 5 * torch.rand(3, 2, 2, 1, 18, generator=torch.Generator().manual_seed(0))
+    values = values.softmax(-1)
+    maps = dataclasses.replace(made(values, prefix=2), axes={**made(values).axes, "step": [0, 4, 5]})
+    values = values[..., 2:]
+    strength = values[:, :, :, 0].sum(-1)
+    for moves in ([(0, 1), (1, 2)], [(1, 2), (0, 1)], [(1, 1), (0, 3), (1, 0), (0, 1), (1, 2)]):
+        figure = maps.plot(picture=picture)
+        assert [step.label for step in figure.layout.sliders[1].steps] == ["step 0", "step 4", "step 5"]
+        shown, heads = seen(figure)
+        np.testing.assert_allclose(heads, strength[0], rtol=1e-5)
+        for slider, place in moves:
+            moved(figure, slider, place)
+        shown, heads = seen(figure)
+        # The slider's second entry is layer 0, head 1; its step is the last one.
+        np.testing.assert_allclose(shown.flatten(), values[2, 0, 1, 0], rtol=1e-5)
+        np.testing.assert_allclose(heads, strength[2], rtol=1e-5)
+        (map_shown,) = [
+            one for one in figure.data if one.type == "heatmap" and one.visible and one.xaxis in ("x", None)
+        ]
+        assert map_shown.zmax == pytest.approx(float(values[2, 0, 1, 0].max()))
+        labels = [label.text for label in figure.layout.annotations if label.xref == "x2"]
+        assert labels == [style.signed_percent(share) for share in strength[2].flatten().tolist()]
+        assert (figure.layout.shapes[-1].x0, figure.layout.shapes[-1].y0) == (0.5, -0.5)
+        low, high = strength[:, 0, 1].min(), strength[:, 0, 1].max()
+        assert f"head 1 gives {low:.0%} to {high:.0%} of its attention" in figure.layout.title.text
+    assert "over 3 steps" in figure.layout.title.text
+
+
+def test_pages_of_many_steps_hold_fewer_heads(monkeypatch):
+    monkeypatch.setattr(attention_overlay, "_MOST_NUMBERS", 100)
+    for steps, kept in ((2, 3), (3, 2), (9, 1)):
+        values = random_shares(steps, 2, 4, 1, 16)
+        maps = dataclasses.replace(made(values), axes={**made(values).axes, "step": list(range(steps))})
+        assert len(maps.plot().layout.sliders[0].steps) == kept
+
+
+def test_marks_on_the_picture_stay_when_the_step_changes():
+    values = random_shares(2, 1, 2, 1, 16)
+    maps = dataclasses.replace(
+        made(values), axes={**made(values).axes, "step": [0, 1]}, query_places=torch.tensor([[0, 0, 1, 2]])
+    )
+    figure = moved(maps.plot(), 1, 1)
+    texts = [label.text for label in figure.layout.annotations]
+    assert texts.count("query") == 1
+    assert len(texts) == 3
+
+
+def test_boxes_are_in_pixels_of_the_picture_or_else_of_the_map():
+    maps = planted_maps()
+    picture = np.zeros((64, 96, 3), dtype=np.uint8)
+    for options in ({"box": (16, 8, 24, 16)}, {"box": (0.5, 0.25, 0.75, 0.5), "picture": picture}):
+        assert "100% of its attention to the box" in maps.plot(**options).layout.title.text
+    assert "100%" not in maps.plot(box=(16, 8, 24, 16), picture=picture).layout.title.text
+    for options in ({}, {"picture": picture}):
+        with pytest.raises(InputError, match="left < right"):
+            maps.plot(box=(24, 8, 16, 16), **options)
+
+
+def test_figures_list_the_keywords_they_take():
+    cache = run("vit")[2]
+    for result in (rollout(cache), attention_maps(cache), attention_mass(cache)):
+        with pytest.raises(InputError, match="does not take colour=; it takes"):
+            result.plot(colour=1)
+
+
+def test_relative_entropies_are_shares():
+    figure = attention_entropy(run("vit")[2], relative=True).plot()
+    assert "of what looking at all visible keys alike has" in figure.layout.title.text
+    assert figure.layout.coloraxis.cmax == 1.0
+    assert figure.layout.coloraxis.colorbar.tickformat == ".0%"
 
 
 def test_pictures_of_any_mode_are_drawn_whole():

@@ -51,7 +51,7 @@ def additive() -> tuple[cv.HookedModel, dict[str, Tensor], Tensor]:
                 part.weight.zero_()
                 part.bias.zero_()
     inputs = case("vit-headless").inputs(module, batch=3, dtype=torch.float64)
-    found = occlusion(model, inputs, total, with_="zero")
+    found = occlusion(model, inputs, total, baseline="zero")
     return model, inputs, found.values
 
 

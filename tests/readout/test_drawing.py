@@ -17,7 +17,7 @@ def written(words: list[list[str]], panels: int):
 
 def test_long_words_are_cut_and_marks_stay_marks():
     trace = written([["red", "ASSISTANT:"], ["&lt;/s&gt;", "&lt;image_pad&gt;"]], 1)
-    assert [list(line) for line in trace.text] == [["red", "ASSIST…"], ["&lt;/s&gt;", "&lt;image…"]]
+    assert [list(line) for line in trace.text] == [["red", "ASSISTA…"], ["&lt;/s&gt;", "&lt;image_…"]]
 
 
 @pytest.mark.parametrize("panels", [1, 3, 5, 8])

@@ -7,13 +7,15 @@ Not covered: passes of beam search, and several batches recorded in one cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.cache import ActivationCache
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
 from circuitvision.readout.attention.patterns import GENERATED, PROBE, KeyBlock, Patterns
@@ -34,6 +36,11 @@ def read(
 
     Raises InputError, naming the ``names_filter`` to run with, if the patterns are not there.
     """
+    if not isinstance(cache, ActivationCache):
+        raise InputError(
+            f"Attention is read off a cache, not off a {type(cache).__name__}: _, cache = model.run_with_cache(inputs, "
+            "names_filter='*.blocks.*.attn.hook_pattern')."
+        )
     if cache.model is None:
         raise InputError(
             "This cache has no model, which knows its towers; load it with ActivationCache.load(path, model=…)."
@@ -120,8 +127,8 @@ def _sites(model: Any, tower: str, there: Sequence[str], layers: Any) -> dict[An
         live = {layer: name for layer, name in sorted(in_cache.items()) if not model.is_dead(name)}
         return live or dict(sorted(in_cache.items()))
     count = model.towers[tower].cfg.n_layers
-    listed = [layers] if isinstance(layers, int) else list(layers)
-    if not listed or any(isinstance(n, bool) or not isinstance(n, int) or not -count <= n < count for n in listed):
+    listed = list(layers) if isinstance(layers, Iterable) else [layers]
+    if not listed or any(not _is_whole(n) or not -count <= n < count for n in listed):
         raise InputError(f"layers={layers!r} is not understood: the {tower} tower has layers 0 to {count - 1}.")
     numbers = [int(layer) % count for layer in listed]
     missing = [layer for layer in numbers if layer not in in_cache]
@@ -147,9 +154,14 @@ def _pass_number(passes: Sequence[Tensor], step: int | None, tower: str) -> int:
             f"step={len(passes) - 1}."
         )
     number = 0 if step is None else step
-    if isinstance(number, bool) or not isinstance(number, int) or not -len(passes) <= number < len(passes):
+    if not _is_whole(number) or not -len(passes) <= number < len(passes):
         raise InputError(f"step={step!r} is outside the {len(passes)} passes of the {tower} tower in this cache.")
-    return number % len(passes)
+    return int(number) % len(passes)
+
+
+def _is_whole(number: Any) -> bool:
+    """Whether something is a whole number of any kind, and no truth value."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _layout(

@@ -4,7 +4,7 @@ A head that looks at a fixed offset (the patch to the left) or at a fixed radius
 does not. :func:`distance_profile` keeps the distance alone, :func:`position_pattern` the offset, and says how much of the attention the offset
 explains.
 
-Distances and offsets are in patches, between patches of one image and tile. Everything else as in ``attention.py``.
+Distances and offsets are in patches, between patches of one image and tile. Everything else as in ``mass.py``.
 
 Not covered: positions of text; a head that looks at a fixed place of the image instead of a fixed offset.
 
@@ -47,6 +47,19 @@ class DistanceProfile(Result):
     uniform_distance: Tensor = field(default_factory=lambda: torch.zeros(0))
     example: list[int] = field(default_factory=list)
     unread: list[Any] = field(default_factory=list)
+
+    def highlights(self) -> dict[str, str]:
+        """The heads that look nearest and farthest, in means over rows."""
+        means = self.mean_distance.double().nanmean(-1)
+        found = {}
+        for name, order in (
+            ("nearest", means.nan_to_num(float("inf")).argmin()),
+            ("farthest", means.nan_to_num(-1.0).argmax()),
+        ):
+            layer, head = divmod(int(order), means.shape[1])
+            where = f"layer {self.axes['layer'][layer]} head {self.axes['head'][head]}"
+            found[name] = f"{where}: {float(means[layer, head]):.2f} patches"
+        return {**found, "all patches alike": f"{float(self.uniform_distance.double().nanmean()):.2f} patches"}
 
 
 def distance_profile(
@@ -164,6 +177,15 @@ class PositionPattern(Result):
     chance: Tensor = field(default_factory=lambda: torch.zeros(0))
     counts: Tensor = field(default_factory=lambda: torch.zeros(0))
     unread: list[Any] = field(default_factory=list)
+
+    def highlights(self) -> dict[str, str]:
+        """The head that offsets explain best."""
+        best = int(self.explained.double().nan_to_num(-1.0).argmax())
+        layer, head = divmod(best, self.explained.shape[1])
+        where = f"layer {self.axes['layer'][layer]} head {self.axes['head'][head]}"
+        return {
+            "best explained by offsets": f"{where}: {float(self.explained[layer, head]):.1%} (chance {float(self.chance[layer]):.1%})"
+        }
 
 
 def position_pattern(

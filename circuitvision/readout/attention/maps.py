@@ -61,6 +61,18 @@ class AttentionMaps(Result):
     query_places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     example: list[int] = field(default_factory=list)
 
+    def highlights(self) -> dict[str, str]:
+        """The query, and the heads that give most of its attention to image patches (of the first pass, in means over rows)."""
+        found = {"query": self.query or "default", "shows": self.measure}
+        if self.measure == "attention" and bool(self.patches().any()):
+            patches = self.patches()[None, None].to(self.values.dtype)
+            share = (self.pass_values(self.axes.get("step", [None])[0]) * patches).sum(-1).double().nanmean(-1)
+            for flat in share.nan_to_num(-1.0).flatten().argsort(descending=True)[:3].tolist():
+                layer, head = divmod(flat, share.shape[1])
+                name = f"layer {self.axes['layer'][layer]} head {self.axes['head'][head]}"
+                found[name] = f"{float(share[layer, head]):.1%} on image patches"
+        return found
+
     def pass_values(self, step: int | None = None) -> Float[Tensor, "layer head row key"]:
         """The maps of one pass, by its number as in ``axes["step"]``; None: the first of those kept.
 
@@ -145,7 +157,7 @@ def attention_maps(
     """
     first, numbers = _first_pass(cache, tokens, tower, layers, steps)
     passes = [first, *(read(cache, tokens, first.tower, layers, step) for step in numbers[1:])]
-    several = steps is not None and not isinstance(steps, int)
+    several = isinstance(steps, Iterable)
     # Passes counted from the end are named by their place, so that one label means one pass.
     numbers = [int(step) % first.n_passes for step in numbers] if several else numbers
     kept = [torch.from_numpy((one.key_kind != GENERATED).all(0)) for one in passes]
@@ -184,7 +196,7 @@ def _first_pass(
     steps: int | str | Iterable[int] | None,
 ) -> tuple[Patterns, list[Any]]:
     """The first pass that is asked for, and the numbers of all."""
-    if steps is None or isinstance(steps, int):
+    if not isinstance(steps, Iterable):
         return read(cache, tokens, tower, layers, steps), [steps]
     if isinstance(steps, str):
         if steps not in ("all", "decode"):
@@ -223,7 +235,14 @@ def head_contrast(maps: AttentionMaps) -> AttentionMaps:
     """Each head's attention minus the mean over all heads and layers of these maps: what sets it apart, key by key (NOTICE).
 
     Values sum to 0 over heads and layers. The mean is over the layers that the maps hold.
+
+    Raises:
+        InputError: not plain maps of several heads or layers.
     """
+    if not isinstance(maps, AttentionMaps) or maps.measure != "attention":
+        raise InputError("head_contrast takes plain attention_maps; what it gives has the mean taken off already.")
+    if maps.values.shape[-4] * maps.values.shape[-3] < 2:
+        raise InputError("These maps hold a single head, which differs from the mean of all by nothing.")
     mean = maps.values.mean(dim=(-4, -3), keepdim=True)
     provenance = {**maps.provenance, "method": f"head_contrast of {maps.provenance.get('method', 'attention_maps')}"}
     return dataclasses.replace(maps, values=maps.values - mean, measure="difference", provenance=provenance)

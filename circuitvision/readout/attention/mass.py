@@ -17,6 +17,7 @@ Sources: mass per modality, "Beyond Semantics" (arXiv 2503.17349); entropy over 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,11 +54,29 @@ class AttentionSummary(Result):
 
     tower: str = ""
     measure: str = "mass"
-    """"mass" (share of attention), "entropy" (nats) or "peak" (share of attention peaks)."""
+    """"mass" (share of attention), "entropy" (nats), "relative entropy" (share of the largest there could be) or "peak" (share of peaks)."""
     queries: str = ""
     uniform: Tensor = field(default_factory=lambda: torch.zeros(0))
     example: list[int] = field(default_factory=list)
     unread: list[Any] = field(default_factory=list)
+
+    def highlights(self) -> dict[str, str]:
+        """Of every span (or of the one measure) the head that stands out most from looking at all keys alike, in means over rows."""
+        spans = self.axes.get("span", [self.measure])
+        values, alike = self.values.double().nanmean(2), self.uniform.double().nanmean(1)
+        if "span" not in self.axes:
+            values, alike = values[..., None], alike[..., None]
+        narrow = -1.0 if "entropy" in self.measure else 1.0
+        found = {}
+        for number, span in enumerate(spans):
+            above = (narrow * (values - alike[:, None]))[..., number].nan_to_num(-math.inf)
+            layer, head = divmod(int(above.argmax()), above.shape[1])
+            if math.isfinite(float(above[layer, head])) and span != EVERYTHING:
+                shown = "{:.2f}" if self.measure == "entropy" else "{:.1%}"
+                where = f"layer {self.axes['layer'][layer]} head {self.axes['head'][head]}"
+                value, uniform = (shown.format(float(x)) for x in (values[layer, head, number], alike[layer, number]))
+                found[str(span)] = f"{where}: {value} (all keys alike: {uniform})"
+        return found
 
     def span(self, name: str) -> AttentionSummary:
         """One span of several, as a result without the span axis; InputError for a span that was not measured."""
@@ -133,6 +152,7 @@ def attention_entropy(
     tower: str | None = None,
     span: Positions = None,
     renormalise: bool = True,
+    relative: bool = False,
     queries: Positions = None,
     layers: Any = None,
     step: int | None = None,
@@ -141,11 +161,17 @@ def attention_entropy(
 
     ``span`` restricts the keys, and ``p`` is then the attention renormalised over them (with ``renormalise=False`` it is taken as it is). A
     query that gives the span nothing has no entropy and is left out of the mean; where no query is left the value is NaN, with a warning.
-    ``uniform`` is ln of the number of visible keys. Other arguments as for :func:`attention_mass`.
+    ``uniform`` is ln of the number of visible keys. Behind a causal mask early queries see few keys and cannot spread far: ``relative`` divides
+    every query's entropy by ln of the number of keys it sees, 0 … 1, and leaves out those that see a single one. Other arguments as for
+    :func:`attention_mass`.
 
     Raises:
-        InputError: as for :func:`attention_mass`.
+        InputError: as for :func:`attention_mass`; ``relative`` without ``renormalise``.
     """
+    if relative and not renormalise:
+        raise InputError(
+            "relative=True compares with keys that are looked at alike, whose shares sum to 1: leave renormalise on."
+        )
     patterns = read(cache, tokens, tower, layers, step)
     keys = torch.from_numpy(patterns.keys(span, "span"))
     values, uniform = [], []
@@ -156,14 +182,22 @@ def attention_entropy(
         if renormalise:
             # -Σ p/m ln(p/m) = ln m - Σ p ln p / m; rounding may leave it just below 0.
             entropy = (entropy / mass + mass.log()).clamp_min(0.0)
-        defined = (mass > 0) & counted[:, None]
+        visible = patterns.visible(pattern)
+        seen, count = (visible.sum(-1).to(pattern.dtype), (visible & keys[:, None]).sum(-1).to(pattern.dtype))
+        # Of shares that are taken as they are, keys looked at alike have 1 / seen each.
+        largest = count.log() if renormalise else count / seen * seen.log()
+        some = counted & (count > (1 if relative else 0))
+        if relative:
+            entropy, largest = entropy / largest[:, None], torch.ones_like(largest)
+        defined = (mass > 0) & some[:, None]
         total = torch.where(defined, entropy, 0.0).sum(-1)
         values.append((total / defined.sum(-1)).transpose(0, 1))
-        count = (patterns.visible(pattern) & keys[:, None]).sum(-1)
-        uniform.append(mean_over(count.to(pattern.dtype).log(), counted & (count > 0)))
+        uniform.append(mean_over(largest, some))
     stacked = torch.stack(values)
-    warn_undefined(stacked, "no query that counts gives the span any attention (padding never counts)")
-    return _summary(patterns, "attention_entropy", "entropy", queries, stacked, torch.stack(uniform), {})
+    why = "sees two keys of the span" if relative else "gives the span any attention"
+    warn_undefined(stacked, f"no query that counts {why} (padding never counts)")
+    measure = "relative entropy" if relative else "entropy"
+    return _summary(patterns, "attention_entropy", measure, queries, stacked, torch.stack(uniform), {})
 
 
 def _members(patterns: Patterns, spans: Mapping[str, Positions]) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ step of ``generate`` looks at the prompt and at what was generated since. :class
 
 Rows of padding are never queries. Masked keys hold exactly 0 in every head, and that is how a read-out knows which keys a query could see.
 
-Reading one out of a cache is in ``attention_cache.py``.
+Reading one out of a cache is in ``cache.py``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ them.
 λ keeps patches that the generic query ignores from taking over. The paper's value is not known to us; the default is the mean generic
 attention of a patch, which does not depend on how many patches there are.
 
-Not covered: cropping the image and asking again, which is done with the boxes.
+:meth:`AttentionContrast.focus` cuts the picture down to the regions, to ask again.
+
+Not covered: edge and colour measures of how cluttered an image is.
 
 Source: CARVE (Ge et al., arXiv 2509.06461).
 """
@@ -18,9 +20,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -58,6 +62,16 @@ class AttentionContrast(Result):
     boxes: Tensor = field(default_factory=lambda: torch.zeros(0))
     example: list[int] = field(default_factory=list)
 
+    def highlights(self) -> dict[str, str]:
+        """The strongest regions of the first row's first image."""
+        if not bool(torch.isfinite(self.values[0]).any()):
+            return {}
+        image = int(self.places[0, self.places[0, :, 2] >= 0, 0].min())
+        return {
+            f"region {number}": f"{len(region.patches)} patches, box {tuple(round(edge) for edge in region.box)}"
+            for number, region in enumerate(self.regions(row=self.axes["row"][0], image=image), start=1)
+        }
+
     def grid(self, row: int = 0, image: int = 0, tile: int | None = None) -> Float[Tensor, "grid_row grid_col"]:
         """One image's contrast on its patch grid; InputError for a row or image that is not there."""
         if row not in self.axes["row"]:
@@ -84,7 +98,7 @@ class AttentionContrast(Result):
         Raises:
             InputError: a share outside 0 … 100, a count below 1, an image that is not there.
         """
-        if not 0 < top_percent <= 100 or count < 1:
+        if not 0 < top_percent <= 100 or not isinstance(count, Integral) or count < 1:
             raise InputError(
                 f"regions takes a top_percent above 0 and up to 100, and a count from 1 on, not {top_percent} and {count}."
             )
@@ -103,6 +117,45 @@ class AttentionContrast(Result):
         )
         found = [self._region(grid, sorted(part), row, image, tile) for part in nx.connected_components(graph)]
         return sorted(found, key=lambda region: (-region.mass, region.patches))[:count]
+
+    def focus(
+        self,
+        picture: Any,
+        top_percent: float = 20.0,
+        count: int = 3,
+        *,
+        row: int = 0,
+        image: int = 0,
+        tile: int | None = None,
+        fill: int = 0,
+    ) -> np.ndarray[Any, Any]:
+        """The picture cut down to the box around its strongest regions, with ``fill`` (a level 0 … 255) at all patches of no region: what CARVE
+        asks about again.
+
+        ``picture`` is what the model saw of the image or tile, of any size: a PIL image, or an array ``[height width 3]``. Its own processor will
+        enlarge what is given back. Other arguments as for :meth:`regions`.
+
+        Raises:
+            InputError: as :meth:`regions`; a picture of another kind, or without a region.
+        """
+        found = self.regions(top_percent, count, row=row, image=image, tile=tile)
+        if not found:
+            raise InputError(f"Image {image} of row {row} has no contrast, so no region to look at.")
+        pixels = np.array(picture.convert("RGB") if hasattr(picture, "convert") else picture)
+        if pixels.ndim != 3 or pixels.shape[-1] != 3:
+            raise InputError(f"A picture is [height, width, 3] or a PIL image; this one is {list(pixels.shape)}.")
+        rows, columns = self.grid(row, image, tile).shape
+        marked = np.zeros((rows, columns), dtype=bool)
+        marked[tuple(np.array([patch for region in found for patch in region.patches]).T)] = True
+        # Every pixel belongs to the patch that holds its middle.
+        down, across = (
+            ((np.arange(size) + 0.5) * cells / size).astype(int)
+            for size, cells in zip(pixels.shape[:2], (rows, columns), strict=True)
+        )
+        kept = marked[np.ix_(down, across)]
+        pixels[~kept] = fill
+        (top, bottom), (left, right) = (np.flatnonzero(kept.any(axis))[[0, -1]] for axis in (1, 0))
+        return pixels[top : bottom + 1, left : right + 1]
 
     def _region(
         self, grid: Tensor, patches: Sequence[tuple[int, int]], row: int, image: int, tile: int | None
@@ -124,7 +177,7 @@ def attention_contrast(
     generic: AttentionMaps,
     *,
     lam: float | None = None,
-    layers: Iterable[Any] | None = None,
+    layers: int | Iterable[Any] | None = None,
     weights: Sequence[float] | None = None,
 ) -> AttentionContrast:
     """``Σ_steps w_t · mean over layers of A_Q / (A_G + λ)`` for every patch, with attention averaged over heads and weights that sum to 1.
@@ -142,7 +195,7 @@ def attention_contrast(
         InputError: maps of different towers, images, rows, layers or numbers of steps; weights that do not fit; a negative λ.
     """
     _check(question, generic, lam)
-    chosen = question.axes["layer"] if layers is None else list(layers)
+    chosen = question.axes["layer"] if layers is None else list(layers) if isinstance(layers, Iterable) else [layers]
     a_q, a_g = _mean_head(question, chosen, "question"), _mean_head(generic, chosen, "generic")
     if a_g.shape[0] not in (1, a_q.shape[0]):
         raise InputError(
@@ -184,8 +237,8 @@ def _check(question: AttentionMaps, generic: AttentionMaps, lam: float | None) -
             raise InputError(f"No key of {name} is an image patch, so there is nothing to contrast.")
     if question.tower != generic.tower:
         raise InputError(f"question is of the {question.tower} tower, generic of {generic.tower}; read the same one.")
-    if lam is not None and not (math.isfinite(lam) and lam >= 0):
-        raise InputError(f"lam={lam} makes no sense; give a number from 0 on.")
+    if lam is not None and not (isinstance(lam, Real) and math.isfinite(lam) and lam >= 0):
+        raise InputError(f"lam={lam!r} makes no sense; give a number from 0 on.")
 
 
 def _mean_head(maps: AttentionMaps, layers: Sequence[Any], name: str) -> Float[Tensor, "step layer row key"]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -95,8 +96,9 @@ def rollout(
     Raises:
         InputError: a tower whose keys are not its own positions, shares outside 0 … 1, an unknown fusion, missing layers.
     """
-    if not 0 <= residual <= 1 or not 0 <= discard < 1:
-        raise InputError(f"residual is a share from 0 to 1 and discard one below 1, not {residual} and {discard}.")
+    numbers = isinstance(residual, Real) and isinstance(discard, Real)
+    if not numbers or not 0 <= residual <= 1 or not 0 <= discard < 1:
+        raise InputError(f"residual is a share from 0 to 1 and discard one below 1, not {residual!r} and {discard!r}.")
     if head_fusion not in _FUSIONS:
         raise InputError(f"Unknown head_fusion {head_fusion!r}; choose one of {', '.join(_FUSIONS)}.")
     patterns = read(cache, tokens, tower, layers, step)

@@ -1,8 +1,9 @@
 """Relevance read off attention: patterns weighted by the gradient of the metric with respect to them.
 
 Both methods run the model's eager attention, whose pattern is a part of the computation. The gradient is of a pattern as if its entries were
-free: it ignores that they come out of a softmax and sum to 1. Values are never negative, have no unit, and compare positions of one image, not
-images.
+free: it ignores that they come out of a softmax and sum to 1. Only entries that the mask leaves open count: a word that stands before another
+one cannot look at it, however much it would raise the metric, and padding neither looks nor is looked at. Values are never negative, have no
+unit, and compare positions of one image, not images.
 
 Key positions need not be the tower's own: an action expert also reads keys that another tower left in the cache. Those come first, as
 positions of that tower.
@@ -11,18 +12,20 @@ What a position says can reach the answer without attention: in a vision tower w
 matters hands itself on. LeGrad asks about attention inside the tower alone and is misled there (on shapes-llava its maximum lies on the object
 in 3 % of pictures, where chance is 6 %); ask it of the language tower. Chefer relevance goes through both.
 
-Not covered: the rules of Chefer et al. for co-attention, relevance by layer-wise propagation (Chefer et al. 2021, arXiv 2012.09838).
+Not covered: the rules of Chefer et al. for co-attention, relevance by layer-wise propagation (Chefer et al. 2021, arXiv 2012.09838), TokenTM
+(Wu et al. 2024), whose weights by the change of each token's length and direction we could not check against a reference.
 
 References: LeGrad, Bousselham et al. 2024 (arXiv 2404.03214); generic attention explainability, Chefer, Gur and Wolf 2021 (arXiv 2103.15679).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision import metrics
@@ -32,7 +35,7 @@ from circuitvision.model.routes import is_dual
 from circuitvision.model.tokens import TokenMap
 from circuitvision.provenance import describe
 from circuitvision.readout.places import places_of
-from circuitvision.readout.relevance.gradients import Relevance
+from circuitvision.readout.relevance.result import Relevance, warn_undefined
 from circuitvision.readout.relevance.variables import checked_tower, differentiating, gradient_of, usable, wide
 
 Readout = Callable[[Tensor, Any], Tensor]
@@ -44,15 +47,15 @@ def legrad(
     metric: Any,
     *,
     tower: str | None = None,
-    layers: Sequence[int] | str | None = None,
+    layers: int | Sequence[int] | str | None = None,
     score: str = "layer",
     readout: Readout | None = None,
 ) -> Relevance:
     """How much more attention to a position would raise the score, over layers, heads and queries.
 
-    ``relevance[j] = mean over layers l, heads h, queries i of ReLU(∂s_l / ∂A_l[h, i, j])``. ``s_l`` is the metric of what the tower would
-    answer if it stopped after layer ``l`` (``score="layer"``, as in the paper: each layer is asked for its own share), or with
-    ``score="output"`` the metric of the output itself, one backward pass for all layers.
+    ``relevance[j] = mean over layers l, heads h, queries i of ReLU(∂s_l / ∂A_l[h, i, j])``, with 0 where the mask forbids ``i`` to look at ``j``;
+    padding is no query. ``s_l`` is the metric of what the tower would answer if it stopped after layer ``l`` (``score="layer"``, as in the
+    paper: each layer is asked for its own share), or with ``score="output"`` the metric of the output itself, one backward pass for all layers.
 
     The released code differs in three places. It takes the last two layers, sums over layers and stretches each map to 0 … 1; the last two
     change no order. For CLIP its ``s_l`` reads the mean over tokens where the model reads the class token; here that is ``readout=lambda
@@ -62,7 +65,7 @@ def legrad(
     Args:
         model, inputs, metric: as in :func:`~circuitvision.readout.relevance.gradients.gradient_times_activation`.
         tower: by default the first that reads images.
-        layers: numbers of the layers; by default all whose pattern reaches the output. ``"pool"`` is an attention pooling's own pattern.
+        layers: one number or several; by default all whose pattern reaches the output. ``"pool"`` is an attention pooling's own pattern.
         score: ``"layer"`` or ``"output"``.
         readout: ``readout(resid, cache)`` gives what the metric reads from a residual stream ``[row position d_model]``; by default the tower's
             own read-out, which must end in the model's output. ``cache`` holds the run's inputs and what read-outs need besides the residual.
@@ -75,13 +78,30 @@ def legrad(
     tower = checked_tower(model, tower)
     names = _patterns(model, tower, layers)
     bound, inputs = metrics.bind(metric, model), usable(inputs)
-    if score == "output" or layers == "pool":
-        _, slopes, values = _with_gradients(model, inputs, bound, names)
+    if score == "output" or isinstance(layers, str):
+        patterns, slopes, values = _with_gradients(model, inputs, bound, names)
     else:
-        slopes, values = _of_layers(model, inputs, bound, tower, names, readout)
-    found = torch.stack([wide(slope).clamp_min(0).mean((1, 2)) for slope in slopes]).mean(0)
+        patterns, slopes, values = _of_layers(model, inputs, bound, tower, names, readout)
+    found = torch.stack(
+        [_raised(slope, _open(model, inputs, tower, pattern)) for slope, pattern in zip(slopes, patterns, strict=True)]
+    ).mean(0)
     method = f"LeGrad ({'all layers' if layers is None else f'layers {layers}'}, score of the {score})"
     return _result(model, inputs, metric, tower, found, values, method)
+
+
+def _open(model: Any, inputs: Mapping[str, Any], tower: str, pattern: Tensor) -> Bool[Tensor, "row query key"]:
+    """The pairs whose attention could be another: some head of the layer looks there, and the query is no padding."""
+    # Not "> 0": what is no number shall not look like a mask.
+    looked = ~(pattern.detach().amax(1) <= 0).cpu()
+    real = torch.from_numpy(model.tokens(inputs)[tower].kind != "padding")
+    # A pool's one query is no position.
+    return looked & real[:, :, None] if looked.shape[1] > 1 else looked
+
+
+def _raised(slope: Float[Tensor, "row head query key"], is_open: Bool[Tensor, "row query key"]) -> Tensor:
+    """The mean over heads and queries of the positive slope, ``[row key]``."""
+    gained = torch.where(is_open, wide(slope).clamp_min(0).mean(1), 0.0)
+    return gained.sum(1) / is_open.any(-1).sum(-1, keepdim=True).clamp_min(1)
 
 
 def chefer_relevance(model: Any, inputs: Mapping[str, Any], metric: Any, *, tower: str | None = None) -> Relevance:
@@ -112,18 +132,20 @@ def _rolled(model: Any, inputs: Mapping[str, Any], metric: Any, tower: str) -> t
     beside = beside or ([] if reader else [_last_stream(model, tower)])
     cached, slopes, values = _with_gradients(model, inputs, metric, [*names, *beside])
     layers = len(names)
-    shares = [
-        wide((slope * pattern).clamp_min(0).mean(1))
-        for slope, pattern in zip(slopes[:layers], cached[:layers], strict=True)
-    ]
+    shares = [_moved(slope, pattern) for slope, pattern in zip(slopes[:layers], cached[:layers], strict=True)]
     rolled = relevance_rollout(shares)
     if reader:
         weights = _read_by(model, inputs, metric, tower, reader)
     elif beside[0].endswith("hook_pattern"):
-        weights = wide((slopes[-1] * cached[-1]).clamp_min(0).mean(1))[:, 0]
+        weights = _moved(slopes[-1], cached[-1])[:, 0]
     else:
         weights, rolled = _read(wide(slopes[-1])), rolled - _identity(shares[0])
     return torch.einsum("rp,rpk->rk", weights.to(rolled), rolled), values
+
+
+def _moved(slope: Tensor, pattern: Tensor) -> Float[Tensor, "row query key"]:
+    """``Ā``: the mean over heads of what the attention that there is adds to the metric."""
+    return (wide(slope) * wide(pattern)).clamp_min(0).mean(1)
 
 
 def _reader(model: Any, inputs: Mapping[str, Any], tower: str) -> str | None:
@@ -167,7 +189,12 @@ def relevance_rollout(shares: Sequence[Float[Tensor, "row query key"]]) -> Float
     """``R ← R + Ā R`` from ``R = I`` over the layers' ``Ā``, not normalised.
 
     Where there are more keys than queries, the first keys are another tower's and stay what they are: rows of the identity.
+
+    Raises:
+        InputError: no layer.
     """
+    if not len(shares):
+        raise InputError("A rollout needs the shares of at least one layer.")
     rolled = _identity(shares[0])
     own = shares[0].shape[1]
     for share in shares:
@@ -188,11 +215,11 @@ def _identity(share: Tensor) -> Tensor:
 
 def _read(slope: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos"]:
     """Equal weights on the positions the metric depends on."""
-    read = (slope.abs().amax(-1) > 0).to(slope.dtype)
+    read = (slope != 0).any(-1).to(slope.dtype)
     return read / read.sum(-1, keepdim=True).clamp_min(1)
 
 
-def _patterns(model: Any, tower: str, layers: Sequence[int] | str | None) -> list[str]:
+def _patterns(model: Any, tower: str, layers: int | Sequence[int] | str | None) -> list[str]:
     """The patterns of the layers asked for, in order.
 
     Raises:
@@ -206,12 +233,15 @@ def _patterns(model: Any, tower: str, layers: Sequence[int] | str | None) -> lis
             )
         return [name]
     count = model.towers[tower].cfg.n_layers
-    numbers = range(count) if layers is None else [layer + count if layer < 0 else layer for layer in layers]
+    asked = list(layers) if isinstance(layers, Iterable) else list(range(count)) if layers is None else [layers]
+    if any(isinstance(layer, bool) or not isinstance(layer, Integral) for layer in asked):
+        raise InputError(f"layers={layers!r} is not understood: the {tower} tower has layers 0 to {count - 1}.")
+    numbers = list(dict.fromkeys(int(layer) + count if layer < 0 else int(layer) for layer in asked))
     names = [f"{tower}.blocks.{layer}.attn.hook_pattern" for layer in numbers]
     live = [name for name, layer in zip(names, numbers, strict=True) if 0 <= layer < count and not model.is_dead(name)]
     if not live or (layers is not None and len(live) < len(names)):
         raise InputError(
-            f"layers={layers} of the {tower} tower: it has {count}, and not all of those asked for reach the output."
+            f"layers={layers} of the {tower} tower: it has layers 0 to {count - 1}, and not all of those asked for reach the output."
         )
     return live
 
@@ -238,8 +268,8 @@ def _with_gradients(
 
 def _of_layers(
     model: Any, inputs: Mapping[str, Any], metric: Any, tower: str, names: Sequence[str], readout: Readout | None
-) -> tuple[list[Tensor], Tensor]:
-    """The gradient of each layer's own score with respect to that layer's pattern, and the metric of the output."""
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Each layer's pattern, the gradient of its own score with respect to it, and the metric of the output."""
     read = readout or (lambda resid, cache: model.towers[tower].readout(resid, context=cache))
     posts = [name.replace("attn.hook_pattern", "hook_resid_post") for name in names]
     leaves: dict[str, Tensor] = {}
@@ -268,7 +298,7 @@ def _of_layers(
                     "cannot read single layers. Use score='output', or give readout(resid, cache)."
                 )
             slopes += gradient_of(metrics.evaluate(metric, answer, inputs).sum(), [leaves[name]])
-    return slopes, values
+    return [leaves[name].detach() for name in names], slopes, values
 
 
 def _key_maps(model: Any, inputs: Mapping[str, Any], tower: str, keys: int) -> list[TokenMap]:
@@ -292,6 +322,7 @@ def _result(
     model: Any, inputs: Mapping[str, Any], metric: Any, tower: str, found: Tensor, values: Tensor, method: str
 ) -> Relevance:
     maps = _key_maps(model, inputs, tower, found.shape[1])
+    warn_undefined(found)
     return Relevance(
         values=found,
         axes={"row": list(range(found.shape[0])), "position": list(range(found.shape[1]))},

@@ -2,24 +2,28 @@
 
 *Deletion* removes the most relevant places first and watches the metric fall: the better the map, the lower the curve. *Insertion* starts with
 every place removed and brings the most relevant back first: the better the map, the higher the curve. Both are counted as the area under the
-curve over the share of places, 0 … 1, in the metric's units, so two maps of one model are compared by a number.
+curve over the share of places, 0 … 1, in the metric's units, so two maps of one model are compared by a number. Between examples that the removal
+of everything changes by different amounts, take ``auc(normalised=True)``: the same area where 1 is the unedited run and 0 everything removed.
 
 A curve means something only beside its controls, which are run with it: random orders (the chance level, and how far it scatters) and the
 reverse order (the worst a map could do, if it is right).
 
 Places are the positions a relevance was measured at: image patches (or words) of a tower, removed at a site (``level="token"``), or the boxes of
-patches in the picture, filled with a colour (``level="pixel"``). What *removed* means is in :mod:`circuitvision.readout.relevance.variables`;
+patches in the picture, filled with a colour (``level="pixel"``). What *removed* means is in :mod:`circuitvision.readout.relevance.baselines`;
 the whole curve depends on it, so compare curves of one baseline only. Places of equal relevance go in the order of rows and positions.
 
-Not covered: removing tokens from the sequence, blurring, retraining on the removed input.
+Not covered: removing tokens from the sequence, retraining on the removed input.
 
 References: Petsiuk et al. 2018 (arXiv 1806.07421) for both games; Samek et al. 2015 (arXiv 1509.06321) for deletion against random orders.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -29,19 +33,15 @@ from torch import Tensor
 
 from circuitvision import edits
 from circuitvision.errors import InputError
-from circuitvision.model.tokens import TokenMap
 from circuitvision.progress import track
 from circuitvision.provenance import describe
-from circuitvision.readout.relevance.gradients import Relevance
+from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
+from circuitvision.readout.relevance.boxes import Boxes
+from circuitvision.readout.relevance.result import Relevance
 from circuitvision.readout.relevance.variables import (
     PIXELS,
-    Baseline,
-    Place,
     Variable,
-    brief,
     image_tower,
-    rows_of_pixels,
-    start_of,
     wide,
 )
 from circuitvision.results import Result
@@ -70,9 +70,13 @@ class Curve(Result):
         """The share of places treated at each step."""
         return torch.tensor(self.axes["share"], dtype=self.values.dtype)
 
-    def auc(self, order: str = "own") -> Float[Tensor, "*order example"]:
+    def auc(self, order: str = "own", *, normalised: bool = False) -> Float[Tensor, "*order example"]:
         """Area under the curve over the share of places (trapezoids), the mean of the metric along the way: of the map's ``"own"`` order, the
         ``"reverse"``, or each ``"random"`` one.
+
+        ``normalised``: of ``(metric − metric with everything removed) / (metric unedited − metric with everything removed)``; NaN, with a warning,
+        for an example whose metric is the same at both ends. Examples whose ends lie close together have areas of any size: take the median over
+        examples, not the mean.
 
         Raises:
             InputError: another order.
@@ -80,13 +84,52 @@ class Curve(Result):
         curves = {"own": self.values, "reverse": self.reverse, "random": self.random}
         if order not in curves:
             raise InputError(f"order={order!r} is not understood: {', '.join(map(repr, curves))}.")
-        return torch.trapezoid(curves[order], self.shares, dim=-1)
+        curve = curves[order]
+        if normalised:
+            first, last = self.values[:, :1], self.values[:, -1:]
+            whole, nothing = (first, last) if self.kind == "deletion" else (last, first)
+            span = (whole - nothing).masked_fill(whole == nothing, float("nan"))
+            curve = (curve - nothing) / span
+            count = int(span.isnan().sum())
+            if count:
+                warnings.warn(
+                    f"{count} of {len(span)} examples have no normalised area: removing everything changes nothing.",
+                    stacklevel=2,
+                )
+        return torch.trapezoid(curve, self.shares, dim=-1)
 
     @property
     def advantage(self) -> Float[Tensor, " example"]:
-        """How much better than random orders: the difference in area to their mean, positive where the map's order is the better one."""
+        """How much better than random orders: the difference in area to their mean, positive where the map's order is the better one.
+
+        NaN without random orders.
+        """
         difference = self.auc("random").mean(0) - self.auc()
         return difference if self.kind == "deletion" else -difference
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the mean :attr:`advantage` over examples, by the normal approximation; NaN for a single example."""
+        found = self.advantage.double()
+        middle, spread = (
+            float(found.mean()),
+            1.96 * float(found.std()) / len(found) ** 0.5 if len(found) > 1 else math.nan,
+        )
+        return middle - spread, middle + spread
+
+    def highlights(self) -> dict[str, str]:
+        """The map's area beside that of random orders and of the reverse one, and how sure the difference is."""
+        found = {"area under the curve": f"{float(self.auc().mean()):.4g}"}
+        if self.random.numel():
+            low, high = self.interval
+            better = int((self.advantage > 0).sum())
+            found["random orders"] = f"{float(self.auc('random').mean()):.4g}"
+            found["better than random"] = (
+                f"by {float(self.advantage.mean()):.3g} (95 %: {low:.3g} to {high:.3g}), in {better} of {len(self.values)} examples"
+            )
+        if self.reverse.numel():
+            found["reverse order"] = f"{float(self.auc('reverse').mean()):.4g}"
+        return found
 
 
 def deletion_curve(
@@ -110,7 +153,7 @@ def deletion_curve(
         model, inputs, metric: as in :func:`~circuitvision.readout.relevance.gradients.gradient_times_activation`.
         relevance: a result for these inputs, or scores ``[row position]`` (higher goes first, NaN never).
         level: ``"token"`` removes positions at ``site``, ``"pixel"`` fills the patches' boxes in the picture.
-        baseline: what they become, see :mod:`circuitvision.readout.relevance.variables`.
+        baseline: what they become, see :mod:`circuitvision.readout.relevance.baselines`.
         steps: how many steps the curve takes; None removes one place at a time.
         random_orders: how many random orders are run for comparison.
         kinds: kinds of positions that are places, see ``circuitvision.model.tokens.KINDS``.
@@ -202,11 +245,12 @@ class _Game:
     def curve(self, kind: str, steps: int | None, random_orders: int, seed: int) -> Curve:
         """Run the map's order, its reverse and random ones."""
         most = max(map(len, self.units))
-        count = most if steps is None else min(steps, most)
-        if count < 1 or random_orders < 0:
+        numbers = [random_orders] if steps is None else [random_orders, steps]
+        if not all(isinstance(number, Integral) and number >= 0 for number in numbers) or steps == 0:
             raise InputError(
-                f"steps={steps} and random_orders={random_orders}: at least one step, and no negative number."
+                f"steps={steps!r} and random_orders={random_orders!r}: whole numbers, at least one step, and no negative number."
             )
+        count = most if steps is None else min(steps, most)
         own = [scores.argsort(descending=True, stable=True) for scores in self.scores]
         generator = torch.Generator().manual_seed(seed)
         orders = [own, [order.flip(0) for order in own]]
@@ -259,53 +303,16 @@ class _Game:
         return wide(found)[[index[key] for key in keys]]
 
     def _by_sweep(self, masks: Sequence[Tensor]) -> Tensor:
-        source = start_of(self.variable, self.baseline)
+        source = start_of(self.variable, self.baseline, torch.stack(list(masks)).any(0))
         groups = [[edits.replace(self.variable.site, source, positions=mask)] if mask.any() else [] for mask in masks]
         return self.model.sweep(self.inputs, groups, self.metric).values
 
     def _by_colour(self, masks: Sequence[Tensor]) -> Tensor:
         picture = Variable(self.model, self.inputs, self.metric, PIXELS)
         filled = start_of(picture, self.baseline)
-        boxes = _Boxes(self.model, self.inputs, self.place, picture.value)
+        boxes = Boxes(self.model, self.inputs, self.place, picture.value)
         found, batch = [], picture.at_once()
         for first in track(range(0, len(masks), batch), "curve"):
             points = [torch.where(boxes.of(mask), filled, picture.value) for mask in masks[first : first + batch]]
             found.append(picture(points, gradients=False)[0])
         return torch.cat(found)
-
-
-class _Boxes:
-    """From positions of a tower that are patches to the pixels of their boxes, in the shape of the pictures."""
-
-    def __init__(self, model: Any, inputs: Mapping[str, Any], place: Place, pixels: Tensor) -> None:
-        self.pixels = pixels
-        pictures: TokenMap = model.tokens(inputs)[image_tower(model)]
-        self.rows = rows_of_pixels(model, inputs)
-        patches = pictures.kind == "patch"
-        rows = {
-            (int(pictures.example[row]), int(pictures.image_number[row, first]), int(pictures.tile[row, first])): row
-            for row, first in enumerate(patches.argmax(1).tolist())
-        }
-        self.grids = [
-            (int(pictures.patch_row[row].max()) + 1, int(pictures.patch_col[row].max()) + 1)
-            for row in range(pictures.n_rows)
-        ]
-        tokens, first = place.tokens, place.dropped
-        self.cells: dict[tuple[int, int], tuple[int, int, int]] = {}
-        for row, position in zip(*(place.kind == "patch").nonzero(), strict=True):
-            at = (row, position + first)
-            picture = rows[int(tokens.example[row]), int(tokens.image_number[at]), int(tokens.tile[at])]
-            self.cells[int(row), int(position)] = (picture, int(tokens.patch_row[at]), int(tokens.patch_col[at]))
-
-    def of(self, mask: Bool[Tensor, "row pos"]) -> Bool[Tensor, "*picture one height width"]:
-        """The pixels of the selected positions, with a channel axis of one."""
-        height, width = self.pixels.shape[-2:]
-        inside = torch.zeros(self.pixels.shape[:-3].numel(), height, width, dtype=torch.bool)
-        for row, position in mask.nonzero().tolist():
-            if (row, position) not in self.cells:
-                raise InputError("level='pixel' removes image patches; words have no pixels (kinds='patch').")
-            picture, down, across = self.cells[row, position]
-            rows, columns = self.grids[picture]
-            high, wide_ = height // rows, width // columns
-            inside[self.rows[picture], down * high : (down + 1) * high, across * wide_ : (across + 1) * wide_] = True
-        return inside.view(*self.pixels.shape[:-3], 1, height, width).to(self.pixels.device)

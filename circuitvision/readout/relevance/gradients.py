@@ -1,7 +1,7 @@
 """Relevance: how much each image patch, word or pixel of the input did for a metric of the output.
 
-One result type, :class:`Relevance`, for every method. Positive values support the metric, negative ones work against it. Four kinds of method,
-with different claims:
+One result type, :class:`~circuitvision.readout.relevance.result.Relevance`, for every method. Positive values support the metric, negative
+ones work against it. Four kinds of method, with different claims:
 
 * :func:`gradient_times_activation` (here): the first-order effect of scaling a value up. Cheap, local, and exact only for linear models.
 * :func:`integrated_gradients` (here): the same gradient averaged along the straight way from a baseline. Values add up to what the metric
@@ -26,117 +26,31 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.selection import Selection
 from circuitvision.progress import track
 from circuitvision.provenance import describe
-from circuitvision.readout.places import on_grid, places_of
+from circuitvision.readout.places import places_of
+from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
+from circuitvision.readout.relevance.result import Relevance, warn_undefined
 from circuitvision.readout.relevance.variables import (
     PIXELS,
-    Baseline,
     Variable,
-    brief,
     image_tower,
     rows_of_pixels,
     rows_serve_all,
-    start_of,
     wide,
 )
-from circuitvision.results import Result
 
 LARGEST_GAP = 0.05
 """Share of the metric's change that the values may miss before integrated gradients warns."""
-
-
-@dataclass(frozen=True, eq=False)
-class Relevance(Result):
-    """Relevance of every position of a tower, ``[row position]``, or of every pixel, ``[row down across]``.
-
-    At sites with heads there is one more axis, ``head``. Rows are the tower's: images, tiles or cameras of a vision tower, examples of a
-    language tower; ``example`` says whose each is. ``site`` is where the values were, or ``"pixels"``. Positions that were not measured are
-    NaN.
-
-    ``places`` (``[row position 4]``: image, tile, patch row, patch column, -1 where a position is no patch) and ``labels`` name the positions;
-    for pixels, those of the image tower's patches. ``metric_value`` is the metric per example, ``baseline_value`` that of the baseline, and
-    ``completeness_gap`` the sum of an example's values minus the difference of the two; both are empty where a method has none.
-    """
-
-    method: str = ""
-    tower: str = ""
-    site: str = ""
-    metric_value: Tensor = field(default_factory=lambda: torch.zeros(0))
-    baseline_value: Tensor = field(default_factory=lambda: torch.zeros(0))
-    completeness_gap: Tensor = field(default_factory=lambda: torch.zeros(0))
-    places: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 4, dtype=torch.long))
-    example: list[int] = field(default_factory=list)
-    labels: list[list[str]] = field(default_factory=list)
-
-    @property
-    def of_pixels(self) -> bool:
-        """Whether the values are of pixels, not of positions."""
-        return self.site == PIXELS
-
-    @property
-    def per_position(self) -> Float[Tensor, "row position"]:
-        """Values summed over heads, and for pixels over each patch; what was not measured stays NaN."""
-        if self.of_pixels:
-            return self.on_patches().values
-        return self.values if self.values.ndim == 2 else self.values.sum(-1)
-
-    def on_image(self, row: int = 0, image: int | None = None, tile: int | None = None) -> Float[Tensor, "down across"]:
-        """One row's values on the patch grid of one of its images (``None``: its first), or its pixels; NaN where nothing was measured.
-
-        Raises:
-            InputError: no position of the row is a patch of that image and tile.
-        """
-        if not self.of_pixels:
-            return on_grid(self.per_position[row], self.places[row], self._image(row, image), tile)
-        on_grid(torch.zeros(self.places.shape[1]), self.places[row], self._image(row, image), tile)
-        return self.values[row]
-
-    def per_pixel(
-        self,
-        row: int = 0,
-        size: tuple[int, int] = (224, 224),
-        image: int | None = None,
-        tile: int | None = None,
-        smooth: bool = False,
-    ) -> Float[Tensor, "height width"]:
-        """The map of :meth:`on_image` scaled to ``size`` (height, width): every pixel has its patch's value, or with ``smooth`` one interpolated
-        between patches. For showing and for masks; the values no longer add up to the metric.
-        """
-        grid = self.on_image(row, image, tile)[None, None]
-        if smooth:
-            return torch.nn.functional.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0]
-        return torch.nn.functional.interpolate(grid, size=size, mode="nearest-exact")[0, 0]
-
-    def on_patches(self) -> Relevance:
-        """Pixels summed over each patch, which keeps what they add up to; a relevance of positions is returned as it is."""
-        if not self.of_pixels:
-            return self
-        patches = self.places[..., 2] >= 0
-        rows, columns = ((self.places[..., axis].amax(1) + 1).tolist() for axis in (2, 3))
-        values = torch.full(self.places.shape[:2], float("nan"), dtype=self.values.dtype)
-        for row, (down, across) in enumerate(zip(rows, columns, strict=True)):
-            height, width = self.values.shape[1] // down, self.values.shape[2] // across
-            whole = self.values[row, : down * height, : across * width]
-            sums = whole.reshape(down, height, across, width).sum((1, 3))
-            here = patches[row]
-            values[row, here] = sums[self.places[row, here, 2], self.places[row, here, 3]]
-        axes = {"row": self.axes["row"], "position": list(range(values.shape[1]))}
-        return dataclasses.replace(self, values=values, axes=axes, site=f"{PIXELS} of patches")
-
-    def _image(self, row: int, image: int | None) -> int:
-        numbers = self.places[row, self.places[row, :, 2] >= 0, 0]
-        return image if image is not None else int(numbers.min()) if len(numbers) else 0
 
 
 def gradient_times_activation(
@@ -185,7 +99,7 @@ def integrated_gradients(
 
     Args:
         model, inputs, metric, site: as in :func:`gradient_times_activation`.
-        baseline: ``x0``, see :mod:`circuitvision.readout.relevance.variables`; by default the mean over the other rows of the run.
+        baseline: ``x0``, see :mod:`circuitvision.readout.relevance.baselines`; by default the mean over the other rows of the run.
         positions: only these leave the baseline, the others are at their own value all the way: a selection of a token map or a bool mask ``[row
             position]``. Only for sites.
         steps: points of the path.
@@ -195,10 +109,7 @@ def integrated_gradients(
     Raises:
         InputError: as :func:`gradient_times_activation`; an unknown rule or baseline, positions of another shape.
     """
-    if rule not in ("gauss-legendre", "midpoint") or steps < 1:
-        raise InputError(
-            f"rule={rule!r} with {steps} steps is not understood: 'gauss-legendre' or 'midpoint', 1 or more."
-        )
+    _check_rule(rule, steps, steps_at_once)
     place = Variable(model, inputs, metric, site or f"{image_tower(model)}.hook_input")
     start = _start(place, baseline, positions)
     nodes, weights = _quadrature(steps, rule)
@@ -218,9 +129,20 @@ def integrated_gradients(
         metric,
     )
     change = wide(place.metric_value) - wide(baseline_value)
-    gap = _totals(result, model, len(change)) - (change.sum(0, keepdim=True) if _shared(result, model) else change)
-    _warn_of_gap(gap, change.sum(0, keepdim=True) if _shared(result, model) else change)
+    if rows_serve_all(model, result.tower):
+        change = change.sum(0, keepdim=True)
+    gap = _totals(result, model, len(change)) - change
+    _warn_of_gap(gap, change)
     return dataclasses.replace(result, baseline_value=wide(baseline_value), completeness_gap=gap)
+
+
+def _check_rule(rule: str, steps: int, steps_at_once: int | None) -> None:
+    whole = [steps, steps if steps_at_once is None else steps_at_once]
+    if rule not in ("gauss-legendre", "midpoint") or not all(isinstance(n, Integral) and n >= 1 for n in whole):
+        raise InputError(
+            f"rule={rule!r} with steps={steps!r} and steps_at_once={steps_at_once!r} is not understood: 'gauss-legendre' or 'midpoint', and whole "
+            "numbers from 1 on."
+        )
 
 
 def _start(place: Variable, baseline: Baseline, positions: Selection | Tensor | None) -> Tensor:
@@ -228,17 +150,19 @@ def _start(place: Variable, baseline: Baseline, positions: Selection | Tensor | 
         if positions is not None:
             raise InputError("positions chooses among the positions of a site; for pixels give a baseline tensor.")
         return start_of(place, baseline)
-    start = start_of(place, baseline)
     if positions is None:
-        return start
+        return start_of(place, baseline)
     where = place.place
-    mask = positions.tensor if isinstance(positions, Selection) else positions
-    mask = mask[:, where.dropped :] if mask.shape[-1] == where.tokens.n_positions else mask
+    if not isinstance(positions, Selection | Tensor | np.ndarray):
+        raise InputError(f"positions is a Selection or a bool mask [row position], not {positions!r}.")
+    mask = positions.tensor if isinstance(positions, Selection) else torch.as_tensor(positions)
+    mask = mask[:, where.dropped :] if mask.shape[-1:] == (where.tokens.n_positions,) else mask
     if mask.dtype != torch.bool or tuple(mask.shape) != tuple(place.value.shape[:2]):
         raise InputError(
             f"positions is a bool mask of {tuple(place.value.shape[:2])} rows and positions at {place.site}, "
             f"not {mask.dtype} of {tuple(mask.shape)}."
         )
+    start = start_of(place, baseline, mask)
     return torch.where(mask.to(start.device).view(*mask.shape, *[1] * (start.ndim - 2)), start, place.value)
 
 
@@ -251,9 +175,8 @@ def _quadrature(steps: int, rule: str) -> tuple[list[float], list[float]]:
 
 
 def _warn_of_gap(gap: Tensor, change: Tensor) -> None:
-    missed = gap.abs() > LARGEST_GAP * change.abs()
-    # A change of rounding size has no meaningful share.
-    missed &= gap.abs() > 1e-6
+    # A change of rounding size has no meaningful share; of NaN nothing is known, and the values say so themselves.
+    missed = (gap.abs() > LARGEST_GAP * change.abs()) & (gap.abs() > 1e-6)
     if bool(missed.any()):
         worst = int((gap.abs() / change.abs().clamp_min(1e-12)).argmax())
         warnings.warn(
@@ -264,20 +187,17 @@ def _warn_of_gap(gap: Tensor, change: Tensor) -> None:
         )
 
 
-def _shared(result: Relevance, model: Any) -> bool:
-    return rows_serve_all(model, result.tower)
-
-
 def _totals(result: Relevance, model: Any, examples: int) -> Tensor:
     """What the values of each example add up to; of all rows, where they serve all examples."""
     sums = result.values.flatten(1).sum(1)
-    if _shared(result, model):
+    if rows_serve_all(model, result.tower):
         return sums.sum(0, keepdim=True)
     return torch.zeros(examples, dtype=sums.dtype).index_add(0, torch.tensor(result.example), sums)
 
 
 def _result(place: Variable, values: Tensor, method: str, metric: Any) -> Relevance:
     """Contributions of single numbers, in the shape of the place, as a result."""
+    warn_undefined(values)
     if place.site != PIXELS:
         return result_at(place, values.sum(-1), method, metric)
     maps = values.sum(-3)

@@ -2,7 +2,8 @@
 
 One yes or no per example, read off the map's maximum, against masks of the object (``scene.masks`` and ``thing.mask`` of the scene generator).
 Chance is what a place drawn at random would score, so a large object is no success. Where several places share the maximum, the example counts
-the share of them that lies on the object.
+the share of them that lies on the object. Papers grant the maximum some pixels beside the object (15 of Pascal's, 40 of COCO's): ``tolerance``,
+which raises chance as well.
 
 A map that points at the object is not thereby faithful (the model may answer from the background), nor the reverse; deletion curves ask the
 other question.
@@ -24,8 +25,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.readout.probes.fitting import wilson
-from circuitvision.readout.relevance.gradients import Relevance
+from circuitvision.readout.probes.splitting import wilson
+from circuitvision.readout.relevance.result import Relevance
 from circuitvision.results import Result
 
 
@@ -35,6 +36,14 @@ class PointingGame(Result):
 
     method: str = ""
     chance: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def highlights(self) -> dict[str, str]:
+        """How often the maximum lies on the object, beside chance."""
+        low, high = self.interval
+        return {
+            "on the object": f"{self.rate:.1%} (95 %: {low:.1%} to {high:.1%})",
+            "chance": f"{self.chance_rate:.1%}",
+        }
 
     @property
     def rate(self) -> float:
@@ -54,7 +63,13 @@ class PointingGame(Result):
 
 
 def pointing_game(
-    relevance: Relevance, masks: Any, *, image: int | None = None, tile: int | None = None, overlap: float = 0.0
+    relevance: Relevance,
+    masks: Any,
+    *,
+    image: int | None = None,
+    tile: int | None = None,
+    overlap: float = 0.0,
+    tolerance: float = 0.0,
 ) -> PointingGame:
     """Whether the most relevant patch or pixel of each example lies on its object.
 
@@ -65,20 +80,19 @@ def pointing_game(
         image: which image of each example (None: its first).
         tile: which tile of it (None: the whole image).
         overlap: a patch lies on the object if more than this share of its pixels does; 0 is any pixel.
+        tolerance: how many pixels of the mask beside the object still count as the object, in a straight line.
 
     Raises:
-        InputError: not one mask per example, or an empty one; no patch of that image.
+        InputError: not one mask per example, or an empty one; no patch of that image; shares or pixels that make no sense.
     """
+    if not isinstance(relevance, Relevance):
+        raise InputError(f"relevance is a Relevance with places in the image, not {type(relevance).__name__}.")
+    if not 0 <= overlap < 1 or not 0 <= tolerance < math.inf:
+        raise InputError(f"overlap={overlap} is a share from 0 to below 1, tolerance={tolerance} pixels from 0 on.")
     rows = _first_rows(relevance, image)
-    masks = [torch.as_tensor(np.asarray(mask)).bool() for mask in masks]
-    if len(masks) != len(rows):
-        raise InputError(f"There are {len(masks)} masks for {len(rows)} examples; give one per example.")
+    masks = _checked_masks(masks, len(rows), tolerance)
     hits, chances = [], []
-    for number, (row, mask) in enumerate(zip(rows, masks, strict=True)):
-        if mask.ndim != 2 or not bool(mask.any()):
-            raise InputError(
-                f"Mask {number} is [height width] with at least one pixel of the object, not {tuple(mask.shape)} and empty."
-            )
+    for row, mask in zip(rows, masks, strict=True):
         grid = relevance.on_image(row, image, tile)
         on = _on_object(mask, grid.shape[0], grid.shape[1]) > overlap
         there = ~grid.isnan()
@@ -88,20 +102,56 @@ def pointing_game(
     empty = sum(map(math.isnan, hits))
     if empty:
         warnings.warn(f"{empty} of {len(hits)} maps have no value anywhere; they are left out.", stacklevel=2)
+    method = relevance.method + (f", within {tolerance:g} pixels" if tolerance else "")
     return PointingGame(
         values=torch.tensor(hits, dtype=torch.float64),
         axes={"example": list(range(len(hits)))},
-        provenance={**relevance.provenance, "method": f"pointing game of {relevance.method}"},
-        method=relevance.method,
+        provenance={**relevance.provenance, "method": f"pointing game of {method}"},
+        method=method,
         chance=torch.tensor(chances, dtype=torch.float64),
     )
 
 
+def _checked_masks(masks: Any, examples: int, tolerance: float) -> list[Bool[Tensor, "height width"]]:
+    """The masks as tensors, the object grown by the tolerance."""
+    found = []
+    for number, mask in enumerate(masks):
+        array = np.asarray(mask)
+        if array.ndim != 2 or array.dtype == object or not array.any():
+            raise InputError(
+                f"Mask {number} is [height width] with at least one pixel of the object, not {array.shape or type(mask).__name__} "
+                "and empty. Give one mask per example."
+            )
+        found.append(_grown(torch.as_tensor(array).bool(), tolerance))
+    if len(found) != examples:
+        raise InputError(f"There are {len(found)} masks for {examples} examples; give one per example.")
+    return found
+
+
+def _grown(mask: Bool[Tensor, "height width"], by: float) -> Bool[Tensor, "height width"]:
+    """The mask and all pixels whose middle is no farther than ``by`` from the middle of one of its pixels."""
+    grown, height = mask.clone(), mask.shape[0]
+    lines = mask.float()
+    for down in range(-min(int(by), height - 1), min(int(by), height - 1) + 1):
+        reach = math.isqrt(int(by**2 - down**2))
+        beside = torch.nn.functional.max_pool1d(lines, 2 * reach + 1, stride=1, padding=reach) > 0
+        grown[max(down, 0) : height - max(-down, 0)] |= beside[max(-down, 0) : height - max(down, 0)]
+    return grown
+
+
 def box_mask(box: Sequence[float], size: tuple[int, int]) -> Bool[Tensor, "height width"]:
-    """The pixels inside a box (left, top, right, bottom; right and bottom are one past the last pixel) of a picture of ``size`` (height, width)."""
+    """The pixels inside a box (left, top, right, bottom; right and bottom are one past the last pixel) of a picture of ``size`` (height, width).
+
+    Raises:
+        InputError: a box that is no four numbers, or that holds no pixel of the picture.
+    """
+    if len(box) != 4:
+        raise InputError(f"A box is (left, top, right, bottom), not {tuple(box)}.")
     left, top, right, bottom = (round(edge) for edge in box)
     mask = torch.zeros(size, dtype=torch.bool)
     mask[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
+    if not bool(mask.any()):
+        raise InputError(f"The box {tuple(box)} holds no pixel of a picture of {size[0]} × {size[1]} (height, width).")
     return mask
 
 

@@ -4,8 +4,9 @@
 first-order estimate. It finds what is *necessary* given all the rest: where two patches say the same, removing either alone changes little,
 and both look irrelevant.
 
-Patches are removed in windows of ``window × window`` that slide over the patch grid one patch at a time; a patch gets the mean over the
-windows that hold it. Other positions (words) are removed one at a time.
+Patches are removed in windows of ``window × window`` that slide over the patch grid ``stride`` patches at a time and end flush with the border;
+a patch gets the mean over the windows that hold it. Other positions (words) are removed one at a time. Or name the ``regions`` yourself: whole
+objects, segments of the image, phrases. A region's number is then what each of its positions gets, not a share of it.
 
 Not covered: windows over pixels (remove patches at ``hook_input``, or colour pixels with
 :func:`~circuitvision.readout.relevance.curves.deletion_curve`).
@@ -16,27 +17,27 @@ Reference: Zeiler and Fergus 2014 (arXiv 1311.2901).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from circuitvision import edits
 from circuitvision.errors import InputError
+from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import KINDS
-from circuitvision.readout.relevance.gradients import Relevance, result_at
+from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
+from circuitvision.readout.relevance.gradients import result_at
+from circuitvision.readout.relevance.result import Relevance, warn_undefined
 from circuitvision.readout.relevance.variables import (
     PIXELS,
-    Baseline,
     Place,
     Variable,
-    brief,
     checked_tower,
     rows_serve_all,
-    start_of,
     wide,
 )
 
@@ -49,7 +50,9 @@ def occlusion(
     tower: str | None = None,
     kinds: Sequence[str] | str | None = None,
     window: int = 1,
-    with_: Baseline = "mean",
+    stride: int = 1,
+    regions: Iterable[Selection | Tensor] | None = None,
+    baseline: Baseline = "mean",
     site: str | None = None,
     progress: bool = True,
 ) -> Relevance:
@@ -63,28 +66,31 @@ def occlusion(
         tower: whose positions; by default the first image tower's.
         kinds: kinds of positions to remove, see ``circuitvision.model.tokens.KINDS``: by default patches, and outside image towers words too.
         window: side of the sliding window of patches.
-        with_: what a removed position becomes, see :mod:`circuitvision.readout.relevance.variables`.
+        stride: how many patches it moves at a time; at most ``window``, so that every patch is removed.
+        regions: what is removed together, instead of windows: selections of the tower (``tokens.image(0).box(…)``, the object of every example)
+            or bool masks ``[row position]``, one edit each. Positions in several get the mean of them, those in none are NaN.
+        baseline: what a removed position becomes, see :mod:`circuitvision.readout.relevance.baselines`.
         site: where it is removed; by default what enters the tower.
 
     Raises:
-        InputError: no such tower, kind or position; a window larger than the grid.
+        InputError: no such tower, kind or position; a window larger than the grid, a stride larger than the window; an empty region, or one of
+            another tower or run.
     """
     place = Variable(model, inputs, metric, site or f"{checked_tower(model, tower)}.hook_input")
     if place.site == PIXELS:
         raise InputError("Occlusion removes positions of a tower; deletion_curve(level='pixel') colours pixels.")
     where = place.place
-    tower = where.tokens.tower
-    if kinds is None:
-        kinds = ("patch",) if model.towers[tower].stack.image else ("patch", "text")
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    if set(kinds) - set(KINDS) or window < 1:
-        raise InputError(f"kinds={kinds} with window={window} is not understood; kinds are {', '.join(KINDS)}.")
-    alone = rows_serve_all(model, tower)
-    masks = list(_removals(where, kinds, window, alone))
-    if not masks:
-        raise InputError(f"The {tower} tower has no position of the kinds {', '.join(kinds)} in this run.")
-    removed = torch.stack(masks)
-    source = start_of(place, with_)
+    if regions is None:
+        masks = _one_by_one(model, where, kinds, window, stride)
+        setting = f"window {window}" + (f", stride {stride}" if stride > 1 else "")
+    elif kinds is not None or (window, stride) != (1, 1):
+        raise InputError("regions say what is removed: leave kinds, window and stride out.")
+    else:
+        masks = _regions(where, regions)
+        setting = f"{len(masks)} regions"
+    alone = rows_serve_all(model, where.tokens.tower)
+    removed = torch.stack([torch.from_numpy(mask) for whole in masks for mask in _apart(whole, alone)])
+    source = start_of(place, baseline, removed.any(0))
     swept = model.sweep(
         place.inputs, [edits.replace(place.site, source, positions=mask) for mask in removed], metric, progress=progress
     )
@@ -93,22 +99,67 @@ def occlusion(
     of_row = lost.sum(1, keepdim=True).expand(-1, len(example)) if alone else lost[:, example]
     counts = removed.sum(0)
     values = torch.einsum("erp,er->rp", removed.to(of_row), of_row) / counts
+    warn_undefined(values[counts > 0])
     values = torch.where(counts > 0, values, float("nan"))
-    return result_at(place, values, f"occlusion (window {window}, baseline {brief(with_)})", metric)
+    return result_at(place, values, f"occlusion ({setting}, baseline {brief(baseline)})", metric)
 
 
-def _removals(where: Place, kinds: Sequence[str], window: int, alone: bool) -> Iterator[Bool[Tensor, "row pos"]]:
+def _one_by_one(
+    model: Any, where: Place, kinds: Sequence[str] | str | None, window: int, stride: int
+) -> list[np.ndarray[Any, Any]]:
     """What each edit removes: one window of an image that every example has, or one other position of all rows."""
+    tower = where.tokens.tower
+    if kinds is None:
+        kinds = ("patch",) if model.towers[tower].stack.image else ("patch", "text")
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    if not kinds or set(kinds) - set(KINDS):
+        raise InputError(f"kinds={kinds} is not understood; kinds are {', '.join(KINDS)}.")
+    if not all(isinstance(number, Integral) for number in (window, stride)) or not 1 <= stride <= window:
+        raise InputError(
+            f"window={window!r} with stride={stride!r}: whole numbers from 1 on, and a stride no larger than the window, which would leave patches "
+            "out."
+        )
     other = np.isin(where.kind, [kind for kind in kinds if kind != "patch"])
-    masks = [*(_windows(where, window) if "patch" in kinds else ()), *_columns(other)]
-    for mask in masks:
-        if not alone:
-            yield torch.from_numpy(mask)
-            continue
-        for row in np.flatnonzero(mask.any(1)):
-            only = np.zeros_like(mask)
-            only[row] = mask[row]
-            yield torch.from_numpy(only)
+    masks = [*(_windows(where, window, stride) if "patch" in kinds else ()), *_columns(other)]
+    if not masks:
+        raise InputError(f"The {tower} tower has no position of the kinds {', '.join(kinds)} in this run.")
+    return masks
+
+
+def _regions(where: Place, regions: Iterable[Selection | Tensor]) -> list[np.ndarray[Any, Any]]:
+    found = [_region(where, region) for region in regions]
+    if not found:
+        raise InputError("regions is empty; leave it out, or give at least one region.")
+    return found
+
+
+def _region(where: Place, region: Selection | Tensor) -> np.ndarray[Any, Any]:
+    """The positions of one region that are no padding."""
+    tokens = where.tokens
+    if isinstance(region, Selection):
+        if region.tower != tokens.tower:
+            raise InputError(f"{region!r} is of the {region.tower} tower, not of {tokens.tower}.")
+        mask = region.mask
+    else:
+        mask = np.asarray(region)
+    mask = mask[:, where.dropped :] if mask.shape == tokens.kind.shape else mask
+    if mask.dtype != bool or mask.shape != where.kind.shape:
+        raise InputError(
+            f"A region is a Selection or a bool mask {list(tokens.kind.shape)} of this run's rows and positions, not {list(mask.shape)} of "
+            f"{mask.dtype}."
+        )
+    mask = mask & (where.kind != "padding")
+    if not mask.any():
+        raise InputError(f"{region!r} holds no position; leave empty regions out.")
+    return mask
+
+
+def _apart(mask: np.ndarray[Any, Any], alone: bool) -> list[np.ndarray[Any, Any]]:
+    """A removal as it is, or for each row by itself where every row serves all examples."""
+    if not alone:
+        return [mask]
+    rows = np.arange(len(mask))[:, None]
+    return [mask & (rows == row) for row in np.flatnonzero(mask.any(1))]
 
 
 def _columns(mask: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
@@ -118,7 +169,7 @@ def _columns(mask: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
         yield only
 
 
-def _windows(where: Place, window: int) -> Iterator[np.ndarray[Any, Any]]:
+def _windows(where: Place, window: int, stride: int) -> Iterator[np.ndarray[Any, Any]]:
     tokens, first = where.tokens, where.dropped
     patches = where.kind == "patch"
     image, tile, down, across = (
@@ -130,7 +181,12 @@ def _windows(where: Place, window: int) -> Iterator[np.ndarray[Any, Any]]:
         rows, columns = int(down[here].max()) + 1, int(across[here].max()) + 1
         if window > min(rows, columns):
             raise InputError(f"A window of {window} × {window} does not fit the grid of {rows} × {columns} patches.")
-        for top, left in itertools.product(range(rows - window + 1), range(columns - window + 1)):
+        for top, left in itertools.product(_starts(rows, window, stride), _starts(columns, window, stride)):
             inside = (down >= top) & (down < top + window) & (across >= left) & (across < left + window)
             if (here & inside).any():
                 yield here & inside
+
+
+def _starts(size: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along one side; the last one ends at the border."""
+    return sorted({*range(0, size - window + 1, stride), size - window})

@@ -5,15 +5,7 @@ else of the run stays as it is. Several points run as one batch: all tensors of 
 per point (of rows and columns, where the output compares rows with columns). Gradients never reach parameters, and the caller's tensors are
 copied.
 
-*Removed* means replaced by a baseline, and every method here shares one vocabulary for it:
-
-* ``"mean"``: the mean over the *other* rows of the run at the same position (or pixel), so that nothing of the row itself is left in it;
-* inputs of a data set: the mean over its rows at the same position, the same for every row;
-* ``"zero"``; of pixels this is the colour that the processor normalises to 0, and ``"black"`` is black;
-* ``"own"``: the mean over the row's own positions of the same kind (every patch becomes the image's average patch), or the picture's own mean
-  colour. It keeps the answer wherever an average keeps it: shapes-vit still names the right shape in 91 % of pictures when *all* of their
-  patches are their own mean;
-* a number, or a tensor that broadcasts to the values.
+What values become where they are taken out is in ``baselines.py``.
 
 Not covered: pixels that a processor has cut into flattened patches (SigLIP 2 with free image sizes).
 """
@@ -44,8 +36,6 @@ PIXELS = "pixels"
 """The name that stands for ``pixel_values`` where a site is asked for."""
 POSITIONS_AT_ONCE = 1024
 """How many positions an automatic batch of points computes; a batch with gradients keeps all of its activations."""
-Baseline = str | float | Tensor | Mapping[str, Any]
-"""What values become where they are removed, see the module."""
 
 
 @contextlib.contextmanager
@@ -143,7 +133,7 @@ class Variable:
         self.metric = metrics.bind(metric, model)
         self.inputs = usable(inputs)
         if site == PIXELS:
-            self.value = _pixels(self.inputs)
+            self.value = pixels_of(self.inputs)
             names = []
         else:
             (found,) = model.sites(site) if len(model.sites(site)) == 1 else (None,)
@@ -225,7 +215,8 @@ def gradient_of(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
 
 
-def _pixels(inputs: Mapping[str, Any]) -> Tensor:
+def pixels_of(inputs: Mapping[str, Any]) -> Tensor:
+    """The pictures of a run; InputError where it has none, or has cut them up."""
     pixels = inputs.get("pixel_values")
     if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
         shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else None
@@ -249,108 +240,11 @@ def rows_of_pixels(model: HookedModel, inputs: Mapping[str, Any]) -> list[int]:
     return [image * per_image + tile for image, count in enumerate(tiles) for tile in range(count)]
 
 
-def start_of(variable: Variable, baseline: Baseline) -> Tensor:
-    """What the values of a variable become where they are removed, see the module.
-
-    Raises:
-        InputError: an unknown word; ``"mean"`` of a single row; a data set whose values have another shape; ``"black"`` without a processor
-        that says what black is; a tensor that does not broadcast.
-    """
-    value = variable.value
-    if isinstance(baseline, Mapping):
-        return _mean_of_data(variable, baseline)
-    if baseline is None:
-        raise InputError(
-            "Say what values become where they are removed: baseline='own', 'zero', inputs of a data set, …"
-        )
-    if not isinstance(baseline, str):
-        return _broadcast(baseline, value)
-    of_pixels = variable.site == PIXELS
-    words = ("mean", "zero", "own", "black") if of_pixels else ("mean", "zero", "own")
-    if baseline not in words:
-        raise InputError(
-            f"baseline={baseline!r} is not understood: {', '.join(map(repr, words))}, inputs, or a tensor."
-        )
-    if baseline == "zero":
-        return torch.zeros_like(value)
-    if baseline == "black":
-        return _black(variable)
-    if baseline == "mean":
-        return _mean_of_others(value)
-    if of_pixels:
-        return value.mean((-2, -1), keepdim=True).expand_as(value)
-    return _mean_of_kind(value, variable.place)
-
-
-def _mean_of_others(value: Tensor) -> Tensor:
-    if value.shape[0] == 1:
-        raise InputError(
-            "The mean over the other rows of the run needs another row. Give the inputs of a data set as baseline, 'zero', or 'own' (which keeps "
-            "what an average keeps)."
-        )
-    sums = value.to(_wide_type(value))
-    return ((sums.sum(0, keepdim=True) - sums) / (value.shape[0] - 1)).to(value)
-
-
-def _mean_of_data(variable: Variable, inputs: Mapping[str, Any]) -> Tensor:
-    with differentiating(False):
-        if variable.site == PIXELS:
-            found = _pixels(inputs)
-        else:
-            _, cache = variable.model.run_with_cache(usable(inputs), names_filter=[variable.site])
-            found = cache[variable.site]
-        if found.shape[1:] != variable.value.shape[1:]:
-            raise InputError(
-                f"The data set has values {tuple(found.shape)} at {variable.site}, the run {tuple(variable.value.shape)}: a mean per position needs "
-                "inputs of one size and prompts of one length."
-            )
-        return _broadcast(found.to(_wide_type(found)).mean(0), variable.value)
-
-
-def _mean_of_kind(value: Tensor, place: Place) -> Tensor:
-    out = value.clone()
-    kinds = place.kind
-    images = place.tokens.image_number[:, place.dropped :]
-    for row in range(value.shape[0]):
-        for kind, image in set(zip(kinds[row].tolist(), images[row].tolist(), strict=True)):
-            if kind != "padding":
-                same = torch.from_numpy((kinds[row] == kind) & (images[row] == image)).to(value.device)
-                out[row, same] = value[row, same].to(_wide_type(value)).mean(0).to(value)
-    return out
-
-
-def _black(variable: Variable) -> Tensor:
-    processor = getattr(variable.model.processor, "image_processor", variable.model.processor)
-    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
-    if mean is None or std is None:
-        raise InputError("Only a processor with image_mean and image_std knows which value is black; give a tensor.")
-    black = -torch.tensor(mean) / torch.tensor(std)
-    return _broadcast(black[:, None, None], variable.value)
-
-
-def _wide_type(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _broadcast(baseline: float | Tensor, value: Tensor) -> Tensor:
-    given = torch.as_tensor(baseline, dtype=value.dtype, device=value.device).detach()
-    try:
-        return given.expand_as(value)
-    except RuntimeError as error:
-        raise InputError(
-            f"A baseline of shape {tuple(given.shape)} does not broadcast to the values, {tuple(value.shape)}."
-        ) from error
-
-
 def wide(tensor: Tensor) -> Tensor:
     """In float32 at least, on the CPU, without history: what results hold."""
-    return tensor.detach().to(_wide_type(tensor)).cpu()
+    return tensor.detach().to(wide_type(tensor)).cpu()
 
 
-def brief(baseline: Baseline) -> str:
-    """A baseline in a word."""
-    if isinstance(baseline, str):
-        return baseline
-    return (
-        "data mean" if isinstance(baseline, Mapping) else "given" if isinstance(baseline, Tensor) else f"{baseline:g}"
-    )
+def wide_type(tensor: Tensor) -> torch.dtype:
+    """The type that statistics of a tensor are computed in: float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,194 @@
+"""What *removed* means: the values that take the place of those that are taken out, one vocabulary for every method here.
+
+* ``"mean"``: the mean over the *other* rows of the run at the same position (or pixel), so that nothing of the row itself is left in it; padding
+  does not count. Rows of a vision tower are images: the tiles and cameras of one example count as others, and show the same things, so give a
+  data set there;
+* inputs of a data set: the mean over its rows at the same position, the same for every row;
+* ``"zero"``; of pixels this is the colour that the processor normalises to 0, and ``"black"`` is black;
+* ``"own"``: the mean over the row's own positions of the same kind (every patch becomes the image's average patch), or the picture's own mean
+  colour. It keeps the answer wherever an average keeps it: shapes-vit still names the right shape in 91 % of pictures when *all* of their
+  patches are their own mean;
+* ``"blur"``, of pixels: the picture through a Gaussian whose standard deviation is an eighth of its shorter side. What is large keeps its colour;
+* a number, or a tensor or array that broadcasts to the values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.readout.relevance.variables import (
+    PIXELS,
+    Place,
+    Variable,
+    differentiating,
+    pixels_of,
+    place_of,
+    usable,
+    wide_type,
+)
+
+Baseline = str | float | Tensor | np.ndarray | Mapping[str, Any]
+"""What values become where they are removed, see the module."""
+_WORDS = ("mean", "zero", "own")
+_BLUR = 8
+
+
+def start_of(variable: Variable, baseline: Baseline, needed: Bool[Tensor, "row pos"] | None = None) -> Tensor:
+    """What the values of a variable become where they are removed, see the module; ``needed`` says where that is (None: everywhere).
+
+    Raises:
+        InputError: an unknown word; ``"mean"`` where no other row has a value; a data set whose values have another shape; ``"black"`` without a
+        processor that says what black is; a tensor that does not broadcast, or holds no number.
+    """
+    value = variable.value
+    of_pixels = variable.site == PIXELS
+    if isinstance(baseline, Mapping):
+        return _mean_of_data(variable, baseline, needed)
+    if baseline is None:
+        raise InputError(
+            "Say what values become where they are removed: baseline='own', 'zero', inputs of a data set, …"
+        )
+    if not isinstance(baseline, str):
+        return _broadcast(baseline, value)
+    words = (*_WORDS, "black", "blur") if of_pixels else _WORDS
+    if baseline not in words:
+        raise InputError(
+            f"baseline={baseline!r} is not understood: {', '.join(map(repr, words))}, inputs, a number, or a tensor."
+        )
+    if baseline == "zero":
+        return torch.zeros_like(value)
+    if baseline == "black":
+        return _black(variable)
+    if baseline == "blur":
+        return _blurred(value)
+    if baseline == "mean":
+        return _mean_of_others(variable, needed)
+    if of_pixels:
+        return value.mean((-2, -1), keepdim=True).expand_as(value)
+    return _mean_of_kind(value, variable.place)
+
+
+def _mean_of_others(variable: Variable, needed: Tensor | None) -> Tensor:
+    value = variable.value
+    if value.shape[0] == 1:
+        raise InputError(
+            "The mean over the other rows of the run needs another row. Give the inputs of a data set as baseline, 'zero', or 'own' (which keeps "
+            "what an average keeps)."
+        )
+    counted = _counted(value, variable.place, variable.site)
+    sums = torch.where(counted, value, 0.0).to(wide_type(value))
+    others = counted.sum(0, keepdim=True) - counted.long()
+    mean = (sums.sum(0, keepdim=True) - sums) / others.clamp_min(1)
+    return _where_there(mean.to(value), others > 0, variable, needed, "other row of the run")
+
+
+def _mean_of_data(variable: Variable, inputs: Mapping[str, Any], needed: Tensor | None) -> Tensor:
+    inputs = usable(inputs)
+    with differentiating(False):
+        if variable.site == PIXELS:
+            found = pixels_of(inputs)
+        else:
+            _, cache = variable.model.run_with_cache(inputs, names_filter=[variable.site])
+            found = cache[variable.site]
+    if found.shape[1:] != variable.value.shape[1:]:
+        raise InputError(
+            f"The data set has values {tuple(found.shape)} at {variable.site}, the run {tuple(variable.value.shape)}: a mean per position needs "
+            "inputs of one size and prompts of one length."
+        )
+    place = place_of(variable.model, inputs, variable.site, found.shape)
+    counted = _counted(found, place, variable.site)
+    sums = torch.where(counted, found, 0.0).to(wide_type(found)).sum(0, keepdim=True)
+    mean = (sums / counted.sum(0, keepdim=True).clamp_min(1)).to(variable.value)
+    there = (counted.sum(0, keepdim=True) > 0).to(variable.value.device)
+    return _where_there(mean.expand_as(variable.value), there, variable, needed, "row of the data set")
+
+
+def _counted(value: Tensor, place: Place, site: str) -> Bool[Tensor, "row ..."]:
+    """Where a value is no padding, with an axis of one for every further axis of the values."""
+    if site == PIXELS:
+        return torch.ones(value.shape[0], *[1] * (value.ndim - 1), dtype=torch.bool, device=value.device)
+    real = torch.from_numpy(place.kind != "padding").to(value.device)
+    return real.view(*real.shape, *[1] * (value.ndim - 2))
+
+
+def _where_there(mean: Tensor, there: Tensor, variable: Variable, needed: Tensor | None, what: str) -> Tensor:
+    """The mean, and the values as they are where there is none and none is needed."""
+    if variable.site == PIXELS:
+        return mean
+    real = torch.from_numpy(variable.place.kind != "padding")
+    wanted = real if needed is None else real & needed.cpu()
+    missing = (wanted & ~there.reshape(there.shape[:2]).cpu()).nonzero().tolist()
+    if missing:
+        row, position = missing[0]
+        raise InputError(
+            f"No {what} has a value at position {position + variable.place.dropped}, where row {row} has one: a mean needs images of one size "
+            "and prompts of one length. Give baseline='own', 'zero', or inputs of a data set."
+        )
+    there = there & real.to(there.device).view(*real.shape, *[1] * (mean.ndim - 2))
+    return torch.where(there, mean, variable.value)
+
+
+def _mean_of_kind(value: Tensor, place: Place) -> Tensor:
+    out = value.clone()
+    kinds = place.kind
+    images = place.tokens.image_number[:, place.dropped :]
+    for row in range(value.shape[0]):
+        for kind, image in set(zip(kinds[row].tolist(), images[row].tolist(), strict=True)):
+            if kind != "padding":
+                same = torch.from_numpy((kinds[row] == kind) & (images[row] == image)).to(value.device)
+                out[row, same] = value[row, same].to(wide_type(value)).mean(0).to(value)
+    return out
+
+
+def _black(variable: Variable) -> Tensor:
+    processor = getattr(variable.model.processor, "image_processor", variable.model.processor)
+    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    if mean is None or std is None:
+        raise InputError("Only a processor with image_mean and image_std knows which value is black; give a tensor.")
+    black = -torch.tensor(mean) / torch.tensor(std)
+    return _broadcast(black[:, None, None], variable.value)
+
+
+def _blurred(value: Float[Tensor, "*picture channel height width"]) -> Tensor:
+    """Both ways through a Gaussian, the border's colours going on beyond it."""
+    height, width = value.shape[-2:]
+    sigma = min(height, width) / _BLUR
+    reach = math.ceil(3 * sigma)
+    away = torch.arange(-reach, reach + 1, dtype=wide_type(value), device=value.device)
+    bell = torch.exp(-0.5 * (away / sigma).square())
+    bell = bell / bell.sum()
+    planes = value.to(bell).reshape(-1, 1, height, width)
+    planes = torch.nn.functional.pad(planes, [reach] * 4, mode="replicate")
+    planes = torch.nn.functional.conv2d(planes, bell[None, None, :, None])
+    planes = torch.nn.functional.conv2d(planes, bell[None, None, None])
+    return planes.view(value.shape).to(value)
+
+
+def _broadcast(baseline: float | Tensor | np.ndarray, value: Tensor) -> Tensor:
+    try:
+        given = torch.as_tensor(baseline, dtype=value.dtype, device=value.device).detach().expand_as(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        shape = tuple(np.shape(baseline))
+        raise InputError(
+            f"A baseline of shape {shape} does not broadcast to the values, {tuple(value.shape)}."
+        ) from error
+    if not bool(given.isfinite().all()):
+        raise InputError("The baseline holds values that are no numbers (NaN or infinite).")
+    return given
+
+
+def brief(baseline: Baseline) -> str:
+    """A baseline in a word."""
+    if isinstance(baseline, str):
+        return baseline
+    if isinstance(baseline, Mapping):
+        return "mean of given inputs"
+    return f"{baseline:g}" if isinstance(baseline, int | float) else "given"

@@ -1,0 +1,141 @@
+"""What every relevance is: a value per position of a tower, or per pixel, with the places in the image beside it.
+
+Positive values support the metric, negative ones work against it. Positions that were not measured are NaN. A result can be drawn, ranked and
+laid over masks without the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.readout.places import on_grid
+from circuitvision.readout.relevance.variables import PIXELS
+from circuitvision.results import Result
+
+
+def warn_undefined(values: Tensor) -> None:
+    """One warning where a relevance that was measured holds no number."""
+    count = int(torch.isnan(values).sum())
+    if count:
+        warnings.warn(
+            f"{count} of {values.numel()} values are NaN: the metric or its gradient is no number. Look at the output of model(inputs): prompts "
+            "padded on the left give NaN in some models in float64.",
+            stacklevel=4,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Relevance(Result):
+    """Relevance of every position of a tower, ``[row position]``, or of every pixel, ``[row down across]``.
+
+    At sites with heads there is one more axis, ``head``. Rows are the tower's: images, tiles or cameras of a vision tower, examples of a
+    language tower; ``example`` says whose each is. ``site`` is where the values were, or ``"pixels"``. Positions that were not measured are
+    NaN.
+
+    ``places`` (``[row position 4]``: image, tile, patch row, patch column, -1 where a position is no patch) and ``labels`` name the positions;
+    for pixels, those of the image tower's patches. ``metric_value`` is the metric per example, ``baseline_value`` that of the baseline, and
+    ``completeness_gap`` the sum of an example's values minus the difference of the two; both are empty where a method has none.
+    """
+
+    method: str = ""
+    tower: str = ""
+    site: str = ""
+    metric_value: Tensor = field(default_factory=lambda: torch.zeros(0))
+    baseline_value: Tensor = field(default_factory=lambda: torch.zeros(0))
+    completeness_gap: Tensor = field(default_factory=lambda: torch.zeros(0))
+    places: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 4, dtype=torch.long))
+    example: list[int] = field(default_factory=list)
+    labels: list[list[str]] = field(default_factory=list)
+
+    @property
+    def of_pixels(self) -> bool:
+        """Whether the values are of pixels, not of positions."""
+        return self.site == PIXELS
+
+    @property
+    def per_position(self) -> Float[Tensor, "row position"]:
+        """Values summed over heads, and for pixels over each patch; what was not measured stays NaN."""
+        if self.of_pixels:
+            return self.on_patches().values
+        return self.values if self.values.ndim == 2 else self.values.sum(-1)
+
+    def top(self, count: int = 10, row: int = 0) -> list[tuple[str, float]]:
+        """The labels of a row's ``count`` largest values in size, and the values; pixels are summed over patches.
+
+        Raises:
+            InputError: no such row.
+        """
+        self._check(row)
+        values = self.per_position[row].nan_to_num(0.0)
+        order = values.abs().argsort(descending=True, stable=True)[:count].tolist()
+        return [(self.labels[row][number], float(values[number])) for number in order]
+
+    def highlights(self) -> dict[str, str]:
+        """The strongest positions of the first row, and what the values should add up to."""
+        if not self.labels or not self.values.numel():
+            return {}
+        row = self.axes["row"][0]
+        found = {f"strongest in row {row}": ", ".join(f"{label} {value:+.3g}" for label, value in self.top(5, row))}
+        if self.completeness_gap.numel():
+            worst = self.completeness_gap.abs().max()
+            found["largest completeness gap"] = f"{float(worst):.2g}"
+        return found
+
+    def _check(self, row: int) -> None:
+        if row not in self.axes["row"]:
+            raise InputError(f"There is no row {row!r}; there are {self.axes['row']}.")
+
+    def on_image(self, row: int = 0, image: int | None = None, tile: int | None = None) -> Float[Tensor, "down across"]:
+        """One row's values on the patch grid of one of its images (``None``: its first), or its pixels; NaN where nothing was measured.
+
+        Raises:
+            InputError: no such row, or no position of it is a patch of that image and tile.
+        """
+        self._check(row)
+        if not self.of_pixels:
+            return on_grid(self.per_position[row], self.places[row], self._image(row, image), tile)
+        on_grid(torch.zeros(self.places.shape[1]), self.places[row], self._image(row, image), tile)
+        return self.values[row]
+
+    def per_pixel(
+        self,
+        row: int = 0,
+        size: tuple[int, int] = (224, 224),
+        image: int | None = None,
+        tile: int | None = None,
+        smooth: bool = False,
+    ) -> Float[Tensor, "height width"]:
+        """The map of :meth:`on_image` scaled to ``size`` (height, width): every pixel has its patch's value, or with ``smooth`` one interpolated
+        between patches. For showing and for masks; the values no longer add up to the metric.
+        """
+        grid = self.on_image(row, image, tile)[None, None]
+        if smooth:
+            return torch.nn.functional.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0]
+        return torch.nn.functional.interpolate(grid, size=size, mode="nearest-exact")[0, 0]
+
+    def on_patches(self) -> Relevance:
+        """Pixels summed over each patch, which keeps what they add up to; a relevance of positions is returned as it is."""
+        if not self.of_pixels:
+            return self
+        patches = self.places[..., 2] >= 0
+        rows, columns = ((self.places[..., axis].amax(1) + 1).tolist() for axis in (2, 3))
+        values = torch.full(self.places.shape[:2], float("nan"), dtype=self.values.dtype)
+        for row, (down, across) in enumerate(zip(rows, columns, strict=True)):
+            height, width = self.values.shape[1] // down, self.values.shape[2] // across
+            whole = self.values[row, : down * height, : across * width]
+            sums = whole.reshape(down, height, across, width).sum((1, 3))
+            here = patches[row]
+            values[row, here] = sums[self.places[row, here, 2], self.places[row, here, 3]]
+        axes = {"row": self.axes["row"], "position": list(range(values.shape[1]))}
+        return dataclasses.replace(self, values=values, axes=axes, site=f"{PIXELS} of patches")
+
+    def _image(self, row: int, image: int | None) -> int:
+        numbers = self.places[row, self.places[row, :, 2] >= 0, 0]
+        return image if image is not None else int(numbers.min()) if len(numbers) else 0
