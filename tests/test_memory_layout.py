@@ -57,6 +57,15 @@ def test_what_has_no_memory_of_its_own_stays():
     assert torch.equal(doubled, 2 * value)
 
 
+@pytest.mark.parametrize("like", [torch.randn(3, 4).T, torch.randn(5, 3)[1:]], ids=["transposed", "shifted"])
+def test_functional_transforms_pass_through(like):
+    value = torch.randn(4, 3)
+    assert torch.equal(torch.func.grad(lambda x: laid_out(x * 2, like).sum())(value), torch.full((4, 3), 2.0))
+    out, slope = torch.func.jvp(lambda x: laid_out(x * 2, like), (value,), (torch.ones(4, 3),))
+    assert torch.equal(out, 2 * value)
+    assert torch.equal(slope, torch.full((4, 3), 2.0))
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_clone_at_any_site_leaves_the_bits_of_an_action(batch):
     """The chunk's positions are a slice: they begin at an address of their own."""

@@ -34,9 +34,9 @@ from circuitvision.model.sites import SiteName
 
 Hook = Callable[[Tensor, "HookPoint"], "Tensor | None"]
 MOST_PLANS = 128
+"""Plans kept at once; a sweep over single sites makes one per site."""
 ALIGNMENT = 64
 """Bytes that the widest vector registers want an address to be a multiple of."""
-"""Plans kept at once; a sweep over single sites makes one per site."""
 
 
 @dataclass(frozen=True)
@@ -447,23 +447,27 @@ def laid_out(value: Tensor, like: Tensor) -> Tensor:
     other bits."""
     strides = like.stride()
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(strides, like.shape, strict=True))
-    shift = _misalignment(like)
-    if overlaps or not like.numel() or (value.stride() == strides and _misalignment(value) == shift):
+    if overlaps or not like.numel():
+        return value
+    shift, here = _misalignment(like), _misalignment(value)
+    if shift is None or here is None:
+        placed = torch.empty_strided(like.shape, strides, dtype=value.dtype, device=value.device)
+        return value if value.stride() == strides else placed.copy_(value)
+    if value.stride() == strides and here == shift:
         return value
     extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, strides, strict=True))
     room = torch.empty(extent + ALIGNMENT // like.element_size(), dtype=value.dtype, device=value.device)
-    offset = (shift - _misalignment(room)) % ALIGNMENT // like.element_size()
+    offset = (shift - room.data_ptr()) % ALIGNMENT // like.element_size()
     # No view of ``room``: autograd would follow the whole of it.
     place = torch.empty(0, dtype=value.dtype, device=value.device)
     return place.set_(room.untyped_storage(), offset, like.shape, strides).copy_(value)
 
 
-def _misalignment(value: Tensor) -> int:
-    """Bytes from the last aligned address to the first element; 0 for tensors without memory of their own (meta, functional transforms)."""
-    try:
-        return value.data_ptr() % ALIGNMENT
-    except RuntimeError:
-        return 0
+def _misalignment(value: Tensor) -> int | None:
+    """Bytes from the last aligned address to the first element; None where a functional transform wraps the tensor, or it has no memory."""
+    if value.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return None
+    return value.data_ptr() % ALIGNMENT
 
 
 def _checked(returned: Any, expected: Tensor, where: HookPoint) -> Any:
