@@ -237,3 +237,26 @@ def test_a_sliding_window_has_dropped_the_first_positions():
     assert kinds.tolist() == [["generated"], ["generated"]]
     assert (prompt.start, prompt.first, prompt.count) == (0, 3, length - 3)
     assert (new.tokens, new.start, new.count) == (None, length - 3, 1)
+
+
+def test_padding_that_the_family_reads_is_a_query():
+    """SigLIP's texts are read at their last position: of a short prompt that is padding, and all that its last layer does is there."""
+    entry = case("siglip2")
+    model = cv.HookedModel(shared_model("siglip2"), entry.processor())
+    inputs = entry.inputs(model.module, batch=2)
+    inputs["attention_mask"][:, 4:] = 0
+    _, cache = model.run_with_cache(inputs, names_filter="text.blocks.*.attn.hook_pattern")
+    last = model.text.cfg.n_layers - 1
+    pattern = cache["text", "pattern", last]
+    mass = cv.readout.attention_mass(cache, tower="text", layers=last, spans={"first": 0})
+    torch.testing.assert_close(mass.values[0, :, :, 0], pattern[:, :, -1, 0].T)
+    rolled = cv.readout.rollout(cache, tower="text", residual=0.25)
+    step = None
+    for layer in range(last + 1):
+        mixed = 0.25 * torch.eye(6) + 0.75 * cache["text", "pattern", layer].mean(1)
+        # What nothing reads stays where it is.
+        mixed[:, 4] = torch.eye(6)[4]
+        step = mixed if step is None else mixed @ step
+    torch.testing.assert_close(rolled.values[-1, :, -1], step[:, -1])
+    torch.testing.assert_close(rolled.of(-1).values[-1, 0], step[:, -1])
+    assert bool(rolled.values[:, :, 4].isnan().all())

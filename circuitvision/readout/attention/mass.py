@@ -5,7 +5,7 @@ attention, in shares. Every number is first a mean over the queries that count, 
 images.
 
 Which queries count, by default: the last position that is not padding in a tower that reads text in order, every position in the others, and
-only positions whose attention can reach the output. Padding is never a query.
+only positions whose attention can reach the output. Padding is no query, but where the family reads it (the last position of SigLIP's texts).
 
 Beside each number stands ``uniform``, what a head would give that looked at all the keys it can see alike: a box of 4 of 16 patches gets 25%
 of such a head. Attention says where a head looks, not what it does there: check by ablation before calling a head a cause.

@@ -4,7 +4,8 @@ Keys are not always the tower's own positions. An action tower looks at the cach
 step of ``generate`` looks at the prompt and at what was generated since. :class:`Patterns` names every key, so that read-outs say "patch",
 "text" or "this box" and never count columns.
 
-Rows of padding are never queries. Masked keys hold exactly 0 in every head, and that is how a read-out knows which keys a query could see.
+Rows of padding are never queries, but where the family reads one whatever stands there (:func:`real_queries`). Masked keys hold exactly 0 in
+every head, and that is how a read-out knows which keys a query could see.
 
 Reading one out of a cache is in ``cache.py``.
 """
@@ -128,7 +129,7 @@ class Patterns:
             if spec is not None:
                 raise InputError("An attention pool has a single query, its probe; leave queries out.")
             return np.ones(self.query_kind.shape, dtype=bool)
-        real = self.query_kind != "padding"
+        real = self.real
         if spec is None:
             found = self._live(number) & real
             if self.model.towers[self.tower].cfg.attention != "bidirectional" and (self.query_kind == "text").any():
@@ -140,6 +141,12 @@ class Patterns:
         if not found.any():
             raise InputError(f"queries={spec!r} leaves no position of the {self.tower} tower that is not padding.")
         return found
+
+    @property
+    def real(self) -> np.ndarray:
+        """The queries of this pass that can count at all, ``[row query]``."""
+        whole = self.query_kind.shape == self.own.kind.shape and GENERATED not in self.query_kind
+        return real_queries(self.model.towers[self.tower], self.own) if whole else self.query_kind != "padding"
 
     def _live(self, number: int) -> np.ndarray:
         """The queries whose attention in this layer can reach the output."""
@@ -214,6 +221,14 @@ class Patterns:
             f"The span {name!r} is of the {selection.tower} tower, but the {self.tower} tower looks at positions of "
             f"{' and '.join(towers)}; select them in model.tokens(inputs)[{towers[-1]!r}]."
         )
+
+
+def real_queries(tower: Any, tokens: TokenMap) -> Bool[np.ndarray, "row pos"]:
+    """The positions whose attention counts: no padding, but the last one where the family reads it whatever stands there (SigLIP's texts)."""
+    real = tokens.kind != "padding"
+    if tower.spec.readout is not None and tower.spec.readout.pool == "last":
+        real[:, -1] = True
+    return real
 
 
 def chosen(spec: Any, kinds: np.ndarray, what: str) -> np.ndarray:

@@ -36,7 +36,7 @@ _FUSIONS = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1), "min": lamb
 class AttentionRollout(Result):
     """Attention multiplied up over layers: ``values`` is ``[layer row query key]``, the product of all layers up to and with that one.
 
-    Rows sum to 1; rows of padding are NaN. :meth:`of` takes one query's row as maps that lie over the image.
+    Rows sum to 1; rows of padding that nothing reads are NaN. :meth:`of` takes one query's row as maps that lie over the image.
     """
 
     tower: str = ""
@@ -54,7 +54,8 @@ class AttentionRollout(Result):
         kinds = np.array(self.kinds)
         if isinstance(query, Selection):
             query = query.mask if query.mask.shape == kinds.shape else query
-        counted = torch.from_numpy(chosen(query, kinds, f"positions of the {self.tower} tower") & (kinds != "padding"))
+        there = self.values.isfinite().all(-1).any(0).numpy() | (kinds != "padding")
+        counted = torch.from_numpy(chosen(query, kinds, f"positions of the {self.tower} tower") & there)
         if not bool(counted.any()):
             raise InputError(f"query={query!r} leaves no position that is not padding.")
         values = mean_query(self.values.nan_to_num(0.0).transpose(0, 1), counted).transpose(0, 1)[:, None]
@@ -110,7 +111,7 @@ def rollout(
     steps = [int(layer) for layer in patterns.layers]
     if steps != list(range(steps[0], steps[0] + len(steps))):
         raise InputError(f"Layers {steps} do not follow on each other; cache them all, or name a range with layers=.")
-    real = torch.from_numpy(patterns.query_kind != "padding")
+    real = torch.from_numpy(patterns.real)
     depths: list[Tensor] = []
     for number in range(len(steps)):
         pattern = patterns.layer(number)
