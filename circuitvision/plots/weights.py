@@ -251,7 +251,11 @@ def composition(result: CompositionScores, title: str | None = None) -> go.Figur
             hoverongaps=False,
             customdata=[[f"{a} → {b}" for b in readers] for a in writers],
             hovertemplate="%{customdata}<br>%{z:+.3f}<extra></extra>",
-            colorbar={"title": "score" + (" − chance" if result.baseline else ""), "thickness": 14, "outlinewidth": 0},
+            colorbar={
+                "title": "score" + (" − chance" if result.random_mean else ""),
+                "thickness": 14,
+                "outlinewidth": 0,
+            },
         )
     )
     for edge in range(1, len(layers) - 1):
@@ -259,7 +263,7 @@ def composition(result: CompositionScores, title: str | None = None) -> go.Figur
         figure.add_hline(y=edge * len(heads) - 0.5, line={"color": style.GREY, "width": 1})
     if title is None:
         title = _composition_finding(result, len(there))
-    chance = f"; random heads: {result.baseline:.3f} ± {result.baseline_sd:.3f}" if result.baseline else ""
+    chance = f"; random heads: {result.random_mean:.3f} ± {result.random_sd:.3f}" if result.random_mean else ""
     heading = f"{title}<br><span style='font-size:12px'>{result.tower} tower, {result.kind}-composition{chance}</span>"
     style.layout(figure, heading, 190 + min(max(26 * len(writers), 130), 620))
     _head_axis(figure.update_xaxes, readers, layers[1:], len(heads), "head that reads")
@@ -277,10 +281,12 @@ def _composition_finding(result: CompositionScores, n_pairs: int) -> str:
         return "No pair of heads has a score"
     pair, score = f"{found[0][0]} → {found[0][1]}", _signed(found[0][2])
     # The largest of n Gaussian draws lies near this many standard deviations.
-    expected = result.baseline_sd * math.sqrt(2 * math.log(max(n_pairs, 2)))
-    if result.baseline and found[0][2] <= expected:
+    expected = result.random_sd * math.sqrt(2 * math.log(max(n_pairs, 2)))
+    if result.random_mean and found[0][2] <= expected:
         return f"No pair stands out from random heads in {result.kind}-composition; the first is {pair}, {score}"
-    return f"{pair} composes most through {result.kind}: {score}" + (" above random heads" if result.baseline else "")
+    return f"{pair} composes most through {result.kind}: {score}" + (
+        " above random heads" if result.random_mean else ""
+    )
 
 
 def _head_axis(update: Any, names: Sequence[str], layers: Sequence[int], n_heads: int, title: str) -> None:

@@ -222,8 +222,8 @@ def dense_reading(tower, layer: int, head: int, kind: str, gain: bool) -> Tensor
 def test_composition_equals_the_dense_formula(name, kind, gain):
     model = hooked(name)
     for tower in model.towers.values():
-        found = composition_scores(tower, kind, gain=gain, baseline=False)
-        assert found.baseline == 0.0
+        found = composition_scores(tower, kind, gain=gain, above_random=False)
+        assert found.random_mean == 0.0
         layers, heads = tower.cfg.n_layers, tower.cfg.n_heads
         for early in range(layers):
             for late in range(layers):
@@ -247,7 +247,7 @@ def test_composition_equals_transformer_lens(kind):
     left = FactoredMatrix(value, tower.W_O)
     right = {"V": left, "Q": FactoredMatrix(tower.W_Q, key.mT), "K": FactoredMatrix(key, tower.W_Q.mT)}[kind]
     theirs = peer_scores(left, right)
-    ours = composition_scores(tower, kind, gain=False, baseline=False).values
+    ours = composition_scores(tower, kind, gain=False, above_random=False).values
     there = ours.isfinite()
     assert int(there.sum()) == 3 * tower.cfg.n_heads**2
     torch.testing.assert_close(ours[there], theirs[there], rtol=1e-4, atol=1e-5)
@@ -283,11 +283,11 @@ def test_a_head_built_to_read_another_has_the_highest_score(tmp_path):
     found = composition_scores(tower, "V")
     assert found.top(1)[0][:2] == ("L0H3", "L2H1")
     # The whole of what is written is read: only how evenly keeps the score from 1 / sqrt(d_head).
-    assert found.top(1)[0][2] + found.baseline == pytest.approx(width**-0.5, rel=0.15)
+    assert found.top(1)[0][2] + found.random_mean == pytest.approx(width**-0.5, rel=0.15)
     assert found.top(1)[0][2] > 1.5 * found.top(2)[1][2]
     assert composition_scores(tower, "Q").top(1)[0][:2] != ("L0H3", "L2H1")
-    raw = composition_scores(tower, "V", baseline=False)
-    torch.testing.assert_close(found.values + found.baseline, raw.values, equal_nan=True)
+    raw = composition_scores(tower, "V", above_random=False)
+    torch.testing.assert_close(found.values + found.random_mean, raw.values, equal_nan=True)
     again = CompositionScores.load(found.save(tmp_path / "scores.npz"))
     assert again.top(3) == found.top(3)
     assert len(found.top(10_000)) == 3 * tower.cfg.n_heads**2
@@ -296,18 +296,18 @@ def test_a_head_built_to_read_another_has_the_highest_score(tmp_path):
 def test_chosen_layers_and_heads_of_zeros():
     model = hooked("vit")
     tower = model.vision
-    whole = composition_scores(tower, "K", baseline=False)
-    some = composition_scores(tower, "K", layers=[2, 0], baseline=False)
+    whole = composition_scores(tower, "K", above_random=False)
+    some = composition_scores(tower, "K", layers=[2, 0], above_random=False)
     assert some.axes["source_layer"] == [0, 2]
     torch.testing.assert_close(some.values[0, :, 1], whole.values[0, :, 2])
     torch.testing.assert_close(
-        composition_scores(tower, "K", layers=[0, -1], baseline=False).values, some.values, equal_nan=True
+        composition_scores(tower, "K", layers=[0, -1], above_random=False).values, some.values, equal_nan=True
     )
     assert some.top(1)[0][0].startswith("L0")
     assert some.top(1)[0][1].startswith("L2")
     with torch.no_grad():
         tower.blocks[0].part("o").weight[:, : tower.cfg.d_head] = 0
-    dead = composition_scores(tower, "K", baseline=False)
+    dead = composition_scores(tower, "K", above_random=False)
     assert dead.values[0, 0].isnan().all()
     assert dead.values[0, 1, 1:].isfinite().all()
     assert all(not source.startswith("L0H0") for source, _, _ in dead.top(999))
@@ -359,7 +359,7 @@ def test_figures_say_which_heads_and_which_words(tmp_path):
     heads = tower.cfg.n_heads
     assert figure.data[0].z.shape == (2 * heads, 2 * heads)
     assert "two layers" in composition_scores(tower, layers=[1]).plot().layout.title.text
-    assert "above random" not in composition_scores(tower, baseline=False).plot().layout.title.text
+    assert "above random" not in composition_scores(tower, above_random=False).plot().layout.title.text
     outputs = unembedding_matrix(tower)
     vectors = singular_vectors(ov_circuit(tower, 1, 0), 3, project_into=outputs)
     figure = vectors.plot(count=2)

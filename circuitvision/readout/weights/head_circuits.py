@@ -85,14 +85,14 @@ class SingularVectors(Result):
 class CompositionScores(Result):
     """How much the heads of later layers read of what heads of earlier layers write, ``[source_layer source_head layer head]``.
 
-    ``values`` are scores minus ``baseline``, the mean for random matrices of the same shapes (0 if none was subtracted), whose standard
-    deviation is ``baseline_sd``; NaN where the source is not in an earlier layer.
+    ``values`` are scores minus ``random_mean``, the mean for random matrices of the same shapes (0 if none was subtracted), whose standard
+    deviation is ``random_sd``; NaN where the source is not in an earlier layer.
     """
 
     kind: str = "V"
     tower: str = ""
-    baseline: float = 0.0
-    baseline_sd: float = 0.0
+    random_mean: float = 0.0
+    random_sd: float = 0.0
 
     def top(self, count: int = 10) -> list[tuple[str, str, float]]:
         """The strongest pairs as (source, head, value), such as ``("L0H3", "L1H2", 0.21)``."""
@@ -228,7 +228,7 @@ def composition_scores(
     *,
     layers: int | Sequence[int] | None = None,
     gain: bool = True,
-    baseline: bool = True,
+    above_random: bool = True,
     draws: int = 16,
     seed: int = 0,
 ) -> CompositionScores:
@@ -241,7 +241,7 @@ def composition_scores(
         kind: what the later head reads with: ``"Q"``, ``"K"`` or ``"V"``.
         layers: only these layers; the result has them in ascending order.
         gain: include the linear part of the norm the later head reads through; LayerScale of the earlier one always is.
-        baseline: subtract the mean of ``draws`` Gaussian matrices of the same shapes, drawn with ``seed``.
+        above_random: subtract the mean of ``draws`` Gaussian matrices of the same shapes, drawn with ``seed``.
 
     Raises:
         InputError: another kind, no such layer, no draws.
@@ -259,20 +259,20 @@ def composition_scores(
             values[row, :, column] = torch.einsum("aem,bmf->abef", source, reading.to(source)).norm(dim=(-2, -1)).cpu()
         if column < len(numbers) - 1:
             sources.append(_unit(_writing_factor(*_ov(tower, layer, gain=False, written=True))))
-    mean, spread = random_composition(cfg.d_model, cfg.d_head, draws, seed) if baseline else (0.0, 0.0)
+    mean, spread = random_composition(cfg.d_model, cfg.d_head, draws, seed) if above_random else (0.0, 0.0)
     heads = list(range(cfg.n_heads))
     return CompositionScores(
         values=values - mean,
         axes={"source_layer": numbers, "source_head": heads, "layer": numbers, "head": heads},
         provenance=describe(
             model,
-            method=f"composition_scores(tower={tower.name}, kind={kind}, gain={gain}, draws={draws if baseline else 0})",
-            seed=seed if baseline else None,
+            method=f"composition_scores(tower={tower.name}, kind={kind}, gain={gain}, draws={draws if above_random else 0})",
+            seed=seed if above_random else None,
         ),
         kind=kind,
         tower=tower.name,
-        baseline=mean,
-        baseline_sd=spread,
+        random_mean=mean,
+        random_sd=spread,
     )
 
 
