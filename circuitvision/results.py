@@ -71,7 +71,10 @@ class Result:
         object.__setattr__(self, "provenance", as_builtin(dict(self.provenance)))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({' × '.join(f'{name} {len(labels)}' for name, labels in self.axes.items())})"
+        said = [getattr(self, field, None) for field in ("tower", "site", "measure")]
+        where = ", ".join(word for word in said if isinstance(word, str) and word)
+        axes = " × ".join(f"{name} {len(labels)}" for name, labels in self.axes.items())
+        return f"{type(self).__name__}({where}{': ' if where else ''}{axes})"
 
     def to_frame(self) -> pd.DataFrame:
         """One row per value: a column for each axis and the column ``value`` (long form, in row-major order)."""

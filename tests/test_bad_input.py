@@ -265,6 +265,59 @@ def test_packed_patches_need_their_mask_and_shapes(checked: Any) -> None:
 # ---- options
 
 
+def test_a_cache_is_no_input(checked: Any) -> None:
+    model, inputs = checked("vit")
+    _, cache = model.run_with_cache(inputs)
+    metric = cv.metrics.logit_diff(0, 1)
+    for call in (lambda: model(cache), lambda: cv.readout.legrad(model, cache, metric)):
+        with pytest.raises(InputError, match=r"cache\.inputs"):
+            call()
+
+
+@pytest.mark.parametrize("case", [CASES["clip"], CASES["siglip"], CASES["siglip2"]], ids=lambda case: case.name)
+def test_a_text_longer_than_the_table_of_positions(case: Case, checked: Any) -> None:
+    model, inputs = checked(case.name)
+    room = model.text.config.max_position_embeddings
+    ids = inputs["input_ids"][:, :1].expand(-1, room + 1)
+    with pytest.raises(InputError, match=rf"takes {room + 1} tokens.*room for {room}"):
+        model({**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def test_lists_of_nothing_and_pictures_that_are_not_there(tmp_path: Path) -> None:
+    model = cv.organisms.load("shapes-llava")
+    prompt = "<image> what color is the circle ?"
+    with pytest.raises(InputError, match="no prompt"):
+        model.inputs(images=torch.zeros(3, 32, 32), text=[])
+    for images in ("nowhere.png", [tmp_path / "nowhere.png"], [["nowhere.png"]]):
+        with pytest.raises(InputError, match=r"no picture '.*nowhere\.png'"):
+            model.inputs(images=images, text=prompt)
+    with pytest.raises(InputError, match="Does each prompt hold <image> once per image"):
+        model.inputs(images=torch.zeros(3, 32, 32), text="what color is the circle ?")
+    with pytest.raises(InputError) as caught:
+        model.inputs(images=[object()], text=prompt)
+    assert "each prompt" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")])
+def test_a_gpu_that_is_not_there(device: Any, checked: Any) -> None:
+    model, _ = checked("vit")
+    with pytest.raises(InputError, match="no GPU for"):
+        model.to(device)
+    with pytest.raises(InputError, match="no GPU for"):
+        model.to(device=device)
+    with pytest.raises(InputError, match="no GPU for"):
+        cv.organisms.load("shapes-vit", device=device)
+    with pytest.raises(InputError, match="no device"):
+        model.to("gpu")
+
+
+def test_a_star_that_should_cross_dots(checked: Any) -> None:
+    model, _ = checked("vit")
+    with pytest.raises(UnknownSiteError, match=r"\*\* crosses dots: 'vision\.\*\*hook_resid_post' matches"):
+        model.sites("vision.*hook_resid_post")
+
+
 def test_gradients_need_a_differentiable_metric(checked: Any) -> None:
     model, inputs = checked("vit")
     with pytest.raises(InputError, match="metric"):

@@ -155,7 +155,9 @@ class HookedModel(TextTools):
         return next(self.module.parameters()).dtype
 
     def to(self, *args: Any, **kwargs: Any) -> HookedModel:
-        """Move or convert the wrapped module, as ``nn.Module.to``; returns the wrapper."""
+        """Move or convert the wrapped module, as ``nn.Module.to``; returns the wrapper. Raises InputError for a GPU that is not there."""
+        for device in (*args, kwargs.get("device")):
+            loading.check_device(device)
         self.module.to(*args, **kwargs)
         return self
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError, nearest
+from circuitvision.model.cache import ActivationCache
 from circuitvision.model.tokens import Packing
 
 if TYPE_CHECKING:
@@ -26,11 +27,18 @@ def as_mapping(model: HookedModel, inputs: Any) -> dict[str, Any]:
                 f"A {model.family.name} model needs a mapping of tensors (model.inputs(images=…, text=…) makes one), not one tensor."
             )
         return {"pixel_values": inputs}
+    refuse_cache(inputs)
     if not isinstance(inputs, Mapping):
         raise InputError(
             f"Inputs must be a mapping of tensors, got {type(inputs).__name__}; model.inputs(images=…, text=…) makes one."
         )
     return dict(inputs)
+
+
+def refuse_cache(inputs: Any) -> None:
+    """Raise InputError for a cache where inputs are wanted: both are mappings of tensors."""
+    if isinstance(inputs, ActivationCache):
+        raise InputError("This is a cache, and inputs are wanted; those of its run are cache.inputs.")
 
 
 def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
@@ -48,6 +56,7 @@ def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
         )
     _check_devices(model, inputs)
     _check_mask(inputs)
+    _check_lengths(model, inputs)
     pixels = inputs.get("pixel_values")
     if isinstance(pixels, Tensor):
         _check_images(model, inputs, pixels)
@@ -140,6 +149,19 @@ def _check_mask(inputs: Mapping[str, Any]) -> None:
         raise InputError(
             f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; they must be equal."
         )
+
+
+def _check_lengths(model: HookedModel, inputs: Mapping[str, Any]) -> None:
+    """Texts fit the table of positions, where there is one."""
+    ids = inputs.get("input_ids")
+    for tower in model.towers.values():
+        if tower.stack.position == "table" and isinstance(ids, Tensor):
+            config: Any = tower.config
+            room, length = int(config.max_position_embeddings), ids.shape[-1]
+            if length > room:
+                raise InputError(
+                    f"The longest text takes {length} tokens, start and end included; the {tower.name} tower has room for {room}: shorten it."
+                )
 
 
 def _check_images(model: HookedModel, inputs: Mapping[str, Any], pixels: Tensor) -> None:

@@ -38,6 +38,7 @@ def load_module(
         raise InputError(f"{name} is not a folder with a config.json; save one with model.save_pretrained(folder).")
     if device is not None and device_map is not None:
         raise InputError("Give device or device_map, not both.")
+    check_device(device)
     try:
         config = transformers.AutoConfig.from_pretrained(str(Path(name).expanduser()) if looks_local else name)
     except (OSError, ValueError) as error:
@@ -59,6 +60,18 @@ def load_module(
     if device is not None:
         module = module.to(device)
     return module.eval()
+
+
+def check_device(device: Any) -> None:
+    """Raise InputError for a device that PyTorch does not know, or a GPU that is not there; anything that is no device passes."""
+    if not isinstance(device, (str, torch.device)):
+        return
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise InputError(f"{device!r} is no device; give 'cpu', 'cuda' or 'cuda:0'.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"There is no GPU for {device!r} here, or this PyTorch was built without CUDA; use 'cpu'.")
 
 
 def load_processor(name: str | Path, module: nn.Module) -> Any:

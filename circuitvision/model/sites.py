@@ -125,10 +125,17 @@ def matching(names_filter: NamesFilter, sites: Iterable[str]) -> list[str]:
         pattern = _pattern(glob)
         found = [name for name in sites if pattern.fullmatch(name)]
         if not found:
-            near = ", ".join(nearest(glob, sites))
-            raise UnknownSiteError(f"No site of this model matches {glob!r}. Nearest: {near}.")
+            raise UnknownSiteError(f"No site of this model matches {glob!r}. {_hint(glob, sites)}")
         chosen_set.update(found)
     return [name for name in sites if name in chosen_set]
+
+
+def _hint(glob: str, sites: Iterable[str]) -> str:
+    """What was meant by a glob that selects nothing: one that crosses dots, or a name like it."""
+    wider = re.sub(r"\*+", "**", glob)
+    if wider != glob and any(_pattern(wider).fullmatch(name) for name in sites):
+        return f"* stays inside one dotted part and ** crosses dots: {wider!r} matches."
+    return f"Nearest: {', '.join(nearest(glob, sites))}."
 
 
 def exact_names(names_filter: NamesFilter, names: Iterable[str]) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class TextTools:
         return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
 
     def _process(self, images: Any, text: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        _check_given(images, text)
         if self.processor is None:
             raise InputError(
                 "This model was wrapped without a processor; pass HookedModel(module, processor), or make the tensors by hand."
@@ -60,7 +62,7 @@ class TextTools:
         if tokenizer is None and not hasattr(self.processor, "image_processor"):
             if text is not None:
                 raise InputError("This processor reads images only; leave text out.")
-            return dict(self.processor(images=images, return_tensors="pt", **kwargs))
+            return self._processed(images, text, {"images": images, "return_tensors": "pt", **kwargs})
         options: dict[str, Any] = {"return_tensors": "pt"}
         if text is not None:
             longest = self.family.text_padding == "longest"
@@ -74,12 +76,17 @@ class TextTools:
             {name: getattr(image_processor, name) for name in self.family.image_settings if images is not None}
         )
         given = {key: value for key, value in (("images", images), ("text", text)) if value is not None}
+        return self._processed(images, text, {**given, **options, **kwargs})
+
+    def _processed(self, images: Any, text: Any, options: dict[str, Any]) -> dict[str, Any]:
         try:
-            return dict(self.processor(**given, **{**options, **kwargs}))
-        except (ValueError, IndexError, StopIteration) as error:
-            raise InputError(
-                f"The processor refused these inputs: {error}. Does each prompt hold {self.image_token or 'an image token'} once per image?"
-            ) from error
+            return dict(self.processor(**options))
+        except (TypeError, ValueError, IndexError, StopIteration) as error:
+            prompts = [text] if isinstance(text, str) else text or []
+            token = self.image_token
+            lost = token is not None and images is not None and any(token not in str(prompt) for prompt in prompts)
+            hint = f" Does each prompt hold {token} once per image?" if lost else ""
+            raise InputError(f"The processor refused these inputs: {str(error).rstrip('.')}.{hint}") from error
 
     # -- words and ids -----------------------------------------------------------------------------------------------------------------------
 
@@ -152,3 +159,17 @@ class TextTools:
         pieces = self.pieces(torch.as_tensor(what))
         assert pieces is not None
         return pieces
+
+
+def _check_given(images: Any, text: Any) -> None:
+    """Raise InputError for lists that hold nothing and for files that are not there."""
+    if isinstance(text, (list, tuple)) and not text:
+        raise InputError("text holds no prompt; give one string, or one per example.")
+    listed = list(images) if isinstance(images, (list, tuple)) else [images]
+    for image in listed:
+        listed.extend(image if isinstance(image, (list, tuple)) else ())
+        is_file = isinstance(image, Path) or (
+            isinstance(image, str) and not image.startswith(("http://", "https://", "data:"))
+        )
+        if is_file and len(str(image)) < 1000 and not Path(image).is_file():
+            raise InputError(f"There is no picture {str(image)!r}; give a file, an address, a PIL image or an array.")
