@@ -199,3 +199,47 @@ def test_zero_has_the_middle_colour_and_the_largest_value_the_full_one():
     )
     (shown,) = result.plot().data
     assert (shown.zmin, shown.zmax) == (-3.0, 3.0)
+
+
+def test_words_of_texts_that_all_images_are_compared_with_are_one_game():
+    """One image and three texts: what the metric reads is the second text, and its words must be what is removed."""
+    model = model_of("clip")
+    inputs = dict(inputs_of("clip"))
+    inputs["pixel_values"] = inputs["pixel_values"][:1]
+    tokens = model.tokens(inputs)["text"]
+
+    def score(logits):
+        return logits[:, 1]
+
+    relevance = torch.zeros(tokens.kind.shape)
+    relevance[1] = torch.arange(tokens.n_positions, 0, -1)
+    steps = int((tokens.kind == "text").sum())
+    curve = deletion_curve(
+        model, inputs, score, relevance, kinds="text", tower="text", baseline="zero", steps=None, random_orders=2
+    )
+    assert curve.values.shape == (1, steps + 1)
+    embedded = []
+    handle = model.module.text_model.embeddings.register_forward_hook(
+        lambda module, args, out: out.masked_fill(removed[..., None], 0.0)
+    )
+    order = [(1, place) for place in range(tokens.n_positions) if tokens.kind[1, place] == "text"]
+    try:
+        for count in range(len(order) + 1):
+            removed = torch.zeros(tokens.kind.shape, dtype=torch.bool)
+            for unit in order[:count]:
+                removed[unit] = True
+            with torch.no_grad():
+                embedded.append(float(score(model.module(**inputs).logits_per_image)))
+    finally:
+        handle.remove()
+    torch.testing.assert_close(curve.values[0, : len(order) + 1].double(), torch.tensor(embedded, dtype=torch.float64))
+    assert abs(embedded[-1] - embedded[0]) > 1e-3
+
+
+def test_a_game_without_any_value_has_a_row_in_a_notebook():
+    nothing = torch.tensor([float("nan")])
+    game = PointingGame(values=nothing, axes={"example": [0]}, provenance={}, chance=nothing)
+    assert math.isnan(game.rate)
+    assert all(math.isnan(end) for end in game.interval)
+    assert "nan" in game.highlights()["on the object"]
+    assert game._repr_html_()

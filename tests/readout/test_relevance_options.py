@@ -318,3 +318,73 @@ def test_regions_of_another_tower_are_refused():
     words = model.tokens(inputs)["language"].select("text")
     with pytest.raises(InputError, match="language tower, not of vision"):
         occlusion(model, inputs, metric, tower="vision", regions=[words])
+
+
+def test_tiles_that_fill_up_a_batch_are_in_no_mean():
+    name = "llava-next-mistral"
+    model = cv.HookedModel(shared_model(name))
+    inputs = case(name).inputs(model.module, batch=3, padding="left")
+    pixels = inputs["pixel_values"]
+    real = pixels.abs().amax((-3, -2, -1)) > 0
+    assert not bool(real.all()), "no tile of this run fills up anything"
+
+    def score(logits):
+        return logits[:, -1, 0]
+
+    start = start_of(Variable(model, inputs, score, "pixels"), "mean")
+    for image, tile in real.nonzero().tolist():
+        others = [row for row in range(len(pixels)) if row != image and real[row, tile]]
+        torch.testing.assert_close(start[image, tile], pixels[others, tile].mean(0))
+    of_data = start_of(Variable(model, inputs, score, "pixels"), inputs)
+    for tile in range(pixels.shape[1]):
+        mean = pixels[real[:, tile], tile].mean(0)
+        torch.testing.assert_close(of_data[real[:, tile], tile], mean.expand(int(real[:, tile].sum()), *mean.shape))
+
+
+def test_a_tile_that_no_other_picture_has_has_no_mean():
+    name = "llava-onevision"
+    model = cv.HookedModel(shared_model(name))
+    inputs = case(name).inputs(model.module, batch=3, padding="left")
+    with pytest.raises(InputError, match="cut alike"):
+        integrated_gradients(model, inputs, lambda logits: logits[:, -1, 0], site="pixels", steps=2)
+
+
+def test_an_edit_without_a_number_costs_only_its_own_positions():
+    model = model_of("vit")
+    inputs = inputs_of("vit")
+
+    whole = occlusion(model, inputs, lambda logits: logits[:, 0], baseline="zero")
+    worst = float(whole.values[0].nan_to_num(0.0).max())
+    clean = float(model(inputs)[0, 0].detach())
+
+    def undefined(logits):
+        lost = clean - logits[:, 0]
+        return torch.where((lost - worst).abs() < 1e-6, float("nan"), logits[:, 0])
+
+    with pytest.warns(UserWarning, match="NaN"):
+        found = occlusion(model, inputs, undefined, baseline="zero")
+    there = ~whole.values.isnan()
+    assert int(found.values[there].isnan().sum()) == 1
+    kept = there & ~found.values.isnan()
+    torch.testing.assert_close(found.values[kept], whole.values[kept])
+
+
+def test_a_text_that_is_read_at_its_padding_is_relevant_through_it():
+    """SigLIP reads the last position of a text, which is padding where the prompt is short: its look at the words must count."""
+    model, inputs = model_of("siglip2"), dict(inputs_of("siglip2"))
+    mask = inputs["attention_mask"].clone()
+    mask[:, 4:] = 0
+    inputs["attention_mask"] = mask
+    names = list(model.sites("text.blocks.*.attn.hook_pattern"))
+
+    def score(logits):
+        return logits[:, 0]
+
+    found = legrad(model, inputs, score, tower="text", score="output")
+    _, run = model.run_with_cache(inputs, names_filter=names, incl_bwd=True, metric=score)
+    slopes = torch.stack([run[f"{name}_grad"].clamp_min(0).mean(1) for name in names]).mean(0)
+    assert slopes[0, -1, :4].any()
+    assert not slopes[:, -2].any()
+    words = slopes[:, [0, 1, 2, 3, -1]].sum(1) / 5
+    torch.testing.assert_close(found.values[:, :4], words[:, :4])
+    assert not found.values[:, 4:].any()

@@ -2,8 +2,8 @@
 
 Both methods run the model's eager attention, whose pattern is a part of the computation. The gradient is of a pattern as if its entries were
 free: it ignores that they come out of a softmax and sum to 1. Only entries that the mask leaves open count: a word that stands before another
-one cannot look at it, however much it would raise the metric, and padding neither looks nor is looked at. Values are never negative, have no
-unit, and compare positions of one image, not images.
+one cannot look at it, however much it would raise the metric, and padding that nothing reads neither looks nor is looked at. Values are never
+negative, have no unit, and compare positions of one image, not images.
 
 Key positions need not be the tower's own: an action expert also reads keys that another tower left in the cache. Those come first, as
 positions of that tower.
@@ -54,8 +54,9 @@ def legrad(
     """How much more attention to a position would raise the score, over layers, heads and queries.
 
     ``relevance[j] = mean over layers l, heads h, queries i of ReLU(∂s_l / ∂A_l[h, i, j])``, with 0 where the mask forbids ``i`` to look at ``j``;
-    padding is no query. ``s_l`` is the metric of what the tower would answer if it stopped after layer ``l`` (``score="layer"``, as in the
-    paper: each layer is asked for its own share), or with ``score="output"`` the metric of the output itself, one backward pass for all layers.
+    padding is no query, but where the family reads it (the last position of SigLIP's texts). ``s_l`` is the metric of what the tower would
+    answer if it stopped after layer ``l`` (``score="layer"``, as in the paper: each layer is asked for its own share), or with
+    ``score="output"`` the metric of the output itself, one backward pass for all layers.
 
     The released code differs in three places. It takes the last two layers, sums over layers and stretches each map to 0 … 1; the last two
     change no order. For CLIP its ``s_l`` reads the mean over tokens where the model reads the class token; here that is ``readout=lambda
@@ -94,6 +95,10 @@ def _open(model: Any, inputs: Mapping[str, Any], tower: str, pattern: Tensor) ->
     # Not "> 0": what is no number shall not look like a mask.
     looked = ~(pattern.detach().amax(1) <= 0).cpu()
     real = torch.from_numpy(model.tokens(inputs)[tower].kind != "padding")
+    readout = model.towers[tower].spec.readout
+    if readout is not None and readout.pool == "last":
+        # Read whatever stands there: of a short text of SigLIP that is padding, and its look at the words is all the last layer does.
+        real[:, -1] = True
     # A pool's one query is no position.
     return looked & real[:, :, None] if looked.shape[1] > 1 else looked
 

@@ -1,8 +1,8 @@
 """What *removed* means: the values that take the place of those that are taken out, one vocabulary for every method here.
 
 * ``"mean"``: the mean over the *other* rows of the run at the same position (or pixel), so that nothing of the row itself is left in it; padding
-  does not count. Rows of a vision tower are images: the tiles and cameras of one example count as others, and show the same things, so give a
-  data set there;
+  does not count, nor do tiles that only fill up a batch. Rows of a vision tower are images: the tiles and cameras of one example count as
+  others, and show the same things, so give a data set there;
 * inputs of a data set: the mean over its rows at the same position, the same for every row;
 * ``"zero"``; of pixels this is the colour that the processor normalises to 0, and ``"black"`` is black;
 * ``"own"``: the mean over the row's own positions of the same kind (every patch becomes the image's average patch), or the picture's own mean
@@ -31,6 +31,7 @@ from circuitvision.readout.relevance.variables import (
     differentiating,
     pixels_of,
     place_of,
+    rows_of_pixels,
     usable,
     wide_type,
 )
@@ -83,7 +84,7 @@ def _mean_of_others(variable: Variable, needed: Tensor | None) -> Tensor:
             "The mean over the other rows of the run needs another row. Give the inputs of a data set as baseline, 'zero', or 'own' (which keeps "
             "what an average keeps)."
         )
-    counted = _counted(value, variable.place, variable.site)
+    counted = _counted(variable.model, variable.inputs, value, variable.place, variable.site)
     sums = torch.where(counted, value, 0.0).to(wide_type(value))
     others = counted.sum(0, keepdim=True) - counted.long()
     mean = (sums.sum(0, keepdim=True) - sums) / others.clamp_min(1)
@@ -104,17 +105,20 @@ def _mean_of_data(variable: Variable, inputs: Mapping[str, Any], needed: Tensor 
             "inputs of one size and prompts of one length."
         )
     place = place_of(variable.model, inputs, variable.site, found.shape)
-    counted = _counted(found, place, variable.site)
+    counted = _counted(variable.model, inputs, found, place, variable.site)
     sums = torch.where(counted, found, 0.0).to(wide_type(found)).sum(0, keepdim=True)
     mean = (sums / counted.sum(0, keepdim=True).clamp_min(1)).to(variable.value)
     there = (counted.sum(0, keepdim=True) > 0).to(variable.value.device)
     return _where_there(mean.expand_as(variable.value), there, variable, needed, "row of the data set")
 
 
-def _counted(value: Tensor, place: Place, site: str) -> Bool[Tensor, "row ..."]:
+def _counted(model: Any, inputs: Mapping[str, Any], value: Tensor, place: Place, site: str) -> Bool[Tensor, "row ..."]:
     """Where a value is no padding, with an axis of one for every further axis of the values."""
     if site == PIXELS:
-        return torch.ones(value.shape[0], *[1] * (value.ndim - 1), dtype=torch.bool, device=value.device)
+        pictures = value.shape[:-3]
+        real = torch.zeros(pictures.numel(), dtype=torch.bool)
+        real[rows_of_pixels(model, inputs)] = True
+        return real.view(*pictures, 1, 1, 1).to(value.device)
     real = torch.from_numpy(place.kind != "padding").to(value.device)
     return real.view(*real.shape, *[1] * (value.ndim - 2))
 
@@ -122,7 +126,13 @@ def _counted(value: Tensor, place: Place, site: str) -> Bool[Tensor, "row ..."]:
 def _where_there(mean: Tensor, there: Tensor, variable: Variable, needed: Tensor | None, what: str) -> Tensor:
     """The mean, and the values as they are where there is none and none is needed."""
     if variable.site == PIXELS:
-        return mean
+        real = _counted(variable.model, variable.inputs, variable.value, variable.place, PIXELS)
+        if bool((real & ~there).any()):
+            raise InputError(
+                f"No {what} has as many tiles as some picture here: a mean needs pictures cut alike. Give baseline='own', 'zero', or inputs of a "
+                "data set."
+            )
+        return torch.where(real, mean, variable.value)
     real = torch.from_numpy(variable.place.kind != "padding")
     wanted = real if needed is None else real & needed.cpu()
     missing = (wanted & ~there.reshape(there.shape[:2]).cpu()).nonzero().tolist()

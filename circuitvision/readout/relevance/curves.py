@@ -10,7 +10,8 @@ reverse order (the worst a map could do, if it is right).
 
 Places are the positions a relevance was measured at: image patches (or words) of a tower, removed at a site (``level="token"``), or the boxes of
 patches in the picture, filled with a colour (``level="pixel"``). What *removed* means is in :mod:`circuitvision.readout.relevance.baselines`;
-the whole curve depends on it, so compare curves of one baseline only. Places of equal relevance go in the order of rows and positions.
+the whole curve depends on it, so compare curves of one baseline only. Places of equal relevance go in the order of rows and positions. The
+words of a dual encoder's texts are one game for all images: all texts are ranked together, and every image's curve is read in it.
 
 Not covered: removing tokens from the sequence, retraining on the removed input.
 
@@ -42,6 +43,7 @@ from circuitvision.readout.relevance.variables import (
     PIXELS,
     Variable,
     image_tower,
+    rows_serve_all,
     wide,
 )
 from circuitvision.results import Result
@@ -124,8 +126,9 @@ class Curve(Result):
             low, high = self.interval
             better = int((self.advantage > 0).sum())
             found["random orders"] = f"{float(self.auc('random').mean()):.4g}"
+            sure = f"95 %: {low:.3g} to {high:.3g}" if len(self.values) > 1 else "one example, so no interval"
             found["better than random"] = (
-                f"by {float(self.advantage.mean()):.3g} (95 %: {low:.3g} to {high:.3g}), in {better} of {len(self.values)} examples"
+                f"by {float(self.advantage.mean()):.3g} ({sure}), in {better} of {len(self.values)} examples"
             )
         if self.reverse.numel():
             found["reverse order"] = f"{float(self.auc('reverse').mean()):.4g}"
@@ -221,7 +224,7 @@ class _Game:
     def _ranked(
         self, scores: Float[Tensor, "row pos"], kinds: Sequence[str] | str
     ) -> tuple[list[_Units], list[Tensor]]:
-        """The places of every example and their scores."""
+        """The places of every example and their scores; of all at once, where all rows serve every example."""
         tokens, kind = self.place.tokens, self.place.kind
         if scores.shape[-1] == tokens.n_positions:
             scores = scores[..., self.place.dropped :]
@@ -231,9 +234,12 @@ class _Game:
                 "rank the positions of one tower of the same run, and name it with tower=…."
             )
         wanted = torch.from_numpy(np.isin(kind, [kinds] if isinstance(kinds, str) else list(kinds))) & ~scores.isnan()
+        owners, games = tokens.example.tolist(), range(len(self.variable.metric_value))
+        if rows_serve_all(self.model, tokens.tower):
+            owners, games = [0] * len(owners), range(1)
         found: list[_Units] = []
-        for example in range(len(self.variable.metric_value)):
-            rows = [row for row, owner in enumerate(tokens.example.tolist()) if owner == example]
+        for example in games:
+            rows = [row for row, owner in enumerate(owners) if owner == example]
             units = [(row, position) for row in rows for position in wanted[row].nonzero().flatten().tolist()]
             if not units:
                 raise InputError(

@@ -151,7 +151,10 @@ def box_mask(box: Sequence[float], size: tuple[int, int]) -> Bool[Tensor, "heigh
     mask = torch.zeros(size, dtype=torch.bool)
     mask[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
     if not bool(mask.any()):
-        raise InputError(f"The box {tuple(box)} holds no pixel of a picture of {size[0]} × {size[1]} (height, width).")
+        hint = " Its edges are counted in pixels, not as shares of the picture." if 0 < max(box) <= 1 else ""
+        raise InputError(
+            f"The box {tuple(box)} holds no pixel of a picture of {size[0]} × {size[1]} (height, width).{hint}"
+        )
     return mask
 
 

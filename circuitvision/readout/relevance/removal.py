@@ -98,7 +98,8 @@ def occlusion(
     example = where.tokens.example.tolist()
     of_row = lost.sum(1, keepdim=True).expand(-1, len(example)) if alone else lost[:, example]
     counts = removed.sum(0)
-    values = torch.einsum("erp,er->rp", removed.to(of_row), of_row) / counts
+    # No product: an edit whose loss is no number says nothing of positions that it left alone.
+    values = torch.where(removed, of_row[..., None], 0.0).sum(0) / counts
     warn_undefined(values[counts > 0])
     values = torch.where(counts > 0, values, float("nan"))
     return result_at(place, values, f"occlusion ({setting}, baseline {brief(baseline)})", metric)

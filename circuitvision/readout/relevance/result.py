@@ -9,15 +9,19 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.readout.places import on_grid
+from circuitvision.readout.places import named_positions, on_grid
 from circuitvision.readout.relevance.variables import PIXELS
 from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def warn_undefined(values: Tensor) -> None:
@@ -76,6 +80,10 @@ class Relevance(Result):
         values = self.per_position[row].nan_to_num(0.0)
         order = values.abs().argsort(descending=True, stable=True)[:count].tolist()
         return [(self.labels[row][number], float(values[number])) for number in order]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per value, with the ``token`` at each position."""
+        return named_positions(self, super().to_frame(), self.labels)
 
     def highlights(self) -> dict[str, str]:
         """The strongest positions of the first row, and what the values should add up to."""

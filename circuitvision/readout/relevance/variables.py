@@ -24,6 +24,7 @@ from torch import Tensor
 
 from circuitvision import metrics
 from circuitvision.errors import InputError
+from circuitvision.model.inputs import refuse_cache
 from circuitvision.model.routes import is_dual
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import Packing
@@ -46,7 +47,8 @@ def differentiating(wanted: bool = True) -> Iterator[None]:
 
 
 def usable(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs with tensors that a gradient may pass: those made in inference mode are copied."""
+    """The inputs with tensors that a gradient may pass: those made in inference mode are copied. Raises InputError for a cache."""
+    refuse_cache(inputs)
     with torch.inference_mode(False):
         return {
             name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
