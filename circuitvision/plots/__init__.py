@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _FIGURES = {
-    "Attribution": ("attribution", "bars"),
+    "Attribution": ("attribution", "attribution"),
     "BilinearAttribution": ("attribution", "bilinear"),
     "LensSummary": ("lens_summaries", "summary"),
     "LogProbIncrease": ("attribution", "increase"),
@@ -58,7 +58,7 @@ def _check_keywords(figure: Any, name: str, keywords: dict[str, Any]) -> None:
     unknown = [word for word in keywords if word not in known]
     if unknown:
         raise InputError(
-            f"The figure of a {name} does not take {unknown[0]}=; it takes {', '.join(list(known)[1:])}. "
+            f"The figure of {'an' if name[0] in 'AEIOU' else 'a'} {name} does not take {unknown[0]}=; it takes {', '.join(list(known)[1:])}. "
             f"help(cv.plots.{figure.__module__.rpartition('.')[2]}.{figure.__name__}) says what they are."
         )
 

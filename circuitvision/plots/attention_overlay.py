@@ -50,6 +50,7 @@ class _Drawn:
     strength: Tensor
     steps: list[Any]
     what: str
+    row: int
 
     @property
     def signed(self) -> bool:
@@ -207,7 +208,7 @@ def _drawn(result: AttentionMaps, box: Box | None, row: int, image: int, tile: i
     ]
     found = [_strength(result, box, row, image, tile, number) for number in steps]
     strength = torch.stack([of_step for of_step, _ in found])
-    return _Drawn(result, torch.stack(grids).double(), strength, steps, found[0][1])
+    return _Drawn(result, torch.stack(grids).double(), strength, steps, found[0][1], row)
 
 
 def _tile(result: AttentionMaps, row: int, image: int, tile: int | None) -> int:
@@ -316,6 +317,8 @@ def _heading(drawn: _Drawn, at: tuple[int, int]) -> str:
     result, what, shares = drawn.result, drawn.what, drawn.at(at).tolist()
     layer, head = result.axes["layer"][at[0]], result.axes["head"][at[1]]
     query = "" if result.query in ("", "default") else f"; query: {escaped(result.query)}"
+    rows = len(result.axes["row"])
+    query += f"; row {drawn.row} of {rows} (row= shows another)" if rows > 1 else ""
     if any(math.isnan(share) for share in shares):
         return f"This row has no attention to show: no query of it counts{query}"
     where = f"{result.tower} layer {layer} head {head}"

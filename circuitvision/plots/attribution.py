@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from circuitvision.errors import InputError
-from circuitvision.plots import patches, style
+from circuitvision.plots import _check_keywords, patches, style
+from circuitvision.plots.lens_text import plain
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -24,6 +26,54 @@ if TYPE_CHECKING:
     from circuitvision.readout.ranks import Ranking
 
 _MINUS = "\N{MINUS SIGN}"
+
+
+def attribution(result: Attribution, view: str = "bars", **keywords: Any) -> go.Figure:
+    """A figure of one attribution: ``view`` is "bars" or "heads" (see the functions of these names for keywords).
+
+    Raises:
+        InputError: no such view, a keyword that it does not take, or heads of an attribution that does not split them.
+    """
+    views: dict[str, Any] = {"bars": bars, "heads": heads}
+    if view not in views:
+        raise InputError(f"Unknown view {view!r}; choose one of {', '.join(views)}.")
+    _check_keywords(views[view], f"{type(result).__name__} in the view {view!r}", keywords)
+    return views[view](result, **keywords)
+
+
+def heads(result: Attribution, row: int | None = None, title: str | None = None) -> go.Figure:
+    """Layers × heads of direct attribution, of one row or the mean over all.
+
+    Raises:
+        InputError: no such row, or an attribution by component, which has no heads.
+    """
+    if row is not None and row not in range(result.values.shape[1]):
+        raise InputError(f"There is no row {row}; this result has {result.values.shape[1]}, counted from 0.")
+    values = result.values.double()
+    values = values.mean(1) if row is None else values[:, row]
+    found = {
+        (int(match[1]), int(match[2])): float(value)
+        for term, value in zip(result.axes["term"], values.tolist(), strict=True)
+        if (match := re.fullmatch(r"L(\d+)H(\d+)", term))
+    }
+    if not found:
+        raise InputError("This attribution does not tell heads apart; make it with by='head'.")
+    layers, across = (sorted({place[axis] for place in found}) for axis in (0, 1))
+    grid = torch.tensor([[found.get((layer, head), math.nan) for head in across] for layer in layers])
+    direction = _words(result.direction)
+    title = title or nothing_found(grid, "head", f"adds anything to {direction}")
+    if title is None:
+        best = max(found, key=lambda place: abs(found[place]) if not math.isnan(found[place]) else -1.0)
+        verb = "adds" if found[best] >= 0 else "takes"
+        title = f"L{best[0]}H{best[1]} {verb} most of all heads: {_number(found[best])} of {direction}"
+        rows = result.values.shape[1]
+        over = f"mean of {rows} rows" if row is None and rows > 1 else f"row {row or 0} of {rows}"
+        title += f"<br><span style='font-size:12px'>all terms, MLPs and biases included, add up to {_total(result, row)}; {over}</span>"
+    return _heat(grid, layers, across, "layer", "head", title, "direct")
+
+
+def _total(result: Attribution, row: int | None) -> str:
+    return _number(float(result.total.double().mean() if row is None else result.total[row]))
 
 
 def bars(result: Attribution, count: int = 14, title: str | None = None) -> go.Figure:
@@ -155,8 +205,9 @@ def sources(
         _add_words(figure, result, values[layers.index(layer), head], row, column)
     if title is None:
         title = _source_finding(result, values, strongest[0], row)
+        title += style.which_row(row, len(result.axes["row"]))
     width = 940 / (len(maps) + first)
-    style.layout(figure, title, int(150 + width), margin={"l": 10, "r": 40, "t": 90, "b": 50})
+    style.layout(figure, title, int(162 + width), margin={"l": 10, "r": 40, "t": 102, "b": 50})
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     bar = {"title": {"text": _words(result.direction), "side": "right"}, "thickness": 12, "outlinewidth": 0}
@@ -196,8 +247,8 @@ def _add_words(
     if not words:
         return
     best = max(words, key=lambda at: float(share[at].abs().nan_to_num(-1.0)))
-    name = html.escape(result.words[row][best].replace("▁", "").replace("Ġ", "")) if result.words else str(best)
-    text = f"{name or best}: {_number(float(share[best]))}"
+    word = plain(result.words[row][best]).strip() if result.words else ""
+    text = f"{html.escape(repr(word)) if word else f'position {best}'} {_number(float(share[best]))}"
     where = {"xref": "x domain", "yref": "y domain", "x": 0.5, "y": -0.06, "yanchor": "top"}
     figure.add_annotation(text=text, showarrow=False, font={"size": 12}, row=1, col=column, **where)
 
@@ -244,6 +295,9 @@ def bilinear(result: BilinearAttribution, image: int = 0, text: int = 0, title: 
             if name == "text term"
             else f"{result.axes['image_term'][best[0]]} moves {html.escape(str(across[best[1]]))!r} most: {_number(float(values[best]))}"
         )
+        pair = f"image {image} of {len(result.axes['image'])}"
+        pair += f", {html.escape(str(result.axes['text'][text]))!r}" if name == "text term" else ""
+        title += f"<br><span style='font-size:12px'>{pair} (image= and text= show others)</span>"
     return _heat(values, result.axes["image_term"], across, "image term", name, title, "logit")
 
 
@@ -271,7 +325,9 @@ def _heat(
         figure, title, 150 + min(max(26 * values.shape[0], 120), 620), margin={"l": 90, "r": 20, "t": 60, "b": 60}
     )
     figure.update_xaxes(title=across_name, type="category", showgrid=False, zeroline=False)
-    figure.update_yaxes(title=down_name, type="category", showgrid=False, zeroline=False, autorange="reversed")
+    # Layers rise, as in every other figure; terms are listed downwards.
+    order = "reversed" if down_name != "layer" else True
+    figure.update_yaxes(title=down_name, type="category", showgrid=False, zeroline=False, autorange=order)
     return figure
 
 

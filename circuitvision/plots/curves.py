@@ -64,7 +64,8 @@ def curve(
     verb = "removed" if lead.kind == "deletion" else "brought back"
     count = lead.values.shape[0]
     good = "lower is better" if lead.kind == "deletion" else "higher is better"
-    note = f"mean of {count} examples; {good}; removed = baseline “{html.escape(lead.baseline)}” at {lead.level}s"
+    over = f"mean of {count} examples" if count > 1 else "one example"
+    note = f"{over}; {good}; removed = baseline “{html.escape(lead.baseline)}” at {lead.level}s"
     heading = f"{title or _curve_finding(curves)}<br><span style='font-size:12px'>{note}</span>"
     style.layout(figure, heading, 400, margin={"l": 64, "r": 20, "t": 88, "b": 96})
     figure.update_layout(
@@ -115,7 +116,11 @@ def pointing(
     )
     best = max(range(len(games)), key=lambda number: rates[number])
     count = int((~games[best].values.isnan()).sum())
-    lead = f"{names[best]} points at the object in {rates[best]:.0%} of {count} pictures; chance is {games[best].chance_rate:.0%}"
+    where = f"points at the object in {rates[best]:.0%} of {count} pictures"
+    if count == 1:
+        where = "points at the object" if rates[best] else "does not point at the object"
+        where += ", one picture"
+    lead = f"{names[best]} {where}; chance is {games[best].chance_rate:.0%}"
     style.layout(figure, title or lead, 150 + 36 * len(games), margin={"l": 20, "r": 20, "t": 60, "b": 80})
     figure.update_layout(legend={"orientation": "h", "y": -60 / (36 * len(games) + 10), "x": 0.0, "yanchor": "top"})
     figure.update_xaxes(range=[-0.02, 1.03], tickformat=".0%", gridcolor=style.FAINT, zeroline=False)
@@ -128,6 +133,10 @@ def _curve_finding(curves: Sequence[Curve]) -> str:
     way = f"{lead.kind.capitalize()} by {_plain(names_of(curves)[curves.index(lead)])}"
     if not lead.random.numel():
         return f"{way} has an area of {float(lead.auc().nanmean()):.3g}"
+    if lead.values.shape[0] == 1:
+        own, random = lead.auc()[0], lead.auc("random")[:, 0]
+        beaten = int((own < random if lead.kind == "deletion" else own > random).sum())
+        return f"{way} beats {beaten} of {len(random)} random orders"
     better = float((lead.advantage > 0).double().mean())
     return f"{way} beats random orders in {better:.0%} of {lead.values.shape[0]} examples"
 

@@ -95,8 +95,10 @@ def over_image(
             patches.add_overlay(figure, pixels, grid, 1, column, opacity=0.72, hover=hover, unit=text.unit(result))
             patches.mark(figure, box, pixels.shape[0], pixels.shape[1], 1, column)
     if title is None:
-        title = _patch_finding(result, shown, grids, hovers, name)
-    style.layout(figure, title, int(150 + 1060 / columns), margin={"l": 10, "r": 30, "t": 96, "b": 20})
+        others = len(result.axes.get("target", ())) - 1
+        more = f"{others} other target{'s' if others > 1 else ''} (target=)" if others > 0 else ""
+        title = _patch_finding(result, shown, grids, hovers, name) + style.which_row(row, text.n_rows(result), more)
+    style.layout(figure, title, int(160 + 1060 / columns), margin={"l": 10, "r": 30, "t": 106, "b": 20})
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     figure.update_layout(coloraxis=_color_axis(grids, f"{text.short(name, 34)} ({text.unit(result)})", by_rank, colors))
@@ -157,7 +159,10 @@ def layers(
         )
     if title is None:
         title = _lines_where(result, rows, at, position) + _lines_finding(result, mean)
-    style.layout(figure, title, 380, margin={"l": 60, "r": 20, "t": 60, "b": 60})
+        if text.n_rows(result) > 1:
+            over = f"mean of {len(rows)} rows" if len(rows) > 1 else f"row {rows[0]} of {text.n_rows(result)}"
+            title += f"<br><span style='font-size:12px'>{over} (row= or rows= show others)</span>"
+    style.layout(figure, title, 388, margin={"l": 60, "r": 20, "t": 68, "b": 60})
     figure.update_yaxes(
         title=f"{text.unit(result)} ({result.norm} norm)", gridcolor=style.FAINT, zerolinecolor=style.FAINT
     )

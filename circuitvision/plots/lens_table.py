@@ -67,7 +67,9 @@ def table(
     )
     read = _read_position(result, row, chosen)
     said = bool(torch.isfinite(values[-1, read]))
-    title = _table_finding(names[:, read], result, row, chosen[read], said) if title is None else title
+    if title is None:
+        title = _table_finding(names[:, read], result, row, chosen[read], said)
+        title += style.which_row(row, text.n_rows(result))
     style.layout(figure, title, 150 + 34 * len(labels))
     words = result.words[row] if result.words else [""] * len(numbers)
     ticks = [html.escape(text.plain(words[at])) or str(numbers[at]) for at in chosen]
@@ -106,12 +108,10 @@ def _table_finding(names: np.ndarray, result: LensResult, row: int, at: int, sai
     where = html.escape(text.plain(result.words[row][at])) if result.words else ""
     where = where or f"position {result.axes['position'][at]}"
     if result.columns == "actions":
-        return f"What the {text.tower_and_pass(result)} tower says in action dimensions, layer by layer: {text.target_name(result, 0)}"
+        return f"What the {text.tower_in_pass(result)} says in action dimensions, layer by layer: {text.target_name(result, 0)}"
     if not said:
-        return (
-            f"At {where!r} the {text.tower_and_pass(result)} tower has no finite value at {text.layer_name(labels[-1])}"
-        )
-    return f"At {where!r} the {text.tower_and_pass(result)} tower says {html.escape(str(names[-1]))!r} from {text.layer_name(since)} on"
+        return f"At {where!r} the {text.tower_in_pass(result)} has no finite value at {text.layer_name(labels[-1])}"
+    return f"At {where!r} the {text.tower_in_pass(result)} says {html.escape(str(names[-1]))!r} from {text.layer_name(since)} on"
 
 
 def _read_position(result: LensResult, row: int, chosen: Sequence[int]) -> int:

@@ -35,6 +35,11 @@ def tower_and_pass(result: LensResult) -> str:
     return result.tower if result.step is None else f"{result.tower}, pass {result.step}"
 
 
+def tower_in_pass(result: LensResult) -> str:
+    """The same inside a sentence."""
+    return f"{result.tower} tower" if result.step is None else f"{result.tower} tower in pass {result.step}"
+
+
 def plain(piece: str) -> str:
     """A token without its tokenizer's marks."""
     return piece.replace("▁", "").replace("Ġ", "").replace("</w>", "").replace("\n", "⏎")
@@ -66,7 +71,10 @@ def checked_row(result: LensResult, row: int | None) -> int:
         InputError: there is no such row, or the lens has heads, which no view shows.
     """
     if "head" in result.axes:
-        raise InputError("Figures of a lens show one value per layer and position; read it at a site without heads.")
+        raise InputError(
+            "Figures of a lens show one value per layer and position; read it at a site without heads. "
+            "For heads see direct_attribution(…).plot(view='heads')."
+        )
     row = 0 if row is None else row
     if row not in range(n_rows(result)):
         raise InputError(f"There is no row {row}; this lens has {n_rows(result)}, counted from 0.")

@@ -74,7 +74,9 @@ def relevance(
             if with_words:
                 _add_words(figure, found, line, len(rows) + 1, column)
     lead = _finding(results, rows, pictures, boxes, (image, tile)) if title is None else title
-    heading = f"{lead}<br><span style='font-size:12px'>{_legend(results)}</span>"
+    several = len(results[0].axes["row"])
+    which = f"; row {rows[0]} of {several} (row= shows another)" if len(rows) == 1 < several else ""
+    heading = f"{lead}<br><span style='font-size:12px'>{_legend(results)}{which}</span>"
     words = max((len(_words(one, rows[0])[0]) for one in results), default=0) if with_words else 0
     height = 140 + len(rows) * (_PANEL + 14) + (60 + 20 * words if words else 0)
     style.layout(figure, heading, height, margin={"l": 20, "r": 20, "t": 118, "b": 30}, showlegend=False)
@@ -123,7 +125,7 @@ def _add_map(
     look: dict[str, Any] = {"colorscale": style.diverging(), "zmin": -limit, "zmax": limit, "showscale": False}
     unit = str(found.provenance.get("metric_units") or "")
     text = {
-        "text": f"full colour: ±{limit:.2g}",
+        "text": f"full colour: ±{limit:.2g}{_undrawn(found, line)}",
         "font": {"size": 10},
         "showarrow": False,
         "yanchor": "top",
@@ -143,9 +145,23 @@ def _add_map(
 
 
 def _limit(found: Relevance, line: int) -> float:
-    """The largest absolute value of one row, words included: what full colour stands for."""
-    values = (found.values if found.of_pixels else found.per_position)[line].abs()
-    return max(float(values.nan_to_num(0.0).max()), 1e-12)
+    """The largest absolute value of one row that is drawn, as patch or word: what full colour stands for."""
+    if found.of_pixels:
+        return max(float(found.values[line].abs().nan_to_num(0.0).max()), 1e-12)
+    drawn = found.per_position[line][found.places[line, :, 2] >= 0].abs().nan_to_num(0.0).tolist()
+    return max([*drawn, *(abs(value) for value in _words(found, line)[1]), 1e-12])
+
+
+def _undrawn(found: Relevance, line: int) -> str:
+    """The strongest position that is neither patch nor word (a class token, a register), where it is stronger than all that is drawn."""
+    if found.of_pixels or not found.labels:
+        return ""
+    values = found.per_position[line].masked_fill(found.places[line, :, 2] >= 0, 0.0).nan_to_num(0.0)
+    at = int(values.abs().argmax())
+    if abs(float(values[at])) <= _limit(found, line):
+        return ""
+    value = f"{float(values[at]):+.2g}".replace("-", "\N{MINUS SIGN}")
+    return f"<br>not drawn: {_escape(found.labels[line][at])} {value}"
 
 
 def _patches(found: Relevance, line: int) -> bool:

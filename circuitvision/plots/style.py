@@ -84,6 +84,12 @@ def tint(strength: float, colors: tuple[Color, Color] | None = None) -> dict[str
     }
 
 
+def which_row(row: int, rows: int, *more: str) -> str:
+    """A small second line for a title: which of several rows a figure shows, and what else can be chosen; nothing where there is no choice."""
+    parts = ([f"row {row} of {rows} (row= shows another)"] if rows > 1 else []) + [part for part in more if part]
+    return f"<br><span style='font-size:12px'>{'; '.join(parts)}</span>" if parts else ""
+
+
 def layout(figure: go.Figure, title: str, height: int, **more: object) -> go.Figure:
     """Give a figure the common look; returns it."""
     figure.update_layout(

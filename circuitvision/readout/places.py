@@ -6,6 +6,10 @@ model: image, tile, patch row and patch column of every position, -1 where a pos
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +17,10 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.tokens import TokenMap
+from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def places_of(tokens: TokenMap, dropped: int = 0) -> Int[Tensor, "row pos 4"]:
@@ -33,6 +41,12 @@ def on_grid(
     Raises:
         InputError: no position is a patch of that image and tile.
     """
+    try:
+        image = operator.index(image)
+    except TypeError as error:
+        raise InputError(
+            f"image= is the number of an image of the row, from 0, not a {type(image).__name__}; a picture to lay under is picture=."
+        ) from error
     here = (places[:, 0] == image) & (places[:, 2] >= 0)
     if bool(here.any()) and tile is None:
         tile = int(places[here, 1].min())
@@ -45,3 +59,15 @@ def on_grid(
     grid = torch.full((*shown.shape[:-1], rows, columns), float("nan"), dtype=shown.dtype)
     grid[..., places[here, 2], places[here, 3]] = shown[..., here]
     return grid
+
+
+def named_positions(result: Result, frame: pd.DataFrame, words: Sequence[Sequence[str]]) -> pd.DataFrame:
+    """The frame of a result with a column ``token`` behind ``position``: the piece of text, or the patch as "r0c2"; unchanged without names."""
+    if "position" not in result.axes or {len(line) for line in words} != {len(result.axes["position"])}:
+        return frame
+    row, position = (
+        frame[axis].map({label: at for at, label in enumerate(result.axes[axis])}) for axis in ("row", "position")
+    )
+    tokens = [words[line][at] for line, at in zip(row, position, strict=True)]
+    frame.insert(list(frame.columns).index("position") + 1, "token", tokens)
+    return frame

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -21,6 +22,12 @@ _DERIVED_FROM = {
     "hook_k_input": "hook_resid_pre",
     "hook_v_input": "hook_resid_pre",
 }
+
+
+def check_hooked(model: Any) -> None:
+    """Raises InputError for anything but a wrapped model."""
+    if not hasattr(model, "towers"):
+        raise InputError(f"Give a wrapped model, cv.HookedModel(module, processor), not a {type(model).__name__}.")
 
 
 def held_as(cache: ActivationCache, name: str) -> str | None:

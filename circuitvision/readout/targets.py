@@ -172,7 +172,8 @@ class Targets:
         """Raises InputError unless there is one target for all examples, or one each."""
         if self.ids.shape[1] not in (1, examples):
             raise InputError(
-                f"There are {examples} examples and targets for {self.ids.shape[1]}; give one per example."
+                f"There are {examples} examples and targets for {self.ids.shape[1]}; give one per example. "
+                "A difference of two that is the same for all examples is a tuple, ('red', 'blue')."
             )
 
 

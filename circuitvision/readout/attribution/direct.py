@@ -3,7 +3,8 @@
 ``Σ terms + bias = value``: the value of a logit, a difference, a class, a prompt or an action dimension, before a soft cap, with the
 statistics of the final norm (and of an embedding's length, a pooling head's pattern and MLP) held at their values in this run. See
 :mod:`circuitvision.readout.attribution.terms` for the terms and :mod:`circuitvision.readout.attribution.functional` for the direction. A
-term's direct effect is not its importance: what it does through later layers is left out, and terms cancel.
+term's direct effect is not its importance: what it does through later layers is left out, and terms cancel. Even in the last layer, ablating a
+term moves the statistics of the final norm too, which often takes back most of the effect.
 
 A *direction* is what is explained:
 
@@ -31,16 +32,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, nearest
 from circuitvision.model.cache import ActivationCache
 from circuitvision.provenance import describe
 from circuitvision.readout.attribution.functional import Functional, functional
 from circuitvision.readout.attribution.terms import SPLITS, Stream
-from circuitvision.readout.places import places_of
-from circuitvision.readout.recorded import chosen_layers, examples_of, tokens_of
+from circuitvision.readout.places import named_positions, places_of
+from circuitvision.readout.recorded import check_hooked, chosen_layers, examples_of, tokens_of
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
@@ -85,7 +88,10 @@ class Attribution(Result):
     def __getitem__(self, term: str) -> Tensor:
         """One term's share ``[row]``."""
         if term not in self.axes["term"]:
-            raise InputError(f"There is no term {term!r}; terms look like {', '.join(self.axes['term'][:6])}.")
+            raise InputError(
+                f"There is no term {term!r}; terms are {', '.join(self.axes['term'][:4])}, …. "
+                f"Nearest: {', '.join(nearest(str(term), self.axes['term']))}."
+            )
         return self.values[self.axes["term"].index(term)]
 
 
@@ -100,6 +106,10 @@ class SourceAttribution(Result):
     direction: str = ""
     places: Tensor = field(default_factory=_none)
     words: list[list[str]] = field(default_factory=list)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per value, with the ``token`` at each position."""
+        return named_positions(self, super().to_frame(), self.words)
 
     def highlights(self) -> dict[str, str]:
         """The heads that take most, and how much of it from image patches; mean over rows."""
@@ -133,7 +143,9 @@ def direct_attribution(
     Args:
         model: the hooked model.
         cache: a cache of one run with all sites, or the inputs of one.
-        direction: what is explained, such as ``("red", "blue")`` (see the module).
+        direction: what is explained: an answer ``"red"`` (word, class, prompt, number, action dimension); the tuple ``("red", "blue")``, answer
+            minus foil; ``{"answer": [...], "foil": [...]}`` with one per example; a metric such as ``cv.metrics.logit_diff("red", "blue")``;
+            a tensor ``[d_model]``. A *list* ``["red", "blue"]`` has one answer per example, and is no difference.
         tower: by default the last tower with a head (the action tower, the language tower, the classifier).
         by: "component" (attention and MLP of every layer), "head", or "neuron" (heads, and every neuron of ``layers``).
         layers: whose neurons are told apart; all by default.
@@ -262,8 +274,7 @@ def attribution_tower(model: HookedModel, tower: str | None) -> Tower:
     Raises:
         InputError: no wrapped model, no such tower.
     """
-    if not hasattr(model, "towers"):
-        raise InputError(f"Give a wrapped model, cv.HookedModel(module, processor), not a {type(model).__name__}.")
+    check_hooked(model)
     if tower is None:
         towers = list(model.towers)
         tower = "vision" if "text" in towers else towers[-1]

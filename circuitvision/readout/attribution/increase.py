@@ -27,12 +27,15 @@ from circuitvision.provenance import describe
 from circuitvision.readout.attribution.direct import attribution_tower, cached_for, sources_of
 from circuitvision.readout.attribution.functional import positions_read
 from circuitvision.readout.attribution.terms import Stream
+from circuitvision.readout.places import named_positions
 from circuitvision.readout.ranks import ranking
 from circuitvision.readout.recorded import chosen_layers, examples_of
 from circuitvision.readout.targets import Targets, names_of, output_kind, plain, reader_of, resolve_targets
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
@@ -67,6 +70,10 @@ class SourceIncrease(LogProbIncrease):
     def direction(self) -> str:
         """What the values are of."""
         return f"log p({self.answer})"
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per value, with the ``token`` at each position."""
+        return named_positions(self, super().to_frame(), self.words)
 
     def highlights(self) -> dict[str, str]:
         """The sources that move the answer most, in nats, mean over rows."""

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,7 @@ from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.lens.sites import lens_sites, ordered_sites
 from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.places import places_of
-from circuitvision.readout.recorded import held_as
+from circuitvision.readout.recorded import check_hooked, held_as
 from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, plain, resolve_targets
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ def logit_lens(
 
 
 def lens_tower(model: HookedModel, tower: str | None) -> Tower:
-    """The tower named, or the language tower, or the only one; InputError if the model has none of that name."""
+    """The tower named, or the language tower, or the only one; InputError if the model has none of that name or is not hooked."""
+    check_hooked(model)
     if tower is None:
         tower = "language" if "language" in model.towers else next(iter(model.towers))
     if tower not in model.towers:
@@ -138,10 +140,12 @@ def _check_options(
     step: int | None,
 ) -> None:
     if (targets is None) == (top_k is None):
-        raise InputError("Give either targets (ids or words) or top_k.")
-    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+        raise InputError(
+            "Give either targets=, the words, classes or numbers to follow (['red', 'blue']), or top_k=, how many of the highest to name (5)."
+        )
+    if top_k is not None and (not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 1):
         raise InputError(f"top_k is a whole number from 1, not {top_k!r}.")
-    if step is not None and (not isinstance(step, int) or isinstance(step, bool)):
+    if step is not None and (not isinstance(step, Integral) or isinstance(step, bool)):
         raise InputError(f"step= is the number of one pass, counted from 0, not {step!r}.")
     if measure not in MEASURES:
         raise InputError(f"Unknown measure {measure!r}; choose one of {', '.join(MEASURES)}.")

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.readout.places import on_grid
+from circuitvision.readout.places import named_positions, on_grid
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class LensResult(Result):
     step: int | None = None
 
     def to_frame(self) -> pd.DataFrame:
-        """As of every result; by rank, the column ``output`` names what is at each rank."""
-        frame = super().to_frame()
+        """As of every result, with the ``token`` at each position; by rank, the column ``output`` names what is at each rank."""
+        frame = named_positions(self, super().to_frame(), self.words)
         if "rank" in self.axes:
             frame["output"] = [self.names.get(str(number), str(number)) for number in self.ids.flatten().tolist()]
         return frame

@@ -65,9 +65,8 @@ def ordered_sites(model: HookedModel, tower: str, sites: str | Sequence[str]) ->
                 break
         if not found:
             kinds = sorted({name.split(".", 3)[3] for name in known if ".blocks." in name} | set(known))
-            raise UnknownSiteError(
-                f"{entry!r} is no site of the {tower} tower. Nearest: {', '.join(nearest(entry, kinds))}."
-            )
+            near = ["attn.hook_result"] if entry in ("head", "heads") else nearest(entry, kinds)
+            raise UnknownSiteError(f"{entry!r} is no site of the {tower} tower. Nearest: {', '.join(near)}.")
         foreign = [name for name in found if not name.startswith(f"{tower}.")]
         if foreign:
             raise InputError(f"{foreign[0]} is not a site of the {tower} tower; read one tower at a time.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.files import replacing
 from circuitvision.model.selection import Selection
+from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import KINDS, TokenMap
 from circuitvision.provenance import describe
 from circuitvision.readout.probes.streaming import Batch, Reading
@@ -263,6 +265,7 @@ def collect(
         UnknownSiteError: no such site.
     """
     names = model.sites(sites)
+    _warn_of_corner(model, names, positions)
 
     def reduce(site: str, value: Tensor, batch: Batch) -> Tensor:
         return _vectors(value, batch.layout(site, value), positions, batch).cpu()
@@ -280,6 +283,18 @@ def collect(
         label,
         describe(model, method=f"collect(positions={label})", dataset_sha256=reading.digest, examples=reading.count),
     )
+
+
+def _warn_of_corner(model: HookedModel, names: Sequence[str], positions: Positions) -> None:
+    """Warn where "last", which is meant for text, is one patch of an image."""
+    for tower in sorted({SiteName.parse(name).tower for name in names if "blocks" in name or "hook_input" in name}):
+        here = positions.get(tower) if isinstance(positions, Mapping) else positions
+        if isinstance(here, str) and here == "last" and tower in model.towers and model.towers[tower].stack.image:
+            warnings.warn(
+                f"positions='last' is the patch in the lower right corner of what the {tower} tower sees. For the whole image give 'cls' (where "
+                "there is a class token) or 'mean'.",
+                stacklevel=3,
+            )
 
 
 def _vectors(

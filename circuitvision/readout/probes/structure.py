@@ -150,7 +150,7 @@ def pca_of(
     shapes = {tuple(value.shape) for value in checked}
     if len(shapes) != 1:
         raise InputError(f"Layers side by side need one shape, found {sorted(shapes)}; take sites of one width.")
-    found = [_components(value, n_components) for value in checked]
+    found = [_components(value, n_components, f"At {name} the") for name, value in zip(vectors, checked, strict=True)]
     scores, components, explained, mean = (torch.stack(parts) for parts in zip(*found, strict=True))
     targets = _targets(labels, scores.shape[1])
     known = vectors.provenance if isinstance(vectors, Collected) else {}
@@ -198,7 +198,7 @@ def _plain(labels: Any) -> list[Any]:
     return [] if labels is None else labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else list(labels)
 
 
-def _components(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _components(x: Tensor, count: int, the: str = "The") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores, components, shares of variance and mean, in float64."""
     exact = x.detach().cpu().double()
     mean = exact.mean(0)
@@ -210,7 +210,9 @@ def _components(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not bool(real[:count].all()):
         found = int(real.sum())
         warnings.warn(
-            f"The activations spread in {found} directions, so {count - found} components have none.", stacklevel=3
+            f"{the} activations spread in {found} directions, so {count - found} components have none"
+            + (": all examples are alike there." if not found else "."),
+            stacklevel=3,
         )
     components = right[:count] * _signs(right[:count])[:, None]
     scores = (left * torch.where(real, sizes, 0.0))[:, :count] * _signs(right[:count])

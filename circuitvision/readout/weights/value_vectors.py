@@ -156,6 +156,18 @@ class ValueVectors(Result):
         frame["id"], frame["output"] = ids, [self.label(column) for column in ids]
         return frame
 
+    def highlights(self) -> dict[str, str]:
+        """The value vectors that speak most strongly, each with the output it speaks for."""
+        score = self.values if self.largest else -self.values
+        best, at = score.nan_to_num(-torch.inf).max(-1)
+        found = {}
+        for number in best.flatten().argsort(descending=True)[:5].tolist():
+            place = tuple(int(n) for n in torch.unravel_index(torch.tensor(number), best.shape))
+            names = [f"{axis} {labels[n]}" for (axis, labels), n in zip(self.axes.items(), place, strict=False)]
+            output, value = self.outputs(self.axes["layer"][place[0]], *place[1:])[int(at[place])]
+            found[", ".join(names)] = f"{output} {value:+.4g}"
+        return found
+
     def _found(self, targets: Sequence[int | str]) -> Tensor:
         if isinstance(targets, str):
             raise InputError(f"Targets are a list; write [{targets!r}].")

@@ -1,0 +1,252 @@
+"""What somebody meets in the first hour: messages that name the fix, figures that say which row, tables that name their tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+
+import circuitvision as cv
+from circuitvision import readout
+from circuitvision.errors import InputError
+from circuitvision.readout.relevance.curves import Curve
+from circuitvision.readout.relevance.pointing import PointingGame
+from circuitvision.readout.relevance.result import Relevance
+
+from .common import run
+
+
+def title(figure):
+    return figure.layout.title.text
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return run("vit")
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return run("llava-clip-llama", everything=True)
+
+
+# -- messages ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_module_that_is_not_wrapped_and_arguments_in_the_wrong_order_are_told(vit):
+    model, _, cache = vit
+    with pytest.raises(InputError, match=r"cv.HookedModel\(module, processor\)"):
+        readout.logit_lens(model.module, cache, top_k=3)
+    with pytest.raises(InputError, match=r"not a ActivationCache|not an ActivationCache"):
+        readout.logit_lens(cache, model, top_k=3)
+
+
+def test_a_lens_without_targets_says_both_ways_to_ask(vit):
+    model, _, cache = vit
+    with pytest.raises(InputError, match=r"targets=.*top_k="):
+        readout.logit_lens(model, cache)
+
+
+def test_a_box_in_shares_is_told_to_count_pixels():
+    with pytest.raises(InputError, match="counted in pixels"):
+        readout.box_mask((0.1, 0.1, 0.4, 0.4), (64, 64))
+    with pytest.raises(InputError, match=r"\(height, width\)\.$"):
+        readout.box_mask((70, 70, 80, 80), (64, 64))
+
+
+def test_a_picture_given_as_image_is_sent_to_picture(vit):
+    model, _, cache = vit
+    lens = readout.logit_lens(model, cache, top_k=1)
+    with pytest.raises(InputError, match="is picture="):
+        lens.plot(image=Image.new("RGB", (8, 8)))
+    assert lens.plot(image=torch.tensor(0)).data
+
+
+def test_a_term_that_is_not_there_names_the_nearest(vit):
+    model, _, cache = vit
+    found = readout.direct_attribution(model, cache, 0)
+    with pytest.raises(InputError, match=r"Nearest: .*L0\.mlp"):
+        found["L0mlp"]
+    with pytest.raises(
+        InputError, match="The figure of an Attribution in the view 'bars' does not take top=; it takes count, title"
+    ):
+        found.plot(top=3)
+
+
+def test_a_list_of_two_words_for_three_examples_points_at_the_pair(llava):
+    model, _, cache = run("llava-clip-llama", everything=True, batch=3)
+    with pytest.raises(InputError, match=r"a tuple, \('red', 'blue'\)"):
+        readout.direct_attribution(model, cache, ["red", "blue"])
+
+
+def test_the_last_position_of_an_image_is_a_corner_and_said_to_be(vit):
+    model, _, cache = vit
+    site = "vision.blocks.0.hook_resid_post"
+    with pytest.warns(UserWarning, match="lower right corner"):
+        readout.collect(model, cache.inputs, site)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        readout.collect(model, cache.inputs, site, positions="cls")
+        readout.collect(model, cache.inputs, "vision.hook_readout")
+        vlm, _, other = run("llava-clip-llama", everything=True)
+        readout.collect(vlm, other.inputs, "language.blocks.0.hook_resid_post")
+
+
+def test_components_that_nothing_spreads_in_are_told_by_site():
+    alike = {"input": torch.ones(6, 4), "block": torch.randn(6, 4, generator=torch.Generator().manual_seed(0))}
+    with pytest.warns(UserWarning, match="At input the activations spread in 0 directions.*alike"):
+        readout.pca_of(alike)
+
+
+# -- figures -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_one_row_of_several_say_which(llava):
+    model, _, cache = llava
+    lens = readout.logit_lens(model, cache, "language", targets=["red", "blue"])
+    sources = readout.source_attribution(model, cache, ("red", "blue"))
+    metric = cv.metrics.logit_diff("red", "blue")
+    relevance = readout.gradient_times_activation(model, cache.inputs, metric)
+    looks = readout.attention_maps(cache, tower="language", query="last")
+    for result in (lens, sources, relevance, looks):
+        assert "row 0 of 2" in title(result.plot())
+        assert "row 1 of 2" in title(result.plot(row=1))
+    assert "row 1 of 2" in title(lens.plot(view="table", row=1))
+    assert "1 other target (target=)" in title(lens.plot())
+    assert title(lens.plot(title="mine")) == "mine"
+    table = dataclasses.replace(lens, step=3).plot(view="table")
+    assert "the language tower in pass 3 says" in title(table)
+    single, _, one = run("llava-clip-llama", everything=True, batch=1)
+    assert "row 0" not in title(readout.logit_lens(single, one, "language", targets=["red"]).plot())
+
+
+def test_lines_and_pairs_say_what_they_are_of():
+    model, _, cache = run("clip", everything=True)
+    lens = readout.logit_lens(model, cache, "vision", targets=[0, 1])
+    assert "mean of 2 rows" in title(lens.plot(view="layers"))
+    assert "row 1 of 2" in title(lens.plot(view="layers", row=1))
+    pairs = readout.bilinear_attribution(model, cache)
+    assert "image 1 of 2" in title(pairs.plot(image=1, text=0))
+    assert str(pairs.axes["text"][2]) in title(pairs.plot(text=2))
+
+
+def test_layers_rise_in_every_figure_of_heads(llava):
+    model, _, cache = llava
+    for figure in (
+        readout.direct_attribution(model, cache, ("red", "blue")).plot(view="heads"),
+        readout.log_prob_increase(model, cache, "red").plot(),
+        readout.attention_mass(cache, tower="language").plot(),
+    ):
+        assert figure.layout.yaxis.autorange != "reversed"
+
+
+def test_attribution_is_drawn_as_layers_by_heads_too(llava):
+    model, _, cache = llava
+    found = readout.direct_attribution(model, cache, ("red", "blue"))
+    (drawn,) = found.plot(view="heads").data
+    assert drawn.z.shape == (model.language.cfg.n_layers, model.language.cfg.n_heads)
+    for layer, row in enumerate(drawn.z):
+        for head, value in enumerate(row):
+            assert value == pytest.approx(float(found[f"L{layer}H{head}"].mean()), abs=1e-6)
+    (single,) = found.plot(view="heads", row=1).data
+    assert single.z[0][0] == pytest.approx(float(found["L0H0"][1]), abs=1e-6)
+    assert "row 1 of 2" in title(found.plot(view="heads", row=1))
+    with pytest.raises(InputError, match="choose one of bars, heads"):
+        found.plot(view="grid")
+    with pytest.raises(InputError, match="no row 2"):
+        found.plot(view="heads", row=2)
+    with pytest.raises(InputError, match="by='head'"):
+        readout.direct_attribution(model, cache, ("red", "blue"), by="component").plot(view="heads")
+
+
+def _relevance(values):
+    places = torch.tensor([[-1, -1, -1, -1]] + [[0, -1, down, across] for down in range(2) for across in range(2)])
+    labels = [["[cls]", "r0c0", "r0c1", "r1c0", "r1c1"]]
+    return Relevance(
+        values=torch.tensor([values]),
+        axes={"row": [0], "position": list(range(5))},
+        method="made by hand",
+        tower="vision",
+        site="vision.hook_input",
+        places=places[None],
+        labels=labels,
+    )
+
+
+def test_full_colour_is_the_strongest_patch_and_a_stronger_class_token_is_named():
+    def note(result):
+        return next(one.text for one in result.plot().layout.annotations if "full colour" in one.text)
+
+    loud, quiet = _relevance([-5.0, 0.1, 0.2, -0.5, 0.0]), _relevance([0.3, 0.1, 0.2, -0.5, 0.0])
+    assert note(loud) == "full colour: ±0.5<br>not drawn: [cls] \N{MINUS SIGN}5"
+    assert note(quiet) == "full colour: ±0.5"
+    drawn = [trace for trace in loud.plot().data if trace.zmax is not None]
+    assert [trace.zmax for trace in drawn] == [0.5]
+
+
+def test_one_example_is_no_percentage():
+    shares = [0.0, 0.5, 1.0]
+    random = torch.tensor([[3.0, 2.0, 0.0], [3.0, 0.5, 0.0], [3.0, 1.5, 0.0]])[:, None]
+    one = Curve(
+        values=torch.tensor([[3.0, 1.0, 0.0]]),
+        axes={"example": [0], "share": shares},
+        method="made by hand",
+        random=random,
+    )
+    assert title(one.plot()).startswith("Deletion by made by hand beats 2 of 3 random orders<br>")
+    assert "one example" in title(one.plot())
+    turned = dataclasses.replace(one, kind="insertion")
+    assert "beats 1 of 3 random orders" in title(turned.plot())
+    assert "nan" not in one.highlights()["better than random"]
+    for hit, words in ((1.0, "points at the object, one picture"), (0.0, "does not point at the object, one picture")):
+        game = PointingGame(
+            values=torch.tensor([hit]), axes={"example": [0]}, method="a map", chance=torch.tensor([0.1])
+        )
+        assert words in title(game.plot())
+
+
+def test_a_word_below_a_source_map_is_quoted(llava):
+    model, _, cache = llava
+    figure = readout.source_attribution(model, cache, ("red", "blue")).plot()
+    below = [one.text for one in figure.layout.annotations if one.y is not None and one.y < 0]
+    assert below
+    assert all(text.startswith(("'", "&#x27;", '"', "&quot;", "position ")) for text in below)
+
+
+# -- tables --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_tables_over_positions_name_the_token(llava):
+    model, _, cache = llava
+    metric = cv.metrics.logit_diff("red", "blue")
+    labels = model.tokens(cache.inputs)["language"].labels(1)
+    for result in (
+        readout.logit_lens(model, cache, "language", targets=["red"]),
+        readout.source_attribution(model, cache, ("red", "blue")),
+        readout.log_prob_increase(model, cache, "red", by="source"),
+    ):
+        frame = result.to_frame()
+        second = frame[frame["row"] == 1].drop_duplicates("position")
+        assert second["token"].tolist() == [labels[at] for at in second["position"]]
+    vision = readout.gradient_times_activation(model, cache.inputs, metric)
+    assert vision.to_frame()["token"].tolist() == [word for row in vision.labels for word in row]
+    # A lens of sites without the class token counts positions from 1.
+    lens = readout.logit_lens(model, cache, "vision", targets=["red"]).to_frame()
+    maps = model.tokens(cache.inputs)["vision"]
+    assert set(zip(lens["position"], lens["token"], strict=True)) <= set(enumerate(maps.labels(0)))
+
+
+def test_value_vectors_say_which_is_strongest():
+    model, _, _ = run("vit")
+    for options in ({"top_k": 2}, {"targets": [0, 1]}, {"top_k": 2, "largest": False}):
+        found = readout.value_vectors(model.vision, **options)
+        (place, said), *_ = found.highlights().items()
+        values = found.values if found.largest else -found.values
+        layer, neuron, _ = (int(n) for n in torch.unravel_index(values.argmax(), values.shape))
+        assert place == f"layer {found.axes['layer'][layer]}, neuron {neuron}"
+        assert said.endswith(
+            f"{float(found.values[layer, neuron].max() if found.largest else found.values[layer, neuron].min()):+.4g}"
+        )
