@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 import pytest
 import torch
@@ -82,17 +81,26 @@ def test_a_list_of_two_words_for_three_examples_points_at_the_pair(llava):
         readout.direct_attribution(model, cache, ["red", "blue"])
 
 
-def test_the_last_position_of_an_image_is_a_corner_and_said_to_be(vit):
-    model, _, cache = vit
-    site = "vision.blocks.0.hook_resid_post"
-    with pytest.warns(UserWarning, match="lower right corner"):
-        readout.collect(model, cache.inputs, site)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        readout.collect(model, cache.inputs, site, positions="cls")
-        readout.collect(model, cache.inputs, "vision.hook_readout")
-        vlm, _, other = run("llava-clip-llama", everything=True)
-        readout.collect(vlm, other.inputs, "language.blocks.0.hook_resid_post")
+@pytest.mark.parametrize(
+    ("name", "site", "meant"),
+    [
+        ("vit", "vision.blocks.0.hook_resid_post", "cls"),
+        ("dinov2-registers", "vision.blocks.1.hook_attn_out", "cls"),
+        ("siglip", "vision.blocks.0.hook_resid_post", "patch"),
+        ("llava-clip-llama", "projector.hook_out", "patch"),
+        ("llava-clip-llama", "language.blocks.0.hook_resid_post", "last"),
+        ("clip", "text.blocks.0.hook_resid_post", "last"),
+        ("pi0", "action.blocks.0.hook_resid_post", "last"),
+    ],
+)
+def test_an_example_is_read_where_its_tower_gathers_it(name, site, meant):
+    model, _, cache = run(name, everything=True)
+    found = readout.collect(model, cache.inputs, site)
+    assert found.positions == "whole"
+    torch.testing.assert_close(found[site], readout.collect(model, cache.inputs, site, positions=meant)[site])
+    if meant != "last" and site.startswith("vision"):
+        last = readout.collect(model, cache.inputs, site, positions="last")[site]
+        assert not torch.equal(found[site], last)
 
 
 def test_components_that_nothing_spreads_in_are_told_by_site():

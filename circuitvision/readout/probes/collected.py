@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,6 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.files import replacing
 from circuitvision.model.selection import Selection
-from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import KINDS, TokenMap
 from circuitvision.provenance import describe
 from circuitvision.readout.probes.streaming import Batch, Reading
@@ -38,13 +36,14 @@ Positions = str | int | Sequence[int] | Tensor | Callable[..., Selection] | Mapp
 # -- positions -----------------------------------------------------------------------------------------------------------------------------
 
 
-def chosen(tokens: TokenMap, positions: Positions, examples: range) -> Bool[Tensor, "row pos"]:
+def chosen(tokens: TokenMap, positions: Positions, examples: range, dropped: int = 0) -> Bool[Tensor, "row pos"]:
     """The positions of every row that stand for its example.
 
-    ``"last"``: the last that is not padding. ``"all"`` or ``"mean"``: all that are not padding. A kind (``"cls"``, ``"patch"``, ``"text"``, …)
-    or ``"mean_patch"``: all of that kind. A number: that position. One number per example of the data set: its own position. A selection or a
-    bool mask ``[example pos]`` of the data set, where every example is one row. A function of the token map, or of the token map and the
-    numbers of the batch's examples, that returns a selection. A mapping: one of these per tower.
+    ``"whole"``: in image towers the class token, or all patches where there is none; elsewhere as ``"last"``. ``"last"``: the last that is not
+    padding. ``"all"`` or ``"mean"``: all that are not padding. A kind (``"cls"``, ``"patch"``, ``"text"``, …) or ``"mean_patch"``: all of that
+    kind. A number: that position. One number per example of the data set: its own position. A selection or a bool mask ``[example pos]`` of the
+    data set, where every example is one row. A function of the token map, or of the token map and the numbers of the batch's examples, that
+    returns a selection. A mapping: one of these per tower.
 
     Raises:
         InputError: not understood; a padding position; an example without such a position.
@@ -53,7 +52,7 @@ def chosen(tokens: TokenMap, positions: Positions, examples: range) -> Bool[Tens
         if tokens.tower not in positions:
             raise InputError(f"positions names {', '.join(positions)}, but a site of the {tokens.tower} tower is read.")
         positions = positions[tokens.tower]
-    mask = _mask(tokens, positions, examples)
+    mask = _mask(tokens, positions, examples, dropped)
     if bool((mask & tokens.mask("padding")).any()):
         raise InputError(f"Positions {positions!r} are padding in some row of the {tokens.tower} tower; take 'last'.")
     served = torch.zeros(len(examples), dtype=torch.bool)
@@ -73,7 +72,7 @@ def chosen_at_site(tokens: TokenMap, dropped: int, positions: Positions, example
     Raises:
         InputError: a position asked for is among those that the site lacks.
     """
-    mask = chosen(tokens, positions, examples)
+    mask = chosen(tokens, positions, examples, dropped)
     if bool(mask[:, :dropped].any()):
         if not (isinstance(positions, str) and positions in ("all", "mean")):
             raise InputError(
@@ -83,8 +82,10 @@ def chosen_at_site(tokens: TokenMap, dropped: int, positions: Positions, example
     return mask
 
 
-def _mask(tokens: TokenMap, positions: Any, examples: range) -> Tensor:
+def _mask(tokens: TokenMap, positions: Any, examples: range, dropped: int) -> Tensor:
     shape = tokens.kind.shape
+    if isinstance(positions, str) and positions == "whole":
+        positions = _whole(set(tokens.kind[:, dropped:].ravel().tolist()))
     if isinstance(positions, str):
         if positions in ("all", "mean"):
             return ~tokens.mask("padding")
@@ -137,6 +138,13 @@ def _takes_two(function: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _whole(kinds: set[str]) -> str:
+    """The position that stands for all others of a tower with these kinds."""
+    if "cls" in kinds:
+        return "cls"
+    return "patch" if "patch" in kinds and "text" not in kinds else "last"
 
 
 def _at(where: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -246,7 +254,7 @@ def collect(
     dataset: Any,
     sites: str | Sequence[str],
     *,
-    positions: Positions = "last",
+    positions: Positions = "whole",
     batch_size: int = 32,
     count: int | None = None,
 ) -> Collected:
@@ -265,7 +273,6 @@ def collect(
         UnknownSiteError: no such site.
     """
     names = model.sites(sites)
-    _warn_of_corner(model, names, positions)
 
     def reduce(site: str, value: Tensor, batch: Batch) -> Tensor:
         return _vectors(value, batch.layout(site, value), positions, batch).cpu()
@@ -283,18 +290,6 @@ def collect(
         label,
         describe(model, method=f"collect(positions={label})", dataset_sha256=reading.digest, examples=reading.count),
     )
-
-
-def _warn_of_corner(model: HookedModel, names: Sequence[str], positions: Positions) -> None:
-    """Warn where "last", which is meant for text, is one patch of an image."""
-    for tower in sorted({SiteName.parse(name).tower for name in names if "blocks" in name or "hook_input" in name}):
-        here = positions.get(tower) if isinstance(positions, Mapping) else positions
-        if isinstance(here, str) and here == "last" and tower in model.towers and model.towers[tower].stack.image:
-            warnings.warn(
-                f"positions='last' is the patch in the lower right corner of what the {tower} tower sees. For the whole image give 'cls' (where "
-                "there is a class token) or 'mean'.",
-                stacklevel=3,
-            )
 
 
 def _vectors(

@@ -149,7 +149,7 @@ def linear_probe(
     *,
     tower: str | None = None,
     sites: str | Sequence[str] | None = None,
-    positions: Positions = "last",
+    positions: Positions = "whole",
     batch_size: int = 32,
     what: str = "label",
     test_share: float = 0.3,

@@ -105,7 +105,7 @@ def stream_pca(
     *,
     tower: str | None = None,
     sites: str | Sequence[str] | None = None,
-    positions: Positions = "last",
+    positions: Positions = "whole",
     n_components: int = 2,
     labels: Sequence[Any] | Tensor | np.ndarray | None = None,
     what: str = "label",
