@@ -38,3 +38,18 @@ def outputs_at(model: cv.HookedModel, tower: str, out: Tensor, inputs: Any) -> T
         return out
     position = 0 if tower == "action" else torch.as_tensor(model.tokens(inputs)[tower].last())
     return out[torch.arange(len(out)), position]
+
+
+def hooked(name: str) -> tuple[cv.HookedModel, Any]:
+    """A case's model, wrapped with its processor, and the case."""
+    entry = case(name)
+    return cv.HookedModel(shared_model(name), entry.processor() if entry.processor else None), entry
+
+
+def gaussians(count: int, classes: int, apart: float, features: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Points around one centre per class, ``apart`` from the origin and 1 wide, and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    centres = torch.randn(classes, features, generator=generator)
+    centres = apart * centres / centres.norm(dim=1, keepdim=True)
+    return centres[labels] + torch.randn(count, features, generator=generator), labels

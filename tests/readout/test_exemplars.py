@@ -17,15 +17,10 @@ from circuitvision.data.questions import sample_largest
 from circuitvision.errors import InputError
 from circuitvision.readout import ExemplarIndex, exemplars
 from circuitvision.readout.probes.strongest import Best, box_shares
-from tests.zoo import case, shared_model
+from tests.readout.common import hooked
 
 cv.set_verbosity("quiet")
 TENSORS = ("values", "example", "position", "places", "boxes")
-
-
-def hooked(name: str):
-    entry = case(name)
-    return cv.HookedModel(shared_model(name), entry.processor() if entry.processor else None), entry
 
 
 def by_sorting(values, top_k):
