@@ -28,6 +28,7 @@ from circuitvision.plots.attention_parts import (
     percent,
     shares_of,
 )
+from circuitvision.results import head_name
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -321,7 +322,7 @@ def _heading(drawn: _Drawn, at: tuple[int, int]) -> str:
     query += f"; row {drawn.row} of {rows} (row= shows another)" if rows > 1 else ""
     if any(math.isnan(share) for share in shares):
         return f"This row has no attention to show: no query of it counts{query}"
-    where = f"{result.tower} layer {layer} head {head}"
+    where = f"{result.tower} {head_name(layer, head)}"
     low, high = percent(min(shares)), percent(max(shares))
     share = low if low == high else f"{low} to {high}"
     if result.measure == "rollout":

@@ -49,7 +49,7 @@ def test_the_summary_shows_the_mean_over_rows_of_every_span_but_everything():
     np.testing.assert_allclose(patch, SHARES.mean(-1).numpy(), atol=1e-6)
     np.testing.assert_allclose(text, 1 - SHARES.mean(-1).numpy(), atol=1e-6)
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 1)
-    assert "language layer 1 head 1 gives 94% of its attention to patch" in figure.layout.title.text
+    assert "language L1H1 gives 94% of its attention to patch" in figure.layout.title.text
     assert "alike: 25%; mean of 2 rows; queries: last" in figure.layout.title.text
     (only,) = heat_maps(mass().plot(span="text"))
     np.testing.assert_allclose(only, text)
@@ -136,7 +136,7 @@ def test_offsets_show_the_best_explained_heads_first():
     grids = heat_maps(figure)
     assert len(grids) == 2
     np.testing.assert_allclose(grids[0], result.values[layer, head], rtol=1e-5)
-    assert f"layer {layer} head {head}" in figure.layout.title.text
+    assert f"L{layer}H{head}" in figure.layout.title.text
     assert len(figure.layout.shapes) == 2
     empty = dataclasses.replace(result, explained=torch.full((3, 4), float("nan")))
     with pytest.raises(InputError, match="nothing to draw"):
@@ -157,7 +157,7 @@ def test_the_overlay_opens_at_the_head_that_looks_most_at_the_box():
     assert shown[1, 2] == 1.0
     assert heads.shape == (2, 3)
     assert heads[1, 2] == pytest.approx(1.0)
-    assert "layer 1 head 2 gives 100% of its attention to the box" in figure.layout.title.text
+    assert "L1H2 gives 100% of its attention to the box" in figure.layout.title.text
     slider = figure.layout.sliders[0]
     assert slider.steps[slider.active].label == "L1H2"
     box, around = figure.layout.shapes
@@ -174,7 +174,7 @@ def test_every_step_of_the_slider_shows_the_head_it_names():
         data, layout, traces = step.args
         np.testing.assert_allclose(np.array(data["z"][0]), maps.grid(layer, head).numpy(), rtol=1e-6)
         assert figure.data[traces[0]].type == "heatmap"
-        assert f"layer {layer} head {head} gives" in layout["title.text"]
+        assert f"L{layer}H{head} gives" in layout["title.text"]
         assert layout["shapes[1].x0"] == head - 0.5
         assert layout["shapes[1].y1"] == layer + 0.5
     json.dumps(figure.layout.sliders[0].to_plotly_json())
@@ -223,11 +223,11 @@ def test_the_query_is_marked_on_its_own_tile_alone_and_shares_are_of_the_tile_dr
     first, second = maps.plot(), maps.plot(tile=1)
     assert "query" not in {annotation.text for annotation in first.layout.annotations}
     assert "query" in {annotation.text for annotation in second.layout.annotations}
-    assert "head 0 gives 4% of its attention to tile 0 of this image" in first.layout.title.text
-    assert "head 1 gives 98% of its attention to tile 1 of this image" in second.layout.title.text
+    assert "H0 gives 4% of its attention to tile 0 of this image" in first.layout.title.text
+    assert "H1 gives 98% of its attention to tile 1 of this image" in second.layout.title.text
     np.testing.assert_allclose(heat_maps(second)[1], [[0.96, 0.98]])
     # A box is what all tiles show of it, unless a tile is named.
-    assert "head 0 gives 94% of its attention to the box" in maps.plot(box=(0, 0, 8, 8)).layout.title.text
+    assert "H0 gives 94% of its attention to the box" in maps.plot(box=(0, 0, 8, 8)).layout.title.text
     assert "90% of its attention to the box in tile 1" in maps.plot(box=(0, 0, 8, 8), tile=1).layout.title.text
 
 
@@ -237,8 +237,8 @@ def test_a_box_lies_in_the_image_that_is_shown():
     maps = tiled(values)
     maps.places[:, :, 0] = torch.tensor([0] * 4 + [1] * 4)
     maps.places[:, :, 1] = 0
-    assert "head 0 gives 100%" in maps.plot(box=(0, 0, 8, 8)).layout.title.text
-    assert "head 1 gives 100%" in maps.plot(box=(0, 0, 8, 8), image=1).layout.title.text
+    assert "H0 gives 100%" in maps.plot(box=(0, 0, 8, 8)).layout.title.text
+    assert "H1 gives 100%" in maps.plot(box=(0, 0, 8, 8), image=1).layout.title.text
 
 
 def test_the_overlay_takes_a_pass_by_its_number():
@@ -298,7 +298,7 @@ def test_two_sliders_choose_head_and_step_in_any_order(picture):
         assert labels == [style.signed_percent(share) for share in strength[2].flatten().tolist()]
         assert (figure.layout.shapes[-1].x0, figure.layout.shapes[-1].y0) == (0.5, -0.5)
         low, high = strength[:, 0, 1].min(), strength[:, 0, 1].max()
-        assert f"head 1 gives {low:.0%} to {high:.0%} of its attention" in figure.layout.title.text
+        assert f"H1 gives {low:.0%} to {high:.0%} of its attention" in figure.layout.title.text
     assert "over 3 steps" in figure.layout.title.text
 
 

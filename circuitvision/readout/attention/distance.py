@@ -27,7 +27,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.tokens import TokenMap
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.patterns import Patterns, Positions, warn_undefined
-from circuitvision.results import Result
+from circuitvision.results import Result, head_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class DistanceProfile(Result):
             ("farthest", means.nan_to_num(-1.0).argmax()),
         ):
             layer, head = divmod(int(order), means.shape[1])
-            where = f"layer {self.axes['layer'][layer]} head {self.axes['head'][head]}"
+            where = head_name(self.axes["layer"][layer], self.axes["head"][head])
             found[name] = f"{where}: {float(means[layer, head]):.2f} patches"
         return {**found, "all patches alike": f"{float(self.uniform_distance.double().nanmean()):.2f} patches"}
 
@@ -182,7 +182,7 @@ class PositionPattern(Result):
         """The head that offsets explain best."""
         best = int(self.explained.double().nan_to_num(-1.0).argmax())
         layer, head = divmod(best, self.explained.shape[1])
-        where = f"layer {self.axes['layer'][layer]} head {self.axes['head'][head]}"
+        where = head_name(self.axes["layer"][layer], self.axes["head"][head])
         return {
             "best explained by offsets": f"{where}: {float(self.explained[layer, head]):.1%} (chance {float(self.chance[layer]):.1%})"
         }

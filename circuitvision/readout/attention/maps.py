@@ -36,7 +36,7 @@ from circuitvision.readout.attention.patterns import (
     warn_undefined,
 )
 from circuitvision.readout.places import on_grid, places_of
-from circuitvision.results import Result
+from circuitvision.results import Result, head_name
 
 Box = tuple[float, float, float, float]
 
@@ -69,7 +69,7 @@ class AttentionMaps(Result):
             share = (self.pass_values(self.axes.get("step", [None])[0]) * patches).sum(-1).double().nanmean(-1)
             for flat in share.nan_to_num(-1.0).flatten().argsort(descending=True)[:3].tolist():
                 layer, head = divmod(flat, share.shape[1])
-                name = f"layer {self.axes['layer'][layer]} head {self.axes['head'][head]}"
+                name = head_name(self.axes["layer"][layer], self.axes["head"][head])
                 found[name] = f"{float(share[layer, head]):.1%} on image patches"
         return found
 

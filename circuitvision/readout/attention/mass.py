@@ -39,7 +39,7 @@ from circuitvision.readout.attention.patterns import (
     mean_query,
     warn_undefined,
 )
-from circuitvision.results import Result
+from circuitvision.results import Result, head_name
 
 _NO_QUERY = "a row has no query that counts (padding never counts), or lacks the span"
 
@@ -73,7 +73,7 @@ class AttentionSummary(Result):
             layer, head = divmod(int(above.argmax()), above.shape[1])
             if math.isfinite(float(above[layer, head])) and span != EVERYTHING:
                 shown = "{:.2f}" if self.measure == "entropy" else "{:.1%}"
-                where = f"layer {self.axes['layer'][layer]} head {self.axes['head'][head]}"
+                where = head_name(self.axes["layer"][layer], self.axes["head"][head])
                 value, uniform = (shown.format(float(x)) for x in (values[layer, head, number], alike[layer, number]))
                 found[str(span)] = f"{where}: {value} (all keys alike: {uniform})"
         return found
