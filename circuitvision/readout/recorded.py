@@ -6,8 +6,9 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
@@ -81,6 +82,14 @@ def tokens_of(cache: ActivationCache, tower: str) -> TokenMap:
     if tower not in maps:
         raise InputError(f"These inputs do not run the {tower} tower.")
     return maps[tower]
+
+
+def real_queries(tower: Any, tokens: TokenMap) -> Bool[np.ndarray, "row pos"]:
+    """The positions whose attention counts: no padding, but the last one where the family reads it whatever stands there (SigLIP's texts)."""
+    real = tokens.kind != "padding"
+    if tower.spec.readout is not None and tower.spec.readout.pool == "last":
+        real[:, -1] = True
+    return real
 
 
 def examples_of(cache: ActivationCache, tower: str, rows: int) -> tuple[Int[Tensor, " row"], int]:

@@ -28,6 +28,7 @@ from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import KINDS, TokenMap
 from circuitvision.provenance import describe
 from circuitvision.readout.places import places_of
+from circuitvision.readout.recorded import real_queries
 
 GENERATED = "generated"
 """The kind of keys that ``generate`` has added to the prompt."""
@@ -221,14 +222,6 @@ class Patterns:
             f"The span {name!r} is of the {selection.tower} tower, but the {self.tower} tower looks at positions of "
             f"{' and '.join(towers)}; select them in model.tokens(inputs)[{towers[-1]!r}]."
         )
-
-
-def real_queries(tower: Any, tokens: TokenMap) -> Bool[np.ndarray, "row pos"]:
-    """The positions whose attention counts: no padding, but the last one where the family reads it whatever stands there (SigLIP's texts)."""
-    real = tokens.kind != "padding"
-    if tower.spec.readout is not None and tower.spec.readout.pool == "last":
-        real[:, -1] = True
-    return real
 
 
 def chosen(spec: Any, kinds: np.ndarray, what: str) -> np.ndarray:

@@ -35,6 +35,7 @@ from circuitvision.model.routes import is_dual
 from circuitvision.model.tokens import TokenMap
 from circuitvision.provenance import describe
 from circuitvision.readout.places import places_of
+from circuitvision.readout.recorded import real_queries
 from circuitvision.readout.relevance.result import Relevance, warn_undefined
 from circuitvision.readout.relevance.variables import checked_tower, differentiating, gradient_of, usable, wide
 
@@ -94,11 +95,7 @@ def _open(model: Any, inputs: Mapping[str, Any], tower: str, pattern: Tensor) ->
     """The pairs whose attention could be another: some head of the layer looks there, and the query is no padding."""
     # Not "> 0": what is no number shall not look like a mask.
     looked = ~(pattern.detach().amax(1) <= 0).cpu()
-    real = torch.from_numpy(model.tokens(inputs)[tower].kind != "padding")
-    readout = model.towers[tower].spec.readout
-    if readout is not None and readout.pool == "last":
-        # Read whatever stands there: of a short text of SigLIP that is padding, and its look at the words is all the last layer does.
-        real[:, -1] = True
+    real = torch.from_numpy(real_queries(model.towers[tower], model.tokens(inputs)[tower]))
     # A pool's one query is no position.
     return looked & real[:, :, None] if looked.shape[1] > 1 else looked
 
