@@ -383,7 +383,7 @@ def test_moving_and_converting() -> None:
     assert "<table>" in cache._repr_html_()
     setting = Setting(CASES["vit"])
     with torch.enable_grad():
-        _, tracked = setting.model().run_with_cache(setting.inputs(setting.model()))
+        _, tracked = setting.model().run_with_cache(setting.inputs(setting.model()), keep_graph=True)
     assert any(value.requires_grad for value in tracked.values())
     assert not any(value.requires_grad for value in tracked.detach().values())
 

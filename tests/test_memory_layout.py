@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import circuitvision as cv
-from circuitvision.model.hooks import ALIGNMENT, laid_out
+from circuitvision.model.memory import ALIGNMENT, laid_out
 from tests.zoo import CASES, shared_model
 
 

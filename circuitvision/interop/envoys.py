@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from circuitvision.errors import HookError, InputError, UnknownSiteError
 from circuitvision.interop import nnsight_view
-from circuitvision.model.hooks import laid_out
+from circuitvision.model.memory import laid_out
 from circuitvision.model.points import Call, Point, Stash
 from circuitvision.model.sites import NamesFilter, matching
 

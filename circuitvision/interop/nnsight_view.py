@@ -30,7 +30,7 @@ from torch import nn
 
 from circuitvision.errors import UnknownSiteError, nearest
 from circuitvision.interop.portable import Place
-from circuitvision.model.points import AttentionStage, BranchInput, Input, Output, Point, SharedInput
+from circuitvision.model.points import AttentionStage, BranchInput, Input, Output, Point, SharedInput, StreamInput
 from circuitvision.model.sites import NamesFilter, SiteName, matching
 from circuitvision.model.spec import NORMS, resolve
 
@@ -120,7 +120,8 @@ def _place(point: Point, paths: dict[int, str]) -> Place:
 
 def offered(model: HookedModel) -> dict[str, Point]:
     """The sites a trace can read and write, with their points, in forward order."""
-    return {name: point for name, point in model.engine.points.items() if reason(model, name) is None}
+    points = {name: point for name, point in model.engine.points.items() if reason(model, name) is None}
+    return {name: point.as_output() if isinstance(point, StreamInput) else point for name, point in points.items()}
 
 
 def reason(model: HookedModel, name: str) -> str | None:

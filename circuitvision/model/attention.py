@@ -16,6 +16,9 @@ Resumed runs (see ``resume.py``) compute a suffix of the positions. Their attent
 the keys, values and mask that enter the kernel, and later puts the kept keys and values of the earlier positions before the suffix's own. The
 kernel stays the module's own: eager, or sdpa under a second registered name.
 
+The switch is a setting of the config, which all threads share. Only the thread that made it takes part: the masks and kernels of any other thread are
+those of the implementation the config had before.
+
 Not covered: caches of a fixed size (own positions are taken to be the last ones).
 """
 
@@ -24,8 +27,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -33,7 +38,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from circuitvision.errors import HookError
 
@@ -45,9 +51,11 @@ Fire = Callable[[Tensor], "tuple[Tensor, bool]"]
 
 @runtime_checkable
 class Suspendable(Protocol):
-    """Whoever owns the hooks: while ``suspended``, none fires."""
+    """Whoever owns the hooks: they fire only where it ``acts``."""
 
-    suspended: bool
+    def acts(self) -> bool:
+        """Whether hooks fire in this thread, now."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,30 @@ class Tap:
 
 _TAPS: dict[int, Tap] = {}
 _ACTIVE: dict[int, Stages] = {}
+_SWITCHED: dict[int, tuple[int, str]] = {}
+"""Config id -> the thread that switched it, and the implementation it had before."""
+_LOCK = threading.Lock()
+
+
+def _elsewhere(config: Any) -> str | None:
+    """The implementation that a thread keeps while another one has switched ``config``; None in the thread that did."""
+    switched = _SWITCHED.get(id(config))
+    if switched is None:
+        # Switched back since the name was looked up.
+        current = getattr(config, "_attn_implementation_internal", NAME)
+        return None if current in (NAME, FUSED) else current
+    thread, before = switched
+    return None if thread == get_ident() else before or "eager"
+
+
+def _eager_of(module: nn.Module) -> Callable[..., Any]:
+    """The eager attention of the file that defines ``module``."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise HookError(
+            f"{type(module).__name__} has no eager attention of its own, so its scores and pattern cannot be seen."
+        )
+    return eager
 
 
 class _Softmax(TorchFunctionMode):
@@ -156,11 +188,11 @@ def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own eager attention, with the tap and the hooks that are active for ``module``."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if eager is None:
-        raise HookError(
-            f"{type(module).__name__} has no eager attention of its own, so its scores and pattern cannot be seen."
-        )
+    eager = _eager_of(module)
+    other = _elsewhere(getattr(module, "config", None))
+    if other is not None:
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(other, eager)
+        return kernel(module, query, key, value, attention_mask, **kwargs)
     stages = _ACTIVE.get(id(module))
     tap = _TAPS.get(id(module))
     if tap is not None and tap.first == 0:
@@ -171,7 +203,7 @@ def attention(
         key, value, attention_mask, kwargs = tap(module, query, key, value, attention_mask, kwargs)
         if stages is not None:
             stages = dataclasses.replace(stages, fires=_without_rotated(stages.fires), only_reads=False)
-    if stages is None or stages.owner.suspended:
+    if stages is None or not stages.owner.acts():
         return eager(module, query, key, value, attention_mask, **kwargs)
     fires = stages.fires
     if stages.only_reads and fires.keys() == {"hook_pattern"} and not module.training:
@@ -193,7 +225,8 @@ def fused(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The module's own sdpa attention, with the tap that is active for it."""
-    tap = _TAPS.get(id(module))
+    other = _elsewhere(getattr(module, "config", None))
+    tap = None if other is not None else _TAPS.get(id(module))
     if tap is not None:
         key, value, attention_mask, kwargs = tap(module, query, key, value, attention_mask, kwargs)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -215,10 +248,21 @@ def _rotated(query: Tensor, key: Tensor, stages: Mapping[str, Fire]) -> tuple[Te
     return query, key
 
 
+def _mask_of(own: Callable[..., Any]) -> Callable[..., Any]:
+    """The mask function ``own``, for the thread that switched the config; that of the config's own implementation for any other."""
+
+    def mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
+        other = _elsewhere(config)
+        function = own if other is None else ALL_MASK_ATTENTION_FUNCTIONS[other]
+        return function(*args, config=config, **kwargs)
+
+    return mask
+
+
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, eager_mask)
+AttentionMaskInterface.register(NAME, _mask_of(eager_mask))
 AttentionInterface.register(FUSED, fused)
-AttentionMaskInterface.register(FUSED, sdpa_mask)
+AttentionMaskInterface.register(FUSED, _mask_of(sdpa_mask))
 
 
 class Switch:
@@ -236,16 +280,30 @@ class Switch:
 
     @contextlib.contextmanager
     def _implementations(self, choose: Callable[[str], str]) -> Iterator[None]:
-        """Give every config the implementation that ``choose`` makes of its own inside the block, then restore it."""
-        configs = self._configs()
-        before = [config._attn_implementation_internal for config in configs]
-        try:
-            for config, implementation in zip(configs, before, strict=True):
+        """Give every config the implementation that ``choose`` makes of its own inside the block, for this thread, then restore it.
+
+        Raises HookError if another thread has switched one of them.
+        """
+        configs, thread = self._configs(), get_ident()
+        with _LOCK:
+            if any(_SWITCHED.get(id(config), (thread, ""))[0] != thread for config in configs):
+                raise HookError(
+                    "Another thread hooks the attention of this model. Use one thread at a time, or give each a copy of the model."
+                )
+            before = [(config, config._attn_implementation_internal, _SWITCHED.get(id(config))) for config in configs]
+            for config, implementation, switched in before:
+                _SWITCHED[id(config)] = switched or (thread, implementation)
                 config._attn_implementation_internal = choose(implementation)
+        try:
             yield
         finally:
-            for config, implementation in zip(configs, before, strict=True):
-                config._attn_implementation_internal = implementation
+            with _LOCK:
+                for config, implementation, switched in before:
+                    config._attn_implementation_internal = implementation
+                    if switched is None:
+                        del _SWITCHED[id(config)]
+                    else:
+                        _SWITCHED[id(config)] = switched
 
     @contextlib.contextmanager
     def tapped(self, taps: Mapping[int, Tap], eager: bool) -> Iterator[None]:

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 
 class ActivationCache(Mapping[str, Any]):
-    """Activations of one run by site name; ``cache["vision", "z", 3]`` is short for ``cache["vision.blocks.3.attn.hook_z"]``."""
+    """Activations of one run by site name; ``cache["vision", "z", 3]`` is short for ``cache["vision.blocks.3.attn.hook_z"]``.
+
+    It knows the model and the inputs of its run by reference: a copy knows the same, a pickled cache neither (``save`` and ``load`` write files).
+    """
 
     def __init__(
         self,
@@ -43,6 +46,15 @@ class ActivationCache(Mapping[str, Any]):
         self.model = model
         self.inputs: dict[str, Any] = dict(inputs or {})
         self.has_batch_dim = has_batch_dim
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_values": self._values, "model": None, "inputs": {}, "has_batch_dim": self.has_batch_dim}
+
+    def __copy__(self) -> ActivationCache:
+        return ActivationCache(dict(self._values), self.model, self.inputs, self.has_batch_dim)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ActivationCache:
+        return self.map(lambda value: value.clone())
 
     # -- mapping ---------------------------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from circuitvision import metrics
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
+from circuitvision.model.memory import compact
 
 Metric = Callable[..., Tensor]
 
@@ -30,8 +31,8 @@ def with_gradients(
         raise InputError("metric(logits) must be a tensor computed from the logits by differentiable operations.")
     names = [name for name in cache if cache[name].requires_grad]
     found = torch.autograd.grad(value, [cache[name] for name in names], allow_unused=True)
-    values: dict[str, Any] = {name: cache[name].detach() for name in cache}
+    values: dict[str, Any] = {name: compact(cache[name].detach()) for name in cache}
     for name, grad in zip(names, found, strict=True):
-        values[f"{name}_grad"] = torch.zeros_like(values[name]) if grad is None else grad
+        values[f"{name}_grad"] = torch.zeros_like(values[name]) if grad is None else compact(grad.detach())
     out = ActivationCache(values, cache.model, cache.inputs, cache.has_batch_dim)
     return out if device is None else out.to(device)

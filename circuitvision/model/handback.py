@@ -1,13 +1,14 @@
 """Handing back: forwards replaced on instances for the length of one run, and the structures that modules return.
 
 A replaced forward leaves the module's torch hooks in place, those of other tools included: they act on what is handed back as they acted on what
-was computed.
+was computed. It is replaced for the thread of the run alone; called from another one the module computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,15 +48,16 @@ class Overrides:
         before = module.__dict__.get("forward")
         original = module.forward
         self._kept.append((module, before))
-        module.__dict__["forward"] = make(original)
+        module.__dict__["forward"] = _in_this_thread(make(original), original)
 
     def enter(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Change a module's arguments before any hook sees them."""
-        self._handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+        own = _in_this_thread(hook, _nothing)
+        self._handles.append(module.register_forward_pre_hook(own, prepend=True, with_kwargs=True))
 
     def leave(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Change a module's output after every hook has seen it."""
-        self._handles.append(module.register_forward_hook(hook))
+        self._handles.append(module.register_forward_hook(_in_this_thread(hook, _nothing)))
 
     def restore(self) -> None:
         """Put everything back."""
@@ -95,11 +97,12 @@ class Watch:
         def left(module: nn.Module, args: Any, output: Any) -> None:
             self._compare(name, seen["out"], output)
 
+        first, second, third, last = (_in_this_thread(hook, _nothing) for hook in (entering, entered, leaving, left))
         self._handles += [
-            module.register_forward_pre_hook(entering, prepend=True, with_kwargs=True),
-            module.register_forward_pre_hook(entered, with_kwargs=True),
-            module.register_forward_hook(leaving, prepend=True),
-            module.register_forward_hook(left),
+            module.register_forward_pre_hook(first, prepend=True, with_kwargs=True),
+            module.register_forward_pre_hook(second, with_kwargs=True),
+            module.register_forward_hook(third, prepend=True),
+            module.register_forward_hook(last),
         ]
 
     def _compare(self, name: str, before: Any, now: Any) -> None:
@@ -110,6 +113,20 @@ class Watch:
         """Remove every handle."""
         for handle in self._handles:
             handle.remove()
+
+
+def _in_this_thread(here: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is ``here`` in the thread that makes it, and ``elsewhere`` in any other."""
+    thread = get_ident()
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return here(*args, **kwargs) if get_ident() == thread else elsewhere(*args, **kwargs)
+
+    return chosen
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
 
 
 def _stamps(value: Any) -> list[Any]:

@@ -4,13 +4,16 @@ The wrapper holds the module untouched: same class, same state_dict, same output
 device maps. Torch hooks exist only while a run asks for sites, and are gone afterwards, also when it raises. Nothing is folded, ever: what is
 read is what the model computes.
 
-Not covered: compiled modules (hooks added after compilation never fire, so they are refused) and two wrappers hooking the attention of one module at
-the same time.
+The module's state is looked at in every run (``state.py``): compiled modules and gradient checkpointing under hooks are refused, dropout in training
+mode is told of. Hooks act in the thread that put them in place (``hooks.py``).
+
+Not covered: two wrappers hooking the attention of one module at the same time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 
 from circuitvision import metrics
 from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
-from circuitvision.model import dead, inputs, layout, loading
+from circuitvision.model import dead, inputs, layout, loading, state, stream
 from circuitvision.model.cache import ActivationCache, collected
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups
@@ -52,11 +55,12 @@ class _Stop(Exception):
 class HookedModel(TextTools):
     """A wrapped model: ``model(inputs)``, ``run_with_cache``, ``run_with_hooks``, ``hooks``, ``generate``, towers, sites and tokens.
 
-    Raises UnsupportedModelError for a class no family describes, and for a compiled module.
+    ``copy.deepcopy`` copies the module too; hooks of :meth:`add_hook` act in the copy, those of ``with`` blocks do not.
+    Raises UnsupportedModelError for a class no family describes, a compiled module, DataParallel, and several image towers behind one projector.
     """
 
     def __init__(self, module: nn.Module, processor: Any = None) -> None:
-        _refuse_compiled(module)
+        state.refuse_wrappers(module)
         self.module: Any = module
         self.processor = processor
         unwrap_adapter: Any = getattr(module, "get_base_model", None)
@@ -67,6 +71,7 @@ class HookedModel(TextTools):
         self.towers: dict[str, Tower] = {}
         for spec in self.family.towers:
             self.towers[spec.name] = Tower(base, self.config, self.family, spec, self.towers)
+        layout.refuse_unread(self.family, self.towers)
         points = layout.points_of(base, self.family, self.towers)
         first_blocks = {name: tower.blocks[0].module for name, tower in self.towers.items()}
         self.engine = HookEngine(module, points, first_blocks)
@@ -78,6 +83,13 @@ class HookedModel(TextTools):
         self._passes_recorded = False
         self._recorded_inputs: list[dict[str, Any]] | None = None
         self._checked_inputs = inputs.Checked()
+        self._state = state.ModuleState(module)
+        self._seen_streams: set[frozenset[str]] = set()
+        self._watch_stream = True
+        self.engine.check_state = self._check_hooked
+
+    def _check_hooked(self) -> None:
+        self._state.check(hooked=True)
 
     def _own_towers(self) -> None:
         for tower in self.towers.values():
@@ -87,6 +99,26 @@ class HookedModel(TextTools):
         # A copy's towers belong to the copy.
         self.__dict__.update(state)
         self._own_towers()
+        self.engine.check_state = self._check_hooked
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.engine.stack:
+            raise HookError(
+                "Hooks are in place, and they cannot be pickled: leave their with block, or call reset_hooks()."
+            )
+        return self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookedModel:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        with self.engine.detached():
+            twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in self._to_copy().items()})
+        for registration in self._persistent:
+            twin._put(Registration(registration.forward, registration.backward, exact=registration.exact))
+        return twin
+
+    def _to_copy(self) -> dict[str, Any]:
+        return {**self.__dict__, "_persistent": [], "_recorded_inputs": None, "_passes_recorded": False}
 
     @classmethod
     def from_pretrained(
@@ -210,10 +242,13 @@ class HookedModel(TextTools):
         return self._forward(self._checked(inputs), kwargs)
 
     def _checked(self, given: Any) -> dict[str, Any]:
+        self.engine.check_thread()
         mapping = inputs.as_mapping(self, given)
         if not self._checked_inputs.holds(self, mapping):
             inputs.check(self, mapping)
             self._checked_inputs.keep(self, mapping)
+            self._state.renew()
+            self._watch_stream = frozenset(mapping) not in self._seen_streams
         return mapping
 
     def _ran(self, mapping: Mapping[str, Any]) -> None:
@@ -221,11 +256,24 @@ class HookedModel(TextTools):
         if self._recorded_inputs is not None:
             self._recorded_inputs.append(dict(mapping))
 
+    @contextlib.contextmanager
+    def _running(self, mapping: Mapping[str, Any]) -> Iterator[None]:
+        """One run of the module, in whatever way it is called: its state is looked at, its passes are counted."""
+        self._state.check(hooked=bool(self.engine.stack))
+        self._ran(mapping)
+        watch = stream.watched(self.towers) if self._watch_stream else contextlib.nullcontext()
+        with self.engine.run(), watch:
+            yield
+        if self._watch_stream:
+            self._watch_stream = False
+            self._seen_streams.add(frozenset(mapping))
+
     def _forward(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Tensor:
         if kwargs:
-            inputs.check_names(self, kwargs)
-        self._ran(mapping)
-        with self.engine.run():
+            inputs.check_keywords(self, kwargs)
+        if getattr(self.config, "return_dict", True) is False:
+            kwargs = {"return_dict": True, **kwargs}
+        with self._running(mapping):
             output = self.module(**mapping, **kwargs)
         return output[self.family.output] if isinstance(output, Mapping) else getattr(output, self.family.output)
 
@@ -238,12 +286,14 @@ class HookedModel(TextTools):
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
         stop_at_layer: int | tuple[str, int] | None = None,
+        keep_graph: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, ActivationCache]:
         """One forward pass and the activations of the sites that ``names_filter`` selects (None: all but the derived ones).
 
         ``incl_bwd`` adds the gradient of ``metric(logits)`` summed over the batch at every site, under ``name + "_grad"``,
-        without touching the parameters' ``.grad``. ``stop_at_layer`` ends the pass before a block (an int counts in the last
+        without touching the parameters' ``.grad``. Cached values are detached; with ``keep_graph`` they stay on the autograd path, and hold
+        its memory. ``stop_at_layer`` ends the pass before a block (an int counts in the last
         tower, ``("vision", 2)`` names one) and returns the residual there in place of the logits.
         Scores, pattern and rotated sites make this run the model's eager run.
         Raises UnknownSiteError, InputError, and HookError if an asked-for site did not fire once per pass.
@@ -251,10 +301,12 @@ class HookedModel(TextTools):
         if incl_bwd and metric is None:
             raise InputError("incl_bwd needs metric=fn: the gradient of what?")
         mapping = self._checked(inputs)
+        if incl_bwd:
+            state.refuse_inference(self.module, mapping)
         names = self._match(names_filter)
         if names_filter is None:
             names = [*names, *(name for name in self.engine.asked() if name not in names)]
-        recorder = Recorder(None if incl_bwd else device, needs_grad=incl_bwd)
+        recorder = Recorder(None if incl_bwd else device, needs_grad=incl_bwd, keeps_graph=keep_graph)
         exact = exact_names(names_filter, names)
         registration = Registration(recorder=recorder, recorded=frozenset(names), exact=exact)
         grads = torch.enable_grad() if incl_bwd else contextlib.nullcontext()
@@ -335,7 +387,9 @@ class HookedModel(TextTools):
     def add_hook(self, name: NamesFilter, fn: Hook, backward: bool = False) -> None:
         """Add a hook that stays until :meth:`reset_hooks`."""
         hooks = [(name, fn)]
-        registration = self._registration(() if backward else hooks, hooks if backward else ())
+        self._put(self._registration(() if backward else hooks, hooks if backward else ()))
+
+    def _put(self, registration: Registration) -> None:
         self.engine.push(registration)
         self._persistent.append(registration)
 
@@ -347,13 +401,14 @@ class HookedModel(TextTools):
 
     @contextlib.contextmanager
     def record(
-        self, names_filter: NamesFilter = None, device: torch.device | str | None = None
+        self, names_filter: NamesFilter = None, device: torch.device | str | None = None, keep_graph: bool = False
     ) -> Iterator[ActivationCache]:
         """A cache that fills with the runs inside the block, ``generate`` and ``sample_actions`` among them: complete when the block ends.
 
         Sites of runs with several passes get a leading step axis, or a list where the lengths differ. Of a single run the cache knows the inputs.
+        Values are detached unless ``keep_graph``.
         """
-        recorder = Recorder(device)
+        recorder = Recorder(device, keeps_graph=keep_graph)
         cache = ActivationCache({}, self)
         self._passes_recorded, self._recorded_inputs = False, []
         names = self._match(names_filter)
@@ -427,8 +482,7 @@ class HookedModel(TextTools):
         if bound.writes and kwargs.get("use_cache") is False:
             raise InputError("Edits count positions by the cache: leave use_cache on.")
         self._passes_recorded = True
-        self._ran(mapping)
-        with self._edited(binder, bound), self.engine.run():
+        with self._edited(binder, bound), self._running(mapping):
             return module.generate(**mapping, **kwargs)
 
     def sample_actions(
@@ -448,8 +502,7 @@ class HookedModel(TextTools):
         (bound,) = binder.bind(_one_group(edits))
         mapping.pop("timestep", None)
         self._passes_recorded = True
-        self._ran(mapping)
-        with self._edited(binder, bound), self.engine.run():
+        with self._edited(binder, bound), self._running(mapping):
             return module.sample_actions(**mapping, num_steps=num_steps, **kwargs)
 
 
@@ -459,16 +512,6 @@ def _one_group(edits: Edit | Sequence[Edit]) -> list[tuple[Edit, ...]]:
     if isinstance(listed, (list, tuple)) and any(isinstance(edit, (list, tuple)) for edit in listed):
         raise InputError("A run takes one list of edits; model.sweep takes groups of them, one run each.")
     return [tuple(edit for group in as_groups(listed) for edit in group)]
-
-
-def _refuse_compiled(module: nn.Module) -> None:
-    compiled = type(module).__name__ == "OptimizedModule" or any(
-        getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()
-    )
-    if compiled:
-        raise UnsupportedModelError(
-            "This module is compiled, and hooks added after compilation never fire. Wrap the plain module, compile nothing."
-        )
 
 
 def _hook_entry(entry: Any) -> tuple[NamesFilter, Hook]:

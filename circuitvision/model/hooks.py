@@ -8,20 +8,30 @@ Rules every chain enforces:
 
 * a hook gets its own tensor and may keep it; changing it in place without returning it raises, because the change would be lost;
 * a returned tensor must have the shape, dtype and device of the site;
-* a recorder gets the value that continues through the model, on the autograd path when gradients are on;
+* a recorder gets the value that continues through the model: detached, unless it was asked to keep the graph;
 * every asked-for site fires once per pass of its tower; a site that does not is an error at the end of the run, never silence.
 
-Handles are registered with ``prepend=True``: transformers records hidden states with hooks of its own, LLaVA's projector reads that record, and
-an edit made after the recording would be lost.
+Order. Handles come after the torch hooks that others put on a module, so that a site holds what the model goes on with, and a second wrapper sees the
+edits of the first. They come before the hooks with which transformers records hidden states: LLaVA's projector reads that record, and an edit made
+after the recording would be lost.
+
+Threads. Torch hooks fire in whatever thread calls the module. Ours act only in the thread that put them there; the module called from another thread
+is the bare model, and the wrapper called from there raises HookError rather than leave out hooks that someone may count on. A module that was copied
+together with its torch hooks is not the one they belong to, and is the bare model too.
+
+Not covered: tasks of one thread that take turns (asyncio) share its hooks; what two wrappers of one module do to one site beyond the order of their
+``with`` blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -29,14 +39,15 @@ from torch import Tensor, nn
 
 from circuitvision.errors import HookError
 from circuitvision.model import attention
-from circuitvision.model.points import Call, Fire, Point
+from circuitvision.model.memory import compact, laid_out
+from circuitvision.model.points import Call, Fire, OwnOutput, Point
 from circuitvision.model.sites import SiteName
 
 Hook = Callable[[Tensor, "HookPoint"], "Tensor | None"]
 MOST_PLANS = 128
 """Plans kept at once; a sweep over single sites makes one per site."""
-ALIGNMENT = 64
-"""Bytes that the widest vector registers want an address to be a multiple of."""
+RECORDING = "transformers.utils.output_capturing"
+"""The module whose torch hooks record what ``output_hidden_states`` returns."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +65,25 @@ class HookPoint:
 
 
 class Recorder:
-    """Stores the value of each site it is given, one entry per pass."""
+    """Stores the value of each site it is given, one entry per pass.
 
-    def __init__(self, device: torch.device | str | None = None, needs_grad: bool = False) -> None:
+    ``keeps_graph``: values stay on the autograd path. ``needs_grad``: they do, and values that require no gradient are made to.
+    """
+
+    def __init__(
+        self, device: torch.device | str | None = None, needs_grad: bool = False, keeps_graph: bool = False
+    ) -> None:
         self.values: dict[str, list[Tensor]] = {}
         self.device = device
         self.needs_grad = needs_grad
+        self.keeps_graph = keeps_graph or needs_grad
 
     def record(self, name: str, value: Tensor) -> None:
         """Keep ``value`` (moved to the recorder's device) as the next pass of site ``name``."""
         kept = value if self.device is None else value.to(self.device)
+        if not self.keeps_graph:
+            # A copy of a view would leave the autograd path.
+            kept = compact(kept.detach() if kept.requires_grad else kept)
         self.values.setdefault(name, []).append(kept)
 
 
@@ -84,8 +104,14 @@ class Registration:
 
     @property
     def only_reads(self) -> bool:
-        """Whether it can change nothing: a recorder without gradients, and no hook."""
-        return self.recorder is not None and not (self.recorder.needs_grad or self.forward or self.backward)
+        """Whether it can change nothing: a recorder of detached values, and no hook."""
+        return self.recorder is not None and not (self.recorder.keeps_graph or self.forward or self.backward)
+
+    def touches(self, name: str) -> bool:
+        """Whether it may put another tensor in the place of this site's value: by a hook, or to follow its gradient."""
+        recorder = self.recorder
+        followed = recorder is not None and recorder.keeps_graph and name in self.recorded
+        return followed or name in self.forward or name in self.backward
 
 
 @dataclass(frozen=True)
@@ -123,8 +149,12 @@ class HookEngine:
         self.handles: list[Any] = []
         self.fired: dict[str, int] = {}
         self.passes: dict[str, int] = {}
-        self.suspended = False
         self.in_run = False
+        self.check_state: Callable[[], None] = _nothing
+        """Raises where hooks would give wrong numbers in the module's present state; set by the wrapper."""
+        self._thread: int | None = None
+        self._quiet: dict[int, int] = {}
+        self._lock = threading.Lock()
         self._switch: contextlib.ExitStack | None = None
         self._plans: dict[frozenset[str], _Plan] = {}
         self._plan: _Plan | None = None
@@ -132,8 +162,41 @@ class HookEngine:
         self._attention = attention.Switch(model)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Made hooks belong to this engine; a copy makes its own.
-        return {**self.__dict__, "_plans": {}, "_plan": None}
+        # Made hooks belong to this engine, and so does the stack of those who put them there; a copy has none.
+        fresh = {
+            "_plans": {},
+            "_plan": None,
+            "stack": [],
+            "handles": [],
+            "_switch": None,
+            "_thread": None,
+            "_quiet": {},
+        }
+        return {
+            **self.__dict__,
+            **fresh,
+            "_reader": Recorder(),
+            "_lock": None,
+            "check_state": _nothing,
+            "in_run": False,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def acts(self) -> bool:
+        """Whether hooks fire in this thread, now."""
+        thread = get_ident()
+        return thread == self._thread and thread not in self._quiet
+
+    def check_thread(self) -> None:
+        """Raise HookError if hooks of another thread are in place."""
+        if self.stack and self._thread != get_ident():
+            raise HookError(
+                "Hooks of another thread are in place on this model, and they act in that thread alone. Use one thread at a time (a lock around "
+                "both), or give each thread a copy: copy.deepcopy(model)."
+            )
 
     # -- registrations -------------------------------------------------------------------------------------------------------------------
 
@@ -147,8 +210,11 @@ class HookEngine:
             self.pop(registration)
 
     def push(self, registration: Registration) -> None:
-        """Add a registration and attach what it needs."""
-        self.stack.append(registration)
+        """Add a registration and attach what it needs; HookError if another thread has hooks in place."""
+        with self._lock:
+            self.check_thread()
+            self._thread = get_ident()
+            self.stack.append(registration)
         try:
             self._attach()
         except BaseException:
@@ -205,9 +271,9 @@ class HookEngine:
             return
         hooks = self._hooks(plan)
         for module, hook in hooks.pre:
-            self.handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for module, hook in hooks.post:
-            self.handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+            self.handles.append(_after_others(module, hook))
         for tower in plan.counted:
             handle = self.first_blocks[tower].register_forward_pre_hook(self._count_pass(tower), prepend=True)
             self.handles.append(handle)
@@ -230,20 +296,35 @@ class HookEngine:
         fire_of = self._reader_of if one_recorder else self._fire_of
         only_reads = all(registration.only_reads for registration in self.stack)
         hooks = _Hooks([], [], {})
-        for module, phase, points in plan.calls:
+        for module, phase, planned in plan.calls:
+            points = [point for point in planned if not isinstance(point, OwnOutput) or self._touched(point.name)]
+            if not points:
+                continue
             fires = [(point, fire_of(point)) for point in points]
             whole = one_recorder and all(point.whole for point in points)
             names = tuple(point.name for point in points)
             if phase == "pre":
-                hook = self._pre_hook(fires)
-                hooks.pre.append((module, self._pre_reader(names, hook) if whole else hook))
+                hook = self._pre_hook(module, fires)
+                hooks.pre.append((module, self._pre_reader(module, names, hook) if whole else hook))
             elif phase == "post":
-                hook = self._post_hook(fires)
-                hooks.post.append((module, self._post_reader(names, hook) if whole else hook))
+                hook = self._post_hook(module, fires)
+                hooks.post.append((module, self._post_reader(module, names, hook) if whole else hook))
             else:
                 stages = {SiteName.parse(point.name).stage: fire for point, fire in fires}
                 hooks.attention[id(module)] = attention.Stages(stages, only_reads, self)
         return hooks
+
+    def _touched(self, name: str) -> bool:
+        return any(registration.touches(name) for registration in self.stack)
+
+    @contextlib.contextmanager
+    def detached(self) -> Iterator[None]:
+        """No hook is on any module inside the block, e.g. while the module is copied; afterwards they are back."""
+        self._detach()
+        try:
+            yield
+        finally:
+            self._attach()
 
     def _detach(self) -> None:
         for handle in self.handles:
@@ -261,18 +342,28 @@ class HookEngine:
 
     @contextlib.contextmanager
     def suspension(self) -> Iterator[None]:
-        """Let modules be called for their arithmetic alone: no hook fires inside the block."""
-        before, self.suspended = self.suspended, True
+        """Let modules be called for their arithmetic alone: no hook fires inside the block, in this thread."""
+        thread = get_ident()
+        self._quiet[thread] = self._quiet.get(thread, 0) + 1
         try:
             yield
         finally:
-            self.suspended = before
+            self._quiet[thread] -= 1
+            if not self._quiet[thread]:
+                del self._quiet[thread]
 
     # -- one run -------------------------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def run(self) -> Iterator[None]:
-        """One run of the model (one forward, or all passes of generate): counts passes, and checks at the end that every site fired."""
+        """One run of the model (one forward, or all passes of generate): counts passes, and checks at the end that every site fired.
+
+        Raises HookError if hooks of another thread are in place.
+        """
+        self.check_thread()
+        if not self.stack:
+            yield
+            return
         outer, self.in_run = self.in_run, True
         if not outer:
             self.fired.clear()
@@ -308,20 +399,21 @@ class HookEngine:
                     )
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
-        if not self.in_run:
+        if self.acts() and not self.in_run:
+            self.check_state()
             self.fired.clear()
             self.passes.clear()
 
     def _count_pass(self, tower: str) -> Callable[..., None]:
         def count(module: nn.Module, args: Any) -> None:
-            if not self.suspended:
+            if self.acts():
                 self.passes[tower] = self.passes.get(tower, 0) + 1
 
         return count
 
-    def _pre_hook(self, fires: Sequence[tuple[Point, Fire]]) -> Callable[..., Any]:
+    def _pre_hook(self, own: nn.Module, fires: Sequence[tuple[Point, Fire]]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self.suspended:
+            if module is not own or not self.acts():
                 return None
             call = Call(module, args, kwargs)
             for point, fire in fires:
@@ -330,9 +422,9 @@ class HookEngine:
 
         return hook
 
-    def _post_hook(self, fires: Sequence[tuple[Point, Fire]]) -> Callable[..., Any]:
+    def _post_hook(self, own: nn.Module, fires: Sequence[tuple[Point, Fire]]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self.suspended:
+            if module is not own or not self.acts():
                 return None
             call = Call(module, args, kwargs, output)
             for point, fire in fires:
@@ -341,21 +433,21 @@ class HookEngine:
 
         return hook
 
-    def _pre_reader(self, names: tuple[str, ...], hook: Callable[..., Any]) -> Callable[..., Any]:
+    def _pre_reader(self, own: nn.Module, names: tuple[str, ...], hook: Callable[..., Any]) -> Callable[..., Any]:
         """``hook`` for points that are only recorded, and hold the first argument as it is: most of what a cached run does."""
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self.suspended or not args or type(args[0]) is not Tensor or args[0].requires_grad:
+            if not args or type(args[0]) is not Tensor or module is not own or not self.acts():
                 return hook(module, args, kwargs)
             return self._read(names, args[0])
 
         return read
 
-    def _post_reader(self, names: tuple[str, ...], hook: Callable[..., Any]) -> Callable[..., Any]:
+    def _post_reader(self, own: nn.Module, names: tuple[str, ...], hook: Callable[..., Any]) -> Callable[..., Any]:
         """As :meth:`_pre_reader`, for points that hold the output as it is."""
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self.suspended or type(output) is not Tensor or output.requires_grad or output.ndim == 4:
+            if type(output) is not Tensor or output.ndim == 4 or module is not own or not self.acts():
                 return hook(module, args, kwargs, output)
             return self._read(names, output)
 
@@ -375,6 +467,7 @@ class HookEngine:
         edits = any(not isinstance(hook, Recorder) for hook in chain)
         backward = [hook for registration in self.stack for hook in registration.backward.get(point.name, ())]
         wants_grad = bool(backward) or any(isinstance(hook, Recorder) and hook.needs_grad for hook in chain)
+        follows = self._touched(point.name)
         in_place = getattr(point, "in_place", False)
 
         def fire(value: Tensor) -> tuple[Tensor, bool]:
@@ -385,7 +478,7 @@ class HookEngine:
             layout = value
             if with_grad and wants_grad and not value.requires_grad and value.is_floating_point():
                 value = value.detach().clone().requires_grad_(True)
-            tracked = with_grad and value.requires_grad
+            tracked = follows and with_grad and value.requires_grad
             changed = tracked
             if in_place and (edits or tracked):
                 value = value.clone()
@@ -405,15 +498,12 @@ class HookEngine:
 
     def _reader_of(self, point: Point) -> Fire:
         """The fire of a point that one recorder reads, without what edits need."""
-        name, in_place = point.name, point.in_place
+        name = point.name
 
         def read(value: Tensor) -> tuple[Tensor, bool]:
             self.fired[name] = self.fired.get(name, 0) + 1
-            tracked = value.requires_grad and torch.is_grad_enabled()
-            if tracked and in_place:
-                value = value.clone()
             self._reader.record(name, value)
-            return value, tracked
+            return value, False
 
         return read
 
@@ -423,6 +513,22 @@ class HookEngine:
         if registration.recorder is not None and name in registration.recorded:
             hooks.append(registration.recorder)
         return hooks
+
+
+def _nothing() -> None:
+    return None
+
+
+def _after_others(module: nn.Module, hook: Callable[..., Any]) -> Any:
+    """Register a forward hook after those of others, but before those that record hidden states."""
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    hooks = module._forward_hooks
+    if len(hooks) > 1:
+        keys = list(hooks)
+        first = next((n for n, key in enumerate(keys) if getattr(hooks[key], "__module__", "") == RECORDING), None)
+        for key in [] if first is None else keys[first:-1]:
+            hooks.move_to_end(key)
+    return handle
 
 
 def _run_hook(hook: Hook, value: Tensor, where: HookPoint, tracked: bool) -> tuple[Tensor, bool]:
@@ -440,34 +546,6 @@ def _run_hook(hook: Hook, value: Tensor, where: HookPoint, tracked: bool) -> tup
     if returned is handed and not touched:
         return (handed, False) if tracked else (value, False)
     return returned, True
-
-
-def laid_out(value: Tensor, like: Tensor) -> Tensor:
-    """``value`` in the memory layout and alignment of ``like``: kernels add in the order of memory, by vectors, so equal values elsewhere can give
-    other bits."""
-    strides = like.stride()
-    overlaps = any(stride == 0 and size > 1 for stride, size in zip(strides, like.shape, strict=True))
-    if overlaps or not like.numel():
-        return value
-    shift, here = _misalignment(like), _misalignment(value)
-    if shift is None or here is None:
-        placed = torch.empty_strided(like.shape, strides, dtype=value.dtype, device=value.device)
-        return value if value.stride() == strides else placed.copy_(value)
-    if value.stride() == strides and here == shift:
-        return value
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, strides, strict=True))
-    room = torch.empty(extent + ALIGNMENT // like.element_size(), dtype=value.dtype, device=value.device)
-    offset = (shift - room.data_ptr()) % ALIGNMENT // like.element_size()
-    # No view of ``room``: autograd would follow the whole of it.
-    place = torch.empty(0, dtype=value.dtype, device=value.device)
-    return place.set_(room.untyped_storage(), offset, like.shape, strides).copy_(value)
-
-
-def _misalignment(value: Tensor) -> int | None:
-    """Bytes from the last aligned address to the first element; None where a functional transform wraps the tensor, or it has no memory."""
-    if value.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(value):
-        return None
-    return value.data_ptr() % ALIGNMENT
 
 
 def _checked(returned: Any, expected: Tensor, where: HookPoint) -> Any:

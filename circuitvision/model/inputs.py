@@ -49,11 +49,7 @@ def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
             f"{' and '.join(missing)} missing: the model would draw them at random, and no two runs could be compared. "
             "model.inputs(…, seed=0) fills them."
         )
-    check_names(model, inputs)
-    if inputs.get("return_dict") is False:
-        raise InputError(
-            "return_dict=False returns a tuple without names; leave it out: the wrapper returns the output tensor."
-        )
+    check_keywords(model, inputs)
     _check_devices(model, inputs)
     _check_mask(inputs)
     _check_lengths(model, inputs)
@@ -62,6 +58,15 @@ def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
         _check_images(model, inputs, pixels)
     if inputs.get("input_ids") is not None and model.image_token_id is not None:
         _check_image_tokens(model, inputs, pixels)
+
+
+def check_keywords(model: HookedModel, keywords: Mapping[str, Any]) -> None:
+    """Raise InputError for a keyword that nothing in the model reads, or that takes the names off its output."""
+    check_names(model, keywords)
+    if keywords.get("return_dict") is False:
+        raise InputError(
+            "return_dict=False returns a tuple without names; leave it out: the wrapper returns the output tensor."
+        )
 
 
 EVERYWHERE = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
@@ -101,8 +106,8 @@ class Checked:
     """
 
     def __init__(self) -> None:
-        self._device: torch.device | None = None
-        self._seen: dict[str, tuple[Any, Any]] = {}
+        # One assignment, so that another thread never sees half of it.
+        self._kept: tuple[torch.device | None, dict[str, tuple[Any, Any]]] = (None, {})
 
     def __reduce__(self) -> tuple[type[Checked], tuple[()]]:
         # Another process, or a copy, has not seen these tensors.
@@ -110,28 +115,30 @@ class Checked:
 
     def keep(self, model: HookedModel, inputs: Mapping[str, Any]) -> None:
         """Remember these inputs; only if every value shows whether it was changed since."""
-        self._device, self._seen = None, {}
+        seen: dict[str, tuple[Any, Any]] = {}
+        self._kept = None, {}
         for name, value in inputs.items():
             if isinstance(value, Tensor) and not value.is_inference():
-                self._seen[name] = (weakref.ref(value), (value._version, value.shape))
+                seen[name] = (weakref.ref(value), (value._version, value.shape))
             elif value is None or isinstance(value, (bool, int, float, str)):
-                self._seen[name] = (None, value)
+                seen[name] = (None, value)
             else:
                 return
-        self._device = model.device
+        self._kept = model.device, seen
 
     def holds(self, model: HookedModel, inputs: Mapping[str, Any]) -> bool:
         """Whether these are the remembered inputs."""
-        if self._device is None or inputs.keys() != self._seen.keys():
+        device, seen = self._kept
+        if device is None or inputs.keys() != seen.keys():
             return False
         for name, value in inputs.items():
-            tensor, state = self._seen[name]
+            tensor, state = seen[name]
             if tensor is None:
                 if isinstance(value, Tensor) or value != state:
                     return False
             elif tensor() is not value or (value._version, value.shape) != state:
                 return False
-        return model.device == self._device
+        return model.device == device
 
 
 def _check_devices(model: HookedModel, inputs: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """From the family table to points: which site sits on which module, for every tower of a model.
 
-The order numbers say who fires first where several sites share a module: an edit of ``resid_post[l]`` is seen by ``resid_pre[l + 1]``, and one of
+The order numbers say who fires first where several sites share a module: an edit of ``hook_input`` is seen by ``resid_pre[0]``, and one of
 ``attn.hook_result`` by ``hook_attn_out``.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from circuitvision.errors import UnsupportedModelError
 from circuitvision.model.points import (
     POOL_SITES,
     AttentionStage,
@@ -20,11 +21,13 @@ from circuitvision.model.points import (
     NormNormalized,
     NormScale,
     Output,
+    OwnOutput,
     Point,
     PoolAttention,
     PositionEmbedding,
     SharedInput,
     Stash,
+    StreamInput,
 )
 from circuitvision.model.spec import NORMS, Family, require, resolve
 from circuitvision.model.tower import Block, Tower, norm_spec
@@ -40,6 +43,21 @@ def points_of(module: nn.Module, family: Family, towers: dict[str, Tower]) -> li
             points.append(Input("projector.hook_in", projector, "pre", keyword="image_features"))
             points.append(Output("projector.hook_out", projector, "post"))
     return points
+
+
+def refuse_unread(family: Family, towers: dict[str, Tower]) -> None:
+    """Raise UnsupportedModelError for towers whose output the table leads nowhere: their effects would come out as zero."""
+    images = [name for name, tower in towers.items() if tower.stack.image]
+    if family.projector is not None and len(images) > 1:
+        raise UnsupportedModelError(
+            f"The family {family.name!r} has the image towers {' and '.join(images)} but one projector, and only one tower can be said to feed it. "
+            "Models with several image towers are not supported."
+        )
+    for name in list(towers)[:-1]:
+        if towers[name].spec.readout is None:
+            raise UnsupportedModelError(
+                f"The family {family.name!r} does not say how its {name} tower reaches the towers after it: give its TowerSpec a readout."
+            )
 
 
 def _tower_points(tower: Tower) -> Iterator[Point]:
@@ -95,7 +113,8 @@ def _block_points(tower: Tower, block: Block) -> Iterator[Point]:
     if block.layer == 0:
         yield Input(f"{prefix}.hook_resid_pre", block.module, "pre", order=1)
     else:
-        yield Output(f"{prefix}.hook_resid_pre", tower.blocks[block.layer - 1].module, "post", order=1)
+        own = OwnOutput(f"{prefix}.hook_resid_pre", tower.blocks[block.layer - 1].module, "post", order=2)
+        yield StreamInput(f"{prefix}.hook_resid_pre", block.module, "pre", order=1, companions=(own,))
     yield from _attention_points(tower, block, prefix)
     ln2 = block.part("ln2")
     yield SharedInput(f"{prefix}.hook_resid_mid", ln2, "pre", order=0)

@@ -4,7 +4,8 @@ Every site is one :class:`Point` on one module of the model. Four mechanisms cov
 
 * *direct*: the value is an argument or the output of the module, possibly with the head axis split off; an edit replaces it;
 * *in place*: an edit of ``resid_mid`` is copied into the tensor that enters the second norm, because the skip path holds the same tensor and
-  must see the edit too (replacing the norm's input would leave the skip path at its old value);
+  must see the edit too (replacing the norm's input would leave the skip path at its old value). ``resid_pre`` likewise: it is what its block reads,
+  and where that is what the block before it left, whoever recorded that (hidden states) must see the edit;
 * *derived*: the value is computed from what the module reads (a norm's scale, one head's share of the output); the module's output is
   rebuilt from it only if an edit really changed it, so that looking never changes a bit. With gradients on, the rebuilt value takes the place
   of the output in the backward pass alone;
@@ -24,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from circuitvision.errors import HookError
+from circuitvision.model.memory import laid_out
 from circuitvision.model.spec import NormSpec
 
 Fire = Callable[[Tensor], "tuple[Tensor, bool]"]
@@ -253,6 +255,47 @@ class SharedInput(Point):
                     f"{self.name} is a leaf that requires grad and cannot be edited in place; run under torch.no_grad()."
                 )
             shared.copy_(value)
+
+
+@dataclass(eq=False)
+class OwnOutput(Point):
+    """Puts a copy in the place of what a module returns, so that the :class:`StreamInput` behind it may be written in place; not a site."""
+
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        value = call.tensor()
+        own = self.kept[id(self.module)] = laid_out(value.clone(), value)
+        call.set_tensor(own)
+
+
+@dataclass(eq=False)
+class StreamInput(Point):
+    """What a block reads of the stream, where another block comes before it.
+
+    An edit is written into the tensor the block before left, so that it is the same value everywhere; where someone put another tensor in between,
+    the block's own input is replaced.
+    """
+
+    companions: tuple[OwnOutput, ...] = ()
+    in_place = True
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        entering = call.input()
+        own = self.companions[0].kept.pop(id(self.companions[0].module), None)
+        value, changed = fire(entering)
+        if changed and own is entering:
+            entering.copy_(value)
+        elif changed:
+            call.set_input(laid_out(value, entering))
+
+    def as_output(self) -> Output:
+        """The same value where the block before leaves it, for tools that write to modules without hooks of ours."""
+        return Output(self.name, self.companions[0].module, "post", order=1)
 
 
 @dataclass(eq=False)

@@ -170,12 +170,12 @@ def norm_spec(module: nn.Module) -> NormSpec:
 
 def load_tables() -> None:
     """Let the family files register themselves; the one place where the core reaches down, and it does so by name only."""
-    if not FAMILIES:
-        importlib.import_module("circuitvision.families")
+    importlib.import_module("circuitvision.families")
 
 
 def register_family(family: Family) -> Family:
-    """Add a family to the table; raises ValueError if one of its classes is already taken."""
+    """Add a family to the table, beside the shipped ones; raises ValueError if one of its classes is already taken."""
+    load_tables()
     for cls in family.classes:
         if cls in FAMILIES:
             raise ValueError(f"{cls} is already registered, by the family {FAMILIES[cls].name!r}.")
@@ -184,7 +184,8 @@ def register_family(family: Family) -> Family:
 
 
 def register_stack(stack: Stack, *model_types: str) -> Stack:
-    """Add a stack under one or several ``model_type`` values of its config."""
+    """Add a stack under one or several ``model_type`` values of its config; it takes the place of a shipped one."""
+    load_tables()
     for model_type in model_types:
         STACKS[model_type] = stack
     return stack

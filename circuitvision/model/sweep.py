@@ -39,6 +39,7 @@ from circuitvision.model.routes import (
     stages,
     start_of,
 )
+from circuitvision.model.state import refuse_random
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe
 from circuitvision.results import Result
@@ -134,6 +135,7 @@ class Sweep:
         self.model, self.inputs = model, inputs
         self.metric = metrics.bind(metric, model)
         self.batch_size, self.partial, self.progress = batch_size, partial, progress
+        refuse_random(model.module, "A sweep")
         if inputs.get("past_key_values") is not None:
             raise InputError("The inputs hold past_key_values, which every run would extend: leave them out.")
         groups = as_groups(edits_or_groups)

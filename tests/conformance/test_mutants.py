@@ -77,12 +77,7 @@ def edit_a_copy_of_the_keys(patch: pytest.MonkeyPatch) -> None:
 
 def append_hooks(patch: pytest.MonkeyPatch) -> None:
     """Handles come after those of transformers, which has recorded the hidden state by then."""
-    register = torch.nn.Module.register_forward_hook
-
-    def appended(self: Any, hook: Any, **options: Any) -> Any:
-        return register(self, hook, **{**options, "prepend": False})
-
-    patch.setattr(torch.nn.Module, "register_forward_hook", appended)
+    patch.setattr(hooks, "_after_others", lambda module, hook: module.register_forward_hook(hook, with_kwargs=True))
 
 
 def rebuild_everywhere(patch: pytest.MonkeyPatch) -> None:
