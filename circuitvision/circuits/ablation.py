@@ -27,6 +27,7 @@ from torch import Tensor
 from circuitvision import edits, metrics
 from circuitvision.circuits.names import head_id, parse_id
 from circuitvision.errors import InputError
+from circuitvision.model.state import refuse_random
 from circuitvision.progress import track
 from circuitvision.provenance import describe
 from circuitvision.results import Result
@@ -108,12 +109,13 @@ def ablation_check(
         position: where the answer is read.
 
     Raises:
-        InputError: no pairs, no heads, heads the model does not have or declares dead, too few other heads, or
+        InputError: dropout in training mode, no pairs, no heads, heads the model does not have or declares dead, too few other heads, or
         batches of different
             shapes.
     """
     if not pairs or not heads:
         raise InputError("An ablation check needs at least one batch of pairs and one head.")
+    refuse_random(model.module, "An ablation check")
     chosen = list(dict.fromkeys(heads))
     live = live_heads(model)
     missing = [name for name in chosen if name not in live]

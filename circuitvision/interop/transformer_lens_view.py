@@ -196,7 +196,8 @@ class TowerView:
         """One forward pass, and the activations of this tower as a ``transformer_lens.ActivationCache`` (a plain dict if asked).
 
         ``names_filter=None`` keeps all sites but the derived ones; scores and pattern make it the model's eager run.
-        ``stop_at_layer`` ends the pass before that block of this tower. Raises UnknownSiteError, and InputError for ``incl_bwd``.
+        ``stop_at_layer`` ends the pass before that block of this tower. As there, values stay on the autograd path.
+        Raises UnknownSiteError, and InputError for ``incl_bwd``.
         """
         from transformer_lens import ActivationCache
 
@@ -208,7 +209,11 @@ class TowerView:
         chosen = self._match(names_filter)
         stop = None if stop_at_layer is None else (self.tower.name, stop_at_layer)
         logits, found = self.model.run_with_cache(
-            self.examples.inputs(tokens), [self.names[name] for name in chosen], device=device, stop_at_layer=stop
+            self.examples.inputs(tokens),
+            [self.names[name] for name in chosen],
+            device=device,
+            stop_at_layer=stop,
+            keep_graph=True,
         )
         kept = set(found)
         values = {name: found[self.names[name]] for name in chosen if self.names[name] in kept}

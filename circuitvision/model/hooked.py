@@ -460,7 +460,8 @@ class HookedModel(TextTools):
         of the unedited run. ``metric(logits)`` or ``metric(logits, inputs)`` gets the whole output of one run. ``batch_size`` is how many edits run
         at once; "auto" goes by memory, and either is halved when memory runs out. With ``partial`` an interruption (Ctrl-C, an exception in the
         metric) returns what is done, the rest NaN. ``axes`` arranges the edits, in the order given, as a grid: ``{"layer": range(8), "head":
-        range(12)}`` for 96 edits, the last axis varying fastest. Raises InputError or UnknownSiteError, naming the edit, before anything runs.
+        range(12)}`` for 96 edits, the last axis varying fastest. Raises InputError or UnknownSiteError, naming the edit, before anything runs;
+        InputError in training mode with dropout.
         """
         from circuitvision.model.sweep import Sweep
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from circuitvision import edits, metrics
 from circuitvision.errors import InputError
 from circuitvision.model.sites import SiteName
+from circuitvision.model.state import refuse_random
 from circuitvision.provenance import describe
 from circuitvision.results import Result
 
@@ -97,13 +98,14 @@ def activation_patch(
             ten-thousandth of their size.
 
     Raises:
-        InputError: inputs of different shapes, axes the site does not have, several kinds of site, an unknown mode.
+        InputError: dropout in training mode, inputs of different shapes, axes the site does not have, several kinds of site, an unknown mode.
         UnknownSiteError: ``sites`` matches nothing.
     """
     if mode not in ("denoise", "noise"):
         raise InputError(
             f"Unknown mode {mode!r}; choose 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)."
         )
+    refuse_random(model.module, "Patching")
     names = matching_sites(model, sites)
     _check_axes(names, axes)
     check_same_shapes(clean, corrupt)

@@ -289,7 +289,7 @@ def _of_layers(
     beside += [model.towers[tower].residual_name(layer) for layer in model.towers[tower].feature_layers]
     hooks = [*((name, start) for name in names), *((name, stream) for name in posts)]
     with differentiating(), model.hooks(fwd_hooks=hooks):
-        logits, cache = model.run_with_cache(inputs, names_filter=list(dict.fromkeys(beside)))
+        logits, cache = model.run_with_cache(inputs, names_filter=list(dict.fromkeys(beside)), keep_graph=True)
         values = metrics.evaluate(metric, logits, inputs).detach()
         slopes = []
         for name, post in zip(names, posts, strict=True):

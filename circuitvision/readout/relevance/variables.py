@@ -27,6 +27,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.inputs import refuse_cache
 from circuitvision.model.routes import is_dual
 from circuitvision.model.sites import SiteName
+from circuitvision.model.state import refuse_random
 from circuitvision.model.tokens import Packing
 
 if TYPE_CHECKING:
@@ -127,10 +128,11 @@ class Variable:
     ``[example]``.
 
     Raises:
-        InputError: a dead site, one without positions, pixels the model does not read as images.
+        InputError: dropout in training mode, a dead site, one without positions, pixels the model does not read as images.
     """
 
     def __init__(self, model: HookedModel, inputs: Mapping[str, Any], metric: Any, site: str) -> None:
+        refuse_random(model.module, "Relevance")
         self.model, self.site = model, site
         self.metric = metrics.bind(metric, model)
         self.inputs = usable(inputs)
