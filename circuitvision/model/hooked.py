@@ -259,6 +259,8 @@ class HookedModel(TextTools):
     @contextlib.contextmanager
     def _running(self, mapping: Mapping[str, Any]) -> Iterator[None]:
         """One run of the module, in whatever way it is called: its state is looked at, its passes are counted."""
+        if self.module is not self.engine.model:
+            state.refuse_wrappers(self.module)
         self._state.check(hooked=bool(self.engine.stack))
         self._ran(mapping)
         watch = stream.watched(self.towers) if self._watch_stream else contextlib.nullcontext()

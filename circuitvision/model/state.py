@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from operator import attrgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from circuitvision.errors import HookError, InputError, UnsupportedModelError
 
-_in_training = attrgetter("training")
-_compiled = attrgetter("_compiled_call_impl")
+_COMPILED = "_compiled_call_impl"
+_in_training = itemgetter("training")
 
 
 class ModuleState:
@@ -31,17 +31,22 @@ class ModuleState:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._parts: tuple[nn.Module, ...] = ()
+        self._parts: list[dict[str, Any]] = []
         self._warned = False
         self.renew()
 
+    def __reduce__(self) -> tuple[type[ModuleState], tuple[nn.Module]]:
+        # A copy looks at the copied module.
+        return ModuleState, (self.module,)
+
     def renew(self) -> None:
         """Look again which parts the module has: adapters may have been added."""
-        self._parts = tuple(self.module.modules())
+        # Attributes of a module are several times slower to ask for than entries of its dictionary.
+        self._parts = [vars(part) for part in self.module.modules() if "training" in vars(part)]
 
     def check(self, hooked: bool) -> None:
         """Raise where hooks would give wrong numbers; warn, once, where the same input gives another output each time."""
-        if hooked and any(map(_compiled, self._parts)):
+        if hooked and any(_COMPILED in part for part in self._parts):
             refuse_wrappers(self.module)
         if not any(map(_in_training, self._parts)):
             self._warned = False
@@ -101,7 +106,7 @@ def refuse_wrappers(module: nn.Module) -> None:
             f"{type(module).__name__} runs copies of the module, which carry no hooks of ours. Wrap the one inside: HookedModel(module.module)."
         )
     compiled = type(module).__name__ == "OptimizedModule" or any(
-        _compiled(part) is not None for part in module.modules()
+        getattr(part, _COMPILED, None) is not None for part in module.modules()
     )
     if compiled:
         raise UnsupportedModelError(
