@@ -34,6 +34,7 @@ from circuitvision.model.spec import family_of
 from circuitvision.model.text import TextTools
 from circuitvision.model.tokens import TokenMap, token_maps
 from circuitvision.model.tower import Tower
+from circuitvision.model.weights import main_device, main_dtype
 
 if TYPE_CHECKING:
     from circuitvision.model.sweep import SweepResult
@@ -146,13 +147,13 @@ class HookedModel(TextTools):
 
     @property
     def device(self) -> torch.device:
-        """Device of the first parameter."""
-        return next(self.module.parameters()).device
+        """Where the model reads its inputs: the device of its first parameter that is in memory, or the one its parameters are fetched to."""
+        return main_device(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the first parameter."""
-        return next(self.module.parameters()).dtype
+        """The precision the model computes in: the dtype of its first parameter that is not quantised."""
+        return main_dtype(self.module)
 
     def to(self, *args: Any, **kwargs: Any) -> HookedModel:
         """Move or convert the wrapped module, as ``nn.Module.to``; returns the wrapper. Raises InputError for a GPU that is not there."""

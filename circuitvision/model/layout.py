@@ -26,7 +26,7 @@ from circuitvision.model.points import (
     SharedInput,
     Stash,
 )
-from circuitvision.model.spec import NORMS, Family, require, resolve
+from circuitvision.model.spec import Family, is_norm, require, resolve
 from circuitvision.model.tower import Block, Tower, norm_spec
 
 
@@ -139,6 +139,6 @@ def _branch_points(block: Block, prefix: str, add: str, last: str, norm_name: st
         yield Output(f"{prefix}.{site}", block.part(last), "post", order=2)
         return
     adder = block.part(add)
-    if type(adder).__name__ in NORMS:
+    if is_norm(adder):
         yield from _norm_points(f"{prefix}.{norm_name}", adder)
     yield Output(f"{prefix}.{site}", adder, "post", order=2)
