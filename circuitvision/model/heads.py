@@ -26,15 +26,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
-from circuitvision.model.points import Call, PoolAttention
+from circuitvision.model.points import Call, PoolAttention, substitute
 from circuitvision.model.spec import Readout, norm_spec, require, resolve
 from circuitvision.model.weights import (
     attention_weights,
     computing,
     embedding_weight,
+    linear_weight,
     main_device,
     norm_weights,
     parameter,
+    passes_gradient,
 )
 
 if TYPE_CHECKING:
@@ -131,9 +133,9 @@ class Reading:
         head = resolve(module, readout.head)
         if readout.finish == "mean_heads":
             assert head is not None
-            return (head(pooled[:, 0]) + _second_head(self.tower)(pooled[:, 1])) / 2
+            return (_called(head, pooled[:, 0]) + _called(_second_head(self.tower), pooled[:, 1])) / 2
         if head is not None:
-            return head(pooled)
+            return _called(head, pooled)
         if readout.tied_lens is not None:
             table = require(module, readout.tied_lens, "tied embedding")
             return pooled @ embedding_weight(table, pooled.dtype, pooled.device).T
@@ -208,11 +210,11 @@ class Reading:
         head: Any = require(self.tower.module, self.readout.head or "", "head")
         if self.readout.pool == "cls+mean_patch":
             nothing = torch.zeros_like(normed)
-            out = head(torch.cat([nothing, normed], dim=-1))
-            cls = head(torch.cat([normed[:, :1], nothing[:, :1]], dim=-1))
+            out = _called(head, torch.cat([nothing, normed], dim=-1))
+            cls = _called(head, torch.cat([normed[:, :1], nothing[:, :1]], dim=-1))
             return torch.cat([cls, out[:, 1:]], dim=1) if start == 0 else out
         second = _second_head(self.tower)
-        one, two = head(normed), second(normed)
+        one, two = _called(head, normed), _called(second, normed)
         out = (one + two) / 2
         for index, own in ((0, one), (1, two)):
             if start <= index < start + normed.shape[1]:
@@ -222,6 +224,15 @@ class Reading:
 
 def _has_head(readout: Readout) -> bool:
     return readout.head is not None or readout.tied_lens is not None or readout.second_head is not None
+
+
+def _called(head: nn.Module, value: Tensor) -> Tensor:
+    """What a head makes of ``value``; one that passes no gradient (dynamically quantised) gets that of its dequantised weight."""
+    out = head(value)
+    if not (torch.is_grad_enabled() and value.requires_grad) or passes_gradient(head):
+        return out
+    weight, bias = linear_weight(head, value.dtype, value.device)
+    return substitute(out, value @ weight if bias is None else value @ weight + bias)
 
 
 def _second_head(tower: Tower) -> nn.Module:

@@ -29,12 +29,14 @@ from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups
 from circuitvision.model.gradients import Metric, with_gradients
 from circuitvision.model.hooks import Hook, HookEngine, HookPoint, Recorder, Registration
+from circuitvision.model.points import Point
 from circuitvision.model.sites import NamesFilter, SiteName, exact_names, matching
 from circuitvision.model.spec import family_of
 from circuitvision.model.text import TextTools
 from circuitvision.model.tokens import TokenMap, token_maps
 from circuitvision.model.tower import Tower
-from circuitvision.model.weights import main_device, main_dtype
+from circuitvision.model.tree import ModuleTree, base_of
+from circuitvision.model.weights import check_gradients, main_device, main_dtype
 
 if TYPE_CHECKING:
     from circuitvision.model.sweep import SweepResult
@@ -60,17 +62,14 @@ class HookedModel(TextTools):
         _refuse_compiled(module)
         self.module: Any = module
         self.processor = processor
-        unwrap_adapter: Any = getattr(module, "get_base_model", None)
-        base: Any = module if unwrap_adapter is None else unwrap_adapter()
-        self.family = family_of(base)
-        self.config: Any = base.config
-        self.inner: nn.Module = getattr(base, "model", base)
+        self._base: Any = base_of(module)
+        self.family = family_of(self._base)
+        self.config: Any = self._base.config
+        self.inner: nn.Module = getattr(self._base, "model", self._base)
         self.towers: dict[str, Tower] = {}
         for spec in self.family.towers:
-            self.towers[spec.name] = Tower(base, self.config, self.family, spec, self.towers)
-        points = layout.points_of(base, self.family, self.towers)
-        first_blocks = {name: tower.blocks[0].module for name, tower in self.towers.items()}
-        self.engine = HookEngine(module, points, first_blocks)
+            self.towers[spec.name] = Tower(self._base, self.config, self.family, spec, self.towers)
+        self.engine = HookEngine(module, *self._points())
         for tower in self.towers.values():
             tower.quiet = self.engine.suspension
         self._own_towers()
@@ -80,7 +79,23 @@ class HookedModel(TextTools):
         self._recorded_inputs: list[dict[str, Any]] | None = None
         self._checked_inputs = inputs.Checked()
 
+    def _points(self) -> tuple[list[Point], dict[str, nn.Module]]:
+        points = layout.points_of(self._base, self.family, self.towers)
+        first_blocks = {name: tower.blocks[0].module for name, tower in self.towers.items()}
+        self._tree = ModuleTree(self._base, [*(point.module for point in points), *first_blocks.values()])
+        return points, first_blocks
+
+    def _follow(self) -> None:
+        """Find towers and sites again if a module that carries one was replaced since: an adapter was added, or taken out."""
+        if self._tree.intact():
+            return
+        for tower in self.towers.values():
+            tower.find()
+        self.engine.renew(*self._points())
+        self._matches.clear()
+
     def _own_towers(self) -> None:
+        self.engine.before_run = weakref.WeakMethod(self._follow)
         for tower in self.towers.values():
             tower.owner = weakref.ref(self)
 
@@ -98,7 +113,7 @@ class HookedModel(TextTools):
         device_map: Any = None,
         **kwargs: Any,
     ) -> HookedModel:
-        """Load a supported checkpoint (a Hub name or a folder) with its processor, and wrap it.
+        """Load a supported checkpoint (a Hub name or a folder; with peft, an adapter's too) with its processor, and wrap it.
 
         ``dtype``, ``device``, ``device_map`` and further keywords go to ``from_pretrained`` of the checkpoint's own class.
         Raises InputError for a folder without a config, UnsupportedModelError for an architecture no family describes.
@@ -111,6 +126,7 @@ class HookedModel(TextTools):
     def __getattr__(self, name: str) -> Tower:
         towers = self.__dict__.get("towers", {})
         if name in towers:
+            self._follow()
             return towers[name]
         raise AttributeError(f"HookedModel has no attribute {name!r}; towers of this model: {', '.join(towers)}.")
 
@@ -122,6 +138,7 @@ class HookedModel(TextTools):
         return list(self._match(glob))
 
     def _match(self, names_filter: NamesFilter) -> list[str]:
+        self._follow()
         if isinstance(names_filter, (str, type(None))):
             if names_filter not in self._matches:
                 self._matches[names_filter] = matching(names_filter, self.engine.points)
@@ -211,6 +228,7 @@ class HookedModel(TextTools):
         return self._forward(self._checked(inputs), kwargs)
 
     def _checked(self, given: Any) -> dict[str, Any]:
+        self._follow()
         mapping = inputs.as_mapping(self, given)
         if not self._checked_inputs.holds(self, mapping):
             inputs.check(self, mapping)
@@ -251,6 +269,8 @@ class HookedModel(TextTools):
         """
         if incl_bwd and metric is None:
             raise InputError("incl_bwd needs metric=fn: the gradient of what?")
+        if incl_bwd:
+            check_gradients(self.module)
         mapping = self._checked(inputs)
         names = self._match(names_filter)
         if names_filter is None:
@@ -314,6 +334,8 @@ class HookedModel(TextTools):
             yield self
 
     def _registration(self, fwd_hooks: HookList, bwd_hooks: HookList) -> Registration:
+        if bwd_hooks:
+            check_gradients(self.module)
         exact: set[str] = set()
         tables: list[dict[str, list[Hook]]] = []
         for hooks in (fwd_hooks, bwd_hooks):

@@ -39,6 +39,10 @@ ALIGNMENT = 64
 """Bytes that the widest vector registers want an address to be a multiple of."""
 
 
+def _nobody() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class HookPoint:
     """What a hook is told about the place it was called from."""
@@ -130,10 +134,20 @@ class HookEngine:
         self._plan: _Plan | None = None
         self._reader = Recorder()
         self._attention = attention.Switch(model)
+        self.before_run: Callable[[], Callable[[], None] | None] = _nobody
+        """Gives what is called before a run whose sites were asked for; set by the wrapper."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Made hooks belong to this engine; a copy makes its own.
-        return {**self.__dict__, "_plans": {}, "_plan": None}
+        return {**self.__dict__, "_plans": {}, "_plan": None, "before_run": _nobody}
+
+    def renew(self, points: Iterable[Point], first_blocks: Mapping[str, nn.Module]) -> None:
+        """Put the same sites on the modules that carry them now; what is registered stays registered."""
+        self._detach()
+        self.points = {point.name: point for point in points}
+        self.first_blocks = dict(first_blocks)
+        self._plans.clear()
+        self._attach()
 
     # -- registrations -------------------------------------------------------------------------------------------------------------------
 
@@ -309,6 +323,9 @@ class HookEngine:
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
         if not self.in_run:
+            follow = self.before_run()
+            if follow is not None:
+                follow()
             self.fired.clear()
             self.passes.clear()
 

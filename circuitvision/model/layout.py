@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from circuitvision.errors import UnsupportedModelError
 from circuitvision.model.points import (
     POOL_SITES,
     AttentionStage,
@@ -26,6 +27,7 @@ from circuitvision.model.points import (
     SharedInput,
     Stash,
 )
+from circuitvision.model.sites import SiteName
 from circuitvision.model.spec import Family, is_norm, require, resolve
 from circuitvision.model.tower import Block, Tower, norm_spec
 
@@ -39,7 +41,27 @@ def points_of(module: nn.Module, family: Family, towers: dict[str, Tower]) -> li
             projector = require(module, family.projector or "", "projector")
             points.append(Input("projector.hook_in", projector, "pre", keyword="image_features"))
             points.append(Output("projector.hook_out", projector, "post"))
+    _refuse_shared(points)
     return points
+
+
+def _refuse_shared(points: list[Point]) -> None:
+    """Raise UnsupportedModelError where one module serves two towers or two layers: a call of it does not say for which."""
+    seen: dict[tuple[int, str], tuple[str, int | None, SiteName]] = {}
+    for point in points:
+        name = SiteName.parse(point.name)
+        layer = name.layer
+        if name.site == "hook_resid_pre":
+            # What a block reads is taken where the one before it writes.
+            layer = max((layer or 0) - 1, 0)
+        elif name.site == "hook_input":
+            layer = 0
+        first = seen.setdefault((id(point.module), point.phase), (name.tower, layer, name))
+        if first[:2] != (name.tower, layer):
+            raise UnsupportedModelError(
+                f"{first[2]} and {name} are on one and the same {type(point.module).__name__}, which runs for both: a site on it would not say "
+                "which of them it belongs to. Give each its own copy of the module (copy.deepcopy)."
+            )
 
 
 def _tower_points(tower: Tower) -> Iterator[Point]:

@@ -29,6 +29,7 @@ from circuitvision.model.weights import (
     attention_weights,
     computing,
     embedding_weight,
+    is_plain_linear,
     linear_weight,
     norm_weights,
     present,
@@ -336,6 +337,10 @@ class HeadResult(Point):
         value, changed = fire(result)
         if changed:
             rebuilt = value.sum(-2) if bias is None else value.sum(-2) + bias
+            if not is_plain_linear(call.module):
+                # A layer that rounds its input keeps its own output where nothing was edited, and near it where little was.
+                whole = result.sum(-2) if bias is None else result.sum(-2) + bias
+                rebuilt = rebuilt + (call.tensor() - whole).detach()
             edited = (value != result).flatten(-2).any(-1, keepdim=True)
             call.set_tensor(rebuilt_where(edited, call.tensor(), rebuilt))
 

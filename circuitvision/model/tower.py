@@ -180,8 +180,16 @@ class Tower:
         self.config_of_model = config
         self.config: Any = sub_config(config, spec.config)
         self.stack = stack_for(spec, self.config)
-        self.root = require(module, spec.root, f"{spec.name} tower")
-        blocks = resolve_list(self.root, self.stack.blocks, spec.name)
+        self.find()
+        self.quiet: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Keeps hooks from firing while modules are called for a read-out alone; set by the wrapper."""
+        self.owner: Callable[[], HookedModel | None] = _nobody
+        """The wrapped model this tower belongs to; set by the wrapper, which a tower does not keep alive."""
+
+    def find(self) -> None:
+        """Look up the tower's modules, when the model is wrapped and whenever one of them was replaced."""
+        self.root = require(self.module, self.spec.root, f"{self.name} tower")
+        blocks = resolve_list(self.root, self.stack.blocks, self.name)
         layout = self.stack.block
         self.blocks = [
             Block(self, layer, block, layout(block) if callable(layout) else layout)
@@ -189,10 +197,6 @@ class Tower:
         ]
         self.final_norm = resolve(self.root, self.stack.final_norm)
         self.cfg = self._config()
-        self.quiet: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Keeps hooks from firing while modules are called for a read-out alone; set by the wrapper."""
-        self.owner: Callable[[], HookedModel | None] = _nobody
-        """The wrapped model this tower belongs to; set by the wrapper, which a tower does not keep alive."""
 
     def __getstate__(self) -> dict[str, Any]:
         # The copy of a wrapper tells its towers whose they are.

@@ -60,8 +60,43 @@ def linear_weight(
             rows.append(module.forward(unit))
         weight = rows[0] if len(rows) == 1 else torch.cat(rows)
         offset = module.forward(torch.zeros(1, width, dtype=dtype, device=device))
-    weight = weight - offset if bool(offset.detach().any()) else weight
+        weight = weight - offset if bool(offset.detach().any()) else weight
+        _check_linear(module, weight, offset)
     return weight, linear_bias(module, dtype, device)
+
+
+def passes_gradient(module: nn.Module) -> bool:
+    """Whether autograd goes through a layer: not through the packed ones of ``torch.ao``, which drop the gradient without a word."""
+    outer: Any = module
+    return not (callable(getattr(outer, "weight", None)) and callable(getattr(outer, "bias", None)))
+
+
+def check_gradients(module: nn.Module) -> None:
+    """Raise UnsupportedModelError if some layer of a model drops gradients."""
+    for name, part in module.named_modules():
+        if not passes_gradient(part):
+            raise UnsupportedModelError(
+                f"{name} is a {type(part).__module__}.{type(part).__name__}, through which no gradient passes: what is behind it would count "
+                "as having no effect. Take gradients of the model before it was quantised."
+            )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map that computes with its stored weight, so that it equals ``x @ W + b`` bit by bit."""
+    return _is_plain(computing(module), nn.Linear)
+
+
+def _check_linear(module: nn.Module, weight: Tensor, offset: Tensor) -> None:
+    """Raise UnsupportedModelError if a module is not, to the rounding of an 8-bit input, the linear map that was measured."""
+    with torch.no_grad():
+        probe = (
+            torch.arange(1, len(weight) + 1, dtype=torch.float32, device=weight.device).mul(2.4).sin()[None].to(weight)
+        )
+        found, expected = (module.forward(probe) - offset).float(), probe.float() @ weight.float()
+        if float((found - expected).norm()) > 0.1 * float(found.norm() + expected.norm()):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} is no linear map, so no weight says what it computes. Merge or remove what was put into it."
+            )
 
 
 def linear_bias(

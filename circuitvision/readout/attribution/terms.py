@@ -24,7 +24,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache, head_results
 from circuitvision.model.heads import frozen_norm
 from circuitvision.model.spec import is_norm
-from circuitvision.model.weights import linear_weight, main_device
+from circuitvision.model.weights import is_plain_linear, linear_weight, main_device
 from circuitvision.readout.recorded import recorded
 
 if TYPE_CHECKING:
@@ -163,7 +163,13 @@ class Stream:
         # In two steps: all three at once would hold every head's vector at every position.
         per_head = torch.einsum("bphd,bphd->hb", z, torch.einsum("bpm,hdm->bphd", pulled, w_o))
         written = constant if bias is None else constant + (pulled @ bias).sum(-1)
+        if not is_plain_linear(self.tower.blocks[layer].part("o")):
+            # What a layer makes of rounding its input belongs to no head.
+            written = self._rest(f"blocks.{layer}.hook_attn_out", gradient, per_head)
         return per_head, written
+
+    def _rest(self, site: str, gradient: Tensor, shares: Float[Tensor, "part row"]) -> Float[Tensor, " row"]:
+        return (self.site(site)[:, self.here].to(gradient.dtype) * gradient).flatten(1).sum(-1) - shares.sum(0)
 
     def source_shares(
         self, layer: int, gradient: Tensor, heads: Sequence[int] | None = None
@@ -256,6 +262,8 @@ class Stream:
         weight, bias = linear_weight(self.tower.blocks[layer].part("mlp_out"), gradient.dtype, gradient.device)
         wanted = pulled @ weight.detach().to(gradient.dtype).T
         shares = torch.einsum("bpf,bpf->fb", post, wanted)
+        if not is_plain_linear(self.tower.blocks[layer].part("mlp_out")):
+            return shares, self._rest(f"blocks.{layer}.hook_mlp_out", gradient, shares)
         return shares, constant if bias is None else constant + (pulled @ bias.detach().to(gradient.dtype)).sum(-1)
 
     def _output(self, block: Block, like: Tensor) -> tuple[Float[Tensor, "head d_head d_model"], Any]:
