@@ -17,6 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from circuitvision.model.weights import main_dtype
+
 _weights: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()
 
 
@@ -24,10 +26,16 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of named tensors: names, types, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(f"{name}|{tensors[name].dtype}|{tuple(tensors[name].shape)}|".encode())
+        for tensor in _stored(tensors[name].detach()):
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _stored(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold a tensor's numbers: itself, or what a quantised tensor is made of."""
+    inner = getattr(tensor, "__tensor_flatten__", None)
+    return [tensor] if inner is None else [part for name in inner()[0] for part in _stored(getattr(tensor, name))]
 
 
 def hash_weights(module: nn.Module) -> str:
@@ -38,7 +46,7 @@ def hash_weights(module: nn.Module) -> str:
     state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     if any(tensor.is_meta for tensor in state.values()):
         return "unavailable"
-    key = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in state.items())
+    key = tuple((name, part.data_ptr(), part._version) for name, whole in state.items() for part in _stored(whole))
     known = _weights.get(module)
     if known is None or known[0] != key:
         known = (key, hash_tensors(state))
@@ -99,7 +107,7 @@ def describe(
         "model_class": type(module).__name__,
         "family": str(getattr(model.family, "name", model.family)),
         "weights_sha256": hash_weights(module),
-        "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(main_dtype(module)).removeprefix("torch."),
         "dataset_sha256": hash_inputs(*inputs) if inputs else "",
         "metric": describe_metric(metric),
         "metric_units": str(getattr(metric, "units", "")),

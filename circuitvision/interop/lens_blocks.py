@@ -14,13 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import UnsupportedModelError
-from circuitvision.model.spec import NORMS
+from circuitvision.model.spec import is_norm
 from circuitvision.model.tower import Block
+from circuitvision.model.weights import parameter
 
 
 def adds_through_norm(block: Block, part: str) -> bool:
     """Whether what a branch adds to the stream passes a norm first (``part``: "attn_add" or "mlp_add")."""
-    return block.has(part) and type(block.part(part)).__name__ in NORMS
+    return block.has(part) and is_norm(block.part(part))
 
 
 def _as_added(block: Block, part: str, value: Tensor, what: str) -> Tensor:
@@ -32,8 +33,7 @@ def _as_added(block: Block, part: str, value: Tensor, what: str) -> Tensor:
             f"Block {block.layer} of the {block.tower.name} tower normalises the output of its projection before adding it, so no "
             f"{what} maps single heads or neurons to what they add. Use hook_attn_out and hook_mlp_out, or the tower's own {what}."
         )
-    adder: Any = block.part(part)
-    return value * adder.lambda1.to(value.dtype)
+    return value * parameter(block.part(part), "lambda1").to(value.dtype)
 
 
 class AttentionView:

@@ -32,7 +32,7 @@ from circuitvision.errors import UnknownSiteError, nearest
 from circuitvision.interop.portable import Place
 from circuitvision.model.points import AttentionStage, BranchInput, Input, Output, Point, SharedInput, StreamInput
 from circuitvision.model.sites import NamesFilter, SiteName, matching
-from circuitvision.model.spec import NORMS, resolve
+from circuitvision.model.spec import is_norm, resolve
 
 if TYPE_CHECKING:
     from circuitvision.model import HookedModel, Tower
@@ -195,7 +195,7 @@ def _block_aliases(block: Block) -> Iterator[tuple[str, str]]:
             yield getattr(layout, part), f"{holder}.{part}" if holder else part
     for part, norm in (("attn_add", "ln1_post"), ("mlp_add", "ln2_post")):
         if block.has(part):
-            yield getattr(layout, part), norm if type(block.part(part)).__name__ in NORMS else part
+            yield getattr(layout, part), norm if is_norm(block.part(part)) else part
 
 
 def _add(names: dict[str, list[str]], key: str, alias: str) -> None:

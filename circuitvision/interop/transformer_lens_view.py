@@ -43,6 +43,7 @@ from circuitvision.model.hooked import HookedModel
 from circuitvision.model.hooks import HookPoint
 from circuitvision.model.sites import NamesFilter, SiteName, matching
 from circuitvision.model.tower import Tower, norm_spec
+from circuitvision.model.weights import computing, in_width, norm_weights, out_width
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
@@ -285,7 +286,8 @@ class TowerView:
         readout = self.tower.spec.readout
         if norm is None or readout is None or not readout.normed:
             return directions
-        return directions * (norm_spec(norm).offset + norm.weight.detach())
+        gain, _ = norm_weights(norm)
+        return directions if gain is None else directions * (norm_spec(norm).offset + gain.detach())
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
@@ -356,8 +358,7 @@ def _head(tower: Tower) -> Any:
     found = heads.unembedding(tower)
     if found is None or found[1] == "W_proj":
         return None
-    module: Any = found[0]
-    return module if module.weight.shape[1] == tower.cfg.d_model else None
+    return found[0] if in_width(found[0]) == tower.cfg.d_model else None
 
 
 def _reads_positions(tower: Tower) -> bool:
@@ -383,7 +384,7 @@ def _config(model: HookedModel, tower: Tower) -> TransformerLensConfig:
         n_ctx=n_grid or int(getattr(config, "max_position_embeddings", 0) or -1),
         n_heads=c.n_heads,
         d_mlp=c.d_mlp,
-        d_vocab=-1 if head is None else int(head.weight.shape[0]),
+        d_vocab=-1 if head is None else out_width(head),
         device=str(model.device),
         n_key_value_heads=c.n_kv_heads,
         gated_mlp=c.gated_mlp,
@@ -391,7 +392,7 @@ def _config(model: HookedModel, tower: Tower) -> TransformerLensConfig:
         final_rms=c.norm == "RMSNorm",
         normalization_type="RMS" if c.norm == "RMSNorm" else "LN",
         positional_embedding_type="rotary" if c.rotary else "standard",
-        eps=float(getattr(norm, norm_spec(norm).eps)),
+        eps=float(getattr(computing(norm), norm_spec(norm).eps)),
         act_fn=c.act,
         default_prepend_bos=False,
         dtype=model.dtype,

@@ -20,9 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError, UnknownSiteError, nearest
-from circuitvision.model.points import apply_gain, linear
+from circuitvision.model.points import apply_gain
 from circuitvision.model.sites import DERIVED, SiteName, expand_short
+from circuitvision.model.spec import is_norm
 from circuitvision.model.tower import norm_spec
+from circuitvision.model.weights import linear_weight, norm_weights, parameter
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -271,7 +273,7 @@ class ActivationCache(Mapping[str, Any]):
         """
         owner = self._tower(tower)
         layer = owner.cfg.n_layers if layer is None else layer
-        if owner.blocks[0].has("attn_add") and hasattr(owner.blocks[0].part("attn_add"), "eps"):
+        if owner.blocks[0].has("attn_add") and is_norm(owner.blocks[0].part("attn_add")):
             raise InputError(
                 f"The {tower} tower normalises attention's output before adding it, so single heads do not add up."
             )
@@ -279,8 +281,8 @@ class ActivationCache(Mapping[str, Any]):
         for index in range(layer):
             result = self[f"{tower}.blocks.{index}.attn.hook_result"]
             if owner.blocks[index].has("attn_add"):
-                scale: Any = owner.blocks[index].part("attn_add")
-                result = result * scale.lambda1.to(result.dtype)
+                scale = parameter(owner.blocks[index].part("attn_add"), "lambda1")
+                result = result * scale.to(result.dtype)
             parts.append(rearrange(result, "... head m -> head ... m"))
             labels += [f"L{index}H{head}" for head in range(owner.cfg.n_heads)]
         stack = torch.cat(parts)
@@ -315,7 +317,7 @@ class ActivationCache(Mapping[str, Any]):
             )
         centred = stack - stack.mean(-1, keepdim=True) if spec.centred else stack
         out = apply_gain(norm, spec, centred / scale)
-        offset = getattr(norm, "bias", None)
+        _, offset = norm_weights(norm)
         return out if bias or offset is None else out - offset
 
     def logit_attrs(
@@ -336,7 +338,7 @@ class ActivationCache(Mapping[str, Any]):
 
 def head_results(tower: Tower, layer: int, z: Float[Tensor, "... head d_head"]) -> Float[Tensor, "... head d_model"]:
     """``z_h W_O^h`` for every head of one layer."""
-    weight, _ = linear(tower.blocks[layer].part("o"), z.dtype, z.device)
+    weight, _ = linear_weight(tower.blocks[layer].part("o"), z.dtype, z.device)
     return torch.einsum("...hd,hdm->...hm", z, rearrange(weight, "(h d) m -> h d m", h=tower.cfg.n_heads))
 
 

@@ -26,8 +26,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
-from circuitvision.model.points import Call, PoolAttention
+from circuitvision.model.points import Call, PoolAttention, substitute
 from circuitvision.model.spec import Readout, norm_spec, require, resolve
+from circuitvision.model.weights import (
+    attention_weights,
+    computing,
+    embedding_weight,
+    linear_weight,
+    main_device,
+    norm_weights,
+    parameter,
+    passes_gradient,
+)
 
 if TYPE_CHECKING:
     from circuitvision.model.cache import ActivationCache
@@ -123,12 +133,12 @@ class Reading:
         head = resolve(module, readout.head)
         if readout.finish == "mean_heads":
             assert head is not None
-            return (head(pooled[:, 0]) + _second_head(self.tower)(pooled[:, 1])) / 2
+            return (_called(head, pooled[:, 0]) + _called(_second_head(self.tower), pooled[:, 1])) / 2
         if head is not None:
-            return head(pooled)
+            return _called(head, pooled)
         if readout.tied_lens is not None:
-            table: Any = require(module, readout.tied_lens, "tied embedding")
-            return pooled @ table.weight.T
+            table = require(module, readout.tied_lens, "tied embedding")
+            return pooled @ embedding_weight(table, pooled.dtype, pooled.device).T
         return pooled
 
     def _finish(self, pooled: Tensor, own: Tensor | None) -> Tensor:
@@ -154,11 +164,10 @@ class Reading:
         model: Any = self.tower.module
         # The model multiplies text by image: the same order of operands keeps the same bits.
         if self.tower.name == "vision" and mine.ndim == 2:
-            logits = ((theirs @ mine.T) * model.logit_scale.exp()).T
+            logits = ((theirs @ mine.T) * parameter(model, "logit_scale").exp()).T
         else:
-            logits = (mine @ theirs.T) * model.logit_scale.exp()
-        bias = getattr(model, "logit_bias", None)
-        return logits if bias is None else logits + bias
+            logits = (mine @ theirs.T) * parameter(model, "logit_scale").exp()
+        return logits if getattr(model, "logit_bias", None) is None else logits + parameter(model, "logit_bias")
 
     # -- every position for itself ---------------------------------------------------------------------------------------------------------
 
@@ -201,11 +210,11 @@ class Reading:
         head: Any = require(self.tower.module, self.readout.head or "", "head")
         if self.readout.pool == "cls+mean_patch":
             nothing = torch.zeros_like(normed)
-            out = head(torch.cat([nothing, normed], dim=-1))
-            cls = head(torch.cat([normed[:, :1], nothing[:, :1]], dim=-1))
+            out = _called(head, torch.cat([nothing, normed], dim=-1))
+            cls = _called(head, torch.cat([normed[:, :1], nothing[:, :1]], dim=-1))
             return torch.cat([cls, out[:, 1:]], dim=1) if start == 0 else out
         second = _second_head(self.tower)
-        one, two = head(normed), second(normed)
+        one, two = _called(head, normed), _called(second, normed)
         out = (one + two) / 2
         for index, own in ((0, one), (1, two)):
             if start <= index < start + normed.shape[1]:
@@ -215,6 +224,15 @@ class Reading:
 
 def _has_head(readout: Readout) -> bool:
     return readout.head is not None or readout.tied_lens is not None or readout.second_head is not None
+
+
+def _called(head: nn.Module, value: Tensor) -> Tensor:
+    """What a head makes of ``value``; one that passes no gradient (dynamically quantised) gets that of its dequantised weight."""
+    out = head(value)
+    if not (torch.is_grad_enabled() and value.requires_grad) or passes_gradient(head):
+        return out
+    weight, bias = linear_weight(head, value.dtype, value.device)
+    return substitute(out, value @ weight if bias is None else value @ weight + bias)
 
 
 def _second_head(tower: Tower) -> nn.Module:
@@ -229,8 +247,8 @@ def frozen_norm(norm: nn.Module, value: Tensor, reference: Tensor) -> Tensor:
     x, r = value.to(wide), reference.detach().to(wide)
     r = r - r.mean(-1, keepdim=True) if spec.centred else r
     x = x - x.mean(-1, keepdim=True) if spec.centred else x
-    x = x / (r.pow(2).mean(-1, keepdim=True) + getattr(norm, spec.eps)).sqrt()
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    x = x / (r.pow(2).mean(-1, keepdim=True) + getattr(computing(norm), spec.eps)).sqrt()
+    weight, bias = norm_weights(norm)
     x = x if weight is None else x * (spec.offset + weight.to(wide))
     return (x if bias is None else x + bias.to(wide)).to(value.dtype)
 
@@ -298,11 +316,11 @@ def weighted_values(
     attention: Any, pattern: Float[Tensor, "row head 1 pos"], source: Float[Tensor, "row pos d_model"]
 ) -> Float[Tensor, "row d_model"]:
     """What an ``nn.MultiheadAttention`` writes for one query when its pattern is given."""
-    weight = attention.in_proj_weight.chunk(3)[2]
-    bias = None if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)[2]
-    v = nn.functional.linear(source, weight, bias).unflatten(-1, (attention.num_heads, -1))
+    weight, bias, out, out_bias = attention_weights(attention)
+    own = None if bias is None else bias.chunk(3)[2]
+    v = nn.functional.linear(source, weight.chunk(3)[2], own).unflatten(-1, (attention.num_heads, -1))
     z = torch.einsum("bhqk,bkhd->bqhd", pattern.to(v.dtype), v).flatten(-2)
-    return nn.functional.linear(z, attention.out_proj.weight, attention.out_proj.bias)[:, 0]
+    return nn.functional.linear(z, out, out_bias)[:, 0]
 
 
 def through_projector(
@@ -378,8 +396,7 @@ def other_embeddings(tower: Tower, context: ActivationCache | None) -> Float[Ten
     _inputs(context)
     assert context is not None
     # A cache may have been recorded on another device, or converted.
-    weights = next(other.module.parameters())
-    theirs = _held(context, f"{other.name}.hook_readout").to(weights.device, weights.dtype)
+    theirs = _held(context, f"{other.name}.hook_readout").to(main_device(other.root), other.dtype)
     spec = other.spec.readout
     other_head = resolve(other.module, spec.head if spec else None)
     theirs = theirs if other_head is None else other_head(theirs)

@@ -32,11 +32,14 @@ from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups
 from circuitvision.model.gradients import Metric, with_gradients
 from circuitvision.model.hooks import Hook, HookEngine, HookPoint, Recorder, Registration
+from circuitvision.model.points import Point
 from circuitvision.model.sites import NamesFilter, SiteName, exact_names, matching
 from circuitvision.model.spec import family_of
 from circuitvision.model.text import TextTools
 from circuitvision.model.tokens import TokenMap, token_maps
 from circuitvision.model.tower import Tower
+from circuitvision.model.tree import ModuleTree, base_of
+from circuitvision.model.weights import check_gradients, main_device, main_dtype
 
 if TYPE_CHECKING:
     from circuitvision.model.sweep import SweepResult
@@ -63,18 +66,15 @@ class HookedModel(TextTools):
         state.refuse_wrappers(module)
         self.module: Any = module
         self.processor = processor
-        unwrap_adapter: Any = getattr(module, "get_base_model", None)
-        base: Any = module if unwrap_adapter is None else unwrap_adapter()
-        self.family = family_of(base)
-        self.config: Any = base.config
-        self.inner: nn.Module = getattr(base, "model", base)
+        self._base: Any = base_of(module)
+        self.family = family_of(self._base)
+        self.config: Any = self._base.config
+        self.inner: nn.Module = getattr(self._base, "model", self._base)
         self.towers: dict[str, Tower] = {}
         for spec in self.family.towers:
-            self.towers[spec.name] = Tower(base, self.config, self.family, spec, self.towers)
+            self.towers[spec.name] = Tower(self._base, self.config, self.family, spec, self.towers)
         layout.refuse_unread(self.family, self.towers)
-        points = layout.points_of(base, self.family, self.towers)
-        first_blocks = {name: tower.blocks[0].module for name, tower in self.towers.items()}
-        self.engine = HookEngine(module, points, first_blocks)
+        self.engine = HookEngine(module, *self._points())
         for tower in self.towers.values():
             tower.quiet = self.engine.suspension
         self._own_towers()
@@ -86,12 +86,29 @@ class HookedModel(TextTools):
         self._state = state.ModuleState(module)
         self._seen_streams: set[frozenset[str]] = set()
         self._watch_stream = True
-        self.engine.check_state = self._check_hooked
 
-    def _check_hooked(self) -> None:
+    def _before_run(self) -> None:
+        self._follow()
         self._state.check(hooked=True)
 
+    def _points(self) -> tuple[list[Point], dict[str, nn.Module]]:
+        points = layout.points_of(self._base, self.family, self.towers)
+        first_blocks = {name: tower.blocks[0].module for name, tower in self.towers.items()}
+        self._tree = ModuleTree(self._base, [*(point.module for point in points), *first_blocks.values()])
+        return points, first_blocks
+
+    def _follow(self) -> None:
+        """Find towers and sites again if a module that carries one was replaced since: an adapter was added, or taken out."""
+        if self._tree.intact():
+            return
+        for tower in self.towers.values():
+            tower.find()
+        self.engine.renew(*self._points())
+        self._state.renew()
+        self._matches.clear()
+
     def _own_towers(self) -> None:
+        self.engine.before_run = weakref.WeakMethod(self._before_run)
         for tower in self.towers.values():
             tower.owner = weakref.ref(self)
 
@@ -99,7 +116,6 @@ class HookedModel(TextTools):
         # A copy's towers belong to the copy.
         self.__dict__.update(state)
         self._own_towers()
-        self.engine.check_state = self._check_hooked
 
     def __getstate__(self) -> dict[str, Any]:
         if self.engine.stack:
@@ -129,7 +145,7 @@ class HookedModel(TextTools):
         device_map: Any = None,
         **kwargs: Any,
     ) -> HookedModel:
-        """Load a supported checkpoint (a Hub name or a folder) with its processor, and wrap it.
+        """Load a supported checkpoint (a Hub name or a folder; with peft, an adapter's too) with its processor, and wrap it.
 
         ``dtype``, ``device``, ``device_map`` and further keywords go to ``from_pretrained`` of the checkpoint's own class.
         Raises InputError for a folder without a config, UnsupportedModelError for an architecture no family describes.
@@ -142,6 +158,7 @@ class HookedModel(TextTools):
     def __getattr__(self, name: str) -> Tower:
         towers = self.__dict__.get("towers", {})
         if name in towers:
+            self._follow()
             return towers[name]
         raise AttributeError(f"HookedModel has no attribute {name!r}; towers of this model: {', '.join(towers)}.")
 
@@ -153,6 +170,7 @@ class HookedModel(TextTools):
         return list(self._match(glob))
 
     def _match(self, names_filter: NamesFilter) -> list[str]:
+        self._follow()
         if isinstance(names_filter, (str, type(None))):
             if names_filter not in self._matches:
                 self._matches[names_filter] = matching(names_filter, self.engine.points)
@@ -178,13 +196,13 @@ class HookedModel(TextTools):
 
     @property
     def device(self) -> torch.device:
-        """Device of the first parameter."""
-        return next(self.module.parameters()).device
+        """Where the model reads its inputs: the device of its first parameter that is in memory, or the one its parameters are fetched to."""
+        return main_device(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the first parameter."""
-        return next(self.module.parameters()).dtype
+        """The precision the model computes in: the dtype of its first parameter that is not quantised."""
+        return main_dtype(self.module)
 
     def to(self, *args: Any, **kwargs: Any) -> HookedModel:
         """Move or convert the wrapped module, as ``nn.Module.to``; returns the wrapper. Raises InputError for a GPU that is not there."""
@@ -243,6 +261,7 @@ class HookedModel(TextTools):
 
     def _checked(self, given: Any) -> dict[str, Any]:
         self.engine.check_thread()
+        self._follow()
         mapping = inputs.as_mapping(self, given)
         if not self._checked_inputs.holds(self, mapping):
             inputs.check(self, mapping)
@@ -302,6 +321,8 @@ class HookedModel(TextTools):
         """
         if incl_bwd and metric is None:
             raise InputError("incl_bwd needs metric=fn: the gradient of what?")
+        if incl_bwd:
+            check_gradients(self.module)
         mapping = self._checked(inputs)
         if incl_bwd:
             state.refuse_inference(self.module, mapping)
@@ -367,6 +388,8 @@ class HookedModel(TextTools):
             yield self
 
     def _registration(self, fwd_hooks: HookList, bwd_hooks: HookList) -> Registration:
+        if bwd_hooks:
+            check_gradients(self.module)
         exact: set[str] = set()
         tables: list[dict[str, list[Hook]]] = []
         for hooks in (fwd_hooks, bwd_hooks):

@@ -50,6 +50,10 @@ RECORDING = "transformers.utils.output_capturing"
 """The module whose torch hooks record what ``output_hidden_states`` returns."""
 
 
+def _nobody() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class HookPoint:
     """What a hook is told about the place it was called from."""
@@ -150,8 +154,6 @@ class HookEngine:
         self.fired: dict[str, int] = {}
         self.passes: dict[str, int] = {}
         self.in_run = False
-        self.check_state: Callable[[], None] = _nothing
-        """Raises where hooks would give wrong numbers in the module's present state; set by the wrapper."""
         self._thread: int | None = None
         self._quiet: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -160,6 +162,8 @@ class HookEngine:
         self._plan: _Plan | None = None
         self._reader = Recorder()
         self._attention = attention.Switch(model)
+        self.before_run: Callable[[], Callable[[], None] | None] = _nobody
+        """Gives what is called before a run whose sites were asked for, and raises where hooks would give wrong numbers; set by the wrapper."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Made hooks belong to this engine, and so does the stack of those who put them there; a copy has none.
@@ -177,7 +181,7 @@ class HookEngine:
             **fresh,
             "_reader": Recorder(),
             "_lock": None,
-            "check_state": _nothing,
+            "before_run": _nobody,
             "in_run": False,
         }
 
@@ -197,6 +201,14 @@ class HookEngine:
                 "Hooks of another thread are in place on this model, and they act in that thread alone. Use one thread at a time (a lock around "
                 "both), or give each thread a copy: copy.deepcopy(model)."
             )
+
+    def renew(self, points: Iterable[Point], first_blocks: Mapping[str, nn.Module]) -> None:
+        """Put the same sites on the modules that carry them now; what is registered stays registered."""
+        self._detach()
+        self.points = {point.name: point for point in points}
+        self.first_blocks = dict(first_blocks)
+        self._plans.clear()
+        self._attach()
 
     # -- registrations -------------------------------------------------------------------------------------------------------------------
 
@@ -400,7 +412,9 @@ class HookEngine:
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
         if self.acts() and not self.in_run:
-            self.check_state()
+            before = self.before_run()
+            if before is not None:
+                before()
             self.fired.clear()
             self.passes.clear()
 
@@ -513,10 +527,6 @@ class HookEngine:
         if registration.recorder is not None and name in registration.recorded:
             hooks.append(registration.recorder)
         return hooks
-
-
-def _nothing() -> None:
-    return None
 
 
 def _after_others(module: nn.Module, hook: Callable[..., Any]) -> Any:

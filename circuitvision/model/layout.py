@@ -29,7 +29,8 @@ from circuitvision.model.points import (
     Stash,
     StreamInput,
 )
-from circuitvision.model.spec import NORMS, Family, require, resolve
+from circuitvision.model.sites import SiteName
+from circuitvision.model.spec import Family, is_norm, require, resolve
 from circuitvision.model.tower import Block, Tower, norm_spec
 
 
@@ -42,6 +43,7 @@ def points_of(module: nn.Module, family: Family, towers: dict[str, Tower]) -> li
             projector = require(module, family.projector or "", "projector")
             points.append(Input("projector.hook_in", projector, "pre", keyword="image_features"))
             points.append(Output("projector.hook_out", projector, "post"))
+    _refuse_shared(points)
     return points
 
 
@@ -57,6 +59,22 @@ def refuse_unread(family: Family, towers: dict[str, Tower]) -> None:
         if towers[name].spec.readout is None:
             raise UnsupportedModelError(
                 f"The family {family.name!r} does not say how its {name} tower reaches the towers after it: give its TowerSpec a readout."
+            )
+
+
+def _refuse_shared(points: list[Point]) -> None:
+    """Raise UnsupportedModelError where one module serves two towers or two layers: a call of it does not say for which."""
+    seen: dict[tuple[int, str], tuple[str, int | None, SiteName]] = {}
+    for point in points:
+        name = SiteName.parse(point.name)
+        layer = name.layer
+        if name.site == "hook_input":
+            layer = 0
+        first = seen.setdefault((id(point.module), point.phase), (name.tower, layer, name))
+        if first[:2] != (name.tower, layer):
+            raise UnsupportedModelError(
+                f"{first[2]} and {name} are on one and the same {type(point.module).__name__}, which runs for both: a site on it would not say "
+                "which of them it belongs to. Give each its own copy of the module (copy.deepcopy)."
             )
 
 
@@ -158,6 +176,6 @@ def _branch_points(block: Block, prefix: str, add: str, last: str, norm_name: st
         yield Output(f"{prefix}.{site}", block.part(last), "post", order=2)
         return
     adder = block.part(add)
-    if type(adder).__name__ in NORMS:
+    if is_norm(adder):
         yield from _norm_points(f"{prefix}.{norm_name}", adder)
     yield Output(f"{prefix}.{site}", adder, "post", order=2)

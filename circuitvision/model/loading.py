@@ -15,7 +15,10 @@ from torch import nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.model.spec import FAMILIES, family_of, load_tables
+from circuitvision.model.tree import base_of, refuse_adapters
 from circuitvision.progress import as_silent_as_we_are
+
+ADAPTER = "adapter_config.json"
 
 
 def load_module(
@@ -34,14 +37,20 @@ def load_module(
     load_tables()
     name = str(name)
     looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
-    if looks_local and not (Path(name).expanduser() / "config.json").is_file():
+    folder = Path(name).expanduser()
+    is_adapter = looks_local and (folder / ADAPTER).is_file()
+    if looks_local and not is_adapter and not (folder / "config.json").is_file():
         raise InputError(f"{name} is not a folder with a config.json; save one with model.save_pretrained(folder).")
     if device is not None and device_map is not None:
         raise InputError("Give device or device_map, not both.")
     check_device(device)
+    if is_adapter:
+        return _with_adapter(str(folder), dtype, device, device_map, **kwargs)
     try:
         config = transformers.AutoConfig.from_pretrained(str(Path(name).expanduser()) if looks_local else name)
     except (OSError, ValueError) as error:
+        if not looks_local and _holds_adapter(name):
+            return _with_adapter(name, dtype, device, device_map, **kwargs)
         raise InputError(
             f"{name} is neither a folder here nor a checkpoint that could be fetched: {str(error).splitlines()[0]}"
         ) from error
@@ -62,6 +71,36 @@ def load_module(
     return module.eval()
 
 
+def _holds_adapter(name: str) -> bool:
+    """Whether a checkpoint of the Hub is an adapter."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        return find_adapter_config_file(name) is not None
+    except (OSError, ValueError):
+        return False
+
+
+def _with_adapter(name: str, *args: Any, **kwargs: Any) -> nn.Module:
+    """The model that an adapter was made for, with the adapter on it (``peft.PeftModel``)."""
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError(
+            f"{name} holds an adapter ({ADAPTER}), not a whole model; loading it needs peft: pip install peft."
+        ) from error
+    config = peft.PeftConfig.from_pretrained(name)
+    refuse_adapters({name: config})
+    base = config.base_model_name_or_path
+    if not base:
+        raise InputError(
+            f"{name} holds an adapter that does not say for which model (base_model_name_or_path). Load the model, put the adapter on it with "
+            "peft.PeftModel.from_pretrained(model, folder), and wrap the result: HookedModel(model)."
+        )
+    with as_silent_as_we_are():
+        return peft.PeftModel.from_pretrained(load_module(base, *args, **kwargs), name).eval()
+
+
 def check_device(device: Any) -> None:
     """Raise InputError for a device that PyTorch does not know, or a GPU that is not there; anything that is no device passes."""
     if not isinstance(device, (str, torch.device)):
@@ -79,17 +118,22 @@ def load_processor(name: str | Path, module: nn.Module) -> Any:
     import transformers
 
     errors = []
-    family = family_of(module)
+    family = family_of(base_of(module))
+    names = [str(name)]
+    if (Path(name).expanduser() / ADAPTER).is_file() or base_of(module) is not module:
+        # An adapter is seldom saved with a processor: its model's serves.
+        configs: Any = getattr(module, "peft_config", {})
+        names += [config.base_model_name_or_path for config in configs.values() if config.base_model_name_or_path]
     attempts: list[Any] = [transformers.AutoProcessor, transformers.AutoImageProcessor, transformers.AutoTokenizer]
     if [tower.name for tower in family.towers] == ["vision"]:
         # AutoProcessor makes up a tokenizer for some image-only checkpoints, or forgets their image settings.
         attempts = [transformers.AutoImageProcessor]
     if family.processor is not None:
         attempts = [family.processor]
-    for attempt in attempts:
+    for attempt, place in [(attempt, place) for place in names for attempt in attempts]:
         try:
             load = getattr(attempt, "from_pretrained", attempt)
-            return load(str(name))
+            return load(place)
         except (
             Exception
         ) as error:  # transformers raises OSError, ValueError, ImportError, KeyError … for a missing piece

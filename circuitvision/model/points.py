@@ -27,6 +27,15 @@ from torch import Tensor, nn
 from circuitvision.errors import HookError
 from circuitvision.model.memory import laid_out
 from circuitvision.model.spec import NormSpec
+from circuitvision.model.weights import (
+    attention_weights,
+    computing,
+    embedding_weight,
+    is_plain_linear,
+    linear_weight,
+    norm_weights,
+    present,
+)
 
 Fire = Callable[[Tensor], "tuple[Tensor, bool]"]
 """Runs the hooks of a point on a value; returns the value to continue with and whether it may differ from the one given."""
@@ -127,19 +136,6 @@ def rebuilt_where(changed: Tensor, actual: Tensor, rebuilt: Tensor) -> Tensor:
     out = torch.where(changed, rebuilt, kept)
     # A mean over positions adds in the order of memory: the layout must stay the module's own.
     return out if out.stride() == actual.stride() else torch.empty_like(actual).copy_(out)
-
-
-def linear(module: nn.Module, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Weight ``[d_in, d_out]`` and bias of a linear map: read off an ``nn.Linear``, measured on the identity for anything else.
-
-    Measuring covers adapters and quantised layers: what is read is what the module computes.
-    """
-    if type(module) is nn.Linear:
-        return module.weight.T, module.bias
-    width = int(getattr(module, "in_features"))  # noqa: B009
-    zero = module.forward(torch.zeros(1, width, dtype=dtype, device=device))
-    weight = module.forward(torch.eye(width, dtype=dtype, device=device)) - zero
-    return weight, zero[0]
 
 
 @dataclass(eq=False)
@@ -336,7 +332,7 @@ def norm_parts(call: Call, spec: NormSpec) -> tuple[Tensor, Tensor]:
         call.memo["dtype"] = x.dtype
         x = x.float() if spec.upcast else x
         centred = x - x.mean(-1, keepdim=True) if spec.centred else x
-        eps = getattr(call.module, spec.eps)
+        eps = getattr(computing(call.module), spec.eps)
         call.memo["centred"] = centred
         call.memo["scale"] = (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt().to(call.memo["dtype"])
     return call.memo["centred"], call.memo["scale"]
@@ -352,14 +348,13 @@ def normalized(call: Call, spec: NormSpec) -> Tensor:
 
 def apply_gain(module: nn.Module, spec: NormSpec, value: Tensor) -> Tensor:
     """Gain and bias of a norm module on a normalised value."""
-    weight = getattr(module, "weight", None)
+    weight, bias = norm_weights(module)
     if weight is None:
         return value
     if spec.gain_upcast:
         out = (value.float() * (spec.offset + weight.float())).to(value.dtype)
     else:
         out = value * (spec.offset + weight if spec.offset else weight)
-    bias = getattr(module, "bias", None)
     return out if bias is None else out + bias
 
 
@@ -379,12 +374,16 @@ class HeadResult(Point):
 
     def apply(self, call: Call, fire: Fire) -> None:
         z = _heads(call.input(), self.n_heads)
-        weight, bias = linear(call.module, z.dtype, z.device)
+        weight, bias = linear_weight(call.module, z.dtype, z.device)
         w_o = rearrange(weight, "(h d) m -> h d m", h=self.n_heads)
         result = torch.einsum("...hd,hdm->...hm", z, w_o)
         value, changed = fire(result)
         if changed:
             rebuilt = value.sum(-2) if bias is None else value.sum(-2) + bias
+            if not is_plain_linear(call.module):
+                # A layer that rounds its input keeps its own output where nothing was edited, and near it where little was.
+                whole = result.sum(-2) if bias is None else result.sum(-2) + bias
+                rebuilt = rebuilt + (call.tensor() - whole).detach()
             edited = (value != result).flatten(-2).any(-1, keepdim=True)
             call.set_tensor(rebuilt_where(edited, call.tensor(), rebuilt))
 
@@ -423,7 +422,7 @@ class HeadInput(Point):
     def projected(self, value: Tensor) -> Tensor:
         """Norm and projection of one stream per head: ``row pos head d_head``."""
         normed = self.companions[0].module.forward(value.contiguous())
-        weight, bias = linear(self.module, normed.dtype, normed.device)
+        weight, bias = linear_weight(self.module, normed.dtype, normed.device)
         w = rearrange(weight, "m (h d) -> h m d", h=self.n_heads)
         out = torch.einsum("...hm,hmd->...hd", normed, w)
         return out if bias is None else out + rearrange(bias, "(h d) -> h d", h=self.n_heads)
@@ -440,7 +439,7 @@ class PositionEmbedding(Point):
 
     def apply(self, call: Call, fire: Fire) -> None:
         out = call.tensor()
-        with torch.no_grad():
+        with torch.no_grad(), present(call.module):
             before = self.positions(call, out).to(out.dtype).expand_as(out).clone()
         if torch.is_grad_enabled() and out.requires_grad:
             before.requires_grad_(True)
@@ -454,7 +453,7 @@ class PositionEmbedding(Point):
         """The position embedding of this call, as the module computes it."""
         module: Any = call.module
         table = getattr(module, self.weight)
-        table = table.weight if isinstance(table, nn.Embedding) else table
+        table = embedding_weight(table, out.dtype, out.device) if isinstance(table, nn.Module) else table
         length = out.shape[1] - self.n_inserted
         if self.kind == "table":
             ids = call.kwargs.get("position_ids")
@@ -501,7 +500,8 @@ class PoolAttention(Point):
                 call.memo.pop(later, None)
         module: Any = call.module
         z = _merge(self.stage_value(call, "hook_z"), module.num_heads)
-        rebuilt = nn.functional.linear(z, module.out_proj.weight, module.out_proj.bias)
+        _, _, weight, bias = attention_weights(module)
+        rebuilt = nn.functional.linear(z, weight, bias)
         original = call.memo.setdefault("original", call.tensor())
         call.set_tensor(rebuilt_where(edited, original, rebuilt))
 
@@ -517,9 +517,9 @@ class PoolAttention(Point):
         if stage in ("hook_q", "hook_k", "hook_v"):
             index = POOL_SITES.index(stage)
             source = call.args[index] if len(call.args) > index else call.kwargs[("query", "key", "value")[index]]
-            w = module.in_proj_weight.chunk(3)[index]
-            b = None if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[index]
-            value = _heads(nn.functional.linear(source, w, b), module.num_heads)
+            weight, bias, _, _ = attention_weights(module)
+            own = None if bias is None else bias.chunk(3)[index]
+            value = _heads(nn.functional.linear(source, weight.chunk(3)[index], own), module.num_heads)
         elif stage == "hook_attn_scores":
             q, k = self.stage_value(call, "hook_q"), self.stage_value(call, "hook_k")
             value = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from torch import nn
 
 from circuitvision.errors import UnsupportedModelError
+from circuitvision.model.weights import computing
 
 Path = str | tuple[str, ...]
 
@@ -160,12 +161,18 @@ NORMS: dict[str, NormSpec] = {}
 
 def norm_spec(module: nn.Module) -> NormSpec:
     """How a normalisation module computes; raises UnsupportedModelError for a class no family file describes."""
+    module = computing(module)
     for cls in type(module).__mro__:
         if cls.__name__ in NORMS:
             return NORMS[cls.__name__]
     raise UnsupportedModelError(
         f"{type(module).__name__} is a norm that no family file describes; known: {', '.join(NORMS)}."
     )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a family file describes this module as a norm."""
+    return type(computing(module)).__name__ in NORMS
 
 
 def load_tables() -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from circuitvision.errors import UnsupportedModelError
 from circuitvision.model import heads
-from circuitvision.model.points import linear
 from circuitvision.model.spec import (
     BlockLayout,
     Family,
@@ -28,6 +27,15 @@ from circuitvision.model.spec import (
     resolve,
     stack_for,
     sub_config,
+)
+from circuitvision.model.weights import (
+    embedding_weight,
+    linear_bias,
+    linear_weight,
+    main_device,
+    main_dtype,
+    out_width,
+    parameter,
 )
 
 if TYPE_CHECKING:
@@ -78,13 +86,14 @@ class Block:
         return getattr(self.layout, name) is not None
 
     def _weight(self, part: str) -> Tensor:
-        module: Any = self.part(part)
-        return linear(module, module.weight.dtype, module.weight.device)[0]
+        return linear_weight(self.part(part), self.tower.dtype)[0]
 
     def _bias(self, part: str, shape: tuple[int, ...]) -> Tensor:
-        module: Any = self.part(part)
-        bias = module.bias
-        return module.weight.new_zeros(shape) if bias is None else bias.view(shape)
+        module = self.part(part)
+        bias = linear_bias(module, self.tower.dtype)
+        if bias is None:
+            return torch.zeros(shape, dtype=self.tower.dtype, device=main_device(module))
+        return bias.view(shape)
 
     def _per_head(self, part: str, n_heads: int) -> Tensor:
         return rearrange(self._weight(part), "m (h d) -> h m d", h=n_heads)
@@ -171,8 +180,16 @@ class Tower:
         self.config_of_model = config
         self.config: Any = sub_config(config, spec.config)
         self.stack = stack_for(spec, self.config)
-        self.root = require(module, spec.root, f"{spec.name} tower")
-        blocks = resolve_list(self.root, self.stack.blocks, spec.name)
+        self.find()
+        self.quiet: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Keeps hooks from firing while modules are called for a read-out alone; set by the wrapper."""
+        self.owner: Callable[[], HookedModel | None] = _nobody
+        """The wrapped model this tower belongs to; set by the wrapper, which a tower does not keep alive."""
+
+    def find(self) -> None:
+        """Look up the tower's modules, when the model is wrapped and whenever one of them was replaced."""
+        self.root = require(self.module, self.spec.root, f"{self.name} tower")
+        blocks = resolve_list(self.root, self.stack.blocks, self.name)
         layout = self.stack.block
         self.blocks = [
             Block(self, layer, block, layout(block) if callable(layout) else layout)
@@ -180,10 +197,6 @@ class Tower:
         ]
         self.final_norm = resolve(self.root, self.stack.final_norm)
         self.cfg = self._config()
-        self.quiet: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Keeps hooks from firing while modules are called for a read-out alone; set by the wrapper."""
-        self.owner: Callable[[], HookedModel | None] = _nobody
-        """The wrapped model this tower belongs to; set by the wrapper, which a tower does not keep alive."""
 
     def __getstate__(self) -> dict[str, Any]:
         # The copy of a wrapper tells its towers whose they are.
@@ -254,6 +267,11 @@ class Tower:
             and getattr(self.config_of_model, self.spec.feature_select) == "default"
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision the tower computes in, whatever its weights are stored as."""
+        return main_dtype(self.root)
+
     def residual_name(self, hidden_state: int) -> str:
         """The site of a hidden state: 0 is ``hook_input``, ``l + 1`` is ``blocks.l.hook_resid_post``."""
         return (
@@ -274,7 +292,7 @@ class Tower:
     # -- weights ---------------------------------------------------------------------------------------------------------------------------
 
     def _stacked(self, name: str) -> Tensor:
-        with torch.no_grad():
+        with self.quiet(), torch.no_grad():
             return torch.stack([getattr(block, name).detach() for block in self.blocks])
 
     def __getattr__(self, name: str) -> Tensor:
@@ -287,19 +305,20 @@ class Tower:
         """The token embedding ``[vocab d_model]``, or the patch projection ``[channels·patch·patch d_model]`` (copy)."""
         module: Any = require(self.root, self.stack.embed, "embedding")
         module = getattr(module, "projection", module)
-        weight = module.weight.detach()
-        if isinstance(module, nn.Embedding):
-            return weight.clone()
-        return weight.flatten(1).T.clone()
+        with self.quiet(), torch.no_grad():
+            return embedding_weight(module, self.dtype).detach().clone()
 
     @property
     def W_pos(self) -> Float[Tensor, "pos d_model"]:
         """The learned position table (copy); AttributeError where positions are rotary."""
         if self.stack.position_weight is None:
             raise AttributeError(f"The {self.name} tower has no learned position embedding.")
-        table: Any = getattr(require(self.root, self.stack.embeddings or "", "embeddings"), self.stack.position_weight)
-        table = table.weight if isinstance(table, nn.Embedding) else table[0]
-        return table.detach().clone()
+        embeddings, name = require(self.root, self.stack.embeddings or "", "embeddings"), self.stack.position_weight
+        table = getattr(embeddings, name)
+        with self.quiet(), torch.no_grad():
+            if isinstance(table, nn.Module):
+                return embedding_weight(table, self.dtype).detach().clone()
+            return parameter(embeddings, name)[0].detach().clone()
 
     def _head_weight(self, kind: str) -> Tensor:
         found = heads.unembedding(self)
@@ -308,8 +327,10 @@ class Tower:
             raise AttributeError(
                 f"The {self.name} tower of {self.family.name} has no {kind}; tower.readout says how it reaches the output."
             )
-        module: Any = found[0]
-        return module.weight.detach().T.clone()
+        with self.quiet(), torch.no_grad():
+            if found[1] == "tied":
+                return embedding_weight(found[0], self.dtype).detach().T.clone()
+            return linear_weight(found[0], self.dtype)[0].detach().clone()
 
     @property
     def W_U(self) -> Float[Tensor, "d_model n_out"]:
@@ -320,8 +341,11 @@ class Tower:
     def b_U(self) -> Float[Tensor, " n_out"]:
         """The bias of the unembedding, zeros where it has none."""
         found = heads.unembedding(self)
-        bias = None if found is None else getattr(found[0], "bias", None)
-        return self.W_U.new_zeros(self.W_U.shape[1]) if bias is None else bias.detach().clone()
+        if found is None or found[1] == "tied":
+            return self.W_U.new_zeros(self.W_U.shape[1])
+        with self.quiet(), torch.no_grad():
+            bias = linear_bias(found[0], self.dtype)
+        return self.W_U.new_zeros(out_width(found[0])) if bias is None else bias.detach().clone()
 
     @property
     def W_proj(self) -> Float[Tensor, "d_model d_shared"]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.model import heads
+from circuitvision.model.weights import out_width
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -76,7 +77,7 @@ def output_size(tower: Tower) -> int | None:
         readout = owner.spec.readout
         assert readout is not None
         head = heads.resolve(owner.module, readout.head)
-    return int(head.weight.shape[0])
+    return out_width(head)
 
 
 def prompt_embeddings(model: HookedModel, prompts: Sequence[str]) -> Float[Tensor, "prompt d_shared"]:
@@ -202,8 +203,7 @@ def plain(targets: Any) -> Any:
 def shared_width(tower: Tower) -> int:
     """The width of the space in which a dual encoder compares its towers."""
     found = heads.unembedding(tower)
-    head: Any = None if found is None else found[0]
-    return tower.cfg.d_model if head is None else int(head.weight.shape[0])
+    return tower.cfg.d_model if found is None else out_width(found[0])
 
 
 def resolve_targets(

@@ -20,6 +20,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading
+from circuitvision.model.weights import parameter
 from circuitvision.provenance import describe
 from circuitvision.readout.attribution.direct import attribution_tower, cached_for
 from circuitvision.readout.attribution.terms import Stream
@@ -94,9 +95,10 @@ def bilinear_attribution(
             text_labels: list[Any] = list(range(texts.shape[1]))
         else:
             text_terms, texts, text_labels = ["text"], embeddings[None].to(images), list(prompts or ())
-        scale = module.logit_scale.exp().to(images)
+        scale = parameter(module, "logit_scale").exp().to(images)
         values = torch.einsum("amd,btd->abmt", images, texts) * scale
-        bias = float(getattr(module, "logit_bias", None) or 0.0)
+        has_bias = getattr(module, "logit_bias", None) is not None
+        bias = float(parameter(module, "logit_bias")) if has_bias else 0.0
         total = (images.sum(0) @ texts.sum(0).T) * scale + bias
     return BilinearAttribution(
         values=values.cpu(),

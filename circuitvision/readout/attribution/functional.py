@@ -191,7 +191,7 @@ def _read(
     tower: Tower, cache: ActivationCache, resid: Tensor, chosen: Targets, index: Tensor | None, capped: bool = False
 ) -> Float[Tensor, "row 1 n_out"]:
     """The frozen read-out: pooled, or the mean over the positions ``index`` (bool ``[row pos]``) of what each says."""
-    dtype = next(tower.module.parameters()).dtype
+    dtype = tower.dtype
     options: dict[str, Any] = {"norm": "frozen", "against": chosen.against, "capped": capped}
     if index is None:
         out = Reading(tower, cache, reference=resid.detach().to(dtype), **options).output(resid.to(dtype))

@@ -212,7 +212,7 @@ class _Scorer:
     def __init__(self, owner: Tower, stream: Stream, chosen: Targets, final: Tensor, where: Tensor) -> None:
         self.owner, self.stream, self.where = owner, stream, where
         self.rows = torch.arange(final.shape[0], device=final.device)
-        self.dtype = next(owner.module.parameters()).dtype
+        self.dtype = owner.dtype
         self.scale = final[self.rows, where][:, None].to(self.dtype)
         owners, count = examples_of(stream.cache, owner.name, len(self.rows))
         chosen.check(count)

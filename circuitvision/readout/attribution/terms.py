@@ -23,8 +23,8 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache, head_results
 from circuitvision.model.heads import frozen_norm
-from circuitvision.model.points import linear
-from circuitvision.model.spec import NORMS
+from circuitvision.model.spec import is_norm
+from circuitvision.model.weights import is_plain_linear, linear_weight, main_device
 from circuitvision.readout.recorded import recorded
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Stream:
         """
         value = recorded(self.cache, f"{self.tower.name}.{name}", self.step).detach()
         # A cache may have been recorded on another device than the model's.
-        return value.to(next(self.tower.blocks[0].module.parameters()).device)
+        return value.to(main_device(self.tower.blocks[0].module))
 
     @property
     def final(self) -> Float[Tensor, "row pos d_model"]:
@@ -94,7 +94,7 @@ class Stream:
         if not block.has(f"{branch}_add"):
             return value
         adder = block.part(f"{branch}_add")
-        if type(adder).__name__ in NORMS:
+        if is_norm(adder):
             return frozen_norm(adder, value, reference)
         with self.tower.quiet():
             return adder(value)
@@ -121,7 +121,7 @@ class Stream:
         value = self.site(f"blocks.{layer}.{site}")
         value = value[:, self.here] if at is None else value[at]
         inner = value.flatten(-2) if branch == "attn" else value
-        weight, bias = linear(block.part(part), inner.dtype, inner.device)
+        weight, bias = linear_weight(block.part(part), inner.dtype, inner.device)
         out = inner @ weight.detach()
         return out if bias is None else out + bias.detach()
 
@@ -163,7 +163,13 @@ class Stream:
         # In two steps: all three at once would hold every head's vector at every position.
         per_head = torch.einsum("bphd,bphd->hb", z, torch.einsum("bpm,hdm->bphd", pulled, w_o))
         written = constant if bias is None else constant + (pulled @ bias).sum(-1)
+        if not is_plain_linear(self.tower.blocks[layer].part("o")):
+            # What a layer makes of rounding its input belongs to no head.
+            written = self._rest(f"blocks.{layer}.hook_attn_out", gradient, per_head)
         return per_head, written
+
+    def _rest(self, site: str, gradient: Tensor, shares: Float[Tensor, "part row"]) -> Float[Tensor, " row"]:
+        return (self.site(site)[:, self.here].to(gradient.dtype) * gradient).flatten(1).sum(-1) - shares.sum(0)
 
     def source_shares(
         self, layer: int, gradient: Tensor, heads: Sequence[int] | None = None
@@ -206,7 +212,7 @@ class Stream:
         self, layer: int, post: Float[Tensor, "row d_mlp"], which: range, where: Tensor
     ) -> Float[Tensor, "neuron row d_model"]:
         """``T(post_i W_out[i])`` at one position of every row, of some neurons."""
-        weight, _ = linear(self.tower.blocks[layer].part("mlp_out"), post.dtype, post.device)
+        weight, _ = linear_weight(self.tower.blocks[layer].part("mlp_out"), post.dtype, post.device)
         chosen = torch.arange(which.start, which.stop, device=post.device)
         written = post[:, chosen].T[..., None] * weight.detach()[chosen][:, None]
         rows = torch.arange(post.shape[0], device=post.device)
@@ -253,12 +259,14 @@ class Stream:
         """``post_i g·T(W_out[i])`` of every neuron, summed over the positions read, and the share of the MLP's bias."""
         pulled, constant = self.adjoint(layer, "mlp", gradient)
         post = self.site(f"blocks.{layer}.mlp.hook_post")[:, self.here].to(gradient.dtype)
-        weight, bias = linear(self.tower.blocks[layer].part("mlp_out"), gradient.dtype, gradient.device)
+        weight, bias = linear_weight(self.tower.blocks[layer].part("mlp_out"), gradient.dtype, gradient.device)
         wanted = pulled @ weight.detach().to(gradient.dtype).T
         shares = torch.einsum("bpf,bpf->fb", post, wanted)
+        if not is_plain_linear(self.tower.blocks[layer].part("mlp_out")):
+            return shares, self._rest(f"blocks.{layer}.hook_mlp_out", gradient, shares)
         return shares, constant if bias is None else constant + (pulled @ bias.detach().to(gradient.dtype)).sum(-1)
 
     def _output(self, block: Block, like: Tensor) -> tuple[Float[Tensor, "head d_head d_model"], Any]:
-        weight, bias = linear(block.part("o"), like.dtype, like.device)
+        weight, bias = linear_weight(block.part("o"), like.dtype, like.device)
         w_o = rearrange(weight.detach().to(like.dtype), "(h d) m -> h d m", h=self.tower.cfg.n_heads)
         return w_o, None if bias is None else bias.detach().to(like.dtype)

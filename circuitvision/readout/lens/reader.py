@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -14,8 +14,9 @@ from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading, frozen_norm, through_projector, unembedding
 from circuitvision.model.sites import SiteName
-from circuitvision.model.spec import NORMS
+from circuitvision.model.spec import is_norm
 from circuitvision.model.tokens import TokenMap
+from circuitvision.model.weights import main_device
 from circuitvision.readout.recorded import examples_of, held_as, pass_number, recorded
 from circuitvision.readout.targets import Targets, output_kind, output_size, reader_of
 
@@ -99,7 +100,7 @@ class LensReader:
         value = self._moved(value)
         adder = block.part("attn_add")
         with self.tower.quiet():
-            if type(adder).__name__ not in NORMS:
+            if not is_norm(adder):
                 return adder(value)
             whole = (value.sum(2) + block.b_O)[:, :, None]
             return frozen_norm(adder, value, whole) - frozen_norm(adder, torch.zeros_like(whole), whole)
@@ -239,12 +240,11 @@ class LensReader:
     def _moved(self, value: Tensor) -> Tensor:
         """A value where the head is, in the model's precision: a cache may have been recorded on another device, or converted."""
         found = unembedding(reader_of(self.tower))
-        head: Any = None if found is None else found[0]
-        device = value.device if head is None or self.custom is not None else head.weight.device
+        device = value.device if found is None or self.custom is not None else main_device(found[0])
         return value.to(device, self._dtype())
 
     def _dtype(self) -> torch.dtype:
-        return next(self.tower.module.parameters()).dtype
+        return self.tower.dtype
 
     @property
     def vectors_at_once(self) -> int:

@@ -29,6 +29,7 @@ from circuitvision.model.routes import is_dual
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
 from circuitvision.model.tokens import Packing
+from circuitvision.model.weights import check_gradients
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -133,6 +134,7 @@ class Variable:
 
     def __init__(self, model: HookedModel, inputs: Mapping[str, Any], metric: Any, site: str) -> None:
         refuse_random(model.module, "Relevance")
+        check_gradients(model.module)
         self.model, self.site = model, site
         self.metric = metrics.bind(metric, model)
         self.inputs = usable(inputs)

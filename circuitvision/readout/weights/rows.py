@@ -6,13 +6,15 @@ See :mod:`circuitvision.readout.weights.value_vectors` for what rows there are a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.spec import is_norm
+from circuitvision.model.weights import parameter
 from circuitvision.readout.weights.unembedding import through_norm, wide
 
 if TYPE_CHECKING:
@@ -41,15 +43,16 @@ def as_written(tower: Tower, layer: int, add: str, rows: Float[Tensor, "... d_mo
     block = tower.blocks[layer]
     if not block.has(add):
         return rows
-    module: Any = block.part(add)
-    scale = getattr(module, "lambda1", None)
-    return through_norm(module, rows) if scale is None else rows * wide(scale.detach()).to(rows)
+    module = block.part(add)
+    if is_norm(module):
+        return through_norm(module, rows)
+    return rows * wide(parameter(module, "lambda1").detach()).to(rows)
 
 
 def is_normed(tower: Tower, of: str) -> bool:
     """Whether a norm stands between these rows and the stream, so that their length there depends on the input."""
     block, add = tower.blocks[0], "mlp_add" if of == "mlp" else "attn_add"
-    return block.has(add) and not hasattr(block.part(add), "lambda1")
+    return block.has(add) and is_norm(block.part(add))
 
 
 def projections(

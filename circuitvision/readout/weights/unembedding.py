@@ -30,9 +30,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import InputError, nearest
-from circuitvision.model.points import linear
 from circuitvision.model.spec import Readout, require
 from circuitvision.model.tower import Tower, norm_spec
+from circuitvision.model.weights import attention_weights, embedding_weight, linear_weight, norm_weights
 from circuitvision.readout.targets import names_of, output_kind, prompt_embeddings, word_ids
 
 if TYPE_CHECKING:
@@ -133,14 +133,14 @@ def through_norm(module: nn.Module, rows: Float[Tensor, "... d_model"]) -> Float
     """Rows through the linear part of a norm: centred for a LayerNorm, times the gain; not divided, no bias."""
     spec = norm_spec(module)
     rows = rows - rows.mean(-1, keepdim=True) if spec.centred else rows
-    weight = getattr(module, "weight", None)
+    weight, _ = norm_weights(module)
     return rows if weight is None else rows * (spec.offset + wide(weight.detach()).to(rows))
 
 
 def before_norm(module: nn.Module, weight: Float[Tensor, "d_model n_out"]) -> Float[Tensor, "d_model n_out"]:
     """The matrix that reads a stream before a norm as ``weight`` reads it behind: the transpose of :func:`through_norm`."""
     spec = norm_spec(module)
-    gain = getattr(module, "weight", None)
+    gain, _ = norm_weights(module)
     weight = weight if gain is None else weight * (spec.offset + wide(gain.detach()).to(weight))[:, None]
     return weight - weight.mean(0, keepdim=True) if spec.centred else weight
 
@@ -166,23 +166,25 @@ def _head(tower: Tower, gain: bool, part: str | None) -> tuple[Tensor, str]:
     if readout.pool == "attention":
         return _value_path(tower, readout, part), part or ""
     if readout.second_head is not None:
-        both = [_linear(require(tower.module, path or "", "head")) for path in (readout.head, readout.second_head)]
+        both = [
+            _linear(tower, require(tower.module, path or "", "head")) for path in (readout.head, readout.second_head)
+        ]
         part = part or offered[0]
         return (both[0] + both[1]) / 2 if part == "mean" else both[part == "distillation"] / 2, part
     if readout.head is not None:
-        weight = _linear(require(tower.module, readout.head, "head"))
+        weight = _linear(tower, require(tower.module, readout.head, "head"))
         if not offered:
             return weight, ""
         part = part or offered[0]
         return weight.chunk(len(offered))[offered.index(part)], part
     if readout.tied_lens is not None:
-        table: Any = require(tower.module, readout.tied_lens, "tied embedding")
-        return table.weight.detach().T, ""
+        table = require(tower.module, readout.tied_lens, "tied embedding")
+        return embedding_weight(table, tower.dtype).detach().T, ""
     raise InputError(f"The {tower.name} tower has no head; give a matrix= [{tower.cfg.d_model}, n_out].")
 
 
-def _linear(module: Any) -> Tensor:
-    return linear(module, module.weight.dtype, module.weight.device)[0].detach()
+def _linear(tower: Tower, module: nn.Module) -> Tensor:
+    return linear_weight(module, tower.dtype)[0].detach()
 
 
 def _projected(tower: Tower, gain: bool) -> Tensor:
@@ -197,7 +199,7 @@ def _projected(tower: Tower, gain: bool) -> Tensor:
     if reader is None:
         raise InputError(f"No language tower reads the {tower.name} tower; give a matrix= of your own.")
     inner = unembedding_matrix(reader, gain=gain).matrix
-    return wide(_linear(found)).to(inner) @ inner
+    return wide(_linear(tower, found)).to(inner) @ inner
 
 
 def linear_projector(tower: Tower) -> nn.Module | None:
@@ -221,9 +223,8 @@ def _value_path(tower: Tower, readout: Readout, part: str | None) -> Tensor:
             "the pooling's value and output projections alone, or give a matrix= of your own."
         )
     pool = require(tower.module, readout.pool_module or "", "pooling head")
-    attention: Any = require(pool, "attention", "attention of the pooling head")
-    value = attention.in_proj_weight.detach().chunk(3)[2].T
-    return wide(value) @ wide(attention.out_proj.weight.detach().T)
+    weight, _, out, _ = attention_weights(require(pool, "attention", "attention of the pooling head"))
+    return wide(weight.detach().chunk(3)[2].T) @ wide(out.detach().T)
 
 
 def _read_as(
