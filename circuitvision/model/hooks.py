@@ -130,6 +130,7 @@ class HookEngine:
         self._plan: _Plan | None = None
         self._reader = Recorder()
         self._attention = attention.Switch(model)
+        self._slots: list[attention.Slots] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Made hooks belong to this engine; a copy makes its own.
@@ -211,6 +212,11 @@ class HookEngine:
         for tower in plan.counted:
             handle = self.first_blocks[tower].register_forward_pre_hook(self._count_pass(tower), prepend=True)
             self.handles.append(handle)
+        for module, phase, _ in plan.calls:
+            if phase == "attention":
+                slots = hooks.attention[id(module)].slots
+                self._slots.append(slots)
+                self.handles.append(module.register_forward_pre_hook(slots.look, prepend=True, with_kwargs=True))
         self.handles.append(self.model.register_forward_pre_hook(self._begin_forward, prepend=True))
         if hooks.attention:
             self._switch = contextlib.ExitStack()
@@ -249,6 +255,9 @@ class HookEngine:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        for slots in self._slots:
+            slots.forget()
+        self._slots.clear()
         # What was recorded belongs to whoever asked for it.
         self._reader = Recorder()
         if self._switch is not None:
