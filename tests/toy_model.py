@@ -44,6 +44,9 @@ class ToyModel:
     def is_dead(self, name: str) -> bool:
         return name in self.dead
 
+    def positions(self, site: str, inputs: dict[str, Tensor]) -> list[int]:
+        return [0]
+
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.run_with_hooks(inputs)
 

@@ -7,7 +7,12 @@ and masked, whatever the model does), its output the pattern. Nothing is re-impl
 The mask half must be registered too: transformers builds no mask at all for a name it does not know. The eager mask is additive.
 
 Keys and values arrive here after they entered the cache; a changed copy would be seen by this call alone. ``hook_rot_k`` is therefore written into
-the tensor it arrives in, which is the cached one.
+the tensor it arrives in, which is the cached one; where a cache of fixed size hands out a copy, the cache gets the edited keys as well.
+
+A cache of fixed size hands out empty slots behind the tokens it holds. Before each call the cache itself is asked how many keys are tokens
+(:class:`Slots`), and hooks see those alone: scores, patterns and keys have the shapes they have with a cache that grows.
+
+Masks of the caller's own reach attention as they are. A boolean one (true: may look) is made additive, as sdpa understands it.
 
 Eager runs have limits of their own: in float64 a left-padded decoder gives NaN, because eager attention takes its softmax in float32, where the
 mask's minimum overflows. Run such inputs in float32, or leave scores and patterns out.
@@ -19,7 +24,7 @@ kernel stays the module's own: eager, or sdpa under a second registered name.
 The switch is a setting of the config, which all threads share. Only the thread that made it takes part: the masks and kernels of any other thread are
 those of the implementation the config had before.
 
-Not covered: caches of a fixed size (own positions are taken to be the last ones).
+Not covered: edits of ``hook_rot_k`` in quantised and offloaded caches, which keep another copy of the keys than the one attention gets.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ import dataclasses
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any, Protocol, runtime_checkable
 
@@ -58,6 +63,49 @@ class Suspendable(Protocol):
         ...
 
 
+@dataclass(eq=False)
+class Slots:
+    """Which keys of one module's cache hold tokens in the current call."""
+
+    layer: Any = None
+    """The cache's layer, or None without a cache."""
+    filled: int | None = None
+    """Keys up to the newest token's; None where all keys are tokens."""
+
+    def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Ask the cache, before the module puts this call's keys into it (a forward pre-hook)."""
+        self.forget()
+        cache, index = kwargs.get("past_key_values"), getattr(module, "layer_idx", None)
+        if cache is None or index is None or index >= len(cache.layers):
+            return
+        stream = args[0] if args else kwargs["hidden_states"]
+        _, dropped = cache.get_mask_sizes(stream.shape[1], index)
+        self.layer = cache.layers[index]
+        self.filled = int(cache.get_seq_length(index)) + stream.shape[1] - int(dropped)
+
+    def forget(self) -> None:
+        """Let go of the cache."""
+        self.layer, self.filled = None, None
+
+    def count(self, keys: int) -> int:
+        """How many of so many keys are tokens."""
+        return keys if self.filled is None else min(self.filled, keys)
+
+    def keep(self, key: Tensor) -> None:
+        """Put edited keys into the cache where attention got a copy of them; HookError where that is not possible."""
+        kept = getattr(self.layer, "keys", None)
+        if self.layer is None or (
+            kept is not None and kept.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+        ):
+            return
+        plain = kept is not None and kept.ndim == 4 and kept.dtype == key.dtype and kept.device == key.device
+        if not plain or not 0 < kept.shape[2] <= key.shape[2] or hasattr(self.layer, "_quantized_keys"):
+            raise HookError(
+                f"{type(self.layer).__name__} keeps other keys than attention gets, so hook_rot_k cannot be edited."
+            )
+        kept.copy_(key[:, :, -kept.shape[2] :])
+
+
 @dataclass(frozen=True)
 class Stages:
     """What to run inside one module's attention: ``fires`` by site name; ``only_reads`` if no fire can change its value."""
@@ -65,6 +113,15 @@ class Stages:
     fires: Mapping[str, Fire]
     only_reads: bool
     owner: Suspendable
+    slots: Slots = field(default_factory=Slots)
+
+    def fire(self, name: str, value: Tensor) -> Tensor:
+        """Run the hooks of scores or a pattern ``[row head query key]``, on the keys that are tokens."""
+        count = self.slots.count(value.shape[-1])
+        if count == value.shape[-1]:
+            return self.fires[name](value)[0]
+        new, changed = self.fires[name](value[..., :count].contiguous())
+        return torch.cat([new, value[..., count:]], dim=-1) if changed else value
 
 
 @dataclass(eq=False)
@@ -163,7 +220,7 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
 class _Softmax(TorchFunctionMode):
     """Runs the score and pattern hooks around the first softmax it sees."""
 
-    def __init__(self, stages: Mapping[str, Fire], dtype: torch.dtype) -> None:
+    def __init__(self, stages: Stages, dtype: torch.dtype) -> None:
         super().__init__()
         self.stages, self.dtype, self.seen = stages, dtype, 0
 
@@ -176,11 +233,11 @@ class _Softmax(TorchFunctionMode):
             return func(*args, **kwargs)
         key = "input" if "input" in kwargs else None
         scores = kwargs[key] if key else args[0]
-        if "hook_attn_scores" in self.stages:
-            scores, _ = self.stages["hook_attn_scores"](scores)
+        if "hook_attn_scores" in self.stages.fires:
+            scores = self.stages.fire("hook_attn_scores", scores)
         out = func(**{**kwargs, key: scores}) if key else func(scores, *args[1:], **kwargs)
-        if "hook_pattern" in self.stages:
-            out, _ = self.stages["hook_pattern"](out.to(self.dtype))
+        if "hook_pattern" in self.stages.fires:
+            out = self.stages.fire("hook_pattern", out.to(self.dtype))
         return out
 
 
@@ -193,13 +250,16 @@ def attention(
     if other is not None:
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(other, eager)
         return kernel(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        hidden = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, hidden)
     stages = _ACTIVE.get(id(module))
     tap = _TAPS.get(id(module))
     if tap is not None and tap.first == 0:
         key, value, attention_mask, kwargs = tap(module, query, key, value, attention_mask, kwargs)
     if tap is not None and tap.first:
         if stages is not None:
-            query, key = _rotated(query, key, stages.fires)
+            query, key = _rotated(query, key, stages)
         key, value, attention_mask, kwargs = tap(module, query, key, value, attention_mask, kwargs)
         if stages is not None:
             stages = dataclasses.replace(stages, fires=_without_rotated(stages.fires), only_reads=False)
@@ -209,10 +269,10 @@ def attention(
     if stages.only_reads and fires.keys() == {"hook_pattern"} and not module.training:
         # Without dropout the weights that eager attention returns are the pattern itself, so no softmax has to be intercepted.
         out = eager(module, query, key, value, attention_mask, **kwargs)
-        fires["hook_pattern"](out[1])
+        stages.fire("hook_pattern", out[1])
         return out
-    query, key = _rotated(query, key, fires)
-    with _Softmax(fires, query.dtype) as mode:
+    query, key = _rotated(query, key, stages)
+    with _Softmax(stages, query.dtype) as mode:
         out = eager(module, query, key, value, attention_mask, **kwargs)
     if mode.seen != 1:
         raise HookError(
@@ -236,15 +296,18 @@ def _without_rotated(fires: Mapping[str, Fire]) -> dict[str, Fire]:
     return {name: fire for name, fire in fires.items() if name not in ("hook_rot_q", "hook_rot_k")}
 
 
-def _rotated(query: Tensor, key: Tensor, stages: Mapping[str, Fire]) -> tuple[Tensor, Tensor]:
-    if "hook_rot_q" in stages:
-        value, changed = stages["hook_rot_q"](query.transpose(1, 2))
+def _rotated(query: Tensor, key: Tensor, stages: Stages) -> tuple[Tensor, Tensor]:
+    fires = stages.fires
+    if "hook_rot_q" in fires:
+        value, changed = fires["hook_rot_q"](query.transpose(1, 2))
         query = value.transpose(1, 2) if changed else query
-    if "hook_rot_k" in stages:
-        own = key[:, :, -query.shape[2] :]
-        value, changed = stages["hook_rot_k"](own.transpose(1, 2))
+    if "hook_rot_k" in fires:
+        end = stages.slots.count(key.shape[2])
+        own = key[:, :, end - query.shape[2] : end]
+        value, changed = fires["hook_rot_k"](own.transpose(1, 2))
         if changed:
             own.copy_(value.transpose(1, 2))
+            stages.slots.keep(key)
     return query, key
 
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from circuitvision import metrics
 from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
-from circuitvision.model import dead, inputs, layout, loading, state, stream
+from circuitvision.model import dead, generation, inputs, layout, loading, state, stream
+from circuitvision.model.axes import positions_of
 from circuitvision.model.cache import ActivationCache, collected
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups
@@ -193,6 +194,13 @@ class HookedModel(TextTools):
     def tokens(self, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
         """What every position of every tower is in this run: kind, image, patch row and column, pixel box, text piece."""
         return token_maps(self, inputs)
+
+    def positions(self, site: str, inputs: Mapping[str, Any]) -> list[int]:
+        """Which positions of its tower a site holds in this run, in the order of the site's own axis; none where it is pooled.
+
+        A projector holds those that its vision tower hands on, an image tower's ``hook_embed`` the patches, an output head what it reads.
+        """
+        return positions_of(self, self._match(site)[0], inputs)
 
     @property
     def device(self) -> torch.device:
@@ -450,11 +458,13 @@ class HookedModel(TextTools):
     def run(self, inputs: Any, edits: Edit | Sequence[Edit] = (), **kwargs: Any) -> Tensor:
         """One forward pass under edits, see :mod:`circuitvision.edits`; returns the output.
 
-        A run is one prefill: step 0 of every tower. Edits act in the order given; those known to do nothing leave the bare model's bits.
+        A run is one prefill: step 0 of every tower. Edits act in the order given; those known to do nothing leave the bare model's bits. Where the
+        inputs continue a cache (``past_key_values``), positions count from the cache's first: the run computes those behind it, which edits may
+        change, and the cached ones can be keys. As in the bare model, the run makes the cache longer.
         Raises InputError or UnknownSiteError, naming the edit, before anything runs.
         """
         mapping = self._checked(inputs)
-        binder = Binder(self, mapping)
+        binder = Binder(self, mapping, settings=kwargs)
         (bound,) = binder.bind(_one_group(edits))
         with self._edited(binder, bound):
             return self._forward(mapping if bound.inputs is None else bound.inputs, kwargs)
@@ -496,20 +506,29 @@ class HookedModel(TextTools):
         """Generate text under the active hooks and edits; other keywords go to the module's ``generate``.
 
         ``hook.step`` numbers the passes: 0 is the prompt ("prefill"), then one per new token ("decode"). Positions are absolute: new tokens follow
-        the prompt's. An edit of keys or values in the prompt is seen by every later step, through the cache. Raises UnsupportedModelError if the
-        model does not generate text.
+        the prompt's. An edit of keys or values in the prompt is seen by every later step, through the cache, whatever its implementation. Inputs may
+        continue a cache (``past_key_values``), see :meth:`run`. Raises UnsupportedModelError if the model does not generate text, InputError for an
+        edit that no step of this generation comes to.
         """
         module: Any = self.module
         if not hasattr(module, "generate") or self.family.suffix_kinds or "language" not in self.towers:
             raise UnsupportedModelError(f"A {self.family.name} model does not generate text.")
         mapping = self._checked(inputs)
-        binder = Binder(self, mapping, "generate", kwargs.get("max_new_tokens"))
+        generation.check_cache(mapping, kwargs, hooked=bool(edits or self.engine.stack))
+        binder = Binder(
+            self, generation.described(mapping), "generate", generation.most_passes(module, mapping, kwargs), kwargs
+        )
         (bound,) = binder.bind(_one_group(edits))
-        if bound.writes and kwargs.get("use_cache") is False:
-            raise InputError("Edits count positions by the cache: leave use_cache on.")
+        generation.check_edits(bound, mapping, kwargs, module)
+        if bound.writes or self.engine.stack:
+            # Compiled decoding steps, which caches of fixed size ask for on a GPU, would not run hooks that come and go.
+            kwargs.setdefault("disable_compile", True)
         self._passes_recorded = True
         with self._edited(binder, bound), self._running(mapping):
-            return module.generate(**mapping, **kwargs)
+            out = module.generate(**mapping, **kwargs)
+        if bound.writes and "language" in self.engine.passes:
+            binder.warn_unmet(bound, self.engine.passes["language"])
+        return out
 
     def sample_actions(
         self, inputs: Any, num_steps: int | None = None, *, edits: Sequence[Edit] = (), **kwargs: Any

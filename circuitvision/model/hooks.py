@@ -164,6 +164,7 @@ class HookEngine:
         self._attention = attention.Switch(model)
         self.before_run: Callable[[], Callable[[], None] | None] = _nobody
         """Gives what is called before a run whose sites were asked for, and raises where hooks would give wrong numbers; set by the wrapper."""
+        self._slots: list[attention.Slots] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Made hooks belong to this engine, and so does the stack of those who put them there; a copy has none.
@@ -175,6 +176,7 @@ class HookEngine:
             "_switch": None,
             "_thread": None,
             "_quiet": {},
+            "_slots": [],
         }
         return {
             **self.__dict__,
@@ -289,6 +291,11 @@ class HookEngine:
         for tower in plan.counted:
             handle = self.first_blocks[tower].register_forward_pre_hook(self._count_pass(tower), prepend=True)
             self.handles.append(handle)
+        for module, phase, _ in plan.calls:
+            if phase == "attention":
+                slots = hooks.attention[id(module)].slots
+                self._slots.append(slots)
+                self.handles.append(module.register_forward_pre_hook(slots.look, prepend=True, with_kwargs=True))
         self.handles.append(self.model.register_forward_pre_hook(self._begin_forward, prepend=True))
         if hooks.attention:
             self._switch = contextlib.ExitStack()
@@ -342,6 +349,9 @@ class HookEngine:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        for slots in self._slots:
+            slots.forget()
+        self._slots.clear()
         # What was recorded belongs to whoever asked for it.
         self._reader = Recorder()
         if self._switch is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError, nearest
+from circuitvision.model.axes import holds_past, past_length
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.tokens import Packing
 
@@ -51,7 +52,7 @@ def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
         )
     check_keywords(model, inputs)
     _check_devices(model, inputs)
-    _check_mask(inputs)
+    _check_mask(model, inputs)
     _check_lengths(model, inputs)
     pixels = inputs.get("pixel_values")
     if isinstance(pixels, Tensor):
@@ -150,12 +151,34 @@ def _check_devices(model: HookedModel, inputs: Mapping[str, Any]) -> None:
             raise InputError(f"{name} is on {value.device}, the model on {device}; move it with .to('{device}').")
 
 
-def _check_mask(inputs: Mapping[str, Any]) -> None:
+def _check_mask(model: HookedModel, inputs: Mapping[str, Any]) -> None:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape != ids.shape:
-        raise InputError(
-            f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; they must be equal."
-        )
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor):
+        return
+    if mask.ndim == 4 and mask.dtype == torch.bool:
+        _check_boolean(model)
+    if mask.ndim != 2 or mask.shape == ids.shape:
+        return
+    past = past_length(inputs)
+    if mask.shape != (ids.shape[0], past + ids.shape[1]) or (past and past != _cached(inputs)):
+        held = f" behind {_cached(inputs)} positions in past_key_values" if past else ""
+        wanted = "it covers both" if past else "they must be equal"
+        raise InputError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}{held}; {wanted}.")
+
+
+def _cached(inputs: Mapping[str, Any]) -> int:
+    return int(inputs["past_key_values"].get_seq_length())
+
+
+def _check_boolean(model: HookedModel) -> None:
+    """Raise InputError where a boolean mask [row, head, query, key] would be added to scores as zeros and ones."""
+    for tower in model.towers.values():
+        implementation = getattr(tower.config, "_attn_implementation", None)
+        if not tower.stack.image and implementation != "sdpa":
+            raise InputError(
+                f"A boolean attention_mask of four axes is read as 'may look' by sdpa alone; the {tower.name} tower runs {implementation!r} attention, "
+                "which would add it as numbers. Give 0 where a query may look and the dtype's smallest number elsewhere."
+            )
 
 
 def _check_lengths(model: HookedModel, inputs: Mapping[str, Any]) -> None:
@@ -208,6 +231,8 @@ def _check_images(model: HookedModel, inputs: Mapping[str, Any], pixels: Tensor)
 
 def _check_image_tokens(model: HookedModel, inputs: Mapping[str, Any], pixels: Any) -> None:
     ids: Tensor = inputs["input_ids"]
+    # What a cache holds was checked when it was filled.
+    ids = ids[:, past_length(inputs) :] if holds_past(inputs) else ids
     counts = ids.eq(model.image_token_id or 0).sum(-1)
     found = int(counts.sum())
     name = model.image_token or "the image token"

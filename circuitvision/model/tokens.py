@@ -19,13 +19,26 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.axes import holds_past, past_length
 from circuitvision.model.selection import Selection
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
-KINDS = ("cls", "distillation", "register", "patch", "newline", "text", "state", "action", "padding", "dropped")
+KINDS = (
+    "cls",
+    "distillation",
+    "register",
+    "patch",
+    "newline",
+    "text",
+    "state",
+    "action",
+    "padding",
+    "dropped",
+    "unknown",
+)
 Array = np.ndarray
 
 
@@ -172,8 +185,9 @@ class _Builder:
 
 
 def token_maps(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
-    """The token map of every tower that these inputs run."""
+    """The token map of every tower that these inputs run; in a run that continues a cache, what the cache holds is of kind "unknown"."""
     maps: dict[str, TokenMap] = {}
+    given, inputs = inputs, _new(inputs)
     packing = Packing(model, inputs)
     for name, tower in model.towers.items():
         if tower.stack.image:
@@ -182,8 +196,37 @@ def token_maps(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, Token
         elif name == "action":
             maps[name] = _action_map(model, tower, inputs)
         elif inputs.get("input_ids") is not None:
-            maps[name] = _text_map(model, tower, inputs, packing)
+            maps[name] = _behind_past(_text_map(model, tower, inputs, packing), given)
     return maps
+
+
+def _new(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs with the ids and the mask of the positions that a run computes, where it continues a cache."""
+    past, ids, mask = past_length(inputs), inputs.get("input_ids"), inputs.get("attention_mask")
+    if not past or ids is None:
+        return inputs
+    ids = ids[:, past:] if holds_past(inputs) else ids
+    new = {**inputs, "input_ids": ids, "past_key_values": None}
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        new["attention_mask"] = mask[:, mask.shape[1] - ids.shape[1] :]
+    return new
+
+
+def _behind_past(tokens: TokenMap, inputs: Mapping[str, Any]) -> TokenMap:
+    """A token map with the positions that a cache holds before its own."""
+    past, mask = past_length(inputs), inputs.get("attention_mask")
+    if not past:
+        return tokens
+    build = _Builder(tokens.tower, tokens.n_rows, past + tokens.n_positions)
+    build.kind[:, :past] = "unknown"
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        build.kind[:, :past][~mask[:, :past].bool().cpu().numpy()] = "padding"
+    for name, whole in vars(build).items():
+        if name == "example":
+            build.example = tokens.example
+        elif isinstance(whole, np.ndarray):
+            whole[:, past:] = getattr(tokens, name)
+    return build.done()
 
 
 class Packing:

@@ -272,6 +272,12 @@ class Tower:
         """The precision the tower computes in, whatever its weights are stored as."""
         return main_dtype(self.root)
 
+    def sliding_window(self, layer: int) -> int | None:
+        """How many positions a block's queries look back at, their own included; None where its attention has no such window."""
+        window = getattr(self.config, "sliding_window", None)
+        types = getattr(self.config, "layer_types", None)
+        return None if window is None or (types is not None and "sliding" not in types[layer]) else int(window)
+
     def residual_name(self, hidden_state: int) -> str:
         """The site of a hidden state: 0 is ``hook_input``, ``l + 1`` is ``blocks.l.hook_resid_post``."""
         return (

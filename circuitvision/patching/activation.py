@@ -116,7 +116,11 @@ def activation_patch(
         source_logits, cache = model.run_with_cache(source_inputs, names_filter=names)
         source = metrics.evaluate(metric, source_logits, source_inputs).cpu()
         values = {name: cache[name] for name in names}
-        labels, cells = _plan(names, axes, values)
+        held = {name: model.positions(name, base_inputs) for name in names} if "position" in axes else {}
+        without = [name for name, positions in held.items() if not positions]
+        if without:
+            raise InputError(f"{without[0]} has no positions in this model; leave 'position' out of axes.")
+        labels, cells = _plan(names, axes, values, held)
         live = [cell for cell in cells if cell[1] not in dead]
         swept = model.sweep(base_inputs, [_patch(cell, values[cell[1]]) for cell in live], metric) if live else None
         base = metrics.evaluate(metric, model(base_inputs), base_inputs).cpu() if swept is None else swept.clean
@@ -202,15 +206,15 @@ def _check_axes(names: Sequence[str], axes: Sequence[str]) -> None:
             raise InputError(f"{headless[0]} has no heads; leave 'head' out of axes.")
 
 
-def _dimension(name: str, axis: str) -> int:
-    swapped = SiteName.parse(name).is_pattern
-    return {"head": 1 if swapped else 2, "position": 2 if swapped else 1}[axis]
+def _dimension(name: str) -> int:
+    """The axis of heads."""
+    return 1 if SiteName.parse(name).is_pattern else 2
 
 
 def _plan(
-    names: Sequence[str], axes: Sequence[str], source: Mapping[str, Tensor]
+    names: Sequence[str], axes: Sequence[str], source: Mapping[str, Tensor], held: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, list[Any]], list[_Cell]]:
-    """The labels of every axis, and for each existing cell (index, site, head or None, position or None)."""
+    """The labels of every axis, and for each existing cell (index, site, head or None, position of its tower or None)."""
     parsed = {name: _BLOCK_SITE.fullmatch(name) for name in names}
     towers = list(dict.fromkeys(match["tower"] for match in parsed.values() if match))
     labels: dict[str, list[Any]] = {}
@@ -221,13 +225,17 @@ def _plan(
             labels["layer"] = sorted({int(match["layer"]) for match in parsed.values() if match})
         elif axis == "site":
             labels["site"] = list(names)
+        elif axis == "position":
+            labels["position"] = sorted({position for name in names for position in held[name]})
         else:
-            labels[axis] = list(range(max(source[name].shape[_dimension(name, axis)] for name in names)))
+            labels[axis] = list(range(max(source[name].shape[_dimension(name)] for name in names)))
     cells = []
     for name in names:
-        counts = {axis: source[name].shape[_dimension(name, axis)] for axis in ("head", "position") if axis in axes}
+        heads = source[name].shape[_dimension(name)] if "head" in axes else 0
+        counts = {"head": range(heads), "position": held.get(name, ())}
+        counts = {axis: numbers for axis, numbers in counts.items() if axis in axes}
         match = parsed[name]
-        for chosen in itertools.product(*(range(count) for count in counts.values())):
+        for chosen in itertools.product(*counts.values()):
             where: dict[str, Any] = {**dict(zip(counts, chosen, strict=True)), "site": name}
             if match:
                 where |= {"tower": match["tower"], "layer": int(match["layer"])}

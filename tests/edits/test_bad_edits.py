@@ -78,7 +78,11 @@ WRONG_PLACES = [
     (edits.block_attention("vision", 0, 1, heads=4), "head 4 is outside"),
     (edits.ablate(SITE, positions=17), "position 17 is outside the 17 positions"),
     (edits.ablate(SITE, positions=[0, -18]), "position -18 is outside"),
-    (edits.ablate("vision.hook_embed", positions=16), "position 16 is outside the 16"),
+    (edits.ablate("vision.hook_embed", positions=17), "position 17 is outside the 17"),
+    (
+        edits.ablate("vision.hook_embed", positions=0),
+        "position 0 of the vision tower is not at vision.hook_embed, which holds positions 1…16",
+    ),
     (edits.ablate(SITE, positions=torch.ones(16) > 0), "16 entries"),
     (edits.ablate(SITE, positions=torch.eye(3, 17) > 0), "3 rows"),
     (edits.block_attention("vision", 17, 1), "position 17 is outside"),

@@ -460,7 +460,7 @@ def test_a_selection_works_at_embeddings_that_lack_the_class_token() -> None:
     assert patch.positions() == [1 + 2 * 4 + 1]
     with model.hooks():
         got = model.run(inputs, [edits.ablate("vision.hook_embed", positions=patch)])
-    same(got, model.run(inputs, [edits.ablate("vision.hook_embed", positions=9)]))
+    same(got, model.run(inputs, [edits.ablate("vision.hook_embed", positions=10)]))
 
 
 # ---- selections

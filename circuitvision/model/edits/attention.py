@@ -28,6 +28,7 @@ from circuitvision.model.sites import SiteName
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
     from circuitvision.model.hooks import HookPoint
+    from circuitvision.model.tower import Tower
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,16 +64,25 @@ class AttentionEdit(Edit):
     def _strength(self) -> list[str]:
         return []
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         if window is None:
             return
-        if self.keys.tower and self.keys.tower != window.tower:
-            source = model.towers.get(self.keys.tower)
-            if source is None or not source.spec.feeds_cache_only:
-                raise InputError(f"the {window.tower} tower cannot look at positions of the {self.keys.tower} tower")
-        elif self.keys.kind == "mask" or not _reads_a_cache(model, window.tower):
-            self.keys.check(window, grows)
+        prefix = window.prefix
+        if prefix is not None and self.keys.tower == prefix.tower:
+            self.keys.check(prefix, 0)
+        elif self.keys.tower not in ("", window.tower):
+            raise InputError(f"the {window.tower} tower cannot look at positions of the {self.keys.tower} tower")
+        else:
+            try:
+                self.keys.check(window.of_all(), grows)
+            except InputError as error:
+                if prefix is None:
+                    raise
+                raise InputError(
+                    f"{error}; keys without a tower are the {window.tower} tower's own, those of the prefix before them are "
+                    f"keys=({prefix.tower!r}, positions) or a selection of the {prefix.tower} tower"
+                ) from error
 
     def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
         """Change the selected entries of ``[row head query key]``."""
@@ -85,9 +95,11 @@ class AttentionEdit(Edit):
     def region(self, value: Tensor, window: Window) -> Tensor | None:
         """The selected entries as bool, broadcasting to ``[row head query key]``."""
         rows, n_heads, n_queries, n_keys = value.shape
-        here = dataclasses.replace(window, length=n_queries)
-        queries = _mask(self.positions, here, rows, value.device)
-        keys = self._key_mask(window, rows, n_keys, n_queries, value.device)
+        queries = torch.ones(1, n_queries, dtype=torch.bool, device=value.device)
+        if self.positions.kind != "all":
+            self._check_length(n_queries, window, window.axis.site)
+            queries = _mask(self.positions, window, rows, value.device)
+        keys = self._key_mask(window, rows, n_keys, value.device)
         region = queries[:, None, :, None] & keys[:, None, None, :]
         if self.heads is None:
             return region
@@ -95,41 +107,43 @@ class AttentionEdit(Edit):
         heads[[head % n_heads for head in self.heads]] = True
         return region & heads[None, :, None, None]
 
-    def _key_mask(self, window: Window, rows: int, n_keys: int, n_queries: int, device: torch.device) -> Tensor:
-        own_first = 0 if window.pools else n_keys - n_queries - window.first
-        if own_first <= 0:
-            # Caches of sliding windows have dropped the first positions.
-            here = dataclasses.replace(window, first=-own_first, length=n_keys, shift=0)
-            return _mask(self.keys, here, rows, device)
-        # The tower looks at another tower's cached positions before its own.
-        whole = dataclasses.replace(window, first=0, length=n_keys, prompt=n_keys, shift=0, tokens=None)
-        if self.keys.tower == window.tower or self.keys.kind == "last":
-            own = _mask(self.keys, dataclasses.replace(window, first=0, length=n_keys - own_first), rows, device)
-            return torch.cat([own.new_zeros(own.shape[0], own_first), own], dim=1)
-        if self.keys.kind == "mask":
-            assert self.keys.mask is not None
-            prefix = self.keys.mask.tensor.shape[-1]
-            whole = dataclasses.replace(whole, prompt=prefix)
-        return _mask(self.keys, dataclasses.replace(whole, rows=rows), rows, device)
+    def _key_mask(self, window: Window, rows: int, n_keys: int, device: torch.device) -> Tensor:
+        """Bool ``[rows or 1, key]``: which keys are meant, of the prefix and of the tower itself."""
+        everything = self.keys.kind == "all" and not self.keys.tower
+        if everything:
+            return torch.ones(1, n_keys, dtype=torch.bool, device=device)
+        prefix = window.prefix
+        # A pooling's one query looks at every position. Elsewhere the keys end with the query's own; caches of sliding windows have dropped the first.
+        behind = n_keys if window.axis.absent else window.first + window.length
+        n_prefix = 0 if prefix is None else prefix.length
+        dropped = behind + n_prefix - n_keys
+        if dropped < 0 or (dropped and prefix is not None):
+            raise InputError(
+                f"{self!r}: {window.axis.site} has {n_keys} keys in this pass, of which {behind + n_prefix} are known. Leave keys out."
+            )
+        own_window = window.of_all(first=dropped, length=n_keys - n_prefix)
+        if prefix is None:
+            return _mask(self.keys, own_window, rows, device)
+        if self.keys.tower == prefix.tower:
+            own = torch.zeros(1, own_window.length, dtype=torch.bool, device=device)
+            before = _mask(self.keys, prefix, rows, device)
+        else:
+            own = _mask(self.keys, own_window, rows, device)
+            before = torch.zeros(1, prefix.length, dtype=torch.bool, device=device)
+        count = max(len(own), len(before))
+        return torch.cat([before.expand(count, -1), own.expand(count, -1)], dim=1)
 
     def changed(self, value: Tensor, region: Tensor, hook: HookPoint) -> Tensor:
         """The new scores or pattern."""
         raise NotImplementedError
 
 
-def _reads_a_cache(model: HookedModel, tower: str) -> bool:
-    """Whether a tower looks at positions of another tower."""
-    return tower not in ("vision", "text") and any(
-        other.spec.feeds_cache_only for name, other in model.towers.items() if name != tower
-    )
-
-
 def _mask(positions: Positions, window: Window, rows: int, device: torch.device) -> Tensor:
     """Bool ``[rows or 1, length]``."""
     chosen = positions.choose(window, rows, device)
     if chosen is None:
-        return torch.ones(1, window.length, dtype=torch.bool, device=device)
-    out = torch.zeros(rows if isinstance(chosen, tuple) else 1, window.length, dtype=torch.bool, device=device)
+        return torch.ones(1, window.count, dtype=torch.bool, device=device)
+    out = torch.zeros(rows if isinstance(chosen, tuple) else 1, window.count, dtype=torch.bool, device=device)
     if isinstance(chosen, tuple):
         out[chosen] = True
     else:
@@ -249,9 +263,11 @@ class DeleteTokens(AttentionEdit):
     def does_nothing(self) -> bool:
         return self.positions.kind == "ints" and not self.positions.ints
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+        window = None if window is None else window.of_all()
         super().check(model, site, window, n_heads, grows)
         tower = model.towers[self.site]
+        self._check_reach(tower, site, window, grows)
         if self.reindex and not (self.site in ("language", "text") and not tower.spec.feeds_cache_only):
             raise InputError(
                 f"positions of the {self.site} tower cannot be counted anew; leave reindex=False: tokens keep their positions"
@@ -268,11 +284,23 @@ class DeleteTokens(AttentionEdit):
         if read is not None and bool((gone & read).any()):
             raise InputError(f"the output is read from the {readout.reads[0]} position, which cannot be deleted")
 
+    def _check_reach(self, tower: Tower, site: str, window: Window | None, grows: int) -> None:
+        """Raise InputError where a sliding window counts positions: the others would not reach as far as in a shorter sequence."""
+        name = SiteName.parse(site)
+        if window is None or name.layer is None or not name.is_pattern:
+            return
+        reach = tower.sliding_window(name.layer)
+        if reach is not None and reach < window.prompt + grows:
+            raise InputError(
+                f"block {name.layer} of the {tower.name} tower sees {reach} positions back, deleted ones counted, so the others would not "
+                "see what a shorter prompt sees; shorten the prompt itself, or hide keys with block_attention"
+            )
+
     def region(self, value: Tensor, window: Window) -> Tensor | None:
         n_queries, n_keys = value.shape[2:]
-        gone = dataclasses.replace(self, positions=Positions(), keys=self.positions, heads=None)
+        gone = dataclasses.replace(self, positions=ALL_POSITIONS, keys=self.positions, heads=None)
         region = AttentionEdit.region(gone, value, window)
-        if region is None or window.pools:
+        if region is None or window.axis.absent:
             return region
         own = torch.arange(n_queries, device=value.device)[:, None] + (n_keys - n_queries)
         return region & (own != torch.arange(n_keys, device=value.device))[None, None]

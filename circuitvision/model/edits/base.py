@@ -76,7 +76,7 @@ class At:
             source = source.repeat_interleave(shape[0] // source.shape[0], dim=0)
         if not self.pooled:
             given = source_length(source, len(shape), self.axis)
-            shape[self.axis] = self.window.first + self.window.length if given in (None, 1) else given
+            shape[self.axis] = self.window.index + self.window.count if given in (None, 1) else given
         try:
             return source.expand(shape)[self.absolute]
         except RuntimeError as error:
@@ -167,8 +167,11 @@ class Edit:
         """A site whose value, in the edited run itself, this edit needs later in the same pass."""
         return None
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
-        """Raise InputError if this edit cannot act at ``site``; ``window`` is None where the shape is known only when the run gets there."""
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+        """Raise InputError if this edit cannot act at ``site``.
+
+        ``window`` is None where the shape is known only when the run gets there; ``grows`` is how many positions later passes add.
+        """
         name = SiteName.parse(site)
         if self.heads is not None:
             if not name.has_heads:
@@ -211,16 +214,24 @@ class Edit:
         pooled = value.ndim < (4 if name.has_heads else 3)
         if pooled:
             if self.positions.kind != "all":
-                raise InputError(f"{self!r}: {hook.name} has no positions in this model: they are pooled before it.")
+                raise InputError(f"{self!r}: {hook.name} has no positions in this run. Leave positions out.")
             everything = (slice(None),)
             return At(hook.name, hook, window, everything, everything, value.shape, given, pooled=True)
+        self._check_length(value.shape[axis], window, hook.name)
         chosen = self.positions.choose(window, value.shape[0], value.device)
         chosen = _before(chosen, self.source_end(hook.name, value.ndim, given), window)
         if is_empty(chosen):
             return None
         heads = self._head_index(value.shape[3 - axis], value.device) if name.has_heads else None
-        here, absolute = (_index(chosen, heads, first, axis) for first in (0, window.first))
+        here, absolute = (_index(chosen, heads, first, axis) for first in (0, window.index))
         return At(hook.name, hook, window, here, absolute, value.shape, given, axis=axis)
+
+    def _check_length(self, length: int, window: Window, site: str) -> None:
+        """Raise InputError if a pass holds other positions than those worked out before the run: none of them could be told."""
+        if self.positions.kind != "all" and length != window.count:
+            raise InputError(
+                f"{self!r}: {site} holds {length} positions in this pass, {window.count} were expected. Leave positions out."
+            )
 
     def _head_index(self, count: int, device: torch.device) -> Chosen:
         if self.heads is None:
@@ -237,10 +248,10 @@ class Edit:
 
 
 def _before(chosen: Chosen, end: int | None, window: Window) -> Chosen:
-    """Those chosen positions of a window that lie before an absolute position."""
-    if end is None or window.first + window.length <= end:
+    """Those chosen entries of a window that lie before an entry of the site's own axis."""
+    if end is None or window.index + window.count <= end:
         return chosen
-    room = max(end - window.first, 0)
+    room = max(end - window.index, 0)
     if chosen is None:
         return slice(0, room)
     if isinstance(chosen, slice):

@@ -9,9 +9,10 @@ Values that many edits need are computed once: clean activations in one run, dat
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import CircuitVisionError, InputError
+from circuitvision.model.axes import axis_of, past_length, prefix_of, tower_of
 from circuitvision.model.edits.attention import DeleteTokens
 from circuitvision.model.edits.base import Edit
-from circuitvision.model.edits.values import Window
+from circuitvision.model.edits.meeting import meets, rows_without_selection
+from circuitvision.model.edits.values import ALL_STEPS, UNBOUNDED, Window
 from circuitvision.model.edits.writes import Ablate, width_of
 from circuitvision.model.sites import SiteName
 
@@ -73,11 +76,18 @@ class Binder:
     """Binds groups of edits to one model, its inputs, and one kind of run."""
 
     def __init__(
-        self, model: HookedModel, inputs: Mapping[str, Any], mode: Mode = "run", passes: int | None = None
+        self,
+        model: HookedModel,
+        inputs: Mapping[str, Any],
+        mode: Mode = "run",
+        passes: int | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.inputs, self.mode = model, inputs, mode
         self.passes = passes
-        """Passes of the tower that runs several times, where their number is known."""
+        """The most passes of the tower that runs several times, where their number is known."""
+        self.settings = {**inputs, **(settings or {})}
+        """Everything the model is called with."""
         self.given: dict[Any, Any] = {}
         self._windows: dict[str, Window | None] = {}
         self._maps: dict[str, Any] | None = None
@@ -92,26 +102,23 @@ class Binder:
     # -- windows ---------------------------------------------------------------------------------------------------------------------------
 
     def window(self, site: str) -> Window | None:
-        """All positions of a site in the first pass; None where only the run itself can tell."""
+        """The positions of a site's tower in the first pass; None where only the run itself can tell."""
         if site not in self._windows:
             self._windows[site] = self._window(SiteName.parse(site))
         return self._windows[site]
 
     def _window(self, name: SiteName) -> Window | None:
-        tokens = self.maps.get(name.tower)
-        if tokens is None or (name.may_be_pooled and not self._norms_positions(name)):
+        tower = tower_of(self.model, name)
+        tokens = self.maps.get(tower)
+        if tokens is None:
             return None
-        length, shift = tokens.n_positions, 0
-        pools = name.site.startswith("pool.")
-        tower = self.model.towers[name.tower]
-        if name.site == "hook_embed" and tower.stack.image:
-            shift = tower.cfg.n_prefix
-        return Window(name.tower, tokens.n_rows, 0, length - shift, length - shift, tokens, pools, shift)
-
-    def _norms_positions(self, name: SiteName) -> bool:
-        """Whether a site is of a final norm that every position passes, before any pooling."""
-        readout = self.model.towers[name.tower].spec.readout
-        return name.site.startswith("ln_final.") and (readout is None or (readout.normed and readout.norm_first))
+        length = tokens.n_positions
+        axis = axis_of(self.model.towers[tower], name, tokens, self.settings, self.mode == "generate")
+        prefix = self.maps.get(prefix_of(self.model, tower))
+        before = None
+        if prefix is not None:
+            before = Window(prefix.tower, prefix.n_rows, 0, prefix.n_positions, prefix.n_positions, prefix)
+        return Window(tower, tokens.n_rows, 0, length, length, tokens, axis, before)
 
     def passing(self, hook: HookPoint, value: Tensor, rows: int, first: int) -> Window:
         """The window of one pass, for ``value`` of one group."""
@@ -121,24 +128,33 @@ class Binder:
         length = int(value.shape[axis]) if value.ndim > axis else 1
         if known is None:
             return Window(name.tower, rows, 0, length, length)
-        if self.mode == "generate" and name.tower == "language" and length != (1 if hook.step else known.prompt):
+        if known.axis.absent:
+            return dataclasses.replace(known, first=0, length=length)
+        repeats = self.mode == "generate" and name.tower == "language"
+        if repeats and length != (1 if hook.step else known.count):
             raise InputError(
                 f"pass {hook.step} of the language tower holds {length} positions: edits count positions by the cache, so leave "
                 "use_cache on, and prefill_chunk_size, prompt_lookup_num_tokens and assistant models off"
             )
-        if self.mode == "generate" and name.tower == "language" and hook.step > 0:
-            first = known.prompt + hook.step - 1
-        elif length == known.length:
-            # Embeddings, and what follows a pooled tower's last block, have all positions in a resumed run as well.
-            first = 0
-        if known.pools and name.is_pattern:
-            length = 1
-        return Window(known.tower, known.rows, first, length, known.prompt, known.tokens, known.pools, known.shift)
+        if repeats and hook.step > 0:
+            return dataclasses.replace(known, first=known.prompt + hook.step - 1, length=1)
+        # Embeddings, and what follows a pooled tower's last block, have all positions in a resumed run as well.
+        first = 0 if length == known.count else first
+        return dataclasses.replace(known, first=first, length=known.prompt - first)
 
     # -- binding ---------------------------------------------------------------------------------------------------------------------------
 
     def bind(self, groups: Sequence[Group]) -> list[BoundGroup]:
         """Check every edit of every group, and work out what they need; InputError or UnknownSiteError names the edit."""
+        if (
+            any(groups)
+            and past_length(self.settings)
+            and any(t.spec.feeds_cache_only for t in self.model.towers.values())
+        ):
+            raise InputError(
+                "past_key_values hold the whole prefix of this model, whose positions edits cannot tell: leave them out, and give the "
+                "prefix itself (input_ids and pixel_values)."
+            )
         bound = [self._bind(group) for group in groups]
         self._prepare([edit for group in bound for edit in group.group])
         return bound
@@ -157,8 +173,8 @@ class Binder:
 
     def _bind_edit(self, bound: BoundGroup, edit: Edit) -> None:
         names = edit.sites(self.model)
+        self._check_steps(edit, list(dict.fromkeys(SiteName.parse(name).tower for name in names)))
         for name in names:
-            self._check_steps(edit, SiteName.parse(name).tower)
             edit.check(self.model, name, self.window(name), self._n_heads(name), self._grows(edit, name))
         exact = len(names) == 1 and edit.site == names[0]
         if exact and self.model.is_dead(names[0]):
@@ -167,9 +183,12 @@ class Binder:
             )
         if edit.does_nothing:
             return
-        if not any(self._selects(edit, name) for name in names):
+        met = [name for name in names if self._meets(edit, name, self.passes)]
+        if not met:
+            self._refuse_unmet(edit, names)
             warnings.warn(f"{edit!r} selects no position, so it changes nothing.", stacklevel=6)
             return
+        self._warn_of_rows(edit, met[0])
         for name in names:
             bound.writes.setdefault(name, []).append(edit)
         captured = edit.captured()
@@ -185,32 +204,73 @@ class Binder:
         there = self.window(captured)
         for name in names:
             here = self.window(name)
-            if here is not None and there is not None and (here.shift, here.prompt) != (there.shift, there.prompt):
+            if here is None or there is None:
+                continue
+            if (here.axis.held, bool(here.axis.absent)) != (there.axis.held, bool(there.axis.absent)):
                 raise InputError(f"{captured} has other positions than {name}: what is there is not what is here")
 
-    def _selects(self, edit: Edit, name: str) -> bool:
-        """Whether an edit selects any position of a site, in the prompt or later."""
+    # -- what is never met -----------------------------------------------------------------------------------------------------------------
+
+    def _repeats(self, tower: str) -> bool:
+        """Whether a tower adds positions, pass by pass."""
+        return self.mode == "generate" and tower == "language"
+
+    def _meets(self, edit: Edit, name: str, passes: int | None) -> bool:
+        """Whether an edit comes to a position it selects, in the prompt or in one of so many passes."""
         window = self.window(name)
-        if window is None or edit.positions.kind == "all" or self._grows(edit, name):
-            return True
-        chosen = (edit.positions, getattr(edit, "keys", edit.positions))
-        return all(
-            positions.tower not in ("", window.tower) or bool(positions.covers(window).any()) for positions in chosen
-        )
+        return window is None or meets(edit, window, passes, self._repeats(window.tower))
 
-    def _check_steps(self, edit: Edit, tower: str) -> None:
-        kind = edit.steps.kind
-        if kind == "all":
-            return
-        if tower == "action" and kind != "numbers":
-            raise InputError(f"steps={kind!r} means nothing to the action tower: give numbers of denoising steps")
-        passes = self.passes if tower == {"generate": "language", "act": "action"}.get(self.mode) else 1
-        if passes is not None and not any(edit.steps.acts(step) for step in range(passes)):
+    def _refuse_unmet(self, edit: Edit, names: Sequence[str]) -> None:
+        """Raise InputError for an edit whose positions exist, but in no pass in which it acts: an empty choice only warns."""
+        always = dataclasses.replace(edit, steps=ALL_STEPS)
+        if edit.steps.kind != "all" and any(self._meets(always, name, self.passes) for name in names):
+            raise InputError(
+                f"its positions are not computed in steps={edit.steps.plain!r}: step 0 computes the prompt, each later one a new position"
+            )
+
+    def warn_unmet(self, bound: BoundGroup, passes: int) -> None:
+        """Warn of edits that never acted because a run ended after so many passes, sooner than it might have."""
+        for edit in bound.group:
+            names = [name for name, listed in bound.writes.items() if edit in listed]
+            if names and not any(self._meets(edit, name, passes) for name in names):
+                warnings.warn(
+                    f"Generation ended after {passes} steps, so {edit!r} never acted: it changed nothing.", stacklevel=3
+                )
+
+    def rows_without_selection(self, edit: Edit, name: str) -> list[int]:
+        """The rows of the batch in which an edit selects no position of the prompt; none where all rows are alike."""
+        window = self.window(name)
+        return [] if window is None else rows_without_selection(edit, window)
+
+    def _warn_of_rows(self, edit: Edit, name: str) -> None:
+        window, rows = self.window(name), self.rows_without_selection(edit, name)
+        if rows and window is not None:
+            warnings.warn(
+                f"{edit!r} selects no position of the {window.tower} tower in {len(rows)} rows of the batch, which it leaves as they are.",
+                stacklevel=7,
+            )
+
+    def _check_steps(self, edit: Edit, towers: Sequence[str]) -> None:
+        """Raise InputError for steps that a tower has none of, and for a number that the tower which runs several times does not come to."""
+        kind, numbers = edit.steps.kind, edit.steps.numbers
+        several = {"generate": "language", "act": "action"}.get(self.mode)
+        for tower in towers if kind != "all" else ():
+            if tower == "action" and kind != "numbers":
+                raise InputError(f"steps={kind!r} means nothing to the action tower: give numbers of denoising steps")
+            passes = self.passes if tower == several else 1
+            if passes is None:
+                continue
             times = "once here, as step 0" if passes == 1 else f"{passes} times here, from step 0"
-            raise InputError(f"steps={edit.steps.plain!r}: the {tower} tower runs {times}, so the edit never acts")
+            if not edit.steps.acts(0) and (passes == 1 or (numbers and min(numbers) >= passes)):
+                raise InputError(f"steps={edit.steps.plain!r}: the {tower} tower runs {times}, so the edit never acts")
+            if tower == several and numbers and numbers[-1] >= passes:
+                raise InputError(f"the {tower} tower runs {times}: step {numbers[-1]} is never reached")
 
-    def _grows(self, edit: Edit, site: str) -> bool:
-        return self.mode == "generate" and SiteName.parse(site).tower == "language" and edit.steps.kind != "prefill"
+    def _grows(self, edit: Edit, site: str) -> int:
+        """How many positions later passes add to those of the prompt, where the edit acts in them."""
+        if not self._repeats(SiteName.parse(site).tower) or edit.steps.kind == "prefill":
+            return 0
+        return UNBOUNDED if self.passes is None else max(self.passes - 1, 0)
 
     def _n_heads(self, site: str) -> int | None:
         name = SiteName.parse(site)
@@ -293,8 +353,12 @@ class Binder:
         for eager in (False, True):
             names = [site for site in sites if SiteName.parse(site).is_eager == eager]
             if names:
+                given = dict(inputs)
+                if given.get("past_key_values") is not None:
+                    # The run makes the cache longer; the edited run needs it as it was.
+                    given["past_key_values"] = copy.deepcopy(given["past_key_values"])
                 with torch.no_grad():
-                    _, cache = self.model.run_with_cache(dict(inputs), names_filter=names)
+                    _, cache = self.model.run_with_cache(given, names_filter=names)
                 found |= {site: cache[site] for site in names}
         return found
 
@@ -399,16 +463,19 @@ class Writer:
             window = self.binder.passing(hook, view, rows, first)
             given = self.captured[number]
             for edit in edits:
-                self._write(edit, view, window, hook, given)
+                if self.binder.window(hook.name) is None and hook.step == 0:
+                    self._write_named(edit, lambda edit=edit: edit.positions.check(window, UNBOUNDED))
+                self._write_named(edit, lambda edit=edit: edit.write(view, window, hook, given))
                 wrote = True
             for edit in needs:
                 given[edit, hook.name] = _from_position_0(view, window)
         return value if wrote else None
 
     @staticmethod
-    def _write(edit: Edit, view: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
+    def _write_named(edit: Edit, act: Callable[[], None]) -> None:
+        """Act for one edit; its name goes into every error."""
         try:
-            edit.write(view, window, hook, given)
+            act()
         except CircuitVisionError as error:
             text = str(error)
             raise type(error)(text if repr(edit) in text else f"{edit!r}: {text.rstrip('.')}.") from error

@@ -7,6 +7,7 @@ unpickled.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ def to_dict(edit: Edit, tensors: Tensors) -> dict[str, Any]:
     if edit.heads is not None:
         out["heads"] = list(edit.heads)
     for name, positions in ((edit.positions_name, edit.positions), ("keys", getattr(edit, "keys", None))):
-        if positions is not None and positions.kind != "all":
+        if positions is not None and (positions.kind != "all" or positions.tower):
             out[name] = _positions(positions, tensors)
     if edit.steps.kind != "all":
         out["steps"] = edit.steps.plain
@@ -195,6 +196,9 @@ def _tensor(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _positions(positions: Positions, tensors: Tensors) -> Any:
+    if positions.tower and positions.kind != "mask":
+        plain = dataclasses.replace(positions, tower="")
+        return {"tower": positions.tower, "positions": None if plain.kind == "all" else _positions(plain, tensors)}
     if positions.kind == "slice":
         return {"slice": list(positions.bounds)}
     if positions.kind == "mask":
@@ -207,6 +211,8 @@ def _positions(positions: Positions, tensors: Tensors) -> Any:
 def _read_positions(value: Any, tensors: Mapping[str, Tensor]) -> Positions:
     if not isinstance(value, Mapping):
         return Positions.of(value)
+    if "positions" in value:
+        return dataclasses.replace(_read_positions(value["positions"], tensors), tower=value["tower"])
     if "slice" in value:
         return Positions.of(slice(*value["slice"]))
     mask = Held(_tensor(value["tensor"], tensors))

@@ -3,13 +3,15 @@
 Everything here is immutable and compares by content. A tensor is held, not copied (a sweep of a thousand edits shares one source), so writing into
 it afterwards would change every edit that holds it: a held tensor remembers its version, and using it after such a write is an error.
 
-Positions are absolute: 0 is the first position of the row, padding included, and the positions that ``generate`` adds follow the prompt's. A pass of
-a run covers a window ``[first, first + length)`` of them: all of the prompt in the first pass, one new position in each decoding pass, the suffix in
-a resumed run. Selecting is the same in all three.
+Positions are absolute, and those of the tower: 0 is the first position of the row, padding included, and the positions that ``generate`` adds follow
+the prompt's. A pass of a run covers a window ``[first, first + length)`` of them: all of the prompt in the first pass, one new position in each
+decoding pass, the suffix in a resumed run. Selecting is the same in all three. A site that holds only some of the tower's positions says which
+(:class:`circuitvision.model.axes.Axis`); selecting there maps to the site's own axis, and what is asked for by number but not held is an error.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +23,10 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.axes import ALL, Axis
 from circuitvision.model.selection import Selection
 
-PositionsLike = int | slice | str | Iterable[int] | Tensor | Selection | None
+PositionsLike = int | slice | str | Iterable[int] | Tensor | Selection | tuple[str, Any] | None
 StepsLike = int | str | Iterable[int] | None
 
 
@@ -194,10 +197,30 @@ class Window:
     """Positions of the prompt: negative positions count from here."""
     tokens: Any = None
     """TokenMap of the tower, where rows must be told from examples; None where it has no map."""
-    pools: bool = False
-    """Whether the site is the attention pooling: one query that is no position of the tower."""
-    shift: int = 0
-    """Positions of the tower before the site's first one (a vision tower's embeddings have no prefix tokens)."""
+    axis: Axis = ALL
+    """Which of the tower's positions the site holds."""
+    prefix: Window | None = None
+    """The positions of another tower whose cached keys come before this one's own."""
+
+    @property
+    def columns(self) -> Tensor | None:
+        """The positions of this pass that the site holds, counted from ``first``; None for all of them."""
+        return self.axis.columns(self.first, self.length, self.prompt)
+
+    @property
+    def count(self) -> int:
+        """How many entries the site's own axis has in this pass."""
+        columns = self.columns
+        return self.length if columns is None else len(columns)
+
+    @property
+    def index(self) -> int:
+        """Where the first entry of this pass stands in the site's own axis."""
+        return self.axis.index(self.first, self.prompt)
+
+    def of_all(self, **changes: Any) -> Window:
+        """The same window where every position of the tower is held: that of its keys."""
+        return dataclasses.replace(self, axis=ALL, **changes)
 
 
 Chosen = None | slice | Tensor | tuple[Tensor, Tensor]
@@ -213,15 +236,23 @@ class Positions:
     bounds: tuple[int | None, int | None, int | None] = (None, None, None)
     mask: Held | None = None
     tower: str = ""
-    """The tower whose token map the mask was taken from, if any."""
+    """The tower whose positions these are, where that was said: by a selection, or by name."""
     label: str = field(default="", compare=False)
     """How a selection was made; says nothing of what it holds."""
 
     @classmethod
     def of(cls, spec: PositionsLike | Positions) -> Positions:
-        """From None (all), an int, a slice or range, several ints, ``"last"``, a bool tensor, or a selection of a TokenMap."""
+        """From None (all), an int, a slice or range, several ints, ``"last"``, a bool tensor, or a selection of a TokenMap.
+
+        ``(tower, one of these)`` says whose positions they are.
+        """
         if isinstance(spec, Positions):
             return spec
+        if isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[0], str):
+            found = cls.of(spec[1])
+            if found.tower not in ("", spec[0]):
+                raise InputError(f"positions={spec!r}: these were selected in the {found.tower} tower.")
+            return dataclasses.replace(found, tower=spec[0])
         if spec is None:
             return cls()
         if isinstance(spec, Selection):
@@ -248,31 +279,65 @@ class Positions:
             raise InputError(f"positions={spec!r} is not understood: numbers, a slice, 'last', or a selection.")
         return cls("ints", ints=tuple(int(n) for n in numbers))
 
-    def check(self, window: Window, may_grow: bool) -> None:
-        """Raise InputError unless every position named exists; ``may_grow`` where passes may add positions after the prompt."""
+    def check(self, window: Window, grows: int) -> None:
+        """Raise InputError unless every position named exists at the site; ``grows`` is how many positions later passes add to the prompt's."""
+        if self.tower and self.tower != window.tower:
+            raise InputError(f"the positions were selected in the {self.tower} tower, not in {window.tower}")
+        if self.kind == "all":
+            return
+        if window.axis.absent:
+            raise InputError(
+                f"{window.axis.site} has no positions in this model: {window.axis.absent}. Leave positions out"
+            )
         limit = window.prompt
         for position in self.ints:
-            if position < -limit or (position >= limit and not may_grow):
-                raise InputError(f"position {position} is outside the {limit} positions of the {window.tower} tower")
-        if self.mask is not None:
-            shape = tuple(self.mask.tensor.shape)
-            if self.tower and self.tower != window.tower:
-                raise InputError(f"the positions were selected in the {self.tower} tower, not in {window.tower}")
-            if shape[-1] != limit + (window.shift if self.tower else 0):
+            if not -limit <= position < limit + grows:
+                later = f" and the {grows} that follow" if 0 < grows < UNBOUNDED else ""
                 raise InputError(
-                    f"the mask of positions has {shape[-1]} entries, the {window.tower} tower {limit} positions"
+                    f"position {position} is outside the {limit} positions of the {window.tower} tower{later}"
                 )
-            if len(shape) == 2:
-                self._rows_of(torch.zeros(shape[0], 1, dtype=torch.bool), window, window.rows)
+        if self.mask is not None:
+            self._check_mask(self.mask.tensor, window)
+        if window.axis.held is not None and self.kind in ("ints", "last"):
+            self._check_held(window)
+
+    def _check_mask(self, mask: Tensor, window: Window) -> None:
+        shape, limit = tuple(mask.shape), window.prompt
+        if shape[-1] != limit:
+            held = (
+                f", of which {window.axis.site} holds {window.axis.said(limit)}" if window.axis.held is not None else ""
+            )
+            raise InputError(
+                f"the mask of positions has {shape[-1]} entries, the {window.tower} tower {limit} positions{held}"
+            )
+        if len(shape) == 2:
+            self._rows_of(torch.zeros(shape[0], 1, dtype=torch.bool), window, window.rows)
+
+    def _check_held(self, window: Window) -> None:
+        """Raise InputError for a position asked for by number, or as the last one, that the site does not hold."""
+        assert window.axis.held is not None
+        held, prompt = set(window.axis.held), window.prompt
+        asked = [position + prompt if position < 0 else position for position in self.ints]
+        if self.kind == "last":
+            asked = [prompt - 1] if window.tokens is None else window.tokens.last()
+        for row, position in enumerate(asked):
+            if position < prompt and position not in held:
+                whose = f", the last one of row {row}," if self.kind == "last" else ""
+                raise InputError(
+                    f"position {position}{whose} of the {window.tower} tower is not at {window.axis.site}, which holds "
+                    f"{window.axis.said(prompt)} in this run"
+                )
 
     def choose(self, window: Window, rows: int, device: torch.device | str) -> Chosen:
-        """The entries of this window that are selected, for a tensor of ``rows`` rows."""
+        """The entries of this window that are selected, in the site's own axis, for a tensor of ``rows`` rows."""
         if self.kind == "all":
             return None
-        if self.kind in ("ints", "slice"):
+        columns = window.columns
+        if columns is None and self.kind in ("ints", "slice"):
             return self._uniform(window, device)
         first, length = window.first, window.length
         mask = self._as_mask(window, rows)[:, first : first + length]
+        mask = mask if columns is None else mask[:, columns]
         if mask.shape[0] == 1:
             return mask[0].nonzero().flatten().to(device)
         found = mask.nonzero().to(device)
@@ -295,7 +360,11 @@ class Positions:
 
     def _as_mask(self, window: Window, rows: int) -> Tensor:
         """Bool ``[rows or 1, positions so far]``."""
-        if self.kind == "last":
+        if self.kind in ("ints", "slice"):
+            so_far = window.of_all(first=0, length=window.first + window.length)
+            mask = torch.zeros(1, so_far.length, dtype=torch.bool)
+            mask[:, self._uniform(so_far, "cpu")] = True
+        elif self.kind == "last":
             if window.tokens is None:
                 mask = torch.zeros(1, window.prompt, dtype=torch.bool)
                 mask[:, -1] = True
@@ -306,8 +375,6 @@ class Positions:
             assert self.mask is not None
             mask = self.mask.tensor.cpu()
             mask = mask[None] if mask.ndim == 1 else mask
-            if self.tower and window.shift:
-                mask = mask[:, window.shift :]
         if mask.shape[0] != 1:
             mask = self._rows_of(mask, window, rows)
             if bool((mask == mask[:1]).all()):
@@ -336,36 +403,36 @@ class Positions:
 
     def lowest(self, window: Window) -> int:
         """The first position selected in any row (the prompt's length if none)."""
-        chosen = self.choose(window, window.rows, "cpu")
-        if chosen is None:
-            return 0
-        if isinstance(chosen, slice):
-            return chosen.start if chosen.stop > chosen.start else window.prompt
-        columns = chosen[1] if isinstance(chosen, tuple) else chosen
-        return int(columns.min()) if columns.numel() else window.prompt
+        found = self.covers(window).any(0).nonzero()
+        return int(found[0]) if len(found) else window.prompt
 
     def covers(self, window: Window) -> Tensor:
-        """Bool ``[rows or 1, prompt]``: the positions of the prompt that are selected."""
-        chosen = self.choose(window, window.rows, "cpu")
-        out = torch.zeros(window.rows, window.prompt, dtype=torch.bool)
-        if chosen is None:
-            return ~out[:1]
+        """Bool ``[rows or 1, prompt]``: the positions of the prompt that are selected, as far as the site holds them."""
+        whole = window.of_all(first=0, length=window.prompt)
+        chosen = self.choose(whole, window.rows, "cpu")
+        out = torch.zeros(window.rows if isinstance(chosen, tuple) else 1, window.prompt, dtype=torch.bool)
         if isinstance(chosen, tuple):
             out[chosen] = True
-            return out
-        out[:, chosen] = True
-        return out[:1]
+        else:
+            out[:, slice(None) if chosen is None else chosen] = True
+        columns = window.axis.columns(0, window.prompt, window.prompt)
+        if columns is not None:
+            held = torch.zeros(window.prompt, dtype=torch.bool)
+            held[columns] = True
+            out &= held
+        return out
 
     @property
     def plain(self) -> Any:
         """As it would be written by hand; a mask as its label or shape."""
+        found: Any = None if self.kind == "all" else self.kind
         if self.kind == "ints":
-            return self.ints[0] if len(self.ints) == 1 else list(self.ints)
-        if self.kind == "slice":
-            return slice(*self.bounds)
-        if self.kind == "mask":
+            found = self.ints[0] if len(self.ints) == 1 else list(self.ints)
+        elif self.kind == "slice":
+            found = slice(*self.bounds)
+        elif self.kind == "mask":
             return self.label or f"mask{list(self.mask.tensor.shape) if self.mask else ''}"
-        return None if self.kind == "all" else self.kind
+        return (self.tower, found) if self.tower else found
 
 
 def heads_of(spec: int | Iterable[int] | None) -> tuple[int, ...] | None:
@@ -397,5 +464,7 @@ def is_empty(chosen: Chosen) -> bool:
     return (chosen[0] if isinstance(chosen, tuple) else chosen).numel() == 0
 
 
+UNBOUNDED = 2**40
+"""Positions that later passes add where nothing says when a run ends."""
 ALL_POSITIONS = Positions()
 ALL_STEPS = Steps()

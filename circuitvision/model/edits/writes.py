@@ -37,14 +37,14 @@ def _check_fits(value: Any, model: HookedModel, site: str, window: Window | None
     width = width_of(model, site)
     if width is not None and source.shape[-1] not in (1, width):
         raise InputError(f"its source has shape {tuple(source.shape)}; {site} has {width} coordinates")
-    if source.ndim == 1 or window is None:
-        return
     name = SiteName.parse(site)
+    if source.ndim == 1 or window is None or (window.axis.absent and not name.is_pattern):
+        return
     headed = name.has_heads
     ndim = 4 if headed else 3
-    expected = [window.rows, window.prompt, *([n_heads] if headed else [])]
+    expected: list[int | None] = [window.rows, window.count, *([n_heads] if headed else [])]
     if name.is_pattern:
-        expected[1:] = [n_heads, None if window.pools else window.prompt]
+        expected[1:] = [n_heads, None if window.axis.absent else window.count]
     shape = [1] * (ndim - source.ndim) + list(source.shape)
     if len(shape) > ndim or any(
         have not in (1, want) for have, want in zip(shape, expected, strict=False) if want is not None
@@ -80,7 +80,7 @@ class _Sourced(Edit):
                 raise InputError(f"its source does not hold {missing[0]}; ask for it when the cache is made.")
         return names
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         _check_fits(self.source_at(site, {}), model, site, window, n_heads)
 
@@ -128,7 +128,7 @@ class Ablate(_Sourced):
             return given.get((self, site)) if given else None
         return super().source_at(site, given)
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         if self.method == "heads" and (self.heads is None or not SiteName.parse(site).has_heads):
             raise InputError("the mean over the other heads needs heads=… at a site that has heads")
@@ -169,7 +169,7 @@ class Steer(Edit):
     def does_nothing(self) -> bool:
         return self.scale == 0.0
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         _check_fits(self.direction, model, site, window, n_heads)
 
@@ -202,7 +202,7 @@ class Scale(Edit):
     def does_nothing(self) -> bool:
         return self.clip is None and not isinstance(self.factor, Held) and float(self.factor) == 1.0
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         _check_fits(self.factor, model, site, window, n_heads)
 
@@ -237,7 +237,7 @@ class Overwrite(Edit):
     def does_nothing(self) -> bool:
         return not self.neurons
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         width = width_of(model, site) if self.dictionary is None else None
         if width is not None:
@@ -291,7 +291,7 @@ class Project(_Sourced):
     kind = "project"
     basis: Held | None = None
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         assert self.basis is not None
         width, given = width_of(model, site), self.basis.tensor.shape[0]
@@ -319,7 +319,7 @@ class Freeze(Edit):
     def captured(self) -> str | None:
         return self.at
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         names = model.sites()
         if self.at not in names:
@@ -351,21 +351,33 @@ class Permute(Edit):
     def does_nothing(self) -> bool:
         return self.order == tuple(range(len(self.order)))
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
-        if window is not None:
-            counts = self.positions.covers(window).sum(1)
-            if bool((counts != len(self.order)).any()):
-                raise InputError(
-                    f"its order has {len(self.order)} entries for {sorted(set(counts.tolist()))} positions"
-                )
+        if window is None:
+            return
+        counts = self.positions.covers(window).sum(1)
+        if self.positions.kind == "ints":
+            self._ascending(window)
+        if bool((counts != len(self.order)).any()):
+            raise InputError(f"its order has {len(self.order)} entries for {sorted(set(counts.tolist()))} positions")
+
+    def _ascending(self, window: Window) -> tuple[int, ...]:
+        """The order over the selected positions as a tensor holds them: ascending, where numbers may be given in any order."""
+        if self.positions.kind != "ints":
+            return self.order
+        given = [position % window.prompt if position < 0 else position for position in self.positions.ints]
+        if len(set(given)) != len(given):
+            raise InputError("its positions name one position twice")
+        ranks = {position: rank for rank, position in enumerate(sorted(given))}
+        ascending = sorted(range(len(given)), key=given.__getitem__)
+        return tuple(ranks[given[self.order[number]]] for number in ascending if number < len(self.order))
 
     def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
-        """``x'[p_i] = x[p_order(i)]`` over the selected positions ``p``, in ascending order."""
+        """``x'[p_i] = x[p_order(i)]`` over the selected positions ``p``: numbers in the order given, all else ascending."""
         at = self._place(value, window, hook, given) if self.steps.acts(hook.step) else None
         if at is None:
             return
-        order = torch.tensor(self.order, device=value.device)
+        order = torch.tensor(self._ascending(window), device=value.device)
         taken = value[at.index]
         per_row = isinstance(at.index[0], Tensor)
         count = len(order)

@@ -1,0 +1,185 @@
+"""Which positions of a tower a site holds: the map between the two, worked out from the family table before anything runs.
+
+Positions are said in one way everywhere: as positions of the tower whose token map names them, counted from the first one of the row (what a cache
+of keys and values holds included). Most sites hold all of them. Those that do not:
+
+* a projector holds what its vision tower hands on: all positions, or all but the first where the family drops the class token;
+* an image tower's ``hook_embed`` has no prefix tokens yet;
+* an output head reads what the family pools, the last positions (``logits_to_keep``, which ``generate`` sets to 1), or the last ones of a chunk;
+* a pooled site, and the one query of attention pooling, is no position at all;
+* a run that continues a cache (``past_key_values``) computes the positions behind it.
+
+An :class:`Axis` says which positions a site holds in the first pass; positions that ``generate`` adds later are held by every site that has any.
+
+Not covered: heads that read another choice of positions in each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.model.sites import SiteName
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.tokens import TokenMap
+    from circuitvision.model.tower import Tower
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The positions of a tower that a site's position axis holds in the first pass, in order; None for all of them."""
+
+    held: Sequence[int] | None = None
+    absent: str = ""
+    """Why the site has no position axis in this model; "" where it has one."""
+    site: str = ""
+
+    def columns(self, first: int, length: int, prompt: int) -> Tensor | None:
+        """Which of the positions ``first … first + length`` the site holds, counted from ``first``; None for all of them."""
+        if self.held is None or first >= prompt:
+            return None
+        end = first + length
+        here = [position - first for position in self.held if first <= position < end]
+        later = range(max(prompt - first, 0), length)
+        return None if len(here) + len(later) == length else torch.tensor([*here, *later], dtype=torch.long)
+
+    def index(self, first: int, prompt: int) -> int:
+        """Where position ``first``, or the first held one after it, stands in the site's own axis."""
+        if self.held is None:
+            return first
+        return sum(position < first for position in self.held) + max(first - prompt, 0)
+
+    def said(self, prompt: int) -> str:
+        """What is held, in words."""
+        held = list(range(prompt)) if self.held is None else list(self.held)
+        if not held:
+            return "no position of the prompt"
+        ends = f"{held[0]}…{held[-1]}" if len(held) > 1 else f"{held[0]}"
+        return f"position{'s' if len(held) > 1 else ''} {ends}"
+
+
+ALL = Axis()
+
+
+def tower_of(model: HookedModel, name: SiteName) -> str:
+    """The tower whose positions a site's are: its own, or the one that a projector reads."""
+    if name.tower in model.towers:
+        return name.tower
+    behind = (t for t, tower in model.towers.items() if tower.spec.readout and tower.spec.readout.finish == "projector")
+    return next(behind, name.tower)
+
+
+def axis_of(
+    tower: Tower, name: SiteName, tokens: TokenMap, settings: Mapping[str, Any], generating: bool = False
+) -> Axis:
+    """The axis of a site in a run with these inputs and settings; ``generating`` where the head reads the last position alone."""
+    count, site = tokens.n_positions, str(name)
+    if name.tower != tower.name:
+        return Axis(range(1, count), site=site) if drops_first(tower, settings) else Axis(site=site)
+    if name.site.startswith("pool."):
+        if name.stage in ("hook_k", "hook_v"):
+            return Axis(site=site)
+        return Axis(absent="its one query is no position", site=site)
+    if name.layer is not None:
+        return Axis(_from_past(tower, tokens, settings), site=site)
+    if name.site == "hook_embed" and tower.stack.image:
+        return Axis(range(tower.cfg.n_prefix, count), site=site)
+    if name.site == "hook_readout":
+        return _head_axis(tower, tokens, settings, generating, site)
+    if name.site.startswith("ln_final.") and not _norms_positions(tower):
+        return Axis(absent="they are pooled before it, or nothing reads it", site=site)
+    return Axis(_from_past(tower, tokens, settings), site=site)
+
+
+def drops_first(tower: Tower, settings: Mapping[str, Any]) -> bool:
+    """Whether the first position of a vision tower is dropped on the way to the projector, as the call or the configuration says."""
+    if tower.spec.feature_select is None:
+        return False
+    given = settings.get(tower.spec.feature_select)
+    return (getattr(tower.config_of_model, tower.spec.feature_select) if given is None else given) == "default"
+
+
+def _norms_positions(tower: Tower) -> bool:
+    """Whether the final norm runs on every position, before any pooling."""
+    readout = tower.spec.readout
+    return readout is None or (readout.normed and readout.norm_first)
+
+
+def _head_axis(tower: Tower, tokens: TokenMap, settings: Mapping[str, Any], generating: bool, site: str) -> Axis:
+    readout = tower.spec.readout
+    assert readout is not None
+    if readout.pool == "chunk":
+        reads = torch.from_numpy(tokens.kind == readout.reads[0]).all(0)
+        return Axis(reads.nonzero().flatten().tolist(), site=site)
+    if readout.pool != "none":
+        return Axis(absent="they are pooled before it", site=site)
+    held = _from_past(tower, tokens, settings)
+    computed = range(tokens.n_positions) if held is None else held
+    kept = settings.get("logits_to_keep")
+    kept = (1 if generating else 0) if kept is None else kept
+    if isinstance(kept, Tensor):
+        if kept.ndim != 1 or kept.dtype == torch.bool:
+            return Axis(absent="logits_to_keep chooses them row by row", site=site)
+        return Axis([computed[number] for number in kept.tolist()], site=site)
+    return Axis(computed[-int(kept) :] if kept else held, site=site)
+
+
+def _from_past(tower: Tower, tokens: TokenMap, settings: Mapping[str, Any]) -> range | None:
+    """The positions behind those that a cache already holds; None where there is no such cache."""
+    past = 0 if tower.stack.image else past_length(settings)
+    return range(past, tokens.n_positions) if past else None
+
+
+def past_length(inputs: Mapping[str, Any]) -> int:
+    """How many positions the cache in ``past_key_values`` holds before this run: 0 without one.
+
+    The run itself makes the cache longer, so a mask that covers more than the ids says it for good.
+    """
+    past = inputs.get("past_key_values")
+    if past is None:
+        return 0
+    if not hasattr(past, "get_seq_length"):
+        raise InputError(
+            f"past_key_values is a {type(past).__name__}; give the cache that a run with use_cache=True returned."
+        )
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > ids.shape[1]:
+        return int(mask.shape[1] - ids.shape[1])
+    return int(past.get_seq_length())
+
+
+def holds_past(inputs: Mapping[str, Any]) -> bool:
+    """Whether ``input_ids`` repeat what the cache holds, as ``generate`` allows: the mask then has their length."""
+    ids, mask, past = inputs.get("input_ids"), inputs.get("attention_mask"), past_length(inputs)
+    if not isinstance(ids, Tensor) or not past or ids.shape[1] <= past:
+        return False
+    return isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == ids.shape[1]
+
+
+def prefix_of(model: HookedModel, name: str) -> str:
+    """The tower whose cached keys and values a tower sees before its own; "" if there is none."""
+    before = ""
+    for tower in model.towers.values():
+        if tower.name == name:
+            return "" if tower.stack.image or tower.spec.feeds_cache_only else before
+        before = tower.name if tower.spec.feeds_cache_only else before
+    return before
+
+
+def positions_of(model: HookedModel, site: str, inputs: Mapping[str, Any]) -> list[int]:
+    """The positions of its tower that a site holds in one run; empty where it has none."""
+    name = SiteName.parse(site)
+    tokens = model.tokens(inputs).get(tower_of(model, name))
+    if tokens is None:
+        return []
+    axis = axis_of(model.towers[tokens.tower], name, tokens, inputs)
+    if axis.absent:
+        return []
+    return list(range(tokens.n_positions)) if axis.held is None else list(axis.held)
