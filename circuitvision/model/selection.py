@@ -108,7 +108,7 @@ class Selection:
         return Selection(self.tokens, self.mask & ~self._other(other), f"({self.label} - {other.label})")
 
     def __invert__(self) -> Selection:
-        return Selection(self.tokens, ~self.mask & (self.tokens.kind != "padding"), f"~{self.label}")
+        return Selection(self.tokens, ~self.mask & self.tokens.present, f"~{self.label}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Selection) and other.tower == self.tower and np.array_equal(self.mask, other.mask)

@@ -159,10 +159,6 @@ class Edit:
 
     # -- meeting a model -------------------------------------------------------------------------------------------------------------------
 
-    def clean_sites(self, model: HookedModel) -> list[str]:
-        """Sites whose values in the unedited run this edit needs."""
-        return []
-
     def captured(self) -> str | None:
         """A site whose value, in the edited run itself, this edit needs later in the same pass."""
         return None

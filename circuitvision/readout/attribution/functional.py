@@ -303,7 +303,7 @@ def positions_read(
         tokens = tokens_of(cache, tower.name)
         # A later pass holds only what it generated: all of it is real.
         whole = tokens.n_positions == length and tokens.n_rows == rows
-        real = torch.from_numpy(tokens.kind != "padding") if whole else torch.ones(rows, length, dtype=torch.bool)
+        real = torch.from_numpy(tokens.present) if whole else torch.ones(rows, length, dtype=torch.bool)
         if position == "mean":
             mask[:, start:] = real[:, start:]
             return mask

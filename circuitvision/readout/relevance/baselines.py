@@ -119,7 +119,7 @@ def _counted(model: Any, inputs: Mapping[str, Any], value: Tensor, place: Place,
         real = torch.zeros(pictures.numel(), dtype=torch.bool)
         real[rows_of_pixels(model, inputs)] = True
         return real.view(*pictures, 1, 1, 1).to(value.device)
-    real = torch.from_numpy(place.kind != "padding").to(value.device)
+    real = torch.from_numpy(present(place.kind)).to(value.device)
     return real.view(*real.shape, *[1] * (value.ndim - 2))
 
 
@@ -133,7 +133,7 @@ def _where_there(mean: Tensor, there: Tensor, variable: Variable, needed: Tensor
                 "data set."
             )
         return torch.where(real, mean, variable.value)
-    real = torch.from_numpy(variable.place.kind != "padding")
+    real = torch.from_numpy(present(variable.place.kind))
     wanted = real if needed is None else real & needed.cpu()
     missing = (wanted & ~there.reshape(there.shape[:2]).cpu()).nonzero().tolist()
     if missing:
@@ -152,7 +152,7 @@ def _mean_of_kind(value: Tensor, place: Place) -> Tensor:
     images = place.tokens.image_number[:, place.dropped :]
     for row in range(value.shape[0]):
         for kind, image in set(zip(kinds[row].tolist(), images[row].tolist(), strict=True)):
-            if kind != "padding":
+            if kind not in ABSENT:
                 same = torch.from_numpy((kinds[row] == kind) & (images[row] == image)).to(value.device)
                 out[row, same] = value[row, same].to(wide_type(value)).mean(0).to(value)
     return out

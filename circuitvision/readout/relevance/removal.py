@@ -28,7 +28,7 @@ from torch import Tensor
 from circuitvision import edits
 from circuitvision.errors import InputError
 from circuitvision.model.selection import Selection
-from circuitvision.model.tokens import KINDS
+from circuitvision.model.tokens import KINDS, present
 from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
 from circuitvision.readout.relevance.gradients import result_at
 from circuitvision.readout.relevance.result import Relevance, warn_undefined
@@ -149,7 +149,7 @@ def _region(where: Place, region: Selection | Tensor) -> np.ndarray[Any, Any]:
             f"A region is a Selection or a bool mask {list(tokens.kind.shape)} of this run's rows and positions, not {list(mask.shape)} of "
             f"{mask.dtype}."
         )
-    mask = mask & (where.kind != "padding")
+    mask = mask & present(where.kind)
     if not mask.any():
         raise InputError(f"{region!r} holds no position; leave empty regions out.")
     return mask
