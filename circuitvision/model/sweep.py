@@ -85,7 +85,7 @@ class SweepResult(Result):
 
     def top(self, count: int = 10) -> list[tuple[str, float]]:
         """The edits with the largest absolute mean effect, strongest first."""
-        mean = self.effect.mean(-1).flatten()
+        mean = self.effect.nanmean(-1).flatten()
         order = mean.abs().nan_to_num(-1.0).argsort(descending=True, stable=True).tolist()
         found = [(self.edits[index], float(mean[index])) for index in order if not mean[index].isnan()]
         return found[:count]

@@ -282,9 +282,9 @@ class Binder:
                     self._check_mean(edit, [maps for _, maps in parts[data]])
         sites = sorted({site for _, site in draws} | {s for e in by_data.get(None, ()) for s in e.sites(self.model)})
         clean = self._clean(self.inputs, sites)
-        for (edit, site), draw in draws.items():
+        for (edit, site), drawn in draws.items():
             with _naming(edit):
-                self._give_draw(edit, site, clean[site], draw)
+                self._give_draw(edit, site, clean[site], drawn)
         for data, group in by_data.items():
             self._give_means(group, parts[data], clean if data is None else None)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from circuitvision import metrics
 from circuitvision.errors import InputError
+from circuitvision.model.averages import Layout
 from circuitvision.model.inputs import refuse_cache
 from circuitvision.model.routes import is_dual
 from circuitvision.model.sites import SiteName
@@ -91,6 +92,11 @@ class Place:
     def kind(self) -> np.ndarray[Any, Any]:
         """Kind of every position, ``[row pos]``."""
         return self.tokens.kind[:, self.dropped :]
+
+    @property
+    def layout(self) -> Layout:
+        """What the entries of the site are, for averages."""
+        return Layout.of_tokens(self.tokens, self.dropped)
 
     @property
     def labels(self) -> list[list[str]]:
