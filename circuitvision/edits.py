@@ -229,10 +229,17 @@ def project(
     """Subspace interchange: inside the span of ``basis`` the selected entries take the source's values, outside it they keep their own.
 
     ``x' = x + (source - x) V Vᵀ`` with ``V`` orthonormal and of the span of ``basis``, ``[d]`` or ``[d, k]`` (columns); its sign, scale and
-    rotation do not matter. Raises InputError for dependent columns (Geiger et al. 2023, arXiv 2303.02536; Makelov et al. 2023, arXiv 2311.17030).
+    rotation do not matter. No gradient reaches the basis: one that asks for it warns. Raises InputError for dependent columns (Geiger et al. 2023,
+    arXiv 2303.02536; Makelov et al. 2023, arXiv 2311.17030).
     """
     if not isinstance(basis, Tensor):
         raise InputError(f"A basis is a tensor [d] or [d, k], not {type(basis).__name__}.")
+    if basis.requires_grad and torch.is_grad_enabled():
+        warnings.warn(
+            "project keeps an orthonormal copy of the basis, which no gradient reaches: basis.grad stays None. To train a basis, write the "
+            "interchange with edits.apply(site, lambda x, hook: x + (source - x) @ V @ V.T); to use it as it is, pass basis.detach().",
+            stacklevel=2,
+        )
     columns = basis.detach()[:, None] if basis.ndim == 1 else basis.detach()
     if columns.ndim != 2 or columns.shape[1] > columns.shape[0] or columns.shape[1] == 0:
         raise InputError(f"A basis is [d] or [d, k] with k <= d, not {tuple(basis.shape)}.")

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from circuitvision import edits
 from circuitvision.errors import InputError
+from circuitvision.model.routes import rows_serve_all
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import KINDS, present
 from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
@@ -37,7 +38,6 @@ from circuitvision.readout.relevance.variables import (
     Place,
     Variable,
     checked_tower,
-    rows_serve_all,
     wide,
 )
 
@@ -92,7 +92,11 @@ def occlusion(
     removed = torch.stack([torch.from_numpy(mask) for whole in masks for mask in _apart(whole, alone)])
     source = start_of(place, baseline, removed.any(0))
     swept = model.sweep(
-        place.inputs, [edits.replace(place.site, source, positions=mask) for mask in removed], metric, progress=progress
+        place.inputs,
+        [edits.replace(place.site, source, positions=mask) for mask in removed],
+        metric,
+        empty="clean",
+        progress=progress,
     )
     lost = wide(swept.clean) - wide(swept.values)
     example = where.tokens.example.tolist()

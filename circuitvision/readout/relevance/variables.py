@@ -26,7 +26,6 @@ from circuitvision import metrics
 from circuitvision.errors import InputError
 from circuitvision.model.averages import Layout
 from circuitvision.model.inputs import refuse_cache
-from circuitvision.model.routes import is_dual
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import Packing
 
@@ -74,11 +73,6 @@ def checked_tower(model: HookedModel, tower: str | None) -> str:
     if tower is not None and tower not in model.towers:
         raise InputError(f"This model has no tower {tower!r}; its towers are {', '.join(model.towers)}.")
     return image_tower(model) if tower is None else tower
-
-
-def rows_serve_all(model: HookedModel, tower: str) -> bool:
-    """Whether every example's metric depends on every row of a tower: the texts that a dual encoder compares its images with."""
-    return is_dual(model) and tower in model.towers and not model.towers[tower].stack.image
 
 
 @dataclass(frozen=True, eq=False)

@@ -246,7 +246,7 @@ def _true_classes(
 ) -> Tensor:
     """For every row, the number of its class among ``columns``."""
     wanted = labels.tolist() if isinstance(labels, Tensor) else list(labels)
-    n_examples = int(tokens.example.max()) + 1
+    n_examples = tokens.n_examples
     if len(wanted) != n_examples:
         raise InputError(f"There are {len(wanted)} labels for {n_examples} examples; give one each.")
     found = outputs.find(wanted)
