@@ -182,7 +182,8 @@ def _ablated(model: Any, inputs: Mapping[str, Any], heads: Mapping[str, list[int
     """The output with some heads at their means, where the run has anything."""
     tokens, group = model.tokens(inputs), []
     for site, numbers in heads.items():
-        source, there = means[site].source(Layout.of_tokens(tokens[SiteName.parse(site).tower]))
+        own = tokens.get(SiteName.parse(site).tower)
+        source, there = means[site].source(None if own is None else Layout.of_tokens(own))
         everywhere = there is None or bool(there.all())
         group.append(edits.ablate(site, source, heads=numbers, positions=None if everywhere else there))
     return model.run(inputs, group)

@@ -170,17 +170,17 @@ class Tally:
             )
         return total / count.clamp_min(1).view(*count.shape, *[1] * (total.ndim - count.ndim))
 
-    def source(self, layout: Layout) -> tuple[Tensor, Array | None]:
-        """What a run of this layout gets, broadcasting to the site, and which entries get it (None: all)."""
+    def source(self, layout: Layout | None) -> tuple[Tensor, Array | None]:
+        """What a run gets, broadcasting to the site, and which entries get it (None: all); its layout is None where no token map says it."""
         if self.average == "position" and not self.without_positions:
             mean = self.mean()
-            if layout.kind is None:
-                return mean[None], None if bool(layout.there.all()) else layout.there
+            if layout is None or layout.kind is None:
+                return mean[None], None if layout is None or bool(layout.there.all()) else layout.there
             length = layout.there.shape[1]
             mean = mean[:length]
             missing = mean.new_zeros(length - len(mean), *mean.shape[1:])
             return torch.cat([mean, missing])[None], layout.there
-        if self.average == "kind" and layout.kind is not None:
+        if self.average == "kind" and layout is not None and layout.kind is not None:
             found = {kind: self.mean(kind) for kind in self.sums}
             one = next(iter(found.values()))
             out = one.new_zeros(*layout.kind.shape, *one.shape)

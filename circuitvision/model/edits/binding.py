@@ -361,13 +361,13 @@ class Binder:
                         sources[key] = tallies[key].source(self._own_layout(site, clean))
                     self._give(edit, site, *sources[key])
 
-    def _own_layout(self, site: str, clean: Mapping[str, Tensor] | None) -> Layout:
-        """The layout of a site in the run that is edited."""
+    def _own_layout(self, site: str, clean: Mapping[str, Tensor] | None) -> Layout | None:
+        """The layout of a site in the run that is edited; None where only the run itself can tell."""
         window = self.window(site)
         if clean is not None:
             return Layout.of(self.model, self.maps, site, clean[site].shape)
         if window is None or window.tokens is None or window.pools:
-            return Layout("", np.zeros(1, dtype=int), np.ones((1, 1), dtype=bool))
+            return None
         return Layout.of_tokens(window.tokens, window.shift)
 
     def _give(self, edit: Ablate, site: str, value: Tensor, there: Any) -> None:
