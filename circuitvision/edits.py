@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.averages import average_of
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.edits.attention import AddAttentionBias, BlockAttention, DeleteTokens, ScaleAttention
 from circuitvision.model.edits.base import Edit
@@ -57,6 +58,7 @@ from circuitvision.model.edits.writes import (
     Scale,
     Steer,
 )
+from circuitvision.model.selection import Selection
 from circuitvision.model.sites import is_glob, matches
 
 Heads = int | Iterable[int] | None
@@ -106,7 +108,7 @@ def ablate(
     with_: Any = "zero",
     *,
     dataset: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-    average: str = "position",
+    average: str | Iterable[str] | Selection = "position",
     seed: int = 0,
     heads: Heads = None,
     positions: PositionsLike = None,
@@ -114,19 +116,27 @@ def ablate(
 ) -> Edit:
     """Constant ablation: the selected entries lose what they say about this example.
 
-    ``with_`` is ``"zero"``; ``"mean"``, over the rows of ``dataset`` (inputs, or a sequence of inputs) or of the run itself, for each position
-    (``average="position"``) or over positions too (``average="all"``); ``"resample"``, the value in another row of the run, drawn by ``seed`` so
-    that no row keeps its own; a tensor, number or cache, as in :func:`replace`; or ``"heads"``, the mean of the other heads. The last depends on
-    the basis of the value space, which means nothing to the model (V-SEAM, arXiv 2509.14837, uses it), and warns.
+    ``with_`` is ``"zero"``; ``"mean"``, over what is there in ``dataset`` (inputs, or a sequence of inputs of any lengths) or in the run itself;
+    ``"resample"``, the value in another example of the run; a tensor, number or cache, as in :func:`replace`; or ``"heads"``, the mean of the other
+    heads. The last depends on the basis of the value space, which means nothing to the model (V-SEAM, arXiv 2509.14837, uses it), and warns.
 
-    Raises InputError for an unknown word.
+    ``average`` says what the mean goes over: the rows, for each position (``"position"``); positions too (``"all"``), those of one kind or several
+    (``"patch"``, ``["patch", "text"]``: see ``circuitvision.model.tokens.KINDS``), or of a selection of the data set's tokens; ``"kind"`` gives every
+    position the mean over its own kind. Padding, empty cells of a grid and absent cameras count nowhere, so columns of padding change nothing. A
+    mean per position, and a draw, is taken where something is and leaves the rest as it is; positions generated later keep their own values.
+
+    A draw by ``seed`` leaves no example its own value. Rows of several images or tiles take those of the same number. Where rows do not line up, the
+    ``i``-th position of a kind takes the value of the ``i``-th of that kind (``positions="last"``: counted from the end), and an example with too few
+    of them is not drawn from.
+
+    Raises InputError for an unknown word. Before the run: a mean per position where rows hold different things, where the data set holds
+    nothing, or over a single row of the run; a draw from a single example, or where no example has enough positions of a kind.
     """
     words = ("zero", "mean", "resample", "heads")
     method, source = (with_, None) if isinstance(with_, str) else ("given", _source(site, with_))
     if method not in (*words, "given"):
         raise InputError(f"with_={with_!r} is not understood: {', '.join(map(repr, words))}, or a value.")
-    if average not in ("position", "all"):
-        raise InputError(f"average={average!r} is not understood: 'position' or 'all'.")
+    over = average_of(average)
     if method == "heads":
         warnings.warn(
             "The mean over other heads depends on the basis of each head's values, which the model's function does not; "
@@ -140,7 +150,7 @@ def ablate(
             raise InputError("dataset is one mapping of inputs, or several.")
         sets = tuple(HeldMapping.of(inputs) for inputs in listed)
     return Ablate(
-        site, **_where(heads, positions, steps), source=source, method=method, dataset=sets, average=average, seed=seed
+        site, **_where(heads, positions, steps), source=source, method=method, dataset=sets, average=over, seed=seed
     )
 
 
@@ -219,10 +229,17 @@ def project(
     """Subspace interchange: inside the span of ``basis`` the selected entries take the source's values, outside it they keep their own.
 
     ``x' = x + (source - x) V Vᵀ`` with ``V`` orthonormal and of the span of ``basis``, ``[d]`` or ``[d, k]`` (columns); its sign, scale and
-    rotation do not matter. Raises InputError for dependent columns (Geiger et al. 2023, arXiv 2303.02536; Makelov et al. 2023, arXiv 2311.17030).
+    rotation do not matter. No gradient reaches the basis: one that asks for it warns. Raises InputError for dependent columns (Geiger et al. 2023,
+    arXiv 2303.02536; Makelov et al. 2023, arXiv 2311.17030).
     """
     if not isinstance(basis, Tensor):
         raise InputError(f"A basis is a tensor [d] or [d, k], not {type(basis).__name__}.")
+    if basis.requires_grad and torch.is_grad_enabled():
+        warnings.warn(
+            "project keeps an orthonormal copy of the basis, which no gradient reaches: basis.grad stays None. To train a basis, write the "
+            "interchange with edits.apply(site, lambda x, hook: x + (source - x) @ V @ V.T); to use it as it is, pass basis.detach().",
+            stacklevel=2,
+        )
     columns = basis.detach()[:, None] if basis.ndim == 1 else basis.detach()
     if columns.ndim != 2 or columns.shape[1] > columns.shape[0] or columns.shape[1] == 0:
         raise InputError(f"A basis is [d] or [d, k] with k <= d, not {tuple(basis.shape)}.")

@@ -363,11 +363,13 @@ def _draw_pairs(model: str | Path | Any, count: int, seed: int) -> list[Question
 def held_out_pairs(count: int, seed: int, kind: str = "color") -> list[QuestionPair]:
     """Pairs about objects of colour-shape pairs that the shapes models never saw in training, each pair equally often."""
     from circuitvision.data.questions import sample_question_pairs
-    from circuitvision.data.scenes import TEST_PAIRS
+    from circuitvision.data.scenes import TEST_PAIRS, TRAIN_PAIRS
 
     each = -(-count // len(TEST_PAIRS))
     rows = [
-        sample_question_pairs(each, seed * len(TEST_PAIRS) + number, kind=kind, subjects=[subject])
+        sample_question_pairs(
+            each, seed * len(TEST_PAIRS) + number, kind=kind, subjects=[subject], distractors=TRAIN_PAIRS
+        )
         for number, subject in enumerate(TEST_PAIRS)
     ]
     return [pair for column in zip(*rows, strict=True) for pair in column][:count]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -174,6 +174,26 @@ class Result:
             for key, value in rows.items()
         )
         return f"<table><caption>{html.escape(type(self).__name__)}</caption>{cells}</table>"
+
+
+def by_example(values: Tensor, example: Sequence[int] | None) -> Tensor:
+    """Values ``[… row]`` as ``[… example]``: the mean over the rows of each example, without those that hold NaN.
+
+    Rows of one example (its images, tiles, cameras) are not independent: an error over examples counts them once.
+    """
+    if not example or len(example) != values.shape[-1] or len(set(example)) == len(example):
+        return values
+    names = sorted(set(example))
+    rows = [[row for row, owner in enumerate(example) if owner == name] for name in names]
+    return torch.stack([values[..., own].nanmean(-1) for own in rows], dim=-1)
+
+
+def standard_error(values: Tensor) -> Tensor:
+    """Standard error of the mean over the last axis (independent examples), without NaN; NaN where there are fewer than two."""
+    exact = values.double()
+    count = (~exact.isnan()).sum(-1)
+    spread = (exact - exact.nanmean(-1, keepdim=True)).square().nansum(-1) / (count - 1)
+    return torch.where(count > 1, (spread / count).sqrt(), torch.nan)
 
 
 def as_builtin(value: Any) -> Any:

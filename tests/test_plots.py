@@ -121,7 +121,7 @@ def sweep_result(values: list[list[float]], labels: list[str], **keywords) -> Sw
 def test_sweep_figure_shows_the_strongest_edits_and_says_the_finding():
     labels = [f"ablate('language.blocks.{n}.attn.hook_z', seed=0, heads=[{n}])" for n in range(4)]
     result = sweep_result(
-        [[11.0, 11.5], [4.0, 6.0], [float("nan"), 9.0], [10.0, 10.0]], labels, interrupted="Stop: <i>"
+        [[11.0, 11.5], [4.0, 6.0], [float("nan"), float("nan")], [10.0, 10.0]], labels, interrupted="Stop: <i>"
     )
     figure = result.plot(count=2)
     (bars,) = figure.data

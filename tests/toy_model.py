@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,9 @@ class ToyModel:
 
     def positions(self, site: str, inputs: dict[str, Tensor]) -> list[int]:
         return [0]
+
+    def tokens(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        return {}
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.run_with_hooks(inputs)

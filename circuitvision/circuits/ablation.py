@@ -8,7 +8,7 @@ What is counted is *pairs*: two inputs whose right answers differ, both answered
 difference gets none of them, whatever it says, while single answers could be right by a fixed guess. A drop means
 little without the random sets beside it, since any damage costs something.
 
-Not covered: sets of anything but heads, inputs of different lengths.
+Not covered: sets of anything but heads; inputs whose positions hold different things (prompts of other lengths are fine where they line up).
 
 Reference: mean ablation and random controls as in Wang et al. 2022 (arXiv 2211.00593).
 """
@@ -27,6 +27,8 @@ from torch import Tensor
 from circuitvision import edits, metrics
 from circuitvision.circuits.names import head_id, parse_id
 from circuitvision.errors import InputError
+from circuitvision.model.averages import Layout, Tally, check_aligned
+from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
 from circuitvision.progress import track
 from circuitvision.provenance import describe
@@ -109,9 +111,8 @@ def ablation_check(
         position: where the answer is read.
 
     Raises:
-        InputError: dropout in training mode, no pairs, no heads, heads the model does not have or declares dead, too few other heads, or
-        batches of different
-            shapes.
+        InputError: dropout in training mode, no pairs, no heads, heads the model does not have or declares dead, too few
+            other heads, or batches whose positions do not line up.
     """
     if not pairs or not heads:
         raise InputError("An ablation check needs at least one batch of pairs and one head.")
@@ -164,41 +165,48 @@ def _runs(model: Any, batch: PairBatch) -> list[_Run]:
     return [(batch.clean, answer, foil), (batch.corrupt, foil, answer)]
 
 
-def _means(model: Any, runs: Sequence[_Run], sites: Sequence[str]) -> dict[str, Tensor]:
-    totals: dict[str, Tensor] = {}
-    rows: dict[str, int] = dict.fromkeys(sites, 0)
-    for inputs, _, _ in runs:
+def _means(model: Any, runs: Sequence[_Run], sites: Sequence[str]) -> dict[str, Tally]:
+    """The mean of every site over the runs, per position; InputError where positions do not line up."""
+    maps = [model.tokens(inputs) for inputs, _, _ in runs]
+    for tower in dict.fromkeys(SiteName.parse(site).tower for site in sites):
+        layouts = [Layout.of_tokens(one[tower]) for one in maps if tower in one]
+        for layout in layouts:
+            check_aligned(layout, layouts, layout.there, of_run=False)
+    tallies = {site: Tally(site, "position") for site in sites}
+    for (inputs, _, _), tokens in zip(runs, maps, strict=True):
         _, cache = model.run_with_cache(inputs, names_filter=list(sites))
-        for site in sites:
-            total = cache[site].float().sum(0)
-            if site in totals and totals[site].shape != total.shape:
-                raise InputError(
-                    f"{site} has {total.shape[0]} positions in one batch and {totals[site].shape[0]} in another; a "
-                    "mean per position needs prompts and images of one size."
-                )
-            totals[site] = totals[site] + total if site in totals else total
-            rows[site] += cache[site].shape[0]
-    return {site: total / rows[site] for site, total in totals.items()}
+        for site, tally in tallies.items():
+            tally.add(cache[site], Layout.of(model, tokens, site, cache[site].shape, inputs))
+    return tallies
+
+
+def _ablated(model: Any, inputs: Mapping[str, Any], heads: Mapping[str, list[int]], means: Mapping[str, Tally]) -> Any:
+    """The output with some heads at their means, where the run has anything."""
+    tokens, group = model.tokens(inputs), []
+    for site, numbers in heads.items():
+        own = tokens.get(SiteName.parse(site).tower)
+        source, there = means[site].source(None if own is None else Layout.of_tokens(own))
+        everywhere = there is None or bool(there.all())
+        group.append(edits.ablate(site, source, heads=numbers, positions=None if everywhere else there))
+    return model.run(inputs, group)
 
 
 def _score(
     model: Any,
     runs: Sequence[list[_Run]],
     names: Sequence[str],
-    means: Mapping[str, Tensor],
+    means: Mapping[str, Tally],
     position: metrics.Position,
 ) -> tuple[float, float]:
     """Share of the pairs answered right on both inputs, and the mean margin of the right answer over the other."""
     by_site: dict[str, list[int]] = {}
     for name in names:
         by_site.setdefault(_site(name), []).append(parse_id(name).head)
-
-    group = [edits.ablate(site, means[site], heads=heads) for site, heads in by_site.items()]
     right, margin, count = 0.0, 0.0, 0
     for both in runs:
         correct = []
         for inputs, answer, foil in both:
-            logits = model.run(inputs, group)
+            logits = _ablated(model, inputs, by_site, means)
             correct.append(metrics.at_position(logits, position, inputs).argmax(-1).cpu() == answer)
             margin += float(metrics.logit_diff(answer, foil, position)(logits, inputs).sum()) / len(both)
         right += float(torch.stack(correct).all(0).sum())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from circuitvision.data.scenes import (
+    ALL_PAIRS,
     BLOB,
     COLORS,
     SHAPES,
@@ -36,6 +37,10 @@ KINDS: tuple[str, ...] = ("color", "shape", "side", "height", "color_at", "shape
 SIDES = ("left", "right")
 HEIGHTS = ("top", "bottom")
 ANSWERS: tuple[str, ...] = (*COLORS, *SHAPES, *SIDES, *HEIGHTS)
+_IN_TURN: tuple[Pair, ...] = tuple(
+    (tuple(COLORS)[number % len(COLORS)], tuple(SHAPES)[number % len(SHAPES)]) for number in range(len(ALL_PAIRS))
+)
+"""All pairs, in an order in which colours and shapes both take turns (their numbers have no common factor)."""
 WORDS = ("USER:", "ASSISTANT:", "what", "color", "shape", "is", "the", "object", "or", "?")
 
 
@@ -109,17 +114,19 @@ def sample_questions(
     seed: int,
     *,
     kinds: Sequence[str] = KINDS,
-    subjects: Sequence[Pair] = TEST_PAIRS,
-    distractors: Sequence[Pair] = TRAIN_PAIRS,
+    subjects: Sequence[Pair] | None = None,
+    distractors: Sequence[Pair] = ALL_PAIRS,
     sizes: Sequence[str] = ("large",),
 ) -> list[tuple[Scene, Question]]:
     """Draw scenes of two or three objects with one question each; kinds and subjects' pairs come up equally often.
 
     Args:
-        subjects: the pairs the questions are about (the held-out ones if not given).
-        distractors: the pairs of the other objects.
+        subjects: the pairs of colour and shape that the questions are about: all by default, so that neither says what the other is. Pairs that no
+            model here was trained on are ``TEST_PAIRS``, in which each shape has one colour.
+        distractors: the pairs of the other objects: all by default; ``TRAIN_PAIRS`` are those trained on.
     """
     rng = np.random.default_rng(seed)
+    subjects = _IN_TURN if subjects is None else subjects
     found: list[tuple[Scene, Question]] = []
     while len(found) < count:
         kind = kinds[len(found) % len(kinds)]
@@ -136,18 +143,20 @@ def sample_question_pairs(
     seed: int,
     *,
     kind: str = "color",
-    subjects: Sequence[Pair] = TEST_PAIRS,
-    distractors: Sequence[Pair] = TRAIN_PAIRS,
+    subjects: Sequence[Pair] | None = None,
+    distractors: Sequence[Pair] = ALL_PAIRS,
     sizes: Sequence[str] = ("large",),
 ) -> list[QuestionPair]:
     """Draw minimal pairs with one question each whose answer the change flips.
 
     The changed attribute is the one asked about: the colour, the shape, or the cell (moved into the other half of the picture). The
-    question still has exactly one answer in the corrupt scene, and the corrupt subject is drawn from ``subjects`` and ``distractors``.
+    question still has exactly one answer in the corrupt scene, and the corrupt subject is drawn from ``subjects`` and ``distractors``: all pairs of
+    colour and shape by default, so that neither says what the other is (in ``TEST_PAIRS`` each shape has one colour).
     The subjects of the clean scenes take turns, so that no fixed guess is right more often than one subject's share.
     """
     attribute = {"color": "color", "color_at": "color", "shape": "shape", "shape_at": "shape"}.get(kind, "cell")
     rng = np.random.default_rng(seed)
+    subjects = _IN_TURN if subjects is None else subjects
     found: list[QuestionPair] = []
     while len(found) < count:
         subject = subjects[len(found) % len(subjects)]

@@ -56,6 +56,10 @@ class Axis:
             return first
         return sum(position < first for position in self.held) + max(first - prompt, 0)
 
+    def count(self, prompt: int) -> int:
+        """How many positions of a prompt the site holds."""
+        return prompt if self.held is None else len(self.held)
+
     def said(self, prompt: int) -> str:
         """What is held, in words."""
         held = list(range(prompt)) if self.held is None else list(self.held)

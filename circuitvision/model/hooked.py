@@ -18,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -487,6 +487,7 @@ class HookedModel(TextTools):
         *,
         axes: Mapping[str, Sequence[Any]] | None = None,
         partial: bool = False,
+        empty: Literal["nan", "clean"] = "nan",
         progress: bool = True,
     ) -> SweepResult:
         """``metric`` under each edit, or group of edits, one at a time; only what an edit can change is computed.
@@ -495,12 +496,17 @@ class HookedModel(TextTools):
         of the unedited run. ``metric(logits)`` or ``metric(logits, inputs)`` gets the whole output of one run. ``batch_size`` is how many edits run
         at once; "auto" goes by memory, and either is halved when memory runs out. With ``partial`` an interruption (Ctrl-C, an exception in the
         metric) returns what is done, the rest NaN. ``axes`` arranges the edits, in the order given, as a grid: ``{"layer": range(8), "head":
-        range(12)}`` for 96 edits, the last axis varying fastest. Raises InputError or UnknownSiteError, naming the edit, before anything runs;
-        InputError in training mode with dropout.
+        range(12)}`` for 96 edits, the last axis varying fastest.
+
+        An example in which all masks and selections of a group are empty was not edited: it is NaN, with a warning, so that means leave it out
+        (``empty="clean"``: its unedited metric). Raises InputError or UnknownSiteError, naming the edit, before anything runs; InputError in
+        training mode with dropout.
         """
         from circuitvision.model.sweep import Sweep
 
-        return Sweep(self, self._checked(inputs), edits_or_groups, metric, batch_size, partial, progress, axes).result()
+        return Sweep(
+            self, self._checked(inputs), edits_or_groups, metric, batch_size, partial, progress, axes, empty
+        ).result()
 
     def generate(self, inputs: Any, *, edits: Sequence[Edit] = (), **kwargs: Any) -> Int[Tensor, "batch pos"]:
         """Generate text under the active hooks and edits; other keywords go to the module's ``generate``.

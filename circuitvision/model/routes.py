@@ -100,6 +100,11 @@ def is_dual(model: HookedModel) -> bool:
     return len(readouts) > 1 and all(readout is not None and readout.finish == "contrast" for readout in readouts)
 
 
+def rows_serve_all(model: HookedModel, tower: str) -> bool:
+    """Whether every example's output depends on every row of a tower: the texts that a dual encoder compares its images with."""
+    return is_dual(model) and tower in model.towers and not model.towers[tower].stack.image
+
+
 def stages(model: HookedModel) -> list[str]:
     """Towers and the projector, in the order in which they feed each other."""
     names = list(model.towers)

@@ -42,15 +42,24 @@ class Selection:
         """The selected positions of one row."""
         return np.flatnonzero(self.mask[row]).tolist()
 
-    def box(self, left: float, top: float, right: float, bottom: float, buffer: int = 0) -> Selection:
+    def box(
+        self,
+        left: float | Sequence[Any] | np.ndarray | Tensor,
+        top: float | None = None,
+        right: float | None = None,
+        bottom: float | None = None,
+        buffer: int = 0,
+    ) -> Selection:
         """Those patches whose pixels overlap a box, and with ``buffer`` their neighbours up to that many patches away.
 
-        The box is in the frame of ``tokens.box``: pixels of the tensor the tower reads, or of the original image where there are tiles.
+        One box ``(left, top, right, bottom)`` lies at the same place in every picture. ``box(boxes)`` gives each its own: an array ``[row, 4]`` or
+        ``[example, 4]``, or a list of boxes in which None stands for none. The box is in the frame of ``tokens.box``: pixels of the tensor the tower
+        reads, or of the original image where there are tiles.
+
+        Raises InputError for boxes without area, or neither one per row nor one per example.
         """
-        if right <= left or bottom <= top:
-            raise InputError(
-                f"A box is (left, top, right, bottom) with left < right and top < bottom, not {(left, top, right, bottom)}."
-            )
+        edges, label = self._edges(left, top, right, bottom)
+        left, top, right, bottom = (edges[:, side, None] for side in range(4))
         pixels = self.tokens.box
         with np.errstate(invalid="ignore"):
             hit = (
@@ -59,7 +68,46 @@ class Selection:
         hit &= self.mask & (self.tokens.kind == "patch")
         if buffer:
             hit = self._grown(hit, buffer) & self.mask
-        return self._with(hit, f"box({left:g}, {top:g}, {right:g}, {bottom:g})")
+        return self._with(hit, label)
+
+    def _edges(self, first: Any, top: Any, right: Any, bottom: Any) -> tuple[np.ndarray, str]:
+        """The box of every row, ``[row or 1, 4]`` (NaN: none), and how it was asked for."""
+        if isinstance(first, Sequence | np.ndarray | Tensor) and np.ndim(first) != 0:
+            if (top, right, bottom) != (None, None, None):
+                raise InputError("Give one box as four numbers, or boxes as one array [row, 4].")
+            edges = self._of_rows([(np.nan,) * 4 if box is None else box for box in first])
+            label = f"boxes of {len(first)}"
+        else:
+            if None in (top, right, bottom):
+                raise InputError("A box is four numbers, (left, top, right, bottom); boxes are an array [row, 4].")
+            edges = np.array([[first, top, right, bottom]], dtype=float)
+            label = f"box({', '.join(f'{float(edge):g}' for edge in edges[0])})"
+        wrong = (edges[:, 2] <= edges[:, 0]) | (edges[:, 3] <= edges[:, 1])
+        if wrong.any():
+            box = tuple(edges[wrong][0].tolist())
+            raise InputError(f"A box is (left, top, right, bottom) with left < right and top < bottom, not {box}.")
+        return edges, label
+
+    def _of_rows(self, boxes: Sequence[Any]) -> np.ndarray:
+        """Boxes given per row or per example, per row."""
+        try:
+            edges = np.array([[float(edge) for edge in box] for box in boxes])
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                "Boxes are an array [row, 4], or a list of (left, top, right, bottom) and None."
+            ) from error
+        tokens = self.tokens
+        if edges.shape[1:] != (4,) or len(edges) not in (tokens.n_rows, tokens.n_examples):
+            raise InputError(
+                f"There are boxes {list(edges.shape)} for {tokens.n_rows} rows of the {self.tower} tower and {tokens.n_examples} examples; "
+                "give one box of four numbers for each."
+            )
+        if len(edges) == tokens.n_examples == tokens.n_rows and not tokens.rows_are_examples:
+            raise InputError(
+                f"{len(edges)} boxes may be one per example or one per row of the {self.tower} tower, which are in another order: select the rows of "
+                "each image with tokens.image(number) and give boxes for an example with several images one after the other."
+            )
+        return edges if len(edges) == tokens.n_rows else edges[tokens.example]
 
     def _grown(self, hit: np.ndarray, buffer: int) -> np.ndarray:
         tokens, grown = self.tokens, hit.copy()
@@ -108,7 +156,7 @@ class Selection:
         return Selection(self.tokens, self.mask & ~self._other(other), f"({self.label} - {other.label})")
 
     def __invert__(self) -> Selection:
-        return Selection(self.tokens, ~self.mask & (self.tokens.kind != "padding"), f"~{self.label}")
+        return Selection(self.tokens, ~self.mask & self.tokens.present, f"~{self.label}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Selection) and other.tower == self.tower and np.array_equal(self.mask, other.mask)

@@ -14,6 +14,7 @@ early ones.
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from circuitvision import metrics
 from circuitvision.errors import CircuitVisionError, InputError
+from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups, label
 from circuitvision.model.handback import CannotResume
 from circuitvision.model.hooks import Registration
@@ -36,6 +38,7 @@ from circuitvision.model.routes import (
     lowest_position,
     reached_through_cache,
     route_of,
+    rows_serve_all,
     stages,
     start_of,
 )
@@ -55,6 +58,8 @@ _HARMLESS = ("NoneType", "AlignDevicesHook", "SequentialHook")
 """What accelerate may have put on a module: hooks that move tensors between devices change no value."""
 SPARE_POSITIONS = 64
 """How many positions a batch may compute for groups that begin later than its first; another run costs about as much."""
+LARGE_SHARE = 0.5
+"""Share of the free memory that a single run of all examples may take before a sweep warns."""
 SHARE_OF_MEMORY = 0.4
 """Share of the free memory of a GPU that a batch's activations may take."""
 
@@ -86,7 +91,7 @@ class SweepResult(Result):
 
     def top(self, count: int = 10) -> list[tuple[str, float]]:
         """The edits with the largest absolute mean effect, strongest first."""
-        mean = self.effect.mean(-1).flatten()
+        mean = self.effect.nanmean(-1).flatten()
         order = mean.abs().nan_to_num(-1.0).argsort(descending=True, stable=True).tolist()
         found = [(self.edits[index], float(mean[index])) for index in order if not mean[index].isnan()]
         return found[:count]
@@ -129,9 +134,13 @@ class Sweep:
         partial: bool,
         progress: bool,
         axes: Mapping[str, Sequence[Any]] | None,
+        empty: str = "nan",
     ) -> None:
         if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size={batch_size!r} is not understood: 'auto', or how many edits run at once.")
+        if empty not in ("nan", "clean"):
+            raise InputError(f"empty={empty!r} is not understood: 'nan', or 'clean' for the unedited metric.")
+        self.empty = empty
         self.model, self.inputs = model, inputs
         self.metric = metrics.bind(metric, model)
         self.batch_size, self.partial, self.progress = batch_size, partial, progress
@@ -166,6 +175,7 @@ class Sweep:
         for task in self.tasks:
             self._plan(task, blocker)
         interrupted = ""
+        self._warn_of_memory()
         with torch.no_grad():
             clean = self._clean_metric()
             self.values = torch.full(
@@ -189,6 +199,8 @@ class Sweep:
                     stacklevel=4,
                 )
         labels = self._labels()
+        if self.empty == "nan":
+            self._leave_out_unedited(labels)
         axes = self.axes or {"edit": labels}
         shape = [len(entries) for entries in axes.values()]
         return SweepResult(
@@ -201,6 +213,37 @@ class Sweep:
             done=done.view(shape),
             interrupted=interrupted,
         )
+
+    def _warn_of_memory(self) -> None:
+        """One warning where what one run of all examples keeps is a large share of the memory that is free."""
+        needed = max((math.prod(self._size(task.route)) for task in self.tasks if task.route is not None), default=0)
+        free = free_memory(self.model.device)
+        if free is not None and needed > LARGE_SHARE * free:
+            warnings.warn(
+                f"One run of these {self._n_examples()} examples may keep about {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} GiB that are free. "
+                "The memory of a sweep grows with its examples: sweep over smaller batches of them, and join the values.",
+                stacklevel=4,
+            )
+
+    def _n_examples(self) -> int:
+        return max((tokens.n_examples for tokens in self.binder.maps.values()), default=0)
+
+    def _leave_out_unedited(self, labels: Sequence[str]) -> None:
+        """NaN where a group's masks select nothing in an example, and one warning that says in how many."""
+        assert self.values is not None
+        lost: dict[int, int] = {}
+        for task in self.tasks:
+            unedited = unedited_examples(self.binder, task.bound.group)
+            if unedited is not None and len(unedited) == self.values.shape[1] and bool(unedited.any()):
+                self.values[task.number, unedited] = float("nan")
+                lost[task.number] = int(unedited.sum())
+        if lost:
+            number, count = max(lost.items(), key=lambda item: item[1])
+            warnings.warn(
+                f"{len(lost)} of {len(self.tasks)} edits select no position in some of the {self.values.shape[1]} examples, which are NaN and in no "
+                f"mean: most often {labels[number]}, in {count}. empty='clean' keeps their unedited metric.",
+                stacklevel=4,
+            )
 
     def _labels(self) -> list[str]:
         found: dict[str, int] = {}
@@ -445,6 +488,39 @@ class Sweep:
             whole = clean.clone() if shared is None else shared
             whole[:, first:] = output[number * rows : (number + 1) * rows]
             yield task, self._evaluate(whole)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else None
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def unedited_examples(binder: Binder, group: Sequence[Edit]) -> Tensor | None:
+    """The examples in which no edit of a group selects a position, ``[example]``; None where some edit is not by mask or selection."""
+    found: Tensor | None = None
+    for edit in group:
+        chosen = [
+            one for one in (edit.positions, getattr(edit, "keys", None)) if one is not None and one.kind == "mask"
+        ]
+        if not chosen:
+            return None
+        for name in edit.sites(binder.model):
+            window = binder.window(name)
+            if window is None or window.tokens is None or rows_serve_all(binder.model, window.tower):
+                return None
+            acts = torch.ones(window.rows, dtype=torch.bool)
+            for one in chosen:
+                if one.tower in ("", window.tower):
+                    acts &= one.covers(window).any(1)
+            edited = torch.zeros(window.tokens.n_examples, dtype=torch.bool)
+            edited[torch.as_tensor(window.tokens.example)[acts]] = True
+            found = edited if found is None else found | edited
+    return None if found is None else ~found
 
 
 def _own_rows(output: Tensor, clean: Tensor, number: int, copies: int) -> Tensor:

@@ -11,7 +11,7 @@ Not covered: processors that crop before the tensor exists; a box never leaves t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +39,14 @@ KINDS = (
     "dropped",
     "unknown",
 )
+ABSENT = ("padding", "dropped")
+"""Kinds of positions that hold nothing: what fills up a row, a grid or a batch, and images that are not there."""
 Array = np.ndarray
+
+
+def present(kind: Array) -> Array:
+    """Which positions of these kinds hold something: what averages, maxima and examples are taken over."""
+    return ~np.isin(kind, ABSENT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +68,22 @@ class TokenMap:
     """Pixels (left, top, right, bottom); NaN where there are none."""
     text: Array
     """Text piece of a position, "" without a tokenizer."""
+    n_examples: int = 0
+    """Examples of the run, those without a row in this tower too."""
+
+    def __post_init__(self) -> None:
+        if self.example.size:
+            object.__setattr__(self, "n_examples", max(self.n_examples, int(self.example.max()) + 1))
+
+    @property
+    def present(self) -> Array:
+        """Which positions hold something, ``[row pos]``: all but padding, empty cells of a grid, and images that are not there."""
+        return present(self.kind)
+
+    @property
+    def rows_are_examples(self) -> bool:
+        """Whether row ``i`` is example ``i``, and every example has one row."""
+        return self.n_rows == self.n_examples and bool((self.example == np.arange(self.n_rows)).all())
 
     @property
     def n_rows(self) -> int:
@@ -96,15 +119,16 @@ class TokenMap:
         return self.mask(kind, image, row, tile).nonzero().flatten().tolist()
 
     def select(self, kind: str | Sequence[str] | None = None) -> Selection:
-        """The positions of a kind (None: all but padding) as a set that edits take."""
+        """The positions of a kind (None: all that hold something) as a set that edits take."""
         label = kind if isinstance(kind, str) else "+".join(kind or ())
-        return Selection(self, self.kind != "padding" if kind is None else self.mask(kind).numpy(), label)
+        return Selection(self, self.present if kind is None else self.mask(kind).numpy(), label)
 
     def image(self, number: int = 0) -> Selection:
         """The positions that come from image ``number`` of their example; InputError if no example has that many images."""
-        if not (self.image_number == number).any():
+        found = (self.image_number == number) & self.present
+        if not found.any():
             raise InputError(f"No position of the {self.tower} tower comes from image {number}; images count from 0.")
-        return Selection(self, (self.image_number == number) & (self.kind != "padding"), f"image({number})")
+        return Selection(self, found, f"image({number})")
 
     def piece(self, text: str) -> Selection:
         """The positions whose text piece is ``text``; InputError if there is none."""
@@ -130,9 +154,9 @@ class TokenMap:
         return np.flatnonzero(hit).tolist()
 
     def last(self, row: int | None = None) -> Any:
-        """The last position that is not padding: of one row, or of all rows."""
+        """The last position that holds something: of one row, or of all rows (of a row that holds nothing the last one)."""
         width = self.n_positions
-        last = width - 1 - np.argmax((self.kind != "padding")[:, ::-1], axis=1)
+        last = width - 1 - np.argmax(self.present[:, ::-1], axis=1)
         return int(last[row]) if row is not None else last.tolist()
 
     def find(self, piece: str, row: int = 0) -> list[int]:
@@ -186,6 +210,8 @@ class _Builder:
 
 def token_maps(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
     """The token map of every tower that these inputs run; in a run that continues a cache, what the cache holds is of kind "unknown"."""
+    from circuitvision.model.routes import is_dual
+
     maps: dict[str, TokenMap] = {}
     given, inputs = inputs, _new(inputs)
     packing = Packing(model, inputs)
@@ -197,6 +223,9 @@ def token_maps(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, Token
             maps[name] = _action_map(model, tower, inputs)
         elif inputs.get("input_ids") is not None:
             maps[name] = _behind_past(_text_map(model, tower, inputs, packing), given)
+    if not is_dual(model):
+        count = max((tokens.n_examples for tokens in maps.values()), default=0)
+        maps = {name: replace(tokens, n_examples=count) for name, tokens in maps.items()}
     return maps
 
 
@@ -387,6 +416,7 @@ def _vision_map(tower: Tower, packing: Packing) -> TokenMap:
     build.kind[:] = "padding"
     build.kind[:, :n_prefix] = tower.prefix_kinds
     owners = packing.images_of_examples()
+    visible = packing.inputs.get("pixel_attention_mask") if packing.layout == "cameras" else None
     row = 0
     seen: dict[int, int] = {}
     for image, tiles in enumerate(packing.tiles):
@@ -403,6 +433,8 @@ def _vision_map(tower: Tower, packing: Packing) -> TokenMap:
             r, c = np.divmod(np.arange(n_rows * n_cols), n_cols)
             build.patch_row[row, n_prefix:end], build.patch_col[row, n_prefix:end] = r, c
             build.box[row, n_prefix:end] = _boxes(packing.frame(image, tile), n_rows, n_cols)
+            if visible is not None and not bool(visible.flatten()[image]):
+                build.kind[row] = "dropped"
             row += 1
     return build.done()
 

@@ -129,7 +129,7 @@ class Stream:
         self.sizes = sizes
         self.ids = processor.tokenizer.get_vocab()
         self.head = [self.ids["USER:"], *[self.ids[IMAGE]] * (GRID * GRID)]
-        longest = max(len(question.text.split()) for _, question in sample_questions(10 * len(KINDS), 0))
+        longest = max(len(question.text.split()) for _, question in _asked(10 * len(KINDS), 0, TEST_PAIRS))
         self.block = longest + 2
         self.length = len(self.head) + QUESTIONS_PER_IMAGE * self.block
         self.positions, self.mask = self._layout()
@@ -211,7 +211,7 @@ def train(
             logits = model(**batch).logits
             return torch.nn.functional.cross_entropy(logits[labels != IGNORED], labels[labels != IGNORED])
 
-        watched = sample_questions(300, seed + 2_000_003, subjects=VALIDATION_PAIRS, sizes=sizes)
+        watched = _asked(300, seed + 2_000_003, VALIDATION_PAIRS, sizes)
         minutes = fit(
             model,
             loss,
@@ -246,7 +246,7 @@ def evaluate(
         ("trained", TRAIN_PAIRS, seed + 2),
     ]
     for group, subjects, stream in groups:
-        asked = sample_questions(count, stream, subjects=subjects, sizes=sizes)
+        asked = _asked(count, stream, subjects, sizes)
         right = answered_right(model, processor, asked)
         scores[group] = round(float(right.mean()), 5)
         scores[f"{group}_answers"] = count
@@ -255,6 +255,13 @@ def evaluate(
             for kind in KINDS:
                 scores[f"held_out_{kind}"] = round(float(right[kinds == kind].mean()), 5)
     return scores
+
+
+def _asked(
+    count: int, seed: int, subjects: Sequence[Pair], sizes: Sequence[str] = ("large",)
+) -> list[tuple[Scene, Question]]:
+    """Questions about some pairs, among objects of trained pairs."""
+    return sample_questions(count, seed, subjects=subjects, distractors=TRAIN_PAIRS, sizes=sizes)
 
 
 @torch.no_grad()

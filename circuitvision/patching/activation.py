@@ -137,7 +137,7 @@ def activation_patch(
         provenance=describe(
             model, method=f"activation_patch(mode={mode})", metric=metric, inputs=(clean, corrupt), sites=_kind(names)
         ),
-        raw=raw.mean(-1),
+        raw=raw.nanmean(-1),
         per_example=per_example,
         base=base,
         source=source,

@@ -16,6 +16,7 @@ import torch
 from circuitvision.errors import InputError
 from circuitvision.plots import _check_keywords, patches, style
 from circuitvision.plots.lens_text import plain
+from circuitvision.results import by_example, standard_error
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -78,18 +79,19 @@ def _total(result: Attribution, row: int | None) -> str:
 
 def bars(result: Attribution, count: int = 14, title: str | None = None) -> go.Figure:
     """The ``count`` strongest terms as bars, the rest as one; mean over rows, whiskers are standard errors."""
-    values = result.values.double()
+    values = by_example(result.values.double(), result.example)
     mean, rows = values.mean(-1), values.shape[-1]
+    unit = "rows" if rows == result.values.shape[-1] else "examples"
     order = mean.abs().nan_to_num(-1.0).argsort(descending=True)
     shown, rest = order[:count].tolist(), order[count:]
     names = [result.axes["term"][index] for index in shown]
     heights = mean[shown].tolist()
-    errors = (values[shown].std(-1) / math.sqrt(rows)).tolist() if rows > 1 else [0.0] * len(shown)
+    errors = standard_error(values[shown]).tolist() if rows > 1 else [0.0] * len(shown)
     if len(rest):
         names.append(f"{len(rest)} others")
         heights.append(float(mean[rest].sum()))
-        errors.append(float(values[rest].sum(0).std() / math.sqrt(rows)) if rows > 1 else 0.0)
-    total = float(result.total.double().mean())
+        errors.append(float(standard_error(values[rest].sum(0))) if rows > 1 else 0.0)
+    total = float(by_example(result.total.double(), result.example).mean())
     direction = _words(result.direction)
     title = title or nothing_found(mean, "term", f"adds anything to {direction}")
     if title is None:
@@ -101,7 +103,7 @@ def bars(result: Attribution, count: int = 14, title: str | None = None) -> go.F
     cap = " before the soft cap" if result.is_capped else ""
     note = f"all terms add up to {_number(total)}{cap}"
     note += f" ({_number(float(result.capped.double().mean()))} under it)" if cap else ""
-    note += f"; mean of {rows} rows ± standard error" if rows > 1 else ""
+    note += f"; mean of {rows} {unit} ± standard error" if rows > 1 else ""
     return _bars(
         names,
         heights,

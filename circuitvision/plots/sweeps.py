@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from circuitvision.plots import style
+from circuitvision.results import standard_error
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -34,7 +35,7 @@ def _grid(result: SweepResult, title: str | None) -> go.Figure:
     import plotly.graph_objects as go
 
     down, across, _ = result.axes
-    mean = result.effect.detach().cpu().double().mean(-1)
+    mean = result.effect.detach().cpu().double().nanmean(-1)
     limit = max(float(mean.abs().nan_to_num(0.0).max()), 1e-12)
     metric, unit = _names(result)
     if title is None:
@@ -74,7 +75,7 @@ def _names(result: SweepResult) -> tuple[str, str]:
 
 def _notes(result: SweepResult, shown: int) -> list[str]:
     """What a reader must know beside the figure: how many edits and examples, the unedited metric, an interruption."""
-    there = int(torch.isfinite(result.effect).all(-1).sum())
+    there = int(torch.isfinite(result.effect).any(-1).sum())
     notes = [f"{shown} strongest of {there} edits" if shown < there else f"{there} edits"]
     if len(result.clean) > 1:
         notes.append(f"mean of {len(result.clean)} examples" + (" ± standard error" if len(result.axes) != 3 else ""))
@@ -90,14 +91,14 @@ def _bars(result: SweepResult, title: str | None, count: int) -> go.Figure:
     import plotly.graph_objects as go
 
     effect = result.effect.detach().cpu().double().flatten(0, -2)
-    there = torch.isfinite(effect).all(-1).nonzero().flatten()
+    there = torch.isfinite(effect).any(-1).nonzero().flatten()
     examples = effect.shape[1]
-    means = effect[there].mean(-1)
+    means = effect[there].nanmean(-1)
     order = means.abs().argsort(descending=True, stable=True)[:count]
     shown, values = there[order], means[order].tolist()
     labels = [result.edits[index] for index in shown.tolist()]
     short = [_escape(label) for label in shortened(labels)]
-    errors = (effect[shown].std(-1) / math.sqrt(examples)).tolist() if examples > 1 else [0.0] * len(values)
+    errors = standard_error(effect[shown]).nan_to_num(0.0).tolist() if examples > 1 else [0.0] * len(values)
     metric, unit = _names(result)
     written = [_signed(value, max(map(abs, values))) for value in values]
     figure = go.Figure(

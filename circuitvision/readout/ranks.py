@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.results import Result
+from circuitvision.model.tokens import present
+from circuitvision.results import Result, by_example, standard_error
 
 INDEPENDENT = ("row", "example")
 EXAMPLE_AXES = (*INDEPENDENT, "position", "step")
@@ -86,7 +88,7 @@ class Ranking(Result):
 
 
 def ranking(scores: Result | Tensor, labels: Sequence[Any] | None = None, *, by: str = "value") -> Ranking:
-    """Rank components by their score, the mean over rows and examples.
+    """Rank components by their score, the mean over examples (of an example with several rows, over their mean); NaN does not count.
 
     Args:
         scores: a result whose axes other than row, example, position and step are components (layers × heads become ``"L1H3"``), or a tensor
@@ -111,8 +113,7 @@ def ranking(scores: Result | Tensor, labels: Sequence[Any] | None = None, *, by:
     if values.ndim != 2 or len(names) != len(values) or not len(names):
         raise InputError(f"There are {len(names)} labels for scores of shape {tuple(values.shape)}.")
     values = values.detach().cpu().double()
-    mean = values.mean(1)
-    spread = values.std(1) / math.sqrt(values.shape[1]) if values.shape[1] > 1 else torch.full_like(mean, float("nan"))
+    mean, spread = values.nanmean(1), standard_error(values)
     key = (mean.abs() if by == "size" else mean).nan_to_num(-math.inf)
     order = key.argsort(descending=True, stable=True)
     return Ranking(mean[order], {"component": [names[index] for index in order]}, provenance, spread[order], by)
@@ -128,12 +129,23 @@ def _flat(result: Result) -> tuple[Tensor, list[str]]:
         raise InputError(f"The axes of this result ({', '.join(names)}) hold no components.")
     order = [names.index(name) for name in (*inner, *outer, *within)]
     values = result.values.permute(order).flatten(0, len(inner) - 1)
-    # Positions and steps of one example are not independent: they are averaged before examples are compared.
-    for _ in within:
-        values = values.mean(-1)
+    # Positions, steps and rows of one example are not independent: they are averaged before examples are compared.
+    for axis in reversed(within):
+        values = _without_absent(result, values, outer) if axis == "position" else values
+        values = values.nanmean(-1)
+    if outer == ["row"]:
+        values = by_example(values, getattr(result, "example", None))
     values = values.flatten(1) if values.ndim > 1 else values[:, None]
     labels = [_name(inner, labels) for labels in itertools.product(*(result.axes[name] for name in inner))]
     return values, labels
+
+
+def _without_absent(result: Result, values: Tensor, outer: Sequence[str]) -> Tensor:
+    """Values ``[component row position]`` with NaN where a position holds nothing, as far as the result says so."""
+    kinds = getattr(result, "kinds", None)
+    if not kinds or outer != ["row"] or values.shape[-2:] != np.shape(kinds):
+        return values
+    return values.masked_fill(~torch.from_numpy(present(np.array(kinds))), float("nan"))
 
 
 def _name(axes: Sequence[str], labels: Sequence[Any]) -> str:

@@ -86,7 +86,7 @@ def tokens_of(cache: ActivationCache, tower: str) -> TokenMap:
 
 def real_queries(tower: Any, tokens: TokenMap) -> Bool[np.ndarray, "row pos"]:
     """The positions whose attention counts: no padding, but the last one where the family reads it whatever stands there (SigLIP's texts)."""
-    real = tokens.kind != "padding"
+    real = tokens.present
     if tower.spec.readout is not None and tower.spec.readout.pool == "last":
         real[:, -1] = True
     return real

@@ -124,7 +124,7 @@ def test_held_out_pairs_never_appear_unless_asked_for() -> None:
 
 
 def test_every_held_out_question_is_about_a_held_out_object() -> None:
-    asked = questions.sample_questions(300, 11)
+    asked = questions.sample_questions(300, 11, subjects=scenes.TEST_PAIRS, distractors=scenes.TRAIN_PAIRS)
     assert all(
         question.subject.pair in scenes.TEST_PAIRS and question.subject in scene.objects for scene, question in asked
     )

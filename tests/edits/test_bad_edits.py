@@ -187,7 +187,7 @@ def test_means_over_inputs_of_several_lengths_are_refused() -> None:
     model = wrapped("vit", torch.float64)
     sizes = [inputs_of("vit", model), inputs_of("vit", model, image_size=(16, 20))]
     edit = edits.ablate(SITE, "mean", dataset=sizes)
-    refused(model, lambda: model.run(sizes[0], [edit]), edit, "positions", early=False)
+    refused(model, lambda: model.run(sizes[0], [edit]), edit, "position 5 is .patch r0c4. in one row")
 
 
 def test_the_mean_over_heads_needs_heads_and_some_left() -> None:

@@ -208,7 +208,7 @@ def test_regions_of_texts_are_removed_text_by_text():
 def test_the_mean_over_other_rows_leaves_padding_out():
     both, _, _ = padded("right")
     variable = Variable(single(), both, cv.metrics.logit_diff(5, 7), "language.hook_input")
-    with pytest.raises(InputError, match="No other row of the run has a value at position 16, where row 1 has one"):
+    with pytest.raises(InputError, match="No other example of the run has a value at position 16, where row 1 has one"):
         start_of(variable, "mean")
     needed = torch.zeros(2, 19, dtype=torch.bool)
     needed[:, :16] = True

@@ -90,7 +90,7 @@ class AttentionEdit(Edit):
             return
         region = self.region(value, window)
         if region is not None and bool(region.any()):
-            value.copy_(self.changed(value, region, hook))
+            value.copy_(self.changed(value.clone() if self.asks_gradient else value, region, hook))
 
     def region(self, value: Tensor, window: Window) -> Tensor | None:
         """The selected entries as bool, broadcasting to ``[row head query key]``."""

@@ -143,6 +143,11 @@ class Edit:
                 found += [item for _, item in value.items if isinstance(item, Held)]
         return found
 
+    @property
+    def asks_gradient(self) -> bool:
+        """Whether a tensor that the edit holds requires a gradient."""
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.held())
+
     def __repr__(self) -> str:
         parts = [repr(self.site), *self._shown()]
         if self.heads is not None:
@@ -158,10 +163,6 @@ class Edit:
         return [f"{name}={brief(value)}" for name, value in self.values().items() if value != defaults[name]]
 
     # -- meeting a model -------------------------------------------------------------------------------------------------------------------
-
-    def clean_sites(self, model: HookedModel) -> list[str]:
-        """Sites whose values in the unedited run this edit needs."""
-        return []
 
     def captured(self) -> str | None:
         """A site whose value, in the edited run itself, this edit needs later in the same pass."""
@@ -201,7 +202,10 @@ class Edit:
             return
         at = self._place(value, window, hook, given)
         if at is not None:
-            value[at.index] = self._fitting(self.new(value[at.index], at), value)
+            old = value[at.index]
+            # What a gradient needs later must not be written over.
+            old = old.clone() if self.asks_gradient else old
+            value[at.index] = self._fitting(self.new(old, at), value)
 
     @staticmethod
     def _fitting(new: Any, value: Tensor) -> Any:

@@ -9,28 +9,32 @@ Values that many edits need are computed once: clean activations in one run, dat
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from circuitvision.errors import CircuitVisionError, InputError
+from circuitvision.model.averages import Draw, Layout, Tally, check_aligned, check_kinds, draw
 from circuitvision.model.axes import axis_of, past_length, prefix_of, tower_of
 from circuitvision.model.edits.attention import DeleteTokens
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.meeting import meets, rows_without_selection
-from circuitvision.model.edits.values import ALL_STEPS, UNBOUNDED, Window
-from circuitvision.model.edits.writes import Ablate, width_of
+from circuitvision.model.edits.values import ALL_STEPS, UNBOUNDED, HeldMapping, Window
+from circuitvision.model.edits.writes import THERE, Ablate, width_of
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
     from circuitvision.model.hooks import Hook, HookPoint
+    from circuitvision.model.tokens import TokenMap
 
 Group = tuple[Edit, ...]
 Mode = Literal["run", "generate", "act"]
@@ -89,6 +93,7 @@ class Binder:
         self.settings = {**inputs, **(settings or {})}
         """Everything the model is called with."""
         self.given: dict[Any, Any] = {}
+        self._drawn: dict[Any, Tensor] = {}
         self._windows: dict[str, Window | None] = {}
         self._maps: dict[str, Any] | None = None
 
@@ -162,12 +167,8 @@ class Binder:
     def _bind(self, group: Group) -> BoundGroup:
         bound = BoundGroup(group)
         for edit in group:
-            try:
+            with _naming(edit):
                 self._bind_edit(bound, edit)
-            except CircuitVisionError as error:
-                text = str(error)
-                message = text if repr(edit) in text else f"{edit!r}: {text.rstrip('.')}."
-                raise type(error)(message) from error
         self._refuse_conflicts(bound)
         return bound
 
@@ -328,24 +329,124 @@ class Binder:
         wanted = [edit for edit in edits if isinstance(edit, Ablate) and edit.method in ("mean", "resample")]
         if not wanted:
             return
-        sites = sorted({site for edit in wanted for site in edit.clean_sites(self.model)})
+        resampled = [edit for edit in wanted if edit.method == "resample"]
+        draws = {(edit, site): self._draw(edit, site) for edit in resampled for site in edit.sites(self.model)}
+        by_data: dict[Any, list[Ablate]] = {}
+        for edit in wanted:
+            if edit.method == "mean":
+                by_data.setdefault(edit.dataset, []).append(edit)
+        parts = {data: self._parts(data) for data in by_data}
+        for data, group in by_data.items():
+            for edit in group:
+                with _naming(edit):
+                    self._check_mean(edit, parts[data])
+        sites = sorted({site for _, site in draws} | {s for e in by_data.get(None, ()) for s in e.sites(self.model)})
         clean = self._clean(self.inputs, sites)
-        datasets: dict[Any, tuple[dict[str, Tensor], dict[str, int]]] = {}
-        for edit in wanted:
+        for (edit, site), drawn in draws.items():
+            with _naming(edit):
+                self._give_draw(edit, site, clean[site], drawn)
+        for data, group in by_data.items():
+            self._give_means(group, parts[data], clean if data is None else None)
+
+    def _parts(self, data: tuple[HeldMapping, ...] | None) -> list[tuple[dict[str, Any], dict[str, TokenMap]]]:
+        """The inputs that a mean goes over, and their token maps."""
+        if data is None:
+            return [(dict(self.inputs), self.maps)]
+        listed = [part.tensors() for part in data]
+        return [(inputs, self.model.tokens(inputs)) for inputs in listed]
+
+    def _covered(self, edit: Edit, window: Window) -> Any:
+        """The entries of a site's own axis that an edit selects in the prompt, of every row."""
+        covered = edit.positions.covers(window).expand(window.rows, -1)
+        held = window.axis.held
+        return (covered if held is None else covered[:, list(held)]).numpy()
+
+    def _data_layouts(
+        self, site: str, window: Window, parts: Sequence[tuple[dict[str, Any], dict[str, TokenMap]]]
+    ) -> list[Layout]:
+        """The layouts of a site in the inputs that a mean goes over."""
+        name, tower = SiteName.parse(site), self.model.towers[window.tower]
+        return [
+            Layout.of_tokens(maps[tower.name], axis_of(tower, name, maps[tower.name], inputs).held)
+            for inputs, maps in parts
+            if tower.name in maps
+        ]
+
+    def _check_mean(self, edit: Ablate, parts: Sequence[tuple[dict[str, Any], dict[str, TokenMap]]]) -> None:
+        """Raise InputError where a mean cannot be what was asked for, as far as the token maps tell."""
+        for site in edit.sites(self.model):
+            window = self.window(site)
+            if window is None or window.tokens is None or window.axis.absent:
+                continue
+            run = Layout.of_tokens(window.tokens, window.axis.held)
+            data = self._data_layouts(site, window, parts)
+            if edit.average == "position":
+                if edit.dataset is None and window.rows == 1:
+                    raise InputError(_ONE_ROW)
+                wanted = edit.positions.ints if self._grows(edit, site) else ()
+                if any(position >= window.prompt for position in wanted):
+                    raise InputError("a mean per position covers the prompt: take average='all' at generated positions")
+                check_aligned(run, data, self._covered(edit, window), of_run=edit.dataset is None)
+            elif edit.average == "kind":
+                check_kinds(run, data, self._covered(edit, window))
+
+    def _draw(self, edit: Ablate, site: str) -> Draw | None:
+        """Where a resampled site takes its values from; None where only its values can tell."""
+        window = self.window(site)
+        if window is None or window.tokens is None or window.axis.absent:
+            return None
+        with _naming(edit):
+            layout = Layout.of_tokens(window.tokens, window.axis.held)
+            return draw(layout, self._covered(edit, window), edit.seed, edit.positions.kind == "last")
+
+    def _give_draw(self, edit: Ablate, site: str, value: Tensor, found: Draw | None) -> None:
+        if found is None:
+            layout = Layout.of(self.model, self.maps, site, value.shape, self.inputs)
+            found = draw(layout, np.ones_like(layout.there), edit.seed)
+        key = (site, found.rows.tobytes(), None if found.positions is None else found.positions.tobytes())
+        if key not in self._drawn:
+            self._drawn[key] = found.take(value)
+        self._give(edit, site, self._drawn[key], found.there)
+
+    def _give_means(
+        self,
+        group: Sequence[Ablate],
+        parts: Sequence[tuple[dict[str, Any], dict[str, TokenMap]]],
+        clean: Mapping[str, Tensor] | None,
+    ) -> None:
+        wanted = {(site, edit.average): edit for edit in group for site in edit.sites(self.model)}
+        tallies = {key: Tally(*key) for key in wanted}
+        for inputs, maps in parts:
+            values = self._clean(inputs, sorted({site for site, _ in wanted})) if clean is None else clean
+            for key, tally in tallies.items():
+                value = values[key[0]]
+                with _naming(wanted[key]):
+                    if clean is not None and value.shape[0] == 1 and key[1] == "position":
+                        raise InputError(_ONE_ROW)
+                    tally.add(value, Layout.of(self.model, maps, key[0], value.shape, inputs))
+        sources: dict[Any, tuple[Tensor, Any]] = {}
+        for edit in group:
             for site in edit.sites(self.model):
-                if edit.method == "resample":
-                    self.given[edit, site] = _resampled(clean[site], edit)
-                elif edit.dataset is None:
-                    self.given[edit, site] = _mean_of_run(clean[site], edit, site)
-        for edit in wanted:
-            if edit.method == "mean" and edit.dataset is not None:
-                names = edit.sites(self.model)
-                if edit.dataset not in datasets or not set(names) <= set(datasets[edit.dataset][0]):
-                    everything = {n for e in wanted if e.dataset == edit.dataset for n in e.sites(self.model)}
-                    datasets[edit.dataset] = self._totals(edit, sorted(everything))
-                totals, rows = datasets[edit.dataset]
-                for site in names:
-                    self.given[edit, site] = _over_positions(totals[site] / rows[site], edit, site)
+                with _naming(edit):
+                    key = (site, edit.average)
+                    if key not in sources:
+                        sources[key] = tallies[key].source(self._own_layout(site, clean))
+                    self._give(edit, site, *sources[key])
+
+    def _own_layout(self, site: str, clean: Mapping[str, Tensor] | None) -> Layout | None:
+        """The layout of a site in the run that is edited; None where only the run itself can tell."""
+        window = self.window(site)
+        if clean is not None:
+            return Layout.of(self.model, self.maps, site, clean[site].shape, self.inputs)
+        if window is None or window.tokens is None or window.axis.absent:
+            return None
+        return Layout.of_tokens(window.tokens, window.axis.held)
+
+    def _give(self, edit: Ablate, site: str, value: Tensor, there: Any) -> None:
+        self.given[edit, site] = value
+        if there is not None:
+            # As many axes as the value, so that both broadcast alike.
+            self.given[edit, site, THERE] = torch.from_numpy(there).view(*there.shape, *[1] * (value.ndim - there.ndim))
 
     def _clean(self, inputs: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Tensor]:
         # Sites that exist only in the eager run must not change the run that the others are read from.
@@ -362,21 +463,18 @@ class Binder:
                 found |= {site: cache[site] for site in names}
         return found
 
-    def _totals(self, edit: Ablate, sites: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, int]]:
-        totals: dict[str, Tensor] = {}
-        rows = dict.fromkeys(sites, 0)
-        assert edit.dataset is not None
-        for held in edit.dataset:
-            for site, value in self._clean(held.tensors(), sites).items():
-                total = value.double().sum(0)
-                if site in totals and totals[site].shape != total.shape:
-                    raise InputError(
-                        f"{edit!r}: {site} has {total.shape[0]} positions in one part of the data set and "
-                        f"{totals[site].shape[0]} in another; a mean per position needs inputs of one size."
-                    )
-                totals[site] = totals[site] + total if site in totals else total
-                rows[site] += value.shape[0]
-        return totals, rows
+
+_ONE_ROW = "the mean over a single row is its own value. Pass dataset=…, more examples, or average='all'"
+
+
+@contextlib.contextmanager
+def _naming(edit: Edit) -> Iterator[None]:
+    """Errors name the edit."""
+    try:
+        yield
+    except CircuitVisionError as error:
+        text = str(error)
+        raise type(error)(text if repr(edit) in text else f"{edit!r}: {text.rstrip('.')}.") from error
 
 
 def _share_later(one: Edit, other: Edit, prompt: Window) -> bool:
@@ -396,32 +494,6 @@ def _same_value(model: HookedModel, site: str) -> str:
     if name.site == "hook_resid_pre" and name.layer is not None:
         return f"{name.tower}.blocks.{name.layer - 1}.hook_resid_post" if name.layer else f"{name.tower}.hook_input"
     return site
-
-
-def _over_positions(mean: Tensor, edit: Ablate, site: str) -> Tensor:
-    """A mean over rows, averaged over positions too if the edit asks for it and the site has them in this model."""
-    positions = mean.ndim == (3 if SiteName.parse(site).has_heads else 2)
-    return mean.mean(0, keepdim=True) if edit.average == "all" and positions else mean
-
-
-def _mean_of_run(clean: Tensor, edit: Ablate, site: str) -> Tensor:
-    if clean.shape[0] == 1 and edit.average == "position":
-        raise InputError(
-            f"{edit!r}: the mean over a single row is its own value. Pass dataset=…, more examples, or average='all'."
-        )
-    return _over_positions(clean.mean(0), edit, site)
-
-
-def _resampled(clean: Tensor, edit: Ablate) -> Tensor:
-    rows = clean.shape[0]
-    if rows == 1:
-        raise InputError(f"{edit!r}: resampling takes another row's value, and there is only one row.")
-    generator = torch.Generator().manual_seed(edit.seed)
-    # A cycle through the rows in random order leaves none in its place.
-    order = torch.randperm(rows, generator=generator)
-    source = torch.empty_like(order)
-    source[order] = order.roll(1)
-    return clean[source.to(clean.device)]
 
 
 def _from_position_0(value: Tensor, window: Window) -> Tensor:
@@ -463,19 +535,11 @@ class Writer:
             window = self.binder.passing(hook, view, rows, first)
             given = self.captured[number]
             for edit in edits:
-                if self.binder.window(hook.name) is None and hook.step == 0:
-                    self._write_named(edit, lambda edit=edit: edit.positions.check(window, UNBOUNDED))
-                self._write_named(edit, lambda edit=edit: edit.write(view, window, hook, given))
+                with _naming(edit):
+                    if self.binder.window(hook.name) is None and hook.step == 0:
+                        edit.positions.check(window, UNBOUNDED)
+                    edit.write(view, window, hook, given)
                 wrote = True
             for edit in needs:
                 given[edit, hook.name] = _from_position_0(view, window)
         return value if wrote else None
-
-    @staticmethod
-    def _write_named(edit: Edit, act: Callable[[], None]) -> None:
-        """Act for one edit; its name goes into every error."""
-        try:
-            act()
-        except CircuitVisionError as error:
-            text = str(error)
-            raise type(error)(text if repr(edit) in text else f"{edit!r}: {text.rstrip('.')}.") from error

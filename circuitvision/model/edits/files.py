@@ -146,6 +146,8 @@ def _keep(value: Held, tensors: Tensors) -> dict[str, str]:
 def _plain(value: Any, tensors: Tensors, name: str) -> Any:
     if isinstance(value, Held):
         return _keep(value, tensors)
+    if isinstance(value, Positions):
+        return {"selection": _positions(value, tensors)}
     if isinstance(value, HeldMapping):
         return {"mapping": {key: _plain(item, tensors, name) for key, item in value.items}}
     if isinstance(value, (bool, int, float, str)):
@@ -174,6 +176,8 @@ def _read(value: Any, tensors: Mapping[str, Tensor], objects: Mapping[str, Any])
         return value
     if "tensor" in value:
         return Held(_tensor(value["tensor"], tensors))
+    if "selection" in value:
+        return _read_positions(value["selection"], tensors)
     if "mapping" in value:
         return HeldMapping(tuple((key, _read(item, tensors, objects)) for key, item in value["mapping"].items()))
     if "function" in value:

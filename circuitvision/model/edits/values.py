@@ -70,6 +70,11 @@ class Held:
             self._has_nan = bool(torch.isnan(self._tensor).any()) if self._tensor.is_floating_point() else False
         return self._has_nan
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the tensor is one that a gradient is asked for."""
+        return self._tensor.requires_grad
+
     def digest(self) -> str:
         """A name that depends on type, shape and bytes alone: the reference under which files store the tensor."""
         tensor = self.tensor.detach().cpu().contiguous()
@@ -386,17 +391,23 @@ class Positions:
 
     def _rows_of(self, mask: Tensor, window: Window, rows: int) -> Tensor:
         """One mask row per tensor row: rows are images or tiles in vision towers, and beams in ``generate``."""
-        given = mask.shape[0]
-        if given != window.rows and window.tokens is not None:
-            examples = torch.as_tensor(window.tokens.example)
-            if int(examples.max()) + 1 != given:
+        given, tokens = mask.shape[0], window.tokens
+        if tokens is not None and not self.tower and self.kind == "mask" and not tokens.rows_are_examples:
+            if given == tokens.n_examples == tokens.n_rows:
                 raise InputError(
-                    f"the mask of positions has {given} rows; the run has {int(examples.max()) + 1} examples and "
-                    f"{window.rows} rows in the {window.tower} tower"
+                    f"the mask of positions has {given} rows, which may be the examples or the rows of the {window.tower} tower, in another order: "
+                    "give a selection of its tokens"
                 )
-            mask = mask[examples]
+            if given == tokens.n_examples:
+                mask = mask[torch.as_tensor(tokens.example)]
+        if tokens is not None and mask.shape[0] != tokens.n_rows:
+            raise InputError(
+                f"the mask of positions has {given} rows; the run has {tokens.n_examples} examples and "
+                f"{tokens.n_rows} rows in the {window.tower} tower"
+            )
         if mask.shape[0] != rows:
-            if rows % mask.shape[0]:
+            # generate computes every row as often as there are beams or sequences, one after the other.
+            if tokens is None or rows % mask.shape[0]:
                 raise InputError(f"the mask of positions has {given} rows, the {window.tower} tower {rows}")
             mask = mask.repeat_interleave(rows // mask.shape[0], dim=0)
         return mask

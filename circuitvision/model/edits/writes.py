@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.averages import Average, shown
 from circuitvision.model.edits.base import At, Edit, source_length
 from circuitvision.model.edits.values import Held, HeldMapping, Window, brief
 from circuitvision.model.sites import SiteName
@@ -57,6 +58,8 @@ def _check_fits(value: Any, model: HookedModel, site: str, window: Window | None
         )
 
 
+THERE = "there"
+"""The key of the mask of entries for which a run has a mean or a drawn value; others keep their own."""
 _OF_THE_STREAM = ("hook_embed", "hook_pos_embed", "hook_input", "ln_final.hook_normalized")
 
 
@@ -110,18 +113,14 @@ class Ablate(_Sourced):
     sets: ClassVar[bool] = True
     method: str = "zero"
     dataset: tuple[HeldMapping, ...] | None = None
-    average: str = "position"
+    average: Average = "position"
     seed: int = 0
 
     def _shown(self) -> list[str]:
         if self.method == "given":
             return [brief(self.source)]
-        more = [part for part in super()._shown() if not part.startswith("method=")]
-        return [repr(self.method), *more]
-
-    def clean_sites(self, model: HookedModel) -> list[str]:
-        needs = self.method == "resample" or (self.method == "mean" and self.dataset is None)
-        return self.sites(model) if needs else []
+        more = [part for part in super()._shown() if not part.startswith(("method=", "average="))]
+        return [repr(self.method), *more, *([] if self.average == "position" else [f"average={shown(self.average)}"])]
 
     def source_at(self, site: str, given: Mapping[Any, Any]) -> Any:
         if self.method in ("mean", "resample"):
@@ -139,8 +138,12 @@ class Ablate(_Sourced):
         return self.method == "heads"
 
     def new(self, x: Tensor, at: At) -> Any:
-        """``x' = 0``, or the mean, or another example's value."""
-        return 0.0 if self.method == "zero" else at.pick(self.source_at(at.site, at.given), x)
+        """``x' = 0``, or the mean, or another example's value; what is not there stays as it is."""
+        if self.method == "zero":
+            return 0.0
+        new = at.pick(self.source_at(at.site, at.given), x)
+        there = at.given.get((self, at.site, THERE)) if self.method in ("mean", "resample") else None
+        return new if there is None else torch.where(at.pick(there, x).bool(), new, x)
 
     def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
         if self.method != "heads":

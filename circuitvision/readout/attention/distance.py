@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.tokens import TokenMap
+from circuitvision.model.tokens import ABSENT, TokenMap
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.patterns import Patterns, Positions, warn_undefined
 from circuitvision.results import Result, head_name
@@ -133,7 +133,7 @@ def _distances(patterns: Patterns, places: Tensor, metric: str) -> tuple[Tensor,
     exact = offset.amax(-1) if metric == "chebyshev" else offset.norm(dim=-1)
     exact = exact.masked_fill(~together, float("nan"))
     rings = int(torch.nan_to_num(exact, nan=0.0).round().max()) + 1
-    others = [kind for kind in dict.fromkeys(patterns.key_kind.flatten().tolist()) if kind not in ("patch", "padding")]
+    others = [kind for kind in dict.fromkeys(patterns.key_kind.flatten().tolist()) if kind not in ("patch", *ABSENT)]
     others += ["other patch"] if bool((patch[:, :, None] & patch[:, None, :] & ~together).any()) else []
     # Padding gets no attention; it is given a bin that is cut off.
     kind_bin = np.full(patterns.key_kind.shape, rings + len(others))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.selection import Selection
-from circuitvision.model.tokens import TokenMap
+from circuitvision.model.tokens import ABSENT, TokenMap
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.patterns import (
     EVERYTHING,
@@ -128,7 +128,7 @@ def attention_mass(
     """
     patterns = read(cache, tokens, tower, layers, step)
     if spans is None:
-        kinds = [kind for kind in dict.fromkeys(patterns.key_kind.flatten().tolist()) if kind != "padding"]
+        kinds = [kind for kind in dict.fromkeys(patterns.key_kind.flatten().tolist()) if kind not in ABSENT]
         spans = {**{kind: kind for kind in kinds}, EVERYTHING: EVERYTHING}
     if not spans:
         raise InputError("spans is empty; leave it out, or name at least one span.")

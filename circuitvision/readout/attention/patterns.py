@@ -25,7 +25,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.dead import dead_positions
 from circuitvision.model.selection import Selection
-from circuitvision.model.tokens import KINDS, TokenMap
+from circuitvision.model.tokens import KINDS, TokenMap, present
 from circuitvision.provenance import describe
 from circuitvision.readout.places import places_of
 from circuitvision.readout.recorded import real_queries
@@ -147,7 +147,7 @@ class Patterns:
     def real(self) -> np.ndarray:
         """The queries of this pass that can count at all, ``[row query]``."""
         whole = self.query_kind.shape == self.own.kind.shape and GENERATED not in self.query_kind
-        return real_queries(self.model.towers[self.tower], self.own) if whole else self.query_kind != "padding"
+        return real_queries(self.model.towers[self.tower], self.own) if whole else present(self.query_kind)
 
     def _live(self, number: int) -> np.ndarray:
         """The queries whose attention in this layer can reach the output."""
@@ -168,7 +168,7 @@ class Patterns:
 
     def visible(self, pattern: Float[Tensor, "row head query key"]) -> Bool[Tensor, "row query key"]:
         """The keys that a query can see: those that are no padding and that some head of the layer gives more than 0."""
-        return (pattern.amax(1) > 0) & torch.from_numpy(self.key_kind != "padding")[:, None]
+        return (pattern.amax(1) > 0) & torch.from_numpy(present(self.key_kind))[:, None]
 
     def axes(self, n_heads: int) -> dict[str, list[Any]]:
         """The axes that results share: layer, head and row."""
@@ -197,7 +197,7 @@ class Patterns:
         if isinstance(spec, Selection):
             found = self._selected(spec, name)
         elif spec is None or (isinstance(spec, str) and spec == EVERYTHING):
-            found = self.key_kind != "padding"
+            found = present(self.key_kind)
         else:
             found = chosen(spec, self.key_kind, f"keys of the {self.tower} tower")
         if not found.any():
@@ -231,7 +231,7 @@ def chosen(spec: Any, kinds: np.ndarray, what: str) -> np.ndarray:
     """
     there = ", ".join(dict.fromkeys(kinds.flatten().tolist()))
     if isinstance(spec, str) and spec in ("last", "all"):
-        return last_of(kinds != "padding") if spec == "last" else kinds != "padding"
+        return last_of(present(kinds)) if spec == "last" else present(kinds)
     if isinstance(spec, (Tensor, np.ndarray)) and spec.dtype in (torch.bool, np.dtype(bool)):
         mask = spec.cpu().numpy() if isinstance(spec, Tensor) else spec
         if mask.shape not in (kinds.shape, kinds.shape[1:]):

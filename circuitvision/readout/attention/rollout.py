@@ -23,7 +23,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.selection import Selection
-from circuitvision.model.tokens import TokenMap
+from circuitvision.model.tokens import TokenMap, present
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.maps import AttentionMaps, blocks_of, single_places
 from circuitvision.readout.attention.patterns import Positions, chosen, described, mean_query, warn_undefined
@@ -54,7 +54,7 @@ class AttentionRollout(Result):
         kinds = np.array(self.kinds)
         if isinstance(query, Selection):
             query = query.mask if query.mask.shape == kinds.shape else query
-        there = self.values.isfinite().all(-1).any(0).numpy() | (kinds != "padding")
+        there = self.values.isfinite().all(-1).any(0).numpy() | present(kinds)
         counted = torch.from_numpy(chosen(query, kinds, f"positions of the {self.tower} tower") & there)
         if not bool(counted.any()):
             raise InputError(f"query={query!r} leaves no position that is not padding.")

@@ -82,6 +82,12 @@ def functional(
     chosen, label = _columns(model, tower, direction, pieces)
     rows, examples = examples_of(cache, tower.name, final.shape[0])
     chosen.check(examples)
+    if isinstance(direction, list) and len(direction) == examples == 2 and direction[0] != direction[1]:
+        warnings.warn(
+            f"{direction} with two examples is read as one answer per example. The difference of the two answers is a tuple, "
+            f"({direction[0]!r}, {direction[1]!r}); to say one per example without this warning, give {{'answer': {direction}}}.",
+            stacklevel=3,
+        )
     index = None if _pools(tower) else positions_read(tower, cache, position, final.shape[:2])
     # Inference tensors cannot be tracked; a copy made here can.
     with torch.inference_mode(False), torch.enable_grad(), tower.quiet():
@@ -303,7 +309,7 @@ def positions_read(
         tokens = tokens_of(cache, tower.name)
         # A later pass holds only what it generated: all of it is real.
         whole = tokens.n_positions == length and tokens.n_rows == rows
-        real = torch.from_numpy(tokens.kind != "padding") if whole else torch.ones(rows, length, dtype=torch.bool)
+        real = torch.from_numpy(tokens.present) if whole else torch.ones(rows, length, dtype=torch.bool)
         if position == "mean":
             mask[:, start:] = real[:, start:]
             return mask

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.tokens import ABSENT
 from circuitvision.readout.places import named_positions, on_grid
 from circuitvision.results import Result
 
@@ -65,7 +66,7 @@ class LensResult(Result):
         found = {}
         for row in range(min(len(self.axes["row"]), 3)):
             kinds = self.kinds[row] if self.kinds else [""]
-            at = max((at for at, kind in enumerate(kinds) if kind != "padding"), default=-1)
+            at = max((at for at, kind in enumerate(kinds) if kind not in ABSENT), default=-1)
             best = self.pooled_ids[-1, row] if self.pooled_ids.numel() else self.ids[-1, row, at]
             where = "" if self.pooled_ids.numel() else f" at position {self.axes['position'][at]}"
             words = [self.names.get(str(int(number)), str(int(number))) for number in best[:3]]

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.selection import Selection
+from circuitvision.model.tokens import ABSENT
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.results import Result
 
@@ -268,10 +269,11 @@ def _mask(result: LensResult, kinds: Kinds) -> Float[Tensor, "row pos"]:
     else:
         wanted = [kinds] if isinstance(kinds, str) else kinds
         mask = torch.tensor(
-            [[(kind in wanted) if wanted else kind != "padding" for kind in row] for row in result.kinds],
+            [[(kind in wanted) if wanted else kind not in ABSENT for kind in row] for row in result.kinds],
             dtype=torch.float64,
         )
-    if not bool(mask.any(1).all()):
+    there = torch.tensor([any(kind not in ABSENT for kind in row) for row in result.kinds])
+    if not bool(mask.any(1)[there].all()):
         what = "in the mask" if isinstance(kinds, Tensor) else f"of the kind {kinds!r}"
         raise InputError(f"A row of this lens has no position {what}.")
     return mask

@@ -247,7 +247,7 @@ def _mask(tokens: Any, owner: Tower, positions: str | Sequence[str] | None) -> T
         assert owner.spec.readout is not None
         there = {str(kind) for kind in set(tokens.kind.flatten())}
         kinds = [kind for kind in owner.spec.readout.reads if kind in there]
-        mask = tokens.mask(kinds) if kinds else torch.from_numpy(tokens.kind != "padding")
+        mask = tokens.mask(kinds) if kinds else torch.from_numpy(tokens.present)
     if not bool(mask.any()):
         raise InputError(f"The {owner.name} tower has no position of the kind {positions!r} in these inputs.")
     return mask

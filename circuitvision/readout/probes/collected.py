@@ -21,7 +21,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.files import replacing
 from circuitvision.model.selection import Selection
-from circuitvision.model.tokens import KINDS, TokenMap
+from circuitvision.model.tokens import ABSENT, KINDS, TokenMap
 from circuitvision.provenance import describe
 from circuitvision.readout.probes.streaming import Batch, Reading
 
@@ -53,7 +53,9 @@ def chosen(tokens: TokenMap, positions: Positions, examples: range, dropped: int
             raise InputError(f"positions names {', '.join(positions)}, but a site of the {tokens.tower} tower is read.")
         positions = positions[tokens.tower]
     mask = _mask(tokens, positions, examples, dropped)
-    if bool((mask & tokens.mask("padding")).any()):
+    there = torch.from_numpy(tokens.present)
+    mask &= there.any(1, keepdim=True)
+    if bool((mask & ~there).any()):
         raise InputError(f"Positions {positions!r} are padding in some row of the {tokens.tower} tower; take 'last'.")
     served = torch.zeros(len(examples), dtype=torch.bool)
     served[torch.from_numpy(tokens.example[mask.any(1).numpy()])] = True
@@ -88,11 +90,11 @@ def _mask(tokens: TokenMap, positions: Any, examples: range, dropped: int) -> Te
         positions = _whole(set(tokens.kind[:, dropped:].ravel().tolist()))
     if isinstance(positions, str):
         if positions in ("all", "mean"):
-            return ~tokens.mask("padding")
+            return torch.from_numpy(tokens.present)
         if positions == "last":
             return _at(torch.as_tensor(tokens.last()), shape)
         kind = positions.removeprefix("mean_")
-        if kind in KINDS and kind != "padding":
+        if kind in KINDS and kind not in ABSENT:
             return tokens.mask(kind)
     elif callable(positions):
         found = positions(tokens, examples) if _takes_two(positions) else positions(tokens)
@@ -275,7 +277,7 @@ def collect(
     names = model.sites(sites)
 
     def reduce(site: str, value: Tensor, batch: Batch) -> Tensor:
-        return _vectors(value, batch.layout(site, value), positions, batch).cpu()
+        return _vectors(site, value, positions, batch).cpu()
 
     reading = Reading(model, dataset, names, reduce, batch_size=batch_size, description="collect")
     check_count(reading.total, count, positions)
@@ -292,14 +294,15 @@ def collect(
     )
 
 
-def _vectors(
-    value: Tensor, layout: tuple[TokenMap, int | None], positions: Positions, batch: Batch
-) -> Float[Tensor, "example feature"]:
-    tokens, dropped = layout
+def _vectors(site: str, value: Tensor, positions: Positions, batch: Batch) -> Float[Tensor, "example feature"]:
+    tokens, dropped = batch.layout(site, value)
     exact = value if value.dtype == torch.float64 else value.float()
     owner = torch.from_numpy(tokens.example)
     if dropped is None:
-        picked = exact
+        rows = torch.from_numpy(tokens.present.any(1))
+        picked, owner = exact[rows.to(value.device)], owner[rows]
+        if len(owner.unique()) < len(batch.examples):
+            raise InputError(f"An example has nothing in the {tokens.tower} tower, so {site} says nothing of it.")
     else:
         mask = chosen_at_site(tokens, dropped, positions, batch.examples)
         picked = exact[mask[:, dropped:].to(value.device)]

@@ -192,7 +192,7 @@ class UnitReader:
         tokens, dropped = batch.layout(site, value)
         lost = dropped is None
         if dropped is None:
-            mask, dropped = torch.ones((tokens.n_rows, 1), dtype=torch.bool), 0
+            mask, dropped = torch.from_numpy(tokens.present.any(1, keepdims=True)), 0
         else:
             mask = chosen_at_site(tokens, dropped, self.positions, batch.examples)
         pooled, position, row, active, counts = self._pooled(value, tokens, mask, dropped, len(batch.examples))

@@ -1,9 +1,9 @@
 """What *removed* means: the values that take the place of those that are taken out, one vocabulary for every method here.
 
-* ``"mean"``: the mean over the *other* rows of the run at the same position (or pixel), so that nothing of the row itself is left in it; padding
-  does not count, nor do tiles that only fill up a batch. Rows of a vision tower are images: the tiles and cameras of one example count as
-  others, and show the same things, so give a data set there;
-* inputs of a data set: the mean over its rows at the same position, the same for every row;
+* ``"mean"``: the mean over the rows of the *other* examples of the run at the same position (or pixel), so that nothing of the example itself is
+  left in it, nor of its other images, tiles or cameras. What holds nothing does not count: padding, cells outside a grid, cameras that are not
+  there, tiles that only fill up a batch. Positions must line up: the same kind, and of patches the same place in the grid;
+* inputs of a data set: the mean over its rows at the same position, the same for every row; its prompts may be longer or shorter where they line up;
 * ``"zero"``; of pixels this is the colour that the processor normalises to 0, and ``"black"`` is black;
 * ``"own"``: the mean over the row's own positions of the same kind (every patch becomes the image's average patch), or the picture's own mean
   colour. It keeps the answer wherever an average keeps it: shapes-vit still names the right shape in 91 % of pictures when *all* of their
@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.averages import Tally, check_aligned
+from circuitvision.model.tokens import ABSENT, present
 from circuitvision.readout.relevance.variables import (
     PIXELS,
     Place,
@@ -78,48 +80,97 @@ def start_of(variable: Variable, baseline: Baseline, needed: Bool[Tensor, "row p
 
 
 def _mean_of_others(variable: Variable, needed: Tensor | None) -> Tensor:
-    value = variable.value
-    if value.shape[0] == 1:
+    value, owner = variable.value, _owners(variable)
+    if len(owner.unique()) == 1:
         raise InputError(
-            "The mean over the other rows of the run needs another row. Give the inputs of a data set as baseline, 'zero', or 'own' (which keeps "
+            "The mean over the other examples of the run needs another one. Give the inputs of a data set as baseline, 'zero', or 'own' (which keeps "
             "what an average keeps)."
         )
+    if variable.site != PIXELS:
+        _check_aligned(variable, [variable.place], needed)
     counted = _counted(variable.model, variable.inputs, value, variable.place, variable.site)
     sums = torch.where(counted, value, 0.0).to(wide_type(value))
-    others = counted.sum(0, keepdim=True) - counted.long()
-    mean = (sums.sum(0, keepdim=True) - sums) / others.clamp_min(1)
-    return _where_there(mean.to(value), others > 0, variable, needed, "other row of the run")
+    mean, others = _without_own(sums, counted, owner.to(value.device))
+    return _where_there(mean.to(value), others > 0, variable, needed, "other example of the run")
+
+
+def _owners(variable: Variable) -> Tensor:
+    """The example of every row of the values: of pixels, of every picture."""
+    example = torch.from_numpy(variable.place.tokens.example)
+    if variable.site != PIXELS:
+        return example
+    parts = variable.value.shape[1] if variable.value.ndim == 5 else 1
+    rows = torch.tensor(rows_of_pixels(variable.model, variable.inputs))
+    return torch.zeros(len(variable.value), dtype=example.dtype).index_copy(0, rows // parts, example)
+
+
+def _without_own(sums: Tensor, counted: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the rows of other examples, and over how many."""
+    count = int(owner.max()) + 1
+    own, rows = (
+        part.new_zeros(count, *part.shape[1:]).index_add_(0, owner, part)[owner] for part in (sums, counted.long())
+    )
+    others = counted.long().sum(0, keepdim=True) - rows
+    return (sums.sum(0, keepdim=True) - own) / others.clamp_min(1), others
 
 
 def _mean_of_data(variable: Variable, inputs: Mapping[str, Any], needed: Tensor | None) -> Tensor:
     inputs = usable(inputs)
+    if variable.site == PIXELS:
+        return _mean_of_pictures(variable, pixels_of(inputs), inputs, needed)
     with differentiating(False):
-        if variable.site == PIXELS:
-            found = pixels_of(inputs)
-        else:
-            _, cache = variable.model.run_with_cache(inputs, names_filter=[variable.site])
-            found = cache[variable.site]
-    if found.shape[1:] != variable.value.shape[1:]:
+        _, cache = variable.model.run_with_cache(inputs, names_filter=[variable.site])
+    found = cache[variable.site]
+    if found.shape[2:] != variable.value.shape[2:]:
         raise InputError(
-            f"The data set has values {tuple(found.shape)} at {variable.site}, the run {tuple(variable.value.shape)}: a mean per position needs "
-            "inputs of one size and prompts of one length."
+            f"The data set has values {tuple(found.shape)} at {variable.site}, the run {tuple(variable.value.shape)}."
         )
     place = place_of(variable.model, inputs, variable.site, found.shape)
-    counted = _counted(variable.model, inputs, found, place, variable.site)
+    _check_aligned(variable, [place], needed)
+    tally = Tally(variable.site, "position")
+    tally.add(found, place.layout)
+    source, _ = tally.source(variable.place.layout)
+    count = tally.counts["position"][: source.shape[1]].to(source.device)
+    there = torch.zeros(1, source.shape[1], dtype=torch.bool, device=source.device)
+    there[0, : len(count)] = count > 0
+    there = there.view(1, -1, *[1] * (variable.value.ndim - 2))
+    mean = source.to(variable.value).expand_as(variable.value)
+    return _where_there(mean, there, variable, needed, "row of the data set")
+
+
+def _mean_of_pictures(variable: Variable, found: Tensor, inputs: Mapping[str, Any], needed: Tensor | None) -> Tensor:
+    if found.shape[1:] != variable.value.shape[1:]:
+        raise InputError(
+            f"The data set has pixels {tuple(found.shape)}, the run {tuple(variable.value.shape)}: a mean needs images of one size."
+        )
+    place = place_of(variable.model, inputs, PIXELS, found.shape)
+    counted = _counted(variable.model, inputs, found, place, PIXELS)
     sums = torch.where(counted, found, 0.0).to(wide_type(found)).sum(0, keepdim=True)
     mean = (sums / counted.sum(0, keepdim=True).clamp_min(1)).to(variable.value)
     there = (counted.sum(0, keepdim=True) > 0).to(variable.value.device)
     return _where_there(mean.expand_as(variable.value), there, variable, needed, "row of the data set")
 
 
+def _check_aligned(variable: Variable, data: Sequence[Place], needed: Tensor | None) -> None:
+    run = variable.place.layout
+    wanted = run.there if needed is None else needed.cpu().numpy()
+    try:
+        check_aligned(run, [place.layout for place in data], wanted, of_run=False)
+    except InputError as error:
+        what = str(error).split(" Take average=")[0].rstrip(".")
+        raise InputError(
+            f"A mean needs positions that line up: {what}. Give baseline='own', 'zero', or inputs of a data set that do."
+        ) from error
+
+
 def _counted(model: Any, inputs: Mapping[str, Any], value: Tensor, place: Place, site: str) -> Bool[Tensor, "row ..."]:
-    """Where a value is no padding, with an axis of one for every further axis of the values."""
+    """Where a value is of something that is there, with an axis of one for every further axis of the values."""
     if site == PIXELS:
         pictures = value.shape[:-3]
         real = torch.zeros(pictures.numel(), dtype=torch.bool)
-        real[rows_of_pixels(model, inputs)] = True
+        real[rows_of_pixels(model, inputs)] = torch.from_numpy(place.tokens.present.any(1))
         return real.view(*pictures, 1, 1, 1).to(value.device)
-    real = torch.from_numpy(place.kind != "padding").to(value.device)
+    real = torch.from_numpy(present(place.kind)).to(value.device)
     return real.view(*real.shape, *[1] * (value.ndim - 2))
 
 
@@ -133,7 +184,7 @@ def _where_there(mean: Tensor, there: Tensor, variable: Variable, needed: Tensor
                 "data set."
             )
         return torch.where(real, mean, variable.value)
-    real = torch.from_numpy(variable.place.kind != "padding")
+    real = torch.from_numpy(present(variable.place.kind))
     wanted = real if needed is None else real & needed.cpu()
     missing = (wanted & ~there.reshape(there.shape[:2]).cpu()).nonzero().tolist()
     if missing:
@@ -152,7 +203,7 @@ def _mean_of_kind(value: Tensor, place: Place) -> Tensor:
     images = place.tokens.image_number[:, place.dropped :]
     for row in range(value.shape[0]):
         for kind, image in set(zip(kinds[row].tolist(), images[row].tolist(), strict=True)):
-            if kind != "padding":
+            if kind not in ABSENT:
                 same = torch.from_numpy((kinds[row] == kind) & (images[row] == image)).to(value.device)
                 out[row, same] = value[row, same].to(wide_type(value)).mean(0).to(value)
     return out

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from circuitvision import edits
 from circuitvision.errors import InputError
+from circuitvision.model.routes import rows_serve_all
 from circuitvision.progress import track
 from circuitvision.provenance import describe
 from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
@@ -43,7 +44,6 @@ from circuitvision.readout.relevance.variables import (
     PIXELS,
     Variable,
     image_tower,
-    rows_serve_all,
     wide,
 )
 from circuitvision.results import Result
@@ -311,7 +311,7 @@ class _Game:
     def _by_sweep(self, masks: Sequence[Tensor]) -> Tensor:
         source = start_of(self.variable, self.baseline, torch.stack(list(masks)).any(0))
         groups = [[edits.replace(self.variable.site, source, positions=mask)] if mask.any() else [] for mask in masks]
-        return self.model.sweep(self.inputs, groups, self.metric).values
+        return self.model.sweep(self.inputs, groups, self.metric, empty="clean").values
 
     def _by_colour(self, masks: Sequence[Tensor]) -> Tensor:
         picture = Variable(self.model, self.inputs, self.metric, PIXELS)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.routes import rows_serve_all
 from circuitvision.model.selection import Selection
 from circuitvision.progress import track
 from circuitvision.provenance import describe
@@ -45,7 +46,6 @@ from circuitvision.readout.relevance.variables import (
     Variable,
     image_tower,
     rows_of_pixels,
-    rows_serve_all,
     wide,
 )
 

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from circuitvision import edits
 from circuitvision.errors import InputError
+from circuitvision.model.routes import rows_serve_all
 from circuitvision.model.selection import Selection
-from circuitvision.model.tokens import KINDS
+from circuitvision.model.tokens import KINDS, present
 from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
 from circuitvision.readout.relevance.gradients import result_at
 from circuitvision.readout.relevance.result import Relevance, warn_undefined
@@ -37,7 +38,6 @@ from circuitvision.readout.relevance.variables import (
     Place,
     Variable,
     checked_tower,
-    rows_serve_all,
     wide,
 )
 
@@ -92,7 +92,11 @@ def occlusion(
     removed = torch.stack([torch.from_numpy(mask) for whole in masks for mask in _apart(whole, alone)])
     source = start_of(place, baseline, removed.any(0))
     swept = model.sweep(
-        place.inputs, [edits.replace(place.site, source, positions=mask) for mask in removed], metric, progress=progress
+        place.inputs,
+        [edits.replace(place.site, source, positions=mask) for mask in removed],
+        metric,
+        empty="clean",
+        progress=progress,
     )
     lost = wide(swept.clean) - wide(swept.values)
     example = where.tokens.example.tolist()
@@ -149,7 +153,7 @@ def _region(where: Place, region: Selection | Tensor) -> np.ndarray[Any, Any]:
             f"A region is a Selection or a bool mask {list(tokens.kind.shape)} of this run's rows and positions, not {list(mask.shape)} of "
             f"{mask.dtype}."
         )
-    mask = mask & (where.kind != "padding")
+    mask = mask & present(where.kind)
     if not mask.any():
         raise InputError(f"{region!r} holds no position; leave empty regions out.")
     return mask

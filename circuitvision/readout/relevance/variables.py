@@ -24,8 +24,8 @@ from torch import Tensor
 
 from circuitvision import metrics
 from circuitvision.errors import InputError
+from circuitvision.model.averages import Layout
 from circuitvision.model.inputs import refuse_cache
-from circuitvision.model.routes import is_dual
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
 from circuitvision.model.tokens import Packing
@@ -77,11 +77,6 @@ def checked_tower(model: HookedModel, tower: str | None) -> str:
     return image_tower(model) if tower is None else tower
 
 
-def rows_serve_all(model: HookedModel, tower: str) -> bool:
-    """Whether every example's metric depends on every row of a tower: the texts that a dual encoder compares its images with."""
-    return is_dual(model) and tower in model.towers and not model.towers[tower].stack.image
-
-
 @dataclass(frozen=True, eq=False)
 class Place:
     """Which positions of which tower the entries of a site are: all but the first ``dropped``."""
@@ -93,6 +88,11 @@ class Place:
     def kind(self) -> np.ndarray[Any, Any]:
         """Kind of every position, ``[row pos]``."""
         return self.tokens.kind[:, self.dropped :]
+
+    @property
+    def layout(self) -> Layout:
+        """What the entries of the site are, for averages."""
+        return Layout.of_tokens(self.tokens, range(self.dropped, self.tokens.n_positions))
 
     @property
     def labels(self) -> list[list[str]]:

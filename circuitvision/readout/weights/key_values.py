@@ -29,7 +29,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.tokens import TokenMap
+from circuitvision.model.tokens import ABSENT, TokenMap
 from circuitvision.progress import track
 from circuitvision.provenance import describe
 from circuitvision.readout.places import places_of
@@ -67,7 +67,7 @@ class TokenAgreement(Result):
         import pandas as pd
 
         records = []
-        for kind in dict.fromkeys(name for row in self.kinds for name in row if name != "padding"):
+        for kind in dict.fromkeys(name for row in self.kinds for name in row if name not in ABSENT):
             here = torch.tensor([[name == kind for name in row] for row in self.kinds])
             for number, layer in enumerate(self.axes["layer"]):
                 rate, chance = (float(part[number][here].mean()) for part in (self.values, self.chance))
@@ -246,7 +246,7 @@ def _true_classes(
 ) -> Tensor:
     """For every row, the number of its class among ``columns``."""
     wanted = labels.tolist() if isinstance(labels, Tensor) else list(labels)
-    n_examples = int(tokens.example.max()) + 1
+    n_examples = tokens.n_examples
     if len(wanted) != n_examples:
         raise InputError(f"There are {len(wanted)} labels for {n_examples} examples; give one each.")
     found = outputs.find(wanted)
@@ -262,7 +262,7 @@ def _active(keys: Float[Tensor, "row pos key"], count: int) -> Bool[Tensor, "row
 
 
 def _result(run: _Run, numbers: list[int], values: list[Tensor], chance: list[Tensor], method: str) -> TokenAgreement:
-    padding = torch.from_numpy(run.tokens.kind == "padding")
+    padding = torch.from_numpy(~run.tokens.present)
     rates, levels = (torch.stack(kind).masked_fill(padding, torch.nan) for kind in (values, chance))
     axes = {"layer": numbers, "row": list(range(rates.shape[1])), "position": list(range(rates.shape[2]))}
     return TokenAgreement(
