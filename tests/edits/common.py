@@ -105,15 +105,25 @@ def torch_hooks(*hooks: tuple[nn.Module, str, Fn]) -> Iterator[None]:
 
 
 @contextmanager
-def seen(module: nn.Module, phase: str = "post") -> Iterator[list[Tensor]]:
-    """Every value that passes a place, after the edits made there: torch runs these hooks last."""
+def seen(module: Any, phase: str = "post") -> Iterator[list[Tensor]]:
+    """Every value that a module computes with ("pre") or hands on ("post"), after all hooks: taken around the calls, by no hook."""
     values: list[Tensor] = []
+    name = "forward" if phase == "pre" else "_call_impl"
+    call = getattr(module, name)
 
-    def keep(value: Tensor) -> None:
-        values.append(value.detach().clone())
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if phase == "pre":
+            values.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+            return call(*args, **kwargs)
+        output = call(*args, **kwargs)
+        values.append((output[0] if isinstance(output, tuple) else output).detach().clone())
+        return output
 
-    with torch_hooks((module, phase, keep)):
+    setattr(module, name, watched)
+    try:
         yield values
+    finally:
+        delattr(module, name)
 
 
 def run_and_see(

@@ -634,7 +634,7 @@ def test_the_gradient_to_a_clamped_feature_is_its_decoder_row_times_the_sites_gr
     edit = edits.overwrite(VIT_RESID, [11, 4], value, dictionary=dictionary, positions=3)
     with torch.enable_grad():
         (to_value,) = torch.autograd.grad(model.run(inputs, [edit])[:, 1].sum(), value)
-        with torch_hooks((block(model, "vision", 1), "post", keep)):
+        with torch_hooks((block(model, "vision", 2), "pre", keep)):
             (to_site,) = torch.autograd.grad(model.run(inputs, [edit])[:, 1].sum(), sites[0])
     near(to_value, (to_site[:, 3] @ dictionary.W_dec[[11, 4]].T).sum(0))
     assert to_value.abs().min() > 0
