@@ -11,7 +11,7 @@ from torch import Tensor
 from circuitvision import metrics
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.memory import compact
+from circuitvision.model.memory import owned
 
 Metric = Callable[..., Tensor]
 
@@ -31,8 +31,8 @@ def with_gradients(
         raise InputError("metric(logits) must be a tensor computed from the logits by differentiable operations.")
     names = [name for name in cache if cache[name].requires_grad]
     found = torch.autograd.grad(value, [cache[name] for name in names], allow_unused=True)
-    values: dict[str, Any] = {name: compact(cache[name].detach()) for name in cache}
+    values: dict[str, Any] = {name: owned(cache[name].detach()) for name in cache}
     for name, grad in zip(names, found, strict=True):
-        values[f"{name}_grad"] = torch.zeros_like(values[name]) if grad is None else compact(grad.detach())
+        values[f"{name}_grad"] = torch.zeros_like(values[name]) if grad is None else owned(grad.detach())
     out = ActivationCache(values, cache.model, cache.inputs, cache.has_batch_dim)
     return out if device is None else out.to(device)

@@ -301,7 +301,7 @@ class HookedModel(TextTools):
         if kwargs:
             inputs.check_keywords(self, kwargs)
         if getattr(self.config, "return_dict", True) is False:
-            kwargs = {"return_dict": True, **kwargs}
+            raise InputError("model.config.return_dict is False, which takes the names off the output: set it to True.")
         with self._running(mapping):
             output = self.module(**mapping, **kwargs)
         return output[self.family.output] if isinstance(output, Mapping) else getattr(output, self.family.output)

@@ -87,7 +87,7 @@ class Recorder:
         kept = value if self.device is None else value.to(self.device)
         if not self.keeps_graph:
             # A copy of a view would leave the autograd path.
-            kept = compact(kept.detach() if kept.requires_grad else kept)
+            kept = compact(kept)
         self.values.setdefault(name, []).append(kept)
 
 
@@ -168,7 +168,7 @@ class HookEngine:
 
     def __getstate__(self) -> dict[str, Any]:
         # Made hooks belong to this engine, and so does the stack of those who put them there; a copy has none.
-        fresh = {
+        fresh: dict[str, Any] = {
             "_plans": {},
             "_plan": None,
             "stack": [],
@@ -542,7 +542,7 @@ class HookEngine:
 def _after_others(module: nn.Module, hook: Callable[..., Any]) -> Any:
     """Register a forward hook after those of others, but before those that record hidden states."""
     handle = module.register_forward_hook(hook, with_kwargs=True)
-    hooks = module._forward_hooks
+    hooks: Any = module._forward_hooks
     if len(hooks) > 1:
         keys = list(hooks)
         first = next((n for n, key in enumerate(keys) if getattr(hooks[key], "__module__", "") == RECORDING), None)
@@ -555,7 +555,13 @@ def _run_hook(hook: Hook, value: Tensor, where: HookPoint, tracked: bool) -> tup
     handed = value.clone()
     version = None if handed.is_inference() else handed._version
     returned = hook(handed, where)
-    touched = handed._version != version if version is not None else not torch.equal(handed, value)
+    if torch._C._functorch.is_functorch_wrapped_tensor(handed):
+        # Batched tensors count no versions and compare to no bool, so whatever comes back may be changed.
+        touched = returned is not None
+    elif version is None:
+        touched = not torch.equal(handed, value)
+    else:
+        touched = handed._version != version
     if returned is None:
         if touched:
             raise HookError(

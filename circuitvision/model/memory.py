@@ -14,8 +14,16 @@ ALIGNMENT = 64
 
 
 def compact(value: Tensor) -> Tensor:
-    """``value``, copied where it is a view into a storage larger than itself."""
-    if not (value._is_view() or value.is_inference()) or not _has_memory(value):
+    """``value``, detached, and copied where it is a view into a storage larger than itself."""
+    # A detached view no longer says that it is one.
+    looks = value._is_view() or value.is_inference()
+    value = value.detach() if value.requires_grad else value
+    return owned(value) if looks else value
+
+
+def owned(value: Tensor) -> Tensor:
+    """A tensor, copied where its storage is larger than itself."""
+    if not _has_memory(value):
         return value
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
