@@ -72,7 +72,7 @@ class Selection:
 
     def _edges(self, first: Any, top: Any, right: Any, bottom: Any) -> tuple[np.ndarray, str]:
         """The box of every row, ``[row or 1, 4]`` (NaN: none), and how it was asked for."""
-        if isinstance(first, Sequence | np.ndarray | Tensor) and np.ndim(first) != 0:
+        if isinstance(first, Sequence) or getattr(first, "ndim", 0):
             if (top, right, bottom) != (None, None, None):
                 raise InputError("Give one box as four numbers, or boxes as one array [row, 4].")
             edges = self._of_rows([(np.nan,) * 4 if box is None else box for box in first])
@@ -94,7 +94,7 @@ class Selection:
             edges = np.array([[float(edge) for edge in box] for box in boxes])
         except (TypeError, ValueError) as error:
             raise InputError(
-                "Boxes are an array [row, 4], or a list of (left, top, right, bottom) and None."
+                "Boxes are an array [row, 4], or a list of (left, top, right, bottom) and None; one box is box(*edges)."
             ) from error
         tokens = self.tokens
         if edges.shape[1:] != (4,) or len(edges) not in (tokens.n_rows, tokens.n_examples):
