@@ -66,17 +66,12 @@ class Examples:
                     f"These inputs do not run the {self.tower.name} tower; they hold {', '.join(inputs)}. Add what it reads."
                 )
             found = maps[self.tower.name]
-            count = found.n_rows if self.paired else self._count(inputs, int(found.example.max()) + 1)
+            count = found.n_rows if self.paired else found.n_examples
             first = self.batches[-1].first + self.batches[-1].count if self.batches else 0
             batch = Batch(first, count, found.n_positions, dict(inputs))
             self.batches.append(batch)
         numbers = torch.arange(batch.first, batch.first + batch.count, device=self.model.device)
         return numbers[:, None].expand(batch.count, batch.positions).clone()
-
-    def _count(self, inputs: Mapping[str, Any], seen: int) -> int:
-        # An example without an image has no row in the vision tower.
-        ids = inputs.get("input_ids")
-        return seen if ids is None else int(ids.shape[0])
 
     def inputs(self, tokens: Any) -> dict[str, Any]:
         """The whole inputs of the examples that ``tokens`` names, in its order; a mapping passes through as it is.

@@ -86,10 +86,10 @@ class Layout:
             there = np.ones(tuple(shape[: 1 + has_positions]), dtype=bool)
             return cls(owner, np.arange(shape[0]), there, unit=np.zeros((shape[0], 2), dtype=int))
         if not has_positions:
-            return cls(owner, tokens.example, tokens.present.any(1), unit=_units(tokens))
+            return cls(owner, tokens.example, _rows_there(tokens), unit=_units(tokens))
         axis = axis_of(model.towers[owner], name, tokens, settings)
         if axis.absent or axis.count(tokens.n_positions) != shape[1]:
-            there = np.repeat(tokens.present.any(1)[:, None], shape[1], axis=1)
+            there = np.repeat(_rows_there(tokens)[:, None], shape[1], axis=1)
             return cls(owner, tokens.example, there, unit=_units(tokens))
         return cls.of_tokens(tokens, axis.held)
 
@@ -115,6 +115,11 @@ def places(tokens: TokenMap) -> Array:
     rows, cols = tokens.patch_row[patches], tokens.patch_col[patches]
     found[patches] = [f"patch r{row}c{col}" for row, col in zip(rows.tolist(), cols.tolist(), strict=True)]
     return found
+
+
+def _rows_there(tokens: TokenMap) -> Array:
+    """Which rows hold anything."""
+    return np.asarray(tokens.present.any(axis=1))
 
 
 def _units(tokens: TokenMap) -> Array:

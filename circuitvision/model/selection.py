@@ -59,12 +59,10 @@ class Selection:
         Raises InputError for boxes without area, or neither one per row nor one per example.
         """
         edges, label = self._edges(left, top, right, bottom)
-        left, top, right, bottom = (edges[:, side, None] for side in range(4))
+        x0, y0, x1, y1 = (edges[:, side, None] for side in range(4))
         pixels = self.tokens.box
         with np.errstate(invalid="ignore"):
-            hit = (
-                (pixels[..., 0] < right) & (pixels[..., 2] > left) & (pixels[..., 1] < bottom) & (pixels[..., 3] > top)
-            )
+            hit = (pixels[..., 0] < x1) & (pixels[..., 2] > x0) & (pixels[..., 1] < y1) & (pixels[..., 3] > y0)
         hit &= self.mask & (self.tokens.kind == "patch")
         if buffer:
             hit = self._grown(hit, buffer) & self.mask
@@ -72,7 +70,7 @@ class Selection:
 
     def _edges(self, first: Any, top: Any, right: Any, bottom: Any) -> tuple[np.ndarray, str]:
         """The box of every row, ``[row or 1, 4]`` (NaN: none), and how it was asked for."""
-        if isinstance(first, Sequence | np.ndarray | Tensor) and np.ndim(first) != 0:
+        if isinstance(first, Sequence) or (isinstance(first, np.ndarray | Tensor) and first.ndim > 0):
             if (top, right, bottom) != (None, None, None):
                 raise InputError("Give one box as four numbers, or boxes as one array [row, 4].")
             edges = self._of_rows([(np.nan,) * 4 if box is None else box for box in first])
@@ -94,7 +92,7 @@ class Selection:
             edges = np.array([[float(edge) for edge in box] for box in boxes])
         except (TypeError, ValueError) as error:
             raise InputError(
-                "Boxes are an array [row, 4], or a list of (left, top, right, bottom) and None."
+                "Boxes are an array [row, 4], or a list of (left, top, right, bottom) and None; one box is box(*edges)."
             ) from error
         tokens = self.tokens
         if edges.shape[1:] != (4,) or len(edges) not in (tokens.n_rows, tokens.n_examples):

@@ -216,7 +216,8 @@ class Sweep:
 
     def _warn_of_memory(self) -> None:
         """One warning where what one run of all examples keeps is a large share of the memory that is free."""
-        needed = max((math.prod(self._size(task.route)) for task in self.tasks if task.route is not None), default=0)
+        routes = {task.route for task in self.tasks if task.route is not None}
+        needed = max((math.prod(self._size(route)) for route in routes), default=0)
         free = free_memory(self.model.device)
         if free is not None and needed > LARGE_SHARE * free:
             warnings.warn(
