@@ -44,8 +44,8 @@ def linear_weight(
     """
     module = computing(module)
     if _is_plain(module, nn.Linear):
-        _recompute(module)
-        return parameter(module, "weight").T, _optional(module, "bias")
+        with _still(module):
+            return parameter(module, "weight").T, _optional(module, "bias")
     held = _held_by(module)
     if held is not None:
         return held[0].T, held[1]
@@ -300,7 +300,10 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     if "forward" in module.__dict__ and not _hooks(module):
         return False
-    weight = getattr(module, "weight", None)
+    weight: Any = module._parameters.get("weight")
+    if weight is None:
+        with _still(module):
+            weight = getattr(module, "weight", None)
     return type(weight) in (nn.Parameter, Tensor) and _is_number(weight)
 
 
@@ -328,11 +331,20 @@ def _held_by(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     return None
 
 
-def _recompute(module: nn.Module) -> None:
-    """Bring a weight up to date that a hook of ``torch.nn.utils`` computes before each forward."""
-    for hook in module._forward_pre_hooks.values():
-        if type(hook).__module__ in _OLD_REPARAMETRIZATIONS:
-            hook(module, None)  # type: ignore[arg-type]
+@contextlib.contextmanager
+def _still(module: nn.Module) -> Iterator[None]:
+    """Nothing random inside the block, and nothing that moves on with each call; weights that hooks compute before a forward are up to date."""
+    random = [part for part in module.modules() if part.training and type(part).__module__ in _RANDOM]
+    for part in random:
+        part.training = False
+    try:
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__module__ in _OLD_REPARAMETRIZATIONS:
+                hook(module, None)  # type: ignore[arg-type]
+        yield
+    finally:
+        for part in random:
+            part.training = True
 
 
 @contextlib.contextmanager
@@ -342,19 +354,14 @@ def _measuring(module: nn.Module, device: torch.device) -> Iterator[None]:
         raise UnsupportedModelError(
             f"{type(module).__name__} is on the meta device: there are no weights to measure. Load the model with weights (from_pretrained)."
         )
-    random = [part for part in module.modules() if part.training and type(part).__module__ in _RANDOM]
-    for part in random:
-        part.training = False
     try:
-        yield
+        with _still(module):
+            yield
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UnsupportedModelError(
             f"The weight of {type(module).__name__} could not be measured on {device}: {reason} Dequantise or merge it first."
         ) from error
-    finally:
-        for part in random:
-            part.training = True
 
 
 @contextlib.contextmanager

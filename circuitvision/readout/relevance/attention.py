@@ -33,6 +33,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.hooks import HookPoint
 from circuitvision.model.routes import is_dual
 from circuitvision.model.tokens import TokenMap
+from circuitvision.model.weights import check_gradients
 from circuitvision.provenance import describe
 from circuitvision.readout.places import places_of
 from circuitvision.readout.recorded import real_queries
@@ -288,6 +289,7 @@ def _of_layers(
     beside = [name for name in model.sites() if name.endswith(".hook_readout")]
     beside += [model.towers[tower].residual_name(layer) for layer in model.towers[tower].feature_layers]
     hooks = [*((name, start) for name in names), *((name, stream) for name in posts)]
+    check_gradients(model.module)
     with differentiating(), model.hooks(fwd_hooks=hooks):
         logits, cache = model.run_with_cache(inputs, names_filter=list(dict.fromkeys(beside)), keep_graph=True)
         values = metrics.evaluate(metric, logits, inputs).detach()

@@ -134,7 +134,6 @@ class Variable:
 
     def __init__(self, model: HookedModel, inputs: Mapping[str, Any], metric: Any, site: str) -> None:
         refuse_random(model.module, "Relevance")
-        check_gradients(model.module)
         self.model, self.site = model, site
         self.metric = metrics.bind(metric, model)
         self.inputs = usable(inputs)
@@ -165,6 +164,8 @@ class Variable:
         Raises:
             InputError: a metric that cannot be differentiated; inputs whose tensors cannot be repeated row by row.
         """
+        if gradients:
+            check_gradients(self.model.module)
         with differentiating(gradients):
             inputs = self._repeated(len(points))
             leaf = torch.cat([point.detach().to(self.value) for point in points]).requires_grad_(gradients)
