@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -173,6 +173,7 @@ class Binder:
 
     def _bind_edit(self, bound: BoundGroup, edit: Edit) -> None:
         names = edit.sites(self.model)
+        self._check_runs(names)
         self._check_steps(edit, list(dict.fromkeys(SiteName.parse(name).tower for name in names)))
         for name in names:
             edit.check(self.model, name, self.window(name), self._n_heads(name), self._grows(edit, name))
@@ -249,6 +250,13 @@ class Binder:
                 f"{edit!r} selects no position of the {window.tower} tower in {len(rows)} rows of the batch, which it leaves as they are.",
                 stacklevel=7,
             )
+
+    def _check_runs(self, names: Sequence[str]) -> None:
+        """Raise InputError if none of the sites is in a tower that these inputs run."""
+        towers = {tower_of(self.model, SiteName.parse(name)) for name in names}
+        images = [self.model.towers[tower].stack.image for tower in towers if tower in self.model.towers]
+        if all(images) and self.settings.get("pixel_values") is None:
+            raise InputError(f"the {' and '.join(sorted(towers))} tower does not run: the inputs hold no pixel_values")
 
     def _check_steps(self, edit: Edit, towers: Sequence[str]) -> None:
         """Raise InputError for steps that a tower has none of, and for a number that the tower which runs several times does not come to."""
@@ -463,19 +471,18 @@ class Writer:
             window = self.binder.passing(hook, view, rows, first)
             given = self.captured[number]
             for edit in edits:
-                if self.binder.window(hook.name) is None and hook.step == 0:
-                    self._write_named(edit, lambda edit=edit: edit.positions.check(window, UNBOUNDED))
-                self._write_named(edit, lambda edit=edit: edit.write(view, window, hook, given))
+                self._write(edit, view, window, hook, given)
                 wrote = True
             for edit in needs:
                 given[edit, hook.name] = _from_position_0(view, window)
         return value if wrote else None
 
-    @staticmethod
-    def _write_named(edit: Edit, act: Callable[[], None]) -> None:
-        """Act for one edit; its name goes into every error."""
+    def _write(self, edit: Edit, view: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
         try:
-            act()
+            if hook.step == 0 and self.binder.window(hook.name) is None:
+                # What no token map described is known only now.
+                edit.positions.check(window, UNBOUNDED)
+            edit.write(view, window, hook, given)
         except CircuitVisionError as error:
             text = str(error)
             raise type(error)(text if repr(edit) in text else f"{edit!r}: {text.rstrip('.')}.") from error
