@@ -8,8 +8,12 @@ Common to all:
 
 * ``site`` is a name or a glob (``"language.blocks.*.attn.hook_z"``: the same edit at every matching site);
 * ``heads`` count the head axis of the site itself (key/value heads at ``hook_k`` and ``hook_v``);
-* ``positions`` are absolute, padding included: an int, ints, a slice, ``"last"``, a bool mask ``[batch, pos]``, or a selection of a token map such as
-  ``model.tokens(inputs)["vision"].image(0).box(8, 8, 24, 24)``; None is every position, generated ones too;
+* ``positions`` are those of the tower, absolute, padding included: an int, ints, a slice, ``"last"``, a bool mask ``[batch, pos]``, or a selection of
+  a token map such as ``model.tokens(inputs)["vision"].image(0).box(8, 8, 24, 24)``; None is every position, generated ones too. A site that holds
+  only some of them (a projector behind a class token, an output head, patch embeddings: ``model.positions(site, inputs)`` lists them) maps them to
+  its own axis; a number it does not hold is an error, a slice, mask or selection leaves out what it does not hold;
+* ``keys`` likewise, cached positions included; keys that an action tower sees before its own are named by their tower, ``("language", positions)``
+  or a selection of it, and None is every key, those too;
 * ``steps`` are the passes of the tower in which the edit acts: ``"prefill"`` (the prompt), ``"decode"`` (every later token), or numbers (denoising
   steps of an action tower; 0 is the prompt elsewhere); None is every pass. A single run is one prefill.
 
@@ -343,6 +347,8 @@ def delete_tokens(
     For the remaining positions this is what a shorter sequence computes. They keep their position numbers; ``reindex=True`` counts them anew, as if
     the prompt had been shorter (text towers, single runs). Rows of deleted positions themselves, in outputs that have positions, and what they hand
     on to a projector, mean nothing: delete image tokens in the language tower, not only in the vision tower.
+
+    Raises InputError in blocks whose sliding window is shorter than the sequence: it counts deleted positions as well.
     """
     return DeleteTokens(tower, **_where(None, positions, steps), start=start, reindex=reindex)
 
@@ -350,7 +356,7 @@ def delete_tokens(
 def permute(site: str, order: Iterable[int], *, positions: PositionsLike = None, steps: StepsLike = None) -> Edit:
     """Let positions change places: the ``i``-th selected position takes the value of the ``order[i]``-th.
 
-    Raises InputError if ``order`` is not a permutation.
+    Numbers count in the order given, everything else in ascending order. Raises InputError if ``order`` is not a permutation.
     """
     numbers = tuple(int(n) for n in order)
     if sorted(numbers) != list(range(len(numbers))):

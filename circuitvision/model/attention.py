@@ -304,7 +304,9 @@ def _rotated(query: Tensor, key: Tensor, stages: Stages) -> tuple[Tensor, Tensor
     if "hook_rot_k" in fires:
         end = stages.slots.count(key.shape[2])
         own = key[:, :, end - query.shape[2] : end]
-        value, changed = fires["hook_rot_k"](own.transpose(1, 2))
+        # A cache may write over its keys in later steps; what a hook keeps must not change.
+        seen = own if stages.slots.layer is None else own.clone()
+        value, changed = fires["hook_rot_k"](seen.transpose(1, 2))
         if changed:
             own.copy_(value.transpose(1, 2))
             stages.slots.keep(key)

@@ -16,7 +16,7 @@ import contextlib
 import copy
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -267,12 +267,12 @@ class HookedModel(TextTools):
         """
         return self._forward(self._checked(inputs), kwargs)
 
-    def _checked(self, given: Any) -> dict[str, Any]:
+    def _checked(self, given: Any, read: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> dict[str, Any]:
         self.engine.check_thread()
         self._follow()
         mapping = inputs.as_mapping(self, given)
         if not self._checked_inputs.holds(self, mapping):
-            inputs.check(self, mapping)
+            inputs.check(self, read(mapping))
             self._checked_inputs.keep(self, mapping)
             self._state.renew()
             self._watch_stream = frozenset(mapping) not in self._seen_streams
@@ -519,7 +519,7 @@ class HookedModel(TextTools):
         module: Any = self.module
         if not hasattr(module, "generate") or self.family.suffix_kinds or "language" not in self.towers:
             raise UnsupportedModelError(f"A {self.family.name} model does not generate text.")
-        mapping = self._checked(inputs)
+        mapping = self._checked(inputs, generation.described)
         generation.check_cache(mapping, kwargs, hooked=bool(edits or self.engine.stack))
         binder = Binder(
             self, generation.described(mapping), "generate", generation.most_passes(module, mapping, kwargs), kwargs

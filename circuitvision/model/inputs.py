@@ -176,8 +176,8 @@ def _check_boolean(model: HookedModel) -> None:
         implementation = getattr(tower.config, "_attn_implementation", None)
         if not tower.stack.image and implementation != "sdpa":
             raise InputError(
-                f"A boolean attention_mask of four axes is read as 'may look' by sdpa alone; the {tower.name} tower runs {implementation!r} attention, "
-                "which would add it as numbers. Give 0 where a query may look and the dtype's smallest number elsewhere."
+                f"A boolean attention_mask of four axes means 'may look' to sdpa alone; the {tower.name} tower runs {implementation!r} "
+                "attention, which would add it as numbers. Give 0 where a query may look and the dtype's smallest number elsewhere."
             )
 
 

@@ -244,10 +244,15 @@ def fault_of(cell: Cell) -> str:
     edit = edits.replace(cell.site, VALUE, positions=way.positions)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
+        calls: list[int] = []
+        handle = model.module.register_forward_pre_hook(lambda module, args: calls.append(1))
         try:
             got = model.run(inputs, [edit])
         except InputError as error:
-            return "" if missing else f"refused: {error}"
+            late = "refused only in the run" if calls else ""
+            return late if missing else f"refused: {error}"
+        finally:
+            handle.remove()
         if missing:
             return "accepted, though the site does not hold these positions"
         if not named and kept is None:

@@ -113,7 +113,7 @@ class AttentionEdit(Edit):
         if everything:
             return torch.ones(1, n_keys, dtype=torch.bool, device=device)
         prefix = window.prefix
-        # A pooling's one query looks at every position. Elsewhere the keys end with the query's own; caches of sliding windows have dropped the first.
+        # A pooling's one query looks at every position. Elsewhere keys end with the last query's own; sliding windows have dropped the first ones.
         behind = n_keys if window.axis.absent else window.first + window.length
         n_prefix = 0 if prefix is None else prefix.length
         dropped = behind + n_prefix - n_keys

@@ -174,6 +174,7 @@ class Binder:
 
     def _bind_edit(self, bound: BoundGroup, edit: Edit) -> None:
         names = edit.sites(self.model)
+        self._check_runs(names)
         self._check_steps(edit, list(dict.fromkeys(SiteName.parse(name).tower for name in names)))
         for name in names:
             edit.check(self.model, name, self.window(name), self._n_heads(name), self._grows(edit, name))
@@ -250,6 +251,13 @@ class Binder:
                 f"{edit!r} selects no position of the {window.tower} tower in {len(rows)} rows of the batch, which it leaves as they are.",
                 stacklevel=7,
             )
+
+    def _check_runs(self, names: Sequence[str]) -> None:
+        """Raise InputError if none of the sites is in a tower that these inputs run."""
+        towers = {tower_of(self.model, SiteName.parse(name)) for name in names}
+        images = [self.model.towers[tower].stack.image for tower in towers if tower in self.model.towers]
+        if all(images) and self.settings.get("pixel_values") is None:
+            raise InputError(f"the {' and '.join(sorted(towers))} tower does not run: the inputs hold no pixel_values")
 
     def _check_steps(self, edit: Edit, towers: Sequence[str]) -> None:
         """Raise InputError for steps that a tower has none of, and for a number that the tower which runs several times does not come to."""
