@@ -158,7 +158,7 @@ class Sweep:
             raise InputError(
                 f"The axes describe {sizes}, but there are {len(groups)} edits; the last axis varies fastest."
             )
-        self.binder = Binder(model, inputs)
+        self.binder = Binder(model, inputs, warns_of_rows=False)
         self.tasks = [_Task(number, bound) for number, bound in enumerate(self.binder.bind(groups))]
         self._order = {name: number for number, name in enumerate(model.engine.points)}
         self.resumers: dict[bool, Resumer] = {}

@@ -192,7 +192,11 @@ def test_a_group_that_selects_nothing_is_the_unedited_run_in_a_sweep() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = model.sweep(
-            inputs, [*nothing, edits.scale(SITE, 2.0, positions=2)], lambda out: out[:, -1, 3], progress=False
+            inputs,
+            [*nothing, edits.scale(SITE, 2.0, positions=2)],
+            lambda out: out[:, -1, 3],
+            empty="clean",
+            progress=False,
         )
     assert not [w for w in caught if "run in full" in str(w.message)]
     assert result.plan[:-1] == ["nothing changes"] * len(nothing)

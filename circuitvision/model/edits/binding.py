@@ -86,8 +86,11 @@ class Binder:
         mode: Mode = "run",
         passes: int | None = None,
         settings: Mapping[str, Any] | None = None,
+        warns_of_rows: bool = True,
     ) -> None:
         self.model, self.inputs, self.mode = model, inputs, mode
+        self.warns_of_rows = warns_of_rows
+        """Whether rows in which an edit selects nothing are warned of; a sweep gives them no value instead."""
         self.passes = passes
         """The most passes of the tower that runs several times, where their number is known."""
         self.settings = {**inputs, **(settings or {})}
@@ -190,7 +193,8 @@ class Binder:
             self._refuse_unmet(edit, names)
             warnings.warn(f"{edit!r} selects no position, so it changes nothing.", stacklevel=6)
             return
-        self._warn_of_rows(edit, met[0])
+        if self.warns_of_rows:
+            self._warn_of_rows(edit, met[0])
         for name in names:
             bound.writes.setdefault(name, []).append(edit)
         captured = edit.captured()
