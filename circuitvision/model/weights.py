@@ -180,12 +180,19 @@ def attention_weights(attention: nn.Module) -> tuple[Tensor, Tensor | None, Tens
     """``in_proj_weight [3·d, d]``, its bias, ``out_proj.weight [d, d]`` and its bias of an ``nn.MultiheadAttention``, adapters included."""
     outer: Any = computing(attention)
     inner: Any = base_layer(outer)
-    weight, bias = parameter(inner, "in_proj_weight"), _optional(inner, "in_proj_bias")
-    if outer is not inner and not outer.disable_adapters and not outer.merged:
-        for adapter in outer.active_adapters:
-            weight = weight + outer.get_delta_weight(adapter).to(weight) if adapter in outer.lora_A else weight
-    out, out_bias = linear_weight(inner.out_proj, weight.dtype, weight.device)
-    return weight, bias, out.T, out_bias
+    if outer is inner:
+        out, out_bias = linear_weight(inner.out_proj)
+        return parameter(inner, "in_proj_weight"), _optional(inner, "in_proj_bias"), out.T, out_bias
+    # The adapter of this module merges itself for the length of each forward; its parts are never called.
+    merges = not outer.disable_adapters and not outer.merged
+    if merges:
+        outer.merge(adapter_names=[name for name in outer.active_adapters if name in outer.lora_A])
+    try:
+        out_proj: Any = base_layer(inner.out_proj)
+        return inner.in_proj_weight, inner.in_proj_bias, out_proj.weight, out_proj.bias
+    finally:
+        if merges:
+            outer.unmerge()
 
 
 def out_width(module: nn.Module) -> int:
