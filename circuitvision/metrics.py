@@ -270,6 +270,8 @@ def at_position(
 ) -> Float[Tensor, "batch classes"]:
     """The output at one position of every example, in float32 at least; outputs without positions are returned whole.
 
+    Positions are those of the prompt, also where the call kept only some of them (``logits_to_keep`` in ``inputs``).
+
     Raises:
         InputError: a position outside the output, a mask of another length, an example that is all padding.
     """
@@ -278,15 +280,41 @@ def at_position(
     if logits.ndim != 3:
         raise InputError(f"A metric reads [batch, classes] or [batch, pos, classes], not {tuple(logits.shape)}.")
     batch, length = logits.shape[:2]
+    kept = _kept(inputs, length)
+    whole = length if kept is None else _prompt_length(inputs)
     if isinstance(position, str):
         if position != "last":
             raise InputError(f"Unknown position {position!r}; give 'last', a whole number, or one per example.")
-        index = _last_unmasked(inputs, batch, length).to(logits.device)
+        index = _last_unmasked(inputs, batch, whole).to(logits.device)
     else:
         index = torch.as_tensor(position, device=logits.device).expand(batch)
-    if bool(((index < -length) | (index >= length)).any()):
-        raise InputError(f"Position {index.tolist()} is outside the output's {length} positions.")
+    if bool(((index < -whole) | (index >= whole)).any()):
+        raise InputError(f"Position {index.tolist()} is outside the output's {whole} positions.")
+    if kept is not None:
+        there = kept.to(logits.device) == index.remainder(whole)[:, None]
+        if not bool(there.any(1).all()):
+            raise InputError(
+                f"The metric reads position {index.tolist()}, and logits_to_keep left positions {kept.tolist()}: keep the one that is read."
+            )
+        index = there.int().argmax(1)
     return _wide(logits[torch.arange(batch, device=logits.device), index])
+
+
+def _prompt_length(inputs: Mapping[str, Any] | None) -> int:
+    """How many positions the prompt has; 0 where the inputs do not say."""
+    found = ({} if inputs is None else inputs).get("input_ids")
+    return 0 if found is None else int(found.shape[1])
+
+
+def _kept(inputs: Mapping[str, Any] | None, length: int) -> Tensor | None:
+    """The positions of the prompt that an output of ``length`` positions holds, where the call kept some of them only."""
+    keep = None if inputs is None else inputs.get("logits_to_keep")
+    whole = _prompt_length(inputs)
+    if keep is None or not whole:
+        return None
+    if isinstance(keep, Tensor) and keep.ndim:
+        return keep.remainder(whole)
+    return torch.arange(whole - length, whole) if int(keep) else None
 
 
 def _last_unmasked(inputs: Mapping[str, Any] | None, batch: int, length: int) -> Tensor:

@@ -115,7 +115,7 @@ def ablation_check(
     if not pairs or not heads:
         raise InputError("An ablation check needs at least one batch of pairs and one head.")
     chosen = list(dict.fromkeys(heads))
-    live = live_heads(model)
+    live = live_heads(model, pairs[0].clean)
     missing = [name for name in chosen if name not in live]
     if missing:
         raise InputError(f"{missing[0]} is not a live head of this model; its heads are {', '.join(live)}.")
@@ -143,12 +143,12 @@ def ablation_check(
     )
 
 
-def live_heads(model: Any) -> list[str]:
-    """The ids of all heads whose output can reach the model's output, in the model's order."""
+def live_heads(model: Any, inputs: Mapping[str, Any] | None = None) -> list[str]:
+    """The ids of all heads whose output can reach the model's output (of a run with ``inputs``), in the model's order."""
     names = []
     for tower_name, tower in model.towers.items():
         for layer in range(tower.cfg.n_layers):
-            if not model.is_dead(f"{tower_name}.blocks.{layer}.attn.hook_z"):
+            if not model.is_dead(f"{tower_name}.blocks.{layer}.attn.hook_z", inputs):
                 names += [head_id(tower_name, layer, head) for head in range(tower.cfg.n_heads)]
     return names
 

@@ -318,7 +318,8 @@ def through_projector(
     ``has_prefix=False`` says that the residual is of patches alone, so that no CLS position is there to drop. ``reading`` says how the tower's
     own final norm is taken, where it comes before the projector.
     """
-    layers = tower.feature_layers
+    inputs = None if context is None else context.inputs
+    layers = tower.feature_layers_in(inputs)
     if len(layers) > 1 and not has_prefix:
         raise InputError(
             f"This model concatenates the feature layers {layers}, which have a prefix; read a site that has it too."
@@ -334,7 +335,7 @@ def through_projector(
         reading = Reading(tower, context) if reading is None else reading
         held = None if reading.reference is None else reading.reference[:, -resid.shape[1] :]
         parts = [reading.normed(part, held) for part in parts]
-    if tower.drops_cls and has_prefix:
+    if tower.drops_cls_in(inputs) and has_prefix:
         parts = [part[:, 1:] for part in parts]
     projector = require(tower.module, tower.family.projector or "", "projector")
     return projector(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from circuitvision import metrics
 from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
-from circuitvision.model import dead, inputs, layout, loading
+from circuitvision.model import dead, layout, loading
+from circuitvision.model import inputs as input_checks
 from circuitvision.model.cache import ActivationCache, collected
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups
@@ -77,7 +78,7 @@ class HookedModel(TextTools):
         self._matches: dict[Any, list[str]] = {}
         self._passes_recorded = False
         self._recorded_inputs: list[dict[str, Any]] | None = None
-        self._checked_inputs = inputs.Checked()
+        self._checked_inputs = input_checks.Checked()
 
     def _own_towers(self) -> None:
         for tower in self.towers.values():
@@ -127,22 +128,26 @@ class HookedModel(TextTools):
             return self._matches[names_filter]
         return matching(names_filter, self.engine.points)
 
-    def is_dead(self, site: str) -> bool:
-        """Whether nothing written at this site can reach the output, in any run."""
+    def is_dead(self, site: str, inputs: Mapping[str, Any] | None = None) -> bool:
+        """Whether nothing written at this site can reach the output of a run with ``inputs``.
+
+        Without them, of a run that leaves its settings (``vision_feature_layer``) to the configuration.
+        """
         name = SiteName.parse(self._match(site)[0])
-        return name.tower in self.towers and dead.is_dead(self.towers[name.tower], site)
+        return name.tower in self.towers and dead.is_dead(self.towers[name.tower], site, inputs)
 
     def dead_positions(self, site: str, inputs: Mapping[str, Any]) -> Tensor | None:
         """Which positions of a site cannot reach the output in this run: bool ``[row pos]`` (queries, for patterns); None if all can."""
         name = SiteName.parse(self._match(site)[0])
         if name.tower not in self.towers:
             return None
+        inputs = input_checks.as_mapping(self, inputs)
         tokens = self.tokens(inputs)[name.tower]
         return dead.dead_positions(self.towers[name.tower], site, tokens, inputs)
 
     def tokens(self, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
         """What every position of every tower is in this run: kind, image, patch row and column, pixel box, text piece."""
-        return token_maps(self, inputs)
+        return token_maps(self, input_checks.as_mapping(self, inputs))
 
     @property
     def device(self) -> torch.device:
@@ -207,12 +212,13 @@ class HookedModel(TextTools):
 
         Raises InputError if the inputs cannot be what the model reads.
         """
-        return self._forward(self._checked(inputs), kwargs)
+        return self._forward(self._checked(inputs, kwargs), {})
 
-    def _checked(self, given: Any) -> dict[str, Any]:
-        mapping = inputs.as_mapping(self, given)
+    def _checked(self, given: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The inputs of a run, keywords of its call among them: what is asked about the run is asked of these."""
+        mapping = input_checks.with_keywords(input_checks.as_mapping(self, given), kwargs or {})
         if not self._checked_inputs.holds(self, mapping):
-            inputs.check(self, mapping)
+            input_checks.check(self, mapping)
             self._checked_inputs.keep(self, mapping)
         return mapping
 
@@ -223,7 +229,7 @@ class HookedModel(TextTools):
 
     def _forward(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Tensor:
         if kwargs:
-            inputs.check_names(self, kwargs)
+            input_checks.check_names(self, kwargs)
         self._ran(mapping)
         with self.engine.run():
             output = self.module(**mapping, **kwargs)
@@ -250,7 +256,7 @@ class HookedModel(TextTools):
         """
         if incl_bwd and metric is None:
             raise InputError("incl_bwd needs metric=fn: the gradient of what?")
-        mapping = self._checked(inputs)
+        mapping = self._checked(inputs, kwargs)
         names = self._match(names_filter)
         if names_filter is None:
             names = [*names, *(name for name in self.engine.asked() if name not in names)]
@@ -260,9 +266,9 @@ class HookedModel(TextTools):
         grads = torch.enable_grad() if incl_bwd else contextlib.nullcontext()
         with grads, self.engine.registered(registration):
             if stop_at_layer is None:
-                out = self._forward(mapping, kwargs)
+                out = self._forward(mapping, {})
             else:
-                out = self._forward_until(mapping, kwargs, stop_at_layer)
+                out = self._forward_until(mapping, stop_at_layer)
         values = {name: recorder.values[name] for name in names if name in recorder.values}
         cache = ActivationCache(collected(values, multi_pass=False), self, mapping)
         if incl_bwd:
@@ -271,9 +277,7 @@ class HookedModel(TextTools):
             out = out.detach()
         return out, cache.remove_batch_dim() if remove_batch_dim else cache
 
-    def _forward_until(
-        self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any], stop_at_layer: int | tuple[str, int]
-    ) -> Tensor:
+    def _forward_until(self, mapping: Mapping[str, Any], stop_at_layer: int | tuple[str, int]) -> Tensor:
         tower, layer = stop_at_layer if isinstance(stop_at_layer, tuple) else (list(self.towers)[-1], stop_at_layer)
         if tower not in self.towers:
             raise InputError(f"stop_at_layer names the tower {tower!r}; this model has {', '.join(self.towers)}.")
@@ -290,7 +294,7 @@ class HookedModel(TextTools):
 
         try:
             with self.engine.registered(Registration(forward={site: [stop]})):
-                self._forward(mapping, kwargs)
+                self._forward(mapping, {})
         except _Stop as stopped:
             return stopped.value
         raise HookError(f"The run never reached {site}.")
@@ -302,9 +306,9 @@ class HookedModel(TextTools):
         in a backward pass the caller runs. Raises HookError for an answer of another shape, dtype or device, and for a change in
         place that is not returned.
         """
-        mapping = self._checked(inputs)
-        with self.hooks(fwd_hooks, bwd_hooks):
-            return self._forward(mapping, kwargs)
+        mapping = self._checked(inputs, kwargs)
+        with self.engine.registered(self._registration(fwd_hooks, bwd_hooks, mapping)):
+            return self._forward(mapping, {})
 
     @contextlib.contextmanager
     def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = ()) -> Iterator[HookedModel]:
@@ -312,7 +316,9 @@ class HookedModel(TextTools):
         with self.engine.registered(self._registration(fwd_hooks, bwd_hooks)):
             yield self
 
-    def _registration(self, fwd_hooks: HookList, bwd_hooks: HookList) -> Registration:
+    def _registration(
+        self, fwd_hooks: HookList, bwd_hooks: HookList, inputs: Mapping[str, Any] | None = None
+    ) -> Registration:
         exact: set[str] = set()
         tables: list[dict[str, list[Hook]]] = []
         for hooks in (fwd_hooks, bwd_hooks):
@@ -325,10 +331,12 @@ class HookedModel(TextTools):
                     table.setdefault(name, []).append(fn)
             tables.append(table)
         forward, backward = tables
-        lost = [name for name in forward if name in exact and self.is_dead(name)]
+        lost = [name for name in forward if name in exact and self.is_dead(name, inputs)]
         if lost:
+            spec = self.towers[SiteName.parse(lost[0]).tower].spec
+            unless = f", unless the call sets {spec.feature_layers}" if inputs is None and spec.feature_layers else ""
             warnings.warn(
-                f"{lost[0]} cannot reach the output of this model, so editing it changes nothing.", stacklevel=4
+                f"{lost[0]} cannot reach the output of this model, so editing it changes nothing{unless}.", stacklevel=4
             )
         return Registration(forward=forward, backward=backward, exact=frozenset(exact))
 
@@ -373,11 +381,11 @@ class HookedModel(TextTools):
         A run is one prefill: step 0 of every tower. Edits act in the order given; those known to do nothing leave the bare model's bits.
         Raises InputError or UnknownSiteError, naming the edit, before anything runs.
         """
-        mapping = self._checked(inputs)
+        mapping = self._checked(inputs, kwargs)
         binder = Binder(self, mapping)
         (bound,) = binder.bind(_one_group(edits))
         with self._edited(binder, bound):
-            return self._forward(mapping if bound.inputs is None else bound.inputs, kwargs)
+            return self._forward(mapping if bound.inputs is None else bound.inputs, {})
 
     @contextlib.contextmanager
     def _edited(self, binder: Binder, bound: BoundGroup) -> Iterator[None]:
@@ -421,10 +429,11 @@ class HookedModel(TextTools):
         module: Any = self.module
         if not hasattr(module, "generate") or self.family.suffix_kinds or "language" not in self.towers:
             raise UnsupportedModelError(f"A {self.family.name} model does not generate text.")
-        mapping = self._checked(inputs)
+        named, kwargs = input_checks.split_keywords(self, kwargs)
+        mapping = self._checked(inputs, named)
         binder = Binder(self, mapping, "generate", kwargs.get("max_new_tokens"))
         (bound,) = binder.bind(_one_group(edits))
-        if bound.writes and kwargs.get("use_cache") is False:
+        if bound.writes and mapping.get("use_cache") is False:
             raise InputError("Edits count positions by the cache: leave use_cache on.")
         self._passes_recorded = True
         self._ran(mapping)
@@ -443,7 +452,8 @@ class HookedModel(TextTools):
         module: Any = self.module
         if not hasattr(module, "sample_actions"):
             raise UnsupportedModelError(f"A {self.family.name} model does not sample actions.")
-        mapping = self._checked(inputs)
+        named, kwargs = input_checks.split_keywords(self, kwargs)
+        mapping = self._checked(inputs, named)
         binder = Binder(self, mapping, "act", num_steps or self.config.num_inference_steps)
         (bound,) = binder.bind(_one_group(edits))
         mapping.pop("timestep", None)

@@ -109,7 +109,7 @@ def activation_patch(
     check_same_shapes(clean, corrupt)
     metric = metrics.bind(metric, model)
     base_inputs, source_inputs = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
-    dead = [name for name in names if model.is_dead(name)]
+    dead = [name for name in names if model.is_dead(name, base_inputs)]
     with torch.no_grad():
         source_logits, cache = model.run_with_cache(source_inputs, names_filter=names)
         source = metrics.evaluate(metric, source_logits, source_inputs).cpu()

@@ -161,7 +161,7 @@ class Binder:
             self._check_steps(edit, SiteName.parse(name).tower)
             edit.check(self.model, name, self.window(name), self._n_heads(name), self._grows(edit, name))
         exact = len(names) == 1 and edit.site == names[0]
-        if exact and self.model.is_dead(names[0]):
+        if exact and self.model.is_dead(names[0], self.inputs):
             warnings.warn(
                 f"{names[0]} cannot reach the output of this model, so {edit!r} changes nothing.", stacklevel=6
             )

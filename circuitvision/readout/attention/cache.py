@@ -85,7 +85,7 @@ def _of_tower(
 ) -> Patterns:
     if tower not in maps:
         raise InputError(f"tokens says nothing of the {tower} tower; pass tokens=model.tokens(inputs).")
-    sites = _sites(cache.model, tower, there, layers)
+    sites = _sites(cache.model, cache.inputs, tower, there, layers)
     passes = [_passes(cache, name) for name in sites.values()]
     number = _pass_number(passes[0], step, tower)
     kinds, blocks = _layout(cache.model, maps, tower, passes[0][: number + 1], pool="pool" in sites)
@@ -103,7 +103,7 @@ def _of_tower(
     )
 
 
-def _sites(model: Any, tower: str, there: Sequence[str], layers: Any) -> dict[Any, str]:
+def _sites(model: Any, inputs: Mapping[str, Any], tower: str, there: Sequence[str], layers: Any) -> dict[Any, str]:
     """The layers that are read and their sites."""
     pool = f"{tower}.pool.attn.hook_pattern"
     if isinstance(layers, str):
@@ -124,7 +124,7 @@ def _sites(model: Any, tower: str, there: Sequence[str], layers: Any) -> dict[An
         raise InputError(f"The cache holds the pool's pattern of the {tower} tower alone; pass layers='pool', or run "
                          f"with names_filter={glob!r}.")  # fmt: skip
     if layers is None:
-        live = {layer: name for layer, name in sorted(in_cache.items()) if not model.is_dead(name)}
+        live = {layer: name for layer, name in sorted(in_cache.items()) if not model.is_dead(name, inputs)}
         return live or dict(sorted(in_cache.items()))
     count = model.towers[tower].cfg.n_layers
     listed = list(layers) if isinstance(layers, Iterable) else [layers]

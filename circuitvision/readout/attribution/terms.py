@@ -38,7 +38,7 @@ class Stream:
 
     def __init__(self, tower: Tower, cache: ActivationCache, end: int | None = None, step: int | None = None) -> None:
         self.tower, self.cache, self.step = tower, cache, step
-        self.end = max(tower.feature_layers) if end is None else end
+        self.end = max(tower.feature_layers_in(cache.inputs)) if end is None else end
         self.here: Tensor | slice = slice(None)
 
     def reading(self, gradient: Float[Tensor, "row pos d_model"]) -> tuple[Stream, Float[Tensor, "row here d_model"]]:

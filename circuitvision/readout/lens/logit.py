@@ -48,7 +48,7 @@ from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.lens.sites import lens_sites, ordered_sites
 from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.places import places_of
-from circuitvision.readout.recorded import check_hooked, held_as
+from circuitvision.readout.recorded import check_hooked, held_as, inputs_of
 from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, plain, resolve_targets
 
 if TYPE_CHECKING:
@@ -105,7 +105,9 @@ def logit_lens(
     targets = plain(targets)
     _check_options(owner, norm, targets, top_k, measure, tuned, readout, step)
     chosen = None if targets is None else _chosen(model, owner, targets, pieces, measure, readout is not None)
-    names = lens_sites(model, owner.name) if sites is None else ordered_sites(model, owner.name, sites)
+    names = (
+        lens_sites(model, owner.name, inputs_of(cache)) if sites is None else ordered_sites(model, owner.name, sites)
+    )
     if targets is None and readout is None and output_kind(owner) == "hidden":
         resolve_targets(model, owner, ["?"])
     found = _cached(model, cache, owner, names, norm)
@@ -182,7 +184,7 @@ def _cached(
     """The cache given, or that of a run recording the sites and what their reading depends on."""
     if isinstance(cache, ActivationCache):
         return cache
-    needed = [*names, *(owner.residual_name(layer) for layer in owner.feature_layers)]
+    needed = [*names, *(owner.residual_name(layer) for layer in owner.feature_layers_in(inputs_of(cache)))]
     if output_kind(owner) in ("texts", "images"):
         needed += [f"{name}.hook_readout" for name in model.towers]
     with torch.no_grad():

@@ -81,7 +81,9 @@ class LensReader:
 
     def _final(self) -> Float[Tensor, "row pos d_model"]:
         """The residual that leaves the tower: frozen statistics are those it has there."""
-        final = recorded(self.cache, self.tower.residual_name(max(self.tower.feature_layers)), self.step)
+        final = recorded(
+            self.cache, self.tower.residual_name(max(self.tower.feature_layers_in(self.cache.inputs))), self.step
+        )
         return self._moved(final)
 
     def site(self, name: str) -> Tensor:

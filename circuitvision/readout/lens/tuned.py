@@ -31,6 +31,7 @@ from circuitvision.model.sites import SiteName
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe
 from circuitvision.readout.lens.sites import lens_sites
+from circuitvision.readout.recorded import inputs_of
 from circuitvision.readout.targets import output_kind
 from circuitvision.results import Result
 
@@ -200,7 +201,7 @@ class _Seen:
         """Run the model on all inputs and keep the residuals at the positions chosen."""
         from circuitvision.readout.lens.reader import LensReader
 
-        names = lens_sites(model, owner.name)
+        names = lens_sites(model, owner.name, inputs_of(data[0]))
         needed = names + [f"{name}.hook_readout" for name in model.towers if output_kind(owner) in ("texts", "images")]
         residuals: list[list[Tensor]] = [[] for _ in names]
         numbers: list[Tensor] = []

@@ -128,7 +128,7 @@ def stream_pca(
         InputError: as :func:`pca` and :func:`circuitvision.readout.probes.collected.collect`. UnknownSiteError: no such site.
     """
     targets = _targets(labels, None)
-    names = stream_sites(model, tower) if sites is None else model.sites(sites)
+    names = stream_sites(model, tower, dataset) if sites is None else model.sites(sites)
     count = None if targets is None else len(targets.values)
     collected = collect(model, dataset, names, positions=positions, batch_size=batch_size, count=count)
     return pca_of(collected, n_components, labels=labels, what=what)

@@ -141,7 +141,7 @@ class Variable:
             (found,) = model.sites(site) if len(model.sites(site)) == 1 else (None,)
             if found is None:
                 raise InputError(f"site={site!r} names {len(model.sites(site))} sites; relevance is of one.")
-            if model.is_dead(found):
+            if model.is_dead(found, self.inputs):
                 raise InputError(f"{found} cannot reach the output of this model, so nothing there is relevant.")
             self.site, names = found, [found]
         with differentiating(False):
