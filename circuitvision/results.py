@@ -153,6 +153,16 @@ class Result:
         }
         return found(**restored, **header["fields"])
 
+    def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
+        """What a ranking of components reads: one number per component and example, with this result's axes, and which of these are no components.
+
+        Results with a baseline give the difference from it.
+
+        Raises:
+            InputError: a result without components.
+        """
+        return self.values, ("row", "example", "position", "step")
+
     def highlights(self) -> dict[str, str]:
         """What a reader wants to see first, by name, for the table that notebooks show; nothing by default."""
         return {}

@@ -56,6 +56,10 @@ class AblationCheck(Result):
     random_heads: list[list[str]] = field(default_factory=list)
     n_pairs: int = 0
 
+    def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
+        """Refused: conditions of one check are compared with "intact", not ranked among each other."""
+        raise InputError("An ablation check has conditions, not components; its sets are beside its random ones.")
+
     @property
     def intact(self) -> float:
         """Share of pairs that the model as it is gets right."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from circuitvision import metrics
 from circuitvision.errors import CircuitVisionError, InputError
+from circuitvision.model.edits.axes import check_axes
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups, label
 from circuitvision.model.handback import CannotResume
 from circuitvision.model.hooks import Registration
@@ -41,7 +42,7 @@ from circuitvision.model.routes import (
 )
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe
-from circuitvision.results import Result
+from circuitvision.results import Result, as_builtin
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,6 +78,15 @@ class SweepResult(Result):
         super().__post_init__()
         if not self.edits and "edit" in self.axes:
             object.__setattr__(self, "edits", list(self.axes["edit"]))
+
+    def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
+        """The effects: what an edit does, not where it leaves the metric."""
+        return self.effect, ("example",)
+
+    def highlights(self) -> dict[str, str]:
+        """The edits with the largest mean effect, beside the unedited metric."""
+        found = {name: f"{value:+.4g}" for name, value in self.top(5)}
+        return {**found, "unedited": f"{float(self.clean.double().mean()):.4g}"}
 
     @property
     def effect(self) -> Tensor:
@@ -140,15 +150,21 @@ class Sweep:
         if not groups:
             raise InputError("There is no edit to sweep over.")
         self.axes: dict[str, list[Any]] = (
-            {} if axes is None else {str(name): list(labels) for name, labels in axes.items()}
+            {}
+            if axes is None
+            else {str(name): [as_builtin(label) for label in labels] for name, labels in axes.items()}
         )
+        if "example" in self.axes:
+            raise InputError("The axis of examples is the sweep's own; call the axis of the edits something else.")
         if axes is not None and math.prod(len(labels) for labels in self.axes.values()) != len(groups):
             sizes = " × ".join(f"{len(labels)} {name}" for name, labels in self.axes.items())
             raise InputError(
                 f"The axes describe {sizes}, but there are {len(groups)} edits; the last axis varies fastest."
             )
         self.binder = Binder(model, inputs)
-        self.tasks = [_Task(number, bound) for number, bound in enumerate(self.binder.bind(groups))]
+        bound_groups = self.binder.bind(groups)
+        check_axes(self.binder, self.axes, bound_groups)
+        self.tasks = [_Task(number, bound) for number, bound in enumerate(bound_groups)]
         self._order = {name: number for number, name in enumerate(model.engine.points)}
         self.resumers: dict[bool, Resumer] = {}
         self.captured: dict[bool, dict[str, Tensor]] = {}

@@ -60,6 +60,10 @@ class PatchingResult(Result):
     site: str = ""
     dead: list[str] = field(default_factory=list)
 
+    def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
+        """The effects; every axis is one of components."""
+        return self.values, ()
+
     def top(self, count: int = 10) -> list[tuple[dict[str, Any], float]]:
         """The cells with the largest absolute effect, as (labels, effect), strongest first."""
         flat = self.values.flatten().nan_to_num(0.0)
