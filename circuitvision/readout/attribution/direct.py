@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from circuitvision.errors import InputError, nearest
+from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.provenance import describe
 from circuitvision.readout.attribution.functional import Functional, functional
@@ -87,12 +87,7 @@ class Attribution(Result):
 
     def __getitem__(self, term: str) -> Tensor:
         """One term's share ``[row]``."""
-        if term not in self.axes["term"]:
-            raise InputError(
-                f"There is no term {term!r}; terms are {', '.join(self.axes['term'][:4])}, …. "
-                f"Nearest: {', '.join(nearest(str(term), self.axes['term']))}."
-            )
-        return self.values[self.axes["term"].index(term)]
+        return self.values[self.index_of("term", term)]
 
 
 @dataclass(frozen=True, eq=False)

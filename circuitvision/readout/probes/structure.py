@@ -63,9 +63,10 @@ class PCAResult(Result):
         """
         components, mean = self.components, self.mean
         if "layer" in self.axes:
-            if layer not in self.axes["layer"]:
+            if layer is None:
                 raise InputError(f"Name the layer: one of {self.axes['layer']}.")
-            components, mean = components[self.axes["layer"].index(layer)], mean[self.axes["layer"].index(layer)]
+            number = self.index_of("layer", layer)
+            components, mean = components[number], mean[number]
         if x.shape[-1] != len(mean):
             raise InputError(f"These components have {len(mean)} features, the activations {x.shape[-1]}.")
         return (x.double() - mean) @ components.T
