@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.links import Link, divergence, link_of, log_probabilities, probabilities
 
 Answer = int | str | Sequence[int | str] | Tensor
 Position = int | str | Tensor
@@ -38,23 +39,29 @@ class Metric:
 
     position: Position = "last"
     name: str = ""
+    link: Link | None = None
+    """What turns the output into probabilities; None: what the output itself says (outputs of a wrapped model do), or else a softmax."""
 
     units: ClassVar[str] = ""
     _answers: ClassVar[tuple[str, ...]] = ()
 
     def bind(self: MetricType, model: Any) -> MetricType:
-        """The same metric with every word replaced by its id in ``model``.
+        """The same metric with every word replaced by its id in ``model``, and the link of the model's head.
 
         Raises:
             InputError: a word that is not one piece of the vocabulary, or a model whose answers have no words.
         """
         changes: dict[str, Any] = {field: answer_ids(getattr(self, field), model) for field in self._answers}
-        return dataclasses.replace(self, **changes) if changes else self
+        link = self.link or getattr(model, "link", None)
+        return dataclasses.replace(self, link=link, **changes)
 
     def __call__(
         self, logits: Float[Tensor, "batch *pos classes"], inputs: Mapping[str, Any] | None = None
     ) -> Float[Tensor, " batch"]:
         raise NotImplementedError
+
+    def _link(self, logits: Tensor) -> Link:
+        return self.link or link_of(logits)
 
     def _chosen(self, logits: Tensor, answer: Answer, inputs: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
         """The output at the position read, ``[batch, classes]``, and every example's answer id, ``[batch]``."""
@@ -88,9 +95,9 @@ class Prob(Metric):
     _answers = ("answer",)
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
-        """The softmax probability of the answer at the position, per example."""
+        """The probability of the answer at the position, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
-        return _pick(rows.softmax(dim=-1), answer)
+        return _pick(probabilities(rows, self._link(logits)), answer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +112,7 @@ class LogProb(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """The log-probability of the answer at the position, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
-        return _pick(rows.log_softmax(dim=-1), answer)
+        return _pick(log_probabilities(rows, self._link(logits)), answer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +143,9 @@ class KL(Metric):
         if self.reference is None or self.reference.shape != logits.shape:
             shape = None if self.reference is None else tuple(self.reference.shape)
             raise InputError(f"The reference of kl has shape {shape}, not the output's {tuple(logits.shape)}.")
-        rows = at_position(logits, self.position, inputs).log_softmax(dim=-1)
-        reference = at_position(self.reference.to(logits.device), self.position, inputs).log_softmax(dim=-1)
-        return (reference.exp() * (reference - rows)).sum(dim=-1)
+        rows = at_position(logits, self.position, inputs)
+        reference = at_position(self.reference.to(logits.device), self.position, inputs)
+        return divergence(reference, rows, self._link(logits))
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,12 +183,17 @@ def logit_diff(answer: Answer, foil: Answer, position: Position = "last") -> Log
 
 
 def prob(answer: Answer, position: Position = "last") -> Prob:
-    """Probability of the answer among all classes, in 0 … 1."""
+    """Probability of the answer, in 0 … 1: among all classes, or of a yes where every class is a question of its own
+    (see :mod:`circuitvision.links`).
+
+    Raises:
+        InputError: when called: an output that is no distribution.
+    """
     return Prob(position=position, name=f"prob({_label(answer)})", answer=answer)
 
 
 def logprob(answer: Answer, position: Position = "last") -> LogProb:
-    """Log-probability of the answer in nats (0 is certain)."""
+    """Log-probability of the answer in nats (0 is certain); see :func:`prob`."""
     return LogProb(position=position, name=f"logprob({_label(answer)})", answer=answer)
 
 
@@ -191,7 +203,7 @@ def rank(answer: Answer, position: Position = "last") -> Rank:
 
 
 def kl(reference: Float[Tensor, "batch *pos classes"], position: Position = "last") -> KL:
-    """KL(reference || output) in nats: 0 when the output equals the reference run's, whose logits are given.
+    """KL(reference || output) in nats: 0 when the output equals the reference run's, whose logits are given; summed over yes-or-no classes.
 
     Its gradient is zero at the reference itself, so first-order attribution there says nothing.
     """

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.links import Link
 from circuitvision.model.points import Call, PoolAttention
 from circuitvision.model.spec import Readout, norm_spec, require, resolve
 
@@ -385,6 +386,27 @@ def other_embeddings(tower: Tower, context: ActivationCache | None) -> Float[Ten
     other_head = resolve(other.module, spec.head if spec else None)
     theirs = theirs if other_head is None else other_head(theirs)
     return _unit(theirs, theirs)
+
+
+def link(tower: Tower) -> Link:
+    """What turns the numbers of a tower's head into probabilities: how the configuration says it was trained."""
+    readout = tower.spec.readout
+    if readout is not None and readout.finish == "projector":
+        return link(tower.siblings["language"])
+    if readout is not None and readout.finish == "contrast":
+        return "softmax" if getattr(tower.module, "logit_bias", None) is None else "sigmoid"
+    if readout is None or readout.pool == "chunk" or not _has_head(readout):
+        return "none"
+    if not tower.stack.image:
+        return "softmax"
+    if tower.family.output != "logits":
+        return "none"
+    config = tower.config_of_model
+    problem = getattr(config, "problem_type", None)
+    if problem is None and getattr(config, "num_labels", None) == 1:
+        # transformers trains such a head by its squared error.
+        problem = "regression"
+    return {"multi_label_classification": "sigmoid", "regression": "none"}.get(problem, "softmax")  # type: ignore[return-value]
 
 
 def unembedding(tower: Tower) -> tuple[nn.Module, str] | None:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from circuitvision import metrics
 from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
-from circuitvision.model import dead, layout, loading
+from circuitvision.links import Link, marked
+from circuitvision.model import dead, heads, layout, loading
 from circuitvision.model import inputs as input_checks
 from circuitvision.model.cache import ActivationCache, collected
 from circuitvision.model.edits.base import Edit
@@ -233,7 +234,13 @@ class HookedModel(TextTools):
         self._ran(mapping)
         with self.engine.run():
             output = self.module(**mapping, **kwargs)
-        return output[self.family.output] if isinstance(output, Mapping) else getattr(output, self.family.output)
+        found = output[self.family.output] if isinstance(output, Mapping) else getattr(output, self.family.output)
+        return found if self.link == "softmax" else marked(found, self.link)
+
+    @property
+    def link(self) -> Link:
+        """What turns the output into probabilities: ``"softmax"``, ``"sigmoid"`` (every column is a yes or no of its own) or ``"none"``."""
+        return heads.link(self.towers["vision" if "text" in self.towers else list(self.towers)[-1]])
 
     def run_with_cache(
         self,

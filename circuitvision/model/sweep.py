@@ -24,6 +24,7 @@ from torch import Tensor
 
 from circuitvision import metrics
 from circuitvision.errors import CircuitVisionError, InputError
+from circuitvision.links import marked
 from circuitvision.model.edits.axes import check_axes
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups, label
 from circuitvision.model.handback import CannotResume
@@ -226,6 +227,7 @@ class Sweep:
         return labels
 
     def _evaluate(self, logits: Tensor) -> Tensor:
+        logits = marked(logits, self.model.link)
         return metrics.evaluate(self.metric, logits, self.inputs).detach().cpu().clone()
 
     # -- planning --------------------------------------------------------------------------------------------------------------------------

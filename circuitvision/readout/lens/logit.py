@@ -41,6 +41,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
+from circuitvision.model.heads import link
 from circuitvision.model.sites import SiteName
 from circuitvision.provenance import describe
 from circuitvision.readout.lens.reader import LensReader, measured
@@ -163,7 +164,7 @@ def _check_options(
         raise InputError(
             "A read-out of your own is given the vectors as they are, and freezes its norm itself: leave norm= out."
         )
-    unnamed = readout is None and output_kind(owner) in ("actions", "embedding")
+    unnamed = readout is None and link(owner) == "none"
     directions = isinstance(targets, Tensor) and output_kind(owner) not in ("texts", "images")
     if measure != "logit" and (unnamed or directions):
         raise InputError(f"What the {owner.name} tower says here is no distribution; use measure='logit'.")
@@ -251,13 +252,13 @@ def _summary(
     reader: LensReader, logits: Tensor, owners: Tensor, measure: str, top_k: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is kept of the logits of some positions: values, highest columns, ranks of the targets."""
-    scored = measured(logits, measure, reader.pairwise)
+    scored = measured(logits, measure, reader.link)
     best = scored.topk(min(top_k or _SHOWN, scored.shape[-1]), dim=-1)
     if reader.targets is None:
         return best.values.cpu(), best.indices.cpu(), torch.zeros(*best.values.shape[:-1], 0, dtype=torch.long)
     reader.targets.check_columns(scored.shape[-1])
     values = reader.targets.read(
-        measured(logits, "logprob", reader.pairwise) if reader.targets.how == "joint" else scored, owners
+        measured(logits, "logprob", reader.link) if reader.targets.how == "joint" else scored, owners
     )
     if reader.targets.how == "joint" and measure == "prob":
         values = values.exp()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from circuitvision import metrics
 from circuitvision.errors import InputError
+from circuitvision.links import marked
 from circuitvision.model.inputs import refuse_cache
 from circuitvision.model.routes import is_dual
 from circuitvision.model.sites import SiteName
@@ -168,13 +169,14 @@ class Variable:
                 logits = self.model.run_with_hooks({**inputs, "pixel_values": leaf})
             else:
                 logits = self.model.run_with_hooks(inputs, fwd_hooks=[(self.site, lambda value, hook: leaf)])
-            found = torch.stack(
-                [metrics.evaluate(self.metric, block, self.inputs) for block in self._blocks(logits, len(points))]
-            )
+            found = torch.stack([self._metric(block) for block in self._blocks(logits, len(points))])
             slope = torch.zeros_like(leaf)
             if gradients:
                 slope = gradient_of(found.sum(), [leaf])[0]
         return found.detach(), slope.view(len(points), *self.value.shape)
+
+    def _metric(self, logits: Tensor) -> Tensor:
+        return metrics.evaluate(self.metric, marked(logits, self.model.link), self.inputs)
 
     def at_once(self) -> int:
         """How many points a batch takes when it goes by how many positions it computes."""
