@@ -79,6 +79,7 @@ class HookedModel(TextTools):
         self._matches: dict[Any, list[str]] = {}
         self._passes_recorded = False
         self._recorded_inputs: list[dict[str, Any]] | None = None
+        self._edited_sites: frozenset[str] = frozenset()
         self._checked_inputs = input_checks.Checked()
 
     def _own_towers(self) -> None:
@@ -224,9 +225,13 @@ class HookedModel(TextTools):
         return mapping
 
     def _ran(self, mapping: Mapping[str, Any]) -> None:
-        """Remember the inputs of a run for the cache that records it."""
+        """Remember the inputs of a run, and the sites that may be edited in it, for the cache that records it."""
         if self._recorded_inputs is not None:
             self._recorded_inputs.append(dict(mapping))
+        self._edited_sites |= self._hooked_sites()
+
+    def _hooked_sites(self) -> frozenset[str]:
+        return frozenset().union(*(registration.forward for registration in self.engine.stack))
 
     def _forward(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Tensor:
         if kwargs:
@@ -278,6 +283,7 @@ class HookedModel(TextTools):
                 out = self._forward_until(mapping, stop_at_layer)
         values = {name: recorder.values[name] for name in names if name in recorder.values}
         cache = ActivationCache(collected(values, multi_pass=False), self, mapping)
+        cache.edited = self._hooked_sites()
         if incl_bwd:
             assert metric is not None
             cache = with_gradients(cache, metrics.bind(metric, self), out, mapping, device)
@@ -370,7 +376,7 @@ class HookedModel(TextTools):
         """
         recorder = Recorder(device)
         cache = ActivationCache({}, self)
-        self._passes_recorded, self._recorded_inputs = False, []
+        self._passes_recorded, self._recorded_inputs, self._edited_sites = False, [], frozenset()
         names = self._match(names_filter)
         try:
             with self.engine.registered(Registration(recorder=recorder, recorded=frozenset(names))):
@@ -379,6 +385,7 @@ class HookedModel(TextTools):
             runs, self._recorded_inputs = self._recorded_inputs or [], None
         ordered = {name: recorder.values[name] for name in names if name in recorder.values}
         cache._values.update(collected(ordered, multi_pass=self._passes_recorded))
+        cache.edited = self._edited_sites
         if len(runs) == 1:
             cache.inputs = runs[0]
 
@@ -443,8 +450,8 @@ class HookedModel(TextTools):
         if bound.writes and mapping.get("use_cache") is False:
             raise InputError("Edits count positions by the cache: leave use_cache on.")
         self._passes_recorded = True
-        self._ran(mapping)
         with self._edited(binder, bound), self.engine.run():
+            self._ran(mapping)
             return module.generate(**mapping, **kwargs)
 
     def sample_actions(
@@ -465,8 +472,8 @@ class HookedModel(TextTools):
         (bound,) = binder.bind(_one_group(edits))
         mapping.pop("timestep", None)
         self._passes_recorded = True
-        self._ran(mapping)
         with self._edited(binder, bound), self.engine.run():
+            self._ran(mapping)
             return module.sample_actions(**mapping, num_steps=num_steps, **kwargs)
 
 

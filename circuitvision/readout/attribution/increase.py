@@ -27,6 +27,7 @@ from circuitvision.model.heads import Reading, link
 from circuitvision.provenance import describe
 from circuitvision.readout.attribution.direct import attribution_tower, cached_for, sources_of
 from circuitvision.readout.attribution.functional import positions_read
+from circuitvision.readout.attribution.rest import check_head_reads_stream, check_sources
 from circuitvision.readout.attribution.terms import Stream
 from circuitvision.readout.places import named_positions
 from circuitvision.readout.ranks import ranking
@@ -124,6 +125,7 @@ def log_prob_increase(
     _check(owner)
     chosen = _answer(model, owner, answer, pieces)
     stream = Stream(owner, cached_for(model, cache, owner, by), step=step)
+    check_head_reads_stream(stream)
     scorer = _Scorer(owner, stream, chosen, stream.final, _where(owner, stream, stream.final, position))
     numbers = chosen_layers(layers, stream.end)
     with torch.no_grad(), owner.quiet():
@@ -263,6 +265,8 @@ class _Scorer:
             mid = self.at(stream.site(f"blocks.{layer}.hook_resid_mid"))
             return self.neurons(layer, mid)
         sources = stream.source_vectors(layer, self.rows, self.where)
+        written = stream.head_vectors(layer, self.rows, self.where)
+        check_sources(sources.movedim(1, -1).flatten(1, 2), written.flatten(1), layer, written.dtype)
         heads, keys = sources.shape[:2]
         return self.score(pre, sources.flatten(0, 1)).unflatten(0, (heads, keys)).transpose(1, 2)
 
