@@ -166,7 +166,7 @@ def attention_maps(
     stacked = torch.stack(values) if several else values[0]
     warn_undefined(stacked, "a row has no query that counts")
     mask = kept[0]
-    axes = {**first.axes(stacked.shape[-3]), "key": mask.nonzero().flatten().tolist()}
+    axes = {**first.axes(stacked.shape[-3]), "key": (mask.nonzero().flatten() + first.blocks[0].first).tolist()}
     return AttentionMaps(
         values=stacked,
         axes={"step": numbers, **axes} if several else axes,
