@@ -17,10 +17,12 @@ last digits. Not covered: answers of several tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -44,6 +46,10 @@ class Metric:
 
     units: ClassVar[str] = ""
     _answers: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for field in self._answers:
+            object.__setattr__(self, field, _plain(getattr(self, field)))
 
     def bind(self: MetricType, model: Any) -> MetricType:
         """The same metric with every word replaced by its id in ``model``, and the link of the model's head.
@@ -140,6 +146,7 @@ class KL(Metric):
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """The divergence of the output from the reference at the position, per example."""
+        logits = _output(logits)
         if self.reference is None or self.reference.shape != logits.shape:
             shape = None if self.reference is None else tuple(self.reference.shape)
             raise InputError(f"The reference of kl has shape {shape}, not the output's {tuple(logits.shape)}.")
@@ -159,6 +166,7 @@ class ActionDim(Metric):
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """One coordinate of the action, per example."""
+        logits = _output(logits)
         if logits.ndim != 3:
             raise InputError(f"action_dim reads [batch, chunk, action_dim]; the output has {tuple(logits.shape)}.")
         if not -logits.shape[-1] <= self.dim < logits.shape[-1]:
@@ -207,7 +215,7 @@ def kl(reference: Float[Tensor, "batch *pos classes"], position: Position = "las
 
     Its gradient is zero at the reference itself, so first-order attribution there says nothing.
     """
-    return KL(position=position, name="kl(reference || output)", reference=reference.detach())
+    return KL(position=position, name="kl(reference || output)", reference=_output(reference).detach())
 
 
 def action_dim(dim: int, step: int | None = 0) -> ActionDim:
@@ -217,6 +225,10 @@ def action_dim(dim: int, step: int | None = 0) -> ActionDim:
 
 def bind(metric: Any, model: Any) -> Any:
     """``metric`` with words resolved by ``model``; a plain function is returned as it is."""
+    if isinstance(metric, Mapping | list | tuple):
+        raise InputError(
+            f"Give one metric, not {len(metric)} in a {type(metric).__name__}: measure once for each of them."
+        )
     if not callable(metric):
         raise InputError(
             f"A metric is a function of the logits, such as metrics.logit_diff(answer, foil), not {metric!r}."
@@ -250,14 +262,65 @@ def evaluate(metric: Any, logits: Tensor, inputs: Mapping[str, Any] | None = Non
     """Call a metric that takes ``(logits, inputs)`` or only ``(logits)``, and check that it gives one number per
     example.
 
+    Truth values and whole numbers become float64 (a mean of truth values is a share); lists and arrays of numbers become tensors.
+
     Raises:
-        InputError: the result is not a vector.
+        InputError: the result is not a vector of real numbers, or not one per example.
     """
-    values = call(metric, logits, inputs)
-    if not isinstance(values, Tensor) or values.ndim != 1:
-        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    found = call(metric, logits, inputs)
+    values = _vector(found)
+    if values is None:
+        shape = tuple(found.shape) if hasattr(found, "shape") else type(found).__name__
         raise InputError(f"A metric returns one number per example, a tensor [batch]; this one returned {shape}.")
-    return values
+    # Dual encoders compare images with texts: either may be the examples.
+    counts = logits.shape[:2] if logits.ndim == 2 else logits.shape[:1]
+    if len(values) not in counts:
+        raise InputError(
+            f"A metric returns one number per example; this one returned {len(values)} for an output of {logits.shape[0]} examples."
+        )
+    return values if values.is_floating_point() else values.double()
+
+
+def _vector(found: Any) -> Tensor | None:
+    """What a metric returned as real numbers ``[example]``; None for anything else."""
+    if isinstance(found, list | tuple) and found and all(isinstance(item, Tensor) and item.ndim == 0 for item in found):
+        found = torch.stack(list(found))
+    elif isinstance(found, list | tuple | np.ndarray):
+        try:
+            found = torch.as_tensor(found)
+        except (TypeError, ValueError, RuntimeError):
+            return None
+    return found if isinstance(found, Tensor) and found.ndim == 1 and not found.is_complex() else None
+
+
+def _output(given: Any) -> Tensor:
+    """An output as a tensor; InputError for the structures that transformers returns."""
+    if isinstance(given, Tensor):
+        return given
+    if isinstance(given, np.ndarray):
+        return torch.from_numpy(given)
+    raise InputError(
+        f"A metric reads the output tensor, not a {type(given).__name__}: give model(inputs) of the wrapped model, or output.logits."
+    )
+
+
+def _plain(answer: Any) -> Any:
+    """Answers with numpy's (and pandas') numbers, words and arrays as Python's; tensors stay.
+
+    Raises:
+        InputError: truth values, or numbers with a fraction, which are no ids.
+    """
+    if isinstance(answer, Tensor):
+        return answer
+    if isinstance(answer, np.ndarray | np.generic) or (hasattr(answer, "tolist") and not isinstance(answer, str)):
+        answer = answer.tolist()
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, Iterable) and not isinstance(answer, Mapping):
+        return [_plain(item) for item in answer]
+    if isinstance(answer, bool) or not hasattr(answer, "__index__"):
+        raise InputError(f"An answer is an id (a whole number) or a word, not {answer!r}.")
+    return operator.index(answer)
 
 
 def answer_ids(answer: Answer, model: Any) -> int | list[int] | Tensor:
@@ -272,7 +335,8 @@ def answer_ids(answer: Answer, model: Any) -> int | list[int] | Tensor:
         return answer
     if isinstance(answer, str):
         return _word_id(answer, model)
-    if isinstance(answer, Sequence):
+    answer = _plain(answer)
+    if isinstance(answer, list):
         return [_word_id(item, model) if isinstance(item, str) else int(item) for item in answer]
     return int(answer)
 
@@ -287,6 +351,7 @@ def at_position(
     Raises:
         InputError: a position outside the output, a mask of another length, an example that is all padding.
     """
+    logits = _output(logits)
     if logits.ndim == 2:
         return _wide(logits)
     if logits.ndim != 3:
@@ -331,6 +396,7 @@ def _kept(inputs: Mapping[str, Any] | None, length: int) -> Tensor | None:
 
 def _last_unmasked(inputs: Mapping[str, Any] | None, batch: int, length: int) -> Tensor:
     mask = None if inputs is None else inputs.get("attention_mask")
+    mask = torch.from_numpy(mask) if isinstance(mask, np.ndarray) else mask
     if mask is None:
         return torch.full((batch,), length - 1)
     if tuple(mask.shape) != (batch, length):
@@ -381,6 +447,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _label(answer: Answer) -> str:
+    answer = _plain(answer)
     if isinstance(answer, str | int):
         return str(answer)
     items = answer.tolist() if isinstance(answer, Tensor) else list(answer)

@@ -282,6 +282,8 @@ class HookedModel(TextTools):
             else:
                 out = self._forward_until(mapping, stop_at_layer)
         values = {name: recorder.values[name] for name in names if name in recorder.values}
+        if names and not values and stop_at_layer is None:
+            _warn_empty(names_filter)
         cache = ActivationCache(collected(values, multi_pass=False), self, mapping)
         cache.edited = self._hooked_sites()
         if incl_bwd:
@@ -386,6 +388,8 @@ class HookedModel(TextTools):
         ordered = {name: recorder.values[name] for name in names if name in recorder.values}
         cache._values.update(collected(ordered, multi_pass=self._passes_recorded))
         cache.edited = self._edited_sites
+        if runs and names and not ordered:
+            _warn_empty(names_filter)
         if len(runs) == 1:
             cache.inputs = runs[0]
 
@@ -475,6 +479,13 @@ class HookedModel(TextTools):
         with self._edited(binder, bound), self.engine.run():
             self._ran(mapping)
             return module.sample_actions(**mapping, num_steps=num_steps, **kwargs)
+
+
+def _warn_empty(names_filter: NamesFilter) -> None:
+    warnings.warn(
+        f"The cache is empty: no site of {names_filter!r} ran with these inputs (a vision tower needs pixel_values).",
+        stacklevel=3,
+    )
 
 
 def _one_group(edits: Edit | Sequence[Edit]) -> list[tuple[Edit, ...]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,18 +22,26 @@ if TYPE_CHECKING:
 
 def as_mapping(model: HookedModel, inputs: Any) -> dict[str, Any]:
     """The inputs as keyword arguments of the model; a single tensor is taken as images where the model reads nothing else."""
-    if isinstance(inputs, Tensor):
+    if isinstance(inputs, Tensor | np.ndarray):
         if list(model.towers) != ["vision"]:
             raise InputError(
                 f"A {model.family.name} model needs a mapping of tensors (model.inputs(images=…, text=…) makes one), not one tensor."
             )
-        return {"pixel_values": inputs}
+        return {"pixel_values": _as_tensor(model, inputs)}
     refuse_cache(inputs)
     if not isinstance(inputs, Mapping):
         raise InputError(
             f"Inputs must be a mapping of tensors, got {type(inputs).__name__}; model.inputs(images=…, text=…) makes one."
         )
-    return dict(inputs)
+    return {name: _as_tensor(model, value) for name, value in inputs.items()}
+
+
+def _as_tensor(model: HookedModel, value: Any) -> Any:
+    """A numpy array as a tensor where the model is, numbers with a fraction in its dtype; anything else as it is."""
+    if not isinstance(value, np.ndarray):
+        return value
+    tensor = torch.from_numpy(value.copy())
+    return tensor.to(model.device, model.dtype) if tensor.is_floating_point() else tensor.to(model.device)
 
 
 def with_keywords(inputs: Mapping[str, Any], keywords: Mapping[str, Any]) -> dict[str, Any]:

@@ -203,6 +203,12 @@ class Sweep:
                     f"The sweep was interrupted ({interrupted}) after {int(done.sum())} of {len(done)} edits; the others are NaN.",
                     stacklevel=4,
                 )
+        lost = int(self.values[done].isnan().any(0).sum())
+        if lost:
+            warnings.warn(
+                f"The metric is not a number in {lost} of {len(clean)} examples (of some runs), and so is what is made of them.",
+                stacklevel=4,
+            )
         labels = self._labels()
         axes = self.axes or {"edit": labels}
         shape = [len(entries) for entries in axes.values()]
