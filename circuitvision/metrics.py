@@ -17,15 +17,18 @@ last digits. Not covered: answers of several tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.links import Link, divergence, link_of, log_probabilities, probabilities
 
 Answer = int | str | Sequence[int | str] | Tensor
 Position = int | str | Tensor
@@ -38,23 +41,33 @@ class Metric:
 
     position: Position = "last"
     name: str = ""
+    link: Link | None = None
+    """What turns the output into probabilities; None: what the output itself says (outputs of a wrapped model do), or else a softmax."""
 
     units: ClassVar[str] = ""
     _answers: ClassVar[tuple[str, ...]] = ()
 
+    def __post_init__(self) -> None:
+        for field in self._answers:
+            object.__setattr__(self, field, _plain(getattr(self, field)))
+
     def bind(self: MetricType, model: Any) -> MetricType:
-        """The same metric with every word replaced by its id in ``model``.
+        """The same metric with every word replaced by its id in ``model``, and the link of the model's head.
 
         Raises:
             InputError: a word that is not one piece of the vocabulary, or a model whose answers have no words.
         """
         changes: dict[str, Any] = {field: answer_ids(getattr(self, field), model) for field in self._answers}
-        return dataclasses.replace(self, **changes) if changes else self
+        link = self.link or getattr(model, "link", None)
+        return dataclasses.replace(self, link=link, **changes)
 
     def __call__(
         self, logits: Float[Tensor, "batch *pos classes"], inputs: Mapping[str, Any] | None = None
     ) -> Float[Tensor, " batch"]:
         raise NotImplementedError
+
+    def _link(self, logits: Tensor) -> Link:
+        return self.link or link_of(logits)
 
     def _chosen(self, logits: Tensor, answer: Answer, inputs: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
         """The output at the position read, ``[batch, classes]``, and every example's answer id, ``[batch]``."""
@@ -88,9 +101,9 @@ class Prob(Metric):
     _answers = ("answer",)
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
-        """The softmax probability of the answer at the position, per example."""
+        """The probability of the answer at the position, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
-        return _pick(rows.softmax(dim=-1), answer)
+        return _pick(probabilities(rows, self._link(logits)), answer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +118,7 @@ class LogProb(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """The log-probability of the answer at the position, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
-        return _pick(rows.log_softmax(dim=-1), answer)
+        return _pick(log_probabilities(rows, self._link(logits)), answer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,12 +146,13 @@ class KL(Metric):
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """The divergence of the output from the reference at the position, per example."""
+        logits = _output(logits)
         if self.reference is None or self.reference.shape != logits.shape:
             shape = None if self.reference is None else tuple(self.reference.shape)
             raise InputError(f"The reference of kl has shape {shape}, not the output's {tuple(logits.shape)}.")
-        rows = at_position(logits, self.position, inputs).log_softmax(dim=-1)
-        reference = at_position(self.reference.to(logits.device), self.position, inputs).log_softmax(dim=-1)
-        return (reference.exp() * (reference - rows)).sum(dim=-1)
+        rows = at_position(logits, self.position, inputs)
+        reference = at_position(self.reference.to(logits.device), self.position, inputs)
+        return divergence(reference, rows, self._link(logits))
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +166,7 @@ class ActionDim(Metric):
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """One coordinate of the action, per example."""
+        logits = _output(logits)
         if logits.ndim != 3:
             raise InputError(f"action_dim reads [batch, chunk, action_dim]; the output has {tuple(logits.shape)}.")
         if not -logits.shape[-1] <= self.dim < logits.shape[-1]:
@@ -176,12 +191,17 @@ def logit_diff(answer: Answer, foil: Answer, position: Position = "last") -> Log
 
 
 def prob(answer: Answer, position: Position = "last") -> Prob:
-    """Probability of the answer among all classes, in 0 … 1."""
+    """Probability of the answer, in 0 … 1: among all classes, or of a yes where every class is a question of its own
+    (see :mod:`circuitvision.links`).
+
+    Raises:
+        InputError: when called: an output that is no distribution.
+    """
     return Prob(position=position, name=f"prob({_label(answer)})", answer=answer)
 
 
 def logprob(answer: Answer, position: Position = "last") -> LogProb:
-    """Log-probability of the answer in nats (0 is certain)."""
+    """Log-probability of the answer in nats (0 is certain); see :func:`prob`."""
     return LogProb(position=position, name=f"logprob({_label(answer)})", answer=answer)
 
 
@@ -191,11 +211,11 @@ def rank(answer: Answer, position: Position = "last") -> Rank:
 
 
 def kl(reference: Float[Tensor, "batch *pos classes"], position: Position = "last") -> KL:
-    """KL(reference || output) in nats: 0 when the output equals the reference run's, whose logits are given.
+    """KL(reference || output) in nats: 0 when the output equals the reference run's, whose logits are given; summed over yes-or-no classes.
 
     Its gradient is zero at the reference itself, so first-order attribution there says nothing.
     """
-    return KL(position=position, name="kl(reference || output)", reference=reference.detach())
+    return KL(position=position, name="kl(reference || output)", reference=_output(reference).detach())
 
 
 def action_dim(dim: int, step: int | None = 0) -> ActionDim:
@@ -205,6 +225,10 @@ def action_dim(dim: int, step: int | None = 0) -> ActionDim:
 
 def bind(metric: Any, model: Any) -> Any:
     """``metric`` with words resolved by ``model``; a plain function is returned as it is."""
+    if isinstance(metric, Mapping | list | tuple):
+        raise InputError(
+            f"Give one metric, not {len(metric)} in a {type(metric).__name__}: measure once for each of them."
+        )
     if not callable(metric):
         raise InputError(
             f"A metric is a function of the logits, such as metrics.logit_diff(answer, foil), not {metric!r}."
@@ -238,14 +262,65 @@ def evaluate(metric: Any, logits: Tensor, inputs: Mapping[str, Any] | None = Non
     """Call a metric that takes ``(logits, inputs)`` or only ``(logits)``, and check that it gives one number per
     example.
 
+    Truth values and whole numbers become float64 (a mean of truth values is a share); lists and arrays of numbers become tensors.
+
     Raises:
-        InputError: the result is not a vector.
+        InputError: the result is not a vector of real numbers, or not one per example.
     """
-    values = call(metric, logits, inputs)
-    if not isinstance(values, Tensor) or values.ndim != 1:
-        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    found = call(metric, logits, inputs)
+    values = _vector(found)
+    if values is None:
+        shape = tuple(found.shape) if hasattr(found, "shape") else type(found).__name__
         raise InputError(f"A metric returns one number per example, a tensor [batch]; this one returned {shape}.")
-    return values
+    # Dual encoders compare images with texts: either may be the examples.
+    counts = logits.shape[:2] if logits.ndim == 2 else logits.shape[:1]
+    if len(values) not in counts:
+        raise InputError(
+            f"A metric returns one number per example; this one returned {len(values)} for an output of {logits.shape[0]} examples."
+        )
+    return values if values.is_floating_point() else values.double()
+
+
+def _vector(found: Any) -> Tensor | None:
+    """What a metric returned as real numbers ``[example]``; None for anything else."""
+    if isinstance(found, list | tuple) and found and all(isinstance(item, Tensor) and item.ndim == 0 for item in found):
+        found = torch.stack(list(found))
+    elif isinstance(found, list | tuple | np.ndarray):
+        try:
+            found = torch.as_tensor(found)
+        except (TypeError, ValueError, RuntimeError):
+            return None
+    return found if isinstance(found, Tensor) and found.ndim == 1 and not found.is_complex() else None
+
+
+def _output(given: Any) -> Tensor:
+    """An output as a tensor; InputError for the structures that transformers returns."""
+    if isinstance(given, Tensor):
+        return given
+    if isinstance(given, np.ndarray):
+        return torch.from_numpy(given)
+    raise InputError(
+        f"A metric reads the output tensor, not a {type(given).__name__}: give model(inputs) of the wrapped model, or output.logits."
+    )
+
+
+def _plain(answer: Any) -> Any:
+    """Answers with numpy's (and pandas') numbers, words and arrays as Python's; tensors stay.
+
+    Raises:
+        InputError: truth values, or numbers with a fraction, which are no ids.
+    """
+    if isinstance(answer, Tensor):
+        return answer
+    if isinstance(answer, np.ndarray | np.generic) or (hasattr(answer, "tolist") and not isinstance(answer, str)):
+        answer = answer.tolist()
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, Iterable) and not isinstance(answer, Mapping):
+        return [_plain(item) for item in answer]
+    if isinstance(answer, bool) or not hasattr(answer, "__index__"):
+        raise InputError(f"An answer is an id (a whole number) or a word, not {answer!r}.")
+    return operator.index(answer)
 
 
 def answer_ids(answer: Answer, model: Any) -> int | list[int] | Tensor:
@@ -260,9 +335,11 @@ def answer_ids(answer: Answer, model: Any) -> int | list[int] | Tensor:
         return answer
     if isinstance(answer, str):
         return _word_id(answer, model)
-    if isinstance(answer, Sequence):
+    answer = _plain(answer)
+    if isinstance(answer, list):
         return [_word_id(item, model) if isinstance(item, str) else int(item) for item in answer]
-    return int(answer)
+    number: Any = answer
+    return int(number)
 
 
 def at_position(
@@ -270,27 +347,57 @@ def at_position(
 ) -> Float[Tensor, "batch classes"]:
     """The output at one position of every example, in float32 at least; outputs without positions are returned whole.
 
+    Positions are those of the prompt, also where the call kept only some of them (``logits_to_keep`` in ``inputs``).
+
     Raises:
         InputError: a position outside the output, a mask of another length, an example that is all padding.
     """
+    logits = _output(logits)
     if logits.ndim == 2:
         return _wide(logits)
     if logits.ndim != 3:
         raise InputError(f"A metric reads [batch, classes] or [batch, pos, classes], not {tuple(logits.shape)}.")
     batch, length = logits.shape[:2]
+    kept = _kept(inputs, length)
+    whole = length if kept is None else _prompt_length(inputs)
     if isinstance(position, str):
         if position != "last":
             raise InputError(f"Unknown position {position!r}; give 'last', a whole number, or one per example.")
-        index = _last_unmasked(inputs, batch, length).to(logits.device)
+        index = _last_unmasked(inputs, batch, whole).to(logits.device)
     else:
         index = torch.as_tensor(position, device=logits.device).expand(batch)
-    if bool(((index < -length) | (index >= length)).any()):
-        raise InputError(f"Position {index.tolist()} is outside the output's {length} positions.")
+    if bool(((index < -whole) | (index >= whole)).any()):
+        raise InputError(f"Position {index.tolist()} is outside the output's {whole} positions.")
+    if kept is not None:
+        there = kept.to(logits.device) == index.remainder(whole)[:, None]
+        if not bool(there.any(1).all()):
+            raise InputError(
+                f"The metric reads position {index.tolist()}, and logits_to_keep left positions {kept.tolist()}: keep the one that is read."
+            )
+        index = there.int().argmax(1)
     return _wide(logits[torch.arange(batch, device=logits.device), index])
+
+
+def _prompt_length(inputs: Mapping[str, Any] | None) -> int:
+    """How many positions the prompt has; 0 where the inputs do not say."""
+    found = ({} if inputs is None else inputs).get("input_ids")
+    return 0 if found is None else int(found.shape[1])
+
+
+def _kept(inputs: Mapping[str, Any] | None, length: int) -> Tensor | None:
+    """The positions of the prompt that an output of ``length`` positions holds, where the call kept some of them only."""
+    keep = None if inputs is None else inputs.get("logits_to_keep")
+    whole = _prompt_length(inputs)
+    if keep is None or not whole:
+        return None
+    if isinstance(keep, Tensor) and keep.ndim:
+        return keep.remainder(whole)
+    return torch.arange(whole - length, whole) if int(keep) else None
 
 
 def _last_unmasked(inputs: Mapping[str, Any] | None, batch: int, length: int) -> Tensor:
     mask = None if inputs is None else inputs.get("attention_mask")
+    mask = torch.from_numpy(mask) if isinstance(mask, np.ndarray) else mask
     if mask is None:
         return torch.full((batch,), length - 1)
     if tuple(mask.shape) != (batch, length):
@@ -341,6 +448,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _label(answer: Answer) -> str:
+    answer = _plain(answer)
     if isinstance(answer, str | int):
         return str(answer)
     items = answer.tolist() if isinstance(answer, Tensor) else list(answer)

@@ -31,6 +31,7 @@ from circuitvision.circuits import (
     parse_id,
 )
 from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.links import probabilities
 from circuitvision.readout import LensResult, lens_sites, logit_lens
 
 if TYPE_CHECKING:
@@ -382,7 +383,7 @@ def _case_of(pair: QuestionPair) -> Case:
 def _read(model: Any, inputs: Mapping[str, Any], case: Case) -> Reading:
     with torch.no_grad():
         logits = model(inputs)
-    shares = metrics.at_position(logits, "last", inputs)[0].softmax(-1)
+    shares = probabilities(metrics.at_position(logits, "last", inputs)[0], model.link)
     best = int(shares.argmax())
     word = str(model.tokenizer.decode([best])).strip() or model.pieces(torch.tensor([[best]]))[0][0]
     return Reading(word, float(shares[best]), *(float(shares[model.token(w)]) for w in (case.answer, case.foil)))

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, nearest
 from circuitvision.files import replacing
 
 if TYPE_CHECKING:
@@ -153,6 +153,32 @@ class Result:
         }
         return found(**restored, **header["fields"])
 
+    def index_of(self, axis: str, label: Any) -> int:
+        """Where a label stands on an axis. A label that is not there is never taken for a place.
+
+        Raises:
+            InputError: no such axis or label; the nearest labels are named.
+        """
+        if axis not in self.axes:
+            raise InputError(f"A {type(self).__name__} has no axis {axis!r}; its axes are {', '.join(self.axes)}.")
+        labels, label = self.axes[axis], as_builtin(label)
+        for number, known in enumerate(labels):
+            if known == label and isinstance(known, bool) == isinstance(label, bool):
+                return number
+        raise InputError(
+            f"There is no {axis} {label!r} in this {type(self).__name__}; {_nearest_labels(label, labels)}."
+        )
+
+    def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
+        """What a ranking of components reads: one number per component and example, with this result's axes, and which of these are no components.
+
+        Results with a baseline give the difference from it.
+
+        Raises:
+            InputError: a result without components.
+        """
+        return self.values, ("row", "example", "position", "step")
+
     def highlights(self) -> dict[str, str]:
         """What a reader wants to see first, by name, for the table that notebooks show; nothing by default."""
         return {}
@@ -174,6 +200,19 @@ class Result:
             for key, value in rows.items()
         )
         return f"<table><caption>{html.escape(type(self).__name__)}</caption>{cells}</table>"
+
+
+def _nearest_labels(label: Any, labels: list[Any], count: int = 5) -> str:
+    """Labels like one that is missing, in words."""
+    if len(labels) <= count:
+        return f"there are {', '.join(map(repr, labels))}" if labels else "there are none"
+    numbers = [known for known in labels if isinstance(known, int | float) and not isinstance(known, bool)]
+    if isinstance(label, int | float) and numbers:
+        near = sorted(numbers, key=lambda known: abs(known - label))[:count]
+    else:
+        words = {str(known): known for known in labels}
+        near = [words[word] for word in nearest(str(label), words, count)]
+    return f"nearest of {len(labels)}: {', '.join(map(repr, near))}"
 
 
 def by_example(values: Tensor, example: Sequence[int] | None) -> Tensor:

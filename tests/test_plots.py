@@ -93,7 +93,7 @@ def test_lens_figure_puts_values_on_the_patch_grid_without_prefix_positions():
 def test_lens_grid_and_contrast_refuse_what_is_not_there():
     with pytest.raises(InputError, match="image 1"):
         lens_result().patch_grid("input", image=1)
-    with pytest.raises(InputError, match="not a target"):
+    with pytest.raises(InputError, match="There is no target"):
         lens_result().contrast("red", "blue")
 
 

@@ -43,7 +43,7 @@ FED_BY_FEATURES = [case for case in CASES.values() if case.family.startswith("ll
 @pytest.mark.parametrize("case", FED_BY_FEATURES, ids=str)
 def test_llava_feature_layer_edit_reaches_output_after_warm_up(case: Case) -> None:
     model, inputs = wrapped(case)
-    features = [layer for layer in model.vision.feature_layers if layer > 0]
+    features = [layer for layer in model.vision.feature_layers_in() if layer > 0]
     for layer in features:
         assert change(model, inputs, f"vision.blocks.{layer - 1}.hook_resid_post") > 1e-3
 
@@ -51,7 +51,7 @@ def test_llava_feature_layer_edit_reaches_output_after_warm_up(case: Case) -> No
 def test_a_plain_hook_after_warm_up_is_lost_so_the_test_above_can_fail() -> None:
     case = CASES["llava-clip-llama"]
     model, inputs = wrapped(case)
-    block = model.vision.blocks[model.vision.feature_layers[0] - 1].module
+    block = model.vision.blocks[model.vision.feature_layers_in()[0] - 1].module
     with torch.no_grad():
         clean = bare_output(model.module, inputs)
         handle = block.register_forward_hook(lambda module, args, out: out + torch.randn_like(out))

@@ -42,7 +42,7 @@ class ToyModel:
         names += [f"language.blocks.{layer}.attn.hook_z" for layer in range(len(self.weights["language"]))]
         return [name for name in names if fnmatch.fnmatch(name, glob.replace("**", "*"))]
 
-    def is_dead(self, name: str) -> bool:
+    def is_dead(self, name: str, inputs: object = None) -> bool:
         return name in self.dead
 
     def positions(self, site: str, inputs: dict[str, Tensor]) -> list[int]:

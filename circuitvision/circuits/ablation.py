@@ -59,6 +59,10 @@ class AblationCheck(Result):
     random_heads: list[list[str]] = field(default_factory=list)
     n_pairs: int = 0
 
+    def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
+        """Refused: conditions of one check are compared with "intact", not ranked among each other."""
+        raise InputError("An ablation check has conditions, not components; its sets are beside its random ones.")
+
     @property
     def intact(self) -> float:
         """Share of pairs that the model as it is gets right."""
@@ -118,7 +122,7 @@ def ablation_check(
         raise InputError("An ablation check needs at least one batch of pairs and one head.")
     refuse_random(model.module, "An ablation check")
     chosen = list(dict.fromkeys(heads))
-    live = live_heads(model)
+    live = live_heads(model, pairs[0].clean)
     missing = [name for name in chosen if name not in live]
     if missing:
         raise InputError(f"{missing[0]} is not a live head of this model; its heads are {', '.join(live)}.")
@@ -146,12 +150,12 @@ def ablation_check(
     )
 
 
-def live_heads(model: Any) -> list[str]:
-    """The ids of all heads whose output can reach the model's output, in the model's order."""
+def live_heads(model: Any, inputs: Mapping[str, Any] | None = None) -> list[str]:
+    """The ids of all heads whose output can reach the model's output (of a run with ``inputs``), in the model's order."""
     names = []
     for tower_name, tower in model.towers.items():
         for layer in range(tower.cfg.n_layers):
-            if not model.is_dead(f"{tower_name}.blocks.{layer}.attn.hook_z"):
+            if not model.is_dead(f"{tower_name}.blocks.{layer}.attn.hook_z", inputs):
                 names += [head_id(tower_name, layer, head) for head in range(tower.cfg.n_heads)]
     return names
 

@@ -135,7 +135,7 @@ def reason(model: HookedModel, name: str) -> str | None:
         return ATTENTION_REASON
     tower = model.towers.get(SiteName.parse(name).tower)
     enters = point.phase == "pre" and tower is not None and point.module is tower.blocks[0].module
-    return RECORDED_REASON if enters and tower is not None and 0 in tower.feature_layers else None
+    return RECORDED_REASON if enters and tower is not None and 0 in tower.feature_layers_in() else None
 
 
 def hosts(model: HookedModel) -> dict[str, nn.Module]:

@@ -99,7 +99,7 @@ class Slots:
         ):
             return
         plain = kept is not None and kept.ndim == 4 and kept.dtype == key.dtype and kept.device == key.device
-        if not plain or not 0 < kept.shape[2] <= key.shape[2] or hasattr(self.layer, "_quantized_keys"):
+        if kept is None or not plain or not 0 < kept.shape[2] <= key.shape[2] or hasattr(self.layer, "_quantized_keys"):
             raise HookError(
                 f"{type(self.layer).__name__} keeps other keys than attention gets, so hook_rot_k cannot be edited."
             )

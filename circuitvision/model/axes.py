@@ -86,7 +86,7 @@ def axis_of(
     """The axis of a site in a run with these inputs and settings; ``generating`` where the head reads the last position alone."""
     count, site = tokens.n_positions, str(name)
     if name.tower != tower.name:
-        return Axis(range(1, count), site=site) if drops_first(tower, settings) else Axis(site=site)
+        return Axis(range(1, count), site=site) if tower.drops_cls_in(settings) else Axis(site=site)
     if name.site.startswith("pool."):
         if name.stage in ("hook_k", "hook_v"):
             return Axis(site=site)
@@ -100,14 +100,6 @@ def axis_of(
     if name.site.startswith("ln_final.") and not _norms_positions(tower):
         return Axis(absent="they are pooled before it, or nothing reads it", site=site)
     return Axis(_from_past(tower, tokens, settings), site=site)
-
-
-def drops_first(tower: Tower, settings: Mapping[str, Any]) -> bool:
-    """Whether the first position of a vision tower is dropped on the way to the projector, as the call or the configuration says."""
-    if tower.spec.feature_select is None:
-        return False
-    given = settings.get(tower.spec.feature_select)
-    return (getattr(tower.config_of_model, tower.spec.feature_select) if given is None else given) == "default"
 
 
 def _norms_positions(tower: Tower) -> bool:

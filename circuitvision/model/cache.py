@@ -48,6 +48,8 @@ class ActivationCache(Mapping[str, Any]):
         self.model = model
         self.inputs: dict[str, Any] = dict(inputs or {})
         self.has_batch_dim = has_batch_dim
+        self.edited: frozenset[str] = frozenset()
+        """Sites that had hooks or edits in the runs recorded, whether or not they changed anything."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_values": self._values, "model": None, "inputs": {}, "has_batch_dim": self.has_batch_dim}
@@ -152,7 +154,9 @@ class ActivationCache(Mapping[str, Any]):
             name: [fn(v) for v in value] if isinstance(value, list) else fn(value)
             for name, value in self._values.items()
         }
-        return ActivationCache(values, self.model, self.inputs, self.has_batch_dim)
+        cache = ActivationCache(values, self.model, self.inputs, self.has_batch_dim)
+        cache.edited = self.edited
+        return cache
 
     def to(self, target: torch.device | str | torch.dtype) -> ActivationCache:
         """A cache on another device or in another dtype; the model's weights stay where they are."""

@@ -40,15 +40,15 @@ QUERY_SIDE = ("hook_q_input", "attn.hook_q", "attn.hook_rot_q", "attn.hook_attn_
 """Sites that only choose among keys: dead where a causal tower leaves a single key to choose."""
 
 
-def last_live_block(tower: Tower) -> int:
-    """Index of the last block whose output leaves the tower (−1: only the tower's input does)."""
-    return max(tower.feature_layers) - 1
+def last_live_block(tower: Tower, inputs: Mapping[str, Any] | None = None) -> int:
+    """Index of the last block whose output leaves the tower in a run (−1: only the tower's input does)."""
+    return max(tower.feature_layers_in(inputs)) - 1
 
 
-def is_dead(tower: Tower, name: str) -> bool:
-    """Whether no edit of this site can reach the output."""
+def is_dead(tower: Tower, name: str, inputs: Mapping[str, Any] | None = None) -> bool:
+    """Whether no edit of this site can reach the output of a run; without ``inputs``, of one that leaves its settings to the configuration."""
     site = SiteName.parse(name)
-    live = last_live_block(tower)
+    live = last_live_block(tower, inputs)
     if site.layer is not None:
         if site.layer > live:
             return not (site.layer == live + 1 and site.site == "hook_resid_pre")
@@ -74,7 +74,7 @@ def dead_positions(tower: Tower, name: str, tokens: TokenMap, inputs: Mapping[st
                 _unread(tower, tokens, inputs) if tower.spec.readout is None or tower.spec.readout.norm_first else None
             )
         return after_eos if site.site in ("hook_pos_embed", "hook_input") else None
-    live = last_live_block(tower)
+    live = last_live_block(tower, inputs)
     final = (site.layer == live and site.site not in CACHE_SIDE) or (
         site.layer == live + 1 and site.site == "hook_resid_pre"
     )
@@ -111,7 +111,7 @@ def _unread(tower: Tower, tokens: TokenMap, inputs: Mapping[str, Any]) -> Tensor
     if readout is None:
         return None
     if readout.finish == "projector":
-        read = ~np.isin(kinds, tower.prefix_kinds) if tower.drops_cls else np.ones(kinds.shape, bool)
+        read = ~np.isin(kinds, tower.prefix_kinds) if tower.drops_cls_in(inputs) else np.ones(kinds.shape, bool)
     elif readout.reads == ("*",):
         return None
     elif readout.reads == ("eos",):

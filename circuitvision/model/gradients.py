@@ -28,7 +28,9 @@ def with_gradients(
         value = metrics.call(metric, logits, mapping)
         value = value.sum() if isinstance(value, Tensor) else value
     if not isinstance(value, Tensor) or not value.requires_grad:
-        raise InputError("metric(logits) must be a tensor computed from the logits by differentiable operations.")
+        raise InputError(
+            "metric(logits) must be a tensor computed from the logits by differentiable operations; truth values and ranks are not."
+        )
     names = [name for name in cache if cache[name].requires_grad]
     found = torch.autograd.grad(value, [cache[name] for name in names], allow_unused=True)
     values: dict[str, Any] = {name: owned(cache[name].detach()) for name in cache}

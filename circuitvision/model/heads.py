@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.links import Link
 from circuitvision.model.points import Call, PoolAttention, substitute
 from circuitvision.model.spec import Readout, norm_spec, require, resolve
 from circuitvision.model.weights import (
@@ -336,7 +337,8 @@ def through_projector(
     ``has_prefix=False`` says that the residual is of patches alone, so that no CLS position is there to drop. ``reading`` says how the tower's
     own final norm is taken, where it comes before the projector.
     """
-    layers = tower.feature_layers
+    inputs = None if context is None else context.inputs
+    layers = tower.feature_layers_in(inputs)
     if len(layers) > 1 and not has_prefix:
         raise InputError(
             f"This model concatenates the feature layers {layers}, which have a prefix; read a site that has it too."
@@ -352,7 +354,7 @@ def through_projector(
         reading = Reading(tower, context) if reading is None else reading
         held = None if reading.reference is None else reading.reference[:, -resid.shape[1] :]
         parts = [reading.normed(part, held) for part in parts]
-    if tower.drops_cls and has_prefix:
+    if tower.drops_cls_in(inputs) and has_prefix:
         parts = [part[:, 1:] for part in parts]
     projector = require(tower.module, tower.family.projector or "", "projector")
     return projector(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
@@ -401,6 +403,28 @@ def other_embeddings(tower: Tower, context: ActivationCache | None) -> Float[Ten
     other_head = resolve(other.module, spec.head if spec else None)
     theirs = theirs if other_head is None else other_head(theirs)
     return _unit(theirs, theirs)
+
+
+def link(tower: Tower) -> Link:
+    """What turns the numbers of a tower's head into probabilities: how the configuration says it was trained."""
+    readout = tower.spec.readout
+    if readout is not None and readout.finish == "projector":
+        return link(tower.siblings["language"])
+    if readout is not None and readout.finish == "contrast":
+        return "softmax" if getattr(tower.module, "logit_bias", None) is None else "sigmoid"
+    if readout is None or readout.pool == "chunk" or not _has_head(readout):
+        return "none"
+    if not tower.stack.image:
+        return "softmax"
+    if tower.family.output != "logits":
+        return "none"
+    config = tower.config_of_model
+    problem = getattr(config, "problem_type", None)
+    if problem is None and getattr(config, "num_labels", None) == 1:
+        # transformers trains such a head by its squared error.
+        problem = "regression"
+    links: dict[Any, Link] = {"multi_label_classification": "sigmoid", "regression": "none"}
+    return links.get(problem, "softmax")
 
 
 def unembedding(tower: Tower) -> tuple[nn.Module, str] | None:

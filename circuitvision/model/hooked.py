@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from circuitvision import metrics
 from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
-from circuitvision.model import dead, generation, inputs, layout, loading, state, stream
+from circuitvision.links import Link, marked
+from circuitvision.model import dead, generation, heads, layout, loading, state, stream
+from circuitvision.model import inputs as input_checks
 from circuitvision.model.axes import positions_of
 from circuitvision.model.cache import ActivationCache, collected
 from circuitvision.model.edits.base import Edit
@@ -83,7 +85,8 @@ class HookedModel(TextTools):
         self._matches: dict[Any, list[str]] = {}
         self._passes_recorded = False
         self._recorded_inputs: list[dict[str, Any]] | None = None
-        self._checked_inputs = inputs.Checked()
+        self._edited_sites: frozenset[str] = frozenset()
+        self._checked_inputs = input_checks.Checked()
         self._state = state.ModuleState(module)
         self._seen_streams: set[frozenset[str]] = set()
         self._watch_stream = True
@@ -178,22 +181,26 @@ class HookedModel(TextTools):
             return self._matches[names_filter]
         return matching(names_filter, self.engine.points)
 
-    def is_dead(self, site: str) -> bool:
-        """Whether nothing written at this site can reach the output, in any run."""
+    def is_dead(self, site: str, inputs: Mapping[str, Any] | None = None) -> bool:
+        """Whether nothing written at this site can reach the output of a run with ``inputs``.
+
+        Without them, of a run that leaves its settings (``vision_feature_layer``) to the configuration.
+        """
         name = SiteName.parse(self._match(site)[0])
-        return name.tower in self.towers and dead.is_dead(self.towers[name.tower], site)
+        return name.tower in self.towers and dead.is_dead(self.towers[name.tower], site, inputs)
 
     def dead_positions(self, site: str, inputs: Mapping[str, Any]) -> Tensor | None:
         """Which positions of a site cannot reach the output in this run: bool ``[row pos]`` (queries, for patterns); None if all can."""
         name = SiteName.parse(self._match(site)[0])
         if name.tower not in self.towers:
             return None
+        inputs = input_checks.as_mapping(self, inputs)
         tokens = self.tokens(inputs)[name.tower]
         return dead.dead_positions(self.towers[name.tower], site, tokens, inputs)
 
     def tokens(self, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
         """What every position of every tower is in this run: kind, image, patch row and column, pixel box, text piece."""
-        return token_maps(self, inputs)
+        return token_maps(self, input_checks.as_mapping(self, inputs))
 
     def positions(self, site: str, inputs: Mapping[str, Any]) -> list[int]:
         """Which positions of its tower a site holds in this run, in the order of the site's own axis; none where it is pooled.
@@ -265,23 +272,33 @@ class HookedModel(TextTools):
 
         Raises InputError if the inputs cannot be what the model reads.
         """
-        return self._forward(self._checked(inputs), kwargs)
+        return self._forward(self._checked(inputs, kwargs), {})
 
-    def _checked(self, given: Any, read: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> dict[str, Any]:
+    def _checked(
+        self,
+        given: Any,
+        kwargs: Mapping[str, Any] | None = None,
+        read: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> dict[str, Any]:
+        """The inputs of a run, keywords of its call among them: what is asked about the run is asked of these."""
         self.engine.check_thread()
         self._follow()
-        mapping = inputs.as_mapping(self, given)
+        mapping = input_checks.with_keywords(input_checks.as_mapping(self, given), kwargs or {})
         if not self._checked_inputs.holds(self, mapping):
-            inputs.check(self, read(mapping))
+            input_checks.check(self, read(mapping))
             self._checked_inputs.keep(self, mapping)
             self._state.renew()
             self._watch_stream = frozenset(mapping) not in self._seen_streams
         return mapping
 
     def _ran(self, mapping: Mapping[str, Any]) -> None:
-        """Remember the inputs of a run for the cache that records it."""
+        """Remember the inputs of a run, and the sites that may be edited in it, for the cache that records it."""
         if self._recorded_inputs is not None:
             self._recorded_inputs.append(dict(mapping))
+        self._edited_sites |= self._hooked_sites()
+
+    def _hooked_sites(self) -> frozenset[str]:
+        return frozenset().union(*(registration.forward for registration in self.engine.stack))
 
     @contextlib.contextmanager
     def _running(self, mapping: Mapping[str, Any]) -> Iterator[None]:
@@ -299,12 +316,18 @@ class HookedModel(TextTools):
 
     def _forward(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Tensor:
         if kwargs:
-            inputs.check_keywords(self, kwargs)
+            input_checks.check_keywords(self, kwargs)
         if getattr(self.config, "return_dict", True) is False:
             raise InputError("model.config.return_dict is False, which takes the names off the output: set it to True.")
         with self._running(mapping):
             output = self.module(**mapping, **kwargs)
-        return output[self.family.output] if isinstance(output, Mapping) else getattr(output, self.family.output)
+        found = output[self.family.output] if isinstance(output, Mapping) else getattr(output, self.family.output)
+        return found if self.link == "softmax" else marked(found, self.link)
+
+    @property
+    def link(self) -> Link:
+        """What turns the output into probabilities: ``"softmax"``, ``"sigmoid"`` (every column is a yes or no of its own) or ``"none"``."""
+        return heads.link(self.towers["vision" if "text" in self.towers else list(self.towers)[-1]])
 
     def run_with_cache(
         self,
@@ -331,7 +354,7 @@ class HookedModel(TextTools):
             raise InputError("incl_bwd needs metric=fn: the gradient of what?")
         if incl_bwd:
             check_gradients(self.module)
-        mapping = self._checked(inputs)
+        mapping = self._checked(inputs, kwargs)
         if incl_bwd:
             state.refuse_inference(self.module, mapping)
         names = self._match(names_filter)
@@ -343,20 +366,21 @@ class HookedModel(TextTools):
         grads = torch.enable_grad() if incl_bwd else contextlib.nullcontext()
         with grads, self.engine.registered(registration):
             if stop_at_layer is None:
-                out = self._forward(mapping, kwargs)
+                out = self._forward(mapping, {})
             else:
-                out = self._forward_until(mapping, kwargs, stop_at_layer)
+                out = self._forward_until(mapping, stop_at_layer)
         values = {name: recorder.values[name] for name in names if name in recorder.values}
+        if names and not values and stop_at_layer is None:
+            _warn_empty(names_filter)
         cache = ActivationCache(collected(values, multi_pass=False), self, mapping)
+        cache.edited = self._hooked_sites()
         if incl_bwd:
             assert metric is not None
             cache = with_gradients(cache, metrics.bind(metric, self), out, mapping, device)
             out = out.detach()
         return out, cache.remove_batch_dim() if remove_batch_dim else cache
 
-    def _forward_until(
-        self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any], stop_at_layer: int | tuple[str, int]
-    ) -> Tensor:
+    def _forward_until(self, mapping: Mapping[str, Any], stop_at_layer: int | tuple[str, int]) -> Tensor:
         tower, layer = stop_at_layer if isinstance(stop_at_layer, tuple) else (list(self.towers)[-1], stop_at_layer)
         if tower not in self.towers:
             raise InputError(f"stop_at_layer names the tower {tower!r}; this model has {', '.join(self.towers)}.")
@@ -373,7 +397,7 @@ class HookedModel(TextTools):
 
         try:
             with self.engine.registered(Registration(forward={site: [stop]})):
-                self._forward(mapping, kwargs)
+                self._forward(mapping, {})
         except _Stop as stopped:
             return stopped.value
         raise HookError(f"The run never reached {site}.")
@@ -385,9 +409,9 @@ class HookedModel(TextTools):
         in a backward pass the caller runs. Raises HookError for an answer of another shape, dtype or device, and for a change in
         place that is not returned.
         """
-        mapping = self._checked(inputs)
-        with self.hooks(fwd_hooks, bwd_hooks):
-            return self._forward(mapping, kwargs)
+        mapping = self._checked(inputs, kwargs)
+        with self.engine.registered(self._registration(fwd_hooks, bwd_hooks, mapping)):
+            return self._forward(mapping, {})
 
     @contextlib.contextmanager
     def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = ()) -> Iterator[HookedModel]:
@@ -395,7 +419,9 @@ class HookedModel(TextTools):
         with self.engine.registered(self._registration(fwd_hooks, bwd_hooks)):
             yield self
 
-    def _registration(self, fwd_hooks: HookList, bwd_hooks: HookList) -> Registration:
+    def _registration(
+        self, fwd_hooks: HookList, bwd_hooks: HookList, inputs: Mapping[str, Any] | None = None
+    ) -> Registration:
         if bwd_hooks:
             check_gradients(self.module)
         exact: set[str] = set()
@@ -410,10 +436,12 @@ class HookedModel(TextTools):
                     table.setdefault(name, []).append(fn)
             tables.append(table)
         forward, backward = tables
-        lost = [name for name in forward if name in exact and self.is_dead(name)]
+        lost = [name for name in forward if name in exact and self.is_dead(name, inputs)]
         if lost:
+            spec = self.towers[SiteName.parse(lost[0]).tower].spec
+            unless = f", unless the call sets {spec.feature_layers}" if inputs is None and spec.feature_layers else ""
             warnings.warn(
-                f"{lost[0]} cannot reach the output of this model, so editing it changes nothing.", stacklevel=4
+                f"{lost[0]} cannot reach the output of this model, so editing it changes nothing{unless}.", stacklevel=4
             )
         return Registration(forward=forward, backward=backward, exact=frozenset(exact))
 
@@ -443,7 +471,7 @@ class HookedModel(TextTools):
         """
         recorder = Recorder(device, keeps_graph=keep_graph)
         cache = ActivationCache({}, self)
-        self._passes_recorded, self._recorded_inputs = False, []
+        self._passes_recorded, self._recorded_inputs, self._edited_sites = False, [], frozenset()
         names = self._match(names_filter)
         try:
             with self.engine.registered(Registration(recorder=recorder, recorded=frozenset(names))):
@@ -452,6 +480,9 @@ class HookedModel(TextTools):
             runs, self._recorded_inputs = self._recorded_inputs or [], None
         ordered = {name: recorder.values[name] for name in names if name in recorder.values}
         cache._values.update(collected(ordered, multi_pass=self._passes_recorded))
+        cache.edited = self._edited_sites
+        if runs and names and not ordered:
+            _warn_empty(names_filter)
         if len(runs) == 1:
             cache.inputs = runs[0]
 
@@ -463,11 +494,11 @@ class HookedModel(TextTools):
         change, and the cached ones can be keys. As in the bare model, the run makes the cache longer.
         Raises InputError or UnknownSiteError, naming the edit, before anything runs.
         """
-        mapping = self._checked(inputs)
-        binder = Binder(self, mapping, settings=kwargs)
+        mapping = self._checked(inputs, kwargs)
+        binder = Binder(self, mapping)
         (bound,) = binder.bind(_one_group(edits))
         with self._edited(binder, bound):
-            return self._forward(mapping if bound.inputs is None else bound.inputs, kwargs)
+            return self._forward(mapping if bound.inputs is None else bound.inputs, {})
 
     @contextlib.contextmanager
     def _edited(self, binder: Binder, bound: BoundGroup) -> Iterator[None]:
@@ -519,13 +550,14 @@ class HookedModel(TextTools):
         module: Any = self.module
         if not hasattr(module, "generate") or self.family.suffix_kinds or "language" not in self.towers:
             raise UnsupportedModelError(f"A {self.family.name} model does not generate text.")
-        mapping = self._checked(inputs, generation.described)
+        named, kwargs = input_checks.split_keywords(self, kwargs)
+        mapping = self._checked(inputs, named, generation.described)
         generation.check_cache(mapping, kwargs, hooked=bool(edits or self.engine.stack))
         binder = Binder(
             self, generation.described(mapping), "generate", generation.most_passes(module, mapping, kwargs), kwargs
         )
         (bound,) = binder.bind(_one_group(edits))
-        generation.check_edits(bound, mapping, kwargs, module)
+        generation.check_edits(bound, mapping, {**mapping, **kwargs}, module)
         if bound.writes or self.engine.stack:
             # Compiled decoding steps, which caches of fixed size ask for on a GPU, would not run hooks that come and go.
             kwargs.setdefault("disable_compile", True)
@@ -548,13 +580,21 @@ class HookedModel(TextTools):
         module: Any = self.module
         if not hasattr(module, "sample_actions"):
             raise UnsupportedModelError(f"A {self.family.name} model does not sample actions.")
-        mapping = self._checked(inputs)
+        named, kwargs = input_checks.split_keywords(self, kwargs)
+        mapping = self._checked(inputs, named)
         binder = Binder(self, mapping, "act", num_steps or self.config.num_inference_steps)
         (bound,) = binder.bind(_one_group(edits))
         mapping.pop("timestep", None)
         self._passes_recorded = True
         with self._edited(binder, bound), self._running(mapping):
             return module.sample_actions(**mapping, num_steps=num_steps, **kwargs)
+
+
+def _warn_empty(names_filter: NamesFilter) -> None:
+    warnings.warn(
+        f"The cache is empty: no site of {names_filter!r} ran with these inputs (a vision tower needs pixel_values).",
+        stacklevel=3,
+    )
 
 
 def _one_group(edits: Edit | Sequence[Edit]) -> list[tuple[Edit, ...]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,18 +23,41 @@ if TYPE_CHECKING:
 
 def as_mapping(model: HookedModel, inputs: Any) -> dict[str, Any]:
     """The inputs as keyword arguments of the model; a single tensor is taken as images where the model reads nothing else."""
-    if isinstance(inputs, Tensor):
+    if isinstance(inputs, Tensor | np.ndarray):
         if list(model.towers) != ["vision"]:
             raise InputError(
                 f"A {model.family.name} model needs a mapping of tensors (model.inputs(images=…, text=…) makes one), not one tensor."
             )
-        return {"pixel_values": inputs}
+        return {"pixel_values": _as_tensor(model, inputs)}
     refuse_cache(inputs)
     if not isinstance(inputs, Mapping):
         raise InputError(
             f"Inputs must be a mapping of tensors, got {type(inputs).__name__}; model.inputs(images=…, text=…) makes one."
         )
-    return dict(inputs)
+    return {name: _as_tensor(model, value) for name, value in inputs.items()}
+
+
+def _as_tensor(model: HookedModel, value: Any) -> Any:
+    """A numpy array as a tensor where the model is, numbers with a fraction in its dtype; anything else as it is."""
+    if not isinstance(value, np.ndarray):
+        return value
+    tensor = torch.from_numpy(value.copy())
+    return tensor.to(model.device, model.dtype) if tensor.is_floating_point() else tensor.to(model.device)
+
+
+def with_keywords(inputs: Mapping[str, Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with those given as keywords of the call; raises InputError for what is given both ways."""
+    twice = sorted(inputs.keys() & keywords.keys())
+    if twice:
+        raise InputError(f"{twice[0]} is among the inputs and a keyword of the call: give it once.")
+    return {**inputs, **keywords}
+
+
+def split_keywords(model: HookedModel, keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keywords of ``generate`` or ``sample_actions``: those that the forward pass reads, and the others."""
+    known = _named_inputs(_reading_classes(model))
+    named = {name: value for name, value in keywords.items() if name in known}
+    return named, {name: value for name, value in keywords.items() if name not in known}
 
 
 def refuse_cache(inputs: Any) -> None:
@@ -51,6 +75,7 @@ def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
             "model.inputs(…, seed=0) fills them."
         )
     check_keywords(model, inputs)
+    _check_settings(model, inputs)
     _check_devices(model, inputs)
     _check_mask(model, inputs)
     _check_lengths(model, inputs)
@@ -76,11 +101,15 @@ EVERYWHERE = ("use_cache", "return_dict", "output_attentions", "output_hidden_st
 
 def check_names(model: HookedModel, names: Iterable[str]) -> None:
     """Raise InputError for a keyword that nothing in the model reads: transformers would swallow it in silence."""
-    known = _named_inputs(tuple({type(part) for part in model.module.modules() if hasattr(part, "main_input_name")}))
+    known = _named_inputs(_reading_classes(model))
     for name in names:
         if name not in known and name not in _made_by(model.processor):
             near = ", ".join(nearest(name, known))
             raise InputError(f"Nothing in this model reads {name!r}. Nearest: {near}.")
+
+
+def _reading_classes(model: HookedModel) -> tuple[type, ...]:
+    return tuple({type(part) for part in model.module.modules() if hasattr(part, "main_input_name")})
 
 
 @lru_cache(maxsize=256)
@@ -140,6 +169,20 @@ class Checked:
             elif tensor() is not value or (value._version, value.shape) != state:
                 return False
         return model.device == device
+
+
+def _check_settings(model: HookedModel, inputs: Mapping[str, Any]) -> None:
+    """Settings of the call that say which features leave a tower are ones that the projector can read."""
+    for tower in model.towers.values():
+        layers, select = tower.spec.feature_layers, tower.spec.feature_select
+        if layers is not None and inputs.get(layers) is not None:
+            given, built = tower.feature_layers_in(inputs), tower.feature_layers_in()
+            if len(given) != len(built):
+                raise InputError(
+                    f"{layers}={inputs[layers]!r} names {len(given)} hidden states, and the projector was built for {len(built)}."
+                )
+        if select is not None and inputs.get(select) not in (None, "default", "full"):
+            raise InputError(f"{select}={inputs[select]!r} is not understood: 'default' (no class token) or 'full'.")
 
 
 def _check_devices(model: HookedModel, inputs: Mapping[str, Any]) -> None:

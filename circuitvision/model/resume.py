@@ -113,7 +113,7 @@ class Resumer:
             self._keep(overrides, clean, block.module, block if tower.spec.feeds_cache_only else None)
         if tower.spec.feeds_cache_only:
             for part in UNREAD:
-                self._keep(overrides, clean, tower.blocks[last_live_block(tower)].part(part))
+                self._keep(overrides, clean, tower.blocks[last_live_block(tower, self.inputs)].part(part))
 
     def _record_start(self, overrides: Overrides, clean: Clean, start: Start) -> None:
         if start.tower not in self.model.towers or start.layer == EMBED:

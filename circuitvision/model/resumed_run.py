@@ -145,7 +145,7 @@ class ResumedRun:
     def _unread(self, overrides: Overrides, tower: Tower, layer: int) -> None:
         """Hand back what no output reads, in blocks after ``layer``: blocks behind the last that leaves the tower; of a prefix's last, all but keys
         and values."""
-        live = last_live_block(tower)
+        live = last_live_block(tower, self.owner.inputs)
         asked = {name for name in map(SiteName.parse, self.model.engine.asked()) if name.tower == tower.name}
         for block in tower.blocks[max(live, layer) + 1 :]:
             if not any(name.layer == block.layer for name in asked):

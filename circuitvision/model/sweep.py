@@ -25,6 +25,8 @@ from torch import Tensor
 
 from circuitvision import metrics
 from circuitvision.errors import CircuitVisionError, InputError
+from circuitvision.links import marked
+from circuitvision.model.edits.axes import check_axes
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups, label
 from circuitvision.model.handback import CannotResume
@@ -45,7 +47,7 @@ from circuitvision.model.routes import (
 from circuitvision.model.state import refuse_random
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe
-from circuitvision.results import Result
+from circuitvision.results import Result, as_builtin
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,6 +85,15 @@ class SweepResult(Result):
         super().__post_init__()
         if not self.edits and "edit" in self.axes:
             object.__setattr__(self, "edits", list(self.axes["edit"]))
+
+    def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
+        """The effects: what an edit does, not where it leaves the metric."""
+        return self.effect, ("example",)
+
+    def highlights(self) -> dict[str, str]:
+        """The edits with the largest mean effect, beside the unedited metric."""
+        found = {name: f"{value:+.4g}" for name, value in self.top(5)}
+        return {**found, "unedited": f"{float(self.clean.double().mean()):.4g}"}
 
     @property
     def effect(self) -> Tensor:
@@ -151,15 +162,21 @@ class Sweep:
         if not groups:
             raise InputError("There is no edit to sweep over.")
         self.axes: dict[str, list[Any]] = (
-            {} if axes is None else {str(name): list(labels) for name, labels in axes.items()}
+            {}
+            if axes is None
+            else {str(name): [as_builtin(label) for label in labels] for name, labels in axes.items()}
         )
+        if "example" in self.axes:
+            raise InputError("The axis of examples is the sweep's own; call the axis of the edits something else.")
         if axes is not None and math.prod(len(labels) for labels in self.axes.values()) != len(groups):
             sizes = " × ".join(f"{len(labels)} {name}" for name, labels in self.axes.items())
             raise InputError(
                 f"The axes describe {sizes}, but there are {len(groups)} edits; the last axis varies fastest."
             )
         self.binder = Binder(model, inputs, warns_of_rows=False)
-        self.tasks = [_Task(number, bound) for number, bound in enumerate(self.binder.bind(groups))]
+        bound_groups = self.binder.bind(groups)
+        check_axes(self.binder, self.axes, bound_groups)
+        self.tasks = [_Task(number, bound) for number, bound in enumerate(bound_groups)]
         self._order = {name: number for number, name in enumerate(model.engine.points)}
         self.resumers: dict[bool, Resumer] = {}
         self.captured: dict[bool, dict[str, Tensor]] = {}
@@ -198,6 +215,12 @@ class Sweep:
                     f"The sweep was interrupted ({interrupted}) after {int(done.sum())} of {len(done)} edits; the others are NaN.",
                     stacklevel=4,
                 )
+        lost = int(self.values[done].isnan().any(0).sum())
+        if lost:
+            warnings.warn(
+                f"The metric is not a number in {lost} of {len(clean)} examples (of some runs), and so is what is made of them.",
+                stacklevel=4,
+            )
         labels = self._labels()
         if self.empty == "nan":
             self._leave_out_unedited(labels)
@@ -256,6 +279,7 @@ class Sweep:
         return labels
 
     def _evaluate(self, logits: Tensor) -> Tensor:
+        logits = marked(logits, self.model.link)
         return metrics.evaluate(self.metric, logits, self.inputs).detach().cpu().clone()
 
     # -- planning --------------------------------------------------------------------------------------------------------------------------

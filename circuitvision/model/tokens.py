@@ -21,6 +21,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.axes import holds_past, past_length
 from circuitvision.model.selection import Selection
+from circuitvision.model.settings import setting
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -344,7 +345,11 @@ class Packing:
     def _compute_orders(self) -> list[tuple[list[int], int]]:
         firsts = np.cumsum([0, *self.tiles[:-1]]).tolist()
         sizes = [self.grid(first)[0] * self.grid(first)[1] for first in firsts]
-        if not self.tower.drops_cls and self.tower.cfg.n_prefix and self.tower.spec.feature_select is not None:
+        if (
+            not self.tower.drops_cls_in(self.inputs)
+            and self.tower.cfg.n_prefix
+            and self.tower.spec.feature_select is not None
+        ):
             sizes = [size + self.tower.cfg.n_prefix for size in sizes]
         if self.layout != "anyres":
             return [(list(range(size)), first) for size, first in zip(sizes, firsts, strict=True)]
@@ -365,11 +370,11 @@ class Packing:
         keywords: dict[str, Any] = {"image_newline": newline}
         names = inner.pack_image_features.__code__.co_varnames
         if "vision_feature_select_strategy" in names:
-            keywords["vision_feature_select_strategy"] = self.model.config.vision_feature_select_strategy
-        if "vision_aspect_ratio" in names:
-            keywords["vision_aspect_ratio"] = (
-                self.inputs.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
+            keywords["vision_feature_select_strategy"] = setting(
+                self.model, self.inputs, "vision_feature_select_strategy"
             )
+        if "vision_aspect_ratio" in names:
+            keywords["vision_aspect_ratio"] = setting(self.model, self.inputs, "vision_aspect_ratio")
         packed, _ = inner.pack_image_features(features, self.inputs["image_sizes"], **keywords)
         return packed
 
@@ -467,7 +472,11 @@ def _place_images(build: _Builder, is_image: Tensor, packing: Packing) -> None:
     used = [0] * len(free)
     seen: dict[int, int] = {}
     visible = packing.inputs.get("pixel_attention_mask") if packing.layout == "cameras" else None
-    n_prefix = 0 if packing.tower.drops_cls or packing.tower.spec.feature_select is None else packing.tower.cfg.n_prefix
+    n_prefix = (
+        0
+        if packing.tower.drops_cls_in(packing.inputs) or packing.tower.spec.feature_select is None
+        else packing.tower.cfg.n_prefix
+    )
     for image in range(len(packing.tiles)):
         example = owners[image]
         number = seen.get(example, 0)

@@ -6,7 +6,7 @@ centred. ``tower.W_Q`` stacks copies over layers; ``tower.blocks[3].W_Q`` is a l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from circuitvision.errors import UnsupportedModelError
 from circuitvision.model import heads
+from circuitvision.model.settings import hidden_states, setting
 from circuitvision.model.spec import (
     BlockLayout,
     Family,
@@ -250,22 +251,20 @@ class Tower:
 
     # -- what leaves the tower -------------------------------------------------------------------------------------------------------------
 
-    @property
-    def feature_layers(self) -> list[int]:
-        """Which hidden states leave the tower: 0 is the input of block 0, ``l + 1`` the output of block ``l``."""
+    def feature_layers_in(self, inputs: Mapping[str, Any] | None = None) -> list[int]:
+        """Which hidden states leave the tower in a run: 0 is the input of block 0, ``l + 1`` the output of block ``l``.
+
+        Raises InputError if the call names a hidden state that does not exist.
+        """
         count = self.cfg.n_layers
         if self.spec.feature_layers is None:
             return [count]
-        value = getattr(self.config_of_model, self.spec.feature_layers)
-        return [int(index) % (count + 1) for index in ([value] if isinstance(value, int) else value)]
+        return hidden_states(setting(self.module, inputs, self.spec.feature_layers), count + 1)
 
-    @property
-    def drops_cls(self) -> bool:
-        """Whether the position before the patches is dropped on the way to the projector."""
-        return (
-            self.spec.feature_select is not None
-            and getattr(self.config_of_model, self.spec.feature_select) == "default"
-        )
+    def drops_cls_in(self, inputs: Mapping[str, Any] | None = None) -> bool:
+        """Whether the position before the patches is dropped on the way to the projector in a run."""
+        select = self.spec.feature_select
+        return select is not None and setting(self.module, inputs, select) == "default"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -61,6 +61,10 @@ class PatchingResult(Result):
     site: str = ""
     dead: list[str] = field(default_factory=list)
 
+    def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
+        """The effects; every axis is one of components."""
+        return self.values, ()
+
     def top(self, count: int = 10) -> list[tuple[dict[str, Any], float]]:
         """The cells with the largest absolute effect, as (labels, effect), strongest first."""
         flat = self.values.flatten().nan_to_num(0.0)
@@ -111,7 +115,7 @@ def activation_patch(
     check_same_shapes(clean, corrupt)
     metric = metrics.bind(metric, model)
     base_inputs, source_inputs = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
-    dead = [name for name in names if model.is_dead(name)]
+    dead = [name for name in names if model.is_dead(name, base_inputs)]
     with torch.no_grad():
         source_logits, cache = model.run_with_cache(source_inputs, names_filter=names)
         source = metrics.evaluate(metric, source_logits, source_inputs).cpu()

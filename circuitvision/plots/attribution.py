@@ -191,7 +191,10 @@ def sources(
         raise InputError("No source position of this row is an image patch; use to_frame() for words.")
     pixels = None if picture is None else patches.as_picture(picture)
     box = patches.as_shares(box, pixels)
-    maps = [on_grid(values[layers.index(layer), head], places, image, tile) for layer, head in strongest]
+    maps = [
+        on_grid(values[result.index_of("layer", layer), result.index_of("head", head)], places, image, tile)
+        for layer, head in strongest
+    ]
     limit = max(float(grid.abs().nan_to_num(0).max()) for grid in maps) or 1.0
     headings = [f"L{layer}H{head}" for layer, head in strongest]
     first = int(pixels is not None)
@@ -204,7 +207,7 @@ def sources(
     for column, (grid, (layer, head)) in enumerate(zip(maps, strongest, strict=True), start=1 + first):
         patches.add_map(figure, grid, 1, column)
         patches.mark(figure, box, grid.shape[0], grid.shape[1], 1, column)
-        _add_words(figure, result, values[layers.index(layer), head], row, column)
+        _add_words(figure, result, values[result.index_of("layer", layer), result.index_of("head", head)], row, column)
     if title is None:
         title = _source_finding(result, values, strongest[0], row)
         title += style.which_row(row, len(result.axes["row"]))

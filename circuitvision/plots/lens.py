@@ -46,7 +46,7 @@ def lens(result: LensResult, view: str | None = None, **keywords: Any) -> go.Fig
 
 def over_image(
     result: LensResult,
-    row: int = 0,
+    row: int | None = None,
     target: Any = None,
     picture: Any = None,
     box: patches.Box | None = None,
@@ -72,7 +72,7 @@ def over_image(
 
     row, shown = text.checked_row(result, row), _chosen_layers(result)
     name = html.escape(text.target_name(result, 0 if target is None else result.target(target)))
-    grids = [result.patch_grid(layer, row, image, tile, target) for layer in shown]
+    grids = [result.patch_grid(layer, result.axes["row"][row], image, tile, target) for layer in shown]
     hovers = [_grid_words(result, layer, row, image, tile) for layer in shown]
     pixels = None if picture is None else patches.as_picture(picture)
     box = patches.as_shares(box, pixels)
@@ -133,7 +133,7 @@ def layers(
         raise InputError("Give rows= or row=, not both.")
     rows = [
         text.checked_row(result, one)
-        for one in (rows if rows is not None else [row] if row is not None else range(text.n_rows(result)))
+        for one in (rows if rows is not None else [row] if row is not None else result.axes["row"])
     ]
     if "target" not in result.axes:
         raise InputError("Lines over layers show targets; read the lens with targets=.")

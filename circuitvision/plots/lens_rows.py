@@ -61,7 +61,7 @@ def lens_rows(
             patches.add_picture(figure, pixels, number)
             patches.mark(figure, changed, pixels.shape[0], pixels.shape[1], number, 1)
         for column, (_, which, layer) in enumerate(panels, start=2 if pictured else 1):
-            grid = row.lenses[which].patch_grid(layer)
+            grid = row.lenses[which].patch_grid(layer, row.lenses[which].axes["row"][0])
             patches.add_map(figure, grid, number, column)
             _add_last(figure, row.lenses[which], layer, number, column, limit, colors)
             patches.mark(figure, changed, grid.shape[0], grid.shape[1], number, column)

@@ -23,7 +23,7 @@ _MOST_COLUMNS = 24
 
 def table(
     result: LensResult,
-    row: int = 0,
+    row: int | None = None,
     positions: Sequence[int | str] | None = None,
     target: Any = None,
     title: str | None = None,

@@ -65,7 +65,7 @@ def n_rows(result: LensResult) -> int:
 
 
 def checked_row(result: LensResult, row: int | None) -> int:
-    """The number of a row (None: the first).
+    """Where a row stands, by its label (None: the first).
 
     Raises:
         InputError: there is no such row, or the lens has heads, which no view shows.
@@ -75,10 +75,7 @@ def checked_row(result: LensResult, row: int | None) -> int:
             "Figures of a lens show one value per layer and position; read it at a site without heads. "
             "For heads see direct_attribution(…).plot(view='heads')."
         )
-    row = 0 if row is None else row
-    if row not in range(n_rows(result)):
-        raise InputError(f"There is no row {row}; this lens has {n_rows(result)}, counted from 0.")
-    return row
+    return 0 if row is None else result.index_of("row", row)
 
 
 def place_of(result: LensResult, position: int | str, row: int = 0) -> int:

@@ -24,7 +24,6 @@ from circuitvision.model.tokens import present
 from circuitvision.results import Result, by_example, standard_error
 
 INDEPENDENT = ("row", "example")
-EXAMPLE_AXES = (*INDEPENDENT, "position", "step")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,20 +86,24 @@ class Ranking(Result):
         return list(zip(self.axes["component"], self.values.tolist(), strict=True))
 
 
-def ranking(scores: Result | Tensor, labels: Sequence[Any] | None = None, *, by: str = "value") -> Ranking:
+def ranking(scores: Result | Tensor, labels: Sequence[Any] | None = None, *, by: str | None = None) -> Ranking:
     """Rank components by their score, the mean over examples (of an example with several rows, over their mean); NaN does not count.
 
     Args:
         scores: a result whose axes other than row, example, position and step are components (layers × heads become ``"L1H3"``), or a tensor
-            ``[component]`` or ``[component example]``.
+            ``[component]`` or ``[component example]``. Of a sweep every axis but the examples is one of components, and the score is the effect:
+            the metric under the edit minus the unedited one.
         labels: of a tensor's components.
-        by: "value" (most positive first) or "size" (strongest first, whatever the sign).
+        by: "value" (most positive first) or "size" (strongest first, whatever the sign); None: "size" for the effects of a sweep or of patching,
+            else "value".
 
     Ties keep their order. NaN scores come last.
 
     Raises:
         InputError: another ``by``, labels that do not fit, nothing to rank.
     """
+    if by is None:
+        by = "size" if isinstance(scores, Result) and _has_baseline(scores) else "value"
     if by not in ("value", "size"):
         raise InputError(f"Components are ranked by 'value' or 'size', not by {by!r}.")
     provenance: dict[str, Any] = {}
@@ -119,16 +122,22 @@ def ranking(scores: Result | Tensor, labels: Sequence[Any] | None = None, *, by:
     return Ranking(mean[order], {"component": [names[index] for index in order]}, provenance, spread[order], by)
 
 
+def _has_baseline(result: Result) -> bool:
+    """Whether a result's scores are differences from a baseline, whose sign is no order."""
+    return type(result).component_scores is not Result.component_scores
+
+
 def _flat(result: Result) -> tuple[Tensor, list[str]]:
     """Scores ``[component example]`` and the components' names."""
     names = list(result.axes)
-    inner = [name for name in names if name not in EXAMPLE_AXES]
-    outer = [name for name in names if name in INDEPENDENT]
-    within = [name for name in names if name in EXAMPLE_AXES and name not in INDEPENDENT]
+    scores, examples = result.component_scores()
+    inner = [name for name in names if name not in examples]
+    outer = [name for name in names if name in examples and name in INDEPENDENT]
+    within = [name for name in names if name in examples and name not in INDEPENDENT]
     if not inner:
         raise InputError(f"The axes of this result ({', '.join(names)}) hold no components.")
     order = [names.index(name) for name in (*inner, *outer, *within)]
-    values = result.values.permute(order).flatten(0, len(inner) - 1)
+    values = scores.permute(order).flatten(0, len(inner) - 1)
     # Positions, steps and rows of one example are not independent: they are averaged before examples are compared.
     for axis in reversed(within):
         values = _without_absent(result, values, outer) if axis == "position" else values

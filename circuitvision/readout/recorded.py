@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,13 @@ def check_hooked(model: Any) -> None:
     """Raises InputError for anything but a wrapped model."""
     if not hasattr(model, "towers"):
         raise InputError(f"Give a wrapped model, cv.HookedModel(module, processor), not a {type(model).__name__}.")
+
+
+def inputs_of(source: Any) -> Mapping[str, Any]:
+    """The inputs of a run, given its cache or the inputs themselves (a tensor of images says nothing beside them)."""
+    if isinstance(source, ActivationCache):
+        return source.inputs
+    return source if isinstance(source, Mapping) else {}
 
 
 def held_as(cache: ActivationCache, name: str) -> str | None:

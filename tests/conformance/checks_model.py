@@ -219,7 +219,7 @@ def readout_of_the_last_layer_is_the_output(setting: Setting) -> None:
         out, cache = model.run_with_cache(inputs)
         for name, tower in model.towers.items():
             if name == "vision" and "projector.hook_out" in cache:
-                last = max(tower.feature_layers)
+                last = max(tower.feature_layers_in(inputs))
                 resid = cache[f"vision.blocks.{last - 1}.hook_resid_post"]
                 target = cache["projector.hook_out"]
                 close(tower.readout(resid, context=cache).reshape(target.shape), target, "vision read-out", 1e-5)

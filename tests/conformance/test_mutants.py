@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from circuitvision.model import attention, cache, heads, hooks, points
+from circuitvision.model.weights import linear_weight
 from tests.conformance import setting as settings
 from tests.conformance.promises import PROMISES, setting_for
 from tests.zoo import CASES
@@ -104,7 +105,7 @@ def reverse_the_heads_of_results(patch: pytest.MonkeyPatch) -> None:
 
 def _reversed_results(self: Any, call: Any, fire: Any) -> None:
     z = points._heads(call.input(), self.n_heads)
-    weight, _ = points.linear(call.module, z.dtype, z.device)
+    weight, _ = linear_weight(call.module, z.dtype, z.device)
     w_o = weight.reshape(self.n_heads, -1, weight.shape[-1]).flip(0)
     fire(torch.einsum("...hd,hdm->...hm", z, w_o))
 

@@ -119,7 +119,7 @@ def test_llava_feature_layer_edit_reaches_output_after_warm_up(name: str) -> Non
     nn = interop.nnsight(model)
     with torch.no_grad():
         clean = model(inputs)
-        for layer in model.vision.feature_layers:
+        for layer in model.vision.feature_layers_in():
             if layer:
                 block = nn.vision.blocks[layer - 1]
                 with nn.trace(**inputs):

@@ -452,7 +452,7 @@ def test_a_cache_without_patterns_says_what_to_run():
 
 
 def test_a_span_that_was_not_measured_is_refused():
-    with pytest.raises(InputError, match="not a span"):
+    with pytest.raises(InputError, match="There is no span"):
         attention_mass(run("vit")[2]).span("text")
 
 

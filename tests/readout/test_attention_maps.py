@@ -113,7 +113,7 @@ def test_passes_go_by_their_number_and_not_by_their_place():
     assert torch.equal(maps.grid(0, 0, step=2).flatten(), values[1, 0, 0, 0])
     assert torch.equal(maps.grid(0, 0), maps.grid(0, 0, step=1))
     assert torch.equal(maps.pass_values(2), values[1])
-    with pytest.raises(InputError, match=r"no step 0 among these maps; there are \[1, 2\]"):
+    with pytest.raises(InputError, match=r"no step 0 in this AttentionMaps; there are 1, 2"):
         maps.grid(0, 0, step=0)
     with pytest.raises(InputError, match="of one pass"):
         made(values[0]).grid(0, 0, step=1)
@@ -465,9 +465,9 @@ def test_meaningless_contrasts_are_refused():
     several = made(random_shares(3, 2, 2, 1, 16))
     with refuse("lam=-1"):
         attention_contrast(maps, maps, lam=-1)
-    with refuse("hold layers"):
+    with refuse("There is no layer|hold layers"):
         attention_contrast(maps, maps, layers=[5])
-    with refuse("hold layers"):
+    with refuse("There is no layer|hold layers"):
         attention_contrast(maps, maps, layers=[])
     with refuse("give 1 numbers"):
         attention_contrast(maps, maps, weights=[1, 2])

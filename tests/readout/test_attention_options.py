@@ -202,7 +202,7 @@ def test_only_caches_hold_attention():
         (lambda c: attention_mass(c, layers=[True]), "has layers 0 to 2"),
         (lambda c: attention_maps(c, steps=0.5), "outside the 1 passes"),
         (lambda c: attention_contrast(attention_maps(c), attention_maps(c), lam="x"), "makes no sense"),
-        (lambda c: attention_contrast(attention_maps(c), attention_maps(c), layers=9), "hold layers"),
+        (lambda c: attention_contrast(attention_maps(c), attention_maps(c), layers=9), "There is no layer 9"),
         (lambda c: attention_contrast(attention_maps(c), attention_maps(c)).regions(count=1.5), "a count from 1 on"),
         (lambda c: rollout(c, residual="half"), "a share from 0 to 1"),
         (lambda c: head_contrast(rollout(c)), "takes plain attention_maps"),

@@ -54,7 +54,7 @@ def test_the_summary_shows_the_mean_over_rows_of_every_span_but_everything():
     (only,) = heat_maps(mass().plot(span="text"))
     np.testing.assert_allclose(only, text)
     assert "to text" in mass().plot(span="text").layout.title.text
-    with pytest.raises(InputError, match="not a span"):
+    with pytest.raises(InputError, match="There is no span"):
         mass().plot(span="sky")
 
 

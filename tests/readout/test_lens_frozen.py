@@ -25,7 +25,7 @@ PROJECTED = [name for name in NAMES if any(reader_of(tower) is not tower for tow
 
 def parts_of(model, cache, tower: str, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """The frozen lens of everything written to the stream, summed and corrected for the constant, and of the stream itself."""
-    end = max(model.towers[tower].feature_layers)
+    end = max(model.towers[tower].feature_layers_in())
     branches = [f"{tower}.blocks.{layer}.hook_{kind}_out" for layer in range(end) for kind in ("attn", "mlp")]
     names = [f"{tower}.hook_input", *branches]
     whole = model.towers[tower].residual_name(end)
@@ -63,7 +63,9 @@ def test_shares_of_a_patch_add_up_through_a_linear_projector_and_a_pooling_head(
 def test_behind_an_mlp_both_norms_are_held_and_the_activation_is_not():
     model, _, cache = run("llava-clip-llama", torch.float64)
     inner = model.module.model
-    final, early = (cache[model.vision.residual_name(layer)][:, 1:] for layer in (max(model.vision.feature_layers), 1))
+    final, early = (
+        cache[model.vision.residual_name(layer)][:, 1:] for layer in (max(model.vision.feature_layers_in()), 1)
+    )
     with torch.no_grad():
         there, here = inner.multi_modal_projector(final), inner.multi_modal_projector(early)
         norm = inner.language_model.norm
@@ -76,7 +78,7 @@ def test_behind_an_mlp_both_norms_are_held_and_the_activation_is_not():
 def test_a_norm_before_the_projector_is_held_as_well_or_left_out():
     model, _, cache = run("paligemma", torch.float64)
     inner, early = model.module.model, cache["vision.hook_input"]
-    final = cache[model.vision.residual_name(max(model.vision.feature_layers))]
+    final = cache[model.vision.residual_name(max(model.vision.feature_layers_in()))]
     norm, after = model.vision.root.post_layernorm, inner.language_model.norm
     with torch.no_grad():
         centred = final - final.mean(-1, keepdim=True)

@@ -200,7 +200,7 @@ def test_targets_go_by_their_label_first():
     for target, value in ((1, 1.0), (0, 2.0), (None, 1.0)):
         assert np.all(np.asarray(heat_maps(result.plot(target=target))[0].z) == value)
         assert np.all(np.asarray(result.plot(view="table", target=target).data[0].z) == value)
-    with pytest.raises(InputError, match="not a target"):
+    with pytest.raises(InputError, match="There is no target"):
         result.plot(target=2)
 
 

@@ -182,7 +182,7 @@ class Binder:
         for name in names:
             edit.check(self.model, name, self.window(name), self._n_heads(name), self._grows(edit, name))
         exact = len(names) == 1 and edit.site == names[0]
-        if exact and self.model.is_dead(names[0]):
+        if exact and self.model.is_dead(names[0], self.inputs):
             warnings.warn(
                 f"{names[0]} cannot reach the output of this model, so {edit!r} changes nothing.", stacklevel=6
             )
@@ -333,7 +333,8 @@ class Binder:
         one, other = later.positions.covers(here), earlier.positions.covers(there)
         if one.shape[1] != other.shape[1] or bool((one & other).any()):
             return True
-        return self._grows(later, name) and self._grows(earlier, earlier_name) and _share_later(later, earlier, here)
+        grow = bool(self._grows(later, name) and self._grows(earlier, earlier_name))
+        return grow and _share_later(later, earlier, here)
 
     # -- values needed ---------------------------------------------------------------------------------------------------------------------
 

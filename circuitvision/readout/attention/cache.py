@@ -1,6 +1,7 @@
 """Finding the patterns of one tower in a cache: which tower, which layers, which pass, and what its keys are.
 
 Caches hold one pass per tower, or several (``generate``, ``sample_actions``), and either all positions or, of a decoding pass, the newest alone.
+Layers of one decoding pass may see different numbers of keys (full and sliding attention in turn): the keys are those of the layer that sees most.
 
 Not covered: passes of beam search, and several batches recorded in one cache.
 """
@@ -12,6 +13,7 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
@@ -85,17 +87,20 @@ def _of_tower(
 ) -> Patterns:
     if tower not in maps:
         raise InputError(f"tokens says nothing of the {tower} tower; pass tokens=model.tokens(inputs).")
-    sites = _sites(cache.model, tower, there, layers)
+    sites = _sites(cache.model, cache.inputs, tower, there, layers)
     passes = [_passes(cache, name) for name in sites.values()]
     number = _pass_number(passes[0], step, tower)
-    kinds, blocks = _layout(cache.model, maps, tower, passes[0][: number + 1], pool="pool" in sites)
+    values = [of_layer[number] for of_layer in passes]
+    n_keys = max(value.shape[-1] for value in values)
+    longest = next(of_layer for of_layer in passes if of_layer[number].shape[-1] == n_keys)
+    kinds, blocks = _layout(cache.model, maps, tower, longest[: number + 1], pool="pool" in sites)
     return Patterns(
         model=cache.model,
         inputs=cache.inputs,
         tower=tower,
         layers=list(sites),
         sites=list(sites.values()),
-        values=[of_layer[number] for of_layer in passes],
+        values=[_with_all_keys(value, n_keys) for value in values],
         own=maps[tower],
         query_kind=kinds,
         blocks=blocks,
@@ -103,7 +108,12 @@ def _of_tower(
     )
 
 
-def _sites(model: Any, tower: str, there: Sequence[str], layers: Any) -> dict[Any, str]:
+def _with_all_keys(pattern: Tensor, n_keys: int) -> Tensor:
+    """A layer's pattern over the keys of the layer that sees most: one that slides a window has dropped the first, and gives them nothing."""
+    return torch.nn.functional.pad(pattern, (n_keys - pattern.shape[-1], 0))
+
+
+def _sites(model: Any, inputs: Mapping[str, Any], tower: str, there: Sequence[str], layers: Any) -> dict[Any, str]:
     """The layers that are read and their sites."""
     pool = f"{tower}.pool.attn.hook_pattern"
     if isinstance(layers, str):
@@ -124,7 +134,7 @@ def _sites(model: Any, tower: str, there: Sequence[str], layers: Any) -> dict[An
         raise InputError(f"The cache holds the pool's pattern of the {tower} tower alone; pass layers='pool', or run "
                          f"with names_filter={glob!r}.")  # fmt: skip
     if layers is None:
-        live = {layer: name for layer, name in sorted(in_cache.items()) if not model.is_dead(name)}
+        live = {layer: name for layer, name in sorted(in_cache.items()) if not model.is_dead(name, inputs)}
         return live or dict(sorted(in_cache.items()))
     count = model.towers[tower].cfg.n_layers
     listed = list(layers) if isinstance(layers, Iterable) else [layers]

@@ -82,10 +82,7 @@ class AttentionMaps(Result):
             if step is not None:
                 raise InputError("These maps are of one pass; leave step out, or give attention_maps several steps.")
             return self.values
-        numbers = self.axes["step"]
-        if step is not None and step not in numbers:
-            raise InputError(f"There is no step {step!r} among these maps; there are {numbers}.")
-        return self.values[0 if step is None else numbers.index(step)]
+        return self.values[0 if step is None else self.index_of("step", step)]
 
     def grid(
         self, layer: Any, head: Any, row: int = 0, image: int = 0, tile: int | None = None, step: int | None = None
@@ -94,11 +91,8 @@ class AttentionMaps(Result):
 
         ``step`` is the number of a pass, as in :meth:`pass_values`.
         """
-        for name, label in (("layer", layer), ("head", head), ("row", row)):
-            if label not in self.axes[name]:
-                raise InputError(f"There is no {name} {label!r} among these maps; there are {self.axes[name]}.")
-        values = self.pass_values(step)[self.axes["layer"].index(layer), self.axes["head"].index(head)]
-        number = self.axes["row"].index(row)
+        number = self.index_of("row", row)
+        values = self.pass_values(step)[self.index_of("layer", layer), self.index_of("head", head)]
         return on_grid(values[number], self.places[number], image, tile)
 
     def patches(self, image: int | None = None) -> Bool[Tensor, "row key"]:
@@ -172,7 +166,7 @@ def attention_maps(
     stacked = torch.stack(values) if several else values[0]
     warn_undefined(stacked, "a row has no query that counts")
     mask = kept[0]
-    axes = {**first.axes(stacked.shape[-3]), "key": mask.nonzero().flatten().tolist()}
+    axes = {**first.axes(stacked.shape[-3]), "key": (mask.nonzero().flatten() + first.blocks[0].first).tolist()}
     return AttentionMaps(
         values=stacked,
         axes={"step": numbers, **axes} if several else axes,

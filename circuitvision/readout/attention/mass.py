@@ -80,11 +80,8 @@ class AttentionSummary(Result):
 
     def span(self, name: str) -> AttentionSummary:
         """One span of several, as a result without the span axis; InputError for a span that was not measured."""
-        names = self.axes.get("span", [])
-        if name not in names:
-            raise InputError(f"{name!r} is not a span of this result; its spans are {', '.join(map(repr, names))}.")
+        index = self.index_of("span", name)
         axes = {key: labels for key, labels in self.axes.items() if key != "span"}
-        index = names.index(name)
         return AttentionSummary(
             self.values[..., index],
             axes,

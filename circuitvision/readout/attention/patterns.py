@@ -184,7 +184,7 @@ class Patterns:
         """Those layers whose counted queries cannot reach the output, whatever their attention."""
         found = []
         for number, layer in enumerate(self.layers):
-            dead = self.model.is_dead(self.sites[number])
+            dead = self.model.is_dead(self.sites[number], self.inputs)
             if dead or not (self._live(number) & self.queries(queries, number)).any():
                 found.append(layer)
         return found

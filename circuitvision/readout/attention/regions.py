@@ -74,9 +74,7 @@ class AttentionContrast(Result):
 
     def grid(self, row: int = 0, image: int = 0, tile: int | None = None) -> Float[Tensor, "grid_row grid_col"]:
         """One image's contrast on its patch grid; InputError for a row or image that is not there."""
-        if row not in self.axes["row"]:
-            raise InputError(f"There is no row {row!r}; there are {self.axes['row']}.")
-        number = self.axes["row"].index(row)
+        number = self.index_of("row", row)
         return on_grid(self.values[number], self.places[number], image, tile)
 
     def regions(
@@ -160,7 +158,7 @@ class AttentionContrast(Result):
     def _region(
         self, grid: Tensor, patches: Sequence[tuple[int, int]], row: int, image: int, tile: int | None
     ) -> Region:
-        number = self.axes["row"].index(row)
+        number = self.index_of("row", row)
         places, boxes = self.places[number], self.boxes[number]
         here = (places[:, 0] == image) & (places[:, 2] >= 0)
         tile = int(places[here, 1].min()) if tile is None else tile
@@ -242,11 +240,10 @@ def _check(question: AttentionMaps, generic: AttentionMaps, lam: float | None) -
 
 
 def _mean_head(maps: AttentionMaps, layers: Sequence[Any], name: str) -> Float[Tensor, "step layer row key"]:
-    missing = [layer for layer in layers if layer not in maps.axes["layer"]]
-    if missing or not layers:
+    if not layers:
         raise InputError(f"layers={list(layers)!r}: the maps of {name} hold layers {maps.axes['layer']}.")
     values = maps.values if "step" in maps.axes else maps.values[None]
-    return values[:, [maps.axes["layer"].index(layer) for layer in layers]].mean(2)
+    return values[:, [maps.index_of("layer", layer) for layer in layers]].mean(2)
 
 
 def _matched(question: AttentionMaps, generic: AttentionMaps) -> Tensor:

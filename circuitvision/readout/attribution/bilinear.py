@@ -23,6 +23,7 @@ from circuitvision.model.heads import Reading
 from circuitvision.model.weights import parameter
 from circuitvision.provenance import describe
 from circuitvision.readout.attribution.direct import attribution_tower, cached_for
+from circuitvision.readout.attribution.rest import check_head_reads_stream
 from circuitvision.readout.attribution.terms import Stream
 from circuitvision.readout.targets import output_kind, prompt_embeddings
 from circuitvision.results import Result
@@ -119,6 +120,7 @@ def embedding_terms(
 ) -> tuple[list[str], Float[Tensor, "term row d_shared"]]:
     """The unit embedding of a tower of a dual encoder as a sum over the terms of its stream; the last term is ``bias``."""
     stream = Stream(tower, cache)
+    check_head_reads_stream(stream)
     final = stream.final
     reading = Reading(tower, cache, norm="frozen", reference=final)
     with tower.quiet():

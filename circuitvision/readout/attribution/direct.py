@@ -32,10 +32,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from circuitvision.errors import InputError, nearest
+from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.provenance import describe
 from circuitvision.readout.attribution.functional import Functional, functional
+from circuitvision.readout.attribution.rest import (
+    check_head_reads_stream,
+    check_sources,
+    is_rest,
+    rest_of_stream,
+)
 from circuitvision.readout.attribution.terms import SPLITS, Stream
 from circuitvision.readout.places import named_positions, places_of
 from circuitvision.readout.recorded import check_hooked, chosen_layers, examples_of, tokens_of
@@ -56,7 +62,8 @@ def _none() -> Tensor:
 class Attribution(Result):
     """What each term adds to a direction: ``values [term row]`` in the direction's units (logits; a robot's own units for actions).
 
-    ``total`` ``[row]`` is the value explained; ``values.sum(0) == total``. The term ``bias`` holds the biases of norm and head. Where the family
+    ``total`` ``[row]`` is the value explained; ``values.sum(0) == total``. The term ``bias`` holds the biases of norm and head. In a run under hooks
+    ``L{layer}.rest`` is what they put into the stream of that block, which no attention and no MLP wrote. Where the family
     caps its logits (PaliGemma 2), ``total`` is the value before the cap, and ``capped`` ``[row]`` what the model says; elsewhere both are the same.
     """
 
@@ -87,12 +94,7 @@ class Attribution(Result):
 
     def __getitem__(self, term: str) -> Tensor:
         """One term's share ``[row]``."""
-        if term not in self.axes["term"]:
-            raise InputError(
-                f"There is no term {term!r}; terms are {', '.join(self.axes['term'][:4])}, …. "
-                f"Nearest: {', '.join(nearest(str(term), self.axes['term']))}."
-            )
-        return self.values[self.axes["term"].index(term)]
+        return self.values[self.index_of("term", term)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,12 +157,13 @@ def direct_attribution(
         step: which pass of a cache of several.
 
     Raises:
-        InputError: a direction or position that does not exist, a cache without what is needed.
+        InputError: a direction or position that does not exist, a cache without what is needed, a run whose final norm or head input was edited.
     """
     if by not in SPLITS:
         raise InputError(f"Terms are split by {', '.join(SPLITS)}, not by {by!r}.")
     owner = attribution_tower(model, tower)
     stream = Stream(owner, cached_for(model, cache, owner, by), step=step)
+    check_head_reads_stream(stream)
     found = functional(model, owner, stream.cache, stream.final, direction, position=position, pieces=pieces)
     labels, shares = _shares(stream, found, by, layers)
     return Attribution(
@@ -191,18 +194,22 @@ def _shares(
     count = stream.end
     told_apart = set(chosen_layers(layers, count))
     for layer in range(count):
-        if by == "component":
-            shares[f"L{layer}.attn"] = share(stream.site(f"blocks.{layer}.hook_attn_out"))
-        else:
-            heads, bias = stream.head_shares(layer, gradient)
-            shares.update({f"L{layer}H{head}": value for head, value in enumerate(heads)})
-            shares[f"L{layer}.attn.bias"] = bias
-        if by == "neuron" and layer in told_apart:
-            neurons, bias = stream.neuron_shares(layer, gradient)
-            shares.update({f"L{layer}N{index}": value for index, value in enumerate(neurons)})
-            shares[f"L{layer}.mlp.bias"] = bias
-        else:
-            shares[f"L{layer}.mlp"] = share(stream.site(f"blocks.{layer}.hook_mlp_out"))
+        rest: list[Tensor] = []
+        for branch in ("attn", "mlp"):
+            whole = share(stream.site(f"blocks.{layer}.hook_{branch}_out"))
+            if by == "component" or (branch == "mlp" and not (by == "neuron" and layer in told_apart)):
+                shares[f"L{layer}.{branch}"] = whole
+                continue
+            split = stream.head_shares if branch == "attn" else stream.neuron_shares
+            parts, bias = split(layer, gradient)
+            shares.update({f"L{layer}{'H' if branch == 'attn' else 'N'}{n}": value for n, value in enumerate(parts)})
+            shares[f"L{layer}.{branch}.bias"] = bias
+            gap = whole - parts.sum(0) - bias
+            rest += [gap] if is_rest(stream, layer, branch, gap, parts.abs().sum(0) + bias.abs() + whole.abs()) else []
+        between = rest_of_stream(stream, layer)
+        rest += [] if between is None else [(between.to(gradient.dtype) * gradient).flatten(1).sum(-1)]
+        if rest:
+            shares[f"L{layer}.rest"] = torch.stack(rest).sum(0)
     return list(shares), list(shares.values())
 
 
@@ -227,10 +234,11 @@ def source_attribution(
     """
     owner = attribution_tower(model, tower)
     stream = Stream(owner, cached_for(model, cache, owner, "source"), step=step)
+    check_head_reads_stream(stream)
     found = functional(model, owner, stream.cache, stream.final, direction, position=position, pieces=pieces)
     chosen = chosen_layers(layers, stream.end)
     there, gradient = stream.reading(found.gradient)
-    values = torch.stack([there.source_shares(layer, gradient) for layer in chosen])
+    values = torch.stack([_sources(there, layer, gradient) for layer in chosen])
     places, words = sources_of(stream, values.shape[-1])
     return SourceAttribution(
         values=values.cpu(),
@@ -250,6 +258,13 @@ def source_attribution(
         places=places,
         words=words,
     )
+
+
+def _sources(stream: Stream, layer: int, gradient: Tensor) -> Tensor:
+    """The shares of one layer's heads by source, which add up to the heads'."""
+    found = stream.source_shares(layer, gradient)
+    check_sources(found, stream.head_shares(layer, gradient)[0], layer, stream.final.dtype)
+    return found
 
 
 def sources_of(stream: Stream, count: int) -> tuple[Int[Tensor, "row source 4"], list[list[str]]]:

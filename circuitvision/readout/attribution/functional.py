@@ -278,7 +278,7 @@ def _stream_direction(
             f"A direction of the stream is [{tower.cfg.d_model}] or one per row ({final.shape[0]}), not {tuple(direction.shape)}."
         )
     # A class token that the projector drops says nothing.
-    if position is None and tower.stack.image and (tower.cfg.n_prefix == 0 or tower.drops_cls):
+    if position is None and tower.stack.image and (tower.cfg.n_prefix == 0 or tower.drops_cls_in(cache.inputs)):
         raise InputError("Say where the direction is read: position= a number, or a selection (its mean is read).")
     default = 0 if tower.stack.image else "last"
     index = positions_read(tower, cache, default if position is None else position, final.shape[:2])

@@ -21,11 +21,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.links import Link, log_probabilities
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.heads import Reading
+from circuitvision.model.heads import Reading, link
 from circuitvision.provenance import describe
 from circuitvision.readout.attribution.direct import attribution_tower, cached_for, sources_of
 from circuitvision.readout.attribution.functional import positions_read
+from circuitvision.readout.attribution.rest import check_head_reads_stream, check_sources
 from circuitvision.readout.attribution.terms import Stream
 from circuitvision.readout.places import named_positions
 from circuitvision.readout.ranks import ranking
@@ -123,6 +125,7 @@ def log_prob_increase(
     _check(owner)
     chosen = _answer(model, owner, answer, pieces)
     stream = Stream(owner, cached_for(model, cache, owner, by), step=step)
+    check_head_reads_stream(stream)
     scorer = _Scorer(owner, stream, chosen, stream.final, _where(owner, stream, stream.final, position))
     numbers = chosen_layers(layers, stream.end)
     with torch.no_grad(), owner.quiet():
@@ -158,11 +161,16 @@ def _where(owner: Tower, stream: Stream, final: Tensor, position: Any) -> Int[Te
 
 
 def increase(
-    before: Float[Tensor, "*batch n_out"], after: Float[Tensor, "*batch n_out"], answer: Tensor
+    before: Float[Tensor, "*batch n_out"],
+    after: Float[Tensor, "*batch n_out"],
+    answer: Tensor,
+    link: Link = "softmax",
 ) -> Float[Tensor, "*batch"]:
-    """``log softmax(after)[answer] - log softmax(before)[answer]``."""
+    """``log p(after)[answer] - log p(before)[answer]`` under the head's link."""
     index = answer[..., None].expand(*after.shape[:-1], 1)
     said, was = (logits.expand_as(after).gather(-1, index)[..., 0] for logits in (after, before))
+    if link == "sigmoid":
+        return log_probabilities(said, link) - log_probabilities(was, link)
     return (said - after.logsumexp(-1)) - (was - before.logsumexp(-1))
 
 
@@ -191,7 +199,7 @@ def _answer(model: HookedModel, owner: Tower, answer: Any, pieces: str | None) -
 
 def _check(owner: Tower) -> None:
     readout = owner.spec.readout
-    if output_kind(owner) not in ("tokens", "classes") or reader_of(owner) is not owner:
+    if output_kind(owner) not in ("tokens", "classes") or reader_of(owner) is not owner or link(owner) == "none":
         raise InputError(
             f"What the {owner.name} tower says is no distribution over words or classes; use direct_attribution."
         )
@@ -211,6 +219,7 @@ class _Scorer:
 
     def __init__(self, owner: Tower, stream: Stream, chosen: Targets, final: Tensor, where: Tensor) -> None:
         self.owner, self.stream, self.where = owner, stream, where
+        self.link = link(owner)
         self.rows = torch.arange(final.shape[0], device=final.device)
         self.dtype = owner.dtype
         self.scale = final[self.rows, where][:, None].to(self.dtype)
@@ -239,7 +248,7 @@ class _Scorer:
         for start in range(0, vectors.shape[0], width):
             piece = vectors[start : start + width].transpose(0, 1)
             after = cap(before + (self.logits(piece) - offset))
-            found.append(increase(cap(before), after, self.answer[:, None].expand(after.shape[:2])).T)
+            found.append(increase(cap(before), after, self.answer[:, None].expand(after.shape[:2]), self.link).T)
         return torch.cat(found)
 
     def layer(self, layer: int, by: str) -> Tensor:
@@ -256,6 +265,8 @@ class _Scorer:
             mid = self.at(stream.site(f"blocks.{layer}.hook_resid_mid"))
             return self.neurons(layer, mid)
         sources = stream.source_vectors(layer, self.rows, self.where)
+        written = stream.head_vectors(layer, self.rows, self.where)
+        check_sources(sources.movedim(1, -1).flatten(1, 2), written.flatten(1), layer, written.dtype)
         heads, keys = sources.shape[:2]
         return self.score(pre, sources.flatten(0, 1)).unflatten(0, (heads, keys)).transpose(1, 2)
 

@@ -24,7 +24,8 @@ from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache, head_results
 from circuitvision.model.heads import frozen_norm
 from circuitvision.model.spec import is_norm
-from circuitvision.model.weights import is_plain_linear, linear_weight, main_device
+from circuitvision.model.weights import is_plain_linear, linear_bias, linear_weight, main_device
+from circuitvision.readout.attribution.rest import is_rest, rest_of_stream
 from circuitvision.readout.recorded import recorded
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Stream:
 
     def __init__(self, tower: Tower, cache: ActivationCache, end: int | None = None, step: int | None = None) -> None:
         self.tower, self.cache, self.step = tower, cache, step
-        self.end = max(tower.feature_layers) if end is None else end
+        self.end = max(tower.feature_layers_in(cache.inputs)) if end is None else end
         self.here: Tensor | slice = slice(None)
 
     def reading(self, gradient: Float[Tensor, "row pos d_model"]) -> tuple[Stream, Float[Tensor, "row here d_model"]]:
@@ -137,6 +138,19 @@ class Stream:
             offset = self.through(layer, "attn", torch.zeros_like(reference), reference)
             return self.through(layer, "attn", result, reference) - offset
 
+    def attention_bias(self, layer: int) -> Float[Tensor, "row pos d_model"]:
+        """What the output bias of one block's attention adds to the stream, with the bias of a norm after it."""
+        out = self.site(f"blocks.{layer}.hook_attn_out")
+        with torch.no_grad():
+            block = self.tower.blocks[layer]
+            bias = linear_bias(block.part("o"), out.dtype, out.device)
+            whole = torch.zeros_like(out) if bias is None else bias.detach().expand_as(out)
+            return (
+                self.through(layer, "attn", whole, self.before(layer, "attn", (slice(None),)))
+                if block.has("attn_add")
+                else whole
+            )
+
     def vectors(self, by: str = "component") -> Iterator[tuple[str, Float[Tensor, "row pos d_model"]]]:
         """Every term as a tensor; they add up to :attr:`final`. ``by="neuron"`` is not offered: it would not fit into memory."""
         if by not in ("component", "head"):
@@ -144,14 +158,22 @@ class Stream:
         yield from self.input_parts().items()
         for layer in range(self.end):
             out = self.site(f"blocks.{layer}.hook_attn_out")
+            rest = rest_of_stream(self, layer)
             if by == "component":
                 yield f"L{layer}.attn", out
             else:
-                results = self.heads(layer)
+                results, bias = self.heads(layer), self.attention_bias(layer)
                 for head in range(results.shape[2]):
                     yield f"L{layer}H{head}", results[:, :, head]
-                yield f"L{layer}.attn.bias", out - results.sum(2)
+                gap = out - results.sum(2) - bias
+                sizes = results.abs().sum((2, 3)) + out.abs().sum(-1)
+                if is_rest(self, layer, "attn", gap.abs().sum(-1).flatten(), sizes.flatten()):
+                    rest, gap = gap if rest is None else gap + rest, torch.zeros_like(gap)
+                # Rounding stays with the bias, so that the terms add up to the stream.
+                yield f"L{layer}.attn.bias", bias + gap
             yield f"L{layer}.mlp", self.site(f"blocks.{layer}.hook_mlp_out")
+            if rest is not None:
+                yield f"L{layer}.rest", rest
 
     # -- scalar shares, of a gradient at the positions read ---------------------------------------------------------------------------------------
 

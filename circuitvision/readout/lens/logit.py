@@ -41,6 +41,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
+from circuitvision.model.heads import link
 from circuitvision.model.sites import SiteName
 from circuitvision.provenance import describe
 from circuitvision.readout.lens.reader import LensReader, measured
@@ -48,7 +49,7 @@ from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.lens.sites import lens_sites, ordered_sites
 from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.places import places_of
-from circuitvision.readout.recorded import check_hooked, held_as
+from circuitvision.readout.recorded import check_hooked, held_as, inputs_of
 from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, plain, resolve_targets
 
 if TYPE_CHECKING:
@@ -105,7 +106,9 @@ def logit_lens(
     targets = plain(targets)
     _check_options(owner, norm, targets, top_k, measure, tuned, readout, step)
     chosen = None if targets is None else _chosen(model, owner, targets, pieces, measure, readout is not None)
-    names = lens_sites(model, owner.name) if sites is None else ordered_sites(model, owner.name, sites)
+    names = (
+        lens_sites(model, owner.name, inputs_of(cache)) if sites is None else ordered_sites(model, owner.name, sites)
+    )
     if targets is None and readout is None and output_kind(owner) == "hidden":
         resolve_targets(model, owner, ["?"])
     found = _cached(model, cache, owner, names, norm)
@@ -161,7 +164,7 @@ def _check_options(
         raise InputError(
             "A read-out of your own is given the vectors as they are, and freezes its norm itself: leave norm= out."
         )
-    unnamed = readout is None and output_kind(owner) in ("actions", "embedding")
+    unnamed = readout is None and link(owner) == "none"
     directions = isinstance(targets, Tensor) and output_kind(owner) not in ("texts", "images")
     if measure != "logit" and (unnamed or directions):
         raise InputError(f"What the {owner.name} tower says here is no distribution; use measure='logit'.")
@@ -182,7 +185,7 @@ def _cached(
     """The cache given, or that of a run recording the sites and what their reading depends on."""
     if isinstance(cache, ActivationCache):
         return cache
-    needed = [*names, *(owner.residual_name(layer) for layer in owner.feature_layers)]
+    needed = [*names, *(owner.residual_name(layer) for layer in owner.feature_layers_in(inputs_of(cache)))]
     if output_kind(owner) in ("texts", "images"):
         needed += [f"{name}.hook_readout" for name in model.towers]
     with torch.no_grad():
@@ -249,13 +252,13 @@ def _summary(
     reader: LensReader, logits: Tensor, owners: Tensor, measure: str, top_k: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is kept of the logits of some positions: values, highest columns, ranks of the targets."""
-    scored = measured(logits, measure, reader.pairwise)
+    scored = measured(logits, measure, reader.link)
     best = scored.topk(min(top_k or _SHOWN, scored.shape[-1]), dim=-1)
     if reader.targets is None:
         return best.values.cpu(), best.indices.cpu(), torch.zeros(*best.values.shape[:-1], 0, dtype=torch.long)
     reader.targets.check_columns(scored.shape[-1])
     values = reader.targets.read(
-        measured(logits, "logprob", reader.pairwise) if reader.targets.how == "joint" else scored, owners
+        measured(logits, "logprob", reader.link) if reader.targets.how == "joint" else scored, owners
     )
     if reader.targets.how == "joint" and measure == "prob":
         values = values.exp()

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.links import Link, log_probabilities, probabilities
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.heads import Reading, frozen_norm, through_projector, unembedding
+from circuitvision.model.heads import Reading, frozen_norm, link, through_projector, unembedding
 from circuitvision.model.sites import SiteName
 from circuitvision.model.spec import is_norm
 from circuitvision.model.tokens import TokenMap
@@ -82,7 +83,9 @@ class LensReader:
 
     def _final(self) -> Float[Tensor, "row pos d_model"]:
         """The residual that leaves the tower: frozen statistics are those it has there."""
-        final = recorded(self.cache, self.tower.residual_name(max(self.tower.feature_layers)), self.step)
+        final = recorded(
+            self.cache, self.tower.residual_name(max(self.tower.feature_layers_in(self.cache.inputs))), self.step
+        )
         return self._moved(final)
 
     def site(self, name: str) -> Tensor:
@@ -233,9 +236,9 @@ class LensReader:
         return out if self.directions is None else out @ self.directions.to(out).T
 
     @property
-    def pairwise(self) -> bool:
-        """Whether every column is a yes or no of its own (SigLIP)."""
-        return self.kind in ("texts", "images") and getattr(self.tower.module, "logit_bias", None) is not None
+    def link(self) -> Link:
+        """What turns the columns into probabilities; a read-out of the user's own is taken to be one of several classes."""
+        return "softmax" if self.custom is not None else link(self.tower)
 
     def _moved(self, value: Tensor) -> Tensor:
         """A value where the head is, in the model's precision: a cache may have been recorded on another device, or converted."""
@@ -259,13 +262,9 @@ class LensReader:
         return rows, self.vectors_at_once // rows
 
 
-def measured(logits: Tensor, measure: str, pairwise: bool = False) -> Tensor:
-    """Logits as they are, log-probabilities or probabilities; in float32 at least.
-
-    ``pairwise`` says that every column is a yes or no of its own, as SigLIP is trained: the probability is a sigmoid, not a softmax over
-    columns.
-    """
+def measured(logits: Tensor, measure: str, link: Link = "softmax") -> Tensor:
+    """Logits as they are, log-probabilities or probabilities under the head's link; in float32 at least."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    if pairwise and measure != "logit":
-        return nn.functional.logsigmoid(wide) if measure == "logprob" else wide.sigmoid()
-    return wide if measure == "logit" else wide.log_softmax(-1) if measure == "logprob" else wide.softmax(-1)
+    if measure == "logit":
+        return wide
+    return log_probabilities(wide, link) if measure == "logprob" else probabilities(wide, link)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,28 +100,28 @@ class LensResult(Result):
         )
 
     def target(self, label: Any) -> int:
-        """The index of a target by its label, or else by its place; InputError if it is neither."""
-        labels = self.axes.get("target") or self.axes.get("rank", [])
-        if label not in labels:
-            if isinstance(label, int) and 0 <= label < len(labels):
-                return label
-            raise InputError(f"{label!r} is not a target of this lens; its targets are {labels}.")
-        return labels.index(label)
+        """The index of a target by its label; by its place as well, where no label is a number. InputError if it is not there."""
+        axis = "target" if "target" in self.axes else "rank"
+        labels = self.axes[axis]
+        numbered = any(isinstance(known, int) for known in labels)
+        if not numbered and isinstance(label, Integral) and not isinstance(label, bool) and 0 <= int(label) < len(labels):
+            return int(label)
+        return self.index_of(axis, label)
 
     def row(self, row: int) -> LensResult:
         """One row alone."""
-        if not 0 <= row < len(self.axes["row"]):
-            raise InputError(f"There is no row {row}; this lens has {len(self.axes['row'])}.")
+        number = self.index_of("row", row)
         at = list(self.axes).index("row")
         cut: dict[str, Any] = {
-            name: getattr(self, name).narrow(at, row, 1)
+            name: getattr(self, name).narrow(at, number, 1)
             for name in ("ids", "ranks", "pooled", "pooled_ids", "pooled_ranks")
             if getattr(self, name).numel()
         }
         for name in ("example", "words", "kinds"):
-            cut[name] = getattr(self, name)[row : row + 1]
-        axes = {**self.axes, "row": [self.axes["row"][row]]}
-        return replace(self, values=self.values.narrow(at, row, 1), axes=axes, places=self.places[row : row + 1], **cut)
+            cut[name] = getattr(self, name)[number : number + 1]
+        axes = {**self.axes, "row": [self.axes["row"][number]]}
+        places = self.places[number : number + 1]
+        return replace(self, values=self.values.narrow(at, number, 1), axes=axes, places=places, **cut)
 
     def patch_grid(
         self, layer: Any, row: int = 0, image: int = 0, tile: int | None = None, target: Any = None
@@ -136,14 +137,10 @@ class LensResult(Result):
         """
         if "head" in self.axes:
             raise InputError("This lens has a head axis; read a site without heads to lay it over an image.")
-        if row not in range(len(self.axes["row"])):
-            raise InputError(f"There is no row {row}; this lens has {len(self.axes['row'])}.")
+        number = self.index_of("row", row)
         index = 0 if target is None else self.target(target)
-        return on_grid(self.values[self.index(layer), row, :, index], self.places[row], image, tile)
+        return on_grid(self.values[self.index(layer), number, :, index], self.places[number], image, tile)
 
     def index(self, layer: Any) -> int:
         """The index of a layer or site on the first axis."""
-        labels = next(iter(self.axes.values()))
-        if layer not in labels:
-            raise InputError(f"There is no {next(iter(self.axes))} {layer!r} in this lens; there are {labels}.")
-        return labels.index(layer)
+        return self.index_of(next(iter(self.axes)), layer)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from circuitvision.errors import InputError, UnknownSiteError, nearest
 from circuitvision.model.sites import SiteName
@@ -33,12 +33,15 @@ _NO_VECTORS = {
 """Sites, by how their names within a block or tower begin, that hold no vectors of the stream, and what reads them instead."""
 
 
-def lens_sites(model: HookedModel, tower: str) -> list[str]:
-    """The sites :func:`logit_lens` reads by default, for ``run_with_cache(names_filter=…)``: the stream of all layers that can reach the output."""
+def lens_sites(model: HookedModel, tower: str, inputs: Mapping[str, Any] | None = None) -> list[str]:
+    """The sites :func:`logit_lens` reads by default, for ``run_with_cache(names_filter=…)``: the stream of all layers that can reach the output.
+
+    ``inputs`` matter where a call can say which layers those are (``vision_feature_layer``).
+    """
     layers = range(model.towers[tower].cfg.n_layers)
     names = [f"{tower}.hook_input", *(f"{tower}.blocks.{layer}.hook_resid_post" for layer in layers)]
     offered = set(model.sites(f"{tower}.**"))
-    return [name for name in names if name in offered and not model.is_dead(name)]
+    return [name for name in names if name in offered and not model.is_dead(name, inputs)]
 
 
 def ordered_sites(model: HookedModel, tower: str, sites: str | Sequence[str]) -> list[str]:

@@ -27,10 +27,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.links import divergence
 from circuitvision.model.sites import SiteName
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe
 from circuitvision.readout.lens.sites import lens_sites
+from circuitvision.readout.recorded import inputs_of
 from circuitvision.readout.targets import output_kind
 from circuitvision.results import Result
 
@@ -200,7 +202,7 @@ class _Seen:
         """Run the model on all inputs and keep the residuals at the positions chosen."""
         from circuitvision.readout.lens.reader import LensReader
 
-        names = lens_sites(model, owner.name)
+        names = lens_sites(model, owner.name, inputs_of(data[0]))
         needed = names + [f"{name}.hook_readout" for name in model.towers if output_kind(owner) in ("texts", "images")]
         residuals: list[list[Tensor]] = [[] for _ in names]
         numbers: list[Tensor] = []
@@ -296,7 +298,7 @@ class _Fit:
     def _distances(
         self, values: Tensor, index: Tensor, maps: tuple[Tensor, Tensor] | None
     ) -> Float[Tensor, " position"]:
-        """How far the lens of some positions is from the tower's output there: KL in nats, or the mean squared error of actions."""
+        """How far the lens of some positions is from the tower's output there: KL in nats; without a distribution the mean squared error."""
         reader, numbers = self.seen.reader, self.seen.numbers[index]
         device = reader.model.device
         x = values[index].to(device)
@@ -306,7 +308,6 @@ class _Fit:
         said = reader.at(x, numbers).float()
         with torch.no_grad():
             output = reader.at(self.seen.residuals[-1][index].to(device), numbers).float()
-        if reader.kind == "actions":
+        if reader.link == "none":
             return (said - output).pow(2).mean(-1)
-        wanted = output.log_softmax(-1)
-        return (wanted.exp() * (wanted - said.log_softmax(-1))).sum(-1)
+        return divergence(output, said, reader.link)

@@ -142,9 +142,7 @@ class ExemplarIndex(Result):
 
     def row(self, unit: Any) -> int:
         """The index of a unit's label on the unit axis; InputError if there is no such unit."""
-        if unit not in self.axes["unit"]:
-            raise InputError(f"{unit!r} is no unit of this index; its units begin {self.axes['unit'][:3]}.")
-        return self.axes["unit"].index(unit)
+        return self.index_of("unit", unit)
 
     def merge(self, other: ExemplarIndex) -> ExemplarIndex:
         """The index of both data sets together; number the second with ``exemplars(…, start=…)``.

@@ -183,7 +183,7 @@ def linear_probe(
     Raises:
         InputError: labels that do not fit the data set or the split, an example without such a position. UnknownSiteError: no such site.
     """
-    names = stream_sites(model, tower) if sites is None else model.sites(sites)
+    names = stream_sites(model, tower, dataset) if sites is None else model.sites(sites)
     count = len(Targets.of(labels).values)
     check_count(Reading(model, dataset, names, lambda *_: None).total, count, positions)
     plan = Plan.of(labels, test_share, folds, groups, held_out, shuffles, penalty, seed)

@@ -81,6 +81,12 @@ def _plain(labels: Sequence[Any] | Tensor | np.ndarray) -> list[Any]:
     plain = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
     if isinstance(plain, str) or not isinstance(plain, Iterable):
         raise InputError(f"Labels are a sequence with one entry per example, not {plain!r}.")
+    plain = list(plain)
+    if any(isinstance(label, list | tuple) for label in plain):
+        raise InputError(
+            "Labels are one per example, and these have several each. For a label per patch probe the vectors themselves: "
+            "probe_vectors({site: cache[site][:, n_prefix:].flatten(0, 1)}, labels.flatten(), groups=the image of each patch)."
+        )
     return [_key(label) for label in plain]
 
 

@@ -63,9 +63,10 @@ class PCAResult(Result):
         """
         components, mean = self.components, self.mean
         if "layer" in self.axes:
-            if layer not in self.axes["layer"]:
+            if layer is None:
                 raise InputError(f"Name the layer: one of {self.axes['layer']}.")
-            components, mean = components[self.axes["layer"].index(layer)], mean[self.axes["layer"].index(layer)]
+            number = self.index_of("layer", layer)
+            components, mean = components[number], mean[number]
         if x.shape[-1] != len(mean):
             raise InputError(f"These components have {len(mean)} features, the activations {x.shape[-1]}.")
         return (x.double() - mean) @ components.T
@@ -128,7 +129,7 @@ def stream_pca(
         InputError: as :func:`pca` and :func:`circuitvision.readout.probes.collected.collect`. UnknownSiteError: no such site.
     """
     targets = _targets(labels, None)
-    names = stream_sites(model, tower) if sites is None else model.sites(sites)
+    names = stream_sites(model, tower, dataset) if sites is None else model.sites(sites)
     count = None if targets is None else len(targets.values)
     collected = collect(model, dataset, names, positions=positions, batch_size=batch_size, count=count)
     return pca_of(collected, n_components, labels=labels, what=what)

@@ -79,7 +79,7 @@ def legrad(
     if score not in ("layer", "output"):
         raise InputError(f"score={score!r} is not understood: 'layer' or 'output'.")
     tower = checked_tower(model, tower)
-    names = _patterns(model, tower, layers)
+    names = _patterns(model, inputs, tower, layers)
     bound, inputs = metrics.bind(metric, model), usable(inputs)
     if score == "output" or isinstance(layers, str):
         patterns, slopes, values = _with_gradients(model, inputs, bound, names)
@@ -129,10 +129,10 @@ def chefer_relevance(model: Any, inputs: Mapping[str, Any], metric: Any, *, towe
 
 def _rolled(model: Any, inputs: Mapping[str, Any], metric: Any, tower: str) -> tuple[Tensor, Tensor]:
     """Relevance of the keys of a tower, ``[row key]``, and the metric per example."""
-    names = _patterns(model, tower, None)
+    names = _patterns(model, inputs, tower, None)
     beside = [name for name in model.sites() if name == f"{tower}.pool.attn.hook_pattern"]
     reader = None if beside else _reader(model, inputs, tower)
-    beside = beside or ([] if reader else [_last_stream(model, tower)])
+    beside = beside or ([] if reader else [_last_stream(model, inputs, tower)])
     cached, slopes, values = _with_gradients(model, inputs, metric, [*names, *beside])
     layers = len(names)
     shares = [_moved(slope, pattern) for slope, pattern in zip(slopes[:layers], cached[:layers], strict=True)]
@@ -222,7 +222,7 @@ def _read(slope: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos"]:
     return read / read.sum(-1, keepdim=True).clamp_min(1)
 
 
-def _patterns(model: Any, tower: str, layers: int | Sequence[int] | str | None) -> list[str]:
+def _patterns(model: Any, inputs: Mapping[str, Any], tower: str, layers: int | Sequence[int] | str | None) -> list[str]:
     """The patterns of the layers asked for, in order.
 
     Raises:
@@ -241,7 +241,11 @@ def _patterns(model: Any, tower: str, layers: int | Sequence[int] | str | None) 
         raise InputError(f"layers={layers!r} is not understood: the {tower} tower has layers 0 to {count - 1}.")
     numbers = list(dict.fromkeys(int(layer) + count if layer < 0 else int(layer) for layer in asked))
     names = [f"{tower}.blocks.{layer}.attn.hook_pattern" for layer in numbers]
-    live = [name for name, layer in zip(names, numbers, strict=True) if 0 <= layer < count and not model.is_dead(name)]
+    live = [
+        name
+        for name, layer in zip(names, numbers, strict=True)
+        if 0 <= layer < count and not model.is_dead(name, inputs)
+    ]
     if not live or (layers is not None and len(live) < len(names)):
         raise InputError(
             f"layers={layers} of the {tower} tower: it has layers 0 to {count - 1}, and not all of those asked for reach the output."
@@ -249,9 +253,9 @@ def _patterns(model: Any, tower: str, layers: int | Sequence[int] | str | None) 
     return live
 
 
-def _last_stream(model: Any, tower: str) -> str:
+def _last_stream(model: Any, inputs: Mapping[str, Any], tower: str) -> str:
     names = [f"{tower}.blocks.{layer}.hook_resid_post" for layer in range(model.towers[tower].cfg.n_layers)]
-    return [f"{tower}.hook_input", *(name for name in names if not model.is_dead(name))][-1]
+    return [f"{tower}.hook_input", *(name for name in names if not model.is_dead(name, inputs))][-1]
 
 
 def _with_gradients(
@@ -287,7 +291,7 @@ def _of_layers(
 
     # What read-outs may need besides the residual: the other tower's embedding, and other feature layers.
     beside = [name for name in model.sites() if name.endswith(".hook_readout")]
-    beside += [model.towers[tower].residual_name(layer) for layer in model.towers[tower].feature_layers]
+    beside += [model.towers[tower].residual_name(layer) for layer in model.towers[tower].feature_layers_in(inputs)]
     hooks = [*((name, start) for name in names), *((name, stream) for name in posts)]
     check_gradients(model.module)
     with differentiating(), model.hooks(fwd_hooks=hooks):

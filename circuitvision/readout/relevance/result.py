@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.errors import InputError
 from circuitvision.readout.places import named_positions, on_grid
 from circuitvision.readout.relevance.variables import PIXELS
 from circuitvision.results import Result
@@ -97,8 +96,7 @@ class Relevance(Result):
         return found
 
     def _check(self, row: int) -> None:
-        if row not in self.axes["row"]:
-            raise InputError(f"There is no row {row!r}; there are {self.axes['row']}.")
+        self.index_of("row", row)
 
     def on_image(self, row: int = 0, image: int | None = None, tile: int | None = None) -> Float[Tensor, "down across"]:
         """One row's values on the patch grid of one of its images (``None``: its first), or its pixels; NaN where nothing was measured.

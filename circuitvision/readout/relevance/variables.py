@@ -24,6 +24,7 @@ from torch import Tensor
 
 from circuitvision import metrics
 from circuitvision.errors import InputError
+from circuitvision.links import marked
 from circuitvision.model.averages import Layout
 from circuitvision.model.inputs import refuse_cache
 from circuitvision.model.sites import SiteName
@@ -144,7 +145,7 @@ class Variable:
             (found,) = model.sites(site) if len(model.sites(site)) == 1 else (None,)
             if found is None:
                 raise InputError(f"site={site!r} names {len(model.sites(site))} sites; relevance is of one.")
-            if model.is_dead(found):
+            if model.is_dead(found, self.inputs):
                 raise InputError(f"{found} cannot reach the output of this model, so nothing there is relevant.")
             self.site, names = found, [found]
         with differentiating(False):
@@ -173,13 +174,14 @@ class Variable:
                 logits = self.model.run_with_hooks({**inputs, "pixel_values": leaf})
             else:
                 logits = self.model.run_with_hooks(inputs, fwd_hooks=[(self.site, lambda value, hook: leaf)])
-            found = torch.stack(
-                [metrics.evaluate(self.metric, block, self.inputs) for block in self._blocks(logits, len(points))]
-            )
+            found = torch.stack([self._metric(block) for block in self._blocks(logits, len(points))])
             slope = torch.zeros_like(leaf)
             if gradients:
                 slope = gradient_of(found.sum(), [leaf])[0]
         return found.detach(), slope.view(len(points), *self.value.shape)
+
+    def _metric(self, logits: Tensor) -> Tensor:
+        return metrics.evaluate(self.metric, marked(logits, self.model.link), self.inputs)
 
     def at_once(self) -> int:
         """How many points a batch takes when it goes by how many positions it computes."""

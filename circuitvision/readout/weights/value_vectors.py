@@ -100,7 +100,7 @@ class ValueVectors(Result):
 
     def outputs(self, layer: int, *index: int) -> list[tuple[str, float]]:
         """The outputs of one value vector and their values, in the order kept."""
-        here = (self.axes["layer"].index(layer), *index)
+        here = (self.index_of("layer", layer), *index)
         ids = (self.ids[here] if self.ranked else self.ids).tolist()
         return [(self.label(column), float(value)) for column, value in zip(ids, self.values[here], strict=True)]
 
