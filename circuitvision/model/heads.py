@@ -406,7 +406,8 @@ def link(tower: Tower) -> Link:
     if problem is None and getattr(config, "num_labels", None) == 1:
         # transformers trains such a head by its squared error.
         problem = "regression"
-    return {"multi_label_classification": "sigmoid", "regression": "none"}.get(problem, "softmax")  # type: ignore[return-value]
+    links: dict[Any, Link] = {"multi_label_classification": "sigmoid", "regression": "none"}
+    return links.get(problem, "softmax")
 
 
 def unembedding(tower: Tower) -> tuple[nn.Module, str] | None:
