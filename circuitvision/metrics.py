@@ -335,11 +335,10 @@ def answer_ids(answer: Answer, model: Any) -> int | list[int] | Tensor:
         return answer
     if isinstance(answer, str):
         return _word_id(answer, model)
-    answer = _plain(answer)
-    if isinstance(answer, list):
-        return [_word_id(item, model) if isinstance(item, str) else int(item) for item in answer]
-    number: Any = answer
-    return int(number)
+    found = _plain(answer)
+    if isinstance(found, list):
+        return [_word_id(item, model) if isinstance(item, str) else int(item) for item in found]
+    return int(found)
 
 
 def at_position(

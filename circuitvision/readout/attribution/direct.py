@@ -41,6 +41,7 @@ from circuitvision.readout.attribution.rest import (
     check_sources,
     is_rest,
     rest_of_stream,
+    spacing,
 )
 from circuitvision.readout.attribution.terms import SPLITS, Stream
 from circuitvision.readout.places import named_positions, places_of
@@ -263,7 +264,7 @@ def source_attribution(
 def _sources(stream: Stream, layer: int, gradient: Tensor) -> Tensor:
     """The shares of one layer's heads by source, which add up to the heads'."""
     found = stream.source_shares(layer, gradient)
-    check_sources(found, stream.head_shares(layer, gradient)[0], layer, stream.final.dtype)
+    check_sources(found, stream.head_shares(layer, gradient)[0], layer, spacing(stream.final))
     return found
 
 

@@ -27,7 +27,7 @@ from circuitvision.model.heads import Reading, link
 from circuitvision.provenance import describe
 from circuitvision.readout.attribution.direct import attribution_tower, cached_for, sources_of
 from circuitvision.readout.attribution.functional import positions_read
-from circuitvision.readout.attribution.rest import check_head_reads_stream, check_sources
+from circuitvision.readout.attribution.rest import check_head_reads_stream, check_sources, spacing
 from circuitvision.readout.attribution.terms import Stream
 from circuitvision.readout.places import named_positions
 from circuitvision.readout.ranks import ranking
@@ -266,7 +266,7 @@ class _Scorer:
             return self.neurons(layer, mid)
         sources = stream.source_vectors(layer, self.rows, self.where)
         written = stream.head_vectors(layer, self.rows, self.where)
-        check_sources(sources.movedim(1, -1).flatten(1, 2), written.flatten(1), layer, written.dtype)
+        check_sources(sources.movedim(1, -1).flatten(1, 2), written.flatten(1), layer, spacing(pre))
         heads, keys = sources.shape[:2]
         return self.score(pre, sources.flatten(0, 1)).unflatten(0, (heads, keys)).transpose(1, 2)
 

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from circuitvision.readout.attribution.terms import Stream
 
 
+def spacing(value: Tensor) -> float:
+    """The relative spacing of a tensor's numbers; of a converted cache that of the precision it was recorded in."""
+    for coarse in (torch.bfloat16, torch.float16, torch.float32):
+        finer = torch.finfo(coarse).eps > torch.finfo(value.dtype).eps
+        if finer and torch.equal(value.to(coarse).to(value.dtype).nan_to_num(0.0), value.nan_to_num(0.0)):
+            return torch.finfo(coarse).eps
+    return torch.finfo(value.dtype).eps
+
+
 def rest_of_stream(stream: Stream, layer: int) -> Float[Tensor, "row here d_model"] | None:
     """What a block's output holds beyond its input, attention and MLP; None where that is rounding, or where the cache does not hold all of them."""
     before = "hook_input" if layer == 0 else f"blocks.{layer - 1}.hook_resid_post"
@@ -33,14 +42,14 @@ def rest_of_stream(stream: Stream, layer: int) -> Float[Tensor, "row here d_mode
         return None
     after, *parts = (stream.site(name)[:, stream.here] for name in names)
     found = after - parts[0] - parts[1] - parts[2]
-    bound = 2 * torch.finfo(after.dtype).eps * (after.abs() + sum(part.abs() for part in parts))
+    bound = 2 * spacing(after) * (after.abs() + sum(part.abs() for part in parts))
     return found if bool((found.abs() > bound).any()) else None
 
 
 def is_rest(stream: Stream, layer: int, branch: str, gap: Float[Tensor, " row"], sizes: Float[Tensor, " row"]) -> bool:
     """Whether what a branch wrote differs from the sum of its shares by more than the rounding of a matrix product, and of a norm after it."""
     rounds = torch.float32 if stream.tower.blocks[layer].has(f"{branch}_add") else torch.float64
-    eps = max(torch.finfo(stream.final.dtype).eps, torch.finfo(rounds).eps)
+    eps = max(spacing(stream.final), torch.finfo(rounds).eps)
     return bool((gap.abs() > min(512 * eps, 0.02) * sizes).any())
 
 
@@ -60,7 +69,7 @@ def check_head_reads_stream(stream: Stream) -> None:
         return
     wide = torch.promote_types(read.dtype, torch.float32)
     gap = (expected.to(wide) - read.to(wide)).abs()
-    coarse = max(torch.finfo(read.dtype).eps, torch.finfo(next(tower.module.parameters()).dtype).eps)
+    coarse = max(spacing(read), spacing(stream.final), torch.finfo(next(tower.module.parameters()).dtype).eps)
     if float(gap.nan_to_num(0.0).amax()) > min(1000 * coarse, 0.05) * max(
         float(read.abs().nan_to_num(0.0).amax()), 1e-12
     ):
@@ -76,12 +85,12 @@ def _is_behind(site: str, tower: str) -> bool:
 
 
 def check_sources(
-    by_source: Float[Tensor, "head row source"], by_head: Float[Tensor, "head row"], layer: int, dtype: torch.dtype
+    by_source: Float[Tensor, "head row source"], by_head: Float[Tensor, "head row"], layer: int, eps: float
 ) -> None:
     """Raise InputError where what a layer's heads took from their sources is not what they wrote."""
     gap = (by_source.sum(-1) - by_head).abs()
     sizes = by_source.abs().sum(-1) + by_head.abs()
-    if bool((gap > max(1e-4, min(16 * torch.finfo(dtype).eps, 0.05)) * sizes).any()):
+    if bool((gap > max(1e-4, min(16 * eps, 0.05)) * sizes).any()):
         raise InputError(
             f"In layer {layer} of this run heads wrote something else than pattern times values: a hook changed attn.hook_z, or dropout is on. "
             "Split such a run by head, with direct_attribution."

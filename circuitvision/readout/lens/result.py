@@ -104,7 +104,12 @@ class LensResult(Result):
         axis = "target" if "target" in self.axes else "rank"
         labels = self.axes[axis]
         numbered = any(isinstance(known, int) for known in labels)
-        if not numbered and isinstance(label, Integral) and not isinstance(label, bool) and 0 <= int(label) < len(labels):
+        if (
+            not numbered
+            and isinstance(label, Integral)
+            and not isinstance(label, bool)
+            and int(label) in range(len(labels))
+        ):
             return int(label)
         return self.index_of(axis, label)
 
