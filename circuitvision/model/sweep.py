@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
 from circuitvision import metrics
 from circuitvision.errors import CircuitVisionError, InputError
@@ -288,11 +289,14 @@ class Sweep:
         """Why no run of this sweep can be resumed; "" if they can."""
         if self.model.engine.stack:
             return "other hooks are active, whose effect may be anywhere"
+        if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+            return "hooks on all modules are active, whose effect may be anywhere"
         for module in self.model.module.modules():
             if module.training:
                 return "the model is in training mode"
-            if type(getattr(module, "_hf_hook", None)).__name__ not in _HARMLESS:
-                return "another library has replaced forwards of the model"
+            hook = type(getattr(module, "_hf_hook", None)).__name__
+            if hook not in _HARMLESS or (hook == "NoneType" and _is_replaced(module)):
+                return "forwards of the model were replaced"
         return ""
 
     def _plan(self, task: _Task, blocker: str) -> None:
@@ -556,6 +560,12 @@ def _own_rows(output: Tensor, clean: Tensor, number: int, copies: int) -> Tensor
     if output.ndim == 2 and output.shape[1] == clean.shape[1] * copies:
         output = output[:, number * clean.shape[1] : (number + 1) * clean.shape[1]]
     return output
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward that is not its class's."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _place(start: Start) -> str:

@@ -191,6 +191,38 @@ def test_sweeps_under_hooks_of_others_equal_full_runs(kind: str) -> None:
     torch.testing.assert_close(swept.values, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["everywhere", "replaced"])
+def test_sweeps_see_what_acts_on_positions_without_a_hook_of_the_module(kind: str) -> None:
+    """A run of the last positions alone would meet a hook on all modules, or a replaced forward, that counts from the first."""
+    model, inputs = wrapped("llava-clip-llama")
+    mlp = model.language.blocks[1].part("mlp")
+
+    def first(out: Tensor) -> Tensor:
+        out = out.clone()
+        out[:, :1] = 1.0
+        return out
+
+    original = mlp.forward
+    if kind == "everywhere":
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, out: first(out) if module is mlp else None
+        )
+    else:
+        mlp.forward = lambda *args, **kwargs: first(original(*args, **kwargs))
+    listed = [edits.scale("language.blocks.0.hook_resid_post", 0.5, positions="last")]
+    try:
+        with torch.no_grad():
+            swept = model.sweep(inputs, listed, lambda logits: logits[:, -1, 3], progress=False)
+            expected = model.run(inputs, listed)[:, -1, 3]
+    finally:
+        if kind == "everywhere":
+            handle.remove()
+        else:
+            del mlp.__dict__["forward"]
+    torch.testing.assert_close(swept.values[0], expected, rtol=1e-5, atol=1e-6)
+    assert swept.plan[0].startswith("in full")
+
+
 # ---- second wrappers
 
 
