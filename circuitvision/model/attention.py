@@ -70,7 +70,7 @@ class Slots:
     layer: Any = None
     """The cache's layer, or None without a cache."""
     filled: int | None = None
-    """Keys up to the newest token's; None where all keys are tokens."""
+    """Tokens seen so far, this call's included: where there are more keys, the others are empty slots behind them; None without a cache."""
 
     def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Ask the cache, before the module puts this call's keys into it (a forward pre-hook)."""
@@ -79,9 +79,8 @@ class Slots:
         if cache is None or index is None or index >= len(cache.layers):
             return
         stream = args[0] if args else kwargs["hidden_states"]
-        _, dropped = cache.get_mask_sizes(stream.shape[1], index)
         self.layer = cache.layers[index]
-        self.filled = int(cache.get_seq_length(index)) + stream.shape[1] - int(dropped)
+        self.filled = int(cache.get_seq_length(index)) + stream.shape[1]
 
     def forget(self) -> None:
         """Let go of the cache."""
@@ -93,16 +92,17 @@ class Slots:
 
     def keep(self, key: Tensor) -> None:
         """Put edited keys into the cache where attention got a copy of them; HookError where that is not possible."""
-        kept = getattr(self.layer, "keys", None)
-        if self.layer is None or (
-            kept is not None and kept.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
-        ):
+        if self.layer is None:
             return
-        plain = kept is not None and kept.ndim == 4 and kept.dtype == key.dtype and kept.device == key.device
-        if kept is None or not plain or not 0 < kept.shape[2] <= key.shape[2] or hasattr(self.layer, "_quantized_keys"):
+        kept: Any = getattr(self.layer, "keys", None)
+        if kept is None or kept.ndim != 4 or hasattr(self.layer, "_quantized_keys"):
             raise HookError(
                 f"{type(self.layer).__name__} keeps other keys than attention gets, so hook_rot_k cannot be edited."
             )
+        if kept.untyped_storage().data_ptr() == key.untyped_storage().data_ptr():
+            return
+        if kept.device != key.device or kept.dtype != key.dtype or kept.shape[2] > key.shape[2]:
+            raise HookError(f"{type(self.layer).__name__} keeps its keys elsewhere, so hook_rot_k cannot be edited.")
         kept.copy_(key[:, :, -kept.shape[2] :])
 
 

@@ -269,8 +269,12 @@ def test_a_mutant_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> Non
     else:
         monkeypatch.setattr(attention.Slots, "count", lambda self, keys: keys)
         name = FULL
-    with pytest.raises((AssertionError, InputError)):
+
+    def check() -> None:
         if fault == "empty slots seen":
             test_recordings_hold_no_empty_slots(name)
         else:
             check_cache(name, "left", "static", growing_runs(name, "left"))
+
+    with pytest.raises((AssertionError, InputError)):
+        check()

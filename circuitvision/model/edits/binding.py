@@ -333,8 +333,8 @@ class Binder:
         one, other = later.positions.covers(here), earlier.positions.covers(there)
         if one.shape[1] != other.shape[1] or bool((one & other).any()):
             return True
-        grow = bool(self._grows(later, name) and self._grows(earlier, earlier_name))
-        return grow and _share_later(later, earlier, here)
+        both_grow = min(self._grows(later, name), self._grows(earlier, earlier_name)) > 0
+        return both_grow and _share_later(later, earlier, here)
 
     # -- values needed ---------------------------------------------------------------------------------------------------------------------
 
