@@ -11,6 +11,7 @@ Rows are not examples: another example's value comes from a row of another examp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -60,12 +61,18 @@ class Layout:
     """Which entries hold something: ``[row pos]``, or ``[row]`` where the site has no positions."""
     kind: Array | None = None
     """Kind of every position, ``[row pos]``; None where no token map says it."""
-    place: Array | None = None
-    """Kind, and of patches row and column in their grid, ``[row pos]``: equal where two positions are the same thing."""
     unit: Array = field(default_factory=lambda: np.zeros(0))
     """Image and tile of each row, ``[row 2]``."""
     shift: int = 0
     """Positions of the tower before the site's first one."""
+    tokens: TokenMap | None = None
+    donors: dict[int, list[list[int]]] = field(default_factory=dict)
+    """By seed, what :func:`other_examples` found."""
+
+    @functools.cached_property
+    def place(self) -> Array | None:
+        """Kind, and of patches row and column in their grid, ``[row pos]``: equal where two positions are the same thing."""
+        return None if self.tokens is None else places(self.tokens)[:, self.shift :]
 
     @classmethod
     def of(cls, model: HookedModel, maps: Mapping[str, TokenMap], site: str, shape: Sequence[int]) -> Layout:
@@ -89,9 +96,7 @@ class Layout:
     def of_tokens(cls, tokens: TokenMap, shift: int = 0) -> Layout:
         """The layout of a tower's positions, all but the first ``shift``."""
         kind = tokens.kind[:, shift:]
-        return cls(
-            tokens.tower, tokens.example, present(kind), kind, places(tokens)[:, shift:], _units(tokens), shift=shift
-        )
+        return cls(tokens.tower, tokens.example, present(kind), kind, _units(tokens), shift=shift, tokens=tokens)
 
 
 def places(tokens: TokenMap) -> Array:
@@ -316,7 +321,9 @@ def draw(layout: Layout, wanted: Array, seed: int, from_end: bool = False) -> Dr
 
     Raises InputError where no other example has as many positions of the kind.
     """
-    donors = other_examples(layout, seed)
+    if seed not in layout.donors:
+        layout.donors[seed] = other_examples(layout, seed)
+    donors = layout.donors[seed]
     if layout.kind is None:
         if not all(donors):
             raise InputError("no other example has a row to take a value from")

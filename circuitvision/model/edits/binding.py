@@ -84,6 +84,10 @@ class Binder:
         """Passes of the tower that runs several times, where their number is known."""
         self.given: dict[Any, Any] = {}
         self._drawn: dict[Any, Tensor] = {}
+        self._draws: dict[Any, Draw] = {}
+        self._layouts: dict[Any, Layout] = {}
+        self._aligned: set[Any] = set()
+        """Means that were found to exist, so that a thousand edits of one tower ask once."""
         self._windows: dict[str, Window | None] = {}
         self._maps: dict[str, Any] | None = None
 
@@ -306,7 +310,10 @@ class Binder:
             window = self.window(site)
             if window is None or window.tokens is None or window.pools:
                 continue
-            run = Layout.of_tokens(window.tokens, window.shift)
+            key = (window.tower, window.shift, edit.dataset, edit.average, edit.positions, self._grows(edit, site))
+            if key in self._aligned:
+                continue
+            run = self._layout(window)
             data = [Layout.of_tokens(one[window.tower], window.shift) for one in maps if window.tower in one]
             if edit.average == "position":
                 if edit.dataset is None and window.rows == 1:
@@ -317,15 +324,20 @@ class Binder:
                 check_aligned(run, data, self._covered(edit, window), of_run=edit.dataset is None)
             elif edit.average == "kind":
                 check_kinds(run, data, self._covered(edit, window))
+            self._aligned.add(key)
 
     def _draw(self, edit: Ablate, site: str) -> Draw | None:
         """Where a resampled site takes its values from; None where only its values can tell."""
         window = self.window(site)
         if window is None or window.tokens is None or window.pools:
             return None
-        with _naming(edit):
-            layout = Layout.of_tokens(window.tokens, window.shift)
-            return draw(layout, self._covered(edit, window), edit.seed, edit.positions.kind == "last")
+        key = (window.tower, window.shift, edit.positions, edit.seed)
+        if key not in self._draws:
+            with _naming(edit):
+                layout = self._layout(window)
+                last = edit.positions.kind == "last"
+                self._draws[key] = draw(layout, self._covered(edit, window), edit.seed, last)
+        return self._draws[key]
 
     def _give_draw(self, edit: Ablate, site: str, value: Tensor, found: Draw | None) -> None:
         if found is None:
@@ -368,7 +380,14 @@ class Binder:
             return Layout.of(self.model, self.maps, site, clean[site].shape)
         if window is None or window.tokens is None or window.pools:
             return None
-        return Layout.of_tokens(window.tokens, window.shift)
+        return self._layout(window)
+
+    def _layout(self, window: Window) -> Layout:
+        """The layout of a tower's positions in the run that is edited, made once."""
+        key = (window.tower, window.shift)
+        if key not in self._layouts:
+            self._layouts[key] = Layout.of_tokens(window.tokens, window.shift)
+        return self._layouts[key]
 
     def _give(self, edit: Ablate, site: str, value: Tensor, there: Any) -> None:
         self.given[edit, site] = value
