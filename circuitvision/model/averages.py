@@ -11,6 +11,7 @@ Rows are not examples: another example's value comes from a row of another examp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -61,12 +62,18 @@ class Layout:
     """Which entries hold something: ``[row pos]``, or ``[row]`` where the site has no positions."""
     kind: Array | None = None
     """Kind of every position, ``[row pos]``; None where no token map says it."""
-    place: Array | None = None
-    """Kind, and of patches row and column in their grid, ``[row pos]``: equal where two positions are the same thing."""
     unit: Array = field(default_factory=lambda: np.zeros(0))
     """Image and tile of each row, ``[row 2]``."""
     held: Array | None = None
     """The positions of the tower that the site holds, in order; None for all."""
+    tokens: TokenMap | None = None
+    donors: dict[int, list[list[int]]] = field(default_factory=dict)
+    """By seed, what :func:`other_examples` found."""
+
+    @functools.cached_property
+    def place(self) -> Array | None:
+        """Kind, and of patches row and column in their grid, ``[row pos]``: equal where two positions are the same thing."""
+        return None if self.tokens is None else self.of_site(places(self.tokens))
 
     @classmethod
     def of(
@@ -96,12 +103,9 @@ class Layout:
     @classmethod
     def of_tokens(cls, tokens: TokenMap, held: Sequence[int] | None = None) -> Layout:
         """The layout of a tower's positions, or of those that a site holds."""
-        columns = np.arange(tokens.n_positions) if held is None else np.asarray(held, dtype=int)
-        kind = tokens.kind[:, columns]
-        place = places(tokens)[:, columns]
-        return cls(
-            tokens.tower, tokens.example, present(kind), kind, place, _units(tokens), None if held is None else columns
-        )
+        columns = None if held is None else np.asarray(held, dtype=int)
+        kind = tokens.kind if columns is None else tokens.kind[:, columns]
+        return cls(tokens.tower, tokens.example, present(kind), kind, _units(tokens), columns, tokens)
 
     def of_site(self, mask: Array) -> Array:
         """The entries of the site's own axis, of a mask over all positions of the tower ``[row pos]``."""
@@ -331,7 +335,9 @@ def draw(layout: Layout, wanted: Array, seed: int, from_end: bool = False) -> Dr
 
     Raises InputError where no other example has as many positions of the kind.
     """
-    donors = other_examples(layout, seed)
+    if seed not in layout.donors:
+        layout.donors[seed] = other_examples(layout, seed)
+    donors = layout.donors[seed]
     if layout.kind is None:
         if not all(donors):
             raise InputError("no other example has a row to take a value from")

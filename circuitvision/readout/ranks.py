@@ -109,6 +109,8 @@ def ranking(scores: Result | Tensor, labels: Sequence[Any] | None = None, *, by:
     provenance: dict[str, Any] = {}
     if isinstance(scores, Result):
         values, names = _flat(scores)
+        if "row" in scores.axes and "example" not in scores.axes:
+            values = by_example(values, getattr(scores, "example", None))
         provenance = scores.provenance
     else:
         values = scores if scores.ndim == 2 else scores[:, None]
@@ -142,8 +144,6 @@ def _flat(result: Result) -> tuple[Tensor, list[str]]:
     for axis in reversed(within):
         values = _without_absent(result, values, outer) if axis == "position" else values
         values = values.nanmean(-1)
-    if outer == ["row"]:
-        values = by_example(values, getattr(result, "example", None))
     values = values.flatten(1) if values.ndim > 1 else values[:, None]
     labels = [_name(inner, labels) for labels in itertools.product(*(result.axes[name] for name in inner))]
     return values, labels

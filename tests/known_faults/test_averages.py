@@ -417,6 +417,13 @@ def summaries(model: cv.HookedModel, inputs: dict[str, Any]) -> dict[str, Tensor
         "strongest": cv.readout.exemplars(model, inputs, SITE, top_k=2, positions="all").values,
         "mean of units": cv.readout.exemplars(model, inputs, SITE, top_k=2, positions="all", pool="mean").values,
     }
+    with torch.no_grad():
+        _, whole = model.run_with_cache(inputs)
+    found["ranking of sources"] = cv.readout.ranking(cv.readout.source_attribution(model, whole, (6, 9))).values
+    by_head = cv.readout.gradient_times_activation(
+        model, inputs, cv.metrics.logit_diff(6, 9), site="language.blocks.0.attn.hook_z"
+    )
+    found["ranking of relevance"] = cv.readout.ranking(by_head).values
     for baseline in ("own", "zero"):
         options = {"tower": "language", "kinds": "patch", "baseline": baseline, "progress": False}
         values = cv.readout.occlusion(model, inputs, cv.metrics.logit_diff(5, 7), **options).values

@@ -97,6 +97,10 @@ class Binder:
         """Everything the model is called with."""
         self.given: dict[Any, Any] = {}
         self._drawn: dict[Any, Tensor] = {}
+        self._draws: dict[Any, Draw] = {}
+        self._layouts: dict[Any, Layout] = {}
+        self._aligned: set[Any] = set()
+        """Means that were found to exist, so that a thousand edits of one tower ask once."""
         self._windows: dict[str, Window | None] = {}
         self._maps: dict[str, Any] | None = None
 
@@ -391,8 +395,11 @@ class Binder:
             window = self.window(site)
             if window is None or window.tokens is None or window.axis.absent:
                 continue
-            run = Layout.of_tokens(window.tokens, window.axis.held)
-            data = self._data_layouts(site, window, parts)
+            place = window.tower if window.axis.held is None else site
+            key = (place, edit.dataset, edit.average, edit.positions, self._grows(edit, site))
+            if key in self._aligned:
+                continue
+            run, data = self._layout(window), self._data_layouts(site, window, parts)
             if edit.average == "position":
                 if edit.dataset is None and window.rows == 1:
                     raise InputError(_ONE_ROW)
@@ -402,15 +409,20 @@ class Binder:
                 check_aligned(run, data, self._covered(edit, window), of_run=edit.dataset is None)
             elif edit.average == "kind":
                 check_kinds(run, data, self._covered(edit, window))
+            self._aligned.add(key)
 
     def _draw(self, edit: Ablate, site: str) -> Draw | None:
         """Where a resampled site takes its values from; None where only its values can tell."""
         window = self.window(site)
         if window is None or window.tokens is None or window.axis.absent:
             return None
-        with _naming(edit):
-            layout = Layout.of_tokens(window.tokens, window.axis.held)
-            return draw(layout, self._covered(edit, window), edit.seed, edit.positions.kind == "last")
+        key = (site if window.axis.held is not None else window.tower, edit.positions, edit.seed)
+        if key not in self._draws:
+            with _naming(edit):
+                layout = self._layout(window)
+                last = edit.positions.kind == "last"
+                self._draws[key] = draw(layout, self._covered(edit, window), edit.seed, last)
+        return self._draws[key]
 
     def _give_draw(self, edit: Ablate, site: str, value: Tensor, found: Draw | None) -> None:
         if found is None:
@@ -453,7 +465,14 @@ class Binder:
             return Layout.of(self.model, self.maps, site, clean[site].shape, self.inputs)
         if window is None or window.tokens is None or window.axis.absent:
             return None
-        return Layout.of_tokens(window.tokens, window.axis.held)
+        return self._layout(window)
+
+    def _layout(self, window: Window) -> Layout:
+        """The layout of a tower's positions in the run that is edited, made once."""
+        key = (window.tower, None if window.axis.held is None else tuple(window.axis.held))
+        if key not in self._layouts:
+            self._layouts[key] = Layout.of_tokens(window.tokens, window.axis.held)
+        return self._layouts[key]
 
     def _give(self, edit: Ablate, site: str, value: Tensor, there: Any) -> None:
         self.given[edit, site] = value

@@ -102,13 +102,16 @@ class Attribution(Result):
 class SourceAttribution(Result):
     """What each head takes from each position: ``values [layer head row position]``; the sum over positions is the head's share.
 
-    Positions count keys: cached ones of another tower first, where there are any. ``places`` are theirs in the image (-1 elsewhere).
+    Positions count keys: cached ones of another tower first, where there are any. ``places`` are theirs in the image (-1 elsewhere), ``kinds``
+    what they are; ``example`` says which example each row belongs to.
     """
 
     tower: str = ""
     direction: str = ""
     places: Tensor = field(default_factory=_none)
     words: list[list[str]] = field(default_factory=list)
+    kinds: list[list[str]] = field(default_factory=list)
+    example: list[int] = field(default_factory=list)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per value, with the ``token`` at each position."""
@@ -240,7 +243,7 @@ def source_attribution(
     chosen = chosen_layers(layers, stream.end)
     there, gradient = stream.reading(found.gradient)
     values = torch.stack([_sources(there, layer, gradient) for layer in chosen])
-    places, words = sources_of(stream, values.shape[-1])
+    places, words, kinds = sources_of(stream, values.shape[-1])
     return SourceAttribution(
         values=values.cpu(),
         axes={
@@ -258,6 +261,8 @@ def source_attribution(
         direction=found.label,
         places=places,
         words=words,
+        kinds=kinds,
+        example=_examples(model, owner, stream.cache, values.shape[2]),
     )
 
 
@@ -268,20 +273,23 @@ def _sources(stream: Stream, layer: int, gradient: Tensor) -> Tensor:
     return found
 
 
-def sources_of(stream: Stream, count: int) -> tuple[Int[Tensor, "row source 4"], list[list[str]]]:
-    """Places in the image and words of the ``count`` sources that a tower's attention reads: cached ones first."""
+def sources_of(stream: Stream, count: int) -> tuple[Int[Tensor, "row source 4"], list[list[str]], list[list[str]]]:
+    """Places in the image, words and kinds of the ``count`` sources that a tower's attention reads: cached ones first."""
     tokens = tokens_of(stream.cache, stream.tower.name)
     places, words = places_of(tokens), [tokens.labels(row) for row in range(tokens.n_rows)]
+    kinds = tokens.kind.tolist()
     feeder = next((t for t in stream.tower.siblings.values() if t.spec.feeds_cache_only), None)
     more = count - tokens.n_positions
     if more > 0 and feeder is not None:
         before = tokens_of(stream.cache, feeder.name)
         places = torch.cat([places_of(before), places], dim=1)
         words = [before.labels(row) + words[row] for row in range(tokens.n_rows)]
+        kinds = [first + own for first, own in zip(before.kind.tolist(), kinds, strict=True)]
     elif more > 0:
         places = torch.nn.functional.pad(places, (0, 0, 0, more), value=-1)
         words = [row + [f"generated {number}" for number in range(1, more + 1)] for row in words]
-    return places, words
+        kinds = [row + ["generated"] * more for row in kinds]
+    return places, words, kinds
 
 
 def attribution_tower(model: HookedModel, tower: str | None) -> Tower:

@@ -342,4 +342,5 @@ def _result(
         places=torch.cat([places_of(tokens) for tokens in maps], dim=1),
         example=maps[-1].example.tolist(),
         labels=[[label for tokens in maps for label in tokens.labels(row)] for row in range(found.shape[0])],
+        kinds=[[kind for tokens in maps for kind in tokens.kind[row].tolist()] for row in range(found.shape[0])],
     )

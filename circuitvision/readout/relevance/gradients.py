@@ -224,6 +224,7 @@ def result_at(place: Variable, values: Tensor, method: str, metric: Any) -> Rele
         places=places_of(where.tokens, where.dropped),
         example=where.tokens.example.tolist(),
         labels=where.labels,
+        kinds=where.kind.tolist(),
     )
 
 

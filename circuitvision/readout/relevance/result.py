@@ -42,9 +42,9 @@ class Relevance(Result):
     language tower; ``example`` says whose each is. ``site`` is where the values were, or ``"pixels"``. Positions that were not measured are
     NaN.
 
-    ``places`` (``[row position 4]``: image, tile, patch row, patch column, -1 where a position is no patch) and ``labels`` name the positions;
-    for pixels, those of the image tower's patches. ``metric_value`` is the metric per example, ``baseline_value`` that of the baseline, and
-    ``completeness_gap`` the sum of an example's values minus the difference of the two; both are empty where a method has none.
+    ``places`` (``[row position 4]``: image, tile, patch row, patch column, -1 where a position is no patch), ``labels`` and ``kinds`` name the
+    positions; for pixels, those of the image tower's patches. ``metric_value`` is the metric per example, ``baseline_value`` that of the
+    baseline, and ``completeness_gap`` the sum of an example's values minus the difference of the two; both are empty where a method has none.
     """
 
     method: str = ""
@@ -56,6 +56,7 @@ class Relevance(Result):
     places: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 4, dtype=torch.long))
     example: list[int] = field(default_factory=list)
     labels: list[list[str]] = field(default_factory=list)
+    kinds: list[list[str]] = field(default_factory=list)
 
     @property
     def of_pixels(self) -> bool:
@@ -134,6 +135,8 @@ class Relevance(Result):
         rows, columns = ((self.places[..., axis].amax(1) + 1).tolist() for axis in (2, 3))
         values = torch.full(self.places.shape[:2], float("nan"), dtype=self.values.dtype)
         for row, (down, across) in enumerate(zip(rows, columns, strict=True)):
+            if not down:  # a camera that is not there
+                continue
             height, width = self.values.shape[1] // down, self.values.shape[2] // across
             whole = self.values[row, : down * height, : across * width]
             sums = whole.reshape(down, height, across, width).sum((1, 3))
