@@ -22,7 +22,7 @@ from tests.zoo import CASES, Case, primary
 
 HALF = (torch.bfloat16, torch.float16)
 ROUNDINGS = 4
-"""How many units in the last place two ways of computing the same may differ by in half precision: each of a handful of steps rounds by half a unit."""
+"""How many units in the last place two ways of computing the same may differ by in half precision: a handful of steps, half a unit each."""
 EAGER = ("hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_pattern")
 
 

@@ -107,7 +107,7 @@ def test_a_dual_encoder(way: str, tmp_path: Path) -> None:
     model, plain = cv.HookedModel(offloaded("clip", way, tmp_path)), cv.HookedModel(copy.deepcopy(shared_model("clip")))
     inputs = case("clip").inputs(plain.module, batch=2)
     with torch.no_grad():
-        out, cache = model.run_with_cache(inputs)
+        _, cache = model.run_with_cache(inputs)
         for name, owner in model.towers.items():
             site = f"{name}.blocks.{owner.cfg.n_layers - 1}.hook_resid_post"
             read = owner.readout(cache[site], context=cache)
