@@ -17,7 +17,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from circuitvision.model.weights import main_dtype
 
 _weights: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()
 
@@ -65,6 +64,12 @@ def hash_inputs(*inputs: Mapping[str, Any]) -> str:
     return hash_tensors(tensors)
 
 
+def _computed_in(module: nn.Module) -> torch.dtype:
+    # Quantised weights are stored in bytes; the first number of 16 bits or more says what is computed in.
+    floats = (value.dtype for value in module.parameters() if value.is_floating_point() and value.dtype.itemsize >= 2)
+    return next(floats, torch.float32)
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages a result depends on."""
     found = {}
@@ -107,7 +112,7 @@ def describe(
         "model_class": type(module).__name__,
         "family": str(getattr(model.family, "name", model.family)),
         "weights_sha256": hash_weights(module),
-        "dtype": str(main_dtype(module)).removeprefix("torch."),
+        "dtype": str(_computed_in(module)).removeprefix("torch."),
         "dataset_sha256": hash_inputs(*inputs) if inputs else "",
         "metric": describe_metric(metric),
         "metric_units": str(getattr(metric, "units", "")),

@@ -47,7 +47,7 @@ class Liveness:
         assert set(self.cache) == set(self.model.sites())
         assert set(cache) == set(fused)
         self.visible = {
-            name: (self.cache[name] > torch.finfo(torch.float32).min / 4).sum(-1)
+            name: (self.cache[name] > torch.finfo(self.cache[name].dtype).min / 4).sum(-1)
             for name in self.cache
             if stem(name) == "hook_attn_scores"
         }

@@ -127,7 +127,7 @@ class Structure:
         cap = getattr(tower.config, "attn_logit_softcapping", None)
         scores = scores if cap is None else torch.tanh(scores / cap) * cap
         seen = cache[f"{p}.attn.hook_attn_scores"]
-        visible = seen > torch.finfo(torch.float32).min / 4
+        visible = seen > max(torch.finfo(torch.float32).min, torch.finfo(seen.dtype).min) / 4
         yield Equation(f"{p}.attn.hook_attn_scores", scores, where=visible)
         pattern = cache[f"{p}.attn.hook_pattern"]
         yield Equation(

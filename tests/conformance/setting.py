@@ -20,6 +20,9 @@ from torch import Tensor, nn
 import circuitvision as cv
 from tests.zoo import CASES, Case, primary
 
+HALF = (torch.bfloat16, torch.float16)
+ROUNDINGS = 4
+"""How many units in the last place two ways of computing the same may differ by in half precision: a handful of steps, half a unit each."""
 EAGER = ("hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_pattern")
 
 
@@ -201,9 +204,12 @@ def same(one: Tensor, other: Tensor, what: str) -> None:
 
 
 def close(one: Tensor, other: Tensor, what: str, tolerance: float = 2e-5) -> None:
-    """Equal up to rounding, relative to the largest value."""
+    """Equal up to rounding, relative to the largest value: in half precision, up to a few roundings of numbers of that size."""
     assert one.shape == other.shape, f"{what}: shape {tuple(one.shape)} against {tuple(other.shape)}"
+    tolerance = max(tolerance, *(ROUNDINGS * torch.finfo(x.dtype).eps for x in (one, other) if x.dtype in HALF), 0.0)
     one, other = one.detach(), other.detach()
+    if tolerance > 1e-3:
+        one, other = one.double(), other.double()
     assert torch.isfinite(one).all(), f"{what}: not finite"
     gap = float((one - other).abs().max())
     assert gap <= tolerance * max(1.0, float(other.abs().max())), f"{what}: differs by {gap:.3g}"
