@@ -25,7 +25,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.tokens import Packing
+from circuitvision.model.packing import ImageRun
 
 if TYPE_CHECKING:
     from circuitvision.model import HookedModel, Tower
@@ -75,7 +75,7 @@ class Examples:
 
     def _count(self, inputs: Mapping[str, Any], seen: int) -> int:
         # An example without an image has no row in the vision tower.
-        ids = inputs.get("input_ids")
+        ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
         return seen if ids is None else int(ids.shape[0])
 
     def inputs(self, tokens: Any) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Examples:
         if not isinstance(value, (Tensor, list)) or (isinstance(value, Tensor) and value.ndim == 0):
             return value
         if len(value) != batch.count and key in PER_IMAGE:
-            owners = Packing(self.model, batch.inputs).images_of_examples()
+            owners = ImageRun(self.model, batch.inputs).owners
             index = [image for example in index for image, owner in enumerate(owners) if owner == example]
         elif len(value) != batch.count:
             raise InputError(

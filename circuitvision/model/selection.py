@@ -43,32 +43,30 @@ class Selection:
         return np.flatnonzero(self.mask[row]).tolist()
 
     def box(self, left: float, top: float, right: float, bottom: float, buffer: int = 0) -> Selection:
-        """Those patches whose pixels overlap a box, and with ``buffer`` their neighbours up to that many patches away.
+        """Those positions that hold a patch whose pixels overlap a box, and with ``buffer`` also its neighbours up to that many patches away.
 
-        The box is in the frame of ``tokens.box``: pixels of the tensor the tower reads, or of the original image where there are tiles.
+        A position that mixes several patches belongs to the box if any of them does. The box is in the frame of ``tokens.box``: pixels of the
+        tensor the tower reads, or of the original image where there are tiles.
         """
         if right <= left or bottom <= top:
             raise InputError(
                 f"A box is (left, top, right, bottom) with left < right and top < bottom, not {(left, top, right, bottom)}."
             )
-        pixels = self.tokens.box
-        with np.errstate(invalid="ignore"):
-            hit = (
-                (pixels[..., 0] < right) & (pixels[..., 2] > left) & (pixels[..., 1] < bottom) & (pixels[..., 3] > top)
-            )
-        hit &= self.mask & (self.tokens.kind == "patch")
+        patches = self.mask & (self.tokens.kind == "patch")
+        sets = self.tokens.patches
+        hit = self.tokens.overlapping((left, top, right, bottom)) & patches[sets.row, sets.position]
         if buffer:
-            hit = self._grown(hit, buffer) & self.mask
-        return self._with(hit, f"box({left:g}, {top:g}, {right:g}, {bottom:g})")
+            hit = self._grown(hit, buffer)
+        return self._with(sets.mask(hit, patches.shape) & patches, f"box({left:g}, {top:g}, {right:g}, {bottom:g})")
 
     def _grown(self, hit: np.ndarray, buffer: int) -> np.ndarray:
-        tokens, grown = self.tokens, hit.copy()
-        for row, position in zip(*hit.nonzero(), strict=True):
-            near = (tokens.kind[row] == "patch") & (tokens.image_number[row] == tokens.image_number[row, position])
-            near &= tokens.tile[row] == tokens.tile[row, position]
-            for axis in (tokens.patch_row[row], tokens.patch_col[row]):
-                near &= np.abs(axis - axis[position]) <= buffer
-            grown[row] |= near
+        """The entries of patches up to ``buffer`` away from those that were hit, in the same row of the vision tower."""
+        sets, grown = self.tokens.patches, hit.copy()
+        places = np.stack([sets.row, sets.source_row, sets.patch_row, sets.patch_col], axis=1)
+        for row, source_row, down, across in np.unique(places[hit], axis=0):
+            near = (sets.row == row) & (sets.source_row == source_row)
+            near &= (np.abs(sets.patch_row - down) <= buffer) & (np.abs(sets.patch_col - across) <= buffer)
+            grown |= near
         return grown
 
     def kind(self, kind: str | Sequence[str]) -> Selection:
@@ -77,11 +75,15 @@ class Selection:
         return self._with(self.mask & found, kind if isinstance(kind, str) else "+".join(kind))
 
     def patch(self, row: int | None = None, col: int | None = None) -> Selection:
-        """The patches of one row or column of the image's grid, or the one patch where both are given."""
-        hit = self.mask & (self.tokens.kind == "patch")
-        hit = hit if row is None else hit & (self.tokens.patch_row == row)
-        hit = hit if col is None else hit & (self.tokens.patch_col == col)
-        return self._with(hit, f"patch({row}, {col})")
+        """The positions that hold a patch of one row or column of the image's grid, or the one patch where both are given.
+
+        A position that mixes several patches belongs to each of them.
+        """
+        sets = self.tokens.patches
+        hit = np.ones(len(sets.row), bool) if row is None else sets.patch_row == row
+        hit = hit if col is None else hit & (sets.patch_col == col)
+        patches = self.mask & (self.tokens.kind == "patch")
+        return self._with(sets.mask(hit, patches.shape) & patches, f"patch({row}, {col})")
 
     def last(self) -> Selection:
         """The last selected position of every row."""
@@ -108,7 +110,7 @@ class Selection:
         return Selection(self.tokens, self.mask & ~self._other(other), f"({self.label} - {other.label})")
 
     def __invert__(self) -> Selection:
-        return Selection(self.tokens, ~self.mask & (self.tokens.kind != "padding"), f"~{self.label}")
+        return Selection(self.tokens, ~self.mask & ~np.isin(self.tokens.kind, ("padding", "dropped")), f"~{self.label}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Selection) and other.tower == self.tower and np.array_equal(self.mask, other.mask)
