@@ -221,11 +221,14 @@ class HookedModel(TextTools):
         if self._recorded_inputs is not None:
             self._recorded_inputs.append(dict(mapping))
 
+    def _bypassed(self, mapping: Mapping[str, Any]) -> frozenset[str]:
+        return inputs.bypassed_sites(self, mapping)
+
     def _forward(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Tensor:
         if kwargs:
             inputs.check_names(self, kwargs)
         self._ran(mapping)
-        with self.engine.run():
+        with self.engine.run(self._bypassed(mapping)):
             output = self.module(**mapping, **kwargs)
         return output[self.family.output] if isinstance(output, Mapping) else getattr(output, self.family.output)
 
@@ -428,7 +431,7 @@ class HookedModel(TextTools):
             raise InputError("Edits count positions by the cache: leave use_cache on.")
         self._passes_recorded = True
         self._ran(mapping)
-        with self._edited(binder, bound), self.engine.run():
+        with self._edited(binder, bound), self.engine.run(self._bypassed(mapping)):
             return module.generate(**mapping, **kwargs)
 
     def sample_actions(
