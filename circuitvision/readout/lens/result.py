@@ -38,6 +38,7 @@ class LensResult(Result):
     measure: str = "logit"
     ids: Tensor = field(default_factory=_none)
     places: Tensor = field(default_factory=_none)
+    shares: Tensor = field(default_factory=_none)
     example: list[int] = field(default_factory=list)
     norm: str = "own"
     ranks: Tensor = field(default_factory=_none)
@@ -119,7 +120,14 @@ class LensResult(Result):
         for name in ("example", "words", "kinds"):
             cut[name] = getattr(self, name)[row : row + 1]
         axes = {**self.axes, "row": [self.axes["row"][row]]}
-        return replace(self, values=self.values.narrow(at, row, 1), axes=axes, places=self.places[row : row + 1], **cut)
+        return replace(
+            self,
+            values=self.values.narrow(at, row, 1),
+            axes=axes,
+            places=self.places[row : row + 1],
+            shares=self.shares[row : row + 1],
+            **cut,
+        )
 
     def patch_grid(
         self, layer: Any, row: int = 0, image: int = 0, tile: int | None = None, target: Any = None
