@@ -279,7 +279,7 @@ def lens_finding(found: Quickstart) -> str:
     last = apart["language"][:, 0, -1]
     layers = clean[1].axes["layer"]
     first = next((layer for layer, share in zip(layers, last.tolist(), strict=True) if share >= 0.5), layers[-1])
-    patches = torch.cat([apart[one.tower][:, one.places[..., 2] >= 0].flatten() for one in clean])
+    patches = torch.cat([apart[one.tower][:, one.places[..., 0] >= 0].flatten() for one in clean])
     where = (
         "at the last word from the input on" if first == "input" else f"at the last word from language layer {first} on"
     )

@@ -9,7 +9,6 @@ register_family(
         name="clip",
         classes=("CLIPModel",),
         output="logits_per_image",
-        image_layout="single",
         towers=(
             TowerSpec(
                 "vision",
@@ -34,7 +33,6 @@ register_family(
         classes=("CLIPForImageClassification",),
         output="logits",
         auto_class="AutoModelForImageClassification",
-        image_layout="single",
         towers=(
             TowerSpec(
                 "vision",
@@ -51,7 +49,6 @@ register_family(
         classes=("CLIPVisionModelWithProjection",),
         output="image_embeds",
         auto_class="CLIPVisionModelWithProjection",
-        image_layout="single",
         towers=(
             TowerSpec(
                 "vision",
@@ -67,7 +64,6 @@ register_family(
         classes=("CLIPVisionModel",),
         output="last_hidden_state",
         auto_class="CLIPVisionModel",
-        image_layout="single",
         towers=(TowerSpec("vision", readout=Readout(normed=False)),),
     )
 )

@@ -10,7 +10,6 @@ register_family(
         classes=("DeiTForImageClassification",),
         output="logits",
         auto_class="AutoModelForImageClassification",
-        image_layout="single",
         towers=(TowerSpec("vision", root="deit", readout=Readout(pool="cls", head="classifier", reads=("cls",))),),
     )
 )
@@ -20,7 +19,6 @@ register_family(
         classes=("DeiTForImageClassificationWithTeacher",),
         output="logits",
         auto_class="AutoModelForImageClassification",
-        image_layout="single",
         towers=(
             TowerSpec(
                 "vision",
@@ -41,7 +39,6 @@ register_family(
         name="deit_headless",
         classes=("DeiTModel",),
         output="last_hidden_state",
-        image_layout="single",
         towers=(TowerSpec("vision"),),
     )
 )

@@ -12,7 +12,6 @@ register_family(
         classes=("Dinov2ForImageClassification",),
         output="logits",
         auto_class="AutoModelForImageClassification",
-        image_layout="single",
         towers=(TowerSpec("vision", root="dinov2", readout=_READOUT),),
     )
 )
@@ -22,7 +21,6 @@ register_family(
         classes=("Dinov2WithRegistersForImageClassification",),
         output="logits",
         auto_class="AutoModelForImageClassification",
-        image_layout="single",
         towers=(TowerSpec("vision", root="dinov2_with_registers", readout=_READOUT),),
     )
 )
@@ -31,7 +29,6 @@ register_family(
         name="dinov2_headless",
         classes=("Dinov2Model", "Dinov2WithRegistersModel"),
         output="last_hidden_state",
-        image_layout="single",
         towers=(TowerSpec("vision"),),
     )
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from circuitvision.model.packing import AnyRes, Flat
 from circuitvision.model.spec import Family, Readout, TowerSpec, register_family, saved_settings
 
 
@@ -43,10 +44,10 @@ _TOWERS = (
     TowerSpec("language", root="model.language_model", config="text_config", readout=Readout(head="lm_head")),
 )
 
-for _name, _class, _layout in (
-    ("llava", "LlavaForConditionalGeneration", "flat"),
-    ("llava_next", "LlavaNextForConditionalGeneration", "anyres"),
-    ("llava_onevision", "LlavaOnevisionForConditionalGeneration", "anyres"),
+for _name, _class, _packing in (
+    ("llava", "LlavaForConditionalGeneration", Flat()),
+    ("llava_next", "LlavaNextForConditionalGeneration", AnyRes()),
+    ("llava_onevision", "LlavaOnevisionForConditionalGeneration", AnyRes()),
 ):
     register_family(
         Family(
@@ -55,7 +56,7 @@ for _name, _class, _layout in (
             output="logits",
             auto_class="AutoModelForImageTextToText",
             projector="model.multi_modal_projector",
-            image_layout=_layout,  # type: ignore[arg-type]
+            packing=_packing,
             image_token=("image_token_id", "image_token_index"),
             processor=load_onevision_processor if _name == "llava_onevision" else None,
             towers=_TOWERS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from circuitvision.model.packing import Flat
 from circuitvision.model.spec import Family, Readout, TowerSpec, register_family
 
 register_family(
@@ -11,7 +12,7 @@ register_family(
         output="logits",
         auto_class="AutoModelForImageTextToText",
         projector="model.multi_modal_projector",
-        image_layout="flat",
+        packing=Flat(),
         image_token=("image_token_id", "image_token_index"),
         towers=(
             TowerSpec(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from circuitvision.model.packing import Cameras
 from circuitvision.model.spec import Family, Readout, TowerSpec, register_family, saved_settings
 
 
@@ -25,7 +26,7 @@ register_family(
         output="logits",
         auto_class="PI0ForConditionalGeneration",
         projector="model.vlm.multi_modal_projector",
-        image_layout="cameras",
+        packing=Cameras(),
         image_token=("vlm_config.image_token_id", "vlm_config.image_token_index"),
         required=("noise", "timestep"),
         processor=load_processor,

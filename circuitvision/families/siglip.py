@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from circuitvision.model.packing import Packing, Patches
 from circuitvision.model.spec import Family, Readout, TowerSpec, register_family
 
 _TEXT = TowerSpec(
@@ -22,13 +23,13 @@ def _vision(root: str, config: str) -> TowerSpec:
     )
 
 
-for _name, _prefix in (("siglip", "Siglip"), ("siglip2", "Siglip2")):
+for _name, _prefix, _packing in (("siglip", "Siglip", Packing()), ("siglip2", "Siglip2", Patches())):
     register_family(
         Family(
             name=_name,
             classes=(f"{_prefix}Model",),
+            packing=_packing,
             output="logits_per_image",
-            image_layout="single",
             text_padding="max_length",
             image_settings=("patch_size", "max_num_patches") if _name == "siglip2" else (),
             towers=(_vision("vision_model", "vision_config"), _TEXT),
@@ -38,9 +39,9 @@ for _name, _prefix in (("siglip", "Siglip"), ("siglip2", "Siglip2")):
         Family(
             name=f"{_name}_vision",
             classes=(f"{_prefix}VisionModel",),
+            packing=_packing,
             output="last_hidden_state",
             auto_class=f"{_prefix}VisionModel",
-            image_layout="single",
             towers=(_vision("", ""),),
         )
     )
@@ -48,9 +49,9 @@ for _name, _prefix in (("siglip", "Siglip"), ("siglip2", "Siglip2")):
         Family(
             name=f"{_name}_classifier",
             classes=(f"{_prefix}ForImageClassification",),
+            packing=_packing,
             output="logits",
             auto_class="AutoModelForImageClassification",
-            image_layout="single",
             towers=(
                 TowerSpec(
                     "vision",

@@ -10,7 +10,6 @@ register_family(
         classes=("ViTForImageClassification",),
         output="logits",
         auto_class="AutoModelForImageClassification",
-        image_layout="single",
         towers=(TowerSpec("vision", root="vit", readout=Readout(pool="cls", head="classifier", reads=("cls",))),),
     )
 )
@@ -19,7 +18,6 @@ register_family(
         name="vit_headless",
         classes=("ViTModel",),
         output="last_hidden_state",
-        image_layout="single",
         towers=(TowerSpec("vision"),),
     )
 )

@@ -25,7 +25,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.tokens import Packing
+from circuitvision.model.packing import ImageRun
 
 if TYPE_CHECKING:
     from circuitvision.model import HookedModel, Tower
@@ -123,7 +123,7 @@ class Examples:
         if not isinstance(value, (Tensor, list)) or (isinstance(value, Tensor) and value.ndim == 0):
             return value
         if len(value) != batch.count and key in PER_IMAGE:
-            owners = Packing(self.model, batch.inputs).images_of_examples()
+            owners = ImageRun(self.model, batch.inputs).owners
             index = [image for example in index for image, owner in enumerate(owners) if owner == example]
         elif len(value) != batch.count:
             raise InputError(

@@ -145,9 +145,10 @@ def past_length(inputs: Mapping[str, Any]) -> int:
         raise InputError(
             f"past_key_values is a {type(past).__name__}; give the cache that a run with use_cache=True returned."
         )
-    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > ids.shape[1]:
-        return int(mask.shape[1] - ids.shape[1])
+    read, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    read = inputs.get("inputs_embeds") if read is None else read
+    if isinstance(read, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > read.shape[1]:
+        return int(mask.shape[1] - read.shape[1])
     return int(past.get_seq_length())
 
 
@@ -157,6 +158,21 @@ def holds_past(inputs: Mapping[str, Any]) -> bool:
     if not isinstance(ids, Tensor) or not past or ids.shape[1] <= past:
         return False
     return isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == ids.shape[1]
+
+
+def new_positions(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs with the ids and the mask of the positions that a run computes, where it continues a cache."""
+    past = past_length(inputs)
+    if not past:
+        return inputs
+    new = {**inputs, "past_key_values": None}
+    if holds_past(inputs):
+        new["input_ids"] = inputs["input_ids"][:, past:]
+    read, mask = new.get("input_ids"), inputs.get("attention_mask")
+    read = new.get("inputs_embeds") if read is None else read
+    if isinstance(read, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2:
+        new["attention_mask"] = mask[:, mask.shape[1] - read.shape[1] :]
+    return new
 
 
 def prefix_of(model: HookedModel, name: str) -> str:

@@ -308,11 +308,14 @@ class HookedModel(TextTools):
         self._state.check(hooked=bool(self.engine.stack))
         self._ran(mapping)
         watch = stream.watched(self.towers) if self._watch_stream else contextlib.nullcontext()
-        with self.engine.run(), watch:
+        with self.engine.run(self._bypassed(mapping)), watch:
             yield
         if self._watch_stream:
             self._watch_stream = False
             self._seen_streams.add(frozenset(mapping))
+
+    def _bypassed(self, mapping: Mapping[str, Any]) -> frozenset[str]:
+        return input_checks.bypassed_sites(self, mapping)
 
     def _forward(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Tensor:
         if kwargs:

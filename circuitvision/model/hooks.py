@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -377,10 +377,10 @@ class HookEngine:
     # -- one run -------------------------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def run(self) -> Iterator[None]:
+    def run(self, bypassed: Collection[str] = ()) -> Iterator[None]:
         """One run of the model (one forward, or all passes of generate): counts passes, and checks at the end that every site fired.
 
-        Raises HookError if hooks of another thread are in place.
+        ``bypassed`` names sites that these inputs leave out. Raises HookError if hooks of another thread are in place.
         """
         self.check_thread()
         if not self.stack:
@@ -393,7 +393,7 @@ class HookEngine:
         try:
             yield
             if not outer:
-                self._check_fired()
+                self._check_fired(bypassed)
         finally:
             self.in_run = outer
             if not outer:
@@ -403,12 +403,12 @@ class HookEngine:
         for stash in self._plan.stashes if self._plan is not None else ():
             stash.kept.clear()
 
-    def _check_fired(self) -> None:
+    def _check_fired(self, bypassed: Collection[str]) -> None:
         if self._plan is None:
             return
         passes, fired, tower_of = self.passes, self.fired, self._plan.tower_of
         for name, tower in tower_of.items():
-            if fired.get(name, 0) != passes.get(tower, 0):
+            if fired.get(name, 0) != passes.get(tower, 0) and name not in bypassed:
                 raise HookError(
                     f"{name} fired {fired.get(name, 0)} times in {passes.get(tower, 0)} passes of its tower; its edits cannot be trusted."
                 )

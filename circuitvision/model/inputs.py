@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError, nearest
-from circuitvision.model.axes import holds_past, past_length
+from circuitvision.model.axes import new_positions, past_length
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.tokens import Packing
+from circuitvision.model.packing import ImageRun
+from circuitvision.model.patches import pair
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.tower import Tower
 
 
 def as_mapping(model: HookedModel, inputs: Any) -> dict[str, Any]:
@@ -79,11 +82,11 @@ def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
     _check_devices(model, inputs)
     _check_mask(model, inputs)
     _check_lengths(model, inputs)
-    pixels = inputs.get("pixel_values")
-    if isinstance(pixels, Tensor):
-        _check_images(model, inputs, pixels)
-    if inputs.get("input_ids") is not None and model.image_token_id is not None:
-        _check_image_tokens(model, inputs, pixels)
+    # What a cache holds was checked when it was filled.
+    run = ImageRun(model, new_positions(inputs))
+    if run.pixels is not None:
+        _check_images(model, run, run.pixels)
+    _check_image_tokens(model, run)
 
 
 def check_keywords(model: HookedModel, keywords: Mapping[str, Any]) -> None:
@@ -185,6 +188,18 @@ def _check_settings(model: HookedModel, inputs: Mapping[str, Any]) -> None:
             raise InputError(f"{select}={inputs[select]!r} is not understood: 'default' (no class token) or 'full'.")
 
 
+def bypassed_sites(model: HookedModel, inputs: Mapping[str, Any]) -> frozenset[str]:
+    """Sites that these inputs leave out: with ``inputs_embeds`` no token is looked up. Raises InputError if one of them is asked for by name."""
+    if inputs.get("inputs_embeds") is None or inputs.get("input_ids") is not None:
+        return frozenset()
+    sites = frozenset(f"{name}.hook_embed" for name, tower in model.towers.items() if not tower.stack.image)
+    asked = sites & frozenset().union(*(one.exact for one in model.engine.stack))
+    if asked:
+        name = min(asked)
+        raise InputError(f"{name} does not run: inputs_embeds takes its place. Take {name.removesuffix('embed')}input.")
+    return sites
+
+
 def _check_devices(model: HookedModel, inputs: Mapping[str, Any]) -> None:
     if hasattr(model.module, "hf_device_map"):
         return
@@ -195,18 +210,25 @@ def _check_devices(model: HookedModel, inputs: Mapping[str, Any]) -> None:
 
 
 def _check_mask(model: HookedModel, inputs: Mapping[str, Any]) -> None:
-    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor):
-        return
+    mask = inputs.get("attention_mask")
+    for name in ("input_ids", "inputs_embeds"):
+        read = inputs.get(name)
+        if isinstance(read, Tensor) and isinstance(mask, Tensor):
+            _check_mask_of(model, inputs, name, read.shape[:2], mask)
+
+
+def _check_mask_of(
+    model: HookedModel, inputs: Mapping[str, Any], name: str, shape: tuple[int, ...], mask: Tensor
+) -> None:
     if mask.ndim == 4 and mask.dtype == torch.bool:
         _check_boolean(model)
-    if mask.ndim != 2 or mask.shape == ids.shape:
+    if mask.ndim != 2 or mask.shape == shape:
         return
     past = past_length(inputs)
-    if mask.shape != (ids.shape[0], past + ids.shape[1]) or (past and past != _cached(inputs)):
+    if mask.shape != (shape[0], past + shape[1]) or (past and past != _cached(inputs)):
         held = f" behind {_cached(inputs)} positions in past_key_values" if past else ""
         wanted = "it covers both" if past else "they must be equal"
-        raise InputError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}{held}; {wanted}.")
+        raise InputError(f"attention_mask has shape {tuple(mask.shape)}, {name} {tuple(shape)}{held}; {wanted}.")
 
 
 def _cached(inputs: Mapping[str, Any]) -> int:
@@ -237,66 +259,59 @@ def _check_lengths(model: HookedModel, inputs: Mapping[str, Any]) -> None:
                 )
 
 
-def _check_images(model: HookedModel, inputs: Mapping[str, Any], pixels: Tensor) -> None:
-    tower = next(tower for tower in model.towers.values() if tower.stack.image)
+def _check_images(model: HookedModel, run: ImageRun, pixels: Tensor) -> None:
+    model.family.packing.check(run)
+    tower = run.tower
     if tower.stack.position == "resized":
-        absent = [name for name in ("pixel_attention_mask", "spatial_shapes") if name not in inputs]
-        if absent:
-            raise InputError(
-                f"This tower reads patches of any grid and needs {' and '.join(absent)} beside pixel_values."
-            )
         return
-    if pixels.ndim not in (4, 5):
-        raise InputError(f"pixel_values must be [image, channel, height, width], got shape {tuple(pixels.shape)}.")
     config: Any = tower.config
     channels = getattr(config, "num_channels", 3)
     if pixels.shape[-3] != channels:
         raise InputError(
-            f"pixel_values has {pixels.shape[-3]} channels, the model reads {channels}; its layout is [image, channel, height, width]."
+            f"pixel_values has {pixels.shape[-3]} channels, the model reads {channels}; its layout is {run.packing.layout}."
         )
-    height, width = pixels.shape[-2:]
-    patch = tower.cfg.patch_size or 1
-    if tower.stack.position == "grid_always" or inputs.get("interpolate_pos_encoding"):
-        if height % patch or width % patch:
-            raise InputError(
-                f"An image of {height}x{width} pixels is not a whole number of patches of {patch}; resize it to multiples of {patch}."
-            )
+    size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+    expected = pair(getattr(config, "image_size", size))
+    always = tower.stack.position == "grid_always"
+    if always or run.inputs.get("interpolate_pos_encoding"):
+        _check_interpolation(tower, size, expected, always)
+    elif size != expected:
+        hint = "" if model.image_token_id is not None else ", or pass interpolate_pos_encoding=True"
+        raise InputError(
+            f"The image is {size[0]}x{size[1]} pixels, the model reads {expected[0]}x{expected[1]}: resize it (model.inputs does){hint}."
+        )
+
+
+def _check_interpolation(tower: Tower, size: tuple[int, int], expected: tuple[int, int], always: bool) -> None:
+    """Raise InputError where the position table cannot be stretched to a picture of this size."""
+    assert tower.patch_embedding is not None
+    rows, columns = tower.patch_embedding.grid(*size)
+    table = tower.cfg.grid or (rows, columns)
+    count = table[0] * table[1]
+    as_it_is = always and rows * columns == count and size[0] == size[1]
+    stretched = math.isqrt(count) ** 2 == count and (always or isinstance(tower.config.patch_size, int))
+    if as_it_is or stretched:
         return
-    assert tower.cfg.grid is not None
-    expected = (tower.cfg.grid[0] * patch, tower.cfg.grid[1] * patch)
-    size = getattr(config, "image_size", expected)
-    expected = (size, size) if isinstance(size, int) else tuple(size)
-    if (height, width) != expected:
-        free = model.family.image_layout == "single"
-        hint = "resize it (model.inputs does)" + (", or pass interpolate_pos_encoding=True" if free else "")
-        raise InputError(f"The image is {height}x{width} pixels, the model reads {expected[0]}x{expected[1]}: {hint}.")
+    raise InputError(
+        f"This tower's position table ({table[0]}x{table[1]} patches of {tower.cfg.patch_size}) cannot be stretched to a picture of "
+        f"{size[0]}x{size[1]} pixels: transformers stretches square tables of square patches only. Resize the picture to "
+        f"{expected[0]}x{expected[1]} and leave interpolate_pos_encoding out."
+    )
 
 
-def _check_image_tokens(model: HookedModel, inputs: Mapping[str, Any], pixels: Any) -> None:
-    ids: Tensor = inputs["input_ids"]
-    # What a cache holds was checked when it was filled.
-    ids = ids[:, past_length(inputs) :] if holds_past(inputs) else ids
-    counts = ids.eq(model.image_token_id or 0).sum(-1)
-    found = int(counts.sum())
+def _check_image_tokens(model: HookedModel, run: ImageRun) -> None:
+    placeholders = run.placeholders
+    if placeholders is None:
+        return
+    found = int(placeholders.sum())
     name = model.image_token or "the image token"
-    if pixels is None:
+    if run.pixels is None:
         if found:
             raise InputError(f"The prompt holds {found} image tokens ({name}) but there are no pixel_values.")
-        return
-    if found == 0:
+    elif found == 0:
         raise InputError(f"There are images but no image token in the prompt: put {name} where each image belongs.")
-    packing = Packing(model, inputs)
-    if packing.layout == "cameras":
-        return
-    if packing.layout == "flat":
-        expected = sum(len(order) for order, _ in (packing.order(image) for image in range(len(packing.tiles))))
     else:
-        expected = sum(len(packing.order(image)[0]) for image in range(len(packing.tiles)))
-    if found != expected:
-        raise InputError(
-            f"The prompts hold {found} image tokens, {len(packing.tiles)} image(s) make {expected}: "
-            f"repeat {name} once per patch token (the processor does), and give as many images as the prompts name."
-        )
+        run.packing.check_tokens(run)
 
 
 def seeded_noise(model: HookedModel, inputs: Mapping[str, Any], seed: int) -> dict[str, Tensor]:

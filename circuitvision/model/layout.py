@@ -18,6 +18,7 @@ from circuitvision.model.points import (
     HeadInput,
     HeadResult,
     Input,
+    Lookup,
     NormNormalized,
     NormScale,
     Output,
@@ -84,7 +85,8 @@ def _tower_points(tower: Tower) -> Iterator[Point]:
         embed = require(tower.module, tower.spec.embed, "embedding")
     else:
         embed = require(tower.root, stack.embed, "embedding")
-    yield Output(f"{name}.hook_embed", embed, "post")
+    point = Output if stack.image or tower.spec.embed is not None else Lookup
+    yield point(f"{name}.hook_embed", embed, "post")
     if stack.position != "none":
         adder = require(tower.root, stack.embeddings or "", "embeddings")
         n_inserted = sum(kind == "register" for kind in tower.prefix_kinds)

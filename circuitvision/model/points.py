@@ -233,6 +233,20 @@ class Output(Point):
 
 
 @dataclass(eq=False)
+class Lookup(Output):
+    """A token embedding's output. A single token that is looked up beside the prompt has no position and fires nothing: models find the image's
+    places among ``inputs_embeds`` that way."""
+
+    @property
+    def whole(self) -> bool:
+        return False
+
+    def apply(self, call: Call, fire: Fire) -> None:
+        if call.tensor().ndim > 2:
+            super().apply(call, fire)
+
+
+@dataclass(eq=False)
 class SharedInput(Point):
     """The module's input, edited in place so that whoever else holds the tensor sees the edit."""
 

@@ -50,7 +50,9 @@ class Selection:
         bottom: float | None = None,
         buffer: int = 0,
     ) -> Selection:
-        """Those patches whose pixels overlap a box, and with ``buffer`` their neighbours up to that many patches away.
+        """Those positions that hold a patch whose pixels overlap a box, and with ``buffer`` also its neighbours up to that many patches away.
+
+        A position that mixes several patches belongs to the box if any of them does.
 
         One box ``(left, top, right, bottom)`` lies at the same place in every picture. ``box(boxes)`` gives each its own: an array ``[row, 4]`` or
         ``[example, 4]``, or a list of boxes in which None stands for none. The box is in the frame of ``tokens.box``: pixels of the tensor the tower
@@ -59,14 +61,13 @@ class Selection:
         Raises InputError for boxes without area, or neither one per row nor one per example.
         """
         edges, label = self._edges(left, top, right, bottom)
-        x0, y0, x1, y1 = (edges[:, side, None] for side in range(4))
-        pixels = self.tokens.box
-        with np.errstate(invalid="ignore"):
-            hit = (pixels[..., 0] < x1) & (pixels[..., 2] > x0) & (pixels[..., 1] < y1) & (pixels[..., 3] > y0)
-        hit &= self.mask & (self.tokens.kind == "patch")
+        patches = self.mask & (self.tokens.kind == "patch")
+        sets = self.tokens.patches
+        own = np.broadcast_to(edges, (self.tokens.n_rows, 4))[sets.row]
+        hit = self.tokens.overlapping(own) & patches[sets.row, sets.position]
         if buffer:
-            hit = self._grown(hit, buffer) & self.mask
-        return self._with(hit, label)
+            hit = self._grown(hit, buffer)
+        return self._with(sets.mask(hit, patches.shape) & patches, label)
 
     def _edges(self, first: Any, top: Any, right: Any, bottom: Any) -> tuple[np.ndarray, str]:
         """The box of every row, ``[row or 1, 4]`` (NaN: none), and how it was asked for."""
@@ -108,13 +109,13 @@ class Selection:
         return edges if len(edges) == tokens.n_rows else edges[tokens.example]
 
     def _grown(self, hit: np.ndarray, buffer: int) -> np.ndarray:
-        tokens, grown = self.tokens, hit.copy()
-        for row, position in zip(*hit.nonzero(), strict=True):
-            near = (tokens.kind[row] == "patch") & (tokens.image_number[row] == tokens.image_number[row, position])
-            near &= tokens.tile[row] == tokens.tile[row, position]
-            for axis in (tokens.patch_row[row], tokens.patch_col[row]):
-                near &= np.abs(axis - axis[position]) <= buffer
-            grown[row] |= near
+        """The entries of patches up to ``buffer`` away from those that were hit, in the same row of the vision tower."""
+        sets, grown = self.tokens.patches, hit.copy()
+        places = np.stack([sets.row, sets.source_row, sets.patch_row, sets.patch_col], axis=1)
+        for row, source_row, down, across in np.unique(places[hit], axis=0):
+            near = (sets.row == row) & (sets.source_row == source_row)
+            near &= (np.abs(sets.patch_row - down) <= buffer) & (np.abs(sets.patch_col - across) <= buffer)
+            grown |= near
         return grown
 
     def kind(self, kind: str | Sequence[str]) -> Selection:
@@ -123,11 +124,15 @@ class Selection:
         return self._with(self.mask & found, kind if isinstance(kind, str) else "+".join(kind))
 
     def patch(self, row: int | None = None, col: int | None = None) -> Selection:
-        """The patches of one row or column of the image's grid, or the one patch where both are given."""
-        hit = self.mask & (self.tokens.kind == "patch")
-        hit = hit if row is None else hit & (self.tokens.patch_row == row)
-        hit = hit if col is None else hit & (self.tokens.patch_col == col)
-        return self._with(hit, f"patch({row}, {col})")
+        """The positions that hold a patch of one row or column of the image's grid, or the one patch where both are given.
+
+        A position that mixes several patches belongs to each of them.
+        """
+        sets = self.tokens.patches
+        hit = np.ones(len(sets.row), bool) if row is None else sets.patch_row == row
+        hit = hit if col is None else hit & (sets.patch_col == col)
+        patches = self.mask & (self.tokens.kind == "patch")
+        return self._with(sets.mask(hit, patches.shape) & patches, f"patch({row}, {col})")
 
     def last(self) -> Selection:
         """The last selected position of every row."""

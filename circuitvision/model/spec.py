@@ -14,13 +14,14 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
 from torch import nn
 
 from circuitvision.errors import UnsupportedModelError
+from circuitvision.model.packing import Packing
 from circuitvision.model.weights import computing
 
 Path = str | tuple[str, ...]
@@ -135,7 +136,8 @@ class Family:
     towers: tuple[TowerSpec, ...]
     output: str
     projector: Path | None = None
-    image_layout: Literal["none", "single", "flat", "anyres", "cameras"] = "none"
+    packing: Packing = field(default_factory=Packing)
+    """How images become rows of the vision tower and positions of prompts."""
     image_token: tuple[str, ...] = ()
     """Config attributes that hold the image token id, the first that exists."""
     required: tuple[str, ...] = ()

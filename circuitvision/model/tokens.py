@@ -1,11 +1,12 @@
 """Token geometry: what every position of every tower is, and which pixels, words or cameras it came from.
 
 A :class:`TokenMap` describes the rows of one tower in one run. Rows of a vision tower are images, tiles or cameras, not examples: ``example``
-says which example a row belongs to. Where a model packs image tokens (tiles, unpadding, newline tokens), its own packing function is run on patch
-*numbers* instead of features, so the map is the packing and not a copy of its arithmetic.
+says which example a row belongs to. A position holds a weighted *set* of patches (:class:`PatchSets`): one in most models, several where tiles are
+interpolated. What the model's packing does is measured on the packing function itself, see :mod:`circuitvision.model.packing`.
 
 Pixel boxes are (left, top, right, bottom): in the pixels of the tensor the tower reads, or, for tiled images, in the pixels of the original image.
-Not covered: processors that crop before the tensor exists; a box never leaves the tensor's frame.
+They hold the pixels that are read and no others, and end where the picture ends: patches of padding have none. Of other images,
+:func:`circuitvision.model.pictures.boxes_in_pictures` finds the boxes in the original.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.axes import holds_past, past_length
+from circuitvision.model.axes import new_positions, past_length
+from circuitvision.model.packing import ImageRun
+from circuitvision.model.patches import Array, union
 from circuitvision.model.selection import Selection
-from circuitvision.model.settings import setting
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -36,13 +38,95 @@ KINDS = (
     "text",
     "state",
     "action",
+    "unknown",
     "padding",
     "dropped",
-    "unknown",
 )
+"""``unknown``: a position that was given as an embedding; ``dropped``: a row of the vision tower that no prompt reads (an absent camera)."""
 ABSENT = ("padding", "dropped")
-"""Kinds of positions that hold nothing: what fills up a row, a grid or a batch, and images that are not there."""
-Array = np.ndarray
+"""Kinds of positions that stand for nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class PatchSets:
+    """Which patches every position of a tower holds, as entries sorted by row and position; every array is ``[entry]`` (boxes ``[entry, 4]``).
+
+    Entry ``i`` says that position ``(row[i], position[i])`` holds ``weight[i]`` of a patch: position ``source_position[i]`` of row
+    ``source_row[i]`` of the vision tower, which is patch ``(patch_row[i], patch_col[i])`` of that row's grid. Weights are those of the model's
+    packing function, so a position is the weighted sum of projected patches.
+    """
+
+    row: Array
+    position: Array
+    source_row: Array
+    source_position: Array
+    patch_row: Array
+    patch_col: Array
+    weight: Array
+    box: Array
+    """In the frame of ``TokenMap.box``."""
+    pixels: Array
+    """In the pixels of the tensor that the row of the vision tower reads."""
+
+    @classmethod
+    def none(cls) -> PatchSets:
+        """No patch anywhere."""
+        whole, edges = np.zeros(0, int), np.zeros((0, 4))
+        return cls(whole, whole, whole, whole, whole, whole, np.zeros(0), edges, edges)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Sequence[Array]]) -> PatchSets:
+        """Entries of several parts, each a tuple of the fields."""
+        if not parts:
+            return cls.none()
+        found = cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+        order = np.lexsort((found.source_position, found.source_row, found.position, found.row))
+        return cls(*found.taken(order))
+
+    def taken(self, entries: Array) -> tuple[Array, ...]:
+        """All fields at some entries."""
+        return tuple(value[entries] for value in vars(self).values())
+
+    def of(self, row: int, position: int) -> list[tuple[int, int, int, float]]:
+        """The patches of one position: (row of the vision tower, patch row, patch column, weight)."""
+        here = (self.row == row) & (self.position == position)
+        fields = (self.source_row, self.patch_row, self.patch_col, self.weight)
+        return list(zip(*(value[here].tolist() for value in fields), strict=True))
+
+    def mask(self, entries: Array, shape: tuple[int, ...]) -> Array:
+        """The positions that hold any of some entries (bool ``[entry]``): bool ``[row, pos]``."""
+        found = np.zeros(shape, bool)
+        found[self.row[entries], self.position[entries]] = True
+        return found
+
+    def by_position(self, shape: tuple[int, ...]) -> Array:
+        """The number of the last entry of every position, ``[row, pos]``; −1 where it holds no patch."""
+        found = np.full(shape, -1)
+        found[self.row, self.position] = np.arange(len(self.row))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """What each row of the vision tower shows; every array is ``[source_row, …]``."""
+
+    image: Array
+    """Number of the image within its example."""
+    tile: Array
+    """Tile of the image, as in ``TokenMap.tile``."""
+    grid: Array
+    """Patch rows and columns."""
+    size: Array
+    """Height and width of the row's tensor."""
+    frame: Array
+    """The pixels (left, top, right, bottom) that the whole tensor covers, in the frame of ``TokenMap.box``; padding lies beyond the picture."""
+    picture: Array
+    """Height and width of the picture that boxes are counted in."""
+
+    @classmethod
+    def none(cls) -> Views:
+        """No row."""
+        return cls(np.zeros(0, int), np.zeros(0, int), *(np.zeros((0, width)) for width in (2, 2, 4, 2)))
 
 
 def present(kind: Array) -> Array:
@@ -62,13 +146,18 @@ class TokenMap:
     image_number: Array
     """Image of the example (0, 1, …) a position comes from; −1 for text and actions."""
     tile: Array
-    """Tile of the image: 0 is the whole image, tiles count from 1; for robots the camera; −1 elsewhere."""
+    """Tile of the image: 0 is the whole image, tiles count from 1; for robots the camera; −1 elsewhere, and where a position mixes tiles."""
     patch_row: Array
+    """Row of the one patch that a position holds; −1 where it holds none or several."""
     patch_col: Array
     box: Array
-    """Pixels (left, top, right, bottom); NaN where there are none."""
+    """Pixels (left, top, right, bottom) that the position's patches read, the smallest box around all; NaN where there are none."""
     text: Array
     """Text piece of a position, "" without a tokenizer."""
+    patches: PatchSets
+    """Which patches every position holds, with weights."""
+    views: Views
+    """What each row of the vision tower shows."""
     n_examples: int = 0
     """Examples of the run, those without a row in this tower too."""
 
@@ -95,6 +184,40 @@ class TokenMap:
     def n_positions(self) -> int:
         """Number of positions of a row, padding included."""
         return int(self.kind.shape[1])
+
+    @property
+    def tensor_box(self) -> Array:
+        """As ``box``, in the pixels of the tensor that the vision tower reads, ``[row, pos, 4]``; tiles of an image are tensors of their own."""
+        rows, positions = self.kind.shape
+        groups = self.patches.row * positions + self.patches.position
+        return union(self.patches.pixels, groups, rows * positions).reshape(rows, positions, 4)
+
+    @property
+    def shares(self) -> Array:
+        """As ``tensor_box``, as shares of the tensor's width and height: where a position lies in the image or tile that the model read.
+
+        NaN where a position mixes tiles.
+        """
+        return self._of_one_view(self.patches.pixels / self.views.size[self.patches.source_row][:, [1, 0, 1, 0]])
+
+    @property
+    def frames(self) -> Array:
+        """The pixels that the image or tile of every position covers, in the frame of ``box``, ``[row, pos, 4]``; NaN for none and several."""
+        return self._of_one_view(self.views.frame[self.patches.source_row])
+
+    def _of_one_view(self, boxes: Array) -> Array:
+        rows, positions = self.kind.shape
+        groups = self.patches.row * positions + self.patches.position
+        found = union(boxes, groups, rows * positions).reshape(rows, positions, 4)
+        found[self.tile < 0] = np.nan
+        return found
+
+    def overlapping(self, box: Sequence[float] | Array) -> Array:
+        """Which entries of ``patches`` read pixels inside a box (left, top, right, bottom), one for all or ``[entry, 4]``: bool ``[entry]``."""
+        left, top, right, bottom = np.moveaxis(np.asarray(box, dtype=float), -1, 0)
+        own = self.patches.box
+        with np.errstate(invalid="ignore"):
+            return (own[:, 0] < right) & (own[:, 2] > left) & (own[:, 1] < bottom) & (own[:, 3] > top)
 
     def mask(
         self,
@@ -145,10 +268,8 @@ class TokenMap:
     def in_box(
         self, left: float, top: float, right: float, bottom: float, row: int = 0, image: int | None = None
     ) -> list[int]:
-        """Patch positions of one row whose pixels overlap a box, in the frame of ``self.box``."""
-        box = self.box[row]
-        with np.errstate(invalid="ignore"):
-            hit = (box[:, 0] < right) & (box[:, 2] > left) & (box[:, 1] < bottom) & (box[:, 3] > top)
+        """Patch positions of one row that hold a patch whose pixels overlap a box, in the frame of ``self.box``."""
+        hit = self.patches.mask(self.overlapping((left, top, right, bottom)), self.kind.shape)[row]
         hit &= self.kind[row] == "patch"
         if image is not None:
             hit &= self.image_number[row] == image
@@ -166,11 +287,12 @@ class TokenMap:
         return [pos for pos, text in enumerate(self.text[row]) if _plain(text) == wanted]
 
     def labels(self, row: int = 0) -> list[str]:
-        """A short label of every position: ``r3c7`` for patches, the text piece for text, the kind otherwise."""
+        """A short label of every position: ``r3c7`` for a patch (``[patches]`` for several), the text piece for text, the kind otherwise."""
         out = []
         for pos, kind in enumerate(self.kind[row]):
             if kind == "patch":
-                out.append(f"r{self.patch_row[row, pos]}c{self.patch_col[row, pos]}")
+                r, c = self.patch_row[row, pos], self.patch_col[row, pos]
+                out.append(f"r{r}c{c}" if r >= 0 else "[patches]")
             else:
                 out.append(str(self.text[row, pos]) or f"[{kind}]")
         return out
@@ -204,6 +326,8 @@ class _Builder:
         self.patch_col = np.full((rows, positions), -1)
         self.box = np.full((rows, positions, 4), np.nan)
         self.text = np.full((rows, positions), "", dtype=object)
+        self.patches = PatchSets.none()
+        self.views = Views.none()
 
     def done(self) -> TokenMap:
         return TokenMap(**vars(self))
@@ -214,32 +338,23 @@ def token_maps(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, Token
     from circuitvision.model.routes import is_dual
 
     maps: dict[str, TokenMap] = {}
-    given, inputs = inputs, _new(inputs)
-    packing = Packing(model, inputs)
+    given, inputs = inputs, new_positions(inputs)
+    run = ImageRun(model, inputs)
+    pictures = None
+    if run.pixels is not None and (run.packing.fills_embeddings or inputs.get("inputs_embeds") is None):
+        pictures = _vision_map(run)
     for name, tower in model.towers.items():
         if tower.stack.image:
-            if inputs.get("pixel_values") is not None:
-                maps[name] = _vision_map(tower, packing)
+            if pictures is not None:
+                maps[name] = pictures
         elif name == "action":
             maps[name] = _action_map(model, tower, inputs)
-        elif inputs.get("input_ids") is not None:
-            maps[name] = _behind_past(_text_map(model, tower, inputs, packing), given)
+        elif inputs.get("input_ids") is not None or inputs.get("inputs_embeds") is not None:
+            maps[name] = _behind_past(_text_map(model, tower, run, pictures), given)
     if not is_dual(model):
         count = max((tokens.n_examples for tokens in maps.values()), default=0)
         maps = {name: replace(tokens, n_examples=count) for name, tokens in maps.items()}
     return maps
-
-
-def _new(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The inputs with the ids and the mask of the positions that a run computes, where it continues a cache."""
-    past, ids, mask = past_length(inputs), inputs.get("input_ids"), inputs.get("attention_mask")
-    if not past or ids is None:
-        return inputs
-    ids = ids[:, past:] if holds_past(inputs) else ids
-    new = {**inputs, "input_ids": ids, "past_key_values": None}
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        new["attention_mask"] = mask[:, mask.shape[1] - ids.shape[1] :]
-    return new
 
 
 def _behind_past(tokens: TokenMap, inputs: Mapping[str, Any]) -> TokenMap:
@@ -252,257 +367,100 @@ def _behind_past(tokens: TokenMap, inputs: Mapping[str, Any]) -> TokenMap:
     if isinstance(mask, Tensor) and mask.ndim == 2:
         build.kind[:, :past][~mask[:, :past].bool().cpu().numpy()] = "padding"
     for name, whole in vars(build).items():
-        if name == "example":
-            build.example = tokens.example
-        elif isinstance(whole, np.ndarray):
+        if isinstance(whole, np.ndarray) and name != "example":
             whole[:, past:] = getattr(tokens, name)
+    build.example, build.views = tokens.example, tokens.views
+    build.patches = replace(tokens.patches, position=tokens.patches.position + past)
     return build.done()
 
 
-class Packing:
-    """Which image, tile and camera every row of the vision tower is, and the order in which its patches enter the prompt."""
-
-    def __init__(self, model: HookedModel, inputs: Mapping[str, Any]) -> None:
-        self.model, self.inputs = model, inputs
-        self.layout = model.family.image_layout
-        self.pixels: Tensor | None = inputs.get("pixel_values")
-        self.tiles = self._tiles_of_images()
-
-    @property
-    def tower(self) -> Tower:
-        """The vision tower."""
-        return next(tower for tower in self.model.towers.values() if tower.stack.image)
-
-    def _tiles_of_images(self) -> list[int]:
-        """Number of rows of the vision tower that each image takes."""
-        if self.pixels is None:
-            return []
-        if self.layout == "anyres":
-            return self._anyres_tiles()
-        if self.layout == "cameras":
-            return [1] * (self.pixels.shape[0] * self.pixels.shape[1])
-        return [1] * self.pixels.shape[0]
-
-    def _anyres_tiles(self) -> list[int]:
-        import sys
-
-        inner: Any = self.model.inner
-        count = sys.modules[type(inner).__module__].image_size_to_num_patches  # type: ignore[attr-defined]
-        if "image_sizes" not in self.inputs:
-            raise InputError("Tiled images need image_sizes [image, (height, width)] beside pixel_values.")
-        config = self.model.config
-        per_example = self.inputs.get("batch_num_images")
-        patched = [True] * len(self.inputs["image_sizes"])
-        if per_example is not None:
-            patched = [int(n) == 1 for n in per_example for _ in range(int(n))]
-        return [
-            count(
-                image_size=size, grid_pinpoints=config.image_grid_pinpoints, patch_size=config.vision_config.image_size
-            )
-            if tiled
-            else 1
-            for size, tiled in zip(self.inputs["image_sizes"], patched, strict=True)
-        ]
-
-    def grid(self, row: int) -> tuple[int, int]:
-        """Patch rows and columns of one row of the vision tower."""
-        tower = self.tower
-        if "spatial_shapes" in self.inputs:
-            height, width = self.inputs["spatial_shapes"][row].tolist()
-            return int(height), int(width)
-        assert self.pixels is not None
-        assert tower.cfg.patch_size is not None
-        height, width = self.pixels.shape[-2:]
-        return height // tower.cfg.patch_size, width // tower.cfg.patch_size
-
-    def images_of_examples(self) -> list[int]:
-        """Example index of every image, read off the image tokens of the prompts."""
-        n_images = len(self.tiles)
-        ids = self.inputs.get("input_ids")
-        token = self.model.image_token_id
-        if ids is None or token is None or self.layout in ("none", "single"):
-            return list(range(n_images))
-        if self.layout == "cameras":
-            assert self.pixels is not None
-            return [example for example in range(self.pixels.shape[0]) for _ in range(self.pixels.shape[1])]
-        counts = (ids == token).sum(-1).tolist()
-        owners, example, left = [], 0, counts[0] if counts else 0
-        for image in range(n_images):
-            length = len(self.order(image)[0])
-            while left < length and example + 1 < len(counts):
-                example += 1
-                left = counts[example]
-            owners.append(example)
-            left -= length
-        return owners
-
-    def order(self, image: int) -> tuple[list[int], int]:
-        """Patch numbers of an image in prompt order (−1 = newline), counted over its tiles; and the first row of the image."""
-        if not hasattr(self, "_orders"):
-            self._orders = self._compute_orders()
-        return self._orders[image]
-
-    def _compute_orders(self) -> list[tuple[list[int], int]]:
-        firsts = np.cumsum([0, *self.tiles[:-1]]).tolist()
-        sizes = [self.grid(first)[0] * self.grid(first)[1] for first in firsts]
-        if (
-            not self.tower.drops_cls_in(self.inputs)
-            and self.tower.cfg.n_prefix
-            and self.tower.spec.feature_select is not None
-        ):
-            sizes = [size + self.tower.cfg.n_prefix for size in sizes]
-        if self.layout != "anyres":
-            return [(list(range(size)), first) for size, first in zip(sizes, firsts, strict=True)]
-        features = [
-            torch.arange(count * size, dtype=torch.float64).view(count, size, 1)
-            for count, size in zip(self.tiles, sizes, strict=True)
-        ]
-        packed = self._pack(features)
-        orders = []
-        for numbers in packed:
-            flat = numbers.flatten().tolist()
-            orders.append([-1 if number < 0 else round(number) for number in flat])
-        return list(zip(orders, firsts, strict=True))
-
-    def _pack(self, features: list[Tensor]) -> list[Tensor]:
-        inner: Any = self.model.inner
-        newline = torch.full((1,), -1.0, dtype=torch.float64)
-        keywords: dict[str, Any] = {"image_newline": newline}
-        names = inner.pack_image_features.__code__.co_varnames
-        if "vision_feature_select_strategy" in names:
-            keywords["vision_feature_select_strategy"] = setting(
-                self.model, self.inputs, "vision_feature_select_strategy"
-            )
-        if "vision_aspect_ratio" in names:
-            keywords["vision_aspect_ratio"] = setting(self.model, self.inputs, "vision_aspect_ratio")
-        packed, _ = inner.pack_image_features(features, self.inputs["image_sizes"], **keywords)
-        return packed
-
-    def frame(self, image: int, tile: int) -> tuple[float, float, float, float]:
-        """The pixels that a row of the vision tower covers: of its own tensor, or of the original image where there are tiles."""
-        assert self.pixels is not None
-        if self.layout != "anyres":
-            if "spatial_shapes" in self.inputs:
-                rows, cols = self.grid(image)
-                patch = self.tower.cfg.patch_size or 1
-                return 0.0, 0.0, float(cols * patch), float(rows * patch)
-            height, width = self.pixels.shape[-2:]
-            return 0.0, 0.0, float(width), float(height)
-        full_height, full_width = (float(v) for v in self.inputs["image_sizes"][image])
-        if tile == 0:
-            return 0.0, 0.0, full_width, full_height
-        import sys
-
-        inner: Any = self.model.inner
-        shape = sys.modules[type(inner).__module__].get_anyres_image_grid_shape  # type: ignore[attr-defined]
-        config = self.model.config
-        rows, cols = shape(
-            self.inputs["image_sizes"][image], config.image_grid_pinpoints, config.vision_config.image_size
-        )
-        side = config.vision_config.image_size
-        scale = min(cols * side / full_width, rows * side / full_height)
-        left, top = (cols * side - full_width * scale) / 2, (rows * side - full_height * scale) / 2
-        row, col = divmod(tile - 1, cols)
-        return tuple(
-            (edge - shift) / scale
-            for edge, shift in zip(
-                (col * side, row * side, (col + 1) * side, (row + 1) * side), (left, top, left, top), strict=True
-            )
-        )  # type: ignore[return-value]
-
-
-def _vision_map(tower: Tower, packing: Packing) -> TokenMap:
-    assert packing.pixels is not None
-    rows = sum(packing.tiles)
-    n_prefix = tower.cfg.n_prefix
-    lengths = [packing.grid(row)[0] * packing.grid(row)[1] for row in range(rows)]
-    padded = packing.pixels.shape[1] if "spatial_shapes" in packing.inputs else max(lengths)
-    build = _Builder(tower.name, rows, n_prefix + padded)
+def _vision_map(run: ImageRun) -> TokenMap:
+    tower, n_prefix = run.tower, run.tower.cfg.n_prefix
+    build = _Builder(tower.name, run.n_rows, run.packing.row_length(run))
     build.kind[:] = "padding"
-    build.kind[:, :n_prefix] = tower.prefix_kinds
-    owners = packing.images_of_examples()
-    visible = packing.inputs.get("pixel_attention_mask") if packing.layout == "cameras" else None
-    row = 0
-    seen: dict[int, int] = {}
-    for image, tiles in enumerate(packing.tiles):
-        example = owners[image]
-        number = seen.get(example, 0)
-        seen[example] = number + 1
+    parts, views = [], []
+    for image, (first, tiles) in enumerate(zip(run.firsts, run.tiles, strict=True)):
         for tile in range(tiles):
-            n_rows, n_cols = packing.grid(row)
+            row = first + tile
+            n_rows, n_cols = run.grid(row)
             end = n_prefix + n_rows * n_cols
-            build.example[row] = example
-            build.image_number[row, :end] = number
-            build.tile[row, :end] = number if packing.layout == "cameras" else tile
+            build.example[row] = run.owners[image]
+            number = run.numbers[image], run.packing.tile_number(run, image, tile)
+            build.image_number[row, :end], build.tile[row, :end] = number
+            build.kind[row, :n_prefix] = tower.prefix_kinds
             build.kind[row, n_prefix:end] = "patch"
+            if not run.present[image]:
+                build.kind[row] = "dropped"
             r, c = np.divmod(np.arange(n_rows * n_cols), n_cols)
             build.patch_row[row, n_prefix:end], build.patch_col[row, n_prefix:end] = r, c
-            build.box[row, n_prefix:end] = _boxes(packing.frame(image, tile), n_rows, n_cols)
-            if visible is not None and not bool(visible.flatten()[image]):
-                build.kind[row] = "dropped"
-            row += 1
+            pixels, frame, size = run.pixel_boxes(row), run.packing.frame(run, image, tile), run.packing.size(run, row)
+            build.box[row, n_prefix:end] = frame.boxes(pixels)
+            views.append((*number, (n_rows, n_cols), size, frame.area(*size), frame.size))
+            at = np.arange(n_prefix, end)
+            same = np.full(len(at), row)
+            parts.append((same, at, same, at, r, c, np.ones(len(at)), build.box[row, at], pixels))
+    build.patches = PatchSets.joined(parts)
+    build.views = Views(*(np.array(part) for part in zip(*views, strict=True)))
     return build.done()
 
 
-def _boxes(frame: tuple[float, float, float, float], rows: int, cols: int) -> Array:
-    left, top, right, bottom = frame
-    r, c = np.divmod(np.arange(rows * cols), cols)
-    dx, dy = (right - left) / cols, (bottom - top) / rows
-    return np.stack([left + c * dx, top + r * dy, left + (c + 1) * dx, top + (r + 1) * dy], axis=1)
-
-
-def _text_map(model: HookedModel, tower: Tower, inputs: Mapping[str, Any], packing: Packing) -> TokenMap:
-    ids: Tensor = inputs["input_ids"]
-    build = _Builder(tower.name, *ids.shape)
-    pieces = model.pieces(ids)
+def _text_map(model: HookedModel, tower: Tower, run: ImageRun, pictures: TokenMap | None) -> TokenMap:
+    ids = run.inputs.get("input_ids")
+    read: Tensor = run.inputs["inputs_embeds"] if ids is None else ids
+    build = _Builder(tower.name, *read.shape[:2])
+    pieces = None if ids is None else model.pieces(ids)
     if pieces is not None:
         build.text[:] = np.array(pieces, dtype=object)
-    mask = inputs.get("attention_mask")
-    token = model.image_token_id
-    if token is not None and packing.tiles:
-        _place_images(build, ids == token, packing)
-    if mask is not None and mask.ndim == 2:
+    if ids is None:
+        build.kind[:] = "unknown"
+    if pictures is not None and run.placeholders is not None:
+        _place_images(build, run, pictures)
+    mask = run.inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
         build.kind[~mask.bool().cpu().numpy()] = "padding"
     return build.done()
 
 
-def _place_images(build: _Builder, is_image: Tensor, packing: Packing) -> None:
-    owners = packing.images_of_examples()
-    free = [row.nonzero().flatten().tolist() for row in is_image.cpu()]
+def _place_images(build: _Builder, run: ImageRun, pictures: TokenMap) -> None:
+    """Image features fill the placeholders of the prompts in their order."""
+    assert run.placeholders is not None
+    free = [row.nonzero().flatten().numpy() for row in run.placeholders.cpu()]
     used = [0] * len(free)
-    seen: dict[int, int] = {}
-    visible = packing.inputs.get("pixel_attention_mask") if packing.layout == "cameras" else None
-    n_prefix = (
-        0
-        if packing.tower.drops_cls_in(packing.inputs) or packing.tower.spec.feature_select is None
-        else packing.tower.cfg.n_prefix
-    )
-    for image in range(len(packing.tiles)):
-        example = owners[image]
-        number = seen.get(example, 0)
-        seen[example] = number + 1
-        if visible is not None and not bool(visible.flatten()[image]):
-            continue
-        order, first = packing.order(image)
-        n_rows, n_cols = packing.grid(first)
-        per_tile = n_rows * n_cols + n_prefix
-        slots = free[example][used[example] : used[example] + len(order)]
-        used[example] += len(order)
-        boxes = {tile: _boxes(packing.frame(image, tile), n_rows, n_cols) for tile in range(packing.tiles[image])}
-        for pos, patch in zip(slots, order, strict=False):
-            build.image_number[example, pos] = number
-            build.text[example, pos] = ""
-            if patch < 0:
-                build.kind[example, pos] = "newline"
-                continue
-            tile, index = divmod(patch, per_tile)
-            build.tile[example, pos] = number if packing.layout == "cameras" else tile
-            if index < n_prefix:
-                build.kind[example, pos] = packing.tower.prefix_kinds[index]
-                continue
-            build.kind[example, pos] = "patch"
-            build.patch_row[example, pos], build.patch_col[example, pos] = divmod(index - n_prefix, n_cols)
-            build.box[example, pos] = boxes[tile][index - n_prefix]
+    of_pictures = pictures.patches.by_position(pictures.kind.shape)
+    parts = []
+    for example, number, tokens in zip(run.owners, run.numbers, run.tokens, strict=True):
+        slots = free[example][used[example] : used[example] + len(tokens)]
+        used[example] += len(tokens)
+        build.image_number[example, slots] = number
+        build.text[example, slots] = ""
+        build.kind[example, slots[tokens.newline[: len(slots)]]] = "newline"
+        held = tokens.position < len(slots)
+        slot, row, at = slots[tokens.position[held]], tokens.source_row[held], tokens.source_position[held]
+        build.kind[example, slot] = pictures.kind[row, at]
+        build.tile[example, slot] = pictures.tile[row, at]
+        entry = of_pictures[row, at]
+        # A class position among the features is no patch.
+        there = entry >= 0
+        several = PatchSets.taken(pictures.patches, entry[there])
+        parts.append(
+            (np.full(there.sum(), example), slot[there], *several[2:6], tokens.weight[held][there], *several[7:])
+        )
+    build.patches, build.views = PatchSets.joined(parts), pictures.views
+    _describe(build)
+
+
+def _describe(build: _Builder) -> None:
+    """Boxes of every position, and the one patch it holds, where it holds one."""
+    sets, shape = build.patches, build.kind.shape
+    flat = sets.row * shape[1] + sets.position
+    build.box = union(sets.box, flat, shape[0] * shape[1]).reshape(*shape, 4)
+    counts = np.bincount(flat, minlength=shape[0] * shape[1])
+    alone = counts[flat] == 1
+    for name in ("patch_row", "patch_col"):
+        getattr(build, name)[sets.row[alone], sets.position[alone]] = getattr(sets, name)[alone]
+    tiles = np.unique(np.stack([flat, sets.source_row], axis=1), axis=0)[:, 0]
+    mixed = np.flatnonzero(np.bincount(tiles, minlength=shape[0] * shape[1]) > 1)
+    build.tile.reshape(-1)[mixed] = -1
 
 
 def _action_map(model: HookedModel, tower: Tower, inputs: Mapping[str, Any]) -> TokenMap:

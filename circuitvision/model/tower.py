@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from circuitvision.errors import UnsupportedModelError
 from circuitvision.model import heads
+from circuitvision.model.patches import PatchEmbedding, pair
 from circuitvision.model.settings import hidden_states, setting
 from circuitvision.model.spec import (
     BlockLayout,
@@ -56,7 +57,8 @@ class TowerConfig:
     d_mlp: int
     grid: tuple[int, int] | None
     """Patch rows and columns at the configured image size; None for text and action towers and for images of free size."""
-    patch_size: int | None
+    patch_size: int | tuple[int, int] | None
+    """Side of a patch; (height, width) where it is not square."""
     n_prefix: int
     """Positions before the first patch (CLS, distillation, registers)."""
     attention: str
@@ -229,16 +231,21 @@ class Tower:
             rotary=block.layout.rotary,
         )
 
-    def _grid(self) -> tuple[tuple[int, int] | None, int | None]:
-        config: Any = self.config
-        if not self.stack.image:
+    def _grid(self) -> tuple[tuple[int, int] | None, int | tuple[int, int] | None]:
+        embedding = self.patch_embedding
+        if embedding is None:
             return None, None
-        patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
-        size = getattr(config, "image_size", None)
+        size = getattr(self.config, "image_size", None)
         if size is None or self.stack.position == "resized":
-            return None, int(patch)
-        height, width = (size, size) if isinstance(size, int) else size
-        return (height // patch, width // patch), int(patch)
+            return None, embedding.patch_size
+        return embedding.grid(*pair(size)), embedding.patch_size
+
+    @property
+    def patch_embedding(self) -> PatchEmbedding | None:
+        """How the tower cuts pictures into patches: kernel and stride of its embedding; None where it reads no pictures."""
+        if not self.stack.image:
+            return None
+        return PatchEmbedding.of(require(self.root, self.stack.embed, "patch embedding"), self.config)
 
     @property
     def prefix_kinds(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from circuitvision.plots.attention_parts import (
     percent,
     shares_of,
 )
+from circuitvision.readout.places import extent_of
 from circuitvision.results import head_name
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ def overlay(
 
     pixels = None if picture is None else patches.as_picture(picture)
     result.grid(result.axes["layer"][0], result.axes["head"][0], row, image, tile, step)
-    frame = frame_of(result.places, result.boxes, row, image, tile)
+    frame = frame_of(result.places, result.frames, result.boxes, row, image, tile)
     box = box_in_frame(frame, box, pixels)
     drawn = _drawn(result, box, row, image, tile, step)
     shown = drawn.shown()
@@ -116,10 +118,11 @@ def overlay(
     figure = make_subplots(rows=1, cols=2 if drawn.beside else 1, horizontal_spacing=0.12,
                            column_widths=[0.56, 0.44] if drawn.beside else None)  # fmt: skip
     maps = [of_step[opened] for of_step in drawn.grids]
-    add_base(figure, pixels, maps, signed=drawn.signed)
-    height, width = maps[0].shape if pixels is None else pixels.shape[:2]
+    extent = extent_of(result.shares, result.places, row, image, tile)
+    add_base(figure, pixels, maps, signed=drawn.signed, extent=extent)
+    height, width = _size(maps[0], pixels, extent)
     outline(figure, frame, box, height, width)
-    _mark_query(figure, result, row, image, _tile(result, row, image, tile), (height, width), maps[0].shape)
+    _mark_query(figure, result, row, image, _tile(result, row, image, tile), (height, width), maps[0].shape, extent)
     if drawn.beside:
         _add_heads(figure, drawn, opened)
     sliders = [_head_slider(figure, drawn, shown, opened, title)]
@@ -174,9 +177,10 @@ def contrast(
     grid = result.grid(row, image, tile).double()
     figure = make_subplots(rows=1, cols=1)
     pixels = None if picture is None else patches.as_picture(picture)
-    add_base(figure, pixels, [grid], as_share=False)
-    frame = frame_of(result.places, result.boxes, row, image, tile)
-    height, width = grid.shape if pixels is None else pixels.shape[:2]
+    extent = extent_of(result.shares, result.places, row, image, tile)
+    add_base(figure, pixels, [grid], as_share=False, extent=extent)
+    frame = frame_of(result.places, result.frames, result.boxes, row, image, tile)
+    height, width = _size(grid, pixels, extent)
     outline(figure, frame, box_in_frame(frame, box, pixels), height, width)
     for number, region in enumerate(result.regions(top_percent, count, row=row, image=image, tile=tile), start=1):
         outline(figure, frame, region.box, height, width, style.FOR)
@@ -210,6 +214,13 @@ def _drawn(result: AttentionMaps, box: Box | None, row: int, image: int, tile: i
     found = [_strength(result, box, row, image, tile, number) for number in steps]
     strength = torch.stack([of_step for of_step, _ in found])
     return _Drawn(result, torch.stack(grids).double(), strength, steps, found[0][1], row)
+
+
+def _size(grid: Tensor, picture: np.ndarray[Any, Any] | None, extent: tuple[float, float]) -> tuple[float, float]:
+    """Height and width of the whole image in the units of the panel: pixels of the picture, or cells of the map."""
+    if picture is not None:
+        return picture.shape[0], picture.shape[1]
+    return grid.shape[0] / extent[0], grid.shape[1] / extent[1]
 
 
 def _tile(result: AttentionMaps, row: int, image: int, tile: int | None) -> int:
@@ -350,13 +361,14 @@ def _mark_query(
     row: int,
     image: int,
     tile: int,
-    size: tuple[int, int],
+    size: tuple[float, float],
     grid: Sequence[int],
+    extent: tuple[float, float],
 ) -> None:
     place = result.query_places[result.axes["row"].index(row)].tolist()
     if place[2] < 0 or place[0] != image or place[1] != tile:
         return
-    rows, columns = grid
+    rows, columns = (cells / share for cells, share in zip(grid, extent, strict=True))
     left, top = place[3] / columns, place[2] / rows
     corners = (left, top, left + 1 / columns, top + 1 / rows)
     patches.mark(figure, corners, size[0], size[1], 1, 1, style.AGAINST)

@@ -120,8 +120,12 @@ def add_base(
     *,
     signed: bool = False,
     as_share: bool = True,
+    extent: tuple[float, float] = (1.0, 1.0),
 ) -> None:
-    """Picture (where given) and maps in the first panel, of which the first is seen; the maps are the last traces."""
+    """Picture (where given) and maps in the first panel, of which the first is seen; the maps are the last traces.
+
+    ``extent`` is how much of the picture's height and width the maps cover.
+    """
     bar: dict[str, Any] = {"thickness": 12, "outlinewidth": 0, "x": -0.02, "xanchor": "right", "len": 0.8}
     if as_share:
         bar["tickformat"] = ".2~%"
@@ -137,7 +141,10 @@ def add_base(
         }
         if picture is not None:
             # Cells of the map in pixels of the picture; a gap between them would show as lines.
-            steps = [pixels / cells for pixels, cells in zip(picture.shape[:2], grid.shape, strict=True)]
+            steps = [
+                pixels * share / cells
+                for pixels, cells, share in zip(picture.shape[:2], grid.shape, extent, strict=True)
+            ]
             down, across = ((np.arange(n) + 0.5) * step - 0.5 for n, step in zip(grid.shape, steps, strict=True))
             options.update(x=across, y=down, xgap=0, ygap=0, opacity=0.55)
         patches.add_map(figure, grid.numpy(), 1, 1, **options)
@@ -154,12 +161,15 @@ def color_range(grid: Tensor, signed: bool) -> dict[str, float]:
 # -- frames and boxes ----------------------------------------------------------------------------------------------------------------------
 
 
-def frame_of(places: Tensor, boxes: Tensor, row: int, image: int, tile: int | None) -> Box:
+def frame_of(places: Tensor, frames: Tensor, boxes: Tensor, row: int, image: int, tile: int | None) -> Box:
     """The pixels that the map of a row's image (and tile; None: its first) covers."""
     here = (places[row, :, 0] == image) & (places[row, :, 2] >= 0)
     here &= places[row, :, 1] == (int(places[row, here, 1].min()) if tile is None else tile)
-    left, top = boxes[row, here, :2].amin(0).tolist()
-    right, bottom = boxes[row, here, 2:].amax(0).tolist()
+    if frames.ndim == 3:
+        left, top, right, bottom = frames[row, here][0].tolist()
+    else:
+        # Made by hand, or by a version that kept the patches' boxes alone.
+        (left, top), (right, bottom) = boxes[row, here, :2].amin(0).tolist(), boxes[row, here, 2:].amax(0).tolist()
     return left, top, right, bottom
 
 
@@ -195,7 +205,7 @@ def shares_of(frame: Box, box: Box) -> Box:
 
 
 def outline(
-    figure: go.Figure, frame: Box, box: Box | None, height: int, width: int, color: str = style.AGAINST
+    figure: go.Figure, frame: Box, box: Box | None, height: float, width: float, color: str = style.AGAINST
 ) -> None:
     """Draw a box over the first panel."""
     if box is not None:

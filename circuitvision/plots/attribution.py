@@ -179,7 +179,7 @@ def sources(
     """
     from plotly.subplots import make_subplots
 
-    from circuitvision.readout.places import on_grid
+    from circuitvision.readout.places import extent_of, on_grid
 
     if row not in range(len(result.axes["row"])):
         raise InputError(f"There is no row {row}; this result has {len(result.axes['row'])}, counted from 0.")
@@ -206,7 +206,8 @@ def sources(
         patches.mark(figure, box, pixels.shape[0], pixels.shape[1], 1, 1)
     for column, (grid, (layer, head)) in enumerate(zip(maps, strongest, strict=True), start=1 + first):
         patches.add_map(figure, grid, 1, column)
-        patches.mark(figure, box, grid.shape[0], grid.shape[1], 1, column)
+        extent = extent_of(result.shares, result.places, row, image, tile)
+        patches.mark(figure, box, grid.shape[0], grid.shape[1], 1, column, extent=extent)
         _add_words(figure, result, values[result.index_of("layer", layer), result.index_of("head", head)], row, column)
     if title is None:
         title = _source_finding(result, values, strongest[0], row)

@@ -16,6 +16,7 @@ from circuitvision.errors import InputError
 from circuitvision.plots import _check_keywords, patches, style
 from circuitvision.plots import lens_text as text
 from circuitvision.plots.lens_table import table
+from circuitvision.readout.places import extent_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -76,6 +77,7 @@ def over_image(
     hovers = [_grid_words(result, layer, row, image, tile) for layer in shown]
     pixels = None if picture is None else patches.as_picture(picture)
     box = patches.as_shares(box, pixels)
+    extent = extent_of(result.shares, result.places, row, image, tile)
     columns = len(shown) + (pixels is not None)
     headings = (["image"] if pixels is not None else []) + [text.layer_name(layer) for layer in shown]
     figure = make_subplots(rows=1, cols=columns, column_titles=headings, horizontal_spacing=0.012)
@@ -90,9 +92,10 @@ def over_image(
         extra: dict[str, Any] = {"written": first} if writes else {}
         if pixels is None or by_rank:
             patches.add_map(figure, grid, 1, column, hover=hover, unit=text.unit(result), **extra)
-            patches.mark(figure, box, grid.shape[0], grid.shape[1], 1, column)
+            patches.mark(figure, box, grid.shape[0], grid.shape[1], 1, column, extent=extent)
         else:
-            patches.add_overlay(figure, pixels, grid, 1, column, opacity=0.72, hover=hover, unit=text.unit(result))
+            look: dict[str, Any] = {"opacity": 0.72, "hover": hover, "unit": text.unit(result)}
+            patches.add_overlay(figure, pixels, grid, 1, column, extent=extent, **look)
             patches.mark(figure, box, pixels.shape[0], pixels.shape[1], 1, column)
     if title is None:
         others = len(result.axes.get("target", ())) - 1

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from circuitvision.plots import patches, style
+from circuitvision.readout.places import extent_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -64,7 +65,8 @@ def lens_rows(
             grid = row.lenses[which].patch_grid(layer, row.lenses[which].axes["row"][0])
             patches.add_map(figure, grid, number, column)
             _add_last(figure, row.lenses[which], layer, number, column, limit, colors)
-            patches.mark(figure, changed, grid.shape[0], grid.shape[1], number, column)
+            extent = extent_of(row.lenses[which].shares, row.lenses[which].places, 0, 0)
+            patches.mark(figure, changed, grid.shape[0], grid.shape[1], number, column, extent=extent)
     width = 1060 / len(headings)
     style.layout(figure, title, int(140 + len(rows) * (width + 46)), margin={"l": 34, "r": 30, "t": 104, "b": 36})
     figure.update_xaxes(visible=False)

@@ -118,15 +118,16 @@ def add_overlay(
     row: int,
     column: int,
     opacity: float = 0.6,
+    extent: tuple[float, float] = (1.0, 1.0),
     **more: Any,
 ) -> None:
-    """The picture with a patch map laid over it, both filling the panel."""
+    """The picture with a patch map laid over it that covers ``extent`` of its height and width, from the top left."""
     import plotly.graph_objects as go
 
     height, width = picture.shape[:2]
     values = np.asarray(grid)
     figure.add_trace(go.Image(z=picture, hoverinfo="skip"), row=row, col=column)
-    dy, dx = height / values.shape[0], width / values.shape[1]
+    dy, dx = height * extent[0] / values.shape[0], width * extent[1] / values.shape[1]
     across = (np.arange(values.shape[1]) + 0.5) * dx - 0.5
     down = (np.arange(values.shape[0]) + 0.5) * dy - 0.5
     add_map(figure, values, row, column, x=across, y=down, opacity=opacity, xgap=0, ygap=0, **more)
@@ -162,12 +163,20 @@ def as_shares(box: Sequence[float] | None, picture: np.ndarray[Any, Any] | None)
 
 
 def mark(
-    figure: go.Figure, box: Box | None, rows: int, columns: int, row: int, column: int, color: str = style.AGAINST
+    figure: go.Figure,
+    box: Box | None,
+    rows: float,
+    columns: float,
+    row: int,
+    column: int,
+    color: str = style.AGAINST,
+    extent: tuple[float, float] = (1.0, 1.0),
 ) -> None:
-    """Draw a box over a picture or map of ``rows`` × ``columns`` cells."""
+    """Draw a box over a picture, or a map of ``rows`` × ``columns`` cells that cover ``extent`` of the image's height and width."""
     if box is None:
         return
     left, top, right, bottom = box
+    rows, columns = rows / extent[0], columns / extent[1]
     figure.add_shape(
         type="rect",
         x0=left * columns - 0.5,

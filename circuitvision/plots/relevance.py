@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.plots import patches, style
@@ -133,14 +132,15 @@ def _add_map(
         "x": 0.5,
     }
     figure.add_annotation(**text, xref="x domain", yref="y domain", row=row, col=column)
+    extent = (1.0, 1.0) if found.of_pixels else found.extent(line, *which)
     if picture is None:
         patches.add_map(figure, grid.numpy(), row, column, unit=unit, **look)
-        patches.mark(figure, box, grid.shape[0], grid.shape[1], row, column)
+        patches.mark(figure, box, grid.shape[0], grid.shape[1], row, column, extent=extent)
         return
     # A grey picture leaves the colours to the map.
     grey = picture.mean(-1, keepdims=True).repeat(3, -1)
     pale = (0.35 * grey + 0.65 * 245).astype(np.uint8)
-    patches.add_overlay(figure, pale, grid.numpy(), row, column, opacity=0.75, unit=unit, **look)
+    patches.add_overlay(figure, pale, grid.numpy(), row, column, opacity=0.75, extent=extent, unit=unit, **look)
     patches.mark(figure, box, pale.shape[0], pale.shape[1], row, column, "#111111")
 
 
@@ -148,7 +148,7 @@ def _limit(found: Relevance, line: int) -> float:
     """The largest absolute value of one row that is drawn, as patch or word: what full colour stands for."""
     if found.of_pixels:
         return max(float(found.values[line].abs().nan_to_num(0.0).max()), 1e-12)
-    drawn = found.per_position[line][found.places[line, :, 2] >= 0].abs().nan_to_num(0.0).tolist()
+    drawn = found.per_position[line][found.places[line, :, 0] >= 0].abs().nan_to_num(0.0).tolist()
     return max([*drawn, *(abs(value) for value in _words(found, line)[1]), 1e-12])
 
 
@@ -156,7 +156,7 @@ def _undrawn(found: Relevance, line: int) -> str:
     """The strongest position that is neither patch nor word (a class token, a register), where it is stronger than all that is drawn."""
     if found.of_pixels or not found.labels:
         return ""
-    values = found.per_position[line].masked_fill(found.places[line, :, 2] >= 0, 0.0).nan_to_num(0.0)
+    values = found.per_position[line].masked_fill(found.places[line, :, 0] >= 0, 0.0).nan_to_num(0.0)
     at = int(values.abs().argmax())
     if abs(float(values[at])) <= _limit(found, line):
         return ""
@@ -176,7 +176,7 @@ def _words(found: Relevance, line: int) -> tuple[list[str], list[float]]:
     shown = [
         number
         for number in range(values.shape[0])
-        if found.places[line, number, 2] < 0
+        if found.places[line, number, 0] < 0
         and not values[number].isnan()
         and not found.labels[line][number].startswith("[")
     ]
@@ -239,7 +239,7 @@ def _finding(
     if all(box is not None for box in boxes):
         hits = [
             [
-                _peaks_inside(one.on_image(line, *which), _as_shares(box, picture))
+                _peaks_inside(one, line, which, _as_shares(box, picture))
                 for line, picture, box in zip(rows, pictures, boxes, strict=True)
             ]
             for one in results
@@ -258,11 +258,14 @@ def _finding(
     return f"{_short(results[0].method)}: {noun} row {down}, column {across} matters most to {_metric(results[0])}"
 
 
-def _peaks_inside(grid: Tensor, box: patches.Box) -> bool:
+def _peaks_inside(found: Relevance, line: int, which: tuple[Any, Any], box: patches.Box) -> bool:
     """Whether a cell with the largest value touches the box; of several that share it (a region removed whole), one is enough."""
+    grid = found.on_image(line, *which)
+    down, across = (1.0, 1.0) if found.of_pixels else found.extent(line, *which)
     peaks = (grid == grid.nan_to_num(-math.inf).max()).nonzero().tolist()
-    left, top, right, bottom = (edge * size for edge, size in zip(box, (grid.shape[1], grid.shape[0]) * 2, strict=True))
-    return any(left < across + 1 and across < right and top < down + 1 and down < bottom for down, across in peaks)
+    sizes = (grid.shape[1] / across, grid.shape[0] / down) * 2
+    left, top, right, bottom = (edge * size for edge, size in zip(box, sizes, strict=True))
+    return any(left < c + 1 and c < right and top < r + 1 and r < bottom for r, c in peaks)
 
 
 def _legend(results: Sequence[Relevance]) -> str:

@@ -1,7 +1,9 @@
 """Where the positions of a result lie in the image: the link between a value per position and a map over patches.
 
 Results over positions keep a small tensor ``places`` beside their values, so that they can be drawn and saved without the
-model: image, tile, patch row and patch column of every position, -1 where a position is no patch.
+model: image, tile, patch row and patch column of every position, -1 where a position is no patch. Of a position that mixes patches (interpolated
+tiles) only the image is known, and the tile where it is one: it lies on no grid. Beside it stand ``shares``: where the position's pixels lie, as
+shares of the picture the model read, because a patch grid need not cover all of it.
 """
 
 from __future__ import annotations
@@ -31,6 +33,21 @@ def places_of(tokens: TokenMap, dropped: int = 0) -> Int[Tensor, "row pos 4"]:
     return torch.from_numpy(columns.astype(np.int64))
 
 
+def shares_of(tokens: TokenMap, dropped: int = 0) -> Float[Tensor, "row pos 4"]:
+    """(left, top, right, bottom) of every position but the first ``dropped``, as shares of the image or tile that the model read."""
+    return torch.from_numpy(tokens.shares[:, dropped:].copy())
+
+
+def extent_of(shares: Tensor, places: Tensor, row: int, image: int, tile: int | None = None) -> tuple[float, float]:
+    """How much of the height and of the width of an image (or tile) its patch grid covers; (1, 1) where a result does not know."""
+    if shares.ndim != 3:
+        return 1.0, 1.0
+    here = (places[row, :, 0] == image) & (places[row, :, 2] >= 0)
+    here &= places[row, :, 1] == (int(places[row, here, 1].min()) if tile is None else tile)
+    across, down = shares[row, here, 2:].amax(0).tolist()
+    return down, across
+
+
 def on_grid(
     values: Float[Tensor, "*batch pos"], places: Int[Tensor, "pos 4"], image: int = 0, tile: int | None = None
 ) -> Float[Tensor, "*batch grid_row grid_col"]:
@@ -52,7 +69,9 @@ def on_grid(
         tile = int(places[here, 1].min())
     here &= places[:, 1] == (-1 if tile is None else tile)
     if not bool(here.any()):
-        raise InputError(f"No position of this row is a patch of image {image}, tile {tile}.")
+        raise InputError(
+            f"No position of this row is a patch of image {image}, tile {tile}, by itself; positions that mix patches lie on no grid."
+        )
     rows, columns = (places[here, 2:].max(0).values + 1).tolist()
     shown = values.detach().cpu()
     shown = shown if shown.is_floating_point() and shown.dtype == torch.float64 else shown.float()

@@ -103,7 +103,7 @@ def examples_of(cache: ActivationCache, tower: str, rows: int) -> tuple[Int[Tens
     """Which example each row of a tower belongs to, and how many examples there are."""
     tokens = cache.model.tokens(cache.inputs).get(tower) if cache.model is not None and cache.inputs else None
     owners = torch.arange(rows) if tokens is None or tokens.n_rows != rows else torch.as_tensor(tokens.example)
-    ids = cache.inputs.get("input_ids")
+    ids = cache.inputs.get("input_ids", cache.inputs.get("inputs_embeds"))
     dual = cache.model is not None and "text" in cache.model.towers
     count = int(owners.max()) + 1 if ids is None or dual else int(ids.shape[0])
     return owners, max(count, int(owners.max()) + 1)

@@ -339,7 +339,8 @@ class DeleteTokens(AttentionEdit):
         """With ``reindex``: the inputs with positions counted over the remaining tokens."""
         if not self.reindex:
             return dict(inputs)
-        ids = inputs["input_ids"]
+        embeds = inputs.get("inputs_embeds")
+        ids = inputs["input_ids"] if embeds is None else torch.zeros_like(embeds[..., 0], dtype=torch.long)
         gone = self.positions.covers(window).to(ids.device).expand(ids.shape)
         before = inputs.get("position_ids")
         before = torch.arange(ids.shape[1], device=ids.device)[None] if before is None else before

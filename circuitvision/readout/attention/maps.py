@@ -46,7 +46,9 @@ class AttentionMaps(Result):
     """The attention of one query per head: ``values`` is ``[layer head row key]``, of several passes ``[step layer head row key]``.
 
     ``places`` ``[row key 4]`` is image, tile, patch row and patch column of every key (−1 where it is no patch), ``boxes`` ``[row key 4]`` its
-    pixels (NaN likewise), ``kinds`` its kind. ``query_places`` ``[row 4]`` is the place of the query where it is a single patch.
+    pixels (NaN likewise), ``shares`` where it lies in the image or tile that the model read (as shares of it), ``frames`` the pixels that this
+    image or tile covers, ``kinds`` its kind. Of a key that mixes patches only the image and the box are known.
+    ``query_places`` ``[row 4]`` is the place of the query where it is a single patch.
     """
 
     tower: str = ""
@@ -55,6 +57,8 @@ class AttentionMaps(Result):
     query: str = ""
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     boxes: Tensor = field(default_factory=lambda: torch.zeros(0))
+    shares: Tensor = field(default_factory=lambda: torch.zeros(0))
+    frames: Tensor = field(default_factory=lambda: torch.zeros(0))
     kinds: list[list[str]] = field(default_factory=list)
     blocks: list[list[Any]] = field(default_factory=list)
     """Which positions the keys are: ``[tower, first key, first position, count]`` for each tower they are of."""
@@ -97,7 +101,7 @@ class AttentionMaps(Result):
 
     def patches(self, image: int | None = None) -> Bool[Tensor, "row key"]:
         """Which keys are patches (of one image)."""
-        found = self.places[..., 2] >= 0
+        found = self.places[..., 0] >= 0
         return found if image is None else found & (self.places[..., 0] == image)
 
     def keys(self, where: Positions | Box, image: int = 0) -> Bool[Tensor, "row key"]:
@@ -175,6 +179,8 @@ def attention_maps(
         query=described(query),
         places=first.places()[:, mask],
         boxes=first.boxes()[:, mask].float(),
+        shares=first.shares()[:, mask],
+        frames=first.frames()[:, mask],
         kinds=first.key_kind[:, mask.numpy()].tolist(),
         blocks=blocks_of(first),
         query_places=_query_places(first, query),

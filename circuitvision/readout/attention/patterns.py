@@ -89,6 +89,14 @@ class Patterns:
         """Pixels (left, top, right, bottom) of every key that is a patch, NaN elsewhere."""
         return self._of_keys(lambda tokens: torch.from_numpy(tokens.box.copy()), float("nan"))
 
+    def shares(self) -> Float[Tensor, "row key 4"]:
+        """Where every key that is a patch lies in the image or tile that the model read, as shares of it; NaN elsewhere."""
+        return self._of_keys(lambda tokens: torch.from_numpy(tokens.shares), float("nan"))
+
+    def frames(self) -> Float[Tensor, "row key 4"]:
+        """The pixels that the whole image or tile of every key covers, NaN elsewhere."""
+        return self._of_keys(lambda tokens: torch.from_numpy(tokens.frames), float("nan"))
+
     def _of_keys(self, of: Any, missing: float) -> Tensor:
         parts = []
         for block in self.blocks:

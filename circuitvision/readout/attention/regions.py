@@ -32,7 +32,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.readout.attention.maps import AttentionMaps, Box
 from circuitvision.readout.attention.patterns import warn_undefined
-from circuitvision.readout.places import on_grid
+from circuitvision.readout.places import extent_of, on_grid
 from circuitvision.results import Result
 
 
@@ -52,7 +52,8 @@ class Region:
 class AttentionContrast(Result):
     """``values`` is ``[row key]``: above 1 (for λ = 0) where the question looks more than the generic query; NaN where a key is no patch.
 
-    ``places`` and ``boxes`` say where each key lies in the image.
+    ``places``, ``boxes``, ``shares`` and ``frames`` say where each key lies in the image, as in :class:`AttentionMaps`. Positions that mix patches
+    lie on no grid and are left out.
     """
 
     tower: str = ""
@@ -60,6 +61,8 @@ class AttentionContrast(Result):
     layers: list[Any] = field(default_factory=list)
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     boxes: Tensor = field(default_factory=lambda: torch.zeros(0))
+    shares: Tensor = field(default_factory=lambda: torch.zeros(0))
+    frames: Tensor = field(default_factory=lambda: torch.zeros(0))
     example: list[int] = field(default_factory=list)
 
     def highlights(self) -> dict[str, str]:
@@ -143,14 +146,15 @@ class AttentionContrast(Result):
         if pixels.ndim != 3 or pixels.shape[-1] != 3:
             raise InputError(f"A picture is [height, width, 3] or a PIL image; this one is {list(pixels.shape)}.")
         rows, columns = self.grid(row, image, tile).shape
+        extent = extent_of(self.shares, self.places, self.axes["row"].index(row), image, tile)
         marked = np.zeros((rows, columns), dtype=bool)
         marked[tuple(np.array([patch for region in found for patch in region.patches]).T)] = True
-        # Every pixel belongs to the patch that holds its middle.
+        # Every pixel belongs to the patch that holds its middle; those past the last patch to none, which is the extra row and column.
         down, across = (
-            ((np.arange(size) + 0.5) * cells / size).astype(int)
-            for size, cells in zip(pixels.shape[:2], (rows, columns), strict=True)
+            ((np.arange(size) + 0.5) * cells / (size * share)).clip(0, cells).astype(int)
+            for size, cells, share in zip(pixels.shape[:2], (rows, columns), extent, strict=True)
         )
-        kept = marked[np.ix_(down, across)]
+        kept = np.pad(marked, (0, 1))[np.ix_(down, across)]
         pixels[~kept] = fill
         (top, bottom), (left, right) = (np.flatnonzero(kept.any(axis))[[0, -1]] for axis in (1, 0))
         return pixels[top : bottom + 1, left : right + 1]
@@ -165,9 +169,15 @@ class AttentionContrast(Result):
         here &= places[:, 1] == tile
         inside = here.clone()
         inside[here] = torch.tensor([tuple(place) in set(patches) for place in places[here, 2:].tolist()])
-        left_top, right_bottom = boxes[inside, :2].amin(0).tolist(), boxes[inside, 2:].amax(0).tolist()
+        (left, top), (right, bottom) = _edge(boxes[inside, :2], torch.amin), _edge(boxes[inside, 2:], torch.amax)
         mass = float(sum(grid[r, c] for r, c in patches))
-        return Region((*left_top, *right_bottom), mass, tuple(patches), row, image, tile)
+        return Region((left, top, right, bottom), mass, tuple(patches), row, image, tile)
+
+
+def _edge(corners: Tensor, outermost: Any) -> list[float]:
+    """The outermost of some corners, but for those of patches of padding, which have none."""
+    real = corners[corners.isfinite().all(-1)]
+    return outermost(real, 0).tolist() if len(real) else [float("nan")] * 2
 
 
 def attention_contrast(
@@ -199,7 +209,7 @@ def attention_contrast(
         raise InputError(
             f"The question has {a_q.shape[0]} steps and the generic query {a_g.shape[0]}; take as many, or one of the generic."
         )
-    patch = question.patches()
+    patch = question.places[..., 2] >= 0
     matched = _matched(question, generic)
     a_g = a_g.gather(-1, matched.expand(*a_g.shape[:2], *matched.shape))
     floor = float(a_g[..., patch].mean()) if lam is None else float(lam)
@@ -221,6 +231,8 @@ def attention_contrast(
         layers=list(chosen),
         places=question.places,
         boxes=question.boxes,
+        shares=question.shares,
+        frames=question.frames,
         example=question.example,
     )
 

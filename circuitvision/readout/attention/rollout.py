@@ -42,6 +42,8 @@ class AttentionRollout(Result):
     tower: str = ""
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     boxes: Tensor = field(default_factory=lambda: torch.zeros(0))
+    shares: Tensor = field(default_factory=lambda: torch.zeros(0))
+    frames: Tensor = field(default_factory=lambda: torch.zeros(0))
     kinds: list[list[str]] = field(default_factory=list)
     blocks: list[list[Any]] = field(default_factory=list)
     example: list[int] = field(default_factory=list)
@@ -69,6 +71,8 @@ class AttentionRollout(Result):
             query=described(query),
             places=self.places,
             boxes=self.boxes,
+            shares=self.shares,
+            frames=self.frames,
             kinds=self.kinds,
             blocks=self.blocks,
             query_places=single_places(counted, self.places),
@@ -132,6 +136,8 @@ def rollout(
         tower=patterns.tower,
         places=patterns.places(),
         boxes=patterns.boxes().float(),
+        shares=patterns.shares(),
+        frames=patterns.frames(),
         kinds=patterns.key_kind.tolist(),
         blocks=blocks_of(patterns),
         example=patterns.example,

@@ -44,7 +44,7 @@ from circuitvision.readout.attribution.rest import (
     spacing,
 )
 from circuitvision.readout.attribution.terms import SPLITS, Stream
-from circuitvision.readout.places import named_positions, places_of
+from circuitvision.readout.places import named_positions, places_of, shares_of
 from circuitvision.readout.recorded import check_hooked, chosen_layers, examples_of, tokens_of
 from circuitvision.results import Result
 
@@ -112,6 +112,7 @@ class SourceAttribution(Result):
     words: list[list[str]] = field(default_factory=list)
     kinds: list[list[str]] = field(default_factory=list)
     example: list[int] = field(default_factory=list)
+    shares: Tensor = field(default_factory=_none)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per value, with the ``token`` at each position."""
@@ -121,7 +122,7 @@ class SourceAttribution(Result):
         """The heads that take most, and how much of it from image patches; mean over rows."""
         values = self.values.double()
         heads, size = values.sum(-1).mean(-1), values.abs().sum(-1).mean(-1)
-        patches = (values * (self.places[..., 2] >= 0)).sum(-1).mean(-1)
+        patches = (values * (self.places[..., 0] >= 0)).sum(-1).mean(-1)
         found = {}
         for flat in size.nan_to_num(-1.0).flatten().argsort(descending=True)[:5].tolist():
             layer, head = divmod(flat, heads.shape[1])
@@ -243,7 +244,7 @@ def source_attribution(
     chosen = chosen_layers(layers, stream.end)
     there, gradient = stream.reading(found.gradient)
     values = torch.stack([_sources(there, layer, gradient) for layer in chosen])
-    places, words, kinds = sources_of(stream, values.shape[-1])
+    places, shares, words, kinds = sources_of(stream, values.shape[-1])
     return SourceAttribution(
         values=values.cpu(),
         axes={
@@ -263,6 +264,7 @@ def source_attribution(
         words=words,
         kinds=kinds,
         example=_examples(model, owner, stream.cache, values.shape[2]),
+        shares=shares,
     )
 
 
@@ -273,23 +275,27 @@ def _sources(stream: Stream, layer: int, gradient: Tensor) -> Tensor:
     return found
 
 
-def sources_of(stream: Stream, count: int) -> tuple[Int[Tensor, "row source 4"], list[list[str]], list[list[str]]]:
-    """Places in the image, words and kinds of the ``count`` sources that a tower's attention reads: cached ones first."""
+def sources_of(
+    stream: Stream, count: int
+) -> tuple[Int[Tensor, "row source 4"], Tensor, list[list[str]], list[list[str]]]:
+    """Places in the image, shares of it, words and kinds of the ``count`` sources that a tower's attention reads: cached ones first."""
     tokens = tokens_of(stream.cache, stream.tower.name)
-    places, words = places_of(tokens), [tokens.labels(row) for row in range(tokens.n_rows)]
+    places, shares, words = places_of(tokens), shares_of(tokens), [tokens.labels(row) for row in range(tokens.n_rows)]
     kinds = tokens.kind.tolist()
     feeder = next((t for t in stream.tower.siblings.values() if t.spec.feeds_cache_only), None)
     more = count - tokens.n_positions
     if more > 0 and feeder is not None:
         before = tokens_of(stream.cache, feeder.name)
         places = torch.cat([places_of(before), places], dim=1)
+        shares = torch.cat([shares_of(before), shares], dim=1)
         words = [before.labels(row) + words[row] for row in range(tokens.n_rows)]
         kinds = [first + own for first, own in zip(before.kind.tolist(), kinds, strict=True)]
     elif more > 0:
         places = torch.nn.functional.pad(places, (0, 0, 0, more), value=-1)
+        shares = torch.nn.functional.pad(shares, (0, 0, 0, more), value=float("nan"))
         words = [row + [f"generated {number}" for number in range(1, more + 1)] for row in words]
         kinds = [row + ["generated"] * more for row in kinds]
-    return places, words, kinds
+    return places, shares, words, kinds
 
 
 def attribution_tower(model: HookedModel, tower: str | None) -> Tower:

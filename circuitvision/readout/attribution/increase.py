@@ -68,6 +68,7 @@ class SourceIncrease(LogProbIncrease):
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     words: list[list[str]] = field(default_factory=list)
     kinds: list[list[str]] = field(default_factory=list)
+    shares: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
     def direction(self) -> str:
@@ -140,8 +141,8 @@ def log_prob_increase(
     if by != "source":
         return LogProbIncrease(values.cpu(), axes, provenance, owner.name, named)
     axes["position"] = list(range(values.shape[3]))
-    places, words, kinds = sources_of(stream, values.shape[3])
-    return SourceIncrease(values.cpu(), axes, provenance, owner.name, named, places, words, kinds)
+    places, shares, words, kinds = sources_of(stream, values.shape[3])
+    return SourceIncrease(values.cpu(), axes, provenance, owner.name, named, places, words, kinds, shares)
 
 
 def _called(model: HookedModel, owner: Tower, chosen: Targets, answer: Any) -> str:

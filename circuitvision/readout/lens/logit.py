@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ from circuitvision.readout.lens.reader import LensReader, measured
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.lens.sites import lens_sites, ordered_sites
 from circuitvision.readout.lens.tuned import TunedLens
-from circuitvision.readout.places import places_of
+from circuitvision.readout.places import places_of, shares_of
 from circuitvision.readout.recorded import check_hooked, held_as, inputs_of
 from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, plain, resolve_targets
 
@@ -281,6 +282,7 @@ def _result(
     rows, length = values.shape[-3:-1]
     step = reader.number_of_pass(names[0])
     places, example, positions, words, kinds = _where(reader, rows, length, step)
+    shares = _shares(reader, places)
     targets = reader.targets
     last = {"rank": list(range(1, values.shape[-1] + 1))} if targets is None else {"target": targets.labels}
     pooled = [part.pooled for part in parts]
@@ -294,6 +296,7 @@ def _result(
         measure=measure,
         ids=ids,
         places=places,
+        shares=shares,
         example=example,
         norm=norm,
         ranks=ranks if targets is not None else _none(),
@@ -332,6 +335,14 @@ def _labels(tower: str, names: Sequence[str]) -> tuple[str, list[Any]]:
     return "site", [name.removeprefix(f"{tower}.") for name in names]
 
 
+def _shares(reader: LensReader, places: Tensor) -> Tensor:
+    """Where the patches among the positions kept lie in their picture."""
+    tokens = reader.tokens
+    if tokens is None or not bool((places >= 0).any()):
+        return torch.full(places.shape, float("nan"), dtype=torch.float64)
+    return shares_of(tokens, tokens.n_positions - places.shape[1])
+
+
 def _where(
     reader: LensReader, rows: int, length: int, step: int | None
 ) -> tuple[Tensor, list[int], list[Any], list[list[str]], list[list[str]]]:
@@ -345,7 +356,7 @@ def _where(
         blank = [[""] * length for _ in range(rows)]
         return nowhere, list(range(rows)), list(range(length)), blank, blank
     example = [int(number) for number in tokens.example]
-    if length < tokens.n_positions and (tokens.kind == "text").any():
+    if length < tokens.n_positions and np.isin(tokens.kind, ("text", "unknown")).any():
         first = tokens.n_positions + length * max((step or 1) - 1, 0)
         generated = [["generated"] * length for _ in range(rows)]
         return torch.full((rows, length, 4), -1), example, list(range(first, first + length)), generated, generated

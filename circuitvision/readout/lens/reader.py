@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -205,7 +206,7 @@ class LensReader:
     def missing(self, value: Float[Tensor, "row pos width"]) -> int:
         """How many of the tower's first positions a site does not have: patch embeddings have no CLS, action embeddings no state."""
         tokens = self.tokens
-        if tokens is None or tokens.n_rows != value.shape[0] or not (tokens.kind != "text").all():
+        if tokens is None or tokens.n_rows != value.shape[0] or np.isin(tokens.kind, ("text", "unknown")).any():
             return 0
         return max(tokens.n_positions - value.shape[1], 0)
 

@@ -40,6 +40,7 @@ class LensResult(Result):
     measure: str = "logit"
     ids: Tensor = field(default_factory=_none)
     places: Tensor = field(default_factory=_none)
+    shares: Tensor = field(default_factory=_none)
     example: list[int] = field(default_factory=list)
     norm: str = "own"
     ranks: Tensor = field(default_factory=_none)
@@ -125,8 +126,14 @@ class LensResult(Result):
         for name in ("example", "words", "kinds"):
             cut[name] = getattr(self, name)[number : number + 1]
         axes = {**self.axes, "row": [self.axes["row"][number]]}
-        places = self.places[number : number + 1]
-        return replace(self, values=self.values.narrow(at, number, 1), axes=axes, places=places, **cut)
+        return replace(
+            self,
+            values=self.values.narrow(at, number, 1),
+            axes=axes,
+            places=self.places[number : number + 1],
+            shares=self.shares[number : number + 1],
+            **cut,
+        )
 
     def patch_grid(
         self, layer: Any, row: int = 0, image: int = 0, tile: int | None = None, target: Any = None

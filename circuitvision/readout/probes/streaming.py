@@ -24,9 +24,10 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.hooks import Recorder, Registration
 from circuitvision.model.inputs import as_mapping
+from circuitvision.model.packing import ImageRun
 from circuitvision.model.routes import is_dual
 from circuitvision.model.sites import SiteName
-from circuitvision.model.tokens import Packing, TokenMap
+from circuitvision.model.tokens import TokenMap
 from circuitvision.progress import Progress
 from circuitvision.provenance import hash_inputs
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
 
 _OF_IMAGES = ("pixel_values", "image_sizes", "pixel_attention_mask", "spatial_shapes")
-_OF_TEXTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+_OF_TEXTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 
 
 class _Enough(Exception):
@@ -185,7 +186,7 @@ def n_examples(model: HookedModel, inputs: Mapping[str, Any], side: str | None =
     Raises:
         InputError: neither is there; or both sides of a dual encoder are asked for and have different lengths.
     """
-    texts, images = inputs.get("input_ids"), inputs.get("pixel_values")
+    texts, images = inputs.get("input_ids", inputs.get("inputs_embeds")), inputs.get("pixel_values")
     counts = [len(part) for part in (texts, images) if isinstance(part, Tensor)]
     if not counts:
         raise InputError("An example needs pixel_values or input_ids; model.inputs(images=…, text=…) makes them.")
@@ -198,8 +199,8 @@ def _cut(model: HookedModel, inputs: Mapping[str, Any], side: str | None, first:
     """The examples ``first`` … ``last − 1`` of an input mapping."""
     size = n_examples(model, inputs, side)
     images = range(first, last)
-    if side is None and model.family.image_layout in ("flat", "anyres") and inputs.get("pixel_values") is not None:
-        owners = Packing(model, inputs).images_of_examples()
+    if side is None and model.family.packing.flat_images and inputs.get("pixel_values") is not None:
+        owners = ImageRun(model, inputs).owners
         held = [image for image, owner in enumerate(owners) if first <= owner < last]
         images = range(held[0], held[-1] + 1) if held else range(0)
     own_rows = {"images": _OF_IMAGES, "texts": _OF_TEXTS}.get(side or "", (*_OF_IMAGES, *_OF_TEXTS))
@@ -209,7 +210,7 @@ def _cut(model: HookedModel, inputs: Mapping[str, Any], side: str | None, first:
             found[name] = value
         elif name in _OF_IMAGES + _OF_TEXTS and name not in own_rows:
             found[name] = value[:1]
-        elif name in _OF_IMAGES and model.family.image_layout in ("flat", "anyres"):
+        elif name in _OF_IMAGES and model.family.packing.flat_images:
             found[name] = value[images.start : images.stop] if images else None
         elif len(value) != size:
             raise InputError(

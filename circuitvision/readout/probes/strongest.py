@@ -257,16 +257,11 @@ class UnitReader:
 
 def box_shares(tokens: TokenMap) -> Float[Tensor, "row pos 4"]:
     """(left, top, right, bottom) of every patch as shares of its image; NaN where a position is no patch."""
-    patch = tokens.kind == "patch"
-    images = np.stack([np.broadcast_to(tokens.example[:, None], patch.shape), tokens.image_number], -1)
-    size = np.full((*patch.shape, 2), np.nan)
-    for key in {(int(example), int(image)) for example, image in images[patch]}:
-        own = patch & (images == key).all(-1)
-        # The lowest tile is the whole image; others may reach beyond it.
-        whole = own & (tokens.tile == tokens.tile[own].min())
-        size[own] = tokens.box[whole][:, 2:].max(0)
+    sets = tokens.patches
+    size = np.full((*tokens.kind.shape, 2), np.nan)
+    size[sets.row, sets.position] = tokens.views.picture[sets.source_row][:, ::-1]
     shares = tokens.box / np.concatenate([size, size], -1)
-    shares[~patch] = np.nan
+    shares[tokens.kind != "patch"] = np.nan
     return torch.from_numpy(shares).float()
 
 

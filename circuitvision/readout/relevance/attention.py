@@ -35,7 +35,7 @@ from circuitvision.model.routes import is_dual
 from circuitvision.model.tokens import TokenMap
 from circuitvision.model.weights import check_gradients
 from circuitvision.provenance import describe
-from circuitvision.readout.places import places_of
+from circuitvision.readout.places import places_of, shares_of
 from circuitvision.readout.recorded import real_queries
 from circuitvision.readout.relevance.result import Relevance, warn_undefined
 from circuitvision.readout.relevance.variables import checked_tower, differentiating, gradient_of, usable, wide
@@ -170,22 +170,13 @@ def _read_by(model: Any, inputs: Mapping[str, Any], metric: Any, tower: str, rea
     own = model.tokens(inputs)[tower]
     if maps[0].tower == tower:
         return found[:, : own.n_positions]
-    places = _places(maps[-1])
-    at = {place: (row, position + found.shape[1] - maps[-1].n_positions) for (row, position), place in places.items()}
+    # A position that mixes patches hands its relevance on by their weights.
+    sets, first = maps[-1].patches, found.shape[1] - maps[-1].n_positions
     weights = torch.zeros(own.n_rows, own.n_positions, dtype=found.dtype)
-    for where, place in _places(own).items():
-        if place in at:
-            weights[where] = found[at[place]]
-    return weights
-
-
-def _places(tokens: TokenMap) -> dict[tuple[int, int], tuple[int, ...]]:
-    """Example, image, tile, patch row and patch column of every position that is a patch."""
-    columns = (tokens.image_number, tokens.tile, tokens.patch_row, tokens.patch_col)
-    return {
-        (int(row), int(position)): (int(tokens.example[row]), *(int(column[row, position]) for column in columns))
-        for row, position in zip(*(tokens.kind == "patch").nonzero(), strict=True)
-    }
+    shares = found[sets.row, sets.position + first] * torch.from_numpy(sets.weight).to(found.dtype)
+    return weights.index_put_(
+        (torch.from_numpy(sets.source_row), torch.from_numpy(sets.source_position)), shares, accumulate=True
+    )
 
 
 def relevance_rollout(shares: Sequence[Float[Tensor, "row query key"]]) -> Float[Tensor, "row query key"]:
@@ -340,6 +331,7 @@ def _result(
         site=f"{tower}.blocks.*.attn.hook_pattern",
         metric_value=wide(values),
         places=torch.cat([places_of(tokens) for tokens in maps], dim=1),
+        shares=torch.cat([shares_of(tokens) for tokens in maps], dim=1),
         example=maps[-1].example.tolist(),
         labels=[[label for tokens in maps for label in tokens.labels(row)] for row in range(found.shape[0])],
         kinds=[[kind for tokens in maps for kind in tokens.kind[row].tolist()] for row in range(found.shape[0])],

@@ -38,7 +38,7 @@ from circuitvision.model.routes import rows_serve_all
 from circuitvision.model.selection import Selection
 from circuitvision.progress import track
 from circuitvision.provenance import describe
-from circuitvision.readout.places import places_of
+from circuitvision.readout.places import places_of, shares_of
 from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
 from circuitvision.readout.relevance.result import Relevance, warn_undefined
 from circuitvision.readout.relevance.variables import (
@@ -222,6 +222,7 @@ def result_at(place: Variable, values: Tensor, method: str, metric: Any) -> Rele
         site=place.site,
         metric_value=wide(place.metric_value),
         places=places_of(where.tokens, where.dropped),
+        shares=shares_of(where.tokens, where.dropped),
         example=where.tokens.example.tolist(),
         labels=where.labels,
         kinds=where.kind.tolist(),

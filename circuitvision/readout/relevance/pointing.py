@@ -94,7 +94,8 @@ def pointing_game(
     hits, chances = [], []
     for row, mask in zip(rows, masks, strict=True):
         grid = relevance.on_image(row, image, tile)
-        on = _on_object(mask, grid.shape[0], grid.shape[1]) > overlap
+        extent = (1.0, 1.0) if relevance.of_pixels else relevance.extent(row, image, tile)
+        on = _on_object(mask, grid.shape[0], grid.shape[1], extent) > overlap
         there = ~grid.isnan()
         best = there & (grid == grid[there].max()) if bool(there.any()) else there
         hits.append(float(on[best].double().mean()) if bool(best.any()) else float("nan"))
@@ -171,9 +172,13 @@ def _first_rows(relevance: Relevance, image: int | None) -> list[int]:
     return [rows[example] for example in sorted(rows)]
 
 
-def _on_object(mask: Bool[Tensor, "height width"], down: int, across: int) -> Float[Tensor, "down across"]:
-    """The share of each cell's pixels that are on the object."""
-    height, width = mask.shape
+def _on_object(
+    mask: Bool[Tensor, "height width"], down: int, across: int, extent: tuple[float, float] = (1.0, 1.0)
+) -> Float[Tensor, "down across"]:
+    """The share of each cell's pixels that are on the object; cells cover ``extent`` of the picture's height and width."""
+    height, width = (max(1, round(size * share)) for size, share in zip(mask.shape, extent, strict=True))
+    # What lies past the last patch is in no cell.
+    mask = mask[:height, :width]
     # Every pixel of the mask belongs to the cell that holds its middle, whatever the two resolutions are.
     rows = ((torch.arange(height) + 0.5) * down / height).long()
     columns = ((torch.arange(width) + 0.5) * across / width).long()

@@ -175,21 +175,26 @@ def _columns(mask: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def _windows(where: Place, window: int, stride: int) -> Iterator[np.ndarray[Any, Any]]:
+    """Windows of the patch grids, one image and tile of every example at a time: an example's effect then belongs to one row.
+
+    Grids of different sizes have windows of their own. A position that mixes patches goes with every window that holds one of them.
+    """
     tokens, first = where.tokens, where.dropped
-    patches = where.kind == "patch"
-    image, tile, down, across = (
-        array[:, first:] for array in (tokens.image_number, tokens.tile, tokens.patch_row, tokens.patch_col)
-    )
-    for number, part in sorted(set(zip(image[patches].tolist(), tile[patches].tolist(), strict=True))):
-        # One image and tile of every example at a time: an example's effect then belongs to one row.
-        here = patches & (image == number) & (tile == part)
-        rows, columns = int(down[here].max()) + 1, int(across[here].max()) + 1
+    sets, views = tokens.patches, tokens.views
+    patches = (sets.position >= first) & (tokens.kind[sets.row, sets.position] == "patch")
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for view in np.unique(sets.source_row[patches]).tolist():
+        key = (int(views.image[view]), int(views.tile[view]), *(int(cells) for cells in views.grid[view]))
+        alike.setdefault(key, []).append(view)
+    for (_, _, rows, columns), members in sorted(alike.items()):
         if window > min(rows, columns):
             raise InputError(f"A window of {window} × {window} does not fit the grid of {rows} × {columns} patches.")
+        here = patches & np.isin(sets.source_row, members)
         for top, left in itertools.product(_starts(rows, window, stride), _starts(columns, window, stride)):
-            inside = (down >= top) & (down < top + window) & (across >= left) & (across < left + window)
-            if (here & inside).any():
-                yield here & inside
+            inside = here & (sets.patch_row >= top) & (sets.patch_row < top + window)
+            inside &= (sets.patch_col >= left) & (sets.patch_col < left + window)
+            if inside.any():
+                yield sets.mask(inside, tokens.kind.shape)[:, first:]
 
 
 def _starts(size: int, window: int, stride: int) -> list[int]:

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.readout.places import named_positions, on_grid
+from circuitvision.errors import InputError
+from circuitvision.readout.places import extent_of, named_positions, on_grid
 from circuitvision.readout.relevance.variables import PIXELS
 from circuitvision.results import Result
 
@@ -43,8 +44,9 @@ class Relevance(Result):
     NaN.
 
     ``places`` (``[row position 4]``: image, tile, patch row, patch column, -1 where a position is no patch), ``labels`` and ``kinds`` name the
-    positions; for pixels, those of the image tower's patches. ``metric_value`` is the metric per example, ``baseline_value`` that of the
-    baseline, and ``completeness_gap`` the sum of an example's values minus the difference of the two; both are empty where a method has none.
+    positions; for pixels, those of the image tower's patches. ``shares`` (``[row position 4]``) is where each lies in the picture.
+    ``metric_value`` is the metric per example, ``baseline_value`` that of the baseline, and ``completeness_gap`` the sum of an
+    example's values minus the difference of the two; both are empty where a method has none.
     """
 
     method: str = ""
@@ -54,6 +56,7 @@ class Relevance(Result):
     baseline_value: Tensor = field(default_factory=lambda: torch.zeros(0))
     completeness_gap: Tensor = field(default_factory=lambda: torch.zeros(0))
     places: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 4, dtype=torch.long))
+    shares: Tensor = field(default_factory=lambda: torch.zeros(0))
     example: list[int] = field(default_factory=list)
     labels: list[list[str]] = field(default_factory=list)
     kinds: list[list[str]] = field(default_factory=list)
@@ -122,26 +125,40 @@ class Relevance(Result):
         """The map of :meth:`on_image` scaled to ``size`` (height, width): every pixel has its patch's value, or with ``smooth`` one interpolated
         between patches. For showing and for masks; the values no longer add up to the metric.
         """
-        grid = self.on_image(row, image, tile)[None, None]
-        if smooth:
-            return torch.nn.functional.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0]
-        return torch.nn.functional.interpolate(grid, size=size, mode="nearest-exact")[0, 0]
+        grid = self.on_image(row, image, tile)
+        extent = (1.0, 1.0) if self.of_pixels else self.extent(row, image, tile)
+        # Pixels past the last patch belong to none.
+        covered = [round(edge * share) for edge, share in zip(size, extent, strict=True)]
+        how = {"mode": "bilinear", "align_corners": False} if smooth else {"mode": "nearest-exact"}
+        found = torch.full(size, float("nan"), dtype=grid.dtype)
+        found[: covered[0], : covered[1]] = torch.nn.functional.interpolate(grid[None, None], covered, **how)[0, 0]
+        return found
+
+    def extent(self, row: int = 0, image: int | None = None, tile: int | None = None) -> tuple[float, float]:
+        """How much of the height and of the width of a row's image its patch grid covers."""
+        return extent_of(self.shares, self.places, row, self._image(row, image), tile)
 
     def on_patches(self) -> Relevance:
-        """Pixels summed over each patch, which keeps what they add up to; a relevance of positions is returned as it is."""
+        """Pixels summed over each patch, exactly those that it reads; a relevance of positions is returned as it is.
+
+        What the values add up to is kept, but for pixels that no patch reads.
+
+        Raises:
+            InputError: a result that does not know where its patches lie.
+        """
         if not self.of_pixels:
             return self
-        patches = self.places[..., 2] >= 0
-        rows, columns = ((self.places[..., axis].amax(1) + 1).tolist() for axis in (2, 3))
+        if self.shares.shape != self.places.shape:
+            raise InputError("This relevance of pixels does not know where patches lie (shares); compute it again.")
+        height, width = self.values.shape[-2:]
+        sums = torch.nn.functional.pad(self.values.double().cumsum(-1).cumsum(-2), (1, 0, 1, 0))
         values = torch.full(self.places.shape[:2], float("nan"), dtype=self.values.dtype)
-        for row, (down, across) in enumerate(zip(rows, columns, strict=True)):
-            if not down:  # a camera that is not there
-                continue
-            height, width = self.values.shape[1] // down, self.values.shape[2] // across
-            whole = self.values[row, : down * height, : across * width]
-            sums = whole.reshape(down, height, across, width).sum((1, 3))
-            here = patches[row]
-            values[row, here] = sums[self.places[row, here, 2], self.places[row, here, 3]]
+        here = self.places[..., 2] >= 0
+        edges = (self.shares[here] * torch.tensor([width, height, width, height])).round().long()
+        left, top, right, bottom = edges.unbind(-1)
+        row = here.nonzero()[:, 0]
+        found = sums[row, bottom, right] - sums[row, top, right] - sums[row, bottom, left] + sums[row, top, left]
+        values[here] = found.to(values.dtype)
         axes = {"row": self.axes["row"], "position": list(range(values.shape[1]))}
         return dataclasses.replace(self, values=values, axes=axes, site=f"{PIXELS} of patches")
 

@@ -27,9 +27,9 @@ from circuitvision.errors import InputError
 from circuitvision.links import marked
 from circuitvision.model.averages import Layout
 from circuitvision.model.inputs import refuse_cache
+from circuitvision.model.packing import ImageRun
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
-from circuitvision.model.tokens import Packing
 from circuitvision.model.weights import check_gradients
 
 if TYPE_CHECKING:
@@ -241,12 +241,7 @@ def rows_of_pixels(model: HookedModel, inputs: Mapping[str, Any]) -> list[int]:
 
     Tiles that only fill up a batch are no rows.
     """
-    pixels = inputs["pixel_values"]
-    per_image = pixels.shape[1] if pixels.ndim == 5 else 1
-    tiles = Packing(model, inputs).tiles
-    if len(tiles) == pixels.shape[0] * per_image:
-        return list(range(len(tiles)))
-    return [image * per_image + tile for image, count in enumerate(tiles) for tile in range(count)]
+    return ImageRun(model, inputs).pixel_rows
 
 
 def wide(tensor: Tensor) -> Tensor:
