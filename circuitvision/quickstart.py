@@ -31,6 +31,7 @@ from circuitvision.circuits import (
     parse_id,
 )
 from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.model.names import spelled
 from circuitvision.readout import LensResult, lens_sites, logit_lens
 
 if TYPE_CHECKING:
@@ -82,11 +83,11 @@ class Quickstart:
     seconds: float = 0.0
 
     def table(self, count: int = 8) -> list[tuple[str, str, str]]:
-        """The strongest heads as (id, where, share restored), strongest first."""
+        """The strongest heads as (name, where, share restored), strongest first."""
         rows = []
         for name, share, _ in self.importance.ranking()[:count]:
             node = parse_id(name)
-            rows.append((name, f"{node.tower} layer {node.layer}, head {node.head}", _percent(share)))
+            rows.append((spelled(name), f"{node.tower} layer {node.layer}, head {node.head}", _percent(share)))
         return rows
 
     def finding(self) -> str:
@@ -96,7 +97,7 @@ class Quickstart:
         swing = self.importance.metric_clean - self.importance.metric_corrupt
         said = (
             f"Swapping one image for the other moves the logit of {self.case.answer!r} against {self.case.foil!r} by {swing:.1f}. "
-            f"Putting the clean value of one head, {best}, into the other run restores {_percent(share)} of that; the "
+            f"Putting the clean value of one head, {spelled(best)}, into the other run restores {_percent(share)} of that; the "
             f"{selected} heads in the graph together restore {_percent(self.importance.joint)}."
         )
         vision = [(name, share) for name, share, _ in self.importance.ranking() if parse_id(name).tower == "vision"]

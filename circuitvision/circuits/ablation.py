@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from circuitvision import edits, metrics
-from circuitvision.circuits.names import head_id, parse_id
 from circuitvision.errors import InputError
+from circuitvision.model.names import Component, format_id, head_id, heads_of, parse_id, site_of, spelled
 from circuitvision.progress import track
 from circuitvision.provenance import describe
 from circuitvision.results import Result
@@ -81,7 +81,7 @@ class AblationCheck(Result):
         """One sentence with the numbers."""
         return (
             f"Of {self.n_pairs} pairs the model answers both images right in {self.intact:.0%}; with "
-            f"{', '.join(self.heads)} mean-ablated together in {self.ablated:.0%}; with as many other heads, drawn "
+            f"{', '.join(map(spelled, self.heads))} mean-ablated together in {self.ablated:.0%}; with as many other heads, drawn "
             f"{len(self.random)} times, in {float(self.random.mean()):.0%} (at worst {float(self.random.min()):.0%})."
         )
 
@@ -89,7 +89,7 @@ class AblationCheck(Result):
 def ablation_check(
     model: Any,
     pairs: Sequence[PairBatch],
-    heads: Sequence[str],
+    heads: Component | Sequence[Component],
     *,
     reference: Sequence[PairBatch] | None = None,
     n_random: int = 20,
@@ -101,7 +101,7 @@ def ablation_check(
     Args:
         model: the hooked model.
         pairs: batches of pairs, all of one shape.
-        heads: ids such as ``"v.a1.h2"``.
+        heads: in any spelling of :mod:`circuitvision.model.names`, such as ``"vision.L1H2"``, ``"v.a1.h2"`` or ``("vision", 1, 2)``.
         reference: the batches whose mean replaces a head's output, both inputs of every pair; ``pairs`` by default.
         n_random: number of random sets; no set is drawn twice.
         seed: of the draws.
@@ -112,13 +112,13 @@ def ablation_check(
         batches of different
             shapes.
     """
-    if not pairs or not heads:
+    if not len(pairs) or not len(heads):
         raise InputError("An ablation check needs at least one batch of pairs and one head.")
-    chosen = list(dict.fromkeys(heads))
+    chosen = [format_id(node) for node in heads_of(heads, model.towers)]
     live = live_heads(model)
-    missing = [name for name in chosen if name not in live]
-    if missing:
-        raise InputError(f"{missing[0]} is not a live head of this model; its heads are {', '.join(live)}.")
+    dead = [spelled(name) for name in chosen if name not in live]
+    if dead:
+        raise InputError(f"{dead[0]} cannot reach the output; the live heads are {', '.join(map(spelled, live))}.")
     draws = _draw([name for name in live if name not in chosen], len(chosen), n_random, seed)
     conditions: dict[str, list[str]] = {"intact": [], "heads": chosen}
     conditions |= {f"random {number + 1}": draw for number, draw in enumerate(draws)}
@@ -190,7 +190,6 @@ def _score(
     by_site: dict[str, list[int]] = {}
     for name in names:
         by_site.setdefault(_site(name), []).append(parse_id(name).head)
-
     group = [edits.ablate(site, means[site], heads=heads) for site, heads in by_site.items()]
     right, margin, count = 0.0, 0.0, 0
     for both in runs:
@@ -219,7 +218,4 @@ def _draw(others: Sequence[str], size: int, number: int, seed: int) -> list[list
 
 
 def _site(name: str) -> str:
-    node = parse_id(name)
-    if node.kind != "head" or node.pos >= 0:
-        raise InputError(f"{name} is not the id of a head over all positions, such as v.a1.h2.")
-    return f"{node.tower}.blocks.{node.layer}.attn.hook_z"
+    return site_of(name)[0]

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from circuitvision import metrics
 from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
-from circuitvision.model import dead, inputs, layout, loading
+from circuitvision.model import dead, layout, loading
+from circuitvision.model import inputs as input_checks
 from circuitvision.model.cache import ActivationCache, collected
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups
@@ -77,7 +78,7 @@ class HookedModel(TextTools):
         self._matches: dict[Any, list[str]] = {}
         self._passes_recorded = False
         self._recorded_inputs: list[dict[str, Any]] | None = None
-        self._checked_inputs = inputs.Checked()
+        self._checked_inputs = input_checks.Checked()
 
     def _own_towers(self) -> None:
         for tower in self.towers.values():
@@ -137,12 +138,13 @@ class HookedModel(TextTools):
         name = SiteName.parse(self._match(site)[0])
         if name.tower not in self.towers:
             return None
+        inputs = input_checks.as_mapping(self, inputs)
         tokens = self.tokens(inputs)[name.tower]
         return dead.dead_positions(self.towers[name.tower], site, tokens, inputs)
 
     def tokens(self, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
         """What every position of every tower is in this run: kind, image, patch row and column, pixel box, text piece."""
-        return token_maps(self, inputs)
+        return token_maps(self, input_checks.as_mapping(self, inputs))
 
     @property
     def device(self) -> torch.device:
@@ -210,9 +212,9 @@ class HookedModel(TextTools):
         return self._forward(self._checked(inputs), kwargs)
 
     def _checked(self, given: Any) -> dict[str, Any]:
-        mapping = inputs.as_mapping(self, given)
+        mapping = input_checks.as_mapping(self, given)
         if not self._checked_inputs.holds(self, mapping):
-            inputs.check(self, mapping)
+            input_checks.check(self, mapping)
             self._checked_inputs.keep(self, mapping)
         return mapping
 
@@ -223,7 +225,7 @@ class HookedModel(TextTools):
 
     def _forward(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Tensor:
         if kwargs:
-            inputs.check_names(self, kwargs)
+            input_checks.check_names(self, kwargs)
         self._ran(mapping)
         with self.engine.run():
             output = self.module(**mapping, **kwargs)

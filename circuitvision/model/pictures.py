@@ -246,8 +246,7 @@ def _of_channels(image: Image.Image, channels: int) -> Image.Image:
 def _opaque(image: Image.Image) -> Image.Image:
     """The picture without its alpha channel, if that hides nothing."""
     whole = image.convert("LA" if image.mode in ("L", "1", "LA") else "RGBA")
-    lowest, _ = whole.getchannel("A").getextrema()
-    if lowest < 255:
+    if int(np.asarray(whole.getchannel("A")).min()) < 255:
         raise InputError(
             f"A picture of mode {image.mode!r} has transparent pixels, and what lies behind them is not known: put it on a background, "
             "Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA')).convert('RGB'), or drop the alpha "

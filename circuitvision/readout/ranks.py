@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.names import head_name
 from circuitvision.results import Result
 
 INDEPENDENT = ("row", "example")
@@ -138,7 +139,9 @@ def _flat(result: Result) -> tuple[Tensor, list[str]]:
 
 def _name(axes: Sequence[str], labels: Sequence[Any]) -> str:
     if list(axes) == ["layer", "head"]:
-        return f"L{labels[0]}H{labels[1]}"
+        return head_name(labels[0], labels[1])
+    if list(axes) == ["tower", "layer", "head"]:
+        return head_name(labels[1], labels[2], labels[0])
     if list(axes) == ["layer", "neuron"]:
         return f"L{labels[0]}N{labels[1]}"
     if len(axes) == 1:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError, nearest
 from circuitvision.model.cache import ActivationCache
+from circuitvision.model.names import head_name
 from circuitvision.provenance import describe
 from circuitvision.readout.attribution.functional import Functional, functional
 from circuitvision.readout.attribution.terms import SPLITS, Stream
@@ -195,7 +196,7 @@ def _shares(
             shares[f"L{layer}.attn"] = share(stream.site(f"blocks.{layer}.hook_attn_out"))
         else:
             heads, bias = stream.head_shares(layer, gradient)
-            shares.update({f"L{layer}H{head}": value for head, value in enumerate(heads)})
+            shares.update({head_name(layer, head): value for head, value in enumerate(heads)})
             shares[f"L{layer}.attn.bias"] = bias
         if by == "neuron" and layer in told_apart:
             neurons, bias = stream.neuron_shares(layer, gradient)

@@ -23,6 +23,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache, head_results
 from circuitvision.model.heads import frozen_norm
+from circuitvision.model.names import head_name
 from circuitvision.model.points import linear
 from circuitvision.model.spec import NORMS
 from circuitvision.readout.recorded import recorded
@@ -149,7 +150,7 @@ class Stream:
             else:
                 results = self.heads(layer)
                 for head in range(results.shape[2]):
-                    yield f"L{layer}H{head}", results[:, :, head]
+                    yield head_name(layer, head), results[:, :, head]
                 yield f"L{layer}.attn.bias", out - results.sum(2)
             yield f"L{layer}.mlp", self.site(f"blocks.{layer}.hook_mlp_out")
 

@@ -92,7 +92,7 @@ def _mean_of_others(variable: Variable, needed: Tensor | None) -> Tensor:
 
 
 def _mean_of_data(variable: Variable, inputs: Mapping[str, Any], needed: Tensor | None) -> Tensor:
-    inputs = usable(inputs)
+    inputs = usable(variable.model, inputs)
     with differentiating(False):
         if variable.site == PIXELS:
             found = pixels_of(inputs)

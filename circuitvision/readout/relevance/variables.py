@@ -24,7 +24,7 @@ from torch import Tensor
 
 from circuitvision import metrics
 from circuitvision.errors import InputError
-from circuitvision.model.inputs import refuse_cache
+from circuitvision.model.inputs import as_mapping
 from circuitvision.model.routes import is_dual
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import Packing
@@ -46,9 +46,9 @@ def differentiating(wanted: bool = True) -> Iterator[None]:
         yield
 
 
-def usable(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def usable(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs with tensors that a gradient may pass: those made in inference mode are copied. Raises InputError for a cache."""
-    refuse_cache(inputs)
+    inputs = as_mapping(model, inputs)
     with torch.inference_mode(False):
         return {
             name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
@@ -133,7 +133,7 @@ class Variable:
     def __init__(self, model: HookedModel, inputs: Mapping[str, Any], metric: Any, site: str) -> None:
         self.model, self.site = model, site
         self.metric = metrics.bind(metric, model)
-        self.inputs = usable(inputs)
+        self.inputs = usable(model, inputs)
         if site == PIXELS:
             self.value = pixels_of(self.inputs)
             names = []
