@@ -95,16 +95,16 @@ def _numbers(heads: Heads, site: str) -> Heads:
     return numbers
 
 
-def _taken_apart(heads: Heads) -> tuple[list[NodeName], Heads]:
+def _taken_apart(heads: Any) -> tuple[list[NodeName], Heads]:
     """The spelled ones among heads, and all of them as numbers."""
     if isinstance(heads, (Tensor, np.ndarray)):
         return [], heads.reshape(-1).tolist()
-    if not isinstance(heads, (Iterable, NodeName)):
+    if not isinstance(heads, NodeName) and not hasattr(heads, "__iter__"):
         return [], heads
     single = isinstance(heads, (str, NodeName)) or (
         isinstance(heads, tuple) and is_component(heads) and len(heads) == 3
     )
-    given = [heads] if single else list(heads)
+    given: list[Any] = [heads] if single else [*heads]
     nodes = [component(head) for head in given if not isinstance(head, (int, np.integer))]
     for node in nodes:
         if node.kind not in ("head", "kv_head"):

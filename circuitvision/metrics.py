@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -133,6 +134,7 @@ class KL(Metric):
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """The divergence of the output from the reference at the position, per example."""
+        logits = as_output(logits)
         if self.reference is None or self.reference.shape != logits.shape:
             shape = None if self.reference is None else tuple(self.reference.shape)
             raise InputError(f"The reference of kl has shape {shape}, not the output's {tuple(logits.shape)}.")
@@ -152,6 +154,7 @@ class ActionDim(Metric):
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """One coordinate of the action, per example."""
+        logits = as_output(logits)
         if logits.ndim != 3:
             raise InputError(f"action_dim reads [batch, chunk, action_dim]; the output has {tuple(logits.shape)}.")
         if not -logits.shape[-1] <= self.dim < logits.shape[-1]:
@@ -207,7 +210,7 @@ def bind(metric: Any, model: Any) -> Any:
     """``metric`` with words resolved by ``model``; a plain function is returned as it is."""
     if not callable(metric):
         raise InputError(
-            f"A metric is a function of the logits, such as metrics.logit_diff(answer, foil), not {metric!r}."
+            f"A metric is a function of the logits, such as metrics.logit_diff(answer, foil), not {metric!r:.80}."
         )
     return metric.bind(model) if hasattr(metric, "bind") else metric
 
@@ -265,6 +268,17 @@ def answer_ids(answer: Answer, model: Any) -> int | list[int] | Tensor:
     return int(answer)
 
 
+def as_output(logits: Any) -> Tensor:
+    """A model's output as a tensor (an array is one as well); InputError for anything else, such as the inputs, or an output with names."""
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(logits, np.ndarray):
+        return torch.from_numpy(logits.copy())
+    named = isinstance(logits, Mapping) and "logits" in logits
+    fix = "take its 'logits'" if named else "call it as metric(model(inputs), inputs)"
+    raise InputError(f"A metric reads the output tensor of a run, not a {type(logits).__name__}: {fix}.")
+
+
 def at_position(
     logits: Float[Tensor, "batch *pos classes"], position: Position, inputs: Mapping[str, Any] | None = None
 ) -> Float[Tensor, "batch classes"]:
@@ -273,6 +287,7 @@ def at_position(
     Raises:
         InputError: a position outside the output, a mask of another length, an example that is all padding.
     """
+    logits = as_output(logits)
     if logits.ndim == 2:
         return _wide(logits)
     if logits.ndim != 3:

@@ -10,6 +10,7 @@ Not covered: models without a vision and a language tower, several images in one
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ from circuitvision.circuits import (
     head_importance,
     parse_id,
 )
-from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.errors import InputError, UnsupportedModelError, checked_seed
+from circuitvision.model import pictures
 from circuitvision.model.names import spelled
 from circuitvision.readout import LensResult, lens_sites, logit_lens
 
@@ -162,6 +164,7 @@ def quickstart(
         UnsupportedModelError: a model that the library cannot wrap, or one without both towers.
     """
     started = time.perf_counter()
+    checked_seed(seed)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder as out.")
@@ -316,15 +319,7 @@ def _given_case(clean: Any, corrupt: Any, prompt: str | None, answer: str | None
 
 
 def _open(image: str | Path | Image.Image) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    path = Path(image)
-    if not path.is_file():
-        raise InputError(f"There is no image file {path}.")
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise InputError(f"{path} is not an image that can be read ({error}).") from error
+    return pictures.prepared(image, channels=3)
 
 
 def load_model(model: str | Path | Any, **options: Any) -> Any:
@@ -334,15 +329,13 @@ def load_model(model: str | Path | Any, **options: Any) -> Any:
 
     if not isinstance(model, str | Path):
         return model
-    if str(model) in organisms.names():
-        return organisms.load(str(model), **options)
-    try:
-        return HookedModel.from_pretrained(model, **options)
-    except OSError as error:
-        known = ", ".join(organisms.names())
-        raise InputError(
-            f"{model} is neither a model that comes with circuitvision ({known}) nor a folder or checkpoint that can be loaded: {error}"
-        ) from error
+    name, known = str(model), organisms.names()
+    if name in known:
+        return organisms.load(name, **options)
+    meant = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if meant and not Path(name).exists():
+        raise InputError(f"{name} is neither a folder nor a model that comes with circuitvision; is {meant[0]} meant?")
+    return HookedModel.from_pretrained(model, **options)
 
 
 def _check_towers(model: Any) -> None:

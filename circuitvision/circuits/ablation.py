@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from circuitvision import edits, metrics
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, checked_seed
 from circuitvision.model.names import Component, format_id, head_id, heads_of, parse_id, site_of, spelled
 from circuitvision.progress import track
 from circuitvision.provenance import describe
@@ -209,7 +209,7 @@ def _draw(others: Sequence[str], size: int, number: int, seed: int) -> list[list
             f"{number} different random sets of {size} heads cannot be drawn from {len(others)} other live heads; "
             "ask for fewer sets, or check fewer heads."
         )
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(checked_seed(seed))
     found: dict[tuple[int, ...], list[str]] = {}
     while len(found) < number:
         draw = tuple(sorted(generator.choice(len(others), size=size, replace=False).tolist()))

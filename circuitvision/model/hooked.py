@@ -57,6 +57,7 @@ class HookedModel(TextTools):
     """
 
     def __init__(self, module: nn.Module, processor: Any = None) -> None:
+        loading.refuse_no_module(module)
         _refuse_compiled(module)
         self.module: Any = module
         self.processor = processor
