@@ -127,6 +127,13 @@ def test_lists_may_mix_kinds(name: str) -> None:
     torch.testing.assert_close(made["pixel_values"], expected.to(made["pixel_values"]))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["vit-wide", "llava-next-mistral", "pi0"])
+def test_pictures_on_a_gpu(name: str) -> None:
+    for scale in (1, 255):
+        test_every_kind_of_picture_is_the_same_picture(name, lambda image: tensor(image).cuda() / scale)
+
+
 def test_files_are_read_and_turned_as_cameras_say(tmp_path: Path) -> None:
     case = CASES["vit-wide"]
     model, (image, *_) = wrapped(case), raw(case)["images"]
@@ -348,6 +355,23 @@ def test_models_of_other_channels_want_pixel_values(channels: int) -> None:
         with pytest.raises(InputError, match="pixel_values"):
             model.inputs(images=picture)
     assert model({"pixel_values": torch.zeros(1, channels, 12, 12)}).shape[0] == 1
+
+
+def test_figures_of_a_grey_model() -> None:
+    from circuitvision import metrics
+    from circuitvision.readout import attention_maps, exemplars, gradient_times_activation
+
+    model = model_of(1)
+    grey = np.random.default_rng(0).integers(0, 255, (12, 12), dtype=np.uint8)
+    inputs = model.inputs(images=[grey, grey])
+    _, cache = model.run_with_cache(inputs)
+    maps = attention_maps(cache, query="cls")
+    units = exemplars(model, inputs, "vision.blocks.0.mlp.hook_post", top_k=1)
+    pixels = gradient_times_activation(model, inputs, metrics.logit_diff(0, 1), site="pixels")
+    for picture in (grey, grey[None], grey[..., None], grey / 255, Image.fromarray(grey)):
+        for figure in (maps.plot(picture=picture), units.plot(pictures=[picture] * 2), pixels.plot(picture=picture)):
+            drawn = [trace for trace in figure.data if trace.type == "image"]
+            assert np.array_equal(np.asarray(drawn[0].z), np.repeat(grey[..., None], 3, axis=-1))
 
 
 def test_a_real_model_of_digits() -> None:
