@@ -164,9 +164,9 @@ def _quickstart(options: argparse.Namespace) -> int:
         shares = f"{found.case.answer} {reading.answer:.1%}, {found.case.foil} {reading.foil:.1%}"
         print(f"  {name:<10}{shares:<28}{reading}")
     print(f"\n{found.finding()}\n")
-    print(f"  {'head':<12}{'where':<28}{'restores':>8}")
-    for name, where, share in found.table():
-        print(f"  {name:<12}{where:<28}{share:>8}")
+    print(f"  {'head':<20}{'restores':>8}")
+    for name, _, share in found.table():
+        print(f"  {name:<20}{share:>8}")
     if found.check is not None:
         print(f"\n{found.check.summary()}")
     for caution in found.cautions():
