@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from circuitvision import circuits, data, edits, interop, metrics, organisms, patching, plots, readout
     from circuitvision.model import ActivationCache, HookedModel, HookPoint, TokenMap, Tower
+    from circuitvision.model.spec import register_family, register_stack
     from circuitvision.progress import set_verbosity
 
 __version__ = "0.1.0"
@@ -31,6 +32,11 @@ _ROOMS = (
     "readout",
 )
 _CLASSES = ("ActivationCache", "HookPoint", "HookedModel", "TokenMap", "Tower")
+_FUNCTIONS = {
+    "register_family": "circuitvision.model.spec",
+    "register_stack": "circuitvision.model.spec",
+    "set_verbosity": "circuitvision.progress",
+}
 
 __all__ = [
     "ActivationCache",
@@ -47,6 +53,8 @@ __all__ = [
     "patching",
     "plots",
     "readout",
+    "register_family",
+    "register_stack",
     "set_verbosity",
 ]
 
@@ -54,12 +62,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _CLASSES:
         return getattr(importlib.import_module("circuitvision.model"), name)
-    if name == "set_verbosity":
-        return importlib.import_module("circuitvision.progress").set_verbosity
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
     if name in _ROOMS:
         return importlib.import_module(f"circuitvision.{name}")
     raise AttributeError(f"module 'circuitvision' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ROOMS, *_CLASSES, "set_verbosity"})
+    return sorted({*globals(), *_ROOMS, *_CLASSES, *_FUNCTIONS})

@@ -1,35 +1,65 @@
 """The ``circuitvision`` command: arguments in, one call of the library, a short text out.
 
-Mistakes that the library explains end with that explanation on standard error and exit code 2; anything else is a
-bug and shows its trace.
+Mistakes that the library explains end with that explanation on standard error and exit code 2, Ctrl-C with code 130;
+anything else is a bug and shows its trace. What the command switches (progress bars, transformers' notices) it gives
+back when it ends, so that it can be called from Python as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from circuitvision.errors import CircuitVisionError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (0, or 2 for a mistake in what was asked)."""
+    """Run the command; returns the exit code (0; 2 for a mistake in what was asked, 130 after Ctrl-C)."""
     options = _parser().parse_args(arguments)
-    if options.quiet:
-        from circuitvision.progress import set_verbosity
-
-        set_verbosity("quiet")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that lacks a character gets a question mark, not a traceback.
-        sys.stdout.reconfigure(errors="replace")
     try:
-        return options.run(options)
+        with _verbosity(options.quiet), _printable():
+            return options.run(options)
     except CircuitVisionError as error:
         print(f"circuitvision: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("circuitvision: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has seen enough (head, less); Python would complain once more when it closes the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+@contextlib.contextmanager
+def _verbosity(quiet: bool) -> Iterator[None]:
+    if not quiet:
+        yield
+        return
+    from circuitvision.progress import verbosity
+
+    with verbosity("quiet"):
+        yield
+
+
+@contextlib.contextmanager
+def _printable() -> Iterator[None]:
+    """A terminal that lacks a character gets a question mark, not a traceback."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,6 +75,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_sites(commands.add_parser("sites", help="list the sites of a model"))
     _add_organisms(commands.add_parser("organisms", help="the small trained models that come with circuitvision"))
     return parser
+
+
+def _count(text: str) -> int:
+    """A whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
 
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
@@ -64,19 +108,23 @@ def _add_quickstart(parser: argparse.ArgumentParser) -> None:
         "--out", default="circuitvision-quickstart", metavar="DIR", help="folder for the files (%(default)s)"
     )
     parser.add_argument(
-        "--top-k", type=int, default=4, metavar="N", help="heads of each tower in the graph (%(default)s)"
+        "--top-k", type=_positive, default=4, metavar="N", help="heads of each tower in the graph (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which pair is drawn (%(default)s)")
+    parser.add_argument("--seed", type=_count, default=0, metavar="N", help="which pair is drawn (%(default)s)")
     parser.add_argument("--dtype", help="float32, bfloat16, …: the checkpoint's own by default")
     parser.add_argument("--device", help="cpu, cuda, …")
     parser.set_defaults(run=_quickstart)
 
 
 def _add_sites(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("glob", nargs="?", default="**", help="for example 'vision.blocks.*.attn.*' (%(default)s)")
+    parser.usage = "circuitvision sites [-h] [MODEL] [GLOB]"
     parser.add_argument(
-        "--model", default="shapes-llava", metavar="NAME_OR_FOLDER", help="organism, checkpoint name or folder"
+        "what",
+        nargs="*",
+        metavar="MODEL GLOB",
+        help="organism, checkpoint name or folder (shapes-llava); sites to list, for example 'vision.blocks.*.attn.*' (all)",
     )
+    parser.add_argument("--model", metavar="MODEL", help="the model, where it does not come first")
     parser.set_defaults(run=_sites)
 
 
@@ -88,8 +136,8 @@ def _add_organisms(parser: argparse.ArgumentParser) -> None:
     card.set_defaults(run=_organisms_card)
     train = actions.add_parser("train", help="train one from scratch")
     train.add_argument("name")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--steps", type=int, help="a shorter run, for trying things out")
+    train.add_argument("--seed", type=_count, default=0, metavar="N")
+    train.add_argument("--steps", type=_positive, metavar="N", help="a shorter run, for trying things out")
     train.add_argument("--out", metavar="DIR", help="folder for the weights (NAME-seedN)")
     train.set_defaults(run=_organisms_train)
 
@@ -97,28 +145,28 @@ def _add_organisms(parser: argparse.ArgumentParser) -> None:
 def _quickstart(options: argparse.Namespace) -> int:
     from circuitvision.quickstart import quickstart
 
-    _silence_transformers()
     loading = {name: getattr(options, name) for name in ("dtype", "device") if getattr(options, name) is not None}
-    found = quickstart(
-        options.model,
-        clean=options.clean,
-        corrupt=options.corrupt,
-        prompt=options.prompt,
-        answer=options.answer,
-        foil=options.foil,
-        out=options.out,
-        top_k=options.top_k,
-        seed=options.seed,
-        **loading,
-    )
+    with _silent_transformers():
+        found = quickstart(
+            options.model,
+            clean=options.clean,
+            corrupt=options.corrupt,
+            prompt=options.prompt,
+            answer=options.answer,
+            foil=options.foil,
+            out=options.out,
+            top_k=options.top_k,
+            seed=options.seed,
+            **loading,
+        )
     print(f"{found.case.prompt}\n")
     for name, reading in found.readings.items():
         shares = f"{found.case.answer} {reading.answer:.1%}, {found.case.foil} {reading.foil:.1%}"
         print(f"  {name:<10}{shares:<28}{reading}")
     print(f"\n{found.finding()}\n")
-    print(f"  {'head':<12}{'where':<28}{'restores':>8}")
-    for name, where, share in found.table():
-        print(f"  {name:<12}{where:<28}{share:>8}")
+    print(f"  {'head':<20}{'restores':>8}")
+    for name, _, share in found.table():
+        print(f"  {name:<20}{share:>8}")
     if found.check is not None:
         print(f"\n{found.check.summary()}")
     for caution in found.cautions():
@@ -132,11 +180,28 @@ def _quickstart(options: argparse.Namespace) -> int:
 def _sites(options: argparse.Namespace) -> int:
     from circuitvision.quickstart import load_model
 
-    _silence_transformers()
-    model = load_model(options.model)
-    for name in model.sites(options.glob):
-        print(name + ("   (cannot reach the output)" if model.is_dead(name) else ""))
+    name, glob = _model_and_glob(options.what, options.model)
+    with _silent_transformers():
+        model = load_model(name)
+    for site in model.sites(glob):
+        print(site + ("   (cannot reach the output)" if model.is_dead(site) else ""))
     return 0
+
+
+def _model_and_glob(what: Sequence[str], model: str | None) -> tuple[str, str]:
+    """The model comes first, and either may be left out: a wildcard, or a name of a site, is no model."""
+    from circuitvision.errors import InputError
+    from circuitvision.model.sites import is_glob
+
+    given = [model, *what] if model is not None else list(what)
+    if given and model is None and (is_glob(given[0]) or ".hook_" in given[0]):
+        given = ["shapes-llava", *given]
+    if len(given) > 2:
+        raise InputError(
+            f"One model and one glob are wanted, and {' '.join(given)} are more; quote a glob: 'vision.**'."
+        )
+    name, glob = [*given, *("shapes-llava", "**")[len(given) :]]
+    return name, glob
 
 
 def _organisms_list(options: argparse.Namespace) -> int:
@@ -157,20 +222,28 @@ def _organisms_card(options: argparse.Namespace) -> int:
 def _organisms_train(options: argparse.Namespace) -> int:
     from circuitvision import organisms
 
-    _silence_transformers()
-    scores = organisms.train(
-        options.name, seed=options.seed, out=options.out, steps=options.steps, progress=not options.quiet
-    )
+    with _silent_transformers():
+        scores = organisms.train(
+            options.name, seed=options.seed, out=options.out, steps=options.steps, progress=not options.quiet
+        )
     print(json.dumps(scores, indent=2, ensure_ascii=False))
     return 0
 
 
-def _silence_transformers() -> None:
+@contextlib.contextmanager
+def _silent_transformers() -> Iterator[None]:
     """Keep transformers' own notices out of the command's output; its errors stay."""
     from transformers.utils import logging
 
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ edit holds no model; ``model.run(inputs, [edits])``, ``model.generate(inputs, ed
 
 Common to all:
 
-* ``site`` is a name or a glob (``"language.blocks.*.attn.hook_z"``: the same edit at every matching site);
-* ``heads`` count the head axis of the site itself (key/value heads at ``hook_k`` and ``hook_v``);
+* ``site`` is a name or a glob (``"language.blocks.*.attn.hook_z"``: the same edit at every matching site), or a head, MLP or attention layer in any
+  spelling of :mod:`circuitvision.model.names` (``"vision.L1H3"``, ``"v.a1.h3"``, ``("vision", 1, 3)``, ``"language.L2.mlp"``): what it adds
+  (``attn.hook_z`` of that head, ``hook_mlp_out``, ``hook_attn_out``). Without a tower it fits models of one tower;
+* ``heads`` count the head axis of the site itself (key/value heads at ``hook_k`` and ``hook_v``), or are spelled heads of its layer;
 * ``positions`` are those of the tower, absolute, padding included: an int, ints, a slice, ``"last"``, a bool mask ``[batch, pos]``, or a selection of
   a token map such as ``model.tokens(inputs)["vision"].image(0).box(8, 8, 24, 24)``; None is every position, generated ones too. A site that holds
   only some of them (a projector behind a class token, an output head, patch embeddings: ``model.positions(site, inputs)`` lists them) maps them to
@@ -62,14 +64,59 @@ from circuitvision.model.edits.writes import (
     Scale,
     Steer,
 )
+from circuitvision.model.names import Component, NodeName, component, is_component, site_of, spelled
 from circuitvision.model.selection import Selection
-from circuitvision.model.sites import is_glob, matches
+from circuitvision.model.sites import SiteName, is_glob, matches
 
-Heads = int | Iterable[int] | None
+Heads = Any
+"""None for all, numbers of the site's head axis, or spelled heads."""
+
+
+def _at(site: Component, heads: Heads, positions: PositionsLike, steps: StepsLike) -> dict[str, Any]:
+    """Where an edit acts: its site and heads, from names of either, its positions and its steps."""
+    of_site: int | None = None
+    if not isinstance(site, str) or is_component(site):
+        site, of_site = site_of(site)
+    if of_site is not None:
+        if heads is not None:
+            raise InputError(f"The site names head {of_site} already; leave heads out.")
+        heads = of_site
+    return {"site": site, **_where(_numbers(heads, site), positions, steps)}
 
 
 def _where(heads: Heads, positions: PositionsLike, steps: StepsLike) -> dict[str, Any]:
     return {"heads": heads_of(heads), "positions": Positions.of(positions), "steps": Steps.of(steps)}
+
+
+def _numbers(heads: Heads, site: str) -> Heads:
+    """Heads of a site by number; spelled ones must be of its tower and layer."""
+    nodes, numbers = _taken_apart(heads)
+    name = SiteName.parse(site)
+    for node in nodes:
+        if (node.tower or name.tower, node.layer) != (name.tower, name.layer):
+            raise InputError(
+                f"{spelled(node)} is no head of {site}; heads of several layers are several edits: one for each head, with the head in "
+                "place of the site."
+            )
+    return numbers
+
+
+def _taken_apart(heads: Any) -> tuple[list[NodeName], Heads]:
+    """The spelled ones among heads, and all of them as numbers."""
+    if isinstance(heads, (Tensor, np.ndarray)):
+        return [], heads.reshape(-1).tolist()
+    if not isinstance(heads, NodeName) and not hasattr(heads, "__iter__"):
+        return [], heads
+    single = isinstance(heads, (str, NodeName)) or (
+        isinstance(heads, tuple) and is_component(heads) and len(heads) == 3
+    )
+    given: list[Any] = [heads] if single else [*heads]
+    nodes = [component(head) for head in given if not isinstance(head, (int, np.integer))]
+    for node in nodes:
+        if node.kind not in ("head", "kv_head"):
+            raise InputError(f"{spelled(node)} is no head.")
+    found = iter(nodes)
+    return nodes, [head if isinstance(head, (int, np.integer)) else next(found).head for head in given]
 
 
 def _source(site: str, source: Any) -> Any:
@@ -78,6 +125,8 @@ def _source(site: str, source: Any) -> Any:
         return held(source)
     cache: Any = source
     exact = not is_glob(site)
+    if exact and isinstance(cache, ActivationCache) and site.startswith("blocks.") and cache.model is not None:
+        return held(cache[cache.model.sites(site)[0]])
     names = [site] if exact else cache.names() if isinstance(cache, ActivationCache) else list(cache)
     found = {}
     for name in names:
@@ -92,7 +141,7 @@ def _source(site: str, source: Any) -> Any:
 
 
 def replace(
-    site: str,
+    site: Component,
     source: Any,
     *,
     heads: Heads = None,
@@ -104,11 +153,12 @@ def replace(
     ``x' = source``. ``source`` is a cache (its value at the site), a tensor that broadcasts to the site's whole shape, or a number. It covers the
     positions it has: with a prompt's source, tokens generated later keep their own values.
     """
-    return Replace(site, **_where(heads, positions, steps), source=_source(site, source))
+    where = _at(site, heads, positions, steps)
+    return Replace(**where, source=_source(where["site"], source))
 
 
 def ablate(
-    site: str,
+    site: Component,
     with_: Any = "zero",
     *,
     dataset: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
@@ -137,7 +187,8 @@ def ablate(
     nothing, or over a single row of the run; a draw from a single example, or where no example has enough positions of a kind.
     """
     words = ("zero", "mean", "resample", "heads")
-    method, source = (with_, None) if isinstance(with_, str) else ("given", _source(site, with_))
+    where = _at(site, heads, positions, steps)
+    method, source = (with_, None) if isinstance(with_, str) else ("given", _source(where["site"], with_))
     if method not in (*words, "given"):
         raise InputError(f"with_={with_!r} is not understood: {', '.join(map(repr, words))}, or a value.")
     over = average_of(average)
@@ -153,13 +204,11 @@ def ablate(
         if not listed or not all(isinstance(inputs, Mapping) for inputs in listed):
             raise InputError("dataset is one mapping of inputs, or several.")
         sets = tuple(HeldMapping.of(inputs) for inputs in listed)
-    return Ablate(
-        site, **_where(heads, positions, steps), source=source, method=method, dataset=sets, average=over, seed=seed
-    )
+    return Ablate(**where, source=source, method=method, dataset=sets, average=over, seed=seed)
 
 
 def steer(
-    site: str,
+    site: Component,
     direction: Any,
     scale: float = 1.0,
     *,
@@ -180,11 +229,11 @@ def steer(
     given = held(direction)
     if mode != "add" and not (isinstance(given, Held) and bool((given.tensor.norm(dim=-1) > 0).all())):
         raise InputError(f"mode={mode!r} needs a direction of a length other than zero.")
-    return Steer(site, **_where(heads, positions, steps), direction=given, scale=float(scale), mode=mode)
+    return Steer(**_at(site, heads, positions, steps), direction=given, scale=float(scale), mode=mode)
 
 
 def scale(
-    site: str,
+    site: Component,
     factor: Any,
     *,
     clip: tuple[float, float] | None = None,
@@ -196,11 +245,11 @@ def scale(
     if clip is not None:
         low, high = clip
         clip = (float(low), float(high))
-    return Scale(site, **_where(heads, positions, steps), factor=held(factor), clip=clip)
+    return Scale(**_at(site, heads, positions, steps), factor=held(factor), clip=clip)
 
 
 def overwrite(
-    site: str,
+    site: Component,
     neurons: int | Iterable[int],
     value: Any,
     *,
@@ -218,12 +267,12 @@ def overwrite(
     numbers = tuple(int(n) for n in neurons) if isinstance(neurons, Iterable) else (int(neurons),)
     if dictionary is not None and not (hasattr(dictionary, "encode") and hasattr(dictionary, "decode")):
         raise InputError("A dictionary has encode(x) and decode(features).")
-    return Overwrite(site, **_where(heads, positions, steps), neurons=numbers, value=held(value), dictionary=dictionary)
+    return Overwrite(**_at(site, heads, positions, steps), neurons=numbers, value=held(value), dictionary=dictionary)
 
 
 def project(
-    site: str,
-    basis: Tensor,
+    site: Component,
+    basis: Tensor | np.ndarray,
     source: Any,
     *,
     heads: Heads = None,
@@ -236,6 +285,8 @@ def project(
     rotation do not matter. No gradient reaches the basis: one that asks for it warns. Raises InputError for dependent columns (Geiger et al. 2023,
     arXiv 2303.02536; Makelov et al. 2023, arXiv 2311.17030).
     """
+    if isinstance(basis, np.ndarray):
+        basis = torch.from_numpy(basis.copy())
     if not isinstance(basis, Tensor):
         raise InputError(f"A basis is a tensor [d] or [d, k], not {type(basis).__name__}.")
     if basis.requires_grad and torch.is_grad_enabled():
@@ -250,9 +301,8 @@ def project(
     left, values, _ = torch.linalg.svd(columns.double(), full_matrices=False)
     if bool(torch.isnan(columns).any()) or float(values[-1]) <= 1e-6 * float(values[0]):
         raise InputError(f"The {columns.shape[1]} columns of the basis are not linearly independent.")
-    return Project(
-        site, **_where(heads, positions, steps), source=_source(site, source), basis=Held(left.to(columns.dtype))
-    )
+    where = _at(site, heads, positions, steps)
+    return Project(**where, source=_source(where["site"], source), basis=Held(left.to(columns.dtype)))
 
 
 def block_attention(
@@ -272,7 +322,7 @@ def block_attention(
 
     Raises InputError in the run if a position is left with nothing to look at.
     """
-    return BlockAttention(tower, **_where(heads, queries, steps), **_edges(keys, layers, renormalise))
+    return BlockAttention(tower, **_attention(tower, heads, queries, steps, keys, layers, renormalise))
 
 
 def scale_attention(
@@ -291,9 +341,8 @@ def scale_attention(
     Multiplying a score is a temperature, not a gain: where scores are negative a factor below 1 *raises* attention (AdaptVis, arXiv 2503.01773,
     edits so). :func:`add_attention_bias` is the monotone alternative.
     """
-    return ScaleAttention(
-        tower, **_where(heads, queries, steps), **_edges(keys, layers, renormalise), factor=float(factor)
-    )
+    where = _attention(tower, heads, queries, steps, keys, layers, renormalise)
+    return ScaleAttention(tower, **where, factor=float(factor))
 
 
 def add_attention_bias(
@@ -312,9 +361,30 @@ def add_attention_bias(
     ``renormalise=False`` multiplies the pattern by ``exp(bias)`` instead. ``bias`` is in nats: a number, or a tensor that broadcasts to ``[row head
     query key]``.
     """
-    return AddAttentionBias(
-        tower, **_where(heads, queries, steps), **_edges(keys, layers, renormalise), bias=held(bias)
-    )
+    where = _attention(tower, heads, queries, steps, keys, layers, renormalise)
+    return AddAttentionBias(tower, **where, bias=held(bias))
+
+
+def _attention(
+    tower: str,
+    heads: Heads,
+    queries: PositionsLike,
+    steps: StepsLike,
+    keys: PositionsLike,
+    layers: Any,
+    renormalise: bool,
+) -> dict[str, Any]:
+    """Where an edit of attention acts; spelled heads say their layer."""
+    nodes, numbers = _taken_apart(heads)
+    named = {(node.tower or tower, node.layer) for node in nodes}
+    if named and (len(named) > 1 or {name for name, _ in named} != {tower} or len(nodes) < len(list(numbers))):
+        raise InputError(f"heads={heads!r} are not of one layer of the {tower} tower; give one edit for each layer.")
+    if named:
+        (layer,) = (number for _, number in named)
+        if layers not in (None, layer):
+            raise InputError(f"heads={heads!r} are of layer {layer}, not of layers={layers!r}; leave layers out.")
+        layers = layer
+    return {**_where(numbers, queries, steps), **_edges(keys, layers, renormalise)}
 
 
 def _edges(keys: PositionsLike, layers: Any, renormalise: bool) -> dict[str, Any]:
@@ -329,14 +399,14 @@ def _edges(keys: PositionsLike, layers: Any, renormalise: bool) -> dict[str, Any
 
 
 def freeze(
-    site: str, at: str, *, heads: Heads = None, positions: PositionsLike = None, steps: StepsLike = None
+    site: Component, at: str, *, heads: Heads = None, positions: PositionsLike = None, steps: StepsLike = None
 ) -> Edit:
     """Hold a site at an earlier layer's value: the selected entries take the value that the site ``at`` had in the same pass of the edited run.
 
     ``freeze("language.blocks.*.hook_resid_post", at="language.blocks.3.hook_resid_post", positions=image)`` with a glob holds every later layer as
     well; earlier matches are an error, so name the layers (PopVQA, arXiv 2412.14133).
     """
-    return Freeze(site, **_where(heads, positions, steps), at=at)
+    return Freeze(**_at(site, heads, positions, steps), at=at)
 
 
 def delete_tokens(
@@ -353,7 +423,7 @@ def delete_tokens(
     return DeleteTokens(tower, **_where(None, positions, steps), start=start, reindex=reindex)
 
 
-def permute(site: str, order: Iterable[int], *, positions: PositionsLike = None, steps: StepsLike = None) -> Edit:
+def permute(site: Component, order: Iterable[int], *, positions: PositionsLike = None, steps: StepsLike = None) -> Edit:
     """Let positions change places: the ``i``-th selected position takes the value of the ``order[i]``-th.
 
     Numbers count in the order given, everything else in ascending order. Raises InputError if ``order`` is not a permutation.
@@ -361,18 +431,18 @@ def permute(site: str, order: Iterable[int], *, positions: PositionsLike = None,
     numbers = tuple(int(n) for n in order)
     if sorted(numbers) != list(range(len(numbers))):
         raise InputError("order is not a permutation: it must hold each of 0 … n - 1 once.")
-    return Permute(site, **_where(None, positions, steps), order=numbers)
+    return Permute(**_at(site, None, positions, steps), order=numbers)
 
 
 def renormalise(
-    site: str, norm: float, *, heads: Heads = None, positions: PositionsLike = None, steps: StepsLike = None
+    site: Component, norm: float, *, heads: Heads = None, positions: PositionsLike = None, steps: StepsLike = None
 ) -> Edit:
     """Give every selected vector the length ``norm``: ``x' = norm · x/‖x‖``."""
-    return Renormalise(site, **_where(heads, positions, steps), norm=float(norm))
+    return Renormalise(**_at(site, heads, positions, steps), norm=float(norm))
 
 
 def apply(
-    site: str,
+    site: Component,
     fn: Callable[[Tensor, Any], Tensor | None],
     *,
     heads: Heads = None,
@@ -385,7 +455,7 @@ def apply(
     """
     if not callable(fn):
         raise InputError("apply needs a function fn(tensor, hook).")
-    return Apply(site, **_where(heads, positions, steps), fn=fn)
+    return Apply(**_at(site, heads, positions, steps), fn=fn)
 
 
 __all__ = [

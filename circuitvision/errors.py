@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class CircuitVisionError(Exception):
@@ -38,3 +39,11 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=count, cutoff=0.0)
     return close or known[:count]
+
+
+def checked_seed(seed: Any) -> Any:
+    """A seed, or a generator in place of one, as it is. Raises InputError for a number below 0, a fraction, and what is no number."""
+    wrong = seed is None or isinstance(seed, (bool, float, str))
+    if wrong or (hasattr(seed, "__index__") and seed.__index__() < 0):
+        raise InputError(f"seed={seed!r} is no seed: give a whole number, 0 or more.")
+    return seed

@@ -146,7 +146,7 @@ class KL(Metric):
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """The divergence of the output from the reference at the position, per example."""
-        logits = _output(logits)
+        logits = as_output(logits)
         if self.reference is None or self.reference.shape != logits.shape:
             shape = None if self.reference is None else tuple(self.reference.shape)
             raise InputError(f"The reference of kl has shape {shape}, not the output's {tuple(logits.shape)}.")
@@ -166,7 +166,7 @@ class ActionDim(Metric):
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """One coordinate of the action, per example."""
-        logits = _output(logits)
+        logits = as_output(logits)
         if logits.ndim != 3:
             raise InputError(f"action_dim reads [batch, chunk, action_dim]; the output has {tuple(logits.shape)}.")
         if not -logits.shape[-1] <= self.dim < logits.shape[-1]:
@@ -215,7 +215,7 @@ def kl(reference: Float[Tensor, "batch *pos classes"], position: Position = "las
 
     Its gradient is zero at the reference itself, so first-order attribution there says nothing.
     """
-    return KL(position=position, name="kl(reference || output)", reference=_output(reference).detach())
+    return KL(position=position, name="kl(reference || output)", reference=as_output(reference).detach())
 
 
 def action_dim(dim: int, step: int | None = 0) -> ActionDim:
@@ -231,7 +231,7 @@ def bind(metric: Any, model: Any) -> Any:
         )
     if not callable(metric):
         raise InputError(
-            f"A metric is a function of the logits, such as metrics.logit_diff(answer, foil), not {metric!r}."
+            f"A metric is a function of the logits, such as metrics.logit_diff(answer, foil), not {metric!r:.80}."
         )
     return metric.bind(model) if hasattr(metric, "bind") else metric
 
@@ -293,17 +293,6 @@ def _vector(found: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.ndim == 1 and not found.is_complex() else None
 
 
-def _output(given: Any) -> Tensor:
-    """An output as a tensor; InputError for the structures that transformers returns."""
-    if isinstance(given, Tensor):
-        return given
-    if isinstance(given, np.ndarray):
-        return torch.from_numpy(given)
-    raise InputError(
-        f"A metric reads the output tensor, not a {type(given).__name__}: give model(inputs) of the wrapped model, or output.logits."
-    )
-
-
 def _plain(answer: Any) -> Any:
     """Answers with numpy's (and pandas') numbers, words and arrays as Python's; tensors stay.
 
@@ -341,6 +330,17 @@ def answer_ids(answer: Answer, model: Any) -> int | list[int] | Tensor:
     return int(found)
 
 
+def as_output(logits: Any) -> Tensor:
+    """A model's output as a tensor (an array is one as well); InputError for anything else, such as the inputs, or an output with names."""
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(logits, np.ndarray):
+        return torch.from_numpy(logits.copy())
+    named = isinstance(logits, Mapping) and "logits" in logits
+    fix = "take its 'logits'" if named else "call it as metric(model(inputs), inputs)"
+    raise InputError(f"A metric reads the output tensor of a run, not a {type(logits).__name__}: {fix}.")
+
+
 def at_position(
     logits: Float[Tensor, "batch *pos classes"], position: Position, inputs: Mapping[str, Any] | None = None
 ) -> Float[Tensor, "batch classes"]:
@@ -351,7 +351,7 @@ def at_position(
     Raises:
         InputError: a position outside the output, a mask of another length, an example that is all padding.
     """
-    logits = _output(logits)
+    logits = as_output(logits)
     if logits.ndim == 2:
         return _wide(logits)
     if logits.ndim != 3:

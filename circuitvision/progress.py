@@ -29,6 +29,17 @@ def set_verbosity(level: str) -> None:
     _state["level"] = level
 
 
+@contextlib.contextmanager
+def verbosity(level: str) -> Iterator[None]:
+    """Inside, the library prints as after ``set_verbosity(level)``; afterwards as before."""
+    before = _state["level"]
+    set_verbosity(level)
+    try:
+        yield
+    finally:
+        _state["level"] = before
+
+
 def silent() -> bool:
     """Whether nothing is drawn: after ``set_verbosity("quiet")``, and where standard error goes to a file."""
     return _state["level"] == "quiet" or not ("ipykernel" in sys.modules or sys.stderr.isatty())

@@ -10,6 +10,7 @@ Not covered: models without a vision and a language tower, several images in one
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,8 +31,10 @@ from circuitvision.circuits import (
     head_importance,
     parse_id,
 )
-from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.errors import InputError, UnsupportedModelError, checked_seed
 from circuitvision.links import probabilities
+from circuitvision.model import pictures
+from circuitvision.model.names import spelled
 from circuitvision.readout import LensResult, lens_sites, logit_lens
 
 if TYPE_CHECKING:
@@ -83,11 +86,11 @@ class Quickstart:
     seconds: float = 0.0
 
     def table(self, count: int = 8) -> list[tuple[str, str, str]]:
-        """The strongest heads as (id, where, share restored), strongest first."""
+        """The strongest heads as (name, where, share restored), strongest first."""
         rows = []
         for name, share, _ in self.importance.ranking()[:count]:
             node = parse_id(name)
-            rows.append((name, f"{node.tower} layer {node.layer}, head {node.head}", _percent(share)))
+            rows.append((spelled(name), f"{node.tower} layer {node.layer}, head {node.head}", _percent(share)))
         return rows
 
     def finding(self) -> str:
@@ -97,7 +100,7 @@ class Quickstart:
         swing = self.importance.metric_clean - self.importance.metric_corrupt
         said = (
             f"Swapping one image for the other moves the logit of {self.case.answer!r} against {self.case.foil!r} by {swing:.1f}. "
-            f"Putting the clean value of one head, {best}, into the other run restores {_percent(share)} of that; the "
+            f"Putting the clean value of one head, {spelled(best)}, into the other run restores {_percent(share)} of that; the "
             f"{selected} heads in the graph together restore {_percent(self.importance.joint)}."
         )
         vision = [(name, share) for name, share, _ in self.importance.ranking() if parse_id(name).tower == "vision"]
@@ -162,6 +165,7 @@ def quickstart(
         UnsupportedModelError: a model that the library cannot wrap, or one without both towers.
     """
     started = time.perf_counter()
+    checked_seed(seed)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder as out.")
@@ -316,15 +320,7 @@ def _given_case(clean: Any, corrupt: Any, prompt: str | None, answer: str | None
 
 
 def _open(image: str | Path | Image.Image) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    path = Path(image)
-    if not path.is_file():
-        raise InputError(f"There is no image file {path}.")
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise InputError(f"{path} is not an image that can be read ({error}).") from error
+    return pictures.prepared(image, channels=3)
 
 
 def load_model(model: str | Path | Any, **options: Any) -> Any:
@@ -334,15 +330,13 @@ def load_model(model: str | Path | Any, **options: Any) -> Any:
 
     if not isinstance(model, str | Path):
         return model
-    if str(model) in organisms.names():
-        return organisms.load(str(model), **options)
-    try:
-        return HookedModel.from_pretrained(model, **options)
-    except OSError as error:
-        known = ", ".join(organisms.names())
-        raise InputError(
-            f"{model} is neither a model that comes with circuitvision ({known}) nor a folder or checkpoint that can be loaded: {error}"
-        ) from error
+    name, known = str(model), organisms.names()
+    if name in known:
+        return organisms.load(name, **options)
+    meant = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if meant and not Path(name).exists():
+        raise InputError(f"{name} is neither a folder nor a model that comes with circuitvision; is {meant[0]} meant?")
+    return HookedModel.from_pretrained(model, **options)
 
 
 def _check_towers(model: Any) -> None:

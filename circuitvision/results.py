@@ -35,12 +35,6 @@ _FORMAT = "circuitvision.result/1"
 _META = "circuitvision_json"
 
 
-def head_name(layer: int | str, head: int | str) -> str:
-    """``"L1H3"``; spelled out where one of them is no number (an attention pool, a mean over heads)."""
-    whole = isinstance(layer, int) and isinstance(head, int)
-    return f"L{layer}H{head}" if whole else f"layer {layer} head {head}"
-
-
 @dataclass(frozen=True, eq=False)
 class Result:
     """Numbers with named axes.

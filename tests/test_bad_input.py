@@ -269,6 +269,18 @@ def test_packed_patches_need_their_mask_and_shapes(checked: Any) -> None:
             model({name: value for name, value in inputs.items() if name != missing})
 
 
+def test_a_glob_of_a_tower_that_did_not_run(checked: Any) -> None:
+    model, inputs = checked("llava-clip-llama")
+    ids = torch.where(inputs["input_ids"] == model.image_token_id, 9, inputs["input_ids"])
+    text = {"input_ids": ids, "attention_mask": inputs["attention_mask"]}
+    for names in ("vision.**", ["vision.blocks.*.attn.hook_z", "projector.*"], lambda name: name.startswith("vision")):
+        with pytest.raises(HookError, match="vision"):
+            model.run_with_cache(text, names)
+    with pytest.raises(HookError, match="stop_at_layer"):
+        model.run_with_cache(inputs, "language.blocks.1.**", stop_at_layer=("language", 0))
+    assert len(model.run_with_cache(text, "**")[1])
+
+
 # ---- options
 
 

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from circuitvision.circuits import names, schema
+from circuitvision.circuits import schema
 from circuitvision.circuits.export import export, load
-from circuitvision.circuits.names import NodeName, format_id, head_id, parse_id
 from circuitvision.errors import InputError
+from circuitvision.model import names
+from circuitvision.model.names import NodeName, format_id, head_id, parse_id
 
 NUMBER = st.integers(0, 10**6)
 TOWER = st.sampled_from([tower for tower in names.TOWER_LETTERS if tower != "connector"])

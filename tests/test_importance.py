@@ -121,8 +121,8 @@ def test_requests_that_cannot_be_met_are_refused():
     assert len(live_heads(toy)) == 10
     for heads, options, message in [
         ([], {}, "one head"),
-        (["v.a7.h0"], {}, "not a live head"),
-        (["v.m0"], {}, "not a live head"),
+        (["v.a7.h0"], {}, "no L7H0"),
+        (["v.m0"], {}, "not a head"),
         (live_heads(toy)[:9], {"n_random": 2}, "random sets"),
     ]:
         with pytest.raises(InputError, match=message):

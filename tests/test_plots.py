@@ -45,7 +45,7 @@ def test_head_figure_shows_every_share_in_its_place():
     np.testing.assert_allclose(vision, (VISION / VISION.sum()).numpy(), atol=1e-6)
     assert language.shape == (1, 2)
     assert figure.layout.coloraxis.cmin == -figure.layout.coloraxis.cmax
-    assert figure.layout.title.text == "v.a1.h2 alone restores 50% of the answer"
+    assert figure.layout.title.text == "vision.L1H2 alone restores 50% of the answer"
     texts = {annotation.text for annotation in figure.layout.annotations}
     assert "\N{MINUS SIGN}20%" in texts
 

@@ -63,10 +63,10 @@ def test_the_language_lens_at_the_last_layer_is_the_models_own_output(folder_of,
     ("changes", "message"),
     [
         ({"foil": None}, "missing: foil"),
-        ({"clean": "nowhere.png"}, "no image file"),
+        ({"clean": "nowhere.png"}, "nowhere.png"),
         ({"answer": "crimson"}, "crimson"),
         ({"prompt": "what color is the circle ?"}, "once per image"),
-        ({"clean": "text"}, "not an image"),
+        ({"clean": "text"}, "no picture"),
     ],
 )
 def test_bad_cases_are_refused_and_nothing_is_written(changes, message, folder_of, images, tmp_path):

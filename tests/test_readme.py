@@ -25,13 +25,12 @@ def block_with(words: str) -> str:
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """What the examples take for granted: a model, inputs, and the cache of another run."""
     monkeypatch.chdir(tmp_path)
-    torch.set_grad_enabled(False)
     model = cv.organisms.load("shapes-llava")
     pair = cv.data.sample_question_pairs(1, seed=3)[0]
     inputs = model.inputs(images=pair.corrupt.image, text=pair.prompt)
     clean = model.inputs(images=pair.clean.image, text=pair.prompt)
-    yield {"cv": cv, "model": model, "inputs": inputs, "source_cache": model.run_with_cache(clean)[1]}
-    torch.set_grad_enabled(True)
+    with torch.no_grad():
+        yield {"cv": cv, "model": model, "inputs": inputs, "source_cache": model.run_with_cache(clean)[1]}
 
 
 def test_edits(names: dict[str, Any]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from circuitvision.circuits.ablation import AblationCheck, PairBatch, ablation_check, live_heads
 from circuitvision.circuits.export import export, load
 from circuitvision.circuits.importance import HeadImportance, head_importance
-from circuitvision.circuits.names import NodeName, format_id, head_id, parse_id
 from circuitvision.circuits.schema import add_edge, add_node, new_graph, rank_edges, validate
+from circuitvision.model.names import NodeName, format_id, head_id, parse_id
 
 __all__ = [
     "AblationCheck",

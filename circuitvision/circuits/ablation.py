@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from circuitvision import edits, metrics
-from circuitvision.circuits.names import head_id, parse_id
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, checked_seed
 from circuitvision.model.averages import Layout, Tally, check_aligned
+from circuitvision.model.names import Component, format_id, head_id, heads_of, parse_id, site_of, spelled
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
 from circuitvision.progress import track
@@ -88,7 +88,7 @@ class AblationCheck(Result):
         """One sentence with the numbers."""
         return (
             f"Of {self.n_pairs} pairs the model answers both images right in {self.intact:.0%}; with "
-            f"{', '.join(self.heads)} mean-ablated together in {self.ablated:.0%}; with as many other heads, drawn "
+            f"{', '.join(map(spelled, self.heads))} mean-ablated together in {self.ablated:.0%}; with as many other heads, drawn "
             f"{len(self.random)} times, in {float(self.random.mean()):.0%} (at worst {float(self.random.min()):.0%})."
         )
 
@@ -96,7 +96,7 @@ class AblationCheck(Result):
 def ablation_check(
     model: Any,
     pairs: Sequence[PairBatch],
-    heads: Sequence[str],
+    heads: Component | Sequence[Component],
     *,
     reference: Sequence[PairBatch] | None = None,
     n_random: int = 20,
@@ -108,7 +108,7 @@ def ablation_check(
     Args:
         model: the hooked model.
         pairs: batches of pairs, all of one shape.
-        heads: ids such as ``"v.a1.h2"``.
+        heads: in any spelling of :mod:`circuitvision.model.names`, such as ``"vision.L1H2"``, ``"v.a1.h2"`` or ``("vision", 1, 2)``.
         reference: the batches whose mean replaces a head's output, both inputs of every pair; ``pairs`` by default.
         n_random: number of random sets; no set is drawn twice.
         seed: of the draws.
@@ -118,14 +118,14 @@ def ablation_check(
         InputError: dropout in training mode, no pairs, no heads, heads the model does not have or declares dead, too few
             other heads, or batches whose positions do not line up.
     """
-    if not pairs or not heads:
+    if not len(pairs) or not len(heads):
         raise InputError("An ablation check needs at least one batch of pairs and one head.")
     refuse_random(model.module, "An ablation check")
-    chosen = list(dict.fromkeys(heads))
+    chosen = [format_id(node) for node in heads_of(heads, model.towers)]
     live = live_heads(model, pairs[0].clean)
-    missing = [name for name in chosen if name not in live]
-    if missing:
-        raise InputError(f"{missing[0]} is not a live head of this model; its heads are {', '.join(live)}.")
+    dead = [spelled(name) for name in chosen if name not in live]
+    if dead:
+        raise InputError(f"{dead[0]} cannot reach the output; the live heads are {', '.join(map(spelled, live))}.")
     draws = _draw([name for name in live if name not in chosen], len(chosen), n_random, seed)
     conditions: dict[str, list[str]] = {"intact": [], "heads": chosen}
     conditions |= {f"random {number + 1}": draw for number, draw in enumerate(draws)}
@@ -224,7 +224,7 @@ def _draw(others: Sequence[str], size: int, number: int, seed: int) -> list[list
             f"{number} different random sets of {size} heads cannot be drawn from {len(others)} other live heads; "
             "ask for fewer sets, or check fewer heads."
         )
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(checked_seed(seed))
     found: dict[tuple[int, ...], list[str]] = {}
     while len(found) < number:
         draw = tuple(sorted(generator.choice(len(others), size=size, replace=False).tolist()))
@@ -233,7 +233,4 @@ def _draw(others: Sequence[str], size: int, number: int, seed: int) -> list[list
 
 
 def _site(name: str) -> str:
-    node = parse_id(name)
-    if node.kind != "head" or node.pos >= 0:
-        raise InputError(f"{name} is not the id of a head over all positions, such as v.a1.h2.")
-    return f"{node.tower}.blocks.{node.layer}.attn.hook_z"
+    return site_of(name)[0]

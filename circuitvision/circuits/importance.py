@@ -35,8 +35,8 @@ from torch import Tensor
 
 from circuitvision import edits, metrics
 from circuitvision.circuits import schema
-from circuitvision.circuits.names import NodeName, format_id, head_id, parse_id
 from circuitvision.errors import InputError
+from circuitvision.model.names import NodeName, format_id, head_id, parse_id, site_of, spelled
 from circuitvision.patching.activation import PatchingResult, activation_patch, check_same_shapes
 from circuitvision.provenance import describe
 from circuitvision.results import Result
@@ -113,12 +113,12 @@ class HeadImportance(Result):
             schema.add_node(
                 graph,
                 node,
-                label=f"{node.tower} L{node.layer} H{node.head}",
+                label=spelled(node),
                 score=effect,
                 influence=share,
                 in_circuit=name in self.selected,
                 modality=_MODALITY.get(node.tower, "text"),
-                hook_out=f"{node.tower}.blocks.{node.layer}.attn.hook_z",
+                hook_out=_site(name),
             )
         for name, entry in {**self.inputs, **self.connectors}.items():
             label = parse_id(name).label or "image"
@@ -311,8 +311,7 @@ def _same_depth(sender: str, receiver: str, freezer: _Freezer) -> bool:
 
 
 def _site(name: str) -> str:
-    node = parse_id(name)
-    return f"{node.tower}.blocks.{node.layer}.attn.hook_z"
+    return site_of(name)[0]
 
 
 def _stack(patched: Mapping[str, PatchingResult]) -> tuple[Tensor, Tensor, dict[str, list[Any]]]:

@@ -16,8 +16,8 @@ from typing import Any
 
 import networkx as nx
 
-from circuitvision.circuits.names import NodeName, format_id, parse_id
 from circuitvision.errors import InputError
+from circuitvision.model.names import NodeName, format_id, parse_id
 
 SCHEMA = "circuitvision.graph/1"
 GRAPH_KINDS = ("component", "attribution", "head_importance")

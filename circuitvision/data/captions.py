@@ -26,7 +26,7 @@ from circuitvision.data.scenes import (
     SceneObject,
     sample_scene,
 )
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, checked_seed
 
 NEGATIVE_KINDS: tuple[str, ...] = ("color", "shape", "swap")
 ONE_ATTRIBUTE: tuple[str, ...] = ("color", "shape")
@@ -129,7 +129,7 @@ def sample_retrievals(
         kinds: how they are made, each equally likely (see :func:`negative`); by default one word is wrong.
         with_subject: at least this many of the distinct pairs named in each set of captions come from ``subjects``.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(checked_seed(seed))
     found: list[Retrieval] = []
     while len(found) < count:
         subject = subjects[len(found) % len(subjects)]

@@ -31,7 +31,7 @@ from circuitvision.data.scenes import (
     recolor,
     sample_scene,
 )
-from circuitvision.errors import InputError, nearest
+from circuitvision.errors import InputError, checked_seed, nearest
 
 KINDS: tuple[str, ...] = ("color", "shape", "side", "height", "color_at", "shape_at")
 SIDES = ("left", "right")
@@ -125,7 +125,7 @@ def sample_questions(
             model here was trained on are ``TEST_PAIRS``, in which each shape has one colour.
         distractors: the pairs of the other objects: all by default; ``TRAIN_PAIRS`` are those trained on.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(checked_seed(seed))
     subjects = _IN_TURN if subjects is None else subjects
     found: list[tuple[Scene, Question]] = []
     while len(found) < count:
@@ -155,7 +155,7 @@ def sample_question_pairs(
     The subjects of the clean scenes take turns, so that no fixed guess is right more often than one subject's share.
     """
     attribute = {"color": "color", "color_at": "color", "shape": "shape", "shape_at": "shape"}.get(kind, "cell")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(checked_seed(seed))
     subjects = _IN_TURN if subjects is None else subjects
     found: list[QuestionPair] = []
     while len(found) < count:
@@ -247,7 +247,7 @@ def sample_largest(
         unnamed: probability of an object, the largest included, to get a colour without a name.
         blobs: probability of a smaller object to be a blob.
     """
-    rng = np.random.default_rng(rng)
+    rng = np.random.default_rng(checked_seed(rng))
     found: list[tuple[Scene, str]] = []
     while len(found) < count:
         subject = subjects[int(rng.integers(len(subjects)))]

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from circuitvision.errors import InputError, nearest
+from circuitvision.errors import InputError, checked_seed, nearest
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -262,7 +262,7 @@ def sample_scenes(
     if count < 0:
         raise InputError(f"count must not be negative, got {count}")
     board = board or Board()
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(checked_seed(seed))
     kept: list[ReachScenes] = [_draw(0, generator, board)]
     missing = count
     while missing > 0:
@@ -296,7 +296,7 @@ def minimal_pairs(scenes: ReachScenes, change: str, seed: int | np.random.Genera
     """
     if change not in CHANGES:
         raise InputError(f"no change is called {change!r}; nearest: {', '.join(nearest(change, CHANGES))}")
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(checked_seed(seed))
     count, objects = scenes.colors.shape
     size = scenes.board.size
     rows = np.arange(count)
@@ -344,7 +344,7 @@ def contrast_pairs(
         )
     if change not in CHANGES:
         raise InputError(f"no change is called {change!r}; nearest: {', '.join(nearest(change, CHANGES))}")
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(checked_seed(seed))
     clean: list[ReachScenes] = [sample_scenes(0, generator, split, board)]
     corrupt: list[ReachScenes] = list(clean)
     missing = count
@@ -364,7 +364,7 @@ def sample_starts(count: int, seed: int, split: str | None = "test", board: Boar
     Raises:
         InputError: an unknown split, or a negative count.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(checked_seed(seed))
     kept = [sample_scenes(0, generator, split, board)]
     while sum(map(len, kept)) < count:
         drawn = sample_scenes(count, generator, split, board)
@@ -422,7 +422,7 @@ def run_episodes(policy: Policy, start: ReachScenes, horizon: int = 8) -> Episod
 
 def random_policy(seed: int, chunk: int = 2) -> Policy:
     """The control: every step drawn uniformly from the nine possible ones."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(checked_seed(seed))
     return lambda scenes: generator.integers(-1, 2, size=(len(scenes), chunk, 2))
 
 

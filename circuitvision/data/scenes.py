@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from circuitvision.errors import InputError, nearest
+from circuitvision.errors import InputError, checked_seed, nearest
 
 GRID = 4
 CELL = 16
@@ -290,7 +290,7 @@ def minimal_pair(
     Raises:
         InputError: no such attribute or object, the value is not a new one, or nothing is left to choose from.
     """
-    rng = np.random.default_rng(rng)
+    rng = np.random.default_rng(checked_seed(rng))
     _check_name("attribute", attribute, ["color", "shape", "size", "cell"])
     if index is None:
         index = int(rng.integers(len(scene.objects)))

@@ -1,7 +1,38 @@
-"""The supported architectures: one short declarative file each. Importing this package fills the table the core works from."""
+"""The supported architectures: one short declarative file each. Importing this package fills the table the core works from.
+
+What such a file is made of is here as well, for a family of one's own: ``docs/families.md`` has an example.
+"""
 
 from __future__ import annotations
 
 from circuitvision.families import clip, deit, dinov2, llava, paligemma, pi0, siglip, stacks, vit
+from circuitvision.model.spec import (
+    BlockLayout,
+    Family,
+    NormSpec,
+    Readout,
+    Stack,
+    TowerSpec,
+    register_family,
+    register_stack,
+)
 
-__all__ = ["clip", "deit", "dinov2", "llava", "paligemma", "pi0", "siglip", "stacks", "vit"]
+__all__ = [
+    "BlockLayout",
+    "Family",
+    "NormSpec",
+    "Readout",
+    "Stack",
+    "TowerSpec",
+    "clip",
+    "deit",
+    "dinov2",
+    "llava",
+    "paligemma",
+    "pi0",
+    "register_family",
+    "register_stack",
+    "siglip",
+    "stacks",
+    "vit",
+]

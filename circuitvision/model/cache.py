@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError, UnknownSiteError, nearest
+from circuitvision.model.names import head_name
 from circuitvision.model.points import apply_gain
 from circuitvision.model.sites import DERIVED, SiteName, expand_short
 from circuitvision.model.spec import is_norm
@@ -288,7 +289,7 @@ class ActivationCache(Mapping[str, Any]):
                 scale = parameter(owner.blocks[index].part("attn_add"), "lambda1")
                 result = result * scale.to(result.dtype)
             parts.append(rearrange(result, "... head m -> head ... m"))
-            labels += [f"L{index}H{head}" for head in range(owner.cfg.n_heads)]
+            labels += [head_name(index, head) for head in range(owner.cfg.n_heads)]
         stack = torch.cat(parts)
         return (stack, labels) if return_labels else stack
 

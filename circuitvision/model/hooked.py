@@ -66,6 +66,7 @@ class HookedModel(TextTools):
     """
 
     def __init__(self, module: nn.Module, processor: Any = None) -> None:
+        loading.refuse_no_module(module)
         state.refuse_wrappers(module)
         self.module: Any = module
         self.processor = processor
@@ -351,7 +352,7 @@ class HookedModel(TextTools):
         its memory. ``stop_at_layer`` ends the pass before a block (an int counts in the last
         tower, ``("vision", 2)`` names one) and returns the residual there in place of the logits.
         Scores, pattern and rotated sites make this run the model's eager run.
-        Raises UnknownSiteError, InputError, and HookError if an asked-for site did not fire once per pass.
+        Raises UnknownSiteError, InputError, and HookError if an asked-for site did not fire once per pass, or no site that a glob selects did.
         """
         if incl_bwd and metric is None:
             raise InputError("incl_bwd needs metric=fn: the gradient of what?")
@@ -373,8 +374,12 @@ class HookedModel(TextTools):
             else:
                 out = self._forward_until(mapping, stop_at_layer)
         values = {name: recorder.values[name] for name in names if name in recorder.values}
-        if names and not values and stop_at_layer is None:
-            _warn_empty(names_filter)
+        if names_filter is not None and not values:
+            towers = ", ".join(dict.fromkeys(SiteName.parse(name).tower for name in names))
+            raise HookError(
+                f"The run reached none of the {len(names)} sites asked for ({names[0]} …), of {towers}: what they read is not in the inputs "
+                f"({', '.join(mapping)}), or stop_at_layer ends the run before them."
+            )
         cache = ActivationCache(collected(values, multi_pass=False), self, mapping)
         cache.edited = self._hooked_sites()
         if incl_bwd:

@@ -25,27 +25,50 @@ if TYPE_CHECKING:
 
 
 def as_mapping(model: HookedModel, inputs: Any) -> dict[str, Any]:
-    """The inputs as keyword arguments of the model; a single tensor is taken as images where the model reads nothing else."""
-    if isinstance(inputs, Tensor | np.ndarray):
+    """The inputs as keyword arguments of the model; a single tensor or array is taken as images where the model reads nothing else.
+
+    Arrays become tensors on the model's device, floats in its dtype; tensors stay as they are.
+    """
+    if isinstance(inputs, (Tensor, np.ndarray)):
         if list(model.towers) != ["vision"]:
             raise InputError(
                 f"A {model.family.name} model needs a mapping of tensors (model.inputs(images=…, text=…) makes one), not one tensor."
             )
-        return {"pixel_values": _as_tensor(model, inputs)}
+        return {"pixel_values": as_tensor(model, "pixel_values", inputs)}
     refuse_cache(inputs)
     if not isinstance(inputs, Mapping):
         raise InputError(
             f"Inputs must be a mapping of tensors, got {type(inputs).__name__}; model.inputs(images=…, text=…) makes one."
         )
-    return {name: _as_tensor(model, value) for name, value in inputs.items()}
+    return {name: as_tensor(model, name, value) for name, value in inputs.items()}
 
 
-def _as_tensor(model: HookedModel, value: Any) -> Any:
-    """A numpy array as a tensor where the model is, numbers with a fraction in its dtype; anything else as it is."""
-    if not isinstance(value, np.ndarray):
-        return value
-    tensor = torch.from_numpy(value.copy())
-    return tensor.to(model.device, model.dtype) if tensor.is_floating_point() else tensor.to(model.device)
+def as_tensor(model: HookedModel, name: str, value: Any) -> Any:
+    """An array as a tensor for this model; anything else as it is. Raises InputError for lists of numbers or tensors among the inputs."""
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "biuf":
+            raise InputError(f"{name} is an array of {value.dtype}; give numbers, one array for all examples.")
+        tensor = torch.from_numpy(value.copy())
+        return tensor.to(model.device, model.dtype) if tensor.is_floating_point() else tensor.to(model.device)
+    if isinstance(value, (list, tuple)) and name in _TENSORS:
+        raise InputError(
+            f"{name} is a {type(value).__name__}; give one tensor or array for all examples (return_tensors='pt')."
+        )
+    return value
+
+
+_TENSORS = frozenset(
+    (
+        "pixel_values",
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "inputs_embeds",
+        "pixel_attention_mask",
+        "image_sizes",
+        "spatial_shapes",
+    )
+)
 
 
 def with_keywords(inputs: Mapping[str, Any], keywords: Mapping[str, Any]) -> dict[str, Any]:

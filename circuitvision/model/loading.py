@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from circuitvision.errors import InputError, UnsupportedModelError
-from circuitvision.model.spec import FAMILIES, family_of, load_tables
+from circuitvision.errors import InputError, UnsupportedModelError, nearest
+from circuitvision.model.spec import FAMILIES, family_of, load_tables, unsupported
 from circuitvision.model.tree import base_of, refuse_adapters
 from circuitvision.progress import as_silent_as_we_are
 
@@ -44,6 +44,7 @@ def load_module(
     if device is not None and device_map is not None:
         raise InputError("Give device or device_map, not both.")
     check_device(device)
+    check_dtype(dtype)
     if is_adapter:
         return _with_adapter(str(folder), dtype, device, device_map, **kwargs)
     try:
@@ -51,21 +52,33 @@ def load_module(
     except (OSError, ValueError) as error:
         if not looks_local and _holds_adapter(name):
             return _with_adapter(name, dtype, device, device_map, **kwargs)
+        if looks_local:
+            raise UnsupportedModelError(
+                f"The config.json of {name} cannot be read by transformers {transformers.__version__}: {_first_line(error)}"
+            ) from error
         raise InputError(
-            f"{name} is neither a folder here nor a checkpoint that could be fetched: {str(error).splitlines()[0]}"
+            f"{name} is neither a folder here nor a checkpoint that could be fetched: {_first_line(error)}"
         ) from error
-    class_name = next((cls for cls in getattr(config, "architectures", None) or () if cls in FAMILIES), None)
+    class_names = list(getattr(config, "architectures", None) or ())
+    class_name = next((cls for cls in class_names if cls in FAMILIES), None)
     if class_name is None:
-        found = ", ".join(getattr(config, "architectures", None) or ()) or "no architecture"
-        raise UnsupportedModelError(
-            f"{name} is a {getattr(config, 'model_type', 'unknown')!r} checkpoint of {found}. Supported classes: {', '.join(sorted(FAMILIES))}."
+        raise unsupported(class_names, config, name)
+    loader: Any = getattr(transformers, class_name, None)
+    if loader is None:
+        raise InputError(
+            f"{class_name} is no class of transformers: load it yourself and wrap it, HookedModel({class_name}.from_pretrained({name!r}))."
         )
-    loader = getattr(transformers, class_name)
     options = {
         key: value for key, value in {"dtype": dtype, "device_map": device_map, **kwargs}.items() if value is not None
     }
-    with as_silent_as_we_are():
-        module = loader.from_pretrained(str(Path(name).expanduser()) if looks_local else name, **options)
+    try:
+        with as_silent_as_we_are():
+            module = loader.from_pretrained(str(Path(name).expanduser()) if looks_local else name, **options)
+    except Exception as error:
+        # A missing, cut off or foreign file of weights, a missing package: safetensors raises a type of its own.
+        if isinstance(error, (OSError, ImportError, RuntimeError)) or "safetensors" in type(error).__module__:
+            raise InputError(f"The weights of {name} could not be loaded: {_first_line(error)}") from error
+        raise
     if device is not None:
         module = module.to(device)
     return module.eval()
@@ -99,6 +112,42 @@ def _with_adapter(name: str, *args: Any, **kwargs: Any) -> nn.Module:
         )
     with as_silent_as_we_are():
         return peft.PeftModel.from_pretrained(load_module(base, *args, **kwargs), name).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def refuse_no_module(module: Any) -> None:
+    """Raise InputError for what is wrapped by mistake: a name, a folder, a wrapped model, a class."""
+    if isinstance(module, (str, Path)):
+        raise InputError(
+            f"HookedModel wraps a module; a name or folder is loaded by HookedModel.from_pretrained({str(module)!r})."
+        )
+    if isinstance(getattr(module, "module", None), nn.Module) and hasattr(module, "towers"):
+        raise InputError(
+            "This model is wrapped already; use it as it is, or wrap its module: HookedModel(model.module)."
+        )
+    if not isinstance(module, nn.Module):
+        kind = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+        raise InputError(
+            f"HookedModel wraps a Hugging Face module, not {kind}; HookedModel.from_pretrained(folder) loads one."
+        )
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise InputError for a dtype that no model computes in; None and "auto" pass."""
+    known = {name: value for name in FLOATS if isinstance(value := getattr(torch, name), torch.dtype)}
+    if dtype is None or dtype == "auto" or dtype in known.values():
+        return
+    name = str(dtype).removeprefix("torch.")
+    if not isinstance(dtype, str) or name not in known:
+        raise InputError(
+            f"dtype={name!r} is not one that models compute in: {', '.join(nearest(name, known, len(known)))}."
+        )
+
+
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 def check_device(device: Any) -> None:

@@ -1,7 +1,8 @@
 """Site names: ``{tower}.blocks.{layer}.{site}``, ``{tower}.{site}``, ``projector.{site}``; globs and short forms.
 
 ``*`` matches inside one dotted part, ``**`` across dots. The short form ``("vision", "z", 3)`` stands for ``vision.blocks.3.attn.hook_z`` and
-``("vision", "scale", 3, "ln1")`` for ``vision.blocks.3.ln1.hook_scale``.
+``("vision", "scale", 3, "ln1")`` for ``vision.blocks.3.ln1.hook_scale``. ``blocks.3.attn.hook_z``, without a tower, is a name in models of one
+tower, as TransformerLens writes it.
 """
 
 from __future__ import annotations
@@ -122,12 +123,23 @@ def matching(names_filter: NamesFilter, sites: Iterable[str]) -> list[str]:
         if glob in known:
             chosen_set.add(glob)
             continue
-        pattern = _pattern(glob)
+        pattern = _pattern(_with_tower(glob, sites))
         found = [name for name in sites if pattern.fullmatch(name)]
         if not found:
             raise UnknownSiteError(f"No site of this model matches {glob!r}. {_hint(glob, sites)}")
         chosen_set.update(found)
     return [name for name in sites if name in chosen_set]
+
+
+def _with_tower(glob: str, sites: Iterable[str]) -> str:
+    """A name or glob that leaves out the tower, with it; UnknownSiteError where several towers have blocks."""
+    if not glob.startswith("blocks."):
+        return glob
+    towers = list(dict.fromkeys(site.tower for name in sites if (site := SiteName.parse(name)).layer is not None))
+    if len(towers) > 1:
+        ways = ", ".join(f"{tower}.{glob}" for tower in towers)
+        raise UnknownSiteError(f"{glob!r} names no tower; write one of {ways}.")
+    return ".".join([*towers, glob])
 
 
 def _hint(glob: str, sites: Iterable[str]) -> str:

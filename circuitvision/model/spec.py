@@ -11,9 +11,11 @@ Not covered: fused qkv projections, post-norm blocks, packed sequences, stacks w
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -209,12 +211,41 @@ def family_of(module: nn.Module) -> Family:
     for cls in type(module).__mro__:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]
-    model_type = getattr(getattr(module, "config", None), "model_type", None)
-    known = ", ".join(sorted(FAMILIES))
-    raise UnsupportedModelError(
-        f"No family describes {type(module).__name__} (config.model_type = {model_type!r}). Looked for one of these classes: {known}. "
-        "Wrap one of them, or add a file to circuitvision/families."
+    raise unsupported([type(module).__name__], getattr(module, "config", None))
+
+
+def unsupported(class_names: Sequence[str], config: Any, checkpoint: str = "") -> UnsupportedModelError:
+    """The error for a class that no family describes: what was found, the nearest that are described, and the way to describe one's own."""
+    found = ", ".join(class_names) or "no class at all (its config names no architectures)"
+    model_type = getattr(config, "model_type", None)
+    kind = "" if model_type is None else f" (model_type {model_type!r})"
+    parts = {
+        name: getattr(getattr(config, name, None), "model_type", None) for name in ("vision_config", "text_config")
+    }
+    known = [f"{name} {kind!r} is{'' if kind in STACKS else ' not'} described" for name, kind in parts.items() if kind]
+    of_parts = f" Of its parts, {', '.join(known)}." if known else ""
+    near = ", ".join(_nearest_classes(class_names[0] if class_names else str(model_type), model_type))
+    return UnsupportedModelError(
+        f"No family describes {found}{kind}{f', the class of {checkpoint}' if checkpoint else ''}. The nearest that are described: {near}.{of_parts} "
+        "A model built from described parts (a head of one's own on a ViT) is described in a few lines: circuitvision.register_family, see "
+        f"docs/families.md. All described classes: {', '.join(sorted(FAMILIES))}."
     )
+
+
+def _nearest_classes(name: str, model_type: str | None, count: int = 3) -> list[str]:
+    """Described classes most like a class: of the same task first, then by the rest of the name and the model type."""
+
+    def stem_and_task(cls: str) -> tuple[str, str]:
+        match = re.fullmatch(r"(.*?)(For[A-Z]\w*|(?:Vision)?Model\w*|LMHeadModel|)", cls)
+        return (match[1], match[2]) if match else (cls, "")
+
+    def likeness(cls: str) -> tuple[bool, float]:
+        own, task = stem_and_task(cls)
+        stem, wanted = stem_and_task(name)
+        ways = [stem, str(model_type or stem).replace("_", "")]
+        return task == wanted, max(difflib.SequenceMatcher(None, own.lower(), way.lower()).ratio() for way in ways)
+
+    return sorted(FAMILIES, key=likeness, reverse=True)[:count]
 
 
 def resolve(root: nn.Module, path: Path | None) -> nn.Module | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError, nearest
+from circuitvision.model import pictures
 
 
 class TextTools:
@@ -18,16 +19,19 @@ class TextTools:
     processor: Any
     config: Any
     family: Any
+    towers: Any
     device: Any
     dtype: Any
 
     def inputs(self, images: Any = None, text: Any = None, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
         """Model-ready tensors from images and text, through the model's processor, on its device and in its dtype.
 
+        A picture is a file, an address, a PIL image, an array or a tensor, grey or RGB, of whole numbers 0…255 or floats 0…1 (rounded to 8 bits);
+        ``images`` is one, a list, or a list per prompt; ``input_data_format`` says where arrays have their channels, if their shape does not.
         Tensors given as keywords are passed on as they are; anything else goes through the processor (a robot's state as an array is normalised by
         its statistics, a state tensor is taken as normalised). For PI0, ``noise`` and ``timestep`` are filled from ``seed`` unless given. Labels
-        that a processor adds are left out: nothing here is trained. Raises InputError without a processor, and if the prompts do not hold an image
-        token for each image.
+        that a processor adds are left out: nothing here is trained. Raises InputError without a processor, for what is no picture that the model
+        reads, and if the prompts do not hold an image token for each image.
         """
         from circuitvision.model.inputs import seeded_noise
 
@@ -53,16 +57,19 @@ class TextTools:
         return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
 
     def _process(self, images: Any, text: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        _check_given(images, text)
         if self.processor is None:
             raise InputError(
                 "This model was wrapped without a processor; pass HookedModel(module, processor), or make the tensors by hand."
             )
+        kwargs = dict(kwargs)
+        _check_text(text)
+        if images is not None:
+            images = self._pictures(images, text, kwargs)
         tokenizer = getattr(self.processor, "tokenizer", None)
         if tokenizer is None and not hasattr(self.processor, "image_processor"):
             if text is not None:
                 raise InputError("This processor reads images only; leave text out.")
-            return self._processed(images, text, {"images": images, "return_tensors": "pt", **kwargs})
+            return self._processed({"images": images, "return_tensors": "pt", **kwargs})
         options: dict[str, Any] = {"return_tensors": "pt"}
         if text is not None:
             longest = self.family.text_padding == "longest"
@@ -76,15 +83,41 @@ class TextTools:
             {name: getattr(image_processor, name) for name in self.family.image_settings if images is not None}
         )
         given = {key: value for key, value in (("images", images), ("text", text)) if value is not None}
-        return self._processed(images, text, {**given, **options, **kwargs})
+        return self._processed({**given, **options, **kwargs})
 
-    def _processed(self, images: Any, text: Any, options: dict[str, Any]) -> dict[str, Any]:
+    def _pictures(self, images: Any, text: Any, kwargs: dict[str, Any]) -> Any:
+        """The pictures as every processor takes them; their number checked against the prompts."""
+        tower = next((tower for tower in self.towers.values() if tower.stack.image), None)
+        if tower is None:
+            raise InputError(f"A {self.family.name} model reads no pictures; leave images out.")
+        if "do_rescale" in kwargs:
+            raise InputError("do_rescale is not needed: floats in 0…1 are taken as they are, whole numbers as 0…255.")
+        channels = int(getattr(tower.config, "num_channels", 3))
+        made = pictures.prepared(images, channels, kwargs.pop("input_data_format", None))
+        self._check_counts(pictures.count(made), [text] if isinstance(text, str) else text)
+        return made
+
+    def _check_counts(self, given: list[int], prompts: Any) -> None:
+        """Raise InputError if prompts that name their images name another number of them (a processor may add what they leave out)."""
+        token = self.image_token
+        if token is None or not prompts:
+            return
+        named = [str(prompt).count(token) for prompt in prompts]
+        per_prompt = len(given) == len(named) and any(n != 1 for n in given)
+        if any(named) and (given != named if per_prompt else sum(given) != sum(named)):
+            each = ", ".join(map(str, named))
+            raise InputError(
+                f"There are {sum(given)} pictures ({', '.join(map(str, given))}), and the prompts name {sum(named)} ({each}): put {token} "
+                "once for each picture into its prompt."
+            )
+
+    def _processed(self, options: dict[str, Any]) -> dict[str, Any]:
         try:
             return dict(self.processor(**options))
-        except (TypeError, ValueError, IndexError, StopIteration) as error:
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, StopIteration) as error:
+            text, token = options.get("text"), self.image_token
             prompts = [text] if isinstance(text, str) else text or []
-            token = self.image_token
-            lost = token is not None and images is not None and any(token not in str(prompt) for prompt in prompts)
+            lost = token is not None and "images" in options and any(token not in str(prompt) for prompt in prompts)
             hint = f" Does each prompt hold {token} once per image?" if lost else ""
             raise InputError(f"The processor refused these inputs: {str(error).rstrip('.')}.{hint}") from error
 
@@ -161,15 +194,11 @@ class TextTools:
         return pieces
 
 
-def _check_given(images: Any, text: Any) -> None:
-    """Raise InputError for lists that hold nothing and for files that are not there."""
-    if isinstance(text, (list, tuple)) and not text:
+def _check_text(text: Any) -> None:
+    """Raise InputError for a text that is no prompt, and for a list of prompts that holds none."""
+    if text is None or isinstance(text, str):
+        return
+    if not isinstance(text, (list, tuple, np.ndarray)) or any(not isinstance(prompt, str) for prompt in text):
+        raise InputError(f"text is one string, or a list of one per example, not {type(text).__name__}: {text!r:.80}.")
+    if len(text) == 0:
         raise InputError("text holds no prompt; give one string, or one per example.")
-    listed = list(images) if isinstance(images, (list, tuple)) else [images]
-    for image in listed:
-        listed.extend(image if isinstance(image, (list, tuple)) else ())
-        is_file = isinstance(image, Path) or (
-            isinstance(image, str) and not image.startswith(("http://", "https://", "data:"))
-        )
-        if is_file and len(str(image)) < 1000 and not Path(image).is_file():
-            raise InputError(f"There is no picture {str(image)!r}; give a file, an address, a PIL image or an array.")

@@ -6,7 +6,7 @@ interpolated. What the model's packing does is measured on the packing function 
 
 Pixel boxes are (left, top, right, bottom): in the pixels of the tensor the tower reads, or, for tiled images, in the pixels of the original image.
 They hold the pixels that are read and no others, and end where the picture ends: patches of padding have none. Of other images,
-:func:`circuitvision.model.pictures.boxes_in_pictures` finds the boxes in the original.
+:func:`circuitvision.model.picture_boxes.boxes_in_pictures` finds the boxes in the original.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from circuitvision.errors import InputError, nearest
+from circuitvision.errors import InputError, checked_seed, nearest
 
 if TYPE_CHECKING:
     from circuitvision.model import HookedModel
@@ -157,9 +157,12 @@ def train(
         progress: show a progress bar and print the held-out scores at the end.
 
     Raises:
-        InputError: unknown name, or ``out`` is a file or a folder that holds something else than a model.
+        InputError: unknown name, a seed or a number of steps below 0, or ``out`` is a file or a folder that holds something else than a model.
     """
     trainer = module(name)
+    checked_seed(seed)
+    if steps is not None and steps < 1:
+        raise InputError(f"steps={steps} trains nothing; give 1 or more, or leave it out.")
     target = Path(out) if out is not None else Path(f"{name}-seed{seed}")
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file()):
         raise InputError(f"{target} exists and is not a model folder; give another folder as out")

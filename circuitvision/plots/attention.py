@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.names import head_name
 from circuitvision.plots import patches, style
 from circuitvision.plots.attention_overlay import contrast, overlay, rollout
 from circuitvision.plots.attention_parts import escaped, head_labels, heads_panel, percent, sequential
-from circuitvision.results import head_name
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitvision.model.names import head_name
 from circuitvision.plots import patches, style
 from circuitvision.plots.attention_parts import (
     add_base,
@@ -30,7 +31,6 @@ from circuitvision.plots.attention_parts import (
     shares_of,
 )
 from circuitvision.readout.places import extent_of
-from circuitvision.results import head_name
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -321,7 +321,7 @@ def _plain(grid: Tensor) -> list[list[float | None]]:
 
 def _label(result: AttentionMaps, at: tuple[int, int]) -> str:
     layer, head = result.axes["layer"][at[0]], result.axes["head"][at[1]]
-    return f"L{layer}H{head}" if len(result.axes["head"]) > 1 else f"layer {layer}"
+    return head_name(layer, head) if len(result.axes["head"]) > 1 else f"layer {layer}"
 
 
 def _heading(drawn: _Drawn, at: tuple[int, int]) -> str:

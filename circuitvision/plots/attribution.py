@@ -9,11 +9,13 @@ from __future__ import annotations
 import html
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from circuitvision.errors import InputError
+from circuitvision.model.names import Component, component, head_name, is_component, spelled
 from circuitvision.plots import _check_keywords, patches, style
 from circuitvision.plots.lens_text import plain
 from circuitvision.results import by_example, standard_error
@@ -66,7 +68,7 @@ def heads(result: Attribution, row: int | None = None, title: str | None = None)
     if title is None:
         best = max(found, key=lambda place: abs(found[place]) if not math.isnan(found[place]) else -1.0)
         verb = "adds" if found[best] >= 0 else "takes"
-        title = f"L{best[0]}H{best[1]} {verb} most of all heads: {_number(found[best])} of {direction}"
+        title = f"{head_name(*best)} {verb} most of all heads: {_number(found[best])} of {direction}"
         rows = result.values.shape[1]
         over = f"mean of {rows} rows" if row is None and rows > 1 else f"row {row or 0} of {rows}"
         title += f"<br><span style='font-size:12px'>all terms, MLPs and biases included, add up to {_total(result, row)}; {over}</span>"
@@ -159,17 +161,29 @@ def _bars(
     return figure
 
 
+def _given(heads: Sequence[Component], result: SourceAttribution | SourceIncrease) -> list[tuple[int, int]]:
+    """Heads as (layer, head); InputError for one that the result does not hold."""
+    found = [component(head) for head in ([heads] if is_component(heads) else heads)]
+    for node in found:
+        there = (
+            node.tower in ("", result.tower) and node.layer in result.axes["layer"] and node.head in result.axes["head"]
+        )
+        if node.kind != "head" or not there:
+            raise InputError(f"{spelled(node)} is not among the heads of this result, of the {result.tower} tower.")
+    return [(node.layer, node.head) for node in found]
+
+
 def sources(
     result: SourceAttribution | SourceIncrease,
     row: int = 0,
-    heads: list[tuple[int, int]] | None = None,
+    heads: Sequence[Component] | None = None,
     picture: Any = None,
     box: patches.Box | None = None,
     image: int = 0,
     title: str | None = None,
     tile: int | None = None,
 ) -> go.Figure:
-    """What the strongest heads (or those given as ``(layer, head)``) take from each image patch and word of one row.
+    """What the strongest heads (or those given, as ``(layer, head)`` or ``"L1H3"``) take from each image patch and word of one row.
 
     ``picture`` is ``[height width 3]`` or a PIL image; ``box`` (left, top, right, bottom) in its pixels or as shares of it. ``tile=None`` is
     the first tile there is of the image.
@@ -185,7 +199,7 @@ def sources(
         raise InputError(f"There is no row {row}; this result has {len(result.axes['row'])}, counted from 0.")
     values = result.values[:, :, row].double()
     layers = result.axes["layer"]
-    strongest = heads or _strongest(values, layers)
+    strongest = _strongest(values, layers) if heads is None else _given(heads, result)
     places = result.places[row]
     if not bool((places[:, 2] >= 0).any()):
         raise InputError("No source position of this row is an image patch; use to_frame() for words.")
@@ -196,7 +210,7 @@ def sources(
         for layer, head in strongest
     ]
     limit = max(float(grid.abs().nan_to_num(0).max()) for grid in maps) or 1.0
-    headings = [f"L{layer}H{head}" for layer, head in strongest]
+    headings = [head_name(layer, head) for layer, head in strongest]
     first = int(pixels is not None)
     figure = make_subplots(
         rows=1, cols=len(maps) + first, column_titles=["image"] * first + headings, horizontal_spacing=0.02
@@ -231,18 +245,18 @@ def _source_finding(
 ) -> str:
     share, places = values[result.axes["layer"].index(best[0]), best[1]], result.places[row]
     direction = _words(result.direction)
-    nothing = nothing_found(share, "source", f"of L{best[0]}H{best[1]} adds anything to {direction}")
+    nothing = nothing_found(share, "source", f"of {head_name(*best)} adds anything to {direction}")
     if nothing is not None:
         return nothing
     if hasattr(result, "answer"):
         # Increases do not add up over sources: the strongest is named instead of a sum.
         at = int(share.abs().nan_to_num(-1.0).argmax())
         source = "an image patch" if int(places[at, 2]) >= 0 else html.escape(repr(result.words[row][at]))
-        return f"What L{best[0]}H{best[1]} takes from {source} moves {direction} by {_number(float(share[at]))} nats"
+        return f"What {head_name(*best)} takes from {source} moves {direction} by {_number(float(share[at]))} nats"
     total = float(share.sum())
     image = float(share[places[:, 2] >= 0].sum())
     part = f"{image / total:.0%} of it from image patches".replace("-", _MINUS) if total else "nothing"
-    return f"L{best[0]}H{best[1]} adds {_number(total)} to {direction}, {part}"
+    return f"{head_name(*best)} adds {_number(total)} to {direction}, {part}"
 
 
 def _add_words(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from circuitvision.model.names import spelled
 from circuitvision.plots import style
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def head_importance(result: HeadImportance, title: str | None = None) -> go.Figu
     verb = "restores" if result.mode == "denoise" else "destroys"
     if title is None:
         best, share = result.best()
-        title = f"{best} alone {verb} {style.signed_percent(share)} of the answer"
+        title = f"{spelled(best)} alone {verb} {style.signed_percent(share)} of the answer"
     return _grids(grids, title, f"share {verb[:-1]}d", result.dead)
 
 
@@ -61,7 +62,7 @@ def ablation(result: AblationCheck, title: str | None = None) -> go.Figure:
         y=[rows[1]] * len(result.random),
         mode="markers",
         marker={"size": 12, "color": style.AGAINST, "opacity": 0.45},
-        text=[", ".join(heads) for heads in result.random_heads],
+        text=[", ".join(map(spelled, heads)) for heads in result.random_heads],
         hovertemplate="%{x:.1%}<br>%{text}<extra></extra>",
     )
     figure.add_scatter(

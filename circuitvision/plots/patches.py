@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from circuitvision.errors import InputError
+from circuitvision.model.pictures import prepared
 from circuitvision.plots import style
 
 if TYPE_CHECKING:
@@ -25,27 +26,15 @@ _USUAL_WIDTH, _LETTER_WIDTH = 860, 0.7
 
 
 def as_picture(picture: Any) -> np.ndarray[Any, Any]:
-    """A picture as ``[height width 3]`` of bytes: a PIL image of any mode, or an array or tensor of levels 0 … 255.
+    """A picture as ``[height width 3]`` of bytes: whatever :mod:`circuitvision.model.pictures` reads, grey or coloured.
 
     Raises:
-        InputError: another shape (channels first, without channels), or other levels.
+        InputError: no picture, several of them, or one whose levels are not known (normalised pixel values).
     """
-    if hasattr(picture, "convert"):
-        return np.asarray(picture.convert("RGB"))
-    if hasattr(picture, "detach"):
-        picture = picture.detach().cpu().numpy()
-    pixels = np.asarray(picture)
-    if pixels.ndim != 3 or pixels.shape[-1] not in (3, 4):
-        hint = "move the channels last" if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4) else "or give a PIL image"
-        raise InputError(f"A picture is [height, width, 3]; this one is {list(pixels.shape)}: {hint}.")
-    pixels = pixels[..., :3]
-    if pixels.dtype == np.uint8:
-        return pixels
-    if pixels.dtype == bool or not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 255:
-        raise InputError("A picture holds levels 0 … 255 of red, green and blue, not normalised pixel values.")
-    if np.issubdtype(pixels.dtype, np.floating) and 0 < pixels.max() <= 1:
-        raise InputError("A picture holds levels 0 … 255 of red, green and blue; multiply shares by 255.")
-    return pixels.round().astype(np.uint8)
+    found = prepared(picture, channels=3)
+    if isinstance(found, list):
+        raise InputError(f"One picture is drawn, and {len(found)} were given; choose one.")
+    return np.asarray(found)
 
 
 def add_picture(figure: go.Figure, picture: np.ndarray[Any, Any], row: int, column: int = 1) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from circuitvision.model.names import head_name
 from circuitvision.plots import style
 
 if TYPE_CHECKING:
@@ -236,8 +237,8 @@ def composition(result: CompositionScores, title: str | None = None) -> go.Figur
     # The last layer writes to no other, the first reads from no other.
     values = result.values[:-1, :, 1:]
     grid = values.flatten(0, 1).flatten(1)
-    writers = [f"L{layer}H{head}" for layer in layers[:-1] for head in heads]
-    readers = [f"L{layer}H{head}" for layer in layers[1:] for head in heads]
+    writers = [head_name(layer, head) for layer in layers[:-1] for head in heads]
+    readers = [head_name(layer, head) for layer in layers[1:] for head in heads]
     there = grid[grid.isfinite()]
     limit = max(float(there.abs().max()) if len(there) else 0.0, 1e-9)
     figure = go.Figure(

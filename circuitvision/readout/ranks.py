@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.names import head_name
 from circuitvision.model.tokens import present
 from circuitvision.results import Result, by_example, standard_error
 
@@ -159,7 +160,9 @@ def _without_absent(result: Result, values: Tensor, outer: Sequence[str]) -> Ten
 
 def _name(axes: Sequence[str], labels: Sequence[Any]) -> str:
     if list(axes) == ["layer", "head"]:
-        return f"L{labels[0]}H{labels[1]}"
+        return head_name(labels[0], labels[1])
+    if list(axes) == ["tower", "layer", "head"]:
+        return head_name(labels[1], labels[2], labels[0])
     if list(axes) == ["layer", "neuron"]:
         return f"L{labels[0]}N{labels[1]}"
     if len(axes) == 1:

@@ -17,7 +17,7 @@ from PIL import Image
 
 import circuitvision as cv
 from circuitvision.model import packing, patches
-from circuitvision.model.pictures import boxes_in_pictures
+from circuitvision.model.picture_boxes import boxes_in_pictures
 from tests.zoo import CASES, case, shared_model
 from tests.zoo.llava import SIGLIP_TOWER, build_config, llama, qwen2
 from tests.zoo.text import IMAGE, UNKNOWN, tokenizer

@@ -355,13 +355,24 @@ def test_pictures_of_any_mode_are_drawn_whole():
     # The map fills the picture: the last column is centred 6 pixels before the right edge.
     trace = next(trace for trace in figure.data if trace.type == "heatmap")
     assert trace.x[-1] == 47.5 - 6
-    assert patches.as_picture(Image.new("RGBA", (4, 2))).shape == (2, 4, 3)
+    assert patches.as_picture(Image.new("RGBA", (4, 2), "red")).shape == (2, 4, 3)
     assert patches.as_picture(torch.full((2, 4, 3), 255.0)).dtype == np.uint8
+    for same in (
+        np.asarray(grey),
+        np.asarray(grey)[None],
+        np.asarray(grey)[..., None],
+        np.asarray(grey) / 255,
+        torch.from_numpy(shown.copy()),
+    ):
+        assert (patches.as_picture(same) == shown).all()
+        planted_maps().plot(picture=same)
+    assert (patches.as_picture(torch.from_numpy(shown.copy()).permute(2, 0, 1) / 255) == shown).all()
     for wrong, message in (
-        (torch.zeros(3, 8, 8), "move the channels last"),
-        (np.zeros((8, 8)), "give a PIL image"),
-        (np.full((2, 2, 3), 0.5), "multiply shares by 255"),
-        (torch.randn(2, 2, 3), "not normalised"),
+        (torch.randn(2, 2, 3), "0…1 or 0…255"),
+        (np.zeros((2, 8, 8, 3)), "One picture"),
+        (np.zeros((8, 8, 5), np.uint8), "channels"),
+        (Image.new("RGBA", (4, 2)), "convert"),
+        ("nowhere.png", "no picture"),
     ):
         with pytest.raises(InputError, match=message):
             planted_maps().plot(picture=wrong)

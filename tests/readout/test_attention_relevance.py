@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 
-import circuitvision as cv
 from circuitvision.readout import chefer_relevance, legrad, relevance_rollout
 from circuitvision.readout.places import places_of
 from tests.readout.relevance_models import TOWERS, inputs_of, metric, model_of
@@ -15,13 +14,6 @@ from tests.zoo import shared_model
 
 READ = [("vit", "vision"), ("dinov2", "vision"), ("clip", "vision"), ("clip", "text"), ("siglip", "vision")]
 READ += [("llava-clip-llama", "language"), ("paligemma2", "language"), ("pi0", "action")]
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    cv.set_verbosity("quiet")
-    yield
-    cv.set_verbosity("normal")
 
 
 def test_identity_attention_with_gradient_one_doubles_at_every_layer():

@@ -18,9 +18,6 @@ from circuitvision.readout.probes.collected import Collected, stream_sites
 from tests.readout.common import hooked
 from tests.zoo import case
 
-cv.set_verbosity("quiet")
-
-
 # -- one vector per example ----------------------------------------------------------------------------------------------------------------
 
 

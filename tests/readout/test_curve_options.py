@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.readout import (
     Curve,
@@ -24,13 +23,6 @@ from circuitvision.readout import (
 )
 from circuitvision.readout.relevance.pointing import _grown
 from tests.readout.relevance_models import inputs_of, metric, model_of
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    cv.set_verbosity("quiet")
-    yield
-    cv.set_verbosity("normal")
 
 
 def curve_of(values, random=(), kind="deletion") -> Curve:

@@ -33,13 +33,6 @@ from tests.zoo import case, shared_model
 PATCHES = 16
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    cv.set_verbosity("quiet")
-    yield
-    cv.set_verbosity("normal")
-
-
 @cache
 def additive() -> tuple[cv.HookedModel, dict[str, Tensor], Tensor]:
     """A ViT whose blocks add nothing, so that a sum over positions is additive in them: the model, inputs, and what each patch weighs."""

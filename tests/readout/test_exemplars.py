@@ -19,7 +19,6 @@ from circuitvision.readout import ExemplarIndex, exemplars
 from circuitvision.readout.probes.strongest import Best, box_shares
 from tests.readout.common import hooked
 
-cv.set_verbosity("quiet")
 TENSORS = ("values", "example", "position", "places", "boxes")
 
 

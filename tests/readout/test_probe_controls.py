@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.readout import (
     ProbeResult,
@@ -21,9 +20,6 @@ from circuitvision.readout import (
 from circuitvision.readout.probes.fitting import Features, logistic
 from circuitvision.readout.probes.splitting import Targets, bootstrapped, shuffled, splits
 from tests.readout.common import gaussians, hooked
-
-cv.set_verbosity("quiet")
-
 
 # -- splits --------------------------------------------------------------------------------------------------------------------------------
 

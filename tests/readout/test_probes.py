@@ -25,9 +25,6 @@ from circuitvision.readout.probes.fitting import Features, logistic, ridge
 from circuitvision.readout.probes.splitting import wilson
 from tests.readout.common import gaussians
 
-cv.set_verbosity("quiet")
-
-
 # -- known answers -------------------------------------------------------------------------------------------------------------------------
 
 

@@ -22,14 +22,6 @@ from circuitvision.readout import (
 from tests.readout.relevance_models import TOWERS, inputs_of, metric, model_of
 from tests.zoo import case, shared_model
 
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    cv.set_verbosity("quiet")
-    yield
-    cv.set_verbosity("normal")
-
-
 # -- integrated gradients ------------------------------------------------------------------------------------------------------------------
 
 

@@ -32,13 +32,6 @@ from tests.zoo import case, shared_model
 LLAVA = "llava-clip-llama"
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    cv.set_verbosity("quiet")
-    yield
-    cv.set_verbosity("normal")
-
-
 @cache
 def single() -> cv.HookedModel:
     """LLaVA in float32: its float64 run of a prompt padded on the left is NaN in transformers."""

@@ -15,8 +15,6 @@ from circuitvision.errors import InputError
 from circuitvision.readout import PCAResult, cka_matrix, collect, linear_cka, pca, pca_of, stream_pca
 from circuitvision.readout.probes.collected import stream_sites
 
-cv.set_verbosity("quiet")
-
 
 def planted(count: int = 60, features: int = 9, seed: int = 0):
     """Rank-2 data: two orthonormal directions with weights 5 and 2, and a mean."""

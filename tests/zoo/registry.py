@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -137,10 +136,31 @@ def parametrize(*tags: str, family: str | None = None, without: tuple[str, ...] 
     return pytest.mark.parametrize("case", selected, ids=str)
 
 
-@cache
+BUILT: dict[str, tuple[Any, Any]] = {}
+"""The shared models of this process, each with what it was when it was built."""
+
+
 def shared_model(name: str) -> Any:
-    """The built model of a case, one per process: for tests that leave it as they found it."""
-    return case(name).build()
+    """The built model of a case, one per process: for tests that leave it as they found it (``tests/conftest.py`` checks that)."""
+    if name not in BUILT:
+        model = case(name).build()
+        BUILT[name] = (model, fingerprint(model))
+    return BUILT[name][0]
+
+
+def fingerprint(model: Any) -> tuple[Any, ...]:
+    """What a test could change about a model, hooks aside: transformers puts its own there in the first run."""
+    parameters = list(model.parameters())
+    modes = sum(module.training for module in model.modules())
+    return (
+        modes,
+        len(parameters),
+        sum(parameter._version for parameter in parameters),
+        sum(parameter.requires_grad for parameter in parameters),
+        parameters[0].dtype,
+        parameters[0].device,
+        model.config._attn_implementation,
+    )
 
 
 _folders: dict[str, Path] = {}

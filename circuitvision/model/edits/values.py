@@ -27,7 +27,7 @@ from circuitvision.model.axes import ALL, Axis
 from circuitvision.model.selection import Selection
 
 PositionsLike = int | slice | str | Iterable[int] | Tensor | Selection | tuple[str, Any] | None
-StepsLike = int | str | Iterable[int] | None
+StepsLike = int | str | Iterable[int] | Tensor | np.ndarray | None
 
 
 class Held:
@@ -106,6 +106,8 @@ def held(value: Any) -> Any:
     """A tensor as :class:`Held`, a sequence of numbers likewise, a number as it is; InputError for anything else."""
     if isinstance(value, Held) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         return value
+    if isinstance(value, np.generic):
+        return held(value.item())
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value.copy())  # writes into an array leave no trace, so it is copied
     if isinstance(value, Tensor):
@@ -128,7 +130,7 @@ class HeldMapping:
     @classmethod
     def of(cls, mapping: Mapping[str, Any]) -> HeldMapping:
         """Hold every tensor of a mapping; other values stay as they are."""
-        pairs = ((str(name), Held.of(v) if isinstance(v, Tensor) else v) for name, v in mapping.items())
+        pairs = ((str(name), held(v) if isinstance(v, (Tensor, np.ndarray)) else v) for name, v in mapping.items())
         return cls(tuple(pairs))
 
     def get(self, name: str) -> Any:
@@ -163,6 +165,8 @@ class Steps:
             if spec == "decode":
                 return cls("decode")
             raise InputError(f"steps={spec!r} is not understood: 'prefill', 'decode', a number, or several numbers.")
+        if isinstance(spec, (Tensor, np.ndarray)):
+            spec = spec.reshape(-1).tolist()
         numbers = tuple(spec) if isinstance(spec, Iterable) else (spec,)
         if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0 for n in numbers) or not numbers:
             raise InputError(f"steps={spec!r} is not understood: passes are counted 0, 1, 2, …")

@@ -24,10 +24,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.names import head_name
 from circuitvision.model.tokens import ABSENT, TokenMap
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.patterns import Patterns, Positions, warn_undefined
-from circuitvision.results import Result, head_name
+from circuitvision.results import Result
 
 
 @dataclass(frozen=True, eq=False)

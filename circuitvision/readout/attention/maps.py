@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.names import head_name
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import TokenMap
 from circuitvision.readout.attention.cache import read
@@ -36,7 +37,7 @@ from circuitvision.readout.attention.patterns import (
     warn_undefined,
 )
 from circuitvision.readout.places import on_grid, places_of
-from circuitvision.results import Result, head_name
+from circuitvision.results import Result
 
 Box = tuple[float, float, float, float]
 

@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.names import head_name
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import ABSENT, TokenMap
 from circuitvision.readout.attention.cache import read
@@ -39,7 +40,7 @@ from circuitvision.readout.attention.patterns import (
     mean_query,
     warn_undefined,
 )
-from circuitvision.results import Result, head_name
+from circuitvision.results import Result
 
 _NO_QUERY = "a row has no query that counts (padding never counts), or lacks the span"
 

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
+from circuitvision.model.names import head_name
 from circuitvision.provenance import describe
 from circuitvision.readout.attribution.functional import Functional, functional
 from circuitvision.readout.attribution.rest import (
@@ -207,7 +208,8 @@ def _shares(
                 continue
             split = stream.head_shares if branch == "attn" else stream.neuron_shares
             parts, bias = split(layer, gradient)
-            shares.update({f"L{layer}{'H' if branch == 'attn' else 'N'}{n}": value for n, value in enumerate(parts)})
+            for number, value in enumerate(parts):
+                shares[head_name(layer, number) if branch == "attn" else f"L{layer}N{number}"] = value
             shares[f"L{layer}.{branch}.bias"] = bias
             gap = whole - parts.sum(0) - bias
             rest += [gap] if is_rest(stream, layer, branch, gap, parts.abs().sum(0) + bias.abs() + whole.abs()) else []

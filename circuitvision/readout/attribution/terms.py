@@ -23,6 +23,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache, head_results
 from circuitvision.model.heads import frozen_norm
+from circuitvision.model.names import head_name
 from circuitvision.model.spec import is_norm
 from circuitvision.model.weights import is_plain_linear, linear_bias, linear_weight, main_device
 from circuitvision.readout.attribution.rest import is_rest, rest_of_stream
@@ -164,7 +165,7 @@ class Stream:
             else:
                 results, bias = self.heads(layer), self.attention_bias(layer)
                 for head in range(results.shape[2]):
-                    yield f"L{layer}H{head}", results[:, :, head]
+                    yield head_name(layer, head), results[:, :, head]
                 gap = out - results.sum(2) - bias
                 sizes = results.abs().sum((2, 3)) + out.abs().sum(-1)
                 if is_rest(self, layer, "attn", gap.abs().sum(-1).flatten(), sizes.flatten()):

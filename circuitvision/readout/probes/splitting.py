@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, checked_seed
 
 Split = tuple[Tensor, Tensor]
 """Numbers of the training and of the held-out examples."""
@@ -144,7 +144,7 @@ def dealt(
     strata: Int[np.ndarray, " example"], shares: np.ndarray, groups: Sequence[Any] | None, seed: int
 ) -> Int[np.ndarray, " example"]:
     """The part of every example: groups go, largest first and else in random order, where their classes are most wanting."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(checked_seed(seed))
     group = group_numbers(groups, len(strata))
     counts = np.zeros((int(group.max()) + 1, int(strata.max()) + 1))
     np.add.at(counts, (group, strata), 1)
@@ -200,7 +200,7 @@ def shuffled(
     values: Tensor, parts: Sequence[Split], groups: Int[np.ndarray, " example"], shuffles: int, seed: int
 ) -> list[Float[Tensor, "shuffle example"]]:
     """Per part, labels shuffled within the training and within the held-out examples; see the module for what groups do."""
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([checked_seed(seed), 1])
     found = []
     for part in parts:
         drawn = values.repeat(shuffles, 1)
@@ -243,7 +243,7 @@ def bootstrapped(
     count = int(numbers.max()) + 1
     if count < 2:
         return (torch.full((len(predicted),), torch.nan, dtype=torch.float64),) * 2
-    rng = np.random.default_rng([seed, 2])
+    rng = np.random.default_rng([checked_seed(seed), 2])
     drawn = torch.from_numpy(rng.multinomial(count, np.full(count, 1 / count), size=draws)[:, numbers]).double()
     total = drawn.sum(1)
     centred = target - target.mean()

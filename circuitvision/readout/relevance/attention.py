@@ -80,7 +80,7 @@ def legrad(
         raise InputError(f"score={score!r} is not understood: 'layer' or 'output'.")
     tower = checked_tower(model, tower)
     names = _patterns(model, inputs, tower, layers)
-    bound, inputs = metrics.bind(metric, model), usable(inputs)
+    bound, inputs = metrics.bind(metric, model), usable(model, inputs)
     if score == "output" or isinstance(layers, str):
         patterns, slopes, values = _with_gradients(model, inputs, bound, names)
     else:
@@ -122,7 +122,7 @@ def chefer_relevance(model: Any, inputs: Mapping[str, Any], metric: Any, *, towe
         InputError: no such tower.
     """
     tower = checked_tower(model, tower)
-    inputs = usable(inputs)
+    inputs = usable(model, inputs)
     found, values = _rolled(model, inputs, metrics.bind(metric, model), tower)
     return _result(model, inputs, metric, tower, found, values, "Chefer relevance")
 

@@ -115,7 +115,7 @@ def _without_own(sums: Tensor, counted: Tensor, owner: Tensor) -> tuple[Tensor, 
 
 
 def _mean_of_data(variable: Variable, inputs: Mapping[str, Any], needed: Tensor | None) -> Tensor:
-    inputs = usable(inputs)
+    inputs = usable(variable.model, inputs)
     if variable.site == PIXELS:
         return _mean_of_pictures(variable, pixels_of(inputs), inputs, needed)
     with differentiating(False):

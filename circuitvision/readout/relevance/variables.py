@@ -26,7 +26,7 @@ from circuitvision import metrics
 from circuitvision.errors import InputError
 from circuitvision.links import marked
 from circuitvision.model.averages import Layout
-from circuitvision.model.inputs import refuse_cache
+from circuitvision.model.inputs import as_mapping
 from circuitvision.model.packing import ImageRun
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
@@ -49,9 +49,9 @@ def differentiating(wanted: bool = True) -> Iterator[None]:
         yield
 
 
-def usable(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def usable(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs with tensors that a gradient may pass: those made in inference mode are copied. Raises InputError for a cache."""
-    refuse_cache(inputs)
+    inputs = as_mapping(model, inputs)
     with torch.inference_mode(False):
         return {
             name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
@@ -137,7 +137,7 @@ class Variable:
         refuse_random(model.module, "Relevance")
         self.model, self.site = model, site
         self.metric = metrics.bind(metric, model)
-        self.inputs = usable(inputs)
+        self.inputs = usable(model, inputs)
         if site == PIXELS:
             self.value = pixels_of(self.inputs)
             names = []

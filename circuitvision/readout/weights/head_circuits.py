@@ -32,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import InputError
+from circuitvision.model.names import Component, head_name, heads_of
 from circuitvision.progress import track
 from circuitvision.provenance import describe
 from circuitvision.readout.recorded import chosen_layers
@@ -101,36 +102,43 @@ class CompositionScores(Result):
         for flat in order[: min(count, int(self.values.isfinite().sum()))].tolist():
             at = [int(i) for i in torch.unravel_index(torch.tensor(flat), self.values.shape)]
             layers = self.axes["layer"]
-            found.append((f"L{layers[at[0]]}H{at[1]}", f"L{layers[at[2]]}H{at[3]}", float(self.values[tuple(at)])))
+            found.append(
+                (head_name(layers[at[0]], at[1]), head_name(layers[at[2]], at[3]), float(self.values[tuple(at)]))
+            )
         return found
 
 
-def ov_circuit(tower: Tower, layer: int, head: int, *, gain: bool = False, written: bool = False) -> FactoredMatrix:
+def ov_circuit(
+    tower: Tower, layer: int | Component, head: int | None = None, *, gain: bool = False, written: bool = False
+) -> FactoredMatrix:
     """``W_V W_O`` ``[d_model d_model]`` of one head: what it adds per unit of what it attends to (see the module).
 
+    The head is given as two numbers or as ``"L1H3"``.
     By default what :math:`attn.hook_result` is made of: ``result[q] = sum_k pattern[q, k] (x_k W_V + b_V) W_O``.
 
     Raises:
-        InputError: no such layer or head.
+        InputError: no such head.
     """
     from transformer_lens import FactoredMatrix
 
-    _check_head(tower, layer, head)
+    layer, head = _place(tower, layer, head)
     value, output = _ov(tower, layer, gain, written)
     return FactoredMatrix(value[_kv_head(tower, head)], output[head])
 
 
-def qk_circuit(tower: Tower, layer: int, head: int, *, gain: bool = False, scaled: bool = False) -> FactoredMatrix:
+def qk_circuit(
+    tower: Tower, layer: int | Component, head: int | None = None, *, gain: bool = False, scaled: bool = False
+) -> FactoredMatrix:
     """``W_Q W_K^T`` ``[d_model d_model]`` of one head: score of a query (left) with a key (right), without rotary and biases (see the module).
 
     ``scaled=True`` multiplies by the factor that the model puts before its softmax, ``1/√d_head`` in most.
 
     Raises:
-        InputError: no such layer or head.
+        InputError: no such head.
     """
     from transformer_lens import FactoredMatrix
 
-    _check_head(tower, layer, head)
+    layer, head = _place(tower, layer, head)
     query, key = _qk(tower, layer, gain)
     factor = _score_scale(tower, layer) if scaled else 1.0
     return FactoredMatrix(query[head] * factor, key[_kv_head(tower, head)].mT)
@@ -138,8 +146,8 @@ def qk_circuit(tower: Tower, layer: int, head: int, *, gain: bool = False, scale
 
 def full_ov(
     tower: Tower,
-    layer: int,
-    head: int,
+    layer: int | Component,
+    head: int | None = None,
     *,
     gain: bool = True,
     unembedding: Unembedding | None = None,
@@ -154,7 +162,7 @@ def full_ov(
     """
     from circuitvision.model.spec import resolve
 
-    _check_head(tower, layer, head)
+    layer, head = _place(tower, layer, head)
     if not isinstance(resolve(tower.root, tower.stack.embed), nn.Embedding):
         raise InputError(f"The {tower.name} tower reads no tokens; use ov_circuit and singular_vectors.")
     outputs = unembedding or unembedding_matrix(tower, gain=gain)
@@ -350,13 +358,11 @@ def _score_scale(tower: Tower, layer: int) -> float:
     return float(tower.cfg.d_head**-0.5 if found is None else found)
 
 
-def _check_head(tower: Tower, layer: int, head: int) -> None:
-    cfg = tower.cfg
-    whole = isinstance(layer, int) and isinstance(head, int)
-    if not whole or not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
-        raise InputError(
-            f"The {tower.name} tower has {cfg.n_layers} layers of {cfg.n_heads} heads; there is no L{layer}H{head}."
-        )
+def _place(tower: Tower, layer: int | Component, head: int | None) -> tuple[int, int]:
+    """Layer and head, given as two numbers or as one spelling of a head."""
+    given: Any = layer if head is None else (layer, head)
+    (found,) = heads_of([given], {tower.name: tower}, tower.name)
+    return found.layer, found.head
 
 
 def _matrix(given: Unembedding | Tensor | None, vectors: Tensor, name: str) -> Tensor | None:

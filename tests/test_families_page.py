@@ -1,0 +1,55 @@
+"""The example of ``docs/families.md`` runs, and what it describes is right: against plain PyTorch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import circuitvision as cv
+from circuitvision import edits
+from circuitvision.model.spec import FAMILIES
+
+PAGE = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def names() -> Iterator[dict[str, Any]]:
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    found: dict[str, Any] = {}
+    try:
+        exec(block, found)
+        yield found
+    finally:
+        FAMILIES.pop("LeafClassifier", None)
+
+
+def test_a_head_of_ones_own(names: dict[str, Any]) -> None:
+    model, logits, cache = names["model"], names["logits"], names["cache"]
+    inputs = {"pixel_values": torch.zeros(1, 3, 32, 32)}
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model.module(**inputs)["logits"])
+        torch.testing.assert_close(names["answer"].values.sum(), logits[0, 0])
+        block = model.module.backbone.layers[1].attention.o_proj
+        handle = block.register_forward_pre_hook(lambda module, args: (args[0] * torch.tensor([0.0] * 8 + [1.0] * 8),))
+        expected = model.module(**inputs)["logits"]
+        handle.remove()
+        torch.testing.assert_close(model.run(inputs, edits.ablate("L1H0")), expected)
+        assert not torch.equal(expected, logits)
+    lens = cv.readout.logit_lens(model, cache, targets=[0, 1])
+    torch.testing.assert_close(lens.values[-1, 0, 0], logits[0, :2].detach())
+    assert len(model.sites()) == len({*model.sites()})
+
+
+def test_every_pooling_rule_is_named() -> None:
+    import inspect
+
+    from circuitvision.model import heads
+
+    rules = set(re.findall(r'rule == "([^"]+)"', inspect.getsource(heads.pool)))
+    assert len(rules) > 5
+    assert all(f"`{rule}`" in PAGE for rule in {*rules, "attention"})
