@@ -105,7 +105,7 @@ def check_a_stored_tensor_is_not_written() -> None:
     model, inputs = wrapped("vit")
     stored = torch.randn(2, 17, 24)
     before = stored.clone()
-    handle = model.vision.blocks[1].module.register_forward_pre_hook(lambda module, args: (stored,))
+    handle = model.vision.blocks[0].module.register_forward_hook(lambda module, args, out: stored)
     site = "vision.blocks.1.hook_resid_pre"
     with torch.no_grad():
         model.run(inputs, [edits.ablate(site)])
