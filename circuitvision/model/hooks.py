@@ -11,9 +11,8 @@ Rules every chain enforces:
 * a recorder gets the value that continues through the model: detached, unless it was asked to keep the graph;
 * every asked-for site fires once per pass of its tower; a site that does not is an error at the end of the run, never silence.
 
-Order. Handles come after the torch hooks that others put on a module, so that a site holds what the model goes on with, and a second wrapper sees the
-edits of the first. They come before the hooks with which transformers records hidden states: LLaVA's projector reads that record, and an edit made
-after the recording would be lost.
+Order. Handles come before the torch hooks of others, which see edited values: transformers records hidden states with hooks, LLaVA's projector reads
+that record, and an edit made after the recording would be lost. They come after those of other wrappers, whose edits they see.
 
 Threads. Torch hooks fire in whatever thread calls the module. Ours act only in the thread that put them there; the module called from another thread
 is the bare model, and the wrapper called from there raises HookError rather than leave out hooks that someone may count on. A module that was copied
@@ -46,8 +45,6 @@ from circuitvision.model.sites import SiteName
 Hook = Callable[[Tensor, "HookPoint"], "Tensor | None"]
 MOST_PLANS = 128
 """Plans kept at once; a sweep over single sites makes one per site."""
-RECORDING = "transformers.utils.output_capturing"
-"""The module whose torch hooks record what ``output_hidden_states`` returns."""
 
 
 def _nobody() -> None:
@@ -285,7 +282,7 @@ class HookEngine:
             return
         hooks = self._hooks(plan)
         for module, hook in hooks.pre:
-            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self.handles.append(_after_others(module, hook, pre=True))
         for module, hook in hooks.post:
             self.handles.append(_after_others(module, hook))
         for tower in plan.counted:
@@ -539,15 +536,15 @@ class HookEngine:
         return hooks
 
 
-def _after_others(module: nn.Module, hook: Callable[..., Any]) -> Any:
-    """Register a forward hook after those of others, but before those that record hidden states."""
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    hooks: Any = module._forward_hooks
+def _after_others(module: nn.Module, hook: Callable[..., Any], pre: bool = False) -> Any:
+    """Register a hook before those of others, but after those of other wrappers."""
+    add = module.register_forward_pre_hook if pre else module.register_forward_hook
+    handle = add(hook, prepend=True, with_kwargs=True)
+    hooks: Any = module._forward_pre_hooks if pre else module._forward_hooks
     if len(hooks) > 1:
-        keys = list(hooks)
-        first = next((n for n, key in enumerate(keys) if getattr(hooks[key], "__module__", "") == RECORDING), None)
-        for key in [] if first is None else keys[first:-1]:
-            hooks.move_to_end(key)
+        ours = [key for key in hooks if key != handle.id and getattr(hooks[key], "__module__", "") == __name__]
+        for key in reversed(ours):
+            hooks.move_to_end(key, last=False)
     return handle
 
 

@@ -76,9 +76,13 @@ def edit_a_copy_of_the_keys(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(attention, "_rotated", rotated)
 
 
+def _appended(module: Any, hook: Any, pre: bool = False) -> Any:
+    return (module.register_forward_pre_hook if pre else module.register_forward_hook)(hook, with_kwargs=True)
+
+
 def append_hooks(patch: pytest.MonkeyPatch) -> None:
     """Handles come after those of transformers, which has recorded the hidden state by then."""
-    patch.setattr(hooks, "_after_others", lambda module, hook: module.register_forward_hook(hook, with_kwargs=True))
+    patch.setattr(hooks, "_after_others", _appended)
 
 
 def rebuild_everywhere(patch: pytest.MonkeyPatch) -> None:
