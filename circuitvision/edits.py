@@ -34,7 +34,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.edits.attention import AddAttentionBias, BlockAttention, DeleteTokens, ScaleAttention
 from circuitvision.model.edits.base import Edit
-from circuitvision.model.edits.files import dump, from_dict, load, parse, save, to_dict
+from circuitvision.model.edits.files import dump, from_dict, load, parse, restore, save, to_dict
 from circuitvision.model.edits.values import (
     Held,
     HeldMapping,
@@ -382,6 +382,7 @@ __all__ = [
     "project",
     "renormalise",
     "replace",
+    "restore",
     "save",
     "scale",
     "scale_attention",

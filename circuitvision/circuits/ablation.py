@@ -27,8 +27,9 @@ from torch import Tensor
 from circuitvision import edits, metrics
 from circuitvision.circuits.names import head_id, parse_id
 from circuitvision.errors import InputError
+from circuitvision.model.edits.base import EditGroup, by_digest
 from circuitvision.progress import track
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 
 
@@ -48,13 +49,14 @@ class AblationCheck(Result):
 
     ``values`` are the shares of pairs with both answers right, axis ``condition``: ``"intact"``, ``"heads"``,
     ``"random 1"`` …; ``logit_diff`` is the mean margin of the right over the other answer in the same order.
-    ``random_heads`` lists what was drawn.
+    ``random_heads`` lists what was drawn, and ``edits`` holds the group of each condition, with the means by digest.
     """
 
     logit_diff: Tensor = field(default_factory=lambda: torch.zeros(0))
     heads: list[str] = field(default_factory=list)
     random_heads: list[list[str]] = field(default_factory=list)
     n_pairs: int = 0
+    edits: list[EditGroup] = field(default_factory=list)
 
     @property
     def intact(self) -> float:
@@ -86,6 +88,7 @@ class AblationCheck(Result):
         )
 
 
+@with_provenance
 def ablation_check(
     model: Any,
     pairs: Sequence[PairBatch],
@@ -140,6 +143,7 @@ def ablation_check(
         heads=chosen,
         random_heads=draws,
         n_pairs=sum(len(batch.answer) for batch in pairs),
+        edits=[by_digest(_ablations(names, means)) for names in conditions.values()],
     )
 
 
@@ -187,11 +191,7 @@ def _score(
     position: metrics.Position,
 ) -> tuple[float, float]:
     """Share of the pairs answered right on both inputs, and the mean margin of the right answer over the other."""
-    by_site: dict[str, list[int]] = {}
-    for name in names:
-        by_site.setdefault(_site(name), []).append(parse_id(name).head)
-
-    group = [edits.ablate(site, means[site], heads=heads) for site, heads in by_site.items()]
+    group = _ablations(names, means)
     right, margin, count = 0.0, 0.0, 0
     for both in runs:
         correct = []
@@ -202,6 +202,13 @@ def _score(
         right += float(torch.stack(correct).all(0).sum())
         count += len(correct[0])
     return right / count, margin / count
+
+
+def _ablations(names: Sequence[str], means: Mapping[str, Tensor]) -> list[edits.Edit]:
+    by_site: dict[str, list[int]] = {}
+    for name in names:
+        by_site.setdefault(_site(name), []).append(parse_id(name).head)
+    return [edits.ablate(site, means[site], heads=heads) for site, heads in by_site.items()]
 
 
 def _draw(others: Sequence[str], size: int, number: int, seed: int) -> list[list[str]]:

@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from circuitvision import metrics
+from circuitvision import metrics, provenance
 from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
 from circuitvision.model import dead, inputs, layout, loading
-from circuitvision.model.cache import ActivationCache, collected
+from circuitvision.model.cache import ActivationCache, Recipe, collected
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups
 from circuitvision.model.gradients import Metric, with_gradients
@@ -182,6 +182,9 @@ class HookedModel(TextTools):
             self.engine.pop(registration)
         return self.module
 
+    def __provenance__(self) -> dict[str, Any]:
+        return {"model": provenance.model_id(self.module), "weights_sha256": provenance.hash_weights(self.module)}
+
     def __repr__(self) -> str:
         towers = "\n  ".join(repr(tower) for tower in self.towers.values())
         return f"HookedModel({type(self.module).__name__}, {self.dtype}, {self.device})\n  {towers}\n  {len(self.engine.points)} sites"
@@ -256,6 +259,9 @@ class HookedModel(TextTools):
             names = [*names, *(name for name in self.engine.asked() if name not in names)]
         recorder = Recorder(None if incl_bwd else device, needs_grad=incl_bwd)
         exact = exact_names(names_filter, names)
+        recipe = Recipe.of(
+            self, mapping, names, settings=kwargs, metric=metric if incl_bwd else None, stop_at_layer=stop_at_layer
+        )
         registration = Registration(recorder=recorder, recorded=frozenset(names), exact=exact)
         grads = torch.enable_grad() if incl_bwd else contextlib.nullcontext()
         with grads, self.engine.registered(registration):
@@ -264,7 +270,7 @@ class HookedModel(TextTools):
             else:
                 out = self._forward_until(mapping, kwargs, stop_at_layer)
         values = {name: recorder.values[name] for name in names if name in recorder.values}
-        cache = ActivationCache(collected(values, multi_pass=False), self, mapping)
+        cache = ActivationCache(collected(values, multi_pass=False), self, mapping, recipe=recipe)
         if incl_bwd:
             assert metric is not None
             cache = with_gradients(cache, metrics.bind(metric, self), out, mapping, device)
@@ -388,6 +394,7 @@ class HookedModel(TextTools):
         with self.engine.registered(Registration(forward=forward, exact=frozenset(bound.sites))):
             yield
 
+    @provenance.with_provenance
     def sweep(
         self,
         inputs: Any,

@@ -32,8 +32,10 @@ from torch import Tensor
 
 from circuitvision import edits, metrics
 from circuitvision.errors import InputError
+from circuitvision.model.edits.base import EditGroup, by_digest
+from circuitvision.model.edits.values import Held
 from circuitvision.model.sites import SiteName
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 
 _BLOCK_SITE = re.compile(r"(?P<tower>\w+)\.blocks\.(?P<layer>\d+)\.(?P<leaf>.+)")
@@ -49,7 +51,8 @@ class PatchingResult(Result):
     ``values`` are normalised effects (see the module), ``raw`` the change of the metric in its own units, both with
     the same axes; ``per_example`` has a last dimension for the examples. ``base`` and ``source`` are the metric of
     the two runs, per example. Cells that do not exist (a tower with fewer layers or heads than another) are NaN in
-    all of them. Sites listed in ``dead`` cannot reach the output: their effect is 0, without a run.
+    all of them. Sites listed in ``dead`` cannot reach the output: their effect is 0, without a run. ``sources`` is one
+    edit for each site, with the whole of the source run's values there (by digest: the result does not keep them).
     """
 
     raw: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -59,6 +62,16 @@ class PatchingResult(Result):
     mode: str = "denoise"
     site: str = ""
     dead: list[str] = field(default_factory=list)
+    sources: list[EditGroup] = field(default_factory=list)
+
+    @property
+    def edits(self) -> list[EditGroup]:
+        """The edit of every cell that was run, in row-major order; :func:`circuitvision.edits.restore` puts the source's values into them."""
+        whole = {edit.site: edit.source for group in self.sources for edit in group}
+        shapes = {site: source._tensor if isinstance(source, Held) else source for site, source in whole.items()}
+        axes = [axis for axis in self.axes if axis != "tower"]
+        cells = sorted(_plan(list(shapes), axes, shapes)[1]) if shapes else []
+        return [EditGroup([_patch(cell, whole[cell[1]])]) for cell in cells if cell[1] not in self.dead]
 
     def top(self, count: int = 10) -> list[tuple[dict[str, Any], float]]:
         """The cells with the largest absolute effect, as (labels, effect), strongest first."""
@@ -68,6 +81,7 @@ class PatchingResult(Result):
         return [(cells[index], float(flat[index])) for index in order]
 
 
+@with_provenance
 def activation_patch(
     model: Any,
     clean: Mapping[str, Any],
@@ -138,6 +152,7 @@ def activation_patch(
         mode=mode,
         site=_kind(names),
         dead=dead,
+        sources=[by_digest([edits.replace(name, value)]) for name, value in values.items()],
     )
 
 
@@ -234,7 +249,7 @@ def _plan(
     return labels, cells
 
 
-def _patch(cell: _Cell, source: Tensor) -> edits.Edit:
+def _patch(cell: _Cell, source: Any) -> edits.Edit:
     """The edit that patches one cell: its head at its position, or all of what it does not name."""
     _, name, head, position = cell
     return edits.replace(name, source, heads=head, positions=position)

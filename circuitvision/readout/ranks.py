@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.provenance import with_provenance
 from circuitvision.results import Result
 
 INDEPENDENT = ("row", "example")
@@ -85,6 +86,7 @@ class Ranking(Result):
         return list(zip(self.axes["component"], self.values.tolist(), strict=True))
 
 
+@with_provenance
 def ranking(scores: Result | Tensor, labels: Sequence[Any] | None = None, *, by: str = "value") -> Ranking:
     """Rank components by their score, the mean over rows and examples.
 

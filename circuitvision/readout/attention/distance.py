@@ -25,6 +25,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.tokens import TokenMap
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.patterns import Patterns, Positions, warn_undefined
 from circuitvision.results import Result, head_name
@@ -62,6 +63,7 @@ class DistanceProfile(Result):
         return {**found, "all patches alike": f"{float(self.uniform_distance.double().nanmean()):.2f} patches"}
 
 
+@with_provenance
 def distance_profile(
     cache: Any,
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
@@ -188,6 +190,7 @@ class PositionPattern(Result):
         }
 
 
+@with_provenance
 def position_pattern(
     cache: Any,
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,

@@ -30,6 +30,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import TokenMap
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.patterns import (
     EVERYTHING,
@@ -78,6 +79,7 @@ class AttentionSummary(Result):
                 found[str(span)] = f"{where}: {value} (all keys alike: {uniform})"
         return found
 
+    @with_provenance
     def span(self, name: str) -> AttentionSummary:
         """One span of several, as a result without the span axis; InputError for a span that was not measured."""
         names = self.axes.get("span", [])
@@ -98,6 +100,7 @@ class AttentionSummary(Result):
         )
 
 
+@with_provenance
 def attention_mass(
     cache: Any,
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
@@ -145,6 +148,7 @@ def attention_mass(
     return _summary(patterns, "attention_mass", "mass", queries, stacked, torch.stack(uniform), {"span": list(spans)})
 
 
+@with_provenance
 def attention_entropy(
     cache: Any,
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,

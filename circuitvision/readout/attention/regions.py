@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.maps import AttentionMaps, Box
 from circuitvision.readout.attention.patterns import warn_undefined
 from circuitvision.readout.places import on_grid
@@ -172,6 +173,7 @@ class AttentionContrast(Result):
         return Region((*left_top, *right_bottom), mass, tuple(patches), row, image, tile)
 
 
+@with_provenance
 def attention_contrast(
     question: AttentionMaps,
     generic: AttentionMaps,

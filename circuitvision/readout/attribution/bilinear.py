@@ -20,7 +20,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.attribution.direct import attribution_tower, cached_for
 from circuitvision.readout.attribution.terms import Stream
 from circuitvision.readout.targets import output_kind, prompt_embeddings
@@ -57,6 +57,7 @@ class BilinearAttribution(Result):
         return self.values.sum(1)
 
 
+@with_provenance
 def bilinear_attribution(
     model: HookedModel,
     cache: ActivationCache | Mapping[str, Any],

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError, nearest
 from circuitvision.model.cache import ActivationCache
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.attribution.functional import Functional, functional
 from circuitvision.readout.attribution.terms import SPLITS, Stream
 from circuitvision.readout.places import named_positions, places_of
@@ -126,6 +126,7 @@ class SourceAttribution(Result):
         return {**found, "direction": self.direction}
 
 
+@with_provenance
 def direct_attribution(
     model: HookedModel,
     cache: ActivationCache | Mapping[str, Any],
@@ -206,6 +207,7 @@ def _shares(
     return list(shares), list(shares.values())
 
 
+@with_provenance
 def source_attribution(
     model: HookedModel,
     cache: ActivationCache | Mapping[str, Any],

@@ -23,7 +23,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.attribution.direct import attribution_tower, cached_for, sources_of
 from circuitvision.readout.attribution.functional import positions_read
 from circuitvision.readout.attribution.terms import Stream
@@ -89,6 +89,7 @@ class SourceIncrease(LogProbIncrease):
         return {**found, "answer": self.answer}
 
 
+@with_provenance
 def log_prob_increase(
     model: HookedModel,
     cache: ActivationCache | Mapping[str, Any],

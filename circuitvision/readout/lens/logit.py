@@ -42,7 +42,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.sites import SiteName
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.lens.reader import LensReader, measured
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.lens.sites import lens_sites, ordered_sites
@@ -64,6 +64,7 @@ def _none() -> Tensor:
     return torch.zeros(0, dtype=torch.long)
 
 
+@with_provenance
 def logit_lens(
     model: HookedModel,
     cache: ActivationCache | Mapping[str, Any],

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.places import named_positions, on_grid
 from circuitvision.results import Result
 
@@ -77,6 +78,7 @@ class LensResult(Result):
         """The highest column at every place."""
         return self.ids[..., 0]
 
+    @with_provenance
     def contrast(self, answer: Any, foil: Any) -> LensResult:
         """The value of one target minus another's: a result with the single target ``answer - foil``.
 
@@ -106,6 +108,7 @@ class LensResult(Result):
             raise InputError(f"{label!r} is not a target of this lens; its targets are {labels}.")
         return labels.index(label)
 
+    @with_provenance
     def row(self, row: int) -> LensResult:
         """One row alone."""
         if not 0 <= row < len(self.axes["row"]):

@@ -29,7 +29,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.sites import SiteName
 from circuitvision.progress import Progress
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.lens.sites import lens_sites
 from circuitvision.readout.targets import output_kind
 from circuitvision.results import Result
@@ -90,6 +90,7 @@ class TunedLens(Result):
         return (wide + wide @ weight.to(wide) + bias.to(wide)).to(value.dtype)
 
     @classmethod
+    @with_provenance
     def train(
         cls,
         model: HookedModel,

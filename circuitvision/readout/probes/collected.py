@@ -22,7 +22,7 @@ from circuitvision.errors import InputError
 from circuitvision.files import replacing
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import KINDS, TokenMap
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance, without_dates
 from circuitvision.readout.probes.streaming import Batch, Reading
 
 if TYPE_CHECKING:
@@ -189,6 +189,9 @@ class Collected(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.vectors)
 
+    def __provenance__(self) -> dict[str, Any]:
+        return {"collected": self.vectors, "positions": self.positions, "from": without_dates(self.provenance)}
+
     def save(self, path: str | Path) -> Path:
         """Write the vectors and where they came from to one ``.safetensors`` file, complete or not at all; returns the path.
 
@@ -249,6 +252,7 @@ def stream_sites(model: HookedModel, tower: str | None = None) -> list[str]:
     return [name for name in model.sites(names) if not model.is_dead(name)]
 
 
+@with_provenance
 def collect(
     model: HookedModel,
     dataset: Any,

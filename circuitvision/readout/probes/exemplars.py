@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.probes.collected import Positions, check_count, position_label
 from circuitvision.readout.probes.splitting import is_whole, numbered
 from circuitvision.readout.probes.streaming import Reading
@@ -146,6 +146,7 @@ class ExemplarIndex(Result):
             raise InputError(f"{unit!r} is no unit of this index; its units begin {self.axes['unit'][:3]}.")
         return self.axes["unit"].index(unit)
 
+    @with_provenance
     def merge(self, other: ExemplarIndex) -> ExemplarIndex:
         """The index of both data sets together; number the second with ``exemplars(…, start=…)``.
 
@@ -179,6 +180,7 @@ class ExemplarIndex(Result):
         )
 
 
+@with_provenance
 def exemplars(
     model: HookedModel,
     dataset: Any,

@@ -29,6 +29,7 @@ from circuitvision import edits
 from circuitvision.errors import InputError
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import KINDS
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
 from circuitvision.readout.relevance.gradients import result_at
 from circuitvision.readout.relevance.result import Relevance, warn_undefined
@@ -42,6 +43,7 @@ from circuitvision.readout.relevance.variables import (
 )
 
 
+@with_provenance
 def occlusion(
     model: Any,
     inputs: Mapping[str, Any],

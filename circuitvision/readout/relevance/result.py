@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.places import named_positions, on_grid
 from circuitvision.readout.relevance.variables import PIXELS
 from circuitvision.results import Result
@@ -128,6 +129,7 @@ class Relevance(Result):
             return torch.nn.functional.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0]
         return torch.nn.functional.interpolate(grid, size=size, mode="nearest-exact")[0, 0]
 
+    @with_provenance
     def on_patches(self) -> Relevance:
         """Pixels summed over each patch, which keeps what they add up to; a relevance of positions is returned as it is."""
         if not self.of_pixels:
