@@ -175,7 +175,9 @@ class _Reader:
             found = hashlib.sha256(f"{value.mode}|{value.size}|".encode() + value.tobytes()).hexdigest()
             return {"image": f"{value.mode} {list(value.size)}", "sha256": found}
         if hasattr(value, "to_numpy") and hasattr(value, "index"):
-            labels = {name: self.read(list(getattr(value, name))) for name in ("index", "columns") if hasattr(value, name)}
+            labels = {
+                name: self.read(list(getattr(value, name))) for name in ("index", "columns") if hasattr(value, name)
+            }
             return {"table": labels, "items": self.read(value.to_numpy())}
         if isinstance(value, nn.Module):
             state = {name: self.read(item) for name, item in value.state_dict().items()}
@@ -343,7 +345,9 @@ class NamedFunction:
         """
         module, _, name = self.name.partition(":")
         if module == "__main__" or "<" in name:
-            raise InputError(f"{self.name} has no import path, so a file cannot bring it back: give the function again.")
+            raise InputError(
+                f"{self.name} has no import path, so a file cannot bring it back: give the function again."
+            )
         try:
             found: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
         except (ImportError, AttributeError) as error:
@@ -354,4 +358,3 @@ class NamedFunction:
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         return self.resolve()(*args, **keywords)
-

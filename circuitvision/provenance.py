@@ -289,7 +289,9 @@ def _witness(arguments: dict[str, Any]) -> bool:
 
 def _arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: plain(value) for name, value in arguments.items() if name not in _SHOWN_ONLY and not isinstance(value, type)
+        name: plain(value)
+        for name, value in arguments.items()
+        if name not in _SHOWN_ONLY and not isinstance(value, type)
     }
 
 
@@ -297,7 +299,11 @@ def _model_in(arguments: Mapping[str, Any]) -> Any:
     """The model that a call measures: an argument, or what a cache or tower among them belongs to."""
     for value in arguments.values():
         for found in (value, getattr(value, "model", None), _owner(value)):
-            if hasattr(found, "towers") and hasattr(found, "family") and isinstance(getattr(found, "module", None), nn.Module):
+            if (
+                hasattr(found, "towers")
+                and hasattr(found, "family")
+                and isinstance(getattr(found, "module", None), nn.Module)
+            ):
                 return found
     return None
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ ResultType = TypeVar("ResultType", bound="Result")
 _FORMAT = "circuitvision.result/1"
 _META = "circuitvision_json"
 _HELD, _INPUTS, _KIND = "held.", "inputs.", "circuitvision_kind"
+_HOMES = {"edits": "circuitvision.model.edits.files", "metric": "circuitvision.metrics"}
+"""Where kinds are at home that a file may hold before their module was imported."""
 _kinds: dict[str, tuple[type, Callable[..., Any], Callable[..., Any]]] = {}
 
 
@@ -88,7 +91,9 @@ class Result:
 
     def __provenance__(self) -> dict[str, Any]:
         """What it holds as a digest, and where that came from."""
-        held = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self) if entry.name != "provenance"}
+        held = {
+            entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self) if entry.name != "provenance"
+        }
         return {"result": type(self).__name__, "sha256": of_json(plain(held)), "from": without_dates(self.provenance)}
 
     def to_frame(self) -> pd.DataFrame:
@@ -133,6 +138,7 @@ class Result:
             tensors |= {name: tensor.detach().cpu() for name, tensor in named.items()}
         header = {
             "inputs": others,
+            "module": type(self).__module__,
             "format": _FORMAT,
             "class": type(self).__name__,
             "dtypes": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
@@ -170,6 +176,8 @@ class Result:
         tensors, header = _read(path)
         if header.get("format") != _FORMAT:
             raise InputError(f"{path} is of format {header.get('format')!r}; this version reads {_FORMAT!r}.")
+        if str(header.get("module", "")).startswith("circuitvision."):
+            importlib.import_module(header["module"])
         found = Result._classes.get(header["class"], Result if header["class"] == "Result" else None)
         if found is None:
             raise InputError(f"{path} holds a {header['class']}; import the module that defines it before loading.")
@@ -242,6 +250,7 @@ def _restored(value: Any, tensors: Mapping[str, Tensor], objects: Mapping[str, A
     if not isinstance(value, dict):
         return value
     if _KIND in value:
+        importlib.import_module(_HOMES.get(value[_KIND], __name__))
         return _kinds[value[_KIND]][2](value["data"], tensors, objects)
     return {key: _restored(item, tensors, objects) for key, item in value.items()}
 

@@ -42,9 +42,7 @@ def _grid(result: SweepResult, title: str | None) -> go.Figure:
         place = f"{down} {result.axes[down][row]}, {across} {result.axes[across][column]}"
         title = f"{_escape(place)} moves {metric} most: {_signed(float(mean[row, column]), limit)}{unit}"
     names = result.labels
-    labels = [
-        [_escape(names[r * mean.shape[1] + c]) for c in range(mean.shape[1])] for r in range(mean.shape[0])
-    ]
+    labels = [[_escape(names[r * mean.shape[1] + c]) for c in range(mean.shape[1])] for r in range(mean.shape[0])]
     figure = go.Figure(
         go.Heatmap(
             z=mean.numpy(),

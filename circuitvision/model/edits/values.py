@@ -125,7 +125,10 @@ class HeldDigest(Held):
         return self._digest
 
     def __provenance__(self) -> Any:
-        return {"tensor": f"{str(self._tensor.dtype).removeprefix('torch.')} {list(self._tensor.shape)}", "sha256": self._digest}
+        return {
+            "tensor": f"{str(self._tensor.dtype).removeprefix('torch.')} {list(self._tensor.shape)}",
+            "sha256": self._digest,
+        }
 
     def __repr__(self) -> str:
         return f"tensor[{', '.join(map(str, self._tensor.shape))}]"

@@ -241,7 +241,9 @@ class Overwrite(Edit):
     def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: bool) -> None:
         super().check(model, site, window, n_heads, grows)
         if isinstance(self.dictionary, NamedFunction):
-            raise InputError(f"its dictionary {self.dictionary.name!r} is known by its name alone: load with objects={{name: dictionary}}")
+            raise InputError(
+                f"its dictionary {self.dictionary.name!r} is known by its name alone: load with objects={{name: dictionary}}"
+            )
         width = width_of(model, site) if self.dictionary is None else None
         if width is not None:
             self._check_count(width, f"coordinates of {site}")
