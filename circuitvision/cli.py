@@ -115,14 +115,14 @@ def _quickstart(options: argparse.Namespace) -> int:
     for name, reading in found.readings.items():
         shares = f"{found.case.answer} {reading.answer:.1%}, {found.case.foil} {reading.foil:.1%}"
         print(f"  {name:<10}{shares:<28}{reading}")
-    print(f"\n{found.finding()}\n")
-    print(f"  {'head':<12}{'where':<28}{'restores':>8}")
-    for name, where, share in found.table():
-        print(f"  {name:<12}{where:<28}{share:>8}")
-    if found.check is not None:
-        print(f"\n{found.check.summary()}")
     for caution in found.cautions():
-        print(f"\nNote: {caution}")
+        print(f"\nCaution: {caution}")
+    print(f"\n{found.finding()}\n")
+    print(f"  {'head':<12}{'tower':<16}{'share moved':>12}")
+    for name, where, share in found.table():
+        print(f"  {name:<12}{where:<16}{share:>12}")
+    if found.check is not None:
+        print(f"\n{found.check.summary()} {found.findings()['carries']}")
     print(f"\nWrote in {found.seconds:.0f} s:")
     for path in found.files:
         print(f"  {path}")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from circuitvision import edits, metrics
-from circuitvision.circuits.names import head_id, parse_id
+from circuitvision.circuits.names import head_id, parse_id, spoken
 from circuitvision.errors import InputError
 from circuitvision.model.edits.base import EditGroup, by_digest
 from circuitvision.progress import track
@@ -83,7 +83,7 @@ class AblationCheck(Result):
         """One sentence with the numbers."""
         return (
             f"Of {self.n_pairs} pairs the model answers both images right in {self.intact:.0%}; with "
-            f"{', '.join(self.heads)} mean-ablated together in {self.ablated:.0%}; with as many other heads, drawn "
+            f"{', '.join(map(spoken, self.heads))} mean-ablated together in {self.ablated:.0%}; with as many other heads, drawn "
             f"{len(self.random)} times, in {float(self.random.mean()):.0%} (at worst {float(self.random.min()):.0%})."
         )
 

@@ -23,7 +23,9 @@ Reference: activation patching (Wang et al. 2022, arXiv 2211.00593); freezing re
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +37,7 @@ from torch import Tensor
 
 from circuitvision import edits, metrics
 from circuitvision.circuits import schema
-from circuitvision.circuits.names import NodeName, format_id, head_id, parse_id
+from circuitvision.circuits.names import NodeName, format_id, head_id, parse_id, spoken
 from circuitvision.errors import InputError
 from circuitvision.model.edits.base import EditGroup, by_digest
 from circuitvision.patching.activation import PatchingResult, activation_patch, check_same_shapes
@@ -59,7 +61,9 @@ class HeadImportance(Result):
     once moves. ``connectors`` and ``inputs`` map the ids of connectors and of vision towers' inputs to their site,
     effect and share. ``edges`` is a list of ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the
     output. ``dead`` lists sites that cannot reach the output. ``edits`` are the groups that were run, with the values of
-    both runs by digest: single heads, then the other nodes, all selected heads together, and the edges' runs.
+    both runs by digest: single heads, then the other nodes, all selected heads together, and the edges' runs. ``errors``,
+    ``joint_error`` and ``swing_error`` are standard errors over examples of ``values``, ``joint`` and the two runs'
+    difference; NaN or empty for a single example.
     """
 
     raw: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -75,6 +79,19 @@ class HeadImportance(Result):
     answer_tower: str = ""
     dead: list[str] = field(default_factory=list)
     edits: list[EditGroup] = field(default_factory=list)
+    errors: Tensor = field(default_factory=lambda: torch.zeros(0))
+    joint_error: float = math.nan
+    swing_error: float = math.nan
+
+    def share_errors(self) -> dict[str, float]:
+        """The standard error of every head's share over examples, by id; empty for a single example."""
+        if not self.errors.numel():
+            return {}
+        found = {}
+        for index in torch.isfinite(self.errors).nonzero().tolist():
+            tower, layer, head = (labels[i] for labels, i in zip(self.axes.values(), index, strict=True))
+            found[head_id(tower, layer, head)] = float(self.errors[tuple(index)])
+        return found
 
     def ranking(self) -> list[tuple[str, float, float]]:
         """Every head as (id, share, effect in units of the metric), largest absolute effect first."""
@@ -116,7 +133,7 @@ class HeadImportance(Result):
             schema.add_node(
                 graph,
                 node,
-                label=f"{node.tower} L{node.layer} H{node.head}",
+                label=spoken(name),
                 score=effect,
                 influence=share,
                 in_circuit=name in self.selected,
@@ -209,6 +226,9 @@ def head_importance(
         n_examples=len(runs.base),
         answer_tower=names[-1],
         dead=[site for result in patched.values() for site in result.dead],
+        errors=_stack({name: _spread(result) for name, result in patched.items()})[0],
+        joint_error=_error(together / freezer.gap),
+        swing_error=_error(runs.source - runs.base),
         edits=[*(group for result in patched.values() for group in result.edits), *freezer.groups],
     )
 
@@ -334,6 +354,22 @@ def _stack(patched: Mapping[str, PatchingResult]) -> tuple[Tensor, Tensor, dict[
         values[number, :rows, :columns] = result.values
         raw[number, :rows, :columns] = result.raw
     return values, raw, {"tower": list(patched), "layer": list(range(layers)), "head": list(range(heads))}
+
+
+def _error(values: Tensor) -> float:
+    """The standard error of a mean over those examples that have a value."""
+    there = values[torch.isfinite(values)].double()
+    return float(there.std() / len(there) ** 0.5) if len(there) > 1 else math.nan
+
+
+def _spread(result: PatchingResult) -> PatchingResult:
+    """A patching result whose values are the standard errors of its effects."""
+    there = torch.isfinite(result.per_example)
+    count = there.sum(-1)
+    centred = (result.per_example - result.values[..., None]).where(there, torch.zeros(()).to(result.per_example))
+    spread = (centred.square().sum(-1) / (count - 1) / count).sqrt()
+    spread = spread.where(count > 1, torch.full_like(spread, math.nan))
+    return dataclasses.replace(result, values=spread, raw=spread)
 
 
 def _strongest(raw: Tensor, axes: Mapping[str, list[Any]], top_k: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 
 from circuitvision.errors import InputError
+from circuitvision.results import head_name
 
 TOWER_LETTERS = {
     "vision": "v",
@@ -134,3 +135,9 @@ def parse_id(text: str) -> NodeName:
 def head_id(tower: str, layer: int, head: int) -> str:
     """The id of an attention head, for example ``v.a3.h5``."""
     return format_id(NodeName(tower, "head", layer=layer, head=head))
+
+
+def spoken(text: str) -> str:
+    """A node as figures and summaries name it: ``"vision L1H3"`` for ``"v.a1.h3"``; ids of other nodes as they are."""
+    node = parse_id(text)
+    return f"{node.tower} {head_name(node.layer, node.head)}" if node.kind == "head" and node.pos < 0 else text

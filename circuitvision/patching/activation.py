@@ -39,6 +39,8 @@ from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 
 _BLOCK_SITE = re.compile(r"(?P<tower>\w+)\.blocks\.(?P<layer>\d+)\.(?P<leaf>.+)")
+LEAST_GAP = 0.01
+"""Share of the metric's size by which two runs differ at least where an effect is given as a share of that."""
 _Cell = tuple[tuple[int, ...], str, int | None, int | None]
 """Index in the result, site, head or None for all, position or None for all."""
 _AXES = ("tower", "layer", "site", "head", "position")
@@ -108,7 +110,7 @@ def activation_patch(
         mode: ``"denoise"`` or ``"noise"``.
         min_gap: the smallest ``|metric(source) - metric(base)|`` that an effect is computed for, in units of the
         metric; by default a
-            ten-thousandth of their size.
+            hundredth of the sum of their sizes, below which the ratio is one of rounding and noise.
 
     Raises:
         InputError: inputs of different shapes, axes the site does not have, several kinds of site, an unknown mode.
@@ -181,7 +183,7 @@ def usable_gap(
     gap: Float[Tensor, " batch"], base: Tensor, source: Tensor, min_gap: float | None
 ) -> Float[Tensor, " batch"]:
     """The denominators of the effect, NaN where the two runs hardly differ (with a warning that says how many)."""
-    floor = (base.abs() + source.abs()) * 1e-4 if min_gap is None else torch.full_like(gap, min_gap)
+    floor = (base.abs() + source.abs()) * LEAST_GAP if min_gap is None else torch.full_like(gap, min_gap)
     usable = (gap.abs() > floor) & gap.isfinite()
     if not bool(usable.all()):
         warnings.warn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from circuitvision.circuits.names import spoken
 from circuitvision.plots import style
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def main_route(graph: nx.MultiDiGraph) -> str:
 def _spoken(name: str, data: dict[str, Any]) -> str:
     if data["kind"] in ("input", "connector"):
         return str(data["label"])
-    return "answer" if data["kind"] in ("logit", "action") else name
+    return "answer" if data["kind"] in ("logit", "action") else spoken(name)
 
 
 def _place(nodes: dict[str, Any]) -> tuple[dict[str, tuple[float, float]], list[tuple[str, float, float]]]:

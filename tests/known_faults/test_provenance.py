@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Two studies that differ in one thing never have equal provenance, and a study that is repeated has the same."""
 
 from __future__ import annotations
