@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a character gets a question mark, not a traceback.
         sys.stdout.reconfigure(errors="replace")
+    options.typed = ["circuitvision", *(sys.argv[1:] if arguments is None else arguments)]
     try:
         return options.run(options)
     except CircuitVisionError as error:
@@ -95,29 +96,31 @@ def _add_organisms(parser: argparse.ArgumentParser) -> None:
 
 
 def _quickstart(options: argparse.Namespace) -> int:
+    from circuitvision import provenance
     from circuitvision.quickstart import quickstart
 
     _silence_transformers()
     loading = {name: getattr(options, name) for name in ("dtype", "device") if getattr(options, name) is not None}
-    found = quickstart(
-        options.model,
-        clean=options.clean,
-        corrupt=options.corrupt,
-        prompt=options.prompt,
-        answer=options.answer,
-        foil=options.foil,
-        out=options.out,
-        top_k=options.top_k,
-        seed=options.seed,
-        **loading,
-    )
+    with provenance.command(options.typed):
+        found = quickstart(
+            options.model,
+            clean=options.clean,
+            corrupt=options.corrupt,
+            prompt=options.prompt,
+            answer=options.answer,
+            foil=options.foil,
+            out=options.out,
+            top_k=options.top_k,
+            seed=options.seed,
+            **loading,
+        )
     print(f"{found.case.prompt}\n")
     for name, reading in found.readings.items():
         shares = f"{found.case.answer} {reading.answer:.1%}, {found.case.foil} {reading.foil:.1%}"
         print(f"  {name:<10}{shares:<28}{reading}")
     for caution in found.cautions():
         print(f"\nCaution: {caution}")
-    print(f"\n{found.finding()}\n")
+    print(f"\n{found.finding(cautions=False)}\n")
     print(f"  {'head':<12}{'tower':<16}{'share moved':>12}")
     for name, where, share in found.table():
         print(f"  {name:<12}{where:<16}{share:>12}")

@@ -92,7 +92,23 @@ def swing(result: HeadImportance) -> Finding:
         reason = "the two runs hardly differ"
     else:
         reason = "" if value > 0 else "the metric is higher on the corrupt run"
+        if (
+            not reason
+            and str(result.provenance.get("metric", "")).startswith("logit_diff")
+            and not _changes_sign(result)
+        ):
+            reason = "the answer is not above the foil in the clean run and below it in the corrupt one"
     return Finding("swing", not reason, value, unit, interval, result.n_examples, reason=reason)
+
+
+def _changes_sign(result: HeadImportance) -> bool:
+    return result.metric_clean > 0 > result.metric_corrupt
+
+
+def has_shares(result: HeadImportance) -> bool:
+    """Whether shares of the swing mean something: it is large enough and in the right direction."""
+    found = swing(result)
+    return found.value > 0 and "hardly" not in found.reason
 
 
 def best_head(result: HeadImportance, asked: Finding | None = None) -> Finding:
@@ -117,7 +133,7 @@ def past_vision(result: HeadImportance, asked: Finding | None = None) -> Finding
     shares = [abs(share) for name, share, _ in result.ranking() if parse_id(name).tower == "vision"]
     past = sum(e["score"] for e in result.edges if (e["sender"], e["receiver"]) == ("v.input", "x.projector"))
     whole = swing(result)
-    value = past / whole.value if whole.holds else math.nan
+    value = past / whole.value if has_shares(result) else math.nan
     told = bool(whole.holds) and (asked is None or bool(asked.holds)) and bool(shares) and max(shares) < LEAST_SHARE
     frozen = sum(parse_id(name).tower == "vision" for name in result.selected)
     return Finding("past vision", told, value, "share", None, result.n_examples, about={"heads": str(frozen)})

@@ -218,7 +218,7 @@ def _write(metric: Metric, tensors: dict[str, Tensor], sources: bool) -> dict[st
 
 
 def _read(data: Mapping[str, Any], tensors: Mapping[str, Tensor], objects: Mapping[str, Any]) -> Metric:
-    fields = {
+    fields: dict[str, Any] = {
         name: tensors[value["tensor"]] if isinstance(value, Mapping) else value
         for name, value in data["fields"].items()
     }

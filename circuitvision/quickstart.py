@@ -98,7 +98,7 @@ class Quickstart:
 
     def table(self, count: int = 8) -> list[tuple[str, str, str]]:
         """The strongest heads as (head, tower, share moved), strongest first; "–" where the swing is too small for shares."""
-        rows, told = [], findings.swing(self.importance).holds
+        rows, told = [], findings.has_shares(self.importance)
         for name, share, _ in self.importance.ranking()[:count]:
             node = parse_id(name)
             rows.append((head_name(node.layer, node.head), node.tower, signed_percent(share) if told else "–"))
@@ -122,10 +122,11 @@ class Quickstart:
         }
         return found if self.check is None else {**found, "carries": findings.carries(self.check)}
 
-    def finding(self) -> str:
-        """The result in a few sentences, what must be known first in front."""
+    def finding(self, cautions: bool = True) -> str:
+        """The result in a few sentences, what must be known first in front; without ``cautions`` where those already stand above."""
         found, said = self.findings(), ("answers", "swing", "head", "heads", "past vision")
-        return " ".join(filter(None, (str(found[name]) for name in said)))
+        told = [] if cautions else self.cautions()
+        return " ".join(text for text in (str(found[name]) for name in said) if text and text not in told)
 
     def lens_finding(self) -> str:
         """From which layer on the last word tells answer and foil apart, and whether any patch does."""
@@ -282,8 +283,8 @@ def _read(model: Any, inputs: Mapping[str, Any], case: Case) -> Reading:
     shares = metrics.at_position(logits, "last", inputs)[0].softmax(-1)
     best = int(shares.argmax())
     said = str(model.tokenizer.decode([best])).strip() or model.pieces(torch.tensor([[best]]))[0][0]
-    words = (float(shares[model.token(word)]) for word in (case.answer, case.foil))
-    return Reading(said, float(shares[best]), *words, 1.0 / len(shares))
+    answer, foil = (float(shares[model.token(word)]) for word in (case.answer, case.foil))
+    return Reading(said, float(shares[best]), answer, foil, 1.0 / len(shares))
 
 
 def _lenses(model: Any, inputs: Mapping[str, Any], case: Case) -> list[LensResult]:

@@ -187,7 +187,7 @@ class Result:
             )
         tensors = {name: tensor.to(getattr(torch, header["dtypes"][name])) for name, tensor in tensors.items()}
         held = {name.removeprefix(_HELD): t for name, t in tensors.items() if name.startswith(_HELD)}
-        own = {name: t for name, t in tensors.items() if not name.startswith((_HELD, _INPUTS))}
+        own: dict[str, Any] = {name: t for name, t in tensors.items() if not name.startswith((_HELD, _INPUTS))}
         fields = {name: _restored(value, held, objects or {}) for name, value in header["fields"].items()}
         return found(**own, **fields)
 

@@ -69,7 +69,7 @@ class PatchingResult(Result):
     @property
     def edits(self) -> list[EditGroup]:
         """The edit of every cell that was run, in row-major order; :func:`circuitvision.edits.restore` puts the source's values into them."""
-        whole = {edit.site: edit.source for group in self.sources for edit in group}
+        whole: dict[str, Any] = {edit.site: edit.values()["source"] for group in self.sources for edit in group}
         shapes = {site: source._tensor if isinstance(source, Held) else source for site, source in whole.items()}
         axes = [axis for axis in self.axes if axis != "tower"]
         cells = sorted(_plan(list(shapes), axes, shapes)[1]) if shapes else []

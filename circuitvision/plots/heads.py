@@ -39,7 +39,7 @@ def head_importance(result: HeadImportance, title: str | None = None) -> go.Figu
         for number, tower in enumerate(towers):
             grids[tower] = result.raw[number, : grids[tower].shape[0], : grids[tower].shape[1]]
         return _grids(grids, title, whole.unit or "change", result.dead, share=False)
-    return _grids(grids, title, "share restored" if result.mode == "denoise" else "share destroyed", result.dead)
+    return _grids(grids, title, "share of the difference", result.dead)
 
 
 def patching(result: PatchingResult, title: str | None = None) -> go.Figure:

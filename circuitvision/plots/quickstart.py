@@ -5,6 +5,7 @@ Titles and texts are made from findings (:mod:`circuitvision.findings`): what th
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,10 @@ def write(found: Quickstart, folder: str | Path) -> list[Path]:
     """Write ``circuit.graphml``, ``circuit.json``, ``heads.html``, ``lens.html`` and ``report.html``; returns the paths."""
     folder = Path(folder)
     case = found.case
-    heads = head_figures.head_importance(found.importance)
     lens = _lens_figure(found)
     findings, name = found.findings(), _short(found.importance.provenance["model_id"])
+    lead = html.escape(str(findings["head"]).replace(" of that", " of the difference"))
+    heads = head_figures.head_importance(found.importance, lead)
     asked = f"{case.answer!r} and {case.foil!r}"
     title = f"What makes {name} say {case.answer!r}?" if findings["answers"].holds else f"{name} on {asked}"
     circuit = graph_figures.circuit(
@@ -52,7 +54,7 @@ def write(found: Quickstart, folder: str | Path) -> list[Path]:
     ]
     page = reports.Report(
         title,
-        found.finding(),
+        found.finding(cautions=False),
         case.prompt,
         pictures,
         sections,
