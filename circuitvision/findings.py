@@ -95,14 +95,10 @@ def swing(result: HeadImportance) -> Finding:
         if (
             not reason
             and str(result.provenance.get("metric", "")).startswith("logit_diff")
-            and not _changes_sign(result)
+            and result.metric_clean <= 0
         ):
-            reason = "the answer is not above the foil in the clean run and below it in the corrupt one"
+            reason = "the answer is not above the foil in the clean run"
     return Finding("swing", not reason, value, unit, interval, result.n_examples, reason=reason)
-
-
-def _changes_sign(result: HeadImportance) -> bool:
-    return result.metric_clean > 0 > result.metric_corrupt
 
 
 def has_shares(result: HeadImportance) -> bool:

@@ -175,13 +175,8 @@ def _nodes(figure: go.Figure, nodes: dict[str, Any], places: dict[str, tuple[flo
         hovertemplate="%{text}<extra></extra>",
     )
     for name in names:
-        short = (
-            nodes[name]["label"]
-            if nodes[name]["kind"] == "input"
-            else spoken(name).split(" ")[-1]
-            if nodes[name]["kind"] == "head"
-            else name.split(".", 1)[1]
-        )
+        short = nodes[name]["label"] if nodes[name]["kind"] in ("input", "head") else name.split(".", 1)[1]
+        short = short.split(" ")[-1] if nodes[name]["kind"] == "head" else short
         text = (
             nodes[name]["label"].replace("(", "<br>(").replace(" - ", " \N{MINUS SIGN} ")
             if plain[name]

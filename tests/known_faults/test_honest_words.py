@@ -145,6 +145,7 @@ def importance(
         (0.04, 0.01, [0.9, 0.1], False, "hardly differ"),
         (100.4, 100.0, [0.9, 0.1], False, "hardly differ"),
         (-5.0, 5.0, [0.9, 0.1], False, "higher on the corrupt"),
+        (-1.0, -3.0, [0.9, 0.1], False, "not above the foil"),
     ],
 )
 def test_a_restored_answer_needs_sign_and_size(clean, corrupt, shares, holds, reason):
