@@ -47,6 +47,7 @@ __all__ = [
     "changed_box",
     "held_out_pairs",
     "leading_heads",
+    "lens_finding",
     "question_batches",
     "quickstart",
     "write",
@@ -144,6 +145,11 @@ class Quickstart:
             )
         said += [str(found[name]) for name in ("head", "heads") if "overshoots" in found[name].reason]
         return said
+
+
+def lens_finding(found: Quickstart) -> str:
+    """See :meth:`Quickstart.lens_finding`."""
+    return found.lens_finding()
 
 
 def quickstart(

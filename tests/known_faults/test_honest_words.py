@@ -297,4 +297,4 @@ def test_findings_that_ignore_sign_floor_or_answer_are_noticed(trained, monkeypa
         assert findings.best_head(importance(0.04, 0.01, [0.9])).holds
     with monkeypatch.context() as patch:
         patch.setattr(findings, "answers", lambda *given: findings.Finding("answers", True))
-        assert trained["absent"].findings()["head"].holds
+        assert trained["absent"].findings()["patches"].holds
