@@ -21,6 +21,7 @@ from circuitvision.errors import CircuitVisionError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0; 2 for a mistake in what was asked, 130 after Ctrl-C)."""
     options = _parser().parse_args(arguments)
+    options.typed = ["circuitvision", *(sys.argv[1:] if arguments is None else arguments)]
     try:
         with _verbosity(options.quiet), _printable():
             return options.run(options)
@@ -143,10 +144,11 @@ def _add_organisms(parser: argparse.ArgumentParser) -> None:
 
 
 def _quickstart(options: argparse.Namespace) -> int:
+    from circuitvision import provenance
     from circuitvision.quickstart import quickstart
 
     loading = {name: getattr(options, name) for name in ("dtype", "device") if getattr(options, name) is not None}
-    with _silent_transformers():
+    with _silent_transformers(), provenance.command(options.typed):
         found = quickstart(
             options.model,
             clean=options.clean,
@@ -163,14 +165,14 @@ def _quickstart(options: argparse.Namespace) -> int:
     for name, reading in found.readings.items():
         shares = f"{found.case.answer} {reading.answer:.1%}, {found.case.foil} {reading.foil:.1%}"
         print(f"  {name:<10}{shares:<28}{reading}")
-    print(f"\n{found.finding()}\n")
-    print(f"  {'head':<20}{'restores':>8}")
-    for name, _, share in found.table():
-        print(f"  {name:<20}{share:>8}")
-    if found.check is not None:
-        print(f"\n{found.check.summary()}")
     for caution in found.cautions():
-        print(f"\nNote: {caution}")
+        print(f"\nCaution: {caution}")
+    print(f"\n{found.finding(cautions=False)}\n")
+    print(f"  {'head':<12}{'tower':<16}{'share moved':>12}")
+    for name, where, share in found.table():
+        print(f"  {name:<12}{where:<16}{share:>12}")
+    if found.check is not None:
+        print(f"\n{found.check.summary()} {found.findings()['carries']}")
     print(f"\nWrote in {found.seconds:.0f} s:")
     for path in found.files:
         print(f"  {path}")

@@ -41,7 +41,7 @@ from circuitvision.model.averages import average_of
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.edits.attention import AddAttentionBias, BlockAttention, DeleteTokens, ScaleAttention
 from circuitvision.model.edits.base import Edit
-from circuitvision.model.edits.files import dump, from_dict, load, parse, save, to_dict
+from circuitvision.model.edits.files import dump, from_dict, load, parse, restore, save, to_dict
 from circuitvision.model.edits.values import (
     Held,
     HeldMapping,
@@ -475,6 +475,7 @@ __all__ = [
     "project",
     "renormalise",
     "replace",
+    "restore",
     "save",
     "scale",
     "scale_attention",

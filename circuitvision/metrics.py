@@ -27,8 +27,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuitvision.digests import NamedFunction, of_tensor
 from circuitvision.errors import InputError
 from circuitvision.links import Link, divergence, link_of, log_probabilities, probabilities
+from circuitvision.results import as_builtin, stored_as
 
 Answer = int | str | Sequence[int | str] | Tensor
 Position = int | str | Tensor
@@ -221,6 +223,35 @@ def kl(reference: Float[Tensor, "batch *pos classes"], position: Position = "las
 def action_dim(dim: int, step: int | None = 0) -> ActionDim:
     """One coordinate of an action or velocity in the model's units, at one step of the chunk or (None) its mean."""
     return ActionDim(name=f"action_dim({dim}, step={'mean' if step is None else step})", dim=dim, step=step)
+
+
+def _write(metric: Metric, tensors: dict[str, Tensor], sources: bool) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for entry in dataclasses.fields(metric):
+        value = getattr(metric, entry.name)
+        if isinstance(value, Tensor):
+            digest = of_tensor(value)
+            tensors[digest] = value
+            value = {"tensor": digest}
+        fields[entry.name] = value if isinstance(value, Mapping) else as_builtin(value)
+    return {"metric": type(metric).__name__, "fields": fields}
+
+
+def _read(data: Mapping[str, Any], tensors: Mapping[str, Tensor], objects: Mapping[str, Any]) -> Metric:
+    fields: dict[str, Any] = {
+        name: tensors[value["tensor"]] if isinstance(value, Mapping) else value
+        for name, value in data["fields"].items()
+    }
+    return _KINDS[data["metric"]](**fields)
+
+
+_KINDS: dict[str, type[Metric]] = {cls.__name__: cls for cls in (LogitDiff, Prob, LogProb, Rank, KL, ActionDim)}
+stored_as("metric", Metric, _write, _read)
+
+
+def kept(metric: Any) -> Any:
+    """A metric as a result keeps it: one of this module as it is, another function by its name."""
+    return metric if type(metric) in _KINDS.values() or metric is None else NamedFunction.of(metric)
 
 
 def bind(metric: Any, model: Any) -> Any:

@@ -17,24 +17,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 
-from circuitvision import metrics
+from circuitvision import findings, metrics
 from circuitvision.circuits import (
     AblationCheck,
     HeadImportance,
     PairBatch,
     ablation_check,
-    export,
     head_importance,
     parse_id,
 )
 from circuitvision.errors import InputError, UnsupportedModelError, checked_seed
+from circuitvision.findings import Finding
 from circuitvision.links import probabilities
 from circuitvision.model import pictures
-from circuitvision.model.names import spelled
+from circuitvision.model.names import head_name
+from circuitvision.plots.quickstart import changed_box, write
+from circuitvision.plots.style import signed_percent
 from circuitvision.readout import LensResult, lens_sites, logit_lens
 
 if TYPE_CHECKING:
@@ -42,10 +43,22 @@ if TYPE_CHECKING:
 
     from circuitvision.data.questions import QuestionPair
 
+__all__ = [
+    "Case",
+    "Quickstart",
+    "Reading",
+    "changed_box",
+    "held_out_pairs",
+    "leading_heads",
+    "lens_finding",
+    "question_batches",
+    "quickstart",
+    "write",
+]
+
 DEFAULT_MODEL = "shapes-llava"
 DEFAULT_OUT = "circuitvision-quickstart"
 CHECK_PAIRS = 64
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,8 @@ class Reading:
     probability: float
     answer: float
     foil: float
+    chance: float = 0.0
+    """The probability of each word if all were alike."""
 
     def __str__(self) -> str:
         return f"the model says {self.says} ({self.probability:.0%})"
@@ -86,49 +101,58 @@ class Quickstart:
     seconds: float = 0.0
 
     def table(self, count: int = 8) -> list[tuple[str, str, str]]:
-        """The strongest heads as (name, where, share restored), strongest first."""
-        rows = []
+        """The strongest heads as (head, tower, share moved), strongest first; "–" where the swing is too small for shares."""
+        rows, told = [], findings.has_shares(self.importance)
         for name, share, _ in self.importance.ranking()[:count]:
             node = parse_id(name)
-            rows.append((spelled(name), f"{node.tower} layer {node.layer}, head {node.head}", _percent(share)))
+            rows.append((head_name(node.layer, node.head), node.tower, signed_percent(share) if told else "–"))
         return rows
 
-    def finding(self) -> str:
-        """The result in a few sentences."""
-        best, share = self.importance.best()
-        selected = len(self.importance.selected)
-        swing = self.importance.metric_clean - self.importance.metric_corrupt
-        said = (
-            f"Swapping one image for the other moves the logit of {self.case.answer!r} against {self.case.foil!r} by {swing:.1f}. "
-            f"Putting the clean value of one head, {spelled(best)}, into the other run restores {_percent(share)} of that; the "
-            f"{selected} heads in the graph together restore {_percent(self.importance.joint)}."
-        )
-        vision = [(name, share) for name, share, _ in self.importance.ranking() if parse_id(name).tower == "vision"]
-        past = sum(
-            e["score"] for e in self.importance.edges if (e["sender"], e["receiver"]) == ("v.input", "x.projector")
-        )
-        if vision and swing and max(abs(share) for _, share in vision) < 0.05:
-            frozen = sum(parse_id(name).tower == "vision" for name in self.importance.selected)
-            said += (
-                f" No single head of the vision tower moves 5%: with its {frozen} strongest heads held at the corrupt run's "
-                f"values, {_percent(past / swing)} of the image's effect still reaches the answer through the projector."
-            )
-        return said
+    def findings(self) -> dict[str, Finding]:
+        """What was found, as values with their numbers: whether the model gives the answers asked about, how far the metric swings, what the best
+        head and all selected heads move, where the words are told apart, and whether ablating the heads costs the answer.
+        """
+        case, words = self.case, (self.case.answer, self.case.foil)
+        asked = findings.answers(self.readings["clean"], self.readings["corrupt"], case.answer, case.foil)
+        clean, corrupt = self.lenses["clean"], self.lenses["corrupt"]
+        found = {
+            "answers": asked,
+            "swing": findings.swing(self.importance),
+            "head": findings.best_head(self.importance, asked),
+            "heads": findings.together(self.importance, asked),
+            "past vision": findings.past_vision(self.importance, asked),
+            "last word": findings.read_at_last_word(clean[-1], corrupt[-1], asked, words),
+            "patches": findings.read_at_patches(clean, corrupt, asked, words),
+        }
+        return found if self.check is None else {**found, "carries": findings.carries(self.check)}
+
+    def finding(self, cautions: bool = True) -> str:
+        """The result in a few sentences, what must be known first in front; without ``cautions`` where those already stand above."""
+        found, said = self.findings(), ("answers", "swing", "head", "heads", "past vision")
+        told = [] if cautions else self.cautions()
+        return " ".join(text for text in (str(found[name]) for name in said) if text and text not in told)
+
+    def lens_finding(self) -> str:
+        """From which layer on the last word tells answer and foil apart, and whether any patch does."""
+        found = self.findings()
+        return f"{found['last word']}, {found['patches']}" if found["last word"].holds else str(found["last word"])
 
     def cautions(self) -> list[str]:
         """What a reader should know before believing the result; empty when all is as asked."""
-        said = []
-        for name, wanted in (("clean", self.case.answer), ("corrupt", self.case.foil)):
-            if self.readings[name].says != wanted:
-                said.append(
-                    f"On the {name} image the model's own answer is {self.readings[name].says!r}, not {wanted!r}."
-                )
-        if self.importance.metric_clean < self.importance.metric_corrupt:
+        found = self.findings()
+        said = [str(found[name]) for name in ("answers", "swing") if not found[name].holds]
+        if found["swing"].value < 0:
             said.append(
-                f"The model leans more to {self.case.answer!r} on the corrupt image than on the clean one, so what is restored here "
-                f"is its leaning to {self.case.foil!r}; swap the images or the words."
+                f"The model leans more to {self.case.answer!r} on the corrupt image than on the clean one, so what moves here is its "
+                f"leaning to {self.case.foil!r}; swap the images or the words."
             )
+        said += [str(found[name]) for name in ("head", "heads") if "overshoots" in found[name].reason]
         return said
+
+
+def lens_finding(found: Quickstart) -> str:
+    """See :meth:`Quickstart.lens_finding`."""
+    return found.lens_finding()
 
 
 def quickstart(
@@ -186,125 +210,6 @@ def quickstart(
     found = Quickstart(case, importance, importance.to_networkx(), lenses, check, readings)
     files = write(found, folder)
     return Quickstart(case, importance, found.graph, lenses, check, readings, files, time.perf_counter() - started)
-
-
-def write(found: Quickstart, folder: str | Path) -> list[Path]:
-    """Write ``circuit.graphml``, ``circuit.json``, ``heads.html``, ``lens.html`` and ``report.html``; returns the paths."""
-    from circuitvision.plots import graph as graph_figures
-    from circuitvision.plots import heads as head_figures
-    from circuitvision.plots import report as reports
-    from circuitvision.plots import style
-
-    folder = Path(folder)
-    case = found.case
-    heads = head_figures.head_importance(found.importance)
-    lens = _lens_figure(found)
-    circuit = graph_figures.circuit(found.graph)
-    title = f"What makes {_short(found.importance.provenance['model_id'])} say {case.answer!r}?"
-    sections = [
-        reports.Section("Which heads restore the answer", _TEXTS["heads"], heads),
-        reports.Section("How they pass it on", _TEXTS["circuit"], circuit),
-        reports.Section("Where the answer can be read", _lens_text(found), lens),
-    ]
-    if found.check is not None:
-        figure = head_figures.ablation(found.check)
-        sections.append(reports.Section("Whether these heads carry the answer", found.check.summary(), figure))
-    pictures = [
-        reports.Picture(case.clean, f"clean: {found.readings['clean']}"),
-        reports.Picture(case.corrupt, f"corrupt: {found.readings['corrupt']}"),
-    ]
-    page = reports.Report(
-        title,
-        found.finding(),
-        case.prompt,
-        pictures,
-        sections,
-        ("head", "where", "restores"),
-        found.table(),
-        found.cautions(),
-        found.importance.provenance,
-    )
-    return [
-        export(found.graph, folder / "circuit.graphml"),
-        export(found.graph, folder / "circuit.json"),
-        style.write_figures(folder / "heads.html", title, [heads], _TEXTS["heads"]),
-        style.write_figures(folder / "lens.html", title, [lens], _lens_text(found)),
-        reports.write(page, folder / "report.html"),
-    ]
-
-
-_TEXTS = {
-    "heads": "One head at a time takes its clean value, at all positions, in the run on the corrupt image. 0% leaves the corrupt answer as "
-    "it is, 100% restores the clean one. Effects overlap, so they need not add up to 100%.",
-    "circuit": "Disk area is what patching the head restores on its own. A line is the part of that effect which reaches its right end "
-    "without passing another drawn node; the lines that leave a node add up to its effect.",
-}
-
-
-def _lens_text(found: Quickstart) -> str:
-    case = found.case
-    paint = (
-        "in the colour it says"
-        if _answer_colors(case)
-        else f"orange where it says {case.answer}, blue where it says {case.foil}"
-    )
-    return (
-        f"What each patch would answer if the model stopped there: painted {paint}, and fainter the less it leans to "
-        "either. The vision tower is read through the projector and the language tower's own output layer. The box marks "
-        "the pixels that differ; under the language maps, the same reading at the prompt's last word, where the answer is."
-    )
-
-
-def _answer_colors(case: Case) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
-    """The colours that the foil and the answer name, where they are names of colours."""
-    from circuitvision.data.scenes import COLORS
-
-    return (COLORS[case.foil], COLORS[case.answer]) if {case.answer, case.foil} <= set(COLORS) else None
-
-
-def _lens_figure(found: Quickstart) -> Any:
-    from circuitvision.plots.lens_rows import LensRow, lens_rows
-
-    case = found.case
-    rows = [
-        LensRow(name, np.asarray(image.convert("RGB")), found.lenses[name])
-        for name, image in (("clean", case.clean), ("corrupt", case.corrupt))
-    ]
-    return lens_rows(rows, lens_finding(found), changed_box(case.clean, case.corrupt), _answer_colors(case))
-
-
-def lens_finding(found: Quickstart) -> str:
-    """From which layer on the last word says the answer (half of the final difference), and whether any patch ever does."""
-    swing = found.importance.metric_clean - found.importance.metric_corrupt
-    clean, corrupt = found.lenses["clean"], found.lenses["corrupt"]
-    apart = {
-        one.tower: (one.values - other.values)[:, ..., 0] / swing for one, other in zip(clean, corrupt, strict=True)
-    }
-    last = apart["language"][:, 0, -1]
-    layers = clean[1].axes["layer"]
-    first = next((layer for layer, share in zip(layers, last.tolist(), strict=True) if share >= 0.5), layers[-1])
-    patches = torch.cat([apart[one.tower][:, one.places[..., 0] >= 0].flatten() for one in clean])
-    where = (
-        "at the last word from the input on" if first == "input" else f"at the last word from language layer {first} on"
-    )
-    also = "also at image patches" if float(patches.max()) >= 0.5 else "at no image patch"
-    return f"{found.case.answer!r} or {found.case.foil!r} can be read {where}, {also}"
-
-
-def changed_box(clean: Image.Image, corrupt: Image.Image) -> Box | None:
-    """The smallest box (left, top, right, bottom, as shares of the image) around all pixels that differ.
-
-    None for images of different sizes, equal images, and where the box is most of the image and would say nothing.
-    """
-    first, second = (np.asarray(image.convert("RGB"), dtype=np.int16) for image in (clean, corrupt))
-    if first.shape != second.shape:
-        return None
-    rows, columns = np.nonzero(np.abs(first - second).max(-1))
-    if len(rows) == 0:
-        return None
-    height, width = first.shape[:2]
-    box = (columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height)
-    return None if (box[2] - box[0]) * (box[3] - box[1]) > 0.5 else tuple(float(edge) for edge in box)  # type: ignore[return-value]
 
 
 def _given_case(clean: Any, corrupt: Any, prompt: str | None, answer: str | None, foil: str | None) -> Case | None:
@@ -379,8 +284,9 @@ def _read(model: Any, inputs: Mapping[str, Any], case: Case) -> Reading:
         logits = model(inputs)
     shares = probabilities(metrics.at_position(logits, "last", inputs)[0], model.link)
     best = int(shares.argmax())
-    word = str(model.tokenizer.decode([best])).strip() or model.pieces(torch.tensor([[best]]))[0][0]
-    return Reading(word, float(shares[best]), *(float(shares[model.token(w)]) for w in (case.answer, case.foil)))
+    said = str(model.tokenizer.decode([best])).strip() or model.pieces(torch.tensor([[best]]))[0][0]
+    answer, foil = (float(shares[model.token(word)]) for word in (case.answer, case.foil))
+    return Reading(said, float(shares[best]), answer, foil, 1.0 / len(shares))
 
 
 def _lenses(model: Any, inputs: Mapping[str, Any], case: Case) -> list[LensResult]:
@@ -419,13 +325,3 @@ def question_batches(model: Any, pairs: list[QuestionPair], size: int = 64) -> l
             )
         )
     return batches
-
-
-def _percent(share: float) -> str:
-    from circuitvision.plots.style import signed_percent
-
-    return signed_percent(share)
-
-
-def _short(model_id: str) -> str:
-    return Path(model_id).name or model_id

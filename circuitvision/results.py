@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -23,8 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitvision.digests import NamedFunction, of_json, plain
 from circuitvision.errors import InputError, nearest
 from circuitvision.files import replacing
+from circuitvision.provenance import hash_inputs, without_dates
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +36,10 @@ if TYPE_CHECKING:
 ResultType = TypeVar("ResultType", bound="Result")
 _FORMAT = "circuitvision.result/1"
 _META = "circuitvision_json"
+_HELD, _INPUTS, _KIND = "held.", "inputs.", "circuitvision_kind"
+_HOMES = {"edits": "circuitvision.model.edits.files", "metric": "circuitvision.metrics"}
+"""Where kinds are at home that a file may hold before their module was imported."""
+_kinds: dict[str, tuple[type, Callable[..., Any], Callable[..., Any]]] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +83,13 @@ class Result:
         axes = " × ".join(f"{name} {len(labels)}" for name, labels in self.axes.items())
         return f"{type(self).__name__}({where}{': ' if where else ''}{axes})"
 
+    def __provenance__(self) -> dict[str, Any]:
+        """What it holds as a digest, and where that came from."""
+        held = {
+            entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self) if entry.name != "provenance"
+        }
+        return {"result": type(self).__name__, "sha256": of_json(plain(held)), "from": without_dates(self.provenance)}
+
     def to_frame(self) -> pd.DataFrame:
         """One row per value: a column for each axis and the column ``value`` (long form, in row-major order)."""
         import pandas as pd
@@ -91,15 +105,34 @@ class Result:
 
         return plots.plot(self, **keywords)
 
-    def save(self, path: str | Path) -> Path:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        sources: bool = True,
+        inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    ) -> Path:
         """Write this result to one ``.npz`` or ``.safetensors`` file, complete or not at all; returns the path.
 
+        Edits are written as edits. The tensors that they hold come with them, once each; without ``sources`` only their digests do, and
+        :func:`circuitvision.edits.restore` puts them back. Inputs are not kept by a result, only their digests: give them again to have them in the
+        file (:func:`inputs_of` reads them).
+
         Raises:
-            InputError: another suffix.
+            InputError: another suffix, or inputs that are not those of this result.
         """
         path = Path(path)
-        tensors, plain = _split_fields(self)
+        tensors, plain = _split_fields(self, sources)
+        given = [] if inputs is None else [inputs] if isinstance(inputs, Mapping) else list(inputs)
+        if given and hash_inputs(*given) != self.provenance.get("dataset_sha256"):
+            raise InputError("These are not the inputs that this result was measured on (in the order of the call).")
+        others = [{name: as_builtin(v) for name, v in one.items() if not isinstance(v, Tensor)} for one in given]
+        for number, one in enumerate(given):
+            named = {f"{_INPUTS}{number}.{name}": v for name, v in one.items() if isinstance(v, Tensor)}
+            tensors |= {name: tensor.detach().cpu() for name, tensor in named.items()}
         header = {
+            "inputs": others,
+            "module": type(self).__module__,
             "format": _FORMAT,
             "class": type(self).__name__,
             "dtypes": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
@@ -123,8 +156,10 @@ class Result:
         return path
 
     @classmethod
-    def load(cls: type[ResultType], path: str | Path) -> ResultType:
-        """Read what :meth:`save` wrote, as the class that was saved. Nothing is unpickled.
+    def load(cls: type[ResultType], path: str | Path, objects: Mapping[str, Any] | None = None) -> ResultType:
+        """Read what :meth:`save` wrote, as the class that was saved. Nothing is unpickled, and no function imported before it is used.
+
+        ``objects`` gives back the dictionaries (SAEs, transcoders) that edits name.
 
         Raises:
             InputError: not a result file, or one of a class that is not a ``cls``.
@@ -135,6 +170,8 @@ class Result:
         tensors, header = _read(path)
         if header.get("format") != _FORMAT:
             raise InputError(f"{path} is of format {header.get('format')!r}; this version reads {_FORMAT!r}.")
+        if str(header.get("module", "")).startswith("circuitvision."):
+            importlib.import_module(header["module"])
         found = Result._classes.get(header["class"], Result if header["class"] == "Result" else None)
         if found is None:
             raise InputError(f"{path} holds a {header['class']}; import the module that defines it before loading.")
@@ -142,10 +179,11 @@ class Result:
             raise InputError(
                 f"{path} holds a {found.__name__}, not a {cls.__name__}; load it with {found.__name__}.load."
             )
-        restored: dict[str, Any] = {
-            name: tensor.to(getattr(torch, header["dtypes"][name])) for name, tensor in tensors.items()
-        }
-        return found(**restored, **header["fields"])
+        tensors = {name: tensor.to(getattr(torch, header["dtypes"][name])) for name, tensor in tensors.items()}
+        held = {name.removeprefix(_HELD): t for name, t in tensors.items() if name.startswith(_HELD)}
+        own: dict[str, Any] = {name: t for name, t in tensors.items() if not name.startswith((_HELD, _INPUTS))}
+        fields = {name: _restored(value, held, objects or {}) for name, value in header["fields"].items()}
+        return found(**own, **fields)
 
     def index_of(self, axis: str, label: Any) -> int:
         """Where a label stands on an axis. A label that is not there is never taken for a place.
@@ -229,6 +267,47 @@ def standard_error(values: Tensor) -> Tensor:
     return torch.where(count > 1, (spread / count).sqrt(), torch.nan)
 
 
+def inputs_of(path: str | Path) -> list[dict[str, Any]]:
+    """The inputs that a result was saved with, in the order of the call; empty if it was saved without."""
+    tensors, header = _read(Path(path))
+    found = [dict(one) for one in header.get("inputs", [])]
+    for name, tensor in tensors.items():
+        if name.startswith(_INPUTS):
+            number, _, own = name.removeprefix(_INPUTS).partition(".")
+            found[int(number)][own] = tensor.to(getattr(torch, header["dtypes"][name]))
+    return found
+
+
+def stored_as(kind: str, cls: type, write: Callable[..., Any], read: Callable[..., Any]) -> None:
+    """Let results hold objects of a class: ``write(value, tensors, sources)`` gives plain data and puts tensors into a mapping by digest (without
+    ``sources`` only what is needed to know what the object was), ``read(data, tensors, objects)`` gives the object back.
+    """
+    _kinds[kind] = (cls, write, read)
+
+
+def _stored(value: Any, tensors: dict[str, Tensor], sources: bool) -> Any:
+    """A field in JSON form; objects of the kinds that have one say which they are."""
+    for kind, (cls, write, _) in _kinds.items():
+        if isinstance(value, cls):
+            return {_KIND: kind, "data": write(value, tensors, sources)}
+    if isinstance(value, Mapping):
+        return {str(key): _stored(item, tensors, sources) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_stored(item, tensors, sources) for item in value]
+    return as_builtin(value)
+
+
+def _restored(value: Any, tensors: Mapping[str, Tensor], objects: Mapping[str, Any]) -> Any:
+    if isinstance(value, list):
+        return [_restored(item, tensors, objects) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _KIND in value:
+        importlib.import_module(_HOMES.get(value[_KIND], __name__))
+        return _kinds[value[_KIND]][2](value["data"], tensors, objects)
+    return {key: _restored(item, tensors, objects) for key, item in value.items()}
+
+
 def as_builtin(value: Any) -> Any:
     """The same value made of Python's own types, which JSON, GraphML and a reader of either can hold.
 
@@ -260,16 +339,18 @@ def as_builtin(value: Any) -> Any:
     )
 
 
-def _split_fields(result: Result) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a result, and its other fields in JSON form."""
+def _split_fields(result: Result, sources: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a result, those that its edits hold among them, and its other fields in JSON form."""
     tensors: dict[str, Tensor] = {}
+    held: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for entry in dataclasses.fields(result):
         value = getattr(result, entry.name)
         if isinstance(value, Tensor):
             tensors[entry.name] = value.detach().cpu()
         else:
-            plain[entry.name] = as_builtin(value)
+            plain[entry.name] = _stored(value, held, sources)
+    tensors |= {f"{_HELD}{name}": tensor.detach().cpu() for name, tensor in held.items()}
     return tensors, plain
 
 
@@ -297,3 +378,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise InputError(f"{path} is damaged or not a result file ({error}).") from error
         raise
     raise InputError(f"Results are .npz or .safetensors files; {path.name} is neither.")
+
+
+stored_as(
+    "function",
+    NamedFunction,
+    lambda value, tensors, sources: {"name": value.name, "sha256": value.sha256},
+    lambda data, tensors, objects: NamedFunction(**data),
+)

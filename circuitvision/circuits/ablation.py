@@ -27,11 +27,12 @@ from torch import Tensor
 from circuitvision import edits, metrics
 from circuitvision.errors import InputError, checked_seed
 from circuitvision.model.averages import Layout, Tally, check_aligned
+from circuitvision.model.edits.base import Edit, EditGroup, by_digest
 from circuitvision.model.names import Component, format_id, head_id, heads_of, parse_id, site_of, spelled
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
 from circuitvision.progress import track
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 
 
@@ -51,13 +52,14 @@ class AblationCheck(Result):
 
     ``values`` are the shares of pairs with both answers right, axis ``condition``: ``"intact"``, ``"heads"``,
     ``"random 1"`` …; ``logit_diff`` is the mean margin of the right over the other answer in the same order.
-    ``random_heads`` lists what was drawn.
+    ``random_heads`` lists what was drawn, and ``edits`` holds the group of each condition, with the means by digest.
     """
 
     logit_diff: Tensor = field(default_factory=lambda: torch.zeros(0))
     heads: list[str] = field(default_factory=list)
     random_heads: list[list[str]] = field(default_factory=list)
     n_pairs: int = 0
+    edits: list[EditGroup] = field(default_factory=list)
 
     def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
         """Refused: conditions of one check are compared with "intact", not ranked among each other."""
@@ -93,6 +95,7 @@ class AblationCheck(Result):
         )
 
 
+@with_provenance
 def ablation_check(
     model: Any,
     pairs: Sequence[PairBatch],
@@ -147,6 +150,7 @@ def ablation_check(
         heads=chosen,
         random_heads=draws,
         n_pairs=sum(len(batch.answer) for batch in pairs),
+        edits=[by_digest(_ablations(model, first.clean, names, means)) for names in conditions.values()],
     )
 
 
@@ -184,15 +188,18 @@ def _means(model: Any, runs: Sequence[_Run], sites: Sequence[str]) -> dict[str, 
     return tallies
 
 
-def _ablated(model: Any, inputs: Mapping[str, Any], heads: Mapping[str, list[int]], means: Mapping[str, Tally]) -> Any:
-    """The output with some heads at their means, where the run has anything."""
+def _ablations(model: Any, inputs: Mapping[str, Any], names: Sequence[str], means: Mapping[str, Tally]) -> list[Edit]:
+    """The edits that put some heads to their means, where the run has anything."""
+    heads: dict[str, list[int]] = {}
+    for name in names:
+        heads.setdefault(_site(name), []).append(parse_id(name).head)
     tokens, group = model.tokens(inputs), []
     for site, numbers in heads.items():
         own = tokens.get(SiteName.parse(site).tower)
         source, there = means[site].source(None if own is None else Layout.of_tokens(own))
         everywhere = there is None or bool(there.all())
         group.append(edits.ablate(site, source, heads=numbers, positions=None if everywhere else there))
-    return model.run(inputs, group)
+    return group
 
 
 def _score(
@@ -203,14 +210,11 @@ def _score(
     position: metrics.Position,
 ) -> tuple[float, float]:
     """Share of the pairs answered right on both inputs, and the mean margin of the right answer over the other."""
-    by_site: dict[str, list[int]] = {}
-    for name in names:
-        by_site.setdefault(_site(name), []).append(parse_id(name).head)
     right, margin, count = 0.0, 0.0, 0
     for both in runs:
         correct = []
         for inputs, answer, foil in both:
-            logits = _ablated(model, inputs, by_site, means)
+            logits = model.run(inputs, _ablations(model, inputs, names, means))
             correct.append(metrics.at_position(logits, position, inputs).argmax(-1).cpu() == answer)
             margin += float(metrics.logit_diff(answer, foil, position)(logits, inputs).sum()) / len(both)
         right += float(torch.stack(correct).all(0).sum())

@@ -23,7 +23,9 @@ Reference: activation patching (Wang et al. 2022, arXiv 2211.00593); freezing re
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,9 +38,10 @@ from torch import Tensor
 from circuitvision import edits, metrics
 from circuitvision.circuits import schema
 from circuitvision.errors import InputError
+from circuitvision.model.edits.base import EditGroup, by_digest
 from circuitvision.model.names import NodeName, format_id, head_id, parse_id, site_of, spelled
 from circuitvision.patching.activation import PatchingResult, activation_patch, check_same_shapes
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 
 ANSWER = "answer"
@@ -57,7 +60,10 @@ class HeadImportance(Result):
     of the heads that edges were measured for, strongest first; ``joint`` is the share that patching all of them at
     once moves. ``connectors`` and ``inputs`` map the ids of connectors and of vision towers' inputs to their site,
     effect and share. ``edges`` is a list of ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the
-    output. ``dead`` lists sites that cannot reach the output.
+    output. ``dead`` lists sites that cannot reach the output. ``edits`` are the groups that were run, with the values of
+    both runs by digest: single heads, then the other nodes, all selected heads together, and the edges' runs. ``errors``,
+    ``joint_error`` and ``swing_error`` are standard errors over examples of ``values``, ``joint`` and the two runs'
+    difference; NaN or empty for a single example.
     """
 
     raw: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -72,6 +78,20 @@ class HeadImportance(Result):
     n_examples: int = 0
     answer_tower: str = ""
     dead: list[str] = field(default_factory=list)
+    edits: list[EditGroup] = field(default_factory=list)
+    errors: Tensor = field(default_factory=lambda: torch.zeros(0))
+    joint_error: float = math.nan
+    swing_error: float = math.nan
+
+    def share_errors(self) -> dict[str, float]:
+        """The standard error of every head's share over examples, by id; empty for a single example."""
+        if not self.errors.numel():
+            return {}
+        found = {}
+        for index in torch.isfinite(self.errors).nonzero().tolist():
+            tower, layer, head = (labels[i] for labels, i in zip(self.axes.values(), index, strict=True))
+            found[head_id(tower, layer, head)] = float(self.errors[tuple(index)])
+        return found
 
     def ranking(self) -> list[tuple[str, float, float]]:
         """Every head as (id, share, effect in units of the metric), largest absolute effect first."""
@@ -138,6 +158,7 @@ class HeadImportance(Result):
         return graph
 
 
+@with_provenance
 def head_importance(
     model: Any,
     clean: Mapping[str, Any],
@@ -181,6 +202,7 @@ def head_importance(
     for (site, name), effect in zip(freezer.ids.items(), singles, strict=True):
         share = float((effect / freezer.gap).nanmean())
         wholes[name] = {"site": site, "effect": float(effect.mean()), "share": share}
+    edges = _edges(freezer, selected)
     ends = (runs.source, runs.base) if mode == "denoise" else (runs.base, runs.source)
     return HeadImportance(
         values=values,
@@ -197,13 +219,17 @@ def head_importance(
         joint=float((together / freezer.gap).nanmean()),
         connectors={freezer.ids[site]: wholes[freezer.ids[site]] for site in freezer.connectors},
         inputs={freezer.ids[site]: wholes[freezer.ids[site]] for site in freezer.inputs},
-        edges=_edges(freezer, selected),
+        edges=edges,
         metric_clean=float(ends[0].mean()),
         metric_corrupt=float(ends[1].mean()),
         mode=mode,
         n_examples=len(runs.base),
         answer_tower=names[-1],
         dead=[site for result in patched.values() for site in result.dead],
+        errors=_stack({name: _spread(result) for name, result in patched.items()})[0],
+        joint_error=_error(together / freezer.gap),
+        swing_error=_error(runs.source - runs.base),
+        edits=[*(group for result in patched.values() for group in result.edits), *freezer.groups],
     )
 
 
@@ -223,6 +249,7 @@ class _Freezer:
         # Examples in which the two runs hardly differ have no share; one cell of the measurement says which they are.
         one_cell = measured.per_example.flatten(0, -2)[0]
         self.gap = (measured.source - measured.base).masked_fill(one_cell.isnan(), float("nan"))
+        self.groups: list[EditGroup] = []
         self.connectors, self.inputs = connector_sites(model), input_sites(model)
         self.ids = {site: format_id(NodeName(site.split(".")[0], "input")) for site in self.inputs}
         self.ids |= {site: _connector_id(site) for site in self.connectors}
@@ -234,6 +261,7 @@ class _Freezer:
     def effects(self, cells: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[Tensor]:
         """The change of the metric per example, in its own units, for each (patched, frozen) pair of node lists."""
         groups = [self._writes(patch, self.source_cache) + self._writes(hold, self.base_cache) for patch, hold in cells]
+        self.groups += map(by_digest, groups)
         return list(self.model.sweep(self.base_inputs, groups, self.metric).values - self.base)
 
     def _writes(self, names: Sequence[str], cache: Mapping[str, Tensor]) -> list[edits.Edit]:
@@ -325,6 +353,22 @@ def _stack(patched: Mapping[str, PatchingResult]) -> tuple[Tensor, Tensor, dict[
         values[number, :rows, :columns] = result.values
         raw[number, :rows, :columns] = result.raw
     return values, raw, {"tower": list(patched), "layer": list(range(layers)), "head": list(range(heads))}
+
+
+def _error(values: Tensor) -> float:
+    """The standard error of a mean over those examples that have a value."""
+    there = values[torch.isfinite(values)].double()
+    return float(there.std() / len(there) ** 0.5) if len(there) > 1 else math.nan
+
+
+def _spread(result: PatchingResult) -> PatchingResult:
+    """A patching result whose values are the standard errors of its effects."""
+    there = torch.isfinite(result.per_example)
+    count = there.sum(-1)
+    centred = (result.per_example - result.values[..., None]).where(there, torch.zeros(()).to(result.per_example))
+    spread = (centred.square().sum(-1) / (count - 1) / count).sqrt()
+    spread = spread.where(count > 1, torch.full_like(spread, math.nan))
+    return dataclasses.replace(result, values=spread, raw=spread)
 
 
 def _strongest(raw: Tensor, axes: Mapping[str, list[Any]], top_k: int) -> dict[str, float]:

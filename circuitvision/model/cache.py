@@ -10,7 +10,8 @@ placeholder's embedding.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from circuitvision.digests import plain
 from circuitvision.errors import InputError, UnknownSiteError, nearest
 from circuitvision.model.names import head_name
 from circuitvision.model.points import apply_gain
@@ -30,6 +32,33 @@ from circuitvision.model.weights import linear_weight, norm_weights, parameter
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a cache was recorded: what a provenance says of it as long as nobody wrote into its tensors or inputs."""
+
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+    """What came with the call, and the hooks and mode of the model; plain values."""
+    versions: dict[str, int]
+    """Versions of the input tensors."""
+
+    @classmethod
+    def of(cls, model: HookedModel, inputs: Mapping[str, Any], names: Sequence[str], **given: Any) -> Recipe:
+        """Look at a run that is about to be recorded; what can change later is read now."""
+        settings = {name: plain(value) for name, value in given.items() if value}
+        settings |= {name: plain(value) for name, value in inputs.items() if not isinstance(value, Tensor)}
+        active = model.engine.active()
+        if active:
+            settings["active_hooks"] = plain(active)
+        if model.module.training:
+            settings["training"] = plain(torch.get_rng_state())
+        return cls(tuple(names), settings, {name: _version(value) for name, value in inputs.items()})
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 class ActivationCache(Mapping[str, Any]):
@@ -44,8 +73,11 @@ class ActivationCache(Mapping[str, Any]):
         model: HookedModel | None = None,
         inputs: Mapping[str, Any] | None = None,
         has_batch_dim: bool = True,
+        recipe: Recipe | None = None,
     ) -> None:
         self._values = values
+        self._recipe = recipe
+        self._written = {name: _version(value) for name, value in values.items()} if recipe else {}
         self.model = model
         self.inputs: dict[str, Any] = dict(inputs or {})
         self.has_batch_dim = has_batch_dim
@@ -146,6 +178,18 @@ class ActivationCache(Mapping[str, Any]):
                 raise InputError(f"There is no step {step}; this cache holds {len(value)} passes.")
             value = value[step]
         return value if self.has_batch_dim else value[None]
+
+    def __provenance__(self) -> dict[str, Any]:
+        """The run that recorded it, or else a digest of every value."""
+        recipe = self._recipe
+        if (
+            recipe is None
+            or {name: _version(value) for name, value in self._values.items()} != self._written
+            or {name: _version(value) for name, value in self.inputs.items()} != recipe.versions
+        ):
+            return {"cache": {"values": self._values, "inputs": self.inputs}}
+        inputs = {name: value for name, value in self.inputs.items() if isinstance(value, Tensor)}
+        return {"cache": {"inputs": inputs, "sites": list(recipe.names), **recipe.settings}}
 
     # -- moving and keeping ----------------------------------------------------------------------------------------------------------------
 

@@ -24,13 +24,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from circuitvision import metrics
+from circuitvision import metrics, provenance
 from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
 from circuitvision.links import Link, marked
 from circuitvision.model import dead, generation, heads, layout, loading, state, stream
 from circuitvision.model import inputs as input_checks
 from circuitvision.model.axes import positions_of
-from circuitvision.model.cache import ActivationCache, collected
+from circuitvision.model.cache import ActivationCache, Recipe, collected
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups
 from circuitvision.model.gradients import Metric, with_gradients
@@ -248,6 +248,9 @@ class HookedModel(TextTools):
             self.engine.pop(registration)
         return self.module
 
+    def __provenance__(self) -> dict[str, Any]:
+        return {"model": provenance.model_id(self.module), "weights_sha256": provenance.hash_weights(self.module)}
+
     def __repr__(self) -> str:
         towers = "\n  ".join(repr(tower) for tower in self.towers.values())
         return f"HookedModel({type(self.module).__name__}, {self.dtype}, {self.device})\n  {towers}\n  {len(self.engine.points)} sites"
@@ -366,6 +369,9 @@ class HookedModel(TextTools):
             names = [*names, *(name for name in self.engine.asked() if name not in names)]
         recorder = Recorder(None if incl_bwd else device, needs_grad=incl_bwd, keeps_graph=keep_graph)
         exact = exact_names(names_filter, names)
+        recipe = Recipe.of(
+            self, mapping, names, settings=kwargs, metric=metric if incl_bwd else None, stop_at_layer=stop_at_layer
+        )
         registration = Registration(recorder=recorder, recorded=frozenset(names), exact=exact)
         grads = torch.enable_grad() if incl_bwd else contextlib.nullcontext()
         with grads, self.engine.registered(registration):
@@ -380,7 +386,7 @@ class HookedModel(TextTools):
                 f"The run reached none of the {len(names)} sites asked for ({names[0]} …), of {towers}: what they read is not in the inputs "
                 f"({', '.join(mapping)}), or stop_at_layer ends the run before them."
             )
-        cache = ActivationCache(collected(values, multi_pass=False), self, mapping)
+        cache = ActivationCache(collected(values, multi_pass=False), self, mapping, recipe=recipe)
         cache.edited = self._hooked_sites()
         if incl_bwd:
             assert metric is not None
@@ -517,6 +523,7 @@ class HookedModel(TextTools):
         with self.engine.registered(Registration(forward=forward, exact=frozenset(bound.sites))):
             yield
 
+    @provenance.with_provenance
     def sweep(
         self,
         inputs: Any,

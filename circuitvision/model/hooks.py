@@ -239,6 +239,14 @@ class HookEngine:
             self.stack.remove(registration)
         self._attach()
 
+    def active(self) -> list[dict[str, Any]]:
+        """The hooks that can change what a run computes, outermost first: by site, forward and backward."""
+        return [
+            {"forward": dict(found.forward), "backward": dict(found.backward)}
+            for found in self.stack
+            if found.forward or found.backward
+        ]
+
     def asked(self) -> frozenset[str]:
         """Every site some registration asks for."""
         if len(self.stack) == 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -160,6 +160,9 @@ class Selection:
 
     def __invert__(self) -> Selection:
         return Selection(self.tokens, ~self.mask & self.tokens.present, f"~{self.label}")
+
+    def __provenance__(self) -> dict[str, Any]:
+        return {"selection": self.label, "tower": self.tower, "mask": self.mask}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Selection) and other.tower == self.tower and np.array_equal(self.mask, other.mask)

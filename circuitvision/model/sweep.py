@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from circuitvision import metrics
+from circuitvision.digests import NamedFunction
 from circuitvision.errors import CircuitVisionError, InputError
 from circuitvision.links import marked
 from circuitvision.model.edits.axes import check_axes
-from circuitvision.model.edits.base import Edit
-from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups, label
+from circuitvision.model.edits.base import Edit, EditGroup
+from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups
 from circuitvision.model.handback import CannotResume
 from circuitvision.model.hooks import Registration
 from circuitvision.model.resume import Resumer
@@ -72,20 +73,37 @@ class SweepResult(Result):
     """The metric under each edit: ``values`` ``[edit example]``, or ``[*axes example]`` where axes were given; ``clean`` ``[example]`` without any
     edit.
 
-    ``edits`` names each edit in the order given, and ``plan`` says what was computed for it. ``done`` is False where an interrupted sweep did not get
-    to (values are NaN), and ``interrupted`` says by what.
+    ``edits`` holds each group of edits in the order given (they print as their labels, and can be run again), ``labels`` names them, and ``plan``
+    says what was computed for each. ``metric`` is the metric, or the name of the function that it was. ``done`` is False where an interrupted sweep
+    did not get to (values are NaN), and ``interrupted`` says by what.
     """
 
     clean: Tensor = field(default_factory=lambda: torch.zeros(0))
-    edits: list[str] = field(default_factory=list)
+    edits: list[EditGroup] = field(default_factory=list)
     plan: list[str] = field(default_factory=list)
     done: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     interrupted: str = ""
+    metric: Any = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.edits and "edit" in self.axes:
-            object.__setattr__(self, "edits", list(self.axes["edit"]))
+    @property
+    def labels(self) -> list[str]:
+        """One line for each group of edits, told apart by a number where two are alike."""
+        return list(self.axes["edit"]) if "edit" in self.axes else labels(self.edits)
+
+    def rerun(self, model: HookedModel, inputs: Mapping[str, Any], metric: Any = None, **keywords: Any) -> SweepResult:
+        """The same edits, metric and axes again, on a model and inputs; further keywords go to ``model.sweep``.
+
+        Whether they are the same model and inputs is for ``provenance`` to say.
+
+        Raises:
+            InputError: the metric, or the function of an edit, is known by its name alone and cannot be imported; or an edit's tensor is not there.
+        """
+        metric = self.metric if metric is None else metric
+        if isinstance(metric, NamedFunction):
+            metric = metric.resolve()
+        given = {name: entries for name, entries in self.axes.items() if name != "example"}
+        axes = None if list(given) == ["edit"] else given
+        return model.sweep(inputs, self.edits, metric, **{"axes": axes, **keywords})
 
     def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
         """The effects: what an edit does, not where it leaves the metric."""
@@ -103,15 +121,15 @@ class SweepResult(Result):
 
     def top(self, count: int = 10) -> list[tuple[str, float]]:
         """The edits with the largest absolute mean effect, strongest first."""
-        mean = self.effect.nanmean(-1).flatten()
+        mean, names = self.effect.nanmean(-1).flatten(), self.labels
         order = mean.abs().nan_to_num(-1.0).argsort(descending=True, stable=True).tolist()
-        found = [(self.edits[index], float(mean[index])) for index in order if not mean[index].isnan()]
+        found = [(names[index], float(mean[index])) for index in order if not mean[index].isnan()]
         return found[:count]
 
     def to_frame(self) -> pd.DataFrame:
         """One row per edit and example: ``value``, ``clean`` and ``effect``, their difference."""
         frame = super().to_frame()
-        frame["clean"] = self.clean.double().repeat(len(self.edits)).numpy()
+        frame["clean"] = self.clean.double().repeat(len(frame) // max(1, len(self.clean))).numpy()
         frame["effect"] = frame["value"] - frame["clean"]
         return frame
 
@@ -119,7 +137,7 @@ class SweepResult(Result):
         best = self.top(1)
         strongest = f"; strongest: {best[0][0]}, {best[0][1]:+.4g}" if best else ""
         state = f", interrupted by {self.interrupted}" if self.interrupted else ""
-        return f"SweepResult({int(self.done.sum())} of {len(self.edits)} edits, {len(self.clean)} examples{state}{strongest})"
+        return f"SweepResult({int(self.done.sum())} of {math.prod(self.values.shape[:-1])} edits, {len(self.clean)} examples{state}{strongest})"
 
 
 @dataclass(eq=False)
@@ -222,20 +240,21 @@ class Sweep:
                 f"The metric is not a number in {lost} of {len(clean)} examples (of some runs), and so is what is made of them.",
                 stacklevel=4,
             )
-        labels = self._labels()
+        groups = [EditGroup(task.bound.group) for task in self.tasks]
         if self.empty == "nan":
-            self._leave_out_unedited(labels)
-        axes = self.axes or {"edit": labels}
+            self._leave_out_unedited(groups)
+        axes = self.axes or {"edit": labels(groups)}
         shape = [len(entries) for entries in axes.values()]
         return SweepResult(
             values=self.values.view(*shape, len(clean)),
             axes={**axes, "example": list(range(len(clean)))},
             provenance=describe(self.model, method="sweep", metric=self.metric, inputs=(self.inputs,)),
             clean=clean,
-            edits=labels,
+            edits=groups,
             plan=[task.note for task in self.tasks],
             done=done.view(shape),
             interrupted=interrupted,
+            metric=metrics.kept(self.metric),
         )
 
     def _warn_of_memory(self) -> None:
@@ -253,7 +272,7 @@ class Sweep:
     def _n_examples(self) -> int:
         return max((tokens.n_examples for tokens in self.binder.maps.values()), default=0)
 
-    def _leave_out_unedited(self, labels: Sequence[str]) -> None:
+    def _leave_out_unedited(self, groups: Sequence[EditGroup]) -> None:
         """NaN where a group's masks select nothing in an example, and one warning that says in how many."""
         assert self.values is not None
         lost: dict[int, int] = {}
@@ -266,18 +285,9 @@ class Sweep:
             number, count = max(lost.items(), key=lambda item: item[1])
             warnings.warn(
                 f"{len(lost)} of {len(self.tasks)} edits select no position in some of the {self.values.shape[1]} examples, which are NaN and in no "
-                f"mean: most often {labels[number]}, in {count}. empty='clean' keeps their unedited metric.",
+                f"mean: most often {groups[number]!r}, in {count}. empty='clean' keeps their unedited metric.",
                 stacklevel=4,
             )
-
-    def _labels(self) -> list[str]:
-        found: dict[str, int] = {}
-        labels = []
-        for task in self.tasks:
-            text = label(task.bound.group)
-            found[text] = found.get(text, 0) + 1
-            labels.append(text if found[text] == 1 else f"{text} #{found[text]}")
-        return labels
 
     def _evaluate(self, logits: Tensor) -> Tensor:
         logits = marked(logits, self.model.link)
@@ -550,6 +560,16 @@ def unedited_examples(binder: Binder, group: Sequence[Edit]) -> Tensor | None:
             edited[torch.as_tensor(window.tokens.example)[acts]] = True
             found = edited if found is None else found | edited
     return None if found is None else ~found
+
+
+def labels(groups: Sequence[EditGroup]) -> list[str]:
+    """One line for each group, a later one of the same words with its number."""
+    found: dict[str, int] = {}
+    named = []
+    for text in map(repr, groups):
+        found[text] = found.get(text, 0) + 1
+        named.append(text if found[text] == 1 else f"{text} #{found[text]}")
+    return named
 
 
 def _own_rows(output: Tensor, clean: Tensor, number: int, copies: int) -> Tensor:

@@ -205,6 +205,9 @@ class Tower:
         # The copy of a wrapper tells its towers whose they are.
         return {**self.__dict__, "owner": _nobody}
 
+    def __provenance__(self) -> dict[str, Any]:
+        return {"tower": self.name, "of": self.owner()}
+
     def _config(self) -> TowerConfig:
         config: Any = self.config
         block = self.blocks[0]

@@ -32,12 +32,16 @@ from torch import Tensor
 
 from circuitvision import edits, metrics
 from circuitvision.errors import InputError
+from circuitvision.model.edits.base import EditGroup, by_digest
+from circuitvision.model.edits.values import Held
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 
 _BLOCK_SITE = re.compile(r"(?P<tower>\w+)\.blocks\.(?P<layer>\d+)\.(?P<leaf>.+)")
+LEAST_GAP = 0.01
+"""Share of the metric's size by which two runs differ at least where an effect is given as a share of that."""
 _Cell = tuple[tuple[int, ...], str, int | None, int | None]
 """Index in the result, site, head or None for all, position or None for all."""
 _AXES = ("tower", "layer", "site", "head", "position")
@@ -50,7 +54,8 @@ class PatchingResult(Result):
     ``values`` are normalised effects (see the module), ``raw`` the change of the metric in its own units, both with
     the same axes; ``per_example`` has a last dimension for the examples. ``base`` and ``source`` are the metric of
     the two runs, per example. Cells that do not exist (a tower with fewer layers or heads than another) are NaN in
-    all of them. Sites listed in ``dead`` cannot reach the output: their effect is 0, without a run.
+    all of them. Sites listed in ``dead`` cannot reach the output: their effect is 0, without a run. ``sources`` is one
+    edit for each site, with the whole of the source run's values there (by digest: the result does not keep them).
     """
 
     raw: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -60,6 +65,18 @@ class PatchingResult(Result):
     mode: str = "denoise"
     site: str = ""
     dead: list[str] = field(default_factory=list)
+    sources: list[EditGroup] = field(default_factory=list)
+    positions: dict[str, list[int]] = field(default_factory=dict)
+    """The positions of its tower that each site holds, where positions are an axis."""
+
+    @property
+    def edits(self) -> list[EditGroup]:
+        """The edit of every cell that was run, in row-major order; :func:`circuitvision.edits.restore` puts the source's values into them."""
+        whole: dict[str, Any] = {edit.site: edit.values()["source"] for group in self.sources for edit in group}
+        shapes = {site: source._tensor if isinstance(source, Held) else source for site, source in whole.items()}
+        axes = [axis for axis in self.axes if axis != "tower"]
+        cells = sorted(_plan(list(shapes), axes, shapes, self.positions)[1]) if shapes else []
+        return [EditGroup([_patch(cell, whole[cell[1]])]) for cell in cells if cell[1] not in self.dead]
 
     def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
         """The effects; every axis is one of components."""
@@ -73,6 +90,7 @@ class PatchingResult(Result):
         return [(cells[index], float(flat[index])) for index in order]
 
 
+@with_provenance
 def activation_patch(
     model: Any,
     clean: Mapping[str, Any],
@@ -99,7 +117,7 @@ def activation_patch(
         mode: ``"denoise"`` or ``"noise"``.
         min_gap: the smallest ``|metric(source) - metric(base)|`` that an effect is computed for, in units of the
         metric; by default a
-            ten-thousandth of their size.
+            hundredth of the sum of their sizes, below which the ratio is one of rounding and noise.
 
     Raises:
         InputError: dropout in training mode, inputs of different shapes, axes the site does not have, several kinds of site, an unknown mode.
@@ -147,7 +165,9 @@ def activation_patch(
         source=source,
         mode=mode,
         site=_kind(names),
+        positions={name: list(held[name]) for name in names if name in held},
         dead=dead,
+        sources=[by_digest([edits.replace(name, value)]) for name, value in values.items()],
     )
 
 
@@ -176,7 +196,7 @@ def usable_gap(
     gap: Float[Tensor, " batch"], base: Tensor, source: Tensor, min_gap: float | None
 ) -> Float[Tensor, " batch"]:
     """The denominators of the effect, NaN where the two runs hardly differ (with a warning that says how many)."""
-    floor = (base.abs() + source.abs()) * 1e-4 if min_gap is None else torch.full_like(gap, min_gap)
+    floor = (base.abs() + source.abs()) * LEAST_GAP if min_gap is None else torch.full_like(gap, min_gap)
     usable = (gap.abs() > floor) & gap.isfinite()
     if not bool(usable.all()):
         warnings.warn(
@@ -248,7 +268,7 @@ def _plan(
     return labels, cells
 
 
-def _patch(cell: _Cell, source: Tensor) -> edits.Edit:
+def _patch(cell: _Cell, source: Any) -> edits.Edit:
     """The edit that patches one cell: its head at its position, or all of what it does not name."""
     _, name, head, position = cell
     return edits.replace(name, source, heads=head, positions=position)

@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from circuitvision import findings
 from circuitvision.errors import InputError
 from circuitvision.plots import style
 from circuitvision.plots.relevance import names_of, together
@@ -133,12 +134,15 @@ def _curve_finding(curves: Sequence[Curve]) -> str:
     way = f"{lead.kind.capitalize()} by {_plain(names_of(curves)[curves.index(lead)])}"
     if not lead.random.numel():
         return f"{way} has an area of {float(lead.auc().nanmean()):.3g}"
+    told = findings.beats_random(lead)
     if lead.values.shape[0] == 1:
         own, random = lead.auc()[0], lead.auc("random")[:, 0]
         beaten = int((own < random if lead.kind == "deletion" else own > random).sum())
         return f"{way} beats {beaten} of {len(random)} random orders"
-    better = float((lead.advantage > 0).double().mean())
-    return f"{way} beats random orders in {better:.0%} of {lead.values.shape[0]} examples"
+    better, examples = float((lead.advantage > 0).double().mean()), lead.values.shape[0]
+    if not told.holds:
+        return f"{way} is no better than random orders can be ({better:.0%} of {examples} examples)"
+    return f"{way} beats random orders in {better:.0%} of {examples} examples"
 
 
 def _plain(name: str) -> str:

@@ -163,7 +163,7 @@ def _finding(result: ExemplarIndex, row: int) -> str:
     sub = f"<br><span style='font-size:12px'>{html.escape(', '.join(result.sites[:2]))}; {html.escape(note)}</span>"
     if int((result.class_counts > 0).sum()) > 1 and not bool(result.selectivity[row].isnan()):
         return (
-            f"{name} answers to {html.escape(str(result.preferred[row]))} most: "
+            f"{name} is highest on {html.escape(str(result.preferred[row]))}: "
             f"selectivity {float(result.selectivity[row]):.2f}{sub}"
         )
     return f"{name} is active at {float(result.active[row]):.0%} of positions, at most {float(result.maximum[row]):.3g}{sub}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from circuitvision.model.names import spelled
 from circuitvision.plots import style
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def main_route(graph: nx.MultiDiGraph) -> str:
 def _spoken(name: str, data: dict[str, Any]) -> str:
     if data["kind"] in ("input", "connector"):
         return str(data["label"])
-    return "answer" if data["kind"] in ("logit", "action") else name
+    return "answer" if data["kind"] in ("logit", "action") else spelled(name)
 
 
 def _place(nodes: dict[str, Any]) -> tuple[dict[str, tuple[float, float]], list[tuple[str, float, float]]]:
@@ -174,7 +175,8 @@ def _nodes(figure: go.Figure, nodes: dict[str, Any], places: dict[str, tuple[flo
         hovertemplate="%{text}<extra></extra>",
     )
     for name in names:
-        short = nodes[name]["label"] if nodes[name]["kind"] == "input" else name.split(".", 1)[1]
+        short = nodes[name]["label"] if nodes[name]["kind"] in ("input", "head") else name.split(".", 1)[1]
+        short = short.split(" ")[-1] if nodes[name]["kind"] == "head" else short
         text = (
             nodes[name]["label"].replace("(", "<br>(").replace(" - ", " \N{MINUS SIGN} ")
             if plain[name]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from circuitvision.model.names import spelled
+from circuitvision import findings
 from circuitvision.plots import style
 
 if TYPE_CHECKING:
@@ -28,11 +29,17 @@ def head_importance(result: HeadImportance, title: str | None = None) -> go.Figu
         present = torch.isfinite(result.raw[number])
         layers, heads = int(present.any(1).sum()), int(present.any(0).sum())
         grids[tower] = result.values[number, :layers, :heads]
-    verb = "restores" if result.mode == "denoise" else "destroys"
+    whole, lead = findings.swing(result), findings.best_head(result)
     if title is None:
-        best, share = result.best()
-        title = f"{spelled(best)} alone {verb} {style.signed_percent(share)} of the answer"
-    return _grids(grids, title, f"share {verb[:-1]}d", result.dead)
+        title = html.escape(str(lead).replace(" of that", " of the difference"))
+        if not whole.holds:
+            title = f"{html.escape(str(whole))}<br>{title}"
+    if lead.value != lead.value:
+        # Shares of nothing are no shares: the effects themselves are shown.
+        for number, tower in enumerate(towers):
+            grids[tower] = result.raw[number, : grids[tower].shape[0], : grids[tower].shape[1]]
+        return _grids(grids, title, whole.unit or "change", result.dead, share=False)
+    return _grids(grids, title, "share of the difference", result.dead)
 
 
 def patching(result: PatchingResult, title: str | None = None) -> go.Figure:
@@ -74,9 +81,11 @@ def ablation(result: AblationCheck, title: str | None = None) -> go.Figure:
         textposition="top center",
         hovertemplate="%{x:.1%}<extra></extra>",
     )
+    told = findings.carries(result)
     heading = title or (
         f"Without {len(result.heads)} heads {result.ablated:.0%} of pairs are right; "
         f"without as many others {float(result.random.mean()):.0%}"
+        + ("" if told.holds else f"<br><span style='font-size:12px'>{html.escape(told.reason)}</span>")
     )
     style.layout(figure, heading, 290, showlegend=False)
     figure.update_xaxes(
@@ -91,11 +100,18 @@ def ablation(result: AblationCheck, title: str | None = None) -> go.Figure:
 
 
 def _grids(
-    grids: dict[str, Any], title: str, measure: str, dead: Sequence[str], down: str = "layer", across: str = "head"
+    grids: dict[str, Any],
+    title: str,
+    measure: str,
+    dead: Sequence[str],
+    down: str = "layer",
+    across: str = "head",
+    share: bool = True,
 ) -> go.Figure:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
+    form = ".1%" if share else ".3g"
     widths = [grid.shape[1] for grid in grids.values()]
     figure = make_subplots(
         rows=1,
@@ -113,13 +129,13 @@ def _grids(
                 coloraxis="coloraxis",
                 xgap=3 if grid.shape[1] <= 40 else 0,
                 ygap=3 if grid.shape[0] <= 40 else 0,
-                hovertemplate=f"{tower} {down} %{{y}} {across} %{{x}}<br>{measure} %{{z:.1%}}<extra></extra>",
+                hovertemplate=f"{tower} {down} %{{y}} {across} %{{x}}<br>{measure} %{{z:{form}}}<extra></extra>",
             ),
             row=1,
             col=column,
         )
         if grid.numel() <= _MOST_LABELLED:
-            _label_cells(figure, grid, limit, column)
+            _label_cells(figure, grid, limit, column, share)
         names = [
             f"{layer} (unread)" if f"{tower}.blocks.{layer}.attn.hook_z" in dead else str(layer)
             for layer in range(grid.shape[0])
@@ -131,13 +147,13 @@ def _grids(
     style.layout(figure, title, 170 + min(max(46 * tallest, 120), 560))
     figure.update_xaxes(showgrid=False, zeroline=False)
     figure.update_yaxes(showgrid=False, zeroline=False)
-    bar = {"title": measure, "tickformat": ".0%", "thickness": 14, "outlinewidth": 0}
+    bar = {"title": measure, "tickformat": ".0%" if share else ".2g", "thickness": 14, "outlinewidth": 0}
     figure.update_layout(coloraxis={"colorscale": style.diverging(), "cmin": -limit, "cmax": limit, "colorbar": bar})
     return figure
 
 
-def _label_cells(figure: go.Figure, grid: Any, limit: float, column: int) -> None:
-    """Percentages in the cells: white on strong colours, else in the page's text colour (a theme may change it)."""
+def _label_cells(figure: go.Figure, grid: Any, limit: float, column: int, share: bool) -> None:
+    """Percentages, or numbers, in the cells: white on strong colours, else in the page's text colour (a theme may change it)."""
     for layer in range(grid.shape[0]):
         for head in range(grid.shape[1]):
             value = float(grid[layer, head])
@@ -147,7 +163,7 @@ def _label_cells(figure: go.Figure, grid: Any, limit: float, column: int) -> Non
             figure.add_annotation(
                 x=head,
                 y=layer,
-                text=style.signed_percent(value),
+                text=style.signed_percent(value) if share else f"{value:.2g}".replace("-", "\N{MINUS SIGN}"),
                 showarrow=False,
                 font={"size": 12, "color": "#ffffff"} if strong else {"size": 12},
                 row=1,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from circuitvision import findings
 from circuitvision.errors import InputError
 from circuitvision.plots import _check_keywords, patches, style
 from circuitvision.plots import lens_text as text
@@ -161,7 +162,7 @@ def layers(
             )
         )
     if title is None:
-        title = _lines_where(result, rows, at, position) + _lines_finding(result, mean)
+        title = _lines_where(result, rows, at, position) + _lines_finding(result, mean, values)
         if text.n_rows(result) > 1:
             over = f"mean of {len(rows)} rows" if len(rows) > 1 else f"row {rows[0]} of {text.n_rows(result)}"
             title += f"<br><span style='font-size:12px'>{over} (row= or rows= show others)</span>"
@@ -183,7 +184,7 @@ def _lines_where(result: LensResult, rows: Sequence[int], at: Sequence[int] | No
     return f"At {html.escape(repr(word)) if word else named}, "
 
 
-def _lines_finding(result: LensResult, mean: torch.Tensor) -> str:
+def _lines_finding(result: LensResult, mean: torch.Tensor, values: torch.Tensor) -> str:
     """Which target leads from which layer on; of a single target, where it is lowest and highest."""
     labels, finite = next(iter(result.axes.values())), torch.isfinite(mean)
     last = text.layer_name(labels[-1])
@@ -202,6 +203,9 @@ def _lines_finding(result: LensResult, mean: torch.Tensor) -> str:
         return f"{result.tower}: no finite value at {last}"
     if int((ranked[-1] == ranked[-1, best]).sum()) > 1:
         return f"{result.tower}: no target leads at {last}"
+    told = findings.leads(mean, values[-1], result.measure)
+    if not told.holds:
+        return f"{result.tower}: {html.escape(text.target_name(result, best))} is first at {last}, by no more than {told.amount}"
     leads = (ranked.argmax(-1) == best) & finite[:, best]
     since = labels[len(labels) - int(leads.int().flip(0).cumprod(0).sum())]
     return f"{html.escape(text.target_name(result, best))} leads from {text.layer_name(since)} on"
@@ -260,5 +264,5 @@ def _patch_finding(
     if "rank" not in result.axes:
         return f"{text.tower_and_pass(result)}: {name} is strongest at {where}"
     there = words[layer][place[0]][place[1]]
-    surest = f"says {html.escape(there[0])!r}, surest" if there else "is surest"
+    surest = f"ranks {html.escape(there[0])!r} first, highest" if there else "is highest"
     return f"{text.tower_and_pass(result)} {surest} at {where}"

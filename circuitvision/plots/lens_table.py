@@ -101,7 +101,7 @@ def _scale(values: torch.Tensor) -> dict[str, Any]:
 
 
 def _table_finding(names: np.ndarray, result: LensResult, row: int, at: int, said: bool) -> str:
-    """From which layer on the position says what the last layer says."""
+    """From which layer on the position ranks first what the last layer ranks first."""
     labels = next(iter(result.axes.values()))
     same = np.flip(np.cumprod(np.flip(names == names[-1]))).astype(bool)
     since = labels[int(np.argmax(same))]
@@ -111,7 +111,10 @@ def _table_finding(names: np.ndarray, result: LensResult, row: int, at: int, sai
         return f"What the {text.tower_in_pass(result)} says in action dimensions, layer by layer: {text.target_name(result, 0)}"
     if not said:
         return f"At {where!r} the {text.tower_in_pass(result)} has no finite value at {text.layer_name(labels[-1])}"
-    return f"At {where!r} the {text.tower_in_pass(result)} says {html.escape(str(names[-1]))!r} from {text.layer_name(since)} on"
+    says = f"At {where!r} the {text.tower_in_pass(result)} ranks {html.escape(str(names[-1]))!r} first"
+    if since == labels[-1]:
+        return f"{says} at {text.layer_name(since)} only"
+    return f"{says} from {text.layer_name(since)} on"
 
 
 def _read_position(result: LensResult, row: int, chosen: Sequence[int]) -> int:

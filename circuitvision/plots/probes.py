@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from circuitvision import findings
 from circuitvision.plots import style
 
 if TYPE_CHECKING:
@@ -161,11 +162,8 @@ def _heading(results: Mapping[str, ProbeResult], several: bool) -> str:
 def _earliest(result: ProbeResult) -> tuple[bool, int]:
     """Whether the best layer is better than chance and shuffled labels, and the first layer that is as good, within its interval."""
     best = int(result.values.nan_to_num(-math.inf).argmax())
-    value, control = float(result.values[best]), float(result.control.nan_to_num(-math.inf)[best])
-    # Fewer shufflings cannot reach one in twenty. Better than its control and worse than the commonest label is no reading of the label.
-    told = value > max(result.chance, control)
-    if result.shuffled.shape[1] >= 19:
-        told = told and float(result.p_value[best]) <= 0.05
+    told = bool(findings.readable(result).holds)
+    value = float(result.values[best])
     floor = float(result.low[best].nan_to_num(value))
     return told, int((result.values >= floor).int().argmax()) if told else best
 

@@ -58,7 +58,9 @@ def write(report: Report, path: str | Path) -> Path:
 def body(report: Report) -> str:
     """The page between ``<body>`` and ``</body>``."""
     say = html.escape
-    parts = [f"<h1>{say(report.title)}</h1>", f"<p>{say(report.finding)}</p>"]
+    parts = [f"<h1>{say(report.title)}</h1>"]
+    parts += [f"<p class='caution'>{say(note)}</p>" for note in report.notes]
+    parts.append(f"<p>{say(report.finding)}</p>")
     figures = "".join(
         f"<figure><img alt='{say(picture.caption)}' src='{_data_uri(picture.image)}'>"
         f"<figcaption>{say(picture.caption)}</figcaption></figure>"
@@ -71,7 +73,6 @@ def body(report: Report) -> str:
             f"<h2>{say(section.heading)}</h2><p class='soft'>{say(section.text)}</p>{style.fragment(section.figure)}"
         )
     parts.append(f"<h2>The strongest heads</h2>{_table(report.table_header, report.table)}")
-    parts += [f"<p>{say(note)}</p>" for note in report.notes]
     rows = [
         (key, value) for key, value in report.provenance.items() if isinstance(value, str | int | float) and value != ""
     ]
@@ -84,6 +85,7 @@ _STYLE = """<style>
 figure { margin: 0; } figure img { width: 230px; image-rendering: pixelated; border: 1px solid var(--line); display: block; }
 figcaption { margin-top: .35rem; max-width: 230px; }
 .prompt { max-width: 420px; } .prompt code { display: inline-block; margin-top: .3rem; white-space: pre-wrap; }
+.caution { border-left: 4px solid #d03f08; padding-left: .8rem; font-weight: 600; }
 summary { cursor: pointer; margin-top: 2rem; color: var(--soft); } details td { font-size: .85rem; overflow-wrap: anywhere; }
 </style>"""
 

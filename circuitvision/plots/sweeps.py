@@ -42,9 +42,8 @@ def _grid(result: SweepResult, title: str | None) -> go.Figure:
         row, column = divmod(int(mean.abs().nan_to_num(-1.0).argmax()), mean.shape[1])
         place = f"{down} {result.axes[down][row]}, {across} {result.axes[across][column]}"
         title = f"{_escape(place)} moves {metric} most: {_signed(float(mean[row, column]), limit)}{unit}"
-    labels = [
-        [_escape(result.edits[r * mean.shape[1] + c]) for c in range(mean.shape[1])] for r in range(mean.shape[0])
-    ]
+    names = result.labels
+    labels = [[_escape(names[r * mean.shape[1] + c]) for c in range(mean.shape[1])] for r in range(mean.shape[0])]
     figure = go.Figure(
         go.Heatmap(
             z=mean.numpy(),
@@ -79,8 +78,9 @@ def _notes(result: SweepResult, shown: int) -> list[str]:
     notes = [f"{shown} strongest of {there} edits" if shown < there else f"{there} edits"]
     if len(result.clean) > 1:
         notes.append(f"mean of {len(result.clean)} examples" + (" ± standard error" if len(result.axes) != 3 else ""))
-    if there < len(result.edits):
-        notes.append(f"{len(result.edits) - there} without a value left out")
+    count = math.prod(result.values.shape[:-1])
+    if there < count:
+        notes.append(f"{count - there} without a value left out")
     notes.append(f"unedited {float(result.clean.double().mean()):.3g}".replace("-", "\N{MINUS SIGN}"))
     if result.interrupted:
         notes.append(f"interrupted by {_escape(_middle(result.interrupted, _SHORT))}")
@@ -96,7 +96,8 @@ def _bars(result: SweepResult, title: str | None, count: int) -> go.Figure:
     means = effect[there].nanmean(-1)
     order = means.abs().argsort(descending=True, stable=True)[:count]
     shown, values = there[order], means[order].tolist()
-    labels = [result.edits[index] for index in shown.tolist()]
+    names = result.labels
+    labels = [names[index] for index in shown.tolist()]
     short = [_escape(label) for label in shortened(labels)]
     errors = standard_error(effect[shown]).nan_to_num(0.0).tolist() if examples > 1 else [0.0] * len(values)
     metric, unit = _names(result)

@@ -22,6 +22,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.names import head_name
 from circuitvision.model.tokens import present
+from circuitvision.provenance import with_provenance
 from circuitvision.results import Result, by_example, standard_error
 
 INDEPENDENT = ("row", "example")
@@ -87,6 +88,7 @@ class Ranking(Result):
         return list(zip(self.axes["component"], self.values.tolist(), strict=True))
 
 
+@with_provenance
 def ranking(scores: Result | Tensor, labels: Sequence[Any] | None = None, *, by: str | None = None) -> Ranking:
     """Rank components by their score, the mean over examples (of an example with several rows, over their mean); NaN does not count.
 

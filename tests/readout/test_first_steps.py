@@ -126,7 +126,7 @@ def test_figures_of_one_row_of_several_say_which(llava):
     assert "1 other target (target=)" in title(lens.plot())
     assert title(lens.plot(title="mine")) == "mine"
     table = dataclasses.replace(lens, step=3).plot(view="table")
-    assert "the language tower in pass 3 says" in title(table)
+    assert "the language tower in pass 3 ranks" in title(table)
     single, _, one = run("llava-clip-llama", everything=True, batch=1)
     assert "row 0" not in title(readout.logit_lens(single, one, "language", targets=["red"]).plot())
 

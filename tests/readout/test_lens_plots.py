@@ -163,7 +163,7 @@ def test_without_a_finite_value_figures_say_so():
     assert title(zeros.plot()).startswith("vision: &lt;pad&gt; is 0 at every patch<br>")
     assert title(nothing.plot(view="layers")) == "vision: no finite value at any layer"
     assert title(zeros.plot(view="layers")) == "vision: no target leads at layer 0"
-    assert "red leads from layer 0 on" in title(small([[math.nan] * 2, [1.0, 2.0]]).plot(view="layers"))
+    assert "red leads from layer 0 on" in title(small([[math.nan] * 2, [1.0, 4.0]]).plot(view="layers"))
     assert "red leads from input on" in title(small([[0.0, 1.0], [math.nan, 2.0]]).plot(view="layers"))
     table = nothing.plot(view="table")
     assert "has no finite value at layer 0" in title(table)
@@ -364,7 +364,7 @@ def test_the_title_of_a_lens_by_rank_says_the_word():
     values[:, 0, 0] = -1  # the class token is no patch
     at = int(values.argmax())
     word = result.names[str(int(result.ids[..., 0].flatten()[at]))]
-    assert f"says {word!r}, surest at" in title(result.plot())
+    assert f"ranks {word!r} first, highest at" in title(result.plot())
 
 
 def test_lines_at_the_last_word_of_every_row_leave_padding_out():
@@ -398,4 +398,4 @@ def test_a_table_whose_class_token_has_no_number_says_so():
     result.values[-1, 0, 0] = math.nan
     assert "has no finite value at layer 2" in title(result.plot(view="table"))
     result.values[-1, 0, 0], result.values[-1, 0, -1] = 1.0, math.nan
-    assert "says" in title(result.plot(view="table"))
+    assert "ranks" in title(result.plot(view="table"))

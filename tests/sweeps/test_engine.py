@@ -324,7 +324,7 @@ def test_axes_arrange_the_edits_as_a_grid(tmp_path: Any) -> None:
     flat = model.sweep(inputs, listed, metric, progress=False)
     assert grid.axes == {"layer": list(layers), "head": list(heads), "example": [0, 1]}
     assert torch.equal(grid.values.flatten(0, 1), flat.values)
-    assert grid.edits == flat.axes["edit"] == flat.edits
+    assert grid.labels == flat.axes["edit"] == flat.labels == list(map(repr, flat.edits))
     assert grid.top(3) == flat.top(3)
     frame = grid.to_frame()
     assert list(frame.columns) == ["layer", "head", "example", "value", "clean", "effect"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +22,7 @@ from circuitvision.model.edits.values import (
     ALL_STEPS,
     Chosen,
     Held,
+    HeldDigest,
     HeldMapping,
     Positions,
     Steps,
@@ -162,6 +163,11 @@ class Edit:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         return [f"{name}={brief(value)}" for name, value in self.values().items() if value != defaults[name]]
 
+    def __provenance__(self) -> dict[str, Any]:
+        """Its kind and every field that is not the default."""
+        given = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        return {"edit": self.kind, **{name: value for name, (value, plain) in given.items() if value is not plain}}
+
     # -- meeting a model -------------------------------------------------------------------------------------------------------------------
 
     def captured(self) -> str | None:
@@ -249,6 +255,33 @@ class Edit:
         """The first position the edit's source says nothing about (a prompt's source does not cover what is generated later); None if it covers
         all."""
         return None
+
+
+class EditGroup(tuple[Edit, ...]):
+    """Edits that act together in one run; prints as they do."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self)) if self else "no edit"
+
+
+def with_held(edit: Edit, change: Callable[[Held], Held]) -> Edit:
+    """The same edit with every tensor it holds replaced; masks of positions stay."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Held):
+            return change(value)
+        if isinstance(value, HeldMapping):
+            return HeldMapping(tuple((name, changed(item)) for name, item in value.items))
+        return tuple(map(changed, value)) if isinstance(value, tuple) else value
+
+    return dataclasses.replace(edit, **{name: changed(value) for name, value in edit.values().items()})
+
+
+def by_digest(edits: Iterable[Edit]) -> EditGroup:
+    """The same edits without their tensors, which are named by digest: what a result keeps of sources that it does not own."""
+    return EditGroup(with_held(edit, HeldDigest.of_held) for edit in edits)
 
 
 def _before(chosen: Chosen, end: int | None, window: Window) -> Chosen:

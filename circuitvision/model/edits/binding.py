@@ -54,11 +54,6 @@ def as_groups(edits_or_groups: Any) -> list[Group]:
     return groups
 
 
-def label(group: Group) -> str:
-    """One line for a group."""
-    return " + ".join(map(repr, group)) if group else "no edit"
-
-
 @dataclass(eq=False)
 class BoundGroup:
     """A group after it met a model and its inputs: which edit writes at which site, in order."""
@@ -546,6 +541,9 @@ class Writer:
         self.captured: list[dict[Any, Any]] = [dict(binder.given) for _ in groups]
         self.known: set[str] = set()
         """Sites whose value is known from the unedited run, and which the run does not reach."""
+
+    def __provenance__(self) -> dict[str, Any]:
+        return {"edits": [list(group.group) for group in self.groups]}
 
     def hooks(self) -> dict[str, list[Hook]]:
         """One hook per site that some group writes, or whose value it needs later."""

@@ -14,21 +14,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from circuitvision.digests import NamedFunction, name_of, of_tensor
 from circuitvision.errors import InputError
 from circuitvision.files import replacing
-from circuitvision.model.edits.base import EDITS, Edit
-from circuitvision.model.edits.values import Held, HeldMapping, Positions, Steps
+from circuitvision.model.edits.base import EDITS, Edit, EditGroup, by_digest, with_held
+from circuitvision.model.edits.values import Held, HeldDigest, HeldMapping, Positions, Steps
+from circuitvision.results import stored_as
 
 FORMAT = "circuitvision.edits/1"
 Tensors = dict[str, Tensor]
 
 
-def to_dict(edit: Edit, tensors: Tensors) -> dict[str, Any]:
+def to_dict(edit: Edit, tensors: Tensors, strict: bool = True) -> dict[str, Any]:
     """An edit in Python's own types; the tensors it holds are put into ``tensors`` under their digests.
 
-    Raises InputError for a function or dictionary that cannot be named.
+    Raises InputError for a function or dictionary that cannot be named; without ``strict`` those are named by what they were, and the edit says so
+    when it is run.
     """
     out: dict[str, Any] = {"edit": edit.kind, "site": edit.site}
     if edit.heads is not None:
@@ -40,7 +44,7 @@ def to_dict(edit: Edit, tensors: Tensors) -> dict[str, Any]:
         out["steps"] = edit.steps.plain
     for name, value in edit.values().items():
         if name != "keys" and value is not None:
-            out[name] = _plain(value, tensors, name)
+            out[name] = _plain(value, tensors, name, strict)
     return out
 
 
@@ -137,28 +141,36 @@ def load(path: str | Path, objects: Mapping[str, Any] | None = None) -> list[Any
     return parse(path.read_text(), load_file(beside) if beside.is_file() else {}, objects)
 
 
-def _keep(value: Held, tensors: Tensors) -> dict[str, str]:
+def _keep(value: Held, tensors: Tensors) -> dict[str, Any]:
     name = value.digest()
+    if isinstance(value, HeldDigest):
+        shape, dtype = list(value._tensor.shape), str(value._tensor.dtype).removeprefix("torch.")
+        return {"tensor": name, "shape": shape, "dtype": dtype}
     tensors.setdefault(name, value.tensor)
     return {"tensor": name}
 
 
-def _plain(value: Any, tensors: Tensors, name: str) -> Any:
+def _plain(value: Any, tensors: Tensors, name: str, strict: bool = True) -> Any:
     if isinstance(value, Held):
         return _keep(value, tensors)
     if isinstance(value, Positions):
         return {"selection": _positions(value, tensors)}
     if isinstance(value, HeldMapping):
-        return {"mapping": {key: _plain(item, tensors, name) for key, item in value.items}}
+        return {"mapping": {key: _plain(item, tensors, name, strict) for key, item in value.items}}
     if isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, tuple):
-        return [_plain(item, tensors, name) for item in value]
-    if name == "fn":
+        return [_plain(item, tensors, name, strict) for item in value]
+    if name == "fn" and strict:
         return {"function": _import_path(value)}
+    if name == "fn":
+        named = NamedFunction.of(value)
+        return {"function": named.name, "sha256": named.sha256}
     reference = getattr(value, "name", None)
     if isinstance(reference, str) and reference:
-        return {"object": reference}
+        return {"object": reference} if strict else {"object": reference, "later": True}
+    if not strict:
+        return {"object": name_of(type(value)), "later": True}
     raise InputError(f"A {type(value).__name__} is saved by its name; give it an attribute 'name'.")
 
 
@@ -175,11 +187,15 @@ def _read(value: Any, tensors: Mapping[str, Tensor], objects: Mapping[str, Any])
     if not isinstance(value, Mapping):
         return value
     if "tensor" in value:
+        if "shape" in value and value["tensor"] not in tensors:
+            return HeldDigest(value["tensor"], value["shape"], getattr(torch, value["dtype"]))
         return Held(_tensor(value["tensor"], tensors))
     if "selection" in value:
         return _read_positions(value["selection"], tensors)
     if "mapping" in value:
         return HeldMapping(tuple((key, _read(item, tensors, objects)) for key, item in value["mapping"].items()))
+    if "function" in value and "sha256" in value:
+        return NamedFunction(value["function"], value["sha256"])
     if "function" in value:
         module, _, name = str(value["function"]).partition(":")
         found: Any = importlib.import_module(module)
@@ -187,6 +203,8 @@ def _read(value: Any, tensors: Mapping[str, Tensor], objects: Mapping[str, Any])
             found = getattr(found, part)
         return found
     if "object" in value:
+        if value["object"] not in objects and value.get("later"):
+            return NamedFunction(value["object"])
         if value["object"] not in objects:
             raise InputError(f"These edits use the dictionary {value['object']!r}; pass objects={{name: dictionary}}.")
         return objects[value["object"]]
@@ -197,6 +215,39 @@ def _tensor(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     if name not in tensors:
         raise InputError(f"The tensor {name} is not there; keep the .safetensors file beside the text.")
     return tensors[name]
+
+
+def _write_group(group: EditGroup, tensors: Tensors, sources: bool) -> list[dict[str, Any]]:
+    return [to_dict(edit, tensors, strict=False) for edit in (group if sources else by_digest(group))]
+
+
+def _read_group(data: Any, tensors: Mapping[str, Tensor], objects: Mapping[str, Any]) -> EditGroup:
+    return EditGroup(from_dict(edit, tensors, objects) for edit in data)
+
+
+stored_as("edits", EditGroup, _write_group, _read_group)
+
+
+def restore(edits: Any, *sources: Any) -> Any:
+    """Edits whose tensors are known by digest alone, with the tensors put back from where they are found.
+
+    ``edits`` is an edit, a group, or a sequence of either, and what comes back has the same form; ``sources`` are caches, mappings or tensors. Raises
+    InputError for a tensor that none of them holds.
+    """
+    if isinstance(edits, Edit):
+        there = [t for source in sources for t in ([source] if isinstance(source, Tensor) else dict(source).values())]
+        return with_held(edits, lambda value: _found(value, [t for t in there if isinstance(t, Tensor)]))
+    return type(edits)(restore(edit, *sources) for edit in edits)
+
+
+def _found(value: Held, there: Sequence[Tensor]) -> Held:
+    if not isinstance(value, HeldDigest):
+        return value
+    alike = (t for t in there if t.shape == value._tensor.shape and t.dtype == value._tensor.dtype)
+    found = next((t for t in alike if of_tensor(t) == value.digest()), None)
+    if found is None:
+        raise InputError(f"None of the sources holds the {value!r} with digest {value.digest()[:12]}….")
+    return Held.of(found)
 
 
 def _positions(positions: Positions, tensors: Tensors) -> Any:

@@ -12,7 +12,6 @@ decoding pass, the suffix in a resumed run. Selecting is the same in all three. 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitvision.digests import of_tensor
 from circuitvision.errors import InputError
 from circuitvision.model.axes import ALL, Axis
 from circuitvision.model.selection import Selection
@@ -77,15 +77,17 @@ class Held:
 
     def digest(self) -> str:
         """A name that depends on type, shape and bytes alone: the reference under which files store the tensor."""
-        tensor = self.tensor.detach().cpu().contiguous()
-        found = hashlib.sha256(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return found.hexdigest()[:20]
+        return of_tensor(self.tensor)
+
+    def __provenance__(self) -> Tensor:
+        return self._tensor
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Held):
             return NotImplemented
         mine, theirs = self._tensor, other._tensor
+        if isinstance(self, HeldDigest) or isinstance(other, HeldDigest):
+            return self.digest() == other.digest()
         if mine is theirs:
             return True
         return mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(mine, theirs.to(mine.device))
@@ -100,6 +102,44 @@ class Held:
 
     def __deepcopy__(self, memo: Any) -> Held:
         return self
+
+
+class HeldDigest(Held):
+    """A tensor known by its digest alone: it compares and prints as the tensor does, and cannot be used until it is put back."""
+
+    __slots__ = ("_digest",)
+
+    def __init__(self, digest: str, shape: Iterable[int], dtype: torch.dtype) -> None:
+        super().__init__(torch.empty(tuple(shape), dtype=dtype, device="meta"))
+        self._digest, self._has_nan = digest, False
+
+    @classmethod
+    def of_held(cls, value: Held) -> Held:
+        """What is left of a tensor when it is let go; a single number is kept."""
+        if isinstance(value, cls) or value.tensor.numel() <= 1:
+            return value
+        return cls(value.digest(), value.tensor.shape, value.tensor.dtype)
+
+    @property
+    def tensor(self) -> Tensor:
+        """Raises InputError: the tensor is not there."""
+        raise InputError(
+            f"The {self!r} of this edit is known by its digest alone ({self._digest[:12]}…): put it back with "
+            "circuitvision.edits.restore(edits, cache), from a cache or tensors that hold it."
+        )
+
+    def digest(self) -> str:
+        """The digest of the tensor that was held."""
+        return self._digest
+
+    def __provenance__(self) -> Any:
+        return {
+            "tensor": f"{str(self._tensor.dtype).removeprefix('torch.')} {list(self._tensor.shape)}",
+            "sha256": self._digest,
+        }
+
+    def __repr__(self) -> str:
+        return f"tensor[{', '.join(map(str, self._tensor.shape))}]"
 
 
 def held(value: Any) -> Any:
@@ -132,6 +172,9 @@ class HeldMapping:
         """Hold every tensor of a mapping; other values stay as they are."""
         pairs = ((str(name), held(v) if isinstance(v, (Tensor, np.ndarray)) else v) for name, v in mapping.items())
         return cls(tuple(pairs))
+
+    def __provenance__(self) -> dict[str, Any]:
+        return dict(self.items)
 
     def get(self, name: str) -> Any:
         """The value under a name, or None."""
@@ -171,6 +214,9 @@ class Steps:
         if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0 for n in numbers) or not numbers:
             raise InputError(f"steps={spec!r} is not understood: passes are counted 0, 1, 2, …")
         return cls("numbers", tuple(sorted({int(n) for n in numbers})))
+
+    def __provenance__(self) -> Any:
+        return self.plain
 
     def acts(self, step: int) -> bool:
         """Whether the pass of this number is one of them."""
@@ -287,6 +333,11 @@ class Positions:
         if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in numbers):
             raise InputError(f"positions={spec!r} is not understood: numbers, a slice, 'last', or a selection.")
         return cls("ints", ints=tuple(int(n) for n in numbers))
+
+    def __provenance__(self) -> Any:
+        if self.kind == "mask":
+            return {"mask": self.mask, "tower": self.tower, "label": self.label}
+        return {"slice": list(self.bounds)} if self.kind == "slice" else self.plain
 
     def check(self, window: Window, grows: int) -> None:
         """Raise InputError unless every position named exists at the site; ``grows`` is how many positions later passes add to the prompt's."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from circuitvision.digests import NamedFunction
 from circuitvision.errors import InputError
 from circuitvision.model.averages import Average, shown
 from circuitvision.model.edits.base import At, Edit, source_length
@@ -242,6 +243,10 @@ class Overwrite(Edit):
 
     def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
+        if isinstance(self.dictionary, NamedFunction):
+            raise InputError(
+                f"its dictionary {self.dictionary.name!r} is known by its name alone: load with objects={{name: dictionary}}"
+            )
         width = width_of(model, site) if self.dictionary is None else None
         if width is not None:
             self._check_count(width, f"coordinates of {site}")
@@ -415,6 +420,11 @@ class Apply(Edit):
 
     def _shown(self) -> list[str]:
         return [getattr(self.fn, "__name__", repr(self.fn))]
+
+    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+        super().check(model, site, window, n_heads, grows)
+        if isinstance(self.fn, NamedFunction):
+            self.fn.resolve()
 
     def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
         """``x' = fn(x, hook)`` at the selected entries; ``fn`` sees the whole tensor of its run."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.names import head_name
 from circuitvision.model.tokens import ABSENT, TokenMap
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.patterns import Patterns, Positions, warn_undefined
 from circuitvision.results import Result
@@ -63,6 +64,7 @@ class DistanceProfile(Result):
         return {**found, "all patches alike": f"{float(self.uniform_distance.double().nanmean()):.2f} patches"}
 
 
+@with_provenance
 def distance_profile(
     cache: Any,
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
@@ -189,6 +191,7 @@ class PositionPattern(Result):
         }
 
 
+@with_provenance
 def position_pattern(
     cache: Any,
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,

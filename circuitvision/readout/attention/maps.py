@@ -25,6 +25,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.names import head_name
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import TokenMap
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.mass import AttentionSummary
 from circuitvision.readout.attention.patterns import (
@@ -136,6 +137,7 @@ class AttentionMaps(Result):
         raise InputError(f"{where!r} is of the {where.tower} tower; the keys of these maps are of {towers}.")
 
 
+@with_provenance
 def attention_maps(
     cache: Any,
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
@@ -232,6 +234,7 @@ def single_places(counted: Bool[Tensor, "row pos"], places: Int[Tensor, "row pos
     return found
 
 
+@with_provenance
 def head_contrast(maps: AttentionMaps) -> AttentionMaps:
     """Each head's attention minus the mean over all heads and layers of these maps: what sets it apart, key by key (NOTICE).
 
@@ -249,6 +252,7 @@ def head_contrast(maps: AttentionMaps) -> AttentionMaps:
     return dataclasses.replace(maps, values=maps.values - mean, measure="difference", provenance=provenance)
 
 
+@with_provenance
 def peak_in(maps: AttentionMaps, where: Positions | Box, *, among: Positions = "patch") -> AttentionSummary:
     """Whether each head's attention peaks inside a region: ``values`` ``[layer head row]`` is 1 or 0; averaged over rows, the share of rows.
 

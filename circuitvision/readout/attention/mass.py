@@ -31,6 +31,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.names import head_name
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import ABSENT, TokenMap
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.patterns import (
     EVERYTHING,
@@ -79,6 +80,7 @@ class AttentionSummary(Result):
                 found[str(span)] = f"{where}: {value} (all keys alike: {uniform})"
         return found
 
+    @with_provenance
     def span(self, name: str) -> AttentionSummary:
         """One span of several, as a result without the span axis; InputError for a span that was not measured."""
         index = self.index_of("span", name)
@@ -96,6 +98,7 @@ class AttentionSummary(Result):
         )
 
 
+@with_provenance
 def attention_mass(
     cache: Any,
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
@@ -143,6 +146,7 @@ def attention_mass(
     return _summary(patterns, "attention_mass", "mass", queries, stacked, torch.stack(uniform), {"span": list(spans)})
 
 
+@with_provenance
 def attention_entropy(
     cache: Any,
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,

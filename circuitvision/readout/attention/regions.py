@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.maps import AttentionMaps, Box
 from circuitvision.readout.attention.patterns import warn_undefined
 from circuitvision.readout.places import extent_of, on_grid
@@ -180,6 +181,7 @@ def _edge(corners: Tensor, outermost: Any) -> list[float]:
     return outermost(real, 0).tolist() if len(real) else [float("nan")] * 2
 
 
+@with_provenance
 def attention_contrast(
     question: AttentionMaps,
     generic: AttentionMaps,

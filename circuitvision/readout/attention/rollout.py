@@ -24,6 +24,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import TokenMap, present
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.maps import AttentionMaps, blocks_of, single_places
 from circuitvision.readout.attention.patterns import Positions, chosen, described, mean_query, warn_undefined
@@ -48,6 +49,7 @@ class AttentionRollout(Result):
     blocks: list[list[Any]] = field(default_factory=list)
     example: list[int] = field(default_factory=list)
 
+    @with_provenance
     def of(self, query: Positions) -> AttentionMaps:
         """The rollout of a query ("cls", "last", a position, a kind, a mask), or the mean over several, as maps with one head, "rollout".
 
@@ -80,6 +82,7 @@ class AttentionRollout(Result):
         )
 
 
+@with_provenance
 def rollout(
     cache: Any,
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,

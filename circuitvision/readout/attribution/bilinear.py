@@ -21,7 +21,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading
 from circuitvision.model.weights import parameter
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.attribution.direct import attribution_tower, cached_for
 from circuitvision.readout.attribution.rest import check_head_reads_stream
 from circuitvision.readout.attribution.terms import Stream
@@ -59,6 +59,7 @@ class BilinearAttribution(Result):
         return self.values.sum(1)
 
 
+@with_provenance
 def bilinear_attribution(
     model: HookedModel,
     cache: ActivationCache | Mapping[str, Any],

@@ -35,7 +35,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.names import head_name
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.attribution.functional import Functional, functional
 from circuitvision.readout.attribution.rest import (
     check_head_reads_stream,
@@ -134,6 +134,7 @@ class SourceAttribution(Result):
         return {**found, "direction": self.direction}
 
 
+@with_provenance
 def direct_attribution(
     model: HookedModel,
     cache: ActivationCache | Mapping[str, Any],
@@ -220,6 +221,7 @@ def _shares(
     return list(shares), list(shares.values())
 
 
+@with_provenance
 def source_attribution(
     model: HookedModel,
     cache: ActivationCache | Mapping[str, Any],

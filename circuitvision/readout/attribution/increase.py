@@ -24,7 +24,7 @@ from circuitvision.errors import InputError
 from circuitvision.links import Link, log_probabilities
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading, link
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.attribution.direct import attribution_tower, cached_for, sources_of
 from circuitvision.readout.attribution.functional import positions_read
 from circuitvision.readout.attribution.rest import check_head_reads_stream, check_sources, spacing
@@ -93,6 +93,7 @@ class SourceIncrease(LogProbIncrease):
         return {**found, "answer": self.answer}
 
 
+@with_provenance
 def log_prob_increase(
     model: HookedModel,
     cache: ActivationCache | Mapping[str, Any],

@@ -44,7 +44,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import link
 from circuitvision.model.sites import SiteName
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.lens.reader import LensReader, measured
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.lens.sites import lens_sites, ordered_sites
@@ -66,6 +66,7 @@ def _none() -> Tensor:
     return torch.zeros(0, dtype=torch.long)
 
 
+@with_provenance
 def logit_lens(
     model: HookedModel,
     cache: ActivationCache | Mapping[str, Any],

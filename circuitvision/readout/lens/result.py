@@ -12,6 +12,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.tokens import ABSENT
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.places import named_positions, on_grid
 from circuitvision.results import Result
 
@@ -80,6 +81,7 @@ class LensResult(Result):
         """The highest column at every place."""
         return self.ids[..., 0]
 
+    @with_provenance
     def contrast(self, answer: Any, foil: Any) -> LensResult:
         """The value of one target minus another's: a result with the single target ``answer - foil``.
 
@@ -114,6 +116,7 @@ class LensResult(Result):
             return int(label)
         return self.index_of(axis, label)
 
+    @with_provenance
     def row(self, row: int) -> LensResult:
         """One row alone."""
         number = self.index_of("row", row)

@@ -30,6 +30,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import ABSENT
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.results import Result
 
@@ -79,6 +80,7 @@ def identifiability(ranks: Int[Tensor, "*batch"], n_outputs: int) -> Float[Tenso
     return torch.where(ranks > 0, 1 - (ranks.double() - 1) / n_outputs, float("nan"))
 
 
+@with_provenance
 def lens_identifiability(result: LensResult, kinds: Kinds = None) -> LensSummary:
     """Identifiability of every target at every layer: the mean over the positions of some kinds (None: all but padding).
 
@@ -95,6 +97,7 @@ def lens_identifiability(result: LensResult, kinds: Kinds = None) -> LensSummary
     )
 
 
+@with_provenance
 def change_rate(result: LensResult, kinds: Kinds = None) -> LensSummary:
     """Share of positions whose value of a target rises from one layer to the next: axes ``layer row target``, from the second layer on.
 
@@ -118,6 +121,7 @@ def change_rate(result: LensResult, kinds: Kinds = None) -> LensSummary:
     )
 
 
+@with_provenance
 def top_k_rate(result: LensResult, k: int = 5, kinds: Kinds = None) -> LensSummary:
     """Share of positions where a target is among the ``k`` highest columns: axes ``layer row target``; NaN where one has no number.
 
@@ -138,6 +142,7 @@ def top_k_rate(result: LensResult, k: int = 5, kinds: Kinds = None) -> LensSumma
     )
 
 
+@with_provenance
 def top_k_agreement(first: LensResult, second: LensResult, k: int = 5, kinds: Kinds = None) -> LensSummary:
     """Share of the ``k`` highest columns that two lenses of the same sites and rows both name: axes ``layer row``; NaN where one has no number.
 
@@ -170,6 +175,7 @@ def _check_k(k: int, most: int) -> None:
         )
 
 
+@with_provenance
 def match_rates(stream: LensResult, attention: LensResult, mlp: LensResult, kinds: Kinds = None) -> LensSummary:
     """How often the stream's highest column after a layer is that of its attention output, its MLP output, the stream before it, or of none.
 
@@ -197,6 +203,7 @@ def _lost(result: LensResult) -> Bool[Tensor, "layer row pos"]:
     return result.values.isnan().any(-1)
 
 
+@with_provenance
 def similarity_change(branch: LensResult, stream: LensResult) -> LensSummary:
     """What a branch says of a target beside the stream it reads: ``lens(branch_l) - lens(stream before l)``; axes ``layer row position target``.
 

@@ -30,7 +30,7 @@ from circuitvision.errors import InputError
 from circuitvision.links import divergence
 from circuitvision.model.sites import SiteName
 from circuitvision.progress import Progress
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.lens.sites import lens_sites
 from circuitvision.readout.recorded import inputs_of
 from circuitvision.readout.targets import output_kind
@@ -92,6 +92,7 @@ class TunedLens(Result):
         return (wide + wide @ weight.to(wide) + bias.to(wide)).to(value.dtype)
 
     @classmethod
+    @with_provenance
     def train(
         cls,
         model: HookedModel,

@@ -22,7 +22,7 @@ from circuitvision.errors import InputError
 from circuitvision.files import replacing
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import ABSENT, KINDS, TokenMap
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance, without_dates
 from circuitvision.readout.probes.streaming import Batch, Reading
 from circuitvision.readout.recorded import inputs_of
 
@@ -192,6 +192,9 @@ class Collected(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.vectors)
 
+    def __provenance__(self) -> dict[str, Any]:
+        return {"collected": self.vectors, "positions": self.positions, "from": without_dates(self.provenance)}
+
     def save(self, path: str | Path) -> Path:
         """Write the vectors and where they came from to one ``.safetensors`` file, complete or not at all; returns the path.
 
@@ -255,6 +258,7 @@ def stream_sites(model: HookedModel, tower: str | None = None, dataset: Any = No
     return [name for name in model.sites(names) if not model.is_dead(name, inputs_of(first))]
 
 
+@with_provenance
 def collect(
     model: HookedModel,
     dataset: Any,

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.probes.splitting import is_whole
 from circuitvision.results import Result
 
@@ -90,6 +91,7 @@ class DecisionLayers(Result):
         return {name: float(count) / len(self.values) for name, count in counts.items()}
 
 
+@with_provenance
 def decision_layer(
     predictions: Int[Tensor, "layer example"] | np.ndarray | Sequence[Sequence[int]],
     k: int = 2,

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.probes.collected import Positions, check_count, position_label
 from circuitvision.readout.probes.splitting import is_whole, numbered
 from circuitvision.readout.probes.streaming import Reading
@@ -144,6 +144,7 @@ class ExemplarIndex(Result):
         """The index of a unit's label on the unit axis; InputError if there is no such unit."""
         return self.index_of("unit", unit)
 
+    @with_provenance
     def merge(self, other: ExemplarIndex) -> ExemplarIndex:
         """The index of both data sets together; number the second with ``exemplars(…, start=…)``.
 
@@ -177,6 +178,7 @@ class ExemplarIndex(Result):
         )
 
 
+@with_provenance
 def exemplars(
     model: HookedModel,
     dataset: Any,

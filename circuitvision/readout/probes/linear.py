@@ -25,6 +25,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.sites import SiteName
 from circuitvision.progress import track
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.probes.collected import Collected, Positions, check_count, collect, stream_sites
 from circuitvision.readout.probes.decisions import DecisionLayers, decision_layer
 from circuitvision.readout.probes.fitting import CHOOSING, Features, best_penalty, fit, predict, score
@@ -103,6 +104,7 @@ class ProbeResult(Result):
         """A short label per site: "input" and layer numbers for the stream of one tower, site names otherwise."""
         return layer_labels(self.axes["site"])
 
+    @with_provenance
     def decisions(self, k: int = 2) -> DecisionLayers:
         """The decision layers of the held-out examples, see :func:`decision_layer`.
 
@@ -142,6 +144,7 @@ class ProbeResult(Result):
         }
 
 
+@with_provenance
 def linear_probe(
     model: HookedModel,
     dataset: Any,
@@ -197,6 +200,7 @@ def linear_probe(
     return _probed(_checked(collected, count), plan, what)
 
 
+@with_provenance
 def probe_vectors(
     vectors: Mapping[str, Float[Tensor, "example feature"]],
     labels: Sequence[Any] | Tensor | np.ndarray,

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.probes.collected import Collected, Positions, collect, stream_sites
 from circuitvision.readout.probes.linear import layer_labels
 from circuitvision.readout.probes.splitting import Targets, is_whole
@@ -72,6 +73,7 @@ class PCAResult(Result):
         return (x.double() - mean) @ components.T
 
 
+@with_provenance
 def pca(
     x: Float[Tensor, "example feature"] | np.ndarray,
     n_components: int = 2,
@@ -100,6 +102,7 @@ def pca(
     )
 
 
+@with_provenance
 def stream_pca(
     model: HookedModel,
     dataset: Any,
@@ -135,6 +138,7 @@ def stream_pca(
     return pca_of(collected, n_components, labels=labels, what=what)
 
 
+@with_provenance
 def pca_of(
     vectors: Mapping[str, Float[Tensor, "example feature"]],
     n_components: int = 2,
@@ -273,6 +277,7 @@ def linear_cka(
     return value
 
 
+@with_provenance
 def cka_matrix(
     first: Mapping[str, Float[Tensor, "example feature"]],
     second: Mapping[str, Float[Tensor, "example other"]] | None = None,

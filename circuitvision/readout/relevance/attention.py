@@ -34,7 +34,7 @@ from circuitvision.model.hooks import HookPoint
 from circuitvision.model.routes import is_dual
 from circuitvision.model.tokens import TokenMap
 from circuitvision.model.weights import check_gradients
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.places import places_of, shares_of
 from circuitvision.readout.recorded import real_queries
 from circuitvision.readout.relevance.result import Relevance, warn_undefined
@@ -43,6 +43,7 @@ from circuitvision.readout.relevance.variables import checked_tower, differentia
 Readout = Callable[[Tensor, Any], Tensor]
 
 
+@with_provenance
 def legrad(
     model: Any,
     inputs: Mapping[str, Any],
@@ -107,6 +108,7 @@ def _raised(slope: Float[Tensor, "row head query key"], is_open: Bool[Tensor, "r
     return gained.sum(1) / is_open.any(-1).sum(-1, keepdim=True).clamp_min(1)
 
 
+@with_provenance
 def chefer_relevance(model: Any, inputs: Mapping[str, Any], metric: Any, *, tower: str | None = None) -> Relevance:
     """``R ← R + Ā R`` with ``Ā = mean over heads of ReLU(∂metric/∂A ⊙ A)``, from ``R = I`` through all layers; the rows that are read.
 

@@ -36,7 +36,7 @@ from circuitvision import edits
 from circuitvision.errors import InputError
 from circuitvision.model.routes import rows_serve_all
 from circuitvision.progress import track
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
 from circuitvision.readout.relevance.boxes import Boxes
 from circuitvision.readout.relevance.result import Relevance
@@ -135,6 +135,7 @@ class Curve(Result):
         return found
 
 
+@with_provenance
 def deletion_curve(
     model: Any,
     inputs: Mapping[str, Any],
@@ -172,6 +173,7 @@ def deletion_curve(
     )
 
 
+@with_provenance
 def insertion_curve(
     model: Any,
     inputs: Mapping[str, Any],

@@ -37,7 +37,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.routes import rows_serve_all
 from circuitvision.model.selection import Selection
 from circuitvision.progress import track
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.places import places_of, shares_of
 from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
 from circuitvision.readout.relevance.result import Relevance, warn_undefined
@@ -53,6 +53,7 @@ LARGEST_GAP = 0.05
 """Share of the metric's change that the values may miss before integrated gradients warns."""
 
 
+@with_provenance
 def gradient_times_activation(
     model: Any, inputs: Mapping[str, Any], metric: Any, *, site: str | None = None
 ) -> Relevance:
@@ -76,6 +77,7 @@ def gradient_times_activation(
     return _result(place, values, f"gradient × {_noun(place)}", metric)
 
 
+@with_provenance
 def integrated_gradients(
     model: Any,
     inputs: Mapping[str, Any],

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.probes.splitting import wilson
 from circuitvision.readout.relevance.result import Relevance
 from circuitvision.results import Result
@@ -62,6 +63,7 @@ class PointingGame(Result):
         return float(low), float(high)
 
 
+@with_provenance
 def pointing_game(
     relevance: Relevance,
     masks: Any,

@@ -30,6 +30,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.routes import rows_serve_all
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import KINDS, present
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
 from circuitvision.readout.relevance.gradients import result_at
 from circuitvision.readout.relevance.result import Relevance, warn_undefined
@@ -42,6 +43,7 @@ from circuitvision.readout.relevance.variables import (
 )
 
 
+@with_provenance
 def occlusion(
     model: Any,
     inputs: Mapping[str, Any],

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.provenance import with_provenance
 from circuitvision.readout.places import extent_of, named_positions, on_grid
 from circuitvision.readout.relevance.variables import PIXELS
 from circuitvision.results import Result
@@ -138,6 +139,7 @@ class Relevance(Result):
         """How much of the height and of the width of a row's image its patch grid covers."""
         return extent_of(self.shares, self.places, row, self._image(row, image), tile)
 
+    @with_provenance
     def on_patches(self) -> Relevance:
         """Pixels summed over each patch, exactly those that it reads; a relevance of positions is returned as it is.
 

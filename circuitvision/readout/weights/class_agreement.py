@@ -24,7 +24,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.progress import track
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.recorded import chosen_layers
 from circuitvision.readout.weights.rows import projections, written_rows
 from circuitvision.readout.weights.unembedding import Unembedding, model_of, unembedding_matrix
@@ -80,6 +80,7 @@ class Agreement(Result):
         )
 
 
+@with_provenance
 def agreement(
     tower: Tower,
     *,

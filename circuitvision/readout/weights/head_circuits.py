@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from circuitvision.errors import InputError
 from circuitvision.model.names import Component, head_name, heads_of
 from circuitvision.progress import track
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.recorded import chosen_layers
 from circuitvision.readout.weights.rows import as_written
 from circuitvision.readout.weights.unembedding import Unembedding, before_norm, model_of, unembedding_matrix, wide
@@ -171,6 +171,7 @@ def full_ov(
     return (wide(tower.W_E).to(device) @ circuit) @ outputs.matrix
 
 
+@with_provenance
 def singular_vectors(
     factored: FactoredMatrix | Float[Tensor, "d_in d_out"],
     k: int = 5,
@@ -230,6 +231,7 @@ def _svd(matrix: FactoredMatrix | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left, values, right.mT
 
 
+@with_provenance
 def composition_scores(
     tower: Tower,
     kind: str = "V",

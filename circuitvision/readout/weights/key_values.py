@@ -31,7 +31,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.tokens import ABSENT, TokenMap
 from circuitvision.progress import track
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.places import places_of
 from circuitvision.readout.recorded import chosen_layers, recorded, tokens_of
 from circuitvision.readout.weights.rows import at_once, projections, written_rows
@@ -77,6 +77,7 @@ class TokenAgreement(Result):
         return pd.DataFrame(records).sort_values("layer", kind="stable", ignore_index=True)
 
 
+@with_provenance
 def key_value_agreement(
     cache: ActivationCache | Mapping[str, Any],
     tower: Tower,
@@ -128,6 +129,7 @@ def key_value_agreement(
     return _result(run, numbers, values, chance, method)
 
 
+@with_provenance
 def compositionality(
     cache: ActivationCache | Mapping[str, Any],
     tower: Tower,

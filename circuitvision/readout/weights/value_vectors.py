@@ -35,7 +35,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.progress import track
-from circuitvision.provenance import describe
+from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.recorded import chosen_layers
 from circuitvision.readout.weights.rows import is_normed, projections, written_rows
 from circuitvision.readout.weights.unembedding import Prompts, Unembedding, column_number, model_of, unembedding_matrix
@@ -191,6 +191,7 @@ class ValueVectors(Result):
         return found.expand(self.values.shape)
 
 
+@with_provenance
 def value_vectors(
     tower: Tower,
     top_k: int = 10,

@@ -1,0 +1,353 @@
+"""Findings: what was found as a value with its numbers, and the one place where it becomes a sentence.
+
+A :class:`Finding` says whether a claim holds, how large the effect is, how sure that is (an interval over examples, or that there is one pair), and
+what chance or a control gives. A claim holds only where sign, size and interval allow it; where it does not, ``reason`` says why, and the sentence
+gives the numbers without affirming anything. Figures, the command and the report print ``str(finding)``; programs look at its fields.
+
+A share of a swing means something only where the swing does: below :data:`LEAST_SWING` of its unit, or below
+:data:`~circuitvision.patching.activation.LEAST_GAP` of the two values' size, there is no percentage. A share beyond :data:`OVERSHOOT` is no restored
+answer, it is another one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from circuitvision.model.names import parse_id, spelled
+from circuitvision.patching.activation import LEAST_GAP
+from circuitvision.readout.probes.splitting import wilson
+
+if TYPE_CHECKING:
+    from circuitvision.circuits import AblationCheck, HeadImportance
+    from circuitvision.readout import Curve, LensResult, ProbeResult
+
+LEAST_SWING = {"logit": 0.1, "nat": 0.1, "logprob": 0.1, "prob": 0.01}
+LEAST_SHARE = 0.05
+OVERSHOOT = 1.1
+ODDS = 3.0
+"""How many times as likely as the second a target is, at least, where it is said to lead."""
+ABOVE_CHANCE = 3.0
+"""How many times its chance an answer's probability is, at least, where a model is said to give it."""
+NOT_ASKED = "the model does not give the answers asked about"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim and its numbers. ``holds`` is None where nothing can be said; ``interval`` is 95 %, None of a single example."""
+
+    claim: str
+    holds: bool | None
+    value: float = math.nan
+    unit: str = ""
+    interval: tuple[float, float] | None = None
+    n: int = 1
+    chance: float | None = None
+    reason: str = ""
+    about: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return _SENTENCES[self.claim](self)
+
+    @property
+    def amount(self) -> str:
+        """The value as it is read."""
+        return self._number(self.value) + (f" {self.unit}" if self.unit not in ("", "share") else "")
+
+    @property
+    def sure(self) -> str:
+        """The interval and the number of examples, or that there is one."""
+        if self.interval is None:
+            return "one pair" if self.n == 1 else f"{self.n} pairs"
+        low, high = map(self._number, self.interval)
+        return f"95%: {low} to {high}, {self.n} pairs"
+
+    def _number(self, value: float) -> str:
+        text = f"{value:.0%}" if self.unit == "share" else f"{value:.3g}"
+        return text.replace("-", "\N{MINUS SIGN}")
+
+
+def answers(clean: Any, corrupt: Any, answer: str, foil: str) -> Finding:
+    """Whether a model says ``answer`` on the clean image and ``foil`` on the corrupt one, more surely than by chance; ``value`` is the lower of the
+    two probabilities.
+    """
+    said = {"clean": clean.says, "corrupt": corrupt.says, "answer": answer, "foil": foil}
+    value, chance = min(clean.answer, corrupt.foil), clean.chance
+    gives = clean.says == answer and corrupt.says == foil
+    sure = value > ABOVE_CHANCE * chance
+    reason = "" if gives and sure else "it is hardly above chance" if gives else NOT_ASKED
+    return Finding("answers", gives and sure, value, "share", chance=chance, reason=reason, about=said)
+
+
+def swing(result: HeadImportance) -> Finding:
+    """How far the metric moves between the two runs; holds where that is in the right direction and enough for shares to mean something."""
+    value, unit = result.metric_clean - result.metric_corrupt, str(result.provenance.get("metric_units", ""))
+    interval = _around(value, result.swing_error, result.n_examples)
+    floor = max(LEAST_SWING.get(unit, 0.0), LEAST_GAP * (abs(result.metric_clean) + abs(result.metric_corrupt)))
+    if not abs(value) > floor or (interval is not None and interval[0] <= 0 <= interval[1]):
+        reason = "the two runs hardly differ"
+    else:
+        reason = "" if value > 0 else "the metric is higher on the corrupt run"
+        if (
+            not reason
+            and str(result.provenance.get("metric", "")).startswith("logit_diff")
+            and result.metric_clean <= 0
+        ):
+            reason = "the answer is not above the foil in the clean run"
+    return Finding("swing", not reason, value, unit, interval, result.n_examples, reason=reason)
+
+
+def has_shares(result: HeadImportance) -> bool:
+    """Whether shares of the swing mean something: it is large enough and in the right direction."""
+    found = swing(result)
+    return found.value > 0 and "hardly" not in found.reason
+
+
+def best_head(result: HeadImportance, asked: Finding | None = None) -> Finding:
+    """The share of the swing that the strongest head moves on its own."""
+    name, share = result.best() if result.ranking() else ("", math.nan)
+    return _share(
+        result, share, result.share_errors().get(name, math.nan), "head", spelled(name) if name else "no head", asked
+    )
+
+
+def together(result: HeadImportance, asked: Finding | None = None) -> Finding:
+    """The share of the swing that all selected heads move together."""
+    return _share(
+        result, result.joint, result.joint_error, "heads", f"the {len(result.selected)} heads in the graph", asked
+    )
+
+
+def past_vision(result: HeadImportance, asked: Finding | None = None) -> Finding:
+    """The share of the image's effect that reaches the projector without passing a selected vision head; holds where no single vision head moves
+    :data:`LEAST_SHARE`.
+    """
+    shares = [abs(share) for name, share, _ in result.ranking() if parse_id(name).tower == "vision"]
+    past = sum(e["score"] for e in result.edges if (e["sender"], e["receiver"]) == ("v.input", "x.projector"))
+    whole = swing(result)
+    value = past / whole.value if has_shares(result) else math.nan
+    told = bool(whole.holds) and (asked is None or bool(asked.holds)) and bool(shares) and max(shares) < LEAST_SHARE
+    frozen = sum(parse_id(name).tower == "vision" for name in result.selected)
+    return Finding("past vision", told, value, "share", None, result.n_examples, about={"heads": str(frozen)})
+
+
+def _share(
+    result: HeadImportance, share: float, error: float, claim: str, subject: str, asked: Finding | None
+) -> Finding:
+    whole, interval = swing(result), _around(share, error, result.n_examples)
+    if not whole.holds:
+        share = math.nan if whole.reason == "the two runs hardly differ" else share
+        reason = whole.reason
+    elif asked is not None and not asked.holds:
+        reason = asked.reason
+    elif share < 0:
+        reason = "it moves the answer the other way"
+    elif share < LEAST_SHARE or (interval is not None and interval[0] <= 0):
+        reason = "it is too little to tell from none"
+    else:
+        reason = "it overshoots" if share > OVERSHOOT else ""
+    about = {"subject": subject, "mode": result.mode, "metric": str(result.provenance.get("metric", "the metric"))}
+    return Finding(claim, not reason, share, "share", interval, result.n_examples, reason=reason, about=about)
+
+
+def read_at_last_word(clean: LensResult, corrupt: LensResult, asked: Finding, words: Sequence[str]) -> Finding:
+    """From which layer on the last word tells answer and foil apart in both runs: its own word higher in each, and the two at least half as far apart
+    as at the end. ``value`` is how many layers, the end included, that holds for.
+    """
+    first, second = clean.values[:, 0, -1, 0], corrupt.values[:, 0, -1, 0]
+    told = (first > 0) & (second < 0) & (first - second >= 0.5 * (first[-1] - second[-1]))
+    layers = int(told.int().flip(0).cumprod(0).sum())
+    where = str(clean.axes["layer"][len(told) - layers]) if layers else ""
+    reason = "the last layer itself does not put each image's own word higher" if not layers else ""
+    reason = asked.reason if not asked.holds else reason
+    return Finding("last word", not reason, layers, "layers", reason=reason, about={**_both(words), "layer": where})
+
+
+def read_at_patches(
+    clean: Sequence[LensResult], corrupt: Sequence[LensResult], asked: Finding, words: Sequence[str]
+) -> Finding:
+    """At what share of image patches and layers the lens tells answer and foil apart as the last word's output does, see there."""
+    end = float((clean[-1].values - corrupt[-1].values)[-1, 0, -1, 0])
+    told, count = 0, 0
+    for one, other in zip(clean, corrupt, strict=True):
+        patches = one.places[..., 2] >= 0
+        first, second = one.values[..., 0][:, patches], other.values[..., 0][:, patches]
+        told += int(((first > 0) & (second < 0) & (first - second >= 0.5 * abs(end))).sum())
+        count += first.numel()
+    reason = asked.reason if not asked.holds else "" if told else "no patch puts each image's own word higher"
+    return Finding("patches", not reason, told / max(count, 1), "share", reason=reason, about=_both(words))
+
+
+def carries(check: AblationCheck) -> Finding:
+    """Whether ablating the heads costs the answer while random heads do not; ``value`` is the share of pairs it costs."""
+    lost = check.intact - check.ablated
+    ends = [wilson(torch.tensor(share), check.n_pairs) for share in (check.intact, check.ablated)]
+    interval = (float(ends[0][0] - ends[1][1]), float(ends[0][1] - ends[1][0])) if check.n_pairs > 1 else None
+    chance = check.intact - float(check.random.mean()) if len(check.random) else None
+    if check.intact <= 0:
+        reason = "the model gets no pair right"
+    elif interval is None or interval[0] <= 0:
+        reason = "too few pairs tell"
+    else:
+        reason = "" if check.carries_the_answer else "random heads cost as much, or the answer survives"
+    return Finding(
+        "carries",
+        not reason,
+        lost,
+        "share",
+        interval,
+        check.n_pairs,
+        chance,
+        reason,
+        {"heads": ", ".join(map(spelled, check.heads))},
+    )
+
+
+def leads(mean: torch.Tensor, rows: torch.Tensor, unit: str) -> Finding:
+    """Whether one target stands above all others at the last layer: ``mean`` is ``[layer target]``, ``rows`` ``[row target]`` at the last layer.
+    ``value`` is the margin over the second; logits and probabilities need odds of :data:`ODDS` to one.
+    """
+    last = mean[-1].where(torch.isfinite(mean[-1]), torch.full_like(mean[-1], -math.inf))
+    if len(last) < 2 or not bool(torch.isfinite(last).any()):
+        return Finding("leads", None, reason="there is nothing to lead")
+    order = last.argsort(descending=True)
+    margins = rows[:, order[0]] - rows[:, order[1]]
+    value, count = float(last[order[0]] - last[order[1]]), len(margins)
+    interval = _around(value, float(margins.double().std()) / count**0.5 if count > 1 else math.nan, count)
+    enough = (
+        last[order[0]] >= ODDS * last[order[1]]
+        if unit == "prob"
+        else value >= (math.log(ODDS) if unit in LEAST_SWING else 0.0)
+    )
+    sure = bool(enough) and value > 0 and (interval is None or interval[0] > 0)
+    return Finding(
+        "leads", sure, value, unit, interval, count, reason="" if sure else "the margin is too small to tell"
+    )
+
+
+def readable(result: ProbeResult) -> Finding:
+    """Whether a probe's best layer is better than always saying the commonest label and than its control, by its interval and its p value."""
+    best = int(result.values.nan_to_num(-math.inf).argmax())
+    value, control = float(result.values[best]), float(result.control.nan_to_num(-math.inf)[best])
+    low, high = float(result.low[best]), float(result.high[best])
+    bound = max(result.chance, control)
+    told = value > bound and not low <= bound
+    if result.shuffled.shape[1] >= 19:
+        told = told and float(result.p_value[best]) <= 0.05
+    interval = (low, high) if low == low else None
+    return Finding(
+        "readable", told, value, "share" if result.classes else "R²", interval, result.predictions.shape[1], bound,
+        "" if told else "it is no better than chance or shuffled labels",
+    )  # fmt: skip
+
+
+def beats_random(curve: Curve) -> Finding:
+    """Whether an order is better than random ones: by the interval over examples, or of one example against all of at least 19 random orders."""
+    if not curve.random.numel():
+        return Finding("beats random", None, reason="no random order was drawn")
+    advantage, count = curve.advantage.double(), curve.values.shape[0]
+    if count > 1:
+        interval = curve.interval
+        return Finding("beats random", interval[0] > 0, float(advantage.mean()), "area", interval, count, 0.0)
+    own, random = curve.auc()[0], curve.auc("random")[:, 0]
+    beaten = int((own < random if curve.kind == "deletion" else own > random).sum())
+    return Finding("beats random", beaten == len(random) >= 19, beaten / len(random), "share", None, 1, 0.5)
+
+
+def _around(value: float, error: float, count: int) -> tuple[float, float] | None:
+    return None if count < 2 or error != error else (value - 1.96 * error, value + 1.96 * error)
+
+
+def _both(words: Sequence[str]) -> dict[str, str]:
+    return {"answer": words[0], "foil": words[1]}
+
+
+# -- sentences ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def _say_answers(found: Finding) -> str:
+    about = found.about
+    said = f"{about['clean']!r} on the clean image and {about['corrupt']!r} on the corrupt one"
+    if found.holds:
+        return f"The model says {said}."
+    if found.reason == NOT_ASKED:
+        return (
+            f"The model does not give the answers asked about ({about['answer']!r}, {about['foil']!r}): it says {said}."
+        )
+    return f"The model's answers are hardly above chance: it says {said}, with {found.value:.1%} where guessing gives {found.chance:.1%}."
+
+
+def _say_swing(found: Finding) -> str:
+    said = f"Swapping one image for the other moves the metric by {found.amount} ({found.sure})"
+    if found.holds:
+        return f"{said}."
+    return f"{said}: {found.reason}{', so no share of it is given' if 'hardly' in found.reason else ''}."
+
+
+def _say_share(found: Finding) -> str:
+    subject, verb = _capital(found.about["subject"]), "restores" if found.about["mode"] == "denoise" else "destroys"
+    alone, plural = ("together", True) if found.claim == "heads" else ("alone", False)
+    if found.value != found.value:
+        return f"What {found.about['subject']} {'do' if plural else 'does'} {alone} has no share: {found.reason}."
+    if found.holds:
+        return f"{subject} {alone} {verb[:-1] if plural else verb} {found.amount} of that ({found.sure})."
+    moved = f"{subject} {alone} {'move' if plural else 'moves'} {found.amount} of that ({found.sure})"
+    # What the whole comparison lacks is said once, of the whole.
+    return f"{moved}: {found.reason}." if found.reason.startswith("it ") else f"{moved}."
+
+
+def _say_past(found: Finding) -> str:
+    heads = found.about["heads"]
+    said = f"No single head of the vision tower moves {LEAST_SHARE:.0%}: with its {heads} strongest heads held at the corrupt run's values, "
+    return (
+        f"{said}{found.amount} of the image's effect still reaches the answer through the projector."
+        if found.holds
+        else ""
+    )
+
+
+def _say_last_word(found: Finding) -> str:
+    both = f"{found.about['answer']!r} or {found.about['foil']!r}"
+    if not found.holds:
+        return f"{both} cannot be read at the last word: {found.reason}"
+    layer = found.about["layer"]
+    return (
+        f"{both} can be read at the last word from {'the input' if layer == 'input' else f'language layer {layer}'} on"
+    )
+
+
+def _say_patches(found: Finding) -> str:
+    return f"at {found.value:.0%} of image patches and layers" if found.holds else "at no image patch"
+
+
+def _say_carries(found: Finding) -> str:
+    beside = "" if found.chance is None else f"; as many random heads cost {found._number(found.chance)}"
+    said = f"Ablating {found.about['heads']} together costs {found.amount} of the pairs right ({found.sure}){beside}"
+    return f"{said}." if found.holds else f"{said}: {found.reason}."
+
+
+def _say_margin(found: Finding) -> str:
+    return found.amount
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+_SENTENCES = {
+    "answers": _say_answers,
+    "swing": _say_swing,
+    "head": _say_share,
+    "heads": _say_share,
+    "last word": _say_last_word,
+    "patches": _say_patches,
+    "past vision": _say_past,
+    "carries": _say_carries,
+    "leads": _say_margin,
+    "readable": _say_margin,
+    "beats random": _say_margin,
+}

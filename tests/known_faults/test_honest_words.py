@@ -1,0 +1,300 @@
+"""Findings affirm what sign, size and interval allow, and nothing about an untrained model: checked on values, not on sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import circuitvision as cv
+from circuitvision import findings, metrics
+from circuitvision.circuits import AblationCheck, HeadImportance, head_importance
+from circuitvision.data import sample_question_pairs
+from circuitvision.patching.activation import usable_gap
+from circuitvision.quickstart import Reading, quickstart
+from circuitvision.readout import Curve, LensResult, logit_lens
+from tests.zoo import case, shared_model
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return sample_question_pairs(1, seed=0)[0]
+
+
+@pytest.fixture(scope="module")
+def trained(pair, tmp_path_factory):
+    """Three questions to the trained model: the right words, words that are no answer, and the right words the wrong way round."""
+    out = tmp_path_factory.mktemp("trained")
+    given = {"prompt": pair.prompt, "top_k": 2, "out": out}
+    clean, corrupt = pair.clean.image, pair.corrupt.image
+    return {
+        "right": quickstart("shapes-llava", clean=clean, corrupt=corrupt, answer=pair.answer, foil=pair.foil, **given),
+        "absent": quickstart("shapes-llava", clean=clean, corrupt=corrupt, answer="white", foil="orange", **given),
+        "turned": quickstart("shapes-llava", clean=corrupt, corrupt=clean, answer=pair.answer, foil=pair.foil, **given),
+    }
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def untrained(request, pair, tmp_path_factory):
+    from circuitvision.organisms.shapes_llava import build
+
+    torch.manual_seed(request.param)
+    module, processor = build()
+    model = cv.HookedModel(module.eval(), processor)
+    given = {"clean": pair.clean.image, "corrupt": pair.corrupt.image, "prompt": pair.prompt}
+    out = tmp_path_factory.mktemp("untrained")
+    return model, quickstart(model, **given, answer=pair.answer, foil=pair.foil, top_k=2, out=out)
+
+
+AFFIRMATIVE = ("answers", "head", "heads", "past vision", "last word", "patches")
+
+
+def test_a_model_that_answers_is_affirmed_with_its_numbers(trained):
+    found = trained["right"].findings()
+    for name in ("answers", "swing", "head", "heads", "last word"):
+        assert found[name].holds, name
+    assert found["head"].value == pytest.approx(trained["right"].importance.best()[1])
+    assert found["swing"].value > 10
+    assert all(finding.interval is None and finding.n == 1 for finding in found.values())
+    assert not trained["right"].cautions()
+
+
+def test_words_that_the_model_never_says_are_not_affirmed(trained):
+    found = trained["absent"].findings()
+    assert not any(found[name].holds for name in AFFIRMATIVE)
+    assert found["answers"].value < 0.01
+    # The numbers are still there: half of what the fault affirmed is true, the swing and the head's share of it.
+    assert found["head"].value == pytest.approx(trained["absent"].importance.best()[1])
+    assert trained["absent"].cautions()[0] == str(found["answers"])
+
+
+def test_a_swing_in_the_wrong_direction_is_no_restored_answer(trained):
+    found = trained["turned"].findings()
+    assert found["swing"].value < -10
+    assert not any(found[name].holds for name in ("answers", "swing", "head", "heads", "last word"))
+    assert {share for _, _, share in trained["turned"].table()} == {"–"}
+
+
+def test_nothing_is_affirmed_about_an_untrained_vlm(untrained):
+    _, quick = untrained
+    found = quick.findings()
+    assert not [name for name in AFFIRMATIVE if found[name].holds]
+    assert quick.cautions()
+
+
+def test_no_title_affirms_anything_of_an_untrained_classifier():
+    from circuitvision.organisms.shapes_vit import build
+
+    torch.manual_seed(0)
+    module, processor = build()
+    model = cv.HookedModel(module.eval(), processor)
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 64, 64, 3)).astype(np.uint8)
+    inputs = model.inputs(images=[Image.fromarray(image) for image in pixels])
+    labels = list(range(module.config.num_labels))
+    lens = logit_lens(model, inputs, targets=labels)
+    told = findings.leads(lens.pooled.mean(1), lens.pooled[-1], lens.measure)
+    answer = int(model(inputs)[0].argmax())
+    scores = torch.randn(12, model.tokens(inputs)["vision"].n_positions)
+    curve = cv.readout.deletion_curve(model, inputs, metrics.prob(answer), scores, steps=3, random_orders=4)
+    probe = cv.readout.probe_vectors(
+        {"noise": torch.randn(40, 6, generator=torch.Generator().manual_seed(1))}, [0, 1] * 20, shuffles=19, penalty=1.0
+    )
+    effects = head_importance(
+        model, _row(inputs, 0), _row(inputs, 1), metrics.logit_diff(*model(inputs)[0].topk(2).indices.tolist()), top_k=1
+    )
+    assert not findings.beats_random(curve).holds
+    assert not findings.readable(probe).holds
+    assert not findings.swing(effects).holds
+    assert not findings.best_head(effects).holds
+    assert not told.holds
+    assert told.value < math.log(3)
+    for figure in (curve.plot(), probe.plot(), effects.plot()):
+        assert figure.layout.title.text
+
+
+def _row(inputs, row):
+    return {name: value[row : row + 1] for name, value in inputs.items()}
+
+
+# -- one finding at a time -----------------------------------------------------------------------------------------------------
+
+
+def importance(
+    clean: float, corrupt: float, shares, joint: float = 1.0, n: int = 1, error: float = math.nan, **more
+) -> HeadImportance:
+    values = torch.tensor([[shares]])
+    return HeadImportance(
+        values, {"tower": ["language"], "layer": [0], "head": list(range(len(shares)))},
+        {"metric_units": "logit", "metric": "logit_diff(a - b)"}, raw=values * (clean - corrupt), selected=["l.a0.h0"], joint=joint,
+        metric_clean=clean, metric_corrupt=corrupt, n_examples=n, errors=torch.full_like(values, error), joint_error=error, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("clean", "corrupt", "shares", "holds", "reason"),
+    [
+        (5.0, -5.0, [0.9, 0.1], True, ""),
+        (5.0, -5.0, [0.3, 0.1], True, ""),
+        (5.0, -5.0, [3.19, 0.1], False, "it overshoots"),
+        (5.0, -5.0, [-0.4, -0.6], False, "the other way"),
+        (5.0, -5.0, [0.03, 0.01], False, "too little"),
+        (0.04, 0.01, [0.9, 0.1], False, "hardly differ"),
+        (100.4, 100.0, [0.9, 0.1], False, "hardly differ"),
+        (-5.0, 5.0, [0.9, 0.1], False, "higher on the corrupt"),
+        (-1.0, -3.0, [0.9, 0.1], False, "not above the foil"),
+    ],
+)
+def test_a_restored_answer_needs_sign_and_size(clean, corrupt, shares, holds, reason):
+    found = findings.best_head(importance(clean, corrupt, shares))
+    assert found.holds is holds
+    assert reason in found.reason
+    assert math.isnan(found.value) is ("hardly" in reason)
+    assert math.isnan(found.value) or found.value == pytest.approx(max(shares))
+    assert findings.together(importance(clean, corrupt, shares, joint=3.19)).holds is False
+
+
+def test_shares_of_hardly_any_swing_are_not_drawn_as_shares():
+    (heat,) = importance(0.04, 0.01, [0.9, 0.1]).plot().data
+    assert np.allclose(heat.z, [[0.9 * 0.03, 0.1 * 0.03]])
+    (heat,) = importance(5.0, -5.0, [0.9, 0.1]).plot().data
+    assert np.allclose(heat.z, [[0.9, 0.1]])
+
+
+def test_intervals_over_examples_decide_where_there_are_several():
+    sure = findings.best_head(importance(5.0, -5.0, [0.5], n=20, error=0.05, swing_error=0.5))
+    unsure = findings.best_head(importance(5.0, -5.0, [0.5], n=20, error=0.3, swing_error=0.5))
+    assert (sure.holds, unsure.holds) == (True, False)
+    assert sure.interval == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05))
+    assert not findings.swing(importance(5.0, -5.0, [0.5], n=20, swing_error=6.0)).holds
+
+
+def test_standard_errors_of_shares_are_those_of_the_examples():
+    module = shared_model("llava-clip-llama")
+    model = cv.HookedModel(module, None)
+    clean, corrupt = (case("llava-clip-llama").inputs(module, batch=5, seed=seed) for seed in (1, 2))
+    result = head_importance(model, clean, corrupt, metrics.logit_diff(2, 3), top_k=1, towers=["language"])
+    singles = [
+        head_importance(model, _row(clean, n), _row(corrupt, n), metrics.logit_diff(2, 3), top_k=1, towers=["language"])
+        for n in range(5)
+    ]
+    shares = torch.stack([single.values[0] for single in singles])
+    gaps = torch.tensor([single.metric_clean - single.metric_corrupt for single in singles])
+    assert torch.allclose(result.errors[0][:2], (shares.std(0) / 5**0.5)[:2], rtol=1e-3, atol=1e-4)
+    assert result.swing_error == pytest.approx(float(gaps.std() / 5**0.5), rel=1e-3)
+    assert math.isnan(singles[0].swing_error)
+    assert not singles[0].share_errors()
+
+
+def test_a_gap_that_is_noise_has_no_normalised_effect():
+    base, source = torch.tensor([5.0, 5.0, -3.0]), torch.tensor([5.05, 8.0, 3.0])
+    with pytest.warns(UserWarning, match="1 of 3"):
+        gap = usable_gap(source - base, base, source, None)
+    assert gap.isnan().tolist() == [True, False, False]
+
+
+def reading(says: str, answer: float, foil: float) -> Reading:
+    return Reading(says, max(answer, foil), answer, foil, chance=0.02)
+
+
+@pytest.mark.parametrize(
+    ("clean", "corrupt", "holds"),
+    [
+        (reading("red", 0.9, 0.0), reading("blue", 0.0, 0.9), True),
+        (reading("red", 0.9, 0.0), reading("red", 0.9, 0.0), False),
+        (reading("green", 0.1, 0.0), reading("blue", 0.0, 0.9), False),
+        (reading("red", 0.04, 0.0), reading("blue", 0.0, 0.9), False),
+    ],
+)
+def test_an_answer_is_given_when_it_is_said_more_surely_than_by_chance(clean, corrupt, holds):
+    assert findings.answers(clean, corrupt, "red", "blue").holds is holds
+
+
+def lens(last: list[float], patch: list[float]) -> LensResult:
+    values = torch.tensor([patch, last]).T[:, None, :, None]
+    places = torch.tensor([[[0, 0, 0, 0], [-1, -1, -1, -1]]])
+    return LensResult(
+        values, {"layer": ["input", 0, 1][: len(last)], "row": [0], "position": [0, 1], "target": ["a - b"]}, tower="language", places=places
+    )  # fmt: skip
+
+
+def test_a_word_is_read_from_the_layer_where_both_runs_have_their_own_higher_to_the_end():
+    asked = findings.answers(reading("a", 0.9, 0.0), reading("b", 0.0, 0.9), "a", "b")
+    clean, corrupt = lens([1.0, 3.0, 4.0], [0.0, 0.0, 0.0]), lens([1.0, -3.0, -4.0], [0.0, 0.0, 0.0])
+    found = findings.read_at_last_word(clean, corrupt, asked, ("a", "b"))
+    assert (found.holds, found.value, found.about["layer"]) == (True, 2, "0")
+    # Far apart in the right direction, but both on one side: the sign of one run is wrong.
+    one_sided = findings.read_at_last_word(
+        lens([1.0, 9.0, 9.0], [0.0] * 3), lens([1.0, 3.0, 3.0], [0.0] * 3), asked, ("a", "b")
+    )
+    assert (one_sided.holds, one_sided.value) == (False, 0)
+    assert not findings.read_at_patches([clean], [corrupt], asked, ("a", "b")).holds
+    seen = findings.read_at_patches(
+        [lens([1.0, 3.0, 4.0], [0.0, 5.0, 5.0])], [lens([1.0, -3.0, -4.0], [0.0, -5.0, -1.0])], asked, ("a", "b")
+    )
+    assert (seen.holds, seen.value) == (True, pytest.approx(2 / 3))
+
+
+def check(intact: float, ablated: float, random: list[float], pairs: int) -> AblationCheck:
+    axes = {"condition": ["intact", "heads", *(f"random {n}" for n in range(len(random)))]}
+    return AblationCheck(
+        torch.tensor([intact, ablated, *random], dtype=torch.float64), axes, heads=["l.a0.h0"], n_pairs=pairs
+    )
+
+
+@pytest.mark.parametrize(
+    ("result", "holds"),
+    [
+        (check(0.95, 0.05, [0.9, 0.95], 64), True),
+        (check(0.95, 0.05, [0.9, 0.1], 64), False),
+        (check(0.95, 0.9, [0.9, 0.95], 64), False),
+        (check(1.0, 0.0, [1.0, 1.0], 1), False),
+        (check(1.0, 0.0, [1.0, 1.0], 2), False),
+        (check(0.0, 0.0, [0.0, 0.0], 64), False),
+    ],
+)
+def test_heads_carry_an_answer_that_is_there_over_enough_pairs(result, holds):
+    found = findings.carries(result)
+    assert found.holds is holds
+    assert found.value == pytest.approx(result.intact - result.ablated)
+    assert (found.interval is None) is (result.n_pairs == 1)
+
+
+def test_a_target_leads_by_a_margin_with_an_interval():
+    rows = torch.tensor([[3.0, 1.0], [3.2, 1.0], [2.9, 1.1]])
+    assert findings.leads(rows.mean(0)[None], rows, "logit").holds
+    mixed = torch.tensor([[9.0, 1.0], [0.5, 3.9], [1.9, 1.1]])
+    assert not findings.leads(mixed.mean(0)[None], mixed, "logit").holds
+    close = torch.tensor([[2.0, 1.0]])
+    assert not findings.leads(close, close, "logit").holds
+    assert findings.leads(close * 2, close * 2, "logit").holds
+    assert not findings.leads(close / 4, close / 4, "prob").holds
+    assert findings.leads(close, close, "distance").holds
+
+
+def test_a_curve_beats_random_orders_by_its_interval_or_all_of_many():
+    shares = [0.0, 0.5, 1.0]
+    random = torch.stack([torch.tensor([[1.0, 0.5 + 0.01 * n, 0.0]]) for n in range(20)])
+    single = Curve(torch.tensor([[1.0, 0.1, 0.0]]), {"example": [0], "share": shares}, kind="deletion", random=random)
+    assert findings.beats_random(single).holds
+    assert not findings.beats_random(dataclasses.replace(single, random=random[:3])).holds
+    assert not findings.beats_random(dataclasses.replace(single, values=torch.tensor([[1.0, 0.6, 0.0]]))).holds
+
+
+# -- mutants -------------------------------------------------------------------------------------------------------------------
+
+
+def test_findings_that_ignore_sign_floor_or_answer_are_noticed(trained, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(findings, "OVERSHOOT", math.inf)
+        assert findings.best_head(importance(5.0, -5.0, [3.19])).holds
+    with monkeypatch.context() as patch:
+        patch.setattr(findings, "LEAST_SWING", {})
+        patch.setattr(findings, "LEAST_GAP", 0.0)
+        assert findings.best_head(importance(0.04, 0.01, [0.9])).holds
+    with monkeypatch.context() as patch:
+        patch.setattr(findings, "answers", lambda *given: findings.Finding("answers", True))
+        assert trained["absent"].findings()["patches"].holds
