@@ -335,7 +335,8 @@ def _say_margin(found: Finding) -> str:
 
 
 def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """A sentence that begins with a word in capitals; names of components stay as they are spelled."""
+    return text if text.split(" ", 1)[0].count(".") else text[:1].upper() + text[1:]
 
 
 _SENTENCES = {

@@ -134,7 +134,9 @@ def describe_model(model: Any) -> dict[str, Any]:
     running = _running.get()
     if running is not None and running[0] is module:
         return dict(running[1])
-    first = next(module.parameters())
+    # Offloaded weights are on no device; the model runs on one all the same.
+    device = str(getattr(model, "device", None) or next(module.parameters()).device)
+    device = "cpu" if device == "meta" else device
     engine = getattr(model, "engine", None)
     return {
         "model_id": model_id(module),
@@ -143,8 +145,8 @@ def describe_model(model: Any) -> dict[str, Any]:
         "weights_sha256": hash_weights(module),
         "config_sha256": of_json(_configuration(module)),
         "dtype": str(_computed_in(module)).removeprefix("torch."),
-        "device": str(first.device),
-        "state": _module_state(module),
+        "device": device,
+        "state": _module_state(module, device),
         "active_hooks": plain(engine.active() if engine is not None else []),
         "foreign_hooks": _foreign_hooks(module),
         "versions": versions(),
@@ -164,7 +166,7 @@ def _without(value: Any, names: Sequence[str]) -> Any:
     return value
 
 
-def _module_state(module: nn.Module) -> dict[str, Any]:
+def _module_state(module: nn.Module, device: str) -> dict[str, Any]:
     """What decides a run besides weights and configuration; only what is not the default."""
     config: Any = getattr(module, "config", None)
     parts = {name: getattr(config, name, None) for name in ("text_config", "vision_config", "vlm_config")}
@@ -174,7 +176,7 @@ def _module_state(module: nn.Module) -> dict[str, Any]:
         "attention": {name: getattr(part, "_attn_implementation", None) for name, part in attention.items() if part},
         "training": training if len(training) <= 8 else {"modules": len(training), "sha256": of_json(training)},
         "adapters": _adapters(module),
-        "autocast": torch.is_autocast_enabled(next(module.parameters()).device.type),
+        "autocast": torch.is_autocast_enabled(device.split(":")[0]),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }

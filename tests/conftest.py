@@ -52,6 +52,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+_OF_LIBRARIES = ("PYTEST_", "TORCH", "TRITON", "KMP_", "CUDA_")
+"""Starts of the names of variables that libraries set for themselves when they are first used."""
+
+
 def world() -> dict[str, Any]:
     """Everything outside a test that a test could change, by name."""
     logging = transformers.utils.logging
@@ -70,7 +74,7 @@ def world() -> dict[str, Any]:
         "attention under hooks": {
             name: bool(getattr(attention, name, None)) for name in ("_TAPS", "_ACTIVE", "_SWITCHED")
         },
-        "environment": {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+        "environment": {name: value for name, value in os.environ.items() if not name.startswith(_OF_LIBRARIES)},
         "working directory": os.getcwd(),
         "floating-point errors of numpy": np.geterr(),
         "template of plotly": plotly and plotly.templates.default,

@@ -6,6 +6,7 @@ What such a file is made of is here as well, for a family of one's own: ``docs/f
 from __future__ import annotations
 
 from circuitvision.families import clip, deit, dinov2, llava, paligemma, pi0, siglip, stacks, vit
+from circuitvision.model.packing import AnyRes, Cameras, Flat, Packing, Patches
 from circuitvision.model.spec import (
     BlockLayout,
     Family,
@@ -18,9 +19,14 @@ from circuitvision.model.spec import (
 )
 
 __all__ = [
+    "AnyRes",
     "BlockLayout",
+    "Cameras",
     "Family",
+    "Flat",
     "NormSpec",
+    "Packing",
+    "Patches",
     "Readout",
     "Stack",
     "TowerSpec",

@@ -66,7 +66,8 @@ class ImageRun:
         self.model, self.inputs = model, inputs
         self.packing: Packing = model.family.packing
         pixels = inputs.get("pixel_values")
-        self.pixels: Tensor | None = pixels if isinstance(pixels, Tensor) else None
+        reads = any(tower.stack.image for tower in model.towers.values())
+        self.pixels: Tensor | None = pixels if reads and isinstance(pixels, Tensor) else None
 
     def setting(self, name: str) -> Any:
         """A setting of this call, where the model's forward hands it on; else that of the configuration."""
@@ -110,9 +111,9 @@ class ImageRun:
 
     @property
     def n_dropped(self) -> int:
-        """How many first positions of a row are left out on the way to the projector."""
+        """How many first positions of a row are left out on the way to the projector: of a family without a setting for it, those of no patch."""
         select = self.tower.spec.feature_select
-        return int(select is not None and self.setting(select) == "default")
+        return self.tower.cfg.n_prefix if select is None else int(self.setting(select) == "default")
 
     @cached_property
     def present(self) -> list[bool]:

@@ -305,13 +305,19 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module computes as ``kind`` does, with a weight that is stored as the numbers it stands for."""
     if type(module).forward is not kind.forward:
         return False
-    if "forward" in module.__dict__ and not _hooks(module):
+    if is_replaced(module) and not _hooks(module):
         return False
     weight: Any = module._parameters.get("weight")
     if weight is None:
         with _still(module):
             weight = getattr(module, "weight", None)
     return type(weight) in (nn.Parameter, Tensor) and _is_number(weight)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a module's own forward was replaced; nnsight's controllers call the one they stand for."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not type(forward).__module__.startswith("nnsight.")
 
 
 def _is_scaled_table(module: nn.Module) -> bool:
@@ -327,7 +333,7 @@ def _is_number(weight: Any) -> bool:
 def _held_by(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """``[d_out, d_in]`` and bias of a module whose weight can say its own value."""
     stored: Any = getattr(module, "weight", None)
-    if type(module).forward is nn.Linear.forward and "forward" not in module.__dict__ and isinstance(stored, Tensor):
+    if type(module).forward is nn.Linear.forward and not is_replaced(module) and isinstance(stored, Tensor):
         quantised = type(stored) not in (nn.Parameter, Tensor) and hasattr(type(stored), "dequantize")
         return (stored.dequantize(), _optional(module, "bias")) if quantised else None
     if callable(stored) and callable(getattr(module, "bias", None)):

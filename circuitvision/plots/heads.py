@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from circuitvision import findings
+from circuitvision.model.names import spelled
 from circuitvision.plots import style
 
 if TYPE_CHECKING:

@@ -161,12 +161,12 @@ def _without_absent(result: Result, values: Tensor, outer: Sequence[str]) -> Ten
 
 
 def _name(axes: Sequence[str], labels: Sequence[Any]) -> str:
-    if list(axes) == ["layer", "head"]:
-        return head_name(labels[0], labels[1])
-    if list(axes) == ["tower", "layer", "head"]:
-        return head_name(labels[1], labels[2], labels[0])
-    if list(axes) == ["layer", "neuron"]:
-        return f"L{labels[0]}N{labels[1]}"
-    if len(axes) == 1:
+    found = dict(zip(axes, labels, strict=True))
+    parts = []
+    if {"layer", "head"} <= found.keys():
+        parts.append(head_name(found.pop("layer"), found.pop("head"), str(found.pop("tower", ""))))
+    elif {"layer", "neuron"} <= found.keys():
+        parts.append(f"L{found.pop('layer')}N{found.pop('neuron')}")
+    elif len(found) == 1:
         return str(labels[0])
-    return ", ".join(f"{axis} {label}" for axis, label in zip(axes, labels, strict=True))
+    return ", ".join([*parts, *(f"{axis} {label}" for axis, label in found.items())])

@@ -83,7 +83,7 @@ def test_both_names_of_a_recorded_stream_reach_whoever_reads_the_record(name: st
     """LLaVA's projector reads hidden states from transformers' record: an edit under either name of the value must be in it."""
     model, inputs = wrapped(name)
     tower = model.vision
-    for layer in {layer - 1 for layer in tower.feature_layers if 0 < layer < tower.cfg.n_layers}:
+    for layer in {layer - 1 for layer in tower.feature_layers_in() if 0 < layer < tower.cfg.n_layers}:
         block = tower.blocks[layer].module
         # By hand: in front of the hooks that record.
         handle = block.register_forward_hook(lambda module, args, out: out * 0.5, prepend=True)

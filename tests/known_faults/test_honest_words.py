@@ -13,7 +13,7 @@ from PIL import Image
 import circuitvision as cv
 from circuitvision import findings, metrics
 from circuitvision.circuits import AblationCheck, HeadImportance, head_importance
-from circuitvision.data import sample_question_pairs
+from circuitvision.data import TEST_PAIRS, TRAIN_PAIRS, sample_question_pairs
 from circuitvision.patching.activation import usable_gap
 from circuitvision.quickstart import Reading, quickstart
 from circuitvision.readout import Curve, LensResult, logit_lens
@@ -22,7 +22,7 @@ from tests.zoo import case, shared_model
 
 @pytest.fixture(scope="module")
 def pair():
-    return sample_question_pairs(1, seed=0)[0]
+    return sample_question_pairs(1, seed=0, subjects=TEST_PAIRS, distractors=TRAIN_PAIRS)[0]
 
 
 @pytest.fixture(scope="module")

@@ -287,7 +287,7 @@ def test_a_mutant_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(axes, "past_length", lambda inputs: 0)
     else:
         monkeypatch.setattr(axes.Axis, "columns", lambda self, first, length, prompt: None)
-    with pytest.raises((AssertionError, InputError)):
+    with pytest.raises((AssertionError, InputError, IndexError)):
         test_edits_of_new_positions("number", "left")
 
 

@@ -313,7 +313,7 @@ def test_patching_by_position_names_the_towers_positions() -> None:
     corrupt = {**corrupt, "input_ids": clean["input_ids"]}
     metric = cv.metrics.logit_diff(5, 9)
     result = cv.patching.activation_patch(
-        model, clean, corrupt, metric, sites="projector.hook_out", axes=("site", "position")
+        model, clean, corrupt, metric, sites="projector.hook_out", axes=("site", "position"), min_gap=1e-6
     )
     assert result.axes["position"] == list(range(1, 10))
     _, cache = model.run_with_cache(clean, names_filter="projector.hook_out")

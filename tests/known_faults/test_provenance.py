@@ -631,7 +631,7 @@ BLIND: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "closures are left out": ("function closure", lambda m: m.setattr(digests._Reader, "_closure", lambda self, f: {})),
     "weights are not hashed": ("one weight", lambda m: m.setattr(provenance, "hash_weights", lambda module: "")),
     "the configuration is left out": ("a setting of the configuration", lambda m: m.setattr(provenance, "_configuration", lambda module: {})),
-    "the state is left out": ("training", lambda m: m.setattr(provenance, "_module_state", lambda module: {})),
+    "the state is left out": ("training", lambda m: m.setattr(provenance, "_module_state", lambda module, device: {})),
     "hooks are left out": ("hooks around the run", lambda m: m.setattr("circuitvision.model.hooks.HookEngine.active", lambda self: [])),
     "arguments are left out": ("edit heads", lambda m: m.setattr(provenance, "_arguments", lambda arguments: {})),
     "masks are their label": ("mask", lambda m: m.setattr("circuitvision.model.edits.values.Positions.__provenance__", lambda self: self.plain)),

@@ -75,7 +75,7 @@ def check_ranking() -> None:
         == max(zip(truth.tolist(), [f"L{a}H{b}" for a, b in cells], strict=True))[1]
     )
     flat = cv.readout.ranking(swept()[0])
-    assert flat.axes["component"] == [result.edits[index] for index in order]
+    assert flat.axes["component"] == [result.labels[index] for index in order]
     assert "unedited" in result._repr_html_()
 
 
@@ -106,7 +106,7 @@ def test_interrupted_sweeps_are_ranked_by_what_was_done() -> None:
     values[int(truth.abs().argmax())] = float("nan")
     cut = SweepResult(values, result.axes, clean=result.clean, edits=result.edits, done=result.done)
     order = truth.abs().argsort(descending=True).tolist()
-    assert cv.readout.ranking(cut).axes["component"] == [result.edits[i] for i in (*order[1:], order[0])]
+    assert cv.readout.ranking(cut).axes["component"] == [result.labels[i] for i in (*order[1:], order[0])]
 
 
 def test_patching_is_ranked_by_cells_and_checks_are_not_ranked() -> None:

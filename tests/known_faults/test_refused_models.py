@@ -28,7 +28,7 @@ from circuitvision import edits
 from circuitvision.errors import UnsupportedModelError
 from circuitvision.families.stacks import LLAMA
 from circuitvision.model import inputs as input_checks
-from circuitvision.model import spec, stream
+from circuitvision.model import packing, spec, stream
 from circuitvision.model.spec import Family, NormSpec, Readout, TowerSpec
 from tests.zoo import Case, parametrize, shared_model
 
@@ -207,7 +207,7 @@ def two_eyes(second: Readout | None, projector: str | None = "model.projector") 
             classes=("TwoEyes",),
             output="logits",
             projector=projector,
-            image_layout="flat",
+            packing=packing.Flat(),
             image_token=("image_token_id",),
             towers=towers if projector else towers[1:],
         )

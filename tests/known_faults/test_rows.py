@@ -225,7 +225,7 @@ def check_sweep() -> None:
     first = last(written(model, inputs, lambda x: torch.where(mask[..., None], 0.0, x), layer=0), inputs)
     near(result.values[0, :1], first[:1])
     assert float(result.effect[0].nanmean()) == pytest.approx(float(first[0] - result.clean[0]))
-    assert dict(result.top(6))[result.edits[0]] == pytest.approx(float(first[0] - result.clean[0]))
+    assert dict(result.top(6))[result.labels[0]] == pytest.approx(float(first[0] - result.clean[0]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kept = model.sweep(inputs, groups, last, empty="clean", progress=False)

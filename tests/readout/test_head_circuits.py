@@ -318,8 +318,8 @@ def test_chosen_layers_and_heads_of_zeros():
     [
         (lambda tower: ov_circuit(tower, 3, 0), "no L3H0"),
         (lambda tower: qk_circuit(tower, 0, 4), "no L0H4"),
-        (lambda tower: ov_circuit(tower, 0, -1), "no L0H-1"),
-        (lambda tower: ov_circuit(tower, 0.5, 1), "no L0.5H1"),
+        (lambda tower: ov_circuit(tower, 0, -5), "no L0H-5"),
+        (lambda tower: ov_circuit(tower, 0.5, 1), "no component"),
         (lambda tower: full_ov(tower, 0, 0), "no tokens"),
         (lambda tower: composition_scores(tower, "O"), "Q, K, V"),
         (lambda tower: composition_scores(tower, layers=[5]), "layers of 0 to 2"),
