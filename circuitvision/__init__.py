@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from circuitvision import circuits, data, edits, interop, metrics, organisms, patching, plots, readout
     from circuitvision.model import ActivationCache, HookedModel, HookPoint, TokenMap, Tower
+    from circuitvision.model.picture_boxes import boxes_in_pictures
     from circuitvision.model.spec import register_family, register_stack
     from circuitvision.progress import set_verbosity
 
@@ -33,6 +34,7 @@ _ROOMS = (
 )
 _CLASSES = ("ActivationCache", "HookPoint", "HookedModel", "TokenMap", "Tower")
 _FUNCTIONS = {
+    "boxes_in_pictures": "circuitvision.model.picture_boxes",
     "register_family": "circuitvision.model.spec",
     "register_stack": "circuitvision.model.spec",
     "set_verbosity": "circuitvision.progress",
@@ -44,6 +46,7 @@ __all__ = [
     "HookedModel",
     "TokenMap",
     "Tower",
+    "boxes_in_pictures",
     "circuits",
     "data",
     "edits",
