@@ -418,9 +418,10 @@ def link(tower: Tower) -> Link:
         return "softmax"
     if tower.family.output != "logits":
         return "none"
-    config = tower.config_of_model
-    problem = getattr(config, "problem_type", None)
-    if problem is None and getattr(config, "num_labels", None) == 1:
+    # Entries of the dictionary: attributes of a configuration take microseconds each, and every run asks.
+    config = vars(tower.config_of_model)
+    problem = config.get("problem_type")
+    if problem is None and len(config.get("id2label") or ()) == 1:
         # transformers trains such a head by its squared error.
         problem = "regression"
     links: dict[Any, Link] = {"multi_label_classification": "sigmoid", "regression": "none"}

@@ -114,6 +114,7 @@ class HookedModel(TextTools):
 
     def _own_towers(self) -> None:
         self.engine.before_run = weakref.WeakMethod(self._before_run)
+        self._first_parameter = _first_parameter(self.module)
         for tower in self.towers.values():
             tower.owner = weakref.ref(self)
 
@@ -175,7 +176,6 @@ class HookedModel(TextTools):
         return list(self._match(glob))
 
     def _match(self, names_filter: NamesFilter) -> list[str]:
-        self._follow()
         if isinstance(names_filter, (str, type(None))):
             if names_filter not in self._matches:
                 self._matches[names_filter] = matching(names_filter, self.engine.points)
@@ -213,7 +213,9 @@ class HookedModel(TextTools):
     @property
     def device(self) -> torch.device:
         """Where the model reads its inputs: the device of its first parameter that is in memory, or the one its parameters are fetched to."""
-        return main_device(self.module)
+        parameters, name = self._first_parameter
+        first = parameters.get(name)
+        return main_device(self.module) if first is None or first.is_meta else first.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -609,6 +611,19 @@ def _warn_empty(names_filter: NamesFilter) -> None:
     warnings.warn(
         f"The cache is empty: no site of {names_filter!r} ran with these inputs (a vision tower needs pixel_values).",
         stacklevel=3,
+    )
+
+
+def _first_parameter(module: nn.Module) -> tuple[dict[str, Any], str]:
+    """Where a module keeps its first parameter: asking for it is cheaper than looking for it again in every run."""
+    return next(
+        (
+            (part._parameters, name)
+            for part in module.modules()
+            for name, value in part._parameters.items()
+            if value is not None
+        ),
+        ({}, ""),
     )
 
 

@@ -297,7 +297,8 @@ class HookEngine:
             handle = self.first_blocks[tower].register_forward_pre_hook(self._count_pass(tower), prepend=True)
             self.handles.append(handle)
         for module, phase, _ in plan.calls:
-            if phase == "attention":
+            # Only attention that keeps a cache has a number in it.
+            if phase == "attention" and getattr(module, "layer_idx", None) is not None:
                 slots = hooks.attention[id(module)].slots
                 self._slots.append(slots)
                 self.handles.append(module.register_forward_pre_hook(slots.look, prepend=True, with_kwargs=True))

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from operator import itemgetter
+from itertools import repeat
+from operator import contains, itemgetter
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class ModuleState:
 
     def check(self, hooked: bool) -> None:
         """Raise where hooks would give wrong numbers; warn, once, where the same input gives another output each time."""
-        if hooked and any(_COMPILED in part for part in self._parts):
+        if hooked and any(map(contains, self._parts, repeat(_COMPILED))):
             refuse_wrappers(self.module)
         if not any(map(_in_training, self._parts)):
             self._warned = False

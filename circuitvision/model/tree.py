@@ -10,6 +10,7 @@ Adapters whose effect is no property of the modules are refused: prompts add pos
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import is_
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,9 @@ class ModuleTree:
     """Where the ``wanted`` modules, and every module on the way to them, sit under ``root``."""
 
     def __init__(self, root: nn.Module, wanted: Iterable[nn.Module]) -> None:
-        self._edges: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+        self._parents: list[dict[str, nn.Module | None]] = []
+        self._names: list[str] = []
+        self._children: list[nn.Module] = []
         self._wanted = {id(module) for module in wanted}
         self._walk(root)
         del self._wanted
@@ -33,16 +36,15 @@ class ModuleTree:
         carries = id(parent) in self._wanted
         for name, child in parent._modules.items():
             if child is not None and self._walk(child):
-                self._edges.append((parent._modules, name, child))
+                self._parents.append(parent._modules)
+                self._names.append(name)
+                self._children.append(child)
                 carries = True
         return carries
 
     def intact(self) -> bool:
         """Whether every one of them is still where it was."""
-        for children, name, child in self._edges:  # noqa: SIM110 (twice as fast as all())
-            if children.get(name) is not child:
-                return False
-        return True
+        return all(map(is_, map(dict.get, self._parents, self._names), self._children))
 
 
 def base_of(module: nn.Module) -> Any:
