@@ -222,7 +222,6 @@ class Tally:
         mean = self.mean()
         return (mean if self.without_positions else mean[None]), None
 
-
     def counted(self, layout: Layout) -> Tensor:
         """How many entries went into the mean of each position that a run's site holds."""
         return _gathered(self.counts["position"], layout)

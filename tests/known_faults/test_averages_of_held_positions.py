@@ -79,7 +79,7 @@ def test_means_and_draws_at_a_head_that_generates(model: cv.HookedModel, positio
         assert min(float((drawn[row] - others[other]).abs().max()) for other in range(3) if other != row) < 1e-5
 
 
-@pytest.mark.parametrize("kept, held", [(2, [5, 6]), (torch.tensor([1, 4]), [1, 4])], ids=["last two", "two"])
+@pytest.mark.parametrize(("kept", "held"), [(2, [5, 6]), (torch.tensor([1, 4]), [1, 4])], ids=["last two", "two"])
 def test_means_of_a_data_set_whose_head_reads_all(model: cv.HookedModel, kept: Any, held: list[int]) -> None:
     head, inputs = model.module.lm_head, {**RUN, "logits_to_keep": kept}
     data = read(model.module, head, DATA, "pre")
