@@ -377,7 +377,8 @@ def at_position(
 ) -> Float[Tensor, "batch classes"]:
     """The output at one position of every example, in float32 at least; outputs without positions are returned whole.
 
-    Positions are those of the prompt, also where the call kept only some of them (``logits_to_keep`` in ``inputs``).
+    Positions are those of the prompt, also where the call kept only some of them (``logits_to_keep`` in ``inputs``); what a cache in
+    ``past_key_values`` holds counts as its beginning.
 
     Raises:
         InputError: a position outside the output, a mask of another length, an example that is all padding.
@@ -396,6 +397,7 @@ def at_position(
         index = _last_unmasked(inputs, batch, whole).to(logits.device)
     else:
         index = torch.as_tensor(position, device=logits.device).expand(batch)
+        _refuse_unknown_past(inputs, index)
     if bool(((index < -whole) | (index >= whole)).any()):
         raise InputError(f"Position {index.tolist()} is outside the output's {whole} positions.")
     if kept is not None:
@@ -408,21 +410,40 @@ def at_position(
     return _wide(logits[torch.arange(batch, device=logits.device), index])
 
 
-def _prompt_length(inputs: Mapping[str, Any] | None) -> int:
-    """How many positions the prompt has; 0 where the inputs do not say."""
-    found = ({} if inputs is None else inputs).get("input_ids")
+def _read_length(inputs: Mapping[str, Any] | None) -> int:
+    """How many positions the call itself gave the model; 0 where the inputs do not say."""
+    given = {} if inputs is None else inputs
+    found = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
     return 0 if found is None else int(found.shape[1])
 
 
+def _prompt_length(inputs: Mapping[str, Any] | None) -> int:
+    """How many positions the prompt has, those in a cache included; 0 where the inputs do not say."""
+    read = _read_length(inputs)
+    mask = None if inputs is None or inputs.get("past_key_values") is None else inputs.get("attention_mask")
+    return read if mask is None or mask.ndim != 2 else max(read, int(mask.shape[1]))
+
+
+def _refuse_unknown_past(inputs: Mapping[str, Any] | None, index: Tensor) -> None:
+    """Raise InputError for positions counted from the first one, where nothing says how many a cache held before the run made it longer."""
+    if inputs is None or inputs.get("past_key_values") is None or inputs.get("attention_mask") is not None:
+        return
+    if bool((index >= 0).any()):
+        raise InputError(
+            "Positions count from the first one that past_key_values holds, whose number these inputs do not say: give attention_mask for the "
+            "cache and the new positions, or count from the end (-1 is the last)."
+        )
+
+
 def _kept(inputs: Mapping[str, Any] | None, length: int) -> Tensor | None:
-    """The positions of the prompt that an output of ``length`` positions holds, where the call kept some of them only."""
+    """The positions of the prompt that an output of ``length`` positions holds, where it holds some of them only."""
     keep = None if inputs is None else inputs.get("logits_to_keep")
-    whole = _prompt_length(inputs)
-    if keep is None or not whole:
+    whole, read = _prompt_length(inputs), _read_length(inputs)
+    if not whole:
         return None
     if isinstance(keep, Tensor) and keep.ndim:
-        return keep.remainder(whole)
-    return torch.arange(whole - length, whole) if int(keep) else None
+        return keep.remainder(read) + (whole - read)
+    return torch.arange(whole - length, whole) if (keep is not None and int(keep)) or whole > read else None
 
 
 def _last_unmasked(inputs: Mapping[str, Any] | None, batch: int, length: int) -> Tensor:

@@ -111,6 +111,13 @@ class Layout:
         """The entries of the site's own axis, of a mask over all positions of the tower ``[row pos]``."""
         return mask if self.held is None else mask[:, self.held]
 
+    def index(self, position: int) -> int | None:
+        """Where a position of the tower stands in the site's own axis; None where the site does not hold it."""
+        if self.held is None:
+            return position if position < self.there.shape[1] else None
+        found = np.flatnonzero(self.held == position)
+        return int(found[0]) if len(found) else None
+
 
 def places(tokens: TokenMap) -> Array:
     """What every position is, as text ``[row pos]``: its kind, and of a patch its row and column in the grid."""
@@ -134,7 +141,10 @@ def _units(tokens: TokenMap) -> Array:
 
 
 class Tally:
-    """The mean of one site over several runs: sums in float64, and how many entries went into each."""
+    """The mean of one site over several runs: sums in float64, and how many entries went into each.
+
+    Sums per position are of the tower's positions: runs whose site holds others of them (a cache, ``logits_to_keep``) line up all the same.
+    """
 
     def __init__(self, site: str, average: Average) -> None:
         self.site, self.average = site, average
@@ -174,6 +184,8 @@ class Tally:
         there = torch.from_numpy(layout.there).to(exact.device)
         wide = there.view(*there.shape, *[1] * (exact.ndim - 2))
         total, count = torch.where(wide, exact, 0.0).sum(0), there.sum(0)
+        if layout.held is not None and layout.tokens is not None:
+            total, count = (_spread(part, layout.held, layout.tokens.n_positions) for part in (total, count))
         if "position" in self.sums:
             if layout.kind is None and self.sums["position"].shape != total.shape:
                 raise InputError(
@@ -199,10 +211,7 @@ class Tally:
             mean = self.mean()
             if layout is None or layout.kind is None:
                 return mean[None], None if layout is None or bool(layout.there.all()) else layout.there
-            length = layout.there.shape[1]
-            mean = mean[:length]
-            missing = mean.new_zeros(length - len(mean), *mean.shape[1:])
-            return torch.cat([mean, missing])[None], layout.there
+            return _gathered(mean, layout)[None], layout.there
         if self.average == "kind" and layout is not None and layout.kind is not None:
             found = {kind: self.mean(kind) for kind in self.sums}
             one = next(iter(found.values()))
@@ -212,6 +221,24 @@ class Tally:
             return out, layout.there
         mean = self.mean()
         return (mean if self.without_positions else mean[None]), None
+
+    def counted(self, layout: Layout) -> Tensor:
+        """How many entries went into the mean of each position that a run's site holds."""
+        return _gathered(self.counts["position"], layout)
+
+
+def _gathered(part: Tensor, layout: Layout) -> Tensor:
+    """Of something for each position of a tower what a run's site holds; 0 behind its end."""
+    held = np.arange(layout.there.shape[1]) if layout.held is None else layout.held
+    missing = part.new_zeros(max(0, int(held.max(initial=-1)) + 1 - len(part)), *part.shape[1:])
+    return torch.cat([part, missing])[torch.from_numpy(held).to(part.device)]
+
+
+def _spread(part: Tensor, held: Array, length: int) -> Tensor:
+    """What a site holds of each position, at its place among all positions of the tower; 0 elsewhere."""
+    out = part.new_zeros(length, *part.shape[1:])
+    out[torch.from_numpy(held).to(part.device)] = part
+    return out
 
 
 def _plus(one: Tensor, other: Tensor) -> Tensor:
@@ -257,13 +284,10 @@ def check_aligned(run: Layout, data: Sequence[Layout], wanted: Array, of_run: bo
     needed = wanted & run.there
     what = "run" if of_run else "data set"
     for position in np.flatnonzero(needed.any(0)).tolist():
-        found = [
-            part.place[part.there[:, position], position]
-            for part in data
-            if part.place is not None and position < part.there.shape[1]
-        ]
-        count, names = sum(map(len, found)), {str(name) for part in found for name in part}
         at = position if run.held is None else int(run.held[position])
+        columns = [(part, part.index(at)) for part in data]
+        found = [part.place[part.there[:, n], n] for part, n in columns if part.place is not None and n is not None]
+        count, names = sum(map(len, found)), {str(name) for part in found for name in part}
         own = {str(name) for name in run.place[needed[:, position], position]}
         if not count:
             raise InputError(f"no row of the {what} has anything at position {at}, which is to be ablated. {_FIX}")

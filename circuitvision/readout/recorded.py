@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.axes import past_length
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
@@ -89,6 +90,12 @@ def tokens_of(cache: ActivationCache, tower: str) -> TokenMap:
     if tower not in maps:
         raise InputError(f"These inputs do not run the {tower} tower.")
     return maps[tower]
+
+
+def behind_cache(tower: Any, cache: ActivationCache, length: int) -> int:
+    """How many positions of the tower come before the ``length`` that a run behind a cache (``past_key_values``) computed; 0 in any other run."""
+    past = 0 if tower.stack.image or not cache.inputs else past_length(cache.inputs)
+    return past if past and tokens_of(cache, tower.name).n_positions - past == length else 0
 
 
 def real_queries(tower: Any, tokens: TokenMap) -> Bool[np.ndarray, "row pos"]:

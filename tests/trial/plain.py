@@ -240,7 +240,8 @@ def _block_handles(block: Any, part: dict[str, Any], name: str, fn: _Count, stac
     out: Callable[[Tensor, Tensor], Tensor] = lambda x, y: fn(y)  # noqa: E731
     heads: Callable[[Tensor, Tensor], Tensor] = lambda x, y: fn(_split(y, size)).flatten(2)  # noqa: E731
     if name == "hook_resid_pre":
-        return [before(block, fn)]
+        # What the block before left, which others may have recorded (hidden states): all of them see it.
+        return [before(block, lambda x: x.copy_(fn(x.clone())))]
     if name == "hook_resid_post":
         return [after(block, out)]
     if name == "hook_resid_mid":

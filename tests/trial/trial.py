@@ -241,7 +241,7 @@ def _edit(
         count = value.shape[1 if pattern else 2]
         heads = chance.choice([None, 0, [count - 1], sorted({0, count - 1})] if kind != "heads" else [0, [count - 1]])
     if kind == "permute":
-        if pooled or pattern or headed or length < 3:
+        if pooled or pattern or headed or not same_axis or length < 3:
             return None
         first = chance.randrange(length - 2)
         where, hit = slice(first, first + 3), torch.zeros_like(hit)

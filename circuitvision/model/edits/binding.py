@@ -423,6 +423,8 @@ class Binder:
         if found is None:
             layout = Layout.of(self.model, self.maps, site, value.shape, self.inputs)
             found = draw(layout, np.ones_like(layout.there), edit.seed)
+        else:
+            value = self._as_held(site, value)
         key = (site, found.rows.tobytes(), None if found.positions is None else found.positions.tobytes())
         if key not in self._drawn:
             self._drawn[key] = found.take(value)
@@ -456,11 +458,19 @@ class Binder:
     def _own_layout(self, site: str, clean: Mapping[str, Tensor] | None) -> Layout | None:
         """The layout of a site in the run that is edited; None where only the run itself can tell."""
         window = self.window(site)
-        if clean is not None:
-            return Layout.of(self.model, self.maps, site, clean[site].shape, self.inputs)
         if window is None or window.tokens is None or window.axis.absent:
-            return None
+            return None if clean is None else Layout.of(self.model, self.maps, site, clean[site].shape, self.inputs)
         return self._layout(window)
+
+    def _as_held(self, site: str, value: Tensor) -> Tensor:
+        """Of the values of a single run the positions that the edited run's site holds: ``generate`` reads one where a run reads them all."""
+        window = self.window(site)
+        assert window is not None
+        layout = Layout.of(self.model, self.maps, site, value.shape, self.inputs)
+        if layout.kind is None or window.count == value.shape[1]:
+            return value
+        held = range(window.prompt) if window.axis.held is None else window.axis.held
+        return value[:, [index for position in held if (index := layout.index(position)) is not None]]
 
     def _layout(self, window: Window) -> Layout:
         """The layout of a tower's positions in the run that is edited, made once."""

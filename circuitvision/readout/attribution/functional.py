@@ -29,7 +29,7 @@ from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading, frozen_norm
 from circuitvision.model.selection import Selection
 from circuitvision.model.spec import require
-from circuitvision.readout.recorded import examples_of, tokens_of
+from circuitvision.readout.recorded import behind_cache, examples_of, tokens_of
 from circuitvision.readout.targets import (
     Targets,
     names_of,
@@ -301,6 +301,7 @@ def positions_read(
     if isinstance(position, Selection):
         return _selected(tower, position, rows, length)
     mask = torch.zeros(rows, length, dtype=torch.bool)
+    behind = behind_cache(tower, cache, length)
     if isinstance(position, str):
         if position not in ("mean", "last"):
             raise InputError(
@@ -308,17 +309,20 @@ def positions_read(
             )
         tokens = tokens_of(cache, tower.name)
         # A later pass holds only what it generated: all of it is real.
-        whole = tokens.n_positions == length and tokens.n_rows == rows
-        real = torch.from_numpy(tokens.present) if whole else torch.ones(rows, length, dtype=torch.bool)
+        whole = tokens.n_positions == behind + length and tokens.n_rows == rows
+        real = torch.from_numpy(tokens.present[:, behind:]) if whole else torch.ones(rows, length, dtype=torch.bool)
         if position == "mean":
             mask[:, start:] = real[:, start:]
             return mask
         mask[torch.arange(rows), length - 1 - real.flip(1).int().argmax(1)] = True
         return mask
     where = _numbers(position, rows)
-    where = torch.where(where < 0, where + length, where + start)
+    where = torch.where(where < 0, where + length, where + start - behind)
     if bool(((where < start) | (where >= length)).any()):
-        raise InputError(f"Position {position!r} is outside the {length - start} positions that are read here.")
+        numbers = f" ({behind}…{behind + length - 1}, behind those of the cache)" if behind else ""
+        raise InputError(
+            f"Position {position!r} is outside the {length - start} positions that are read here{numbers}."
+        )
     mask[torch.arange(rows), where] = True
     return mask
 

@@ -50,7 +50,7 @@ from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.lens.sites import lens_sites, ordered_sites
 from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.places import places_of, shares_of
-from circuitvision.readout.recorded import check_hooked, held_as, inputs_of
+from circuitvision.readout.recorded import behind_cache, check_hooked, held_as, inputs_of
 from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, plain, resolve_targets
 
 if TYPE_CHECKING:
@@ -349,7 +349,8 @@ def _where(
 ) -> tuple[Tensor, list[int], list[Any], list[list[str]], list[list[str]]]:
     """Places, examples, numbers, words and kinds of the positions kept.
 
-    A site or projector without the first positions lacks the tower's prefix; a later pass of a text tower holds what it generated.
+    A site or projector without the first positions lacks the tower's prefix; a run behind a cache what the cache holds; a later pass of a text
+    tower holds what it generated.
     """
     tokens = reader.tokens
     if tokens is None or tokens.n_rows != rows or length > tokens.n_positions:
@@ -357,7 +358,8 @@ def _where(
         blank = [[""] * length for _ in range(rows)]
         return nowhere, list(range(rows)), list(range(length)), blank, blank
     example = [int(number) for number in tokens.example]
-    if length < tokens.n_positions and np.isin(tokens.kind, ("text", "unknown")).any():
+    later = bool(step) or not behind_cache(reader.tower, reader.cache, length)
+    if later and length < tokens.n_positions and np.isin(tokens.kind, ("text", "unknown")).any():
         first = tokens.n_positions + length * max((step or 1) - 1, 0)
         generated = [["generated"] * length for _ in range(rows)]
         return torch.full((rows, length, 4), -1), example, list(range(first, first + length)), generated, generated

@@ -130,9 +130,7 @@ def _mean_of_data(variable: Variable, inputs: Mapping[str, Any], needed: Tensor 
     tally = Tally(variable.site, "position")
     tally.add(found, place.layout)
     source, _ = tally.source(variable.place.layout)
-    count = tally.counts["position"][: source.shape[1]].to(source.device)
-    there = torch.zeros(1, source.shape[1], dtype=torch.bool, device=source.device)
-    there[0, : len(count)] = count > 0
+    there = tally.counted(variable.place.layout).to(source.device) > 0
     there = there.view(1, -1, *[1] * (variable.value.ndim - 2))
     mean = source.to(variable.value).expand_as(variable.value)
     return _where_there(mean, there, variable, needed, "row of the data set")
