@@ -328,7 +328,14 @@ class HookedModel(TextTools):
             raise InputError("model.config.return_dict is False, which takes the names off the output: set it to True.")
         with self._running(mapping):
             output = self.module(**mapping, **kwargs)
-        found = output[self.family.output] if isinstance(output, Mapping) else getattr(output, self.family.output)
+        name = self.family.output
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if not isinstance(found, Tensor):
+            held = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
+            raise UnsupportedModelError(
+                f"The forward of {type(self.module).__name__} returns no tensor {name!r}, which the table of the {self.family.name} family calls "
+                f"its output, but {held}."
+            )
         return found if self.link == "softmax" else marked(found, self.link)
 
     @property
@@ -614,7 +621,7 @@ def _warn_empty(names_filter: NamesFilter) -> None:
 
 def _one_group(edits: Edit | Sequence[Edit]) -> list[tuple[Edit, ...]]:
     """The edits of a single run as one group; a single edit is one as well."""
-    listed = [edits] if isinstance(edits, Edit) else edits
+    listed = [edits] if isinstance(edits, (Edit, str)) else edits
     if isinstance(listed, (list, tuple)) and any(isinstance(edit, (list, tuple)) for edit in listed):
         raise InputError("A run takes one list of edits; model.sweep takes groups of them, one run each.")
     return [tuple(edit for group in as_groups(listed) for edit in group)]

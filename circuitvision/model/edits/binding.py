@@ -46,10 +46,18 @@ def as_groups(edits_or_groups: Any) -> list[Group]:
         raise InputError("Give a list of edits, or of groups of edits; each entry is one run.")
     groups: list[Group] = []
     for entry in edits_or_groups:
-        group = (entry,) if isinstance(entry, Edit) else tuple(entry) if isinstance(entry, Iterable) else (entry,)
+        group = (
+            (entry,)
+            if isinstance(entry, Edit)
+            else tuple(entry)
+            if isinstance(entry, Iterable) and not isinstance(entry, str)
+            else (entry,)
+        )
         wrong = [edit for edit in group if not isinstance(edit, Edit)]
         if wrong:
-            raise InputError(f"{wrong[0]!r} is not an edit; circuitvision.edits makes them.")
+            raise InputError(
+                f"{wrong[0]!r} is not an edit; circuitvision.edits makes them, such as edits.ablate('vision.L1H3')."
+            )
         groups.append(group)
     return groups
 
