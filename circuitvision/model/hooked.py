@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from circuitvision import metrics, provenance
-from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
+from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError, warn
 from circuitvision.links import Link, marked
 from circuitvision.model import dead, generation, heads, layout, loading, state, stream
 from circuitvision.model import inputs as input_checks
@@ -461,9 +460,7 @@ class HookedModel(TextTools):
         if lost:
             spec = self.towers[SiteName.parse(lost[0]).tower].spec
             unless = f", unless the call sets {spec.feature_layers}" if inputs is None and spec.feature_layers else ""
-            warnings.warn(
-                f"{lost[0]} cannot reach the output of this model, so editing it changes nothing{unless}.", stacklevel=4
-            )
+            warn(f"{lost[0]} cannot reach the output of this model, so editing it changes nothing{unless}.")
         return Registration(forward=forward, backward=backward, exact=frozenset(exact))
 
     def add_hook(self, name: NamesFilter, fn: Hook, backward: bool = False) -> None:
@@ -613,10 +610,7 @@ class HookedModel(TextTools):
 
 
 def _warn_empty(names_filter: NamesFilter) -> None:
-    warnings.warn(
-        f"The cache is empty: no site of {names_filter!r} ran with these inputs (a vision tower needs pixel_values).",
-        stacklevel=3,
-    )
+    warn(f"The cache is empty: no site of {names_filter!r} ran with these inputs (a vision tower needs pixel_values).")
 
 
 def _one_group(edits: Edit | Sequence[Edit]) -> list[tuple[Edit, ...]]:
