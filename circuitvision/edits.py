@@ -28,7 +28,6 @@ arXiv 2304.14767); the functions name the papers of their variants.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.model.averages import average_of
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.edits.attention import AddAttentionBias, BlockAttention, DeleteTokens, ScaleAttention
@@ -193,10 +192,9 @@ def ablate(
         raise InputError(f"with_={with_!r} is not understood: {', '.join(map(repr, words))}, or a value.")
     over = average_of(average)
     if method == "heads":
-        warnings.warn(
+        warn(
             "The mean over other heads depends on the basis of each head's values, which the model's function does not; "
-            "use 'zero' or 'mean' for a result that is a property of the model.",
-            stacklevel=2,
+            "use 'zero' or 'mean' for a result that is a property of the model."
         )
     sets: tuple[HeldMapping, ...] | None = None
     if dataset is not None:
@@ -290,10 +288,9 @@ def project(
     if not isinstance(basis, Tensor):
         raise InputError(f"A basis is a tensor [d] or [d, k], not {type(basis).__name__}.")
     if basis.requires_grad and torch.is_grad_enabled():
-        warnings.warn(
+        warn(
             "project keeps an orthonormal copy of the basis, which no gradient reaches: basis.grad stays None. To train a basis, write the "
-            "interchange with edits.apply(site, lambda x, hook: x + (source - x) @ V @ V.T); to use it as it is, pass basis.detach().",
-            stacklevel=2,
+            "interchange with edits.apply(site, lambda x, hook: x + (source - x) @ V @ V.T); to use it as it is, pass basis.detach()."
         )
     columns = basis.detach()[:, None] if basis.ndim == 1 else basis.detach()
     if columns.ndim != 2 or columns.shape[1] > columns.shape[0] or columns.shape[1] == 0:

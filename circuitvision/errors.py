@@ -7,6 +7,9 @@ vocabulary (a bad value, an unknown key) also derive from that built-in type.
 from __future__ import annotations
 
 import difflib
+import os
+import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,6 +35,23 @@ class HookError(CircuitVisionError):
 
 class InputError(CircuitVisionError, ValueError):
     """Inputs do not fit the model: image size, image tokens, mask length, unknown words."""
+
+
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called circuitvision, however deep below it the reason was found.
+
+    Python shows a warning once for each line: at a line in here, a second study with the same mistake would run without a word.
+    """
+    frame = found = sys._getframe(1)
+    while frame.f_back is not None:
+        inside, frame = frame.f_code.co_filename.startswith(_HERE), frame.f_back
+        found = frame if inside else found
+    registry = found.f_globals.setdefault("__warningregistry__", {})
+    where = (found.f_code.co_filename, found.f_lineno, found.f_globals.get("__name__", "<unknown>"))
+    warnings.warn_explicit(message, category, *where, registry)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

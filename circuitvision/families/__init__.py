@@ -8,6 +8,7 @@ from __future__ import annotations
 from circuitvision.families import clip, deit, dinov2, llava, paligemma, pi0, siglip, stacks, vit
 from circuitvision.model.packing import AnyRes, Cameras, Flat, Packing, Patches
 from circuitvision.model.spec import (
+    FAMILIES,
     BlockLayout,
     Family,
     NormSpec,
@@ -42,3 +43,6 @@ __all__ = [
     "stacks",
     "vit",
 ]
+
+SHIPPED = frozenset(FAMILIES)
+"""The classes that the files here describe."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from circuitvision import metrics, provenance
-from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
+from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError, warn
 from circuitvision.links import Link, marked
 from circuitvision.model import dead, generation, heads, layout, loading, state, stream
 from circuitvision.model import inputs as input_checks
@@ -330,7 +329,14 @@ class HookedModel(TextTools):
             raise InputError("model.config.return_dict is False, which takes the names off the output: set it to True.")
         with self._running(mapping):
             output = self.module(**mapping, **kwargs)
-        found = output[self.family.output] if isinstance(output, Mapping) else getattr(output, self.family.output)
+        name = self.family.output
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if not isinstance(found, Tensor):
+            held = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
+            raise UnsupportedModelError(
+                f"The forward of {type(self.module).__name__} returns no tensor {name!r}, which the table of the {self.family.name} family calls "
+                f"its output, but {held}."
+            )
         return found if self.link == "softmax" else marked(found, self.link)
 
     @property
@@ -456,9 +462,7 @@ class HookedModel(TextTools):
         if lost:
             spec = self.towers[SiteName.parse(lost[0]).tower].spec
             unless = f", unless the call sets {spec.feature_layers}" if inputs is None and spec.feature_layers else ""
-            warnings.warn(
-                f"{lost[0]} cannot reach the output of this model, so editing it changes nothing{unless}.", stacklevel=4
-            )
+            warn(f"{lost[0]} cannot reach the output of this model, so editing it changes nothing{unless}.")
         return Registration(forward=forward, backward=backward, exact=frozenset(exact))
 
     def add_hook(self, name: NamesFilter, fn: Hook, backward: bool = False) -> None:
@@ -608,10 +612,7 @@ class HookedModel(TextTools):
 
 
 def _warn_empty(names_filter: NamesFilter) -> None:
-    warnings.warn(
-        f"The cache is empty: no site of {names_filter!r} ran with these inputs (a vision tower needs pixel_values).",
-        stacklevel=3,
-    )
+    warn(f"The cache is empty: no site of {names_filter!r} ran with these inputs (a vision tower needs pixel_values).")
 
 
 def _first_parameter(module: nn.Module) -> tuple[dict[str, Any], str]:
@@ -629,7 +630,7 @@ def _first_parameter(module: nn.Module) -> tuple[dict[str, Any], str]:
 
 def _one_group(edits: Edit | Sequence[Edit]) -> list[tuple[Edit, ...]]:
     """The edits of a single run as one group; a single edit is one as well."""
-    listed = [edits] if isinstance(edits, Edit) else edits
+    listed = [edits] if isinstance(edits, (Edit, str)) else edits
     if isinstance(listed, (list, tuple)) and any(isinstance(edit, (list, tuple)) for edit in listed):
         raise InputError("A run takes one list of edits; model.sweep takes groups of them, one run each.")
     return [tuple(edit for group in as_groups(listed) for edit in group)]

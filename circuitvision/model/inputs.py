@@ -100,6 +100,8 @@ def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
             f"{' and '.join(missing)} missing: the model would draw them at random, and no two runs could be compared. "
             "model.inputs(…, seed=0) fills them."
         )
+    if not any(isinstance(value, Tensor) for value in inputs.values()):
+        raise InputError("The inputs hold no tensor; model.inputs(images=…, text=…) makes them.")
     check_keywords(model, inputs)
     _check_settings(model, inputs)
     _check_devices(model, inputs)

@@ -6,14 +6,13 @@ way to the processor, where the automatic one needs torchvision.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from circuitvision.errors import InputError, UnsupportedModelError, nearest
+from circuitvision.errors import InputError, UnsupportedModelError, nearest, warn
 from circuitvision.model.spec import FAMILIES, family_of, load_tables, unsupported
 from circuitvision.model.tree import base_of, refuse_adapters
 from circuitvision.progress import as_silent_as_we_are
@@ -188,9 +187,8 @@ def load_processor(name: str | Path, module: nn.Module) -> Any:
         ) as error:  # transformers raises OSError, ValueError, ImportError, KeyError … for a missing piece
             reason = (str(error) or type(error).__name__).splitlines()[0]
             errors.append(f"{getattr(attempt, '__name__', attempt)}: {reason}")
-    warnings.warn(
+    warn(
         f"No processor could be loaded from {name}; model.inputs(images=…, text=…) is not available, tensors made by hand "
-        f"work. ({'; '.join(errors)})",
-        stacklevel=3,
+        f"work. ({'; '.join(errors)})"
     )
     return None

@@ -237,7 +237,8 @@ def _of_channels(image: Image.Image, channels: int) -> Image.Image:
     grey = image.mode in ("L", "1")
     if channels == 1 and not grey:
         raise InputError(
-            f"This model reads grey pictures (one channel) and got one of mode {image.mode!r}; convert it: image.convert('L')."
+            f"This model reads grey pictures (one channel) and got one of mode {image.mode!r}; convert it: image.convert('L'). "
+            "Several grey pictures in one array are given as list(array)."
         )
     wanted = "L" if channels == 1 else "RGB"
     return image if image.mode == wanted else image.convert(wanted)

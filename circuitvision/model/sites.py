@@ -147,7 +147,9 @@ def _hint(glob: str, sites: Iterable[str]) -> str:
     wider = re.sub(r"\*+", "**", glob)
     if wider != glob and any(_pattern(wider).fullmatch(name) for name in sites):
         return f"* stays inside one dotted part and ** crosses dots: {wider!r} matches."
-    return f"Nearest: {', '.join(nearest(glob, sites))}."
+    spelling = re.search(r"[Ll](?:ayer)?\s*\.?(\d+)\W*[Hh](?:ead)?\s*\.?(\d+)$", glob)
+    head = f" A head is written L{spelling[1]}H{spelling[2]}, behind its tower's name." if spelling else ""
+    return f"Nearest: {', '.join(nearest(glob, sites))}.{head}"
 
 
 def exact_names(names_filter: NamesFilter, names: Iterable[str]) -> frozenset[str]:

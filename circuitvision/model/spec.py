@@ -15,6 +15,7 @@ import difflib
 import importlib
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -22,7 +23,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from circuitvision.errors import UnsupportedModelError
+from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.model.packing import Packing
 from circuitvision.model.weights import computing
 
@@ -185,13 +186,46 @@ def load_tables() -> None:
 
 
 def register_family(family: Family) -> Family:
-    """Add a family to the table, beside the shipped ones; raises ValueError if one of its classes is already taken."""
+    """Add a family to the table, beside the shipped ones. Registered again under its name, it takes its own place; models wrapped before keep theirs.
+
+    Raises InputError, which is a ValueError, if one of its classes is a shipped family's or another's, or if the table says what cannot be.
+    """
     load_tables()
+    _check_table(family)
+    shipped = getattr(sys.modules.get("circuitvision.families"), "SHIPPED", frozenset())
     for cls in family.classes:
-        if cls in FAMILIES:
-            raise ValueError(f"{cls} is already registered, by the family {FAMILIES[cls].name!r}.")
-        FAMILIES[cls] = family
+        if cls in FAMILIES and (cls in shipped or FAMILIES[cls].name != family.name):
+            raise InputError(
+                f"{cls} is already registered, by the {'shipped ' if cls in shipped else ''}family {FAMILIES[cls].name!r}; a family of "
+                "one's own is put right by registering it again under the same name."
+            )
+    FAMILIES.update(dict.fromkeys(family.classes, family))
     return family
+
+
+POOLS = ("none", "cls", "cls+mean_patch", "cls+distillation", "mean_patch", "mean", "last", "eos", "chunk", "attention")
+
+
+def _check_table(family: Family) -> None:
+    """Raise InputError for a table that would be misread without a word: a word for a tuple, a rule or a kind that there is not."""
+    from circuitvision.model.tokens import KINDS
+
+    where = f"In the table of the {family.name} family, "
+
+    def need_tuple(name: str, value: Any, kind: type) -> None:
+        if not (isinstance(value, tuple) and all(isinstance(entry, kind) for entry in value)):
+            raise InputError(f"{where}{name}={value!r} is no tuple of {kind.__name__}; one alone is written (…,).")
+
+    need_tuple("classes", family.classes, str)
+    need_tuple("towers", family.towers, TowerSpec)
+    for readout in (tower.readout for tower in family.towers if tower.readout is not None):
+        need_tuple("reads", readout.reads, str)
+        if readout.pool not in POOLS:
+            raise InputError(f"{where}pool={readout.pool!r} is no rule; the rules are {', '.join(POOLS)}.")
+        if readout.reads not in (("*",), ("eos",), ("last",)) and not set(readout.reads) <= set(KINDS):
+            raise InputError(
+                f"{where}reads={readout.reads!r}; give ('*',), ('eos',), ('last',) or kinds of positions: {', '.join(KINDS)}."
+            )
 
 
 def register_stack(stack: Stack, *model_types: str) -> Stack:
@@ -267,7 +301,8 @@ def require(root: nn.Module, path: Path, what: str) -> nn.Module:
     if found is None:
         children = ", ".join(name for name, _ in root.named_children()) or "no sub-modules"
         raise UnsupportedModelError(
-            f"{type(root).__name__} has no {what}: looked for {path!r}, found {children}. The layout of this transformers version is not known."
+            f"{type(root).__name__} has no {what}: looked for {path!r}, found {children}. The layout of this transformers version is not "
+            "known, or the table of the family is wrong."
         )
     return found
 

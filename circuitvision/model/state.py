@@ -12,7 +12,6 @@ Not covered: randomness that no attribute tells of (a forward that calls ``torch
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from itertools import repeat
 from operator import contains, itemgetter
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from circuitvision.errors import HookError, InputError, UnsupportedModelError
+from circuitvision.errors import HookError, InputError, UnsupportedModelError, warn
 
 _COMPILED = "_compiled_call_impl"
 _in_training = itemgetter("training")
@@ -58,10 +57,9 @@ class ModuleState:
             source = random_part(self.module)
             if source:
                 self._warned = True
-                warnings.warn(
+                warn(
                     f"{source} draws random numbers: the model is in training mode, and the same input gives another output each time. "
-                    "Call model.eval().",
-                    stacklevel=6,
+                    "Call model.eval()."
                 )
 
     def _refuse_checkpointing(self) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from torch.nn.modules import module as global_hooks
 
 from circuitvision import metrics
 from circuitvision.digests import NamedFunction
-from circuitvision.errors import CircuitVisionError, InputError
+from circuitvision.errors import CircuitVisionError, InputError, warn
 from circuitvision.links import marked
 from circuitvision.model.edits.axes import check_axes
 from circuitvision.model.edits.base import Edit, EditGroup
@@ -230,15 +229,13 @@ class Sweep:
                 if not self.partial:
                     raise
                 interrupted = f"{type(error).__name__}: {error}".rstrip(": ")
-                warnings.warn(
-                    f"The sweep was interrupted ({interrupted}) after {int(done.sum())} of {len(done)} edits; the others are NaN.",
-                    stacklevel=4,
+                warn(
+                    f"The sweep was interrupted ({interrupted}) after {int(done.sum())} of {len(done)} edits; the others are NaN."
                 )
         lost = int(self.values[done].isnan().any(0).sum())
         if lost:
-            warnings.warn(
-                f"The metric is not a number in {lost} of {len(clean)} examples (of some runs), and so is what is made of them.",
-                stacklevel=4,
+            warn(
+                f"The metric is not a number in {lost} of {len(clean)} examples (of some runs), and so is what is made of them."
             )
         groups = [EditGroup(task.bound.group) for task in self.tasks]
         if self.empty == "nan":
@@ -263,10 +260,9 @@ class Sweep:
         needed = max((math.prod(self._size(route)) for route in routes), default=0)
         free = free_memory(self.model.device)
         if free is not None and needed > LARGE_SHARE * free:
-            warnings.warn(
+            warn(
                 f"One run of these {self._n_examples()} examples may keep about {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} GiB that are free. "
-                "The memory of a sweep grows with its examples: sweep over smaller batches of them, and join the values.",
-                stacklevel=4,
+                "The memory of a sweep grows with its examples: sweep over smaller batches of them, and join the values."
             )
 
     def _n_examples(self) -> int:
@@ -283,10 +279,9 @@ class Sweep:
                 lost[task.number] = int(unedited.sum())
         if lost:
             number, count = max(lost.items(), key=lambda item: item[1])
-            warnings.warn(
+            warn(
                 f"{len(lost)} of {len(self.tasks)} edits select no position in some of the {self.values.shape[1]} examples, which are NaN and in no "
-                f"mean: most often {groups[number]!r}, in {count}. empty='clean' keeps their unedited metric.",
-                stacklevel=4,
+                f"mean: most often {groups[number]!r}, in {count}. empty='clean' keeps their unedited metric."
             )
 
     def _evaluate(self, logits: Tensor) -> Tensor:
@@ -462,10 +457,7 @@ class Sweep:
                     self._halve(size, error)
                     continue
                 if not isinstance(error, CannotResume):
-                    warnings.warn(
-                        f"A resumed run failed ({type(error).__name__}: {error}), so {len(part)} edits run in full.",
-                        stacklevel=2,
-                    )
+                    warn(f"A resumed run failed ({type(error).__name__}: {error}), so {len(part)} edits run in full.")
                 for task in part:
                     task.note = f"in full: {error}"
                     yield task, self._in_full(task)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision import edits, metrics
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.model.edits.base import EditGroup, by_digest
 from circuitvision.model.edits.values import Held
 from circuitvision.model.sites import SiteName
@@ -199,10 +198,9 @@ def usable_gap(
     floor = (base.abs() + source.abs()) * LEAST_GAP if min_gap is None else torch.full_like(gap, min_gap)
     usable = (gap.abs() > floor) & gap.isfinite()
     if not bool(usable.all()):
-        warnings.warn(
+        warn(
             f"In {int((~usable).sum())} of {len(gap)} examples the metric hardly differs between the two runs, so "
-            "their normalised effect is NaN. Choose a pair whose answers differ.",
-            stacklevel=3,
+            "their normalised effect is NaN. Choose a pair whose answers differ."
         )
     return torch.where(usable, gap, torch.full_like(gap, float("nan")))
 

@@ -17,7 +17,6 @@ targets of a language model.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.errors import InputError, UnsupportedModelError, warn
 from circuitvision.model import heads
 from circuitvision.model.weights import out_width
 
@@ -125,10 +124,9 @@ def _warn_of_unknown(tokenizer: Any, prompts: Sequence[str]) -> None:
     lost = {prompt: words for prompt, words in lost.items() if words}
     if lost:
         prompt, words = next(iter(lost.items()))
-        warnings.warn(
+        warn(
             f"{len(lost)} of {len(prompts)} prompts hold words that this tokenizer does not know, and reads all alike: "
-            f"{', '.join(map(repr, words))} in {prompt!r}.",
-            stacklevel=4,
+            f"{', '.join(map(repr, words))} in {prompt!r}."
         )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitvision.errors import CircuitVisionError, InputError
+from circuitvision.errors import CircuitVisionError, InputError, warn
 from circuitvision.model.averages import Draw, Layout, Tally, check_aligned, check_kinds, draw
 from circuitvision.model.axes import axis_of, past_length, prefix_of, tower_of
 from circuitvision.model.edits.attention import DeleteTokens
@@ -46,10 +45,18 @@ def as_groups(edits_or_groups: Any) -> list[Group]:
         raise InputError("Give a list of edits, or of groups of edits; each entry is one run.")
     groups: list[Group] = []
     for entry in edits_or_groups:
-        group = (entry,) if isinstance(entry, Edit) else tuple(entry) if isinstance(entry, Iterable) else (entry,)
+        group = (
+            (entry,)
+            if isinstance(entry, Edit)
+            else tuple(entry)
+            if isinstance(entry, Iterable) and not isinstance(entry, str)
+            else (entry,)
+        )
         wrong = [edit for edit in group if not isinstance(edit, Edit)]
         if wrong:
-            raise InputError(f"{wrong[0]!r} is not an edit; circuitvision.edits makes them.")
+            raise InputError(
+                f"{wrong[0]!r} is not an edit; circuitvision.edits makes them, such as edits.ablate('vision.L1H3')."
+            )
         groups.append(group)
     return groups
 
@@ -182,15 +189,13 @@ class Binder:
             edit.check(self.model, name, self.window(name), self._n_heads(name), self._grows(edit, name))
         exact = len(names) == 1 and edit.site == names[0]
         if exact and self.model.is_dead(names[0], self.inputs):
-            warnings.warn(
-                f"{names[0]} cannot reach the output of this model, so {edit!r} changes nothing.", stacklevel=6
-            )
+            warn(f"{names[0]} cannot reach the output of this model, so {edit!r} changes nothing.")
         if edit.does_nothing:
             return
         met = [name for name in names if self._meets(edit, name, self.passes)]
         if not met:
             self._refuse_unmet(edit, names)
-            warnings.warn(f"{edit!r} selects no position, so it changes nothing.", stacklevel=6)
+            warn(f"{edit!r} selects no position, so it changes nothing.")
             return
         if self.warns_of_rows:
             self._warn_of_rows(edit, met[0])
@@ -238,9 +243,7 @@ class Binder:
         for edit in bound.group:
             names = [name for name, listed in bound.writes.items() if edit in listed]
             if names and not any(self._meets(edit, name, passes) for name in names):
-                warnings.warn(
-                    f"Generation ended after {passes} steps, so {edit!r} never acted: it changed nothing.", stacklevel=3
-                )
+                warn(f"Generation ended after {passes} steps, so {edit!r} never acted: it changed nothing.")
 
     def rows_without_selection(self, edit: Edit, name: str) -> list[int]:
         """The rows of the batch in which an edit selects no position of the prompt; none where all rows are alike."""
@@ -250,9 +253,8 @@ class Binder:
     def _warn_of_rows(self, edit: Edit, name: str) -> None:
         window, rows = self.window(name), self.rows_without_selection(edit, name)
         if rows and window is not None:
-            warnings.warn(
-                f"{edit!r} selects no position of the {window.tower} tower in {len(rows)} rows of the batch, which it leaves as they are.",
-                stacklevel=7,
+            warn(
+                f"{edit!r} selects no position of the {window.tower} tower in {len(rows)} rows of the batch, which it leaves as they are."
             )
 
     def _check_runs(self, names: Sequence[str]) -> None:

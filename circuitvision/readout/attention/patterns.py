@@ -12,7 +12,6 @@ Reading one out of a cache is in ``cache.py``.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.model.dead import dead_positions
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import KINDS, TokenMap, present
@@ -287,7 +286,7 @@ def warn_undefined(values: Tensor, why: str) -> None:
     """One warning where a result has entries without a value."""
     count = int(torch.isnan(values).sum())
     if count:
-        warnings.warn(f"{count} of {values.numel()} values are NaN: {why}.", stacklevel=3)
+        warn(f"{count} of {values.numel()} values are NaN: {why}.")
 
 
 def _columns(block: KeyBlock, name: str) -> np.ndarray:

@@ -14,7 +14,6 @@ Not covered: towers behind a projector of more than one layer (give a direction 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision import metrics
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading, frozen_norm
 from circuitvision.model.selection import Selection
@@ -83,10 +82,9 @@ def functional(
     rows, examples = examples_of(cache, tower.name, final.shape[0])
     chosen.check(examples)
     if isinstance(direction, list) and len(direction) == examples == 2 and direction[0] != direction[1]:
-        warnings.warn(
+        warn(
             f"{direction} with two examples is read as one answer per example. The difference of the two answers is a tuple, "
-            f"({direction[0]!r}, {direction[1]!r}); to say one per example without this warning, give {{'answer': {direction}}}.",
-            stacklevel=3,
+            f"({direction[0]!r}, {direction[1]!r}); to say one per example without this warning, give {{'answer': {direction}}}."
         )
     index = None if _pools(tower) else positions_read(tower, cache, position, final.shape[:2])
     # Inference tensors cannot be tracked; a copy made here can.
@@ -147,10 +145,9 @@ def _columns(model: HookedModel, tower: Tower, direction: Any, pieces: str | Non
 def _warn_unless_finite(tower: Tower, value: Tensor) -> None:
     lost = int((~value.isfinite()).sum())
     if lost:
-        warnings.warn(
+        warn(
             f"What the {tower.name} tower says is not finite in {lost} of {len(value)} rows of this run, and so are the shares there. Eager "
-            "attention in float64 makes NaN of left padding: pad on the right, or use float32.",
-            stacklevel=4,
+            "attention in float64 makes NaN of left padding: pad on the right, or use float32."
         )
 
 

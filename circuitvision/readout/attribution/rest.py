@@ -75,7 +75,8 @@ def check_head_reads_stream(stream: Stream) -> None:
     ):
         raise InputError(
             f"The {tower.name} tower's head did not read what its final norm makes of the final residual in this run: a hook changed it in "
-            f"between, and {advice}"
+            f"between, and {advice} "
+            f"Without a hook, the readout in the table of the {tower.family.name} family is not this model's (pool, head, normed)."
         )
 
 

@@ -10,7 +10,6 @@ Reference: *When do models actually decide* (CVPR 2026).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.probes.splitting import is_whole
 from circuitvision.results import Result
@@ -135,7 +134,7 @@ def decision_layer(
     stable = agrees.any(0)
     where = torch.where(stable, agrees.int().argmax(0), anchors - 1)
     if not bool(stable.any()):
-        warnings.warn(f"No example's prediction agrees over {k + 1} anchors in a row.", stacklevel=2)
+        warn(f"No example's prediction agrees over {k + 1} anchors in a row.")
     return DecisionLayers(
         values=where,
         axes={"example": numbers},

@@ -17,7 +17,6 @@ Not covered: examples from the middle of the range, attention patterns.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.probes.collected import Positions, check_count, position_label
 from circuitvision.readout.probes.splitting import is_whole, numbered
@@ -258,7 +257,7 @@ def _streamed(reading: Reading, sites: Sequence[str], top_k: int) -> tuple[Best,
         if state is None:
             raise
         note = f"stopped by hand after {state[1].count} examples"
-        warnings.warn(f"The index was {note} and covers those alone.", stacklevel=3)
+        warn(f"The index was {note} and covers those alone.")
         return *state, note
     assert state is not None
     return *state, ""

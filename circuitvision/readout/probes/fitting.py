@@ -17,7 +17,6 @@ the penalty that suits the true labels fits noise and scores below chance, which
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuitvision.errors import warn
 from circuitvision.readout.probes.splitting import Targets, dealt
 
 _CONSTANT = 1e-6
@@ -121,7 +121,7 @@ def _logistic(x: Tensor, labels: Tensor, n_classes: int, penalty: float, steps: 
     solver.step(loss)
     loss()
     if steps == _STEPS and (unknown.grad is None or not float(unknown.grad.abs().max()) < 1e-3):
-        warnings.warn("A probe did not converge; raise the penalty.", stacklevel=2)
+        warn("A probe did not converge; raise the penalty.")
     weights, bias = taken_apart(unknown)
     return weights.clone(), bias[:, 0].clone()
 

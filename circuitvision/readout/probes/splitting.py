@@ -10,7 +10,6 @@ control would come out too narrow. Without groups every example is its own.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuitvision.errors import InputError, checked_seed
+from circuitvision.errors import InputError, checked_seed, warn
 
 Split = tuple[Tensor, Tensor]
 """Numbers of the training and of the held-out examples."""
@@ -301,8 +300,7 @@ class Plan:
         """Warn where some part has fewer training examples than features."""
         count = min(len(train) for train, _ in self.parts)
         if count < features:
-            warnings.warn(
+            warn(
                 f"{count} training examples for {features} features: a linear map can fit any labels on them, so the training score "
-                "says nothing. Compare held-out scores with the control (selectivity), or gather more examples.",
-                stacklevel=3,
+                "says nothing. Compare held-out scores with the control (selectivity), or gather more examples."
             )

@@ -15,7 +15,6 @@ Reference: Kornblith et al. 2019 (arXiv 1905.00414); Nguyen et al. 2021 (arXiv 2
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.probes.collected import Collected, Positions, collect, stream_sites
 from circuitvision.readout.probes.linear import layer_labels
@@ -214,10 +213,9 @@ def _components(x: Tensor, count: int, the: str = "The") -> tuple[Tensor, Tensor
     explained = (variances / variances.sum())[:count]
     if not bool(real[:count].all()):
         found = int(real.sum())
-        warnings.warn(
+        warn(
             f"{the} activations spread in {found} directions, so {count - found} components have none"
-            + (": all examples are alike there." if not found else "."),
-            stacklevel=3,
+            + (": all examples are alike there." if not found else ".")
         )
     components = right[:count] * _signs(right[:count])[:, None]
     scores = (left * torch.where(real, sizes, 0.0))[:, :count] * _signs(right[:count])
@@ -273,7 +271,7 @@ def linear_cka(
         raise InputError(f"CKA compares the same examples (at least 4 if unbiased); found {len(x)} and {len(y)}.")
     value = _alignment(*(_Kernel(part, unbiased) for part in (x, y)))
     if np.isnan(value):
-        warnings.warn("One of the two sets of activations does not vary, so CKA is undefined.", stacklevel=2)
+        warn("One of the two sets of activations does not vary, so CKA is undefined.")
     return value
 
 
@@ -299,7 +297,7 @@ def cka_matrix(
         kernels.append([_Kernel(_checked(value, name), unbiased) for name, value in vectors.items()])
     values = torch.tensor([[_alignment(one, two) for two in kernels[1]] for one in kernels[0]], dtype=torch.float64)
     if bool(values.isnan().any()):
-        warnings.warn("Some activations do not vary, so their CKA is NaN.", stacklevel=2)
+        warn("Some activations do not vary, so their CKA is NaN.")
     known = first.provenance if isinstance(first, Collected) else {}
     return CKAResult(
         values=values,

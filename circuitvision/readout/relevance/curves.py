@@ -21,7 +21,6 @@ References: Petsiuk et al. 2018 (arXiv 1806.07421) for both games; Samek et al. 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -33,7 +32,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision import edits
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.model.routes import rows_serve_all
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
@@ -94,10 +93,7 @@ class Curve(Result):
             curve = (curve - nothing) / span
             count = int(span.isnan().sum())
             if count:
-                warnings.warn(
-                    f"{count} of {len(span)} examples have no normalised area: removing everything changes nothing.",
-                    stacklevel=2,
-                )
+                warn(f"{count} of {len(span)} examples have no normalised area: removing everything changes nothing.")
         return torch.trapezoid(curve, self.shares, dim=-1)
 
     @property

@@ -24,7 +24,6 @@ References: Sundararajan et al. 2017 (arXiv 1703.01365) for integrated gradients
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.model.routes import rows_serve_all
 from circuitvision.model.selection import Selection
 from circuitvision.progress import track
@@ -181,11 +180,10 @@ def _warn_of_gap(gap: Tensor, change: Tensor) -> None:
     missed = (gap.abs() > LARGEST_GAP * change.abs()) & (gap.abs() > 1e-6)
     if bool(missed.any()):
         worst = int((gap.abs() / change.abs().clamp_min(1e-12)).argmax())
-        warnings.warn(
+        warn(
             f"In {int(missed.sum())} of {len(gap)} cases the integrated gradients miss the metric's change by more than "
             f"{LARGEST_GAP:.0%} (worst: {float(gap[worst]):+.3g} of {float(change[worst]):+.3g}). Take more steps, or a baseline that is no zero "
-            "before a norm.",
-            stacklevel=3,
+            "before a norm."
         )
 
 

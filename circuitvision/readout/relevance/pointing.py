@@ -14,7 +14,6 @@ Reference: Zhang et al. 2016 (arXiv 1608.00507).
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.probes.splitting import wilson
 from circuitvision.readout.relevance.result import Relevance
@@ -104,7 +103,7 @@ def pointing_game(
         chances.append(float(on[there].double().mean()) if bool(there.any()) else float("nan"))
     empty = sum(map(math.isnan, hits))
     if empty:
-        warnings.warn(f"{empty} of {len(hits)} maps have no value anywhere; they are left out.", stacklevel=2)
+        warn(f"{empty} of {len(hits)} maps have no value anywhere; they are left out.")
     method = relevance.method + (f", within {tolerance:g} pixels" if tolerance else "")
     return PointingGame(
         values=torch.tensor(hits, dtype=torch.float64),

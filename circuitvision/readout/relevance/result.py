@@ -7,7 +7,6 @@ laid over masks without the model.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.places import extent_of, named_positions, on_grid
 from circuitvision.readout.relevance.variables import PIXELS
@@ -29,10 +28,9 @@ def warn_undefined(values: Tensor) -> None:
     """One warning where a relevance that was measured holds no number."""
     count = int(torch.isnan(values).sum())
     if count:
-        warnings.warn(
+        warn(
             f"{count} of {values.numel()} values are NaN: the metric or its gradient is no number. Look at the output of model(inputs): prompts "
-            "padded on the left give NaN in some models in float64.",
-            stacklevel=4,
+            "padded on the left give NaN in some models in float64."
         )
 
 

@@ -13,7 +13,6 @@ Reference: Vilas et al. 2023 (arXiv 2310.18969).
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.recorded import chosen_layers
@@ -142,7 +141,7 @@ def signed_rank_p(difference: Float[Tensor, " sample"], seed: int = 0, draws: in
     """
     left = difference[difference.isfinite() & (difference != 0)].double().cpu()
     if not len(left):
-        warnings.warn("No two values differ, so a signed-rank test says nothing; p is NaN.", stacklevel=2)
+        warn("No two values differ, so a signed-rank test says nothing; p is NaN.")
         return float("nan")
     _, size, counts = left.abs().unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0).double() - (counts - 1) / 2)[size]

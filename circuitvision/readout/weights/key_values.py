@@ -18,7 +18,6 @@ unembedding given holds it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.tokens import ABSENT, TokenMap
 from circuitvision.progress import track
@@ -124,7 +123,7 @@ def key_value_agreement(
         values.append(mine)
         chance.append((all_hits - mine) / (len(columns) - 1) if len(columns) > 1 else mine * torch.nan)
     if len(columns) == 1:
-        warnings.warn("With a single class there is no chance level; it is NaN.", stacklevel=2)
+        warn("With a single class there is no chance level; it is NaN.")
     method = f"key_value_agreement(of={of}, gain={outputs.gain}, n_keys={n_keys}, n_values={n_values})"
     return _result(run, numbers, values, chance, method)
 

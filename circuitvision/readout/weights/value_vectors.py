@@ -24,7 +24,6 @@ Reference: Geva et al. 2022 (arXiv 2203.14680); Vilas et al. 2023 (arXiv 2310.18
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.recorded import chosen_layers
@@ -179,9 +178,7 @@ class ValueVectors(Result):
             word for word in words if all(word not in (name, name.lstrip("▁Ġ ")) for name in self.labels.values())
         ]
         if absent and self.ranked:
-            warnings.warn(
-                f"No value vector holds {absent[0]!r} among its first {self.ids.shape[-1]} outputs.", stacklevel=3
-            )
+            warn(f"No value vector holds {absent[0]!r} among its first {self.ids.shape[-1]} outputs.")
         found = torch.isin(self.ids, torch.tensor(sorted(wanted), dtype=torch.long))
         if self.ranked:
             return found
