@@ -211,7 +211,7 @@ def _configuration(module: nn.Module) -> Any:
     """The configuration without names of files and versions, which change no number."""
     config: Any = getattr(module, "config", None)
     told = config.to_dict() if hasattr(config, "to_dict") else {}
-    return plain(_without(told, ("_name_or_path", "transformers_version", "dtype", "torch_dtype")))
+    return plain(_without(told, ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")))
 
 
 def _without(value: Any, names: Sequence[str]) -> Any:

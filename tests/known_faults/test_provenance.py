@@ -603,8 +603,10 @@ def test_functions_that_call_each_other_are_read_once(monkeypatch):
 
 def test_a_model_that_was_saved_and_loaded_has_the_same_settings(tmp_path):
     for name in (VIT, VLM, "vit-wide"):
-        module = _module(name)
+        module = copy.deepcopy(_module(name))
+        told = provenance._configuration(module)
         module.save_pretrained(tmp_path / name)
+        assert provenance._configuration(module) == told
         again = type(module).from_pretrained(tmp_path / name).eval()
         assert digests.settings_of(again) == digests.settings_of(module)
 
