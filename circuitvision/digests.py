@@ -35,6 +35,9 @@ from circuitvision.errors import InputError
 MOST_ITEMS = 64
 """Longer lists and mappings are a digest of what they hold."""
 _LIBRARIES = frozenset({"circuitvision", "torch", "numpy", "transformers", "PIL", "einops", "pandas", "sklearn"})
+_SETTINGS = (bool, int, float, str, type(None), torch.dtype)
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
+_NO_SETTING = frozenset({"training", "gradient_checkpointing", "name_or_path"})
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -110,10 +113,11 @@ class Witness(Iterator[Any]):
 
 
 class _Reader:
-    """One walk through a value: what is being read is remembered, so that a value may hold itself."""
+    """One walk through a value: what is being read is remembered, so that a value may hold itself, and code is read once."""
 
     def __init__(self) -> None:
         self.open: set[int] = set()
+        self.code: dict[int, Any] = {}
 
     def read(self, value: Any) -> Any:
         if value is None or type(value) in (bool, int, str):
@@ -122,9 +126,14 @@ class _Reader:
             return value if math.isfinite(value) else {"float": str(value)}
         if id(value) in self.open:
             return {"again": type(value).__qualname__}
+        if id(value) in self.code:
+            return self.code[id(value)]
         self.open.add(id(value))
         try:
-            return self._known_type(value)
+            found = self._known_type(value)
+            if isinstance(value, types.FunctionType | type):
+                self.code[id(value)] = found
+            return found
         except Exception as error:
             return {"opaque": name_of(type(value)), "because": type(error).__name__}
         finally:
@@ -175,7 +184,7 @@ class _Reader:
         if isinstance(value, Path):
             return value.name
         if isinstance(value, types.ModuleType):
-            return {"module": value.__name__}
+            return self._python_module(value, set())
         if hasattr(value, "tobytes") and hasattr(value, "mode") and hasattr(value, "size"):
             found = hashlib.sha256(f"{value.mode}|{value.size}|".encode() + value.tobytes()).hexdigest()
             return {"image": f"{value.mode} {list(value.size)}", "sha256": found}
@@ -186,7 +195,8 @@ class _Reader:
             return {"table": labels, "items": self.read(value.to_numpy())}
         if isinstance(value, nn.Module):
             state = {name: self.read(item) for name, item in value.state_dict().items()}
-            return {"module": name_of(type(value)), "training": value.training, "sha256": of_json(state)}
+            told = {"module": name_of(type(value)), "training": value.training, "sha256": of_json(state)}
+            return {**told, "settings": of_json(self.settings(value)), **self._class_code(type(value))}
         if isinstance(value, torch.Generator):
             return {"generator": self.read(value.get_state())}
         if isinstance(value, np.random.Generator):
@@ -241,24 +251,65 @@ class _Reader:
         return found
 
     def _globals(self, function: types.FunctionType, code: types.CodeType) -> dict[str, Any]:
-        names = set(code.co_names)
-        for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):
-                names |= self._globals(function, constant).keys()
-        there = function.__globals__
-        return {name: self.read(there[name]) for name in sorted(names) if name in there}
+        names, there = _names(code), function.__globals__
+        return {name: self._named(there[name], names) for name in sorted(names) if name in there}
+
+    def _named(self, value: Any, names: set[str]) -> Any:
+        return self._python_module(value, names) if isinstance(value, types.ModuleType) else self.read(value)
+
+    def _python_module(self, module: types.ModuleType, names: set[str]) -> dict[str, Any]:
+        """A module by its name; of one that is no library's, also what code that reads ``names`` can take from it."""
+        told: dict[str, Any] = {"module": module.__name__}
+        if _is_library(module.__name__) or id(module) in self.open:
+            return told
+        self.open.add(id(module))
+        try:
+            held = {name: self._named(vars(module)[name], names) for name in sorted(names) if name in vars(module)}
+        finally:
+            self.open.discard(id(module))
+        return {**told, "holds": held} if held else told
 
     def _class_code(self, cls: type) -> dict[str, Any]:
         if _is_library(cls.__module__):
             return {}
         code = {
-            f"{base.__qualname__}.{name}": _code(item.__code__)
+            f"{base.__qualname__}.{name}": self._class_item(item)
             for base in cls.__mro__
             if not _is_library(base.__module__)
             for name, item in vars(base).items()
-            if isinstance(item, types.FunctionType)
+            if not (name.startswith("__") and name.endswith("__")) or isinstance(item, types.FunctionType)
         }
         return {"code": of_json(code)} if code else {}
+
+    def _class_item(self, item: Any) -> Any:
+        if isinstance(item, staticmethod | classmethod):
+            return self.read(item.__func__)
+        if isinstance(item, property):
+            return [self.read(item.fget), self.read(item.fset)]
+        if isinstance(item, functools.cached_property):
+            return self.read(item.func)
+        return {} if isinstance(item, types.MemberDescriptorType | types.GetSetDescriptorType) else self.read(item)
+
+    def settings(self, module: nn.Module) -> dict[str, Any]:
+        """What the parts of a module are besides their tensors: classes, numbers and words, functions, a forward put over their class's.
+
+        Private names are left out, and what a run writes (``…_cached``).
+        """
+        found = {}
+        for prefix, part in module.named_modules():
+            held = [name_of(type(part))]
+            for name, value in vars(part).items():
+                if name[0] == "_" or name in _NO_SETTING or name.endswith("_cached"):
+                    continue
+                if type(value) in _SETTINGS:
+                    held.append([name, repr(value)])
+                elif isinstance(value, list | tuple) and all(type(item) in _SETTINGS for item in value):
+                    held.append([name, repr(list(value))])
+                elif isinstance(value, _CODE) and not (hasattr(type(part), name) and is_library(value)):
+                    # Libraries put their own forward and to() in place of a class's, for offloading and tracing.
+                    held.append([name, self.read(value)])
+            found[prefix] = held
+        return found
 
     def _instance(self, value: Any) -> dict[str, Any]:
         cls = type(value)
@@ -270,6 +321,16 @@ class _Reader:
         if not fields and not _is_plain_object(cls):
             return {**told, "opaque": name_of(cls)}
         return {**told, "fields": {name: self.read(item) for name, item in fields.items()}}
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """What decides a module's numbers besides its tensors, part by part; see :meth:`_Reader.settings`."""
+    return _Reader().settings(module)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Every name that code, and code inside it, reads."""
+    return set(code.co_names).union(*(_names(item) for item in code.co_consts if isinstance(item, types.CodeType)))
 
 
 def name_of(value: Any) -> str:

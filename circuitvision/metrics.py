@@ -275,7 +275,8 @@ def takes_inputs(function: Any) -> bool:
     import inspect
 
     try:
-        parameters = list(inspect.signature(function).parameters.values())
+        called = function.forward if isinstance(function, torch.nn.Module) else function
+        parameters = list(inspect.signature(called).parameters.values())
     except (TypeError, ValueError):
         return False
     if any(p.kind == p.VAR_POSITIONAL for p in parameters):

@@ -36,7 +36,7 @@ SMALL = 2**20
 SAMPLES = 1024
 """How many entries of a larger weight are read to notice a write that left no trace in its version."""
 _SHOWN_ONLY = ("progress",)
-_weights: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+_weights: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, str]]] = WeakKeyDictionary()
 _running: ContextVar[tuple[nn.Module, dict[str, Any]] | None] = ContextVar("running", default=None)
 _command: ContextVar[tuple[str, ...]] = ContextVar("command", default=())
 
@@ -59,25 +59,61 @@ def hash_weights(module: nn.Module) -> str:
     are nowhere (the meta device) give ``"unavailable"``.
     """
     state = _state(module)
-    if any(tensor.is_meta for tensor in state.values()):
+    if any(tensor.is_meta for tensor, _ in state.values()):
         return "unavailable"
-    key = tuple((name, tensor.data_ptr(), *_stamp(tensor)) for name, tensor in state.items())
-    known = _weights.get(module)
-    if known is None or known[0] != key:
-        known = (key, of_json({name: digests._hash_tensor(tensor) for name, tensor in state.items()}))
-        _weights[module] = known
-    return known[1]
+    known, found = _weights.get(module, {}), {}
+    for name, (tensor, kept) in state.items():
+        # What is read from a file lies somewhere else each time.
+        stamp = (0 if kept else tensor.data_ptr(), tensor.dtype, tensor.shape, *_stamp(tensor, kept))
+        before = known.get(name)
+        found[name] = before if before and before[0] == stamp else (stamp, digests._hash_tensor(tensor))
+    _weights[module] = found
+    return of_json({name: digest for name, (_, digest) in found.items()})
 
 
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by name, those that are not saved among them; offloaded ones as they are kept."""
-    found: dict[str, Tensor] = {}
+def _state(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
+    """Every parameter and buffer by name, those that are not saved among them, and whether it is offloaded; those as they are kept."""
+    found: dict[str, tuple[Tensor, bool]] = {}
     for prefix, part in module.named_modules():
         stored = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
         for name, tensor in (*part._parameters.items(), *part._buffers.items()):
             if tensor is not None:
-                found[f"{prefix}.{name}"] = _kept(stored, name, tensor) if tensor.is_meta else tensor
+                away = tensor.is_meta
+                found[f"{prefix}.{name}"] = (_kept(stored, name, tensor), True) if away else (tensor, False)
+                for what, beside in _beside(tensor):
+                    found[f"{prefix}.{name}.{what}"] = (beside, False)
+        for what, held in _packed(part):
+            found[f"{prefix}.{what}"] = (held, True)
     return found
+
+
+def _beside(value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in the attributes of a quantised weight (bitsandbytes' scales), which are no parameters."""
+    if type(value) in (Tensor, nn.Parameter, nn.Buffer):
+        return
+    for name, item in sorted(getattr(value, "__dict__", {}).items()):
+        if isinstance(item, Tensor) and not name.startswith("_"):
+            yield name, item
+        elif name in ("quant_state", "state2") and item is not None:
+            yield from ((f"{name}.{what}", tensor) for what, tensor in _beside(item))
+
+
+def _packed(part: Any) -> Iterator[tuple[str, Tensor]]:
+    """What a packed layer of ``torch.ao`` holds, in no parameter: whole numbers, scales, zero points and bias."""
+    if not isinstance(part, nn.Module) or not str(type(part).__module__).startswith("torch.ao.nn."):
+        return
+    for what in ("weight", "bias"):
+        held = getattr(part, what, None)
+        held = held() if callable(held) else None
+        if held is None:
+            continue
+        if not held.is_quantized:
+            yield what, held
+        else:
+            rows = held.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+            scale = held.q_per_channel_scales() if rows else torch.tensor(held.q_scale())
+            zero = held.q_per_channel_zero_points() if rows else torch.tensor(held.q_zero_point())
+            yield from ((what, held.int_repr()), (f"{what}.scale", scale), (f"{what}.zero", zero))
 
 
 def _kept(stored: Any, name: str, tensor: Tensor) -> Tensor:
@@ -89,15 +125,33 @@ def _kept(stored: Any, name: str, tensor: Tensor) -> Tensor:
         return tensor
 
 
-def _stamp(tensor: Tensor) -> tuple[Any, ...]:
-    """What changes when a tensor is written into: its version, and a digest of all or some of its entries."""
-    version = -1 if tensor.is_inference() else tensor._version
-    if tensor.nbytes <= SMALL:
-        return version, digests._hash_tensor(tensor)
+def _stamp(tensor: Tensor, kept: bool = False) -> tuple[Any, ...]:
+    """What changes when a tensor is written into: its version, and a weighted sum over the bits of all entries, or a digest of some."""
+    version = -1 if kept or tensor.is_inference() else tensor._version
     flat = tensor.detach()
-    flat = flat.view(-1) if flat.is_contiguous() else flat.flatten()[:0]
-    step = max(1, flat.numel() // SAMPLES)
-    return version, digests._hash_tensor(flat[::step])
+    if not _is_dense(flat):
+        return version, digests._hash_tensor(tensor)
+    flat = flat.view(-1)
+    if tensor.nbytes > SMALL:
+        return version, digests._hash_tensor(flat[:: max(1, flat.numel() // SAMPLES)])
+    if tensor.nbytes % 8 or flat.storage_offset() * flat.itemsize % 8:
+        return version, digests._hash_tensor(flat)
+    bits = flat.view(torch.int64)
+    weights = _weights_of_bits(bits.device)[: len(bits)]
+    return version, int(bits.dot(weights) if bits.device.type == "cpu" else (bits * weights).sum())
+
+
+@functools.lru_cache(maxsize=4)
+def _weights_of_bits(device: torch.device) -> Tensor:
+    """Odd numbers at random: any write to one place, and nearly every other, changes the sum."""
+    generator = torch.Generator().manual_seed(0)
+    return (2 * torch.randint(2**62, (SMALL // 8,), generator=generator) + 1).to(device)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return (
+        type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized and tensor.is_contiguous()
+    )
 
 
 def _computed_in(module: nn.Module) -> torch.dtype:
@@ -157,7 +211,7 @@ def _configuration(module: nn.Module) -> Any:
     """The configuration without names of files and versions, which change no number."""
     config: Any = getattr(module, "config", None)
     told = config.to_dict() if hasattr(config, "to_dict") else {}
-    return plain(_without(told, ("_name_or_path", "transformers_version", "dtype", "torch_dtype")))
+    return plain(_without(told, ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")))
 
 
 def _without(value: Any, names: Sequence[str]) -> Any:
@@ -175,6 +229,7 @@ def _module_state(module: nn.Module, device: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "attention": {name: getattr(part, "_attn_implementation", None) for name, part in attention.items() if part},
         "training": training if len(training) <= 8 else {"modules": len(training), "sha256": of_json(training)},
+        "parts": of_json(digests.settings_of(module)),
         "adapters": _adapters(module),
         "autocast": torch.is_autocast_enabled(device.split(":")[0]),
         "matmul_precision": torch.get_float32_matmul_precision(),

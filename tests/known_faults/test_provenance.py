@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,52 @@ def trained_mode(module: Any) -> None:
     module.model.language_model.train()
 
 
+def of_class(place: int) -> Any:
+    class Answer:
+        number = place
+
+        def __call__(self, logits: Tensor) -> Tensor:
+            return logits[:, -1, self.number]
+
+    return Answer()
+
+
+def of_static_method(place: Callable[[], int]) -> Any:
+    class Answer:
+        number = staticmethod(place)
+
+        def __call__(self, logits: Tensor) -> Tensor:
+            return logits[:, -1, self.number()]
+
+    return Answer()
+
+
+def of_module(place: int) -> Callable[[Tensor], Tensor]:
+    class Answer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.number = place
+
+        def forward(self, logits: Tensor) -> Tensor:
+            return logits[:, -1, self.number]
+
+    return Answer()
+
+
+def of_a_file(place: int) -> Callable[[Tensor], Tensor]:
+    """A metric that calls what a module of the user's own holds."""
+    helpers, scope = types.ModuleType("helpers_of_somebody"), {"__name__": "helpers_of_somebody"}
+    exec(f"NUMBER = {place}\ndef take(logits): return logits[:, -1, NUMBER]", scope)
+    vars(helpers).update(scope)
+    here = {"__name__": "notebook_of_somebody", "helpers": helpers}
+    return eval("lambda logits: (lambda inner: helpers.take(inner))(logits)", here)
+
+
+def other_forward(module: Any) -> None:
+    inner = module.lm_head.forward
+    module.lm_head.forward = lambda value: 2 * inner(value)
+
+
 SWEEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "inputs": ({}, {"inputs": inputs_of(VLM, 1)}),
     "one pixel": ({}, {"inputs": one_pixel(inputs_of(VLM))}),
@@ -146,6 +193,10 @@ SWEEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "function closure": ({"metric": of_answer(2)}, {"metric": of_answer(3)}),
     "function default": ({"metric": lambda x, i=2: x[:, -1, i]}, {"metric": lambda x, i=3: x[:, -1, i]}),
     "partial": ({"metric": functools.partial(torch.mul, other=2.0)}, {"metric": functools.partial(torch.mul, other=3.0)}),
+    "attribute of a metric's class": ({"metric": of_class(2)}, {"metric": of_class(3)}),
+    "static method of a metric": ({"metric": of_static_method(lambda: 2)}, {"metric": of_static_method(lambda: 3)}),
+    "attribute of a metric that is a module": ({"metric": of_module(2)}, {"metric": of_module(3)}),
+    "function in a file of one's own": ({"metric": of_a_file(2)}, {"metric": of_a_file(3)}),
     "edit kind": ({}, {"group": [edits.ablate(Z, heads=1)]}),
     "edit number": ({}, {"group": [edits.scale(Z, 0.25, heads=1)]}),
     "edit heads": ({}, {"group": [edits.scale(Z, 0.5, heads=0)]}),
@@ -173,6 +224,9 @@ SWEEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one weight": ({}, {"change": one_weight}),
     "a buffer that is not saved": ({}, {"change": lambda m: m.model.language_model.rotary_emb.inv_freq.mul_(1.5)}),
     "a setting of the configuration": ({}, {"change": lambda m: setattr(m.config.text_config, "rms_norm_eps", 1e-3)}),
+    "a number in a layer": ({}, {"change": lambda m: setattr(m.model.language_model.layers[0].self_attn, "scaling", 0.7)}),
+    "an epsilon in a layer": ({}, {"change": lambda m: setattr(m.model.language_model.norm, "variance_epsilon", 0.5)}),
+    "a forward that was replaced": ({}, {"change": other_forward}),
     "implementation of attention": ({}, {"change": lambda m: m.set_attn_implementation("eager")}),
     "dtype": ({}, {"dtype": torch.float64}),
     "training": ({}, {"change": trained_mode}),
@@ -472,6 +526,89 @@ def test_large_weights_are_hashed_once(monkeypatch):
     assert max(read) <= 1024
     module.weight.data.mul_(2.0)
     assert provenance.hash_weights(module) != first
+
+
+def test_a_write_to_one_weight_reads_that_one_alone(monkeypatch):
+    module = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.Linear(64, 64))
+    first, read = provenance.hash_weights(module), []
+    original = digests._hash_tensor
+    monkeypatch.setattr(digests, "_hash_tensor", lambda tensor: read.append(tensor.numel()) or original(tensor))
+    with torch.no_grad():
+        module[1].weight.add_(1.0)
+    second = provenance.hash_weights(module)
+    assert second != first
+    assert sorted(read)[-2:] == [1024, 64 * 64]
+    weight = module[1].weight.data
+    weight.copy_(weight.roll(8, 0))
+    assert provenance.hash_weights(module) != second
+    weight[3, 5] += 1e-3
+    assert provenance.hash_weights(module) not in (first, second)
+
+
+def test_weights_on_disk_are_hashed_once(monkeypatch, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    module = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.Linear(64, 64))
+    expected = provenance.hash_weights(module)
+    module = accelerate.disk_offload(module, tmp_path, execution_device="cpu")
+    assert provenance.hash_weights(module) == expected
+    read: list[int] = []
+    original = digests._hash_tensor
+    monkeypatch.setattr(digests, "_hash_tensor", lambda tensor: read.append(tensor.numel()) or original(tensor))
+    assert provenance.hash_weights(module) == expected
+    assert sum(read) <= provenance.SAMPLES
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scales_of_quantised_weights_count():
+    """A weight times 1.5 is packed to the same bytes, with other scales."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def four_bits(weight: Tensor) -> Any:
+        layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32)
+        layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False)
+        return layer.to("cpu")
+
+    def packed(weight: Tensor) -> Any:
+        layer = torch.nn.Linear(64, 64, bias=False)
+        layer.weight.data.copy_(weight)
+        return torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(layer), {torch.nn.Linear}, torch.qint8)
+
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    for made in (four_bits, packed):
+        first, again, other = (made(scale * weight) for scale in (1.0, 1.0, 1.5))
+        values = torch.eye(64)
+        assert not torch.allclose(first(values), other(values))
+        assert provenance.hash_weights(first) == provenance.hash_weights(again) != provenance.hash_weights(other)
+
+
+def test_dispatching_a_model_is_no_other_study():
+    accelerate = pytest.importorskip("accelerate")
+    module = copy.deepcopy(_module(VLM))
+    expected = digests.settings_of(module)
+    module = accelerate.dispatch_model(module, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert digests.settings_of(module) == expected
+
+
+def test_functions_that_call_each_other_are_read_once(monkeypatch):
+    lines = [f"def f{n}(x): return f{n + 1}(x) + f{n + 2}(x) + {n}" for n in range(20)]
+    scope: dict[str, Any] = {"__name__": "somebody"}
+    exec("\n".join([*lines, "def f20(x): return x", "def f21(x): return -x"]), scope)
+    read: list[str] = []
+    original = digests._code
+    monkeypatch.setattr(digests, "_code", lambda code: read.append(code.co_name) or original(code))
+    assert digests.plain(scope["f0"]) == digests.plain(scope["f0"])
+    assert len(read) == 2 * 22
+    assert digests.plain(scope["f20"])["sha256"] != digests.plain(scope["f21"])["sha256"]
+
+
+def test_a_model_that_was_saved_and_loaded_has_the_same_settings(tmp_path):
+    for name in (VIT, VLM, "vit-wide"):
+        module = copy.deepcopy(_module(name))
+        told = provenance._configuration(module)
+        module.save_pretrained(tmp_path / name)
+        assert provenance._configuration(module) == told
+        again = type(module).from_pretrained(tmp_path / name).eval()
+        assert digests.settings_of(again) == digests.settings_of(module)
 
 
 def test_digests_are_the_same_in_another_process():
