@@ -297,7 +297,7 @@ class _Reader:
         """
         found = {}
         for prefix, part in module.named_modules():
-            held = [name_of(type(part))]
+            held: list[Any] = [name_of(type(part))]
             for name, value in vars(part).items():
                 if name[0] == "_" or name in _NO_SETTING or name.endswith("_cached"):
                     continue

@@ -192,7 +192,7 @@ def register_family(family: Family) -> Family:
     """
     load_tables()
     _check_table(family)
-    shipped = getattr(sys.modules.get("circuitvision.families"), "SHIPPED", frozenset())
+    shipped: frozenset[str] = getattr(sys.modules.get("circuitvision.families"), "SHIPPED", frozenset())
     for cls in family.classes:
         if cls in FAMILIES and (cls in shipped or FAMILIES[cls].name != family.name):
             raise InputError(
