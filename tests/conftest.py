@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-_OF_LIBRARIES = ("PYTEST_", "TORCH", "TRITON", "KMP_", "CUDA_")
+_OF_LIBRARIES = ("PYTEST_", "TORCH", "_TORCH", "TRITON", "KMP_", "CUDA_")
 """Starts of the names of variables that libraries set for themselves when they are first used."""
 
 
