@@ -16,9 +16,7 @@ FOLDER = Path(__file__).parents[1] / "tutorials"
 def test_notebook_runs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     assert any(cell.cell_type == "code" for cell in notebook.cells)
-    client = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
-    )
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
     # Threads of several small processes wait for one another: eight times slower beside other tests.
     client.execute(env={**os.environ, "OMP_NUM_THREADS": "1"})
 
