@@ -85,7 +85,15 @@ class ActivationCache(Mapping[str, Any]):
         """Sites that had hooks or edits in the runs recorded, whether or not they changed anything."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_values": self._values, "model": None, "inputs": {}, "has_batch_dim": self.has_batch_dim}
+        return {
+            "_values": self._values,
+            "_recipe": None,
+            "_written": {},
+            "model": None,
+            "inputs": {},
+            "has_batch_dim": self.has_batch_dim,
+            "edited": self.edited,
+        }
 
     def __copy__(self) -> ActivationCache:
         return ActivationCache(dict(self._values), self.model, self.inputs, self.has_batch_dim)

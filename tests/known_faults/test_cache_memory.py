@@ -18,7 +18,7 @@ import circuitvision as cv
 from circuitvision.model import cache as caches
 from circuitvision.model import gradients, hooks
 from circuitvision.model.sites import SiteName
-from tests.zoo import CASES, Case, parametrize, shared_model
+from tests.zoo import CASES, Case, case, parametrize, shared_model
 
 
 def wrapped(name: str, dtype: torch.dtype = torch.float32) -> tuple[cv.HookedModel, dict[str, Any]]:
@@ -208,3 +208,15 @@ def test_mutants_are_noticed(
     mutant(monkeypatch)
     with pytest.raises(AssertionError):
         check()
+
+
+def test_an_unpickled_cache_does_what_a_cache_does() -> None:
+    model = cv.HookedModel(shared_model("vit"))
+    inputs = case("vit").inputs(model.module, batch=2)
+    with torch.no_grad(), model.hooks([("vision.blocks.0.hook_resid_post", lambda value, hook: 2 * value)]):
+        _, cache = model.run_with_cache(inputs, "vision.blocks.*.hook_resid_post")
+    again = pickle.loads(pickle.dumps(cache))
+    assert again.edited == cache.edited != frozenset()
+    for copied in (again.to("cpu"), copy.deepcopy(again)):
+        assert torch.equal(copied["vision.blocks.0.hook_resid_post"], cache["vision.blocks.0.hook_resid_post"])
+    assert "ActivationCache" in repr(again)
