@@ -42,12 +42,12 @@ from circuitvision.model.edits.attention import AddAttentionBias, BlockAttention
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.files import dump, from_dict, load, parse, restore, save, to_dict
 from circuitvision.model.edits.values import (
-    Held,
-    HeldMapping,
     Positions,
     PositionsLike,
     Steps,
     StepsLike,
+    TensorRef,
+    TensorRefMapping,
     heads_of,
     held,
 )
@@ -136,7 +136,7 @@ def _source(site: str, source: Any) -> Any:
             found[name] = value
     if not found:
         raise InputError(f"The source holds nothing that matches {site!r}.")
-    return held(found[site]) if exact else HeldMapping.of(found)
+    return held(found[site]) if exact else TensorRefMapping.of(found)
 
 
 def replace(
@@ -196,12 +196,12 @@ def ablate(
             "The mean over other heads depends on the basis of each head's values, which the model's function does not; "
             "use 'zero' or 'mean' for a result that is a property of the model."
         )
-    sets: tuple[HeldMapping, ...] | None = None
+    sets: tuple[TensorRefMapping, ...] | None = None
     if dataset is not None:
         listed = [dataset] if isinstance(dataset, Mapping) else list(dataset)
         if not listed or not all(isinstance(inputs, Mapping) for inputs in listed):
             raise InputError("dataset is one mapping of inputs, or several.")
-        sets = tuple(HeldMapping.of(inputs) for inputs in listed)
+        sets = tuple(TensorRefMapping.of(inputs) for inputs in listed)
     return Ablate(**where, source=source, method=method, dataset=sets, average=over, seed=seed)
 
 
@@ -225,7 +225,7 @@ def steer(
     if mode not in ("add", "norm_preserving", "project_out"):
         raise InputError(f"mode={mode!r} is not understood: 'add', 'norm_preserving' or 'project_out'.")
     given = held(direction)
-    if mode != "add" and not (isinstance(given, Held) and bool((given.tensor.norm(dim=-1) > 0).all())):
+    if mode != "add" and not (isinstance(given, TensorRef) and bool((given.tensor.norm(dim=-1) > 0).all())):
         raise InputError(f"mode={mode!r} needs a direction of a length other than zero.")
     return Steer(**_at(site, heads, positions, steps), direction=given, scale=float(scale), mode=mode)
 
@@ -299,7 +299,7 @@ def project(
     if bool(torch.isnan(columns).any()) or float(values[-1]) <= 1e-6 * float(values[0]):
         raise InputError(f"The {columns.shape[1]} columns of the basis are not linearly independent.")
     where = _at(site, heads, positions, steps)
-    return Project(**where, source=_source(where["site"], source), basis=Held(left.to(columns.dtype)))
+    return Project(**where, source=_source(where["site"], source), basis=TensorRef(left.to(columns.dtype)))
 
 
 def block_attention(

@@ -46,7 +46,7 @@ def silent() -> bool:
 
 
 @contextlib.contextmanager
-def as_silent_as_we_are() -> Iterator[None]:
+def match_verbosity() -> Iterator[None]:
     """Inside, transformers draws a bar only where this library would."""
     from transformers.utils import logging
 

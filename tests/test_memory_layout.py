@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import circuitvision as cv
-from circuitvision.model.memory import ALIGNMENT, laid_out
+from circuitvision.model.memory import ALIGNMENT, match_memory_layout
 from tests.zoo import CASES, shared_model
 
 
@@ -28,17 +28,17 @@ def test_values_move_to_the_strides_and_alignment_they_replace(shape, skipped, s
     like = room[skipped : skipped + torch.Size(shape).numel()].view(shape)
     like = like.transpose(0, -1) if swapped else like
     value = torch.randn(like.shape).to(dtype)
-    placed = laid_out(value, like)
+    placed = match_memory_layout(value, like)
     assert torch.equal(placed, value)
     assert placed.stride() == like.stride()
     assert _address(placed) == _address(like)
-    assert laid_out(like, like) is like
+    assert match_memory_layout(like, like) is like
 
 
 def test_gradients_pass_to_the_value_alone():
     like = torch.randn(5, 22)[1:]
     value = torch.randn(4, 22, requires_grad=True)
-    placed = laid_out(value, like)
+    placed = match_memory_layout(value, like)
     assert placed is not value
     assert _address(placed) == _address(like)
     weights = torch.randn(4, 22)
@@ -49,19 +49,21 @@ def test_gradients_pass_to_the_value_alone():
 def test_what_has_no_memory_of_its_own_stays():
     row = torch.randn(1, 3).expand(4, 3)
     value = torch.randn(4, 3)
-    assert laid_out(value, row) is value
-    assert laid_out(torch.empty(0, 3), torch.empty(3, 0).T).shape == (0, 3)
+    assert match_memory_layout(value, row) is value
+    assert match_memory_layout(torch.empty(0, 3), torch.empty(3, 0).T).shape == (0, 3)
     meta = torch.empty(2, 3, device="meta")
-    assert laid_out(meta, meta) is meta
-    doubled = torch.func.vmap(lambda x: laid_out(2 * x, x))(value)
+    assert match_memory_layout(meta, meta) is meta
+    doubled = torch.func.vmap(lambda x: match_memory_layout(2 * x, x))(value)
     assert torch.equal(doubled, 2 * value)
 
 
 @pytest.mark.parametrize("like", [torch.randn(3, 4).T, torch.randn(5, 3)[1:]], ids=["transposed", "shifted"])
 def test_functional_transforms_pass_through(like):
     value = torch.randn(4, 3)
-    assert torch.equal(torch.func.grad(lambda x: laid_out(x * 2, like).sum())(value), torch.full((4, 3), 2.0))
-    out, slope = torch.func.jvp(lambda x: laid_out(x * 2, like), (value,), (torch.ones(4, 3),))
+    assert torch.equal(
+        torch.func.grad(lambda x: match_memory_layout(x * 2, like).sum())(value), torch.full((4, 3), 2.0)
+    )
+    out, slope = torch.func.jvp(lambda x: match_memory_layout(x * 2, like), (value,), (torch.ones(4, 3),))
     assert torch.equal(out, 2 * value)
     assert torch.equal(slope, torch.full((4, 3), 2.0))
 

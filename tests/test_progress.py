@@ -58,14 +58,14 @@ def test_transformers_draws_where_we_do_and_gets_its_switch_back(look):
     was = logging.is_progress_bar_enabled()
     try:
         logging.enable_progress_bar()
-        with progress.as_silent_as_we_are():
+        with progress.match_verbosity():
             assert logging.is_progress_bar_enabled() == screen.terminal
         assert logging.is_progress_bar_enabled()
-        with pytest.raises(KeyError), progress.as_silent_as_we_are():
+        with pytest.raises(KeyError), progress.match_verbosity():
             raise KeyError
         assert logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
-        with progress.as_silent_as_we_are():
+        with progress.match_verbosity():
             pass
         assert not logging.is_progress_bar_enabled()
     finally:

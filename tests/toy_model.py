@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from circuitvision import metrics
 from circuitvision.edits import Edit
 from circuitvision.model import HookPoint
-from circuitvision.model.edits.values import Window
+from circuitvision.model.edits.values import PositionWindow
 
 
 class ToyModel:
@@ -66,7 +66,7 @@ class ToyModel:
                 edited = tensor.clone()
                 length = tensor.shape[1]
                 where = HookPoint(hook.name, hook.name.split(".")[0], None, hook.name)
-                edit.write(edited, Window(where.tower, len(tensor), 0, length, length), where, {})
+                edit.write(edited, PositionWindow(where.tower, len(tensor), 0, length, length), where, {})
                 return edited
 
             return hook

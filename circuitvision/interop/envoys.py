@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from circuitvision.errors import HookError, InputError, UnknownSiteError
 from circuitvision.interop import nnsight_view
-from circuitvision.model.memory import laid_out
-from circuitvision.model.points import Call, Point, Stash
+from circuitvision.model.memory import match_memory_layout
+from circuitvision.model.points import Call, Point, SavedInput
 from circuitvision.model.sites import NamesFilter, matching
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Sites:
     def __init__(self, model: HookedModel, portable: bool) -> None:
         self.model = model
         self.portable = portable
-        self.stations: dict[str, Station] = {}
+        self.stations: dict[str, SiteIO] = {}
         self.calls: dict[str, tuple[int, Call]] = {}
 
     def enter(self, module: nn.Module, path: str, visit: int) -> Call:
@@ -53,11 +53,11 @@ class Sites:
         self.calls.clear()
         for station in self.stations.values():
             station.handed = None
-            for stash in station.stashes:
+            for stash in station.saved_inputs:
                 stash.kept.clear()
 
 
-class Station:
+class SiteIO:
     """One site in a trace: an nnsight host whose location is the input or output of the point's module.
 
     ``around`` are stations that compute their value from what enters a module around this one. That comes first in the pass, so it is asked for
@@ -67,19 +67,19 @@ class Station:
     def __init__(self, sites: Sites, point: Point, paths: dict[int, str], envoy: Envoy) -> None:
         self.sites, self.point, self.paths = sites, point, paths
         self.path, self.interleaver = envoy.path, envoy.interleaver
-        self.stashes: tuple[Stash, ...] = getattr(point, "companions", ())
-        self.around: list[Station] = []
+        self.saved_inputs: tuple[SavedInput, ...] = getattr(point, "companions", ())
+        self.around: list[SiteIO] = []
         self.handed: tuple[Tensor, int | None, Tensor] | None = None
         self.side = "input" if point.phase == "pre" else "output"
         # One descriptor per station: nnsight answers a second read of one descriptor at one location with the view of the first.
-        self.served: Any = eproperty(key=self.side)(Station._hand_out)
-        self.served.transform(Station._take_back)
-        self.served.postprocess(Station._assigned)
+        self.served: Any = eproperty(key=self.side)(SiteIO._hand_out)
+        self.served.transform(SiteIO._take_back)
+        self.served.postprocess(SiteIO._assigned)
 
     def read(self) -> Tensor:
         """The site's value, as a tensor of its own; what is changed in it goes back when the block moves on."""
         self._prepare()
-        return self.served.__get__(self, Station)
+        return self.served.__get__(self, SiteIO)
 
     def write(self, value: Any) -> None:
         """Replace the site's value."""
@@ -97,7 +97,7 @@ class Station:
             return
         location = f"{self.path}.output"
         visit = Mediator.current(location).wanted(location)
-        for stash in self.stashes:
+        for stash in self.saved_inputs:
             call = self.sites.enter(stash.module, self.paths[id(stash.module)], visit)
             stash.apply(call, lambda value: (value, False))
         self.sites.enter(self.point.module, self.path, visit)
@@ -120,7 +120,9 @@ class Station:
         return seen[0]
 
     def _written(self, call: Call, value: Tensor) -> Any:
-        self.point.apply(call, lambda before: (laid_out(value, before) if isinstance(value, Tensor) else value, True))
+        self.point.apply(
+            call, lambda before: (match_memory_layout(value, before) if isinstance(value, Tensor) else value, True)
+        )
         return (call.args, call.kwargs) if self.point.phase == "pre" else call.output
 
     def _hand_out(self, raw: Any) -> Tensor:
@@ -170,8 +172,8 @@ class SiteEnvoy(Envoy):
     def __dir__(self) -> list[str]:
         return sorted({*Envoy.__dir__(self), *self.__dict__.get("_stations", {})})
 
-    def _station(self, name: str) -> Station:
-        here: dict[str, Station] = self.__dict__.get("_stations", {})
+    def _station(self, name: str) -> SiteIO:
+        here: dict[str, SiteIO] = self.__dict__.get("_stations", {})
         if name in here:
             return here[name]
         sites = self._sites
@@ -291,7 +293,7 @@ def build(model: HookedModel, names: dict[str, list[str]], portable: bool) -> Ho
     paths = {module: envoy.path for module, envoy in envoys.items()}
     for name, point in nnsight_view.offered(model).items():
         prefix, _, last = name.rpartition(".")
-        station = Station(sites, point, paths, envoys[id(point.module)])
+        station = SiteIO(sites, point, paths, envoys[id(point.module)])
         sites.stations[name] = station
         envoys[id(hosts[prefix])]._stations[last] = station
     for station in sites.stations.values():

@@ -17,7 +17,7 @@ Masks of the caller's own reach attention as they are. A boolean one (true: may 
 Eager runs have limits of their own: in float64 a left-padded decoder gives NaN, because eager attention takes its softmax in float32, where the
 mask's minimum overflows. Run such inputs in float32, or leave scores and patterns out.
 
-Resumed runs (see ``resume.py``) compute a suffix of the positions. Their attention modules carry a :class:`Tap`, which in the unedited run keeps
+Resumed runs (see ``resume.py``) compute a suffix of the positions. Their attention modules carry a :class:`PrefixKV`, which in the unedited run keeps
 the keys, values and mask that enter the kernel, and later puts the kept keys and values of the earlier positions before the suffix's own. The
 kernel stays the module's own: eager, or sdpa under a second registered name.
 
@@ -51,7 +51,7 @@ from circuitvision.errors import HookError
 NAME = "circuitvision"
 FUSED = "circuitvision_fused"
 """The name under which modules keep their sdpa kernel while taps are in place."""
-Fire = Callable[[Tensor], "tuple[Tensor, bool]"]
+Callback = Callable[[Tensor], "tuple[Tensor, bool]"]
 
 
 @runtime_checkable
@@ -107,10 +107,10 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Stages:
+class AttentionHooks:
     """What to run inside one module's attention: ``fires`` by site name; ``only_reads`` if no fire can change its value."""
 
-    fires: Mapping[str, Fire]
+    fires: Mapping[str, Callback]
     only_reads: bool
     owner: Suspendable
     slots: Slots = field(default_factory=Slots)
@@ -125,7 +125,7 @@ class Stages:
 
 
 @dataclass(eq=False)
-class Tap:
+class PrefixKV:
     """What enters one attention kernel: kept in the unedited run, and completed in a resumed one (``first > 0``)."""
 
     key: Tensor | None = None
@@ -135,7 +135,7 @@ class Tap:
     first: int = 0
     copies: int = 1
 
-    def resumed(self, first: int, copies: int) -> Tap:
+    def resumed(self, first: int, copies: int) -> PrefixKV:
         """The tap of a run that computes the positions from ``first`` on, for ``copies`` times the rows."""
         return dataclasses.replace(self, first=first, copies=copies)
 
@@ -189,8 +189,8 @@ class Tap:
         return torch.where(seen, torch.arange(length), -1).amax(dim=(0, 2))
 
 
-_TAPS: dict[int, Tap] = {}
-_ACTIVE: dict[int, Stages] = {}
+_PREFIX_KV: dict[int, PrefixKV] = {}
+_ACTIVE: dict[int, AttentionHooks] = {}
 _SWITCHED: dict[int, tuple[int, str]] = {}
 """Config id -> the thread that switched it, and the implementation it had before."""
 _LOCK = threading.Lock()
@@ -220,7 +220,7 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
 class _Softmax(TorchFunctionMode):
     """Runs the score and pattern hooks around the first softmax it sees."""
 
-    def __init__(self, stages: Stages, dtype: torch.dtype) -> None:
+    def __init__(self, stages: AttentionHooks, dtype: torch.dtype) -> None:
         super().__init__()
         self.stages, self.dtype, self.seen = stages, dtype, 0
 
@@ -254,7 +254,7 @@ def attention(
         hidden = torch.finfo(query.dtype).min
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, hidden)
     stages = _ACTIVE.get(id(module))
-    tap = _TAPS.get(id(module))
+    tap = _PREFIX_KV.get(id(module))
     if tap is not None and tap.first == 0:
         key, value, attention_mask, kwargs = tap(module, query, key, value, attention_mask, kwargs)
     if tap is not None and tap.first:
@@ -286,17 +286,17 @@ def fused(
 ) -> tuple[Tensor, Tensor | None]:
     """The module's own sdpa attention, with the tap that is active for it."""
     other = _elsewhere(getattr(module, "config", None))
-    tap = None if other is not None else _TAPS.get(id(module))
+    tap = None if other is not None else _PREFIX_KV.get(id(module))
     if tap is not None:
         key, value, attention_mask, kwargs = tap(module, query, key, value, attention_mask, kwargs)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _without_rotated(fires: Mapping[str, Fire]) -> dict[str, Fire]:
+def _without_rotated(fires: Mapping[str, Callback]) -> dict[str, Callback]:
     return {name: fire for name, fire in fires.items() if name not in ("hook_rot_q", "hook_rot_k")}
 
 
-def _rotated(query: Tensor, key: Tensor, stages: Stages) -> tuple[Tensor, Tensor]:
+def _rotated(query: Tensor, key: Tensor, stages: AttentionHooks) -> tuple[Tensor, Tensor]:
     fires = stages.fires
     if "hook_rot_q" in fires:
         value, changed = fires["hook_rot_q"](query.transpose(1, 2))
@@ -330,7 +330,7 @@ AttentionInterface.register(FUSED, fused)
 AttentionMaskInterface.register(FUSED, _mask_of(sdpa_mask))
 
 
-class Switch:
+class AttentionBackend:
     """Turns :func:`attention` on for one model; which modules hold a config is found once, when it is first used."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -371,24 +371,24 @@ class Switch:
                         _SWITCHED[id(config)] = switched
 
     @contextlib.contextmanager
-    def tapped(self, taps: Mapping[int, Tap], eager: bool) -> Iterator[None]:
+    def with_prefix_kv(self, prefix_kv: Mapping[int, PrefixKV], eager: bool) -> Iterator[None]:
         """Put taps in place inside the block: every module keeps its own kernel, or takes the eager one.
 
         Raises HookError if taps of another sweep are in place.
         """
-        if _TAPS.keys() & taps.keys():
+        if _PREFIX_KV.keys() & prefix_kv.keys():
             raise HookError("Another sweep already resumes runs of this model; let it end first.")
         own = {"sdpa": FUSED, "eager": NAME}
         with self._implementations(lambda implementation: NAME if eager else own.get(implementation, implementation)):
             try:
-                _TAPS.update(taps)
+                _PREFIX_KV.update(prefix_kv)
                 yield
             finally:
-                for module_id in taps:
-                    _TAPS.pop(module_id, None)
+                for module_id in prefix_kv:
+                    _PREFIX_KV.pop(module_id, None)
 
     @contextlib.contextmanager
-    def on(self, active: dict[int, Stages]) -> Iterator[None]:
+    def on(self, active: dict[int, AttentionHooks]) -> Iterator[None]:
         """Use :func:`attention` in every attention module inside the block, then restore each config's own implementation.
 
         Raises HookError if another wrapper is already inside the attention of this model.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.axes import axis_of, tower_of
-from circuitvision.model.edits.values import Held, Positions
+from circuitvision.model.edits.values import Positions, TensorRef
 from circuitvision.model.selection import Selection
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import ABSENT, KINDS, TokenMap, present
@@ -41,7 +41,7 @@ def average_of(spec: str | Iterable[str] | Selection | Average) -> Average:
     if isinstance(spec, Positions) or (isinstance(spec, str) and spec in WORDS):
         return spec
     if isinstance(spec, Selection):
-        return Positions("mask", mask=Held(spec.tensor), tower=spec.tower, label=spec.label)
+        return Positions("mask", mask=TensorRef(spec.tensor), tower=spec.tower, label=spec.label)
     kinds = (spec,) if isinstance(spec, str) else tuple(spec) if isinstance(spec, Iterable) else ()
     known = [kind for kind in KINDS if kind not in ABSENT]
     if not kinds or any(not isinstance(kind, str) or kind not in known for kind in kinds):

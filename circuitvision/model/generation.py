@@ -17,7 +17,7 @@ from circuitvision.model.axes import past_length
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.edits.binding import BoundGroup
+    from circuitvision.model.edits.binding import CompiledEdits
 
 
 def setting(module: Any, kwargs: Mapping[str, Any], name: str) -> Any:
@@ -57,7 +57,7 @@ def check_cache(inputs: Mapping[str, Any], kwargs: Mapping[str, Any], hooked: bo
         )
 
 
-def check_edits(bound: BoundGroup, inputs: Mapping[str, Any], kwargs: Mapping[str, Any], module: Any) -> None:
+def check_edits(bound: CompiledEdits, inputs: Mapping[str, Any], kwargs: Mapping[str, Any], module: Any) -> None:
     """Raise InputError for edits that the cache of this generation would lose."""
     if bound.writes and kwargs.get("use_cache") is False:
         raise InputError("Edits count positions by the cache: leave use_cache on.")

@@ -31,7 +31,7 @@ from circuitvision.model import inputs as input_checks
 from circuitvision.model.axes import positions_of
 from circuitvision.model.cache import ActivationCache, Recipe, collected
 from circuitvision.model.edits.base import Edit
-from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups
+from circuitvision.model.edits.binding import CompiledEdits, EditApplier, EditCompiler, as_groups
 from circuitvision.model.gradients import Metric, with_gradients
 from circuitvision.model.hooks import Hook, HookEngine, HookPoint, Recorder, Registration
 from circuitvision.model.points import Point
@@ -79,7 +79,7 @@ class HookedModel(TextTools):
         layout.refuse_unread(self.family, self.towers)
         self.engine = HookEngine(module, *self._points())
         for tower in self.towers.values():
-            tower.quiet = self.engine.suspension
+            tower.hooks_disabled = self.engine.suspension
         self._own_towers()
         self._persistent: list[Registration] = []
         self._matches: dict[Any, list[str]] = {}
@@ -515,14 +515,14 @@ class HookedModel(TextTools):
         Raises InputError or UnknownSiteError, naming the edit, before anything runs.
         """
         mapping = self._checked(inputs, kwargs)
-        binder = Binder(self, mapping)
+        binder = EditCompiler(self, mapping)
         (bound,) = binder.bind(_one_group(edits))
         with self._edited(binder, bound):
             return self._forward(mapping if bound.inputs is None else bound.inputs, {})
 
     @contextlib.contextmanager
-    def _edited(self, binder: Binder, bound: BoundGroup) -> Iterator[None]:
-        forward = Writer(binder, [bound]).hooks()
+    def _edited(self, binder: EditCompiler, bound: CompiledEdits) -> Iterator[None]:
+        forward = EditApplier(binder, [bound]).hooks()
         if not forward:
             yield
             return
@@ -574,7 +574,7 @@ class HookedModel(TextTools):
         named, kwargs = input_checks.split_keywords(self, kwargs)
         mapping = self._checked(inputs, named, generation.described)
         generation.check_cache(mapping, kwargs, hooked=bool(edits or self.engine.stack))
-        binder = Binder(
+        binder = EditCompiler(
             self, generation.described(mapping), "generate", generation.most_passes(module, mapping, kwargs), kwargs
         )
         (bound,) = binder.bind(_one_group(edits))
@@ -603,7 +603,7 @@ class HookedModel(TextTools):
             raise UnsupportedModelError(f"A {self.family.name} model does not sample actions.")
         named, kwargs = input_checks.split_keywords(self, kwargs)
         mapping = self._checked(inputs, named)
-        binder = Binder(self, mapping, "act", num_steps or self.config.num_inference_steps)
+        binder = EditCompiler(self, mapping, "act", num_steps or self.config.num_inference_steps)
         (bound,) = binder.bind(_one_group(edits))
         mapping.pop("timestep", None)
         self._passes_recorded = True

@@ -38,8 +38,8 @@ from torch import Tensor, nn
 
 from circuitvision.errors import HookError
 from circuitvision.model import attention
-from circuitvision.model.memory import compact, laid_out
-from circuitvision.model.points import Call, Fire, OwnOutput, Point
+from circuitvision.model.memory import compact, match_memory_layout
+from circuitvision.model.points import Call, Callback, OwnOutput, Point
 from circuitvision.model.sites import SiteName
 
 Hook = Callable[[Tensor, "HookPoint"], "Tensor | None"]
@@ -121,7 +121,7 @@ class _Hooks:
 
     pre: list[tuple[nn.Module, Callable[..., Any]]]
     post: list[tuple[nn.Module, Callable[..., Any]]]
-    attention: dict[int, attention.Stages]
+    attention: dict[int, attention.AttentionHooks]
 
 
 @dataclass
@@ -134,7 +134,7 @@ class _Plan:
     """Towers whose passes are counted."""
     tower_of: Mapping[str, str]
     """Site name -> the tower whose passes it must match."""
-    stashes: tuple[Any, ...]
+    saved_inputs: tuple[Any, ...]
     reading: _Hooks | None = None
     """The hooks of a run that only records these sites: nothing in them depends on the run, so they are made once."""
 
@@ -158,7 +158,7 @@ class HookEngine:
         self._plans: dict[frozenset[str], _Plan] = {}
         self._plan: _Plan | None = None
         self._reader = Recorder()
-        self._attention = attention.Switch(model)
+        self._attention = attention.AttentionBackend(model)
         self.before_run: Callable[[], Callable[[], None] | None] = _nobody
         """Gives what is called before a run whose sites were asked for, and raises where hooks would give wrong numbers; set by the wrapper."""
         self._slots: list[attention.Slots] = []
@@ -265,13 +265,13 @@ class HookEngine:
     def _planned(self, asked: Iterable[str]) -> _Plan:
         slots: dict[tuple[int, str], dict[int, Point]] = {}
         tower_of: dict[str, str] = {}
-        stashes: dict[int, Any] = {}
+        saved_inputs: dict[int, Any] = {}
         for name in asked:
             point = self.points[name]
             companions = getattr(point, "companions", ())
             for needed in (*companions, point):
                 slots.setdefault((id(needed.module), needed.phase), {})[id(needed)] = needed
-            stashes.update({id(stash): stash for stash in companions})
+            saved_inputs.update({id(stash): stash for stash in companions})
             tower = SiteName.parse(name).tower
             tower_of[name] = "vision" if tower == "projector" else tower
         calls = []
@@ -280,7 +280,7 @@ class HookEngine:
             calls.append((ordered[0].module, phase, ordered))
         towers = {SiteName.parse(name).tower for name in tower_of}
         counted = tuple(tower for tower in self.first_blocks if tower in towers or "projector" in towers)
-        return _Plan(tuple(calls), counted, tower_of, tuple(stashes.values()))
+        return _Plan(tuple(calls), counted, tower_of, tuple(saved_inputs.values()))
 
     def _attach(self) -> None:
         self._detach()
@@ -336,7 +336,7 @@ class HookEngine:
                 hooks.post.append((module, self._post_reader(module, names, hook) if whole else hook))
             else:
                 stages = {SiteName.parse(point.name).stage: fire for point, fire in fires}
-                hooks.attention[id(module)] = attention.Stages(stages, only_reads, self)
+                hooks.attention[id(module)] = attention.AttentionHooks(stages, only_reads, self)
         return hooks
 
     def _touched(self, name: str) -> bool:
@@ -364,9 +364,9 @@ class HookEngine:
             switch, self._switch = self._switch, None
             switch.close()
 
-    def kernels(self, eager: bool, taps: Mapping[int, attention.Tap]) -> AbstractContextManager[None]:
+    def kernels(self, eager: bool, prefix_kv: Mapping[int, attention.PrefixKV]) -> AbstractContextManager[None]:
         """Taps in the attention of this model's modules, with eager attention everywhere or each module's own kernel."""
-        return self._attention.tapped(taps, eager)
+        return self._attention.with_prefix_kv(prefix_kv, eager)
 
     @contextlib.contextmanager
     def suspension(self) -> Iterator[None]:
@@ -406,7 +406,7 @@ class HookEngine:
                 self._forget_stashes()
 
     def _forget_stashes(self) -> None:
-        for stash in self._plan.stashes if self._plan is not None else ():
+        for stash in self._plan.saved_inputs if self._plan is not None else ():
             stash.kept.clear()
 
     def _check_fired(self, bypassed: Collection[str]) -> None:
@@ -441,7 +441,7 @@ class HookEngine:
 
         return count
 
-    def _pre_hook(self, own: nn.Module, fires: Sequence[tuple[Point, Fire]]) -> Callable[..., Any]:
+    def _pre_hook(self, own: nn.Module, fires: Sequence[tuple[Point, Callback]]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if module is not own or not self.acts():
                 return None
@@ -452,7 +452,7 @@ class HookEngine:
 
         return hook
 
-    def _post_hook(self, own: nn.Module, fires: Sequence[tuple[Point, Fire]]) -> Callable[..., Any]:
+    def _post_hook(self, own: nn.Module, fires: Sequence[tuple[Point, Callback]]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if module is not own or not self.acts():
                 return None
@@ -491,7 +491,7 @@ class HookEngine:
 
     # -- one point -----------------------------------------------------------------------------------------------------------------------
 
-    def _fire_of(self, point: Point) -> Fire:
+    def _fire_of(self, point: Point) -> Callback:
         name = SiteName.parse(point.name)
         chain = [hook for registration in self.stack for hook in self._hooks_of(registration, point.name)]
         edits = any(not isinstance(hook, Recorder) for hook in chain)
@@ -519,14 +519,14 @@ class HookEngine:
                 value, edited = _run_hook(hook, value, where, tracked)
                 changed = changed or edited
             if changed and not in_place:
-                value = laid_out(value, layout)
+                value = match_memory_layout(value, layout)
             for hook in backward:
                 value.register_hook(lambda grad, hook=hook: _checked(hook(grad, where), grad, where))
             return value, changed
 
         return fire
 
-    def _reader_of(self, point: Point) -> Fire:
+    def _reader_of(self, point: Point) -> Callback:
         """The fire of a point that one recorder reads, without what edits need."""
         name = point.name
 

@@ -26,8 +26,8 @@ from circuitvision.model.points import (
     Point,
     PoolAttention,
     PositionEmbedding,
+    SavedInput,
     SharedInput,
-    Stash,
     StreamInput,
 )
 from circuitvision.model.sites import SiteName
@@ -154,7 +154,7 @@ def _attention_points(tower: Tower, block: Block, prefix: str) -> Iterator[Point
     cfg = tower.cfg
     ln1, attn = block.part("ln1"), block.part("attn")
     yield from _norm_points(f"{prefix}.ln1", ln1)
-    stash = Stash(f"{prefix}.ln1", ln1, "pre", order=-1)
+    stash = SavedInput(f"{prefix}.ln1", ln1, "pre", order=-1)
     for letter, n_heads in (("q", cfg.n_heads), ("k", cfg.n_kv_heads), ("v", cfg.n_kv_heads)):
         projection = block.part(letter)
         yield HeadInput(

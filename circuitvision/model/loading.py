@@ -15,7 +15,7 @@ from torch import nn
 from circuitvision.errors import InputError, UnsupportedModelError, nearest, warn
 from circuitvision.model.spec import FAMILIES, family_of, load_tables, unsupported
 from circuitvision.model.tree import base_of, refuse_adapters
-from circuitvision.progress import as_silent_as_we_are
+from circuitvision.progress import match_verbosity
 
 ADAPTER = "adapter_config.json"
 
@@ -71,7 +71,7 @@ def load_module(
         key: value for key, value in {"dtype": dtype, "device_map": device_map, **kwargs}.items() if value is not None
     }
     try:
-        with as_silent_as_we_are():
+        with match_verbosity():
             module = loader.from_pretrained(str(Path(name).expanduser()) if looks_local else name, **options)
     except Exception as error:
         # A missing, cut off or foreign file of weights, a missing package: safetensors raises a type of its own.
@@ -109,7 +109,7 @@ def _with_adapter(name: str, *args: Any, **kwargs: Any) -> nn.Module:
             f"{name} holds an adapter that does not say for which model (base_model_name_or_path). Load the model, put the adapter on it with "
             "peft.PeftModel.from_pretrained(model, folder), and wrap the result: HookedModel(model)."
         )
-    with as_silent_as_we_are():
+    with match_verbosity():
         return peft.PeftModel.from_pretrained(load_module(base, *args, **kwargs), name).eval()
 
 

@@ -28,7 +28,7 @@ def owned(value: Tensor) -> Tensor:
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
-def laid_out(value: Tensor, like: Tensor) -> Tensor:
+def match_memory_layout(value: Tensor, like: Tensor) -> Tensor:
     """``value`` in the memory layout and alignment of ``like``."""
     strides = like.stride()
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(strides, like.shape, strict=True))

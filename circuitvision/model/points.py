@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from circuitvision.errors import HookError
-from circuitvision.model.memory import laid_out
+from circuitvision.model.memory import match_memory_layout
 from circuitvision.model.spec import NormSpec
 from circuitvision.model.weights import (
     attention_weights,
@@ -37,7 +37,7 @@ from circuitvision.model.weights import (
     present,
 )
 
-Fire = Callable[[Tensor], "tuple[Tensor, bool]"]
+Callback = Callable[[Tensor], "tuple[Tensor, bool]"]
 """Runs the hooks of a point on a value; returns the value to continue with and whether it may differ from the one given."""
 
 
@@ -154,7 +154,7 @@ class Point:
         """Whether the value is the module's first argument or its output just as it is."""
         return False
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         """Fire the hooks on this site's value in ``call`` and write an edit back. Attention points are applied by the attention function."""
         raise NotImplementedError(f"{type(self).__name__} is not applied by a module hook.")
 
@@ -167,12 +167,12 @@ class AttentionStage(Point):
 
 
 @dataclass(eq=False)
-class Stash(Point):
+class SavedInput(Point):
     """Keeps a module's input for a derived point of the same block; not a site."""
 
     kept: dict[int, Tensor] = field(default_factory=dict)
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         self.kept[id(self.module)] = call.input()
 
 
@@ -195,7 +195,7 @@ class Input(Point):
     def whole(self) -> bool:
         return self.n_heads is None
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         value, changed = fire(_heads(call.input(self.keyword), self.n_heads))
         if changed:
             call.set_input(_merge(value, self.n_heads), self.keyword)
@@ -205,7 +205,7 @@ class Input(Point):
 class BranchInput(Input):
     """The first argument of a module whose tensor others hold as well: hooks get the module's own branch, in values and in gradients."""
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         shared = call.input(self.keyword)
         value, changed = fire(shared.clone() if torch.is_grad_enabled() and shared.requires_grad else shared)
         if changed:
@@ -222,7 +222,7 @@ class Output(Point):
     def whole(self) -> bool:
         return self.n_heads is None
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         out = call.tensor()
         grid = out.shape[-2:] if out.ndim == 4 else None
         value = rearrange(out, "b d h w -> b (h w) d") if grid else _heads(out, self.n_heads)
@@ -241,7 +241,7 @@ class Lookup(Output):
     def whole(self) -> bool:
         return False
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         if call.tensor().ndim > 2:
             super().apply(call, fire)
 
@@ -256,7 +256,7 @@ class SharedInput(Point):
     def whole(self) -> bool:
         return True
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         shared = call.input()
         value, changed = fire(shared)
         if changed:
@@ -273,9 +273,9 @@ class OwnOutput(Point):
 
     kept: dict[int, Tensor] = field(default_factory=dict)
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         value = call.tensor()
-        own = self.kept[id(self.module)] = laid_out(value.clone(), value)
+        own = self.kept[id(self.module)] = match_memory_layout(value.clone(), value)
         call.set_tensor(own)
 
 
@@ -294,14 +294,14 @@ class StreamInput(Point):
     def whole(self) -> bool:
         return True
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         entering = call.input()
         own = self.companions[0].kept.pop(id(self.companions[0].module), None)
         value, changed = fire(entering)
         if changed and own is entering:
             entering.copy_(value)
         elif changed:
-            call.set_input(laid_out(value, entering))
+            call.set_input(match_memory_layout(value, entering))
 
     def as_output(self) -> Output:
         """The same value where the block before leaves it, for tools that write to modules without hooks of ours."""
@@ -315,7 +315,7 @@ class NormScale(Point):
     spec: NormSpec = field(default_factory=lambda: NormSpec("eps"))
     derived = True
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         _, scale = norm_parts(call, self.spec)
         value, changed = fire(scale)
         if changed:
@@ -331,7 +331,7 @@ class NormNormalized(Point):
     spec: NormSpec = field(default_factory=lambda: NormSpec("eps"))
     derived = True
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         before = normalized(call, self.spec)
         value, changed = fire(before)
         if changed:
@@ -386,7 +386,7 @@ class HeadResult(Point):
     n_heads: int = 1
     derived = True
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         z = _heads(call.input(), self.n_heads)
         weight, bias = linear_weight(call.module, z.dtype, z.device)
         w_o = rearrange(weight, "(h d) m -> h d m", h=self.n_heads)
@@ -411,10 +411,10 @@ class HeadInput(Point):
     """
 
     n_heads: int = 1
-    companions: tuple[Stash, ...] = ()
+    companions: tuple[SavedInput, ...] = ()
     derived = True
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         stash = self.companions[0]
         resid = stash.kept[id(stash.module)]
         per_head = resid.unsqueeze(-2).expand(*resid.shape[:-1], self.n_heads, resid.shape[-1])
@@ -451,7 +451,7 @@ class PositionEmbedding(Point):
     n_inserted: int = 0
     derived = True
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         out = call.tensor()
         with torch.no_grad(), present(call.module):
             before = self.positions(call, out).to(out.dtype).expand_as(out).clone()
@@ -501,7 +501,7 @@ class PoolAttention(Point):
     stage: str = "hook_q"
     derived = True
 
-    def apply(self, call: Call, fire: Fire) -> None:
+    def apply(self, call: Call, fire: Callback) -> None:
         before = self.value(call)
         value, changed = fire(before)
         if not changed:

@@ -27,11 +27,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from circuitvision.model.attention import Tap
+from circuitvision.model.attention import PrefixKV
 from circuitvision.model.dead import last_live_block
-from circuitvision.model.handback import CannotResume, Clean, Overrides, Watch, fresh, tensors_in, tensors_of
+from circuitvision.model.replay import (
+    BaseRun,
+    CannotResume,
+    ForeignHookDetector,
+    Overrides,
+    fresh,
+    tensors_in,
+    tensors_of,
+)
 from circuitvision.model.resumed_run import UNREAD, ResumedRun, embeddings_of
-from circuitvision.model.routes import EMBED, Route, Start, is_dual, stages
+from circuitvision.model.routes import EMBED, ResumePlan, ResumePoint, is_dual, stages
 from circuitvision.model.spec import require
 
 if TYPE_CHECKING:
@@ -55,18 +63,18 @@ class Resumer:
         self.by_cache = any(tower.spec.feeds_cache_only for tower in model.towers.values())
         """Whether a tower reads another one's keys and values."""
         self._reach: dict[tuple[str, int], Tensor | None] = {}
-        self.clean: Clean | None = None
+        self.clean: BaseRun | None = None
 
     # -- the unedited run ------------------------------------------------------------------------------------------------------------------
 
-    def record(self, starts: set[Start], taps_from: Mapping[str, int], sites: list[str]) -> dict[str, Tensor]:
+    def record(self, starts: set[ResumePoint], taps_from: Mapping[str, int], sites: list[str]) -> dict[str, Tensor]:
         """Run once and keep what the given starts need; ``taps_from``: tower -> first block whose keys and values are kept.
 
         Returns the values of ``sites`` in that run.
         """
         overrides = Overrides()
-        clean = Clean(torch.empty(0))
-        watch = Watch(self.model.module)
+        clean = BaseRun(torch.empty(0))
+        watch = ForeignHookDetector(self.model.module)
         try:
             for start in starts:
                 self._record_start(overrides, clean, start)
@@ -74,8 +82,8 @@ class Resumer:
                 self._record_whole(overrides, clean, name)
             for name, layer in taps_from.items():
                 for block in self.model.towers[name].blocks[layer:]:
-                    clean.taps[id(block.part("attn"))] = Tap()
-            with torch.no_grad(), self._kernels(clean.taps):
+                    clean.prefix_kv[id(block.part("attn"))] = PrefixKV()
+            with torch.no_grad(), self._kernels(clean.prefix_kv):
                 cache: Mapping[str, Any] = {}
                 if sites:
                     clean.output, cache = self.model.run_with_cache(self.inputs, names_filter=sites)
@@ -92,15 +100,15 @@ class Resumer:
         return {site: cache[site] for site in sites}
 
     @contextlib.contextmanager
-    def _kernels(self, taps: Mapping[int, Tap]) -> Iterator[None]:
+    def _kernels(self, prefix_kv: Mapping[int, PrefixKV]) -> Iterator[None]:
         """The run's implementation of attention: eager for all, or each module's own, with taps where positions are resumed."""
-        if not self.eager and not taps:
+        if not self.eager and not prefix_kv:
             yield
             return
-        with self.model.engine.kernels(eager=self.eager, taps=taps):
+        with self.model.engine.kernels(eager=self.eager, prefix_kv=prefix_kv):
             yield
 
-    def _record_whole(self, overrides: Overrides, clean: Clean, name: str) -> None:
+    def _record_whole(self, overrides: Overrides, clean: BaseRun, name: str) -> None:
         if name == "projector":
             self._keep(overrides, clean, self.projector())
             return
@@ -115,7 +123,7 @@ class Resumer:
             for part in UNREAD:
                 self._keep(overrides, clean, tower.blocks[last_live_block(tower, self.inputs)].part(part))
 
-    def _record_start(self, overrides: Overrides, clean: Clean, start: Start) -> None:
+    def _record_start(self, overrides: Overrides, clean: BaseRun, start: ResumePoint) -> None:
         if start.tower not in self.model.towers or start.layer == EMBED:
             return
         block = self.model.towers[start.tower].blocks[start.layer]
@@ -128,7 +136,7 @@ class Resumer:
 
     @staticmethod
     def _keep(
-        overrides: Overrides, clean: Clean, module: nn.Module, block: Block | None = None, argument: bool = False
+        overrides: Overrides, clean: BaseRun, module: nn.Module, block: Block | None = None, argument: bool = False
     ) -> None:
         if id(module) in clean.results:
             if argument:
@@ -183,7 +191,7 @@ class Resumer:
         real = torch.from_numpy(self.tokens[tower].kind != "padding")
         seen: dict[Any, Tensor] = {}
         for block in self.model.towers[tower].blocks[layer:]:
-            tap = self.clean.taps.get(id(block.part("attn")))
+            tap = self.clean.prefix_kv.get(id(block.part("attn")))
             if tap is None or tap.key is None:
                 return None
             key = id(tap.mask) if tap.mask is not None else tap.causal
@@ -201,12 +209,12 @@ class Resumer:
         last = self.dual or tower == self.order[-1]
         return last and not self.by_cache and not self.model.towers[tower].stack.image
 
-    def sliced_tower(self, route: Route) -> str:
+    def sliced_tower(self, route: ResumePlan) -> str:
         """The tower of which a route may compute a suffix of the positions; "" if none."""
         candidates = [start.tower for start in route.starts] if self.dual else [self.order[-1]]
         return next((name for name in candidates if self.can_slice(name)), "")
 
-    def is_late(self, route: Route) -> bool:
+    def is_late(self, route: ResumePlan) -> bool:
         """Whether the rows can be repeated where the stream is first edited, rather than at the inputs."""
         if self.dual or len(route.starts) != 1:
             return False
@@ -226,7 +234,7 @@ class Resumer:
 
     # -- a resumed run ---------------------------------------------------------------------------------------------------------------------
 
-    def run(self, route: Route, copies: int, first: int) -> Tensor:
+    def run(self, route: ResumePlan, copies: int, first: int) -> Tensor:
         """The output for ``copies`` groups of one route under the hooks in place; positions from ``first`` on where that is above 0.
 
         Rows are group by group. Raises CannotResume if a module is called in a way that is not understood.
@@ -237,7 +245,7 @@ class Resumer:
         overrides = Overrides()
         try:
             resumed.prepare(overrides)
-            with torch.no_grad(), self._kernels(resumed.taps()):
+            with torch.no_grad(), self._kernels(resumed.prefix_kv()):
                 return self.model._forward(resumed.inputs(), {})
         finally:
             overrides.restore()

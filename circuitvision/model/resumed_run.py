@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from circuitvision.model.attention import Tap
+from circuitvision.model.attention import PrefixKV
 from circuitvision.model.dead import CACHE_SIDE, last_live_block
-from circuitvision.model.handback import CannotResume, Overrides, fresh, is_plain, repeated
-from circuitvision.model.routes import EMBED, PARTS, Route, Start, reached_through_cache
+from circuitvision.model.replay import CannotResume, Overrides, fresh, is_plain, repeated
+from circuitvision.model.routes import EMBED, PARTS, ResumePlan, ResumePoint, reached_through_cache
 from circuitvision.model.sites import SiteName
 from circuitvision.model.spec import resolve
 
@@ -33,7 +33,7 @@ def embeddings_of(tower: Tower) -> nn.Module | None:
 class ResumedRun:
     """One resumed run: which module hands back what."""
 
-    def __init__(self, resumer: Resumer, route: Route, copies: int, first: int) -> None:
+    def __init__(self, resumer: Resumer, route: ResumePlan, copies: int, first: int) -> None:
         assert resumer.clean is not None
         self.owner, self.clean, self.model = resumer, resumer.clean, resumer.model
         self.route, self.copies, self.first = route, copies, first
@@ -62,7 +62,7 @@ class ResumedRun:
         counted = name.startswith(("position_ids", "attention_mask", "token_type_ids"))
         return name == "cache_position" or (counted and value.shape[0] == 1 and self.clean.output.shape[0] > 1)
 
-    def taps(self) -> dict[int, Tap]:
+    def prefix_kv(self) -> dict[int, PrefixKV]:
         """Attention that finds the unedited keys and values of the positions before the suffix."""
         if not self.sliced:
             return {}
@@ -70,7 +70,7 @@ class ResumedRun:
         blocks = self.model.towers[self.sliced].blocks[0 if start is None else max(start.layer, 0) :]
         out = {}
         for block in blocks:
-            tap = self.clean.taps[id(block.part("attn"))]
+            tap = self.clean.prefix_kv[id(block.part("attn"))]
             out[id(block.part("attn"))] = tap.resumed(self.first, self.copies)
         return out
 
@@ -155,7 +155,7 @@ class ResumedRun:
             for part in UNREAD:
                 self._hand_back(overrides, tower.blocks[live].part(part), self.copies)
 
-    def _start(self, overrides: Overrides, start: Start) -> None:
+    def _start(self, overrides: Overrides, start: ResumePoint) -> None:
         if start.tower == "projector":
             if start.name == "post":
                 self._hand_back(overrides, self.owner.projector(), self.copies)
@@ -185,7 +185,7 @@ class ResumedRun:
     def _first_in(self, tower: Tower) -> int:
         return self.first if tower.name == self.sliced else 0
 
-    def _inside(self, overrides: Overrides, tower: Tower, block: Block, start: Start) -> None:
+    def _inside(self, overrides: Overrides, tower: Tower, block: Block, start: ResumePoint) -> None:
         """Resume inside a block: attention, and perhaps the MLP, hand back; or only their last linear map runs."""
         attn, first = block.part("attn"), self._first_in(tower)
         feeds = tower.spec.feeds_cache_only

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from circuitvision.model.edits.attention import AttentionEdit, DeleteTokens
 from circuitvision.model.edits.base import Edit
-from circuitvision.model.edits.binding import Binder, BoundGroup
-from circuitvision.model.edits.values import Window
+from circuitvision.model.edits.binding import CompiledEdits, EditCompiler
+from circuitvision.model.edits.values import PositionWindow
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ EMBED = -1
 
 
 @dataclass(frozen=True, order=True)
-class Start:
+class ResumePoint:
     """The first place of one tower that can differ: parts of ``layer`` from ``PARTS[part]`` on."""
 
     tower: str
@@ -44,34 +44,34 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Route:
+class ResumePlan:
     """Where one group of edits acts first, in every tower it edits first; groups of one route run in one batch."""
 
-    starts: tuple[Start, ...]
+    starts: tuple[ResumePoint, ...]
     eager: bool
-    later: Start | None = None
+    later: ResumePoint | None = None
     """The first edit in a tower that the first edited one reaches only through its keys and values."""
 
-    def start_in(self, tower: str) -> Start | None:
+    def start_in(self, tower: str) -> ResumePoint | None:
         """The start in a tower; None where the tower is not where the edits begin."""
         return next((start for start in self.starts if start.tower == tower), None)
 
 
-def start_of(model: HookedModel, site: str) -> Start:
+def start_of(model: HookedModel, site: str) -> ResumePoint:
     """The first place that an edit of ``site`` can change."""
     name = SiteName.parse(site)
     if name.tower not in model.towers:
-        return Start(name.tower, 0, PARTS.index("block" if name.site == "hook_in" else "post"))
+        return ResumePoint(name.tower, 0, PARTS.index("block" if name.site == "hook_in" else "post"))
     tower = model.towers[name.tower]
     if name.layer is None:
         if name.site in ("hook_embed", "hook_pos_embed"):
-            return Start(name.tower, EMBED, 0)
+            return ResumePoint(name.tower, EMBED, 0)
         if name.site == "hook_input":
-            return Start(name.tower, 0, 0)
-        return Start(name.tower, tower.cfg.n_layers - 1, PARTS.index("post"))
+            return ResumePoint(name.tower, 0, 0)
+        return ResumePoint(name.tower, tower.cfg.n_layers - 1, PARTS.index("post"))
     if name.site == "hook_resid_pre" and name.layer > 0:
-        return Start(name.tower, name.layer - 1, PARTS.index("post"))
-    return Start(name.tower, name.layer, PARTS.index(_part(model, name)))
+        return ResumePoint(name.tower, name.layer - 1, PARTS.index("post"))
+    return ResumePoint(name.tower, name.layer, PARTS.index(_part(model, name)))
 
 
 def _part(model: HookedModel, name: SiteName) -> str:
@@ -113,24 +113,24 @@ def stages(model: HookedModel) -> list[str]:
     return names
 
 
-def route_of(model: HookedModel, group: BoundGroup) -> Route:
+def route_of(model: HookedModel, group: CompiledEdits) -> ResumePlan:
     """The route of a bound group."""
-    starts: dict[str, Start] = {}
+    starts: dict[str, ResumePoint] = {}
     for site in group.sites:
         start = start_of(model, site)
         known = starts.get(start.tower)
         starts[start.tower] = start if known is None else min(start, known)
     eager = any(SiteName.parse(site).is_eager for site in (*group.sites, *group.captures))
     if is_dual(model):
-        return Route(tuple(starts.values()), eager)
+        return ResumePlan(tuple(starts.values()), eager)
     first = min(starts, key=stages(model).index)
     source = model.towers.get(first)
     by_cache = source is not None and source.spec.feeds_cache_only
     later = next((start for tower, start in starts.items() if tower != first), None) if by_cache else None
-    return Route((starts[first],), eager, later)
+    return ResumePlan((starts[first],), eager, later)
 
 
-def reached_through_cache(route: Route, model: HookedModel, tower: str) -> int:
+def reached_through_cache(route: ResumePlan, model: HookedModel, tower: str) -> int:
     """The first block of ``tower`` that is edited, or reads changed keys or values of a tower before it; 0 where everything before it changed."""
     (start,) = route.starts
     source = model.towers.get(start.tower)
@@ -140,7 +140,7 @@ def reached_through_cache(route: Route, model: HookedModel, tower: str) -> int:
     return reached if route.later is None else min(reached, max(route.later.layer, 0))
 
 
-def lowest_position(binder: Binder, group: BoundGroup, tower: str) -> int:
+def lowest_position(binder: EditCompiler, group: CompiledEdits, tower: str) -> int:
     """The first position of ``tower`` that any edit of a group can change directly."""
     lowest: int | None = None
     for site, edits in group.writes.items():
@@ -153,7 +153,7 @@ def lowest_position(binder: Binder, group: BoundGroup, tower: str) -> int:
     return 0 if lowest is None else lowest
 
 
-def _lowest(edit: Edit, window: Window) -> int:
+def _lowest(edit: Edit, window: PositionWindow) -> int:
     if edit.reads_all:
         return 0
     first = edit.positions.lowest(window)

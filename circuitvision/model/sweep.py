@@ -29,14 +29,14 @@ from circuitvision.errors import CircuitVisionError, InputError, warn
 from circuitvision.links import marked
 from circuitvision.model.edits.axes import check_axes
 from circuitvision.model.edits.base import Edit, EditGroup
-from circuitvision.model.edits.binding import Binder, BoundGroup, Writer, as_groups
-from circuitvision.model.handback import CannotResume
+from circuitvision.model.edits.binding import CompiledEdits, EditApplier, EditCompiler, as_groups
 from circuitvision.model.hooks import Registration
+from circuitvision.model.replay import CannotResume
 from circuitvision.model.resume import Resumer
 from circuitvision.model.routes import (
     PARTS,
-    Route,
-    Start,
+    ResumePlan,
+    ResumePoint,
     is_dual,
     lowest_position,
     reached_through_cache,
@@ -144,8 +144,8 @@ class _Task:
     """One group on its way through a sweep."""
 
     number: int
-    bound: BoundGroup
-    route: Route | None = None
+    bound: CompiledEdits
+    route: ResumePlan | None = None
     first: int = 0
     note: str = ""
 
@@ -191,7 +191,7 @@ class Sweep:
             raise InputError(
                 f"The axes describe {sizes}, but there are {len(groups)} edits; the last axis varies fastest."
             )
-        self.binder = Binder(model, inputs, warns_of_rows=False)
+        self.binder = EditCompiler(model, inputs, warns_of_rows=False)
         bound_groups = self.binder.bind(groups)
         check_axes(self.binder, self.axes, bound_groups)
         self.tasks = [_Task(number, bound) for number, bound in enumerate(bound_groups)]
@@ -337,7 +337,7 @@ class Sweep:
     def _record(self, eager: bool, tasks: Sequence[_Task]) -> None:
         resumer = Resumer(self.model, self.inputs, self.binder.maps, eager)
         starts = {start for task in tasks if task.route for start in task.route.starts}
-        taps: dict[str, int] = {}
+        prefix_kv: dict[str, int] = {}
         for task in tasks:
             assert task.route is not None
             tower = resumer.sliced_tower(task.route)
@@ -346,9 +346,9 @@ class Sweep:
                 if task.first:
                     start = task.route.start_in(tower)
                     layer = 0 if start is None else max(start.layer, 0)
-                    taps[tower] = min(taps.get(tower, layer), layer)
+                    prefix_kv[tower] = min(prefix_kv.get(tower, layer), layer)
         captures = sorted({site for task in tasks for site in self._captured_before(task)})
-        self.captured[eager] = resumer.record(starts, taps, captures)
+        self.captured[eager] = resumer.record(starts, prefix_kv, captures)
         self.resumers[eager] = resumer
 
     @staticmethod
@@ -362,7 +362,7 @@ class Sweep:
         assert task.route is not None
         return [site for site in task.bound.captures if self._is_before(site, task.route)]
 
-    def _is_before(self, site: str, route: Route) -> bool:
+    def _is_before(self, site: str, route: ResumePlan) -> bool:
         here = start_of(self.model, site)
         start = route.start_in(here.tower)
         if start is None:
@@ -373,10 +373,10 @@ class Sweep:
         entering = here == start and here.name != "block"
         return here < start or (entering and self._order[site] < self._first_point(route))
 
-    def _first_point(self, route: Route) -> int:
+    def _first_point(self, route: ResumePlan) -> int:
         return min(self._order[site] for task in self.tasks if task.route == route for site in task.bound.writes)
 
-    def _describe(self, task: _Task, route: Route) -> None:
+    def _describe(self, task: _Task, route: ResumePlan) -> None:
         resumer = self.resumers[route.eager]
         tower = resumer.sliced_tower(route)
         if task.first:
@@ -388,7 +388,7 @@ class Sweep:
     # -- batches ---------------------------------------------------------------------------------------------------------------------------
 
     def _batches(self) -> Iterator[list[_Task]]:
-        routes: dict[Route | None, list[_Task]] = {}
+        routes: dict[ResumePlan | None, list[_Task]] = {}
         for task in self.tasks:
             routes.setdefault(task.route, []).append(task)
         for route, tasks in routes.items():
@@ -401,7 +401,7 @@ class Sweep:
                 yield waiting[:count]
                 waiting = waiting[count:]
 
-    def _count(self, route: Route, waiting: Sequence[_Task]) -> int:
+    def _count(self, route: ResumePlan, waiting: Sequence[_Task]) -> int:
         """How many of the waiting groups, latest first, run in the next batch."""
         if self.batch_size != "auto":
             return int(self.batch_size)
@@ -420,7 +420,7 @@ class Sweep:
             count = number
         return min(count, self.limit or count)
 
-    def _size(self, route: Route) -> tuple[int, int, int]:
+    def _size(self, route: ResumePlan) -> tuple[int, int, int]:
         """Rows, positions and bytes per position of the largest tower a route computes."""
         found = []
         maps = self.binder.maps
@@ -481,10 +481,10 @@ class Sweep:
             logits = self.model._forward(inputs, {})
         return self._evaluate(logits)
 
-    def _resumed(self, part: Sequence[_Task], route: Route, first: int) -> Tensor:
+    def _resumed(self, part: Sequence[_Task], route: ResumePlan, first: int) -> Tensor:
         resumer = self.resumers[route.eager]
         tower = resumer.sliced_tower(route) if first else ""
-        writer = Writer(self.binder, [task.bound for task in part], {tower: first} if tower else {})
+        writer = EditApplier(self.binder, [task.bound for task in part], {tower: first} if tower else {})
         for number, task in enumerate(part):
             for site in self._captured_before(task):
                 value = self.captured[route.eager][site]
@@ -503,7 +503,7 @@ class Sweep:
         return output
 
     def _metrics(
-        self, part: Sequence[_Task], route: Route, output: Tensor, first: int
+        self, part: Sequence[_Task], route: ResumePlan, output: Tensor, first: int
     ) -> Iterator[tuple[_Task, Tensor]]:
         resumer = self.resumers[route.eager]
         assert resumer.clean is not None
@@ -531,7 +531,7 @@ def free_memory(device: torch.device) -> int | None:
         return None
 
 
-def unedited_examples(binder: Binder, group: Sequence[Edit]) -> Tensor | None:
+def unedited_examples(binder: EditCompiler, group: Sequence[Edit]) -> Tensor | None:
     """The examples in which no edit of a group selects a position, ``[example]``; None where some edit is not by mask or selection."""
     found: Tensor | None = None
     for edit in group:
@@ -580,7 +580,7 @@ def _is_replaced(module: nn.Module) -> bool:
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
-def _place(start: Start) -> str:
+def _place(start: ResumePoint) -> str:
     if start.tower == "projector":
         return "the projector"
     if start.layer < 0:

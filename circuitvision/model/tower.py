@@ -184,7 +184,7 @@ class Tower:
         self.config: Any = sub_config(config, spec.config)
         self.stack = stack_for(spec, self.config)
         self.find()
-        self.quiet: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.hooks_disabled: Callable[[], AbstractContextManager[None]] = nullcontext
         """Keeps hooks from firing while modules are called for a read-out alone; set by the wrapper."""
         self.owner: Callable[[], HookedModel | None] = _nobody
         """The wrapped model this tower belongs to; set by the wrapper, which a tower does not keep alive."""
@@ -301,13 +301,13 @@ class Tower:
         text ends.
         Raises InputError if ``context`` is missing there, UnsupportedModelError for a tower without a read-out.
         """
-        with self.quiet():
+        with self.hooks_disabled():
             return heads.read_out(self, resid, context)
 
     # -- weights ---------------------------------------------------------------------------------------------------------------------------
 
     def _stacked(self, name: str) -> Tensor:
-        with self.quiet(), torch.no_grad():
+        with self.hooks_disabled(), torch.no_grad():
             return torch.stack([getattr(block, name).detach() for block in self.blocks])
 
     def __getattr__(self, name: str) -> Tensor:
@@ -320,7 +320,7 @@ class Tower:
         """The token embedding ``[vocab d_model]``, or the patch projection ``[channels·patch·patch d_model]`` (copy)."""
         module: Any = require(self.root, self.stack.embed, "embedding")
         module = getattr(module, "projection", module)
-        with self.quiet(), torch.no_grad():
+        with self.hooks_disabled(), torch.no_grad():
             return embedding_weight(module, self.dtype).detach().clone()
 
     @property
@@ -330,7 +330,7 @@ class Tower:
             raise AttributeError(f"The {self.name} tower has no learned position embedding.")
         embeddings, name = require(self.root, self.stack.embeddings or "", "embeddings"), self.stack.position_weight
         table = getattr(embeddings, name)
-        with self.quiet(), torch.no_grad():
+        with self.hooks_disabled(), torch.no_grad():
             if isinstance(table, nn.Module):
                 return embedding_weight(table, self.dtype).detach().clone()
             return parameter(embeddings, name)[0].detach().clone()
@@ -342,7 +342,7 @@ class Tower:
             raise AttributeError(
                 f"The {self.name} tower of {self.family.name} has no {kind}; tower.readout says how it reaches the output."
             )
-        with self.quiet(), torch.no_grad():
+        with self.hooks_disabled(), torch.no_grad():
             if found[1] == "tied":
                 return embedding_weight(found[0], self.dtype).detach().T.clone()
             return linear_weight(found[0], self.dtype)[0].detach().clone()
@@ -358,7 +358,7 @@ class Tower:
         found = heads.unembedding(self)
         if found is None or found[1] == "tied":
             return self.W_U.new_zeros(self.W_U.shape[1])
-        with self.quiet(), torch.no_grad():
+        with self.hooks_disabled(), torch.no_grad():
             bias = linear_bias(found[0], self.dtype)
         return self.W_U.new_zeros(out_width(found[0])) if bias is None else bias.detach().clone()
 

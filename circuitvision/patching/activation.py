@@ -32,7 +32,7 @@ from torch import Tensor
 from circuitvision import edits, metrics
 from circuitvision.errors import InputError, warn
 from circuitvision.model.edits.base import EditGroup, by_digest
-from circuitvision.model.edits.values import Held
+from circuitvision.model.edits.values import TensorRef
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
 from circuitvision.provenance import describe, with_provenance
@@ -72,7 +72,7 @@ class PatchingResult(Result):
     def edits(self) -> list[EditGroup]:
         """The edit of every cell that was run, in row-major order; :func:`circuitvision.edits.restore` puts the source's values into them."""
         whole: dict[str, Any] = {edit.site: edit.values()["source"] for group in self.sources for edit in group}
-        shapes = {site: source._tensor if isinstance(source, Held) else source for site, source in whole.items()}
+        shapes = {site: source._tensor if isinstance(source, TensorRef) else source for site, source in whole.items()}
         axes = [axis for axis in self.axes if axis != "tower"]
         cells = sorted(_plan(list(shapes), axes, shapes, self.positions)[1]) if shapes else []
         return [EditGroup([_patch(cell, whole[cell[1]])]) for cell in cells if cell[1] not in self.dead]

@@ -122,7 +122,7 @@ def ranked(result: Ranking, count: int = 14, title: str | None = None) -> go.Fig
     heights = result.values[:count].tolist()
     errors = result.errors[:count].nan_to_num(0.0).tolist()
     finite = bool(torch.isfinite(result.values).any())
-    outstanding = result.standing_out() if finite and len(result.values) > 1 else []
+    outstanding = result.above_threshold() if finite and len(result.values) > 1 else []
     title = title or nothing_found(result.values, "component", "has a score other than 0")
     if title is None:
         title = f"{html.escape(names[0])} comes first: {_number(heights[0])}"

@@ -43,7 +43,7 @@ class Ranking(Result):
         """The first ``count`` components."""
         return self.axes["component"][:count]
 
-    def standing_out(self, deviations: float = 2.0) -> list[str]:
+    def above_threshold(self, deviations: float = 2.0) -> list[str]:
         """Components whose score is at least the mean plus ``deviations`` standard deviations of all (of sizes, where ranked by size)."""
         scores = self._scores()
         if len(scores) < 2:

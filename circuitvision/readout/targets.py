@@ -106,7 +106,7 @@ def prompt_embeddings(model: HookedModel, prompts: Sequence[str]) -> Float[Tenso
             )
     _warn_of_unknown(tokenizer, prompts)
     inputs = model.inputs(text=list(prompts))
-    with torch.no_grad(), model.text.quiet():
+    with torch.no_grad(), model.text.hooks_disabled():
         found: Any = module.get_text_features(**inputs)
     found = found if isinstance(found, Tensor) else found.pooler_output
     return found / found.pow(2).sum(-1, keepdim=True).sqrt()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from circuitvision import edits
 from circuitvision.errors import InputError
-from circuitvision.model.edits.values import Positions, Window
+from circuitvision.model.edits.values import Positions, PositionWindow
 from circuitvision.model.selection import Selection
 from tests.edits.common import Dictionary, block, inputs_of, random, run_and_see, same, wrapped
 
@@ -344,11 +344,11 @@ def test_a_loaded_edit_runs_as_the_saved_one(tmp_path: Path) -> None:
 
 # ---- positions
 
-WINDOW = Window("vision", rows=2, first=0, length=6, prompt=6)
-DECODING = Window("language", rows=2, first=8, length=1, prompt=6)
+WINDOW = PositionWindow("vision", rows=2, first=0, length=6, prompt=6)
+DECODING = PositionWindow("language", rows=2, first=8, length=1, prompt=6)
 
 
-def chosen(spec: Any, window: Window = WINDOW) -> list[int]:
+def chosen(spec: Any, window: PositionWindow = WINDOW) -> list[int]:
     """The positions a choice selects in a window."""
     places = torch.zeros(window.rows, window.length)
     found = Positions.of(spec).choose(window, window.rows, "cpu")

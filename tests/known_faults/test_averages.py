@@ -19,7 +19,7 @@ from circuitvision.errors import InputError
 from circuitvision.model import averages
 from circuitvision.model.tokens import TokenMap
 from circuitvision.readout.relevance.baselines import start_of
-from circuitvision.readout.relevance.variables import Variable
+from circuitvision.readout.relevance.variables import AttributionInput
 from tests.edits.common import block, wrapped
 from tests.zoo import case, primary
 
@@ -382,7 +382,7 @@ def test_cameras_that_are_not_there_count_nowhere() -> None:
 
 def test_baselines_leave_out_what_is_not_there_and_the_examples_own_images() -> None:
     model, inputs = robots()
-    variable = Variable(model, inputs, lambda logits: logits[:, 0, 0], "vision.hook_input")
+    variable = AttributionInput(model, inputs, lambda logits: logits[:, 0, 0], "vision.hook_input")
     start, visible = start_of(variable, "mean"), inputs["pixel_attention_mask"].flatten()
     owner = torch.tensor([0, 0, 1, 1, 2, 2])
     for row in visible.nonzero().flatten().tolist():
@@ -390,7 +390,7 @@ def test_baselines_leave_out_what_is_not_there_and_the_examples_own_images() -> 
     near(start_of(variable, inputs)[visible], variable.value[visible].mean(0).expand(int(visible.sum()), -1, -1))
     # A data set of longer prompts lines up where its prompts begin alike.
     llava, prompts = made("llava-clip-llama", padding="right")
-    words = Variable(llava, prompts, cv.metrics.logit_diff(5, 7), "language.hook_input")
+    words = AttributionInput(llava, prompts, cv.metrics.logit_diff(5, 7), "language.hook_input")
     real = prompts["attention_mask"].bool()
     near(start_of(words, longer(prompts, "right"))[real], start_of(words, prompts)[real])
 

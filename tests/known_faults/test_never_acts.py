@@ -14,7 +14,7 @@ import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
 from circuitvision.model.edits.attention import DeleteTokens
-from circuitvision.model.edits.binding import Binder
+from circuitvision.model.edits.binding import EditCompiler
 from circuitvision.model.edits.writes import Permute
 from tests.edits.common import apart, block, fresh, inputs_of, near, run_and_see, same, wrap, wrapped
 
@@ -154,11 +154,11 @@ def test_rows_without_a_selection_are_counted_before_the_run() -> None:
         with pytest.warns(
             UserWarning, match="selects no position of the language tower in 1 rows of the batch"
         ) as caught:
-            Binder(model, inputs).bind([(edit,)])
+            EditCompiler(model, inputs).bind([(edit,)])
         handle.remove()
         assert not calls
         assert len([w for w in caught if "rows of the batch" in str(w.message)]) == 1
-        binder = Binder(model, inputs)
+        binder = EditCompiler(model, inputs)
         assert binder.rows_without_selection(edit, edit.sites(model)[0]) == [1]
     with pytest.warns(UserWarning, match="1 rows of the batch"):
         got = model.run(inputs, [edits.ablate("language.hook_input", positions=word)])

@@ -17,7 +17,7 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import HookError
-from circuitvision.model import attention, handback, hooks
+from circuitvision.model import attention, hooks, replay
 from tests.zoo import CASES, primary, shared_model
 
 NAMES = ["vit", "llava-clip-llama"]
@@ -189,7 +189,7 @@ def test_a_read_out_in_another_thread_silences_no_hook() -> None:
     entered, leave = threading.Event(), threading.Event()
 
     def quiet() -> None:
-        with model.vision.quiet():
+        with model.vision.hooks_disabled():
             entered.set()
             assert leave.wait(60)
 
@@ -214,7 +214,7 @@ def one_kernel(patch: pytest.MonkeyPatch) -> None:
 
 def handed_to_all(patch: pytest.MonkeyPatch) -> None:
     """Replaced forwards act in every thread."""
-    patch.setattr(handback, "_in_this_thread", lambda here, elsewhere: here)
+    patch.setattr(replay, "_in_this_thread", lambda here, elsewhere: here)
 
 
 @pytest.mark.parametrize(

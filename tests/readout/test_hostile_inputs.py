@@ -183,7 +183,7 @@ def test_labels_of_targets_come_before_their_places():
 
 def test_a_ranking_leaves_out_what_is_no_number_and_compares_examples_not_positions():
     scores = torch.tensor([10.0, 0, 0, 0, 0, 0, torch.nan])
-    assert ranking(scores).standing_out() == ["0"]
+    assert ranking(scores).above_threshold() == ["0"]
     assert not ranking(scores).random_control(2).isnan().any()
     by_size = ranking(torch.tensor([-10.0, 1.0, 1.0]), by="size")
     assert float(by_size.random_control(3).mean()) == pytest.approx(12.0)

@@ -28,8 +28,8 @@ def test_an_additive_toy_is_ranked_by_its_weights():
 def test_one_among_143_zeros_stands_out_alone():
     scores = torch.zeros(144)
     scores[17] = 1.0
-    assert ranking(scores).standing_out() == ["17"]
-    assert ranking(torch.ones(5)).standing_out() == []
+    assert ranking(scores).above_threshold() == ["17"]
+    assert ranking(torch.ones(5)).above_threshold() == []
 
 
 def test_the_random_control_has_the_mean_of_the_scores():

@@ -25,7 +25,7 @@ from circuitvision.readout import (
     relevance_rollout,
 )
 from circuitvision.readout.relevance.baselines import start_of
-from circuitvision.readout.relevance.variables import Variable
+from circuitvision.readout.relevance.variables import AttributionInput
 from tests.readout.relevance_models import inputs_of, metric, model_of
 from tests.zoo import case, shared_model
 
@@ -200,7 +200,7 @@ def test_regions_of_texts_are_removed_text_by_text():
 
 def test_the_mean_over_other_rows_leaves_padding_out():
     both, _, _ = padded("right")
-    variable = Variable(single(), both, cv.metrics.logit_diff(5, 7), "language.hook_input")
+    variable = AttributionInput(single(), both, cv.metrics.logit_diff(5, 7), "language.hook_input")
     with pytest.raises(InputError, match="No other example of the run has a value at position 16, where row 1 has one"):
         start_of(variable, "mean")
     needed = torch.zeros(2, 19, dtype=torch.bool)
@@ -216,7 +216,7 @@ def test_the_mean_over_other_rows_leaves_padding_out():
 
 def test_the_mean_of_a_data_set_leaves_its_padding_out():
     both, _, _ = padded("right")
-    variable = Variable(single(), both, cv.metrics.logit_diff(5, 7), "language.hook_input")
+    variable = AttributionInput(single(), both, cv.metrics.logit_diff(5, 7), "language.hook_input")
     start = start_of(variable, both)
     torch.testing.assert_close(start[1, 16:], variable.value[1, 16:])
     torch.testing.assert_close(start[0, :16], variable.value[:, :16].mean(0))
@@ -225,12 +225,12 @@ def test_the_mean_of_a_data_set_leaves_its_padding_out():
 def test_a_blurred_picture_keeps_areas_of_one_colour_and_spreads_a_dot():
     model, inputs = model_of("vit"), inputs_of("vit")
     picture = torch.full_like(inputs["pixel_values"], 0.7)
-    flat = Variable(model, {"pixel_values": picture}, metric, "pixels")
+    flat = AttributionInput(model, {"pixel_values": picture}, metric, "pixels")
     torch.testing.assert_close(start_of(flat, "blur"), picture)
     dot = torch.zeros_like(picture)
     height, width = dot.shape[-2:]
     dot[..., height // 2, width // 2] = 1.0
-    spread = start_of(Variable(model, {"pixel_values": dot}, metric, "pixels"), "blur")[0, 0]
+    spread = start_of(AttributionInput(model, {"pixel_values": dot}, metric, "pixels"), "blur")[0, 0]
     away = (torch.arange(height) - height // 2).double()
     bell = torch.exp(-0.5 * (away / (height / 8)).square())
     bell[away.abs() > 3 * height / 8] = 0
@@ -324,11 +324,11 @@ def test_tiles_that_fill_up_a_batch_are_in_no_mean():
     def score(logits):
         return logits[:, -1, 0]
 
-    start = start_of(Variable(model, inputs, score, "pixels"), "mean")
+    start = start_of(AttributionInput(model, inputs, score, "pixels"), "mean")
     for image, tile in real.nonzero().tolist():
         others = [row for row in range(len(pixels)) if row != image and real[row, tile]]
         torch.testing.assert_close(start[image, tile], pixels[others, tile].mean(0))
-    of_data = start_of(Variable(model, inputs, score, "pixels"), inputs)
+    of_data = start_of(AttributionInput(model, inputs, score, "pixels"), inputs)
     for tile in range(pixels.shape[1]):
         mean = pixels[real[:, tile], tile].mean(0)
         torch.testing.assert_close(of_data[real[:, tile], tile], mean.expand(int(real[:, tile].sum()), *mean.shape))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuitvision import edits
 from circuitvision.model import attention, resume, resumed_run, routes, sweep
-from circuitvision.model.edits.binding import Writer
+from circuitvision.model.edits.binding import EditApplier
 from circuitvision.model.edits.values import Positions
 from tests.sweeps.drawing import inputs_of, metric, model_of
 
@@ -65,7 +65,7 @@ def later_start(original: Callable[..., Any]) -> Callable[..., Any]:
     return start_of
 
 
-def swapped(self: Writer, value: Tensor, hook: Any) -> Any:
+def swapped(self: EditApplier, value: Tensor, hook: Any) -> Any:
     """Give every group the rows of another."""
     self.groups.reverse()
     self.captured.reverse()
@@ -75,7 +75,7 @@ def swapped(self: Writer, value: Tensor, hook: Any) -> Any:
     return out
 
 
-WRITE = Writer._hook
+WRITE = EditApplier._hook
 MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "resumes after the edited part": (
         "vit",
@@ -89,7 +89,7 @@ MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
         "paligemma",
         lambda patch: patch.setattr(resume.Resumer, "safe_start", lambda self, tower, layer, position: position),
     ),
-    "rows of the groups are exchanged": ("vit", lambda patch: patch.setattr(Writer, "_hook", swapped)),
+    "rows of the groups are exchanged": ("vit", lambda patch: patch.setattr(EditApplier, "_hook", swapped)),
     "rows are repeated one by one, not group by group": (
         "llava-clip-llama",
         lambda patch: patch.setattr(
@@ -101,7 +101,7 @@ MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "earlier keys are those of other positions": (
         "llava-clip-llama",
         lambda patch: patch.setattr(
-            attention.Tap,
+            attention.PrefixKV,
             "_completed",
             lambda self, before, own: torch.cat(
                 [before[:, :, 1 : self.first + 1].repeat(len(own) // len(before), 1, 1, 1), own], 2
@@ -110,7 +110,7 @@ MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     ),
     "the suffix sees everything": (
         "llava-clip-llama",
-        lambda patch: patch.setattr(attention.Tap, "_mask", lambda self, query, mask: None),
+        lambda patch: patch.setattr(attention.PrefixKV, "_mask", lambda self, query, mask: None),
     ),
     "the action expert resumes one block late": (
         "pi0",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.edits.base import Edit
-from circuitvision.model.edits.values import ALL_POSITIONS, Held, Positions, Window, brief
+from circuitvision.model.edits.values import ALL_POSITIONS, Positions, PositionWindow, TensorRef, short_repr
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
@@ -55,16 +55,18 @@ class AttentionEdit(Edit):
         return [f"{self.site}.blocks.{layer}.attn.hook_{stage}" for layer in sorted({int(n) % count for n in chosen})]
 
     def _shown(self) -> list[str]:
-        shown = [] if self.keys.kind == "all" else [f"keys={brief(self.keys.plain)}"]
+        shown = [] if self.keys.kind == "all" else [f"keys={short_repr(self.keys.plain)}"]
         shown += self._strength()
         if self.layers is not None:
-            shown.append(f"layers={brief(self.layers if isinstance(self.layers, str) else list(self.layers))}")
+            shown.append(f"layers={short_repr(self.layers if isinstance(self.layers, str) else list(self.layers))}")
         return shown if self.renormalise else [*shown, "renormalise=False"]
 
     def _strength(self) -> list[str]:
         return []
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+    def check(
+        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
+    ) -> None:
         super().check(model, site, window, n_heads, grows)
         if window is None:
             return
@@ -84,7 +86,7 @@ class AttentionEdit(Edit):
                     f"keys=({prefix.tower!r}, positions) or a selection of the {prefix.tower} tower"
                 ) from error
 
-    def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
+    def write(self, value: Tensor, window: PositionWindow, hook: HookPoint, given: Mapping[Any, Any]) -> None:
         """Change the selected entries of ``[row head query key]``."""
         if not self.steps.acts(hook.step):
             return
@@ -92,7 +94,7 @@ class AttentionEdit(Edit):
         if region is not None and bool(region.any()):
             value.copy_(self.changed(value.clone() if self.asks_gradient else value, region, hook))
 
-    def region(self, value: Tensor, window: Window) -> Tensor | None:
+    def region(self, value: Tensor, window: PositionWindow) -> Tensor | None:
         """The selected entries as bool, broadcasting to ``[row head query key]``."""
         rows, n_heads, n_queries, n_keys = value.shape
         queries = torch.ones(1, n_queries, dtype=torch.bool, device=value.device)
@@ -107,7 +109,7 @@ class AttentionEdit(Edit):
         heads[[head % n_heads for head in self.heads]] = True
         return region & heads[None, :, None, None]
 
-    def _key_mask(self, window: Window, rows: int, n_keys: int, device: torch.device) -> Tensor:
+    def _key_mask(self, window: PositionWindow, rows: int, n_keys: int, device: torch.device) -> Tensor:
         """Bool ``[rows or 1, key]``: which keys are meant, of the prefix and of the tower itself."""
         everything = self.keys.kind == "all" and not self.keys.tower
         if everything:
@@ -138,7 +140,7 @@ class AttentionEdit(Edit):
         raise NotImplementedError
 
 
-def _mask(positions: Positions, window: Window, rows: int, device: torch.device) -> Tensor:
+def _mask(positions: Positions, window: PositionWindow, rows: int, device: torch.device) -> Tensor:
     """Bool ``[rows or 1, length]``."""
     chosen = positions.choose(window, rows, device)
     if chosen is None:
@@ -207,14 +209,16 @@ class AddAttentionBias(AttentionEdit):
 
     @property
     def does_nothing(self) -> bool:
-        return not isinstance(self.bias, Held) and float(self.bias) == 0.0
+        return not isinstance(self.bias, TensorRef) and float(self.bias) == 0.0
 
     def _strength(self) -> list[str]:
         return [f"bias={self.bias!r}"]
 
     def changed(self, value: Tensor, region: Tensor, hook: HookPoint) -> Tensor:
         """``score + bias`` or ``pattern · exp(bias)``."""
-        bias = self.bias.tensor.to(value) if isinstance(self.bias, Held) else torch.tensor(float(self.bias)).to(value)
+        bias = (
+            self.bias.tensor.to(value) if isinstance(self.bias, TensorRef) else torch.tensor(float(self.bias)).to(value)
+        )
         if any(have not in (1, want) for have, want in zip(bias.shape[::-1], value.shape[::-1], strict=False)):
             raise InputError(f"its bias has shape {tuple(bias.shape)}, {hook.name} {tuple(value.shape)}")
         if not self.renormalise:
@@ -263,7 +267,9 @@ class DeleteTokens(AttentionEdit):
     def does_nothing(self) -> bool:
         return self.positions.kind == "ints" and not self.positions.ints
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+    def check(
+        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
+    ) -> None:
         window = None if window is None else window.of_all()
         super().check(model, site, window, n_heads, grows)
         tower = model.towers[self.site]
@@ -284,7 +290,7 @@ class DeleteTokens(AttentionEdit):
         if read is not None and bool((gone & read).any()):
             raise InputError(f"the output is read from the {readout.reads[0]} position, which cannot be deleted")
 
-    def _check_reach(self, tower: Tower, site: str, window: Window | None, grows: int) -> None:
+    def _check_reach(self, tower: Tower, site: str, window: PositionWindow | None, grows: int) -> None:
         """Raise InputError where a sliding window counts positions: the others would not reach as far as in a shorter sequence."""
         name = SiteName.parse(site)
         if window is None or name.layer is None or not name.is_pattern:
@@ -296,7 +302,7 @@ class DeleteTokens(AttentionEdit):
                 "see what a shorter prompt sees; shorten the prompt itself, or hide keys with block_attention"
             )
 
-    def region(self, value: Tensor, window: Window) -> Tensor | None:
+    def region(self, value: Tensor, window: PositionWindow) -> Tensor | None:
         n_queries, n_keys = value.shape[2:]
         gone = dataclasses.replace(self, positions=ALL_POSITIONS, keys=self.positions, heads=None)
         region = AttentionEdit.region(gone, value, window)
@@ -305,14 +311,14 @@ class DeleteTokens(AttentionEdit):
         own = torch.arange(n_queries, device=value.device)[:, None] + (n_keys - n_queries)
         return region & (own != torch.arange(n_keys, device=value.device))[None, None]
 
-    def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
+    def write(self, value: Tensor, window: PositionWindow, hook: HookPoint, given: Mapping[Any, Any]) -> None:
         if not SiteName.parse(hook.name).is_pattern:
             if self.steps.acts(hook.step):
                 self._leave_out_of_mean(value, window)
             return
         super().write(value, window, hook, given)
 
-    def _leave_out_of_mean(self, value: Tensor, window: Window) -> None:
+    def _leave_out_of_mean(self, value: Tensor, window: PositionWindow) -> None:
         """Give deleted positions the mean of the others: the mean over all positions is then the mean over those that remain."""
         gone = self.positions.covers(window).to(value.device).expand(value.shape[0], -1)
         prefix = torch.zeros(value.shape[1], dtype=torch.bool, device=value.device)
@@ -335,7 +341,7 @@ class DeleteTokens(AttentionEdit):
             raise InputError(f"{self!r}: nothing is left to look at, at {hook.name}.")
         return value.masked_fill(seen & region, torch.finfo(value.dtype).min)
 
-    def change_inputs(self, model: HookedModel, inputs: Mapping[str, Any], window: Window) -> dict[str, Any]:
+    def change_inputs(self, model: HookedModel, inputs: Mapping[str, Any], window: PositionWindow) -> dict[str, Any]:
         """With ``reindex``: the inputs with positions counted over the remaining tokens."""
         if not self.reindex:
             return dict(inputs)

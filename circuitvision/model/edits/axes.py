@@ -17,14 +17,14 @@ from circuitvision.model.edits.base import Edit
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.edits.binding import Binder, BoundGroup
+    from circuitvision.model.edits.binding import CompiledEdits, EditCompiler
 
 _NUMBERS = ("layer", "head", "position", "query", "key", "neuron", "step")
 _KINDS = (*_NUMBERS, "tower", "site")
 Facts = Mapping[str, set[Any] | None]
 
 
-def check_axes(binder: Binder, axes: Mapping[str, Sequence[Any]], groups: Sequence[BoundGroup]) -> None:
+def check_axes(binder: EditCompiler, axes: Mapping[str, Sequence[Any]], groups: Sequence[CompiledEdits]) -> None:
     """Raise InputError if the labels of a grid contradict the groups of edits that fill it, the last axis varying fastest."""
     kinds = {name: _kind(name) for name in axes}
     known = {name: kind for name, kind in kinds.items() if kind}
@@ -77,7 +77,7 @@ def _agrees(kind: str, label: Any, carried: set[Any] | None) -> bool:
     return label in carried
 
 
-def _facts(binder: Binder, group: BoundGroup) -> Facts:
+def _facts(binder: EditCompiler, group: CompiledEdits) -> Facts:
     """What the edits of a group name, by kind; None where one of them names all there is. Negative numbers stand beside what they count to."""
     found: dict[str, set[Any] | None] = {kind: set() for kind in _KINDS}
     for edit in group.group:
@@ -87,7 +87,7 @@ def _facts(binder: Binder, group: BoundGroup) -> Facts:
     return found
 
 
-def _named(binder: Binder, edit: Edit) -> dict[str, set[Any] | None]:
+def _named(binder: EditCompiler, edit: Edit) -> dict[str, set[Any] | None]:
     names = edit.sites(binder.model)
     parsed = [SiteName.parse(name) for name in names]
     layers = {site.layer for site in parsed if site.layer is not None}

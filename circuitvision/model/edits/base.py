@@ -1,7 +1,7 @@
 """The base of every edit, and how its new values are written into a site's tensor.
 
 An edit never holds a model. It meets one in two steps: ``plan`` (once, before anything runs: which sites, do heads and positions and sources exist)
-and ``write`` (in every pass: change the selected entries of a tensor that is already the caller's own). Both see a :class:`Window` of positions, so
+and ``write`` (in every pass: change the selected entries of a tensor that is already the caller's own). Both see a :class:`PositionWindow`, so
 the same edit acts in a whole run, in a decoding step, on the suffix of a resumed run, and on its own rows of a batch of many edits.
 """
 
@@ -21,14 +21,14 @@ from circuitvision.model.edits.values import (
     ALL_POSITIONS,
     ALL_STEPS,
     Chosen,
-    Held,
-    HeldDigest,
-    HeldMapping,
     Positions,
+    PositionWindow,
     Steps,
-    Window,
-    brief,
+    TensorDigest,
+    TensorRef,
+    TensorRefMapping,
     is_empty,
+    short_repr,
 )
 from circuitvision.model.sites import SiteName
 
@@ -41,12 +41,12 @@ EDITS: dict[str, type[Edit]] = {}
 
 
 @dataclass(frozen=True)
-class At:
+class EditContext:
     """Where and when an edit writes: what its arithmetic may need beyond the values it replaces."""
 
     site: str
     hook: HookPoint
-    window: Window
+    window: PositionWindow
     index: tuple[Any, ...]
     """Selects the entries in the tensor of this pass."""
     absolute: tuple[Any, ...]
@@ -62,7 +62,7 @@ class At:
 
     def pick(self, source: Any, like: Tensor) -> Any:
         """The part of ``source`` (a number, or a tensor that broadcasts to the site over all positions) that belongs to the selected entries."""
-        source = source.tensor if isinstance(source, Held) else source
+        source = source.tensor if isinstance(source, TensorRef) else source
         if not isinstance(source, Tensor):
             return source
         source = source.to(like)
@@ -88,7 +88,7 @@ class At:
 
 def source_length(source: Any, ndim: int, axis: int = 1) -> int | None:
     """How many positions a value covers that broadcasts to a site of ``ndim`` axes; None if it has no position axis."""
-    source = source.tensor if isinstance(source, Held) else source
+    source = source.tensor if isinstance(source, TensorRef) else source
     if not isinstance(source, Tensor) or source.ndim < max(2, ndim - axis):
         return None
     return int(source.shape[source.ndim - ndim + axis])
@@ -134,14 +134,14 @@ class Edit:
         common = {"site", "heads", "positions", "steps"}
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in common}
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[TensorRef]:
         """Every tensor the edit holds."""
-        found: list[Held] = []
+        found: list[TensorRef] = []
         for value in self.values().values():
-            if isinstance(value, Held):
+            if isinstance(value, TensorRef):
                 found.append(value)
-            elif isinstance(value, HeldMapping):
-                found += [item for _, item in value.items if isinstance(item, Held)]
+            elif isinstance(value, TensorRefMapping):
+                found += [item for _, item in value.items if isinstance(item, TensorRef)]
         return found
 
     @property
@@ -152,16 +152,16 @@ class Edit:
     def __repr__(self) -> str:
         parts = [repr(self.site), *self._shown()]
         if self.heads is not None:
-            parts.append(f"heads={brief(list(self.heads))}")
+            parts.append(f"heads={short_repr(list(self.heads))}")
         if self.positions.plain is not None:
-            parts.append(f"{self.positions_name}={brief(self.positions.plain)}")
+            parts.append(f"{self.positions_name}={short_repr(self.positions.plain)}")
         if self.steps.plain is not None:
-            parts.append(f"steps={brief(self.steps.plain)}")
+            parts.append(f"steps={short_repr(self.steps.plain)}")
         return f"{self.kind}({', '.join(parts)})"
 
     def _shown(self) -> list[str]:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        return [f"{name}={brief(value)}" for name, value in self.values().items() if value != defaults[name]]
+        return [f"{name}={short_repr(value)}" for name, value in self.values().items() if value != defaults[name]]
 
     def __provenance__(self) -> dict[str, Any]:
         """Its kind and every field that is not the default."""
@@ -174,7 +174,9 @@ class Edit:
         """A site whose value, in the edited run itself, this edit needs later in the same pass."""
         return None
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+    def check(
+        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
+    ) -> None:
         """Raise InputError if this edit cannot act at ``site``.
 
         ``window`` is None where the shape is known only when the run gets there; ``grows`` is how many positions later passes add.
@@ -198,11 +200,11 @@ class Edit:
 
     allows_patterns: ClassVar[bool] = False
 
-    def new(self, x: Tensor, at: At) -> Tensor | float:
+    def new(self, x: Tensor, at: EditContext) -> Tensor | float:
         """The new values of the selected entries ``x``, in their shape or broadcasting to it."""
         raise NotImplementedError
 
-    def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
+    def write(self, value: Tensor, window: PositionWindow, hook: HookPoint, given: Mapping[Any, Any]) -> None:
         """Change the selected entries of ``value`` (one run's rows of a site, the caller's own tensor) in place."""
         if not self.steps.acts(hook.step):
             return
@@ -217,7 +219,9 @@ class Edit:
     def _fitting(new: Any, value: Tensor) -> Any:
         return new.to(value) if isinstance(new, Tensor) else new
 
-    def _place(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> At | None:
+    def _place(
+        self, value: Tensor, window: PositionWindow, hook: HookPoint, given: Mapping[Any, Any]
+    ) -> EditContext | None:
         """The selected entries of this pass; None if there is none."""
         name = SiteName.parse(hook.name)
         axis = 2 if name.is_pattern else 1
@@ -226,7 +230,7 @@ class Edit:
             if self.positions.kind != "all":
                 raise InputError(f"{self!r}: {hook.name} has no positions in this run. Leave positions out.")
             everything = (slice(None),)
-            return At(hook.name, hook, window, everything, everything, value.shape, given, pooled=True)
+            return EditContext(hook.name, hook, window, everything, everything, value.shape, given, pooled=True)
         self._check_length(value.shape[axis], window, hook.name)
         chosen = self.positions.choose(window, value.shape[0], value.device)
         chosen = _before(chosen, self.source_end(hook.name, value.ndim, given), window)
@@ -234,9 +238,9 @@ class Edit:
             return None
         heads = self._head_index(value.shape[3 - axis], value.device) if name.has_heads else None
         here, absolute = (_index(chosen, heads, first, axis) for first in (0, window.index))
-        return At(hook.name, hook, window, here, absolute, value.shape, given, axis=axis)
+        return EditContext(hook.name, hook, window, here, absolute, value.shape, given, axis=axis)
 
-    def _check_length(self, length: int, window: Window, site: str) -> None:
+    def _check_length(self, length: int, window: PositionWindow, site: str) -> None:
         """Raise InputError if a pass holds other positions than those worked out before the run: none of them could be told."""
         if self.positions.kind != "all" and length != window.count:
             raise InputError(
@@ -266,14 +270,14 @@ class EditGroup(tuple[Edit, ...]):
         return " + ".join(map(repr, self)) if self else "no edit"
 
 
-def with_held(edit: Edit, change: Callable[[Held], Held]) -> Edit:
+def with_held(edit: Edit, change: Callable[[TensorRef], TensorRef]) -> Edit:
     """The same edit with every tensor it holds replaced; masks of positions stay."""
 
     def changed(value: Any) -> Any:
-        if isinstance(value, Held):
+        if isinstance(value, TensorRef):
             return change(value)
-        if isinstance(value, HeldMapping):
-            return HeldMapping(tuple((name, changed(item)) for name, item in value.items))
+        if isinstance(value, TensorRefMapping):
+            return TensorRefMapping(tuple((name, changed(item)) for name, item in value.items))
         return tuple(map(changed, value)) if isinstance(value, tuple) else value
 
     return dataclasses.replace(edit, **{name: changed(value) for name, value in edit.values().items()})
@@ -281,10 +285,10 @@ def with_held(edit: Edit, change: Callable[[Held], Held]) -> Edit:
 
 def by_digest(edits: Iterable[Edit]) -> EditGroup:
     """The same edits without their tensors, which are named by digest: what a result keeps of sources that it does not own."""
-    return EditGroup(with_held(edit, HeldDigest.of_held) for edit in edits)
+    return EditGroup(with_held(edit, TensorDigest.of_held) for edit in edits)
 
 
-def _before(chosen: Chosen, end: int | None, window: Window) -> Chosen:
+def _before(chosen: Chosen, end: int | None, window: PositionWindow) -> Chosen:
     """Those chosen entries of a window that lie before an entry of the site's own axis."""
     if end is None or window.index + window.count <= end:
         return chosen

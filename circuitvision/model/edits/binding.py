@@ -26,7 +26,7 @@ from circuitvision.model.axes import axis_of, past_length, prefix_of, tower_of
 from circuitvision.model.edits.attention import DeleteTokens
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.meeting import meets, rows_without_selection
-from circuitvision.model.edits.values import ALL_STEPS, UNBOUNDED, HeldMapping, Window
+from circuitvision.model.edits.values import ALL_STEPS, UNBOUNDED, PositionWindow, TensorRefMapping
 from circuitvision.model.edits.writes import THERE, Ablate, width_of
 from circuitvision.model.sites import SiteName
 
@@ -62,7 +62,7 @@ def as_groups(edits_or_groups: Any) -> list[Group]:
 
 
 @dataclass(eq=False)
-class BoundGroup:
+class CompiledEdits:
     """A group after it met a model and its inputs: which edit writes at which site, in order."""
 
     group: Group
@@ -78,7 +78,7 @@ class BoundGroup:
         return list(self.writes)
 
 
-class Binder:
+class EditCompiler:
     """Binds groups of edits to one model, its inputs, and one kind of run."""
 
     def __init__(
@@ -103,7 +103,7 @@ class Binder:
         self._layouts: dict[Any, Layout] = {}
         self._aligned: set[Any] = set()
         """Means that were found to exist, so that a thousand edits of one tower ask once."""
-        self._windows: dict[str, Window | None] = {}
+        self._windows: dict[str, PositionWindow | None] = {}
         self._maps: dict[str, Any] | None = None
 
     @property
@@ -115,13 +115,13 @@ class Binder:
 
     # -- windows ---------------------------------------------------------------------------------------------------------------------------
 
-    def window(self, site: str) -> Window | None:
+    def window(self, site: str) -> PositionWindow | None:
         """The positions of a site's tower in the first pass; None where only the run itself can tell."""
         if site not in self._windows:
             self._windows[site] = self._window(SiteName.parse(site))
         return self._windows[site]
 
-    def _window(self, name: SiteName) -> Window | None:
+    def _window(self, name: SiteName) -> PositionWindow | None:
         tower = tower_of(self.model, name)
         tokens = self.maps.get(tower)
         if tokens is None:
@@ -131,17 +131,17 @@ class Binder:
         prefix = self.maps.get(prefix_of(self.model, tower))
         before = None
         if prefix is not None:
-            before = Window(prefix.tower, prefix.n_rows, 0, prefix.n_positions, prefix.n_positions, prefix)
-        return Window(tower, tokens.n_rows, 0, length, length, tokens, axis, before)
+            before = PositionWindow(prefix.tower, prefix.n_rows, 0, prefix.n_positions, prefix.n_positions, prefix)
+        return PositionWindow(tower, tokens.n_rows, 0, length, length, tokens, axis, before)
 
-    def passing(self, hook: HookPoint, value: Tensor, rows: int, first: int) -> Window:
+    def passing(self, hook: HookPoint, value: Tensor, rows: int, first: int) -> PositionWindow:
         """The window of one pass, for ``value`` of one group."""
         name = SiteName.parse(hook.name)
         axis = 2 if name.is_pattern else 1
         known = self.window(hook.name)
         length = int(value.shape[axis]) if value.ndim > axis else 1
         if known is None:
-            return Window(name.tower, rows, 0, length, length)
+            return PositionWindow(name.tower, rows, 0, length, length)
         if known.axis.absent:
             return dataclasses.replace(known, first=0, length=length)
         repeats = self.mode == "generate" and name.tower == "language"
@@ -158,7 +158,7 @@ class Binder:
 
     # -- binding ---------------------------------------------------------------------------------------------------------------------------
 
-    def bind(self, groups: Sequence[Group]) -> list[BoundGroup]:
+    def bind(self, groups: Sequence[Group]) -> list[CompiledEdits]:
         """Check every edit of every group, and work out what they need; InputError or UnknownSiteError names the edit."""
         if (
             any(groups)
@@ -173,15 +173,15 @@ class Binder:
         self._prepare([edit for group in bound for edit in group.group])
         return bound
 
-    def _bind(self, group: Group) -> BoundGroup:
-        bound = BoundGroup(group)
+    def _bind(self, group: Group) -> CompiledEdits:
+        bound = CompiledEdits(group)
         for edit in group:
             with _naming(edit):
                 self._bind_edit(bound, edit)
         self._refuse_conflicts(bound)
         return bound
 
-    def _bind_edit(self, bound: BoundGroup, edit: Edit) -> None:
+    def _bind_edit(self, bound: CompiledEdits, edit: Edit) -> None:
         names = edit.sites(self.model)
         self._check_runs(names)
         self._check_steps(edit, list(dict.fromkeys(SiteName.parse(name).tower for name in names)))
@@ -238,7 +238,7 @@ class Binder:
                 f"its positions are not computed in steps={edit.steps.plain!r}: step 0 computes the prompt, each later one a new position"
             )
 
-    def warn_unmet(self, bound: BoundGroup, passes: int) -> None:
+    def warn_unmet(self, bound: CompiledEdits, passes: int) -> None:
         """Warn of edits that never acted because a run ended after so many passes, sooner than it might have."""
         for edit in bound.group:
             names = [name for name, listed in bound.writes.items() if edit in listed]
@@ -295,7 +295,7 @@ class Binder:
 
     # -- conflicts -------------------------------------------------------------------------------------------------------------------------
 
-    def _refuse_conflicts(self, bound: BoundGroup) -> None:
+    def _refuse_conflicts(self, bound: CompiledEdits) -> None:
         by_value: dict[str, list[tuple[str, Edit]]] = {}
         order = list(bound.group)
         fires = {name: number for number, name in enumerate(self.model.engine.points)}
@@ -362,21 +362,21 @@ class Binder:
         for data, group in by_data.items():
             self._give_means(group, parts[data], clean if data is None else None)
 
-    def _parts(self, data: tuple[HeldMapping, ...] | None) -> list[tuple[dict[str, Any], dict[str, TokenMap]]]:
+    def _parts(self, data: tuple[TensorRefMapping, ...] | None) -> list[tuple[dict[str, Any], dict[str, TokenMap]]]:
         """The inputs that a mean goes over, and their token maps."""
         if data is None:
             return [(dict(self.inputs), self.maps)]
         listed = [part.tensors() for part in data]
         return [(inputs, self.model.tokens(inputs)) for inputs in listed]
 
-    def _covered(self, edit: Edit, window: Window) -> Any:
+    def _covered(self, edit: Edit, window: PositionWindow) -> Any:
         """The entries of a site's own axis that an edit selects in the prompt, of every row."""
         covered = edit.positions.covers(window).expand(window.rows, -1)
         held = window.axis.held
         return (covered if held is None else covered[:, list(held)]).numpy()
 
     def _data_layouts(
-        self, site: str, window: Window, parts: Sequence[tuple[dict[str, Any], dict[str, TokenMap]]]
+        self, site: str, window: PositionWindow, parts: Sequence[tuple[dict[str, Any], dict[str, TokenMap]]]
     ) -> list[Layout]:
         """The layouts of a site in the inputs that a mean goes over."""
         name, tower = SiteName.parse(site), self.model.towers[window.tower]
@@ -474,7 +474,7 @@ class Binder:
         held = range(window.prompt) if window.axis.held is None else window.axis.held
         return value[:, [index for position in held if (index := layout.index(position)) is not None]]
 
-    def _layout(self, window: Window) -> Layout:
+    def _layout(self, window: PositionWindow) -> Layout:
         """The layout of a tower's positions in the run that is edited, made once."""
         key = (window.tower, None if window.axis.held is None else tuple(window.axis.held))
         if key not in self._layouts:
@@ -516,7 +516,7 @@ def _naming(edit: Edit) -> Iterator[None]:
         raise type(error)(text if repr(edit) in text else f"{edit!r}: {text.rstrip('.')}.") from error
 
 
-def _share_later(one: Edit, other: Edit, prompt: Window) -> bool:
+def _share_later(one: Edit, other: Edit, prompt: PositionWindow) -> bool:
     """Whether two edits select a position in common behind the prompt."""
     ends = [n for edit in (one, other) for n in (*edit.positions.ints, *edit.positions.bounds[:2]) if n is not None]
     rest = dataclasses.replace(prompt, first=prompt.prompt, length=max([prompt.prompt, *ends]) - prompt.prompt + 2)
@@ -535,7 +535,7 @@ def _same_value(model: HookedModel, site: str) -> str:
     return site
 
 
-def _from_position_0(value: Tensor, window: Window) -> Tensor:
+def _from_position_0(value: Tensor, window: PositionWindow) -> Tensor:
     """A copy of a window's values that is indexed by absolute positions."""
     if not window.first:
         return value.clone()
@@ -543,10 +543,12 @@ def _from_position_0(value: Tensor, window: Window) -> Tensor:
     return torch.cat([before, value], dim=1)
 
 
-class Writer:
+class EditApplier:
     """The hooks of a batch of bound groups: block ``i`` of every tensor's rows belongs to group ``i``."""
 
-    def __init__(self, binder: Binder, groups: Sequence[BoundGroup], first: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, binder: EditCompiler, groups: Sequence[CompiledEdits], first: Mapping[str, int] | None = None
+    ) -> None:
         self.binder, self.groups = binder, list(groups)
         self.first = dict(first or {})
         """Tower -> the first position its resumed run computes."""

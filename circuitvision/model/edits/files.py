@@ -21,7 +21,7 @@ from circuitvision.digests import NamedFunction, name_of, of_tensor
 from circuitvision.errors import InputError
 from circuitvision.files import replacing
 from circuitvision.model.edits.base import EDITS, Edit, EditGroup, by_digest, with_held
-from circuitvision.model.edits.values import Held, HeldDigest, HeldMapping, Positions, Steps
+from circuitvision.model.edits.values import Positions, Steps, TensorDigest, TensorRef, TensorRefMapping
 from circuitvision.results import stored_as
 
 FORMAT = "circuitvision.edits/1"
@@ -141,9 +141,9 @@ def load(path: str | Path, objects: Mapping[str, Any] | None = None) -> list[Any
     return parse(path.read_text(), load_file(beside) if beside.is_file() else {}, objects)
 
 
-def _keep(value: Held, tensors: Tensors) -> dict[str, Any]:
+def _keep(value: TensorRef, tensors: Tensors) -> dict[str, Any]:
     name = value.digest()
-    if isinstance(value, HeldDigest):
+    if isinstance(value, TensorDigest):
         shape, dtype = list(value._tensor.shape), str(value._tensor.dtype).removeprefix("torch.")
         return {"tensor": name, "shape": shape, "dtype": dtype}
     tensors.setdefault(name, value.tensor)
@@ -151,11 +151,11 @@ def _keep(value: Held, tensors: Tensors) -> dict[str, Any]:
 
 
 def _plain(value: Any, tensors: Tensors, name: str, strict: bool = True) -> Any:
-    if isinstance(value, Held):
+    if isinstance(value, TensorRef):
         return _keep(value, tensors)
     if isinstance(value, Positions):
         return {"selection": _positions(value, tensors)}
-    if isinstance(value, HeldMapping):
+    if isinstance(value, TensorRefMapping):
         return {"mapping": {key: _plain(item, tensors, name, strict) for key, item in value.items}}
     if isinstance(value, (bool, int, float, str)):
         return value
@@ -188,12 +188,12 @@ def _read(value: Any, tensors: Mapping[str, Tensor], objects: Mapping[str, Any])
         return value
     if "tensor" in value:
         if "shape" in value and value["tensor"] not in tensors:
-            return HeldDigest(value["tensor"], value["shape"], getattr(torch, value["dtype"]))
-        return Held(_tensor(value["tensor"], tensors))
+            return TensorDigest(value["tensor"], value["shape"], getattr(torch, value["dtype"]))
+        return TensorRef(_tensor(value["tensor"], tensors))
     if "selection" in value:
         return _read_positions(value["selection"], tensors)
     if "mapping" in value:
-        return HeldMapping(tuple((key, _read(item, tensors, objects)) for key, item in value["mapping"].items()))
+        return TensorRefMapping(tuple((key, _read(item, tensors, objects)) for key, item in value["mapping"].items()))
     if "function" in value and "sha256" in value:
         return NamedFunction(value["function"], value["sha256"])
     if "function" in value:
@@ -240,14 +240,14 @@ def restore(edits: Any, *sources: Any) -> Any:
     return type(edits)(restore(edit, *sources) for edit in edits)
 
 
-def _found(value: Held, there: Sequence[Tensor]) -> Held:
-    if not isinstance(value, HeldDigest):
+def _found(value: TensorRef, there: Sequence[Tensor]) -> TensorRef:
+    if not isinstance(value, TensorDigest):
         return value
     alike = (t for t in there if t.shape == value._tensor.shape and t.dtype == value._tensor.dtype)
     found = next((t for t in alike if of_tensor(t) == value.digest()), None)
     if found is None:
         raise InputError(f"None of the sources holds the {value!r} with digest {value.digest()[:12]}….")
-    return Held.of(found)
+    return TensorRef.of(found)
 
 
 def _positions(positions: Positions, tensors: Tensors) -> Any:
@@ -270,5 +270,5 @@ def _read_positions(value: Any, tensors: Mapping[str, Tensor]) -> Positions:
         return dataclasses.replace(_read_positions(value["positions"], tensors), tower=value["tower"])
     if "slice" in value:
         return Positions.of(slice(*value["slice"]))
-    mask = Held(_tensor(value["tensor"], tensors))
+    mask = TensorRef(_tensor(value["tensor"], tensors))
     return Positions("mask", mask=mask, tower=value.get("tower", ""), label=value.get("label", ""))

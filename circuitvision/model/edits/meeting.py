@@ -11,10 +11,10 @@ import dataclasses
 
 from circuitvision.model.edits.attention import AttentionEdit, DeleteTokens
 from circuitvision.model.edits.base import Edit
-from circuitvision.model.edits.values import UNBOUNDED, Positions, Window, is_empty
+from circuitvision.model.edits.values import UNBOUNDED, Positions, PositionWindow, is_empty
 
 
-def met_windows(edit: Edit, window: Window, passes: int | None, repeats: bool) -> list[Window]:
+def met_windows(edit: Edit, window: PositionWindow, passes: int | None, repeats: bool) -> list[PositionWindow]:
     """The windows of the passes in which an edit acts, later ones in one; ``repeats`` where passes add positions to the prompt's."""
     met = [window] if edit.steps.acts(0) or not repeats else []
     count = UNBOUNDED if passes is None else passes
@@ -30,7 +30,7 @@ def met_windows(edit: Edit, window: Window, passes: int | None, repeats: bool) -
     return met
 
 
-def key_window(edit: Edit, window: Window) -> tuple[Positions, Window] | None:
+def key_window(edit: Edit, window: PositionWindow) -> tuple[Positions, PositionWindow] | None:
     """The keys an edit names and the positions they are taken from: the tower's own, or those of the prefix before them."""
     if not isinstance(edit, AttentionEdit):
         return None
@@ -39,7 +39,7 @@ def key_window(edit: Edit, window: Window) -> tuple[Positions, Window] | None:
     return keys, window.prefix if foreign and window.prefix is not None else window.of_all()
 
 
-def meets(edit: Edit, window: Window, passes: int | None, repeats: bool) -> bool:
+def meets(edit: Edit, window: PositionWindow, passes: int | None, repeats: bool) -> bool:
     """Whether an edit comes to a position it selects, in the prompt or in one of so many passes."""
     windows = met_windows(edit, window, passes, repeats)
     found, queries = key_window(edit, window), edit.positions
@@ -53,14 +53,14 @@ def meets(edit: Edit, window: Window, passes: int | None, repeats: bool) -> bool
     return any(_selects(queries, one) for one in windows)
 
 
-def _selects(positions: Positions, window: Window) -> bool:
+def _selects(positions: Positions, window: PositionWindow) -> bool:
     """Whether a window has a position that is selected, and held by the site."""
     if positions.kind == "all":
         return window.axis.absent != "" or window.count > 0
     return not is_empty(positions.choose(window, window.rows, "cpu"))
 
 
-def rows_without_selection(edit: Edit, window: Window) -> list[int]:
+def rows_without_selection(edit: Edit, window: PositionWindow) -> list[int]:
     """The rows of the batch in which an edit selects no position of the prompt; none where its choice is the same in every row.
 
     A row of the batch is an example: an image tower may take several rows for it, and one with a selection is enough.

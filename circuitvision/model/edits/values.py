@@ -30,14 +30,14 @@ PositionsLike = int | slice | str | Iterable[int] | Tensor | Selection | tuple[s
 StepsLike = int | str | Iterable[int] | Tensor | np.ndarray | None
 
 
-class Held:
+class TensorRef:
     """A tensor inside a value: shared, compared by content, refused after a write in place."""
 
     __slots__ = ("__weakref__", "_has_nan", "_tensor", "_version")
-    _known: ClassVar[WeakValueDictionary[int, Held]] = WeakValueDictionary()
+    _known: ClassVar[WeakValueDictionary[int, TensorRef]] = WeakValueDictionary()
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Held:
+    def of(cls, tensor: Tensor) -> TensorRef:
         """The same object for the same tensor: what is looked up about a source is looked up once for a thousand edits."""
         found = cls._known.get(id(tensor))
         if (
@@ -83,10 +83,10 @@ class Held:
         return self._tensor
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Held):
+        if not isinstance(other, TensorRef):
             return NotImplemented
         mine, theirs = self._tensor, other._tensor
-        if isinstance(self, HeldDigest) or isinstance(other, HeldDigest):
+        if isinstance(self, TensorDigest) or isinstance(other, TensorDigest):
             return self.digest() == other.digest()
         if mine is theirs:
             return True
@@ -100,11 +100,11 @@ class Held:
             return f"{float(self._tensor):g}"
         return f"tensor[{', '.join(map(str, self._tensor.shape))}]"
 
-    def __deepcopy__(self, memo: Any) -> Held:
+    def __deepcopy__(self, memo: Any) -> TensorRef:
         return self
 
 
-class HeldDigest(Held):
+class TensorDigest(TensorRef):
     """A tensor known by its digest alone: it compares and prints as the tensor does, and cannot be used until it is put back."""
 
     __slots__ = ("_digest",)
@@ -114,7 +114,7 @@ class HeldDigest(Held):
         self._digest, self._has_nan = digest, False
 
     @classmethod
-    def of_held(cls, value: Held) -> Held:
+    def of_held(cls, value: TensorRef) -> TensorRef:
         """What is left of a tensor when it is let go; a single number is kept."""
         if isinstance(value, cls) or value.tensor.numel() <= 1:
             return value
@@ -143,22 +143,22 @@ class HeldDigest(Held):
 
 
 def held(value: Any) -> Any:
-    """A tensor as :class:`Held`, a sequence of numbers likewise, a number as it is; InputError for anything else."""
-    if isinstance(value, Held) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+    """A tensor as :class:`TensorRef`, a sequence of numbers likewise, a number as it is; InputError for anything else."""
+    if isinstance(value, TensorRef) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         return value
     if isinstance(value, np.generic):
         return held(value.item())
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value.copy())  # writes into an array leave no trace, so it is copied
     if isinstance(value, Tensor):
-        return Held.of(value)
+        return TensorRef.of(value)
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, (int, float)) for item in value):
-        return Held(torch.tensor(value))
+        return TensorRef(torch.tensor(value))
     raise InputError(f"A value of an edit is a number or a tensor, not {type(value).__name__}.")
 
 
 @dataclass(frozen=True)
-class HeldMapping:
+class TensorRefMapping:
     """Tensors by name: the sources of an edit of several sites, or the inputs of a run."""
 
     items: tuple[tuple[str, Any], ...]
@@ -168,7 +168,7 @@ class HeldMapping:
         object.__setattr__(self, "items", tuple(sorted(self.items, key=lambda item: item[0])))
 
     @classmethod
-    def of(cls, mapping: Mapping[str, Any]) -> HeldMapping:
+    def of(cls, mapping: Mapping[str, Any]) -> TensorRefMapping:
         """Hold every tensor of a mapping; other values stay as they are."""
         pairs = ((str(name), held(v) if isinstance(v, (Tensor, np.ndarray)) else v) for name, v in mapping.items())
         return cls(tuple(pairs))
@@ -182,7 +182,7 @@ class HeldMapping:
 
     def tensors(self) -> dict[str, Any]:
         """The mapping with plain tensors."""
-        return {name: value.tensor if isinstance(value, Held) else value for name, value in self.items}
+        return {name: value.tensor if isinstance(value, TensorRef) else value for name, value in self.items}
 
     def __repr__(self) -> str:
         return f"{len(self.items)} tensors"
@@ -240,7 +240,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Window:
+class PositionWindow:
     """Which positions one pass of one tower covers, for one run's rows."""
 
     tower: str
@@ -254,7 +254,7 @@ class Window:
     """TokenMap of the tower, where rows must be told from examples; None where it has no map."""
     axis: Axis = ALL
     """Which of the tower's positions the site holds."""
-    prefix: Window | None = None
+    prefix: PositionWindow | None = None
     """The positions of another tower whose cached keys come before this one's own."""
 
     @property
@@ -273,7 +273,7 @@ class Window:
         """Where the first entry of this pass stands in the site's own axis."""
         return self.axis.index(self.first, self.prompt)
 
-    def of_all(self, **changes: Any) -> Window:
+    def of_all(self, **changes: Any) -> PositionWindow:
         """The same window where every position of the tower is held: that of its keys."""
         return dataclasses.replace(self, axis=ALL, **changes)
 
@@ -289,7 +289,7 @@ class Positions:
     kind: Literal["all", "ints", "slice", "last", "mask"] = "all"
     ints: tuple[int, ...] = ()
     bounds: tuple[int | None, int | None, int | None] = (None, None, None)
-    mask: Held | None = None
+    mask: TensorRef | None = None
     tower: str = ""
     """The tower whose positions these are, where that was said: by a selection, or by name."""
     label: str = field(default="", compare=False)
@@ -311,7 +311,7 @@ class Positions:
         if spec is None:
             return cls()
         if isinstance(spec, Selection):
-            return cls("mask", mask=Held(spec.tensor), tower=spec.tower, label=spec.label)
+            return cls("mask", mask=TensorRef(spec.tensor), tower=spec.tower, label=spec.label)
         if isinstance(spec, str):
             if spec != "last":
                 raise InputError(f"positions={spec!r} is not understood: numbers, a slice, 'last', or a selection.")
@@ -327,7 +327,7 @@ class Positions:
             if tensor.dtype == torch.bool:
                 if tensor.ndim not in (1, 2):
                     raise InputError(f"A mask of positions is [pos] or [batch, pos], not {tuple(tensor.shape)}.")
-                return cls("mask", mask=Held(tensor))
+                return cls("mask", mask=TensorRef(tensor))
             spec = tensor.flatten().tolist()
         numbers = tuple(spec) if isinstance(spec, Iterable) else (spec,)
         if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in numbers):
@@ -339,7 +339,7 @@ class Positions:
             return {"mask": self.mask, "tower": self.tower, "label": self.label}
         return {"slice": list(self.bounds)} if self.kind == "slice" else self.plain
 
-    def check(self, window: Window, grows: int) -> None:
+    def check(self, window: PositionWindow, grows: int) -> None:
         """Raise InputError unless every position named exists at the site; ``grows`` is how many positions later passes add to the prompt's."""
         if self.tower and self.tower != window.tower:
             raise InputError(f"the positions were selected in the {self.tower} tower, not in {window.tower}")
@@ -361,7 +361,7 @@ class Positions:
         if window.axis.held is not None and self.kind in ("ints", "last"):
             self._check_held(window)
 
-    def _check_mask(self, mask: Tensor, window: Window) -> None:
+    def _check_mask(self, mask: Tensor, window: PositionWindow) -> None:
         shape, limit = tuple(mask.shape), window.prompt
         if shape[-1] != limit:
             held = (
@@ -373,7 +373,7 @@ class Positions:
         if len(shape) == 2:
             self._rows_of(torch.zeros(shape[0], 1, dtype=torch.bool), window, window.rows)
 
-    def _check_held(self, window: Window) -> None:
+    def _check_held(self, window: PositionWindow) -> None:
         """Raise InputError for a position asked for by number, or as the last one, that the site does not hold."""
         assert window.axis.held is not None
         held, prompt = set(window.axis.held), window.prompt
@@ -388,7 +388,7 @@ class Positions:
                     f"{window.axis.said(prompt)} in this run"
                 )
 
-    def choose(self, window: Window, rows: int, device: torch.device | str) -> Chosen:
+    def choose(self, window: PositionWindow, rows: int, device: torch.device | str) -> Chosen:
         """The entries of this window that are selected, in the site's own axis, for a tensor of ``rows`` rows."""
         if self.kind == "all":
             return None
@@ -403,7 +403,7 @@ class Positions:
         found = mask.nonzero().to(device)
         return found[:, 0], found[:, 1]
 
-    def _uniform(self, window: Window, device: torch.device | str) -> Chosen:
+    def _uniform(self, window: PositionWindow, device: torch.device | str) -> Chosen:
         first, length, prompt = window.first, window.length, window.prompt
         if self.kind == "slice":
             start, stop, step = self.bounds
@@ -418,7 +418,7 @@ class Positions:
             return slice(inside[0], inside[-1] + 1)
         return torch.tensor(inside, dtype=torch.long, device=device)
 
-    def _as_mask(self, window: Window, rows: int) -> Tensor:
+    def _as_mask(self, window: PositionWindow, rows: int) -> Tensor:
         """Bool ``[rows or 1, positions so far]``."""
         if self.kind in ("ints", "slice"):
             so_far = window.of_all(first=0, length=window.first + window.length)
@@ -444,7 +444,7 @@ class Positions:
             mask = torch.cat([mask, mask.new_zeros(mask.shape[0], seen - mask.shape[1])], dim=1)
         return mask
 
-    def _rows_of(self, mask: Tensor, window: Window, rows: int) -> Tensor:
+    def _rows_of(self, mask: Tensor, window: PositionWindow, rows: int) -> Tensor:
         """One mask row per tensor row: rows are images or tiles in vision towers, and beams in ``generate``."""
         given, tokens = mask.shape[0], window.tokens
         if tokens is not None and not self.tower and self.kind == "mask" and not tokens.rows_are_examples:
@@ -467,12 +467,12 @@ class Positions:
             mask = mask.repeat_interleave(rows // mask.shape[0], dim=0)
         return mask
 
-    def lowest(self, window: Window) -> int:
+    def lowest(self, window: PositionWindow) -> int:
         """The first position selected in any row (the prompt's length if none)."""
         found = self.covers(window).any(0).nonzero()
         return int(found[0]) if len(found) else window.prompt
 
-    def covers(self, window: Window) -> Tensor:
+    def covers(self, window: PositionWindow) -> Tensor:
         """Bool ``[rows or 1, prompt]``: the positions of the prompt that are selected, as far as the site holds them."""
         whole = window.of_all(first=0, length=window.prompt)
         chosen = self.choose(whole, window.rows, "cpu")
@@ -511,7 +511,7 @@ def heads_of(spec: int | Iterable[int] | None) -> tuple[int, ...] | None:
     return tuple(dict.fromkeys(int(n) for n in numbers))
 
 
-def brief(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """``repr`` for one line: of a long sequence the ends and the length, of an object with a long ``repr`` its name or class."""
     text = repr(value)
     if isinstance(value, (list, tuple)):

@@ -18,8 +18,8 @@ from torch import Tensor
 from circuitvision.digests import NamedFunction
 from circuitvision.errors import InputError
 from circuitvision.model.averages import Average, shown
-from circuitvision.model.edits.base import At, Edit, source_length
-from circuitvision.model.edits.values import Held, HeldMapping, Window, brief
+from circuitvision.model.edits.base import Edit, EditContext, source_length
+from circuitvision.model.edits.values import PositionWindow, TensorRef, TensorRefMapping, short_repr
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 def _tensor(value: Any) -> Any:
-    return value.tensor if isinstance(value, Held) else value
+    return value.tensor if isinstance(value, TensorRef) else value
 
 
-def _check_fits(value: Any, model: HookedModel, site: str, window: Window | None, n_heads: int | None) -> None:
+def _check_fits(value: Any, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None) -> None:
     """Raise InputError if a source cannot broadcast to a site's rows, positions, heads and coordinates."""
     source = _tensor(value)
     if not isinstance(source, Tensor) or source.ndim == 0:
@@ -72,19 +72,21 @@ class _Sourced(Edit):
 
     def source_at(self, site: str, given: Mapping[Any, Any]) -> Any:
         """The source for one site."""
-        if isinstance(self.source, HeldMapping):
+        if isinstance(self.source, TensorRefMapping):
             return self.source.get(site)
         return self.source
 
     def sites(self, model: HookedModel) -> list[str]:
         names = super().sites(model)
-        if isinstance(self.source, HeldMapping):
+        if isinstance(self.source, TensorRefMapping):
             missing = [name for name in names if self.source.get(name) is None]
             if missing:
                 raise InputError(f"its source does not hold {missing[0]}; ask for it when the cache is made.")
         return names
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+    def check(
+        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
+    ) -> None:
         super().check(model, site, window, n_heads, grows)
         _check_fits(self.source_at(site, {}), model, site, window, n_heads)
 
@@ -101,7 +103,7 @@ class Replace(_Sourced):
     sets: ClassVar[bool] = True
     allows_patterns: ClassVar[bool] = True
 
-    def new(self, x: Tensor, at: At) -> Any:
+    def new(self, x: Tensor, at: EditContext) -> Any:
         """``x' = source``."""
         return at.pick(self.source_at(at.site, at.given), x)
 
@@ -113,13 +115,13 @@ class Ablate(_Sourced):
     kind = "ablate"
     sets: ClassVar[bool] = True
     method: str = "zero"
-    dataset: tuple[HeldMapping, ...] | None = None
+    dataset: tuple[TensorRefMapping, ...] | None = None
     average: Average = "position"
     seed: int = 0
 
     def _shown(self) -> list[str]:
         if self.method == "given":
-            return [brief(self.source)]
+            return [short_repr(self.source)]
         more = [part for part in super()._shown() if not part.startswith(("method=", "average="))]
         return [repr(self.method), *more, *([] if self.average == "position" else [f"average={shown(self.average)}"])]
 
@@ -128,7 +130,9 @@ class Ablate(_Sourced):
             return given.get((self, site)) if given else None
         return super().source_at(site, given)
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+    def check(
+        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
+    ) -> None:
         super().check(model, site, window, n_heads, grows)
         if self.method == "heads" and (self.heads is None or not SiteName.parse(site).has_heads):
             raise InputError("the mean over the other heads needs heads=… at a site that has heads")
@@ -138,7 +142,7 @@ class Ablate(_Sourced):
         """The mean over heads reads the heads that are kept."""
         return self.method == "heads"
 
-    def new(self, x: Tensor, at: At) -> Any:
+    def new(self, x: Tensor, at: EditContext) -> Any:
         """``x' = 0``, or the mean, or another example's value; what is not there stays as it is."""
         if self.method == "zero":
             return 0.0
@@ -146,7 +150,7 @@ class Ablate(_Sourced):
         there = at.given.get((self, at.site, THERE)) if self.method in ("mean", "resample") else None
         return new if there is None else torch.where(at.pick(there, x).bool(), new, x)
 
-    def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
+    def write(self, value: Tensor, window: PositionWindow, hook: HookPoint, given: Mapping[Any, Any]) -> None:
         if self.method != "heads":
             super().write(value, window, hook, given)
             return
@@ -173,7 +177,9 @@ class Steer(Edit):
     def does_nothing(self) -> bool:
         return self.scale == 0.0
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+    def check(
+        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
+    ) -> None:
         super().check(model, site, window, n_heads, grows)
         _check_fits(self.direction, model, site, window, n_heads)
 
@@ -181,7 +187,7 @@ class Steer(Edit):
         length = source_length(self.direction, ndim)
         return None if length in (None, 1) else length
 
-    def new(self, x: Tensor, at: At) -> Tensor:
+    def new(self, x: Tensor, at: EditContext) -> Tensor:
         """``x + s d``; ``‖x‖ (x̂ + s d̂)/‖x̂ + s d̂‖``; ``x - s (x·d̂) d̂``."""
         direction = at.pick(self.direction, x)
         if self.mode == "add":
@@ -204,9 +210,11 @@ class Scale(Edit):
 
     @property
     def does_nothing(self) -> bool:
-        return self.clip is None and not isinstance(self.factor, Held) and float(self.factor) == 1.0
+        return self.clip is None and not isinstance(self.factor, TensorRef) and float(self.factor) == 1.0
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+    def check(
+        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
+    ) -> None:
         super().check(model, site, window, n_heads, grows)
         _check_fits(self.factor, model, site, window, n_heads)
 
@@ -214,7 +222,7 @@ class Scale(Edit):
         length = source_length(self.factor, ndim)
         return None if length in (None, 1) else length
 
-    def new(self, x: Tensor, at: At) -> Tensor:
+    def new(self, x: Tensor, at: EditContext) -> Tensor:
         """``x' = clip(factor) x``."""
         factor = at.pick(self.factor, x)
         if self.clip is not None:
@@ -241,7 +249,9 @@ class Overwrite(Edit):
     def does_nothing(self) -> bool:
         return not self.neurons
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+    def check(
+        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
+    ) -> None:
         super().check(model, site, window, n_heads, grows)
         if isinstance(self.dictionary, NamedFunction):
             raise InputError(
@@ -254,7 +264,7 @@ class Overwrite(Edit):
         if isinstance(value, Tensor) and value.ndim and value.shape[-1] not in (1, len(self.neurons)):
             raise InputError(f"its value has shape {tuple(value.shape)} for {len(self.neurons)} neurons")
 
-    def new(self, x: Tensor, at: At) -> Tensor:
+    def new(self, x: Tensor, at: EditContext) -> Tensor:
         """``x_i = c``; with a dictionary ``x' = decode(f') + (x - decode(f))`` where ``f' ≠ f``."""
         index = list(self.neurons)
         value = _tensor(self.value)
@@ -297,16 +307,18 @@ class Project(_Sourced):
     """See :func:`circuitvision.edits.project`."""
 
     kind = "project"
-    basis: Held | None = None
+    basis: TensorRef | None = None
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+    def check(
+        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
+    ) -> None:
         super().check(model, site, window, n_heads, grows)
         assert self.basis is not None
         width, given = width_of(model, site), self.basis.tensor.shape[0]
         if width is not None and given != width:
             raise InputError(f"its basis has vectors of {given} coordinates, {site} has {width}")
 
-    def new(self, x: Tensor, at: At) -> Tensor:
+    def new(self, x: Tensor, at: EditContext) -> Tensor:
         """``x' = x + (source - x) V Vᵀ`` with orthonormal ``V``."""
         assert self.basis is not None
         basis = self.basis.tensor.to(x)
@@ -327,7 +339,9 @@ class Freeze(Edit):
     def captured(self) -> str | None:
         return self.at
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+    def check(
+        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
+    ) -> None:
         super().check(model, site, window, n_heads, grows)
         names = model.sites()
         if self.at not in names:
@@ -340,7 +354,7 @@ class Freeze(Edit):
         if here.tower != there.tower or here.has_heads != there.has_heads:
             raise InputError(f"{self.at} and {site} have other shapes")
 
-    def new(self, x: Tensor, at: At) -> Tensor:
+    def new(self, x: Tensor, at: EditContext) -> Tensor:
         """``x' =`` the value that ``at`` had in this pass."""
         earlier = at.given[(self, self.at)][at.absolute]
         if earlier.shape != x.shape:
@@ -359,7 +373,9 @@ class Permute(Edit):
     def does_nothing(self) -> bool:
         return self.order == tuple(range(len(self.order)))
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+    def check(
+        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
+    ) -> None:
         super().check(model, site, window, n_heads, grows)
         if window is None:
             return
@@ -369,7 +385,7 @@ class Permute(Edit):
         if bool((counts != len(self.order)).any()):
             raise InputError(f"its order has {len(self.order)} entries for {sorted(set(counts.tolist()))} positions")
 
-    def _ascending(self, window: Window) -> tuple[int, ...]:
+    def _ascending(self, window: PositionWindow) -> tuple[int, ...]:
         """The order over the selected positions as a tensor holds them: ascending, where numbers may be given in any order."""
         if self.positions.kind != "ints":
             return self.order
@@ -380,7 +396,7 @@ class Permute(Edit):
         ascending = sorted(range(len(given)), key=given.__getitem__)
         return tuple(ranks[given[self.order[number]]] for number in ascending if number < len(self.order))
 
-    def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
+    def write(self, value: Tensor, window: PositionWindow, hook: HookPoint, given: Mapping[Any, Any]) -> None:
         """``x'[p_i] = x[p_order(i)]`` over the selected positions ``p``: numbers in the order given, all else ascending."""
         at = self._place(value, window, hook, given) if self.steps.acts(hook.step) else None
         if at is None:
@@ -404,7 +420,7 @@ class Renormalise(Edit):
     kind = "renormalise"
     norm: float = 1.0
 
-    def new(self, x: Tensor, at: At) -> Tensor:
+    def new(self, x: Tensor, at: EditContext) -> Tensor:
         """``x' = norm · x/‖x‖``."""
         return x * (self.norm / x.norm(dim=-1, keepdim=True))
 
@@ -421,12 +437,14 @@ class Apply(Edit):
     def _shown(self) -> list[str]:
         return [getattr(self.fn, "__name__", repr(self.fn))]
 
-    def check(self, model: HookedModel, site: str, window: Window | None, n_heads: int | None, grows: int) -> None:
+    def check(
+        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
+    ) -> None:
         super().check(model, site, window, n_heads, grows)
         if isinstance(self.fn, NamedFunction):
             self.fn.resolve()
 
-    def write(self, value: Tensor, window: Window, hook: HookPoint, given: Mapping[Any, Any]) -> None:
+    def write(self, value: Tensor, window: PositionWindow, hook: HookPoint, given: Mapping[Any, Any]) -> None:
         """``x' = fn(x, hook)`` at the selected entries; ``fn`` sees the whole tensor of its run."""
         if not self.steps.acts(hook.step):
             return

@@ -124,7 +124,7 @@ def embedding_terms(
     check_head_reads_stream(stream)
     final = stream.final
     reading = Reading(tower, cache, norm="frozen", reference=final)
-    with tower.quiet():
+    with tower.hooks_disabled():
         length = Reading(tower, cache).embedding(final).pow(2).sum(-1, keepdim=True).sqrt()
 
         def embedded(resid: Tensor) -> Tensor:

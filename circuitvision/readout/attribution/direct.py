@@ -36,7 +36,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.names import head_name
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.attribution.functional import Functional, functional
+from circuitvision.readout.attribution.functional import LinearReadout, functional
 from circuitvision.readout.attribution.rest import (
     check_head_reads_stream,
     check_sources,
@@ -190,7 +190,7 @@ def direct_attribution(
 
 
 def _shares(
-    stream: Stream, found: Functional, by: str, layers: int | Sequence[int] | None
+    stream: Stream, found: LinearReadout, by: str, layers: int | Sequence[int] | None
 ) -> tuple[list[str], list[Tensor]]:
     stream, gradient = stream.reading(found.gradient)
 

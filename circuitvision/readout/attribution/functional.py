@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Functional:
+class LinearReadout:
     """``value = Σ_pos gradient·resid + constant`` per row, and in words what it is. ``capped`` is the value under the family's soft cap, if any."""
 
     gradient: Float[Tensor, "row pos d_model"]
@@ -66,7 +66,7 @@ def functional(
     *,
     position: Any = None,
     pieces: str | None = None,
-) -> Functional:
+) -> LinearReadout:
     """The functional of a direction (see :func:`direct_attribution` for its forms) at the final residual of a run.
 
     Raises:
@@ -88,7 +88,7 @@ def functional(
         )
     index = None if _pools(tower) else positions_read(tower, cache, position, final.shape[:2])
     # Inference tensors cannot be tracked; a copy made here can.
-    with torch.inference_mode(False), torch.enable_grad(), tower.quiet():
+    with torch.inference_mode(False), torch.enable_grad(), tower.hooks_disabled():
         resid = final.clone().requires_grad_(True)
         value = _value(chosen, rows, _read(tower, cache, resid, chosen, index))
         (gradient,) = torch.autograd.grad(value.sum(), resid)
@@ -97,10 +97,10 @@ def functional(
     capped = value
     reader = reader_of(tower).spec.readout
     if reader is not None and reader.finish == "softcap":
-        with torch.no_grad(), tower.quiet():
+        with torch.no_grad(), tower.hooks_disabled():
             capped = _value(chosen, rows, _read(tower, cache, final, chosen, index, capped=True))
     constant = value - (gradient * final).flatten(1).sum(-1)
-    return Functional(gradient, constant, value, label, capped)
+    return LinearReadout(gradient, constant, value, label, capped)
 
 
 def _is_embedding(tower: Tower, direction: Tensor) -> bool:
@@ -268,7 +268,7 @@ def _listed(answers: Any) -> list[Any]:
 
 def _stream_direction(
     tower: Tower, cache: ActivationCache, final: Tensor, direction: Tensor, position: Any
-) -> Functional:
+) -> LinearReadout:
     fits = direction.ndim == 1 or (direction.ndim == 2 and direction.shape[0] == final.shape[0])
     if not fits or direction.shape[-1] != tower.cfg.d_model:
         raise InputError(
@@ -283,7 +283,7 @@ def _stream_direction(
     direction = direction.detach().to(final).expand(final.shape[0], -1)
     gradient = share[..., None] * direction[:, None]
     value = (gradient * final).flatten(1).sum(-1)
-    return Functional(gradient, torch.zeros_like(value), value, "direction", value)
+    return LinearReadout(gradient, torch.zeros_like(value), value, "direction", value)
 
 
 def positions_read(

@@ -131,7 +131,7 @@ def log_prob_increase(
     check_head_reads_stream(stream)
     scorer = _Scorer(owner, stream, chosen, stream.final, _where(owner, stream, stream.final, position))
     numbers = chosen_layers(layers, stream.end)
-    with torch.no_grad(), owner.quiet():
+    with torch.no_grad(), owner.hooks_disabled():
         values = torch.stack([scorer.layer(layer, by) for layer in numbers])
     inner = {"component": "part", "source": "head"}.get(by, by)
     parts = ["attn", "mlp"] if by == "component" else list(range(values.shape[1]))

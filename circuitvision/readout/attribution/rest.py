@@ -63,7 +63,7 @@ def check_head_reads_stream(stream: Stream) -> None:
             raise InputError(f"{behind[0]} was hooked in this run, behind the final residual: {advice}")
         return
     read = recorded(stream.cache, name, stream.step).to(stream.final.device)
-    with torch.no_grad(), tower.quiet():
+    with torch.no_grad(), tower.hooks_disabled():
         expected = Reading(tower, stream.cache)._pooled(stream.final, None)
     if expected.shape != read.shape:
         return

@@ -98,7 +98,7 @@ class Stream:
         adder = block.part(f"{branch}_add")
         if is_norm(adder):
             return frozen_norm(adder, value, reference)
-        with self.tower.quiet():
+        with self.tower.hooks_disabled():
             return adder(value)
 
     def adjoint(

@@ -103,7 +103,7 @@ class LensReader:
             return value
         value = self._moved(value)
         adder = block.part("attn_add")
-        with self.tower.quiet():
+        with self.tower.hooks_disabled():
             if not is_norm(adder):
                 return adder(value)
             whole = (value.sum(2) + block.b_O)[:, :, None]
@@ -144,7 +144,7 @@ class LensReader:
             for start in range(0, value.shape[1], width):
                 piece = value[mine, start : start + width]
                 # Hooks are quiet while a piece is read, and no longer: what is done with it may run the model.
-                with self.tower.quiet():
+                with self.tower.hooks_disabled():
                     found = self._piece(piece, start + missing, self._frozen(mine, start, piece, value))
                 yield mine, found
 
@@ -155,7 +155,7 @@ class LensReader:
 
     def _own_columns(self, value: Tensor) -> Tensor:
         assert self.custom is not None
-        with self.tower.quiet():
+        with self.tower.hooks_disabled():
             out = self.custom(value)
         if not isinstance(out, Tensor) or out.ndim != 3 or out.shape[:2] != value.shape[:2]:
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -171,7 +171,7 @@ class LensReader:
         # Heads that read several pooled vectors tell at most the first two positions from the rest.
         roles = numbers.clamp(max=2)
         found, order = [], []
-        with self.tower.quiet():
+        with self.tower.hooks_disabled():
             for role in roles.unique().tolist():
                 mine = (roles == role).nonzero().flatten()
                 order.append(mine)
@@ -185,7 +185,7 @@ class LensReader:
         pools = readout is not None and readout.pool not in ("none", "chunk")
         if not pools or self.custom is not None or self.directions is not None or self.missing(value):
             return None
-        with self.tower.quiet():
+        with self.tower.hooks_disabled():
             out = self.reading.output(self._carried(value, name))
         return out.T if self.kind == "images" and self.reading.against is None else out
 
@@ -193,7 +193,7 @@ class LensReader:
 
     def _projected(self, value: Tensor, has_prefix: bool, reading: Reading) -> Tensor:
         assert self.tower.spec.readout is not None
-        with torch.no_grad(), self.tower.quiet():
+        with torch.no_grad(), self.tower.hooks_disabled():
             return through_projector(self.tower, self.tower.spec.readout, value, self.cache, has_prefix, reading)
 
     def _frozen(self, rows: slice, start: int, piece: Tensor, whole: Tensor) -> Tensor | None:

@@ -28,8 +28,8 @@ from circuitvision.model.averages import Tally, check_aligned
 from circuitvision.model.tokens import ABSENT, present
 from circuitvision.readout.relevance.variables import (
     PIXELS,
+    AttributionInput,
     Place,
-    Variable,
     differentiating,
     pixels_of,
     place_of,
@@ -44,7 +44,7 @@ _WORDS = ("mean", "zero", "own")
 _BLUR = 8
 
 
-def start_of(variable: Variable, baseline: Baseline, needed: Bool[Tensor, "row pos"] | None = None) -> Tensor:
+def start_of(variable: AttributionInput, baseline: Baseline, needed: Bool[Tensor, "row pos"] | None = None) -> Tensor:
     """What the values of a variable become where they are removed, see the module; ``needed`` says where that is (None: everywhere).
 
     Raises:
@@ -79,7 +79,7 @@ def start_of(variable: Variable, baseline: Baseline, needed: Bool[Tensor, "row p
     return _mean_of_kind(value, variable.place)
 
 
-def _mean_of_others(variable: Variable, needed: Tensor | None) -> Tensor:
+def _mean_of_others(variable: AttributionInput, needed: Tensor | None) -> Tensor:
     value, owner = variable.value, _owners(variable)
     if len(owner.unique()) == 1:
         raise InputError(
@@ -94,7 +94,7 @@ def _mean_of_others(variable: Variable, needed: Tensor | None) -> Tensor:
     return _where_there(mean.to(value), others > 0, variable, needed, "other example of the run")
 
 
-def _owners(variable: Variable) -> Tensor:
+def _owners(variable: AttributionInput) -> Tensor:
     """The example of every row of the values: of pixels, of every picture."""
     example = torch.from_numpy(variable.place.tokens.example)
     if variable.site != PIXELS:
@@ -114,7 +114,7 @@ def _without_own(sums: Tensor, counted: Tensor, owner: Tensor) -> tuple[Tensor, 
     return (sums.sum(0, keepdim=True) - own) / others.clamp_min(1), others
 
 
-def _mean_of_data(variable: Variable, inputs: Mapping[str, Any], needed: Tensor | None) -> Tensor:
+def _mean_of_data(variable: AttributionInput, inputs: Mapping[str, Any], needed: Tensor | None) -> Tensor:
     inputs = usable(variable.model, inputs)
     if variable.site == PIXELS:
         return _mean_of_pictures(variable, pixels_of(inputs), inputs, needed)
@@ -136,7 +136,9 @@ def _mean_of_data(variable: Variable, inputs: Mapping[str, Any], needed: Tensor 
     return _where_there(mean, there, variable, needed, "row of the data set")
 
 
-def _mean_of_pictures(variable: Variable, found: Tensor, inputs: Mapping[str, Any], needed: Tensor | None) -> Tensor:
+def _mean_of_pictures(
+    variable: AttributionInput, found: Tensor, inputs: Mapping[str, Any], needed: Tensor | None
+) -> Tensor:
     if found.shape[1:] != variable.value.shape[1:]:
         raise InputError(
             f"The data set has pixels {tuple(found.shape)}, the run {tuple(variable.value.shape)}: a mean needs images of one size."
@@ -149,7 +151,7 @@ def _mean_of_pictures(variable: Variable, found: Tensor, inputs: Mapping[str, An
     return _where_there(mean.expand_as(variable.value), there, variable, needed, "row of the data set")
 
 
-def _check_aligned(variable: Variable, data: Sequence[Place], needed: Tensor | None) -> None:
+def _check_aligned(variable: AttributionInput, data: Sequence[Place], needed: Tensor | None) -> None:
     run = variable.place.layout
     wanted = run.there if needed is None else needed.cpu().numpy()
     try:
@@ -172,7 +174,7 @@ def _counted(model: Any, inputs: Mapping[str, Any], value: Tensor, place: Place,
     return real.view(*real.shape, *[1] * (value.ndim - 2))
 
 
-def _where_there(mean: Tensor, there: Tensor, variable: Variable, needed: Tensor | None, what: str) -> Tensor:
+def _where_there(mean: Tensor, there: Tensor, variable: AttributionInput, needed: Tensor | None, what: str) -> Tensor:
     """The mean, and the values as they are where there is none and none is needed."""
     if variable.site == PIXELS:
         real = _counted(variable.model, variable.inputs, variable.value, variable.place, PIXELS)
@@ -207,7 +209,7 @@ def _mean_of_kind(value: Tensor, place: Place) -> Tensor:
     return out
 
 
-def _black(variable: Variable) -> Tensor:
+def _black(variable: AttributionInput) -> Tensor:
     processor = getattr(variable.model.processor, "image_processor", variable.model.processor)
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
     if mean is None or std is None:
@@ -244,7 +246,7 @@ def _broadcast(baseline: float | Tensor | np.ndarray, value: Tensor) -> Tensor:
     return given
 
 
-def brief(baseline: Baseline) -> str:
+def short_repr(baseline: Baseline) -> str:
     """A baseline in a word."""
     if isinstance(baseline, str):
         return baseline

@@ -36,12 +36,12 @@ from circuitvision.errors import InputError, warn
 from circuitvision.model.routes import rows_serve_all
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
+from circuitvision.readout.relevance.baselines import Baseline, short_repr, start_of
 from circuitvision.readout.relevance.boxes import Boxes
 from circuitvision.readout.relevance.result import Relevance
 from circuitvision.readout.relevance.variables import (
     PIXELS,
-    Variable,
+    AttributionInput,
     image_tower,
     wide,
 )
@@ -213,7 +213,7 @@ class _Game:
         self.baseline = baseline
         own = relevance.tower if isinstance(relevance, Relevance) else None
         site = site or f"{tower or own or image_tower(model)}.hook_input"
-        self.variable = Variable(model, inputs, metric, site)
+        self.variable = AttributionInput(model, inputs, metric, site)
         self.inputs = self.variable.inputs
         self.place = self.variable.place
         scores = relevance.per_position if isinstance(relevance, Relevance) else torch.as_tensor(relevance)
@@ -273,7 +273,7 @@ class _Game:
             axes={"example": list(range(values.shape[1])), "share": shares},
             provenance=describe(
                 self.model,
-                method=f"{kind} by {self.method} (level={self.level}, baseline={brief(self.baseline)})",
+                method=f"{kind} by {self.method} (level={self.level}, baseline={short_repr(self.baseline)})",
                 metric=self.variable.metric,
                 inputs=(self.inputs,),
                 seed=seed,
@@ -282,7 +282,7 @@ class _Game:
             kind=kind,
             method=self.method,
             level=self.level,
-            baseline=brief(self.baseline),
+            baseline=short_repr(self.baseline),
             reverse=values[1].clone(),
             random=values[2:].clone(),
         )
@@ -312,7 +312,7 @@ class _Game:
         return self.model.sweep(self.inputs, groups, self.metric, empty="clean").values
 
     def _by_colour(self, masks: Sequence[Tensor]) -> Tensor:
-        picture = Variable(self.model, self.inputs, self.metric, PIXELS)
+        picture = AttributionInput(self.model, self.inputs, self.metric, PIXELS)
         filled = start_of(picture, self.baseline)
         boxes = Boxes(self.model, self.inputs, self.place, picture.value)
         found, batch = [], picture.at_once()

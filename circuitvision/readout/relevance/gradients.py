@@ -38,11 +38,11 @@ from circuitvision.model.selection import Selection
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.places import places_of, shares_of
-from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
+from circuitvision.readout.relevance.baselines import Baseline, short_repr, start_of
 from circuitvision.readout.relevance.result import Relevance, warn_undefined
 from circuitvision.readout.relevance.variables import (
     PIXELS,
-    Variable,
+    AttributionInput,
     image_tower,
     rows_of_pixels,
     wide,
@@ -70,7 +70,7 @@ def gradient_times_activation(
     Raises:
         InputError: a site that is not one value per position, or is dead; a metric without a gradient.
     """
-    place = Variable(model, inputs, metric, site or f"{image_tower(model)}.hook_input")
+    place = AttributionInput(model, inputs, metric, site or f"{image_tower(model)}.hook_input")
     _, slopes = place([place.value])
     values = wide(place.value) * wide(slopes[0])
     return _result(place, values, f"gradient × {_noun(place)}", metric)
@@ -111,7 +111,7 @@ def integrated_gradients(
         InputError: as :func:`gradient_times_activation`; an unknown rule or baseline, positions of another shape.
     """
     _check_rule(rule, steps, steps_at_once)
-    place = Variable(model, inputs, metric, site or f"{image_tower(model)}.hook_input")
+    place = AttributionInput(model, inputs, metric, site or f"{image_tower(model)}.hook_input")
     start = _start(place, baseline, positions)
     nodes, weights = _quadrature(steps, rule)
     away = wide(place.value) - wide(start)
@@ -126,7 +126,7 @@ def integrated_gradients(
     result = _result(
         place,
         away * total,
-        f"integrated gradients{' of pixels' if place.site == PIXELS else ''} ({steps} × {rule}, baseline {brief(baseline)})",
+        f"integrated gradients{' of pixels' if place.site == PIXELS else ''} ({steps} × {rule}, baseline {short_repr(baseline)})",
         metric,
     )
     change = wide(place.metric_value) - wide(baseline_value)
@@ -146,7 +146,7 @@ def _check_rule(rule: str, steps: int, steps_at_once: int | None) -> None:
         )
 
 
-def _start(place: Variable, baseline: Baseline, positions: Selection | Tensor | None) -> Tensor:
+def _start(place: AttributionInput, baseline: Baseline, positions: Selection | Tensor | None) -> Tensor:
     if place.site == PIXELS:
         if positions is not None:
             raise InputError("positions chooses among the positions of a site; for pixels give a baseline tensor.")
@@ -195,7 +195,7 @@ def _totals(result: Relevance, model: Any, examples: int) -> Tensor:
     return torch.zeros(examples, dtype=sums.dtype).index_add(0, torch.tensor(result.example), sums)
 
 
-def _result(place: Variable, values: Tensor, method: str, metric: Any) -> Relevance:
+def _result(place: AttributionInput, values: Tensor, method: str, metric: Any) -> Relevance:
     """Contributions of single numbers, in the shape of the place, as a result."""
     warn_undefined(values)
     if place.site != PIXELS:
@@ -205,7 +205,7 @@ def _result(place: Variable, values: Tensor, method: str, metric: Any) -> Releva
     return result_at(place, maps, method, metric)
 
 
-def result_at(place: Variable, values: Tensor, method: str, metric: Any) -> Relevance:
+def result_at(place: AttributionInput, values: Tensor, method: str, metric: Any) -> Relevance:
     """Values per position (and head), or per pixel, of a variable as a result."""
     where, axes = place.place, {"row": list(range(values.shape[0]))}
     if place.site == PIXELS:
@@ -229,5 +229,5 @@ def result_at(place: Variable, values: Tensor, method: str, metric: Any) -> Rele
     )
 
 
-def _noun(place: Variable) -> str:
+def _noun(place: AttributionInput) -> str:
     return "pixel" if place.site == PIXELS else "activation"

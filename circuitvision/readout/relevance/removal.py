@@ -31,13 +31,13 @@ from circuitvision.model.routes import rows_serve_all
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import KINDS, present
 from circuitvision.provenance import with_provenance
-from circuitvision.readout.relevance.baselines import Baseline, brief, start_of
+from circuitvision.readout.relevance.baselines import Baseline, short_repr, start_of
 from circuitvision.readout.relevance.gradients import result_at
 from circuitvision.readout.relevance.result import Relevance, warn_undefined
 from circuitvision.readout.relevance.variables import (
     PIXELS,
+    AttributionInput,
     Place,
-    Variable,
     checked_tower,
     wide,
 )
@@ -78,7 +78,7 @@ def occlusion(
         InputError: no such tower, kind or position; a window larger than the grid, a stride larger than the window; an empty region, or one of
             another tower or run.
     """
-    place = Variable(model, inputs, metric, site or f"{checked_tower(model, tower)}.hook_input")
+    place = AttributionInput(model, inputs, metric, site or f"{checked_tower(model, tower)}.hook_input")
     if place.site == PIXELS:
         raise InputError("Occlusion removes positions of a tower; deletion_curve(level='pixel') colours pixels.")
     where = place.place
@@ -108,7 +108,7 @@ def occlusion(
     values = torch.where(removed, of_row[..., None], 0.0).sum(0) / counts
     warn_undefined(values[counts > 0])
     values = torch.where(counts > 0, values, float("nan"))
-    return result_at(place, values, f"occlusion ({setting}, baseline {brief(baseline)})", metric)
+    return result_at(place, values, f"occlusion ({setting}, baseline {short_repr(baseline)})", metric)
 
 
 def _one_by_one(

@@ -1,6 +1,6 @@
 """What a relevance is a relevance *of*: the values at one site of a run, or its pixels, as the variable the metric depends on.
 
-A :class:`Variable` runs the model with other values in that place and returns the metric, and its gradient with respect to them. Everything
+A :class:`AttributionInput` runs the model with other values in that place and returns the metric, and its gradient with respect to them. Everything
 else of the run stays as it is. Several points run as one batch: all tensors of the inputs are repeated, and the output is cut into one block
 per point (of rows and columns, where the output compares rows with columns). Gradients never reach parameters, and the caller's tensors are
 copied.
@@ -123,7 +123,7 @@ def place_of(model: HookedModel, inputs: Mapping[str, Any], site: str, shape: Se
     return Place(tokens, dropped)
 
 
-class Variable:
+class AttributionInput:
     """The values at one place of a run, and the metric as a function of them.
 
     ``value`` holds them as they are in the unedited run, ``place`` says where their positions lie, and ``metric_value`` is the metric there,

@@ -335,7 +335,7 @@ def _unit(factor: Float[Tensor, "head ..."]) -> Float[Tensor, "head ..."]:
 
 def _ov(tower: Tower, layer: int, gain: bool, written: bool) -> tuple[Tensor, Tensor]:
     block = tower.blocks[layer]
-    with torch.no_grad(), tower.quiet():
+    with torch.no_grad(), tower.hooks_disabled():
         value, output = wide(block.W_V.detach()), wide(block.W_O.detach())
         value = _behind_norm(tower, layer, value) if gain else value
         return value, as_written(tower, layer, "attn_add", output) if written else output
@@ -343,7 +343,7 @@ def _ov(tower: Tower, layer: int, gain: bool, written: bool) -> tuple[Tensor, Te
 
 def _qk(tower: Tower, layer: int, gain: bool) -> tuple[Tensor, Tensor]:
     block = tower.blocks[layer]
-    with torch.no_grad(), tower.quiet():
+    with torch.no_grad(), tower.hooks_disabled():
         query, key = wide(block.W_Q.detach()), wide(block.W_K.detach())
         return (_behind_norm(tower, layer, query), _behind_norm(tower, layer, key)) if gain else (query, key)
 

@@ -27,7 +27,7 @@ _CHUNK = 2**24
 def written_rows(tower: Tower, layer: int, of: str = "mlp") -> Float[Tensor, "row d_model"]:
     """The value vectors of one layer as they are written to the stream (see the module), in float32 at least; heads one after another."""
     block = tower.blocks[layer]
-    with torch.no_grad(), tower.quiet():
+    with torch.no_grad(), tower.hooks_disabled():
         if of == "mlp":
             rows = block.W_out
         elif of == "ov":

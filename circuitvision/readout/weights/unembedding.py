@@ -85,7 +85,7 @@ def unembedding_matrix(
         not there, a matrix of the wrong shape.
     """
     model = model_of(tower)
-    with torch.no_grad(), tower.quiet():
+    with torch.no_grad(), tower.hooks_disabled():
         called: list[str] | None
         if matrix is not None:
             weight, chosen = wide(matrix.detach()).to(model.device), ""

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from circuitvision.model.attention import Tap
+from circuitvision.model.attention import PrefixKV
 
 
 class CannotResume(Exception):
@@ -21,7 +21,7 @@ class CannotResume(Exception):
 
 
 @dataclass(eq=False)
-class Clean:
+class BaseRun:
     """What the unedited run left behind, as far as resumed runs need it."""
 
     output: Tensor
@@ -31,7 +31,7 @@ class Clean:
     """Module id -> its first argument."""
     cached: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Block id -> the keys and values it left in the cache."""
-    taps: dict[int, Tap] = field(default_factory=dict)
+    prefix_kv: dict[int, PrefixKV] = field(default_factory=dict)
     """Attention module id -> what entered its kernel."""
     versions: dict[int, int] = field(default_factory=dict)
 
@@ -72,7 +72,7 @@ class Overrides:
         self._handles.clear()
 
 
-class Watch:
+class ForeignHookDetector:
     """Notices hooks of others that change what a module is called with, or what it returns."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -164,7 +164,7 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, Mapping) and all(map(is_plain, value.values()))
 
 
-def tensors_of(clean: Clean) -> Iterator[Tensor]:
+def tensors_of(clean: BaseRun) -> Iterator[Tensor]:
     """Every tensor that may be handed back."""
     for value in (*clean.results.values(), *clean.arguments.values()):
         yield from tensors_in(value)
