@@ -70,7 +70,8 @@ def arithmetic(
     if kind == "norm_preserving":
 
         def turn(x: Tensor, step: int) -> Tensor:
-            to = x / x.norm(dim=-1, keepdim=True) + 0.7 * unit
+            # A query that sees no key (padding under a sliding window) gives zeros, whose length is kept as well.
+            to = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-300 if x.dtype == torch.float64 else 1e-30) + 0.7 * unit
             return to / to.norm(dim=-1, keepdim=True) * x.norm(dim=-1, keepdim=True)
 
         return edits.steer(site, vector, 0.7, mode=kind, **options), turn
