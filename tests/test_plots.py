@@ -12,7 +12,7 @@ from PIL import Image
 from circuitvision.circuits import AblationCheck, head_importance
 from circuitvision.errors import InputError
 from circuitvision.metrics import logit_diff
-from circuitvision.model.sweep import SweepResult
+from circuitvision.model.sweeps.result import SweepResult
 from circuitvision.patching import activation_patch
 from circuitvision.plots import graph, lens_rows, report, style, sweeps
 from circuitvision.readout import LensResult

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from circuitvision import edits, metrics
+from circuitvision.answers import answer_ids
 from circuitvision.errors import InputError, checked_seed
 from circuitvision.model.averages import Layout, Tally, check_aligned
 from circuitvision.model.edits.base import Edit, EditGroup, by_digest
@@ -169,7 +170,7 @@ _Run = tuple[Mapping[str, Any], Tensor, Tensor]
 
 def _runs(model: Any, batch: PairBatch) -> list[_Run]:
     """Both inputs of a batch, each with the ids of its right and its wrong answers."""
-    answer, foil = (torch.as_tensor(metrics.answer_ids(words, model)) for words in (batch.answer, batch.foil))
+    answer, foil = (torch.as_tensor(answer_ids(words, model)) for words in (batch.answer, batch.foil))
     return [(batch.clean, answer, foil), (batch.corrupt, foil, answer)]
 
 

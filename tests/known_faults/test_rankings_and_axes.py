@@ -13,7 +13,7 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
-from circuitvision.model.sweep import SweepResult
+from circuitvision.model.sweeps.result import SweepResult
 from circuitvision.patching.activation import activation_patch
 from circuitvision.results import Result
 from tests.zoo import case, shared_model
@@ -157,7 +157,7 @@ def test_axes_in_another_order_are_refused_with_the_right_one() -> None:
 
 
 def test_believing_the_axes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("circuitvision.model.sweep.check_axes", lambda *_: None)
+    monkeypatch.setattr("circuitvision.model.sweeps.study.check_axes", lambda *_: None)
     with pytest.raises(pytest.fail.Exception):
         check_order()
 
@@ -168,7 +168,7 @@ def test_labels_that_contradict_the_edits() -> None:
     refused({"layer": range(1, layers + 1), "head": range(heads)}, "no order")
     refused({"layer": [*range(layers)][::-1], "head": range(heads)}, "no order")
     refused({"layers": range(layers), "heads": [*range(1, heads), 0]}, "no order")
-    refused({"example": range(layers * heads)}, "axis of examples")
+    refused({"example": range(layers * heads)}, "the sweep's own")
     positions = [edits.ablate("vision.hook_input", positions=p) for p in (3, 2, 1)]
     refused({"position": (1, 2, 3)}, "no order", positions)
     neurons = [edits.overwrite("vision.blocks.0.mlp.hook_post", [n], 0.0) for n in (4, 5)]
