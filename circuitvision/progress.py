@@ -43,6 +43,11 @@ def verbosity(level: str) -> Iterator[None]:
         _state["level"] = before
 
 
+def verbosity_level() -> str:
+    """What :func:`set_verbosity` chose."""
+    return _state["level"]
+
+
 def silent() -> bool:
     """Whether no bar is drawn: after ``set_verbosity("quiet")``, and where standard error goes to a file."""
     return _state["level"] == "quiet" or not ("ipykernel" in sys.modules or sys.stderr.isatty())

@@ -1,11 +1,14 @@
 """Data with known ground truth: synthetic scenes with every object's attributes, box and mask, and minimal pairs of them.
 
+``Pairs`` and ``Side`` hold any data set of raw examples; ``reading`` makes them from files and stored data sets, ``batches`` turns them into inputs.
 ``scenes`` draws pictures and minimal pairs, ``questions`` and ``captions`` put words to them, ``reach`` is a grid world to act in.
 """
 
 from __future__ import annotations
 
+from circuitvision.data.batches import Batch
 from circuitvision.data.captions import Caption, Retrieval, sample_retrievals, true_captions
+from circuitvision.data.pairs import Pairs, Tally
 from circuitvision.data.questions import (
     Question,
     QuestionPair,
@@ -30,6 +33,7 @@ from circuitvision.data.scenes import (
     render,
     sample_scene,
 )
+from circuitvision.data.sides import Example, Side
 
 __all__ = [
     "ALL_PAIRS",
@@ -39,13 +43,18 @@ __all__ = [
     "TEST_PAIRS",
     "TRAIN_PAIRS",
     "VALIDATION_PAIRS",
+    "Batch",
     "Caption",
+    "Example",
     "MinimalPair",
+    "Pairs",
     "Question",
     "QuestionPair",
     "Retrieval",
     "Scene",
     "SceneObject",
+    "Side",
+    "Tally",
     "largest",
     "minimal_pair",
     "prompt",
