@@ -6,8 +6,8 @@
 
 What could be read two ways is refused: a tuple where one answer is wanted (two examples, or a contrast?), a dict (columns: several metrics).
 
-Words need a vocabulary: class names of the model's configuration come before its tokenizer, of which a word must be one piece. Not covered: answers
-of several tokens, which a data set turns into ids.
+Words need a vocabulary: class names of the model's configuration come before its tokenizer, of which a word must be one piece. An
+answer of several tokens is a list of ids inside the list of examples, and is read at one position; which ids a word has is for a data set to say.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
@@ -89,7 +89,7 @@ def answer_ids(answer: Answer, model: Any) -> int | list[int] | Tensor:
         return _word_id(answer, model)
     found = plain_answer(answer)
     if isinstance(found, list):
-        return [_word_id(item, model) if isinstance(item, str) else int(item) for item in found]
+        return [answer_ids(item, model) for item in found]  # type: ignore[misc]
     return int(found)
 
 
@@ -105,8 +105,8 @@ def _word_id(word: str, model: Any) -> int:
     return int(model.token(word))
 
 
-def ids_of_rows(answer: Answer | None, rows: Tensor) -> Int[Tensor, " batch"]:
-    """The id of every row of an output ``[batch, classes]``; one id serves all.
+def ids_of_rows(answer: Answer | None, rows: Tensor) -> Int[Tensor, "batch token"]:
+    """The ids of every row of an output ``[batch, classes]``, filled up with -1 where an answer has fewer tokens than others; one id serves all.
 
     Raises:
         InputError: no answer, a word, an id outside the output, or another number of ids than rows.
@@ -121,13 +121,44 @@ def ids_of_rows(answer: Answer | None, rows: Tensor) -> Int[Tensor, " batch"]:
         words = [item for item in items if isinstance(item, str)]
         if words:
             raise InputError(f"{words[0]!r} is a word; call metric.bind(model) first, or give its id.")
+        if any(isinstance(item, list) for item in items):
+            several = [item if isinstance(item, list) else [int(item)] for item in items]
+            items = torch.tensor(_filled(several), device=rows.device)
     ids = torch.as_tensor(items, device=rows.device)
     whole = not ids.dtype.is_floating_point and ids.dtype != torch.bool
-    if not whole or ids.ndim > 1 or (ids.ndim == 1 and len(ids) not in (1, batch)):
+    if not whole or ids.ndim > 2 or (ids.ndim and len(ids) not in (1, batch)):
         raise InputError(f"Answers are one id, or one per example ({batch}); got {tuple(ids.shape)} of {ids.dtype}.")
-    if bool(((ids < 0) | (ids >= classes)).any()):
-        raise InputError(f"Answer {ids.tolist()} is outside the output's {classes} classes.")
-    return ids.expand(batch)
+    ids = ids if ids.ndim == 2 else ids.reshape(-1, 1)
+    there = ids[ids >= 0] if ids.shape[1] > 1 else ids
+    if bool(((there < 0) | (there >= classes)).any()):
+        raise InputError(f"Answer {ids.flatten().tolist()} is outside the output's {classes} classes.")
+    return ids.expand(batch, -1)
+
+
+def _filled(items: list[list[int]]) -> list[list[int]]:
+    width = max(map(len, items))
+    return [[*item, *[-1] * (width - len(item))] for item in items]
+
+
+def pick(
+    values: Float[Tensor, "batch classes"], ids: Int[Tensor, "batch token"], combine: str
+) -> Float[Tensor, " batch"]:
+    """The value of every row's answer; of several tokens the ``"mean"``, the ``"best"``, or the ``"joint"`` one, ``log Σ exp``.
+
+    Raises:
+        InputError: several tokens, and no word on how they become one number.
+    """
+    if ids.shape[1] == 1:
+        return values.gather(1, ids)[:, 0]
+    if combine not in ("mean", "joint", "best"):
+        raise InputError(
+            "An answer has several tokens: combine='mean' or 'joint' of a data set says how they become one."
+        )
+    found = values.gather(1, ids.clamp(min=0))
+    if combine == "mean":
+        return found.masked_fill(ids < 0, torch.nan).nanmean(1)
+    found = found.masked_fill(ids < 0, -torch.inf)
+    return found.logsumexp(1) if combine == "joint" else found.max(1).values
 
 
 def take(answer: Any, examples: Sequence[int], count: int) -> Any:
@@ -148,4 +179,4 @@ def short(answer: Any) -> str:
         return str(answer)
     items = answer.tolist() if isinstance(answer, Tensor) else list(answer)
     items = items if isinstance(items, list) else [items]
-    return str(items[0]) if len(set(items)) == 1 else "per example"
+    return str(items[0]) if len(set(map(str, items))) == 1 else "per example"

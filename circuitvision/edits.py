@@ -44,6 +44,7 @@ from circuitvision.model.edits.files import dump, from_dict, load, parse, restor
 from circuitvision.model.edits.values import (
     Positions,
     PositionsLike,
+    SideSource,
     Steps,
     StepsLike,
     TensorRef,
@@ -119,7 +120,9 @@ def _taken_apart(heads: Any) -> tuple[list[NodeName], Heads]:
 
 
 def _source(site: str, source: Any) -> Any:
-    """A source as held values: the one tensor of an exact site, or one per name for a glob."""
+    """A source as held values: the one tensor of an exact site, or one per name for a glob; a side of pairs is read when it is run."""
+    if hasattr(source, "batches"):
+        return SideSource(getattr(source, "clean", source))
     if not isinstance(source, Mapping):
         return held(source)
     cache: Any = source
@@ -150,7 +153,8 @@ def replace(
     """Interchange: the selected entries take the values they have in ``source``.
 
     ``x' = source``. ``source`` is a cache (its value at the site), a tensor that broadcasts to the site's whole shape, or a number. It covers the
-    positions it has: with a prompt's source, tokens generated later keep their own values.
+    positions it has: with a prompt's source, tokens generated later keep their own values. In a sweep over a data set it may be a side of pairs
+    (``pairs.clean``): the values that the same examples have there, at the positions that belong together.
     """
     where = _at(site, heads, positions, steps)
     return Replace(**where, source=_source(where["site"], source))

@@ -45,9 +45,9 @@ class MetricSet:
         given = metric if several else {"": metric}
         return cls({name: metrics.by_name(one) for name, one in given.items()}, several)
 
-    def bind(self, model: Any, answers: Any = None, foils: Any = None) -> MetricSet:
+    def bind(self, model: Any, answers: Any = None, foils: Any = None, combine: str | None = None) -> MetricSet:
         """Every metric bound to a model, and to the answers of a data set."""
-        return self._each(lambda metric: metrics.bind(metric, model, answers, foils))
+        return self._each(lambda metric: metrics.bind(metric, model, answers, foils, combine))
 
     def against(self, output: Tensor) -> MetricSet:
         """Those that compare with another run, and were given none, compare with this output."""

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.answers import Answer, answer_ids, contrast, ids_of_rows, plain_answer, short, take
+from circuitvision.answers import Answer, answer_ids, contrast, ids_of_rows, pick, plain_answer, short, take
 from circuitvision.digests import NamedFunction, of_tensor
 from circuitvision.errors import InputError, nearest
 from circuitvision.links import Link, divergence, link_of, log_probabilities, probabilities
@@ -43,6 +43,8 @@ class Metric:
 
     position: Position = "last"
     name: str = ""
+    combine: str = ""
+    """How several tokens of an answer become one number: the ``"mean"`` of their logits, or their ``"joint"`` probability (any of them)."""
     link: Link | None = None
     """What turns the output into probabilities; None: what the output itself says (outputs of a wrapped model do), or else a softmax."""
 
@@ -53,10 +55,12 @@ class Metric:
         for field in self._answers:
             object.__setattr__(self, field, plain_answer(getattr(self, field)))
 
-    def bind(self: MetricType, model: Any, answers: Any = None, foils: Any = None) -> MetricType:
+    def bind(
+        self: MetricType, model: Any, answers: Any = None, foils: Any = None, combine: str | None = None
+    ) -> MetricType:
         """The same metric with every word replaced by its id in ``model``, and the link of the model's head.
 
-        A metric without an answer takes the ``answers`` and ``foils`` of a data set, one per example.
+        A metric without an answer takes the ``answers`` and ``foils`` of a data set, one per example, or several that ``combine`` makes one of.
 
         Raises:
             InputError: a word that is not one piece of the vocabulary, a model whose answers have no words, no answer at all.
@@ -67,6 +71,8 @@ class Metric:
                 continue
             own = getattr(self, name)
             found = plain_answer(there) if own is None else own
+            if own is None and combine in ("mean", "joint"):
+                changes["combine"] = combine
             if found is None:
                 raise InputError(
                     f"{type(self).__name__} has no {name}, and no data set that has one: give it, as in metrics.{_made_by(self)}."
@@ -110,7 +116,7 @@ class LogitDiff(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """``logits[answer] - logits[foil]`` at the position, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
-        return _pick(rows, answer) - _pick(rows, ids_of_rows(self.foil, rows))
+        return pick(rows, answer, self.combine) - pick(rows, ids_of_rows(self.foil, rows), self.combine)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +131,9 @@ class Prob(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """The probability of the answer at the position, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
-        return _pick(probabilities(rows, self._link(logits)), answer)
+        if answer.shape[1] > 1:
+            return pick(log_probabilities(rows, self._link(logits)), answer, self.combine).exp()
+        return pick(probabilities(rows, self._link(logits)), answer, self.combine)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +148,7 @@ class LogProb(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """The log-probability of the answer at the position, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
-        return _pick(log_probabilities(rows, self._link(logits)), answer)
+        return pick(log_probabilities(rows, self._link(logits)), answer, self.combine)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +163,8 @@ class Rank(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """1 plus how many classes score strictly higher than the answer, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
-        return 1.0 + (rows > _pick(rows, answer)[:, None]).sum(dim=-1).to(rows.dtype)
+        score = pick(rows, answer, self.combine)
+        return 1.0 + (_without(rows, answer) > score[:, None]).sum(dim=-1).to(rows.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,9 +177,11 @@ class Accuracy(Metric):
     _answers = ("answer",)
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
-        """1 where no other class scores as high as the answer, else 0, per example."""
+        """1 where no other class scores as high as the answer (as any of its tokens), else 0, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
-        return ((rows >= _pick(rows, answer)[:, None]).sum(dim=-1) == 1).to(rows.dtype)
+        best = pick(rows, answer, "best")
+        beaten = (_without(rows, answer) >= best[:, None]).any(dim=-1)
+        return (~beaten & ~best.isnan()).to(rows.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,7 +349,7 @@ def by_name(metric: Any) -> Any:
     return NAMES[metric]()
 
 
-def bind(metric: Any, model: Any, answers: Any = None, foils: Any = None) -> Any:
+def bind(metric: Any, model: Any, answers: Any = None, foils: Any = None, combine: str | None = None) -> Any:
     """One metric, or its name, with words resolved by ``model`` and the answers of a data set if it has none; a plain function is returned as it is.
 
     Raises:
@@ -354,7 +365,7 @@ def bind(metric: Any, model: Any, answers: Any = None, foils: Any = None) -> Any
             f"A metric is a function of the logits, such as metrics.logit_diff(answer, foil), not {metric!r:.80}."
         )
     if isinstance(metric, Metric):
-        return metric.bind(model, answers, foils)
+        return metric.bind(model, answers, foils, combine)
     return metric.bind(model) if hasattr(metric, "bind") else metric
 
 
@@ -523,8 +534,10 @@ def _last_unmasked(inputs: Mapping[str, Any] | None, batch: int, length: int) ->
     return (length - 1 - real.flip(1).int().argmax(dim=1)).cpu()
 
 
-def _pick(rows: Tensor, ids: Tensor) -> Tensor:
-    return rows.gather(1, ids[:, None])[:, 0]
+def _without(rows: Tensor, ids: Tensor) -> Tensor:
+    """The output without each row's own answer."""
+    own = torch.zeros_like(rows, dtype=torch.int).scatter_add_(1, ids.clamp(min=0), (ids >= 0).int())
+    return rows.masked_fill(own > 0, -torch.inf)
 
 
 def _wide(tensor: Tensor) -> Tensor:

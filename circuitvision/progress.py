@@ -106,7 +106,7 @@ class Progress:
         if measured:
             self.measured += count
             self._bar.update(count)
-        else:
+        elif not self._bar.disable:
             self._bar.initial += count
             self._bar.n += count
         now = time.monotonic()

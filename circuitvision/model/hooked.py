@@ -543,6 +543,8 @@ class HookedModel(TextTools):
         progress: bool = True,
         save_to: str | Path | None = None,
         resume: bool = False,
+        example_batch: int | None = None,
+        align: Any = "kind",
     ) -> SweepResult:
         """``metric`` under each edit, or group of edits, one at a time; only what an edit can change is computed.
 
@@ -552,6 +554,11 @@ class HookedModel(TextTools):
         goes by memory, and either is halved when memory runs out. With ``partial`` an interruption (Ctrl-C, an exception in the metric) returns what
         is done, the rest NaN. ``axes`` arranges the edits, in the order given, as a grid: ``{"layer": range(8), "head":
         range(12)}`` for 96 edits, the last axis varying fastest.
+
+        ``inputs`` may be a data set: pairs (their clean side) or a side of them, which run ``example_batch`` examples at a time (None: by memory), so
+        that memory does not grow with their number. Metrics without an answer take the data set's, edits may take their values from the other side
+        (``edits.replace(site, pairs.clean)``; ``align`` says which positions belong together), and a function ``edits(batch)`` makes them for each
+        batch, as many each time.
 
         ``save_to`` is a folder in which every finished batch is kept: whatever ends the run, the same call with ``resume=True`` runs the rest only,
         to the same bits (see :mod:`circuitvision.model.sweeps.store`).
@@ -563,6 +570,10 @@ class HookedModel(TextTools):
         from circuitvision.model.sweeps.study import Options, Study
 
         options = Options(batch_size, partial, empty, progress, save_to, resume)
+        if hasattr(inputs, "batches"):
+            from circuitvision.model.sweeps.stream import DataStudy
+
+            return DataStudy(self, inputs, edits_or_groups, metric, axes, options, example_batch, align).result()
         return Study(self, self._checked(inputs), edits_or_groups, metric, axes, options).result()
 
     def generate(self, inputs: Any, *, edits: Sequence[Edit] = (), **kwargs: Any) -> Int[Tensor, "batch pos"]:

@@ -123,9 +123,7 @@ def _grid(result: SweepResult, title: str | None) -> go.Figure:
     limit = max(float(mean.abs().nan_to_num(0.0).max()), 1e-12)
     _, unit = _names(result)
     bar = {"title": f"change{f',{unit}' if unit else ''}", "thickness": 14, "outlinewidth": 0}
-    figure.update_layout(
-        coloraxis={"colorscale": style.diverging(), "cmin": -limit, "cmax": limit, "colorbar": bar}
-    )
+    figure.update_layout(coloraxis={"colorscale": style.diverging(), "cmin": -limit, "cmax": limit, "colorbar": bar})
     height = min(max(34 * panels.shape[1], 120), 560 if rows == 1 else 300)
     style.layout(figure, _heading(result, title, mean), (230 if lead else 190) + rows * height)
     if lead:

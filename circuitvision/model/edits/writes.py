@@ -19,7 +19,7 @@ from circuitvision.digests import NamedFunction
 from circuitvision.errors import InputError
 from circuitvision.model.averages import Average, shown
 from circuitvision.model.edits.base import Edit, EditContext, source_length
-from circuitvision.model.edits.values import PositionWindow, TensorRef, TensorRefMapping, short_repr
+from circuitvision.model.edits.values import PositionWindow, SideSource, TensorRef, TensorRefMapping, short_repr
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ class _Sourced(Edit):
         self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
     ) -> None:
         super().check(model, site, window, n_heads, grows)
+        if isinstance(self.source, SideSource):
+            raise InputError(
+                f"its source is the {self.source}, which a sweep over a data set reads: model.sweep(pairs, …)"
+            )
         _check_fits(self.source_at(site, {}), model, site, window, n_heads)
 
     def source_end(self, site: str, ndim: int, given: Mapping[Any, Any]) -> int | None:

@@ -7,21 +7,26 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.digests import NamedFunction
 from circuitvision.errors import InputError
 from circuitvision.model.edits.base import EditGroup
 from circuitvision.model.sweeps.plan import Plan
-from circuitvision.results import Result
+from circuitvision.results import Result, standard_error
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from circuitvision.model.hooked import HookedModel
+
+
+ROUNDING = 1e-5
+"""Share of the metric's size below which the difference of two runs is rounding."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,6 +45,12 @@ class SweepResult(Result):
     done: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     interrupted: str = ""
     metric: Any = None
+    source: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """The metric of the run that edits take their values from, in the shape of ``clean``; empty where there is none."""
+    groups: list[Any] = field(default_factory=list)
+    """What belongs together, one entry per example, where a data set says so."""
+
+    _per_example: ClassVar[dict[str, int]] = {"clean": -1, "source": -1, "groups": 0}
 
     @property
     def labels(self) -> list[str]:
@@ -70,6 +81,7 @@ class SweepResult(Result):
             axes={name: entries for name, entries in self.axes.items() if name != "metric"},
             provenance={**self.provenance, **known},
             clean=self.clean[number],
+            source=self.source[number] if self.source.numel() else self.source,
             metric=self.metric[metric],
         )
 
@@ -115,6 +127,21 @@ class SweepResult(Result):
         """Change of the metric, ``values - clean``, in the shape of ``values``."""
         return self.values - self._clean_everywhere()
 
+    @property
+    def restored(self) -> Tensor:
+        """How much of the way from the unedited run to the source's an edit goes, ``[*axes]``, see :func:`restored_share`.
+
+        Raises:
+            InputError: a sweep whose edits take no values from another side.
+        """
+        if not self.source.numel():
+            raise InputError(
+                "No edit of this sweep takes its values from a side of pairs, so there is nothing to restore."
+            )
+        lead = [len(self.metrics)] if self.metrics else []
+        base, source = (found.view(*lead, *[1] * len(self.grid), -1) for found in (self.clean, self.source))
+        return restored_share(self.values, base.expand(self.values.shape), source.expand(self.values.shape))
+
     def _clean_everywhere(self) -> Tensor:
         """The unedited metric in as many axes as ``values``."""
         lead = [len(self.metrics)] if self.metrics else []
@@ -151,6 +178,24 @@ class SweepResult(Result):
 def spelled_cell(cell: Mapping[str, Any]) -> str:
     """The labels of one cell in words; an edit's label as it is."""
     return ", ".join(str(label) if axis == "edit" else f"{axis} {label}" for axis, label in cell.items())
+
+
+def restored_share(
+    patched: Float[Tensor, "*axes example"],
+    base: Float[Tensor, "*axes example"],
+    source: Float[Tensor, "*axes example"],
+) -> Float[Tensor, "*axes"]:
+    """A normalised effect as a ratio of means: ``mean(patched - base) / mean(source - base)`` over the examples that have all three, in float64.
+
+    1 where an edit makes the base what the source is, 0 where it does nothing. NaN where the two runs do not differ: where the denominator is within
+    two standard errors of 0, or within rounding (:data:`ROUNDING` of the metric's size).
+    """
+    there = patched.isfinite() & base.isfinite() & source.isfinite()
+    patched, base, source = (value.double().masked_fill(~there, torch.nan) for value in (patched, base, source))
+    gap = source - base
+    size = (source.abs() + base.abs()).nanmean(-1)
+    floor = torch.maximum(2 * standard_error(gap).nan_to_num(0.0), ROUNDING * size)
+    return torch.where(gap.nanmean(-1).abs() > floor, (patched - base).nanmean(-1) / gap.nanmean(-1), torch.nan)
 
 
 def labels(groups: Sequence[EditGroup]) -> list[str]:

@@ -56,6 +56,7 @@ class Store:
     def __init__(self, folder: str | Path, study: Mapping[str, Any], resume: bool) -> None:
         self.folder, self.study, self.resume = Path(folder), dict(study), resume
         self.digest = of_json(self.study)
+        self.layout: dict[str, Any] = {}
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Store:
@@ -71,13 +72,21 @@ class Store:
             raise InputError(f"{self.folder} holds parts of a sweep and no {_MANIFEST}: give another folder.")
         return self
 
-    def begin(self) -> None:
-        """Make the folder this study's, once all that can be checked before a run was found right."""
+    def begin(self, layout: Mapping[str, Any]) -> None:
+        """Make the folder this study's, once all that can be checked before a run was found right.
+
+        ``layout`` is how parts are cut, which every run in the folder keeps to.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._lock or _locked(self.folder / _LOCK)
         manifest = self.folder / _MANIFEST
         if not manifest.is_file():
-            write_text(manifest, json.dumps({"format": FORMAT, "digest": self.digest, "study": self.study}, indent=1))
+            write_text(
+                manifest,
+                json.dumps(
+                    {"format": FORMAT, "digest": self.digest, "study": self.study, "layout": dict(layout)}, indent=1
+                ),
+            )
 
     def __exit__(self, *error: object) -> None:
         if self._lock is not None:
@@ -86,7 +95,7 @@ class Store:
     def _check(self, manifest: Path) -> None:
         try:
             known = json.loads(manifest.read_text(encoding="utf-8"))
-            form, there = known["format"], dict(known["study"])
+            form, there, self.layout = known["format"], dict(known["study"]), dict(known.get("layout", {}))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{manifest} is damaged ({error}): give another folder.") from error
         if form != FORMAT:

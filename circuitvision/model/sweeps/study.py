@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +55,15 @@ class Options:
 
 @dataclass
 class Chunk:
-    """The examples that run together: their inputs, edits and metrics. ``examples`` is None where the run itself says how many there are."""
+    """The examples that run together: their inputs, edits and metrics. ``examples`` is None where the run itself says how many there are; ``others``
+    give the metrics of further runs of the same examples, by name."""
 
     number: int
     inputs: dict[str, Any]
     groups: list[Group]
     metrics: MetricSet
     examples: list[int] | None = None
-    others: dict[str, Tensor] | None = None
+    others: dict[str, Callable[[MetricSet], Tensor]] = field(default_factory=dict)
 
 
 class Study:
@@ -109,6 +110,28 @@ class Study:
     def _edits_told(self) -> Any:
         return plain(self.groups)
 
+    def _layout(self) -> dict[str, Any]:
+        """What a folder keeps of how its parts were cut."""
+        return {}
+
+    def _use_layout(self, layout: Mapping[str, Any]) -> None:
+        """Cut the parts as a folder's were."""
+
+    def _n_examples(self) -> int:
+        """How many examples there are, where that is known before a run; else 0."""
+        return 0
+
+    def _labels(self) -> list[Any]:
+        """The labels of the axis ``example``, where they are known before a run."""
+        return []
+
+    def _groups_of_examples(self) -> list[Any]:
+        return []
+
+    def _bound(self) -> MetricSet:
+        """The metrics as the result keeps them."""
+        return self.metrics.bind(self.model)
+
     # -- the whole -------------------------------------------------------------------------------------------------------------------------
 
     def told(self) -> dict[str, Any]:
@@ -134,6 +157,7 @@ class Study:
             if options.save_to is not None:
                 store = stack.enter_context(Store(options.save_to, self.told(), options.resume))
                 self.parts = store.parts()
+                self._use_layout(store.layout)
             bar = Progress(len(self.groups) * self._weight(), "sweep", options.progress)
             try:
                 with orderly_stop() if store else contextlib.nullcontext(), bar:
@@ -158,8 +182,9 @@ class Study:
         if number == 0:
             check_axes(runner.binder, self.axes, [task.bound for task in runner.tasks])
         if store is not None:
-            store.begin()
+            store.begin(self._layout())
         clean = runner.start()
+        others = {name: measure(runner.metrics) for name, measure in chunk.others.items()}
         examples = list(range(clean.shape[1])) if chunk.examples is None else chunk.examples
         if len(examples) != clean.shape[1]:
             raise InputError(
@@ -180,7 +205,7 @@ class Study:
                     bar.advance(step)
             finally:
                 if found:
-                    part = _part(number, examples, clean, found, unedited, chunk.others or {})
+                    part = _part(number, examples, clean, found, unedited, others)
                     self.parts.append(part)
             if found and store is not None:
                 store.write(part)
@@ -211,11 +236,13 @@ class Study:
         }
         return SweepResult(
             values=values.view(*shape, -1),
-            axes={**lead, **axes, "example": list(range(values.shape[-1]))},
+            axes={**lead, **axes, "example": self._labels() or list(range(values.shape[-1]))},
             provenance=provenance.describe(
                 self.model, method="sweep", metric=self._bound(), dataset_sha256=self._data_sha256()
             ),
-            clean=whole["clean"] if self.metrics.several else whole["clean"][0],
+            clean=self._lead(whole["clean"]),
+            source=self._lead(whole["other.source"]) if "other.source" in whole else torch.zeros(0),
+            groups=self._groups_of_examples(),
             edits=groups,
             plan=[plans.get(number, Plan(reason="not measured")) for number in range(len(groups))],
             done=done.view(*map(len, axes.values())),
@@ -223,12 +250,9 @@ class Study:
             metric=self._bound().kept(),
         )
 
-    def _n_examples(self) -> int:
-        return 0
-
-    def _bound(self) -> MetricSet:
-        """The metrics as the result keeps them."""
-        return self.metrics.bind(self.model)
+    def _lead(self, found: Tensor) -> Tensor:
+        """Metrics as the leading axis, where there are several."""
+        return found if self.metrics.several else found[0]
 
 
 def _part(
