@@ -82,6 +82,11 @@ class MetricSet:
         return found.pop() if len(found) == 1 else ""
 
     @property
+    def compares(self) -> bool:
+        """Whether some metric still lacks the run that it compares with."""
+        return any(isinstance(metric, metrics.KL) and metric.reference is None for metric in self.members.values())
+
+    @property
     def reads_only(self) -> bool:
         """Whether none can write into the output it gets: the library's own metrics do not."""
         return all(metrics.is_own(metric) for metric in self.members.values())

@@ -205,7 +205,7 @@ def quickstart(
     metric = metrics.logit_diff(case.answer, case.foil).bind(hooked)
     readings = {name: _read(hooked, inputs, case) for name, inputs in runs.items()}
     lenses = {name: _lenses(hooked, inputs, case) for name, inputs in runs.items()}
-    importance = head_importance(hooked, runs["clean"], runs["corrupt"], metric, top_k=top_k)
+    importance = head_importance(hooked, metric=metric, clean=runs["clean"], corrupt=runs["corrupt"], top_k=top_k)
     check = _check(hooked, pairs[1:], importance, seed) if pairs else None
     found = Quickstart(case, importance, importance.to_networkx(), lenses, check, readings)
     files = write(found, folder)

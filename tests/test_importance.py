@@ -23,7 +23,9 @@ def scores(result: HeadImportance) -> dict[tuple[str, str], float]:
 
 @pytest.mark.parametrize("mode", ["denoise", "noise"])
 def test_edges_of_an_interacting_model_are_the_effects_of_its_paths(mode):
-    result = head_importance(ToyModel(VISION, LANGUAGE, gate=True), CLEAN, CORRUPT, METRIC, top_k=6, mode=mode)
+    result = head_importance(
+        ToyModel(VISION, LANGUAGE, gate=True), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, top_k=6, mode=mode
+    )
     sign = 1.0 if mode == "denoise" else -1.0
     bridge = VISION.sum().item() * 1.5 * sign  # the picture differs by 1 and 2
     first, second = LANGUAGE[0], LANGUAGE[1]
@@ -41,7 +43,9 @@ def test_edges_of_an_interacting_model_are_the_effects_of_its_paths(mode):
 
 
 def test_out_edges_add_up_to_each_effect_and_the_graph_is_valid(tmp_path):
-    result = head_importance(ToyModel(VISION, LANGUAGE, gate=True), CLEAN, CORRUPT, METRIC, top_k=3)
+    result = head_importance(
+        ToyModel(VISION, LANGUAGE, gate=True), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, top_k=3
+    )
     graph = result.to_networkx()
     for node in [*result.selected, "x.projector"]:
         total = sum(data["score"] for _, _, data in graph.out_edges(node, data=True))
@@ -54,7 +58,7 @@ def test_out_edges_add_up_to_each_effect_and_the_graph_is_valid(tmp_path):
 
 
 def test_ranking_selection_and_joint_effect():
-    result = head_importance(ToyModel(VISION, LANGUAGE), CLEAN, CORRUPT, METRIC, top_k=1)
+    result = head_importance(ToyModel(VISION, LANGUAGE), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, top_k=1)
     assert result.ranking()[0][0] == "l.a1.h0"
     assert set(result.selected) == {"v.a1.h2", "l.a1.h0"}
     # Patching 5/10 of what the connector carries, plus the rest of what one language head adds.
@@ -63,7 +67,7 @@ def test_ranking_selection_and_joint_effect():
 
 
 def test_results_survive_a_file(tmp_path):
-    result = head_importance(ToyModel(VISION, LANGUAGE), CLEAN, CORRUPT, METRIC, top_k=2)
+    result = head_importance(ToyModel(VISION, LANGUAGE), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, top_k=2)
     again = HeadImportance.load(result.save(tmp_path / "h.safetensors"))
     assert (again.edges, again.selected, again.connectors) == (result.edges, result.selected, result.connectors)
     assert (
@@ -73,8 +77,8 @@ def test_results_survive_a_file(tmp_path):
 
 
 def test_equal_runs_have_no_circuit():
-    with pytest.warns(UserWarning, match="hardly"), pytest.raises(InputError, match="restore"):
-        head_importance(ToyModel(VISION, LANGUAGE), CLEAN, CLEAN, METRIC)
+    with pytest.warns(UserWarning, match="differ"), pytest.raises(InputError, match="restore"):
+        head_importance(ToyModel(VISION, LANGUAGE), metric=METRIC, clean=CLEAN, corrupt=CLEAN)
 
 
 def pairs(seed: int = 0, count: int = 40) -> PairBatch:

@@ -129,7 +129,9 @@ def test_the_heads_of_the_quickstart_carry_the_answer_over_more_than_two_hundred
     assert len({pair.question.subject.pair for pair in pairs[25:]}) == 5
     one, some = (question_batches(model, chosen)[0] for chosen in (pairs[:1], pairs[1:25]))
     found = [
-        leading_heads(head_importance(model, b.clean, b.corrupt, metrics.logit_diff(b.answer, b.foil)))
+        leading_heads(
+            head_importance(model, metric=metrics.logit_diff(b.answer, b.foil), clean=b.clean, corrupt=b.corrupt)
+        )
         for b in (one, some)
     ]
     # The heads found on one pair are those found on many.

@@ -239,7 +239,7 @@ def test_from_rankings_to_edits_and_back() -> None:
     order = ranking(swept.values, [head_name(layer, head) for layer in range(3) for head in range(4)])
     assert torch.isfinite(model.run(inputs, [edits.ablate(name) for name in order.axes["component"][:3]])).all()
     importance = head_importance(
-        model, inputs, {"pixel_values": inputs["pixel_values"].flip(0)}, metrics.logit_diff(0, 1)
+        model, metric=metrics.logit_diff(0, 1), clean=inputs, corrupt={"pixel_values": inputs["pixel_values"].flip(0)}
     )
     for name, _, _ in importance.ranking():
         assert edits.ablate(name) == edits.ablate(spelled(name))

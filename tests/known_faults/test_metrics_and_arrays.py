@@ -79,7 +79,12 @@ def test_patching_and_relevance_with_truth_values() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = activation_patch(
-            model, inputs, other, FORMS["truth values"], sites="vision.blocks.*.hook_mlp_out", axes=("layer",)
+            model,
+            metric=FORMS["truth values"],
+            clean=inputs,
+            corrupt=other,
+            sites="vision.blocks.*.hook_mlp_out",
+            axes=("layer",),
         )
     assert found.base.dtype == torch.float64
     for call in (

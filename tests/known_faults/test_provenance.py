@@ -275,14 +275,20 @@ def patched(clean: int = 1, corrupt: int = 2, metric: Any = None, **keywords: An
     model = wrapped(VLM)
     given = {"sites": "language.blocks.*.attn.hook_z", **keywords}
     return activation_patch(
-        model, inputs_of(VLM, clean), inputs_of(VLM, corrupt), metric or metrics.logit_diff(2, 3), **given
+        model,
+        metric=metric or metrics.logit_diff(2, 3),
+        clean=inputs_of(VLM, clean),
+        corrupt=inputs_of(VLM, corrupt),
+        **given,
     )
 
 
 def important(clean: int = 1, **keywords: Any) -> Any:
     model = wrapped(VLM)
     given = {"top_k": 1, "towers": ["language"], **keywords}
-    return head_importance(model, inputs_of(VLM, clean), inputs_of(VLM, 2), metrics.logit_diff(2, 3), **given)
+    return head_importance(
+        model, metric=metrics.logit_diff(2, 3), clean=inputs_of(VLM, clean), corrupt=inputs_of(VLM, 2), **given
+    )
 
 
 def checked(clean: int = 1, answer: int = 2, heads: Any = ("l.a0.h1",), **keywords: Any) -> Any:
@@ -361,7 +367,7 @@ P = functools.partial
 OTHERS: dict[str, tuple[Callable[..., Any], dict[str, dict[str, Any]]]] = {
     "activation_patch": (patched, {
         "clean": {"clean": 3}, "corrupt": {"corrupt": 3}, "metric": {"metric": metrics.logit_diff(3, 2)}, "mode": {"mode": "noise"},
-        "axes": {"axes": ("layer",)}, "sites": {"sites": "language.blocks.*.attn.hook_v"}, "gap": {"min_gap": 0.01},
+        "axes": {"axes": ("layer",)}, "sites": {"sites": "language.blocks.*.attn.hook_v"},
     }),
     "head_importance": (important, {"clean": {"clean": 3}, "top_k": {"top_k": 2}, "mode": {"mode": "noise"}, "towers": {"towers": ["vision", "language"]}}),
     "ablation_check": (checked, {

@@ -114,17 +114,18 @@ def test_patching_is_ranked_by_cells_and_checks_are_not_ranked() -> None:
     other = {"pixel_values": inputs["pixel_values"].flip(0)}
     found = activation_patch(
         cv.HookedModel(module),
-        inputs,
-        other,
-        metric,
+        metric=metric,
+        clean=inputs,
+        corrupt=other,
         sites="vision.blocks.*.hook_resid_pre",
         axes=("layer", "position"),
     )
     ranked = cv.readout.ranking(found)
-    assert len(ranked.values) == found.values.numel()
-    labels, value = found.top(1)[0]
-    assert ranked.top(1) == [f"layer {labels['layer']}, position {labels['position']}"]
-    assert float(ranked.values[0]) == pytest.approx(value)
+    assert len(ranked.values) == found.restored.numel()
+    effects = found.values.mean(-1)
+    layer, position = divmod(int(effects.abs().argmax()), effects.shape[1])
+    assert ranked.top(1) == [f"layer {layer}, position {position}"]
+    assert float(ranked.values[0]) == pytest.approx(float(effects[layer, position]))
     check = cv.circuits.AblationCheck(torch.rand(3), {"condition": ["intact", "heads", "random 1"]})
     with pytest.raises(InputError, match="conditions"):
         cv.readout.ranking(check)
@@ -210,8 +211,8 @@ def test_patching_labels_its_own_axes_whatever_their_order() -> None:
     module, inputs, cells = vit()
     other = {"pixel_values": inputs["pixel_values"].flip(0)}
     model, sites = cv.HookedModel(module), "vision.blocks.*.attn.hook_z"
-    one = activation_patch(model, inputs, other, metric, sites=sites, axes=("layer", "head"))
-    two = activation_patch(model, inputs, other, metric, sites=sites, axes=("head", "layer"))
+    one = activation_patch(model, metric=metric, clean=inputs, corrupt=other, sites=sites, axes=("layer", "head"))
+    two = activation_patch(model, metric=metric, clean=inputs, corrupt=other, sites=sites, axes=("head", "layer"))
     for layer, head in cells:
         index = tuple({"layer": layer, "head": head}[name] for name in two.axes)
         torch.testing.assert_close(two.values[index], one.values[layer, head])

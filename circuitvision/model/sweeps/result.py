@@ -140,7 +140,7 @@ class SweepResult(Result):
             )
         lead = [len(self.metrics)] if self.metrics else []
         base, source = (found.view(*lead, *[1] * len(self.grid), -1) for found in (self.clean, self.source))
-        return restored_share(self.values, base.expand(self.values.shape), source.expand(self.values.shape))
+        return restored_share(self.effect, base.expand(self.values.shape), source.expand(self.values.shape))
 
     def _clean_everywhere(self) -> Tensor:
         """The unedited metric in as many axes as ``values``."""
@@ -181,21 +181,37 @@ def spelled_cell(cell: Mapping[str, Any]) -> str:
 
 
 def restored_share(
-    patched: Float[Tensor, "*axes example"],
+    effect: Float[Tensor, "*axes example"],
     base: Float[Tensor, "*axes example"],
     source: Float[Tensor, "*axes example"],
 ) -> Float[Tensor, "*axes"]:
-    """A normalised effect as a ratio of means: ``mean(patched - base) / mean(source - base)`` over the examples that have all three, in float64.
+    """A normalised effect as a ratio of means: ``mean(effect) / mean(source - base)`` over the examples that have all three, in float64.
 
     1 where an edit makes the base what the source is, 0 where it does nothing. NaN where the two runs do not differ: where the denominator is within
     two standard errors of 0, or within rounding (:data:`ROUNDING` of the metric's size).
     """
-    there = patched.isfinite() & base.isfinite() & source.isfinite()
-    patched, base, source = (value.double().masked_fill(~there, torch.nan) for value in (patched, base, source))
+    there = effect.isfinite() & base.isfinite() & source.isfinite()
+    effect, base, source = (value.double().masked_fill(~there, torch.nan) for value in (effect, base, source))
     gap = source - base
     size = (source.abs() + base.abs()).nanmean(-1)
     floor = torch.maximum(2 * standard_error(gap).nan_to_num(0.0), ROUNDING * size)
-    return torch.where(gap.nanmean(-1).abs() > floor, (patched - base).nanmean(-1) / gap.nanmean(-1), torch.nan)
+    return torch.where(gap.nanmean(-1).abs() > floor, effect.nanmean(-1) / gap.nanmean(-1), torch.nan)
+
+
+def restored_error(
+    effect: Float[Tensor, "*axes example"],
+    base: Float[Tensor, "*axes example"],
+    source: Float[Tensor, "*axes example"],
+) -> Float[Tensor, "*axes"]:
+    """The standard error of :func:`restored_share` to first order: that of ``effect - share * gap``, by the size of the mean gap; NaN for one
+    example.
+
+    Source: the ratio estimator, Cochran, Sampling Techniques (1977), section 6.3.
+    """
+    share = restored_share(effect, base, source)
+    gap = source.double() - base.double()
+    rest = effect.double() - share[..., None] * gap
+    return standard_error(rest) / gap.masked_fill(~rest.isfinite(), torch.nan).nanmean(-1).abs()
 
 
 def labels(groups: Sequence[EditGroup]) -> list[str]:

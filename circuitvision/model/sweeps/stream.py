@@ -3,7 +3,7 @@
 For each batch of examples the side that edits take their values from is run once, and only the sites that some edit reads are kept. Values are laid
 at the positions that belong together (``Batch.matched``). Everything of a batch is gone before the next one is made.
 
-Not covered: edits with sources on two different sides, and examples whose runs differ in what an edit of fixed positions means (make the edits for
+Not covered: edits with sources on two other sides, and examples whose runs differ in what an edit of fixed positions means (make the edits for
 each batch, with a function).
 """
 
@@ -65,12 +65,15 @@ class DataStudy(Study):
         self.data, self.make = data, edits if callable(edits) else None
         self.example_batch, self.align, self.against_source = example_batch, align, against_source
         self.model, self.source, self.maps = model, source, maps
+        self.check_batch: Callable[[Mapping[str, Any]], None] | None = None
+        """Looks at the inputs of each batch before it runs."""
         super().__init__(model, self.side, edits, metric, axes, options)
         found = {edit_source for group in self.groups for edit in group if (edit_source := _side_of(edit))}
         sides = [one.side for one in found]
-        if source is None and sides:
-            self.source = sides[0]
-        wrong = [one for one in sides if one is not self.source]
+        others = [one for one in sides if one is not self.side]
+        if source is None and others:
+            self.source = others[0]
+        wrong = [one for one in others if one is not self.source]
         if wrong:
             raise InputError(
                 f"Edits take their values from two sides ({self.source!r} and {wrong[0]!r}); a sweep reads one: make two sweeps."
@@ -153,31 +156,46 @@ class DataStudy(Study):
         metrics = self.metrics.take(rows, len(self.side))
         metrics = metrics.bind(self.model, batch.answers, batch.foils, batch.combine)
         inputs = self.model._checked(batch.inputs)
+        if self.check_batch is not None:
+            self.check_batch(inputs)
         chunk = Chunk(number, inputs, groups, metrics, rows)
+        held = self._held(chunk, self.side, batch, batch.inputs)
         if self.source is not None:
-            self._read_source(chunk, batch)
+            held |= self._held(chunk, self.source, batch, batch.other)
+        if held:
+            chunk.groups = [tuple(self._filled(edit, held) for edit in group) for group in chunk.groups]
         return chunk
 
-    def _read_source(self, chunk: Chunk, batch: Batch) -> None:
-        """Run the source side of a batch, and put its values into the edits that want them."""
-        assert batch.other is not None
+    def _held(self, chunk: Chunk, side: Any, batch: Batch, inputs: Any) -> dict[tuple[int, str], TensorRef]:
+        """Run one side of a batch, and return the values that edits take from it, at the positions of the side that is edited."""
         wanted = sorted(
-            {site for group in chunk.groups for edit in group if _side_of(edit) for site in edit.sites(self.model)}
+            {
+                site
+                for group in chunk.groups
+                for edit in group
+                if (source := _side_of(edit)) is not None and source.side is side
+                for site in edit.sites(self.model)
+            }
         )
-        output, cache = self.model.run_with_cache(batch.other, names_filter=wanted)
-        output = marked(output, self.model.link)
-        if self.against_source:
-            chunk.metrics = chunk.metrics.against(output)
-        chunk.others["source"] = lambda metrics: metrics(output, batch.other)
-        held = {name: TensorRef.of(self._laid(batch, name, cache[name])) for name in wanted}
-        chunk.groups = [tuple(self._filled(edit, held) for edit in group) for group in chunk.groups]
+        of_source = side is self.source
+        if not wanted and not of_source:
+            return {}
+        output, cache = self.model.run_with_cache(inputs, names_filter=wanted)
+        if of_source:
+            output = marked(output, self.model.link)
+            if self.against_source:
+                chunk.metrics = chunk.metrics.against(output)
+            chunk.others["source"] = lambda metrics: metrics(output, inputs)
+        values = {name: self._laid(batch, name, cache[name]) if of_source else cache[name] for name in wanted}
+        return {(id(side), name): TensorRef.of(value) for name, value in values.items()}
 
-    def _filled(self, edit: Edit, held: Mapping[str, TensorRef]) -> Edit:
-        if _side_of(edit) is None:
+    def _filled(self, edit: Edit, held: Mapping[tuple[int, str], TensorRef]) -> Edit:
+        side = _side_of(edit)
+        if side is None:
             return edit
         names = edit.sites(self.model)
-        single = names == [edit.site]
-        source = held[names[0]] if single else TensorRefMapping(tuple((name, held[name]) for name in names))
+        found = {name: held[id(side.side), name] for name in names}
+        source = found[names[0]] if names == [edit.site] else TensorRefMapping(tuple(found.items()))
         return dataclasses.replace(edit, source=source)  # type: ignore[call-arg]
 
     def _laid(self, batch: Batch, site: str, value: Tensor) -> Tensor:
