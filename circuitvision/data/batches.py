@@ -97,8 +97,7 @@ def pair_batches(pairs: Pairs, model: Any, size: int | None, align: Align, seed:
     """The batches of pairs, see :meth:`Pairs.batches`."""
     for rows in _groups([pairs.clean, pairs.corrupt], model, size):
         part = pairs._taken(rows)
-        this, other = (inputs_of(model, side, seed) for side in (part.clean, part.corrupt))
-        this, other = same_width(model, this, other)
+        this, other = together(model, [part.clean, part.corrupt], seed)
         maps = {} if align is None else aligned(model.tokens(this), model.tokens(other), align, part)
         yield _batch(part.clean, model, this, other, maps)
 
@@ -325,13 +324,14 @@ def _pad_id(model: Any) -> int:
     return int(found or 0)
 
 
-def same_width(model: Any, one: dict[str, Any], two: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Prompts of two runs filled up to one length."""
-    if is_dual(model) or not (_fills(one) and _fills(two)):
-        return one, two
-    one, two = to_the_right(one), to_the_right(two)
-    width = max(made["attention_mask"].shape[1] for made in (one, two))
-    return filled(model, one, width), filled(model, two, width)
+def together(model: Any, sides: Sequence[Side], seed: int = 0) -> list[dict[str, Any]]:
+    """The inputs of the same examples on several sides, prompts filled up to one length, so that rows and positions agree."""
+    made = [inputs_of(model, side, seed) for side in sides]
+    if is_dual(model) or not all(_fills(inputs) for inputs in made):
+        return made
+    made = [to_the_right(inputs) for inputs in made]
+    width = max(inputs["attention_mask"].shape[1] for inputs in made)
+    return [filled(model, inputs, width) for inputs in made]
 
 
 # -- answers -------------------------------------------------------------------------------------------------------------------------------

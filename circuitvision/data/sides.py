@@ -239,6 +239,19 @@ class Columns:
         """Data sets of one example each."""
         return (self._taken([row]) for row in range(len(self)))
 
+    def at(self: ColumnsType, numbers: Iterable[int]) -> ColumnsType:
+        """The examples with these numbers, in the order asked for.
+
+        Raises:
+            InputError: a number that no example has.
+        """
+        rows = {number: row for row, number in enumerate(self.numbers)}
+        asked = [int(number) for number in numbers]
+        missing = [number for number in asked if number not in rows]
+        if missing:
+            raise InputError(f"There is no example {missing[0]} among the {len(self)} of this data set.")
+        return self._taken([rows[number] for number in asked])
+
     def shuffled(self: ColumnsType, seed: int) -> ColumnsType:
         """The same examples in a random order."""
         return self._taken(np.random.default_rng(checked_seed(seed)).permutation(len(self)).tolist())
