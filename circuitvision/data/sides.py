@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from circuitvision.data.batches import Batch
 
+OF_IMAGES = ("pixel_values", "image_sizes", "pixel_attention_mask", "spatial_shapes")
+"""Inputs with one entry per image."""
 COMBINE = ("first", "mean", "joint")
 """How several tokens of one answer are read."""
 ColumnsType = TypeVar("ColumnsType", bound="Columns")
@@ -64,6 +66,13 @@ class Example:
     text: str | tuple[str, ...] | None = None
     tensors: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def compared_with(self, other: Example) -> Example:
+        """This image beside the texts of another example (dual encoders)."""
+        if self.tensors is None or other.tensors is None:
+            return Example(self.image, other.text, None, self.settings)
+        texts = {name: value for name, value in other.tensors.items() if name not in OF_IMAGES}
+        return Example(tensors={**{name: v for name, v in self.tensors.items() if name in OF_IMAGES}, **texts})
 
     @property
     def pictures(self) -> Any:
@@ -299,8 +308,8 @@ class Side(Columns):
         groups: what belongs together (a scene, a photograph), for intervals and splits.
         boxes: per example a box (left, top, right, bottom) in pixels of the original picture, several, or a mapping of named ones.
         masks: per example a mask ``[height width]`` of the original picture, several, or a mapping of named ones.
-        combine: how several tokens of an answer, all read at the same position, become one number: the "first" alone, the "mean" of their
-            logits, or their "joint" probability (any of them).
+        combine: how several tokens of an answer, all read at the same position, become one number: the "first" alone, the "mean" over them, or
+            their "joint" value, the sum of their log-probabilities.
         name: "clean", "corrupt", or a word of your own.
     """
 
