@@ -216,7 +216,7 @@ def inputs_of(model: Any, side: Side, seed: int = 0) -> dict[str, Any]:
         if examples[0].tensors is not None
         else _processed(model, examples)
     )
-    if "noise" in model.family.required and "state" in made:
+    if "noise" in getattr(model.family, "required", ()) and "state" in made:
         rows = range(len(made["state"]))
         drawn = [model.inputs(state=made["state"][row : row + 1], seed=seed + side.numbers[row]) for row in rows]
         for name in ("noise", "timestep"):

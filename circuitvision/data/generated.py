@@ -6,6 +6,7 @@ those of the object that the answer is about.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from circuitvision.data import reach
 from circuitvision.data.captions import Caption, true_captions
 from circuitvision.data.pairs import Pairs
-from circuitvision.data.questions import largest, sample_largest, sample_question_pairs
+from circuitvision.data.questions import QuestionPair, largest, sample_largest, sample_question_pairs
 from circuitvision.data.scenes import MinimalPair, Scene, SceneObject, minimal_pair, sample_scene
 from circuitvision.errors import InputError, checked_seed
 
@@ -43,10 +44,11 @@ class ReachPair:
 
 def question_pairs(count: int, seed: int, *, kind: str = "color", **keywords: Any) -> Pairs:
     """Two pictures under one question, whose answers differ; see :func:`~circuitvision.data.sample_question_pairs`. For LLaVA-like models."""
-    drawn = sample_question_pairs(count, seed, kind=kind, **keywords)
-    subjects = [pair.question.subject for pair in drawn]
-    # The corrupt scene holds the clean one's objects but for the one that was changed.
-    changed = [_new(pair.clean, pair.corrupt) for pair in drawn]
+    return of_questions(sample_question_pairs(count, seed, kind=kind, **keywords))
+
+
+def of_questions(drawn: Sequence[QuestionPair]) -> Pairs:
+    """Drawn questions about two scenes as a data set; see :func:`question_pairs`."""
     return Pairs(
         [pair.clean.image for pair in drawn],
         [pair.prompt for pair in drawn],
@@ -54,7 +56,7 @@ def question_pairs(count: int, seed: int, *, kind: str = "color", **keywords: An
         answers=[pair.answer for pair in drawn],
         foils=[pair.foil for pair in drawn],
         records=drawn,
-        **_places(subjects, changed),
+        **_places([pair.question.subject for pair in drawn], [_new(pair.clean, pair.corrupt) for pair in drawn]),
     )
 
 
@@ -176,10 +178,11 @@ def reach_pairs(
 
 
 def _new(clean: Scene, corrupt: Scene) -> SceneObject:
+    """The object of the corrupt scene that the clean one does not have."""
     return next(thing for thing in corrupt.objects if thing not in clean.objects)
 
 
-def _places(befores: list[SceneObject], afters: list[SceneObject]) -> dict[str, Any]:
+def _places(befores: Sequence[SceneObject], afters: Sequence[SceneObject]) -> dict[str, Any]:
     return {
         "boxes": [thing.box for thing in befores],
         "corrupt_boxes": [thing.box for thing in afters],

@@ -310,7 +310,7 @@ class Side(Columns):
         masks: per example a mask ``[height width]`` of the original picture, several, or a mapping of named ones.
         combine: how several tokens of an answer, all read at the same position, become one number: the "first" alone, the "mean" over them, or
             their "joint" value, the sum of their log-probabilities.
-        name: "clean", "corrupt", or a word of your own.
+        name: "clean", "corrupt", or a word of your own: files of edits know a data set by it.
     """
 
     examples: tuple[Example, ...]
@@ -321,7 +321,7 @@ class Side(Columns):
     boxes: tuple[Any, ...] | None = None
     masks: tuple[Any, ...] | None = None
     combine: str | None = None
-    name: str = ""
+    name: str = "data"
 
     def __init__(
         self,
@@ -336,7 +336,7 @@ class Side(Columns):
         boxes: Any = None,
         masks: Any = None,
         combine: str | None = None,
-        name: str = "",
+        name: str = "data",
     ) -> None:
         """A data set from columns, one entry per example; one text, answer or foil stands for all.
 
@@ -350,7 +350,7 @@ class Side(Columns):
         Raises:
             InputError: columns that do not fit together.
         """
-        made = examples_of(images, texts, inputs, settings, name or "given")
+        made = examples_of(images, texts, inputs, settings, name)
         if combine is not None and combine not in COMBINE:
             raise InputError(f"combine={combine!r} is not understood: {', '.join(map(repr, COMBINE))}.")
         facts = {"answers": answers, "foils": foils, "groups": groups, "boxes": boxes, "masks": masks}
@@ -415,7 +415,7 @@ class Side(Columns):
         return pd.DataFrame(columns)
 
     def __repr__(self) -> str:
-        return f"Side({self.name + ': ' if self.name else ''}{len(self)} examples{_facts(self)})"
+        return f"Side({self.name}: {len(self)} examples{_facts(self)})"
 
     def _repr_html_(self) -> str:
         from circuitvision.data.showing import html

@@ -25,9 +25,9 @@ def wrapped(name: str) -> cv.HookedModel:
     return cv.HookedModel(one.build().double().eval(), one.processor() if one.processor else None)
 
 
-def side(name: str, count: int = 5, **changes: Any) -> Side:
+def side(family: str, count: int = 5, **changes: Any) -> Side:
     given: dict[str, Any] = {"images": [picture(number) for number in range(count)]}
-    if name.startswith(("llava", "pali")):
+    if family.startswith(("llava", "pali")):
         given["texts"] = [TEXTS[number % 4] for number in range(count)]
     return Side(**given | {"answers": [number % 2 for number in range(count)]} | changes)
 
@@ -172,3 +172,107 @@ def test_a_probe_of_positions_keeps_examples_on_one_side() -> None:
     kept = {found.examples[index] for index in set(range(len(found.examples))) - set(result.held_out.tolist())}
     assert held
     assert not held & kept
+
+
+# -- means -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "average"),
+    [
+        ("vit", "vision.blocks.*.attn.hook_z", "position"),
+        ("vit", "vision.blocks.1.hook_mlp_out", "kind"),
+        ("llava-clip-llama", "language.blocks.*.attn.hook_z", "text"),
+        ("llava-clip-llama", "language.blocks.1.hook_attn_out", "kind"),
+        ("llava-clip-llama", "language.blocks.1.hook_attn_out", "position"),
+        ("clip", "vision.blocks.0.hook_resid_post", "all"),
+    ],
+)
+def test_means_over_a_data_set_are_those_of_all_its_inputs(
+    name: str, site: str, average: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from circuitvision import edits
+    from circuitvision.data import batches
+
+    model, texts = wrapped(name), {"clip": [("red", "a cross")] * 5}.get(name)
+    data = side(name, **({"texts": texts} if texts else {}))
+    if average == "position" and name.startswith("llava"):
+        data = side(name, texts=TEXTS[0])
+    inputs = [batch.inputs for batch in data.batches(model, 1)]
+    run = inputs[0]
+    wanted = model.run(run, edits.ablate(site, "mean", dataset=inputs, average=average))
+    assert not torch.allclose(wanted, model(run))
+    for budget in (2**29, 1):
+        monkeypatch.setattr(batches, "BUDGET", budget)
+        fresh = wrapped(name)
+        found = fresh.run(run, edits.ablate(site, "mean", dataset=data, average=average))
+        torch.testing.assert_close(found, wanted, **EXACT)
+
+
+def test_a_data_set_is_run_once_for_its_means_and_again_after_the_weights_change() -> None:
+    from circuitvision import edits
+
+    model, data = wrapped("vit"), side("vit")
+    run = next(iter(data.batches(model, 2))).inputs
+    seen = []
+    model.module.register_forward_pre_hook(lambda module, args, kwargs: seen.append(1), with_kwargs=True)
+    group = [edits.ablate("vision.blocks.0.attn.hook_z", "mean", dataset=data, heads=head) for head in range(2)]
+    model.run(run, group)
+    assert len(seen) == 2
+    model.run(run, group)
+    assert len(seen) == 3
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    first = model.run(run, group)
+    assert len(seen) == 5
+    fresh = wrapped("vit")
+    fresh.module.load_state_dict(model.module.state_dict())
+    torch.testing.assert_close(fresh.run(run, group), first, **EXACT)
+
+
+def test_a_mean_per_position_over_prompts_that_do_not_line_up_is_refused() -> None:
+    from circuitvision import edits
+
+    model = wrapped("llava-clip-llama")
+    data = side("llava-clip-llama", texts=["<image> red", "red <image>", "<image> red", "<image> red", "<image> red"])
+    run = next(iter(data.batches(model, 1))).inputs
+    site = "language.blocks.0.hook_resid_post"
+    with pytest.raises(InputError, match="line up"):
+        model.run(run, edits.ablate(site, "mean", dataset=data))
+    model.run(run, edits.ablate(site, "mean", dataset=data, average="kind"))
+    with pytest.raises(InputError, match="no example"):
+        edits.ablate(site, "mean", dataset=data[:0])
+
+
+def test_an_edit_with_a_data_set_is_saved_by_its_name(tmp_path: Path) -> None:
+    from circuitvision import edits
+
+    model, data = wrapped("vit"), side("vit", name="reference")
+    run = next(iter(data.batches(model, 2))).inputs
+    edit = edits.ablate("vision.blocks.0.attn.hook_z", "mean", dataset=data)
+    path = edits.save(tmp_path / "edits.yaml", [edit])
+    (back,) = edits.load(path, objects={"reference": data})
+    assert torch.equal(model.run(run, back), model.run(run, edit))
+    with pytest.raises(InputError, match="reference"):
+        edits.load(path)
+
+
+def test_a_check_of_heads_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from circuitvision.circuits import ablation_check
+    from circuitvision.data import batches
+
+    found = []
+    for budget, size in ((2**29, 6), (1, 4), (1, 1)):
+        monkeypatch.setattr(batches, "BUDGET", budget)
+        model = cv.HookedModel(
+            cv.organisms.load("shapes-llava").module.double(), cv.organisms.load("shapes-llava").processor
+        )
+        pairs = cv.data.question_pairs(6, seed=2)
+        found.append(ablation_check(model, pairs, ["language.L1H0", "vision.L0H1"], n_random=2, batch_size=size))
+    for check in found[1:]:
+        torch.testing.assert_close(check.values, found[0].values, **EXACT)
+        torch.testing.assert_close(check.logit_diff, found[0].logit_diff, **EXACT)
+    assert found[0].n_pairs == 6
+    assert float(found[0].logit_diff[0]) > 1
+    with pytest.raises(InputError, match="foils"):
+        ablation_check(model, Pairs.from_sides(pairs.clean._with(foils=None), pairs.corrupt), ["vision.L0H1"])
