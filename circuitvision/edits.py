@@ -35,6 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitvision.data.pairs import Pairs
+from circuitvision.data.sides import Side
 from circuitvision.errors import InputError, warn
 from circuitvision.model.averages import average_of
 from circuitvision.model.cache import ActivationCache
@@ -164,7 +166,7 @@ def ablate(
     site: Component,
     with_: Any = "zero",
     *,
-    dataset: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    dataset: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Side | Pairs | None = None,
     average: str | Iterable[str] | Selection = "position",
     seed: int = 0,
     heads: Heads = None,
@@ -173,7 +175,8 @@ def ablate(
 ) -> Edit:
     """Constant ablation: the selected entries lose what they say about this example.
 
-    ``with_`` is ``"zero"``; ``"mean"``, over what is there in ``dataset`` (inputs, or a sequence of inputs of any lengths) or in the run itself;
+    ``with_`` is ``"zero"``; ``"mean"``, over what is there in ``dataset`` (a :class:`~circuitvision.data.Side`, or ``Pairs`` for their clean side,
+    run in batches once; inputs, or a sequence of inputs of any lengths) or in the run itself;
     ``"resample"``, the value in another example of the run; a tensor, number or cache, as in :func:`replace`; or ``"heads"``, the mean of the other
     heads. The last depends on the basis of the value space, which means nothing to the model (V-SEAM, arXiv 2509.14837, uses it), and warns.
 
@@ -200,8 +203,12 @@ def ablate(
             "The mean over other heads depends on the basis of each head's values, which the model's function does not; "
             "use 'zero' or 'mean' for a result that is a property of the model."
         )
-    sets: tuple[TensorRefMapping, ...] | None = None
-    if dataset is not None:
+    sets: tuple[TensorRefMapping, ...] | Side | None = None
+    if isinstance(dataset, (Side, Pairs)):
+        sets = dataset.clean if isinstance(dataset, Pairs) else dataset
+        if not len(sets):
+            raise InputError("dataset holds no example.")
+    elif dataset is not None:
         listed = [dataset] if isinstance(dataset, Mapping) else list(dataset)
         if not listed or not all(isinstance(inputs, Mapping) for inputs in listed):
             raise InputError("dataset is one mapping of inputs, or several.")

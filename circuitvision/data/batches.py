@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitvision.data.sides import Example, Side, same_as
+from circuitvision.data.sides import OF_IMAGES, Example, Side, same_as
 from circuitvision.digests import of_json, of_tensor, plain
 from circuitvision.errors import InputError
 
@@ -35,7 +35,6 @@ POSITIONS = 8192
 """How many positions an automatic batch has at most: beyond that, matrix products get no faster."""
 SHARE = 0.2
 """The share of a GPU's free memory that they may take."""
-_OF_IMAGES = ("pixel_values", "image_sizes", "pixel_attention_mask", "spatial_shapes")
 _ABSENT = ("padding", "dropped")
 
 
@@ -93,12 +92,39 @@ def side_batches(side: Side, model: Any, size: int | None, seed: int) -> Iterato
         yield _batch(side._taken(rows), model, inputs_of(model, side._taken(rows), seed), None, {})
 
 
+def compared_batches(side: Side, model: Any, size: int | None, compared: str) -> Iterator[Batch]:
+    """The batches of one side of a dual encoder in which examples are the "images", the "texts", or "both", one text per image; the other tower runs
+    on what the first example has.
+
+    Raises:
+        InputError: examples with several texts, where texts are examples; tensors made by hand (give the mappings themselves).
+    """
+    if not len(side):
+        raise InputError("The data set holds no example.")
+    first = side.examples[0]
+    if compared == "images":
+        beside = side._with(examples=tuple(one.compared_with(first) for one in side.examples))
+        yield from side_batches(beside, model, size, 0)
+        return
+    texts = [one.text if isinstance(one.text, str) else (one.text or ("",))[0] for one in side.examples]
+    if any(one.tensors is not None or not one.text or _several(one.text) for one in side.examples):
+        raise InputError("Texts are the examples of these sites: give one text per example, as a string.")
+    size = size or automatic_size(model, side[0])
+    for start in range(0, len(side), size):
+        part = side[start : start + size]
+        pictures = [one.pictures for one in part.examples] if compared == "both" else [first.pictures]
+        yield _batch(part, model, model.inputs(images=pictures, text=texts[start : start + size]), None, {})
+
+
+def _several(text: Any) -> bool:
+    return not isinstance(text, str) and len(text) > 1
+
+
 def pair_batches(pairs: Pairs, model: Any, size: int | None, align: Align, seed: int) -> Iterator[Batch]:
     """The batches of pairs, see :meth:`Pairs.batches`."""
     for rows in _groups([pairs.clean, pairs.corrupt], model, size):
         part = pairs._taken(rows)
-        this, other = (inputs_of(model, side, seed) for side in (part.clean, part.corrupt))
-        this, other = same_width(model, this, other)
+        this, other = together(model, [part.clean, part.corrupt], seed)
         maps = {} if align is None else aligned(model.tokens(this), model.tokens(other), align, part)
         yield _batch(part.clean, model, this, other, maps)
 
@@ -151,10 +177,10 @@ def _key(example: Example, model: Any) -> str:
     for name, value in example.tensors.items():
         if not isinstance(value, (Tensor, np.ndarray)) or not value.ndim:
             held[name] = plain(value)
-        elif is_dual(model) and name not in _OF_IMAGES:
+        elif is_dual(model) and name not in OF_IMAGES:
             held[name] = of_tensor(torch.as_tensor(value))
         else:
-            shape = value.shape[1:] if name in _OF_IMAGES or not filled else value.shape[2:]
+            shape = value.shape[1:] if name in OF_IMAGES or not filled else value.shape[2:]
             held[name] = [str(value.dtype), list(shape)]
     return of_json([held, fixed])
 
@@ -190,7 +216,7 @@ def inputs_of(model: Any, side: Side, seed: int = 0) -> dict[str, Any]:
         if examples[0].tensors is not None
         else _processed(model, examples)
     )
-    if "noise" in model.family.required and "state" in made:
+    if "noise" in getattr(model.family, "required", ()) and "state" in made:
         rows = range(len(made["state"]))
         drawn = [model.inputs(state=made["state"][row : row + 1], seed=seed + side.numbers[row]) for row in rows]
         for name in ("noise", "timestep"):
@@ -244,7 +270,7 @@ def joined(model: Any, parts: Sequence[Mapping[str, Any] | None]) -> dict[str, A
     out: dict[str, Any] = {}
     for name, first in given[0].items():
         values = [part[name] for part in given]
-        if isinstance(first, Tensor) and first.ndim and not (dual and name not in _OF_IMAGES):
+        if isinstance(first, Tensor) and first.ndim and not (dual and name not in OF_IMAGES):
             if any(value.shape[1:] != first.shape[1:] for value in values):
                 raise InputError(
                     f"{name} has the shapes {[tuple(value.shape) for value in values]}, which do not join."
@@ -277,7 +303,7 @@ def _along_text(inputs: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name, value in inputs.items()
-        if isinstance(value, Tensor) and name not in _OF_IMAGES and value.shape[:2] == shape and value.ndim <= 3
+        if isinstance(value, Tensor) and name not in OF_IMAGES and value.shape[:2] == shape and value.ndim <= 3
     ]
 
 
@@ -325,13 +351,14 @@ def _pad_id(model: Any) -> int:
     return int(found or 0)
 
 
-def same_width(model: Any, one: dict[str, Any], two: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Prompts of two runs filled up to one length."""
-    if is_dual(model) or not (_fills(one) and _fills(two)):
-        return one, two
-    one, two = to_the_right(one), to_the_right(two)
-    width = max(made["attention_mask"].shape[1] for made in (one, two))
-    return filled(model, one, width), filled(model, two, width)
+def together(model: Any, sides: Sequence[Side], seed: int = 0) -> list[dict[str, Any]]:
+    """The inputs of the same examples on several sides, prompts filled up to one length, so that rows and positions agree."""
+    made = [inputs_of(model, side, seed) for side in sides]
+    if is_dual(model) or not all(_fills(inputs) for inputs in made):
+        return made
+    made = [to_the_right(inputs) for inputs in made]
+    width = max(inputs["attention_mask"].shape[1] for inputs in made)
+    return [filled(model, inputs, width) for inputs in made]
 
 
 # -- answers -------------------------------------------------------------------------------------------------------------------------------

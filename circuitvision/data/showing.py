@@ -39,7 +39,7 @@ def described(image: Any) -> str | None:
 def html(sides: Sequence[Side]) -> str:
     """A table of the first examples, one column per side."""
     first = sides[0]
-    titles = [side.name or "input" for side in sides]
+    titles = [side.name for side in sides]
     facts = [key for key in ("answers", "foils", "groups") if getattr(first, key) is not None]
     head = "".join(f"<th>{markup.escape(word)}</th>" for word in ("", *titles, *(key[:-1] for key in facts)))
     body = ""

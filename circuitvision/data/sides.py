@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from circuitvision.data.batches import Batch
 
+OF_IMAGES = ("pixel_values", "image_sizes", "pixel_attention_mask", "spatial_shapes")
+"""Inputs with one entry per image."""
 COMBINE = ("first", "mean", "joint")
 """How several tokens of one answer are read."""
 ColumnsType = TypeVar("ColumnsType", bound="Columns")
@@ -64,6 +66,13 @@ class Example:
     text: str | tuple[str, ...] | None = None
     tensors: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def compared_with(self, other: Example) -> Example:
+        """This image beside the texts of another example (dual encoders)."""
+        if self.tensors is None or other.tensors is None:
+            return Example(self.image, other.text, None, self.settings)
+        texts = {name: value for name, value in other.tensors.items() if name not in OF_IMAGES}
+        return Example(tensors={**{name: v for name, v in self.tensors.items() if name in OF_IMAGES}, **texts})
 
     @property
     def pictures(self) -> Any:
@@ -239,6 +248,19 @@ class Columns:
         """Data sets of one example each."""
         return (self._taken([row]) for row in range(len(self)))
 
+    def at(self: ColumnsType, numbers: Iterable[int]) -> ColumnsType:
+        """The examples with these numbers, in the order asked for.
+
+        Raises:
+            InputError: a number that no example has.
+        """
+        rows = {number: row for row, number in enumerate(self.numbers)}
+        asked = [int(number) for number in numbers]
+        missing = [number for number in asked if number not in rows]
+        if missing:
+            raise InputError(f"There is no example {missing[0]} among the {len(self)} of this data set.")
+        return self._taken([rows[number] for number in asked])
+
     def shuffled(self: ColumnsType, seed: int) -> ColumnsType:
         """The same examples in a random order."""
         return self._taken(np.random.default_rng(checked_seed(seed)).permutation(len(self)).tolist())
@@ -286,9 +308,9 @@ class Side(Columns):
         groups: what belongs together (a scene, a photograph), for intervals and splits.
         boxes: per example a box (left, top, right, bottom) in pixels of the original picture, several, or a mapping of named ones.
         masks: per example a mask ``[height width]`` of the original picture, several, or a mapping of named ones.
-        combine: how several tokens of an answer, all read at the same position, become one number: the "first" alone, the "mean" of their
-            logits, or their "joint" probability (any of them).
-        name: "clean", "corrupt", or a word of your own.
+        combine: how several tokens of an answer, all read at the same position, become one number: the "first" alone, the "mean" over them, or
+            their "joint" value, the sum of their log-probabilities.
+        name: "clean", "corrupt", or a word of your own: files of edits know a data set by it.
     """
 
     examples: tuple[Example, ...]
@@ -299,7 +321,7 @@ class Side(Columns):
     boxes: tuple[Any, ...] | None = None
     masks: tuple[Any, ...] | None = None
     combine: str | None = None
-    name: str = ""
+    name: str = "data"
 
     def __init__(
         self,
@@ -314,7 +336,7 @@ class Side(Columns):
         boxes: Any = None,
         masks: Any = None,
         combine: str | None = None,
-        name: str = "",
+        name: str = "data",
     ) -> None:
         """A data set from columns, one entry per example; one text, answer or foil stands for all.
 
@@ -328,7 +350,7 @@ class Side(Columns):
         Raises:
             InputError: columns that do not fit together.
         """
-        made = examples_of(images, texts, inputs, settings, name or "given")
+        made = examples_of(images, texts, inputs, settings, name)
         if combine is not None and combine not in COMBINE:
             raise InputError(f"combine={combine!r} is not understood: {', '.join(map(repr, COMBINE))}.")
         facts = {"answers": answers, "foils": foils, "groups": groups, "boxes": boxes, "masks": masks}
@@ -393,7 +415,7 @@ class Side(Columns):
         return pd.DataFrame(columns)
 
     def __repr__(self) -> str:
-        return f"Side({self.name + ': ' if self.name else ''}{len(self)} examples{_facts(self)})"
+        return f"Side({self.name}: {len(self)} examples{_facts(self)})"
 
     def _repr_html_(self) -> str:
         from circuitvision.data.showing import html

@@ -58,6 +58,9 @@ def test_subsets_keep_numbers_and_parts_join_to_the_whole() -> None:
     assert pairs[-1].numbers == (7,)
     assert pairs[np.arange(8) % 3 == 0].numbers == pairs[torch.arange(8) % 3 == 0].numbers == (0, 3, 6)
     assert [part.numbers for part in pairs] == [(number,) for number in range(8)]
+    assert pairs[2:].at([5, 3]).digest == pairs[[5, 3]].digest
+    with pytest.raises(InputError, match="example 1"):
+        pairs[2:].at([1])
     joined = Pairs.concat([pairs[4:], pairs[:4]])
     assert joined.numbers == (4, 5, 6, 7, 0, 1, 2, 3)
     assert joined[np.argsort(joined.numbers)].digest == pairs.digest
@@ -499,3 +502,52 @@ def test_a_stored_data_set_is_fetched_when_it_is_needed() -> None:
         Pairs.from_dataset(rows, columns={"image": "nosuch"})
     with pytest.raises(InputError, match="length"):
         Pairs.from_dataset(iter([]))
+
+
+# -- drawn pairs -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_drawn_pairs_are_answered_by_the_trained_models() -> None:
+    llava, vit, clip = (cv.organisms.load(f"shapes-{name}") for name in ("llava", "vit", "clip"))
+    for kind in ("color", "side"):
+        pairs = cv.data.question_pairs(12, seed=1, kind=kind)
+        assert len(pairs.answered(llava)) >= 11
+    assert len(cv.data.largest_pairs(12, seed=1).answered(vit)) >= 9
+    for attribute in ("color", "shape"):
+        assert len(cv.data.caption_pairs(10, seed=1, attribute=attribute).answered(clip)) >= 8
+    assert cv.data.question_pairs(5, seed=2).digest == cv.data.question_pairs(5, seed=2).digest
+    assert cv.data.question_pairs(5, seed=2).digest != cv.data.question_pairs(5, seed=3).digest
+
+
+@pytest.mark.parametrize("draw", [cv.data.question_pairs, cv.data.largest_pairs, cv.data.caption_pairs])
+def test_pictures_of_a_drawn_pair_differ_inside_its_masks_alone(draw: Any) -> None:
+    pairs = draw(8, 4)
+    for number in range(8):
+        clean, corrupt = (np.asarray(side.examples[number].image) for side in (pairs.clean, pairs.corrupt))
+        inside = pairs.masks[number] | pairs.corrupt.masks[number]
+        assert not (clean != corrupt).any(-1)[~inside].any()
+        assert (clean != corrupt).any()
+        left, top, right, bottom = pairs.boxes[number]
+        assert pairs.masks[number][top:bottom, left:right].sum() == pairs.masks[number].sum()
+
+
+def test_right_steps_of_the_grid_world_differ_along_the_dimension() -> None:
+    model = cv.organisms.load("reach-pi0")
+    pairs = cv.data.reach_pairs(6, seed=0, dim=1)
+    assert len(pairs) == 6
+    assert pairs.records is not None
+    for number, record in enumerate(pairs.records):
+        assert pairs.answers is not None
+        assert pairs.foils is not None
+        assert pairs.answers[number] == record.steps[0][1] != record.steps[1][1] == pairs.foils[number]
+    (batch,) = pairs.batches(model, 6)
+    assert batch.other is not None
+
+    def steps(logits: torch.Tensor, inputs: Any) -> torch.Tensor:
+        actions = (inputs["noise"] - logits)[:, 0, 1]
+        return actions * model.processor.actions_std[1] + model.processor.actions_mean[1]
+
+    kept = pairs.answered(model, steps)
+    assert len(kept) >= 4
+    with pytest.raises(InputError, match="metric"):
+        pairs.answered(model)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from circuitvision.data.sides import Side
 from circuitvision.digests import NamedFunction
 from circuitvision.errors import InputError
 from circuitvision.model.averages import Average, shown
@@ -119,7 +120,7 @@ class Ablate(_Sourced):
     kind = "ablate"
     sets: ClassVar[bool] = True
     method: str = "zero"
-    dataset: tuple[TensorRefMapping, ...] | None = None
+    dataset: tuple[TensorRefMapping, ...] | Side | None = None
     average: Average = "position"
     seed: int = 0
 
@@ -138,6 +139,10 @@ class Ablate(_Sourced):
         self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
     ) -> None:
         super().check(model, site, window, n_heads, grows)
+        if isinstance(self.dataset, NamedFunction):
+            raise InputError(
+                f"its data set {self.dataset.name!r} is known by its name alone: load with objects={{name: data set}}"
+            )
         if self.method == "heads" and (self.heads is None or not SiteName.parse(site).has_heads):
             raise InputError("the mean over the other heads needs heads=… at a site that has heads")
 
