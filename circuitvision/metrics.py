@@ -85,8 +85,9 @@ class Metric:
         return self
 
     def take(self: MetricType, examples: Sequence[int], count: int) -> MetricType:
-        """The same metric for some of ``count`` examples: its answers per example are those examples'."""
-        changes: dict[str, Any] = {field: take(getattr(self, field), examples, count) for field in self._answers}
+        """The same metric for some of ``count`` examples: its answers and positions per example are those examples'."""
+        fields = (*self._answers, "position")
+        changes: dict[str, Any] = {field: take(getattr(self, field), examples, count) for field in fields}
         return dataclasses.replace(self, **changes)
 
     def __call__(
@@ -200,9 +201,8 @@ class KL(Metric):
         """The same metric for some of the examples of its reference."""
         if self.reference is None or len(self.reference) != count:
             return self
-        return dataclasses.replace(
-            self, reference=self.reference[torch.as_tensor(list(examples), device=self.reference.device)]
-        )
+        rows = torch.as_tensor(list(examples), device=self.reference.device)
+        return dataclasses.replace(self, reference=self.reference[rows], position=take(self.position, examples, count))
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """The divergence of the output from the reference at the position, per example."""

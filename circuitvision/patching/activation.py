@@ -24,7 +24,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,9 @@ from circuitvision.model.sweeps.result import restored_share
 from circuitvision.patching.runs import two_runs
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _BLOCK_SITE = re.compile(r"(?P<tower>\w+)\.blocks\.(?P<layer>\d+)\.(?P<leaf>.+)")
 _Cell = tuple[tuple[int, ...], str, int | None, int | None]
@@ -84,6 +87,15 @@ class PatchingResult(Result):
         base, source = (found.view(*lead, *[1] * len(self.cells), -1) for found in (self.base, self.source))
         base, source = base.expand(self.values.shape), source.expand(self.values.shape)
         return restored_share(self.values, base, source)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per metric, cell and example: ``value`` (the effect), ``base`` and ``source``."""
+        frame = super().to_frame()
+        lead = [len(self.metrics)] if self.metrics else []
+        for name, found in (("base", self.base), ("source", self.source)):
+            everywhere = found.view(*lead, *[1] * len(self.cells), -1).expand(self.values.shape)
+            frame[name] = everywhere.double().flatten().numpy()
+        return frame
 
     def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
         """The effects. Raises InputError for several metrics."""
