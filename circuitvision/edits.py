@@ -35,6 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitvision.data.pairs import Pairs
+from circuitvision.data.sides import Side
 from circuitvision.errors import InputError, warn
 from circuitvision.model.averages import average_of
 from circuitvision.model.cache import ActivationCache
@@ -44,6 +46,7 @@ from circuitvision.model.edits.files import dump, from_dict, load, parse, restor
 from circuitvision.model.edits.values import (
     Positions,
     PositionsLike,
+    SideSource,
     Steps,
     StepsLike,
     TensorRef,
@@ -119,7 +122,9 @@ def _taken_apart(heads: Any) -> tuple[list[NodeName], Heads]:
 
 
 def _source(site: str, source: Any) -> Any:
-    """A source as held values: the one tensor of an exact site, or one per name for a glob."""
+    """A source as held values: the one tensor of an exact site, or one per name for a glob; a side of pairs is read when it is run."""
+    if hasattr(source, "batches"):
+        return SideSource(getattr(source, "clean", source))
     if not isinstance(source, Mapping):
         return held(source)
     cache: Any = source
@@ -150,7 +155,8 @@ def replace(
     """Interchange: the selected entries take the values they have in ``source``.
 
     ``x' = source``. ``source`` is a cache (its value at the site), a tensor that broadcasts to the site's whole shape, or a number. It covers the
-    positions it has: with a prompt's source, tokens generated later keep their own values.
+    positions it has: with a prompt's source, tokens generated later keep their own values. In a sweep over a data set it may be a side of pairs
+    (``pairs.clean``): the values that the same examples have there, at the positions that belong together.
     """
     where = _at(site, heads, positions, steps)
     return Replace(**where, source=_source(where["site"], source))
@@ -160,7 +166,7 @@ def ablate(
     site: Component,
     with_: Any = "zero",
     *,
-    dataset: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    dataset: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Side | Pairs | None = None,
     average: str | Iterable[str] | Selection = "position",
     seed: int = 0,
     heads: Heads = None,
@@ -169,7 +175,8 @@ def ablate(
 ) -> Edit:
     """Constant ablation: the selected entries lose what they say about this example.
 
-    ``with_`` is ``"zero"``; ``"mean"``, over what is there in ``dataset`` (inputs, or a sequence of inputs of any lengths) or in the run itself;
+    ``with_`` is ``"zero"``; ``"mean"``, over what is there in ``dataset`` (a :class:`~circuitvision.data.Side`, or ``Pairs`` for their clean side,
+    run in batches once; inputs, or a sequence of inputs of any lengths) or in the run itself;
     ``"resample"``, the value in another example of the run; a tensor, number or cache, as in :func:`replace`; or ``"heads"``, the mean of the other
     heads. The last depends on the basis of the value space, which means nothing to the model (V-SEAM, arXiv 2509.14837, uses it), and warns.
 
@@ -196,8 +203,12 @@ def ablate(
             "The mean over other heads depends on the basis of each head's values, which the model's function does not; "
             "use 'zero' or 'mean' for a result that is a property of the model."
         )
-    sets: tuple[TensorRefMapping, ...] | None = None
-    if dataset is not None:
+    sets: tuple[TensorRefMapping, ...] | Side | None = None
+    if isinstance(dataset, (Side, Pairs)):
+        sets = dataset.clean if isinstance(dataset, Pairs) else dataset
+        if not len(sets):
+            raise InputError("dataset holds no example.")
+    elif dataset is not None:
         listed = [dataset] if isinstance(dataset, Mapping) else list(dataset)
         if not listed or not all(isinstance(inputs, Mapping) for inputs in listed):
             raise InputError("dataset is one mapping of inputs, or several.")

@@ -5,7 +5,7 @@ what chance or a control gives. A claim holds only where sign, size and interval
 gives the numbers without affirming anything. Figures, the command and the report print ``str(finding)``; programs look at its fields.
 
 A share of a swing means something only where the swing does: below :data:`LEAST_SWING` of its unit, or below
-:data:`~circuitvision.patching.activation.LEAST_GAP` of the two values' size, there is no percentage. A share beyond :data:`OVERSHOOT` is no restored
+:data:`LEAST_GAP` of the two values' size, there is no percentage. A share beyond :data:`OVERSHOOT` is no restored
 answer, it is another one.
 """
 
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from circuitvision.model.names import parse_id, spelled
-from circuitvision.patching.activation import LEAST_GAP
 from circuitvision.readout.probes.splitting import wilson
 
 if TYPE_CHECKING:
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from circuitvision.readout import Curve, LensResult, ProbeResult
 
 LEAST_SWING = {"logit": 0.1, "nat": 0.1, "logprob": 0.1, "prob": 0.01}
+LEAST_GAP = 0.01
+"""Share of the metric's size by which two runs differ at least where a share of that is named."""
 LEAST_SHARE = 0.05
 OVERSHOOT = 1.1
 ODDS = 3.0

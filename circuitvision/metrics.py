@@ -6,9 +6,10 @@ classes]`` of a classifier, ``[image, text]`` of a dual encoder, ``[batch, pos, 
 *unmasked* one, taken from the attention mask in ``inputs``; padding on either side is therefore harmless, as long as
 ``inputs`` is passed.
 
-Answers are ids (tokens, classes, or the column of a caption) or words of one piece. Words need a vocabulary:
-``metric.bind(model)`` returns the same metric with ids; every function of the library that takes a model and a
-metric binds it itself.
+Answers are ids (tokens, classes, or the column of a caption) or words of one piece, in the grammar of :mod:`circuitvision.answers`. Words need a
+vocabulary: ``metric.bind(model)`` returns the same metric with ids; every function of the library that takes a model and a metric binds it itself.
+A metric may be given by its name (``"logit_diff"``), and without an answer where a data set has one for each example; ``kl`` without a reference is
+the divergence from the run that a method compares with. Several metrics of one run are a mapping, see :mod:`circuitvision.metric_set`.
 
 Differences and probabilities are computed in float32 at least: subtracting two bfloat16 logits loses the answer's
 last digits. Not covered: answers of several tokens.
@@ -17,8 +18,7 @@ last digits. Not covered: answers of several tokens.
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -27,12 +27,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuitvision.answers import Answer, answer_ids, contrast, ids_of_rows, pick, plain_answer, short, take
 from circuitvision.digests import NamedFunction, of_tensor
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, nearest
 from circuitvision.links import Link, divergence, link_of, log_probabilities, probabilities
 from circuitvision.results import as_builtin, stored_as
 
-Answer = int | str | Sequence[int | str] | Tensor
 Position = int | str | Tensor
 MetricType = TypeVar("MetricType", bound="Metric")
 
@@ -43,6 +43,8 @@ class Metric:
 
     position: Position = "last"
     name: str = ""
+    combine: str = ""
+    """How several tokens of an answer become one number: the ``"mean"`` of their logits, or their ``"joint"`` probability (any of them)."""
     link: Link | None = None
     """What turns the output into probabilities; None: what the output itself says (outputs of a wrapped model do), or else a softmax."""
 
@@ -51,17 +53,42 @@ class Metric:
 
     def __post_init__(self) -> None:
         for field in self._answers:
-            object.__setattr__(self, field, _plain(getattr(self, field)))
+            object.__setattr__(self, field, plain_answer(getattr(self, field)))
 
-    def bind(self: MetricType, model: Any) -> MetricType:
+    def bind(
+        self: MetricType, model: Any, answers: Any = None, foils: Any = None, combine: str | None = None
+    ) -> MetricType:
         """The same metric with every word replaced by its id in ``model``, and the link of the model's head.
 
+        A metric without an answer takes the ``answers`` and ``foils`` of a data set, one per example, or several that ``combine`` makes one of.
+
         Raises:
-            InputError: a word that is not one piece of the vocabulary, or a model whose answers have no words.
+            InputError: a word that is not one piece of the vocabulary, a model whose answers have no words, no answer at all.
         """
-        changes: dict[str, Any] = {field: answer_ids(getattr(self, field), model) for field in self._answers}
-        link = self.link or getattr(model, "link", None)
-        return dataclasses.replace(self, link=link, **changes)
+        changes: dict[str, Any] = {}
+        for name, there in (("answer", answers), ("foil", foils)):
+            if name not in self._answers:
+                continue
+            own = getattr(self, name)
+            found = plain_answer(there) if own is None else own
+            if own is None and combine in ("mean", "joint"):
+                changes["combine"] = combine
+            if found is None:
+                raise InputError(
+                    f"{type(self).__name__} has no {name}, and no data set that has one: give it, as in metrics.{_made_by(self)}."
+                )
+            changes[name] = answer_ids(found, model)
+        return dataclasses.replace(self, link=self.link or getattr(model, "link", None), **changes)
+
+    def against(self: MetricType, output: Tensor) -> MetricType:
+        """The same metric; one that compares with another run, and was given none, compares with this output."""
+        return self
+
+    def take(self: MetricType, examples: Sequence[int], count: int) -> MetricType:
+        """The same metric for some of ``count`` examples: its answers and positions per example are those examples'."""
+        fields = (*self._answers, "position")
+        changes: dict[str, Any] = {field: take(getattr(self, field), examples, count) for field in fields}
+        return dataclasses.replace(self, **changes)
 
     def __call__(
         self, logits: Float[Tensor, "batch *pos classes"], inputs: Mapping[str, Any] | None = None
@@ -71,18 +98,18 @@ class Metric:
     def _link(self, logits: Tensor) -> Link:
         return self.link or link_of(logits)
 
-    def _chosen(self, logits: Tensor, answer: Answer, inputs: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
+    def _chosen(self, logits: Tensor, answer: Answer | None, inputs: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
         """The output at the position read, ``[batch, classes]``, and every example's answer id, ``[batch]``."""
         rows = at_position(logits, self.position, inputs)
-        return rows, _ids_tensor(answer, rows)
+        return rows, ids_of_rows(answer, rows)
 
 
 @dataclass(frozen=True, eq=False)
 class LogitDiff(Metric):
     """See :func:`logit_diff`."""
 
-    answer: Answer = 0
-    foil: Answer = 1
+    answer: Answer | None = None
+    foil: Answer | None = None
 
     units = "logit"
     _answers = ("answer", "foil")
@@ -90,14 +117,14 @@ class LogitDiff(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """``logits[answer] - logits[foil]`` at the position, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
-        return _pick(rows, answer) - _pick(rows, _ids_tensor(self.foil, rows))
+        return pick(rows, answer, self.combine) - pick(rows, ids_of_rows(self.foil, rows), self.combine)
 
 
 @dataclass(frozen=True, eq=False)
 class Prob(Metric):
     """See :func:`prob`."""
 
-    answer: Answer = 0
+    answer: Answer | None = None
 
     units = "prob"
     _answers = ("answer",)
@@ -105,14 +132,16 @@ class Prob(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """The probability of the answer at the position, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
-        return _pick(probabilities(rows, self._link(logits)), answer)
+        if answer.shape[1] > 1:
+            return pick(log_probabilities(rows, self._link(logits)), answer, self.combine).exp()
+        return pick(probabilities(rows, self._link(logits)), answer, self.combine)
 
 
 @dataclass(frozen=True, eq=False)
 class LogProb(Metric):
     """See :func:`logprob`."""
 
-    answer: Answer = 0
+    answer: Answer | None = None
 
     units = "nat"
     _answers = ("answer",)
@@ -120,14 +149,14 @@ class LogProb(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """The log-probability of the answer at the position, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
-        return _pick(log_probabilities(rows, self._link(logits)), answer)
+        return pick(log_probabilities(rows, self._link(logits)), answer, self.combine)
 
 
 @dataclass(frozen=True, eq=False)
 class Rank(Metric):
     """See :func:`rank`."""
 
-    answer: Answer = 0
+    answer: Answer | None = None
 
     units = "rank"
     _answers = ("answer",)
@@ -135,7 +164,25 @@ class Rank(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """1 plus how many classes score strictly higher than the answer, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
-        return 1.0 + (rows > _pick(rows, answer)[:, None]).sum(dim=-1).to(rows.dtype)
+        score = pick(rows, answer, self.combine)
+        return 1.0 + (_without(rows, answer) > score[:, None]).sum(dim=-1).to(rows.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Accuracy(Metric):
+    """See :func:`accuracy`."""
+
+    answer: Answer | None = None
+
+    units = "share"
+    _answers = ("answer",)
+
+    def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
+        """1 where no other class scores as high as the answer (as any of its tokens), else 0, per example."""
+        rows, answer = self._chosen(logits, self.answer, inputs)
+        best = pick(rows, answer, "best")
+        beaten = (_without(rows, answer) >= best[:, None]).any(dim=-1)
+        return (~beaten & ~best.isnan()).to(rows.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,12 +193,26 @@ class KL(Metric):
 
     units = "nat"
 
+    def against(self, output: Tensor) -> KL:
+        """The divergence from this output, where no reference was given."""
+        return dataclasses.replace(self, reference=as_output(output).detach()) if self.reference is None else self
+
+    def take(self, examples: Sequence[int], count: int) -> KL:
+        """The same metric for some of the examples of its reference."""
+        if self.reference is None or len(self.reference) != count:
+            return self
+        rows = torch.as_tensor(list(examples), device=self.reference.device)
+        return dataclasses.replace(self, reference=self.reference[rows], position=take(self.position, examples, count))
+
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """The divergence of the output from the reference at the position, per example."""
         logits = as_output(logits)
-        if self.reference is None or self.reference.shape != logits.shape:
-            shape = None if self.reference is None else tuple(self.reference.shape)
-            raise InputError(f"The reference of kl has shape {shape}, not the output's {tuple(logits.shape)}.")
+        if self.reference is None:
+            raise InputError("This kl has no reference yet: give the logits of the run to compare with.")
+        if self.reference.shape != logits.shape:
+            raise InputError(
+                f"The reference of kl has shape {tuple(self.reference.shape)}, not the output's {tuple(logits.shape)}."
+            )
         rows = at_position(logits, self.position, inputs)
         reference = at_position(self.reference.to(logits.device), self.position, inputs)
         return divergence(reference, rows, self._link(logits))
@@ -179,45 +240,54 @@ class ActionDim(Metric):
         return chosen.mean(dim=1) if self.step is None else chosen[:, self.step]
 
 
-def logit_diff(answer: Answer, foil: Answer, position: Position = "last") -> LogitDiff:
+def logit_diff(answer: Any = None, foil: Any = None, position: Position = "last") -> LogitDiff:
     """Logit of the answer minus logit of the foil: positive when the model prefers the answer.
 
-    ``answer`` and ``foil`` are one id or word for the whole batch, or one per example.
+    ``answer`` and ``foil`` are one id or word for the whole batch, or lists with one per example; a tuple is both: ``logit_diff(("red", "blue"))``,
+    and a list of tuples one contrast per example. Without them a data set gives both.
 
     Raises:
-        InputError: when called: an id outside the output, a word that was not bound, a mask that does not fit.
+        InputError: a tuple that is no contrast; when called: an id outside the output, a word that was not bound, a mask that does not fit.
     """
-    labels = (_label(answer), _label(foil))
+    answer, foil = contrast(answer, foil)
+    labels = (short(answer) or "answer", short(foil) or "foil")
     name = "logit_diff(answer - foil)" if labels == ("per example",) * 2 else f"logit_diff({labels[0]} - {labels[1]})"
     return LogitDiff(position=position, name=name, answer=answer, foil=foil)
 
 
-def prob(answer: Answer, position: Position = "last") -> Prob:
+def prob(answer: Answer | None = None, position: Position = "last") -> Prob:
     """Probability of the answer, in 0 … 1: among all classes, or of a yes where every class is a question of its own
     (see :mod:`circuitvision.links`).
 
     Raises:
         InputError: when called: an output that is no distribution.
     """
-    return Prob(position=position, name=f"prob({_label(answer)})", answer=answer)
+    return Prob(position=position, name=f"prob({short(answer) or 'answer'})", answer=answer)
 
 
-def logprob(answer: Answer, position: Position = "last") -> LogProb:
+def logprob(answer: Answer | None = None, position: Position = "last") -> LogProb:
     """Log-probability of the answer in nats (0 is certain); see :func:`prob`."""
-    return LogProb(position=position, name=f"logprob({_label(answer)})", answer=answer)
+    return LogProb(position=position, name=f"logprob({short(answer) or 'answer'})", answer=answer)
 
 
-def rank(answer: Answer, position: Position = "last") -> Rank:
+def rank(answer: Answer | None = None, position: Position = "last") -> Rank:
     """Rank of the answer, 1 for the highest logit; equal logits share the better rank."""
-    return Rank(position=position, name=f"rank({_label(answer)})", answer=answer)
+    return Rank(position=position, name=f"rank({short(answer) or 'answer'})", answer=answer)
 
 
-def kl(reference: Float[Tensor, "batch *pos classes"], position: Position = "last") -> KL:
+def accuracy(answer: Answer | None = None, position: Position = "last") -> Accuracy:
+    """1 where the answer has the highest logit of all classes, else 0; an answer that shares the highest is not given. Its mean is the accuracy."""
+    return Accuracy(position=position, name=f"accuracy({short(answer) or 'answer'})", answer=answer)
+
+
+def kl(reference: Float[Tensor, "batch *pos classes"] | None = None, position: Position = "last") -> KL:
     """KL(reference || output) in nats: 0 when the output equals the reference run's, whose logits are given; summed over yes-or-no classes.
 
-    Its gradient is zero at the reference itself, so first-order attribution there says nothing.
+    Without a reference a method takes the run that it compares with: a sweep its unedited run, patching the clean one. The gradient is zero at the
+    reference itself, so first-order attribution there says nothing.
     """
-    return KL(position=position, name="kl(reference || output)", reference=as_output(reference).detach())
+    given = None if reference is None else as_output(reference).detach()
+    return KL(position=position, name="kl(reference || output)", reference=given)
 
 
 def action_dim(dim: int, step: int | None = 0) -> ActionDim:
@@ -245,26 +315,64 @@ def _read(data: Mapping[str, Any], tensors: Mapping[str, Tensor], objects: Mappi
     return _KINDS[data["metric"]](**fields)
 
 
-_KINDS: dict[str, type[Metric]] = {cls.__name__: cls for cls in (LogitDiff, Prob, LogProb, Rank, KL, ActionDim)}
+_KINDS: dict[str, type[Metric]] = {
+    cls.__name__: cls for cls in (LogitDiff, Prob, LogProb, Rank, Accuracy, KL, ActionDim)
+}
+NAMES: dict[str, Callable[[], Metric]] = {
+    "logit_diff": logit_diff,
+    "prob": prob,
+    "logprob": logprob,
+    "rank": rank,
+    "accuracy": accuracy,
+    "kl": kl,
+}
+"""The metrics that a name stands for; answers come from a data set, the reference from the run compared with."""
 stored_as("metric", Metric, _write, _read)
+
+
+def is_own(metric: Any) -> bool:
+    """Whether a metric is one of this module, which neither keeps nor writes into what it gets."""
+    return type(metric) in _KINDS.values()
 
 
 def kept(metric: Any) -> Any:
     """A metric as a result keeps it: one of this module as it is, another function by its name."""
-    return metric if type(metric) in _KINDS.values() or metric is None else NamedFunction.of(metric)
+    return metric if is_own(metric) or metric is None else NamedFunction.of(metric)
 
 
-def bind(metric: Any, model: Any) -> Any:
-    """``metric`` with words resolved by ``model``; a plain function is returned as it is."""
+def by_name(metric: Any) -> Any:
+    """The metric that a name stands for; anything else as it is. Raises InputError for an unknown name."""
+    if not isinstance(metric, str):
+        return metric
+    if metric not in NAMES:
+        raise InputError(f"There is no metric {metric!r}; did you mean {', '.join(nearest(metric, NAMES))}?")
+    return NAMES[metric]()
+
+
+def bind(metric: Any, model: Any, answers: Any = None, foils: Any = None, combine: str | None = None) -> Any:
+    """One metric, or its name, with words resolved by ``model`` and the answers of a data set if it has none; a plain function is returned as it is.
+
+    Raises:
+        InputError: several metrics, an unknown name, an answer that is missing or has no id.
+    """
     if isinstance(metric, Mapping | list | tuple):
         raise InputError(
             f"Give one metric, not {len(metric)} in a {type(metric).__name__}: measure once for each of them."
         )
+    metric = by_name(metric)
     if not callable(metric):
         raise InputError(
             f"A metric is a function of the logits, such as metrics.logit_diff(answer, foil), not {metric!r:.80}."
         )
+    if isinstance(metric, Metric):
+        return metric.bind(model, answers, foils, combine)
     return metric.bind(model) if hasattr(metric, "bind") else metric
+
+
+def _made_by(metric: Metric) -> str:
+    """How a metric of this module is made."""
+    name = next((name for name, make in NAMES.items() if type(make()) is type(metric)), type(metric).__name__)
+    return f"{name}({', '.join(metric._answers)})"
 
 
 def takes_inputs(function: Any) -> bool:
@@ -323,43 +431,6 @@ def _vector(found: Any) -> Tensor | None:
         except (TypeError, ValueError, RuntimeError):
             return None
     return found if isinstance(found, Tensor) and found.ndim == 1 and not found.is_complex() else None
-
-
-def _plain(answer: Any) -> Any:
-    """Answers with numpy's (and pandas') numbers, words and arrays as Python's; tensors stay.
-
-    Raises:
-        InputError: truth values, or numbers with a fraction, which are no ids.
-    """
-    if isinstance(answer, Tensor):
-        return answer
-    if isinstance(answer, np.ndarray | np.generic) or (hasattr(answer, "tolist") and not isinstance(answer, str)):
-        answer = answer.tolist()
-    if isinstance(answer, str):
-        return answer
-    if isinstance(answer, Iterable) and not isinstance(answer, Mapping):
-        return [_plain(item) for item in answer]
-    if isinstance(answer, bool) or not hasattr(answer, "__index__"):
-        raise InputError(f"An answer is an id (a whole number) or a word, not {answer!r}.")
-    return operator.index(answer)
-
-
-def answer_ids(answer: Answer, model: Any) -> int | list[int] | Tensor:
-    """Ids of an answer given as id, word, or one of either per example.
-
-    A word is looked up among the class names of the model's configuration, then in its tokenizer.
-
-    Raises:
-        InputError: a word without an id of its own.
-    """
-    if isinstance(answer, Tensor):
-        return answer
-    if isinstance(answer, str):
-        return _word_id(answer, model)
-    found = _plain(answer)
-    if isinstance(found, list):
-        return [_word_id(item, model) if isinstance(item, str) else int(item) for item in found]
-    return int(found)
 
 
 def as_output(logits: Any) -> Tensor:
@@ -463,46 +534,11 @@ def _last_unmasked(inputs: Mapping[str, Any] | None, batch: int, length: int) ->
     return (length - 1 - real.flip(1).int().argmax(dim=1)).cpu()
 
 
-def _word_id(word: str, model: Any) -> int:
-    labels = getattr(getattr(model.module, "config", None), "label2id", None) or {}
-    if word in labels:
-        return int(labels[word])
-    towers = getattr(model, "towers", {})
-    if "text" in towers and "language" not in towers:
-        raise InputError(
-            f"This model's output has one column per caption, so {word!r} has no id; give the caption's column."
-        )
-    return int(model.token(word))
-
-
-def _ids_tensor(answer: Answer, rows: Tensor) -> Tensor:
-    batch, classes = rows.shape
-    items = [answer] if isinstance(answer, str) else answer
-    if not isinstance(items, Tensor | int):
-        words = [item for item in items if isinstance(item, str)]
-        if words:
-            raise InputError(f"{words[0]!r} is a word; call metric.bind(model) first, or give its id.")
-    ids = torch.as_tensor(items, device=rows.device)
-    whole = not ids.dtype.is_floating_point and ids.dtype != torch.bool
-    if not whole or ids.ndim > 1 or (ids.ndim == 1 and len(ids) not in (1, batch)):
-        raise InputError(f"Answers are one id, or one per example ({batch}); got {tuple(ids.shape)} of {ids.dtype}.")
-    if bool(((ids < 0) | (ids >= classes)).any()):
-        raise InputError(f"Answer {ids.tolist()} is outside the output's {classes} classes.")
-    return ids.expand(batch)
-
-
-def _pick(rows: Tensor, ids: Tensor) -> Tensor:
-    return rows.gather(1, ids[:, None])[:, 0]
+def _without(rows: Tensor, ids: Tensor) -> Tensor:
+    """The output without each row's own answer."""
+    own = torch.zeros_like(rows, dtype=torch.int).scatter_add_(1, ids.clamp(min=0), (ids >= 0).int())
+    return rows.masked_fill(own > 0, -torch.inf)
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _label(answer: Answer) -> str:
-    answer = _plain(answer)
-    if isinstance(answer, str | int):
-        return str(answer)
-    items = answer.tolist() if isinstance(answer, Tensor) else list(answer)
-    items = items if isinstance(items, list) else [items]
-    return str(items[0]) if len(set(items)) == 1 else "per example"

@@ -35,7 +35,8 @@ SMALL = 2**20
 """Bytes up to which a weight is read anew for every result."""
 SAMPLES = 1024
 """How many entries of a larger weight are read to notice a write that left no trace in its version."""
-_SHOWN_ONLY = ("progress",)
+_SHOWN_ONLY = ("progress", "save_to", "resume")
+"""Arguments that change no number."""
 _weights: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, str]]] = WeakKeyDictionary()
 _running: ContextVar[tuple[nn.Module, dict[str, Any]] | None] = ContextVar("running", default=None)
 _command: ContextVar[tuple[str, ...]] = ContextVar("command", default=())

@@ -24,11 +24,11 @@ from circuitvision import findings, metrics
 from circuitvision.circuits import (
     AblationCheck,
     HeadImportance,
-    PairBatch,
     ablation_check,
     head_importance,
     parse_id,
 )
+from circuitvision.data.generated import of_questions
 from circuitvision.errors import InputError, UnsupportedModelError, checked_seed
 from circuitvision.findings import Finding
 from circuitvision.links import probabilities
@@ -51,7 +51,6 @@ __all__ = [
     "held_out_pairs",
     "leading_heads",
     "lens_finding",
-    "question_batches",
     "quickstart",
     "write",
 ]
@@ -205,7 +204,7 @@ def quickstart(
     metric = metrics.logit_diff(case.answer, case.foil).bind(hooked)
     readings = {name: _read(hooked, inputs, case) for name, inputs in runs.items()}
     lenses = {name: _lenses(hooked, inputs, case) for name, inputs in runs.items()}
-    importance = head_importance(hooked, runs["clean"], runs["corrupt"], metric, top_k=top_k)
+    importance = head_importance(hooked, metric=metric, clean=runs["clean"], corrupt=runs["corrupt"], top_k=top_k)
     check = _check(hooked, pairs[1:], importance, seed) if pairs else None
     found = Quickstart(case, importance, importance.to_networkx(), lenses, check, readings)
     files = write(found, folder)
@@ -301,27 +300,10 @@ def _lenses(model: Any, inputs: Mapping[str, Any], case: Case) -> list[LensResul
 
 
 def _check(model: Any, pairs: list[QuestionPair], importance: HeadImportance, seed: int) -> AblationCheck:
-    return ablation_check(model, question_batches(model, pairs), leading_heads(importance), n_random=20, seed=seed)
+    return ablation_check(model, of_questions(pairs), leading_heads(importance), n_random=20, seed=seed)
 
 
 def leading_heads(importance: HeadImportance, floor: float = 0.05, least: int = 2, most: int = 4) -> list[str]:
     """The heads worth ablating together: those that restore at least ``floor`` of the answer, between ``least`` and ``most``."""
     restoring = [(name, share) for name, share, _ in importance.ranking() if share > 0]
     return [name for number, (name, share) in enumerate(restoring[:most]) if number < least or share >= floor]
-
-
-def question_batches(model: Any, pairs: list[QuestionPair], size: int = 64) -> list[PairBatch]:
-    """Pairs of the scene generator as batches for :func:`circuitvision.circuits.ablation_check`."""
-    batches = []
-    for start in range(0, len(pairs), size):
-        some = pairs[start : start + size]
-        prompts = [pair.prompt for pair in some]
-        batches.append(
-            PairBatch(
-                model.inputs(images=[pair.clean.image for pair in some], text=prompts),
-                model.inputs(images=[pair.corrupt.image for pair in some], text=prompts),
-                [pair.answer for pair in some],
-                [pair.foil for pair in some],
-            )
-        )
-    return batches

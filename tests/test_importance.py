@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from circuitvision.circuits import HeadImportance, PairBatch, ablation_check, export, head_importance, live_heads, load
+from circuitvision.circuits import HeadImportance, ablation_check, export, head_importance, live_heads, load
+from circuitvision.data import Pairs
 from circuitvision.errors import InputError
 from circuitvision.metrics import logit_diff
 from tests.toy_model import ToyModel
@@ -23,7 +24,9 @@ def scores(result: HeadImportance) -> dict[tuple[str, str], float]:
 
 @pytest.mark.parametrize("mode", ["denoise", "noise"])
 def test_edges_of_an_interacting_model_are_the_effects_of_its_paths(mode):
-    result = head_importance(ToyModel(VISION, LANGUAGE, gate=True), CLEAN, CORRUPT, METRIC, top_k=6, mode=mode)
+    result = head_importance(
+        ToyModel(VISION, LANGUAGE, gate=True), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, top_k=6, mode=mode
+    )
     sign = 1.0 if mode == "denoise" else -1.0
     bridge = VISION.sum().item() * 1.5 * sign  # the picture differs by 1 and 2
     first, second = LANGUAGE[0], LANGUAGE[1]
@@ -41,7 +44,9 @@ def test_edges_of_an_interacting_model_are_the_effects_of_its_paths(mode):
 
 
 def test_out_edges_add_up_to_each_effect_and_the_graph_is_valid(tmp_path):
-    result = head_importance(ToyModel(VISION, LANGUAGE, gate=True), CLEAN, CORRUPT, METRIC, top_k=3)
+    result = head_importance(
+        ToyModel(VISION, LANGUAGE, gate=True), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, top_k=3
+    )
     graph = result.to_networkx()
     for node in [*result.selected, "x.projector"]:
         total = sum(data["score"] for _, _, data in graph.out_edges(node, data=True))
@@ -54,7 +59,7 @@ def test_out_edges_add_up_to_each_effect_and_the_graph_is_valid(tmp_path):
 
 
 def test_ranking_selection_and_joint_effect():
-    result = head_importance(ToyModel(VISION, LANGUAGE), CLEAN, CORRUPT, METRIC, top_k=1)
+    result = head_importance(ToyModel(VISION, LANGUAGE), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, top_k=1)
     assert result.ranking()[0][0] == "l.a1.h0"
     assert set(result.selected) == {"v.a1.h2", "l.a1.h0"}
     # Patching 5/10 of what the connector carries, plus the rest of what one language head adds.
@@ -63,7 +68,7 @@ def test_ranking_selection_and_joint_effect():
 
 
 def test_results_survive_a_file(tmp_path):
-    result = head_importance(ToyModel(VISION, LANGUAGE), CLEAN, CORRUPT, METRIC, top_k=2)
+    result = head_importance(ToyModel(VISION, LANGUAGE), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, top_k=2)
     again = HeadImportance.load(result.save(tmp_path / "h.safetensors"))
     assert (again.edges, again.selected, again.connectors) == (result.edges, result.selected, result.connectors)
     assert (
@@ -73,19 +78,19 @@ def test_results_survive_a_file(tmp_path):
 
 
 def test_equal_runs_have_no_circuit():
-    with pytest.warns(UserWarning, match="hardly"), pytest.raises(InputError, match="restore"):
-        head_importance(ToyModel(VISION, LANGUAGE), CLEAN, CLEAN, METRIC)
+    with pytest.warns(UserWarning, match="differ"), pytest.raises(InputError, match="restore"):
+        head_importance(ToyModel(VISION, LANGUAGE), metric=METRIC, clean=CLEAN, corrupt=CLEAN)
 
 
-def pairs(seed: int = 0, count: int = 40) -> PairBatch:
+def pairs(seed: int = 0, count: int = 40) -> Pairs:
     picture = torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).abs() + 0.5
-    return PairBatch({"picture": picture}, {"picture": -picture}, [0] * count, [1] * count)
+    return Pairs(inputs={"picture": picture}, corrupt_inputs={"picture": -picture}, answers=0, foils=1)
 
 
 def test_the_check_tells_the_carrying_head_from_the_others():
     vision = torch.tensor([[0.01, 5.0, 0.02, 0.01], [0.01, -0.02, 0.02, 0.03]], dtype=torch.float64)
     toy = ToyModel(vision, torch.zeros(1, 4, dtype=torch.float64), leak=1.0)
-    good = ablation_check(toy, [pairs(0), pairs(1)], ["v.a0.h1"], n_random=11)
+    good = ablation_check(toy, pairs(0) + pairs(1), ["v.a0.h1"], n_random=11)
     assert good.intact == 1.0
     # What is left still has the right sign, so the accuracy survives while the margin is gone.
     assert good.logit_diff[1] < 0.05 * good.logit_diff[0]
@@ -93,23 +98,24 @@ def test_the_check_tells_the_carrying_head_from_the_others():
     assert good.n_pairs == 80
     assert all("v.a0.h1" not in draw for draw in good.random_heads)
     assert len({tuple(draw) for draw in good.random_heads}) == 11
-    bad = ablation_check(toy, [pairs(0)], ["v.a0.h0"], n_random=11)
+    bad = ablation_check(toy, pairs(0), ["v.a0.h0"], n_random=11)
     assert not bad.carries_the_answer
 
 
 def test_the_verdict_needs_a_destroyed_answer_and_harmless_random_sets():
     vision = torch.tensor([[0.0, 5.0, 0.0, 0.0], [-0.01, 0.0, 0.0, 0.0]], dtype=torch.float64)
     toy = ToyModel(vision, torch.zeros(1, 4, dtype=torch.float64), leak=1.0)
-    check = ablation_check(toy, [pairs()], ["v.a0.h1"], n_random=8)
+    check = ablation_check(toy, pairs(), ["v.a0.h1"], n_random=8)
     assert (check.ablated, check.carries_the_answer) == (0.0, True)
     assert "mean-ablated together in 0%" in check.summary()
-    assert not ablation_check(toy, [pairs()], ["v.a1.h0"], n_random=8).carries_the_answer
+    assert not ablation_check(toy, pairs(), ["v.a1.h0"], n_random=8).carries_the_answer
 
 
 def test_means_come_from_the_reference():
     toy = ToyModel(torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64), leak=1.0)
-    shifted = PairBatch({"picture": torch.full((3,), 9.0)}, {"picture": torch.full((3,), 7.0)}, [0] * 3, [1] * 3)
-    check = ablation_check(toy, [pairs()], ["v.a0.h0"], reference=[shifted], n_random=2)
+    nine, seven = ({"picture": torch.full((3,), level, dtype=torch.float64)} for level in (9.0, 7.0))
+    shifted = Pairs(inputs=nine, corrupt_inputs=seven, answers=0, foils=1)
+    check = ablation_check(toy, pairs(), ["v.a0.h0"], reference=shifted, n_random=2)
     # Every answer becomes the reference's mean of 8: right for the clean input, wrong for the corrupt one, so no
     # pair is.
     assert check.ablated == 0.0
@@ -126,4 +132,4 @@ def test_requests_that_cannot_be_met_are_refused():
         (live_heads(toy)[:9], {"n_random": 2}, "random sets"),
     ]:
         with pytest.raises(InputError, match=message):
-            ablation_check(toy, [pairs()], heads, **options)
+            ablation_check(toy, pairs(), heads, **options)

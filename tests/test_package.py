@@ -31,8 +31,8 @@ ROOMS = [
     "cli",
 ]
 """Top to bottom: a room may import from itself and from rooms above it."""
-LAZY = {("results", "plots"), ("quickstart", "plots")}
-"""A result's ``.plot()`` is a lazy dispatch into plots."""
+LAZY = {("results", "plots"), ("quickstart", "plots"), ("data", "metrics")}
+"""A result's ``.plot()`` is a lazy dispatch into plots; pairs are compared with what a model answers once a model is handed in."""
 
 
 def _python(code: str) -> str:

@@ -25,71 +25,94 @@ def model() -> ToyModel:
 
 @pytest.mark.parametrize("mode", ["denoise", "noise"])
 def test_effects_of_an_additive_model_are_the_shares_of_its_heads(mode):
-    vision = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z", mode=mode)
-    torch.testing.assert_close(vision.values, VISION / VISION.sum())
-    assert vision.axes == {"layer": [0, 1], "head": [0, 1, 2]}
-    language = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="language.blocks.*.attn.hook_z", mode=mode)
-    torch.testing.assert_close(language.values, LANGUAGE / 0.75)
+    vision = activation_patch(
+        model(), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, sites="vision.blocks.*.attn.hook_z", mode=mode
+    )
+    torch.testing.assert_close(vision.restored, VISION / VISION.sum())
+    assert vision.axes == {"layer": [0, 1], "head": [0, 1, 2], "example": [0, 1]}
+    language = activation_patch(
+        model(), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, sites="language.blocks.*.attn.hook_z", mode=mode
+    )
+    torch.testing.assert_close(language.restored, LANGUAGE / 0.75)
 
 
 def test_raw_effects_are_in_units_of_the_metric():
-    result = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z")
-    torch.testing.assert_close(result.raw, VISION * 0.75 * 3.0)  # picture differs by 3 in both examples
+    result = activation_patch(model(), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, sites="vision.blocks.*.attn.hook_z")
+    torch.testing.assert_close(result.values.mean(-1), VISION * 0.75 * 3.0)  # picture differs by 3 in both examples
     torch.testing.assert_close(result.source - result.base, torch.full((2,), 22.5, dtype=torch.float64))
     assert result.top(2)[0] == ({"layer": 1, "head": 2}, pytest.approx(0.5))
 
 
 def test_whole_layers_and_sites_outside_blocks():
-    whole = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z", axes=("layer",))
-    torch.testing.assert_close(whole.values, VISION.sum(1) / VISION.sum())
-    bridge = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="projector.hook_out", axes=("site",))
-    assert bridge.values.tolist() == [1.0]
-    assert bridge.axes == {"site": ["projector.hook_out"]}
-    positions = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="projector.hook_out", axes=("site", "position"))
-    assert positions.values.tolist() == [[1.0]]
+    whole = activation_patch(
+        model(), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, sites="vision.blocks.*.attn.hook_z", axes=("layer",)
+    )
+    torch.testing.assert_close(whole.restored, VISION.sum(1) / VISION.sum())
+    bridge = activation_patch(
+        model(), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, sites="projector.hook_out", axes=("site",)
+    )
+    assert bridge.restored.tolist() == [1.0]
+    assert bridge.axes == {"site": ["projector.hook_out"], "example": [0, 1]}
+    positions = activation_patch(
+        model(), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, sites="projector.hook_out", axes=("site", "position")
+    )
+    assert positions.restored.tolist() == [[1.0]]
 
 
 def test_several_towers_share_one_result_with_holes():
-    both = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="*.blocks.*.attn.hook_z")
-    assert both.axes == {"tower": ["vision", "language"], "layer": [0, 1], "head": [0, 1, 2]}
-    torch.testing.assert_close(both.values[0], VISION / VISION.sum())
-    assert both.values[1].isnan().tolist() == [[False, False, True], [True, True, True]]
+    both = activation_patch(model(), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, sites="*.blocks.*.attn.hook_z")
+    assert both.axes == {"tower": ["vision", "language"], "layer": [0, 1], "head": [0, 1, 2], "example": [0, 1]}
+    torch.testing.assert_close(both.restored[0], VISION / VISION.sum())
+    assert both.restored[1].isnan().tolist() == [[False, False, True], [True, True, True]]
 
 
 def test_a_run_patched_into_itself_changes_nothing_and_is_degenerate():
-    with pytest.warns(UserWarning, match="2 of 2 examples"):
-        result = activation_patch(model(), CLEAN, CLEAN, METRIC, sites="vision.blocks.*.attn.hook_z")
-    assert result.values.isnan().all()
-    assert (result.raw == 0).all()
+    with pytest.warns(UserWarning, match="do not differ"):
+        result = activation_patch(
+            model(), metric=METRIC, clean=CLEAN, corrupt=CLEAN, sites="vision.blocks.*.attn.hook_z"
+        )
+    assert result.restored.isnan().all()
+    assert (result.values == 0).all()
 
 
-def test_degenerate_examples_are_left_out_of_the_mean():
-    half = {"picture": torch.tensor([2.0, 1.0], dtype=torch.float64)}
-    with pytest.warns(UserWarning, match="1 of 2"):
-        result = activation_patch(model(), half, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z")
-    torch.testing.assert_close(result.values, VISION / VISION.sum())
-    assert result.per_example[..., 1].isnan().all()
+def test_the_share_is_a_ratio_of_means_which_an_example_without_a_difference_does_not_decide():
+    half = {"picture": torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)}
+    corrupt = {"picture": torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)}
+    result = activation_patch(model(), metric=METRIC, clean=half, corrupt=corrupt, sites="vision.blocks.*.attn.hook_z")
+    torch.testing.assert_close(result.restored, VISION / VISION.sum())
+    assert (result.values[..., 3] == 0).all()
+
+
+def test_a_difference_within_two_standard_errors_has_no_share():
+    clean = {"picture": torch.tensor([1.0, -1.2, 1.1, -0.7], dtype=torch.float64)}
+    corrupt = {"picture": torch.zeros(4, dtype=torch.float64)}
+    with pytest.warns(UserWarning, match="do not differ"):
+        result = activation_patch(
+            model(), metric=METRIC, clean=clean, corrupt=corrupt, sites="vision.blocks.*.attn.hook_z"
+        )
+    assert result.restored.isnan().all()
+    assert bool((result.values != 0).any())
 
 
 def test_one_run_per_cell_and_no_more():
     toy = model()
-    activation_patch(toy, CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z")
+    activation_patch(toy, metric=METRIC, clean=CLEAN, corrupt=CORRUPT, sites="vision.blocks.*.attn.hook_z")
     assert toy.runs == 6 + 2
 
 
 def test_dead_sites_cost_no_run_and_have_no_effect():
     toy = model()
     toy.dead = {"vision.blocks.1.attn.hook_z"}
-    result = activation_patch(toy, CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z")
+    result = activation_patch(toy, metric=METRIC, clean=CLEAN, corrupt=CORRUPT, sites="vision.blocks.*.attn.hook_z")
     assert toy.runs == 3 + 2
     assert result.dead == ["vision.blocks.1.attn.hook_z"]
-    assert (result.values[1] == 0).all()
+    assert (result.restored[1] == 0).all()
 
 
 def test_results_survive_a_file(tmp_path):
-    result = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z")
+    result = activation_patch(model(), metric=METRIC, clean=CLEAN, corrupt=CORRUPT, sites="vision.blocks.*.attn.hook_z")
     again = PatchingResult.load(result.save(tmp_path / "p.npz"))
-    assert torch.equal(again.per_example, result.per_example)
+    assert torch.equal(again.values, result.values)
     assert (again.mode, again.site) == ("denoise", "attn.hook_z")
     assert again.provenance["dataset_sha256"]
 
@@ -122,19 +145,23 @@ def test_on_real_models_the_last_residual_is_everything_at_the_last_position(nam
     model, clean, corrupt = hooked_pair(name)
     site = f"language.blocks.{model.language.cfg.n_layers - 1}.hook_resid_post"
     result = activation_patch(
-        model, clean, corrupt, logit_diff(7, 9), sites=site, axes=("layer", "position"), mode=mode
+        model, metric=logit_diff(7, 9), clean=clean, corrupt=corrupt, sites=site, axes=("layer", "position"), mode=mode
     )
-    expected = torch.zeros(result.values.shape)
+    expected = torch.zeros(result.restored.shape, dtype=torch.float64)
     expected[0, -1] = 1.0
-    torch.testing.assert_close(result.values, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(result.restored, expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llava-clip-llama", "paligemma"])
 def test_on_real_models_the_projector_is_everything_and_a_head_is_what_a_hook_by_hand_writes(name):
     model, clean, corrupt = hooked_pair(name)
-    whole = activation_patch(model, clean, corrupt, logit_diff(7, 9), sites="projector.hook_out", axes=("site",))
-    assert whole.values.item() == pytest.approx(1.0, abs=1e-3)
-    heads = activation_patch(model, clean, corrupt, logit_diff(7, 9), sites="vision.blocks.0.attn.hook_z")
+    whole = activation_patch(
+        model, metric=logit_diff(7, 9), clean=clean, corrupt=corrupt, sites="projector.hook_out", axes=("site",)
+    )
+    assert whole.restored.item() == pytest.approx(1.0, abs=1e-3)
+    heads = activation_patch(
+        model, metric=logit_diff(7, 9), clean=clean, corrupt=corrupt, sites="vision.blocks.0.attn.hook_z"
+    )
     _, cache = model.run_with_cache(clean, names_filter="vision.blocks.0.attn.hook_z")
 
     def by_hand(tensor, hook):
@@ -144,7 +171,7 @@ def test_on_real_models_the_projector_is_everything_and_a_head_is_what_a_hook_by
 
     logits = model.run_with_hooks(corrupt, fwd_hooks=[("vision.blocks.0.attn.hook_z", by_hand)])
     expected = logit_diff(7, 9)(logits, corrupt) - logit_diff(7, 9)(model(corrupt), corrupt)
-    torch.testing.assert_close(heads.raw[0, 1], expected.mean())
+    torch.testing.assert_close(heads.values[0, 1], expected)
 
 
 def hooked_pair(name):

@@ -12,7 +12,7 @@ from PIL import Image
 from circuitvision.circuits import AblationCheck, head_importance
 from circuitvision.errors import InputError
 from circuitvision.metrics import logit_diff
-from circuitvision.model.sweep import SweepResult
+from circuitvision.model.sweeps.result import SweepResult
 from circuitvision.patching import activation_patch
 from circuitvision.plots import graph, lens_rows, report, style, sweeps
 from circuitvision.readout import LensResult
@@ -25,7 +25,9 @@ CLEAN, CORRUPT = ({"picture": torch.tensor([value], dtype=torch.float64)} for va
 
 
 def importance(mode: str = "denoise"):
-    return head_importance(ToyModel(VISION, LANGUAGE), CLEAN, CORRUPT, logit_diff(0, 1), top_k=2, mode=mode)
+    return head_importance(
+        ToyModel(VISION, LANGUAGE), metric=logit_diff(0, 1), clean=CLEAN, corrupt=CORRUPT, top_k=2, mode=mode
+    )
 
 
 def heat_maps(figure) -> list[np.ndarray]:
@@ -52,11 +54,19 @@ def test_head_figure_shows_every_share_in_its_place():
 
 def test_patching_figure_of_several_towers_and_of_one():
     both = activation_patch(
-        ToyModel(VISION, LANGUAGE), CLEAN, CORRUPT, logit_diff(0, 1), sites="*.blocks.*.attn.hook_z"
+        ToyModel(VISION, LANGUAGE),
+        metric=logit_diff(0, 1),
+        clean=CLEAN,
+        corrupt=CORRUPT,
+        sites="*.blocks.*.attn.hook_z",
     )
     assert len(heat_maps(both.plot())) == 2
     one = activation_patch(
-        ToyModel(VISION, LANGUAGE), CLEAN, CORRUPT, logit_diff(0, 1), sites="vision.blocks.*.attn.hook_z"
+        ToyModel(VISION, LANGUAGE),
+        metric=logit_diff(0, 1),
+        clean=CLEAN,
+        corrupt=CORRUPT,
+        sites="vision.blocks.*.attn.hook_z",
     )
     np.testing.assert_allclose(heat_maps(one.plot())[0], (VISION / VISION.sum()).numpy(), atol=1e-6)
 

@@ -11,8 +11,9 @@ from PIL import Image
 import circuitvision as cv
 from circuitvision import metrics
 from circuitvision.circuits import ablation_check, head_importance, load, parse_id
+from circuitvision.data.generated import of_questions
 from circuitvision.errors import InputError, UnsupportedModelError
-from circuitvision.quickstart import changed_box, held_out_pairs, leading_heads, question_batches, quickstart
+from circuitvision.quickstart import changed_box, held_out_pairs, leading_heads, quickstart
 from tests.zoo import case
 
 WORDS = {"prompt": "<image> what color is the circle ?", "answer": "red", "foil": "blue"}
@@ -127,14 +128,16 @@ def test_the_heads_of_the_quickstart_carry_the_answer_over_more_than_two_hundred
     model = cv.organisms.load("shapes-llava")
     pairs = held_out_pairs(1 + 24 + 205, seed=0)
     assert len({pair.question.subject.pair for pair in pairs[25:]}) == 5
-    one, some = (question_batches(model, chosen)[0] for chosen in (pairs[:1], pairs[1:25]))
+    one, some = (next(of_questions(chosen).batches(model)) for chosen in (pairs[:1], pairs[1:25]))
     found = [
-        leading_heads(head_importance(model, b.clean, b.corrupt, metrics.logit_diff(b.answer, b.foil)))
+        leading_heads(
+            head_importance(model, metric=metrics.logit_diff(b.answers, b.foils), clean=b.inputs, corrupt=b.other)
+        )
         for b in (one, some)
     ]
     # The heads found on one pair are those found on many.
     assert set(found[0]) == set(found[1])
-    check = ablation_check(model, question_batches(model, pairs[25:], size=103), found[0], n_random=20)
+    check = ablation_check(model, of_questions(pairs[25:]), found[0], n_random=20)
     assert check.n_pairs == 205
     assert len(check.random_heads) == 20
     assert all(not set(draw) & set(found[0]) for draw in check.random_heads)

@@ -24,6 +24,8 @@ from circuitvision.model.edits.values import PositionWindow
 
 class ToyModel:
     family = "toy"
+    device, dtype, tokenizer = torch.device("cpu"), torch.float64, None
+    engine = SimpleNamespace(stack=[], active=list)
 
     def __init__(self, vision: Tensor, language: Tensor, leak: float = 0.5, gate: bool = False) -> None:
         self.weights = {"vision": vision, "language": language}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from circuitvision.circuits.ablation import AblationCheck, PairBatch, ablation_check, live_heads
+from circuitvision.circuits.ablation import AblationCheck, ablation_check, live_heads
 from circuitvision.circuits.export import export, load
 from circuitvision.circuits.importance import HeadImportance, head_importance
 from circuitvision.circuits.schema import add_edge, add_node, new_graph, rank_edges, validate
@@ -12,7 +12,6 @@ __all__ = [
     "AblationCheck",
     "HeadImportance",
     "NodeName",
-    "PairBatch",
     "ablation_check",
     "add_edge",
     "add_node",

@@ -8,6 +8,8 @@ What is counted is *pairs*: two inputs whose right answers differ, both answered
 difference gets none of them, whatever it says, while single answers could be right by a fixed guess. A drop means
 little without the random sets beside it, since any damage costs something.
 
+Pairs run in batches, one condition after the other, and of a batch only what was counted is kept.
+
 Not covered: sets of anything but heads; inputs whose positions hold different things (prompts of other lengths are fine where they line up).
 
 Reference: mean ablation and random controls as in Wang et al. 2022 (arXiv 2211.00593).
@@ -25,25 +27,17 @@ import torch
 from torch import Tensor
 
 from circuitvision import edits, metrics
+from circuitvision.data import Batch, Pairs, Side
 from circuitvision.errors import InputError, checked_seed
-from circuitvision.model.averages import Layout, Tally, check_aligned
+from circuitvision.model.averages import Layout, Seen, Tally, check_one_thing
+from circuitvision.model.data_means import data_means
 from circuitvision.model.edits.base import Edit, EditGroup, by_digest
 from circuitvision.model.names import Component, format_id, head_id, heads_of, parse_id, site_of, spelled
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
-from circuitvision.progress import track
+from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
-
-
-@dataclass(frozen=True, eq=False)
-class PairBatch:
-    """A batch of pairs: ``answer`` is right for ``clean``, ``foil`` for ``corrupt`` (ids or words, per example)."""
-
-    clean: Mapping[str, Any]
-    corrupt: Mapping[str, Any]
-    answer: Sequence[int | str]
-    foil: Sequence[int | str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,34 +92,44 @@ class AblationCheck(Result):
 @with_provenance
 def ablation_check(
     model: Any,
-    pairs: Sequence[PairBatch],
+    pairs: Pairs,
     heads: Component | Sequence[Component],
     *,
-    reference: Sequence[PairBatch] | None = None,
+    reference: Pairs | Side | None = None,
     n_random: int = 20,
     seed: int = 0,
     position: metrics.Position = "last",
+    batch_size: int | None = None,
 ) -> AblationCheck:
     """Mean-ablate ``heads`` together over all pairs, and ``n_random`` disjoint sets of as many live heads.
 
     Args:
         model: the hooked model.
-        pairs: batches of pairs, all of one shape.
+        pairs: pairs with answers (right for the clean side) and foils (right for the corrupt side).
         heads: in any spelling of :mod:`circuitvision.model.names`, such as ``"vision.L1H2"``, ``"v.a1.h2"`` or ``("vision", 1, 2)``.
-        reference: the batches whose mean replaces a head's output, both inputs of every pair; ``pairs`` by default.
+        reference: the examples whose mean replaces a head's output (of pairs both sides); ``pairs`` by default.
         n_random: number of random sets; no set is drawn twice.
         seed: of the draws.
         position: where the answer is read.
+        batch_size: how many pairs run at once; None: by memory.
 
     Raises:
         InputError: dropout in training mode, no pairs, no heads, heads the model does not have or declares dead, too few
-            other heads, or batches whose positions do not line up.
+            other heads, pairs without answers and foils, or inputs whose positions do not line up.
     """
+    if not isinstance(pairs, Pairs):
+        raise InputError(
+            f"Give pairs, cv.data.Pairs(images, texts, corrupt_images=…, answers=…, foils=…), not a {type(pairs).__name__}; tensors made by hand go "
+            "in as inputs= and corrupt_inputs=."
+        )
     if not len(pairs) or not len(heads):
-        raise InputError("An ablation check needs at least one batch of pairs and one head.")
+        raise InputError("An ablation check needs at least one pair and one head.")
+    if pairs.answers is None or pairs.foils is None:
+        raise InputError("An ablation check counts right answers: give answers= and foils= when the pairs are made.")
     refuse_random(model.module, "An ablation check")
     chosen = [format_id(node) for node in heads_of(heads, model.towers)]
-    live = live_heads(model, pairs[0].clean)
+    first = next(pairs[:1].batches(model, 1, None)).inputs
+    live = live_heads(model, first)
     dead = [spelled(name) for name in chosen if name not in live]
     if dead:
         raise InputError(f"{dead[0]} cannot reach the output; the live heads are {', '.join(map(spelled, live))}.")
@@ -133,24 +137,32 @@ def ablation_check(
     conditions: dict[str, list[str]] = {"intact": [], "heads": chosen}
     conditions |= {f"random {number + 1}": draw for number, draw in enumerate(draws)}
     sites = sorted({_site(name) for names in conditions.values() for name in names})
-    runs = [_runs(model, batch) for batch in pairs]
-    with torch.no_grad():
-        references = [_runs(model, batch) for batch in reference] if reference else runs
-        means = _means(model, [run for both in references for run in both], sites)
-        todo = track(conditions.values(), "ablating", len(conditions))
-        scores = [_score(model, runs, names, means, position) for names in todo]
-    first = pairs[0]
+    parts = []
+    with torch.no_grad(), Progress(len(pairs) * len(conditions), "ablating") as bar:
+        means = _means(model, pairs if reference is None else reference, sites)
+        for batch in pairs.batches(model, batch_size, None):
+            scored = []
+            for names in conditions.values():
+                scored.append(torch.stack(_score(model, batch, names, means, position)))
+                bar.advance(len(batch))
+            parts.append(torch.stack(scored))
+    # [condition, (right, margin), pair]
+    scores = torch.cat(parts, -1)
     return AblationCheck(
-        values=torch.tensor([accuracy for accuracy, _ in scores], dtype=torch.float64),
+        values=scores[:, 0].mean(-1),
         axes={"condition": list(conditions)},
         provenance=describe(
-            model, method="ablation_check(mean per position)", inputs=(first.clean, first.corrupt), seed=seed
+            model,
+            method="ablation_check(mean per position)",
+            seed=seed,
+            dataset_sha256=pairs.digest,
+            examples=len(pairs),
         ),
-        logit_diff=torch.tensor([margin for _, margin in scores], dtype=torch.float64),
+        logit_diff=scores[:, 1].mean(-1),
         heads=chosen,
         random_heads=draws,
-        n_pairs=sum(len(batch.answer) for batch in pairs),
-        edits=[by_digest(_ablations(model, first.clean, names, means)) for names in conditions.values()],
+        n_pairs=len(pairs),
+        edits=[by_digest(_ablations(model, first, names, means)) for names in conditions.values()],
     )
 
 
@@ -164,28 +176,20 @@ def live_heads(model: Any, inputs: Mapping[str, Any] | None = None) -> list[str]
     return names
 
 
-_Run = tuple[Mapping[str, Any], Tensor, Tensor]
+def _means(model: Any, data: Pairs | Side, sites: Sequence[str]) -> dict[str, Tally]:
+    """The mean of every site over the examples, of pairs over both sides, per position; InputError where positions do not line up."""
+    side = Side.concat([data.clean, data.corrupt]) if isinstance(data, Pairs) else data
 
+    def check(key: Any, seen: Seen) -> None:
+        for position, names in seen.names.items():
+            check_one_thing(position, names)
 
-def _runs(model: Any, batch: PairBatch) -> list[_Run]:
-    """Both inputs of a batch, each with the ids of its right and its wrong answers."""
-    answer, foil = (torch.as_tensor(metrics.answer_ids(words, model)) for words in (batch.answer, batch.foil))
-    return [(batch.clean, answer, foil), (batch.corrupt, foil, answer)]
+    def clean(inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
+        _, cache = model.run_with_cache(inputs, names_filter=list(names))
+        return {name: cache[name] for name in names}
 
-
-def _means(model: Any, runs: Sequence[_Run], sites: Sequence[str]) -> dict[str, Tally]:
-    """The mean of every site over the runs, per position; InputError where positions do not line up."""
-    maps = [model.tokens(inputs) for inputs, _, _ in runs]
-    for tower in dict.fromkeys(SiteName.parse(site).tower for site in sites):
-        layouts = [Layout.of_tokens(one[tower]) for one in maps if tower in one]
-        for layout in layouts:
-            check_aligned(layout, layouts, layout.there, of_run=False)
-    tallies = {site: Tally(site, "position") for site in sites}
-    for (inputs, _, _), tokens in zip(runs, maps, strict=True):
-        _, cache = model.run_with_cache(inputs, names_filter=list(sites))
-        for site, tally in tallies.items():
-            tally.add(cache[site], Layout.of(model, tokens, site, cache[site].shape, inputs))
-    return tallies
+    found = data_means(model, side, [(site, "position") for site in sites], clean, check)
+    return {site: tally for (site, _), (tally, _) in found.items()}
 
 
 def _ablations(model: Any, inputs: Mapping[str, Any], names: Sequence[str], means: Mapping[str, Tally]) -> list[Edit]:
@@ -203,23 +207,18 @@ def _ablations(model: Any, inputs: Mapping[str, Any], names: Sequence[str], mean
 
 
 def _score(
-    model: Any,
-    runs: Sequence[list[_Run]],
-    names: Sequence[str],
-    means: Mapping[str, Tally],
-    position: metrics.Position,
-) -> tuple[float, float]:
-    """Share of the pairs answered right on both inputs, and the mean margin of the right answer over the other."""
-    right, margin, count = 0.0, 0.0, 0
-    for both in runs:
-        correct = []
-        for inputs, answer, foil in both:
-            logits = model.run(inputs, _ablations(model, inputs, names, means))
-            correct.append(metrics.at_position(logits, position, inputs).argmax(-1).cpu() == answer)
-            margin += float(metrics.logit_diff(answer, foil, position)(logits, inputs).sum()) / len(both)
-        right += float(torch.stack(correct).all(0).sum())
-        count += len(correct[0])
-    return right / count, margin / count
+    model: Any, batch: Batch, names: Sequence[str], means: Mapping[str, Tally], position: metrics.Position
+) -> tuple[Tensor, Tensor]:
+    """Whether each pair of a batch is answered right on both inputs, and the margin of the right over the other answer, the mean of the two inputs:
+    ``[pair]`` each."""
+    assert batch.other is not None
+    answers, foils = torch.tensor(batch.answers), torch.tensor(batch.foils)
+    correct, margins = [], []
+    for inputs, answer, foil in ((batch.inputs, answers, foils), (batch.other, foils, answers)):
+        logits = model.run(inputs, _ablations(model, inputs, names, means))
+        correct.append(metrics.at_position(logits, position, inputs).argmax(-1).cpu() == answer)
+        margins.append(metrics.logit_diff(answer, foil, position)(logits, inputs).detach().cpu().double())
+    return torch.stack(correct).all(0).double(), torch.stack(margins).mean(0)
 
 
 def _draw(others: Sequence[str], size: int, number: int, seed: int) -> list[list[str]]:

@@ -29,20 +29,25 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import networkx as nx
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision import edits, metrics
+from circuitvision import edits
 from circuitvision.circuits import schema
 from circuitvision.errors import InputError
+from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.base import EditGroup, by_digest
 from circuitvision.model.names import NodeName, format_id, head_id, parse_id, site_of, spelled
-from circuitvision.patching.activation import PatchingResult, activation_patch, check_same_shapes
+from circuitvision.model.sweeps.result import restored_error, restored_share
+from circuitvision.patching.activation import PatchingResult, activation_patch
+from circuitvision.patching.runs import Runs, two_runs
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.results import Result
+from circuitvision.results import Result, standard_error
 
 ANSWER = "answer"
 ROUNDING = 3e-6
@@ -55,18 +60,20 @@ _MODALITY = {"vision": "image", "vision_2": "image", "action": "action"}
 class HeadImportance(Result):
     """Effects of all heads and connectors, and the edges among the strongest.
 
-    ``values`` are shares of the answer restored (``mode="denoise"``) or destroyed (``"noise"``), ``raw`` the same in
-    units of the metric; axes tower, layer, head, with NaN where a tower has no such head. ``selected`` lists the ids
-    of the heads that edges were measured for, strongest first; ``joint`` is the share that patching all of them at
-    once moves. ``connectors`` and ``inputs`` map the ids of connectors and of vision towers' inputs to their site,
-    effect and share. ``edges`` is a list of ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the
-    output. ``dead`` lists sites that cannot reach the output. ``edits`` are the groups that were run, with the values of
-    both runs by digest: single heads, then the other nodes, all selected heads together, and the edges' runs. ``errors``,
-    ``joint_error`` and ``swing_error`` are standard errors over examples of ``values``, ``joint`` and the two runs'
-    difference; NaN or empty for a single example.
+    ``values`` ``[tower layer head example]`` are the changes of the metric, NaN where a tower has no such head; several metrics lead, ``[metric tower
+    layer head example]``. ``base`` and ``source`` ``[example]`` (``[metric example]``) are the metric of the run that was patched and of the one
+    whose values it took; :attr:`restored` is the share of their difference that a head restores (``mode="denoise"``) or destroys (``"noise"``).
+
+    Everything else is of the first metric. ``selected`` lists the ids of the heads that edges were measured for, strongest first; ``joint`` is the
+    share that patching all of them at once moves. ``connectors`` and ``inputs`` map the ids of connectors and of vision towers' inputs to their site,
+    effect and share. ``edges`` is a list of ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the output. ``dead`` lists sites
+    that cannot reach the output. ``edits`` are the groups that were run, with values by digest: single heads, then the other nodes, all selected
+    heads together, and the edges' runs. ``joint_error`` and ``swing_error`` are standard errors over examples of ``joint`` and of the two runs'
+    difference, NaN for a single example. ``groups`` says which examples belong together, where the data does.
     """
 
-    raw: Tensor = field(default_factory=lambda: torch.zeros(0))
+    base: Tensor = field(default_factory=lambda: torch.zeros(0))
+    source: Tensor = field(default_factory=lambda: torch.zeros(0))
     selected: list[str] = field(default_factory=list)
     joint: float = 0.0
     connectors: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -79,31 +86,73 @@ class HeadImportance(Result):
     answer_tower: str = ""
     dead: list[str] = field(default_factory=list)
     edits: list[EditGroup] = field(default_factory=list)
-    errors: Tensor = field(default_factory=lambda: torch.zeros(0))
     joint_error: float = math.nan
     swing_error: float = math.nan
+    groups: list[Any] = field(default_factory=list)
+
+    _per_example: ClassVar[dict[str, int]] = {"base": -1, "source": -1, "groups": 0}
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics, where several were measured; else empty."""
+        return list(self.axes.get("metric", []))
+
+    def _runs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The effects, and the metric of the base and of the source, in one shape."""
+        lead = [len(self.metrics)] if self.metrics else []
+        base, source = (found.view(*lead, 1, 1, 1, -1).expand(self.values.shape) for found in (self.base, self.source))
+        return self.values, base, source
+
+    @property
+    def restored(self) -> Float[Tensor, "*metric tower layer head"]:
+        """The share of the answer that each head moves, a ratio of means (see :mod:`circuitvision.patching.activation`); NaN where the runs do not
+        differ."""
+        return restored_share(*self._runs())
+
+    @property
+    def restored_error(self) -> Float[Tensor, "*metric tower layer head"]:
+        """The standard error of :attr:`restored` over examples; NaN for a single one."""
+        return restored_error(*self._runs())
+
+    @property
+    def shares(self) -> Float[Tensor, "tower layer head"]:
+        """:attr:`restored` of the first metric."""
+        return self.restored[0] if self.metrics else self.restored
+
+    @property
+    def effects(self) -> Float[Tensor, "tower layer head"]:
+        """The mean change of the first metric, in its own units."""
+        found = self.values.nanmean(-1)
+        return found[0] if self.metrics else found
+
+    def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
+        """The effects. Raises InputError for several metrics."""
+        if self.metrics:
+            raise InputError(f"Several metrics were measured ({', '.join(self.metrics)}); rank the result of one.")
+        return self.values, ("example",)
+
+    def _cells(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Every head that exists, as id and place."""
+        axes = [self.axes[name] for name in ("tower", "layer", "head")]
+        there = torch.isfinite(self.effects).nonzero().tolist()
+        return [(head_id(*(labels[i] for labels, i in zip(axes, at, strict=True))), tuple(at)) for at in there]
 
     def share_errors(self) -> dict[str, float]:
         """The standard error of every head's share over examples, by id; empty for a single example."""
-        if not self.errors.numel():
-            return {}
-        found = {}
-        for index in torch.isfinite(self.errors).nonzero().tolist():
-            tower, layer, head = (labels[i] for labels, i in zip(self.axes.values(), index, strict=True))
-            found[head_id(tower, layer, head)] = float(self.errors[tuple(index)])
-        return found
+        found = self.restored_error[0] if self.metrics else self.restored_error
+        return {name: float(found[at]) for name, at in self._cells() if torch.isfinite(found[at])}
 
     def ranking(self) -> list[tuple[str, float, float]]:
         """Every head as (id, share, effect in units of the metric), largest absolute effect first."""
-        heads = []
-        for index in torch.isfinite(self.raw).nonzero().tolist():
-            tower, layer, head = (labels[i] for labels, i in zip(self.axes.values(), index, strict=True))
-            heads.append((head_id(tower, layer, head), float(self.values[tuple(index)]), float(self.raw[tuple(index)])))
+        shares, effects = self.shares, self.effects
+        heads = [(name, float(shares[at]), float(effects[at])) for name, at in self._cells()]
         return sorted(heads, key=lambda entry: -abs(entry[2]))
 
     def best(self) -> tuple[str, float]:
         """The head with the largest share, and that share."""
-        name, share, _ = max(self.ranking(), key=lambda entry: entry[1])
+        name, share, _ = max(
+            self.ranking(), key=lambda entry: (-math.inf if math.isnan(entry[1]) else entry[1], abs(entry[2]))
+        )
         return name, share
 
     def to_networkx(self) -> nx.MultiDiGraph:
@@ -161,117 +210,132 @@ class HeadImportance(Result):
 @with_provenance
 def head_importance(
     model: Any,
-    clean: Mapping[str, Any],
-    corrupt: Mapping[str, Any],
-    metric: Any,
+    pairs: Any = None,
+    metric: Any = None,
     *,
     top_k: int = 4,
     mode: str = "denoise",
     towers: Sequence[str] | None = None,
+    clean: Mapping[str, Any] | None = None,
+    corrupt: Mapping[str, Any] | None = None,
+    align: Any = "kind",
+    example_batch: int | None = None,
+    save_to: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
 ) -> HeadImportance:
     """Patch every head of every tower, then split the effects of the strongest by where they go.
 
     Args:
         model: the hooked model.
-        clean: inputs whose answer the metric favours.
-        corrupt: inputs of the same shapes whose answer differs.
-        metric: ``metric(logits, inputs) -> [batch]``.
+        pairs: a data set of pairs, see :func:`circuitvision.patching.activation_patch`.
+        metric: a metric, its name, or a mapping of several; edges are measured for the first.
         top_k: how many heads of each tower get edges; those with the largest absolute effect.
         mode: ``"denoise"`` or ``"noise"``, see :func:`circuitvision.patching.activation_patch`.
         towers: which towers; all by default.
+        clean, corrupt: in place of pairs, the inputs of the two runs, of the same shapes.
+        align, example_batch, save_to, resume, progress: as of :func:`circuitvision.patching.activation_patch`.
 
     Raises:
-        InputError: no example in which the metric tells the two runs apart, or anything ``activation_patch`` refuses.
+        InputError: a metric that does not tell the two runs apart, or anything ``activation_patch`` refuses.
     """
-    check_same_shapes(clean, corrupt)
-    metric = metrics.bind(metric, model)
+    given = {"clean": clean, "corrupt": corrupt, "mode": mode, "align": align, "example_batch": example_batch}
+    options: dict[str, Any] = {"resume": resume, "progress": progress}
     names = list(model.towers) if towers is None else list(towers)
     patched = {}
     for tower in names:
-        sites = f"{tower}.blocks.*.attn.hook_z"
-        patched[tower] = activation_patch(model, clean, corrupt, metric, sites=sites, mode=mode)
-    runs = next(iter(patched.values()))
-    if bool(runs.per_example.isnan().all()):
-        raise InputError("The metric hardly differs between the two runs, so no head can restore anything.")
-    values, raw, axes = _stack(patched)
-    selected = _strongest(raw, axes, top_k)
-    base_inputs, source_inputs = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
-    freezer = _Freezer(model, metric, base_inputs, source_inputs, selected, runs)
-    *singles, together = freezer.effects([*(([site], []) for site in freezer.ids), (list(selected), [])])
-    wholes = {}
-    for (site, name), effect in zip(freezer.ids.items(), singles, strict=True):
-        share = float((effect / freezer.gap).nanmean())
-        wholes[name] = {"site": site, "effect": float(effect.mean()), "share": share}
+        sites, folder = f"{tower}.blocks.*.attn.hook_z", _inside(save_to, tower)
+        patched[tower] = activation_patch(model, pairs, metric, sites=sites, save_to=folder, **given, **options)
+    first = next(iter(patched.values()))
+    values, axes = _stack(patched)
+    lead = {"metric": first.metrics} if first.metrics else {}
+    heads = HeadImportance(
+        values, {**lead, **axes, "example": first.axes["example"]}, base=first.base, source=first.source
+    )
+    gap, size = (heads.source - heads.base).abs(), heads.source.abs() + heads.base.abs()
+    if not bool((gap > ROUNDING * size).any()):
+        raise InputError("The metric does not differ between the two runs, so no head can restore anything.")
+    selected = _strongest(heads.effects, axes, top_k)
+    leading = _leading(metric)
+    runs = two_runs(model, pairs, leading, clean, corrupt, mode, align, example_batch)
+    freezer = _Freezer(model, runs, selected, {"save_to": save_to, **options})
+    *singles, together = freezer.effects([*(([site], []) for site in freezer.ids), (list(selected), [])], "nodes")
+    wholes = {
+        name: {"site": site, "effect": float(effect.mean()), "share": freezer.share(effect)}
+        for (site, name), effect in zip(freezer.ids.items(), singles, strict=True)
+    }
     edges = _edges(freezer, selected)
-    ends = (runs.source, runs.base) if mode == "denoise" else (runs.base, runs.source)
-    return HeadImportance(
-        values=values,
-        axes=axes,
+    ends = (freezer.source, freezer.base) if mode == "denoise" else (freezer.base, freezer.source)
+    return dataclasses.replace(
+        heads,
         provenance=describe(
             model,
             method=f"head_importance(mode={mode})",
-            metric=metric,
-            inputs=(clean, corrupt),
+            metric=MetricSet.of(metric).bind(model) if pairs is None else MetricSet.of(metric),
             towers=_sizes(patched),
+            **runs.described(),
         ),
-        raw=raw,
         selected=[name for name, _ in sorted(selected.items(), key=lambda entry: -abs(entry[1]))],
-        joint=float((together / freezer.gap).nanmean()),
+        joint=freezer.share(together),
         connectors={freezer.ids[site]: wholes[freezer.ids[site]] for site in freezer.connectors},
         inputs={freezer.ids[site]: wholes[freezer.ids[site]] for site in freezer.inputs},
         edges=edges,
         metric_clean=float(ends[0].mean()),
         metric_corrupt=float(ends[1].mean()),
         mode=mode,
-        n_examples=len(runs.base),
+        n_examples=values.shape[-1],
         answer_tower=names[-1],
         dead=[site for result in patched.values() for site in result.dead],
-        errors=_stack({name: _spread(result) for name, result in patched.items()})[0],
-        joint_error=_error(together / freezer.gap),
-        swing_error=_error(runs.source - runs.base),
+        joint_error=float(restored_error(together, freezer.base, freezer.source)),
+        swing_error=float(standard_error(freezer.source - freezer.base)),
         edits=[*(group for result in patched.values() for group in result.edits), *freezer.groups],
+        groups=first.groups,
     )
+
+
+def _inside(folder: str | Path | None, name: str) -> Path | None:
+    return None if folder is None else Path(folder) / name
+
+
+def _leading(metric: Any) -> Any:
+    """The first of several metrics."""
+    members = MetricSet.of(metric)
+    return next(iter(members.members.values()))
 
 
 class _Freezer:
     """Runs the base with some nodes patched to the source and others held at their base values."""
 
-    def __init__(
-        self,
-        model: Any,
-        metric: Any,
-        base_inputs: Mapping[str, Any],
-        source_inputs: Mapping[str, Any],
-        selected: Mapping[str, float],
-        measured: PatchingResult,
-    ) -> None:
-        self.model, self.metric, self.base_inputs, self.base = model, metric, base_inputs, measured.base
-        # Examples in which the two runs hardly differ have no share; one cell of the measurement says which they are.
-        one_cell = measured.per_example.flatten(0, -2)[0]
-        self.gap = (measured.source - measured.base).masked_fill(one_cell.isnan(), float("nan"))
+    def __init__(self, model: Any, runs: Runs, selected: Mapping[str, float], options: Mapping[str, Any]) -> None:
+        self.model, self.runs, self.options = model, runs, dict(options)
         self.groups: list[EditGroup] = []
         self.connectors, self.inputs = connector_sites(model), input_sites(model)
         self.ids = {site: format_id(NodeName(site.split(".")[0], "input")) for site in self.inputs}
         self.ids |= {site: _connector_id(site) for site in self.connectors}
         sites = [*sorted({_site(name) for name in selected}), *self.ids]
-        with torch.no_grad():
-            _, self.source_cache = model.run_with_cache(source_inputs, names_filter=sites)
-            _, self.base_cache = model.run_with_cache(self.base_inputs, names_filter=sites)
+        self.sources, self.held = runs.sources(sites), runs.holds(sites)
+        self.base = self.source = torch.zeros(0)
 
-    def effects(self, cells: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[Tensor]:
+    def effects(self, cells: Sequence[tuple[Sequence[str], Sequence[str]]], folder: str) -> list[Tensor]:
         """The change of the metric per example, in its own units, for each (patched, frozen) pair of node lists."""
-        groups = [self._writes(patch, self.source_cache) + self._writes(hold, self.base_cache) for patch, hold in cells]
+        groups = [tuple(self._writes(patch, self.sources) + self._writes(hold, self.held)) for patch, hold in cells]
         self.groups += map(by_digest, groups)
-        return list(self.model.sweep(self.base_inputs, groups, self.metric).values - self.base)
+        measured = self.runs.measure(groups, **{**self.options, "save_to": _inside(self.options["save_to"], folder)})
+        self.base, self.source = measured.base[0], measured.source[0]
+        return list(measured.values[0] - self.base)
 
-    def _writes(self, names: Sequence[str], cache: Mapping[str, Tensor]) -> list[edits.Edit]:
+    def share(self, effect: Tensor) -> float:
+        """The share of the two runs' difference that an effect is."""
+        return float(restored_share(effect, self.base, self.source))
+
+    def _writes(self, names: Sequence[str], values: Mapping[str, Any]) -> list[edits.Edit]:
         """Nodes held at their values in another run: whole sites, or heads of one site together."""
         heads: dict[str, list[int]] = defaultdict(list)
-        wholes = [edits.replace(name, cache[name]) for name in names if name in self.ids]
+        wholes = [edits.replace(name, values[name]) for name in names if name in self.ids]
         for name in names:
             if name not in self.ids:
                 heads[_site(name)].append(parse_id(name).head)
-        return wholes + [edits.replace(site, cache[site], heads=chosen) for site, chosen in heads.items()]
+        return wholes + [edits.replace(site, values[site], heads=chosen) for site, chosen in heads.items()]
 
 
 def connector_sites(model: Any) -> list[str]:
@@ -309,7 +373,7 @@ def _edges(freezer: _Freezer, selected: Mapping[str, float]) -> list[dict[str, A
                 continue
             frozen = [*frozen, receiver]
             cells.append((sender, receiver, frozen))
-    effects = freezer.effects([([sender], hold) for sender, _, hold in cells])
+    effects = freezer.effects([([sender], hold) for sender, _, hold in cells], "edges")
     edges = []
     for number, (sender, receiver, _) in enumerate(cells):
         if receiver:
@@ -317,12 +381,12 @@ def _edges(freezer: _Freezer, selected: Mapping[str, float]) -> list[dict[str, A
         if number + 1 == len(cells) or cells[number + 1][0] != sender:
             edges.append(_edge(freezer, sender, ANSWER, effects[number]))
     # Runs of different batches round differently: below that, a difference is no edge.
-    floor = ROUNDING * float(freezer.gap.abs().nanmean() + freezer.base.abs().mean())
+    floor = ROUNDING * float((freezer.source - freezer.base).abs().mean() + freezer.base.abs().mean())
     return [edge for edge in edges if abs(edge["score"]) > floor]
 
 
 def _edge(freezer: _Freezer, sender: str, receiver: str, scores: Tensor) -> dict[str, Any]:
-    spread = float(scores.std() / len(scores) ** 0.5) if len(scores) > 1 else 0.0
+    spread = float(standard_error(scores).nan_to_num(0.0))
     ends = {"sender": freezer.ids.get(sender, sender), "receiver": freezer.ids.get(receiver, receiver)}
     return {**ends, "score": float(scores.mean()), "se": spread}
 
@@ -342,44 +406,28 @@ def _site(name: str) -> str:
     return site_of(name)[0]
 
 
-def _stack(patched: Mapping[str, PatchingResult]) -> tuple[Tensor, Tensor, dict[str, list[Any]]]:
+def _stack(patched: Mapping[str, PatchingResult]) -> tuple[Tensor, dict[str, list[Any]]]:
+    """The effects of all towers in one tensor, and the axes of the heads."""
     layers = max(len(result.axes["layer"]) for result in patched.values())
     heads = max(len(result.axes["head"]) for result in patched.values())
-    dtype = next(iter(patched.values())).raw.dtype
-    values = torch.full((len(patched), layers, heads), float("nan"), dtype=dtype)
-    raw = values.clone()
+    first = next(iter(patched.values())).values
+    lead, examples = first.shape[:-3], first.shape[-1]
+    values = torch.full((*lead, len(patched), layers, heads, examples), math.nan, dtype=first.dtype)
     for number, result in enumerate(patched.values()):
-        rows, columns = result.values.shape
-        values[number, :rows, :columns] = result.values
-        raw[number, :rows, :columns] = result.raw
-    return values, raw, {"tower": list(patched), "layer": list(range(layers)), "head": list(range(heads))}
+        rows, columns = result.values.shape[-3:-1]
+        values[..., number, :rows, :columns, :] = result.values
+    return values, {"tower": list(patched), "layer": list(range(layers)), "head": list(range(heads))}
 
 
-def _error(values: Tensor) -> float:
-    """The standard error of a mean over those examples that have a value."""
-    there = values[torch.isfinite(values)].double()
-    return float(there.std() / len(there) ** 0.5) if len(there) > 1 else math.nan
-
-
-def _spread(result: PatchingResult) -> PatchingResult:
-    """A patching result whose values are the standard errors of its effects."""
-    there = torch.isfinite(result.per_example)
-    count = there.sum(-1)
-    centred = (result.per_example - result.values[..., None]).where(there, torch.zeros(()).to(result.per_example))
-    spread = (centred.square().sum(-1) / (count - 1) / count).sqrt()
-    spread = spread.where(count > 1, torch.full_like(spread, math.nan))
-    return dataclasses.replace(result, values=spread, raw=spread)
-
-
-def _strongest(raw: Tensor, axes: Mapping[str, list[Any]], top_k: int) -> dict[str, float]:
+def _strongest(effects: Tensor, axes: Mapping[str, list[Any]], top_k: int) -> dict[str, float]:
     """Id and effect of the ``top_k`` heads of each tower with the largest absolute effect that is not zero."""
     chosen: dict[str, float] = {}
     for number, tower in enumerate(axes["tower"]):
-        flat = raw[number].flatten()
+        flat = effects[number].flatten()
         for index in flat.abs().nan_to_num(0.0).argsort(descending=True, stable=True)[:top_k].tolist():
             effect = float(flat[index])
             if effect == effect and effect != 0.0:
-                layer, head = divmod(index, raw.shape[2])
+                layer, head = divmod(index, effects.shape[2])
                 chosen[head_id(tower, layer, head)] = effect
     return chosen
 

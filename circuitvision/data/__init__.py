@@ -1,11 +1,16 @@
-"""Data with known ground truth: synthetic scenes with every object's attributes, box and mask, and minimal pairs of them.
+"""Data with known answers: pairs of inputs to compare, and synthetic scenes with every object's attributes, box and mask.
 
-``scenes`` draws pictures and minimal pairs, ``questions`` and ``captions`` put words to them, ``reach`` is a grid world to act in.
+``Pairs`` and ``Side`` hold any data set of raw examples; ``reading`` makes them from files and stored data sets, ``batches`` turns them into inputs,
+``generated`` draws them. ``scenes`` draws pictures and minimal pairs, ``questions`` and ``captions`` put words to them, ``reach`` is a grid world to
+act in.
 """
 
 from __future__ import annotations
 
+from circuitvision.data.batches import Batch
 from circuitvision.data.captions import Caption, Retrieval, sample_retrievals, true_captions
+from circuitvision.data.generated import caption_pairs, largest_pairs, question_pairs, reach_pairs
+from circuitvision.data.pairs import Pairs, Tally
 from circuitvision.data.questions import (
     Question,
     QuestionPair,
@@ -30,6 +35,7 @@ from circuitvision.data.scenes import (
     render,
     sample_scene,
 )
+from circuitvision.data.sides import Example, Side
 
 __all__ = [
     "ALL_PAIRS",
@@ -39,16 +45,25 @@ __all__ = [
     "TEST_PAIRS",
     "TRAIN_PAIRS",
     "VALIDATION_PAIRS",
+    "Batch",
     "Caption",
+    "Example",
     "MinimalPair",
+    "Pairs",
     "Question",
     "QuestionPair",
     "Retrieval",
     "Scene",
     "SceneObject",
+    "Side",
+    "Tally",
+    "caption_pairs",
     "largest",
+    "largest_pairs",
     "minimal_pair",
     "prompt",
+    "question_pairs",
+    "reach_pairs",
     "render",
     "sample_largest",
     "sample_question_pairs",

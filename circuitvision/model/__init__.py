@@ -5,7 +5,7 @@ from __future__ import annotations
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.hooked import HookedModel
 from circuitvision.model.hooks import HookPoint
-from circuitvision.model.sweep import SweepResult
+from circuitvision.model.sweeps.result import SweepResult
 from circuitvision.model.tokens import TokenMap
 from circuitvision.model.tower import Tower, TowerConfig
 

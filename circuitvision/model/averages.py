@@ -274,38 +274,66 @@ def shown(average: Average) -> str:
 _FIX = "Take average='all' or 'kind', the mean over a kind such as average='patch', or inputs that line up."
 
 
-def check_aligned(run: Layout, data: Sequence[Layout], wanted: Array, of_run: bool) -> None:
+class Seen:
+    """What stands at every position of the inputs that a mean goes over: how many entries, and which things they are."""
+
+    def __init__(self, layouts: Iterable[Layout] = ()) -> None:
+        self.names: dict[int, set[str]] = {}
+        self.counts: dict[int, int] = {}
+        self.kinds: set[str] = set()
+        self.unknown = False
+        for layout in layouts:
+            self.add(layout)
+
+    def add(self, layout: Layout) -> None:
+        """Note one run."""
+        if layout.place is None or layout.kind is None:
+            self.unknown = True
+            return
+        self.kinds |= {str(kind) for kind in np.unique(layout.kind[layout.there])}
+        for column in np.flatnonzero(layout.there.any(0)).tolist():
+            position = column if layout.held is None else int(layout.held[column])
+            found = layout.place[layout.there[:, column], column]
+            self.names.setdefault(position, set()).update(map(str, found))
+            self.counts[position] = self.counts.get(position, 0) + len(found)
+
+
+def check_aligned(run: Layout, data: Sequence[Layout] | Seen, wanted: Array, of_run: bool) -> None:
     """Raise InputError unless a mean per position exists at every wanted entry of a run, and is of one kind of thing.
 
     ``of_run``: the data are the run itself, whose single rows have no mean but their own value.
     """
-    if run.place is None or any(part.place is None for part in data):
+    seen = data if isinstance(data, Seen) else Seen(data)
+    if run.place is None or seen.unknown:
         return
     needed = wanted & run.there
     what = "run" if of_run else "data set"
     for position in np.flatnonzero(needed.any(0)).tolist():
         at = position if run.held is None else int(run.held[position])
-        columns = [(part, part.index(at)) for part in data]
-        found = [part.place[part.there[:, n], n] for part, n in columns if part.place is not None and n is not None]
-        count, names = sum(map(len, found)), {str(name) for part in found for name in part}
+        count, names = seen.counts.get(at, 0), seen.names.get(at, set())
         own = {str(name) for name in run.place[needed[:, position], position]}
         if not count:
             raise InputError(f"no row of the {what} has anything at position {at}, which is to be ablated. {_FIX}")
-        if len(names | own) > 1:
-            one, other = sorted(names | own)[:2]
-            raise InputError(
-                f"position {at} is {one!r} in one row and {other!r} in another, so a mean per position would mix them. {_FIX}"
-            )
+        check_one_thing(at, names | own)
         if of_run and count == 1:
             raise InputError(f"only one row has position {at}, and its mean is its own value. Pass dataset=…. {_FIX}")
 
 
-def check_kinds(run: Layout, data: Sequence[Layout], wanted: Array) -> None:
+def check_one_thing(position: int, names: set[str]) -> None:
+    """Raise InputError where rows hold different things at a position."""
+    if len(names) > 1:
+        one, other = sorted(names)[:2]
+        raise InputError(
+            f"position {position} is {one!r} in one row and {other!r} in another, so a mean per position would mix them. {_FIX}"
+        )
+
+
+def check_kinds(run: Layout, data: Sequence[Layout] | Seen, wanted: Array) -> None:
     """Raise InputError where a run has a position of a kind that the data do not have."""
-    if run.kind is None or any(part.kind is None for part in data):
+    seen = data if isinstance(data, Seen) else Seen(data)
+    if run.kind is None or seen.unknown:
         return
-    known = {str(kind) for part in data if part.kind is not None for kind in np.unique(part.kind[part.there])}
-    missing = sorted({str(kind) for kind in np.unique(run.kind[wanted & run.there])} - known)
+    missing = sorted({str(kind) for kind in np.unique(run.kind[wanted & run.there])} - seen.kinds)
     if missing:
         raise InputError(f"the data set has no position of the kind {missing[0]!r}, which is to be ablated. {_FIX}")
 

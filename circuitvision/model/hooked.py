@@ -44,7 +44,7 @@ from circuitvision.model.tree import ModuleTree, base_of
 from circuitvision.model.weights import check_gradients, main_device, main_dtype
 
 if TYPE_CHECKING:
-    from circuitvision.model.sweep import SweepResult
+    from circuitvision.model.sweeps.result import SweepResult
 
 HookList = Sequence[tuple[Any, Hook]]
 
@@ -534,31 +534,47 @@ class HookedModel(TextTools):
         self,
         inputs: Any,
         edits_or_groups: Sequence[Edit | Sequence[Edit]],
-        metric: Metric,
+        metric: Any,
         batch_size: int | str = "auto",
         *,
         axes: Mapping[str, Sequence[Any]] | None = None,
         partial: bool = False,
         empty: Literal["nan", "clean"] = "nan",
         progress: bool = True,
+        save_to: str | Path | None = None,
+        resume: bool = False,
+        example_batch: int | None = None,
+        align: Any = "kind",
     ) -> SweepResult:
         """``metric`` under each edit, or group of edits, one at a time; only what an edit can change is computed.
 
         Equal to ``[metric(model.run(inputs, group)) for group in groups]`` up to rounding. ``values`` is ``[edit example]``, ``clean`` the metric
-        of the unedited run. ``metric(logits)`` or ``metric(logits, inputs)`` gets the whole output of one run. ``batch_size`` is how many edits run
-        at once; "auto" goes by memory, and either is halved when memory runs out. With ``partial`` an interruption (Ctrl-C, an exception in the
-        metric) returns what is done, the rest NaN. ``axes`` arranges the edits, in the order given, as a grid: ``{"layer": range(8), "head":
+        of the unedited run. ``metric(logits)`` or ``metric(logits, inputs)`` gets the whole output of one run; a mapping ``{name: metric}``, or a
+        list of names, measures several in one run, which become the leading axis ``metric``. ``batch_size`` is how many edits run at once; "auto"
+        goes by memory, and either is halved when memory runs out. With ``partial`` an interruption (Ctrl-C, an exception in the metric) returns what
+        is done, the rest NaN. ``axes`` arranges the edits, in the order given, as a grid: ``{"layer": range(8), "head":
         range(12)}`` for 96 edits, the last axis varying fastest.
+
+        ``inputs`` may be a data set: pairs (their clean side) or a side of them, which run ``example_batch`` examples at a time (None: by memory), so
+        that memory does not grow with their number. Metrics without an answer take the data set's, edits may take their values from the other side
+        (``edits.replace(site, pairs.clean)``; ``align`` says which positions belong together), and a function ``edits(batch)`` makes them for each
+        batch, as many each time.
+
+        ``save_to`` is a folder in which every finished batch is kept: whatever ends the run, the same call with ``resume=True`` runs the rest only,
+        to the same bits (see :mod:`circuitvision.model.sweeps.store`).
 
         An example in which all masks and selections of a group are empty was not edited: it is NaN, with a warning, so that means leave it out
         (``empty="clean"``: its unedited metric). Raises InputError or UnknownSiteError, naming the edit, before anything runs; InputError in
-        training mode with dropout.
+        training mode with dropout, and for a folder that holds another study.
         """
-        from circuitvision.model.sweep import Sweep
+        from circuitvision.model.sweeps.study import Options, Study
 
-        return Sweep(
-            self, self._checked(inputs), edits_or_groups, metric, batch_size, partial, progress, axes, empty
-        ).result()
+        options = Options(batch_size, partial, empty, progress, save_to, resume)
+        if hasattr(inputs, "batches"):
+            from circuitvision.model.sweeps.stream import DataStudy
+
+            return DataStudy(self, inputs, edits_or_groups, metric, axes, options, example_batch, align).result()
+        return Study(self, self._checked(inputs), edits_or_groups, metric, axes, options).result()
 
     def generate(self, inputs: Any, *, edits: Sequence[Edit] = (), **kwargs: Any) -> Int[Tensor, "batch pos"]:
         """Generate text under the active hooks and edits; other keywords go to the module's ``generate``.

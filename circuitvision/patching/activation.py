@@ -1,20 +1,20 @@
 """Activation patching: which part of one run, put into another, moves the answer.
 
-Two runs of the same shape, *clean* and *corrupt*, differ in one thing. One run is the *base*; for every cell of the
-requested axes one piece of it takes the value it had in the other run, the *source*, and the metric is read again:
+Two runs of the same shape, *clean* and *corrupt*, differ in one thing. One run is the *base*; for every cell of the requested axes one piece of it
+takes the value it had in the other run, the *source*, and the metric is read again. The effect is ``metric(patched) - metric(base)`` per example,
+and over examples
 
-    ``effect = (metric(patched) - metric(base)) / (metric(source) - metric(base))``
+    ``restored = mean(metric(patched) - metric(base)) / mean(metric(source) - metric(base))``
 
-``mode="denoise"`` patches clean values into the corrupt run: 1 restores the clean answer, 0 does nothing (is this
-piece *sufficient*?). ``mode="noise"`` patches corrupt values into the clean run: 1 destroys it completely (is it
-*necessary*?). Effects may be negative or exceed 1, and they do not add up where pieces back each other up. Where
-base and source hardly differ in the metric the ratio means nothing: such examples are NaN, announced by a warning,
-and left out of the mean.
+``mode="denoise"`` patches clean values into the corrupt run: 1 restores the clean answer, 0 does nothing (is this piece *sufficient*?).
+``mode="noise"`` patches corrupt values into the clean run: 1 destroys it completely (is it *necessary*?). Shares may be negative or exceed 1, and
+they do not add up where pieces back each other up. They are a ratio of means and not a mean of ratios, which single examples with a small difference
+would decide; where the two runs do not differ (within two standard errors) there is no share: NaN, with a warning.
 
-Every cell is one ``edits.replace``, and all cells are one ``model.sweep``: only what a cell can change is computed.
-Not covered: runs of different lengths.
+Every cell is one ``edits.replace``, and all cells are one ``model.sweep``: only what a cell can change is computed. Pairs run in batches, their
+positions matched by kind. Not covered: tensors of different shapes given as ``clean=`` and ``corrupt=`` (make them Pairs).
 
-Reference: Wang et al. 2022 (arXiv 2211.00593); Zhang and Nanda 2023 (arXiv 2309.16042) on the two modes.
+Reference: Wang et al. 2022 (arXiv 2211.00593); Zhang and Nanda 2023 (arXiv 2309.16042) on the two modes and on what to divide by.
 """
 
 from __future__ import annotations
@@ -23,24 +23,27 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision import edits, metrics
+from circuitvision import edits
 from circuitvision.errors import InputError, warn
 from circuitvision.model.edits.base import EditGroup, by_digest
-from circuitvision.model.edits.values import TensorRef
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
+from circuitvision.model.sweeps.result import restored_share
+from circuitvision.patching.runs import two_runs
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _BLOCK_SITE = re.compile(r"(?P<tower>\w+)\.blocks\.(?P<layer>\d+)\.(?P<leaf>.+)")
-LEAST_GAP = 0.01
-"""Share of the metric's size by which two runs differ at least where an effect is given as a share of that."""
 _Cell = tuple[tuple[int, ...], str, int | None, int | None]
 """Index in the result, site, head or None for all, position or None for all."""
 _AXES = ("tower", "layer", "site", "head", "position")
@@ -48,126 +51,162 @@ _AXES = ("tower", "layer", "site", "head", "position")
 
 @dataclass(frozen=True, eq=False)
 class PatchingResult(Result):
-    """Effects of patching, averaged over the examples that have one.
+    """Effects of patching: ``values`` ``[*axes example]``, the change of the metric in its own units; several metrics lead, ``[metric *axes
+    example]``.
 
-    ``values`` are normalised effects (see the module), ``raw`` the change of the metric in its own units, both with
-    the same axes; ``per_example`` has a last dimension for the examples. ``base`` and ``source`` are the metric of
-    the two runs, per example. Cells that do not exist (a tower with fewer layers or heads than another) are NaN in
-    all of them. Sites listed in ``dead`` cannot reach the output: their effect is 0, without a run. ``sources`` is one
-    edit for each site, with the whole of the source run's values there (by digest: the result does not keep them).
+    ``base`` and ``source`` ``[example]`` (``[metric example]``) are the metric of the two runs, and :attr:`restored` the share of their difference
+    that each cell moves. Cells that do not exist (a tower with fewer layers or heads than another) are NaN. Sites listed in ``dead`` cannot reach the
+    output: their effect is 0, without a run. ``edits`` is the edit of every cell that was run, in row-major order, with tensors by digest
+    (:func:`circuitvision.edits.restore` puts them back). ``groups`` says which examples belong together, where the data does.
     """
 
-    raw: Tensor = field(default_factory=lambda: torch.zeros(0))
-    per_example: Tensor = field(default_factory=lambda: torch.zeros(0))
     base: Tensor = field(default_factory=lambda: torch.zeros(0))
     source: Tensor = field(default_factory=lambda: torch.zeros(0))
     mode: str = "denoise"
     site: str = ""
     dead: list[str] = field(default_factory=list)
-    sources: list[EditGroup] = field(default_factory=list)
-    positions: dict[str, list[int]] = field(default_factory=dict)
-    """The positions of its tower that each site holds, where positions are an axis."""
+    edits: list[EditGroup] = field(default_factory=list)
+    groups: list[Any] = field(default_factory=list)
+
+    _per_example: ClassVar[dict[str, int]] = {"base": -1, "source": -1, "groups": 0}
 
     @property
-    def edits(self) -> list[EditGroup]:
-        """The edit of every cell that was run, in row-major order; :func:`circuitvision.edits.restore` puts the source's values into them."""
-        whole: dict[str, Any] = {edit.site: edit.values()["source"] for group in self.sources for edit in group}
-        shapes = {site: source._tensor if isinstance(source, TensorRef) else source for site, source in whole.items()}
-        axes = [axis for axis in self.axes if axis != "tower"]
-        cells = sorted(_plan(list(shapes), axes, shapes, self.positions)[1]) if shapes else []
-        return [EditGroup([_patch(cell, whole[cell[1]])]) for cell in cells if cell[1] not in self.dead]
+    def metrics(self) -> list[str]:
+        """The names of the metrics, where several were measured; else empty."""
+        return list(self.axes.get("metric", []))
+
+    @property
+    def cells(self) -> dict[str, list[Any]]:
+        """The axes of the cells: all but ``metric`` and ``example``."""
+        return {name: labels for name, labels in self.axes.items() if name not in ("metric", "example")}
+
+    @property
+    def restored(self) -> Float[Tensor, "*axes"]:
+        """The share of the source's answer that each cell restores (or destroys), see the module; NaN where the two runs do not differ."""
+        lead = [len(self.metrics)] if self.metrics else []
+        base, source = (found.view(*lead, *[1] * len(self.cells), -1) for found in (self.base, self.source))
+        base, source = base.expand(self.values.shape), source.expand(self.values.shape)
+        return restored_share(self.values, base, source)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per metric, cell and example: ``value`` (the effect), ``base`` and ``source``."""
+        frame = super().to_frame()
+        lead = [len(self.metrics)] if self.metrics else []
+        for name, found in (("base", self.base), ("source", self.source)):
+            everywhere = found.view(*lead, *[1] * len(self.cells), -1).expand(self.values.shape)
+            frame[name] = everywhere.double().flatten().numpy()
+        return frame
 
     def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
-        """The effects; every axis is one of components."""
-        return self.values, ()
+        """The effects. Raises InputError for several metrics."""
+        if self.metrics:
+            raise InputError(f"Several metrics were measured ({', '.join(self.metrics)}); rank the result of one.")
+        return self.values, ("example",)
 
-    def top(self, count: int = 10) -> list[tuple[dict[str, Any], float]]:
-        """The cells with the largest absolute effect, as (labels, effect), strongest first."""
-        flat = self.values.flatten().nan_to_num(0.0)
+    def top(self, count: int = 10, metric: str | None = None) -> list[tuple[dict[str, Any], float]]:
+        """The cells that restore the largest share in absolute value, as (labels, share), strongest first; of several metrics the one named, else the
+        first."""
+        shares = self.restored
+        if self.metrics:
+            shares = shares[0 if metric is None else self.index_of("metric", metric)]
+        flat = shares.flatten().nan_to_num(0.0)
         order = flat.abs().argsort(descending=True, stable=True)[:count].tolist()
-        cells = [dict(zip(self.axes, labels, strict=True)) for labels in itertools.product(*self.axes.values())]
-        return [(cells[index], float(flat[index])) for index in order]
+        places = [dict(zip(self.cells, labels, strict=True)) for labels in itertools.product(*self.cells.values())]
+        return [(places[index], float(flat[index])) for index in order]
 
 
 @with_provenance
 def activation_patch(
     model: Any,
-    clean: Mapping[str, Any],
-    corrupt: Mapping[str, Any],
-    metric: Any,
+    pairs: Any = None,
+    metric: Any = None,
     *,
     sites: str | Sequence[str],
     axes: Sequence[str] = ("layer", "head"),
     mode: str = "denoise",
-    min_gap: float | None = None,
+    clean: Mapping[str, Any] | None = None,
+    corrupt: Mapping[str, Any] | None = None,
+    align: Any = "kind",
+    example_batch: int | None = None,
+    save_to: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
 ) -> PatchingResult:
     """Patch every cell of ``axes`` of the matching sites, one at a time, and measure how much of the answer follows.
 
     Args:
         model: the hooked model.
-        clean: inputs whose answer the metric favours.
-        corrupt: inputs of the same shapes whose answer differs.
-        metric: ``metric(logits, inputs) -> [batch]``, see :mod:`circuitvision.metrics`.
+        pairs: a data set of pairs, run ``example_batch`` at a time (None: by memory), positions matched as ``align`` says.
+        metric: a metric, its name, or a mapping of several (see :mod:`circuitvision.metrics`); answers are the pairs' where it has none.
         sites: a glob or names, for example ``"vision.blocks.*.attn.hook_z"``; one kind of site at a time.
-        axes: ``"layer"`` (or ``"site"`` for sites outside blocks), then ``"head"`` and ``"position"`` as wanted.
-        What is not an axis is
-            patched whole: ``("layer", "head")`` patches all positions of one head. Sites of several towers add the
-            axis ``"tower"``.
+        axes: ``"layer"`` (or ``"site"`` for sites outside blocks), then ``"head"`` and ``"position"`` as wanted. What is not an axis is patched
+            whole: ``("layer", "head")`` patches all positions of one head. Sites of several towers add the axis ``"tower"``.
         mode: ``"denoise"`` or ``"noise"``.
-        min_gap: the smallest ``|metric(source) - metric(base)|`` that an effect is computed for, in units of the
-        metric; by default a
-            hundredth of the sum of their sizes, below which the ratio is one of rounding and noise.
+        clean, corrupt: in place of pairs, the inputs of the two runs, of the same shapes.
+        save_to, resume: a folder for finished parts, and whether to continue what it holds, see ``model.sweep``.
+        progress: whether progress is shown.
 
     Raises:
-        InputError: dropout in training mode, inputs of different shapes, axes the site does not have, several kinds of site, an unknown mode.
+        InputError: dropout in training mode, runs that do not fit together, axes the site does not have, several kinds of site, an unknown mode.
         UnknownSiteError: ``sites`` matches nothing.
     """
-    if mode not in ("denoise", "noise"):
-        raise InputError(
-            f"Unknown mode {mode!r}; choose 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)."
-        )
     refuse_random(model.module, "Patching")
     names = matching_sites(model, sites)
     _check_axes(names, axes)
-    check_same_shapes(clean, corrupt)
-    metric = metrics.bind(metric, model)
-    base_inputs, source_inputs = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
-    dead = [name for name in names if model.is_dead(name, base_inputs)]
-    with torch.no_grad():
-        source_logits, cache = model.run_with_cache(source_inputs, names_filter=names)
-        source = metrics.evaluate(metric, source_logits, source_inputs).cpu()
-        values = {name: cache[name] for name in names}
-        held = {name: model.positions(name, base_inputs) for name in names} if "position" in axes else {}
-        without = [name for name, positions in held.items() if not positions]
-        if without:
-            raise InputError(f"{without[0]} has no positions in this model; leave 'position' out of axes.")
-        labels, cells = _plan(names, axes, values, held)
-        live = [cell for cell in cells if cell[1] not in dead]
-        swept = model.sweep(base_inputs, [_patch(cell, values[cell[1]]) for cell in live], metric) if live else None
-        base = metrics.evaluate(metric, model(base_inputs), base_inputs).cpu() if swept is None else swept.clean
-    raw = torch.full((*(len(values) for values in labels.values()), len(base)), float("nan"), dtype=base.dtype)
-    for index, name, _, _ in cells:
-        raw[index] = 0.0 if name in dead else raw[index]
-    for number, (index, _, _, _) in enumerate(live):
-        assert swept is not None
-        raw[index] = swept.values[number] - base
-    per_example = raw / usable_gap(source - base, base, source, min_gap)
-    return PatchingResult(
-        values=per_example.nanmean(-1),
-        axes=labels,
+    runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch)
+    first = runs.first_inputs()
+    dead = [name for name in names if model.is_dead(name, first)]
+    held = {name: model.positions(name, first) for name in names} if "position" in axes else {}
+    without = [name for name, positions in held.items() if not positions]
+    if without:
+        raise InputError(f"{without[0]} has no positions in this model; leave 'position' out of axes.")
+    labels, cells = _plan(names, axes, _head_counts(model, names) if "head" in axes else {}, held)
+    live = [cell for cell in cells if cell[1] not in dead]
+    sources = runs.sources(names)
+    runs.fixed_positions = held
+    groups = [(_patch(cell, sources[cell[1]]),) for cell in live]
+    measured = runs.measure(groups, save_to=save_to, resume=resume, progress=progress)
+    values = torch.full(
+        (len(measured.base), *map(len, labels.values()), measured.base.shape[1]),
+        float("nan"),
+        dtype=measured.base.dtype,
+    )
+    for place, name, _, _ in cells:
+        if name in dead:
+            values[_every_metric(place)] = 0.0
+    for number, (place, _, _, _) in enumerate(live):
+        values[_every_metric(place)] = measured.values[:, number] - measured.base
+    result = PatchingResult(
+        values=values if runs.metrics.several else values[0],
+        axes={**runs.metrics.axis, **labels, "example": measured.examples},
         provenance=describe(
-            model, method=f"activation_patch(mode={mode})", metric=metric, inputs=(clean, corrupt), sites=_kind(names)
+            model, method=f"activation_patch(mode={mode})", metric=runs.metrics, sites=_kind(names), **runs.described()
         ),
-        raw=raw.nanmean(-1),
-        per_example=per_example,
-        base=base,
-        source=source,
+        base=measured.base if runs.metrics.several else measured.base[0],
+        source=measured.source if runs.metrics.several else measured.source[0],
         mode=mode,
         site=_kind(names),
-        positions={name: list(held[name]) for name in names if name in held},
         dead=dead,
-        sources=[by_digest([edits.replace(name, value)]) for name, value in values.items()],
+        edits=[by_digest(group) for group in groups],
+        groups=measured.groups,
     )
+    _warn_of_equal_runs(result, cells[0][0])
+    return result
+
+
+def _every_metric(place: tuple[int, ...]) -> tuple[Any, ...]:
+    return (slice(None), *place)
+
+
+def _warn_of_equal_runs(result: PatchingResult, cell: tuple[int, ...]) -> None:
+    """One warning where the two runs hardly differ in a metric."""
+    shares = result.restored if result.metrics else result.restored[None]
+    names = [name for number, name in enumerate(result.metrics or ["the metric"]) if shares[number][cell].isnan()]
+    if names:
+        warn(
+            f"The two runs do not differ in {', '.join(names)} (within two standard errors of {result.values.shape[-1]} examples), so there is no "
+            "share of a difference: restored is NaN. Take pairs whose answers differ (pairs.answered(model))."
+        )
 
 
 def matching_sites(model: Any, sites: str | Sequence[str]) -> list[str]:
@@ -176,33 +215,6 @@ def matching_sites(model: Any, sites: str | Sequence[str]) -> list[str]:
     if not patterns:
         raise InputError("No site was named; give a glob such as 'vision.blocks.*.attn.hook_z'.")
     return list(dict.fromkeys(name for pattern in patterns for name in model.sites(pattern)))
-
-
-def check_same_shapes(clean: Mapping[str, Any], corrupt: Mapping[str, Any]) -> None:
-    """Raise InputError unless two input mappings have the same tensors of the same shapes."""
-    for name in sorted({*clean, *corrupt}):
-        first, second = clean.get(name), corrupt.get(name)
-        if isinstance(first, Tensor) != isinstance(second, Tensor):
-            raise InputError(f"Only one of the two inputs has {name!r}; make both in the same way.")
-        if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape != second.shape:
-            raise InputError(
-                f"{name} is {tuple(first.shape)} in the clean inputs and {tuple(second.shape)} in the corrupt ones. "
-                "Patching puts values of one run into the other: prompts need one token length, images one size."
-            )
-
-
-def usable_gap(
-    gap: Float[Tensor, " batch"], base: Tensor, source: Tensor, min_gap: float | None
-) -> Float[Tensor, " batch"]:
-    """The denominators of the effect, NaN where the two runs hardly differ (with a warning that says how many)."""
-    floor = (base.abs() + source.abs()) * LEAST_GAP if min_gap is None else torch.full_like(gap, min_gap)
-    usable = (gap.abs() > floor) & gap.isfinite()
-    if not bool(usable.all()):
-        warn(
-            f"In {int((~usable).sum())} of {len(gap)} examples the metric hardly differs between the two runs, so "
-            "their normalised effect is NaN. Choose a pair whose answers differ."
-        )
-    return torch.where(usable, gap, torch.full_like(gap, float("nan")))
 
 
 def _kind(names: Sequence[str]) -> str:
@@ -228,13 +240,18 @@ def _check_axes(names: Sequence[str], axes: Sequence[str]) -> None:
             raise InputError(f"{headless[0]} has no heads; leave 'head' out of axes.")
 
 
-def _dimension(name: str) -> int:
-    """The axis of heads."""
-    return 1 if SiteName.parse(name).is_pattern else 2
+def _head_counts(model: Any, names: Sequence[str]) -> dict[str, int]:
+    """How many heads each site has."""
+    found = {}
+    for name in names:
+        site = SiteName.parse(name)
+        cfg = model.towers[site.tower].cfg
+        found[name] = cfg.n_kv_heads if site.counts_key_heads else cfg.n_heads
+    return found
 
 
 def _plan(
-    names: Sequence[str], axes: Sequence[str], source: Mapping[str, Tensor], held: Mapping[str, Sequence[int]]
+    names: Sequence[str], axes: Sequence[str], heads: Mapping[str, int], held: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, list[Any]], list[_Cell]]:
     """The labels of every axis, and for each existing cell (index, site, head or None, position of its tower or None)."""
     parsed = {name: _BLOCK_SITE.fullmatch(name) for name in names}
@@ -250,11 +267,10 @@ def _plan(
         elif axis == "position":
             labels["position"] = sorted({position for name in names for position in held[name]})
         else:
-            labels[axis] = list(range(max(source[name].shape[_dimension(name)] for name in names)))
+            labels[axis] = list(range(max(heads.values())))
     cells = []
     for name in names:
-        heads = source[name].shape[_dimension(name)] if "head" in axes else 0
-        counts = {"head": range(heads), "position": held.get(name, ())}
+        counts = {"head": range(heads.get(name, 0)), "position": held.get(name, ())}
         counts = {axis: numbers for axis, numbers in counts.items() if axis in axes}
         match = parsed[name]
         for chosen in itertools.product(*counts.values()):

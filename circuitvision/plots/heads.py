@@ -24,12 +24,12 @@ _MOST_LABELLED = 200
 
 def head_importance(result: HeadImportance, title: str | None = None) -> go.Figure:
     """Heat maps of every head's share of the answer, one per tower."""
-    towers = result.axes["tower"]
+    towers, shares, effects = result.axes["tower"], result.shares, result.effects
     grids = {}
     for number, tower in enumerate(towers):
-        present = torch.isfinite(result.raw[number])
+        present = torch.isfinite(effects[number])
         layers, heads = int(present.any(1).sum()), int(present.any(0).sum())
-        grids[tower] = result.values[number, :layers, :heads]
+        grids[tower] = shares[number, :layers, :heads]
     whole, lead = findings.swing(result), findings.best_head(result)
     if title is None:
         title = html.escape(str(lead).replace(" of that", " of the difference"))
@@ -38,15 +38,15 @@ def head_importance(result: HeadImportance, title: str | None = None) -> go.Figu
     if lead.value != lead.value:
         # Shares of nothing are no shares: the effects themselves are shown.
         for number, tower in enumerate(towers):
-            grids[tower] = result.raw[number, : grids[tower].shape[0], : grids[tower].shape[1]]
+            grids[tower] = effects[number, : grids[tower].shape[0], : grids[tower].shape[1]]
         return _grids(grids, title, whole.unit or "change", result.dead, share=False)
     return _grids(grids, title, "share of the difference", result.dead)
 
 
 def patching(result: PatchingResult, title: str | None = None) -> go.Figure:
     """Heat map of a patching result over two axes (one per tower, where there are several)."""
-    values = result.values
-    axes = list(result.axes)
+    values = result.restored[0] if result.metrics else result.restored
+    axes = list(result.cells)
     if axes[0] == "tower":
         grids = {
             tower: values[number].reshape(values.shape[1], -1) for number, tower in enumerate(result.axes["tower"])
@@ -55,8 +55,8 @@ def patching(result: PatchingResult, title: str | None = None) -> go.Figure:
     else:
         grids = {"": values.reshape(values.shape[0], -1)}
     across = " and ".join(axes[1:]) or "all"
-    name = title or f"{result.site}: effect of each {axes[0]} and {across}"
-    return _grids(grids, name, "effect", result.dead, axes[0], across)
+    name = title or f"{result.site}: share restored by each {axes[0]} and {across}"
+    return _grids(grids, name, "share", result.dead, axes[0], across)
 
 
 def ablation(result: AblationCheck, title: str | None = None) -> go.Figure:

@@ -1,4 +1,4 @@
-"""Figures of a sweep, in the metric's units: a grid of edits as a heat map, a list of edits as bars of the strongest."""
+"""Figures of a sweep, in the metric's units: edits by their axes as a line or heat maps, a list of edits as bars of the strongest."""
 
 from __future__ import annotations
 
@@ -9,61 +9,142 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from circuitvision.errors import InputError
+from circuitvision.model.sweeps.result import spelled_cell
 from circuitvision.plots import style
 from circuitvision.results import standard_error
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.model.sweep import SweepResult
+    from circuitvision.model.sweeps.result import SweepResult
 
 _SHORT = 60
 """Characters of a label beside its bar, and how many there may be where fewer do not tell two labels apart."""
 _LONGEST = 80
+MOST_PANELS = 12
+"""How many heat maps a figure holds, and how many stand in a row."""
+PANELS_IN_ROW = 4
 
 
-def sweep(result: SweepResult, title: str | None = None, count: int = 12) -> go.Figure:
-    """A heat map of mean effects where the sweep has two axes, else bars of the ``count`` strongest edits.
+def sweep(result: SweepResult, title: str | None = None, count: int = 12, metric: str | None = None) -> go.Figure:
+    """The mean effects by the axes of the sweep: a line for one, a heat map for two, heat maps side by side for three; where no axes were given bars
+    of the ``count`` strongest edits.
 
-    Whiskers are standard errors over examples. Labels leave out what all the shown edits have in common; hovering gives them in full. Edits without
-    a value are left out, and the figure says so.
+    Of several metrics ``metric`` is shown, the first by default. Bands and whiskers are standard errors over examples. Labels leave out what all the
+    shown edits have in common; hovering gives them in full. Edits without a value are left out, and the figure says so.
+
+    Raises:
+        InputError: no such metric, more than three axes, or more than :data:`MOST_PANELS` labels on the first of three.
     """
-    return _grid(result, title) if len(result.axes) == 3 else _bars(result, title, count)
+    shown = result.one(metric)
+    axes = shown.grid
+    if list(axes) == ["edit"]:
+        return _bars(shown, title, count)
+    if len(axes) > 3 or (len(axes) == 3 and len(next(iter(axes.values()))) > MOST_PANELS):
+        sizes = " × ".join(f"{len(entries)} {name}" for name, entries in axes.items())
+        raise InputError(
+            f"A figure shows up to three axes, the first of three with up to {MOST_PANELS} labels; this sweep has {sizes}: sweep over fewer of them."
+        )
+    return _line(shown, title) if len(axes) == 1 else _grid(shown, title)
+
+
+def _mean(result: SweepResult) -> torch.Tensor:
+    return result.effect.detach().cpu().double().nanmean(-1)
+
+
+def _heading(result: SweepResult, title: str | None, mean: torch.Tensor) -> str:
+    """The title, by default the strongest cell, above what a reader must know beside it."""
+    metric, unit = _names(result)
+    best = result.top(1)
+    if title is None:
+        title = "No edit has a value"
+        if best:
+            largest = max(float(mean.abs().nan_to_num(0.0).max()), 1e-12)
+            title = f"{_escape(spelled_cell(best[0][0]))} moves {metric} most: {_signed(best[0][1], largest)}{unit}"
+    return f"{title}<br><span style='font-size:12px'>{'; '.join(_notes(result, int(result.done.sum())))}</span>"
+
+
+def _line(result: SweepResult, title: str | None) -> go.Figure:
+    import plotly.graph_objects as go
+
+    ((name, entries),) = result.grid.items()
+    mean, error = _mean(result), standard_error(result.effect.detach().cpu())
+    metric, unit = _names(result)
+    labels = [str(entry) for entry in entries]
+    figure = go.Figure(
+        go.Scatter(
+            x=labels,
+            y=mean.tolist(),
+            mode="lines+markers",
+            line={"color": style.FOR, "width": 2},
+            error_y={"array": error.nan_to_num(0.0).tolist(), "visible": result.clean.shape[-1] > 1, "thickness": 1.2},
+            customdata=[_escape(label) for label in result.labels],
+            hovertemplate=f"%{{customdata}}<br>%{{y:+.4g}}{unit}<extra></extra>",
+        )
+    )
+    style.layout(figure, _heading(result, title, mean), 380, showlegend=False)
+    figure.update_xaxes(title=name, type="category", showgrid=False, zeroline=False)
+    figure.update_yaxes(
+        title=f"change of {metric}{f',{unit}' if unit else ''}",
+        gridcolor=style.FAINT,
+        zeroline=True,
+        zerolinecolor=style.GREY,
+    )
+    return figure
 
 
 def _grid(result: SweepResult, title: str | None) -> go.Figure:
+    from plotly.subplots import make_subplots
+
+    *lead, down, across = result.grid
+    mean = _mean(result)
+    panels = mean if lead else mean[None]
+    heads = [f"{lead[0]} {entry}" for entry in result.grid[lead[0]]] if lead else []
+    columns = min(len(panels), PANELS_IN_ROW)
+    rows = math.ceil(len(panels) / columns)
+    figure = make_subplots(
+        rows, columns, subplot_titles=[_escape(head) for head in heads], shared_xaxes=True, shared_yaxes=True,
+        horizontal_spacing=0.03, vertical_spacing=0.12 / rows,
+    )  # fmt: skip
+    names = [_escape(name) for name in result.labels]
+    width = panels.shape[2]
+    for number, panel in enumerate(panels):
+        first = number * panel.numel()
+        labels = [names[first + row * width : first + (row + 1) * width] for row in range(len(panel))]
+        place = {"row": number // columns + 1, "col": number % columns + 1}
+        figure.add_trace(_map(result, panel, labels), **place)
+        figure.update_xaxes(
+            title=across if place["row"] == rows else None, type="category", showgrid=False, zeroline=False, **place
+        )
+        figure.update_yaxes(
+            title=down if place["col"] == 1 else None, type="category", showgrid=False, zeroline=False, **place
+        )
+    limit = max(float(mean.abs().nan_to_num(0.0).max()), 1e-12)
+    _, unit = _names(result)
+    bar = {"title": f"change{f',{unit}' if unit else ''}", "thickness": 14, "outlinewidth": 0}
+    figure.update_layout(coloraxis={"colorscale": style.diverging(), "cmin": -limit, "cmax": limit, "colorbar": bar})
+    height = min(max(34 * panels.shape[1], 120), 560 if rows == 1 else 300)
+    style.layout(figure, _heading(result, title, mean), (230 if lead else 190) + rows * height)
+    if lead:
+        figure.update_layout(margin={"t": 120})
+    return figure
+
+
+def _map(result: SweepResult, panel: torch.Tensor, labels: list[list[str]]) -> go.Heatmap:
     import plotly.graph_objects as go
 
-    down, across, _ = result.axes
-    mean = result.effect.detach().cpu().double().nanmean(-1)
-    limit = max(float(mean.abs().nan_to_num(0.0).max()), 1e-12)
-    metric, unit = _names(result)
-    if title is None:
-        row, column = divmod(int(mean.abs().nan_to_num(-1.0).argmax()), mean.shape[1])
-        place = f"{down} {result.axes[down][row]}, {across} {result.axes[across][column]}"
-        title = f"{_escape(place)} moves {metric} most: {_signed(float(mean[row, column]), limit)}{unit}"
-    names = result.labels
-    labels = [[_escape(names[r * mean.shape[1] + c]) for c in range(mean.shape[1])] for r in range(mean.shape[0])]
-    figure = go.Figure(
-        go.Heatmap(
-            z=mean.numpy(),
-            x=[str(label) for label in result.axes[across]],
-            y=[str(label) for label in result.axes[down]],
-            colorscale=style.diverging(),
-            zmin=-limit,
-            zmax=limit,
-            xgap=2 if mean.shape[1] <= 40 else 0,
-            ygap=2 if mean.shape[0] <= 40 else 0,
-            customdata=labels,
-            hovertemplate=f"%{{customdata}}<br>%{{z:+.4g}}{unit}<extra></extra>",
-            colorbar={"title": f"change{f',{unit}' if unit else ''}", "thickness": 14, "outlinewidth": 0},
-        )
+    *_, down, across = result.grid
+    return go.Heatmap(
+        z=panel.numpy(),
+        x=[str(label) for label in result.grid[across]],
+        y=[str(label) for label in result.grid[down]],
+        coloraxis="coloraxis",
+        xgap=2 if panel.shape[1] <= 40 else 0,
+        ygap=2 if panel.shape[0] <= 40 else 0,
+        customdata=labels,
+        hovertemplate=f"%{{customdata}}<br>%{{z:+.4g}}{_names(result)[1]}<extra></extra>",
     )
-    heading = f"{title}<br><span style='font-size:12px'>{'; '.join(_notes(result, int(result.done.sum())))}</span>"
-    style.layout(figure, heading, 190 + min(max(34 * mean.shape[0], 120), 560))
-    figure.update_xaxes(title=across, type="category", showgrid=False, zeroline=False)
-    figure.update_yaxes(title=down, type="category", showgrid=False, zeroline=False)
-    return figure
 
 
 def _names(result: SweepResult) -> tuple[str, str]:
@@ -77,11 +158,11 @@ def _notes(result: SweepResult, shown: int) -> list[str]:
     there = int(torch.isfinite(result.effect).any(-1).sum())
     notes = [f"{shown} strongest of {there} edits" if shown < there else f"{there} edits"]
     if len(result.clean) > 1:
-        notes.append(f"mean of {len(result.clean)} examples" + (" ± standard error" if len(result.axes) != 3 else ""))
+        notes.append(f"mean of {len(result.clean)} examples" + ("" if len(result.grid) > 1 else " ± standard error"))
     count = math.prod(result.values.shape[:-1])
     if there < count:
         notes.append(f"{count - there} without a value left out")
-    notes.append(f"unedited {float(result.clean.double().mean()):.3g}".replace("-", "\N{MINUS SIGN}"))
+    notes.append(f"unedited {float(result.clean.double().nanmean()):.3g}".replace("-", "\N{MINUS SIGN}"))
     if result.interrupted:
         notes.append(f"interrupted by {_escape(_middle(result.interrupted, _SHORT))}")
     return notes

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import circuitvision as cv
 from circuitvision import edits, metrics
-from circuitvision.circuits import PairBatch, ablation_check, head_importance
+from circuitvision.circuits import ablation_check, head_importance
+from circuitvision.data import Pairs
 from circuitvision.errors import InputError
 from circuitvision.patching import activation_patch
 from circuitvision.readout import (
@@ -137,10 +138,12 @@ def test_readouts_and_methods_take_arrays_as_inputs() -> None:
     other = {"pixel_values": inputs["pixel_values"].flip(0)}
     metric = metrics.logit_diff(0, 1)
     site = "vision.blocks.*.attn.hook_z"
-    pairs = lambda make: [PairBatch(make(inputs), make(other), [0, 1], [1, 0])]  # noqa: E731
+    pairs = lambda make: Pairs(inputs=make(inputs), corrupt_inputs=make(other), answers=[0, 1], foils=[1, 0])  # noqa: E731
     methods: dict[str, Callable[[Any], Any]] = {
-        "activation_patch": lambda make: activation_patch(model, make(inputs), make(other), metric, sites=site),
-        "head_importance": lambda make: head_importance(model, make(inputs), make(other), metric),
+        "activation_patch": lambda make: activation_patch(
+            model, metric=metric, clean=make(inputs), corrupt=make(other), sites=site
+        ),
+        "head_importance": lambda make: head_importance(model, metric=metric, clean=make(inputs), corrupt=make(other)),
         "ablation_check": lambda make: ablation_check(model, pairs(make), ["L0H1"], n_random=2),
         "gradient": lambda make: gradient_times_activation(model, make(inputs), metric),
         "legrad": lambda make: legrad(model, make(inputs), metric),

@@ -197,7 +197,7 @@ def test_sweeps_see_what_acts_on_positions_without_a_hook_of_the_module(kind: st
         else:
             del mlp.__dict__["forward"]
     torch.testing.assert_close(swept.values[0], expected, rtol=1e-5, atol=1e-6)
-    assert swept.plan[0].startswith("in full")
+    assert swept.plan[0].in_full
 
 
 # ---- second wrappers

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import circuitvision as cv
 from circuitvision import edits, metrics
-from circuitvision.circuits import PairBatch, ablation_check, head_importance
+from circuitvision.circuits import ablation_check, head_importance
+from circuitvision.data import Pairs
 from circuitvision.errors import CircuitVisionError, InputError
 from circuitvision.model import names
 from circuitvision.model.names import NodeName, component, head_name, heads_of, spelled
@@ -194,11 +195,11 @@ def test_a_site_without_a_tower_needs_a_model_of_one() -> None:
         assert "text.blocks.0.attn.hook_z" in str(caught.value)
 
 
-def pairs_for(model: cv.HookedModel, inputs: dict[str, Any]) -> list[PairBatch]:
+def pairs_for(model: cv.HookedModel, inputs: dict[str, Any]) -> Pairs:
     with torch.no_grad():
         answer = model(inputs).argmax(-1).tolist()
     flipped = {name: value.flip(0) for name, value in inputs.items()}
-    return [PairBatch(inputs, flipped, answer, answer[::-1])]
+    return Pairs(inputs=inputs, corrupt_inputs=flipped, answers=answer, foils=answer[::-1])
 
 
 def test_ablation_check_takes_every_spelling() -> None:
@@ -239,7 +240,7 @@ def test_from_rankings_to_edits_and_back() -> None:
     order = ranking(swept.values, [head_name(layer, head) for layer in range(3) for head in range(4)])
     assert torch.isfinite(model.run(inputs, [edits.ablate(name) for name in order.axes["component"][:3]])).all()
     importance = head_importance(
-        model, inputs, {"pixel_values": inputs["pixel_values"].flip(0)}, metrics.logit_diff(0, 1)
+        model, metric=metrics.logit_diff(0, 1), clean=inputs, corrupt={"pixel_values": inputs["pixel_values"].flip(0)}
     )
     for name, _, _ in importance.ranking():
         assert edits.ablate(name) == edits.ablate(spelled(name))

@@ -14,7 +14,7 @@ import circuitvision as cv
 from circuitvision import findings, metrics
 from circuitvision.circuits import AblationCheck, HeadImportance, head_importance
 from circuitvision.data import TEST_PAIRS, TRAIN_PAIRS, sample_question_pairs
-from circuitvision.patching.activation import usable_gap
+from circuitvision.model.sweeps.result import restored_error, restored_share
 from circuitvision.quickstart import Reading, quickstart
 from circuitvision.readout import Curve, LensResult, logit_lens
 from tests.zoo import case, shared_model
@@ -104,7 +104,11 @@ def test_no_title_affirms_anything_of_an_untrained_classifier():
         {"noise": torch.randn(40, 6, generator=torch.Generator().manual_seed(1))}, [0, 1] * 20, shuffles=19, penalty=1.0
     )
     effects = head_importance(
-        model, _row(inputs, 0), _row(inputs, 1), metrics.logit_diff(*model(inputs)[0].topk(2).indices.tolist()), top_k=1
+        model,
+        metric=metrics.logit_diff(*model(inputs)[0].topk(2).indices.tolist()),
+        clean=_row(inputs, 0),
+        corrupt=_row(inputs, 1),
+        top_k=1,
     )
     assert not findings.beats_random(curve).holds
     assert not findings.readable(probe).holds
@@ -126,11 +130,19 @@ def _row(inputs, row):
 def importance(
     clean: float, corrupt: float, shares, joint: float = 1.0, n: int = 1, error: float = math.nan, **more
 ) -> HeadImportance:
-    values = torch.tensor([[shares]])
+    gap = clean - corrupt
+    # Examples whose effects stand as far from their mean as makes the standard error of every share ``error``.
+    apart = (
+        torch.tensor([1.0, -1.0] * (n // 2) or [0.0], dtype=torch.float64)
+        * (error if n > 1 else 0.0)
+        * gap
+        * (n - 1) ** 0.5
+    )
+    values = torch.tensor([[shares]], dtype=torch.float64)[..., None] * gap + apart
+    axes = {"tower": ["language"], "layer": [0], "head": list(range(len(shares))), "example": list(range(n))}
     return HeadImportance(
-        values, {"tower": ["language"], "layer": [0], "head": list(range(len(shares)))},
-        {"metric_units": "logit", "metric": "logit_diff(a - b)"}, raw=values * (clean - corrupt), selected=["l.a0.h0"], joint=joint,
-        metric_clean=clean, metric_corrupt=corrupt, n_examples=n, errors=torch.full_like(values, error), joint_error=error, **more,
+        values, axes, {"metric_units": "logit", "metric": "logit_diff(a - b)"}, base=torch.full((n,), corrupt), source=torch.full((n,), clean),
+        selected=["l.a0.h0"], joint=joint, metric_clean=clean, metric_corrupt=corrupt, n_examples=n, joint_error=error, **more,
     )  # fmt: skip
 
 
@@ -173,27 +185,33 @@ def test_intervals_over_examples_decide_where_there_are_several():
 
 
 def test_standard_errors_of_shares_are_those_of_the_examples():
+    """The ratio estimator's, worked out by hand from every example on its own."""
     module = shared_model("llava-clip-llama")
     model = cv.HookedModel(module, None)
     clean, corrupt = (case("llava-clip-llama").inputs(module, batch=5, seed=seed) for seed in (1, 2))
-    result = head_importance(model, clean, corrupt, metrics.logit_diff(2, 3), top_k=1, towers=["language"])
-    singles = [
-        head_importance(model, _row(clean, n), _row(corrupt, n), metrics.logit_diff(2, 3), top_k=1, towers=["language"])
-        for n in range(5)
-    ]
-    shares = torch.stack([single.values[0] for single in singles])
-    gaps = torch.tensor([single.metric_clean - single.metric_corrupt for single in singles])
-    assert torch.allclose(result.errors[0][:2], (shares.std(0) / 5**0.5)[:2], rtol=1e-3, atol=1e-4)
+    options = {"metric": metrics.logit_diff(2, 3), "top_k": 1, "towers": ["language"]}
+    result = head_importance(model, clean=clean, corrupt=corrupt, **options)
+    singles = [head_importance(model, clean=_row(clean, n), corrupt=_row(corrupt, n), **options) for n in range(5)]
+    gaps = torch.tensor([single.metric_clean - single.metric_corrupt for single in singles], dtype=torch.float64)
+    effects = torch.stack([single.effects[0, :2] for single in singles]).double()
+    assert torch.allclose(result.values[0, :2].movedim(-1, 0).double(), effects, rtol=1e-3, atol=1e-5)
+    # With a difference of the runs that is sure, so that there are shares.
+    sure = gaps + 10
+    share = effects.mean(0) / sure.mean()
+    spread = (effects - share * sure[:, None, None]).std(0) / 5**0.5 / sure.mean()
+    base, source = (one.expand(*effects.shape[1:], 5) for one in (torch.zeros(5), sure))
+    assert torch.allclose(restored_share(effects.movedim(0, -1), base, source), share)
+    assert torch.allclose(restored_error(effects.movedim(0, -1), base, source), spread)
     assert result.swing_error == pytest.approx(float(gaps.std() / 5**0.5), rel=1e-3)
     assert math.isnan(singles[0].swing_error)
     assert not singles[0].share_errors()
 
 
-def test_a_gap_that_is_noise_has_no_normalised_effect():
-    base, source = torch.tensor([5.0, 5.0, -3.0]), torch.tensor([5.05, 8.0, 3.0])
-    with pytest.warns(UserWarning, match="1 of 3"):
-        gap = usable_gap(source - base, base, source, None)
-    assert gap.isnan().tolist() == [True, False, False]
+def test_a_gap_that_is_noise_has_no_share():
+    effect = torch.tensor([0.5, 0.4, 0.6])
+    for gap in ([1.0, -1.2, 0.4], [0.0, 0.0, 0.0], [1e-6, 1e-6, 1e-6]):
+        assert restored_share(effect, torch.full((3,), 5.0), 5.0 + torch.tensor(gap)).isnan()
+    assert float(restored_share(effect, torch.zeros(3), torch.tensor([1.0, 0.9, 1.1]))) == pytest.approx(0.5)
 
 
 def reading(says: str, answer: float, foil: float) -> Reading:

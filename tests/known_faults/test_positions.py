@@ -313,7 +313,7 @@ def test_patching_by_position_names_the_towers_positions() -> None:
     corrupt = {**corrupt, "input_ids": clean["input_ids"]}
     metric = cv.metrics.logit_diff(5, 9)
     result = cv.patching.activation_patch(
-        model, clean, corrupt, metric, sites="projector.hook_out", axes=("site", "position"), min_gap=1e-6
+        model, metric=metric, clean=clean, corrupt=corrupt, sites="projector.hook_out", axes=("site", "position")
     )
     assert result.axes["position"] == list(range(1, 10))
     _, cache = model.run_with_cache(clean, names_filter="projector.hook_out")
@@ -328,10 +328,15 @@ def test_patching_by_position_names_the_towers_positions() -> None:
     assert place is not None
     with hooked(place[0], "post", fn, ""):
         patched = metric(primary(model.module(**corrupt)))
-    near(result.values[0, 4], ((patched - base) / (source - base)).mean(), 1e-4)
+    near(result.restored[0, 4].float(), ((patched - base) / (source - base)).mean(), 1e-4)
     vit = wrapped("vit")
     pair = inputs_of("vit", vit), inputs_of("vit", vit, seed=4)
     with pytest.raises(InputError, match="leave 'position' out"):
         cv.patching.activation_patch(
-            vit, *pair, lambda out: out[:, 0], sites="vision.hook_readout", axes=("site", "position")
+            vit,
+            metric=lambda out: out[:, 0],
+            clean=pair[0],
+            corrupt=pair[1],
+            sites="vision.hook_readout",
+            axes=("site", "position"),
         )

@@ -24,7 +24,8 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision import digests, edits, metrics, provenance, results
 from circuitvision import readout as ro
-from circuitvision.circuits import PairBatch, ablation_check, head_importance
+from circuitvision.circuits import ablation_check, head_importance
+from circuitvision.data import Pairs
 from circuitvision.errors import InputError
 from circuitvision.model.edits.base import EditGroup
 from circuitvision.patching import activation_patch
@@ -275,19 +276,25 @@ def patched(clean: int = 1, corrupt: int = 2, metric: Any = None, **keywords: An
     model = wrapped(VLM)
     given = {"sites": "language.blocks.*.attn.hook_z", **keywords}
     return activation_patch(
-        model, inputs_of(VLM, clean), inputs_of(VLM, corrupt), metric or metrics.logit_diff(2, 3), **given
+        model,
+        metric=metric or metrics.logit_diff(2, 3),
+        clean=inputs_of(VLM, clean),
+        corrupt=inputs_of(VLM, corrupt),
+        **given,
     )
 
 
 def important(clean: int = 1, **keywords: Any) -> Any:
     model = wrapped(VLM)
     given = {"top_k": 1, "towers": ["language"], **keywords}
-    return head_importance(model, inputs_of(VLM, clean), inputs_of(VLM, 2), metrics.logit_diff(2, 3), **given)
+    return head_importance(
+        model, metric=metrics.logit_diff(2, 3), clean=inputs_of(VLM, clean), corrupt=inputs_of(VLM, 2), **given
+    )
 
 
 def checked(clean: int = 1, answer: int = 2, heads: Any = ("l.a0.h1",), **keywords: Any) -> Any:
-    batch = PairBatch(inputs_of(VLM, clean), inputs_of(VLM, 2), [answer] * 3, [3] * 3)
-    return ablation_check(wrapped(VLM), [batch], list(heads), **{"n_random": 2, **keywords})
+    pairs = Pairs(inputs=inputs_of(VLM, clean), corrupt_inputs=inputs_of(VLM, 2), answers=answer, foils=3)
+    return ablation_check(wrapped(VLM), pairs, list(heads), **{"n_random": 2, **keywords})
 
 
 def on_cache(
@@ -361,12 +368,12 @@ P = functools.partial
 OTHERS: dict[str, tuple[Callable[..., Any], dict[str, dict[str, Any]]]] = {
     "activation_patch": (patched, {
         "clean": {"clean": 3}, "corrupt": {"corrupt": 3}, "metric": {"metric": metrics.logit_diff(3, 2)}, "mode": {"mode": "noise"},
-        "axes": {"axes": ("layer",)}, "sites": {"sites": "language.blocks.*.attn.hook_v"}, "gap": {"min_gap": 0.01},
+        "axes": {"axes": ("layer",)}, "sites": {"sites": "language.blocks.*.attn.hook_v"},
     }),
     "head_importance": (important, {"clean": {"clean": 3}, "top_k": {"top_k": 2}, "mode": {"mode": "noise"}, "towers": {"towers": ["vision", "language"]}}),
     "ablation_check": (checked, {
         "pairs": {"clean": 3}, "answer": {"answer": 4}, "heads": {"heads": ("l.a0.h2",)}, "seed": {"seed": 1}, "draws": {"n_random": 1},
-        "reference": {"reference": [PairBatch(inputs_of(VLM, 4), inputs_of(VLM, 5), [2] * 3, [3] * 3)]}, "place": {"position": 2},
+        "reference": {"reference": Pairs(inputs=inputs_of(VLM, 4), corrupt_inputs=inputs_of(VLM, 5))}, "place": {"position": 2},
     }),
     "logit_lens": (P(on_cache, mean_lens), {
         "inputs": {"seed": 2}, "targets": {"targets": [2, 4]}, "norm": {"norm": "frozen"}, "measure": {"measure": "prob"},

@@ -13,7 +13,7 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
-from circuitvision.model.sweep import SweepResult
+from circuitvision.model.sweeps.result import SweepResult
 from circuitvision.patching.activation import activation_patch
 from circuitvision.results import Result
 from tests.zoo import case, shared_model
@@ -114,17 +114,18 @@ def test_patching_is_ranked_by_cells_and_checks_are_not_ranked() -> None:
     other = {"pixel_values": inputs["pixel_values"].flip(0)}
     found = activation_patch(
         cv.HookedModel(module),
-        inputs,
-        other,
-        metric,
+        metric=metric,
+        clean=inputs,
+        corrupt=other,
         sites="vision.blocks.*.hook_resid_pre",
         axes=("layer", "position"),
     )
     ranked = cv.readout.ranking(found)
-    assert len(ranked.values) == found.values.numel()
-    labels, value = found.top(1)[0]
-    assert ranked.top(1) == [f"layer {labels['layer']}, position {labels['position']}"]
-    assert float(ranked.values[0]) == pytest.approx(value)
+    assert len(ranked.values) == found.restored.numel()
+    effects = found.values.mean(-1)
+    layer, position = divmod(int(effects.abs().argmax()), effects.shape[1])
+    assert ranked.top(1) == [f"layer {layer}, position {position}"]
+    assert float(ranked.values[0]) == pytest.approx(float(effects[layer, position]))
     check = cv.circuits.AblationCheck(torch.rand(3), {"condition": ["intact", "heads", "random 1"]})
     with pytest.raises(InputError, match="conditions"):
         cv.readout.ranking(check)
@@ -157,7 +158,7 @@ def test_axes_in_another_order_are_refused_with_the_right_one() -> None:
 
 
 def test_believing_the_axes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("circuitvision.model.sweep.check_axes", lambda *_: None)
+    monkeypatch.setattr("circuitvision.model.sweeps.study.check_axes", lambda *_: None)
     with pytest.raises(pytest.fail.Exception):
         check_order()
 
@@ -168,7 +169,7 @@ def test_labels_that_contradict_the_edits() -> None:
     refused({"layer": range(1, layers + 1), "head": range(heads)}, "no order")
     refused({"layer": [*range(layers)][::-1], "head": range(heads)}, "no order")
     refused({"layers": range(layers), "heads": [*range(1, heads), 0]}, "no order")
-    refused({"example": range(layers * heads)}, "axis of examples")
+    refused({"example": range(layers * heads)}, "the sweep's own")
     positions = [edits.ablate("vision.hook_input", positions=p) for p in (3, 2, 1)]
     refused({"position": (1, 2, 3)}, "no order", positions)
     neurons = [edits.overwrite("vision.blocks.0.mlp.hook_post", [n], 0.0) for n in (4, 5)]
@@ -210,8 +211,8 @@ def test_patching_labels_its_own_axes_whatever_their_order() -> None:
     module, inputs, cells = vit()
     other = {"pixel_values": inputs["pixel_values"].flip(0)}
     model, sites = cv.HookedModel(module), "vision.blocks.*.attn.hook_z"
-    one = activation_patch(model, inputs, other, metric, sites=sites, axes=("layer", "head"))
-    two = activation_patch(model, inputs, other, metric, sites=sites, axes=("head", "layer"))
+    one = activation_patch(model, metric=metric, clean=inputs, corrupt=other, sites=sites, axes=("layer", "head"))
+    two = activation_patch(model, metric=metric, clean=inputs, corrupt=other, sites=sites, axes=("head", "layer"))
     for layer, head in cells:
         index = tuple({"layer": layer, "head": head}[name] for name in two.axes)
         torch.testing.assert_close(two.values[index], one.values[layer, head])

@@ -18,8 +18,8 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
-from circuitvision.model import sweep as sweeps
 from circuitvision.model.edits.values import Positions
+from circuitvision.model.sweeps import run, study
 from circuitvision.readout import ranks
 from circuitvision.results import by_example, standard_error
 from tests.edits.common import wrapped
@@ -225,7 +225,9 @@ def check_sweep() -> None:
     first = last(written(model, inputs, lambda x: torch.where(mask[..., None], 0.0, x), layer=0), inputs)
     near(result.values[0, :1], first[:1])
     assert float(result.effect[0].nanmean()) == pytest.approx(float(first[0] - result.clean[0]))
-    assert dict(result.top(6))[result.labels[0]] == pytest.approx(float(first[0] - result.clean[0]))
+    assert {cell["edit"]: value for cell, value in result.top(6)}[result.labels[0]] == pytest.approx(
+        float(first[0] - result.clean[0])
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kept = model.sweep(inputs, groups, last, empty="clean", progress=False)
@@ -370,8 +372,8 @@ def test_a_sweep_over_more_examples_than_fit_warns(monkeypatch: pytest.MonkeyPat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.sweep(inputs, [edits.ablate(LANGUAGE)], last_of_all, progress=False)
-    monkeypatch.setattr(sweeps, "free_memory", lambda device: 1000)
-    with pytest.warns(UserWarning, match="smaller batches"):
+    monkeypatch.setattr(run, "free_memory", lambda device: 1000)
+    with pytest.warns(UserWarning, match="give a data set"):
         model.sweep(inputs, [edits.ablate(LANGUAGE)], last_of_all, progress=False)
 
 
@@ -406,7 +408,7 @@ def errors_over_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unedited_rows_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeps, "unedited_examples", lambda binder, group: None)
+    monkeypatch.setattr(study, "unedited_examples", lambda binder, group: None)
 
 
 def examples_by_row(monkeypatch: pytest.MonkeyPatch) -> None:

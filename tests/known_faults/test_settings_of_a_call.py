@@ -232,7 +232,9 @@ def test_patching_follows_the_feature_layer_of_the_call() -> None:
     def metric(logits: Tensor) -> Tensor:
         return logits[:, -1, 7]
 
-    found = activation_patch(model, clean, corrupt, metric, sites="vision.blocks.*.hook_mlp_out", axes=("layer",))
+    found = activation_patch(
+        model, metric=metric, clean=clean, corrupt=corrupt, sites="vision.blocks.*.hook_mlp_out", axes=("layer",)
+    )
     assert found.dead == []
     kept: list[Tensor] = []
     handle = vision_blocks(module)[2].mlp.register_forward_hook(lambda _, __, out: kept.append(out))
@@ -241,7 +243,7 @@ def test_patching_follows_the_feature_layer_of_the_call() -> None:
         handle.remove()
         base = metric(module(**corrupt).logits)
     patched = metric(by_hand(module, corrupt, vision_blocks(module)[2].mlp, lambda out: kept[0])) - base
-    torch.testing.assert_close(found.raw[2], patched.mean(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.values[2].mean(), patched.mean(), rtol=0, atol=1e-10)
     assert float(patched.abs().amax()) > 1e-6
 
 

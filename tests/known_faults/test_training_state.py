@@ -190,7 +190,7 @@ def check_dropout_is_told_and_refused(make: Any, rates: Any, inputs: Any, part: 
         for call in (
             lambda: model.sweep(inputs, [edits.ablate(site)], lambda logits: logits[:, 0], progress=False),
             lambda: cv.patching.activation_patch(
-                model, inputs, inputs, lambda logits: logits[:, 0], sites=site, axes=("layer",)
+                model, metric=lambda logits: logits[:, 0], clean=inputs, corrupt=inputs, sites=site, axes=("layer",)
             ),
             lambda: cv.readout.integrated_gradients(
                 model, inputs, lambda logits: logits[:, 0], site="vision.hook_input"

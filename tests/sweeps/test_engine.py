@@ -15,6 +15,7 @@ import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
 from circuitvision.model.resume import Resumer
+from circuitvision.model.sweeps.plan import Plan
 from tests.sweeps.drawing import metric
 from tests.zoo import CASES, case, parametrize, shared_model
 
@@ -62,7 +63,8 @@ def test_text_edits_behind_an_image_compute_neither_the_vision_tower_nor_earlier
     assert mlp["language.0"] == [(1, length, model.language.cfg.d_model)]
     assert mlp["language.1"][1:] == [(1, 2, model.language.cfg.d_model)]
     assert [key for key, calls in mlp.items() if len(calls) > 1] == ["language.1"]
-    assert result.plan == [f"from language block 1 (attn), positions {length - 2}…"]
+    assert result.plan == [Plan("language", 1, "attn", length - 2)]
+    assert str(result.plan[0]) == f"from language block 1 (attn), positions {length - 2}…"
 
 
 def test_edits_of_one_place_run_in_one_batch_and_late_positions_do_not_pay_for_early_ones() -> None:
@@ -90,14 +92,14 @@ def test_the_suffix_follows_the_mask_of_the_run(name: str) -> None:
         result = model.sweep(inputs, [edit], metric, progress=False)
     again = seen[f"{tower}.1"][1]
     assert again[1] == (2 if causal else length)
-    assert ("positions" in result.plan[0]) == causal
+    assert (result.plan[0].first > 0) == causal
 
 
 def test_paddings_of_other_rows_do_not_stop_the_suffix() -> None:
     model, inputs = wrapped("llava-clip-llama", batch=3, padding="left")
     edit = edits.steer("language.blocks.0.hook_resid_post", noise(model, "language"), positions=-2)
     result = model.sweep(inputs, [edit], metric, progress=False)
-    assert "positions" in result.plan[0]
+    assert result.plan[0].first > 0
 
 
 def test_the_action_expert_hands_back_blocks_that_read_unchanged_keys_and_values() -> None:
@@ -127,7 +129,7 @@ def test_what_no_output_reads_hands_back_unless_it_is_edited(name: str, tower: s
             torch.testing.assert_close(result.values[0], metric(model.run(inputs, group)), rtol=1e-4, atol=1e-5)
         assert len(seen[f"{tower}.{last}"]) == 1 + again
         assert len(seen[f"{tower}.0"]) == 2
-        assert "in full" not in result.plan[0]
+        assert not result.plan[0].in_full
 
 
 def test_the_other_tower_of_a_dual_encoder_hands_back() -> None:
@@ -231,11 +233,14 @@ def test_other_hooks_and_training_mode_run_in_full_and_say_why() -> None:
     edit = edits.ablate("vision.blocks.1.attn.hook_z", heads=1)
     with model.hooks([("vision.blocks.0.hook_mlp_out", lambda value, hook: value * 2)]):
         result = model.sweep(inputs, [edit], metric, progress=False)
-        assert result.plan[0].startswith("in full: other hooks")
+        assert result.plan[0].in_full
+        assert result.plan[0].reason.startswith("other hooks")
         torch.testing.assert_close(result.values[0], metric(model.run(inputs, [edit])))
     model.train()
     try:
-        assert model.sweep(inputs, [edit], metric, progress=False).plan == ["in full: the model is in training mode"]
+        assert model.sweep(inputs, [edit], metric, progress=False).plan == [
+            Plan(reason="the model is in training mode")
+        ]
     finally:
         model.eval()
 
@@ -254,7 +259,7 @@ def test_blocks_called_in_an_unknown_way_run_in_full(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(type(root), "forward", with_more)
     edit = edits.steer("language.blocks.0.hook_resid_post", noise(model, "language"), positions=-1)
     result = model.sweep(inputs, [edit], metric, progress=False)
-    assert result.plan == ["in full: blocks of the language tower are called with 'mystery'"]
+    assert result.plan == [Plan(reason="blocks of the language tower are called with 'mystery'")]
     torch.testing.assert_close(result.values[0], metric(model.run(inputs, [edit])))
     assert block.forward == plain
     assert "forward" not in root.__dict__
@@ -305,14 +310,14 @@ def test_results_name_their_edits_and_survive_a_file(tmp_path: Any) -> None:
     same = edits.ablate("vision.blocks.1.attn.hook_z", heads=0)
     result = model.sweep(inputs, [same, [same], []], metric, progress=False)
     assert result.axes["edit"] == [repr(same), f"{same!r} #2", "no edit"]
-    assert result.plan[2] == "nothing changes"
+    assert str(result.plan[2]) == "nothing changes"
     torch.testing.assert_close(result.values[2], result.clean, rtol=0, atol=0)
     again = cv.model.SweepResult.load(result.save(tmp_path / "sweep.npz"))
     assert again.axes == result.axes
     assert again.plan == result.plan
     assert torch.equal(again.clean, result.clean)
     assert len(result.to_frame()) == 6
-    assert result.top(1)[0][0] == repr(same)
+    assert result.top(1)[0][0] == {"edit": repr(same)}
     assert result.provenance["method"] == "sweep"
 
 
@@ -325,7 +330,8 @@ def test_axes_arrange_the_edits_as_a_grid(tmp_path: Any) -> None:
     assert grid.axes == {"layer": list(layers), "head": list(heads), "example": [0, 1]}
     assert torch.equal(grid.values.flatten(0, 1), flat.values)
     assert grid.labels == flat.axes["edit"] == flat.labels == list(map(repr, flat.edits))
-    assert grid.top(3) == flat.top(3)
+    cells = [{"layer": layer, "head": head} for layer in layers for head in heads]
+    assert [(cells.index(c), v) for c, v in grid.top(3)] == [(flat.labels.index(c["edit"]), v) for c, v in flat.top(3)]
     frame = grid.to_frame()
     assert list(frame.columns) == ["layer", "head", "example", "value", "clean", "effect"]
     assert abs(frame["effect"].to_numpy() - grid.effect.flatten().numpy()).max() < 1e-5

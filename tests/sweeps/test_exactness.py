@@ -29,9 +29,7 @@ def check(drawn: tuple[cv.HookedModel, Any, Any], tolerance: float, batch_size: 
         naive = torch.stack([metric(model.run(inputs, group), inputs) for group in groups])
         swept = model.sweep(inputs, groups, metric, batch_size=batch_size, progress=False)
         clean = metric(model(inputs), inputs)
-    assert not [note for note in swept.plan if note.startswith("in full") and "changes the inputs" not in note], (
-        swept.plan
-    )
+    assert not [plan for plan in swept.plan if plan.in_full and "changes the inputs" not in plan.reason], swept.plan
     assert model.engine.handles == []
     assert model.engine.stack == []
     assert_close(swept.values, naive, clean, tolerance, f"{groups}\n{swept.plan}")

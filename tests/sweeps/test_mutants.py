@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from circuitvision import edits
-from circuitvision.model import attention, resume, resumed_run, routes, sweep
+from circuitvision.model import attention, resume, resumed_run, routes
 from circuitvision.model.edits.binding import EditApplier
 from circuitvision.model.edits.values import Positions
+from circuitvision.model.sweeps import run
 from tests.sweeps.drawing import inputs_of, metric, model_of
 
 FAMILIES = ("vit", "dinov2", "llava-clip-llama", "clip", "paligemma", "pi0")
@@ -50,7 +51,7 @@ def gap(name: str) -> float:
         except Exception:
             assert (model.engine.handles, model.engine.stack) == ([], [])
             return float("inf")
-    if any(note.startswith("in full") for result in found for note in result.plan):
+    if any(plan.in_full for result in found for plan in result.plan):
         return float("inf")
     return max(float((result.values - naive).abs().max()) for result in found)
 
@@ -83,7 +84,7 @@ MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     ),
     "the first position is one too late": (
         "llava-clip-llama",
-        lambda patch: patch.setattr(sweep, "lowest_position", lambda *args: routes.lowest_position(*args) + 1),
+        lambda patch: patch.setattr(run, "lowest_position", lambda *args: routes.lowest_position(*args) + 1),
     ),
     "bidirectional prefixes are taken for causal ones": (
         "paligemma",

@@ -70,9 +70,9 @@ def test_hooks_of_others_that_change_the_run(what: str) -> None:
         [steered(model, "language.blocks.1.hook_resid_mid", positions=-2)],
     ]
     result = compare(model, given, groups)
-    assert all("not ours" in note for note in result.plan)
+    assert all("not ours" in plan.reason for plan in result.plan)
     handle.remove()
-    assert not any("in full" in note for note in compare(model, given, groups).plan)
+    assert not any(plan.in_full for plan in compare(model, given, groups).plan)
 
 
 def test_hooks_of_others_that_only_look_stay_fast() -> None:
@@ -81,7 +81,7 @@ def test_hooks_of_others_that_only_look_stay_fast() -> None:
     for block in model.language.blocks:
         block.module.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     result = compare(model, given, [[steered(model, "language.blocks.1.hook_resid_mid", positions=-2)]])
-    assert "in full" not in result.plan[0]
+    assert not result.plan[0].in_full
 
 
 def test_another_wrapper_of_the_same_module() -> None:
@@ -105,7 +105,7 @@ def test_one_row_of_positions_for_all_examples_and_lists_that_are_no_rows() -> N
     given["vision_feature_layer"] = [-2]
     groups = [[edits.ablate("vision.blocks.0.attn.hook_z", heads=head)] for head in (0, 1)]
     result = compare(model, given, [*groups, [steered(model, "language.hook_embed", positions=0)]])
-    assert not any("in full" in note for note in result.plan)
+    assert not any(plan.in_full for plan in result.plan)
 
 
 def test_inference_mode() -> None:

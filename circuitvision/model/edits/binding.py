@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitvision.data.sides import Side
 from circuitvision.errors import CircuitVisionError, InputError, warn
-from circuitvision.model.averages import Draw, Layout, Tally, check_aligned, check_kinds, draw
+from circuitvision.model.averages import Draw, Layout, Seen, Tally, check_aligned, check_kinds, check_one_thing, draw
 from circuitvision.model.axes import axis_of, past_length, prefix_of, tower_of
 from circuitvision.model.edits.attention import DeleteTokens
 from circuitvision.model.edits.base import Edit
@@ -349,11 +350,14 @@ class EditCompiler:
         for edit in wanted:
             if edit.method == "mean":
                 by_data.setdefault(edit.dataset, []).append(edit)
+        streamed = {data: by_data.pop(data) for data in list(by_data) if isinstance(data, Side)}
+        for side, group in streamed.items():
+            self._give_data_means(side, group)
         parts = {data: self._parts(data) for data in by_data}
         for data, group in by_data.items():
             for edit in group:
                 with _naming(edit):
-                    self._check_mean(edit, parts[data])
+                    self._check_means(edit, parts[data])
         sites = sorted({site for _, site in draws} | {s for e in by_data.get(None, ()) for s in e.sites(self.model)})
         clean = self._clean(self.inputs, sites)
         for (edit, site), drawn in draws.items():
@@ -386,7 +390,31 @@ class EditCompiler:
             if tower.name in maps
         ]
 
-    def _check_mean(self, edit: Ablate, parts: Sequence[tuple[dict[str, Any], dict[str, TokenMap]]]) -> None:
+    def _give_data_means(self, side: Side, group: Sequence[Ablate]) -> None:
+        """The means over a data set, which is run in batches once; what does not line up is told before the batch that shows it runs."""
+        from circuitvision.model.data_means import data_means
+
+        wanted = {(site, edit.average): edit for edit in group for site in edit.sites(self.model)}
+
+        def check(key: Any, seen: Seen) -> None:
+            window = self.window(key[0])
+            if key[1] != "position" or window is None or window.tokens is None or window.axis.absent:
+                return
+            with _naming(wanted[key]):
+                covered, run = self._covered(wanted[key], window), self._layout(window)
+                for column in np.flatnonzero((covered & run.there).any(0)).tolist():
+                    position = column if run.held is None else int(run.held[column])
+                    check_one_thing(position, seen.names.get(position, set()))
+
+        found = data_means(self.model, side, list(wanted), self._clean, check)
+        for edit in group:
+            for site in edit.sites(self.model):
+                tally, seen = found[site, edit.average]
+                with _naming(edit):
+                    self._check_mean(edit, site, seen)
+                    self._give(edit, site, *tally.source(self._own_layout(site, None)))
+
+    def _check_means(self, edit: Ablate, parts: Sequence[tuple[dict[str, Any], dict[str, TokenMap]]]) -> None:
         """Raise InputError where a mean cannot be what was asked for, as far as the token maps tell."""
         for site in edit.sites(self.model):
             window = self.window(site)
@@ -394,19 +422,24 @@ class EditCompiler:
                 continue
             place = window.tower if window.axis.held is None else site
             key = (place, edit.dataset, edit.average, edit.positions, self._grows(edit, site))
-            if key in self._aligned:
-                continue
-            run, data = self._layout(window), self._data_layouts(site, window, parts)
-            if edit.average == "position":
-                if edit.dataset is None and window.rows == 1:
-                    raise InputError(_ONE_ROW)
-                wanted = edit.positions.ints if self._grows(edit, site) else ()
-                if any(position >= window.prompt for position in wanted):
-                    raise InputError("a mean per position covers the prompt: take average='all' at generated positions")
-                check_aligned(run, data, self._covered(edit, window), of_run=edit.dataset is None)
-            elif edit.average == "kind":
-                check_kinds(run, data, self._covered(edit, window))
-            self._aligned.add(key)
+            if key not in self._aligned:
+                self._check_mean(edit, site, self._data_layouts(site, window, parts))
+                self._aligned.add(key)
+
+    def _check_mean(self, edit: Ablate, site: str, data: Sequence[Layout] | Seen) -> None:
+        window = self.window(site)
+        if window is None or window.tokens is None or window.axis.absent:
+            return
+        run = self._layout(window)
+        if edit.average == "position":
+            if edit.dataset is None and window.rows == 1:
+                raise InputError(_ONE_ROW)
+            wanted = edit.positions.ints if self._grows(edit, site) else ()
+            if any(position >= window.prompt for position in wanted):
+                raise InputError("a mean per position covers the prompt: take average='all' at generated positions")
+            check_aligned(run, data, self._covered(edit, window), of_run=edit.dataset is None)
+        elif edit.average == "kind":
+            check_kinds(run, data, self._covered(edit, window))
 
     def _draw(self, edit: Ablate, site: str) -> Draw | None:
         """Where a resampled site takes its values from; None where only its values can tell."""

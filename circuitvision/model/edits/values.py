@@ -157,6 +157,30 @@ def held(value: Any) -> Any:
     raise InputError(f"A value of an edit is a number or a tensor, not {type(value).__name__}.")
 
 
+@dataclass(frozen=True, eq=False)
+class SideSource:
+    """A source that is one side of a data set: for each batch of examples the values they have there, which a sweep records when it gets to them."""
+
+    side: Any
+
+    @property
+    def name(self) -> str:
+        """What files call it."""
+        return str(self.side.name) or "side"
+
+    def __provenance__(self) -> Any:
+        return self.side
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SideSource) and other.side is self.side
+
+    def __hash__(self) -> int:
+        return hash(id(self.side))
+
+    def __repr__(self) -> str:
+        return f"{self.name} side"
+
+
 @dataclass(frozen=True)
 class TensorRefMapping:
     """Tensors by name: the sources of an edit of several sites, or the inputs of a run."""

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from circuitvision.data.sides import Side
 from circuitvision.digests import NamedFunction
 from circuitvision.errors import InputError
 from circuitvision.model.averages import Average, shown
 from circuitvision.model.edits.base import Edit, EditContext, source_length
-from circuitvision.model.edits.values import PositionWindow, TensorRef, TensorRefMapping, short_repr
+from circuitvision.model.edits.values import PositionWindow, SideSource, TensorRef, TensorRefMapping, short_repr
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
@@ -88,6 +89,10 @@ class _Sourced(Edit):
         self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
     ) -> None:
         super().check(model, site, window, n_heads, grows)
+        if isinstance(self.source, SideSource):
+            raise InputError(
+                f"its source is the {self.source}, which a sweep over a data set reads: model.sweep(pairs, …)"
+            )
         _check_fits(self.source_at(site, {}), model, site, window, n_heads)
 
     def source_end(self, site: str, ndim: int, given: Mapping[Any, Any]) -> int | None:
@@ -115,7 +120,7 @@ class Ablate(_Sourced):
     kind = "ablate"
     sets: ClassVar[bool] = True
     method: str = "zero"
-    dataset: tuple[TensorRefMapping, ...] | None = None
+    dataset: tuple[TensorRefMapping, ...] | Side | None = None
     average: Average = "position"
     seed: int = 0
 
@@ -134,6 +139,10 @@ class Ablate(_Sourced):
         self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
     ) -> None:
         super().check(model, site, window, n_heads, grows)
+        if isinstance(self.dataset, NamedFunction):
+            raise InputError(
+                f"its data set {self.dataset.name!r} is known by its name alone: load with objects={{name: data set}}"
+            )
         if self.method == "heads" and (self.heads is None or not SiteName.parse(site).has_heads):
             raise InputError("the mean over the other heads needs heads=… at a site that has heads")
 

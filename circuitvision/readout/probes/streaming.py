@@ -1,13 +1,14 @@
 """A data set through a model, batch by batch: what read-outs over many examples stand on.
 
-A data set is a sequence or any iterable of model inputs, each of one or several examples, or one mapping that holds all examples, which is cut
-into batches (images go with the example whose prompt they stand in). Neighbours that fit together run in one batch. A batch's activations are
-reduced while the model runs and the rest is never kept, so memory goes by what is asked for; a run ends when the last asked-for site was read.
+A data set is one of :mod:`circuitvision.data` (a ``Side``; ``Pairs`` stand for their clean side), whose prompts are filled up as they need to be; or
+a sequence or any iterable of model inputs, each of one or several examples; or one mapping that holds all examples, which is cut into batches (images
+go with the example whose prompt they stand in). Neighbours that fit together run in one batch. A batch's activations are reduced while the model runs
+and the rest is never kept, so memory goes by what is asked for; a run ends when the last asked-for site was read.
 
 In dual encoders examples are images or texts, whichever the sites belong to; the other side runs
 with its first row, which cannot reach them.
 
-Not covered: collating prompts of different lengths (they run one after the other), several passes (generation).
+Not covered: collating model inputs of different lengths (they run one after the other), several passes (generation).
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from circuitvision.data import Batch as DataBatch
+from circuitvision.data import Pairs, Side
+from circuitvision.data.batches import compared_batches
 from circuitvision.errors import InputError
 from circuitvision.model.hooks import Recorder, Registration
 from circuitvision.model.inputs import as_mapping
@@ -58,11 +62,18 @@ class _Reducer(Recorder):
 
 @dataclass(frozen=True)
 class Batch:
-    """Some examples: their inputs, their numbers in the data set, and the token map of every tower."""
+    """Some examples: their inputs, their places in the data set, and the token map of every tower; of a :class:`~circuitvision.data.Side` also what
+    stands beside them."""
 
     inputs: dict[str, Any]
     examples: range
     tokens: dict[str, TokenMap]
+    data: DataBatch | None = None
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the examples: those that the data set gives them, or else their places."""
+        return list(self.examples) if self.data is None else self.data.examples
 
     def layout(self, site: str, value: Tensor) -> tuple[TokenMap, int | None]:
         """The token map of a site's rows, and how many of its first positions the site lacks (None: it has no positions).
@@ -109,6 +120,14 @@ class Reading:
         self.batch_size, self.description = batch_size, description
         self.side = _side(model, self.sites)
         self.count = 0
+        self.data: Side | None = dataset.clean if isinstance(dataset, Pairs) else None
+        self.data = dataset if isinstance(dataset, Side) else self.data
+        self.total: int | None = None
+        if self.data is not None:
+            self.total = len(self.data)
+            if not self.total:
+                raise InputError("The data set holds no example.")
+            return
         self._hashes, self._first, self._items = hashlib.sha256(), "", 0
         whole = isinstance(dataset, (Mapping, Tensor))
         if not whole and not isinstance(dataset, Iterable) and not hasattr(dataset, "__getitem__"):
@@ -116,7 +135,6 @@ class Reading:
                 f"A data set is model inputs, or a sequence or iterable of them, not {type(dataset).__name__}."
             )
         self.items: Iterable[Any] = [dataset] if whole else dataset
-        self.total: int | None = None
         if isinstance(self.items, (list, tuple)):
             self.total = sum(n_examples(model, as_mapping(model, item), self.side) for item in self.items)
             if self.total == 0:
@@ -124,18 +142,30 @@ class Reading:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the inputs given so far, whatever the batch size; for one mapping that of :func:`hash_inputs`."""
+        """SHA-256 of the data set, or of the inputs given so far, whatever the batch size; for one mapping that of :func:`hash_inputs`."""
+        if self.data is not None:
+            return self.data.digest
         return self._hashes.hexdigest() if self._items > 1 else self._first
 
     def __iter__(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
         with Progress(self.total or 0, self.description, shown=(self.total or 2) > 1) as bar:
-            for inputs in _joined(self._pieces(), self.model, self.side, self.batch_size):
-                size = n_examples(self.model, inputs, self.side)
-                yield self._run(inputs, range(self.count, self.count + size))
+            for inputs, size, data in self._batches():
+                yield self._run(inputs, range(self.count, self.count + size), data)
                 self.count += size
                 bar.advance(size)
         if self.count == 0:
             raise InputError("The data set holds no example.")
+
+    def _batches(self) -> Iterator[tuple[dict[str, Any], int, DataBatch | None]]:
+        if self.data is None:
+            for inputs in _joined(self._pieces(), self.model, self.side, self.batch_size):
+                yield inputs, n_examples(self.model, inputs, self.side), None
+            return
+        made = self.data.batches(self.model, self.batch_size)
+        if self.side is not None:
+            made = compared_batches(self.data, self.model, self.batch_size, self.side)
+        for batch in made:
+            yield batch.inputs, len(batch), batch
 
     def _pieces(self) -> Iterator[dict[str, Any]]:
         for item in self.items:
@@ -153,10 +183,12 @@ class Reading:
         self._first = self._first or digest
         self._items += 1
 
-    def _run(self, inputs: dict[str, Any], examples: range) -> tuple[Batch, dict[str, Any]]:
+    def _run(
+        self, inputs: dict[str, Any], examples: range, data: DataBatch | None = None
+    ) -> tuple[Batch, dict[str, Any]]:
         device = self.model.device
         inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
-        batch = Batch(inputs, examples, self.model.tokens(inputs))
+        batch = Batch(inputs, examples, self.model.tokens(inputs), data)
         found: dict[str, Any] = {}
 
         def read(site: str, value: Tensor) -> None:

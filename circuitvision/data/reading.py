@@ -1,0 +1,168 @@
+"""Pairs from what lies on disk: a folder of pictures with a CSV or JSONL table, or a Hugging Face data set.
+
+A table has one row per pair, and these columns (``columns={"image": "photo"}`` says what another table calls them):
+
+======================================  ====================================================================================================
+``image``, ``corrupt_image``            the pictures; what has no ``corrupt_`` column is the same on both sides
+``text``, ``corrupt_text``              the prompts; a list of texts to compare the image with (JSONL and data sets)
+``answer``, ``foil``                    words; in a CSV, ids stand in columns ``answer_id`` and ``foil_id``, because a word may be a digit
+``group``                               what belongs together
+``box``, ``corrupt_box``                left, top, right, bottom in pixels (four numbers in a CSV)
+``mask``, ``corrupt_mask``              pictures of one channel, above 0 inside
+======================================  ====================================================================================================
+
+Pictures are opened when they are needed. Columns of other names are left alone.
+
+Not covered: pictures inside archives, and data sets that stream (they have no length).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from circuitvision.data.pairs import Pairs
+from circuitvision.data.sides import Stored, opened
+from circuitvision.errors import InputError, nearest
+
+SHARED = {"answer": "answers", "foil": "foils", "group": "groups"}
+OF_A_SIDE = {"image": "images", "text": "texts", "box": "boxes", "mask": "masks"}
+NAMES = (*SHARED, "answer_id", "foil_id", *OF_A_SIDE, *(f"corrupt_{name}" for name in OF_A_SIDE))
+
+
+def from_folder(folder: Any, table: str = "pairs.csv", columns: Mapping[str, str] | None = None) -> Pairs:
+    """Pairs from a folder with a table, see the module.
+
+    Raises:
+        InputError: no such file, another suffix, a row that cannot be read, a picture that is not there.
+    """
+    path = Path(folder).expanduser() / table
+    if not path.is_file():
+        raise InputError(f"There is no file {path}; a folder of pairs holds a table pairs.csv or pairs.jsonl.")
+    rows = _csv(path) if path.suffix == ".csv" else _jsonl(path) if path.suffix == ".jsonl" else None
+    if rows is None:
+        raise InputError(f"{path.name} is no table that is read here: give a .csv or .jsonl file.")
+    if not rows:
+        raise InputError(f"{path} holds no row.")
+    names = _names(rows[0], columns)
+    found = {name: [_cell(row, own, path, number) for number, row in enumerate(rows, 1)] for name, own in names.items()}
+    for name in found:
+        if name.endswith("image"):
+            found[name] = [_located(path.parent, one, number) for number, one in enumerate(found[name], 1)]
+        elif name.endswith("mask"):
+            found[name] = [
+                np.asarray(opened(_located(path.parent, one, n))) > 0 for n, one in enumerate(found[name], 1)
+            ]
+    return _pairs(found)
+
+
+def from_dataset(dataset: Any, columns: Mapping[str, str] | None = None) -> Pairs:
+    """Pairs from a data set with a length whose items are mappings, see the module; its pictures are fetched when they are needed.
+
+    Raises:
+        InputError: a data set without a length, or without the columns named.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise InputError(
+            f"A {type(dataset).__name__} has no length or no items by number; load it whole (streaming=False)."
+        )
+    if not len(dataset):
+        raise InputError("The data set holds no row.")
+    known = getattr(dataset, "column_names", None)
+    first = dict.fromkeys(known) if isinstance(known, list) else dataset[0]
+    if not isinstance(first, Mapping):
+        raise InputError(f"The items of a data set are mappings of columns, not {type(first).__name__}.")
+    names = _names(first, columns)
+    pictures = {name: own for name, own in names.items() if name.endswith("image")}
+    others = {name: own for name, own in names.items() if name not in pictures}
+    # Reading a row decodes all its pictures, unless the columns are chosen before.
+    plain = dataset.select_columns(list(others.values())) if hasattr(dataset, "select_columns") and others else dataset
+    rows = range(len(dataset))
+    found: dict[str, list[Any]] = {name: [Stored(dataset, row, own) for row in rows] for name, own in pictures.items()}
+    table = [plain[row] for row in rows] if others else []
+    for name, own in others.items():
+        found[name] = [row[own] for row in table]
+        if name.endswith("mask"):
+            found[name] = [np.asarray(opened(one)) > 0 for one in found[name]]
+    return _pairs(found)
+
+
+def _names(row: Mapping[str, Any], columns: Mapping[str, str] | None) -> dict[str, str]:
+    """Our name of every column that is read, and the table's."""
+    columns = columns or {}
+    for name, own in columns.items():
+        if name not in NAMES:
+            raise InputError(f"columns names {name!r}; nearest: {', '.join(nearest(name, NAMES))}.")
+        if own not in row:
+            raise InputError(f"The table has no column {own!r}; it has {', '.join(map(str, row))}.")
+    found = {name: columns.get(name, name) for name in NAMES if columns.get(name, name) in row}
+    if "image" not in found and "text" not in found:
+        raise InputError(
+            f"The table has neither an image nor a text column, but {', '.join(map(str, row))}: say which are with columns={{'image': …}}."
+        )
+    return found
+
+
+def _csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    for number, row in enumerate(rows, 1):
+        for name in row:
+            if str(name).endswith("_id"):
+                try:
+                    row[name] = int(row[name])
+                except (TypeError, ValueError):
+                    raise InputError(
+                        f"Row {number} of {path.name}: {name} is {row[name]!r}, no whole number."
+                    ) from None
+            elif str(name).endswith("box") and isinstance(row[name], str):
+                row[name] = [float(one) for one in re.findall(r"-?\d+(?:\.\d+)?", row[name])]
+    return rows
+
+
+def _jsonl(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"Line {number} of {path.name} is no JSON: {error}.") from error
+            if not isinstance(row, dict):
+                raise InputError(f"Line {number} of {path.name} is no mapping of columns: {line!r:.60}.")
+            rows.append(row)
+    return rows
+
+
+def _cell(row: Mapping[str, Any], name: str, path: Path, number: int) -> Any:
+    value = row.get(name)
+    if value is None or value == "":
+        raise InputError(f"Row {number} of {path.name} has no {name}; every row has one.")
+    return value
+
+
+def _located(folder: Path, names: Any, row: int) -> Any:
+    if isinstance(names, list):
+        return [_located(folder, one, row) for one in names]
+    path = folder / str(names)
+    if not path.is_file():
+        raise InputError(f"Row {row} names the picture {str(names)!r}, and there is no file {path}.")
+    return path
+
+
+def _pairs(found: Mapping[str, Sequence[Any]]) -> Pairs:
+    given: dict[str, Any] = {}
+    for name, column in found.items():
+        plain = name.removesuffix("_id").removeprefix("corrupt_")
+        key = SHARED.get(plain) or OF_A_SIDE[plain]
+        key = f"corrupt_{key}" if name.startswith("corrupt_") else key
+        if key in given:
+            raise InputError(f"The table has both {plain} and {plain}_id; give one of them.")
+        given[key] = [tuple(one) if plain in ("text", "box") and isinstance(one, list) else one for one in column]
+    return Pairs(**given)

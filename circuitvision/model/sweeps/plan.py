@@ -1,0 +1,78 @@
+"""What a sweep computed for one group of edits, as a value."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from circuitvision.model.routes import PARTS, ResumePlan, ResumePoint
+from circuitvision.results import as_builtin, stored_as
+
+NOTHING = "nothing changes"
+"""The reason of a group that needs no run: its edits do nothing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a group's run was resumed: from ``part`` (``"block"``, ``"attn"``, ``"mlp"`` …) of block ``layer`` of ``tower`` on, for the positions
+    from ``first`` on; ``layer`` -1 are the embeddings, None a tower without blocks (the projector).
+
+    ``also`` names the places of other towers that the group edits as well. Where nothing could be resumed ``tower`` is empty, and ``reason`` says
+    why: the whole model was run, or nothing at all (:data:`NOTHING`).
+    """
+
+    tower: str = ""
+    layer: int | None = None
+    part: str = ""
+    first: int = 0
+    reason: str = ""
+    also: tuple[str, ...] = ()
+
+    @property
+    def in_full(self) -> bool:
+        """Whether the whole model was run."""
+        return not self.tower and self.reason != NOTHING
+
+    @classmethod
+    def of_route(cls, route: ResumePlan, first: int = 0) -> Plan:
+        """The plan of a run that resumes where the group acts first."""
+        start, *others = route.starts
+        layer = None if start.tower == "projector" else start.layer
+        return cls(
+            start.tower,
+            layer,
+            PARTS[start.part] if layer is not None else "",
+            first,
+            also=tuple(map(_place, others)),
+        )
+
+    def __str__(self) -> str:
+        if not self.tower:
+            return self.reason if self.reason == NOTHING else f"in full: {self.reason}"
+        start = ResumePoint(self.tower, -1 if self.layer is None else self.layer, PARTS.index(self.part or "block"))
+        where = ", ".join([_place(start), *self.also])
+        return f"from {where}{f', positions {self.first}…' if self.first else ''}"
+
+
+def _place(start: ResumePoint) -> str:
+    if start.tower == "projector":
+        return "the projector"
+    if start.layer < 0:
+        return f"the embeddings of {start.tower}"
+    after = {"block": "", "o": " (after attention's pattern)", "post": " (its end)"}
+    return f"{start.tower} block {start.layer}{after.get(start.name, f' ({start.name})')}"
+
+
+def as_plain(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON."""
+    return as_builtin(dataclasses.asdict(plan))
+
+
+def from_plain(data: Mapping[str, Any]) -> Plan:
+    """The plan that :func:`as_plain` described."""
+    return Plan(**{**data, "also": tuple(data["also"])})
+
+
+stored_as("plan", Plan, lambda plan, tensors, sources: as_plain(plan), lambda data, tensors, objects: from_plain(data))

@@ -1,0 +1,331 @@
+"""Groups of edits on inputs in memory: what is computed once, what again, and in which batches.
+
+Groups of edits that begin at the same place form one *route* (``routes.py``); the groups of a route run in batches through the incremental forward
+(``resume.py``). The unedited run, means and sources are computed once. A group that cannot be resumed runs in full, and its plan says why.
+
+When memory runs out a batch is halved, down to one group. Which groups share a batch follows from the groups and the batch size alone: a sweep that
+is continued runs the same batches as one that was never interrupted, and so gets the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+
+from circuitvision.errors import CircuitVisionError, InputError, warn
+from circuitvision.links import marked
+from circuitvision.metric_set import MetricSet
+from circuitvision.model.edits.binding import CompiledEdits, EditApplier, EditCompiler, Group
+from circuitvision.model.hooks import Registration
+from circuitvision.model.replay import CannotResume
+from circuitvision.model.resume import Resumer
+from circuitvision.model.routes import (
+    ResumePlan,
+    is_dual,
+    lowest_position,
+    reached_through_cache,
+    route_of,
+    stages,
+    start_of,
+)
+from circuitvision.model.state import refuse_random
+from circuitvision.model.sweeps.batches import LARGE_SHARE, count_fitting, free_memory, size_of_route
+from circuitvision.model.sweeps.plan import NOTHING, Plan
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+
+_HARMLESS = ("NoneType", "AlignDevicesHook", "SequentialHook")
+"""What accelerate may have put on a module: hooks that move tensors between devices change no value."""
+
+
+@dataclass(eq=False)
+class Task:
+    """One group on its way through a sweep."""
+
+    number: int
+    bound: CompiledEdits
+    route: ResumePlan | None = None
+    first: int = 0
+    plan: Plan = field(default_factory=Plan)
+
+
+class GroupRunner:
+    """Measures groups of edits on one batch of examples: :meth:`start` once, then :meth:`measure` for each of :meth:`batches`."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        inputs: dict[str, Any],
+        groups: Sequence[Group],
+        metrics: MetricSet,
+        batch_size: int | str = "auto",
+    ) -> None:
+        if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+            raise InputError(f"batch_size={batch_size!r} is not understood: 'auto', or how many edits run at once.")
+        refuse_random(model.module, "A sweep")
+        if inputs.get("past_key_values") is not None:
+            raise InputError("The inputs hold past_key_values, which every run would extend: leave them out.")
+        self.model, self.inputs, self.metrics, self.batch_size = model, inputs, metrics, batch_size
+        self.binder = EditCompiler(model, inputs, warns_of_rows=False)
+        self.tasks = [Task(number, bound) for number, bound in enumerate(self.binder.bind(groups))]
+        self._order = {name: number for number, name in enumerate(model.engine.points)}
+        self.resumers: dict[bool, Resumer] = {}
+        self.captured: dict[bool, dict[str, Tensor]] = {}
+        self.logits: Tensor | None = None
+        self.limit: int | None = None
+
+    def start(self) -> Float[Tensor, "metric example"]:
+        """Plan every group, record the unedited run, and return the metrics of it."""
+        blocker = self._cannot_resume()
+        for task in self.tasks:
+            self._plan(task, blocker)
+        self._warn_of_memory()
+        return self._clean_metric()
+
+    def _warn_of_memory(self) -> None:
+        """One warning where what one run of all examples keeps is a large share of the memory that is free."""
+        routes = {task.route for task in self.tasks if task.route is not None}
+        needed = max((math.prod(size_of_route(self.binder, route)) for route in routes), default=0)
+        free = free_memory(self.model.device)
+        if free is not None and needed > LARGE_SHARE * free:
+            count = max((tokens.n_examples for tokens in self.binder.maps.values()), default=0)
+            warn(
+                f"One run of these {count} examples may keep about {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} GiB that are free. The memory of "
+                "a sweep grows with its examples: give a data set (cv.data.Pairs), which is run in batches, or fewer of them at once."
+            )
+
+    def _evaluate(self, logits: Tensor) -> Tensor:
+        return self.metrics(marked(logits, self.model.link), self.inputs)
+
+    # -- planning --------------------------------------------------------------------------------------------------------------------------
+
+    def _cannot_resume(self) -> str:
+        """Why no run of this sweep can be resumed; "" if they can."""
+        if self.model.engine.stack:
+            return "other hooks are active, whose effect may be anywhere"
+        if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+            return "hooks on all modules are active, whose effect may be anywhere"
+        for module in self.model.module.modules():
+            if module.training:
+                return "the model is in training mode"
+            hook = type(getattr(module, "_hf_hook", None)).__name__
+            if hook not in _HARMLESS or (hook == "NoneType" and _is_replaced(module)):
+                return "forwards of the model were replaced"
+        return ""
+
+    def _plan(self, task: Task, blocker: str) -> None:
+        if not task.bound.writes:
+            task.plan = Plan(reason=NOTHING)
+        elif blocker:
+            task.plan = Plan(reason=blocker)
+        elif task.bound.inputs is not None:
+            task.plan = Plan(reason="the edit changes the inputs")
+        else:
+            task.route = route_of(self.model, task.bound)
+
+    def _clean_metric(self) -> Tensor:
+        """Record the unedited run that each implementation of attention needs, and the metric without edits."""
+        for eager in sorted({task.route.eager for task in self.tasks if task.route is not None}):
+            tasks = [task for task in self.tasks if task.route is not None and task.route.eager == eager]
+            try:
+                self._record(eager, tasks)
+            except CannotResume as error:
+                for task in tasks:
+                    task.route, task.plan = None, Plan(reason=str(error))
+        for task in self.tasks:
+            if task.route is not None:
+                self._describe(task, task.route)
+        fused = self.resumers.get(False)
+        if fused is not None and fused.clean is not None:
+            self.logits = fused.clean.output
+        else:
+            self.logits = self.model._forward(self.inputs, {})
+        self.metrics = self.metrics.against(self.logits)
+        # The metric may write into what it gets; the unedited output is needed again.
+        return self._evaluate(self.logits.clone())
+
+    def _record(self, eager: bool, tasks: Sequence[Task]) -> None:
+        resumer = Resumer(self.model, self.inputs, self.binder.maps, eager)
+        starts = {start for task in tasks if task.route for start in task.route.starts}
+        prefix_kv: dict[str, int] = {}
+        for task in tasks:
+            assert task.route is not None
+            tower = resumer.sliced_tower(task.route)
+            if tower:
+                task.first = lowest_position(self.binder, task.bound, tower) if self._only_in(task, tower) else 0
+                if task.first:
+                    start = task.route.start_in(tower)
+                    layer = 0 if start is None else max(start.layer, 0)
+                    prefix_kv[tower] = min(prefix_kv.get(tower, layer), layer)
+        captures = sorted({site for task in tasks for site in self._captured_before(task)})
+        self.captured[eager] = resumer.record(starts, prefix_kv, captures)
+        self.resumers[eager] = resumer
+
+    @staticmethod
+    def _only_in(task: Task, tower: str) -> bool:
+        """Whether the tower's positions can differ only where the edits say so."""
+        assert task.route is not None
+        return task.route.start_in(tower) is not None
+
+    def _captured_before(self, task: Task) -> list[str]:
+        """Sites whose value a group needs, and which lie before the place it is resumed from."""
+        assert task.route is not None
+        return [site for site in task.bound.captures if self._is_before(site, task.route)]
+
+    def _is_before(self, site: str, route: ResumePlan) -> bool:
+        here = start_of(self.model, site)
+        start = route.start_in(here.tower)
+        if start is None:
+            order = stages(self.model)
+            apart = is_dual(self.model) or order.index(here.tower) < order.index(route.starts[0].tower)
+            return apart or here.layer < reached_through_cache(route, self.model, here.tower)
+        # A value that enters the place where the run resumes is not computed again.
+        entering = here == start and here.name != "block"
+        return here < start or (entering and self._order[site] < self._first_point(route))
+
+    def _first_point(self, route: ResumePlan) -> int:
+        return min(self._order[site] for task in self.tasks if task.route == route for site in task.bound.writes)
+
+    def _describe(self, task: Task, route: ResumePlan) -> None:
+        resumer = self.resumers[route.eager]
+        tower = resumer.sliced_tower(route)
+        if task.first:
+            start = route.start_in(tower)
+            task.first = resumer.safe_start(tower, 0 if start is None else start.layer, task.first)
+        task.plan = Plan.of_route(route, task.first)
+
+    # -- batches ---------------------------------------------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[list[Task]]:
+        """The groups, in the batches that run together; late positions do not pay for early ones."""
+        routes: dict[ResumePlan | None, list[Task]] = {}
+        for task in self.tasks:
+            routes.setdefault(task.route, []).append(task)
+        for route, tasks in routes.items():
+            if route is None:
+                yield from ([task] for task in tasks)
+                continue
+            waiting = sorted(tasks, key=lambda task: (-task.first, task.number))
+            size = size_of_route(self.binder, route)
+            while waiting:
+                if self.batch_size == "auto":
+                    firsts = [task.first for task in waiting]
+                    count = min(count_fitting(self.model.device, size, firsts), self.limit or len(waiting))
+                else:
+                    count = int(self.batch_size)
+                yield waiting[:count]
+                waiting = waiting[count:]
+
+    # -- measuring -------------------------------------------------------------------------------------------------------------------------
+
+    def measure(self, batch: Sequence[Task]) -> Iterator[tuple[Task, Float[Tensor, "metric example"]]]:
+        """Run the groups of a batch, or of what is left of one, and read the metrics of each."""
+        (route,) = {task.route for task in batch}
+        if route is None:
+            for task in batch:
+                yield task, self._in_full(task)
+            return
+        waiting = list(batch)
+        while waiting:
+            size = min(len(waiting), self.limit or len(waiting))
+            part = waiting[:size]
+            first = min(task.first for task in part)
+            try:
+                output = self._resumed(part, route, first)
+            except CircuitVisionError:
+                raise
+            except (CannotResume, MemoryError, RuntimeError, ValueError, TypeError, IndexError) as error:
+                if _is_out_of_memory(error):
+                    self._halve(size, error)
+                    continue
+                if not isinstance(error, CannotResume):
+                    warn(f"A resumed run failed ({type(error).__name__}: {error}), so {len(part)} edits run in full.")
+                for task in part:
+                    task.plan = Plan(reason=str(error))
+                    yield task, self._in_full(task)
+            else:
+                yield from self._metrics(part, route, output, first)
+            waiting = waiting[size:]
+
+    def _halve(self, size: int, error: BaseException) -> None:
+        if size == 1:
+            raise error
+        self.limit = size // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _in_full(self, task: Task) -> Tensor:
+        if not task.bound.writes:
+            assert self.logits is not None
+            return self._evaluate(self.logits.clone())
+        inputs = self.inputs if task.bound.inputs is None else task.bound.inputs
+        with self.model._edited(self.binder, task.bound):
+            logits = self.model._forward(inputs, {})
+        return self._evaluate(logits)
+
+    def _resumed(self, part: Sequence[Task], route: ResumePlan, first: int) -> Tensor:
+        resumer = self.resumers[route.eager]
+        tower = resumer.sliced_tower(route) if first else ""
+        writer = EditApplier(self.binder, [task.bound for task in part], {tower: first} if tower else {})
+        for number, task in enumerate(part):
+            for site in self._captured_before(task):
+                value = self.captured[route.eager][site]
+                for edit in task.bound.captures[site]:
+                    writer.captured[number][edit, site] = value
+                writer.known.add(site)
+        registration = Registration(forward=writer.hooks(), exact=frozenset(s for t in part for s in t.bound.writes))
+        with self.model.engine.registered(registration):
+            output = resumer.run(route, len(part), first)
+        assert resumer.clean is not None
+        clean, cut = resumer.clean.output, bool(first) and resumer.keeps_positions(resumer.sliced_tower(route))
+        wanted = (len(part) * clean.shape[0], clean.shape[1] - first, *clean.shape[2:]) if cut else clean.shape
+        found = output.shape if cut else _own_rows(output, clean, 0, len(part)).shape
+        if tuple(found) != tuple(wanted):
+            raise CannotResume(f"the output has shape {tuple(found)}, not {tuple(wanted)}")
+        return output
+
+    def _metrics(
+        self, part: Sequence[Task], route: ResumePlan, output: Tensor, first: int
+    ) -> Iterator[tuple[Task, Tensor]]:
+        resumer = self.resumers[route.eager]
+        assert resumer.clean is not None
+        clean = resumer.clean.output
+        if not first or not resumer.keeps_positions(resumer.sliced_tower(route)):
+            for number, task in enumerate(part):
+                yield task, self._evaluate(_own_rows(output, clean, number, len(part)))
+            return
+        # One buffer serves the library's own metrics: they neither keep nor write into what they get. Only the suffix differs.
+        shared = clean.clone() if self.metrics.reads_only else None
+        rows = clean.shape[0]
+        for number, task in enumerate(part):
+            whole = clean.clone() if shared is None else shared
+            whole[:, first:] = output[number * rows : (number + 1) * rows]
+            yield task, self._evaluate(whole)
+
+
+def _own_rows(output: Tensor, clean: Tensor, number: int, copies: int) -> Tensor:
+    """The output of one group; dual encoders compare rows with columns, either of which may be repeated."""
+    rows = clean.shape[0]
+    if output.shape[0] == rows * copies:
+        output = output[number * rows : (number + 1) * rows]
+    if output.ndim == 2 and output.shape[1] == clean.shape[1] * copies:
+        output = output[:, number * clean.shape[1] : (number + 1) * clean.shape[1]]
+    return output
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward that is not its class's."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -1,0 +1,231 @@
+"""The folder of a sweep that can be continued: a manifest, and one file for each finished part.
+
+A part is a batch of groups of edits on a batch of examples. It is written when it is finished, complete or not at all, and says which study it
+belongs to, so that a run that is killed loses what it was computing and nothing else. The manifest holds the digest of everything that must be equal
+for the numbers to be equal: weights and state of the model, inputs, edits, metrics, versions. How many edits run at once and how a run is watched are
+not in it. Another study is refused, and so is a second process in the folder while the first one works.
+
+Not covered: a machine that loses power (files are not flushed to the disk one by one), and locks on file systems that have none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from circuitvision.digests import of_json
+from circuitvision.errors import InputError
+from circuitvision.files import replacing, write_text
+from circuitvision.model.sweeps.plan import Plan, as_plain, from_plain
+
+FORMAT = "circuitvision.sweep/1"
+_MANIFEST, _LOCK, _META = "manifest.json", ".lock", "circuitvision_json"
+
+
+@dataclass
+class Part:
+    """What one batch of groups measured on one batch of examples.
+
+    ``values`` ``[metric group example]``, ``clean`` ``[metric example]``, ``unedited`` ``[group example]``: where a group's masks selected nothing.
+    ``others`` ``[metric example]`` by name: the same metrics of further runs of these examples, the sources of edits.
+    """
+
+    batch: int
+    examples: list[int]
+    groups: list[int]
+    values: Tensor
+    clean: Tensor
+    unedited: Tensor
+    plan: list[Plan] = field(default_factory=list)
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Store:
+    """One study's folder; use as a context, which holds the lock."""
+
+    def __init__(self, folder: str | Path, study: Mapping[str, Any], resume: bool) -> None:
+        self.folder, self.study, self.resume = Path(folder), dict(study), resume
+        self.digest = of_json(self.study)
+        self.layout: dict[str, Any] = {}
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Store:
+        """Look into the folder, and change nothing. Raises InputError for another study's, for a started one without ``resume``, and while another
+        process works in it."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"save_to={str(self.folder)!r} is a file: give a folder.")
+        manifest = self.folder / _MANIFEST
+        if manifest.is_file():
+            self._check(manifest)
+            self._lock = _locked(self.folder / _LOCK)
+        elif self.folder.is_dir() and any(self.folder.glob("part-*")):
+            raise InputError(f"{self.folder} holds parts of a sweep and no {_MANIFEST}: give another folder.")
+        return self
+
+    def begin(self, layout: Mapping[str, Any]) -> None:
+        """Make the folder this study's, once all that can be checked before a run was found right.
+
+        ``layout`` is how parts are cut, which every run in the folder keeps to.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._lock or _locked(self.folder / _LOCK)
+        manifest = self.folder / _MANIFEST
+        if not manifest.is_file():
+            write_text(
+                manifest,
+                json.dumps(
+                    {"format": FORMAT, "digest": self.digest, "study": self.study, "layout": dict(layout)}, indent=1
+                ),
+            )
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def _check(self, manifest: Path) -> None:
+        try:
+            known = json.loads(manifest.read_text(encoding="utf-8"))
+            form, there, self.layout = known["format"], dict(known["study"]), dict(known.get("layout", {}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{manifest} is damaged ({error}): give another folder.") from error
+        if form != FORMAT:
+            raise InputError(
+                f"{manifest} is of format {form!r}; this version continues {FORMAT!r}. Give another folder."
+            )
+        other = sorted(
+            name for name in {*there, *self.study} if of_json(there.get(name)) != of_json(self.study.get(name))
+        )
+        if other:
+            raise InputError(
+                f"{self.folder} holds another study (its {', '.join(other)} {'are' if len(other) > 1 else 'is'} not those of this call), whose "
+                "numbers cannot be joined with these: give another folder."
+            )
+        if not self.resume:
+            raise InputError(f"{self.folder} holds this study already, in part or whole: resume=True continues it.")
+
+    def parts(self) -> list[Part]:
+        """The finished parts. Raises InputError for one that is damaged, of another study, or that measures something a second time."""
+        found: list[Part] = []
+        seen: set[tuple[int, int]] = set()
+        for path in sorted(self.folder.glob("part-*.safetensors")):
+            part = self._read(path)
+            cells = {(part.batch, group) for group in part.groups}
+            if cells & seen:
+                raise InputError(f"{path} measures edits that another part measures as well: take one of them away.")
+            seen |= cells
+            found.append(part)
+        return found
+
+    def _read(self, path: Path) -> Part:
+        from safetensors import safe_open
+
+        try:
+            with safe_open(path, framework="pt") as archive:
+                header = json.loads((archive.metadata() or {})[_META])
+                tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise InputError(f"{path} is damaged ({error}): delete it, and it is measured again.") from error
+        if header["study"] != self.digest:
+            raise InputError(f"{path} belongs to another study: take it out of the folder.")
+        others = {name.removeprefix("other."): t for name, t in tensors.items() if name.startswith("other.")}
+        plan = [from_plain(one) for one in header["plan"]]
+        own = {name: tensors[name] for name in ("values", "clean", "unedited")}
+        return Part(header["batch"], header["examples"], header["groups"], plan=plan, others=others, **own)
+
+    def write(self, part: Part) -> Path:
+        """Keep a finished part."""
+        from safetensors.torch import save_file
+
+        header = {
+            "study": self.digest,
+            "batch": part.batch,
+            "examples": part.examples,
+            "groups": part.groups,
+            "plan": [as_plain(plan) for plan in part.plan],
+        }
+        tensors = {"values": part.values, "clean": part.clean, "unedited": part.unedited}
+        tensors |= {f"other.{name}": tensor for name, tensor in part.others.items()}
+        path = self.folder / f"part-{part.batch:06d}-{min(part.groups):07d}.safetensors"
+        with replacing(path) as temporary:
+            kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+            save_file(kept, temporary, metadata={_META: json.dumps(header)})
+        return path
+
+
+def _locked(path: Path) -> IO[str] | None:
+    """The lock file, held by this process until it is closed or the process ends; None where files cannot be locked."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.close()
+        raise InputError(
+            f"Another process is working in {path.parent}: wait for it, or give another folder."
+        ) from error
+    except OSError:
+        handle.close()
+        return None
+    return handle
+
+
+@contextlib.contextmanager
+def orderly_stop() -> Iterator[None]:
+    """Inside, SIGTERM raises ``SystemExit(143)``, so that files and hooks are left in order; outside, and where a handler was set, it does what
+    it did.
+
+    Signals reach the main thread only: in another one nothing changes.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def joined(parts: Sequence[Part], groups: int, examples: int) -> dict[str, Tensor]:
+    """Parts as whole tensors: ``values`` ``[metric group example]``, ``clean``, ``unedited``, ``done`` ``[group example]`` and those of other runs.
+
+    What no part measured is NaN, and not done.
+    """
+    dtype = parts[0].values.dtype if parts else torch.float64
+    for part in parts:
+        dtype = torch.promote_types(dtype, part.values.dtype)
+    metrics = parts[0].values.shape[0] if parts else 1
+    values = torch.full((metrics, groups, examples), float("nan"), dtype=dtype)
+    clean = torch.full((metrics, examples), float("nan"), dtype=dtype)
+    unedited = torch.zeros(groups, examples, dtype=torch.bool)
+    done = torch.zeros(groups, examples, dtype=torch.bool)
+    others: dict[str, Tensor] = {}
+    for part in parts:
+        here = torch.tensor(part.examples)
+        clean[:, here] = part.clean.to(dtype)
+        for name, found in part.others.items():
+            others.setdefault(f"other.{name}", torch.full_like(clean, float("nan")))[:, here] = found.to(dtype)
+        if part.groups:
+            rows = torch.tensor(part.groups)
+            values[:, rows[:, None], here] = part.values.to(dtype)
+            unedited[rows[:, None], here] = part.unedited
+            done[rows[:, None], here] = True
+    return {"values": values, "clean": clean, "unedited": unedited, "done": done, **others}

@@ -1,0 +1,226 @@
+"""A sweep over a data set: examples in batches, sources captured batch by batch, answers from the data.
+
+For each batch of examples the side that edits take their values from is run once, and only the sites that some edit reads are kept. Values are laid
+at the positions that belong together (``Batch.matched``). Everything of a batch is gone before the next one is made.
+
+Not covered: edits with sources on two other sides, and examples whose runs differ in what an edit of fixed positions means (make the edits for
+each batch, with a function).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from circuitvision import provenance
+from circuitvision.digests import plain
+from circuitvision.errors import InputError
+from circuitvision.links import marked
+from circuitvision.metric_set import MetricSet
+from circuitvision.model.axes import axis_of, tower_of
+from circuitvision.model.edits.base import Edit
+from circuitvision.model.edits.binding import Group, as_groups
+from circuitvision.model.edits.values import SideSource, TensorRef, TensorRefMapping
+from circuitvision.model.sites import SiteName
+from circuitvision.model.sweeps.study import Chunk, Options, Study
+
+if TYPE_CHECKING:
+    from circuitvision.data.batches import Batch
+    from circuitvision.model.hooked import HookedModel
+
+
+class DataStudy(Study):
+    """Edits and metrics on a data set: a side of pairs, or pairs, which stand for their clean side.
+
+    ``edits`` is a list, or a function of a batch that returns one of the same length for every batch. ``example_batch`` is how many examples run
+    together (a folder keeps the number it began with), ``align`` how positions of two sides are matched (see ``Pairs.batches``), ``maps`` the
+    position of the source for each of the side that runs. ``source`` is a side whose metrics are measured even if no edit reads it. With
+    ``against_source`` metrics that compare with another run compare with the source's, not with the unedited one.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        data: Any,
+        edits: Any,
+        metric: Any,
+        axes: Mapping[str, Sequence[Any]] | None,
+        options: Options,
+        example_batch: int | None = None,
+        align: Any = "kind",
+        source: Any = None,
+        against_source: bool = False,
+        maps: Any = None,
+    ) -> None:
+        self.side = getattr(data, "clean", data)
+        if not len(self.side):
+            raise InputError("The data set holds no example.")
+        if example_batch is not None and (
+            isinstance(example_batch, bool) or not isinstance(example_batch, int) or example_batch < 1
+        ):
+            raise InputError(f"example_batch={example_batch!r} is not understood: how many examples run at once.")
+        self.data, self.make = data, edits if callable(edits) else None
+        self.example_batch, self.align, self.against_source = example_batch, align, against_source
+        self.model, self.source, self.maps = model, source, maps
+        self.check_batch: Callable[[Mapping[str, Any]], None] | None = None
+        """Looks at the inputs of each batch before it runs."""
+        super().__init__(model, self.side, edits, metric, axes, options)
+        found = {edit_source for group in self.groups for edit in group if (edit_source := _side_of(edit))}
+        sides = [one.side for one in found]
+        others = [one for one in sides if one is not self.side]
+        if source is None and others:
+            self.source = others[0]
+        wrong = [one for one in others if one is not self.source]
+        if wrong:
+            raise InputError(
+                f"Edits take their values from two sides ({self.source!r} and {wrong[0]!r}); a sweep reads one: make two sweeps."
+            )
+
+    # -- what a data set says --------------------------------------------------------------------------------------------------------------
+
+    def _listed(self, edits: Any) -> list[Group]:
+        if self.make is None:
+            return as_groups(edits)
+        return as_groups(self.make(next(self._batches(self.example_batch))))
+
+    def _weight(self) -> int:
+        return len(self.side)
+
+    def _n_examples(self) -> int:
+        return len(self.side)
+
+    def _labels(self) -> list[Any]:
+        return list(self.side.numbers)
+
+    def _groups_of_examples(self) -> list[Any]:
+        return [] if self.side.groups is None else list(self.side.groups)
+
+    def _data_sha256(self) -> str:
+        told = [
+            self.side.digest,
+            *([] if self.source is None else [self.source.digest, plain(self.align), plain(self.maps)]),
+        ]
+        return provenance.of_json(told)
+
+    def _edits_told(self) -> Any:
+        return [plain(self.make), len(self.groups)] if self.make is not None else plain(self.groups)
+
+    def _bound(self) -> MetricSet:
+        return self.metrics
+
+    # -- batches ---------------------------------------------------------------------------------------------------------------------------
+
+    def _layout(self) -> dict[str, Any]:
+        """How many examples run together, which a folder keeps: its parts are batches of so many."""
+        if self.example_batch is None:
+            from circuitvision.data.batches import automatic_size
+
+            self.example_batch = automatic_size(self.model, self.side[0])
+        return {"example_batch": self.example_batch}
+
+    def _use_layout(self, layout: Mapping[str, Any]) -> None:
+        self.example_batch = layout.get("example_batch", self.example_batch)
+
+    def _batches(self, size: int | None) -> Iterator[Batch]:
+        if self.source is None:
+            if self.make is not None and hasattr(self.data, "corrupt"):
+                return self.data.batches(self.model, size, self.align)
+            return self.side.batches(self.model, size)
+        return self._pairs().batches(self.model, size, self.align)
+
+    def _pairs(self) -> Any:
+        """The side that runs with the one that edits read."""
+        from circuitvision.data import Pairs
+
+        if getattr(self.data, "corrupt", None) is self.source:
+            return self.data
+        return Pairs.from_sides(self.side, self.source, maps=self.maps)
+
+    def _chunks(self) -> Iterator[Callable[[], Chunk]]:
+        size = self._layout()["example_batch"]
+        rows = {number: row for row, number in enumerate(self.side.numbers)}
+        for number, batch in enumerate(self._batches(size)):
+            yield lambda number=number, batch=batch: self._chunk(number, batch, [rows[one] for one in batch.examples])  # type: ignore[misc]
+
+    def _chunk(self, number: int, batch: Batch, rows: list[int]) -> Chunk:
+        groups = self.groups
+        if self.make is not None:
+            groups = as_groups(self.make(batch))
+            if len(groups) != len(self.groups):
+                raise InputError(
+                    f"The function made {len(groups)} edits for one batch and {len(self.groups)} for another: it makes as many for each."
+                )
+        metrics = self.metrics.take(rows, len(self.side))
+        metrics = metrics.bind(self.model, batch.answers, batch.foils, batch.combine)
+        inputs = self.model._checked(batch.inputs)
+        if self.check_batch is not None:
+            self.check_batch(inputs)
+        chunk = Chunk(number, inputs, groups, metrics, rows)
+        held = self._held(chunk, self.side, batch, batch.inputs)
+        if self.source is not None:
+            held |= self._held(chunk, self.source, batch, batch.other)
+        if held:
+            chunk.groups = [tuple(self._filled(edit, held) for edit in group) for group in chunk.groups]
+        return chunk
+
+    def _held(self, chunk: Chunk, side: Any, batch: Batch, inputs: Any) -> dict[tuple[int, str], TensorRef]:
+        """Run one side of a batch, and return the values that edits take from it, at the positions of the side that is edited."""
+        wanted = sorted(
+            {
+                site
+                for group in chunk.groups
+                for edit in group
+                if (source := _side_of(edit)) is not None and source.side is side
+                for site in edit.sites(self.model)
+            }
+        )
+        of_source = side is self.source
+        if not wanted and not of_source:
+            return {}
+        output, cache = self.model.run_with_cache(inputs, names_filter=wanted)
+        if of_source:
+            output = marked(output, self.model.link)
+            if self.against_source:
+                chunk.metrics = chunk.metrics.against(output)
+            chunk.others["source"] = lambda metrics: metrics(output, inputs)
+        values = {name: self._laid(batch, name, cache[name]) if of_source else cache[name] for name in wanted}
+        return {(id(side), name): TensorRef.of(value) for name, value in values.items()}
+
+    def _filled(self, edit: Edit, held: Mapping[tuple[int, str], TensorRef]) -> Edit:
+        side = _side_of(edit)
+        if side is None:
+            return edit
+        names = edit.sites(self.model)
+        found = {name: held[id(side.side), name] for name in names}
+        source = found[names[0]] if names == [edit.site] else TensorRefMapping(tuple(found.items()))
+        return dataclasses.replace(edit, source=source)  # type: ignore[call-arg]
+
+    def _laid(self, batch: Batch, site: str, value: Tensor) -> Tensor:
+        """The values of the other run at this run's positions."""
+        name = SiteName.parse(site)
+        tower = tower_of(self.model, name)
+        tokens = self.model.tokens(batch.inputs).get(tower)
+        if tokens is None or tower not in batch.maps:
+            return value
+        axis = axis_of(self.model.towers[tower], name, tokens, batch.inputs)
+        if axis.absent and not name.is_pattern:
+            return value
+        held = list(range(tokens.n_positions)) if axis.held is None else list(axis.held)
+        first = held[0] if held else 0
+        if held != list(range(first, tokens.n_positions)):
+            moved = (batch.maps[tower][:, held] != held).any()
+            if moved:
+                raise InputError(
+                    f"{site} holds some positions of the {tower} tower only, and those of the two sides do not stand in one order: take a site "
+                    "that holds them all, or align='index'."
+                )
+            return value
+        return batch.matched(tower, value, (2, 3) if name.is_pattern else (1,), dropped=first)
+
+
+def _side_of(edit: Edit) -> SideSource | None:
+    source = getattr(edit, "source", None)
+    return source if isinstance(source, SideSource) else None

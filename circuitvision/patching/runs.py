@@ -1,0 +1,233 @@
+"""The two runs of an experiment, clean and corrupt, from pairs or from inputs in memory: what is patched, and what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.metric_set import MetricSet
+from circuitvision.model.edits.base import Edit
+
+Groups = Sequence[tuple[Edit, ...]]
+
+
+@dataclass
+class Measured:
+    """Metrics of the base run under each group of edits, of the base run alone and of the source run."""
+
+    values: Float[Tensor, "metric group example"]
+    base: Float[Tensor, "metric example"]
+    source: Float[Tensor, "metric example"]
+    examples: list[Any]
+    groups: list[Any] = field(default_factory=list)
+
+
+class Runs:
+    """A base run that is edited and a source run whose values it takes."""
+
+    metrics: MetricSet
+    fixed_positions: Mapping[str, Sequence[int]]
+    """The positions of each site that edits name by number, which every example must have; empty where none does."""
+
+    def first_inputs(self) -> Mapping[str, Any]:
+        """Inputs of the base run, of some examples at least."""
+        raise NotImplementedError
+
+    def sources(self, names: Sequence[str]) -> dict[str, Any]:
+        """What an edit takes as the source run's values at each site."""
+        raise NotImplementedError
+
+    def holds(self, names: Sequence[str]) -> dict[str, Any]:
+        """The base run's own values at each site, as a source."""
+        raise NotImplementedError
+
+    def measure(self, groups: Groups, **options: Any) -> Measured:
+        """Run the groups; ``options`` go to the sweep."""
+        raise NotImplementedError
+
+    def described(self) -> dict[str, Any]:
+        """What a provenance says of the data."""
+        raise NotImplementedError
+
+
+def two_runs(
+    model: Any,
+    pairs: Any,
+    metric: Any,
+    clean: Any,
+    corrupt: Any,
+    mode: str,
+    align: Any = "kind",
+    size: int | None = None,
+) -> Runs:
+    """The two runs of pairs, or of ``clean`` and ``corrupt`` inputs.
+
+    Raises:
+        InputError: neither or both given, no metric, an unknown mode, inputs of different shapes.
+    """
+    if mode not in ("denoise", "noise"):
+        raise InputError(
+            f"Unknown mode {mode!r}; choose 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)."
+        )
+    if metric is None:
+        raise InputError("No metric was given: a metric, its name ('logit_diff'), or a mapping of several.")
+    given = MetricSet.of(metric)
+    if pairs is None and clean is not None and corrupt is not None:
+        check_same_shapes(clean, corrupt)
+        return InputRuns(model, given.bind(model), clean, corrupt, mode)
+    if pairs is None or clean is not None or corrupt is not None:
+        raise InputError("Give pairs (cv.data.Pairs), or the inputs of both runs: clean=… and corrupt=….")
+    if not (hasattr(pairs, "clean") and hasattr(pairs, "corrupt")):
+        raise InputError(
+            f"A {type(pairs).__name__} is no data set of pairs: give cv.data.Pairs, or inputs as clean=… and corrupt=…."
+        )
+    return PairRuns(model, given, pairs, mode, align, size)
+
+
+class InputRuns(Runs):
+    """Two runs whose inputs are in memory."""
+
+    def __init__(self, model: Any, metrics: MetricSet, clean: Any, corrupt: Any, mode: str) -> None:
+        self.model, self.metrics, self.mode = model, metrics, mode
+        self.both = (clean, corrupt)
+        self.base_inputs, self.source_inputs = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
+        self.fixed_positions = {}
+        self.source: Tensor | None = None
+        self._base_cache: Any = {}
+
+    def first_inputs(self) -> Mapping[str, Any]:
+        """The inputs of the base run."""
+        return self.base_inputs
+
+    def sources(self, names: Sequence[str]) -> dict[str, Any]:
+        """The values of the source run; its metric is read on the way."""
+        with torch.no_grad():
+            output, cache = self.model.run_with_cache(self.source_inputs, names_filter=list(names))
+            if self.mode == "denoise":
+                self.metrics = self.metrics.against(output)
+            elif self.metrics.compares:
+                self.metrics = self.metrics.against(self.model(self.base_inputs))
+            self.source = self.metrics(output, self.source_inputs)
+        return {name: cache[name] for name in names}
+
+    def holds(self, names: Sequence[str]) -> dict[str, Any]:
+        """The values of the base run."""
+        with torch.no_grad():
+            _, cache = self.model.run_with_cache(self.base_inputs, names_filter=list(names))
+        return {name: cache[name] for name in names}
+
+    def measure(self, groups: Groups, **options: Any) -> Measured:
+        """One sweep; the base run alone where there is no group."""
+        assert self.source is not None
+        several = self.metrics.several
+        if not groups:
+            with torch.no_grad():
+                base = self.metrics(self.model(self.base_inputs), self.base_inputs)
+            return Measured(base[:, None][:, :0], base, self.source, list(range(base.shape[1])))
+        metric = dict(self.metrics.members) if several else self.metrics.members[""]
+        swept = self.model.sweep(self.base_inputs, list(groups), metric, **options)
+        values, base = (swept.values, swept.clean) if several else (swept.values[None], swept.clean[None])
+        return Measured(values, base, self.source, list(range(base.shape[1])))
+
+    def described(self) -> dict[str, Any]:
+        """Both inputs."""
+        return {"inputs": self.both}
+
+
+class PairRuns(Runs):
+    """The two sides of pairs, in batches."""
+
+    def __init__(self, model: Any, metrics: MetricSet, pairs: Any, mode: str, align: Any, size: int | None) -> None:
+        self.model, self.metrics, self.pairs, self.mode = model, metrics, pairs, mode
+        self.align, self.size = align, size
+        self.base, self.origin = (pairs.corrupt, pairs.clean) if mode == "denoise" else (pairs.clean, pairs.corrupt)
+        self.fixed_positions = {}
+
+    def first_inputs(self) -> Mapping[str, Any]:
+        """The inputs of the first example, or of the first batch where positions are counted."""
+        return next(iter(self.base[:1].batches(self.model))).inputs
+
+    def sources(self, names: Sequence[str]) -> dict[str, Any]:
+        """The source side itself, which is read batch by batch."""
+        return dict.fromkeys(names, self.origin)
+
+    def holds(self, names: Sequence[str]) -> dict[str, Any]:
+        """The base side itself."""
+        return dict.fromkeys(names, self.base)
+
+    def measure(self, groups: Groups, **options: Any) -> Measured:
+        """One sweep over the data set."""
+        from circuitvision.model.sweeps.stream import DataStudy
+        from circuitvision.model.sweeps.study import Options
+
+        study = DataStudy(
+            self.model,
+            self.pairs if self.mode == "noise" else self.base,
+            list(groups) or [()],
+            self.metrics,
+            None,
+            Options(**options),
+            self.size,
+            self.align,
+            source=self.origin,
+            against_source=self.mode == "denoise",
+            maps=_inverse(self.pairs.maps) if self.mode == "denoise" else None,
+        )
+        study.check_batch = self._check_positions if self.fixed_positions else None
+        swept = study.result()
+        values, base, source = swept.values, swept.clean, swept.source
+        if not self.metrics.several:
+            values, base, source = values[None], base[None], source[None]
+        return Measured(values[:, : len(groups)], base, source, swept.axes["example"], swept.groups)
+
+    def _check_positions(self, inputs: Mapping[str, Any]) -> None:
+        for name, expected in self.fixed_positions.items():
+            found = self.model.positions(name, inputs)
+            if list(found) != list(expected):
+                raise InputError(
+                    f"{name} has {len(found)} positions in some examples and {len(expected)} in the first, so a position number does not mean the "
+                    "same in all: take prompts of one length, or leave 'position' out of axes."
+                )
+
+    def described(self) -> dict[str, Any]:
+        """The digest of the pairs."""
+        return {"dataset_sha256": self.pairs.digest, "examples": len(self.pairs)}
+
+
+def _inverse(maps: Any) -> Any:
+    """Position maps the other way round: for every corrupt position the clean one that takes its values."""
+    return None if maps is None else [None if own is None else _turned(own) for own in maps]
+
+
+def _turned(own: Any) -> Any:
+    if isinstance(own, Mapping):
+        return {tower: _turned(one) for tower, one in own.items()}
+    listed = [int(place) for place in own]
+    if sorted(listed) != list(range(len(listed))):
+        raise InputError(
+            "A map of positions names one corrupt position twice, or leaves one out, so it cannot be turned round: patch with mode='noise', or give "
+            "maps that pair positions one by one."
+        )
+    found = [0] * len(listed)
+    for here, there in enumerate(listed):
+        found[there] = here
+    return found
+
+
+def check_same_shapes(clean: Mapping[str, Any], corrupt: Mapping[str, Any]) -> None:
+    """Raise InputError unless two input mappings have the same tensors of the same shapes."""
+    for name in sorted({*clean, *corrupt}):
+        first, second = clean.get(name), corrupt.get(name)
+        if isinstance(first, Tensor) != isinstance(second, Tensor):
+            raise InputError(f"Only one of the two inputs has {name!r}; make both in the same way.")
+        if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape != second.shape:
+            raise InputError(
+                f"{name} is {tuple(first.shape)} in the clean inputs and {tuple(second.shape)} in the corrupt ones. "
+                "Patching puts values of one run into the other: prompts need one token length, images one size."
+            )

@@ -1,0 +1,278 @@
+"""Read-outs over data sets: in batches as all at once, whatever the lengths of prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import circuitvision as cv
+from circuitvision.data import Pairs, Side
+from circuitvision.errors import InputError
+from circuitvision.readout.probes.collected import Collected, collect
+from tests.zoo import case
+from tests.zoo.images import picture
+
+TEXTS = ["<image> what color is the circle ?", "<image> red ?", "<image> is the square red ?", "<image> which shape ?"]
+EXACT = {"atol": 1e-12, "rtol": 0.0}
+
+
+def wrapped(name: str) -> cv.HookedModel:
+    one = case(name)
+    return cv.HookedModel(one.build().double().eval(), one.processor() if one.processor else None)
+
+
+def side(family: str, count: int = 5, **changes: Any) -> Side:
+    given: dict[str, Any] = {"images": [picture(number) for number in range(count)]}
+    if family.startswith(("llava", "pali")):
+        given["texts"] = [TEXTS[number % 4] for number in range(count)]
+    return Side(**given | {"answers": [number % 2 for number in range(count)]} | changes)
+
+
+# -- vectors ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "sites", "positions"),
+    [
+        ("vit", "vision.blocks.*.hook_resid_post", "whole"),
+        ("llava-clip-llama", ["language.blocks.*.hook_resid_post", "vision.blocks.0.attn.hook_z"], "all"),
+        ("llava-clip-llama", "language.blocks.*.attn.hook_z", "last"),
+        ("paligemma", "language.blocks.*.mlp.hook_post", "text"),
+        ("clip", "vision.blocks.*.hook_resid_post", "patch"),
+    ],
+)
+def test_vectors_do_not_depend_on_the_batch(name: str, sites: Any, positions: Any) -> None:
+    model, data = wrapped(name), side(name)
+    if name == "clip":
+        data = side(name, texts=[("red circle", "a cross"), ("blue",), ("red", "green"), ("red",), ("blue",)])
+    whole = collect(model, data, sites, positions=positions, batch_size=5)
+    for size in (1, 2):
+        parts = collect(model, data, sites, positions=positions, batch_size=size)
+        for site in whole:
+            torch.testing.assert_close(parts[site], whole[site], **EXACT)
+        assert parts.provenance["dataset_sha256"] == data.digest
+    halves = Collected.concat([collect(model, part, sites, positions=positions) for part in (data[:2], data[2:])])
+    assert halves.examples == whole.examples == list(range(5))
+    assert halves.labels == whole.labels == [0, 1, 0, 1, 0]
+    for site in whole:
+        torch.testing.assert_close(halves[site], whole[site], **EXACT)
+
+
+def test_vectors_are_those_of_single_runs() -> None:
+    model, data = wrapped("llava-clip-llama"), side("llava-clip-llama")
+    site = "language.blocks.1.hook_resid_post"
+    found = collect(model, data, site, positions="last", batch_size=3)[site]
+    for number, example in enumerate(data.examples):
+        _, cache = model.run_with_cache(model.inputs(images=[example.image], text=[example.text]), site)
+        torch.testing.assert_close(found[number], cache[site][0, -1], **EXACT)
+
+
+def test_pairs_stand_for_their_clean_side() -> None:
+    model, site = wrapped("vit"), "vision.blocks.1.hook_resid_post"
+    pairs = Pairs([picture(number) for number in range(3)], corrupt_images=[picture(number + 9) for number in range(3)])
+    assert torch.equal(collect(model, pairs, site)[site], collect(model, pairs.clean, site)[site])
+    assert not torch.equal(collect(model, pairs, site)[site], collect(model, pairs.corrupt, site)[site])
+    with pytest.raises(InputError, match="no example"):
+        collect(model, pairs[:0], site)
+
+
+def test_texts_are_examples_where_the_text_tower_is_read() -> None:
+    model = wrapped("clip")
+    texts = ["red circle", "a blue square here", "green"]
+    data = Side([picture(number) for number in range(3)], texts)
+    site = "text.blocks.1.hook_resid_post"
+    found = collect(model, data, [site], positions="last", batch_size=2)
+    for number, text in enumerate(texts):
+        _, cache = model.run_with_cache(model.inputs(images=[picture(0)], text=[text]), site)
+        torch.testing.assert_close(found[site][number], cache[site][0, -1], **EXACT)
+    both = collect(model, data, [site, "vision.blocks.0.hook_resid_post"], positions={"text": "last", "vision": "cls"})
+    torch.testing.assert_close(both[site], found[site], **EXACT)
+    with pytest.raises(InputError, match="one text"):
+        collect(model, Side([picture(0)], [("red", "blue")]), site)
+
+
+# -- labels per position -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_position_has_its_label_and_its_example(tmp_path: Path) -> None:
+    model, data = wrapped("llava-clip-llama"), side("llava-clip-llama", groups=[7, 7, 8, 8, 9])
+    site = "language.blocks.0.hook_resid_post"
+
+    def kinds(tokens: Any, batch: Any) -> np.ndarray:
+        assert batch.data.groups == [data.groups[number] for number in batch.examples]
+        return np.where(tokens.kind == "text", tokens.text, None)
+
+    whole = collect(model, data, site, positions="all", labels=kinds, per_position=True, batch_size=5)
+    parts = collect(model, data, site, positions="all", labels=kinds, per_position=True, batch_size=2)
+    torch.testing.assert_close(parts[site], whole[site], **EXACT)
+    for name in ("examples", "labels", "groups", "at"):
+        assert getattr(parts, name) == getattr(whole, name)
+    batches = list(data.batches(model, 1))
+    wanted = [
+        (number, piece, position)
+        for number, batch in enumerate(batches)
+        for position, piece in enumerate(model.tokens(batch.inputs)["language"].text[0])
+        if model.tokens(batch.inputs)["language"].kind[0, position] == "text"
+    ]
+    assert [
+        (number, piece, at[1]) for number, piece, at in zip(whole.examples, whole.labels, whole.at, strict=True)
+    ] == wanted
+    assert whole.groups == [data.groups[number] for number in whole.examples]  # type: ignore[index]
+    _, cache = model.run_with_cache(batches[3].inputs, site)
+    for vector, number, (row, position) in zip(whole[site], whole.examples, whole.at, strict=True):
+        assert row == 0
+        if number == 3:
+            torch.testing.assert_close(vector, cache[site][0, position], **EXACT)
+    back = Collected.load(whole.save(tmp_path / "vectors.safetensors"))
+    assert (back.examples, back.labels, back.groups, back.at) == (whole.examples, whole.labels, whole.groups, whole.at)
+
+
+def test_labels_in_lists_are_those_of_the_chosen_positions() -> None:
+    model, data = wrapped("vit"), side("vit", 3)
+    site = "vision.blocks.0.hook_resid_post"
+    patches = model.tokens(next(data.batches(model)).inputs)["vision"].positions("patch")
+    labels = [[number * 100 + at if at % 2 else None for at in range(len(patches))] for number in range(3)]
+    found = collect(model, data, site, positions="patch", labels=labels, per_position=True, batch_size=2)
+    assert found.labels == [label for own in labels for label in own if label is not None]
+    assert [
+        patches.index(position) + 100 * number for number, (_, position) in zip(found.examples, found.at, strict=True)
+    ] == found.labels
+    with pytest.raises(InputError, match="labels"):
+        collect(model, data, site, positions="patch", labels=[[1, 2]] * 3, per_position=True)
+    with pytest.raises(InputError, match="per_position"):
+        collect(model, data, site, labels=lambda tokens, batch: tokens.kind)
+    with pytest.raises(InputError, match="labels"):
+        collect(model, data, site, labels=[1, 2])
+    same = collect(model, data, site, positions="patch", labels=["a", "b", "c"], per_position=True)
+    assert same.labels == [letter for letter in "abc" for _ in patches]
+    sites = ["vision.blocks.0.hook_resid_post", "vision.hook_embed"]
+    with pytest.raises(InputError, match=r"apart|lacks"):
+        collect(model, data, sites, positions="all", per_position=True)
+
+
+def test_a_probe_of_positions_keeps_examples_on_one_side() -> None:
+    model = cv.organisms.load("shapes-vit")
+    pairs = cv.data.largest_pairs(30, seed=0)
+    site = "vision.blocks.1.hook_resid_post"
+
+    def inside(tokens: Any, batch: Any) -> np.ndarray:
+        left, top, right, bottom = np.array(batch.data.boxes).T[:, :, None]
+        box = np.moveaxis(tokens.box, -1, 0)
+        found = (box[0] < right) & (box[2] > left) & (box[1] < bottom) & (box[3] > top)
+        return np.where(tokens.kind == "patch", found, None)
+
+    found = collect(model, pairs, site, positions="patch", labels=inside, per_position=True, batch_size=8)
+    result = cv.readout.probe_vectors(found, found.labels, groups=found.groups, shuffles=2, penalty=1.0)
+    assert float(result.values[0]) > 0.9
+    held = {found.examples[index] for index in result.held_out.tolist()}
+    kept = {found.examples[index] for index in set(range(len(found.examples))) - set(result.held_out.tolist())}
+    assert held
+    assert not held & kept
+
+
+# -- means -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "average"),
+    [
+        ("vit", "vision.blocks.*.attn.hook_z", "position"),
+        ("vit", "vision.blocks.1.hook_mlp_out", "kind"),
+        ("llava-clip-llama", "language.blocks.*.attn.hook_z", "text"),
+        ("llava-clip-llama", "language.blocks.1.hook_attn_out", "kind"),
+        ("llava-clip-llama", "language.blocks.1.hook_attn_out", "position"),
+        ("clip", "vision.blocks.0.hook_resid_post", "all"),
+    ],
+)
+def test_means_over_a_data_set_are_those_of_all_its_inputs(
+    name: str, site: str, average: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from circuitvision import edits
+    from circuitvision.data import batches
+
+    model, texts = wrapped(name), {"clip": [("red", "a cross")] * 5}.get(name)
+    data = side(name, **({"texts": texts} if texts else {}))
+    if average == "position" and name.startswith("llava"):
+        data = side(name, texts=TEXTS[0])
+    inputs = [batch.inputs for batch in data.batches(model, 1)]
+    run = inputs[0]
+    wanted = model.run(run, edits.ablate(site, "mean", dataset=inputs, average=average))
+    assert not torch.allclose(wanted, model(run))
+    for budget in (2**29, 1):
+        monkeypatch.setattr(batches, "BUDGET", budget)
+        fresh = wrapped(name)
+        found = fresh.run(run, edits.ablate(site, "mean", dataset=data, average=average))
+        torch.testing.assert_close(found, wanted, **EXACT)
+
+
+def test_a_data_set_is_run_once_for_its_means_and_again_after_the_weights_change() -> None:
+    from circuitvision import edits
+
+    model, data = wrapped("vit"), side("vit")
+    run = next(iter(data.batches(model, 2))).inputs
+    seen = []
+    model.module.register_forward_pre_hook(lambda module, args, kwargs: seen.append(1), with_kwargs=True)
+    group = [edits.ablate("vision.blocks.0.attn.hook_z", "mean", dataset=data, heads=head) for head in range(2)]
+    model.run(run, group)
+    assert len(seen) == 2
+    model.run(run, group)
+    assert len(seen) == 3
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    first = model.run(run, group)
+    assert len(seen) == 5
+    fresh = wrapped("vit")
+    fresh.module.load_state_dict(model.module.state_dict())
+    torch.testing.assert_close(fresh.run(run, group), first, **EXACT)
+
+
+def test_a_mean_per_position_over_prompts_that_do_not_line_up_is_refused() -> None:
+    from circuitvision import edits
+
+    model = wrapped("llava-clip-llama")
+    data = side("llava-clip-llama", texts=["<image> red", "red <image>", "<image> red", "<image> red", "<image> red"])
+    run = next(iter(data.batches(model, 1))).inputs
+    site = "language.blocks.0.hook_resid_post"
+    with pytest.raises(InputError, match="line up"):
+        model.run(run, edits.ablate(site, "mean", dataset=data))
+    model.run(run, edits.ablate(site, "mean", dataset=data, average="kind"))
+    with pytest.raises(InputError, match="no example"):
+        edits.ablate(site, "mean", dataset=data[:0])
+
+
+def test_an_edit_with_a_data_set_is_saved_by_its_name(tmp_path: Path) -> None:
+    from circuitvision import edits
+
+    model, data = wrapped("vit"), side("vit", name="reference")
+    run = next(iter(data.batches(model, 2))).inputs
+    edit = edits.ablate("vision.blocks.0.attn.hook_z", "mean", dataset=data)
+    path = edits.save(tmp_path / "edits.yaml", [edit])
+    (back,) = edits.load(path, objects={"reference": data})
+    assert torch.equal(model.run(run, back), model.run(run, edit))
+    with pytest.raises(InputError, match="reference"):
+        edits.load(path)
+
+
+def test_a_check_of_heads_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from circuitvision.circuits import ablation_check
+    from circuitvision.data import batches
+
+    found = []
+    for budget, size in ((2**29, 6), (1, 4), (1, 1)):
+        monkeypatch.setattr(batches, "BUDGET", budget)
+        model = cv.HookedModel(
+            cv.organisms.load("shapes-llava").module.double(), cv.organisms.load("shapes-llava").processor
+        )
+        pairs = cv.data.question_pairs(6, seed=2)
+        found.append(ablation_check(model, pairs, ["language.L1H0", "vision.L0H1"], n_random=2, batch_size=size))
+    for check in found[1:]:
+        torch.testing.assert_close(check.values, found[0].values, **EXACT)
+        torch.testing.assert_close(check.logit_diff, found[0].logit_diff, **EXACT)
+    assert found[0].n_pairs == 6
+    assert float(found[0].logit_diff[0]) > 1
+    with pytest.raises(InputError, match="foils"):
+        ablation_check(model, Pairs.from_sides(pairs.clean._with(foils=None), pairs.corrupt), ["vision.L0H1"])
