@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from circuitvision.errors import CircuitVisionError, InputError, warn
 from circuitvision.links import marked
@@ -114,10 +114,11 @@ class PreparedRun:
         self._resumers: dict[bool, Resumer] = {}
         self._refused: dict[bool, str] = {}
         self._recorded: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
-        self._shape: tuple[int, int] = (0, 0)
+        self._state: tuple[int, ...] = ()
         self._output: Tensor | None = None
         self._weights: list[Tensor] = []
-        self._weights_version = self._all_weights_version = 0
+        self._before: list[Tensor] = []
+        self._weights_version = self._before_version = 0
         if not blocked_by(model):
             with contextlib.suppress(CannotResume):
                 self._resumer(self._eager)
@@ -162,12 +163,13 @@ class PreparedRun:
                 inputs or weights were changed since the recording; the ``with`` block is over.
         """
         compiler = self._check_open()
+        blocked = self._blocked()
         self._check_unchanged()
         listed, single = _groups(groups)
         compiled = compiler.bind(listed)
         for group in compiled:
             plan_behind(self._model, self.starts, [group])
-        parts = self._parts(compiled)
+        parts = self._parts(compiled, blocked)
         outputs: dict[int, Tensor] = {}
         for (eager, reason), numbers in parts.items():
             found = self._outputs([compiled[number] for number in numbers], eager, reason)
@@ -176,11 +178,19 @@ class PreparedRun:
             outputs.update(zip(numbers, found, strict=True))
         return marked(torch.stack([outputs[number] for number in range(len(compiled))]), self._model.link)
 
-    def _parts(self, groups: Sequence[CompiledEdits]) -> dict[tuple[bool, str], list[int]]:
-        """Which groups run together: those of one implementation of attention, and those that run in full for one reason."""
+    def _blocked(self) -> str:
+        """Why nothing can be resumed now; "" if it can, from what was recorded of the model as it is."""
         self._model._follow()
-        blocked = blocked_by(self._model)
-        self._renew()
+        modules = list(self._model.module.modules())
+        blocked = blocked_by(self._model, modules)
+        if not blocked and (self._resumers or self._refused) and self._state != _state_of(modules):
+            self._resumers.clear()
+            self._refused.clear()
+            self._recorded = {False: {}, True: {}}
+        return blocked
+
+    def _parts(self, groups: Sequence[CompiledEdits], blocked: str) -> dict[tuple[bool, str], list[int]]:
+        """Which groups run together: those of one implementation of attention, and those that run in full for one reason."""
         parts: dict[tuple[bool, str], list[int]] = {}
         for number, group in enumerate(groups):
             eager = bool(group.writes) and route_of(self._model, group).eager
@@ -235,9 +245,8 @@ class PreparedRun:
         if start is None or not edited:
             return 0
         # What earlier positions left is constant in a run of the others: it knows no new weight, and no gradient of one.
-        weights = list(self._model.module.parameters())
-        followed = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-        if followed or _version(weights) != self._all_weights_version:
+        followed = torch.is_grad_enabled() and any(weight.requires_grad for weight in self._weights)
+        if followed or _version(self._weights) != self._weights_version:
             return 0
         compiler = self._check_open()
         return resumer.safe_start(tower, start.layer, min(lowest_position(compiler, g, tower) for g in edited))
@@ -261,11 +270,10 @@ class PreparedRun:
                 self._refused[eager] = str(error)
                 raise
             finally:
-                self._shape = self._shape_of_module()
-            self._resumers[eager] = resumer
-            self._weights = [*resumer.parameters()]
-            self._weights_version = _version(self._weights)
-            self._all_weights_version = _version(list(self._model.module.parameters()))
+                modules = list(self._model.module.modules())
+                self._weights, self._state = _weights_of(modules), _state_of(modules)
+            self._resumers[eager], self._before = resumer, [*resumer.parameters()]
+            self._weights_version, self._before_version = _version(self._weights), _version(self._before)
         return self._resumers[eager]
 
     def _record_sites(self, eager: bool, sites: set[str]) -> None:
@@ -275,19 +283,6 @@ class PreparedRun:
             with torch.no_grad(), self._resumers[eager]._kernels({}):
                 _, cache = self._model.run_with_cache(self._inputs, names_filter=missing)
             self._recorded[eager].update({site: cache[site] for site in missing})
-
-    def _renew(self) -> None:
-        """Forget what was recorded where modules or torch hooks came or went."""
-        if (self._resumers or self._refused) and self._shape != self._shape_of_module():
-            self._resumers.clear()
-            self._refused.clear()
-            self._recorded = {False: {}, True: {}}
-
-    def _shape_of_module(self) -> tuple[int, int]:
-        if self._model.engine.stack:
-            return self._shape
-        modules = list(self._model.module.modules())
-        return len(modules), sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
     # -- checks ----------------------------------------------------------------------------------------------------------------------------
 
@@ -299,7 +294,7 @@ class PreparedRun:
     def _check_unchanged(self) -> None:
         if self._versions != self._versions_of_inputs():
             raise InputError("The inputs were written into since this run was prepared: prepare it again.")
-        if self._resumers and _version(self._weights) != self._weights_version:
+        if self._resumers and _version(self._before) != self._before_version:
             raise InputError(
                 f"Weights before {self._where()} were changed since this run was prepared, and what they gave was recorded: prepare it again."
             )
@@ -322,6 +317,16 @@ class PreparedRun:
 def _version(tensors: Sequence[Tensor]) -> int:
     """A number that grows with every write into one of the tensors."""
     return sum(tensor._version for tensor in tensors if not tensor.is_inference())
+
+
+def _weights_of(modules: Sequence[nn.Module]) -> list[Tensor]:
+    return [weight for module in modules for weight in module._parameters.values() if weight is not None]
+
+
+def _state_of(modules: Sequence[nn.Module]) -> tuple[int, ...]:
+    """What is another where modules, parameters or torch hooks came or went."""
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+    return (len(modules), hooks, *map(id, _weights_of(modules)))
 
 
 def _groups(given: Any) -> tuple[list[tuple[Edit, ...]], bool]:

@@ -57,16 +57,16 @@ _HARMLESS = ("NoneType", "AlignDevicesHook", "SequentialHook")
 """What accelerate may have put on a module: hooks that move tensors between devices change no value."""
 
 
-def blocked_by(model: HookedModel) -> str:
-    """Why no run of a model can be resumed in its present state; "" if they can."""
+def blocked_by(model: HookedModel, modules: Collection[nn.Module] | None = None) -> str:
+    """Why no run of a model can be resumed in its present state; "" if they can. ``modules`` are the model's, where they were listed already."""
     if model.engine.stack:
         return "other hooks are active, whose effect may be anywhere"
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
         return "hooks on all modules are active, whose effect may be anywhere"
-    for module in model.module.modules():
+    for module in model.module.modules() if modules is None else modules:
         if module.training:
             return "the model is in training mode"
-        hook = type(getattr(module, "_hf_hook", None)).__name__
+        hook = type(vars(module).get("_hf_hook")).__name__
         if hook not in _HARMLESS or (hook == "NoneType" and _is_replaced(module)):
             return "forwards of the model were replaced"
     return ""
