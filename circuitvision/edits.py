@@ -22,6 +22,10 @@ Common to all:
 Edits act in the order given, each on what the ones before it left. An edit that *sets* entries another edit of the same site changed before it is
 refused.
 
+Tensors of edits (a source, a direction and its scale, a factor, a bias, a basis, the parameters of a dictionary) are held themselves, never copied:
+one that requires a gradient gets it from a run whose output has one, and may be trained in place while the edit is used again and again. Other
+tensors must stay as they are once an edit is made from them.
+
 Sources: interchange (Geiger et al. 2021, arXiv 2106.02997), steering (Turner et al. 2023, arXiv 2308.10248), attention knockout (Geva et al. 2023,
 arXiv 2304.14767); the functions name the papers of their variants.
 """
@@ -119,6 +123,13 @@ def _taken_apart(heads: Any) -> tuple[list[NodeName], Heads]:
             raise InputError(f"{spelled(node)} is no head.")
     found = iter(nodes)
     return nodes, [head if isinstance(head, (int, np.integer)) else next(found).head for head in given]
+
+
+def _gain(value: Any) -> Any:
+    """A number as it is, that of a single-element tensor likewise; a larger tensor, and one that asks for a gradient, is held."""
+    if isinstance(value, Tensor) and (value.requires_grad or value.numel() != 1):
+        return held(value)
+    return float(value) if isinstance(value, (int, float, Tensor, np.generic)) else held(value)
 
 
 def _source(site: str, source: Any) -> Any:
@@ -219,7 +230,7 @@ def ablate(
 def steer(
     site: Component,
     direction: Any,
-    scale: float = 1.0,
+    scale: Any = 1.0,
     *,
     mode: str = "add",
     heads: Heads = None,
@@ -238,7 +249,7 @@ def steer(
     given = held(direction)
     if mode != "add" and not (isinstance(given, TensorRef) and bool((given.tensor.norm(dim=-1) > 0).all())):
         raise InputError(f"mode={mode!r} needs a direction of a length other than zero.")
-    return Steer(**_at(site, heads, positions, steps), direction=given, scale=float(scale), mode=mode)
+    return Steer(**_at(site, heads, positions, steps), direction=given, scale=_gain(scale), mode=mode)
 
 
 def scale(
@@ -291,26 +302,21 @@ def project(
     """Subspace interchange: inside the span of ``basis`` the selected entries take the source's values, outside it they keep their own.
 
     ``x' = x + (source - x) V Vᵀ`` with ``V`` orthonormal and of the span of ``basis``, ``[d]`` or ``[d, k]`` (columns); its sign, scale and
-    rotation do not matter. No gradient reaches the basis: one that asks for it warns. Raises InputError for dependent columns (Geiger et al. 2023,
-    arXiv 2303.02536; Makelov et al. 2023, arXiv 2311.17030).
+    rotation do not matter, and a gradient that asks for it reaches the basis through ``V`` (distributed alignment search). Raises InputError for
+    dependent columns (Geiger et al. 2023, arXiv 2303.02536; Makelov et al. 2023, arXiv 2311.17030).
     """
     if isinstance(basis, np.ndarray):
         basis = torch.from_numpy(basis.copy())
     if not isinstance(basis, Tensor):
         raise InputError(f"A basis is a tensor [d] or [d, k], not {type(basis).__name__}.")
-    if basis.requires_grad and torch.is_grad_enabled():
-        warn(
-            "project keeps an orthonormal copy of the basis, which no gradient reaches: basis.grad stays None. To train a basis, write the "
-            "interchange with edits.apply(site, lambda x, hook: x + (source - x) @ V @ V.T); to use it as it is, pass basis.detach()."
-        )
     columns = basis.detach()[:, None] if basis.ndim == 1 else basis.detach()
     if columns.ndim != 2 or columns.shape[1] > columns.shape[0] or columns.shape[1] == 0:
         raise InputError(f"A basis is [d] or [d, k] with k <= d, not {tuple(basis.shape)}.")
-    left, values, _ = torch.linalg.svd(columns.double(), full_matrices=False)
+    values = torch.linalg.svdvals(columns.double())
     if bool(torch.isnan(columns).any()) or float(values[-1]) <= 1e-6 * float(values[0]):
         raise InputError(f"The {columns.shape[1]} columns of the basis are not linearly independent.")
     where = _at(site, heads, positions, steps)
-    return Project(**where, source=_source(where["site"], source), basis=TensorRef(left.to(columns.dtype)))
+    return Project(**where, source=_source(where["site"], source), basis=TensorRef.of(basis))
 
 
 def block_attention(
@@ -337,7 +343,7 @@ def scale_attention(
     tower: str,
     queries: PositionsLike = None,
     keys: PositionsLike = None,
-    factor: float = 1.0,
+    factor: Any = 1.0,
     *,
     layers: int | Iterable[int] | str | None = None,
     heads: Heads = None,
@@ -347,10 +353,11 @@ def scale_attention(
     """Multiply scores (``renormalise=True``) or the pattern itself (False) of ``queries`` looking at ``keys``.
 
     Multiplying a score is a temperature, not a gain: where scores are negative a factor below 1 *raises* attention (AdaptVis, arXiv 2503.01773,
-    edits so). :func:`add_attention_bias` is the monotone alternative.
+    edits so). :func:`add_attention_bias` is the monotone alternative. ``factor`` is a number, or a tensor that broadcasts to ``[row
+    head query key]``.
     """
     where = _attention(tower, heads, queries, steps, keys, layers, renormalise)
-    return ScaleAttention(tower, **where, factor=float(factor))
+    return ScaleAttention(tower, **where, factor=_gain(factor))
 
 
 def add_attention_bias(
@@ -443,10 +450,10 @@ def permute(site: Component, order: Iterable[int], *, positions: PositionsLike =
 
 
 def renormalise(
-    site: Component, norm: float, *, heads: Heads = None, positions: PositionsLike = None, steps: StepsLike = None
+    site: Component, norm: Any, *, heads: Heads = None, positions: PositionsLike = None, steps: StepsLike = None
 ) -> Edit:
     """Give every selected vector the length ``norm``: ``x' = norm · x/‖x‖``."""
-    return Renormalise(**_at(site, heads, positions, steps), norm=float(norm))
+    return Renormalise(**_at(site, heads, positions, steps), norm=_gain(norm))
 
 
 def apply(

@@ -93,6 +93,19 @@ def test_sweeps_quick_runs_every_peer(tmp_path: Path) -> None:
     assert "pyvene" in models["llava-small"]["unable"]
 
 
+def test_prepared_quick_measures_a_step_in_every_way(tmp_path: Path) -> None:
+    printed, found = run_quick("prepared", tmp_path, "--layers", "11", "--rounds", "2")
+    assert list(found["models"]) == ["language", "llava"]
+    for model in found["models"].values():
+        rows = {row["way"]: row for row in model["rows"]}
+        assert {"plain blocks", "prepared", "prepared, last position", "whole model", "recording, once"} < set(rows)
+        assert all(row["ratio"] > 0 for row in rows.values())
+        # What lies before the start holds no graph, and a suffix less than all positions.
+        peaks = {way: row["peak_mib"] for way, row in rows.items()}
+        assert peaks["prepared, last position"] < peaks["prepared"] < 1.5 * peaks["plain blocks"]
+        assert f"{model['worst']:.3f}" in printed
+
+
 def test_sweeps_refuses_a_tool_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import sweep_shapes

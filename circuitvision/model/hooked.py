@@ -44,6 +44,7 @@ from circuitvision.model.tree import ModuleTree, base_of
 from circuitvision.model.weights import check_gradients, main_device, main_dtype
 
 if TYPE_CHECKING:
+    from circuitvision.model.prepared import PreparedRun
     from circuitvision.model.sweeps.result import SweepResult
 
 HookList = Sequence[tuple[Any, Hook]]
@@ -528,6 +529,26 @@ class HookedModel(TextTools):
             return
         with self.engine.registered(Registration(forward=forward, exact=frozenset(bound.sites))):
             yield
+
+    @contextlib.contextmanager
+    def prepared(self, inputs: Any, start: Any) -> Iterator[PreparedRun]:
+        """Runs under edits that compute only what lies behind a place, exact, with gradients: :class:`circuitvision.model.prepared.PreparedRun`.
+
+        ``with model.prepared(inputs, start=("language", 20)) as run: logits = run([edit])``. The unedited run is recorded once; each call costs what
+        lies behind ``start``, the earliest place where an edit may act: a site or component, a layer ``(tower, number)`` (its input; a number alone
+        counts in the last tower), or a list of these, of which a call takes the latest that serves. ``run(edits)`` is ``[example …]`` as
+        ``model.run``, ``run([edits, …])`` is ``[group example …]``.
+
+        Raises InputError or UnknownSiteError for a start that is not there; InputError in training mode with dropout, and from a call whose edits act
+        before ``start``.
+        """
+        from circuitvision.model.prepared import PreparedRun
+
+        run = PreparedRun(self, self._checked(inputs), start)
+        try:
+            yield run
+        finally:
+            run.close()
 
     @provenance.with_provenance
     def sweep(

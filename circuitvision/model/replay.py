@@ -34,6 +34,8 @@ class BaseRun:
     prefix_kv: dict[int, PrefixKV] = field(default_factory=dict)
     """Attention module id -> what entered its kernel."""
     versions: dict[int, int] = field(default_factory=dict)
+    completing: set[int] = field(default_factory=set)
+    """Ids of modules whose result completes a suffix of the positions, and is handed back by no other run."""
 
 
 class Overrides:
@@ -153,6 +155,16 @@ def repeated(value: Any, copies: int) -> Any:
     if isinstance(value, Mapping):
         return type(value)(**{name: repeated(item, copies) for name, item in value.items()})
     raise CannotResume(f"a module returned a {type(value).__name__}, which cannot be repeated")
+
+
+def rows_of_group(output: Tensor, unedited: Tensor, number: int, copies: int) -> Tensor:
+    """The output of one group of ``copies``; dual encoders compare rows with columns, either of which may be repeated."""
+    rows = unedited.shape[0]
+    if output.shape[0] == rows * copies:
+        output = output[number * rows : (number + 1) * rows]
+    if output.ndim == 2 and output.shape[1] == unedited.shape[1] * copies:
+        output = output[:, number * unedited.shape[1] : (number + 1) * unedited.shape[1]]
+    return output
 
 
 def is_plain(value: Any) -> bool:

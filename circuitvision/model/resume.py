@@ -11,6 +11,9 @@ off the run: causal towers allow every ``p``, PaliGemma's and PI0's prefixes non
 the model's own inputs stay as they are and the stream is repeated where it is first edited; elsewhere (dual encoders, PI0, vision towers of a VLM)
 the inputs are repeated.
 
+*Gradients.* The unedited run is recorded without a graph; a resumed run has the graph of what it computes, where gradients are on. What is handed
+back is constant in it, which is exact for everything that acts at or behind the start: edits' own tensors, and the parameters of what runs again.
+
 Nothing is re-implemented, so a resumed run equals the full one up to the rounding of larger batches. What the code needs to know of transformers is
 how blocks are called (``hidden_states`` first; ``position_embeddings``, ``position_ids``, ``attention_mask``, ``past_key_values``); a block called
 in another way raises :class:`CannotResume` and the caller runs in full.
@@ -21,11 +24,12 @@ Not covered: implementations of attention other than eager and sdpa (no suffix),
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
 from circuitvision.model.attention import PrefixKV
 from circuitvision.model.dead import last_live_block
@@ -49,6 +53,29 @@ if TYPE_CHECKING:
 
 FREE_POOLS = ("none", "cls", "cls+distillation", "cls+mean_patch", "mean_patch")
 """Pooling rules that need nothing but the stream itself."""
+_HARMLESS = ("NoneType", "AlignDevicesHook", "SequentialHook")
+"""What accelerate may have put on a module: hooks that move tensors between devices change no value."""
+
+
+def blocked_by(model: HookedModel, modules: Collection[nn.Module] | None = None) -> str:
+    """Why no run of a model can be resumed in its present state; "" if they can. ``modules`` are the model's, where they were listed already."""
+    if model.engine.stack:
+        return "other hooks are active, whose effect may be anywhere"
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        return "hooks on all modules are active, whose effect may be anywhere"
+    for module in model.module.modules() if modules is None else modules:
+        if module.training:
+            return "the model is in training mode"
+        hook = type(vars(module).get("_hf_hook")).__name__
+        if hook not in _HARMLESS or (hook == "NoneType" and _is_replaced(module)):
+            return "forwards of the model were replaced"
+    return ""
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward that is not its class's."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 class Resumer:
@@ -68,7 +95,7 @@ class Resumer:
     # -- the unedited run ------------------------------------------------------------------------------------------------------------------
 
     def record(self, starts: set[ResumePoint], taps_from: Mapping[str, int], sites: list[str]) -> dict[str, Tensor]:
-        """Run once and keep what the given starts need; ``taps_from``: tower -> first block whose keys and values are kept.
+        """Run once, without a graph, and keep what the given starts need; ``taps_from``: tower -> first block whose keys and values are kept.
 
         Returns the values of ``sites`` in that run.
         """
@@ -79,11 +106,11 @@ class Resumer:
             for start in starts:
                 self._record_start(overrides, clean, start)
             for name in self.order:
-                self._record_whole(overrides, clean, name)
+                self._record_tower(overrides, clean, name, starts)
             for name, layer in taps_from.items():
                 for block in self.model.towers[name].blocks[layer:]:
                     clean.prefix_kv[id(block.part("attn"))] = PrefixKV()
-            with torch.no_grad(), self._kernels(clean.prefix_kv):
+            with self._recording(), self._kernels(clean.prefix_kv):
                 cache: Mapping[str, Any] = {}
                 if sites:
                     clean.output, cache = self.model.run_with_cache(self.inputs, names_filter=sites)
@@ -108,20 +135,35 @@ class Resumer:
         with self.model.engine.kernels(eager=self.eager, prefix_kv=prefix_kv):
             yield
 
-    def _record_whole(self, overrides: Overrides, clean: BaseRun, name: str) -> None:
+    @staticmethod
+    def _recording() -> contextlib.AbstractContextManager[Any]:
+        """How the unedited run is computed: what is handed back has no graph."""
+        return torch.no_grad()
+
+    def _record_tower(self, overrides: Overrides, clean: BaseRun, name: str, starts: Collection[ResumePoint]) -> None:
+        """Keep what some route hands back of a tower: all of it, or no block that every route runs again."""
         if name == "projector":
             self._keep(overrides, clean, self.projector())
             return
         tower = self.model.towers[name]
-        self._keep(overrides, clean, tower.root)
+        feeds, live = tower.spec.feeds_cache_only, last_live_block(tower, self.inputs)
+        # In a dual encoder, and before a later tower that is edited first, all of a tower may be handed back.
+        whole = self.dual or any(self.order.index(start.tower) > self.order.index(name) for start in starts)
+        if whole:
+            self._keep(overrides, clean, tower.root)
         embeddings = embeddings_of(tower)
         if embeddings is not None:
             self._keep(overrides, clean, embeddings)
+        last = max((start.layer for start in starts if start.tower == name), default=-1)
         for block in tower.blocks:
-            self._keep(overrides, clean, block.module, block if tower.spec.feeds_cache_only else None)
-        if tower.spec.feeds_cache_only:
+            if whole or self.by_cache or block.layer <= last or block.layer > live:
+                self._keep(overrides, clean, block.module, block if feeds else None)
+            elif block.layer == len(tower.blocks) - 1 and self.can_slice(name):
+                self._keep(overrides, clean, block.module)
+                clean.completing.add(id(block.module))
+        if feeds:
             for part in UNREAD:
-                self._keep(overrides, clean, tower.blocks[last_live_block(tower, self.inputs)].part(part))
+                self._keep(overrides, clean, tower.blocks[live].part(part))
 
     def _record_start(self, overrides: Overrides, clean: BaseRun, start: ResumePoint) -> None:
         if start.tower not in self.model.towers or start.layer == EMBED:
@@ -164,6 +206,15 @@ class Resumer:
             return forward
 
         overrides.forward(module, make)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of modules that hand back what they returned: no gradient reaches them, and they must stay as they were."""
+        assert self.clean is not None
+        modules = {id(module): module for module in self.model.module.modules()}
+        again = {id(p) for key in self.clean.arguments for p in modules[key].parameters()}
+        kept = self.clean.results.keys() - self.clean.completing
+        found = {id(p): p for key in kept for p in modules[key].parameters() if id(p) not in again}
+        return list(found.values())
 
     def projector(self) -> nn.Module:
         """The module between the vision and the language tower."""
@@ -237,7 +288,8 @@ class Resumer:
     def run(self, route: ResumePlan, copies: int, first: int) -> Tensor:
         """The output for ``copies`` groups of one route under the hooks in place; positions from ``first`` on where that is above 0.
 
-        Rows are group by group. Raises CannotResume if a module is called in a way that is not understood.
+        Rows are group by group. The output has a graph where gradients are on. Raises CannotResume if a module is called in a way that is not
+        understood.
         """
         assert self.clean is not None
         self._check_unwritten()
@@ -245,7 +297,7 @@ class Resumer:
         overrides = Overrides()
         try:
             resumed.prepare(overrides)
-            with torch.no_grad(), self._kernels(resumed.prefix_kv()):
+            with self._kernels(resumed.prefix_kv()):
                 return self.model._forward(resumed.inputs(), {})
         finally:
             overrides.restore()

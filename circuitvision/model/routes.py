@@ -10,9 +10,11 @@ Not covered: what the output reads. A route goes forward from the edit only; val
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from circuitvision.errors import InputError
 from circuitvision.model.edits.attention import AttentionEdit, DeleteTokens
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import CompiledEdits, EditCompiler
@@ -41,6 +43,14 @@ class ResumePoint:
     def name(self) -> str:
         """The part's name."""
         return PARTS[self.part]
+
+    def __str__(self) -> str:
+        if self.tower == "projector":
+            return "the projector"
+        if self.layer < 0:
+            return f"the embeddings of {self.tower}"
+        after = {"block": "", "o": " (after attention's pattern)", "post": " (its end)"}
+        return f"{self.tower} block {self.layer}{after.get(self.name, f' ({self.name})')}"
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,60 @@ def route_of(model: HookedModel, group: CompiledEdits) -> ResumePlan:
     by_cache = source is not None and source.spec.feeds_cache_only
     later = next((start for tower, start in starts.items() if tower != first), None) if by_cache else None
     return ResumePlan((starts[first],), eager, later)
+
+
+def plan_behind(model: HookedModel, starts: Collection[ResumePoint], groups: Sequence[CompiledEdits]) -> ResumePlan:
+    """The plan that runs several groups in one batch from the latest of the given starts that is behind none of their edits.
+
+    Raises InputError, naming the edit, for a site before every start.
+    """
+    order, dual = stages(model), is_dual(model)
+    first: dict[str, ResumePoint] = {}
+    for group in groups:
+        for site, edits in group.writes.items():
+            here = start_of(model, site)
+            before = [one for one in starts if _is_behind(here, one, order, dual)]
+            if not before:
+                where = ", ".join(map(str, sorted(starts)))
+                raise InputError(
+                    f"{edits[0]!r} acts at {site}, which lies before {where}, where this prepared run starts, and is not computed again: "
+                    f"prepare it with start={site!r}."
+                )
+            start = max(before, key=lambda one: (order.index(one.tower), one))
+            first[start.tower] = min(start, first.get(start.tower, start))
+    chosen = list(first.values()) or [min(starts, key=lambda one: (order.index(one.tower), one))]
+    eager = any(SiteName.parse(site).is_eager for group in groups for site in (*group.sites, *group.captures))
+    if dual:
+        return ResumePlan(tuple(chosen), eager)
+    start = min(chosen, key=lambda one: order.index(one.tower))
+    source = model.towers.get(start.tower)
+    later = None
+    if source is not None and source.spec.feeds_cache_only:
+        sites = [start_of(model, site) for group in groups for site in group.writes]
+        later = min((here for here in sites if here.tower != start.tower), default=None)
+    return ResumePlan((start,), eager, later)
+
+
+def _is_behind(here: ResumePoint, start: ResumePoint, order: Sequence[str], dual: bool) -> bool:
+    """Whether what can be edited at ``here`` is computed again by a run that resumes at ``start``."""
+    if here.tower == start.tower:
+        return start <= here
+    return not dual and order.index(start.tower) < order.index(here.tower)
+
+
+def is_unedited(model: HookedModel, site: str, plan: ResumePlan, writes: Iterable[str]) -> bool:
+    """Whether a site, in a run that resumes by a plan, has its unedited value and is not computed again; ``writes`` are the edited sites."""
+    here = start_of(model, site)
+    start = plan.start_in(here.tower)
+    if start is None:
+        order = stages(model)
+        apart = is_dual(model) or order.index(here.tower) < order.index(plan.starts[0].tower)
+        return apart or here.layer < reached_through_cache(plan, model, here.tower)
+    # A value that enters the place where the run resumes is not computed again.
+    order_of = {name: number for number, name in enumerate(model.engine.points)}
+    entering = here == start and here.name != "block"
+    first = min(map(order_of.__getitem__, writes), default=0)
+    return here < start or (entering and order_of[site] < first)
 
 
 def reached_through_cache(route: ResumePlan, model: HookedModel, tower: str) -> int:

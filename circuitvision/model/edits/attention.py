@@ -92,7 +92,7 @@ class AttentionEdit(Edit):
             return
         region = self.region(value, window)
         if region is not None and bool(region.any()):
-            value.copy_(self.changed(value.clone() if self.asks_gradient else value, region, hook))
+            value.copy_(self.changed(value.clone() if torch.is_grad_enabled() else value, region, hook))
 
     def region(self, value: Tensor, window: PositionWindow) -> Tensor | None:
         """The selected entries as bool, broadcasting to ``[row head query key]``."""
@@ -153,6 +153,14 @@ def _mask(positions: Positions, window: PositionWindow, rows: int, device: torch
     return out
 
 
+def broadcasting(what: str, source: Any, value: Tensor, hook: HookPoint) -> Tensor:
+    """A number, or a tensor on its autograd path, that broadcasts to scores or a pattern; InputError for a tensor that does not."""
+    found = source.tensor.to(value) if isinstance(source, TensorRef) else torch.tensor(float(source)).to(value)
+    if any(have not in (1, want) for have, want in zip(found.shape[::-1], value.shape[::-1], strict=False)):
+        raise InputError(f"its {what} has shape {tuple(found.shape)}, {hook.name} {tuple(value.shape)}")
+    return found
+
+
 def visible(scores: Tensor) -> Tensor:
     """Which entries of the scores the run's own mask leaves visible: masked ones hold the smallest number of the type, or minus infinity."""
     return scores > torch.finfo(scores.dtype).min / 2
@@ -185,19 +193,21 @@ class ScaleAttention(AttentionEdit):
     """See :func:`circuitvision.edits.scale_attention`."""
 
     kind = "scale_attention"
-    factor: float = 1.0
+    factor: Any = 1.0
 
     @property
     def does_nothing(self) -> bool:
-        return self.factor == 1.0
+        return not isinstance(self.factor, TensorRef) and float(self.factor) == 1.0
 
     def _strength(self) -> list[str]:
-        return [f"factor={self.factor:g}"]
+        return [f"factor={self.factor!r}" if isinstance(self.factor, TensorRef) else f"factor={self.factor:g}"]
 
     def changed(self, value: Tensor, region: Tensor, hook: HookPoint) -> Tensor:
         """``score · factor`` or ``pattern · factor``."""
         where = region & visible(value) if self.renormalise else region
-        return torch.where(where, value * self.factor, value)
+        factor = broadcasting("factor", self.factor, value, hook)
+        # What is hidden stays out of the product, whose gradient the smallest number of the type would overflow.
+        return torch.where(where, value.masked_fill(~where, 0.0) * factor, value)
 
 
 @dataclass(frozen=True, repr=False)
@@ -216,11 +226,7 @@ class AddAttentionBias(AttentionEdit):
 
     def changed(self, value: Tensor, region: Tensor, hook: HookPoint) -> Tensor:
         """``score + bias`` or ``pattern · exp(bias)``."""
-        bias = (
-            self.bias.tensor.to(value) if isinstance(self.bias, TensorRef) else torch.tensor(float(self.bias)).to(value)
-        )
-        if any(have not in (1, want) for have, want in zip(bias.shape[::-1], value.shape[::-1], strict=False)):
-            raise InputError(f"its bias has shape {tuple(bias.shape)}, {hook.name} {tuple(value.shape)}")
+        bias = broadcasting("bias", self.bias, value, hook)
         if not self.renormalise:
             return torch.where(region, value * bias.exp(), value)
         return torch.where(region & visible(value), value + bias, value)

@@ -144,11 +144,6 @@ class Edit:
                 found += [item for _, item in value.items if isinstance(item, TensorRef)]
         return found
 
-    @property
-    def asks_gradient(self) -> bool:
-        """Whether a tensor that the edit holds requires a gradient."""
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.held())
-
     def __repr__(self) -> str:
         parts = [repr(self.site), *self._shown()]
         if self.heads is not None:
@@ -211,8 +206,8 @@ class Edit:
         at = self._place(value, window, hook, given)
         if at is not None:
             old = value[at.index]
-            # What a gradient needs later must not be written over.
-            old = old.clone() if self.asks_gradient else old
+            # What a gradient needs later, of the edit's own tensors or of what comes before, must not be written over.
+            old = old.clone() if torch.is_grad_enabled() else old
             value[at.index] = self._fitting(self.new(old, at), value)
 
     @staticmethod
@@ -286,6 +281,19 @@ def with_held(edit: Edit, change: Callable[[TensorRef], TensorRef]) -> Edit:
 def by_digest(edits: Iterable[Edit]) -> EditGroup:
     """The same edits without their tensors, which are named by digest: what a result keeps of sources that it does not own."""
     return EditGroup(with_held(edit, TensorDigest.of_held) for edit in edits)
+
+
+def settled(groups: Iterable[Iterable[Edit]]) -> list[EditGroup]:
+    """The same edits, of each trained tensor the values of this moment: what a result keeps of the edits it was made with."""
+    kept: dict[int, TensorRef] = {}
+
+    def own(ref: TensorRef) -> TensorRef:
+        return kept.setdefault(id(ref), ref.settled()) if ref.trained else ref
+
+    def one(edit: Edit) -> Edit:
+        return with_held(edit, own) if any(ref.trained for ref in edit.held()) else edit
+
+    return [EditGroup(map(one, group)) for group in groups]
 
 
 def _before(chosen: Chosen, end: int | None, window: PositionWindow) -> Chosen:

@@ -1,7 +1,8 @@
 """What an edit is made of: tensors held by reference, positions, steps, and how they select entries of a site.
 
 Everything here is immutable and compares by content. A tensor is held, not copied (a sweep of a thousand edits shares one source), so writing into
-it afterwards would change every edit that holds it: a held tensor remembers its version, and using it after such a write is an error.
+it afterwards would change every edit that holds it: a held tensor remembers its version, and using it after such a write is an error. A tensor that
+requires a gradient is there to be written into, by an optimizer: the edit holds the tensor itself, and acts with the values it has in each run.
 
 Positions are absolute, and those of the tower: 0 is the first position of the row, padding included, and the positions that ``generate`` adds follow
 the prompt's. A pass of a run covers a window ``[first, first + length)`` of them: all of the prompt in the first pass, one new position in each
@@ -31,9 +32,9 @@ StepsLike = int | str | Iterable[int] | Tensor | np.ndarray | None
 
 
 class TensorRef:
-    """A tensor inside a value: shared, compared by content, refused after a write in place."""
+    """A tensor inside a value: shared, compared by content, refused after a write in place unless it is trained."""
 
-    __slots__ = ("__weakref__", "_has_nan", "_tensor", "_version")
+    __slots__ = ("__weakref__", "_has_nan", "_orthonormal", "_tensor", "_trained", "_version")
     _known: ClassVar[WeakValueDictionary[int, TensorRef]] = WeakValueDictionary()
 
     @classmethod
@@ -43,7 +44,7 @@ class TensorRef:
         if (
             found is None
             or found._tensor is not tensor
-            or (found._version is not None and found._version != tensor._version)
+            or (found._version is not None and found._version != tensor._version and not found.trained)
         ):
             found = cls._known[id(tensor)] = cls(tensor)
         return found
@@ -51,12 +52,19 @@ class TensorRef:
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
         self._version = None if tensor.is_inference() else tensor._version
+        self._trained = tensor.requires_grad
         self._has_nan: bool | None = None
+        self._orthonormal: Tensor | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether the tensor requires a gradient, or did when the edit was made: its values may change from run to run."""
+        return self._trained or self._tensor.requires_grad
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor; raises InputError if it was written into since the edit was made."""
-        if self._version is not None and self._tensor._version != self._version:
+        """The tensor itself, on its autograd path; raises InputError if it was written into since the edit was made, unless it is trained."""
+        if self._version is not None and self._tensor._version != self._version and not self.trained:
             raise InputError(
                 f"A tensor of shape {tuple(self._tensor.shape)} was changed in place after an edit was made from it. "
                 "Edits are values: make them from tensors that stay as they are (.clone())."
@@ -65,15 +73,25 @@ class TensorRef:
 
     @property
     def has_nan(self) -> bool:
-        """Whether any entry is not a number; looked up once, however many edits share the tensor."""
-        if self._has_nan is None:
+        """Whether any entry is not a number; looked up once, however many edits share the tensor, unless it is trained."""
+        if self._has_nan is None or self.trained:
             self._has_nan = bool(torch.isnan(self._tensor).any()) if self._tensor.is_floating_point() else False
         return self._has_nan
 
-    @property
-    def requires_grad(self) -> bool:
-        """Whether the tensor is one that a gradient is asked for."""
-        return self._tensor.requires_grad
+    def orthonormal(self) -> Tensor:
+        """Orthonormal columns ``[d, k]`` of the span of the tensor, ``[d]`` or ``[d, k]``, on its autograd path: ``Q`` of ``QR``, in float64."""
+        if self._orthonormal is not None:
+            self.tensor  # noqa: B018  (raises where it was written into)
+            return self._orthonormal
+        columns = self.tensor[:, None] if self.tensor.ndim == 1 else self.tensor
+        found = torch.linalg.qr(columns.double())[0]
+        if not self.trained:
+            self._orthonormal = found
+        return found
+
+    def settled(self) -> TensorRef:
+        """The values of this moment: what a result keeps of a tensor that is trained on after it."""
+        return TensorRef(self._tensor.detach().clone()) if self.trained else self
 
     def digest(self) -> str:
         """A name that depends on type, shape and bytes alone: the reference under which files store the tensor."""
@@ -119,6 +137,11 @@ class TensorDigest(TensorRef):
         if isinstance(value, cls) or value.tensor.numel() <= 1:
             return value
         return cls(value.digest(), value.tensor.shape, value.tensor.dtype)
+
+    @property
+    def trained(self) -> bool:
+        """Never: it is what a tensor was."""
+        return False
 
     @property
     def tensor(self) -> Tensor:

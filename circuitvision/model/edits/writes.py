@@ -179,18 +179,19 @@ class Steer(Edit):
 
     kind = "steer"
     direction: Any = None
-    scale: float = 1.0
+    scale: Any = 1.0
     mode: str = "add"
 
     @property
     def does_nothing(self) -> bool:
-        return self.scale == 0.0
+        return not isinstance(self.scale, TensorRef) and float(self.scale) == 0.0
 
     def check(
         self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
     ) -> None:
         super().check(model, site, window, n_heads, grows)
         _check_fits(self.direction, model, site, window, n_heads)
+        _check_fits(self.scale, model, site, window, n_heads)
 
     def source_end(self, site: str, ndim: int, given: Mapping[Any, Any]) -> int | None:
         length = source_length(self.direction, ndim)
@@ -198,14 +199,14 @@ class Steer(Edit):
 
     def new(self, x: Tensor, at: EditContext) -> Tensor:
         """``x + s d``; ``‖x‖ (x̂ + s d̂)/‖x̂ + s d̂‖``; ``x - s (x·d̂) d̂``."""
-        direction = at.pick(self.direction, x)
+        direction, scale = at.pick(self.direction, x), at.pick(self.scale, x)
         if self.mode == "add":
-            return x + self.scale * direction
+            return x + scale * direction
         unit = direction / direction.norm(dim=-1, keepdim=True)
         if self.mode == "project_out":
-            return x - self.scale * (x * unit).sum(-1, keepdim=True) * unit
+            return x - scale * (x * unit).sum(-1, keepdim=True) * unit
         length = x.norm(dim=-1, keepdim=True)
-        turned = x / length.clamp_min(torch.finfo(x.dtype).tiny) + self.scale * unit
+        turned = x / length.clamp_min(torch.finfo(x.dtype).tiny) + scale * unit
         return turned / turned.norm(dim=-1, keepdim=True) * length
 
 
@@ -328,9 +329,9 @@ class Project(_Sourced):
             raise InputError(f"its basis has vectors of {given} coordinates, {site} has {width}")
 
     def new(self, x: Tensor, at: EditContext) -> Tensor:
-        """``x' = x + (source - x) V Vᵀ`` with orthonormal ``V``."""
+        """``x' = x + (source - x) V Vᵀ`` with ``V`` the orthonormal basis of the given one's span."""
         assert self.basis is not None
-        basis = self.basis.tensor.to(x)
+        basis = self.basis.orthonormal().to(x)
         if basis.shape[0] != x.shape[-1]:
             raise InputError(f"its basis has vectors of {basis.shape[0]} coordinates, {at.site} has {x.shape[-1]}")
         change = at.pick(self.source_at(at.site, at.given), x) - x
@@ -427,11 +428,17 @@ class Renormalise(Edit):
     """See :func:`circuitvision.edits.renormalise`."""
 
     kind = "renormalise"
-    norm: float = 1.0
+    norm: Any = 1.0
+
+    def check(
+        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
+    ) -> None:
+        super().check(model, site, window, n_heads, grows)
+        _check_fits(self.norm, model, site, window, n_heads)
 
     def new(self, x: Tensor, at: EditContext) -> Tensor:
         """``x' = norm · x/‖x‖``."""
-        return x * (self.norm / x.norm(dim=-1, keepdim=True))
+        return x * (at.pick(self.norm, x) / x.norm(dim=-1, keepdim=True))
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from circuitvision.model.routes import PARTS, ResumePlan, ResumePoint
-from circuitvision.results import as_builtin, stored_as
+from circuitvision.model.routes import ResumePlan, ResumePoint
 
 NOTHING = "nothing changes"
 """The reason of a group that needs no run: its edits do nothing."""
@@ -45,34 +41,12 @@ class Plan:
             layer,
             PARTS[start.part] if layer is not None else "",
             first,
-            also=tuple(map(_place, others)),
+            also=tuple(map(str, others)),
         )
 
     def __str__(self) -> str:
         if not self.tower:
             return self.reason if self.reason == NOTHING else f"in full: {self.reason}"
         start = ResumePoint(self.tower, -1 if self.layer is None else self.layer, PARTS.index(self.part or "block"))
-        where = ", ".join([_place(start), *self.also])
+        where = ", ".join([str(start), *self.also])
         return f"from {where}{f', positions {self.first}…' if self.first else ''}"
-
-
-def _place(start: ResumePoint) -> str:
-    if start.tower == "projector":
-        return "the projector"
-    if start.layer < 0:
-        return f"the embeddings of {start.tower}"
-    after = {"block": "", "o": " (after attention's pattern)", "post": " (its end)"}
-    return f"{start.tower} block {start.layer}{after.get(start.name, f' ({start.name})')}"
-
-
-def as_plain(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON."""
-    return as_builtin(dataclasses.asdict(plan))
-
-
-def from_plain(data: Mapping[str, Any]) -> Plan:
-    """The plan that :func:`as_plain` described."""
-    return Plan(**{**data, "also": tuple(data["also"])})
-
-
-stored_as("plan", Plan, lambda plan, tensors, sources: as_plain(plan), lambda data, tensors, objects: from_plain(data))

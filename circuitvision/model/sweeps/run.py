@@ -16,24 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
+from torch import Tensor
 
 from circuitvision.errors import CircuitVisionError, InputError, warn
 from circuitvision.links import marked
 from circuitvision.metric_set import MetricSet
-from circuitvision.model.edits.binding import CompiledEdits, EditApplier, EditCompiler, Group
-from circuitvision.model.hooks import Registration
-from circuitvision.model.replay import CannotResume
-from circuitvision.model.resume import Resumer
+from circuitvision.model.edits.binding import CompiledEdits, EditCompiler, Group
+from circuitvision.model.prepared import run_batch
+from circuitvision.model.replay import CannotResume, rows_of_group
+from circuitvision.model.resume import Resumer, blocked_by
 from circuitvision.model.routes import (
     ResumePlan,
-    is_dual,
+    is_unedited,
     lowest_position,
-    reached_through_cache,
     route_of,
-    stages,
-    start_of,
 )
 from circuitvision.model.state import refuse_random
 from circuitvision.model.sweeps.batches import LARGE_SHARE, count_fitting, free_memory, size_of_route
@@ -41,9 +37,6 @@ from circuitvision.model.sweeps.plan import NOTHING, Plan
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
-
-_HARMLESS = ("NoneType", "AlignDevicesHook", "SequentialHook")
-"""What accelerate may have put on a module: hooks that move tensors between devices change no value."""
 
 
 @dataclass(eq=False)
@@ -76,7 +69,6 @@ class GroupRunner:
         self.model, self.inputs, self.metrics, self.batch_size = model, inputs, metrics, batch_size
         self.binder = EditCompiler(model, inputs, warns_of_rows=False)
         self.tasks = [Task(number, bound) for number, bound in enumerate(self.binder.bind(groups))]
-        self._order = {name: number for number, name in enumerate(model.engine.points)}
         self.resumers: dict[bool, Resumer] = {}
         self.captured: dict[bool, dict[str, Tensor]] = {}
         self.logits: Tensor | None = None
@@ -84,7 +76,7 @@ class GroupRunner:
 
     def start(self) -> Float[Tensor, "metric example"]:
         """Plan every group, record the unedited run, and return the metrics of it."""
-        blocker = self._cannot_resume()
+        blocker = blocked_by(self.model)
         for task in self.tasks:
             self._plan(task, blocker)
         self._warn_of_memory()
@@ -106,20 +98,6 @@ class GroupRunner:
         return self.metrics(marked(logits, self.model.link), self.inputs)
 
     # -- planning --------------------------------------------------------------------------------------------------------------------------
-
-    def _cannot_resume(self) -> str:
-        """Why no run of this sweep can be resumed; "" if they can."""
-        if self.model.engine.stack:
-            return "other hooks are active, whose effect may be anywhere"
-        if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
-            return "hooks on all modules are active, whose effect may be anywhere"
-        for module in self.model.module.modules():
-            if module.training:
-                return "the model is in training mode"
-            hook = type(getattr(module, "_hf_hook", None)).__name__
-            if hook not in _HARMLESS or (hook == "NoneType" and _is_replaced(module)):
-                return "forwards of the model were replaced"
-        return ""
 
     def _plan(self, task: Task, blocker: str) -> None:
         if not task.bound.writes:
@@ -178,21 +156,10 @@ class GroupRunner:
     def _captured_before(self, task: Task) -> list[str]:
         """Sites whose value a group needs, and which lie before the place it is resumed from."""
         assert task.route is not None
-        return [site for site in task.bound.captures if self._is_before(site, task.route)]
-
-    def _is_before(self, site: str, route: ResumePlan) -> bool:
-        here = start_of(self.model, site)
-        start = route.start_in(here.tower)
-        if start is None:
-            order = stages(self.model)
-            apart = is_dual(self.model) or order.index(here.tower) < order.index(route.starts[0].tower)
-            return apart or here.layer < reached_through_cache(route, self.model, here.tower)
-        # A value that enters the place where the run resumes is not computed again.
-        entering = here == start and here.name != "block"
-        return here < start or (entering and self._order[site] < self._first_point(route))
-
-    def _first_point(self, route: ResumePlan) -> int:
-        return min(self._order[site] for task in self.tasks if task.route == route for site in task.bound.writes)
+        if not task.bound.captures:
+            return []
+        writes = {site for other in self.tasks if other.route == task.route for site in other.bound.writes}
+        return [site for site in task.bound.captures if is_unedited(self.model, site, task.route, writes)]
 
     def _describe(self, task: Task, route: ResumePlan) -> None:
         resumer = self.resumers[route.eager]
@@ -272,25 +239,8 @@ class GroupRunner:
         return self._evaluate(logits)
 
     def _resumed(self, part: Sequence[Task], route: ResumePlan, first: int) -> Tensor:
-        resumer = self.resumers[route.eager]
-        tower = resumer.sliced_tower(route) if first else ""
-        writer = EditApplier(self.binder, [task.bound for task in part], {tower: first} if tower else {})
-        for number, task in enumerate(part):
-            for site in self._captured_before(task):
-                value = self.captured[route.eager][site]
-                for edit in task.bound.captures[site]:
-                    writer.captured[number][edit, site] = value
-                writer.known.add(site)
-        registration = Registration(forward=writer.hooks(), exact=frozenset(s for t in part for s in t.bound.writes))
-        with self.model.engine.registered(registration):
-            output = resumer.run(route, len(part), first)
-        assert resumer.clean is not None
-        clean, cut = resumer.clean.output, bool(first) and resumer.keeps_positions(resumer.sliced_tower(route))
-        wanted = (len(part) * clean.shape[0], clean.shape[1] - first, *clean.shape[2:]) if cut else clean.shape
-        found = output.shape if cut else _own_rows(output, clean, 0, len(part)).shape
-        if tuple(found) != tuple(wanted):
-            raise CannotResume(f"the output has shape {tuple(found)}, not {tuple(wanted)}")
-        return output
+        groups = [task.bound for task in part]
+        return run_batch(self.resumers[route.eager], self.binder, groups, route, first, self.captured[route.eager])
 
     def _metrics(
         self, part: Sequence[Task], route: ResumePlan, output: Tensor, first: int
@@ -300,7 +250,7 @@ class GroupRunner:
         clean = resumer.clean.output
         if not first or not resumer.keeps_positions(resumer.sliced_tower(route)):
             for number, task in enumerate(part):
-                yield task, self._evaluate(_own_rows(output, clean, number, len(part)))
+                yield task, self._evaluate(rows_of_group(output, clean, number, len(part)))
             return
         # One buffer serves the library's own metrics: they neither keep nor write into what they get. Only the suffix differs.
         shared = clean.clone() if self.metrics.reads_only else None
@@ -309,22 +259,6 @@ class GroupRunner:
             whole = clean.clone() if shared is None else shared
             whole[:, first:] = output[number * rows : (number + 1) * rows]
             yield task, self._evaluate(whole)
-
-
-def _own_rows(output: Tensor, clean: Tensor, number: int, copies: int) -> Tensor:
-    """The output of one group; dual encoders compare rows with columns, either of which may be repeated."""
-    rows = clean.shape[0]
-    if output.shape[0] == rows * copies:
-        output = output[number * rows : (number + 1) * rows]
-    if output.ndim == 2 and output.shape[1] == clean.shape[1] * copies:
-        output = output[:, number * clean.shape[1] : (number + 1) * clean.shape[1]]
-    return output
-
-
-def _is_replaced(module: nn.Module) -> bool:
-    """Whether the instance has a forward that is not its class's."""
-    own = vars(module).get("forward")
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ from circuitvision.digests import of_json, plain
 from circuitvision.errors import InputError, warn
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.axes import check_axes
-from circuitvision.model.edits.base import EditGroup
+from circuitvision.model.edits.base import EditGroup, settled
 from circuitvision.model.edits.binding import Group, as_groups
 from circuitvision.model.sweeps.batches import unedited_examples
 from circuitvision.model.sweeps.plan import Plan
@@ -225,7 +225,7 @@ class Study:
             warn(
                 f"The metric is not a number in {lost} of {values.shape[-1]} examples (of some runs), and so is what is made of them."
             )
-        groups = [EditGroup(group) for group in self.groups]
+        groups = settled(self.groups)
         if self.options.empty == "nan":
             _leave_out_unedited(values, unedited, groups)
         axes = self.axes or {"edit": labels(groups)}
