@@ -364,3 +364,55 @@ def test_activations_of_a_data_set_are_not_kept() -> None:
             collect(model, side("vit", number), "vision.blocks.*.hook_resid_post", batch_size=2)
             peaks.append(max(most))
     assert peaks[0] == peaks[1]
+
+
+# -- draws -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "positions"),
+    [
+        ("vit", "vision.blocks.0.attn.hook_z", None),
+        ("llava-clip-llama", "language.blocks.1.hook_resid_post", "last"),
+        ("llava-clip-llama", "language.blocks.0.attn.hook_v", lambda tokens: tokens.select("patch")),
+        ("llava-clip-llama", "vision.blocks.0.hook_mlp_out", None),
+    ],
+)
+def test_draws_from_a_data_set_do_not_depend_on_the_batch(name: str, site: str, positions: Any) -> None:
+    from circuitvision import edits
+
+    model, data = wrapped(name), side(name, 8)
+
+    def drawn(batch: Any, seed: int) -> torch.Tensor:
+        where = positions(model.tokens(batch.inputs)["language"]) if callable(positions) else positions
+        edit = edits.ablate(site, "resample", dataset=data, seed=seed, positions=where)
+        logits = model.run(batch.inputs, edit)
+        return cv.metrics.at_position(logits, "last", batch.inputs)
+
+    whole = next(drawn(batch, 3) for batch in data[:4].batches(model, 4))
+    parts = torch.cat([drawn(batch, 3) for batch in data[:4].batches(model, 1)])
+    torch.testing.assert_close(parts, whole, **EXACT)
+    (batch,) = data[:4].batches(model, 4)
+    assert not torch.allclose(drawn(batch, 4), whole)
+    clean = cv.metrics.at_position(model(batch.inputs), "last", batch.inputs)
+    assert bool(((whole - clean).abs().amax(1) > 1e-6).all())
+
+
+def test_a_drawn_value_is_that_of_an_example_of_the_data_set() -> None:
+    from circuitvision import edits
+
+    model, data = wrapped("vit"), side("vit", 4)
+    site = "vision.blocks.0.hook_resid_post"
+    inputs = next(iter(data.batches(model, 4))).inputs
+    _, clean = model.run_with_cache(inputs, site)
+    seen = {}
+    with model.hooks([("vision.blocks.1.hook_resid_pre", lambda value, hook: seen.setdefault("value", value.clone()))]):
+        model.run(inputs, edits.ablate(site, "resample", dataset=data))
+    for number in range(4):
+        same = [torch.allclose(seen["value"][number], clean[site][other], atol=1e-12) for other in range(4)]
+        assert sum(same) == 1
+        assert not same[number]
+    with pytest.raises(InputError, match="larger"):
+        model.run(inputs, edits.ablate(site, "resample", dataset=data[:1]))
+    with pytest.raises(InputError, match="raw"):
+        edits.ablate(site, "resample", dataset=[inputs])
