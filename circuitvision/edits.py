@@ -187,9 +187,10 @@ def ablate(
     """Constant ablation: the selected entries lose what they say about this example.
 
     ``with_`` is ``"zero"``; ``"mean"``, over what is there in ``dataset`` (a :class:`~circuitvision.data.Side`, or ``Pairs`` for their clean side,
-    run in batches once; inputs, or a sequence of inputs of any lengths) or in the run itself;
-    ``"resample"``, the value in another example of the run; a tensor, number or cache, as in :func:`replace`; or ``"heads"``, the mean of the other
-    heads. The last depends on the basis of the value space, which means nothing to the model (V-SEAM, arXiv 2509.14837, uses it), and warns.
+    run in batches once; inputs, or a sequence of inputs of any lengths) or in the run itself; ``"resample"``, the value in another example of the
+    run, or of a data set (drawn by the seed and by what the example itself is, so the same in every batch); a tensor, number or cache, as in
+    :func:`replace`; or ``"heads"``, the mean of the other heads. The last depends on the basis of the value space, which means nothing to the model
+    (V-SEAM, arXiv 2509.14837, uses it), and warns.
 
     ``average`` says what the mean goes over: the rows, for each position (``"position"``); positions too (``"all"``), those of one kind or several
     (``"patch"``, ``["patch", "text"]``: see ``circuitvision.model.tokens.KINDS``), or of a selection of the data set's tokens; ``"kind"`` gives every
@@ -219,6 +220,8 @@ def ablate(
         sets = dataset.clean if isinstance(dataset, Pairs) else dataset
         if not len(sets):
             raise InputError("dataset holds no example.")
+    elif dataset is not None and method == "resample":
+        raise InputError("resampling draws from a data set of raw examples: dataset=cv.data.Side(images, texts).")
     elif dataset is not None:
         listed = [dataset] if isinstance(dataset, Mapping) else list(dataset)
         if not listed or not all(isinstance(inputs, Mapping) for inputs in listed):

@@ -296,7 +296,7 @@ def _lenses(model: Any, inputs: Mapping[str, Any], case: Case) -> list[LensResul
     found = [
         logit_lens(model, cache, tower=tower, targets=[case.answer, case.foil]) for tower in ("vision", "language")
     ]
-    return [lens.contrast(case.answer, case.foil) for lens in found]
+    return [lens.contrast(case.answer, case.foil) for lens in found if isinstance(lens, LensResult)]
 
 
 def _check(model: Any, pairs: list[QuestionPair], importance: HeadImportance, seed: int) -> AblationCheck:

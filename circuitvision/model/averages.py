@@ -402,7 +402,7 @@ def draw(layout: Layout, wanted: Array, seed: int, from_end: bool = False) -> Dr
     positions = np.tile(np.arange(needed.shape[1]), (len(needed), 1))
     for row in np.flatnonzero(needed.any(1)).tolist():
         for donor in donors[row]:
-            matched = _match(layout.kind[row], needed[row], layout.kind[donor], from_end)
+            matched = match(layout.kind[row], needed[row], layout.kind[donor], from_end)
             if matched is not None:
                 rows[row], positions[row, needed[row]] = donor, matched
                 break
@@ -415,7 +415,7 @@ def draw(layout: Layout, wanted: Array, seed: int, from_end: bool = False) -> Dr
     return Draw(rows, positions, needed)
 
 
-def _match(kind: Array, needed: Array, other: Array, from_end: bool) -> Array | None:
+def match(kind: Array, needed: Array, other: Array, from_end: bool) -> Array | None:
     """For every needed position the one in another row that is the same of its kind; None where some has none."""
     found = np.full(kind.shape, -1)
     for name in set(kind[needed]):

@@ -551,3 +551,16 @@ def test_right_steps_of_the_grid_world_differ_along_the_dimension() -> None:
     assert len(kept) >= 4
     with pytest.raises(InputError, match="metric"):
         pairs.answered(model)
+
+
+def test_a_hugging_face_data_set_with_decoded_pictures_and_class_labels() -> None:
+    datasets = pytest.importorskip("datasets")
+    stored = {"photo": datasets.Image(), "twin": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    columns = {"photo": [picture(n) for n in range(3)], "twin": [picture(n + 9) for n in range(3)], "label": [0, 1, 1]}
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(stored))
+    pairs = Pairs.from_dataset(rows, columns={"image": "photo", "corrupt_image": "twin", "answer_id": "label"})
+    plain = Pairs(columns["photo"], corrupt_images=columns["twin"], answers=columns["label"])
+    assert pairs.digest == plain.digest
+    model = wrapped("vit")
+    (one,), (two,) = pairs.batches(model), plain.batches(model)
+    assert torch.equal(one.inputs["pixel_values"], two.inputs["pixel_values"])

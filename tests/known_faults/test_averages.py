@@ -456,7 +456,7 @@ def everything_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def donors_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same position of another row, whatever stands there."""
-    monkeypatch.setattr(averages, "_match", lambda kind, needed, other, from_end: np.flatnonzero(needed))
+    monkeypatch.setattr(averages, "match", lambda kind, needed, other, from_end: np.flatnonzero(needed))
 
 
 def rows_for_examples(monkeypatch: pytest.MonkeyPatch) -> None:

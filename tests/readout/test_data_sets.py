@@ -273,6 +273,147 @@ def test_a_check_of_heads_does_not_depend_on_the_batch(monkeypatch: pytest.Monke
         torch.testing.assert_close(check.values, found[0].values, **EXACT)
         torch.testing.assert_close(check.logit_diff, found[0].logit_diff, **EXACT)
     assert found[0].n_pairs == 6
-    assert float(found[0].logit_diff[0]) > 1
+    assert float(found[0].logit_diff[0].mean()) > 1
     with pytest.raises(InputError, match="foils"):
         ablation_check(model, Pairs.from_sides(pairs.clean._with(foils=None), pairs.corrupt), ["vision.L0H1"])
+
+
+# -- lens and attribution --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "tower", "positions", "targets"),
+    [
+        ("vit", "vision", None, None),
+        ("llava-clip-llama", "language", None, None),
+        ("llava-clip-llama", "language", "text", ["red", "blue"]),
+        ("llava-clip-llama", "vision", "patch", {"answer": [3, 4, 5, 6, 7]}),
+        ("llava-next-mistral", "vision", "patch", [3, 4]),
+    ],
+)
+def test_a_lens_over_a_data_set_is_that_of_single_runs(name: str, tower: str, positions: Any, targets: Any) -> None:
+    model, data = wrapped(name), side(name, foils=[5] * 5, groups=list("aabbc"))
+    if name == "vit":
+        data = data._with(foils=(1,) * 5)
+    found = cv.readout.logit_lens(model, data, tower, targets=targets, positions=positions, batch_size=2)
+    whole = cv.readout.logit_lens(model, data, tower, targets=targets, positions=positions, batch_size=5)
+    torch.testing.assert_close(found.values, whole.values, **EXACT)
+    assert found.axes["example"] == list(range(5))
+    assert found.groups == list("aabbc")
+    for number, batch in enumerate(data.batches(model, 1)):
+        own = targets
+        if targets is None:
+            own = {"answer": batch.answers, "foil": batch.foils}
+        elif isinstance(targets, dict):
+            own = {"answer": targets["answer"][number : number + 1]}
+        lens = cv.readout.logit_lens(model, batch.inputs, tower, targets=own)
+        tokens = model.tokens(batch.inputs)[tower]
+        first = lens.axes["position"][0]
+        kept = [
+            [at - first for at in tokens.positions(positions or ("cls" if name == "vit" else "text"), row=row)]
+            for row in range(tokens.n_rows)
+        ]
+        kept = [own[-1:] if positions is None else own for own in kept]
+        rows = lens.values.double().movedim(list(lens.axes).index("example" if "example" in lens.axes else "row"), 0)
+        wanted = torch.stack([rows[row][:, at].mean(1) for row, at in enumerate(kept)]).mean(0)
+        torch.testing.assert_close(found.values[..., number], wanted, **EXACT)
+
+
+def test_shares_over_a_data_set_are_those_of_single_runs() -> None:
+    model = wrapped("llava-clip-llama")
+    data = side("llava-clip-llama", answers=[3, 4, 5, 6, 7], foils=[8] * 5)
+    found = cv.readout.direct_attribution(model, data, batch_size=2)
+    whole = cv.readout.direct_attribution(model, data, batch_size=5)
+    said = cv.readout.direct_attribution(model, data, ([3, 4, 5, 6, 7], 8), batch_size=3)
+    for other in (whole, said):
+        torch.testing.assert_close(found.values, other.values, **EXACT)
+    for number, batch in enumerate(data.batches(model, 1)):
+        one = cv.readout.direct_attribution(model, batch.inputs, (number + 3, 8))
+        torch.testing.assert_close(found.values[..., number], one.values[..., 0].double(), **EXACT)
+    part = cv.readout.direct_attribution(model, data[2:4])
+    assert part.axes["example"] == [2, 3]
+    torch.testing.assert_close(part.values, found.values[..., 2:4], **EXACT)
+    assert found.provenance["dataset_sha256"] == data.digest
+
+
+def test_a_data_set_without_answers_wants_targets() -> None:
+    model, data = wrapped("vit"), side("vit", answers=None)
+    for read in (cv.readout.logit_lens, cv.readout.direct_attribution):
+        with pytest.raises(InputError, match="answers"):
+            read(model, data)
+    with pytest.raises(InputError, match="top_k"):
+        cv.readout.logit_lens(model, data, top_k=2)
+    with pytest.raises(InputError, match="explained"):
+        cv.readout.direct_attribution(model, next(iter(data.batches(model))).inputs)
+
+
+def test_activations_of_a_data_set_are_not_kept() -> None:
+    import weakref
+
+    model, alive, most = wrapped("vit"), [], []
+
+    def count(value: torch.Tensor, hook: Any) -> None:
+        alive.append(weakref.ref(value))
+        most.append(sum(one() is not None for one in alive))
+
+    peaks = []
+    with model.hooks([("vision.hook_input", count)]):
+        for number in (6, 30):
+            alive.clear()
+            most.clear()
+            cv.readout.direct_attribution(model, side("vit", number), 0, batch_size=2)
+            collect(model, side("vit", number), "vision.blocks.*.hook_resid_post", batch_size=2)
+            peaks.append(max(most))
+    assert peaks[0] == peaks[1]
+
+
+# -- draws -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "positions"),
+    [
+        ("vit", "vision.blocks.0.attn.hook_z", None),
+        ("llava-clip-llama", "language.blocks.1.hook_resid_post", "last"),
+        ("llava-clip-llama", "language.blocks.0.attn.hook_v", lambda tokens: tokens.select("patch")),
+        ("llava-clip-llama", "vision.blocks.0.hook_mlp_out", None),
+    ],
+)
+def test_draws_from_a_data_set_do_not_depend_on_the_batch(name: str, site: str, positions: Any) -> None:
+    from circuitvision import edits
+
+    model, data = wrapped(name), side(name, 8)
+
+    def drawn(batch: Any, seed: int) -> torch.Tensor:
+        where = positions(model.tokens(batch.inputs)["language"]) if callable(positions) else positions
+        edit = edits.ablate(site, "resample", dataset=data, seed=seed, positions=where)
+        logits = model.run(batch.inputs, edit)
+        return cv.metrics.at_position(logits, "last", batch.inputs)
+
+    whole = next(drawn(batch, 3) for batch in data[:4].batches(model, 4))
+    parts = torch.cat([drawn(batch, 3) for batch in data[:4].batches(model, 1)])
+    torch.testing.assert_close(parts, whole, **EXACT)
+    (batch,) = data[:4].batches(model, 4)
+    assert not torch.allclose(drawn(batch, 4), whole)
+    clean = cv.metrics.at_position(model(batch.inputs), "last", batch.inputs)
+    assert bool(((whole - clean).abs().amax(1) > 1e-6).all())
+
+
+def test_a_drawn_value_is_that_of_an_example_of_the_data_set() -> None:
+    from circuitvision import edits
+
+    model, data = wrapped("vit"), side("vit", 4)
+    site = "vision.blocks.0.hook_resid_post"
+    inputs = next(iter(data.batches(model, 4))).inputs
+    _, clean = model.run_with_cache(inputs, site)
+    seen = {}
+    with model.hooks([("vision.blocks.1.hook_resid_pre", lambda value, hook: seen.setdefault("value", value.clone()))]):
+        model.run(inputs, edits.ablate(site, "resample", dataset=data))
+    for number in range(4):
+        same = [torch.allclose(seen["value"][number], clean[site][other], atol=1e-12) for other in range(4)]
+        assert sum(same) == 1
+        assert not same[number]
+    with pytest.raises(InputError, match="larger"):
+        model.run(inputs, edits.ablate(site, "resample", dataset=data[:1]))
+    with pytest.raises(InputError, match="raw"):
+        edits.ablate(site, "resample", dataset=[inputs])

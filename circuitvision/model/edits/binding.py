@@ -344,7 +344,8 @@ class EditCompiler:
         wanted = [edit for edit in edits if isinstance(edit, Ablate) and edit.method in ("mean", "resample")]
         if not wanted:
             return
-        resampled = [edit for edit in wanted if edit.method == "resample"]
+        self._give_data_draws([edit for edit in wanted if edit.method == "resample" and edit.dataset is not None])
+        resampled = [edit for edit in wanted if edit.method == "resample" and edit.dataset is None]
         draws = {(edit, site): self._draw(edit, site) for edit in resampled for site in edit.sites(self.model)}
         by_data: dict[Any, list[Ablate]] = {}
         for edit in wanted:
@@ -389,6 +390,37 @@ class EditCompiler:
             for inputs, maps in parts
             if tower.name in maps
         ]
+
+    def _give_data_draws(self, edits: Sequence[Ablate]) -> None:
+        """Values of other examples of a data set; edits of one seed take those of one example."""
+        from circuitvision.model.data_draws import donors_of, take
+
+        groups: dict[Any, list[Ablate]] = {}
+        for edit in edits:
+            groups.setdefault((edit.dataset, edit.seed, edit.positions.kind == "last"), []).append(edit)
+        for (side, seed, last), group in groups.items():
+            entries = [(edit, site, self.window(site)) for edit in group for site in edit.sites(self.model)]
+            needed: dict[str, Any] = {}
+            for edit, _, window in entries:
+                if window is not None and window.tokens is not None:
+                    covered = edit.positions.covers(window).expand(window.rows, -1).numpy()
+                    wanted = covered & window.tokens.present[:, : covered.shape[1]]
+                    needed[window.tower] = needed.get(window.tower, False) | wanted
+            with _naming(group[0]):
+                donors = donors_of(self.model, side, self.inputs, self.maps, needed, seed, last)
+            values = self._clean(donors.inputs, sorted({site for _, site, _ in entries}))
+            for edit, site, window in entries:
+                value = values[site]
+                layout = Layout.of(self.model, donors.maps, site, value.shape, donors.inputs)
+                if window is None or window.tokens is None or window.axis.absent or layout.kind is None:
+                    self._give(edit, site, take(value, donors.rows[layout.tower]), None)
+                    continue
+                if window.axis.held is not None or layout.held is not None:
+                    raise InputError(
+                        f"{edit!r}: {site} holds some positions of its tower only; resample it within the run."
+                    )
+                found = donors.draw(window.tokens, needed[window.tower], last)
+                self._give(edit, site, found.take(value), found.there)
 
     def _give_data_means(self, side: Side, group: Sequence[Ablate]) -> None:
         """The means over a data set, which is run in batches once; what does not line up is told before the batch that shows it runs."""

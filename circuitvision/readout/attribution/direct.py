@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from circuitvision.data import Batch, Side
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.names import head_name
@@ -45,6 +46,7 @@ from circuitvision.readout.attribution.rest import (
     spacing,
 )
 from circuitvision.readout.attribution.terms import SPLITS, Stream
+from circuitvision.readout.over_data import DataReading, answers_of, of_batch, over_data, side_of
 from circuitvision.readout.places import named_positions, places_of, shares_of
 from circuitvision.readout.recorded import check_hooked, chosen_layers, examples_of, tokens_of
 from circuitvision.results import Result
@@ -138,7 +140,7 @@ class SourceAttribution(Result):
 def direct_attribution(
     model: HookedModel,
     cache: ActivationCache | Mapping[str, Any],
-    direction: Any,
+    direction: Any = None,
     tower: str | None = None,
     *,
     by: str = "head",
@@ -146,15 +148,18 @@ def direct_attribution(
     position: Any = None,
     pieces: str | None = None,
     step: int | None = None,
-) -> Attribution:
+    batch_size: int | None = None,
+) -> Attribution | DataReading:
     """Split a direction of the output into what every term of the stream adds to it.
 
     Args:
         model: the hooked model.
-        cache: a cache of one run with all sites, or the inputs of one.
+        cache: a cache of one run with all sites, or the inputs of one; or a data set (a :class:`~circuitvision.data.Side`, ``Pairs`` for their clean
+            side), of which the shares of every example are kept.
         direction: what is explained: an answer ``"red"`` (word, class, prompt, number, action dimension); the tuple ``("red", "blue")``, answer
             minus foil; ``{"answer": [...], "foil": [...]}`` with one per example; a metric such as ``cv.metrics.logit_diff("red", "blue")``;
-            a tensor ``[d_model]``. A *list* ``["red", "blue"]`` has one answer per example, and is no difference.
+            a tensor ``[d_model]``. A *list* ``["red", "blue"]`` has one answer per example, and is no difference. Of a data set by default its
+            answers minus its foils.
         tower: by default the last tower with a head (the action tower, the language tower, the classifier).
         by: "component" (attention and MLP of every layer), "head", or "neuron" (heads, and every neuron of ``layers``).
         layers: whose neurons are told apart; all by default.
@@ -162,12 +167,19 @@ def direct_attribution(
             actions the step of the chunk. Read-outs that pool have no choice, patches of a vision tower behind a projector no default.
         pieces: for a word of several tokens, "first" or "mean".
         step: which pass of a cache of several.
+        batch_size: of a data set, how many examples run at once; None: by memory.
 
     Raises:
         InputError: a direction or position that does not exist, a cache without what is needed, a run whose final norm or head input was edited.
     """
     if by not in SPLITS:
         raise InputError(f"Terms are split by {', '.join(SPLITS)}, not by {by!r}.")
+    side = side_of(cache)
+    if side is not None:
+        options = {"by": by, "layers": layers, "position": position, "pieces": pieces or side.combine, "step": step}
+        return _over_data(model, side, direction, tower, batch_size, options)
+    if direction is None:
+        raise InputError("Say what is explained: an answer 'red', a contrast ('red', 'blue'), or a tensor [d_model].")
     owner = attribution_tower(model, tower)
     stream = Stream(owner, cached_for(model, cache, owner, by), step=step)
     check_head_reads_stream(stream)
@@ -187,6 +199,35 @@ def direct_attribution(
         capped=found.capped.cpu(),
         example=_examples(model, owner, stream.cache, found.value.shape[0]),
     )
+
+
+def _over_data(
+    model: HookedModel,
+    side: Side,
+    direction: Any,
+    tower: str | None,
+    batch_size: int | None,
+    options: Mapping[str, Any],
+) -> DataReading:
+    """The shares of every example of a data set."""
+    if direction is None and side.answers is None:
+        raise InputError(
+            "This data set holds no answers, so say what is explained: an answer 'red' or ('red', 'blue')."
+        )
+
+    def read(batch: Batch, rows: list[int]) -> Attribution:
+        own: Any = direction
+        if direction is None:
+            own = answers_of(batch) if batch.foils is not None else batch.answers
+        elif isinstance(direction, tuple):
+            own = tuple(of_batch(part, rows, len(side)) for part in direction)
+        else:
+            own = of_batch(direction, rows, len(side))
+        found = direct_attribution(model, batch.inputs, own, tower, **options)
+        assert isinstance(found, Attribution)
+        return found
+
+    return over_data(model, side, read, batch_size=batch_size, method=f"direct_attribution(by={options['by']})")
 
 
 def _shares(

@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitvision.data import Batch, Side
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import link
@@ -49,6 +50,7 @@ from circuitvision.readout.lens.reader import LensReader, measured
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.lens.sites import lens_sites, ordered_sites
 from circuitvision.readout.lens.tuned import TunedLens
+from circuitvision.readout.over_data import DataReading, answers_of, of_batch, over_data, side_of
 from circuitvision.readout.places import places_of, shares_of
 from circuitvision.readout.recorded import behind_cache, check_hooked, held_as, inputs_of
 from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, plain, resolve_targets
@@ -81,12 +83,18 @@ def logit_lens(
     readout: Callable[[Tensor], Tensor] | None = None,
     tuned: TunedLens | None = None,
     step: int | None = None,
-) -> LensResult:
+    positions: Any = None,
+    batch_size: int | None = None,
+) -> LensResult | DataReading:
     """Read the answer off any site of a tower: ``lens(h) = head(norm(h))`` at every position.
+
+    Over a data set (a :class:`~circuitvision.data.Side`, or ``Pairs`` for their clean side) one value per example is kept, the mean over
+    ``positions`` (by default the class token or all patches of image towers, the last position of others); its answers and foils are the targets
+    unless others are given.
 
     Args:
         model: the hooked model.
-        cache: a cache of one run, or the inputs of one (then the run is made here, recording what is needed).
+        cache: a cache of one run, or the inputs of one (then the run is made here, recording what is needed), or a data set.
         tower: the tower to read; by default the language tower, or the only one there is.
         sites: kinds ("resid_post", "attn_out", "attn.hook_result", …), names or globs; by default the residual stream, where it can reach the
             output.
@@ -99,11 +107,17 @@ def logit_lens(
         readout: a read-out of your own, ``fn(resid [row pos d_model]) -> [row pos n_out]``, for towers without one.
         tuned: the trained maps for ``norm="tuned"``.
         step: which pass of a cache of several (``generate``, ``sample_actions``); negative ones count from the last.
+        positions: of a data set, the positions whose mean is kept.
+        batch_size: of a data set, how many examples run at once; None: by memory.
 
     Raises:
         InputError: no such tower, both or neither of ``targets`` and ``top_k``, an unknown measure or norm, a cache without what is needed, a
         target that does not exist, a tower without a read-out and neither directions nor a callable. UnknownSiteError: no such site.
     """
+    side = side_of(cache)
+    if side is not None:
+        options = {"sites": sites, "norm": norm, "measure": measure, "readout": readout, "tuned": tuned, "step": step}
+        return _over_data(model, side, tower, targets, top_k, pieces, positions, batch_size, options)
     owner = lens_tower(model, tower)
     targets = plain(targets)
     _check_options(owner, norm, targets, top_k, measure, tuned, readout, step)
@@ -122,6 +136,39 @@ def logit_lens(
             raise InputError(f"Sites of different shapes are read apart; these have {shapes}.")
         parts = [_Part.read(reader, name, measure, top_k) for name in names]
     return _result(model, reader, names, parts, measure, "none" if readout is not None and tuned is None else norm)
+
+
+def _over_data(
+    model: HookedModel,
+    side: Side,
+    tower: str | None,
+    targets: Any,
+    top_k: int | None,
+    pieces: str | None,
+    positions: Any,
+    batch_size: int | None,
+    options: Mapping[str, Any],
+) -> DataReading:
+    """The lens of every example of a data set."""
+    if top_k is not None:
+        raise InputError(
+            "The highest columns of many examples have no mean: give targets=, or answers to the data set, and leave top_k out."
+        )
+    if targets is None and side.answers is None:
+        raise InputError("This data set holds no answers, so say what is followed: targets=['red', 'blue'].")
+    owner = lens_tower(model, tower)
+
+    def read(batch: Batch, rows: list[int]) -> LensResult:
+        own = answers_of(batch) if targets is None else of_batch(targets, rows, len(side))
+        found = logit_lens(model, batch.inputs, owner.name, targets=own, pieces=pieces or side.combine, **options)
+        assert isinstance(found, LensResult)
+        return found
+
+    told = {"tower": owner.name, **{name: value for name, value in options.items() if isinstance(value, str)}}
+    method = f"logit_lens({', '.join(f'{name}={value}' for name, value in told.items())})"
+    return over_data(
+        model, side, read, positions="whole" if positions is None else positions, batch_size=batch_size, method=method
+    )
 
 
 def lens_tower(model: HookedModel, tower: str | None) -> Tower:

@@ -1,0 +1,147 @@
+"""Reads over a data set: one batch at a time, one value per example, nothing else kept.
+
+A lens or an attribution of one run has values per row and position. Over a data set positions differ from prompt to prompt, so the mean over the
+chosen ones is kept (see :func:`circuitvision.readout.probes.collected.chosen`), rows of one example (images, tiles, cameras) are averaged, and what
+is left is ``[… example]``: memory goes by examples times what is read, and not by positions or batches.
+
+Not covered: the highest columns at every place (``top_k``), which have no mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuitvision.data import Batch, Pairs, Side
+from circuitvision.errors import InputError
+from circuitvision.progress import Progress
+from circuitvision.provenance import describe
+from circuitvision.readout.probes.collected import chosen_at_site, position_label
+from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
+
+
+@dataclass(frozen=True, eq=False)
+class DataReading(Result):
+    """What a read says of every example of a data set: ``values`` ``[… example]``, in float64; labels of ``example`` are the numbers of the examples.
+
+    ``positions`` says over which positions it is the mean (empty where the read has none), ``groups`` what belongs together (empty where the data
+    set does not say).
+    """
+
+    tower: str = ""
+    measure: str = ""
+    positions: str = ""
+    groups: list[Any] = field(default_factory=list)
+
+    _per_example: ClassVar[dict[str, int]] = {"groups": 0}
+
+
+def side_of(source: Any) -> Side | None:
+    """The data set that is read, where inputs may be one: of pairs their clean side; None for anything else."""
+    return source.clean if isinstance(source, Pairs) else source if isinstance(source, Side) else None
+
+
+def answers_of(batch: Batch) -> dict[str, Any] | None:
+    """The answers and foils of a batch as targets: a column each, one per example; None where it has none."""
+    found = {name: held for name, held in (("answer", batch.answers), ("foil", batch.foils)) if held is not None}
+    return found or None
+
+
+def of_batch(value: Any, rows: Sequence[int], count: int) -> Any:
+    """What is given for a whole data set, for the examples at some of its places: lists with one entry per example are cut, alone or in a mapping."""
+    if isinstance(value, Mapping):
+        return {name: of_batch(one, rows, count) for name, one in value.items()}
+    if isinstance(value, list) and len(value) == count:
+        return [value[row] for row in rows]
+    return value
+
+
+def over_data(
+    model: HookedModel,
+    data: Side,
+    read: Callable[[Batch, list[int]], Result],
+    *,
+    positions: Any = "whole",
+    batch_size: int | None = None,
+    method: str = "read",
+) -> DataReading:
+    """A read of every example of a data set.
+
+    Args:
+        model: the hooked model.
+        data: the data set.
+        read: the result for a batch, given with the places of its examples in the data set; its values have an axis of rows or examples, and may
+            have one of positions.
+        positions: over which positions the mean is taken, where there are several.
+        batch_size: examples that run at once; None: by memory.
+        method: for the provenance.
+
+    Raises:
+        InputError: no example; an example without such a position; rows that are no examples.
+    """
+    parts: list[Tensor] = []
+    axes: dict[str, list[Any]] = {}
+    first: Result | None = None
+    done = 0
+    with Progress(len(data), method, shown=len(data) > 1) as bar:
+        for batch in data.batches(model, batch_size):
+            rows = list(range(done, done + len(batch)))
+            result = read(batch, rows)
+            found, names = _by_example(model, result, batch, rows, positions)
+            own = {name: result.axes[name] for name in names}
+            if first is not None and own != axes:
+                raise InputError(
+                    "Batches of this data set are read along different axes; read its parts by themselves."
+                )
+            first, axes = first or result, own
+            parts.append(found.cpu())
+            done += len(batch)
+            bar.advance(len(batch))
+    assert first is not None
+    return DataReading(
+        values=torch.cat(parts, -1),
+        axes={**axes, "example": list(data.numbers)},
+        provenance=describe(model, method=method, dataset_sha256=data.digest, examples=len(data)),
+        tower=str(getattr(first, "tower", "")),
+        measure=str(getattr(first, "measure", "") or getattr(first, "direction", "")),
+        positions=position_label(positions) if "position" in first.axes else "",
+        groups=[] if data.groups is None else list(data.groups),
+    )
+
+
+def _by_example(
+    model: HookedModel, result: Result, batch: Batch, rows: list[int], positions: Any
+) -> tuple[Tensor, list[str]]:
+    """Values ``[… example]`` of one batch and the names of the other axes: means over positions, then over the rows of an example."""
+    names = list(result.axes)
+    axis = "example" if "example" in names else "row"
+    values = result.values.double().movedim(names.index(axis), -1)
+    owners = np.array(getattr(result, "example", None) or result.axes[axis], dtype=int)
+    names.remove(axis)
+    if len(owners) and int(owners.max()) >= len(batch):
+        raise InputError(
+            "The rows of this tower are no examples of the data set (texts that images are compared with)."
+        )
+    weights = torch.ones(len(owners), dtype=torch.float64)
+    if "position" in names:
+        at = [int(position) for position in result.axes["position"]]
+        tokens = model.tokens(batch.inputs)[str(getattr(result, "tower", ""))]
+        mask = chosen_at_site(tokens, at[0], positions, range(rows[0], rows[-1] + 1))[:, at].to(values.device)
+        values = values.movedim(names.index("position"), -2)
+        names.remove("position")
+        # What is not chosen does not count, not even as a NaN.
+        values = torch.where(mask.T, values, 0.0).sum(-2) / mask.sum(1).clamp(min=1)
+        weights = mask.any(1).double()
+    weights = weights.to(values.device)
+    index = torch.from_numpy(owners).to(values.device)
+    shape = (*values.shape[:-1], len(batch))
+    total = values.new_zeros(shape).index_add_(-1, index, torch.where(weights > 0, values, 0.0))
+    return total / weights.new_zeros(len(batch)).index_add_(0, index, weights), names
