@@ -41,16 +41,7 @@ from circuitvision.model.cache import ActivationCache
 from circuitvision.model.edits.attention import AddAttentionBias, BlockAttention, DeleteTokens, ScaleAttention
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.files import dump, from_dict, load, parse, restore, save, to_dict
-from circuitvision.model.edits.values import (
-    Positions,
-    PositionsLike,
-    Steps,
-    StepsLike,
-    TensorRef,
-    TensorRefMapping,
-    heads_of,
-    held,
-)
+from circuitvision.model.edits.values import Steps, StepsLike, TensorRef, TensorRefMapping, heads_of, held
 from circuitvision.model.edits.writes import (
     Ablate,
     Apply,
@@ -64,6 +55,7 @@ from circuitvision.model.edits.writes import (
     Steer,
 )
 from circuitvision.model.names import Component, NodeName, component, is_component, site_of, spelled
+from circuitvision.model.positions import Positions, PositionsLike
 from circuitvision.model.selection import Selection
 from circuitvision.model.sites import SiteName, is_glob, matches
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from circuitvision.model.edits.attention import AttentionEdit, DeleteTokens
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import CompiledEdits, EditCompiler
-from circuitvision.model.edits.values import PositionWindow
+from circuitvision.model.positions import PositionWindow
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from circuitvision.errors import InputError
 from circuitvision.plots import _check_keywords, patches, style
 from circuitvision.plots import lens_text as text
 from circuitvision.plots.lens_table import table
-from circuitvision.readout.places import extent_of
+from circuitvision.readout.patch_coords import extent_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -225,7 +225,7 @@ def _chosen_layers(result: LensResult) -> list[Any]:
 
 def _grid_words(result: LensResult, layer: Any, row: int, image: int, tile: int | None) -> list[list[list[str]]]:
     """The names of the highest columns of every patch of the grid."""
-    from circuitvision.readout.places import on_grid
+    from circuitvision.readout.patch_coords import on_grid
 
     places = result.places[row]
     where = on_grid(torch.arange(places.shape[0], dtype=torch.float64), places, image, tile)

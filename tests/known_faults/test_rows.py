@@ -19,7 +19,7 @@ import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
 from circuitvision.model import sweep as sweeps
-from circuitvision.model.edits.values import Positions
+from circuitvision.model.positions import Positions
 from circuitvision.readout import ranks
 from circuitvision.results import by_example, standard_error
 from tests.edits.common import wrapped
@@ -385,8 +385,8 @@ def last_of_all(logits: Tensor) -> Tensor:
 def rows_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks repeated as often as rows are more than they."""
 
-    def rows_of(self: Positions, mask: Tensor, window: Any, rows: int) -> Tensor:
-        return mask.repeat_interleave(rows // mask.shape[0], dim=0)
+    def rows_of(self: Positions, mask: Tensor, tokens: Any) -> Tensor:
+        return mask.repeat_interleave(tokens.n_rows // mask.shape[0], dim=0)
 
     monkeypatch.setattr(Positions, "_rows_of", rows_of)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from circuitvision import edits
 from circuitvision.model import attention, resume, resumed_run, routes, sweep
 from circuitvision.model.edits.binding import EditApplier
-from circuitvision.model.edits.values import Positions
+from circuitvision.model.positions import Positions
 from tests.sweeps.drawing import inputs_of, metric, model_of
 
 FAMILIES = ("vit", "dinov2", "llava-clip-llama", "clip", "paligemma", "pi0")
