@@ -214,10 +214,14 @@ def _share(threshold: float) -> float:
 def _sizes(size: Any) -> tuple[tuple[int, int], ...] | None:
     if size is None:
         return None
-    listed = [size] if len(size) == 2 and not hasattr(size[0], "__len__") else list(size)
-    if any(len(one) != 2 or not all(float(n) == int(n) > 0 for n in one) for one in listed):
+    try:
+        listed = [size] if len(size) == 2 and not hasattr(size[0], "__len__") else list(size)
+        found = tuple((int(height), int(width)) for height, width in listed)
+    except TypeError as error:
+        raise InputError(f"size is (height, width) in pixels, or one per example, not {size!r}.") from error
+    if not found or min(map(min, found)) < 1:
         raise InputError(f"size is (height, width) in pixels, or one per example, not {size!r}.")
-    return tuple((int(height), int(width)) for height, width in listed)
+    return found
 
 
 def _boxes(boxes: Any) -> tuple[Tensor, bool]:

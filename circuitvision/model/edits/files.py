@@ -276,8 +276,11 @@ def write_positions(positions: Positions, tensors: Tensors) -> Any:
 def _region(value: Any, tensors: Tensors) -> Any:
     """A region, or a field of one, as plain data."""
     if isinstance(value, Region):
-        fields = {f.name: _region(getattr(value, f.name), tensors) for f in dataclasses.fields(value)}
-        return {"kind": value.kind, **{name: item for name, item in fields.items() if item is not None and item != ""}}
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        plain = {
+            f.name for f in dataclasses.fields(value) if fields[f.name] is None is f.default or fields[f.name] == ""
+        }
+        return {"kind": value.kind, **{name: _region(v, tensors) for name, v in fields.items() if name not in plain}}
     if isinstance(value, TensorRef):
         return _keep(value, tensors)
     return [_region(item, tensors) for item in value] if isinstance(value, tuple) else value

@@ -150,9 +150,10 @@ class Patterns:
         """The queries of this pass that are asked for; a pass of ``generate`` holds the newest positions, the last of all that there are so far."""
         count = self.query_kind.shape[1]
         if not self._generated:
-            if positions.tower and positions.mask is not None and positions.mask.tensor.shape != self.own.kind.shape:
+            selected = positions.mask if positions.tower == self.tower else None
+            if selected is not None and selected.tensor.shape != self.own.kind.shape:
                 raise InputError(
-                    f"queries: {positions.text!r} is of another run: it has shape {tuple(positions.mask.tensor.shape)}, the queries of this pass "
+                    f"queries: {positions.text!r} is of another run: it has shape {tuple(selected.tensor.shape)}, the queries of this pass "
                     f"{self.query_kind.shape}."
                 )
             return positions.resolve(self.own).numpy()
