@@ -450,6 +450,14 @@ def test_regions_label_the_axes_of_results():
         mass = readout.attention_mass(cached("llava right"), spans=named)
     assert lens.axes["position"] == mass.axes["span"] == ["object", "rest"]
     assert set(lens.to_frame()["position"]) == {"object", "rest"}
+    figure = lens.plot()
+    assert [line.name for line in figure.data] == ["object", "rest"]
+    torch.testing.assert_close(
+        torch.tensor(figure.data[0].y, dtype=torch.float64),
+        lens.values[:, :, 0, 0].double().nanmean(1),
+        atol=1e-6,
+        rtol=1e-6,
+    )
     alone = readout.logit_lens(model, inputs, tower, targets=[1], positions="last")
     assert alone.axes["position"] == ["last"]
 

@@ -105,7 +105,7 @@ Chosen = None | slice | Tensor | tuple[Tensor, Tensor]
 Kind = Literal["all", "there", "ints", "slice", "last", "kinds", "mask", "region", "function"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Positions:
     """A choice of positions, before it is known which run it meets; see the module."""
 
@@ -216,6 +216,9 @@ class Positions:
                 "" if n is None else str(n) for n in (found.start, found.stop, *[found.step] * bool(found.step))
             )
         return "+".join(map(str, found)) if isinstance(found, list) else "all" if found is None else str(found)
+
+    def __repr__(self) -> str:
+        return f"Positions({self.text!r})"
 
     @property
     def is_named(self) -> bool:

@@ -2,7 +2,7 @@
 
 ``lens`` (the logit lens and its summaries), ``attribution`` (terms of the stream), ``weights`` (value vectors, circuits of heads),
 ``attention``, ``relevance`` (of pixels and tokens, with curves that check it), ``probes`` (probes, components, exemplars). What they share:
-``targets`` (words, classes, prompts, directions), ``places`` (where positions lie in the image), ``recorded`` (reading caches), ``ranks``.
+``targets`` (words, classes, prompts, directions), ``patch_coords`` (where positions lie in the image), ``recorded`` (reading caches), ``ranks``.
 Everything public is named here.
 """
 
