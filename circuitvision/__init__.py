@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuitvision import circuits, data, edits, interop, metrics, organisms, patching, plots, readout
+    from circuitvision import circuits, data, edits, interop, metrics, organisms, patching, plots, readout, regions
     from circuitvision.model import ActivationCache, HookedModel, HookPoint, TokenMap, Tower
     from circuitvision.model.picture_boxes import boxes_in_pictures
     from circuitvision.model.spec import register_family, register_stack
@@ -31,6 +31,7 @@ _ROOMS = (
     "patching",
     "plots",
     "readout",
+    "regions",
 )
 _CLASSES = ("ActivationCache", "HookPoint", "HookedModel", "TokenMap", "Tower")
 _FUNCTIONS = {
@@ -56,6 +57,7 @@ __all__ = [
     "patching",
     "plots",
     "readout",
+    "regions",
     "register_family",
     "register_stack",
     "set_verbosity",

@@ -48,8 +48,6 @@ from circuitvision.model.edits.attention import AddAttentionBias, BlockAttention
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.files import dump, from_dict, load, parse, restore, save, to_dict
 from circuitvision.model.edits.values import (
-    Positions,
-    PositionsLike,
     SideSource,
     Steps,
     StepsLike,
@@ -71,6 +69,7 @@ from circuitvision.model.edits.writes import (
     Steer,
 )
 from circuitvision.model.names import Component, NodeName, component, is_component, site_of, spelled
+from circuitvision.model.positions import Positions, PositionsLike
 from circuitvision.model.selection import Selection
 from circuitvision.model.sites import SiteName, is_glob, matches
 

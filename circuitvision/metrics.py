@@ -4,7 +4,8 @@ A metric is a callable ``metric(logits, inputs=None) -> [batch]``. It reads the 
 classes]`` of a classifier, ``[image, text]`` of a dual encoder, ``[batch, pos, vocab]`` of a vision-language model,
 ``[batch, chunk, action_dim]`` of an action model. Where the output has positions, ``position="last"`` means the last
 *unmasked* one, taken from the attention mask in ``inputs``; padding on either side is therefore harmless, as long as
-``inputs`` is passed.
+``inputs`` is passed. Any spelling of :mod:`circuitvision.model.positions` that names one position of an example will do; what is named by what is
+there (kinds, regions, functions) needs ``metric.bind(model)``, as words do. An example without the position has no value.
 
 Answers are ids (tokens, classes, or the column of a caption) or words of one piece, in the grammar of :mod:`circuitvision.answers`. Words need a
 vocabulary: ``metric.bind(model)`` returns the same metric with ids; every function of the library that takes a model and a metric binds it itself.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -31,9 +32,11 @@ from circuitvision.answers import Answer, answer_ids, contrast, ids_of_rows, pic
 from circuitvision.digests import NamedFunction, of_tensor
 from circuitvision.errors import InputError, nearest
 from circuitvision.links import Link, divergence, link_of, log_probabilities, probabilities
+from circuitvision.model.positions import Positions, PositionsLike, warn_of_empty
+from circuitvision.model.regions import At
 from circuitvision.results import as_builtin, stored_as
 
-Position = int | str | Tensor
+Position = PositionsLike
 MetricType = TypeVar("MetricType", bound="Metric")
 
 
@@ -47,13 +50,22 @@ class Metric:
     """How several tokens of an answer become one number: the ``"mean"`` of their logits, or their ``"joint"`` probability (any of them)."""
     link: Link | None = None
     """What turns the output into probabilities; None: what the output itself says (outputs of a wrapped model do), or else a softmax."""
+    tokens: Any = field(default=None, repr=False, kw_only=True)
+    """A function from inputs to token maps, of a metric that was bound to a model and needs them."""
 
     units: ClassVar[str] = ""
     _answers: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        for field in self._answers:
-            object.__setattr__(self, field, plain_answer(getattr(self, field)))
+        for own in self._answers:
+            object.__setattr__(self, own, plain_answer(getattr(self, own)))
+        position = Positions.of(self.position)
+        if position.kind not in ("ints", "last"):
+            object.__setattr__(self, "position", position)
+
+    def __provenance__(self) -> dict[str, Any]:
+        fields = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self) if entry.name != "tokens"}
+        return {"metric": type(self).__name__, **fields}
 
     def bind(
         self: MetricType, model: Any, answers: Any = None, foils: Any = None, combine: str | None = None
@@ -78,6 +90,7 @@ class Metric:
                     f"{type(self).__name__} has no {name}, and no data set that has one: give it, as in metrics.{_made_by(self)}."
                 )
             changes[name] = answer_ids(found, model)
+        changes |= {"tokens": model.tokens} if Positions.of(self.position).is_named else {}
         return dataclasses.replace(self, link=self.link or getattr(model, "link", None), **changes)
 
     def against(self: MetricType, output: Tensor) -> MetricType:
@@ -86,9 +99,10 @@ class Metric:
 
     def take(self: MetricType, examples: Sequence[int], count: int) -> MetricType:
         """The same metric for some of ``count`` examples: its answers and positions per example are those examples'."""
-        fields = (*self._answers, "position")
-        changes: dict[str, Any] = {field: take(getattr(self, field), examples, count) for field in fields}
-        return dataclasses.replace(self, **changes)
+        changes: dict[str, Any] = {name: take(getattr(self, name), examples, count) for name in self._answers}
+        position = self.position
+        own = position.taken(examples) if isinstance(position, Positions) else take(position, examples, count)
+        return dataclasses.replace(self, position=own, **changes)
 
     def __call__(
         self, logits: Float[Tensor, "batch *pos classes"], inputs: Mapping[str, Any] | None = None
@@ -100,7 +114,7 @@ class Metric:
 
     def _chosen(self, logits: Tensor, answer: Answer | None, inputs: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
         """The output at the position read, ``[batch, classes]``, and every example's answer id, ``[batch]``."""
-        rows = at_position(logits, self.position, inputs)
+        rows = at_position(logits, self.position, inputs, self.tokens)
         return rows, ids_of_rows(answer, rows)
 
 
@@ -213,8 +227,8 @@ class KL(Metric):
             raise InputError(
                 f"The reference of kl has shape {tuple(self.reference.shape)}, not the output's {tuple(logits.shape)}."
             )
-        rows = at_position(logits, self.position, inputs)
-        reference = at_position(self.reference.to(logits.device), self.position, inputs)
+        rows = at_position(logits, self.position, inputs, self.tokens)
+        reference = at_position(self.reference.to(logits.device), self.position, inputs, self.tokens)
         return divergence(reference, rows, self._link(logits))
 
 
@@ -296,9 +310,15 @@ def action_dim(dim: int, step: int | None = 0) -> ActionDim:
 
 
 def _write(metric: Metric, tensors: dict[str, Tensor], sources: bool) -> dict[str, Any]:
+    from circuitvision.model.edits.files import write_positions
+
     fields: dict[str, Any] = {}
     for entry in dataclasses.fields(metric):
         value = getattr(metric, entry.name)
+        if entry.name == "tokens":
+            continue
+        if isinstance(value, Positions):
+            value = {"positions": write_positions(value, tensors)}
         if isinstance(value, Tensor):
             digest = of_tensor(value)
             tensors[digest] = value
@@ -308,10 +328,13 @@ def _write(metric: Metric, tensors: dict[str, Tensor], sources: bool) -> dict[st
 
 
 def _read(data: Mapping[str, Any], tensors: Mapping[str, Tensor], objects: Mapping[str, Any]) -> Metric:
-    fields: dict[str, Any] = {
-        name: tensors[value["tensor"]] if isinstance(value, Mapping) else value
-        for name, value in data["fields"].items()
-    }
+    from circuitvision.model.edits.files import read_positions
+
+    fields: dict[str, Any] = {}
+    for name, value in data["fields"].items():
+        if isinstance(value, Mapping):
+            value = read_positions(value["positions"], tensors) if "positions" in value else tensors[value["tensor"]]
+        fields[name] = value
     return _KINDS[data["metric"]](**fields)
 
 
@@ -445,15 +468,20 @@ def as_output(logits: Any) -> Tensor:
 
 
 def at_position(
-    logits: Float[Tensor, "batch *pos classes"], position: Position, inputs: Mapping[str, Any] | None = None
+    logits: Float[Tensor, "batch *pos classes"],
+    position: Position,
+    inputs: Mapping[str, Any] | None = None,
+    tokens: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> Float[Tensor, "batch classes"]:
     """The output at one position of every example, in float32 at least; outputs without positions are returned whole.
+
+    NaN where an example has none of the positions, with a warning. ``tokens`` (``model.tokens``) is needed for positions named by what is there.
 
     Positions are those of the prompt, also where the call kept only some of them (``logits_to_keep`` in ``inputs``); what a cache in
     ``past_key_values`` holds counts as its beginning.
 
     Raises:
-        InputError: a position outside the output, a mask of another length, an example that is all padding.
+        InputError: a position outside the output, several of one example, a mask of another length, an example that is all padding.
     """
     logits = as_output(logits)
     if logits.ndim == 2:
@@ -463,13 +491,14 @@ def at_position(
     batch, length = logits.shape[:2]
     kept = _kept(inputs, length)
     whole = length if kept is None else _prompt_length(inputs)
-    if isinstance(position, str):
-        if position != "last":
-            raise InputError(f"Unknown position {position!r}; give 'last', a whole number, or one per example.")
+    asked, empty = Positions.of(position), None
+    if asked.kind == "last":
         index = _last_unmasked(inputs, batch, whole).to(logits.device)
-    else:
-        index = torch.as_tensor(position, device=logits.device).expand(batch)
+    elif asked.kind == "ints" and len(asked.ints) == 1:
+        index = torch.tensor(asked.ints, device=logits.device).expand(batch)
         _refuse_unknown_past(inputs, index)
+    else:
+        index, empty = (part.to(logits.device) for part in _one_each(asked, batch, whole, inputs, tokens))
     if bool(((index < -whole) | (index >= whole)).any()):
         raise InputError(f"Position {index.tolist()} is outside the output's {whole} positions.")
     if kept is not None:
@@ -479,7 +508,53 @@ def at_position(
                 f"The metric reads position {index.tolist()}, and logits_to_keep left positions {kept.tolist()}: keep the one that is read."
             )
         index = there.int().argmax(1)
-    return _wide(logits[torch.arange(batch, device=logits.device), index])
+    rows = _wide(logits[torch.arange(batch, device=logits.device), index])
+    return rows if empty is None or not bool(empty.any()) else rows.masked_fill(empty[:, None], float("nan"))
+
+
+def _one_each(
+    asked: Positions, batch: int, whole: int, inputs: Mapping[str, Any] | None, tokens: Any
+) -> tuple[Tensor, Tensor]:
+    """The one position of every example, and which examples have none."""
+    if asked.kind == "mask" and asked.mask is not None:
+        mask = asked.mask.tensor.cpu()
+        if mask.shape[-1] != whole or (mask.ndim == 2 and len(mask) not in (1, batch)):
+            raise InputError(f"A mask of positions is [{batch} {whole}] for this output, not {list(mask.shape)}.")
+        mask = mask.expand(batch, whole)
+    elif isinstance(asked.region, At):
+        if len(asked.region.numbers) != batch:
+            raise InputError(
+                f"There are positions of {len(asked.region.numbers)} examples, and the output has {batch}."
+            )
+        own = torch.tensor([0 if n is None else n for n in asked.region.numbers])
+        _refuse_unknown_past(inputs, own)
+        empty = torch.tensor([n is None for n in asked.region.numbers])
+        warn_of_empty({asked.text: int(empty.sum())}, batch)
+        return own, empty
+    elif asked.is_named:
+        if tokens is None or inputs is None:
+            raise InputError(
+                f"The metric reads position {asked.text!r}, which a token map tells: call metric.bind(model) first, and give the inputs."
+            )
+        fits = [m for m in tokens(inputs).values() if (m.n_rows, m.n_positions) == (batch, whole)]
+        if not fits:
+            raise InputError(f"The output's {batch} rows of {whole} positions are those of no tower; give a number.")
+        mask = asked.resolve(fits[-1])
+    else:
+        mask = torch.zeros(batch, whole, dtype=torch.bool)
+        for number in range(whole)[slice(*asked.bounds)] if asked.kind == "slice" else asked.ints:
+            if not -whole <= number < whole:
+                raise InputError(f"Position {number} is outside the output's {whole} positions.")
+            mask[:, number] = True
+        _refuse_unknown_past(inputs, mask.int().argmax(1))
+    counts = mask.sum(1)
+    if bool((counts > 1).any()):
+        raise InputError(
+            f"A metric reads one position of every example, and {asked.text!r} names {int(counts.max())}; a position of its own for each example is "
+            "cv.regions.at(numbers)."
+        )
+    warn_of_empty({asked.text: int((counts == 0).sum())}, batch)
+    return mask.int().argmax(1), counts == 0
 
 
 def _read_length(inputs: Mapping[str, Any] | None) -> int:

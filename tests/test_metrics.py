@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from circuitvision import metrics
+from circuitvision import metrics, regions
 from circuitvision.errors import InputError
 
 
@@ -42,7 +42,7 @@ def test_logit_diff_reads_the_last_unmasked_position_with_right_and_left_padding
 
 def test_positions_by_number_and_per_example(logits):
     assert metrics.logit_diff(2, 0, position=0)(logits).tolist() == [5.0, 0.0]
-    assert metrics.logit_diff(2, 0, position=torch.tensor([0, 1]))(logits).tolist() == [5.0, -4.0]
+    assert metrics.logit_diff(2, 0, position=regions.at(torch.tensor([0, 1])))(logits).tolist() == [5.0, -4.0]
     assert metrics.logit_diff(2, 0, position=-3)(logits).tolist() == [5.0, 0.0]
 
 
@@ -114,7 +114,7 @@ def test_class_names_come_before_the_tokenizer_and_captions_have_no_words():
         (lambda x: metrics.prob(-1)(x), "outside"),
         (lambda x: metrics.prob([0, 1, 2])(x), "per example"),
         (lambda x: metrics.prob(0, position=3)(x), "outside"),
-        (lambda x: metrics.prob(0, position="first")(x), "Unknown position"),
+        (lambda x: metrics.prob(0, position="first")(x), "not understood"),
         (lambda x: metrics.prob(0)(x, {"attention_mask": torch.ones(2, 4)}), "mask"),
         (lambda x: metrics.prob(0)(x, {"attention_mask": torch.tensor([[0, 0, 0], [1, 1, 1]])}), "every position"),
         (lambda x: metrics.prob(0)(x[0, 0]), "reads"),

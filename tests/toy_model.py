@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from circuitvision import metrics
 from circuitvision.edits import Edit
 from circuitvision.model import HookPoint
-from circuitvision.model.edits.values import PositionWindow
+from circuitvision.model.positions import PositionWindow
 
 
 class ToyModel:

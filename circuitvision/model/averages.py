@@ -22,7 +22,8 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.axes import axis_of, tower_of
-from circuitvision.model.edits.values import Positions, TensorRef
+from circuitvision.model.edits.values import TensorRef
+from circuitvision.model.positions import Positions
 from circuitvision.model.selection import Selection
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import ABSENT, KINDS, TokenMap, present

@@ -69,7 +69,7 @@ def picture_frames(model: HookedModel, images: Any, inputs: Mapping[str, Any], *
     sizes = [_size(image) for image in _flat(images)]
     traced = [
         list(zip(*axes, strict=True))
-        for axes in zip(*(_traced(model, images, axis, options) for axis in (0, 1)), strict=True)
+        for axes in zip(*(_traced(model.processor, images, axis, options) for axis in (0, 1)), strict=True)
     ]
     there = [image for image, present in enumerate(run.present) if present]
     if len(traced) != len(there) or len(sizes) != len(there):
@@ -87,6 +87,17 @@ def picture_frames(model: HookedModel, images: Any, inputs: Mapping[str, Any], *
         for tile, (down, across) in enumerate(tiles[:count]):
             frames[first + tile] = _frame(down, across, size)
     return frames
+
+
+def picture_frame(processor: Any, size: tuple[int, int]) -> tuple[Frame | None, tuple[int, int]]:
+    """Where the pixels of the tensor that a processor makes of one untiled picture of ``size`` (height, width) lie in it, and the tensor's size.
+
+    Raises:
+        InputError: a processor whose resizing is not known.
+    """
+    blank = np.zeros((*size, 3), np.uint8)
+    down, across = (_traced(processor, [blank], axis, {})[0][0] for axis in (0, 1))
+    return _frame(down, across, size), (int(down.shape[-2]), int(down.shape[-1]))
 
 
 def _flat(images: Any) -> Iterator[Any]:
@@ -123,9 +134,9 @@ def _coordinates(images: Any, axis: int) -> Any:
     return np.stack([middle, np.ones((height, width)), np.full((height, width), _PICTURE)])
 
 
-def _traced(model: HookedModel, images: Any, axis: int, options: Mapping[str, Any]) -> list[list[Array]]:
+def _traced(processor: Any, images: Any, axis: int, options: Mapping[str, Any]) -> list[list[Array]]:
     """What the processor makes of coordinates: for every image its tiles, ``[3 height width]``."""
-    processor = getattr(model.processor, "image_processor", model.processor)
+    processor = getattr(processor, "image_processor", processor)
     if processor is None or not hasattr(processor, "resize"):
         raise InputError(
             "Only a processor says where tensors lie in the original picture: wrap the model with one, cv.HookedModel(module, processor)."

@@ -18,7 +18,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.edits.attention import AttentionEdit, DeleteTokens
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import CompiledEdits, EditCompiler
-from circuitvision.model.edits.values import PositionWindow
+from circuitvision.model.positions import PositionWindow
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:

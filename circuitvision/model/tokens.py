@@ -11,7 +11,8 @@ They hold the pixels that are read and no others, and end where the picture ends
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.axes import new_positions, past_length
 from circuitvision.model.packing import ImageRun
-from circuitvision.model.patches import Array, union
+from circuitvision.model.patches import Array, Frame, union
 from circuitvision.model.selection import Selection
 
 if TYPE_CHECKING:
@@ -160,6 +161,8 @@ class TokenMap:
     """What each row of the vision tower shows."""
     n_examples: int = 0
     """Examples of the run, those without a row in this tower too."""
+    picture_frame: Callable[[tuple[int, int]], tuple[Frame | None, tuple[int, int]]] | None = None
+    """Where the tensor of a picture of some size lies in it, and the tensor's size; None without a processor."""
 
     def __post_init__(self) -> None:
         if self.example.size:
@@ -354,6 +357,11 @@ def token_maps(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, Token
     if not is_dual(model):
         count = max((tokens.n_examples for tokens in maps.values()), default=0)
         maps = {name: replace(tokens, n_examples=count) for name, tokens in maps.items()}
+    if model.processor is not None and pictures is not None:
+        from circuitvision.model.picture_boxes import picture_frame
+
+        framed = functools.partial(picture_frame, model.processor)
+        maps = {name: replace(tokens, picture_frame=framed) for name, tokens in maps.items()}
     return maps
 
 

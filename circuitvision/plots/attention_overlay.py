@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitvision import regions
 from circuitvision.model.names import head_name
 from circuitvision.plots import patches, style
 from circuitvision.plots.attention_parts import (
@@ -30,15 +31,16 @@ from circuitvision.plots.attention_parts import (
     percent,
     shares_of,
 )
-from circuitvision.readout.places import extent_of
+from circuitvision.readout.patch_coords import extent_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.readout.attention.maps import AttentionMaps, Box
-    from circuitvision.readout.attention.regions import AttentionContrast
+    from circuitvision.readout.attention.contrast import AttentionContrast
+    from circuitvision.readout.attention.maps import AttentionMaps
     from circuitvision.readout.attention.rollout import AttentionRollout
 
+Box = tuple[float, float, float, float]
 _MOST_MAPS = 144
 _MOST_NUMBERS = 500_000
 """How many values the slider's maps hold together, so that a page with many steps opens at once."""
@@ -241,7 +243,7 @@ def _strength(
     several = len(set(tiles[inside].tolist())) > 1
     shown = _tile(result, row, image, tile)
     if box is not None:
-        inside, what = result.keys(tuple(box), image)[number], "the box"
+        inside, what = result.keys(regions.box(box, image=image))[number], "the box"
     else:
         what = "this image"
     if several and (box is None or tile is not None):

@@ -18,7 +18,7 @@ from circuitvision.plots import patches, style
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.readout.attention.maps import Box
+    Box = tuple[float, float, float, float]
 
 _MOST_LABELLED = 120
 

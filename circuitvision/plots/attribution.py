@@ -193,7 +193,7 @@ def sources(
     """
     from plotly.subplots import make_subplots
 
-    from circuitvision.readout.places import extent_of, on_grid
+    from circuitvision.readout.patch_coords import extent_of, on_grid
 
     if row not in range(len(result.axes["row"])):
         raise InputError(f"There is no row {row}; this result has {len(result.axes['row'])}, counted from 0.")

@@ -6,6 +6,7 @@ over a cell names the highest columns there. Values are those of the result; not
 
 from __future__ import annotations
 
+import dataclasses
 import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from circuitvision.errors import InputError
 from circuitvision.plots import _check_keywords, patches, style
 from circuitvision.plots import lens_text as text
 from circuitvision.plots.lens_table import table
-from circuitvision.readout.places import extent_of
+from circuitvision.readout.patch_coords import extent_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -38,12 +39,17 @@ def lens(result: LensResult, view: str | None = None, **keywords: Any) -> go.Fig
     row = text.checked_row(result, keywords.get("row"))
     if view is None:
         placed = result.places.ndim == 3 and bool((result.places[row][:, 2] >= 0).any())
-        view = "patches" if placed else "layers" if result.pooled.numel() else "table"
+        view = "patches" if placed else "layers" if result.pooled.numel() or _is_named(result) else "table"
     if view not in _VIEWS:
         raise InputError(f"Unknown view {view!r}; choose one of {', '.join(_VIEWS)}.")
     views: dict[str, Any] = {"patches": over_image, "table": table, "layers": layers}
     _check_keywords(views[view], f"LensResult in the view {view!r}", keywords)
     return views[view](result, **keywords)
+
+
+def _is_named(result: LensResult) -> bool:
+    """Whether the positions of a lens are regions and other choices by name, and not single ones."""
+    return "position" in result.axes and all(isinstance(label, str) for label in result.axes["position"])
 
 
 def over_image(
@@ -129,7 +135,8 @@ def layers(
 ) -> go.Figure:
     """Lines over layers, one per target: the pooled output's value, the mean over ``rows`` (all; or of one ``row``).
 
-    Of a ``position`` instead: its number, or ``"last"``, the last of every row that is no padding.
+    Of a ``position`` instead: its number or name, or ``"last"``, the last of every row that is no padding. Of a lens of regions, without one: the
+    first target, a line per region.
     """
     import plotly.graph_objects as go
 
@@ -141,13 +148,28 @@ def layers(
     ]
     if "target" not in result.axes:
         raise InputError("Lines over layers show targets; read the lens with targets=.")
+    if position is None and _is_named(result):
+        target, regions = text.target_name(result, 0), result.axes["position"]
+        by_region = dataclasses.replace(
+            result,
+            values=result.values[..., :1].transpose(-1, -2),
+            axes={**result.axes, "position": ["mean"], "target": regions},
+            names={},
+            words=[],
+        )
+        return layers(
+            by_region,
+            rows,
+            title or f"{html.escape(target)} by layer, read at {html.escape(' and '.join(regions))}",
+            "mean",
+        )
     if position is None and not result.pooled.numel():
         raise InputError("This read-out does not pool; say which position= the lines show.")
     at = None if position is None else [text.place_of(result, position, one) for one in rows]
     values = (result.pooled[:, rows] if at is None else result.values[:, rows, at]).double()
     labels = next(iter(result.axes.values()))
     figure = go.Figure()
-    mean = values.mean(1)
+    mean = values.nanmean(1)
     for index, name in enumerate(result.axes["target"]):
         color = PALETTE[index % len(PALETTE)]
         figure.add_trace(
@@ -225,7 +247,7 @@ def _chosen_layers(result: LensResult) -> list[Any]:
 
 def _grid_words(result: LensResult, layer: Any, row: int, image: int, tile: int | None) -> list[list[list[str]]]:
     """The names of the highest columns of every patch of the grid."""
-    from circuitvision.readout.places import on_grid
+    from circuitvision.readout.patch_coords import on_grid
 
     places = result.places[row]
     where = on_grid(torch.arange(places.shape[0], dtype=torch.float64), places, image, tile)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from circuitvision.plots import patches, style
-from circuitvision.readout.places import extent_of
+from circuitvision.readout.patch_coords import extent_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

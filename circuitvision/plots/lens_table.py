@@ -39,6 +39,10 @@ def table(
     """
     import plotly.graph_objects as go
 
+    if not result.ids.numel():
+        raise InputError(
+            "A mean over positions has no highest columns to name; choose view='layers', or read the lens without positions=."
+        )
     row, numbers = text.checked_row(result, row), result.axes["position"]
     chosen = (
         _columns(result, row) if positions is None else [text.place_of(result, position, row) for position in positions]

@@ -81,7 +81,7 @@ def checked_row(result: LensResult, row: int | None) -> int:
 def place_of(result: LensResult, position: int | str, row: int = 0) -> int:
     """The index of a position by its number, or of a row's ``"last"`` that is no padding; InputError if it is not there."""
     numbers = result.axes["position"]
-    if position == "last":
+    if position == "last" and position not in numbers:
         kinds = result.kinds[row] if result.kinds else [""] * len(numbers)
         return max((at for at, kind in enumerate(kinds) if kind != "padding"), default=len(numbers) - 1)
     if position not in numbers:

@@ -2,21 +2,21 @@
 
 ``lens`` (the logit lens and its summaries), ``attribution`` (terms of the stream), ``weights`` (value vectors, circuits of heads),
 ``attention``, ``relevance`` (of pixels and tokens, with curves that check it), ``probes`` (probes, components, exemplars). What they share:
-``targets`` (words, classes, prompts, directions), ``places`` (where positions lie in the image), ``recorded`` (reading caches), ``ranks``.
+``targets`` (words, classes, prompts, directions), ``patch_coords`` (where positions lie in the image), ``recorded`` (reading caches), ``ranks``.
 Everything public is named here.
 """
 
 from __future__ import annotations
 
+from circuitvision.readout.attention.contrast import AttentionContrast, attention_contrast
 from circuitvision.readout.attention.distance import (
     DistanceProfile,
     PositionPattern,
     distance_profile,
     position_pattern,
 )
-from circuitvision.readout.attention.maps import AttentionMaps, attention_maps, head_contrast, peak_in
+from circuitvision.readout.attention.maps import AttentionMaps, attention_maps
 from circuitvision.readout.attention.mass import AttentionSummary, attention_entropy, attention_mass
-from circuitvision.readout.attention.regions import AttentionContrast, Region, attention_contrast
 from circuitvision.readout.attention.rollout import AttentionRollout, rollout
 from circuitvision.readout.attribution.bilinear import BilinearAttribution, bilinear_attribution
 from circuitvision.readout.attribution.direct import (
@@ -51,7 +51,7 @@ from circuitvision.readout.ranks import Ranking, ranking
 from circuitvision.readout.relevance.attention import chefer_relevance, legrad, relevance_rollout
 from circuitvision.readout.relevance.curves import Curve, deletion_curve, insertion_curve
 from circuitvision.readout.relevance.gradients import Relevance, gradient_times_activation, integrated_gradients
-from circuitvision.readout.relevance.pointing import PointingGame, box_mask, pointing_game
+from circuitvision.readout.relevance.pointing import PointingGame, pointing_game
 from circuitvision.readout.relevance.removal import occlusion
 from circuitvision.readout.targets import prompt_embeddings
 from circuitvision.readout.weights.class_agreement import Agreement, agreement
@@ -92,7 +92,6 @@ __all__ = [
     "PositionPattern",
     "ProbeResult",
     "Ranking",
-    "Region",
     "Relevance",
     "SingularVectors",
     "SourceAttribution",
@@ -108,7 +107,6 @@ __all__ = [
     "attention_maps",
     "attention_mass",
     "bilinear_attribution",
-    "box_mask",
     "change_rate",
     "chefer_relevance",
     "cka_matrix",
@@ -123,7 +121,6 @@ __all__ = [
     "exemplars",
     "full_ov",
     "gradient_times_activation",
-    "head_contrast",
     "identifiability",
     "insertion_curve",
     "integrated_gradients",
@@ -140,7 +137,6 @@ __all__ = [
     "ov_circuit",
     "pca",
     "pca_of",
-    "peak_in",
     "pointing_game",
     "position_pattern",
     "probe_vectors",

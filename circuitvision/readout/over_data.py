@@ -69,7 +69,7 @@ def over_data(
     data: Side,
     read: Callable[[Batch, list[int]], Result],
     *,
-    positions: Any = "whole",
+    positions: Any = None,
     batch_size: int | None = None,
     method: str = "read",
 ) -> DataReading:

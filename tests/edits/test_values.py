@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from circuitvision import edits
 from circuitvision.errors import InputError
-from circuitvision.model.edits.values import Positions, PositionWindow
+from circuitvision.model.positions import Positions, PositionWindow
 from circuitvision.model.selection import Selection
 from tests.edits.common import Dictionary, block, inputs_of, random, run_and_see, same, wrapped
 

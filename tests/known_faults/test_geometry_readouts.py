@@ -15,7 +15,7 @@ from circuitvision import readout
 from circuitvision.errors import InputError
 from circuitvision.model.patches import PatchEmbedding
 from circuitvision.model.tokens import TokenMap
-from circuitvision.readout.places import extent_of
+from circuitvision.readout.patch_coords import extent_of
 from circuitvision.readout.probes.strongest import box_shares
 from circuitvision.readout.relevance.attention import _read_by
 from circuitvision.readout.relevance.boxes import Boxes

@@ -77,7 +77,7 @@ def test_a_mutant_is_noticed(name: str, site: str, fault: str, monkeypatch: pyte
     if fault == "unmapped":
         monkeypatch.setattr(axes.Axis, "columns", lambda self, first, length, prompt: None)
     elif fault == "numbers not checked":
-        monkeypatch.setattr("circuitvision.model.edits.values.Positions._check_held", lambda self, window: None)
+        monkeypatch.setattr("circuitvision.model.positions.Positions._check_held", lambda self, window: None)
     else:
         whole = axes.axis_of
         monkeypatch.setattr(

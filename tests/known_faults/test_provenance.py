@@ -407,7 +407,7 @@ OTHERS: dict[str, tuple[Callable[..., Any], dict[str, dict[str, Any]]]] = {
     "insertion_curve": (P(curve, ro.insertion_curve), {"order": {"scores": 1}, "metric": {"metric": metrics.prob(3)}}),
     "linear_probe": (probed, {
         "seed": {"seed": 1}, "labels": {"labels": [1, 0] * 8}, "data": {"inputs": 2}, "split": {"test_share": 0.5}, "folds": {"folds": 4},
-        "shuffles": {"shuffles": 3}, "penalty": {"penalty": 0.1}, "positions": {"positions": "whole"}, "groups": {"groups": [n // 2 for n in range(16)]},
+        "shuffles": {"shuffles": 3}, "penalty": {"penalty": 0.1}, "positions": {"positions": "patch"}, "groups": {"groups": [n // 2 for n in range(16)]},
     }),
     "probe_vectors": (lambda data=0, **more: ro.probe_vectors(vectors(data), LABELS, shuffles=1, penalty=1.0, **more), {"vectors": {"data": 1}, "seed": {"seed": 3}}),
     "collect": (P(probed, function=ro.collect, sites="vision.blocks.0.hook_resid_post"), {
@@ -778,7 +778,7 @@ BLIND: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "the state is left out": ("training", lambda m: m.setattr(provenance, "_module_state", lambda module, device: {})),
     "hooks are left out": ("hooks around the run", lambda m: m.setattr("circuitvision.model.hooks.HookEngine.active", lambda self: [])),
     "arguments are left out": ("edit heads", lambda m: m.setattr(provenance, "_arguments", lambda arguments: {})),
-    "masks are their label": ("mask", lambda m: m.setattr("circuitvision.model.edits.values.Positions.__provenance__", lambda self: self.plain)),
+    "masks are their label": ("mask", lambda m: m.setattr("circuitvision.model.positions.Positions.__provenance__", lambda self: self.plain)),
 }  # fmt: skip
 
 

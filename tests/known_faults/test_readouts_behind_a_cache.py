@@ -47,7 +47,7 @@ def test_positions_of_a_second_turn(name: str) -> None:
         near(found.total, wanted[[0, 1], at], 1e-6)
         near(found.values.sum(0), found.total, 1e-6)
     near(
-        readout.direct_attribution(model, second(), (3, 4), position="mean").total,
+        readout.direct_attribution(model, second(), (3, 4), position="all").total,
         torch.stack([wanted[0].mean(), wanted[1, :2].mean()]),
         1e-6,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
-from circuitvision.model.edits.values import Positions
+from circuitvision.model.positions import Positions
 from circuitvision.model.sweeps import run, study
 from circuitvision.readout import ranks
 from circuitvision.results import by_example, standard_error
@@ -387,8 +387,8 @@ def last_of_all(logits: Tensor) -> Tensor:
 def rows_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks repeated as often as rows are more than they."""
 
-    def rows_of(self: Positions, mask: Tensor, window: Any, rows: int) -> Tensor:
-        return mask.repeat_interleave(rows // mask.shape[0], dim=0)
+    def rows_of(self: Positions, mask: Tensor, tokens: Any) -> Tensor:
+        return mask.repeat_interleave(tokens.n_rows // mask.shape[0], dim=0)
 
     monkeypatch.setattr(Positions, "_rows_of", rows_of)
 

@@ -236,7 +236,7 @@ def test_an_empty_selection_is_nan_where_it_is_empty_and_a_missing_kind_is_zero(
     tokens = model.tokens(inputs)["language"]
     second = tokens.image(1)
     assert [bool(second.positions(row)) for row in range(2)] == [True, False]
-    with pytest.warns(UserWarning, match="lacks the span"):
+    with pytest.warns(UserWarning, match="empty for camera 1 in 1"):
         result = attention_mass(cache, spans={"camera 1": second, "words": "text"})
     assert torch.isfinite(result.values[:, :, 0]).all()
     assert torch.isnan(result.values[:, :, 1, 0]).all()
@@ -396,14 +396,14 @@ def test_caches_of_one_row_and_from_files_serve_as_well(tmp_path):
     [
         ({"tower": "sight"}, "no tower"),
         ({"spans": {}}, "spans is empty"),
-        ({"spans": {"a": "register"}}, "no keys of the language tower of kind 'register'"),
-        ({"spans": {"a": "colour"}}, "kind 'colour'"),
+        ({"spans": {"a": "register"}}, "'a' is empty"),
+        ({"spans": {"a": "colour"}}, "'colour' is not understood"),
         ({"spans": {"a": torch.zeros(2, 16, dtype=torch.bool)}}, "'a' is empty"),
-        ({"spans": {"a": torch.zeros(2, 9, dtype=torch.bool)}}, "mask of keys"),
+        ({"spans": {"a": torch.zeros(2, 9, dtype=torch.bool)}}, "9 entries"),
         ({"spans": {"a": 99}}, "outside the 16"),
-        ({"spans": {"a": 1.5}}, "names no keys"),
-        ({"queries": "first"}, "of kind 'first'"),
-        ({"queries": True}, "names no queries"),
+        ({"spans": {"a": 1.5}}, "not understood"),
+        ({"queries": "first"}, "not understood"),
+        ({"queries": True}, "not understood"),
         ({"layers": 7}, "layers 0 to 1"),
         ({"layers": []}, "layers 0 to 1"),
         ({"layers": "all"}, "not understood"),

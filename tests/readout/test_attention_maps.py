@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import circuitvision as cv
+from circuitvision import regions
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.readout import (
@@ -21,8 +22,6 @@ from circuitvision.readout import (
     attention_contrast,
     attention_maps,
     attention_mass,
-    head_contrast,
-    peak_in,
     rollout,
 )
 from tests.readout.test_attention import PATTERNS, paddings, planted, run, wrapped
@@ -135,19 +134,19 @@ def test_maps_of_an_action_tower_lie_over_every_camera():
     first, second = (maps.grid(0, 0, image=camera) for camera in (0, 1))
     assert first.shape == second.shape == (3, 3)
     language = model.tokens(inputs)["language"]
-    by_selection = peak_in(maps, language.image(1))
+    by_selection = maps.peak_in(language.image(1))
     assert float(by_selection.uniform[0, 0]) == 0.5
-    with pytest.raises(InputError, match="of the vision tower; the keys of these maps are of language and action"):
+    with pytest.raises(InputError, match="of the vision tower"):
         maps.keys(model.tokens(inputs)["vision"].image(0))
 
 
 def test_contrast_with_the_mean_head_sums_to_nothing():
     maps = made(random_shares(3, 2, 2, 20))
-    difference = head_contrast(maps)
+    difference = maps.head_contrast()
     assert difference.measure == "difference"
     torch.testing.assert_close(difference.values.sum((0, 1)), torch.zeros(2, 20), atol=1e-6, rtol=0)
     torch.testing.assert_close(difference.values[1, 0] + maps.values.mean((0, 1)), maps.values[1, 0])
-    several = head_contrast(made(random_shares(2, 3, 2, 1, 16)))
+    several = made(random_shares(2, 3, 2, 1, 16)).head_contrast()
     torch.testing.assert_close(several.values.sum((1, 2)), torch.zeros(2, 1, 16), atol=1e-6, rtol=0)
 
 
@@ -159,24 +158,24 @@ def test_peaks_are_counted_by_rows_and_ties_in_parts():
     values[:, 2] = 1 / 18
     values[:, :, :, 0] = 5.0  # a word gets more than any patch
     maps = made(values, prefix=2)
-    result = peak_in(maps, (8.0, 8.0, 16.0, 16.0))
+    result = maps.peak_in(regions.box((8.0, 8.0, 16.0, 16.0)))
     assert result.values.mean(-1).tolist() == [[1.0, 0.5, pytest.approx(1 / 16)]]
     assert result.measure == "peak"
     torch.testing.assert_close(result.uniform, torch.full((1, 4), 1 / 16))
     mask = torch.zeros(4, 18, dtype=torch.bool)
     mask[:, 7] = True
-    assert torch.equal(peak_in(maps, mask).values, result.values)
-    assert float(peak_in(maps, "patch", among=["text", "patch"]).values.max()) == 0.0
+    assert torch.equal(maps.peak_in(mask).values, result.values)
+    assert float(maps.peak_in("patch", among=["text", "patch"]).values.max()) == 0.0
     mask[3] = False
-    with pytest.warns(UserWarning, match="no key in the region"):
-        assert torch.isnan(peak_in(maps, mask).values[..., 3]).all()
+    with pytest.warns(UserWarning, match="empty for mask"):
+        assert torch.isnan(maps.peak_in(mask).values[..., 3]).all()
 
 
 def test_the_peak_of_a_planted_head_lies_where_it_was_planted():
     model, cache = planted("vit", "vision", lambda pattern: torch.eye(17)[7])
     tokens = model.tokens(cache.inputs)["vision"]
-    assert torch.equal(peak_in(attention_maps(cache), tokens.image(0).patch(1, 2)).values, torch.ones(3, 4, 2))
-    assert torch.equal(peak_in(attention_maps(cache), tokens.image(0).patch(0, 0)).values, torch.zeros(3, 4, 2))
+    assert torch.equal(attention_maps(cache).peak_in(tokens.image(0).patch(1, 2)).values, torch.ones(3, 4, 2))
+    assert torch.equal(attention_maps(cache).peak_in(tokens.image(0).patch(0, 0)).values, torch.zeros(3, 4, 2))
 
 
 def test_a_query_contrasted_with_itself_is_one_everywhere():
@@ -424,7 +423,7 @@ def test_results_come_back_from_files(tmp_path):
         assert again.provenance == result.provenance
     again = AttentionMaps.load(tmp_path / "AttentionMaps.safetensors")
     assert torch.equal(again.grid(0, 0), maps.grid(0, 0))
-    assert torch.equal(again.keys((0, 0, 4, 4)), maps.keys((0, 0, 4, 4)))
+    assert torch.equal(again.keys(regions.box((0, 0, 4, 4))), maps.keys(regions.box((0, 0, 4, 4))))
 
 
 def refuse(match: str):
@@ -438,17 +437,17 @@ def test_meaningless_maps_peaks_and_rollouts_are_refused():
         maps.grid(9, 0)
     with refuse("image 3"):
         maps.grid(0, 0, image=3)
-    with refuse("holds no key"):
-        peak_in(maps, (900.0, 900.0, 910.0, 910.0))
+    with refuse("lies outside"):
+        maps.peak_in(regions.box((900.0, 900.0, 910.0, 910.0)))
     with refuse("none of the keys among"):
-        peak_in(maps, "text")
-    with refuse("of the vision tower; the keys of these maps are of language"):
-        peak_in(maps, model.tokens(inputs)["vision"].image(0))
+        maps.peak_in("text")
+    with refuse("of the vision tower"):
+        maps.peak_in(model.tokens(inputs)["vision"].image(0))
     other = model.tokens(run("llava-clip-llama", "right")[1])["language"]
     with refuse("another run"):
-        peak_in(maps, other.image(0))
+        maps.peak_in(other.image(0))
     with refuse("one pass"):
-        peak_in(made(random_shares(2, 1, 1, 1, 16)), "patch")
+        made(random_shares(2, 1, 1, 1, 16)).peak_in("patch")
     for options in ({"residual": 1.5}, {"discard": 1.0}, {"residual": -0.1}):
         with refuse("residual is a share"):
             rollout(cache, **options)
@@ -482,7 +481,7 @@ def test_meaningless_contrasts_are_refused():
     with refuse("of vision"):
         attention_contrast(maps, dataclasses.replace(maps, tower="vision"))
     with refuse("plain attention_maps"):
-        attention_contrast(maps, head_contrast(maps))
+        attention_contrast(maps, maps.head_contrast())
     with refuse("nothing to contrast"):
         attention_contrast(dataclasses.replace(maps, places=torch.full((1, 16, 4), -1)), maps)
     with refuse("result of attention_maps"):

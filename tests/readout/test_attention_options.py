@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import circuitvision as cv
+from circuitvision import regions
 from circuitvision.errors import InputError
 from circuitvision.readout import (
     AttentionContrast,
@@ -23,8 +24,6 @@ from circuitvision.readout import (
     attention_maps,
     attention_mass,
     distance_profile,
-    head_contrast,
-    peak_in,
     position_pattern,
     rollout,
 )
@@ -205,10 +204,9 @@ def test_only_caches_hold_attention():
         (lambda c: attention_contrast(attention_maps(c), attention_maps(c), layers=9), "There is no layer 9"),
         (lambda c: attention_contrast(attention_maps(c), attention_maps(c)).regions(count=1.5), "a count from 1 on"),
         (lambda c: rollout(c, residual="half"), "a share from 0 to 1"),
-        (lambda c: head_contrast(rollout(c)), "takes plain attention_maps"),
-        (lambda c: head_contrast(head_contrast(attention_maps(c))), "takes plain attention_maps"),
-        (lambda c: head_contrast(made(random_shares(1, 1, 2, 16))), "single head"),
-        (lambda c: peak_in(attention_maps(c), (90, 90, 99, 99)), "holds no key"),
+        (lambda c: attention_maps(c).head_contrast().head_contrast(), "takes plain attention_maps"),
+        (lambda c: made(random_shares(1, 1, 2, 16)).head_contrast(), "single head"),
+        (lambda c: attention_maps(c).peak_in(regions.box((90, 90, 99, 99))), "lies outside"),
     ],
 )
 def test_meaningless_options_are_refused(call, message):

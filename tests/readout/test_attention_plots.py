@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from circuitvision import regions
 from circuitvision.errors import InputError
 from circuitvision.plots import attention, attention_overlay, patches, style
 from circuitvision.readout import (
@@ -21,8 +22,6 @@ from circuitvision.readout import (
     attention_maps,
     attention_mass,
     distance_profile,
-    head_contrast,
-    peak_in,
     position_pattern,
     rollout,
 )
@@ -91,7 +90,7 @@ def test_entropies_and_peaks_say_what_they_measure():
     assert figure.layout.coloraxis.cmax == pytest.approx(np.log(17))
     values = torch.zeros(1, 2, 4, 16)
     values[..., 5] = 1.0
-    peaks = peak_in(made(values), (8.0, 8.0, 16.0, 16.0)).plot()
+    peaks = made(values).peak_in(regions.box((8.0, 8.0, 16.0, 16.0))).plot()
     assert "peaks inside the region in 100% of rows" in peaks.layout.title.text
     assert "by chance 6%" in peaks.layout.title.text
 
@@ -391,7 +390,7 @@ def test_other_rows_images_and_differences_can_be_shown():
     second = maps.plot(row=1, image=1)
     at = second.layout.sliders[0].steps[second.layout.sliders[0].active].label
     np.testing.assert_allclose(heat_maps(second)[0], maps.grid(int(at[1]), int(at[3]), row=1, image=1), rtol=1e-6)
-    difference = head_contrast(maps).plot()
+    difference = maps.head_contrast().plot()
     assert "attention than the mean head" in difference.layout.title.text
     trace = next(trace for trace in difference.data if trace.type == "heatmap")
     assert trace.zmin == -trace.zmax

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from circuitvision.readout import chefer_relevance, legrad, relevance_rollout
-from circuitvision.readout.places import places_of
+from circuitvision.readout.patch_coords import places_of
 from tests.readout.relevance_models import TOWERS, inputs_of, metric, model_of
 from tests.zoo import shared_model
 

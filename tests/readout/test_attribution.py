@@ -249,10 +249,12 @@ def test_every_way_to_name_a_direction():
 
 def test_actions_are_attributed_at_a_step_of_the_chunk_or_over_it():
     model, out, cache = run("pi0", torch.float64, everything=True)
-    for position, wanted in ((0, out[:, 0, 1]), (3, out[:, 3, 1]), ("mean", out[..., 1].mean(1))):
+    for position, wanted in ((None, out[:, 0, 1]), (4, out[:, 3, 1]), (-1, out[:, 3, 1]), ("all", out[..., 1].mean(1))):
         result = direct_attribution(model, cache, 1, position=position)
         assert result.tower == "action"
         torch.testing.assert_close(result.total, wanted, atol=1e-6, rtol=1e-6)
+    with pytest.raises(InputError, match="outside"):
+        direct_attribution(model, cache, 1, position="state")
     sources = source_attribution(model, cache, 1)
     prefix = model.tokens(cache.inputs)["language"].n_positions
     assert sources.values.shape[-1] == prefix + model.tokens(cache.inputs)["action"].n_positions
@@ -337,10 +339,10 @@ def test_prompts_take_the_place_of_the_runs_texts():
         ("siglip-vision", torch.randn(24), {}, "direction"),
         ("llava-clip-llama", ("red", "blue"), {"tower": "vision"}, "direction of the stream"),
         ("llava-clip-llama", ("red", "blue"), {"position": 999}, "outside"),
-        ("llava-clip-llama", ("red", "blue"), {"position": 1.5}, "whole number"),
-        ("llava-clip-llama", ("red", "blue"), {"position": True}, "whole number"),
-        ("llava-clip-llama", ("red", "blue"), {"position": [1, 2, 3]}, "one per row"),
-        ("llava-clip-llama", ("red", "blue"), {"position": slice(2)}, "whole number"),
+        ("llava-clip-llama", ("red", "blue"), {"position": 1.5}, "not understood"),
+        ("llava-clip-llama", ("red", "blue"), {"position": True}, "not understood"),
+        ("llava-clip-llama", ("red", "blue"), {"position": cv.regions.at([1, 2, 3])}, "of 3 examples"),
+        ("llava-clip-llama", ("red", "blue"), {"position": slice(2, 1)}, "outside"),
         ("llava-clip-llama", ({"red", "green"}, "blue"), {}, "one per example"),
         ("llava-clip-llama", None, {}, "A direction is"),
         ("llava-clip-llama", 1.5, {}, "A direction is"),

@@ -15,6 +15,7 @@ from circuitvision.readout import (
     probe_vectors,
 )
 from circuitvision.readout.probes.collected import Collected, stream_sites
+from circuitvision.regions import at
 from tests.readout.common import hooked
 from tests.zoo import case
 
@@ -39,7 +40,7 @@ def by_hand(model, inputs, site, picked):
 
 ROWS = [
     ("vit", "vision.blocks.0.hook_resid_post", "cls", lambda t, r: [0]),
-    ("dinov2-registers", "vision.blocks.1.mlp.hook_post", "mean_patch", lambda t, r: t.positions("patch", row=r)),
+    ("dinov2-registers", "vision.blocks.1.mlp.hook_post", "patch", lambda t, r: t.positions("patch", row=r)),
     ("siglip2-vision", "vision.blocks.0.hook_mlp_out", "last", lambda t, r: [t.last(r)]),
     ("llava-clip-llama", "language.blocks.1.attn.hook_z", "last", lambda t, r: [t.last(r)]),
     ("llava-next-mistral", "vision.blocks.0.hook_resid_mid", "patch", lambda t, r: t.positions("patch", row=r)),
@@ -69,7 +70,7 @@ def test_positions_may_be_functions_of_the_tokens_and_differ_from_example_to_exa
     torch.testing.assert_close(corner[site], by_hand(model, inputs, site, lambda t, r: t.positions("patch", row=r)[:1]))
     own = [tokens.positions("patch", row=row)[row] for row in range(4)]
     one_each = by_hand(model, inputs, site, lambda t, r: [own[r]])
-    for positions in (own, torch.tensor(own), {"language": own}):
+    for positions in (at(own), at(torch.tensor(own)), {"language": at(own)}):
         torch.testing.assert_close(collect(model, inputs, site, positions=positions, batch_size=3)[site], one_each)
     mask = torch.nn.functional.one_hot(torch.tensor(own), tokens.n_positions).bool()
     torch.testing.assert_close(collect(model, inputs, site, positions=mask, batch_size=3)[site], one_each)
@@ -81,8 +82,11 @@ def test_positions_may_be_functions_of_the_tokens_and_differ_from_example_to_exa
         collect(model, inputs, site, positions=mask[:3])
     two = entry.inputs(model.module, batch=2, images_per_prompt=2)
     first = model.tokens(two)["vision"].select("patch").tensor[:2]
-    with pytest.raises(InputError, match="several rows"):
-        collect(model, two, "vision.blocks.0.hook_resid_post", positions=first)
+    by_kind = collect(model, two, "vision.blocks.0.hook_resid_post", positions="patch")
+    # One row of a mask per example serves all of its images.
+    by_mask = collect(model, two, "vision.blocks.0.hook_resid_post", positions=first)
+    for site in by_kind:
+        torch.testing.assert_close(by_mask[site], by_kind[site])
     numbered = []
 
     def chosen(tokens, examples):
@@ -123,9 +127,9 @@ def test_several_images_go_with_their_example():
     model, entry = hooked("llava-clip-llama")
     inputs = entry.inputs(model.module, batch=3, images_per_prompt=2)
     site = "vision.blocks.0.hook_resid_post"
-    whole = collect(model, inputs, site, positions="mean_patch", batch_size=8)[site]
+    whole = collect(model, inputs, site, positions="patch", batch_size=8)[site]
     assert whole.shape[0] == 3
-    torch.testing.assert_close(collect(model, inputs, site, positions="mean_patch", batch_size=1)[site], whole)
+    torch.testing.assert_close(collect(model, inputs, site, positions="patch", batch_size=1)[site], whole)
     torch.testing.assert_close(whole, by_hand(model, inputs, site, lambda t, r: t.positions("patch", row=r)))
 
 
@@ -145,10 +149,10 @@ def test_examples_of_a_dual_encoder_are_those_of_the_tower_asked_for():
 def test_sites_a_tower_has_pooled_and_sites_without_the_first_positions():
     model, entry = hooked("llava-clip-llama")
     inputs = entry.inputs(model.module, batch=2)
-    out = collect(model, inputs, "projector.hook_out", positions="mean_patch")["projector.hook_out"]
+    out = collect(model, inputs, "projector.hook_out", positions="patch")["projector.hook_out"]
     _, cache = model.run_with_cache(inputs, names_filter="projector.hook_out")
     torch.testing.assert_close(out, cache["projector.hook_out"].mean(1).detach())
-    for positions in ("all", "mean"):
+    for positions in ("all", "patch"):
         found = collect(model, inputs, "projector.hook_out", positions=positions)["projector.hook_out"]
         torch.testing.assert_close(found, out)
     strongest = exemplars(model, inputs, "projector.hook_out", top_k=2)
@@ -190,7 +194,7 @@ def test_a_run_ends_when_the_last_site_was_read_and_leaves_nothing():
 
 def test_collected_vectors_keep(tmp_path):
     model, entry = hooked("vit")
-    vectors = collect(model, entry.inputs(model.module, batch=3), stream_sites(model), positions="mean_patch")
+    vectors = collect(model, entry.inputs(model.module, batch=3), stream_sites(model), positions="patch")
     again = Collected.load(vectors.save(tmp_path / "vectors.safetensors"))
     assert list(again) == list(vectors)
     assert all(torch.equal(again[site], vectors[site]) for site in vectors)
@@ -221,9 +225,9 @@ def test_bfloat16_becomes_float32_and_float64_stays(fresh_model):
         ("middle", "not understood"),
         ("register", "its kinds: cls, patch"),
         (99, "outside"),
-        (-1, "outside"),
-        ([0, 1, 2], "positions of 3 examples for 2"),
-        (lambda tokens: [1, 2], "returns a selection"),
+        (-99, "outside"),
+        (at([0, 1, 2]), "positions of 3 examples for 2"),
+        (lambda tokens: [0.5], "not understood"),
         ({"language": "last"}, "names language"),
     ],
 )

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from circuitvision import regions
 from circuitvision.errors import InputError
 from circuitvision.readout import (
     Curve,
     PointingGame,
     Relevance,
-    box_mask,
     deletion_curve,
     insertion_curve,
     pointing_game,
@@ -105,7 +105,7 @@ def test_tolerance_counts_near_misses_and_raises_chance():
         labels=[["p"] * 16],
     )
     # Patches are 4 × 4 pixels; the maximum is on rows and columns 4 to 7, the object on columns 10 and 11.
-    mask = box_mask((10, 4, 12, 8), (16, 16))
+    mask = regions.box((10, 4, 12, 8), size=(16, 16)).drawn(0)
     plain, near = pointing_game(result, [mask]), pointing_game(result, [mask], tolerance=3)
     assert (plain.rate, near.rate) == (0.0, 1.0)
     assert near.chance_rate > plain.chance_rate == 1 / 16
@@ -125,8 +125,9 @@ def test_meaningless_pointing_is_refused():
         (lambda: pointing_game(result, mask, overlap=1.0), "from 0 to below 1"),
         (lambda: pointing_game(result, mask, tolerance=-1), "pixels from 0 on"),
         (lambda: pointing_game(result, [None]), "Mask 0"),
-        (lambda: box_mask((1, 2, 3), (8, 8)), "left, top, right, bottom"),
-        (lambda: box_mask((20, 20, 30, 30), (8, 8)), "no pixel of a picture of 8 × 8"),
+        (lambda: regions.box([(1, 2, 3)]), "left, top, right, bottom"),
+        (lambda: pointing_game(result, regions.box([(0, 0, 1, 1)])), "size="),
+        (lambda: pointing_game(result, regions.words("dog")), "no part of a picture"),
     ):
         with pytest.raises(InputError, match=message):
             call()

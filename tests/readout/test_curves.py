@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import circuitvision as cv
+from circuitvision import regions
 from circuitvision.data.questions import largest, sample_largest
 from circuitvision.data.scenes import SHAPES
 from circuitvision.errors import InputError
@@ -20,7 +21,6 @@ from circuitvision.readout import (
     Curve,
     PointingGame,
     Relevance,
-    box_mask,
     deletion_curve,
     insertion_curve,
     integrated_gradients,
@@ -295,7 +295,7 @@ def test_unmeasured_maps_are_left_out_with_a_warning():
     values = torch.zeros(2, 2, 2)
     values[0, 0, 0] = 1.0
     values[1] = float("nan")
-    mask = box_mask((0, 0, 4, 4), (8, 8))
+    mask = regions.box((0, 0, 4, 4), size=(8, 8)).drawn(0)
     with pytest.warns(UserWarning, match="left out"):
         game = pointing_game(planted(values), [mask, mask])
     assert game.rate == 1.0
@@ -306,7 +306,7 @@ def test_masks_and_boxes_of_a_scene_agree():
     for scene, _ in sample_largest(5, 0):
         thing = largest(scene)
         assert thing is not None
-        box = box_mask(thing.box, (64, 64))
+        box = regions.box(thing.box, size=(64, 64)).drawn(0)
         assert bool((box | ~torch.from_numpy(thing.mask)).all())
         assert torch.equal(_on_object(box, 4, 4) > 0, _on_object(torch.from_numpy(thing.mask), 4, 4) > 0)
 

@@ -49,13 +49,6 @@ def test_a_lens_without_targets_says_both_ways_to_ask(vit):
         readout.logit_lens(model, cache)
 
 
-def test_a_box_in_shares_is_told_to_count_pixels():
-    with pytest.raises(InputError, match="counted in pixels"):
-        readout.box_mask((0.1, 0.1, 0.4, 0.4), (64, 64))
-    with pytest.raises(InputError, match=r"\(height, width\)\.$"):
-        readout.box_mask((70, 70, 80, 80), (64, 64))
-
-
 def test_a_picture_given_as_image_is_sent_to_picture(vit):
     model, _, cache = vit
     lens = readout.logit_lens(model, cache, top_k=1)
@@ -96,7 +89,7 @@ def test_a_list_of_two_words_for_three_examples_points_at_the_pair(llava):
 def test_an_example_is_read_where_its_tower_gathers_it(name, site, meant):
     model, _, cache = run(name, everything=True)
     found = readout.collect(model, cache.inputs, site)
-    assert found.positions == "whole"
+    assert found.positions == "each tower's own"
     torch.testing.assert_close(found[site], readout.collect(model, cache.inputs, site, positions=meant)[site])
     if meant != "last" and site.startswith("vision"):
         last = readout.collect(model, cache.inputs, site, positions="last")[site]

@@ -159,7 +159,7 @@ def test_a_mean_over_positions_leaves_padding_out():
         out, cache = model.run_with_cache(inputs)
     real = inputs["attention_mask"].bool()
     assert not bool(real.all())
-    found = direct_attribution(model, cache, 3, position="mean").total
+    found = direct_attribution(model, cache, 3, position="all").total
     wanted = torch.stack([out[row, real[row], 3].mean() for row in range(2)])
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     last = direct_attribution(model, cache, 3).total

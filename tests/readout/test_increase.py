@@ -104,7 +104,7 @@ def test_it_disagrees_with_direct_attribution_where_the_answer_is_said_already()
         ("pi0", {"tower": "action"}, "distribution"),
         ("clip", {}, "distribution"),
         ("llava-clip-llama", {"tower": "vision"}, "distribution"),
-        ("llava-clip-llama", {"position": "mean"}, "one position"),
+        ("llava-clip-llama", {"position": "all"}, "one position"),
         ("llava-clip-llama", {"pieces": "mean"}, "one column"),
         ("llava-clip-llama", {"answer": (3, 4)}, "a pair"),
         ("llava-clip-llama", {"answer": cv.metrics.logprob(3)}, "a metric"),

@@ -15,7 +15,7 @@ from circuitvision.readout.lens import reader as lens_module
 from circuitvision.readout.lens import summaries
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.lens.sites import lens_sites
-from circuitvision.readout.places import on_grid
+from circuitvision.readout.patch_coords import on_grid
 from circuitvision.readout.targets import reader_of
 from tests.readout.common import NAMES, run
 from tests.zoo import case, shared_model

@@ -354,7 +354,7 @@ def test_maps_are_placed_and_scaled():
         (lambda m, i: integrated_gradients(m, i, metric, baseline="average"), "average"),
         (lambda m, i: integrated_gradients(m, i, metric, baseline=torch.zeros(3)), "broadcast"),
         (lambda m, i: integrated_gradients(m, i, metric, site="pixels", baseline="black"), "image_mean"),
-        (lambda m, i: integrated_gradients(m, i, metric, positions=torch.ones(2, 3, dtype=torch.bool)), "bool mask"),
+        (lambda m, i: integrated_gradients(m, i, metric, positions=torch.ones(2, 3, dtype=torch.bool)), "3 entries"),
         (lambda m, i: integrated_gradients(m, {"pixel_values": i["pixel_values"][:1]}, metric), "needs another one"),
         (lambda m, i: legrad(m, i, metric, score="mean"), "score"),
         (lambda m, i: legrad(m, i, metric, layers=[7]), "layers"),

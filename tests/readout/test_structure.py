@@ -188,7 +188,7 @@ def test_cka_of_what_does_not_vary_is_nan():
 
 def test_the_matrix_holds_every_pair(shapes):
     model, inputs, _ = shapes
-    vectors = collect(model, inputs, stream_sites(model), positions="mean_patch")
+    vectors = collect(model, inputs, stream_sites(model), positions="patch")
     found = cka_matrix(vectors)
     torch.testing.assert_close(found.values, found.values.T)
     torch.testing.assert_close(found.values.diagonal(), torch.ones(4, dtype=torch.float64))

@@ -14,7 +14,7 @@ from torch import Tensor
 from circuitvision import edits
 from circuitvision.model import attention, resume, resumed_run, routes
 from circuitvision.model.edits.binding import EditApplier
-from circuitvision.model.edits.values import Positions
+from circuitvision.model.positions import Positions
 from circuitvision.model.sweeps import run
 from tests.sweeps.drawing import inputs_of, metric, model_of
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.edits.base import Edit
-from circuitvision.model.edits.values import ALL_POSITIONS, Positions, PositionWindow, TensorRef, short_repr
+from circuitvision.model.edits.values import TensorRef, short_repr
+from circuitvision.model.positions import ALL_POSITIONS, Positions, PositionWindow
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:

@@ -17,19 +17,8 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.edits.values import (
-    ALL_POSITIONS,
-    ALL_STEPS,
-    Chosen,
-    Positions,
-    PositionWindow,
-    Steps,
-    TensorDigest,
-    TensorRef,
-    TensorRefMapping,
-    is_empty,
-    short_repr,
-)
+from circuitvision.model.edits.values import ALL_STEPS, Steps, TensorDigest, TensorRef, TensorRefMapping, short_repr
+from circuitvision.model.positions import ALL_POSITIONS, Chosen, Positions, PositionWindow, is_empty
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:

@@ -27,8 +27,9 @@ from circuitvision.model.axes import axis_of, past_length, prefix_of, tower_of
 from circuitvision.model.edits.attention import DeleteTokens
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.meeting import meets, rows_without_selection
-from circuitvision.model.edits.values import ALL_STEPS, UNBOUNDED, PositionWindow, TensorRefMapping
+from circuitvision.model.edits.values import ALL_STEPS, TensorRefMapping
 from circuitvision.model.edits.writes import THERE, Ablate, width_of
+from circuitvision.model.positions import UNBOUNDED, PositionWindow
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:

@@ -21,7 +21,9 @@ from circuitvision.digests import NamedFunction, name_of, of_tensor
 from circuitvision.errors import InputError
 from circuitvision.files import replacing
 from circuitvision.model.edits.base import EDITS, Edit, EditGroup, by_digest, with_held
-from circuitvision.model.edits.values import Positions, Steps, TensorDigest, TensorRef, TensorRefMapping
+from circuitvision.model.edits.values import Steps, TensorDigest, TensorRef, TensorRefMapping
+from circuitvision.model.positions import Positions
+from circuitvision.model.regions import REGIONS, Region
 from circuitvision.results import stored_as
 
 FORMAT = "circuitvision.edits/1"
@@ -39,7 +41,7 @@ def to_dict(edit: Edit, tensors: Tensors, strict: bool = True) -> dict[str, Any]
         out["heads"] = list(edit.heads)
     for name, positions in ((edit.positions_name, edit.positions), ("keys", getattr(edit, "keys", None))):
         if positions is not None and (positions.kind != "all" or positions.tower):
-            out[name] = _positions(positions, tensors)
+            out[name] = write_positions(positions, tensors)
     if edit.steps.kind != "all":
         out["steps"] = edit.steps.plain
     for name, value in edit.values().items():
@@ -65,7 +67,7 @@ def from_dict(data: Mapping[str, Any], tensors: Mapping[str, Tensor], objects: M
     values: dict[str, Any] = {}
     for name, value in fields.items():
         if name in (cls.positions_name, "keys"):
-            values["keys" if name == "keys" else "positions"] = _read_positions(value, tensors)
+            values["keys" if name == "keys" else "positions"] = read_positions(value, tensors)
         elif name == "steps":
             values[name] = Steps.of(value)
         else:
@@ -154,7 +156,7 @@ def _plain(value: Any, tensors: Tensors, name: str, strict: bool = True) -> Any:
     if isinstance(value, TensorRef):
         return _keep(value, tensors)
     if isinstance(value, Positions):
-        return {"selection": _positions(value, tensors)}
+        return {"selection": write_positions(value, tensors)}
     if isinstance(value, TensorRefMapping):
         return {"mapping": {key: _plain(item, tensors, name, strict) for key, item in value.items}}
     if isinstance(value, (bool, int, float, str)):
@@ -191,7 +193,7 @@ def _read(value: Any, tensors: Mapping[str, Tensor], objects: Mapping[str, Any])
             return TensorDigest(value["tensor"], value["shape"], getattr(torch, value["dtype"]))
         return TensorRef(_tensor(value["tensor"], tensors))
     if "selection" in value:
-        return _read_positions(value["selection"], tensors)
+        return read_positions(value["selection"], tensors)
     if "mapping" in value:
         return TensorRefMapping(tuple((key, _read(item, tensors, objects)) for key, item in value["mapping"].items()))
     if "function" in value and "sha256" in value:
@@ -250,25 +252,65 @@ def _found(value: TensorRef, there: Sequence[Tensor]) -> TensorRef:
     return TensorRef.of(found)
 
 
-def _positions(positions: Positions, tensors: Tensors) -> Any:
+def write_positions(positions: Positions, tensors: Tensors) -> Any:
+    """Positions in Python's own types; masks and regions put their tensors into ``tensors``."""
     if positions.tower and positions.kind != "mask":
         plain = dataclasses.replace(positions, tower="")
-        return {"tower": positions.tower, "positions": None if plain.kind == "all" else _positions(plain, tensors)}
+        return {"tower": positions.tower, "positions": None if plain.kind == "all" else write_positions(plain, tensors)}
     if positions.kind == "slice":
         return {"slice": list(positions.bounds)}
     if positions.kind == "mask":
         assert positions.mask is not None
         found = {**_keep(positions.mask, tensors), "tower": positions.tower, "label": positions.label}
         return {key: value for key, value in found.items() if value}
-    return positions.plain if positions.kind == "last" else list(positions.ints)
+    if positions.kind == "region":
+        found = {"region": _region(positions.region, tensors), "examples": positions.examples}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in found.items() if value is not None
+        }
+    if positions.kind == "function":
+        return {"function": _import_path(positions.function)}
+    return list(positions.ints) if positions.kind == "ints" else positions.plain
 
 
-def _read_positions(value: Any, tensors: Mapping[str, Tensor]) -> Positions:
+def _region(value: Any, tensors: Tensors) -> Any:
+    """A region, or a field of one, as plain data."""
+    if isinstance(value, Region):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        plain = {
+            f.name for f in dataclasses.fields(value) if fields[f.name] is None is f.default or fields[f.name] == ""
+        }
+        return {"kind": value.kind, **{name: _region(v, tensors) for name, v in fields.items() if name not in plain}}
+    if isinstance(value, TensorRef):
+        return _keep(value, tensors)
+    return [_region(item, tensors) for item in value] if isinstance(value, tuple) else value
+
+
+def _read_region(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return tuple(_read_region(item, tensors) for item in value)
+    if not isinstance(value, Mapping):
+        return value
+    if "tensor" in value:
+        return _read(value, tensors, {})
+    fields = {name: _read_region(item, tensors) for name, item in value.items() if name != "kind"}
+    if value.get("kind") not in REGIONS:
+        raise InputError(f"{value.get('kind')!r} is no kind of region; known: {', '.join(sorted(REGIONS))}.")
+    return REGIONS[value["kind"]](**fields)
+
+
+def read_positions(value: Any, tensors: Mapping[str, Tensor]) -> Positions:
+    """What :func:`write_positions` wrote."""
     if not isinstance(value, Mapping):
         return Positions.of(value)
     if "positions" in value:
-        return dataclasses.replace(_read_positions(value["positions"], tensors), tower=value["tower"])
+        return dataclasses.replace(read_positions(value["positions"], tensors), tower=value["tower"])
     if "slice" in value:
         return Positions.of(slice(*value["slice"]))
-    mask = TensorRef(_tensor(value["tensor"], tensors))
+    if "region" in value:
+        examples = tuple(value["examples"]) if "examples" in value else None
+        return Positions("region", region=_read_region(value["region"], tensors), examples=examples)
+    if "function" in value:
+        return Positions("function", function=_read(value, tensors, {}))
+    mask = _read({key: item for key, item in value.items() if key in ("tensor", "shape", "dtype")}, tensors, {})
     return Positions("mask", mask=mask, tower=value.get("tower", ""), label=value.get("label", ""))

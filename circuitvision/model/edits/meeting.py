@@ -11,7 +11,7 @@ import dataclasses
 
 from circuitvision.model.edits.attention import AttentionEdit, DeleteTokens
 from circuitvision.model.edits.base import Edit
-from circuitvision.model.edits.values import UNBOUNDED, Positions, PositionWindow, is_empty
+from circuitvision.model.positions import UNBOUNDED, Positions, PositionWindow, is_empty
 
 
 def met_windows(edit: Edit, window: PositionWindow, passes: int | None, repeats: bool) -> list[PositionWindow]:
@@ -73,7 +73,7 @@ def rows_without_selection(edit: Edit, window: PositionWindow) -> list[int]:
         chosen.append((edit.positions, window))
     without: set[int] = set()
     for positions, where in chosen:
-        covered = positions.covers(where) if positions.kind == "mask" else None
+        covered = positions.covers(where) if positions.may_be_empty else None
         if covered is not None and len(covered) == where.rows > 1:
             examples = range(where.rows) if where.tokens is None else where.tokens.example.tolist()
             without |= set(examples) - {example for example, row in zip(examples, covered.any(1), strict=True) if row}

@@ -1,20 +1,16 @@
-"""What an edit is made of: tensors held by reference, positions, steps, and how they select entries of a site.
+"""What an edit is made of beside its positions: tensors held by reference, heads, and steps.
 
 Everything here is immutable and compares by content. A tensor is held, not copied (a sweep of a thousand edits shares one source), so writing into
 it afterwards would change every edit that holds it: a held tensor remembers its version, and using it after such a write is an error. A tensor that
 requires a gradient is there to be written into, by an optimizer: the edit holds the tensor itself, and acts with the values it has in each run.
 
-Positions are absolute, and those of the tower: 0 is the first position of the row, padding included, and the positions that ``generate`` adds follow
-the prompt's. A pass of a run covers a window ``[first, first + length)`` of them: all of the prompt in the first pass, one new position in each
-decoding pass, the suffix in a resumed run. Selecting is the same in all three. A site that holds only some of the tower's positions says which
-(:class:`circuitvision.model.axes.Axis`); selecting there maps to the site's own axis, and what is asked for by number but not held is an error.
+Positions are in :mod:`circuitvision.model.positions`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 from weakref import WeakValueDictionary
 
@@ -24,10 +20,7 @@ from torch import Tensor
 
 from circuitvision.digests import of_tensor
 from circuitvision.errors import InputError
-from circuitvision.model.axes import ALL, Axis
-from circuitvision.model.selection import Selection
 
-PositionsLike = int | slice | str | Iterable[int] | Tensor | Selection | tuple[str, Any] | None
 StepsLike = int | str | Iterable[int] | Tensor | np.ndarray | None
 
 
@@ -286,268 +279,6 @@ class Steps:
         return None if self.kind == "all" else self.kind
 
 
-@dataclass(frozen=True)
-class PositionWindow:
-    """Which positions one pass of one tower covers, for one run's rows."""
-
-    tower: str
-    rows: int
-    """Rows of the tower in one run."""
-    first: int
-    length: int
-    prompt: int
-    """Positions of the prompt: negative positions count from here."""
-    tokens: Any = None
-    """TokenMap of the tower, where rows must be told from examples; None where it has no map."""
-    axis: Axis = ALL
-    """Which of the tower's positions the site holds."""
-    prefix: PositionWindow | None = None
-    """The positions of another tower whose cached keys come before this one's own."""
-
-    @property
-    def columns(self) -> Tensor | None:
-        """The positions of this pass that the site holds, counted from ``first``; None for all of them."""
-        return self.axis.columns(self.first, self.length, self.prompt)
-
-    @property
-    def count(self) -> int:
-        """How many entries the site's own axis has in this pass."""
-        columns = self.columns
-        return self.length if columns is None else len(columns)
-
-    @property
-    def index(self) -> int:
-        """Where the first entry of this pass stands in the site's own axis."""
-        return self.axis.index(self.first, self.prompt)
-
-    def of_all(self, **changes: Any) -> PositionWindow:
-        """The same window where every position of the tower is held: that of its keys."""
-        return dataclasses.replace(self, axis=ALL, **changes)
-
-
-Chosen = None | slice | Tensor | tuple[Tensor, Tensor]
-"""Entries of a window's position axis: all (None), a slice, indices, or (row, position) pairs; an empty tensor for none."""
-
-
-@dataclass(frozen=True)
-class Positions:
-    """A choice of positions, before it is known which run it meets."""
-
-    kind: Literal["all", "ints", "slice", "last", "mask"] = "all"
-    ints: tuple[int, ...] = ()
-    bounds: tuple[int | None, int | None, int | None] = (None, None, None)
-    mask: TensorRef | None = None
-    tower: str = ""
-    """The tower whose positions these are, where that was said: by a selection, or by name."""
-    label: str = field(default="", compare=False)
-    """How a selection was made; says nothing of what it holds."""
-
-    @classmethod
-    def of(cls, spec: PositionsLike | Positions) -> Positions:
-        """From None (all), an int, a slice or range, several ints, ``"last"``, a bool tensor, or a selection of a TokenMap.
-
-        ``(tower, one of these)`` says whose positions they are.
-        """
-        if isinstance(spec, Positions):
-            return spec
-        if isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[0], str):
-            found = cls.of(spec[1])
-            if found.tower not in ("", spec[0]):
-                raise InputError(f"positions={spec!r}: these were selected in the {found.tower} tower.")
-            return dataclasses.replace(found, tower=spec[0])
-        if spec is None:
-            return cls()
-        if isinstance(spec, Selection):
-            return cls("mask", mask=TensorRef(spec.tensor), tower=spec.tower, label=spec.label)
-        if isinstance(spec, str):
-            if spec != "last":
-                raise InputError(f"positions={spec!r} is not understood: numbers, a slice, 'last', or a selection.")
-            return cls("last")
-        if isinstance(spec, slice):
-            if any(not isinstance(n, (int, np.integer, type(None))) for n in (spec.start, spec.stop, spec.step)):
-                raise InputError(f"positions={spec!r} is not understood: a slice has whole numbers.")
-            if spec.step is not None and spec.step < 1:
-                raise InputError(f"positions={spec!r} runs backwards; give a positive step.")
-            return cls("slice", bounds=(spec.start, spec.stop, spec.step))
-        if isinstance(spec, (Tensor, np.ndarray)):
-            tensor = spec if isinstance(spec, Tensor) else torch.from_numpy(spec.copy())
-            if tensor.dtype == torch.bool:
-                if tensor.ndim not in (1, 2):
-                    raise InputError(f"A mask of positions is [pos] or [batch, pos], not {tuple(tensor.shape)}.")
-                return cls("mask", mask=TensorRef(tensor))
-            spec = tensor.flatten().tolist()
-        numbers = tuple(spec) if isinstance(spec, Iterable) else (spec,)
-        if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in numbers):
-            raise InputError(f"positions={spec!r} is not understood: numbers, a slice, 'last', or a selection.")
-        return cls("ints", ints=tuple(int(n) for n in numbers))
-
-    def __provenance__(self) -> Any:
-        if self.kind == "mask":
-            return {"mask": self.mask, "tower": self.tower, "label": self.label}
-        return {"slice": list(self.bounds)} if self.kind == "slice" else self.plain
-
-    def check(self, window: PositionWindow, grows: int) -> None:
-        """Raise InputError unless every position named exists at the site; ``grows`` is how many positions later passes add to the prompt's."""
-        if self.tower and self.tower != window.tower:
-            raise InputError(f"the positions were selected in the {self.tower} tower, not in {window.tower}")
-        if self.kind == "all":
-            return
-        if window.axis.absent:
-            raise InputError(
-                f"{window.axis.site} has no positions in this model: {window.axis.absent}. Leave positions out"
-            )
-        limit = window.prompt
-        for position in self.ints:
-            if not -limit <= position < limit + grows:
-                later = f" and the {grows} that follow" if 0 < grows < UNBOUNDED else ""
-                raise InputError(
-                    f"position {position} is outside the {limit} positions of the {window.tower} tower{later}"
-                )
-        if self.mask is not None:
-            self._check_mask(self.mask.tensor, window)
-        if window.axis.held is not None and self.kind in ("ints", "last"):
-            self._check_held(window)
-
-    def _check_mask(self, mask: Tensor, window: PositionWindow) -> None:
-        shape, limit = tuple(mask.shape), window.prompt
-        if shape[-1] != limit:
-            held = (
-                f", of which {window.axis.site} holds {window.axis.said(limit)}" if window.axis.held is not None else ""
-            )
-            raise InputError(
-                f"the mask of positions has {shape[-1]} entries, the {window.tower} tower {limit} positions{held}"
-            )
-        if len(shape) == 2:
-            self._rows_of(torch.zeros(shape[0], 1, dtype=torch.bool), window, window.rows)
-
-    def _check_held(self, window: PositionWindow) -> None:
-        """Raise InputError for a position asked for by number, or as the last one, that the site does not hold."""
-        assert window.axis.held is not None
-        held, prompt = set(window.axis.held), window.prompt
-        asked = [position + prompt if position < 0 else position for position in self.ints]
-        if self.kind == "last":
-            asked = [prompt - 1] if window.tokens is None else window.tokens.last()
-        for row, position in enumerate(asked):
-            if position < prompt and position not in held:
-                whose = f", the last one of row {row}," if self.kind == "last" else ""
-                raise InputError(
-                    f"position {position}{whose} of the {window.tower} tower is not at {window.axis.site}, which holds "
-                    f"{window.axis.said(prompt)} in this run"
-                )
-
-    def choose(self, window: PositionWindow, rows: int, device: torch.device | str) -> Chosen:
-        """The entries of this window that are selected, in the site's own axis, for a tensor of ``rows`` rows."""
-        if self.kind == "all":
-            return None
-        columns = window.columns
-        if columns is None and self.kind in ("ints", "slice"):
-            return self._uniform(window, device)
-        first, length = window.first, window.length
-        mask = self._as_mask(window, rows)[:, first : first + length]
-        mask = mask if columns is None else mask[:, columns]
-        if mask.shape[0] == 1:
-            return mask[0].nonzero().flatten().to(device)
-        found = mask.nonzero().to(device)
-        return found[:, 0], found[:, 1]
-
-    def _uniform(self, window: PositionWindow, device: torch.device | str) -> Chosen:
-        first, length, prompt = window.first, window.length, window.prompt
-        if self.kind == "slice":
-            start, stop, step = self.bounds
-            step = 1 if step is None else step
-            start = 0 if start is None else (start if start >= 0 else max(0, prompt + start))
-            stop = first + length if stop is None else (stop if stop >= 0 else prompt + stop)
-            begin = max(start, first + (start - first) % step)
-            return slice(max(begin - first, 0), max(min(stop, first + length) - first, 0), step)
-        wanted = {position if position >= 0 else prompt + position for position in self.ints}
-        inside = sorted(position - first for position in wanted if first <= position < first + length)
-        if inside and inside == list(range(inside[0], inside[-1] + 1)):
-            return slice(inside[0], inside[-1] + 1)
-        return torch.tensor(inside, dtype=torch.long, device=device)
-
-    def _as_mask(self, window: PositionWindow, rows: int) -> Tensor:
-        """Bool ``[rows or 1, positions so far]``."""
-        if self.kind in ("ints", "slice"):
-            so_far = window.of_all(first=0, length=window.first + window.length)
-            mask = torch.zeros(1, so_far.length, dtype=torch.bool)
-            mask[:, self._uniform(so_far, "cpu")] = True
-        elif self.kind == "last":
-            if window.tokens is None:
-                mask = torch.zeros(1, window.prompt, dtype=torch.bool)
-                mask[:, -1] = True
-            else:
-                mask = torch.zeros(window.tokens.n_rows, window.prompt, dtype=torch.bool)
-                mask[torch.arange(window.tokens.n_rows), torch.tensor(window.tokens.last())] = True
-        else:
-            assert self.mask is not None
-            mask = self.mask.tensor.cpu()
-            mask = mask[None] if mask.ndim == 1 else mask
-        if mask.shape[0] != 1:
-            mask = self._rows_of(mask, window, rows)
-            if bool((mask == mask[:1]).all()):
-                mask = mask[:1]
-        seen = window.first + window.length
-        if seen > mask.shape[1]:
-            mask = torch.cat([mask, mask.new_zeros(mask.shape[0], seen - mask.shape[1])], dim=1)
-        return mask
-
-    def _rows_of(self, mask: Tensor, window: PositionWindow, rows: int) -> Tensor:
-        """One mask row per tensor row: rows are images or tiles in vision towers, and beams in ``generate``."""
-        given, tokens = mask.shape[0], window.tokens
-        if tokens is not None and not self.tower and self.kind == "mask" and not tokens.rows_are_examples:
-            if given == tokens.n_examples == tokens.n_rows:
-                raise InputError(
-                    f"the mask of positions has {given} rows, which may be the examples or the rows of the {window.tower} tower, in another order: "
-                    "give a selection of its tokens"
-                )
-            if given == tokens.n_examples:
-                mask = mask[torch.as_tensor(tokens.example)]
-        if tokens is not None and mask.shape[0] != tokens.n_rows:
-            raise InputError(
-                f"the mask of positions has {given} rows; the run has {tokens.n_examples} examples and "
-                f"{tokens.n_rows} rows in the {window.tower} tower"
-            )
-        if mask.shape[0] != rows:
-            # generate computes every row as often as there are beams or sequences, one after the other.
-            if tokens is None or rows % mask.shape[0]:
-                raise InputError(f"the mask of positions has {given} rows, the {window.tower} tower {rows}")
-            mask = mask.repeat_interleave(rows // mask.shape[0], dim=0)
-        return mask
-
-    def lowest(self, window: PositionWindow) -> int:
-        """The first position selected in any row (the prompt's length if none)."""
-        found = self.covers(window).any(0).nonzero()
-        return int(found[0]) if len(found) else window.prompt
-
-    def covers(self, window: PositionWindow) -> Tensor:
-        """Bool ``[rows or 1, prompt]``: the positions of the prompt that are selected, as far as the site holds them."""
-        whole = window.of_all(first=0, length=window.prompt)
-        chosen = self.choose(whole, window.rows, "cpu")
-        out = torch.zeros(window.rows if isinstance(chosen, tuple) else 1, window.prompt, dtype=torch.bool)
-        if isinstance(chosen, tuple):
-            out[chosen] = True
-        else:
-            out[:, slice(None) if chosen is None else chosen] = True
-        columns = window.axis.columns(0, window.prompt, window.prompt)
-        if columns is not None:
-            held = torch.zeros(window.prompt, dtype=torch.bool)
-            held[columns] = True
-            out &= held
-        return out
-
-    @property
-    def plain(self) -> Any:
-        """As it would be written by hand; a mask as its label or shape."""
-        found: Any = None if self.kind == "all" else self.kind
-        if self.kind == "ints":
-            found = self.ints[0] if len(self.ints) == 1 else list(self.ints)
-        elif self.kind == "slice":
-            found = slice(*self.bounds)
-        elif self.kind == "mask":
-            return self.label or f"mask{list(self.mask.tensor.shape) if self.mask else ''}"
-        return (self.tower, found) if self.tower else found
-
-
 def heads_of(spec: int | Iterable[int] | None) -> tuple[int, ...] | None:
     """Heads as a tuple in the order given, or None for all; InputError for anything but whole numbers."""
     if spec is None:
@@ -568,16 +299,4 @@ def short_repr(value: Any) -> str:
     return text if len(text) <= 40 and "\n" not in text else str(getattr(value, "name", "") or type(value).__name__)
 
 
-def is_empty(chosen: Chosen) -> bool:
-    """Whether a choice selects nothing."""
-    if chosen is None:
-        return False
-    if isinstance(chosen, slice):
-        return chosen.stop <= chosen.start
-    return (chosen[0] if isinstance(chosen, tuple) else chosen).numel() == 0
-
-
-UNBOUNDED = 2**40
-"""Positions that later passes add where nothing says when a run ends."""
-ALL_POSITIONS = Positions()
 ALL_STEPS = Steps()

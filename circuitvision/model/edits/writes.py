@@ -20,7 +20,8 @@ from circuitvision.digests import NamedFunction
 from circuitvision.errors import InputError
 from circuitvision.model.averages import Average, shown
 from circuitvision.model.edits.base import Edit, EditContext, source_length
-from circuitvision.model.edits.values import PositionWindow, SideSource, TensorRef, TensorRefMapping, short_repr
+from circuitvision.model.edits.values import SideSource, TensorRef, TensorRefMapping, short_repr
+from circuitvision.model.positions import PositionWindow
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:

@@ -69,12 +69,10 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def unedited_examples(binder: EditCompiler, group: Sequence[Edit]) -> Tensor | None:
-    """The examples in which no edit of a group selects a position, ``[example]``; None where some edit is not by mask or selection."""
+    """The examples in which no edit of a group selects a position, ``[example]``; None where some edit is of positions that every example has."""
     found: Tensor | None = None
     for edit in group:
-        chosen = [
-            one for one in (edit.positions, getattr(edit, "keys", None)) if one is not None and one.kind == "mask"
-        ]
+        chosen = [one for one in (edit.positions, getattr(edit, "keys", None)) if one is not None and one.may_be_empty]
         if not chosen:
             return None
         for name in edit.sites(binder.model):

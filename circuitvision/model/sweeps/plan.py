@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from circuitvision.model.routes import ResumePlan, ResumePoint
+from circuitvision.model.routes import PARTS, ResumePlan, ResumePoint
+from circuitvision.results import as_builtin, stored_as
 
 NOTHING = "nothing changes"
 """The reason of a group that needs no run: its edits do nothing."""
@@ -50,3 +54,16 @@ class Plan:
         start = ResumePoint(self.tower, -1 if self.layer is None else self.layer, PARTS.index(self.part or "block"))
         where = ", ".join([str(start), *self.also])
         return f"from {where}{f', positions {self.first}…' if self.first else ''}"
+
+
+def as_plain(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON."""
+    return as_builtin(dataclasses.asdict(plan))
+
+
+def from_plain(data: Mapping[str, Any]) -> Plan:
+    """The plan that :func:`as_plain` described."""
+    return Plan(**{**data, "also": tuple(data["also"])})
+
+
+stored_as("plan", Plan, lambda plan, tensors, sources: as_plain(plan), lambda data, tensors, objects: from_plain(data))

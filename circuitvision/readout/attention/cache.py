@@ -18,9 +18,10 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
+from circuitvision.model.positions import GENERATED
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
-from circuitvision.readout.attention.patterns import GENERATED, PROBE, KeyBlock, Patterns
+from circuitvision.readout.attention.patterns import PROBE, KeyBlock, Patterns
 
 
 def read(

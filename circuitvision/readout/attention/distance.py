@@ -25,10 +25,11 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.names import head_name
+from circuitvision.model.positions import PositionsLike
 from circuitvision.model.tokens import ABSENT, TokenMap
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.cache import read
-from circuitvision.readout.attention.patterns import Patterns, Positions, warn_undefined
+from circuitvision.readout.attention.patterns import Patterns, warn_undefined
 from circuitvision.results import Result
 
 
@@ -71,7 +72,7 @@ def distance_profile(
     *,
     tower: str | None = None,
     metric: str = "chebyshev",
-    queries: Positions = "patch",
+    queries: PositionsLike = "patch",
     layers: Any = None,
     step: int | None = None,
 ) -> DistanceProfile:
@@ -197,7 +198,7 @@ def position_pattern(
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,
     tower: str | None = None,
-    queries: Positions = "patch",
+    queries: PositionsLike = "patch",
     layers: Any = None,
     step: int | None = None,
 ) -> PositionPattern:
@@ -275,7 +276,9 @@ def _together(places: Int[Tensor, "row pos 4"]) -> Bool[Tensor, "row query key"]
     return same & patch[:, :, None] & patch[:, None, :]
 
 
-def _patch_queries(patterns: Patterns, queries: Positions, number: int, places: Tensor) -> Bool[Tensor, "row query"]:
+def _patch_queries(
+    patterns: Patterns, queries: PositionsLike, number: int, places: Tensor
+) -> Bool[Tensor, "row query"]:
     asked = torch.from_numpy(patterns.queries(queries, number))
     if bool((asked & (places[..., 2] < 0)).any()):
         raise InputError("Only patches have a distance to patches; choose queries among them, e.g. queries='patch'.")

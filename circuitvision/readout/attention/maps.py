@@ -23,24 +23,15 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.names import head_name
+from circuitvision.model.positions import GENERATED, Positions, PositionsLike, warn_of_empty, without_any
 from circuitvision.model.selection import Selection
-from circuitvision.model.tokens import TokenMap
+from circuitvision.model.tokens import PatchSets, TokenMap, Views
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.mass import AttentionSummary
-from circuitvision.readout.attention.patterns import (
-    GENERATED,
-    Patterns,
-    Positions,
-    chosen,
-    described,
-    mean_query,
-    warn_undefined,
-)
-from circuitvision.readout.places import on_grid, places_of
+from circuitvision.readout.attention.patterns import KeyBlock, Patterns, described, keys_of, mean_query, warn_undefined
+from circuitvision.readout.patch_coords import on_grid, places_of
 from circuitvision.results import Result
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,35 +97,120 @@ class AttentionMaps(Result):
         found = self.places[..., 0] >= 0
         return found if image is None else found & (self.places[..., 0] == image)
 
-    def keys(self, where: Positions | Box, image: int = 0) -> Bool[Tensor, "row key"]:
-        """Which keys lie in a box (left, top, right, bottom in pixels of an image), or are of a kind, mask or ``Selection``.
+    def keys(self, where: PositionsLike, tokens: Mapping[str, TokenMap] | None = None) -> Bool[Tensor, "row key"]:
+        """Which keys these positions are; see :mod:`circuitvision.model.positions`.
 
-        Raises InputError if none does, in any row.
+        ``tokens`` (``model.tokens(inputs)``) is needed for what the maps do not hold: the text of positions, and where pictures lie in the tensors.
+
+        Raises InputError if no key is one, in any row.
         """
-        if isinstance(where, tuple) and len(where) == 4:
-            left, top, right, bottom = where
-            x0, y0, x1, y1 = self.boxes.unbind(-1)
-            found = (x0 < right) & (x1 > left) & (y0 < bottom) & (y1 > top) & self.patches(image)
-        elif isinstance(where, Selection):
-            found = self._selected(where)
-        else:
-            found = torch.from_numpy(chosen(where, np.array(self.kinds), "keys"))
-        if not bool(found.any()):
-            raise InputError(f"{where!r} holds no key of these maps.")
-        return found
-
-    def _selected(self, where: Selection) -> Tensor:
-        found = np.zeros(np.shape(self.kinds), dtype=bool)
-        for tower, start, first, count in self.blocks:
-            if tower != where.tower:
-                continue
-            here = slice(start, start + count)
-            if not np.array_equal(where.tokens.kind[:, first : first + count], np.array(self.kinds)[:, here]):
+        blocks = blocks_from(self, tokens)
+        if isinstance(where, Selection):
+            own = next((block.tokens for block in blocks if block.tower == where.tower), None)
+            if own is not None and not np.array_equal(own.kind, where.tokens.kind[:, : own.n_positions]):
                 raise InputError(f"{where!r} is of another run than these maps.")
-            found[:, here] = where.mask[:, first : first + count]
-            return torch.from_numpy(found)
-        towers = " and ".join(str(block[0]) for block in self.blocks)
-        raise InputError(f"{where!r} is of the {where.tower} tower; the keys of these maps are of {towers}.")
+        found = keys_of(Positions.of(where), blocks, self.tower, len(self.axes["row"]), "The choice of keys")
+        if not found.any():
+            raise InputError(f"{described(where)!r} holds no key of these maps.")
+        return torch.from_numpy(found)
+
+    @with_provenance
+    def head_contrast(self) -> AttentionMaps:
+        """Each head's attention minus the mean over all heads and layers of these maps: what sets it apart, key by key (NOTICE).
+
+        Values sum to 0 over heads and layers.
+
+        Raises:
+            InputError: not plain maps of several heads or layers.
+        """
+        if self.measure != "attention":
+            raise InputError("head_contrast takes plain attention_maps; what it gives has the mean taken off already.")
+        if self.values.shape[-4] * self.values.shape[-3] < 2:
+            raise InputError("These maps hold a single head, which differs from the mean of all by nothing.")
+        mean = self.values.mean(dim=(-4, -3), keepdim=True)
+        provenance = {
+            **self.provenance,
+            "method": f"head_contrast of {self.provenance.get('method', 'attention_maps')}",
+        }
+        return dataclasses.replace(self, values=self.values - mean, measure="difference", provenance=provenance)
+
+    @with_provenance
+    def peak_in(
+        self, where: PositionsLike, *, among: PositionsLike = "patch", tokens: Mapping[str, TokenMap] | None = None
+    ) -> AttentionSummary:
+        """Whether each head's attention peaks inside a region: ``values`` ``[layer head row]`` is 1 or 0; averaged over rows, the share of rows.
+
+        The peak is sought ``among`` the patches, or other positions; equal peaks count in parts. ``uniform`` is the share of those keys that lies
+        inside: chance. ``tokens`` as of :meth:`keys`.
+
+        Raises:
+            InputError: nothing lies in the region, or the maps have several passes.
+        """
+        if "step" in self.axes:
+            raise InputError("peak_in takes maps of one pass; give attention_maps a single step.")
+        sought = self.keys(among, tokens)
+        inside = self.keys(where, tokens) & sought
+        if not bool(inside.any()):
+            raise InputError(f"{described(where)!r} holds none of the keys among which the peak is sought; see among=.")
+        values = self.values.masked_fill(~sought, float("-inf"))
+        peaks = (values == values.amax(-1, keepdim=True)) & sought
+        share = (peaks & inside).sum(-1) / peaks.sum(-1)
+        lost = ~inside.any(-1)
+        count = len(set(self.example))
+        warn_of_empty(
+            {described(where): len(without_any(inside, self.example, max(self.example, default=-1) + 1))}, count
+        )
+        warn_undefined(share.masked_fill(lost, 0.0), "a row has no map")
+        chance = (inside.sum(-1) / sought.sum(-1)).masked_fill(lost, float("nan"))
+        return AttentionSummary(
+            values=share.masked_fill(lost, float("nan")),
+            axes={name: labels for name, labels in self.axes.items() if name != "key"},
+            provenance={**self.provenance, "method": f"peak_in of {self.provenance.get('method', 'attention_maps')}"},
+            tower=self.tower,
+            measure="peak",
+            queries=self.query,
+            uniform=chance.expand(share.shape[0], -1).clone(),
+            example=self.example,
+        )
+
+
+def blocks_from(held: Any, tokens: Mapping[str, TokenMap] | None = None) -> list[KeyBlock]:
+    """The keys of a result (maps, rollout) by tower: their token maps where given, or else as much of them as the result holds."""
+    blocks = held.blocks or [[held.tower, 0, 0, len(held.axes["key"])]]
+    return [
+        KeyBlock(
+            tower,
+            tokens[tower] if tokens is not None and tower in tokens else _map_of(held, *block),
+            start,
+            first,
+            count,
+        )
+        for block in blocks
+        for tower, start, first, count in [block]
+    ]
+
+
+def _map_of(held: Any, tower: str, start: int, first: int, count: int) -> TokenMap:
+    """Kinds, patches and boxes of some keys as a token map, without text; the positions before the first key are padding."""
+    here = slice(start, start + count)
+    kinds, example = np.array(held.kinds), np.array(held.example or range(len(held.kinds)))
+    rows, length = len(kinds), first + count
+
+    def spread(values: Any, missing: Any) -> np.ndarray:
+        values = np.asarray(values)[:, here]
+        before = np.full((rows, first, *values.shape[2:]), missing, dtype=values.dtype)
+        return np.concatenate([before, values], axis=1)
+
+    kind, places, box = spread(kinds, "padding"), spread(held.places, -1), spread(held.boxes, np.nan).astype(float)
+    row, position = np.nonzero(kind == "patch")
+    edges, coords = box[row, position], places[row, position]
+    none = np.full(len(row), -1)
+    sets = PatchSets(
+        row, position, none, none, coords[:, 2], coords[:, 3], np.ones(len(row)), edges, np.full_like(edges, np.nan)
+    )
+    text = np.full((rows, length), "", dtype=object)
+    image, tile, down, across = np.moveaxis(places, -1, 0)
+    return TokenMap(tower, kind, example, image, tile, down, across, box, text, sets, Views.none())
 
 
 @with_provenance
@@ -143,7 +219,7 @@ def attention_maps(
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,
     tower: str | None = None,
-    query: Positions = None,
+    query: PositionsLike = None,
     layers: Any = None,
     steps: int | str | Iterable[int] | None = None,
 ) -> AttentionMaps:
@@ -218,7 +294,7 @@ def blocks_of(patterns: Patterns) -> list[list[Any]]:
     return [[one.tower, one.start, one.first, one.count] for one in patterns.blocks if one.tokens is not None]
 
 
-def _query_places(patterns: Patterns, query: Positions) -> Tensor:
+def _query_places(patterns: Patterns, query: PositionsLike) -> Tensor:
     """The place of each row's query where it is a single patch, −1 elsewhere."""
     counted = torch.from_numpy(patterns.queries(query, 0))
     if counted.shape != patterns.own.kind.shape:
@@ -232,55 +308,3 @@ def single_places(counted: Bool[Tensor, "row pos"], places: Int[Tensor, "row pos
     single = counted.sum(-1) == 1
     found[single] = places[single][counted[single]]
     return found
-
-
-@with_provenance
-def head_contrast(maps: AttentionMaps) -> AttentionMaps:
-    """Each head's attention minus the mean over all heads and layers of these maps: what sets it apart, key by key (NOTICE).
-
-    Values sum to 0 over heads and layers. The mean is over the layers that the maps hold.
-
-    Raises:
-        InputError: not plain maps of several heads or layers.
-    """
-    if not isinstance(maps, AttentionMaps) or maps.measure != "attention":
-        raise InputError("head_contrast takes plain attention_maps; what it gives has the mean taken off already.")
-    if maps.values.shape[-4] * maps.values.shape[-3] < 2:
-        raise InputError("These maps hold a single head, which differs from the mean of all by nothing.")
-    mean = maps.values.mean(dim=(-4, -3), keepdim=True)
-    provenance = {**maps.provenance, "method": f"head_contrast of {maps.provenance.get('method', 'attention_maps')}"}
-    return dataclasses.replace(maps, values=maps.values - mean, measure="difference", provenance=provenance)
-
-
-@with_provenance
-def peak_in(maps: AttentionMaps, where: Positions | Box, *, among: Positions = "patch") -> AttentionSummary:
-    """Whether each head's attention peaks inside a region: ``values`` ``[layer head row]`` is 1 or 0; averaged over rows, the share of rows.
-
-    ``where`` is a box (left, top, right, bottom) in pixels of the first image, a ``Selection``, or a bool mask ``[row key]``. The peak is sought
-    ``among`` the patches, or another kind; equal peaks count in parts. ``uniform`` is the share of those keys that lies inside: chance.
-
-    Raises:
-        InputError: nothing lies in the region, or the maps have several passes.
-    """
-    if "step" in maps.axes:
-        raise InputError("peak_in takes maps of one pass; give attention_maps a single step.")
-    sought = maps.keys(among)
-    inside = maps.keys(where) & sought
-    if not bool(inside.any()):
-        raise InputError(f"{where!r} holds none of the keys among which the peak is sought; see among=.")
-    values = maps.values.masked_fill(~sought, float("-inf"))
-    peaks = (values == values.amax(-1, keepdim=True)) & sought
-    share = (peaks & inside).sum(-1) / peaks.sum(-1)
-    share = share.masked_fill(~inside.any(-1), float("nan"))
-    warn_undefined(share, "a row has no key in the region, or no map")
-    chance = (inside.sum(-1) / sought.sum(-1)).masked_fill(~inside.any(-1), float("nan"))
-    return AttentionSummary(
-        values=share,
-        axes={name: labels for name, labels in maps.axes.items() if name != "key"},
-        provenance={**maps.provenance, "method": f"peak_in of {maps.provenance.get('method', 'attention_maps')}"},
-        tower=maps.tower,
-        measure="peak",
-        queries=maps.query,
-        uniform=chance.expand(share.shape[0], -1).clone(),
-        example=maps.example,
-    )

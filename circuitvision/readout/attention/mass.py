@@ -29,21 +29,14 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.names import head_name
-from circuitvision.model.selection import Selection
+from circuitvision.model.positions import Positions, PositionsLike, warn_of_empty, without_any
 from circuitvision.model.tokens import ABSENT, TokenMap
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.cache import read
-from circuitvision.readout.attention.patterns import (
-    EVERYTHING,
-    Patterns,
-    Positions,
-    described,
-    mean_query,
-    warn_undefined,
-)
+from circuitvision.readout.attention.patterns import EVERYTHING, Patterns, described, mean_query, warn_undefined
 from circuitvision.results import Result
 
-_NO_QUERY = "a row has no query that counts (padding never counts), or lacks the span"
+_NO_QUERY = "a row has no query that counts (padding never counts)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +97,8 @@ def attention_mass(
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,
     tower: str | None = None,
-    spans: Mapping[str, Positions] | None = None,
-    queries: Positions = None,
+    spans: Mapping[str, PositionsLike] | None = None,
+    queries: PositionsLike = None,
     layers: Any = None,
     step: int | None = None,
 ) -> AttentionSummary:
@@ -115,14 +108,14 @@ def attention_mass(
         cache: the cache of a run with ``names_filter="{tower}.blocks.*.attn.hook_pattern"``.
         tokens: ``model.tokens(inputs)``, or the map of the tower to read; None: that of the cache's own inputs.
         tower: None: the last tower with patterns in the cache that can look at image patches.
-        spans: name → a kind ("patch", "text", "cls", "register", …) or several, a ``Selection`` (an object is ``tokens.image(0).box(…)``),
-            positions, or a bool mask ``[row key]``. None: every kind there is, which add up to 1, and "everything" but padding.
-            Keys may be cached positions: a ``Selection`` of PI0's language tower is a span for its action tower.
-        queries: "last", "all", a kind ("cls"), positions, a ``Selection`` of the tower or a bool mask ``[row query]``; None: see the module.
+        spans: name → positions (kinds such as "patch", regions of :mod:`circuitvision.regions`, selections, …), see
+            :mod:`circuitvision.model.positions`. None: every kind there is, which add up to 1, and "everything" but padding. Kinds and regions are
+            looked for among all keys, cached ones of another tower too (PI0's prompt, for its action tower); numbers are the tower's own.
+        queries: positions of the tower; None: see the module.
         layers: numbers, or "pool" for an attention pool; None: all in the cache that can reach the output.
         step: which pass, in a cache that recorded ``generate`` or ``sample_actions``.
 
-    A row in which a kind does not occur gives it 0; where a selection or mask is empty in a row the mass is NaN, with a warning.
+    A row in which a kind does not occur gives it 0; where a region, selection or mask is empty for an example the mass is NaN, with a warning.
 
     Raises:
         InputError: no such patterns in the cache (the message says what to run), a span that is empty or of another tower.
@@ -134,6 +127,10 @@ def attention_mass(
     if not spans:
         raise InputError("spans is empty; leave it out, or name at least one span.")
     members, absent = _members(patterns, spans)
+    warn_of_empty(
+        {name: len(own) for name, own in zip(spans, _empty(patterns, members, spans), strict=True)},
+        patterns.own.n_examples,
+    )
     values, uniform = [], []
     for pattern, counted in patterns.each(queries):
         mass = (mean_query(pattern, counted) @ members.to(pattern.dtype)).transpose(0, 1)
@@ -142,7 +139,7 @@ def attention_mass(
         alike = seen @ members.to(pattern.dtype) / seen.sum(-1, keepdim=True)
         uniform.append(mean_over(alike, counted).masked_fill(absent, float("nan")))
     stacked = torch.stack(values)
-    warn_undefined(stacked, _NO_QUERY)
+    warn_undefined(stacked.masked_fill(absent, 0.0), _NO_QUERY)
     return _summary(patterns, "attention_mass", "mass", queries, stacked, torch.stack(uniform), {"span": list(spans)})
 
 
@@ -152,10 +149,10 @@ def attention_entropy(
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,
     tower: str | None = None,
-    span: Positions = None,
+    span: PositionsLike = None,
     renormalise: bool = True,
     relative: bool = False,
-    queries: Positions = None,
+    queries: PositionsLike = None,
     layers: Any = None,
     step: int | None = None,
 ) -> AttentionSummary:
@@ -202,7 +199,7 @@ def attention_entropy(
     return _summary(patterns, "attention_entropy", measure, queries, stacked, torch.stack(uniform), {})
 
 
-def _members(patterns: Patterns, spans: Mapping[str, Positions]) -> tuple[Tensor, Tensor]:
+def _members(patterns: Patterns, spans: Mapping[str, PositionsLike]) -> tuple[Tensor, Tensor]:
     """Which keys each span holds, ``[row key span]``, and where a span given by positions is empty, ``[row span]``."""
     if not isinstance(spans, Mapping):
         raise InputError(
@@ -210,10 +207,18 @@ def _members(patterns: Patterns, spans: Mapping[str, Positions]) -> tuple[Tensor
         )
     masks = [patterns.keys(spec, name) for name, spec in spans.items()]
     members = torch.from_numpy(np.stack(masks, axis=-1))
-    by_positions = torch.tensor(
-        [isinstance(spec, Selection | Tensor | np.ndarray) for spec in spans.values()], dtype=torch.bool
-    )
-    return members, ~members.any(1) & by_positions
+    return members, ~members.any(1) & torch.tensor([_varies(spec) for spec in spans.values()])
+
+
+def _varies(spec: PositionsLike) -> bool:
+    return not (isinstance(spec, str) and spec == EVERYTHING) and Positions.of(spec).may_be_empty
+
+
+def _empty(patterns: Patterns, members: Tensor, spans: Mapping[str, PositionsLike]) -> list[list[int]]:
+    """For every span the examples in which it holds no key, where it says for itself which they are."""
+    own = [_varies(spec) for spec in spans.values()]
+    count = patterns.own.n_examples
+    return [without_any(members[..., n], patterns.example, count) if own[n] else [] for n in range(len(own))]
 
 
 def mean_over(values: Float[Tensor, "row query ..."], counted: Bool[Tensor, "row query"]) -> Float[Tensor, "row ..."]:
@@ -226,7 +231,7 @@ def _summary(
     patterns: Patterns,
     method: str,
     measure: str,
-    queries: Positions,
+    queries: PositionsLike,
     values: Tensor,
     uniform: Tensor,
     last: dict[str, list[Any]],

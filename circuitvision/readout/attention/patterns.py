@@ -12,7 +12,7 @@ Reading one out of a cache is in ``cache.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,19 +23,16 @@ from torch import Tensor
 
 from circuitvision.errors import InputError, warn
 from circuitvision.model.dead import dead_positions
-from circuitvision.model.selection import Selection
-from circuitvision.model.tokens import KINDS, TokenMap, present
+from circuitvision.model.positions import GENERATED, Positions, PositionsLike
+from circuitvision.model.tokens import TokenMap, present
 from circuitvision.provenance import describe
-from circuitvision.readout.places import places_of
+from circuitvision.readout.patch_coords import places_of
 from circuitvision.readout.recorded import real_queries
 
-GENERATED = "generated"
-"""The kind of keys that ``generate`` has added to the prompt."""
 PROBE = "probe"
 """The kind of the query of an attention pool, which is no position."""
 EVERYTHING = "everything"
 """The span of all keys but padding."""
-Positions = str | int | Selection | Sequence[Any] | Tensor | np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ class Patterns:
         return torch.cat([part.to(dtype) for part in parts], dim=1)
 
     def each(
-        self, queries: Positions = None
+        self, queries: PositionsLike = None
     ) -> Iterator[tuple[Float[Tensor, "row head query key"], Bool[Tensor, "row query"]]]:
         """Of every layer the pattern in at least float32, and which queries count.
 
@@ -128,7 +125,7 @@ class Patterns:
         value = (value if queries is None else value[:, :, queries.to(value.device)]).cpu()
         return value if value.dtype == torch.float64 else value.float()
 
-    def queries(self, spec: Positions, number: int) -> np.ndarray:
+    def queries(self, spec: PositionsLike, number: int) -> np.ndarray:
         """Which queries of the ``number``-th layer count: bool ``[row query]``; see :func:`circuitvision.readout.attention_mass`.
 
         Raises InputError if none does, or if positions of another tower or run are asked for.
@@ -137,18 +134,37 @@ class Patterns:
             if spec is not None:
                 raise InputError("An attention pool has a single query, its probe; leave queries out.")
             return np.ones(self.query_kind.shape, dtype=bool)
-        real = self.real
         if spec is None:
-            found = self._live(number) & real
+            found = self._live(number) & self.real
             if self.model.towers[self.tower].cfg.attention != "bidirectional" and (self.query_kind == "text").any():
                 found = last_of(found)
-        elif isinstance(spec, Selection):
-            found = self._own(spec, "queries") & real
         else:
-            found = chosen(spec, self.query_kind, f"queries of the {self.tower} tower") & real
+            found = self._asked(Positions.of(spec)) & self.real
         if not found.any():
-            raise InputError(f"queries={spec!r} leaves no position of the {self.tower} tower that is not padding.")
+            raise InputError(
+                f"queries={_shown(spec)} leaves no position of the {self.tower} tower that is not padding; there are {_there(self.query_kind)}."
+            )
         return found
+
+    def _asked(self, positions: Positions) -> np.ndarray:
+        """The queries of this pass that are asked for; a pass of ``generate`` holds the newest positions, the last of all that there are so far."""
+        count = self.query_kind.shape[1]
+        if not self._generated:
+            selected = positions.mask if positions.tower == self.tower else None
+            if selected is not None and selected.tensor.shape != self.own.kind.shape:
+                raise InputError(
+                    f"queries: {positions.text!r} is of another run: it has shape {tuple(selected.tensor.shape)}, the queries of this pass "
+                    f"{self.query_kind.shape}."
+                )
+            return positions.resolve(self.own).numpy()
+        if positions.kind == "last":
+            return np.arange(count) == np.full((self.own.n_rows, 1), count - 1)
+        new = sum(block.count for block in self.blocks if block.tokens is None)
+        return positions.resolve(self.own, self.own.n_positions + new)[:, -count:].numpy()
+
+    @property
+    def _generated(self) -> bool:
+        return self.query_kind.shape != self.own.kind.shape or GENERATED in self.query_kind
 
     @property
     def real(self) -> np.ndarray:
@@ -163,16 +179,6 @@ class Patterns:
         dead = dead_positions(self.model.towers[self.tower], self.sites[number], self.own, self.inputs)
         return np.ones(self.query_kind.shape, dtype=bool) if dead is None else ~dead.numpy()
 
-    def _own(self, selection: Selection, what: str) -> np.ndarray:
-        if selection.tower != self.tower:
-            raise InputError(f"{what}: {selection!r} is of the {selection.tower} tower, not of {self.tower}.")
-        if selection.mask.shape != self.query_kind.shape:
-            raise InputError(
-                f"{what}: {selection!r} is of another run: it has shape {selection.mask.shape}, the queries of this pass "
-                f"{self.query_kind.shape}."
-            )
-        return selection.mask
-
     def visible(self, pattern: Float[Tensor, "row head query key"]) -> Bool[Tensor, "row query key"]:
         """The keys that a query can see: those that are no padding and that some head of the layer gives more than 0."""
         return (pattern.amax(1) > 0) & torch.from_numpy(present(self.key_kind))[:, None]
@@ -181,13 +187,13 @@ class Patterns:
         """The axes that results share: layer, head and row."""
         return {"layer": self.layers, "head": list(range(n_heads)), "row": list(range(self.own.n_rows))}
 
-    def provenance(self, method: str, queries: Positions) -> dict[str, Any]:
+    def provenance(self, method: str, queries: PositionsLike) -> dict[str, Any]:
         """Where a result read off these patterns comes from."""
         inputs = (self.inputs,) if self.inputs else ()
         text = f"{method}, tower={self.tower}, queries={described(queries)}"
         return describe(self.model, method=text, inputs=inputs)
 
-    def unread(self, queries: Positions) -> list[Any]:
+    def unread(self, queries: PositionsLike) -> list[Any]:
         """Those layers whose counted queries cannot reach the output, whatever their attention."""
         found = []
         for number, layer in enumerate(self.layers):
@@ -196,71 +202,63 @@ class Patterns:
                 found.append(layer)
         return found
 
-    def keys(self, spec: Positions, name: str = "keys") -> np.ndarray:
-        """Which keys a span holds: bool ``[row key]``.
+    def keys(self, spec: PositionsLike, name: str = "keys") -> np.ndarray:
+        """Which keys a span holds: bool ``[row key]``; see :func:`keys_of`.
 
         Raises InputError if it holds none, or if it is of a tower or run whose positions these keys are not.
         """
-        if isinstance(spec, Selection):
-            found = self._selected(spec, name)
-        elif spec is None or (isinstance(spec, str) and spec == EVERYTHING):
-            found = present(self.key_kind)
-        else:
-            found = chosen(spec, self.key_kind, f"keys of the {self.tower} tower")
+        if spec is None or (isinstance(spec, str) and spec in (EVERYTHING, "all")):
+            return present(self.key_kind)
+        found = keys_of(Positions.of(spec), self.blocks, self.tower, self.own.n_rows, f"The span {name!r}")
         if not found.any():
-            raise InputError(f"The span {name!r} is empty: no key of the {self.tower} tower is in it.")
+            raise InputError(
+                f"The span {name!r} is empty: no key of the {self.tower} tower is in it; there are {_there(self.key_kind)}."
+            )
         return found
 
-    def _selected(self, selection: Selection, name: str) -> np.ndarray:
-        found = np.zeros(self.key_kind.shape, dtype=bool)
-        towers = [block.tower for block in self.blocks if block.tokens is not None]
-        for block in self.blocks:
-            if block.tokens is None or block.tower != selection.tower:
-                continue
-            if selection.mask.shape != block.tokens.kind.shape:
-                raise InputError(
-                    f"The span {name!r} is of another run: {selection!r} has shape {selection.mask.shape}, "
-                    f"the {block.tower} tower of this run {block.tokens.kind.shape}."
-                )
-            part = selection.mask[:, block.first : block.first + block.count]
-            found[:, block.start : block.start + block.count] = part
-            return found
-        raise InputError(
-            f"The span {name!r} is of the {selection.tower} tower, but the {self.tower} tower looks at positions of "
-            f"{' and '.join(towers)}; select them in model.tokens(inputs)[{towers[-1]!r}]."
-        )
 
+def keys_of(positions: Positions, blocks: Sequence[KeyBlock], tower: str, rows: int, what: str) -> np.ndarray:
+    """Which keys these positions are, ``[row key]``.
 
-def chosen(spec: Any, kinds: np.ndarray, what: str) -> np.ndarray:
-    """Positions by kind, number, mask, or "last" / "all" of those that are not padding: bool ``[row pos]``.
+    What names things (kinds, regions, functions) names them among all keys; what names places (numbers, slices, "last", masks) names the tower's own,
+    or those of the tower said. A mask as wide as all keys together is of keys.
 
-    Raises InputError for anything else, and for positions that are not there.
+    Raises InputError for positions of a tower or run whose positions these keys are not.
     """
-    there = ", ".join(dict.fromkeys(kinds.flatten().tolist()))
-    if isinstance(spec, str) and spec in ("last", "all"):
-        return last_of(present(kinds)) if spec == "last" else present(kinds)
-    if isinstance(spec, (Tensor, np.ndarray)) and spec.dtype in (torch.bool, np.dtype(bool)):
-        mask = spec.cpu().numpy() if isinstance(spec, Tensor) else spec
-        if mask.shape not in (kinds.shape, kinds.shape[1:]):
-            raise InputError(f"A mask of {what} is {list(kinds.shape)} (or one row of it), not {list(mask.shape)}.")
-        return np.broadcast_to(mask, kinds.shape).copy()
-    listed = list(spec) if isinstance(spec, Iterable) and not isinstance(spec, str) else [spec]
-    names = [item for item in listed if isinstance(item, str)]
-    numbers = [int(item) for item in listed if isinstance(item, int | np.integer) and not isinstance(item, bool)]
-    if listed and len(names) == len(listed):
-        unknown = [name for name in names if name not in (*KINDS, GENERATED)]
-        if unknown or not np.isin(kinds, names).any():
-            raise InputError(f"There are no {what} of kind {(unknown or names)[0]!r}; there are {there}.")
-        return np.isin(kinds, names)
-    if listed and len(numbers) == len(listed):
-        width = kinds.shape[1]
-        outside = [number for number in numbers if not -width <= number < width]
-        if outside:
-            raise InputError(f"Position {outside[0]} is outside the {width} {what}.")
-        found = np.zeros(kinds.shape, dtype=bool)
-        found[:, np.array(numbers)] = True
-        return found
-    raise InputError(f"{spec!r} names no {what}: give a kind ({there}), positions, a Selection, a bool mask or 'last'.")
+    widths = [block.start + block.count for block in blocks]
+    if positions.kind == "mask" and not positions.tower and positions.mask is not None:
+        mask = positions.mask.tensor.cpu().numpy()
+        if mask.shape[-1] == widths[-1] and (mask.ndim == 1 or len(mask) in (1, rows)):
+            return np.broadcast_to(mask, (rows, widths[-1])).copy()
+    found, wanted = np.zeros((rows, widths[-1]), dtype=bool), positions.tower or ("" if positions.is_named else tower)
+    known = {block.tower: block.tokens for block in blocks if block.tokens is not None}
+    if wanted and wanted not in known:
+        raise InputError(
+            f"{what} is of the {wanted} tower, but the {tower} tower looks at positions of {' and '.join(known)}; select them in "
+            f"model.tokens(inputs)[{list(known)[-1]!r}]."
+        )
+    new = sum(block.count for block in blocks if block.tokens is None)
+    for block in blocks:
+        tokens = known.get(tower) if block.tokens is None else block.tokens
+        if tokens is None or wanted not in ("", tokens.tower):
+            continue
+        if positions.tower and positions.mask is not None and positions.mask.tensor.shape != tokens.kind.shape:
+            raise InputError(
+                f"{what} is of another run: it has shape {tuple(positions.mask.tensor.shape)}, the {tokens.tower} tower of this run "
+                f"{tokens.kind.shape}."
+            )
+        resolved = positions.resolve(tokens, tokens.n_positions + (new if tokens.tower == tower else 0)).numpy()
+        first = tokens.n_positions if block.tokens is None else block.first
+        found[:, block.start : block.start + block.count] = resolved[:, first : first + block.count]
+    return found
+
+
+def _shown(spec: Any) -> str:
+    return repr(described(spec)) if not isinstance(spec, str | int) else repr(spec)
+
+
+def _there(kinds: np.ndarray) -> str:
+    return ", ".join(dict.fromkeys(kinds.flatten().tolist()))
 
 
 def last_of(mask: np.ndarray) -> np.ndarray:
@@ -271,15 +269,9 @@ def last_of(mask: np.ndarray) -> np.ndarray:
     return found
 
 
-def described(spec: Positions) -> str:
+def described(spec: PositionsLike) -> str:
     """A choice of queries in a word or two."""
-    if spec is None:
-        return "default"
-    if isinstance(spec, Selection):
-        return spec.label or "selection"
-    if isinstance(spec, (Tensor, np.ndarray)) and spec.dtype in (torch.bool, np.dtype(bool)):
-        return "mask"
-    return "+".join(map(str, spec)) if isinstance(spec, (list, tuple)) else str(spec)
+    return "default" if spec is None else Positions.of(spec).text
 
 
 def warn_undefined(values: Tensor, why: str) -> None:

@@ -22,12 +22,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.selection import Selection
+from circuitvision.model.positions import Positions, PositionsLike
 from circuitvision.model.tokens import TokenMap, present
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.cache import read
-from circuitvision.readout.attention.maps import AttentionMaps, blocks_of, single_places
-from circuitvision.readout.attention.patterns import Positions, chosen, described, mean_query, warn_undefined
+from circuitvision.readout.attention.maps import AttentionMaps, blocks_from, blocks_of, single_places
+from circuitvision.readout.attention.patterns import described, keys_of, mean_query, warn_undefined
 from circuitvision.results import Result
 
 _FUSIONS = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1), "min": lambda a: a.amin(1)}
@@ -50,18 +50,20 @@ class AttentionRollout(Result):
     example: list[int] = field(default_factory=list)
 
     @with_provenance
-    def of(self, query: Positions) -> AttentionMaps:
+    def of(self, query: PositionsLike, tokens: Mapping[str, TokenMap] | None = None) -> AttentionMaps:
         """The rollout of a query ("cls", "last", a position, a kind, a mask), or the mean over several, as maps with one head, "rollout".
+
+        ``tokens`` as of :meth:`AttentionMaps.keys`.
 
         Raises InputError if there is no such position.
         """
-        kinds = np.array(self.kinds)
-        if isinstance(query, Selection):
-            query = query.mask if query.mask.shape == kinds.shape else query
-        there = self.values.isfinite().all(-1).any(0).numpy() | present(kinds)
-        counted = torch.from_numpy(chosen(query, kinds, f"positions of the {self.tower} tower") & there)
+        there = self.values.isfinite().all(-1).any(0) | torch.from_numpy(present(np.array(self.kinds)))
+        blocks = blocks_from(self, tokens)
+        counted = (
+            torch.from_numpy(keys_of(Positions.of(query), blocks, self.tower, len(self.kinds), "The query")) & there
+        )
         if not bool(counted.any()):
-            raise InputError(f"query={query!r} leaves no position that is not padding.")
+            raise InputError(f"query={described(query)!r} leaves no position that is not padding.")
         values = mean_query(self.values.nan_to_num(0.0).transpose(0, 1), counted).transpose(0, 1)[:, None]
         axes = {"layer": self.axes["layer"], "head": ["rollout"], "row": self.axes["row"], "key": self.axes["key"]}
         return AttentionMaps(

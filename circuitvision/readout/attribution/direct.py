@@ -47,7 +47,7 @@ from circuitvision.readout.attribution.rest import (
 )
 from circuitvision.readout.attribution.terms import SPLITS, Stream
 from circuitvision.readout.over_data import DataReading, answers_of, of_batch, over_data, side_of
-from circuitvision.readout.places import named_positions, places_of, shares_of
+from circuitvision.readout.patch_coords import named_positions, places_of, shares_of
 from circuitvision.readout.recorded import check_hooked, chosen_layers, examples_of, tokens_of
 from circuitvision.results import Result
 

@@ -26,7 +26,7 @@ from circuitvision import metrics
 from circuitvision.errors import InputError, warn
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading, frozen_norm
-from circuitvision.model.selection import Selection
+from circuitvision.model.positions import Positions, warn_of_empty
 from circuitvision.model.spec import require
 from circuitvision.readout.recorded import behind_cache, examples_of, tokens_of
 from circuitvision.readout.targets import (
@@ -43,6 +43,7 @@ from circuitvision.readout.weights.unembedding import linear_projector
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.tokens import TokenMap
     from circuitvision.model.tower import Tower
 
 
@@ -76,7 +77,7 @@ def functional(
     direction = direction if isinstance(direction, metrics.Metric) else plain(direction)
     if isinstance(direction, Tensor) and not _is_embedding(tower, direction):
         return _stream_direction(tower, cache, final, direction, position)
-    position = _position_of(direction, position)
+    position = _position_of(tower, direction, position)
     _check_readable(tower, position)
     chosen, label = _columns(model, tower, direction, pieces)
     rows, examples = examples_of(cache, tower.name, final.shape[0])
@@ -159,7 +160,7 @@ def _value(chosen: Targets, rows: Tensor, logits: Float[Tensor, "row 1 n_out"]) 
     return values[:, 0] - values[:, 1] if values.shape[1] == 2 else values[:, 0]
 
 
-def _position_of(direction: Any, position: Any) -> Any:
+def _position_of(tower: Tower, direction: Any, position: Any) -> Any:
     """The position asked for, or the one that a metric reads.
 
     Raises:
@@ -169,11 +170,15 @@ def _position_of(direction: Any, position: Any) -> Any:
     if isinstance(direction, metrics.LogitDiff):
         own = direction.position
     if isinstance(direction, metrics.ActionDim):
-        own = "mean" if direction.step is None else direction.step
-    if own is None or (isinstance(own, str) and own == "last"):
+        size = int(tower.config_of_model.chunk_size)
+        # The chunk stands at the end of the tower's positions.
+        own = "all" if direction.step is None else direction.step % size - size
+    if own is None or Positions.of(own).kind == "last":
         return position
-    if position is not None and (not isinstance(position, int | str) or position != own):
-        raise InputError(f"The metric reads position {own!r} and position={position!r} is given; give one of them.")
+    if position is not None and Positions.of(position) != Positions.of(own):
+        raise InputError(
+            f"The metric reads position {Positions.of(own).text} and position={Positions.of(position).text} is given; give one of them."
+        )
     return own
 
 
@@ -289,58 +294,66 @@ def _stream_direction(
 def positions_read(
     tower: Tower, cache: ActivationCache, position: Any, shape: Sequence[int]
 ) -> Bool[Tensor, "row pos"]:
-    """The positions read: one per row, those of a selection, or all real ones ("mean"; for actions, of the chunk)."""
+    """The positions read, whose mean is taken where there are several: by default the last of a row, for actions the first of the chunk.
+
+    Positions are the tower's; in a later pass of ``generate`` those of the pass. A row in which a region is empty has none.
+
+    Raises:
+        InputError: positions of another tower or run, or outside what is read.
+    """
     rows, length = shape
     chunk = tower.spec.readout is not None and tower.spec.readout.pool == "chunk"
     start = length - int(tower.config_of_model.chunk_size) if chunk else 0
-    if position is None:
-        position = 0 if chunk else "last"
-    if isinstance(position, Selection):
-        return _selected(tower, position, rows, length)
-    mask = torch.zeros(rows, length, dtype=torch.bool)
+    asked = Positions.of((start if chunk else "last") if position is None else position)
     behind = behind_cache(tower, cache, length)
-    if isinstance(position, str):
-        if position not in ("mean", "last"):
-            raise InputError(
-                f"Unknown position {position!r}; give 'last', 'mean', a number, one per row, or a selection."
-            )
-        tokens = tokens_of(cache, tower.name)
-        # A later pass holds only what it generated: all of it is real.
-        whole = tokens.n_positions == behind + length and tokens.n_rows == rows
-        real = torch.from_numpy(tokens.present[:, behind:]) if whole else torch.ones(rows, length, dtype=torch.bool)
-        if position == "mean":
-            mask[:, start:] = real[:, start:]
-            return mask
-        mask[torch.arange(rows), length - 1 - real.flip(1).int().argmax(1)] = True
-        return mask
-    where = _numbers(position, rows)
-    where = torch.where(where < 0, where + length, where + start - behind)
-    if bool(((where < start) | (where >= length)).any()):
-        numbers = f" ({behind}…{behind + length - 1}, behind those of the cache)" if behind else ""
+    tokens = _map_of(tower, cache, rows, behind + length)
+    if asked.kind in ("ints", "slice") or tokens is None:
+        mask = _in_pass(tower, asked, rows, length, behind)
+    else:
+        mask = asked.resolve(tokens)[:, behind:]
+        mask &= torch.from_numpy(tokens.present[:, behind:]) if asked.kind == "all" else torch.ones_like(mask)
+    if asked.kind in ("all", "there", "slice"):
+        mask[:, :start] = False
+    read = mask.any(1)
+    if bool(mask[:, :start].any()) or (not asked.may_be_empty and not bool(read.all())) or not bool(read.any()):
+        numbers = f"{behind + start}…{behind + length - 1}"
         raise InputError(
-            f"Position {position!r} is outside the {length - start} positions that are read here{numbers}."
+            f"Position {asked.text!r} is outside the {length - start} positions that are read here ({numbers})."
         )
-    mask[torch.arange(rows), where] = True
+    warn_of_empty({asked.text: int((~read).sum())}, rows)
     return mask
 
 
-def _numbers(position: Any, rows: int) -> Tensor:
-    """A position for every row, from one number or one per row."""
-    try:
-        where = torch.as_tensor(position)
-    except (TypeError, ValueError, RuntimeError):
-        where = torch.zeros(0)
-    if where.is_floating_point() or where.dtype == torch.bool or where.shape not in ((), (1,), (rows,)):
+def _map_of(tower: Tower, cache: ActivationCache, rows: int, length: int) -> TokenMap | None:
+    """The token map of a tower, if the pass read holds all of its positions: a later pass holds only what it generated, all of it real."""
+    if cache.model is None or not cache.inputs:
+        return None
+    tokens = tokens_of(cache, tower.name)
+    return tokens if tokens.n_positions == length and tokens.n_rows == rows else None
+
+
+def _in_pass(tower: Tower, asked: Positions, rows: int, length: int, behind: int) -> Tensor:
+    """Numbers, "last", a mask or all positions of one pass."""
+    mask = torch.zeros(rows, length, dtype=torch.bool)
+    if asked.tower not in ("", tower.name):
+        raise InputError(f"The positions are of the {asked.tower} tower; select in {tower.name}.")
+    if asked.kind in ("all", "there"):
+        return ~mask
+    if asked.kind == "mask" and asked.mask is not None and tuple(asked.mask.tensor.shape[-1:]) == (length,):
+        return asked.mask.tensor.cpu().expand(rows, length).clone()
+    if asked.kind not in ("ints", "slice", "last"):
         raise InputError(
-            f"Position {position!r} is none; give 'last', 'mean', a whole number, one per row ({rows} here), or a selection."
+            f"What the positions of this pass are is not known, so {asked.text!r} names none of them; give a number, or 'last'."
         )
-    return where.cpu().expand(rows)
-
-
-def _selected(tower: Tower, position: Selection, rows: int, length: int) -> Tensor:
-    if position.tower != tower.name or position.mask.shape != (rows, length):
-        raise InputError(f"The selection is of the {position.tower} tower or of another run; select in {tower.name}.")
-    mask = position.tensor
-    if not bool(mask.any(1).all()):
-        raise InputError("The selection is empty in a row, so there is nothing to read there.")
+    total = behind + length
+    numbers = (
+        range(total)[slice(*asked.bounds)] if asked.kind == "slice" else (*asked.ints, *[-1] * (asked.kind == "last"))
+    )
+    for number in numbers:
+        at = number + total if number < 0 else number
+        if not behind <= at < total:
+            raise InputError(
+                f"Position {number} is outside the {length} positions that are read here ({behind}…{total - 1})."
+            )
+        mask[:, at - behind] = True
     return mask

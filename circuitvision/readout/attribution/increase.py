@@ -29,7 +29,7 @@ from circuitvision.readout.attribution.direct import attribution_tower, cached_f
 from circuitvision.readout.attribution.functional import positions_read
 from circuitvision.readout.attribution.rest import check_head_reads_stream, check_sources, spacing
 from circuitvision.readout.attribution.terms import Stream
-from circuitvision.readout.places import named_positions
+from circuitvision.readout.patch_coords import named_positions
 from circuitvision.readout.ranks import ranking
 from circuitvision.readout.recorded import chosen_layers, examples_of
 from circuitvision.readout.targets import Targets, names_of, output_kind, plain, reader_of, resolve_targets

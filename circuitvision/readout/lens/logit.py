@@ -32,7 +32,7 @@ References: nostalgebraist 2020 (logit lens); Belrose et al. 2023, arXiv 2303.08
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,11 @@ import torch
 from torch import Tensor
 
 from circuitvision.data import Batch, Side
+from circuitvision.digests import plain as plain_value
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import link
+from circuitvision.model.positions import GENERATED, Positions, PositionsLike, warn_of_empty, without_any
 from circuitvision.model.sites import SiteName
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.lens.reader import LensReader, measured
@@ -51,7 +53,7 @@ from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.lens.sites import lens_sites, ordered_sites
 from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.over_data import DataReading, answers_of, of_batch, over_data, side_of
-from circuitvision.readout.places import places_of, shares_of
+from circuitvision.readout.patch_coords import places_of, shares_of
 from circuitvision.readout.recorded import behind_cache, check_hooked, held_as, inputs_of
 from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, plain, resolve_targets
 
@@ -82,8 +84,8 @@ def logit_lens(
     pieces: str | None = None,
     readout: Callable[[Tensor], Tensor] | None = None,
     tuned: TunedLens | None = None,
+    positions: PositionsLike | Mapping[str, PositionsLike] = None,
     step: int | None = None,
-    positions: Any = None,
     batch_size: int | None = None,
 ) -> LensResult | DataReading:
     """Read the answer off any site of a tower: ``lens(h) = head(norm(h))`` at every position.
@@ -106,8 +108,10 @@ def logit_lens(
         pieces: how to read a word of several tokens: "first", "mean" or "joint", see :mod:`circuitvision.readout.targets`.
         readout: a read-out of your own, ``fn(resid [row pos d_model]) -> [row pos n_out]``, for towers without one.
         tuned: the trained maps for ``norm="tuned"``.
+        positions: which positions are read, by default each for itself. Of others the mean over them is read (of values, with ``targets``): one
+            choice, or several by name (``{"object": region, "rest": cv.regions.others(region)}``), which label the axis ``position``; see
+            :mod:`circuitvision.model.positions`. Padding does not count. NaN where one is empty for an example.
         step: which pass of a cache of several (``generate``, ``sample_actions``); negative ones count from the last.
-        positions: of a data set, the positions whose mean is kept.
         batch_size: of a data set, how many examples run at once; None: by memory.
 
     Raises:
@@ -121,6 +125,10 @@ def logit_lens(
     owner = lens_tower(model, tower)
     targets = plain(targets)
     _check_options(owner, norm, targets, top_k, measure, tuned, readout, step)
+    if positions is not None and targets is None:
+        raise InputError(
+            "positions= averages the values of targets=; the highest columns have no mean, so leave it out with top_k=."
+        )
     chosen = None if targets is None else _chosen(model, owner, targets, pieces, measure, readout is not None)
     names = (
         lens_sites(model, owner.name, inputs_of(cache)) if sites is None else ordered_sites(model, owner.name, sites)
@@ -135,7 +143,51 @@ def logit_lens(
         if len(set(shapes.values())) > 1:
             raise InputError(f"Sites of different shapes are read apart; these have {shapes}.")
         parts = [_Part.read(reader, name, measure, top_k) for name in names]
-    return _result(model, reader, names, parts, measure, "none" if readout is not None and tuned is None else norm)
+    result = _result(model, reader, names, parts, measure, "none" if readout is not None and tuned is None else norm)
+    return result if positions is None else _averaged(result, reader, positions)
+
+
+def _averaged(
+    whole: LensResult, reader: LensReader, positions: PositionsLike | Mapping[str, PositionsLike]
+) -> LensResult:
+    """The lens with the mean over each choice of positions in place of every position."""
+    tokens, at = reader.tokens, whole.axes["position"]
+    if tokens is None or (whole.kinds and GENERATED in whole.kinds[0]):
+        raise InputError(
+            "What the positions of this pass are is not known, so none can be chosen; leave positions out."
+        )
+    several = positions if isinstance(positions, Mapping) else {Positions.of(positions).text: positions}
+    if not several:
+        raise InputError("positions is empty; leave it out, or name at least one choice.")
+    present = torch.from_numpy(tokens.present)[:, at]
+    chosen = {name: Positions.of(spec).resolve(tokens)[:, at] & present for name, spec in several.items()}
+    lost = [name for name, mask in chosen.items() if not bool(mask.any())]
+    if lost:
+        raise InputError(
+            f"No position that is read here is one of {lost[0]!r} ({Positions.of(several[lost[0]]).text})."
+        )
+    count = tokens.n_examples
+    warn_of_empty({name: len(without_any(mask, whole.example, count)) for name, mask in chosen.items()}, count)
+    # What lies outside a choice does not count, not even as a NaN.
+    means = [torch.where(own[..., None], whole.values, 0.0).sum(-2) / own.sum(-1)[:, None] for own in chosen.values()]
+    values = torch.stack(means, dim=-2)
+    labels, rows = list(chosen), len(whole.axes["row"])
+    none = torch.zeros(0, dtype=torch.long)
+    return replace(
+        whole,
+        values=values,
+        axes={**whole.axes, "position": labels},
+        ids=none,
+        ranks=none,
+        places=torch.full((rows, len(labels), 4), -1),
+        shares=torch.full((rows, len(labels), 4), float("nan"), dtype=torch.float64),
+        words=[list(labels)] * rows,
+        kinds=[list(labels)] * rows,
+        provenance={
+            **whole.provenance,
+            "positions": plain_value({name: Positions.of(spec) for name, spec in several.items()}),
+        },
+    )
 
 
 def _over_data(
@@ -166,9 +218,7 @@ def _over_data(
 
     told = {"tower": owner.name, **{name: value for name, value in options.items() if isinstance(value, str)}}
     method = f"logit_lens({', '.join(f'{name}={value}' for name, value in told.items())})"
-    return over_data(
-        model, side, read, positions="whole" if positions is None else positions, batch_size=batch_size, method=method
-    )
+    return over_data(model, side, read, positions=positions, batch_size=batch_size, method=method)
 
 
 def lens_tower(model: HookedModel, tower: str | None) -> Tower:

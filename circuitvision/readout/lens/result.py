@@ -13,7 +13,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.tokens import ABSENT
 from circuitvision.provenance import with_provenance
-from circuitvision.readout.places import named_positions, on_grid
+from circuitvision.readout.patch_coords import named_positions, on_grid
 from circuitvision.results import Result
 
 if TYPE_CHECKING:

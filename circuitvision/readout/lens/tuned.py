@@ -28,6 +28,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.links import divergence
+from circuitvision.model.positions import Positions, PositionsLike
 from circuitvision.model.sites import SiteName
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance
@@ -99,7 +100,7 @@ class TunedLens(Result):
         dataset: Mapping[str, Any] | Sequence[Mapping[str, Any]],
         tower: str | None = None,
         *,
-        positions: str | Sequence[str] | None = None,
+        positions: PositionsLike = None,
         held_out: float = 0.2,
         steps: int = 300,
         learning_rate: float = 1e-2,
@@ -112,7 +113,8 @@ class TunedLens(Result):
             model: the hooked model; its weights are not touched.
             dataset: inputs of one run, or a list of them.
             tower: by default the language tower, or the only one.
-            positions: kinds of positions to train on; by default those the tower's head reads (all real ones, where it reads all).
+            positions: which positions to train on, see :mod:`circuitvision.model.positions`; by default those the tower's head reads (all real
+                ones, where it reads all).
             held_out: share of the examples (of a single example: of its positions) kept for the loss that is reported.
             steps: steps of Adam per layer.
             learning_rate: its step size, falling to zero linearly.
@@ -198,7 +200,7 @@ class _Seen:
 
     @classmethod
     def collect(
-        cls, model: HookedModel, data: Sequence[Mapping[str, Any]], owner: Tower, positions: str | Sequence[str] | None
+        cls, model: HookedModel, data: Sequence[Mapping[str, Any]], owner: Tower, positions: PositionsLike
     ) -> _Seen:
         """Run the model on all inputs and keep the residuals at the positions chosen."""
         from circuitvision.readout.lens.reader import LensReader
@@ -243,16 +245,18 @@ class _Seen:
         return train, held
 
 
-def _mask(tokens: Any, owner: Tower, positions: str | Sequence[str] | None) -> Tensor:
+def _mask(tokens: Any, owner: Tower, positions: PositionsLike) -> Tensor:
     if positions is not None:
-        mask = tokens.mask(positions)
+        mask = Positions.of(positions).resolve(tokens) & torch.from_numpy(tokens.present)
     else:
         assert owner.spec.readout is not None
         there = {str(kind) for kind in set(tokens.kind.flatten())}
         kinds = [kind for kind in owner.spec.readout.reads if kind in there]
         mask = tokens.mask(kinds) if kinds else torch.from_numpy(tokens.present)
     if not bool(mask.any()):
-        raise InputError(f"The {owner.name} tower has no position of the kind {positions!r} in these inputs.")
+        raise InputError(
+            f"The {owner.name} tower has none of the positions {Positions.of(positions).text!r} in these inputs."
+        )
     return mask
 
 

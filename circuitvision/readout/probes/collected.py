@@ -8,22 +8,20 @@ no example lies on both sides of a split (``groups=collected.groups``).
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.files import replacing
-from circuitvision.model.selection import Selection
-from circuitvision.model.tokens import ABSENT, KINDS, TokenMap
+from circuitvision.model.positions import Positions, PositionsLike, warn_of_empty
+from circuitvision.model.tokens import KINDS, TokenMap
 from circuitvision.provenance import describe, with_provenance, without_dates
 from circuitvision.readout.probes.streaming import Batch, Reading
 from circuitvision.readout.recorded import inputs_of
@@ -31,48 +29,53 @@ from circuitvision.readout.recorded import inputs_of
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
 
+ByTower = PositionsLike | Mapping[str, PositionsLike]
+"""Positions, or a mapping from towers to positions."""
 _FORMAT, _META = "circuitvision.collected/1", "circuitvision_json"
 _BESIDE = ("examples", "labels", "groups", "at")
-Positions = str | int | Sequence[int] | Tensor | Callable[..., Selection] | Mapping[str, Any]
-"""Which positions stand for an example, see :func:`chosen`."""
 
 
 # -- positions -----------------------------------------------------------------------------------------------------------------------------
 
 
-def chosen(tokens: TokenMap, positions: Positions, examples: range, dropped: int = 0) -> Bool[Tensor, "row pos"]:
-    """The positions of every row that stand for its example.
+def chosen(tokens: TokenMap, positions: ByTower, examples: range, dropped: int = 0) -> Bool[Tensor, "row pos"]:
+    """The positions of every row that stand for its example; see :mod:`circuitvision.model.positions`.
 
-    ``"whole"``: in image towers the class token, or all patches where there is none; elsewhere as ``"last"``. ``"last"``: the last that is not
-    padding. ``"all"`` or ``"mean"``: all that are not padding. A kind (``"cls"``, ``"patch"``, ``"text"``, …) or ``"mean_patch"``: all of that
-    kind. A number: that position. One number per example of the data set: its own position. A selection or a bool mask ``[example pos]`` of the
-    data set, where every example is one row. A function of the token map, or of the token map and the numbers of the batch's examples, that
-    returns a selection. A mapping: one of these per tower.
+    None: in image towers the class token, or all patches where there is none; elsewhere the last that is not padding. A mapping: one of these per
+    tower. What is given per example is given for the data set.
 
     Raises:
-        InputError: not understood; a padding position; an example without such a position.
+        InputError: not understood; a padding position; an example without a position that every example must have (a number, a kind).
     """
-    if isinstance(positions, Mapping):
-        if tokens.tower not in positions:
-            raise InputError(f"positions names {', '.join(positions)}, but a site of the {tokens.tower} tower is read.")
-        positions = positions[tokens.tower]
-    mask = _mask(tokens, positions, examples, dropped)
+    asked = _of_tower(positions, tokens, dropped)
+    mask = asked.taken(examples).resolve(tokens)
     there = torch.from_numpy(tokens.present)
     mask &= there.any(1, keepdim=True)
     if bool((mask & ~there).any()):
-        raise InputError(f"Positions {positions!r} are padding in some row of the {tokens.tower} tower; take 'last'.")
+        raise InputError(f"Positions {asked.text} are padding in some row of the {tokens.tower} tower; take 'last'.")
     served = torch.zeros(len(examples), dtype=torch.bool)
     served[torch.from_numpy(tokens.example[mask.any(1).numpy()])] = True
-    if not bool(served.all()):
+    if not asked.may_be_empty and not bool(served.all()):
         kinds = ", ".join(kind for kind in KINDS if (tokens.kind == kind).any())
         example = examples[int((~served).nonzero()[0])]
         raise InputError(
-            f"Example {example} has none of the positions {position_label(positions)!r} in the {tokens.tower} tower; its kinds: {kinds}."
+            f"Example {example} has none of the positions {asked.text} in the {tokens.tower} tower; its kinds: {kinds}."
         )
     return mask
 
 
-def chosen_at_site(tokens: TokenMap, dropped: int, positions: Positions, examples: range) -> Bool[Tensor, "row pos"]:
+def _of_tower(positions: ByTower, tokens: TokenMap, dropped: int) -> Positions:
+    """The positions meant in one tower."""
+    if isinstance(positions, Mapping):
+        if tokens.tower not in positions:
+            raise InputError(f"positions names {', '.join(positions)}, but a site of the {tokens.tower} tower is read.")
+        positions = positions[tokens.tower]
+    if positions is None:
+        return Positions.of(_whole(set(tokens.kind[:, dropped:].ravel().tolist())))
+    return Positions.of(positions)
+
+
+def chosen_at_site(tokens: TokenMap, dropped: int, positions: ByTower, examples: range) -> Bool[Tensor, "row pos"]:
     """:func:`chosen` at a site that lacks the first ``dropped`` positions of its tower; ``"all"`` are all that it has.
 
     Raises:
@@ -80,70 +83,25 @@ def chosen_at_site(tokens: TokenMap, dropped: int, positions: Positions, example
     """
     mask = chosen(tokens, positions, examples, dropped)
     if bool(mask[:, :dropped].any()):
-        if not (isinstance(positions, str) and positions in ("all", "mean")):
+        asked = _of_tower(positions, tokens, dropped)
+        if asked.kind not in ("all", "there"):
             raise InputError(
-                f"The site lacks the first {dropped} positions of the {tokens.tower} tower, and {position_label(positions)!r} names one of them."
+                f"The site lacks the first {dropped} positions of the {tokens.tower} tower, and {asked.text} names one of them."
             )
         mask[:, :dropped] = False
     return mask
 
 
-def _mask(tokens: TokenMap, positions: Any, examples: range, dropped: int) -> Tensor:
-    shape = tokens.kind.shape
-    if isinstance(positions, str) and positions == "whole":
-        positions = _whole(set(tokens.kind[:, dropped:].ravel().tolist()))
-    if isinstance(positions, str):
-        if positions in ("all", "mean"):
-            return torch.from_numpy(tokens.present)
-        if positions == "last":
-            return _at(torch.as_tensor(tokens.last()), shape)
-        kind = positions.removeprefix("mean_")
-        if kind in KINDS and kind not in ABSENT:
-            return tokens.mask(kind)
-    elif callable(positions):
-        found = positions(tokens, examples) if _takes_two(positions) else positions(tokens)
-        if isinstance(found, Selection) and found.mask.shape == shape:
-            return found.tensor
-        raise InputError("A function of positions returns a selection of the map it gets, e.g. tokens.select('patch').")
-    elif isinstance(positions, (int, np.integer)) and not isinstance(positions, bool):
-        return _at(torch.full((shape[0],), int(positions)), shape)
-    elif isinstance(positions, (Selection, Sequence, Tensor, np.ndarray)):
-        own = positions.tensor if isinstance(positions, Selection) else torch.as_tensor(positions)
-        if own.ndim == 2 and own.dtype == torch.bool and own.shape[1] == shape[1] and len(own) >= examples.stop:
-            if shape[0] != len(examples):
-                raise InputError(
-                    f"Examples have several rows in the {tokens.tower} tower, so a mask [example pos] does not say which; give a function of "
-                    "the token map, e.g. lambda tokens: tokens.select('patch')."
-                )
-            return own.cpu()[examples.start : examples.stop].clone()
-        if own.ndim == 1 and not own.is_floating_point() and len(own) >= examples.stop:
-            return _at(own.cpu()[torch.from_numpy(tokens.example) + examples.start], shape)
-    raise InputError(
-        f"Positions {position_label(positions)!r} are not understood: 'last', 'all', a kind ({', '.join(KINDS)}), a number, one number per "
-        "example, a mask [example pos], or a function of the token map that returns a selection."
-    )
-
-
-def check_count(found: int | None, wanted: int | None, positions: Positions) -> None:
+def check_count(found: int | None, wanted: int | None, positions: ByTower) -> None:
     """Raise InputError if a data set of ``found`` examples does not have ``wanted``, or the positions given one by one are not as many."""
     if found is None:
         return
     if wanted is not None and found != wanted:
         raise InputError(f"The data set has {found} examples and there are {wanted} labels; give one per example.")
     for own in positions.values() if isinstance(positions, Mapping) else (positions,):
-        given = own.mask if isinstance(own, Selection) else own
-        if isinstance(given, (Sequence, Tensor, np.ndarray)) and not isinstance(given, str) and len(given) != found:
-            raise InputError(
-                f"There are positions of {len(given)} examples for {found}; give one, or one row, per example."
-            )
-
-
-def _takes_two(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind(None, None)
-    except (TypeError, ValueError):
-        return False
-    return True
+        given = Positions.of(own).n_examples
+        if given not in (None, found):
+            raise InputError(f"There are positions of {given} examples for {found}; give one, or one row, per example.")
 
 
 def _whole(kinds: set[str]) -> str:
@@ -153,23 +111,11 @@ def _whole(kinds: set[str]) -> str:
     return "patch" if "patch" in kinds and "text" not in kinds else "last"
 
 
-def _at(where: Tensor, shape: tuple[int, ...]) -> Tensor:
-    outside = where[(where < 0) | (where >= shape[1])]
-    if len(outside):
-        raise InputError(f"Position {int(outside[0])} is outside the {shape[1]} positions of a row; they count from 0.")
-    return torch.arange(shape[1]) == where[:, None]
-
-
 def position_label(positions: Any) -> str:
     """A short name of a choice of positions, for provenance and messages."""
-    if callable(positions):
-        return getattr(positions, "__name__", type(positions).__name__)
     if isinstance(positions, Mapping):
         return ", ".join(f"{tower}: {position_label(own)}" for tower, own in positions.items())
-    if isinstance(positions, Selection):
-        return positions.label or "selection"
-    listed = isinstance(positions, (Sequence, Tensor, np.ndarray)) and not isinstance(positions, str)
-    return f"one per example ({type(positions).__name__})" if listed else str(positions)
+    return "each tower's own" if positions is None else Positions.of(positions).text
 
 
 # -- one vector per example ----------------------------------------------------------------------------------------------------------------
@@ -297,7 +243,7 @@ def collect(
     dataset: Any,
     sites: str | Sequence[str],
     *,
-    positions: Positions = "whole",
+    positions: ByTower = None,
     labels: Any = None,
     per_position: bool = False,
     batch_size: int = 32,
@@ -346,126 +292,18 @@ def collect(
     check_count(reading.count, _wanted(labels, count), positions)
     label = position_label(positions)
     how = f"collect(positions={label}{', per_position' if per_position else ''})"
+    vectors = {name: torch.cat(values) for name, values in parts.items()}
+    lost = torch.stack([vector.isnan().all(1) for vector in vectors.values()]).any(0)
+    warn_of_empty({label: int(lost.sum())}, len(lost))
     return Collected(
-        {name: torch.cat(values) for name, values in parts.items()},
+        vectors,
         label,
         describe(model, method=how, dataset_sha256=reading.digest, examples=reading.count),
         **beside.columns(),
     )
 
 
-def _wanted(labels: Any, count: int | None) -> int | None:
-    return len(labels) if count is None and hasattr(labels, "__len__") else count
-
-
-@dataclass(frozen=True, eq=False)
-class _Places:
-    """Where the vectors of a batch come from: of each its example within the batch, its row and position ``[vector 2]``, and its label."""
-
-    example: np.ndarray
-    at: np.ndarray
-    labels: list[Any] | None
-
-
-class _Beside:
-    """What stands beside every vector: its example, label and group."""
-
-    def __init__(self, labels: Any, data: Any) -> None:
-        self.given = None if labels is None or callable(labels) else [_plain(one) for one in labels]
-        self.data = data
-        self.examples: list[int] = []
-        self.labels: list[Any] = []
-        self.groups: list[Any] = []
-        self.at: list[tuple[int, int]] = []
-
-    def add(self, batch: Batch, places: Mapping[str, _Places]) -> None:
-        """Note one batch."""
-        first = next(iter(places.values()), None)
-        owners = np.arange(len(batch.examples)) if first is None else first.example
-        if first is not None:
-            same = all(np.array_equal(first.at, other.at) for other in places.values())
-            if not same:
-                raise InputError(
-                    "The sites have different positions, so one label cannot stand for all: collect them apart."
-                )
-            starts = np.full(len(batch.examples), np.iinfo(int).max)
-            np.minimum.at(starts, owners, first.at[:, 0])
-            self.at += list(zip((first.at[:, 0] - starts[owners]).tolist(), first.at[:, 1].tolist(), strict=True))
-        where = [batch.examples[int(one)] for one in owners]
-        self.examples += [batch.numbers[int(one)] for one in owners]
-        groups = None if self.data is None or self.data.groups is None else self.data.groups
-        self.groups += [
-            batch.numbers[int(one)] if groups is None else groups[at] for one, at in zip(owners, where, strict=True)
-        ]
-        if first is not None and first.labels is not None:
-            self.labels += first.labels
-        elif self.given is not None:
-            self.labels += [self.given[at] for at in where]
-        elif self.data is not None and self.data.answers is not None:
-            self.labels += [self.data.answers[at] for at in where]
-
-    def columns(self) -> dict[str, Any]:
-        """The columns of the result."""
-        return {name: getattr(self, name) for name in _BESIDE}
-
-
-def _plain(label: Any) -> Any:
-    return label.tolist() if isinstance(label, (Tensor, np.ndarray, np.generic)) else label
-
-
-def _each(
-    site: str, value: Tensor, positions: Positions, labels: Any, batch: Batch
-) -> tuple[Float[Tensor, "vector feature"], _Places]:
-    """The vector of every chosen position that has a label, example by example."""
-    tokens, dropped = batch.layout(site, value)
-    if dropped is None:
-        raise InputError(f"{site} has no positions; leave per_position out.")
-    mask = chosen_at_site(tokens, dropped, positions, batch.examples)
-    row, position = (index.numpy() for index in mask.nonzero(as_tuple=True))
-    order = np.lexsort((position, row, tokens.example[row]))
-    row, position = row[order], position[order]
-    example = tokens.example[row]
-    own = _labels_at(labels, tokens, batch, example, row, position)
-    if own is not None:
-        there = np.array([not _missing(label) for label in own], dtype=bool)
-        row, position, example = row[there], position[there], example[there]
-        own = [label for label, kept in zip(own, there, strict=True) if kept]
-    exact = value if value.dtype == torch.float64 else value.float()
-    index = torch.from_numpy(row).to(value.device), torch.from_numpy(position - dropped).to(value.device)
-    return exact[index].flatten(1), _Places(example, np.stack([row, position], 1), own)
-
-
-def _labels_at(
-    labels: Any, tokens: TokenMap, batch: Batch, example: np.ndarray, row: np.ndarray, position: np.ndarray
-) -> list[Any] | None:
-    """A label for each chosen position; None where labels are of examples."""
-    if callable(labels):
-        made = labels(tokens, batch)
-        table = np.asarray(made.cpu() if isinstance(made, Tensor) else made)
-        if table.shape != tokens.kind.shape:
-            raise InputError(
-                f"A function of labels returns one per position, {list(tokens.kind.shape)}, not {list(table.shape)}."
-            )
-        return [_plain(label) for label in table[row, position]]
-    per_example = labels is not None and all(hasattr(one, "__len__") and not isinstance(one, str) for one in labels)
-    if not per_example:
-        return None
-    found: list[Any] = []
-    for number in range(len(batch.examples)):
-        own, count = _plain(labels[batch.examples[number]]), int((example == number).sum())
-        if len(own) != count:
-            raise InputError(
-                f"Example {batch.numbers[number]} has {count} chosen positions and {len(own)} labels; give one each."
-            )
-        found += list(own)
-    return found
-
-
-def _missing(label: Any) -> bool:
-    return label is None or (isinstance(label, float) and np.isnan(label))
-
-
-def _vectors(site: str, value: Tensor, positions: Positions, batch: Batch) -> Float[Tensor, "example feature"]:
+def _vectors(site: str, value: Tensor, positions: ByTower, batch: Batch) -> Float[Tensor, "example feature"]:
     tokens, dropped = batch.layout(site, value)
     exact = value if value.dtype == torch.float64 else value.float()
     owner = torch.from_numpy(tokens.example)

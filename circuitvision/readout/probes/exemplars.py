@@ -28,7 +28,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError, warn
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.probes.collected import Positions, check_count, position_label
+from circuitvision.readout.probes.collected import ByTower, check_count, position_label
 from circuitvision.readout.probes.splitting import is_whole, numbered
 from circuitvision.readout.probes.streaming import Reading
 from circuitvision.readout.probes.strongest import Best, Sums, UnitReader, Units
@@ -186,7 +186,7 @@ def exemplars(
     top_k: int = 10,
     units: Sequence[int] | None = None,
     pool: str = "max",
-    positions: Positions = "all",
+    positions: ByTower = "all",
     through: Float[Tensor, "unit d_in"] | np.ndarray | Encoder | Callable[[Tensor], Tensor] | None = None,
     labels: Sequence[Any] | Tensor | np.ndarray | None = None,
     threshold: float = 0.0,

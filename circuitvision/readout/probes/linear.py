@@ -26,7 +26,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.sites import SiteName
 from circuitvision.progress import track
 from circuitvision.provenance import with_provenance
-from circuitvision.readout.probes.collected import Collected, Positions, check_count, collect, stream_sites
+from circuitvision.readout.probes.collected import ByTower, Collected, check_count, collect, stream_sites
 from circuitvision.readout.probes.decisions import DecisionLayers, decision_layer
 from circuitvision.readout.probes.fitting import CHOOSING, Features, best_penalty, fit, predict, score
 from circuitvision.readout.probes.splitting import Plan, Targets, bootstrapped, wilson
@@ -152,7 +152,7 @@ def linear_probe(
     *,
     tower: str | None = None,
     sites: str | Sequence[str] | None = None,
-    positions: Positions = "whole",
+    positions: ByTower = None,
     batch_size: int = 32,
     what: str = "label",
     test_share: float = 0.3,

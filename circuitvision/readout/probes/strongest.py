@@ -17,8 +17,8 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
-from circuitvision.readout.places import places_of
-from circuitvision.readout.probes.collected import Positions, chosen_at_site
+from circuitvision.readout.patch_coords import places_of
+from circuitvision.readout.probes.collected import ByTower, chosen_at_site
 from circuitvision.readout.probes.splitting import is_whole
 from circuitvision.readout.probes.streaming import Batch
 
@@ -176,7 +176,7 @@ class UnitReader:
         self,
         units: Units,
         pool: str,
-        positions: Positions,
+        positions: ByTower,
         threshold: float,
         start: int,
         codes: Int[Tensor, " example"] | None,

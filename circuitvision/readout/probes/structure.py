@@ -26,7 +26,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError, warn
 from circuitvision.provenance import with_provenance
-from circuitvision.readout.probes.collected import Collected, Positions, collect, stream_sites
+from circuitvision.readout.probes.collected import ByTower, Collected, collect, stream_sites
 from circuitvision.readout.probes.linear import layer_labels
 from circuitvision.readout.probes.splitting import Targets, is_whole
 from circuitvision.results import Result
@@ -108,7 +108,7 @@ def stream_pca(
     *,
     tower: str | None = None,
     sites: str | Sequence[str] | None = None,
-    positions: Positions = "whole",
+    positions: ByTower = None,
     n_components: int = 2,
     labels: Sequence[Any] | Tensor | np.ndarray | None = None,
     what: str = "label",

@@ -35,7 +35,7 @@ from circuitvision.model.routes import is_dual
 from circuitvision.model.tokens import TokenMap
 from circuitvision.model.weights import check_gradients
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.places import places_of, shares_of
+from circuitvision.readout.patch_coords import places_of, shares_of
 from circuitvision.readout.recorded import real_queries
 from circuitvision.readout.relevance.result import Relevance, warn_undefined
 from circuitvision.readout.relevance.variables import checked_tower, differentiating, gradient_of, usable, wide

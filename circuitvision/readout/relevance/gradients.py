@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError, warn
+from circuitvision.model.positions import Positions, PositionsLike, warn_of_empty, without_any
 from circuitvision.model.routes import rows_serve_all
-from circuitvision.model.selection import Selection
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.places import places_of, shares_of
+from circuitvision.readout.patch_coords import places_of, shares_of
 from circuitvision.readout.relevance.baselines import Baseline, short_repr, start_of
 from circuitvision.readout.relevance.result import Relevance, warn_undefined
 from circuitvision.readout.relevance.variables import (
@@ -84,7 +84,7 @@ def integrated_gradients(
     *,
     site: str | None = None,
     baseline: Baseline = "mean",
-    positions: Selection | Tensor | None = None,
+    positions: PositionsLike = None,
     steps: int = 64,
     rule: str = "gauss-legendre",
     steps_at_once: int | None = None,
@@ -101,8 +101,8 @@ def integrated_gradients(
     Args:
         model, inputs, metric, site: as in :func:`gradient_times_activation`.
         baseline: ``x0``, see :mod:`circuitvision.readout.relevance.baselines`; by default the mean over the other rows of the run.
-        positions: only these leave the baseline, the others are at their own value all the way: a selection of a token map or a bool mask ``[row
-            position]``. Only for sites.
+        positions: only these leave the baseline, the others are at their own value all the way: see
+            :mod:`circuitvision.model.positions`. Only for sites.
         steps: points of the path.
         rule: ``"gauss-legendre"`` (exact for polynomials of degree ``2 steps - 1``) or ``"midpoint"``.
         steps_at_once: points that run as one batch; by default as many as make 1024 positions.
@@ -146,7 +146,7 @@ def _check_rule(rule: str, steps: int, steps_at_once: int | None) -> None:
         )
 
 
-def _start(place: AttributionInput, baseline: Baseline, positions: Selection | Tensor | None) -> Tensor:
+def _start(place: AttributionInput, baseline: Baseline, positions: PositionsLike) -> Tensor:
     if place.site == PIXELS:
         if positions is not None:
             raise InputError("positions chooses among the positions of a site; for pixels give a baseline tensor.")
@@ -154,15 +154,13 @@ def _start(place: AttributionInput, baseline: Baseline, positions: Selection | T
     if positions is None:
         return start_of(place, baseline)
     where = place.place
-    if not isinstance(positions, Selection | Tensor | np.ndarray):
-        raise InputError(f"positions is a Selection or a bool mask [row position], not {positions!r}.")
-    mask = positions.tensor if isinstance(positions, Selection) else torch.as_tensor(positions)
-    mask = mask[:, where.dropped :] if mask.shape[-1:] == (where.tokens.n_positions,) else mask
-    if mask.dtype != torch.bool or tuple(mask.shape) != tuple(place.value.shape[:2]):
-        raise InputError(
-            f"positions is a bool mask of {tuple(place.value.shape[:2])} rows and positions at {place.site}, "
-            f"not {mask.dtype} of {tuple(mask.shape)}."
-        )
+    mask = where.resolve(Positions.of(positions))
+    if mask.shape[1] != place.value.shape[1]:
+        raise InputError(f"{place.site} has no positions of its own; leave positions out.")
+    warn_of_empty(
+        {Positions.of(positions).text: len(without_any(mask, where.tokens.example, where.tokens.n_examples))},
+        where.tokens.n_examples,
+    )
     start = start_of(place, baseline, mask)
     return torch.where(mask.to(start.device).view(*mask.shape, *[1] * (start.ndim - 2)), start, place.value)
 

@@ -14,7 +14,6 @@ Reference: Zhang et al. 2016 (arXiv 1608.00507).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision.errors import InputError, warn
+from circuitvision.model.positions import warn_of_empty
+from circuitvision.model.regions import OfPictures, Region
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.probes.splitting import wilson
 from circuitvision.readout.relevance.result import Relevance
@@ -76,8 +77,8 @@ def pointing_game(
 
     Args:
         relevance: a result over patches or pixels.
-        masks: one mask ``[height width]`` per example, in any resolution that covers the whole picture: bool arrays or tensors;
-            :func:`box_mask` makes one of a box.
+        masks: one mask ``[height width]`` per example, in any resolution that covers the whole picture: bool arrays or tensors; or a region of
+            ``cv.regions.mask(…)`` or ``cv.regions.box(…, size=(height, width))``, in which an example may have none.
         image: which image of each example (None: its first).
         tile: which tile of it (None: the whole image).
         overlap: a patch lies on the object if more than this share of its pixels does; 0 is any pixel.
@@ -91,9 +92,13 @@ def pointing_game(
     if not 0 <= overlap < 1 or not 0 <= tolerance < math.inf:
         raise InputError(f"overlap={overlap} is a share from 0 to below 1, tolerance={tolerance} pixels from 0 on.")
     rows = _first_rows(relevance, image)
-    masks = _checked_masks(masks, len(rows), tolerance)
+    drawn = _drawn(masks, len(rows), tolerance)
     hits, chances = [], []
-    for row, mask in zip(rows, masks, strict=True):
+    for row, mask in zip(rows, drawn, strict=True):
+        if mask is None:
+            hits.append(float("nan"))
+            chances.append(float("nan"))
+            continue
         grid = relevance.on_image(row, image, tile)
         extent = (1.0, 1.0) if relevance.of_pixels else relevance.extent(row, image, tile)
         on = _on_object(mask, grid.shape[0], grid.shape[1], extent) > overlap
@@ -101,7 +106,9 @@ def pointing_game(
         best = there & (grid == grid[there].max()) if bool(there.any()) else there
         hits.append(float(on[best].double().mean()) if bool(best.any()) else float("nan"))
         chances.append(float(on[there].double().mean()) if bool(there.any()) else float("nan"))
-    empty = sum(map(math.isnan, hits))
+    lost = sum(mask is None for mask in drawn)
+    warn_of_empty({getattr(masks, "label", "masks"): lost}, len(hits))
+    empty = sum(map(math.isnan, hits)) - lost
     if empty:
         warn(f"{empty} of {len(hits)} maps have no value anywhere; they are left out.")
     method = relevance.method + (f", within {tolerance:g} pixels" if tolerance else "")
@@ -112,6 +119,18 @@ def pointing_game(
         method=method,
         chance=torch.tensor(chances, dtype=torch.float64),
     )
+
+
+def _drawn(masks: Any, examples: int, tolerance: float) -> list[Bool[Tensor, "height width"] | None]:
+    """The mask of every example, None where a region is empty."""
+    if not isinstance(masks, Region):
+        return list(_checked_masks(masks, examples, tolerance))
+    if not isinstance(masks, OfPictures):
+        raise InputError(f"{masks!r} is no part of a picture; give cv.regions.mask(…) or cv.regions.box(…, size=…).")
+    if masks.n_examples not in (None, examples):
+        raise InputError(f"There are masks of {masks.n_examples} examples for {examples}; give one per example.")
+    drawn = [masks.drawn(example) for example in range(examples)]
+    return [None if mask is None or not mask.any() else _grown(mask, tolerance) for mask in drawn]
 
 
 def _checked_masks(masks: Any, examples: int, tolerance: float) -> list[Bool[Tensor, "height width"]]:
@@ -139,25 +158,6 @@ def _grown(mask: Bool[Tensor, "height width"], by: float) -> Bool[Tensor, "heigh
         beside = torch.nn.functional.max_pool1d(lines, 2 * reach + 1, stride=1, padding=reach) > 0
         grown[max(down, 0) : height - max(-down, 0)] |= beside[max(-down, 0) : height - max(down, 0)]
     return grown
-
-
-def box_mask(box: Sequence[float], size: tuple[int, int]) -> Bool[Tensor, "height width"]:
-    """The pixels inside a box (left, top, right, bottom; right and bottom are one past the last pixel) of a picture of ``size`` (height, width).
-
-    Raises:
-        InputError: a box that is no four numbers, or that holds no pixel of the picture.
-    """
-    if len(box) != 4:
-        raise InputError(f"A box is (left, top, right, bottom), not {tuple(box)}.")
-    left, top, right, bottom = (round(edge) for edge in box)
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
-    if not bool(mask.any()):
-        hint = " Its edges are counted in pixels, not as shares of the picture." if 0 < max(box) <= 1 else ""
-        raise InputError(
-            f"The box {tuple(box)} holds no pixel of a picture of {size[0]} × {size[1]} (height, width).{hint}"
-        )
-    return mask
 
 
 def _first_rows(relevance: Relevance, image: int | None) -> list[int]:

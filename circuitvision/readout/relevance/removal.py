@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from circuitvision import edits
 from circuitvision.errors import InputError
+from circuitvision.model.positions import Positions, PositionsLike, warn_of_empty, without_any
+from circuitvision.model.regions import Region
 from circuitvision.model.routes import rows_serve_all
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import KINDS, present
@@ -53,7 +54,7 @@ def occlusion(
     kinds: Sequence[str] | str | None = None,
     window: int = 1,
     stride: int = 1,
-    regions: Iterable[Selection | Tensor] | None = None,
+    regions: Iterable[PositionsLike] | Mapping[str, PositionsLike] | None = None,
     baseline: Baseline = "mean",
     site: str | None = None,
     progress: bool = True,
@@ -69,8 +70,8 @@ def occlusion(
         kinds: kinds of positions to remove, see ``circuitvision.model.tokens.KINDS``: by default patches, and outside image towers words too.
         window: side of the sliding window of patches.
         stride: how many patches it moves at a time; at most ``window``, so that every patch is removed.
-        regions: what is removed together, instead of windows: selections of the tower (``tokens.image(0).box(…)``, the object of every example)
-            or bool masks ``[row position]``, one edit each. Positions in several get the mean of them, those in none are NaN.
+        regions: what is removed together, instead of windows, one edit each: regions (the object of every example), kinds, selections, …, see
+            :mod:`circuitvision.model.positions`. Positions in several get the mean of them, those in none are NaN.
         baseline: what a removed position becomes, see :mod:`circuitvision.readout.relevance.baselines`.
         site: where it is removed; by default what enters the tower.
 
@@ -133,31 +134,24 @@ def _one_by_one(
     return masks
 
 
-def _regions(where: Place, regions: Iterable[Selection | Tensor]) -> list[np.ndarray[Any, Any]]:
-    found = [_region(where, region) for region in regions]
+def _regions(where: Place, regions: Iterable[PositionsLike]) -> list[np.ndarray[Any, Any]]:
+    if isinstance(regions, Positions | Region | Selection | str):
+        raise InputError(f"regions is a list of what is removed together, not one: [{regions!r}].")
+    listed = list(regions.values() if isinstance(regions, Mapping) else regions)
+    found = [_region(where, Positions.of(region)) for region in listed]
     if not found:
         raise InputError("regions is empty; leave it out, or give at least one region.")
+    count = where.tokens.n_examples
+    lost = [len(without_any(torch.from_numpy(mask), where.tokens.example, count)) for mask in found]
+    warn_of_empty({Positions.of(one).text: n for one, n in zip(listed, lost, strict=True)}, count)
     return found
 
 
-def _region(where: Place, region: Selection | Tensor) -> np.ndarray[Any, Any]:
+def _region(where: Place, region: Positions) -> np.ndarray[Any, Any]:
     """The positions of one region that are no padding."""
-    tokens = where.tokens
-    if isinstance(region, Selection):
-        if region.tower != tokens.tower:
-            raise InputError(f"{region!r} is of the {region.tower} tower, not of {tokens.tower}.")
-        mask = region.mask
-    else:
-        mask = np.asarray(region)
-    mask = mask[:, where.dropped :] if mask.shape == tokens.kind.shape else mask
-    if mask.dtype != bool or mask.shape != where.kind.shape:
-        raise InputError(
-            f"A region is a Selection or a bool mask {list(tokens.kind.shape)} of this run's rows and positions, not {list(mask.shape)} of "
-            f"{mask.dtype}."
-        )
-    mask = mask & present(where.kind)
+    mask = where.resolve(region).numpy() & present(where.kind)
     if not mask.any():
-        raise InputError(f"{region!r} holds no position; leave empty regions out.")
+        raise InputError(f"{region.text!r} holds no position; leave empty regions out.")
     return mask
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError, warn
 from circuitvision.provenance import with_provenance
-from circuitvision.readout.places import extent_of, named_positions, on_grid
+from circuitvision.readout.patch_coords import extent_of, named_positions, on_grid
 from circuitvision.readout.relevance.variables import PIXELS
 from circuitvision.results import Result
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision import metrics
@@ -28,6 +28,7 @@ from circuitvision.links import marked
 from circuitvision.model.averages import Layout
 from circuitvision.model.inputs import as_mapping
 from circuitvision.model.packing import ImageRun
+from circuitvision.model.positions import Positions
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
 from circuitvision.model.weights import check_gradients
@@ -89,6 +90,13 @@ class Place:
     def kind(self) -> np.ndarray[Any, Any]:
         """Kind of every position, ``[row pos]``."""
         return self.tokens.kind[:, self.dropped :]
+
+    def resolve(self, positions: Positions) -> Bool[Tensor, "row pos"]:
+        """Which of the site's positions are meant; a mask may be as wide as the site. InputError for those of another tower or run."""
+        mask = None if positions.mask is None or positions.tower else positions.mask.tensor.cpu()
+        if mask is not None and tuple(mask.shape) == self.kind.shape:
+            return mask.clone()
+        return positions.resolve(self.tokens)[:, self.dropped :]
 
     @property
     def layout(self) -> Layout:

@@ -31,7 +31,7 @@ from circuitvision.model.cache import ActivationCache
 from circuitvision.model.tokens import ABSENT, TokenMap
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.places import places_of
+from circuitvision.readout.patch_coords import places_of
 from circuitvision.readout.recorded import chosen_layers, recorded, tokens_of
 from circuitvision.readout.weights.rows import at_once, projections, written_rows
 from circuitvision.readout.weights.unembedding import Unembedding, model_of, unembedding_matrix

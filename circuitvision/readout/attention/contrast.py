@@ -1,16 +1,12 @@
-"""Contrast of two queries' attention, and the regions of the image that stand out in it.
+"""Contrast of two queries' attention, and the areas of the image that stand out in it.
 
 Attention to an image goes to some patches whatever is asked. Dividing the attention under a question by that under a generic instruction about
 the same image leaves what the question adds: ``Â = A_Q / (A_G + λ)``, patch by patch, averaged over heads first and over layers (and generated
-words, later ones weighing more) after. Regions are what remains of the image above a percentile: neighbouring patches, and the box around
-them.
+words, later ones weighing more) after. Areas are what remains of the image above a percentile, neighbouring patches together: regions
+(:mod:`circuitvision.regions`) that stand wherever positions are asked for. :meth:`AttentionContrast.focus` cuts the picture down to them.
 
 λ keeps patches that the generic query ignores from taking over. The paper's value is not known to us; the default is the mean generic
-attention of a patch, which does not depend on how many patches there are.
-
-:meth:`AttentionContrast.focus` cuts the picture down to the regions, to ask again.
-
-Not covered: edge and colour measures of how cluttered an image is.
+attention of a patch, which does not depend on how many patches there are. Not covered: edge and colour measures of how cluttered an image is.
 
 Source: CARVE (Ge et al., arXiv 2509.06461).
 """
@@ -30,30 +26,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.edits.values import TensorRef
+from circuitvision.model.regions import Area
 from circuitvision.provenance import with_provenance
-from circuitvision.readout.attention.maps import AttentionMaps, Box
+from circuitvision.readout.attention.maps import AttentionMaps
 from circuitvision.readout.attention.patterns import warn_undefined
-from circuitvision.readout.places import extent_of, on_grid
+from circuitvision.readout.patch_coords import extent_of, on_grid
 from circuitvision.results import Result
-
-
-@dataclass(frozen=True)
-class Region:
-    """Connected patches of one image: their box in pixels (left, top, right, bottom), summed contrast, and places (row, column)."""
-
-    box: Box
-    mass: float
-    patches: tuple[tuple[int, int], ...]
-    row: int = 0
-    image: int = 0
-    tile: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionContrast(Result):
     """``values`` is ``[row key]``: above 1 (for λ = 0) where the question looks more than the generic query; NaN where a key is no patch.
 
-    ``places``, ``boxes``, ``shares`` and ``frames`` say where each key lies in the image, as in :class:`AttentionMaps`. Positions that mix patches
+    ``places``, ``boxes``, ``shares``, ``frames`` and ``blocks`` say what each key is, as in :class:`AttentionMaps`. Positions that mix patches
     lie on no grid and are left out.
     """
 
@@ -65,15 +51,16 @@ class AttentionContrast(Result):
     shares: Tensor = field(default_factory=lambda: torch.zeros(0))
     frames: Tensor = field(default_factory=lambda: torch.zeros(0))
     example: list[int] = field(default_factory=list)
+    blocks: list[list[Any]] = field(default_factory=list)
 
     def highlights(self) -> dict[str, str]:
-        """The strongest regions of the first row's first image."""
+        """The strongest areas of the first row's first image."""
         if not bool(torch.isfinite(self.values[0]).any()):
             return {}
         image = int(self.places[0, self.places[0, :, 2] >= 0, 0].min())
         return {
-            f"region {number}": f"{len(region.patches)} patches, box {tuple(round(edge) for edge in region.box)}"
-            for number, region in enumerate(self.regions(row=self.axes["row"][0], image=image), start=1)
+            f"region {number}": f"{len(area.patches)} patches, box {tuple(round(edge) for edge in area.box)}"
+            for number, area in enumerate(self.regions(row=self.axes["row"][0], image=image), start=1)
         }
 
     def grid(self, row: int = 0, image: int = 0, tile: int | None = None) -> Float[Tensor, "grid_row grid_col"]:
@@ -90,12 +77,11 @@ class AttentionContrast(Result):
         image: int = 0,
         tile: int | None = None,
         diagonal: bool = False,
-    ) -> list[Region]:
-        """The connected regions among the ``top_percent`` of patches with the highest contrast, those with the largest sum first.
+    ) -> list[Area]:
+        """The connected areas among the ``top_percent`` of patches with the highest contrast, those with the largest sum (``mass``) first.
 
-        At least one patch is kept, and patches equal to the last one kept are kept as well. Patches are neighbours along rows and columns, with
-        ``diagonal`` at corners too. Boxes are in the frame of the token map: the pixels of the tensor, or of the original image where there
-        are tiles.
+        Each is a region of the tower's positions in this row's example, with its ``box``, ``mass`` and ``patches``. At least one patch is kept, and
+        patches equal to the last one kept are kept as well. Patches are neighbours along rows and columns, with ``diagonal`` at corners too.
 
         Raises:
             InputError: a share outside 0 … 100, a count below 1, an image that is not there.
@@ -109,16 +95,15 @@ class AttentionContrast(Result):
         if not finite.numel():
             return []
         kept = max(1, math.ceil(finite.numel() * top_percent / 100 - 1e-9))
-        threshold = finite.topk(kept).values[-1]
-        marked = {(r, c) for r, c in (grid >= threshold).nonzero().tolist()}
+        marked = {(r, c) for r, c in (grid >= finite.topk(kept).values[-1]).nonzero().tolist()}
         steps = [(0, 1), (1, 0), *([(1, 1), (1, -1)] if diagonal else [])]
         graph = nx.Graph()
         graph.add_nodes_from(marked)
         graph.add_edges_from(
             ((r, c), (r + dr, c + dc)) for r, c in marked for dr, dc in steps if (r + dr, c + dc) in marked
         )
-        found = [self._region(grid, sorted(part), row, image, tile) for part in nx.connected_components(graph)]
-        return sorted(found, key=lambda region: (-region.mass, region.patches))[:count]
+        found = [self._area(grid, sorted(part), row, image, tile) for part in nx.connected_components(graph)]
+        return sorted(found, key=lambda area: (-area.mass, area.patches))[:count]
 
     def focus(
         self,
@@ -131,14 +116,14 @@ class AttentionContrast(Result):
         tile: int | None = None,
         fill: int = 0,
     ) -> np.ndarray[Any, Any]:
-        """The picture cut down to the box around its strongest regions, with ``fill`` (a level 0 … 255) at all patches of no region: what CARVE
-        asks about again.
+        """The picture cut down to the box around its strongest areas, with ``fill`` (a level 0 … 255) at all patches of none: what CARVE asks
+        about again.
 
         ``picture`` is what the model saw of the image or tile, of any size: a PIL image, or an array ``[height width 3]``. Its own processor will
         enlarge what is given back. Other arguments as for :meth:`regions`.
 
         Raises:
-            InputError: as :meth:`regions`; a picture of another kind, or without a region.
+            InputError: as :meth:`regions`; a picture of another kind, or without an area.
         """
         found = self.regions(top_percent, count, row=row, image=image, tile=tile)
         if not found:
@@ -149,7 +134,7 @@ class AttentionContrast(Result):
         rows, columns = self.grid(row, image, tile).shape
         extent = extent_of(self.shares, self.places, self.axes["row"].index(row), image, tile)
         marked = np.zeros((rows, columns), dtype=bool)
-        marked[tuple(np.array([patch for region in found for patch in region.patches]).T)] = True
+        marked[tuple(np.array([patch for area in found for patch in area.patches]).T)] = True
         # Every pixel belongs to the patch that holds its middle; those past the last patch to none, which is the extra row and column.
         down, across = (
             ((np.arange(size) + 0.5) * cells / (size * share)).clip(0, cells).astype(int)
@@ -160,25 +145,32 @@ class AttentionContrast(Result):
         (top, bottom), (left, right) = (np.flatnonzero(kept.any(axis))[[0, -1]] for axis in (1, 0))
         return pixels[top : bottom + 1, left : right + 1]
 
-    def _region(
-        self, grid: Tensor, patches: Sequence[tuple[int, int]], row: int, image: int, tile: int | None
-    ) -> Region:
+    def _area(self, grid: Tensor, patches: Sequence[tuple[int, int]], row: int, image: int, tile: int | None) -> Area:
         number = self.index_of("row", row)
         places, boxes = self.places[number], self.boxes[number]
         here = (places[:, 0] == image) & (places[:, 2] >= 0)
-        tile = int(places[here, 1].min()) if tile is None else tile
-        here &= places[:, 1] == tile
+        here &= places[:, 1] == (int(places[here, 1].min()) if tile is None else tile)
         inside = here.clone()
         inside[here] = torch.tensor([tuple(place) in set(patches) for place in places[here, 2:].tolist()])
-        (left, top), (right, bottom) = _edge(boxes[inside, :2], torch.amin), _edge(boxes[inside, 2:], torch.amax)
-        mass = float(sum(grid[r, c] for r, c in patches))
-        return Region((left, top, right, bottom), mass, tuple(patches), row, image, tile)
-
-
-def _edge(corners: Tensor, outermost: Any) -> list[float]:
-    """The outermost of some corners, but for those of patches of padding, which have none."""
-    real = corners[corners.isfinite().all(-1)]
-    return outermost(real, 0).tolist() if len(real) else [float("nan")] * 2
+        # Patches of padding have no pixels.
+        corners = boxes[inside][boxes[inside].isfinite().all(-1)].reshape(-1, 4)
+        edges = [*corners[:, :2].amin(0), *corners[:, 2:].amax(0)] if len(corners) else [float("nan")] * 4
+        left, top, right, bottom = map(float, edges)
+        mask = torch.zeros(len(self.axes["row"]), len(inside), dtype=torch.bool)
+        mask[number] = inside
+        whole: list[Any] = [self.tower, 0, 0, len(inside)]
+        held = (block for block in self.blocks if bool(inside[block[1] : block[1] + block[3]].any()))
+        tower, start, first, count = next(held, whole)
+        mask = torch.nn.functional.pad(mask[:, start : start + count], (first, 0))
+        return Area(
+            tower=tower,
+            mask=TensorRef(mask),
+            example=tuple(self.example or range(len(mask))),
+            how="contrast",
+            box=(left, top, right, bottom),
+            mass=float(sum(grid[r, c] for r, c in patches)),
+            patches=tuple(patches),
+        )
 
 
 @with_provenance
@@ -192,14 +184,15 @@ def attention_contrast(
 ) -> AttentionContrast:
     """``Σ_steps w_t · mean over layers of A_Q / (A_G + λ)`` for every patch, with attention averaged over heads and weights that sum to 1.
 
+    The prompts may differ in length: patches are matched by their place.
+
     Args:
         question: maps of the run with the question (:func:`attention_maps`; with ``steps="decode"`` those of the generated words).
         generic: maps of a run with a generic instruction about the same image. One pass serves all steps of the question.
         lam: λ; None: the mean of ``A_G`` over patches, layers, steps and rows. With 0, a patch that the generic query ignores is NaN, with a
-        warning. layers: those fused (the paper takes 20 to 25 of 32); None: all that the maps hold. weights: one per step; None: 1, 2, 3, … as
-        in the paper.
-
-    The prompts may differ in length: patches are matched by their place.
+            warning.
+        layers: those fused (the paper takes 20 to 25 of 32); None: all that the maps hold.
+        weights: one per step; None: 1, 2, 3, … as in the paper.
 
     Raises:
         InputError: maps of different towers, images, rows, layers or numbers of steps; weights that do not fit; a negative λ.
@@ -220,22 +213,15 @@ def attention_contrast(
     ratio = torch.where(bottom > 0, a_q / bottom, float("nan")).mean(1)
     fused = torch.einsum("srk,s->rk", ratio, step_weights)
     warn_undefined(fused[patch], "the generic query gives a patch no attention; take lam > 0")
+    method = f"attention_contrast(lam={floor:g}, layers={chosen})"
+    same = ("tower", "places", "boxes", "shares", "frames", "example", "blocks")
     return AttentionContrast(
         values=fused.masked_fill(~patch, float("nan")),
         axes={"row": question.axes["row"], "key": question.axes["key"]},
-        provenance={
-            **question.provenance,
-            "method": f"attention_contrast(lam={floor:g}, layers={chosen})",
-            "generic": generic.provenance,
-        },
-        tower=question.tower,
+        provenance={**question.provenance, "method": method, "generic": generic.provenance},
         lam=floor,
         layers=list(chosen),
-        places=question.places,
-        boxes=question.boxes,
-        shares=question.shares,
-        frames=question.frames,
-        example=question.example,
+        **{name: getattr(question, name) for name in same},
     )
 
 
