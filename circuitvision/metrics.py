@@ -31,12 +31,11 @@ from torch import Tensor
 from circuitvision.digests import NamedFunction, of_tensor
 from circuitvision.errors import InputError
 from circuitvision.links import Link, divergence, link_of, log_probabilities, probabilities
-from circuitvision.model.positions import Positions, PositionsLike, warn_of_empty
-from circuitvision.model.regions import At
 from circuitvision.results import as_builtin, stored_as
 
 Answer = int | str | Sequence[int | str] | Tensor
-Position = PositionsLike
+Position = Any
+"""Any spelling of :mod:`circuitvision.model.positions`."""
 MetricType = TypeVar("MetricType", bound="Metric")
 
 
@@ -57,7 +56,7 @@ class Metric:
     def __post_init__(self) -> None:
         for name in self._answers:
             object.__setattr__(self, name, _plain(getattr(self, name)))
-        position = Positions.of(self.position)
+        position = _positions(self.position)
         if position.kind not in ("ints", "last"):
             object.__setattr__(self, "position", position)
 
@@ -73,7 +72,7 @@ class Metric:
         """
         changes: dict[str, Any] = {field: answer_ids(getattr(self, field), model) for field in self._answers}
         link = self.link or getattr(model, "link", None)
-        changes |= {"tokens": model.tokens} if Positions.of(self.position).is_named else {}
+        changes |= {"tokens": model.tokens} if _positions(self.position).is_named else {}
         return dataclasses.replace(self, link=link, **changes)
 
     def __call__(
@@ -243,10 +242,10 @@ def _write(metric: Metric, tensors: dict[str, Tensor], sources: bool) -> dict[st
 
     fields: dict[str, Any] = {}
     for entry in dataclasses.fields(metric):
-        value = getattr(metric, entry.name)
+        value: Any = getattr(metric, entry.name)
         if entry.name == "tokens":
             continue
-        if isinstance(value, Positions):
+        if entry.name == "position" and dataclasses.is_dataclass(value):
             value = {"positions": write_positions(value, tensors)}
         if isinstance(value, Tensor):
             digest = of_tensor(value)
@@ -419,7 +418,7 @@ def at_position(
     batch, length = logits.shape[:2]
     kept = _kept(inputs, length)
     whole = length if kept is None else _prompt_length(inputs)
-    asked, empty = Positions.of(position), None
+    asked, empty = _positions(position), None
     if asked.kind == "last":
         index = _last_unmasked(inputs, batch, whole).to(logits.device)
     elif asked.kind == "ints" and len(asked.ints) == 1:
@@ -440,10 +439,20 @@ def at_position(
     return rows if empty is None or not bool(empty.any()) else rows.masked_fill(empty[:, None], float("nan"))
 
 
+def _positions(position: Position) -> Any:
+    """A position as a value. The core reads metrics, and positions are the core's: each meets the other when it is used."""
+    from circuitvision.model.positions import Positions
+
+    return Positions.of(position)
+
+
 def _one_each(
-    asked: Positions, batch: int, whole: int, inputs: Mapping[str, Any] | None, tokens: Any
+    asked: Any, batch: int, whole: int, inputs: Mapping[str, Any] | None, tokens: Any
 ) -> tuple[Tensor, Tensor]:
     """The one position of every example, and which examples have none."""
+    from circuitvision.model.positions import warn_of_empty
+    from circuitvision.model.regions import At
+
     if asked.kind == "mask" and asked.mask is not None:
         mask = asked.mask.tensor.cpu()
         if mask.shape[-1] != whole or (mask.ndim == 2 and len(mask) not in (1, batch)):
