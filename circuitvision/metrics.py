@@ -32,11 +32,10 @@ from circuitvision.answers import Answer, answer_ids, contrast, ids_of_rows, pic
 from circuitvision.digests import NamedFunction, of_tensor
 from circuitvision.errors import InputError, nearest
 from circuitvision.links import Link, divergence, link_of, log_probabilities, probabilities
-from circuitvision.model.positions import Positions, PositionsLike, warn_of_empty
-from circuitvision.model.regions import At
 from circuitvision.results import as_builtin, stored_as
 
-Position = PositionsLike
+Position = Any
+"""Any spelling of :mod:`circuitvision.model.positions`."""
 MetricType = TypeVar("MetricType", bound="Metric")
 
 
@@ -59,7 +58,7 @@ class Metric:
     def __post_init__(self) -> None:
         for own in self._answers:
             object.__setattr__(self, own, plain_answer(getattr(self, own)))
-        position = Positions.of(self.position)
+        position = _positions(self.position)
         if position.kind not in ("ints", "last"):
             object.__setattr__(self, "position", position)
 
@@ -90,7 +89,7 @@ class Metric:
                     f"{type(self).__name__} has no {name}, and no data set that has one: give it, as in metrics.{_made_by(self)}."
                 )
             changes[name] = answer_ids(found, model)
-        changes |= {"tokens": model.tokens} if Positions.of(self.position).is_named else {}
+        changes |= {"tokens": model.tokens} if _positions(self.position).is_named else {}
         return dataclasses.replace(self, link=self.link or getattr(model, "link", None), **changes)
 
     def against(self: MetricType, output: Tensor) -> MetricType:
@@ -101,7 +100,7 @@ class Metric:
         """The same metric for some of ``count`` examples: its answers and positions per example are those examples'."""
         changes: dict[str, Any] = {name: take(getattr(self, name), examples, count) for name in self._answers}
         position = self.position
-        own = position.taken(examples) if isinstance(position, Positions) else take(position, examples, count)
+        own = position.taken(examples) if hasattr(position, "taken") else take(position, examples, count)
         return dataclasses.replace(self, position=own, **changes)
 
     def __call__(
@@ -314,10 +313,10 @@ def _write(metric: Metric, tensors: dict[str, Tensor], sources: bool) -> dict[st
 
     fields: dict[str, Any] = {}
     for entry in dataclasses.fields(metric):
-        value = getattr(metric, entry.name)
+        value: Any = getattr(metric, entry.name)
         if entry.name == "tokens":
             continue
-        if isinstance(value, Positions):
+        if entry.name == "position" and dataclasses.is_dataclass(value):
             value = {"positions": write_positions(value, tensors)}
         if isinstance(value, Tensor):
             digest = of_tensor(value)
@@ -491,7 +490,7 @@ def at_position(
     batch, length = logits.shape[:2]
     kept = _kept(inputs, length)
     whole = length if kept is None else _prompt_length(inputs)
-    asked, empty = Positions.of(position), None
+    asked, empty = _positions(position), None
     if asked.kind == "last":
         index = _last_unmasked(inputs, batch, whole).to(logits.device)
     elif asked.kind == "ints" and len(asked.ints) == 1:
@@ -512,10 +511,20 @@ def at_position(
     return rows if empty is None or not bool(empty.any()) else rows.masked_fill(empty[:, None], float("nan"))
 
 
+def _positions(position: Position) -> Any:
+    """A position as a value. The core reads metrics, and positions are the core's: each meets the other when it is used."""
+    from circuitvision.model.positions import Positions
+
+    return Positions.of(position)
+
+
 def _one_each(
-    asked: Positions, batch: int, whole: int, inputs: Mapping[str, Any] | None, tokens: Any
+    asked: Any, batch: int, whole: int, inputs: Mapping[str, Any] | None, tokens: Any
 ) -> tuple[Tensor, Tensor]:
     """The one position of every example, and which examples have none."""
+    from circuitvision.model.positions import warn_of_empty
+    from circuitvision.model.regions import At
+
     if asked.kind == "mask" and asked.mask is not None:
         mask = asked.mask.tensor.cpu()
         if mask.shape[-1] != whole or (mask.ndim == 2 and len(mask) not in (1, batch)):

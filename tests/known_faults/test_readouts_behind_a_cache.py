@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import circuitvision as cv
 from circuitvision import readout
 from circuitvision.errors import InputError
 from tests.edits.common import fresh, inputs_of, near, wrap
@@ -39,7 +40,7 @@ def test_positions_of_a_second_turn(name: str) -> None:
     asked: tuple[tuple[Any, list[int]], ...] = (
         ("last", [3, 1]),
         (width + 1, [1, 1]),
-        ([width, width + 1], [0, 1]),
+        (cv.regions.at([width, width + 1]), [0, 1]),
         (-3, [1, 1]),
     )
     for position, at in asked:

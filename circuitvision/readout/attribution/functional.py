@@ -316,7 +316,7 @@ def positions_read(
         mask[:, :start] = False
     read = mask.any(1)
     if bool(mask[:, :start].any()) or (not asked.may_be_empty and not bool(read.all())) or not bool(read.any()):
-        numbers = f"{behind + start}…{behind + length - 1}"
+        numbers = f"{behind + start}…{behind + length - 1}" + ", behind those of the cache" * bool(behind)
         raise InputError(
             f"Position {asked.text!r} is outside the {length - start} positions that are read here ({numbers})."
         )
@@ -352,8 +352,9 @@ def _in_pass(tower: Tower, asked: Positions, rows: int, length: int, behind: int
     for number in numbers:
         at = number + total if number < 0 else number
         if not behind <= at < total:
+            past = ", behind those of the cache" * bool(behind)
             raise InputError(
-                f"Position {number} is outside the {length} positions that are read here ({behind}…{total - 1})."
+                f"Position {number} is outside the {length} positions that are read here ({behind}…{total - 1}{past})."
             )
         mask[:, at - behind] = True
     return mask
