@@ -7,7 +7,7 @@ edit holds no model; ``model.run(inputs, [edits])``, ``model.generate(inputs, ed
 Common to all:
 
 * ``site`` is a name or a glob (``"language.blocks.*.attn.hook_z"``: the same edit at every matching site), or a head, MLP or attention layer in any
-  spelling of :mod:`circuitvision.model.names` (``"vision.L1H3"``, ``"v.a1.h3"``, ``("vision", 1, 3)``, ``"language.L2.mlp"``): what it adds
+  spelling of :mod:`circuitvision.model.names` (``"vision L1H3"``, ``"v.a1.h3"``, ``("vision", 1, 3)``, ``"language L2.mlp"``): what it adds
   (``attn.hook_z`` of that head, ``hook_mlp_out``, ``hook_attn_out``). Without a tower it fits models of one tower;
 * ``heads`` count the head axis of the site itself (key/value heads at ``hook_k`` and ``hook_v``), or are spelled heads of its layer;
 * ``positions`` are those of the tower, absolute, padding included: an int, ints, a slice, ``"last"``, a bool mask ``[batch, pos]``, or a selection of

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from circuitvision.model.names import parse_id, spelled
+from circuitvision.model.names import is_component, parse_id, spelled
 from circuitvision.patching.activation import LEAST_GAP
 from circuitvision.readout.probes.splitting import wilson
 
@@ -336,7 +336,7 @@ def _say_margin(found: Finding) -> str:
 
 def _capital(text: str) -> str:
     """A sentence that begins with a word in capitals; names of components stay as they are spelled."""
-    return text if text.split(" ", 1)[0].count(".") else text[:1].upper() + text[1:]
+    return text if is_component(" ".join(text.split(" ", 2)[:2])) else text[:1].upper() + text[1:]
 
 
 _SENTENCES = {

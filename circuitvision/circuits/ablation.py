@@ -111,7 +111,7 @@ def ablation_check(
     Args:
         model: the hooked model.
         pairs: batches of pairs, all of one shape.
-        heads: in any spelling of :mod:`circuitvision.model.names`, such as ``"vision.L1H2"``, ``"v.a1.h2"`` or ``("vision", 1, 2)``.
+        heads: in any spelling of :mod:`circuitvision.model.names`, such as ``"vision L1H2"``, ``"v.a1.h2"`` or ``("vision", 1, 2)``.
         reference: the batches whose mean replaces a head's output, both inputs of every pair; ``pairs`` by default.
         n_random: number of random sets; no set is drawn twice.
         seed: of the draws.

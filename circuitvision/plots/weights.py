@@ -237,8 +237,8 @@ def composition(result: CompositionScores, title: str | None = None) -> go.Figur
     # The last layer writes to no other, the first reads from no other.
     values = result.values[:-1, :, 1:]
     grid = values.flatten(0, 1).flatten(1)
-    writers = [head_name(layer, head) for layer in layers[:-1] for head in heads]
-    readers = [head_name(layer, head) for layer in layers[1:] for head in heads]
+    writers = [head_name(layer, head, result.tower) for layer in layers[:-1] for head in heads]
+    readers = [head_name(layer, head, result.tower) for layer in layers[1:] for head in heads]
     there = grid[grid.isfinite()]
     limit = max(float(there.abs().max()) if len(there) else 0.0, 1e-9)
     figure = go.Figure(
@@ -324,7 +324,7 @@ def _strongest(result: ValueVectors, count: int) -> list[tuple[int, ...]]:
 def _place_name(result: ValueVectors, place: tuple[int, ...]) -> str:
     letters = {"neuron": "N", "head": "H", "channel": " channel ", "coordinate": " coordinate "}
     parts = zip(list(result.axes)[1:-1], place[1:], strict=True)
-    return f"L{place[0]}" + "".join(f"{letters[axis]}{index}" for axis, index in parts)
+    return f"{result.tower} L{place[0]}" + "".join(f"{letters[axis]}{index}" for axis, index in parts)
 
 
 def _value_title(

@@ -145,12 +145,12 @@ def test_highlights_name_the_planted_head():
 
     _, cache = planted("vit", "vision", to_first_patch)
     said = attention_mass(cache, spans={"patch 4": 5}).highlights()["patch 4"]
-    assert said == "L0H2: 100.0% (all keys alike: 5.9%)"
-    assert attention_entropy(cache).highlights()["entropy"].startswith("L0H2: 0.00 (all keys alike: 2.83)")
-    assert attention_mass(cache).span("patch").highlights()["mass"].startswith("L0H2: 100.0%")
-    assert distance_profile(cache).highlights()["farthest"].startswith("L0H2")
-    assert re.match(r"L\dH\d: ", position_pattern(cache).highlights()["best explained by offsets"])
-    assert attention_maps(cache, query="cls").highlights()["L0H2"] == "100.0% on image patches"
+    assert said == "vision L0H2: 100.0% (all keys alike: 5.9%)"
+    assert attention_entropy(cache).highlights()["entropy"].startswith("vision L0H2: 0.00 (all keys alike: 2.83)")
+    assert attention_mass(cache).span("patch").highlights()["mass"].startswith("vision L0H2: 100.0%")
+    assert distance_profile(cache).highlights()["farthest"].startswith("vision L0H2")
+    assert re.match(r"vision L\dH\d: ", position_pattern(cache).highlights()["best explained by offsets"])
+    assert attention_maps(cache, query="cls").highlights()["vision L0H2"] == "100.0% on image patches"
 
 
 # -- regions -------------------------------------------------------------------------------------------------------------------------------

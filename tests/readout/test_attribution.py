@@ -217,10 +217,10 @@ def test_neurons_and_their_bias_make_up_the_mlp():
         tower = list(model.towers)[-1]
         parts = direct_attribution(model, cache, (0, 1), tower, by="neuron", layers=[1])
         whole = direct_attribution(model, cache, (0, 1), tower)
-        names = [term for term in parts.axes["term"] if term.startswith(("L1N", "L1.mlp"))]
+        names = [term for term in parts.axes["term"] if term.startswith((f"{tower} L1N", f"{tower} L1.mlp"))]
         total = sum(parts[term] for term in names)
         torch.testing.assert_close(total, whole["L1.mlp"], atol=1e-10, rtol=1e-8)
-        assert "L0.mlp" in parts.axes["term"]
+        assert f"{tower} L0.mlp" in parts.axes["term"]
 
 
 def test_every_way_to_name_a_direction():
@@ -302,7 +302,7 @@ def test_the_first_things_shown_are_the_strongest():
     name, value = next(iter(sources.highlights().items()))
     size = sources.values.abs().sum(-1).mean(-1)
     layer, head = divmod(int(size.argmax()), size.shape[1])
-    assert name == f"L{layer}H{head}"
+    assert name == f"language L{layer}H{head}"
     mine = sources.values[layer, head].double()
     patches = model.tokens(cache.inputs)["language"].positions("patch")
     wanted = (

@@ -68,7 +68,7 @@ def test_a_term_that_is_not_there_names_the_nearest(vit):
     model, _, cache = vit
     found = readout.direct_attribution(model, cache, 0)
     with pytest.raises(InputError, match=r"nearest of .*L0\.mlp"):
-        found["L0mlp"]
+        found["L0mpl"]
     with pytest.raises(
         InputError, match="The figure of an Attribution in the view 'bars' does not take top=; it takes count, title"
     ):

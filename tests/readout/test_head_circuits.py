@@ -281,11 +281,11 @@ def test_a_head_built_to_read_another_has_the_highest_score(tmp_path):
         ln1.weight.fill_(1.0)
         tower.blocks[2].part("v").weight[width : 2 * width] = basis.T
     found = composition_scores(tower, "V")
-    assert found.top(1)[0][:2] == ("L0H3", "L2H1")
+    assert found.top(1)[0][:2] == ("vision L0H3", "vision L2H1")
     # The whole of what is written is read: only how evenly keeps the score from 1 / sqrt(d_head).
     assert found.top(1)[0][2] + found.random_mean == pytest.approx(width**-0.5, rel=0.15)
     assert found.top(1)[0][2] > 1.5 * found.top(2)[1][2]
-    assert composition_scores(tower, "Q").top(1)[0][:2] != ("L0H3", "L2H1")
+    assert composition_scores(tower, "Q").top(1)[0][:2] != ("vision L0H3", "vision L2H1")
     raw = composition_scores(tower, "V", above_random=False)
     torch.testing.assert_close(found.values + found.random_mean, raw.values, equal_nan=True)
     again = CompositionScores.load(found.save(tmp_path / "scores.npz"))
@@ -303,14 +303,14 @@ def test_chosen_layers_and_heads_of_zeros():
     torch.testing.assert_close(
         composition_scores(tower, "K", layers=[0, -1], above_random=False).values, some.values, equal_nan=True
     )
-    assert some.top(1)[0][0].startswith("L0")
-    assert some.top(1)[0][1].startswith("L2")
+    assert some.top(1)[0][0].startswith("vision L0")
+    assert some.top(1)[0][1].startswith("vision L2")
     with torch.no_grad():
         tower.blocks[0].part("o").weight[:, : tower.cfg.d_head] = 0
     dead = composition_scores(tower, "K", above_random=False)
     assert dead.values[0, 0].isnan().all()
     assert dead.values[0, 1, 1:].isfinite().all()
-    assert all(not source.startswith("L0H0") for source, _, _ in dead.top(999))
+    assert all(not source.startswith("vision L0H0") for source, _, _ in dead.top(999))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,9 @@ def test_figures_say_which_heads_and_which_words(tmp_path):
     assert figure.layout.title.text.startswith("No pair stands out from random heads in Q-composition")
     assert f"the first is {source} → {target}, {value:+.2f}" in figure.layout.title.text
     scores.values[0, 1, 1, 2] = 0.5
-    assert scores.plot().layout.title.text.startswith("L0H1 → L1H2 composes most through Q: +0.50 above random heads")
+    assert scores.plot().layout.title.text.startswith(
+        "language L0H1 → language L1H2 composes most through Q: +0.50 above random heads"
+    )
     heads = tower.cfg.n_heads
     assert figure.data[0].z.shape == (2 * heads, 2 * heads)
     assert "two layers" in composition_scores(tower, layers=[1]).plot().layout.title.text

@@ -60,7 +60,7 @@ def test_means_and_errors_over_examples_and_nan_last():
 def test_results_name_their_components():
     model, _, cache = run("llava-clip-llama", everything=True)
     heads = ranking(log_prob_increase(model, cache, 3), by="size")
-    assert all(name.startswith("L") and "H" in name for name in heads.axes["component"])
+    assert all(name.startswith("language L") and "H" in name for name in heads.axes["component"])
     terms = direct_attribution(model, cache, (3, 4))
     assert ranking(terms, by="size").top(3) == [name for name, _ in terms.top(3)]
 

@@ -25,7 +25,7 @@ Sources: Elhage et al. 2021 (transformer circuits, direct logit attribution); Yu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.names import head_name
+from circuitvision.model.names import component, head_name, is_component, spelled
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.attribution.functional import LinearReadout, functional
 from circuitvision.readout.attribution.rest import (
@@ -65,7 +65,7 @@ class Attribution(Result):
     """What each term adds to a direction: ``values [term row]`` in the direction's units (logits; a robot's own units for actions).
 
     ``total`` ``[row]`` is the value explained; ``values.sum(0) == total``. The term ``bias`` holds the biases of norm and head. In a run under hooks
-    ``L{layer}.rest`` is what they put into the stream of that block, which no attention and no MLP wrote. Where the family
+    ``L{layer}.rest`` (behind the tower's name) is what they put into the stream of that block, which no attention and no MLP wrote. Where the family
     caps its logits (PaliGemma 2), ``total`` is the value before the cap, and ``capped`` ``[row]`` what the model says; elsewhere both are the same.
     """
 
@@ -95,8 +95,16 @@ class Attribution(Result):
         return [(self.axes["term"][index], float(mean[index])) for index in order]
 
     def __getitem__(self, term: str) -> Tensor:
-        """One term's share ``[row]``."""
-        return self.values[self.index_of("term", term)]
+        """One term's share ``[row]``; heads, neurons, MLPs and attention layers in any spelling, and without the tower."""
+        return self.values[self.index_of("term", self._label(term))]
+
+    def _label(self, term: Any) -> Any:
+        """The label of a term in this result, where it is spelled otherwise."""
+        if term in self.axes["term"]:
+            return term
+        node = component(term) if is_component(term) else None
+        label = f"{self.tower} {term}" if node is None else spelled(replace(node, tower=node.tower or self.tower))
+        return label if label in self.axes["term"] or str(term).startswith("L") else term
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +135,7 @@ class SourceAttribution(Result):
         found = {}
         for flat in size.nan_to_num(-1.0).flatten().argsort(descending=True)[:5].tolist():
             layer, head = divmod(flat, heads.shape[1])
-            name = f"L{self.axes['layer'][layer]}H{head}"
+            name = head_name(self.axes["layer"][layer], head, self.tower)
             found[name] = (
                 f"{float(heads[layer, head]):+.4g}, {float(patches[layer, head]):+.4g} of it from image patches"
             )
@@ -198,26 +206,27 @@ def _shares(
         return (vector[:, stream.here].to(gradient.dtype) * gradient).flatten(1).sum(-1)
 
     shares = {name: share(part) for name, part in stream.input_parts().items()}
-    count = stream.end
+    count, tower = stream.end, stream.tower.name
     told_apart = set(chosen_layers(layers, count))
     for layer in range(count):
         rest: list[Tensor] = []
         for branch in ("attn", "mlp"):
             whole = share(stream.site(f"blocks.{layer}.hook_{branch}_out"))
             if by == "component" or (branch == "mlp" and not (by == "neuron" and layer in told_apart)):
-                shares[f"L{layer}.{branch}"] = whole
+                shares[f"{tower} L{layer}.{branch}"] = whole
                 continue
             split = stream.head_shares if branch == "attn" else stream.neuron_shares
             parts, bias = split(layer, gradient)
             for number, value in enumerate(parts):
-                shares[head_name(layer, number) if branch == "attn" else f"L{layer}N{number}"] = value
-            shares[f"L{layer}.{branch}.bias"] = bias
+                name = head_name(layer, number, tower) if branch == "attn" else f"{tower} L{layer}N{number}"
+                shares[name] = value
+            shares[f"{tower} L{layer}.{branch}.bias"] = bias
             gap = whole - parts.sum(0) - bias
             rest += [gap] if is_rest(stream, layer, branch, gap, parts.abs().sum(0) + bias.abs() + whole.abs()) else []
         between = rest_of_stream(stream, layer)
         rest += [] if between is None else [(between.to(gradient.dtype) * gradient).flatten(1).sum(-1)]
         if rest:
-            shares[f"L{layer}.rest"] = torch.stack(rest).sum(0)
+            shares[f"{tower} L{layer}.rest"] = torch.stack(rest).sum(0)
     return list(shares), list(shares.values())
 
 

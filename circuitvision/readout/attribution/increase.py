@@ -24,6 +24,7 @@ from circuitvision.errors import InputError
 from circuitvision.links import Link, log_probabilities
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading, link
+from circuitvision.model.names import head_name
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.attribution.direct import attribution_tower, cached_for, sources_of
 from circuitvision.readout.attribution.functional import positions_read
@@ -86,9 +87,8 @@ class SourceIncrease(LogProbIncrease):
         found = {}
         for flat in order:
             layer, head, position = (int(i) for i in torch.unravel_index(torch.tensor(flat), mean.shape))
-            name = f"L{self.axes['layer'][layer]}H{head} from {position}" + f" ({self.words[0][position]})" * (
-                len(self.words) == 1
-            )
+            name = f"{head_name(self.axes['layer'][layer], head, self.tower)} from {position}"
+            name += f" ({self.words[0][position]})" * (len(self.words) == 1)
             found[name] = f"{float(mean[layer, head, position]):+.4g}"
         return {**found, "answer": self.answer}
 

@@ -96,15 +96,14 @@ class CompositionScores(Result):
     random_sd: float = 0.0
 
     def top(self, count: int = 10) -> list[tuple[str, str, float]]:
-        """The strongest pairs as (source, head, value), such as ``("L0H3", "L1H2", 0.21)``."""
+        """The strongest pairs as (source, head, value), such as ``("vision L0H3", "vision L1H2", 0.21)``."""
         order = self.values.nan_to_num(nan=-torch.inf).flatten().argsort(descending=True, stable=True)
         found = []
         for flat in order[: min(count, int(self.values.isfinite().sum()))].tolist():
             at = [int(i) for i in torch.unravel_index(torch.tensor(flat), self.values.shape)]
             layers = self.axes["layer"]
-            found.append(
-                (head_name(layers[at[0]], at[1]), head_name(layers[at[2]], at[3]), float(self.values[tuple(at)]))
-            )
+            source, head = (head_name(layers[layer], number, self.tower) for layer, number in (at[:2], at[2:]))
+            found.append((source, head, float(self.values[tuple(at)])))
         return found
 
 
@@ -113,7 +112,7 @@ def ov_circuit(
 ) -> FactoredMatrix:
     """``W_V W_O`` ``[d_model d_model]`` of one head: what it adds per unit of what it attends to (see the module).
 
-    The head is given as two numbers or as ``"L1H3"``.
+    The head is given as two numbers or as ``"vision L1H3"``.
     By default what :math:`attn.hook_result` is made of: ``result[q] = sum_k pattern[q, k] (x_k W_V + b_V) W_O``.
 
     Raises:
