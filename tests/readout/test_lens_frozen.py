@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.readout.lens import reader as lens_module
-from circuitvision.readout.lens import summaries
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.lens.sites import lens_sites
 from circuitvision.readout.places import on_grid
@@ -221,8 +220,8 @@ def test_no_tensor_holds_more_logits_than_a_piece_however_many_rows(norm, batch,
         with Largest(vocabulary) as watch:
             result = logit_lens(model, cache, norm=norm, **options)
             if "targets" in options:
-                summaries.lens_identifiability(result)
-                summaries.change_rate(result)
+                result.identifiability()
+                result.change_rate()
         assert 0 < watch.elements <= 3 * vocabulary
 
 
@@ -321,7 +320,7 @@ def test_a_joint_value_has_no_rank_among_single_columns():
     assert torch.equal(result.ranks[..., 0], alone.ranks[..., 0])
     assert torch.equal(result.ranks[:, 0, :, 1], alone.ranks[:, 0, :, 0])
     assert bool((result.ranks[:, 1, :, 1] == 0).all())
-    found = summaries.lens_identifiability(result).values
+    found = result.identifiability().values
     assert found[:, 1, 1].isnan().all()
     assert found[:, 0].isfinite().all()
 
@@ -348,11 +347,11 @@ def test_padding_without_numbers_does_not_count_and_a_place_that_does_is_not_hid
     assert bool(padding.any())
     for name in ("values", "ranks"):
         getattr(result, name)[:, padding] = 0 if name == "ranks" else float("nan")
-    assert summaries.lens_identifiability(result).values.isfinite().all()
-    assert summaries.change_rate(result).values.isfinite().all()
+    assert result.identifiability().values.isfinite().all()
+    assert result.change_rate().values.isfinite().all()
     at = int((~padding[0]).nonzero()[0])
     result.values[1, 0, at] = float("nan")
-    rises = summaries.change_rate(result).values
+    rises = result.change_rate().values
     assert rises[:2, 0].isnan().all()
     assert rises[:, 1].isfinite().all()
 
@@ -364,9 +363,9 @@ def test_matches_of_lenses_that_do_not_fit_are_refused():
         for sites in (["vision.hook_input", "resid_post"], "attn_out", "mlp_out", "attn.hook_result")
     )
     with pytest.raises(InputError, match="head axis"):
-        summaries.match_rates(stream, heads, mlp)
+        stream.match_rates(heads, mlp)
     with pytest.raises(InputError, match="same rows"):
-        summaries.match_rates(stream.row(0), attention, mlp)
+        stream.row(0).match_rates(attention, mlp)
     with pytest.raises(InputError, match="top_k"):
         stream.contrast(1, 2)
 
@@ -375,7 +374,7 @@ def test_a_result_says_what_it_found():
     model, out, cache = run("vit")
     result = logit_lens(model, cache, "vision", targets=[0])
     assert model.config.id2label[int(out[0].argmax())] in result._repr_html_()
-    found = summaries.lens_identifiability(result, "cls")
+    found = result.identifiability("cls")
     assert "identifiability" in found.highlights()
     assert f"{float(found.values[-1].mean()):.3g} (layer 2)" in found._repr_html_()
     words, logits, other = run("llava-clip-llama")
