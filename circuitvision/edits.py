@@ -158,7 +158,7 @@ def replace(
 
 def ablate(
     site: Component,
-    with_: Any = "zero",
+    method: Any = "zero",
     *,
     dataset: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     average: str | Iterable[str] | Selection = "position",
@@ -169,7 +169,7 @@ def ablate(
 ) -> Edit:
     """Constant ablation: the selected entries lose what they say about this example.
 
-    ``with_`` is ``"zero"``; ``"mean"``, over what is there in ``dataset`` (inputs, or a sequence of inputs of any lengths) or in the run itself;
+    ``method`` is ``"zero"``; ``"mean"``, over what is there in ``dataset`` (inputs, or a sequence of inputs of any lengths) or in the run itself;
     ``"resample"``, the value in another example of the run; a tensor, number or cache, as in :func:`replace`; or ``"heads"``, the mean of the other
     heads. The last depends on the basis of the value space, which means nothing to the model (V-SEAM, arXiv 2509.14837, uses it), and warns.
 
@@ -187,11 +187,11 @@ def ablate(
     """
     words = ("zero", "mean", "resample", "heads")
     where = _at(site, heads, positions, steps)
-    method, source = (with_, None) if isinstance(with_, str) else ("given", _source(where["site"], with_))
-    if method not in (*words, "given"):
-        raise InputError(f"with_={with_!r} is not understood: {', '.join(map(repr, words))}, or a value.")
+    word, source = (method, None) if isinstance(method, str) else ("given", _source(where["site"], method))
+    if word not in (*words, "given"):
+        raise InputError(f"method={method!r} is not understood: {', '.join(map(repr, words))}, or a value.")
     over = average_of(average)
-    if method == "heads":
+    if word == "heads":
         warn(
             "The mean over other heads depends on the basis of each head's values, which the model's function does not; "
             "use 'zero' or 'mean' for a result that is a property of the model."
@@ -202,7 +202,7 @@ def ablate(
         if not listed or not all(isinstance(inputs, Mapping) for inputs in listed):
             raise InputError("dataset is one mapping of inputs, or several.")
         sets = tuple(TensorRefMapping.of(inputs) for inputs in listed)
-    return Ablate(**where, source=source, method=method, dataset=sets, average=over, seed=seed)
+    return Ablate(**where, source=source, method=word, dataset=sets, average=over, seed=seed)
 
 
 def steer(

@@ -24,7 +24,9 @@ from circuitvision.readout.probes.splitting import wilson
 
 if TYPE_CHECKING:
     from circuitvision.circuits import AblationCheck, HeadImportance
-    from circuitvision.readout import Curve, LensResult, ProbeResult
+    from circuitvision.readout.lens.result import LensResult
+from circuitvision.readout.probes.linear import ProbeResult
+from circuitvision.readout.relevance.curves import Curve
 
 LEAST_SWING = {"logit": 0.1, "nat": 0.1, "logprob": 0.1, "prob": 0.01}
 LEAST_SHARE = 0.05

@@ -15,7 +15,7 @@ from circuitvision.metrics import logit_diff
 from circuitvision.model.sweep import SweepResult
 from circuitvision.patching import activation_patch
 from circuitvision.plots import graph, lens_rows, report, style, sweeps
-from circuitvision.readout import LensResult
+from circuitvision.readout.lens.result import LensResult
 from circuitvision.results import Result
 from tests.toy_model import ToyModel
 

@@ -89,7 +89,7 @@ class Ranking(Result):
 
 
 @with_provenance
-def ranking(scores: Result | Tensor, labels: Sequence[Any] | None = None, *, by: str | None = None) -> Ranking:
+def rank_components(scores: Result | Tensor, labels: Sequence[Any] | None = None, *, by: str | None = None) -> Ranking:
     """Rank components by their score, the mean over examples (of an example with several rows, over their mean); NaN does not count.
 
     Args:

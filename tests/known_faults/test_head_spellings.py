@@ -19,10 +19,9 @@ from circuitvision.model import names
 from circuitvision.model.names import NodeName, component, head_name, heads_of, spelled
 from circuitvision.readout import (
     direct_attribution,
-    full_ov,
     ov_circuit,
     qk_circuit,
-    ranking,
+    rank_components,
     source_attribution,
 )
 from tests.zoo import CASES, shared_model
@@ -236,7 +235,7 @@ def test_from_rankings_to_edits_and_back() -> None:
         assert torch.isfinite(model.run(inputs, edits.ablate(name))).all()
     grid = [edits.ablate(head_name(layer, head)) for layer in range(3) for head in range(4)]
     swept = model.sweep(inputs, grid, metrics.logit_diff(answer, answer.roll(1)))
-    order = ranking(swept.values, [head_name(layer, head) for layer in range(3) for head in range(4)])
+    order = rank_components(swept.values, [head_name(layer, head) for layer in range(3) for head in range(4)])
     assert torch.isfinite(model.run(inputs, [edits.ablate(name) for name in order.axes["component"][:3]])).all()
     importance = head_importance(
         model, inputs, {"pixel_values": inputs["pixel_values"].flip(0)}, metrics.logit_diff(0, 1)
@@ -256,7 +255,9 @@ def test_circuits_of_a_head() -> None:
             with pytest.raises(InputError):
                 circuit(tower, *wrong)
     llava, _ = model_of("llava-clip-llama")
-    assert torch.equal(full_ov(llava.language, "L1H2").AB, full_ov(llava.language, 1, 2).AB)
+    assert torch.equal(
+        ov_circuit(llava.language, "L1H2", tokens=True).AB, ov_circuit(llava.language, 1, 2, tokens=True).AB
+    )
 
 
 def test_figures_of_chosen_heads() -> None:

@@ -14,17 +14,10 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
-from circuitvision.readout import (
-    AttentionContrast,
-    AttentionMaps,
-    AttentionRollout,
-    attention_contrast,
-    attention_maps,
-    attention_mass,
-    head_contrast,
-    peak_in,
-    rollout,
-)
+from circuitvision.readout import attention_contrast, attention_maps, attention_mass, head_contrast, peak_in, rollout
+from circuitvision.readout.attention.maps import AttentionMaps
+from circuitvision.readout.attention.regions import AttentionContrast
+from circuitvision.readout.attention.rollout import AttentionRollout
 from tests.readout.test_attention import PATTERNS, paddings, planted, run, wrapped
 from tests.zoo import Case, case, parametrize
 

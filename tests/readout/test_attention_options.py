@@ -17,7 +17,6 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.readout import (
-    AttentionContrast,
     attention_contrast,
     attention_entropy,
     attention_maps,
@@ -29,6 +28,7 @@ from circuitvision.readout import (
     rollout,
 )
 from circuitvision.readout.attention.cache import _layout
+from circuitvision.readout.attention.regions import AttentionContrast
 from tests.readout.test_attention import planted, run
 from tests.readout.test_attention_maps import made, random_shares
 from tests.zoo import Case, case, parametrize, shared_model

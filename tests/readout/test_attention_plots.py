@@ -14,10 +14,6 @@ from circuitvision.errors import InputError
 from circuitvision.model.names import component
 from circuitvision.plots import attention, attention_overlay, patches, style
 from circuitvision.readout import (
-    AttentionContrast,
-    AttentionSummary,
-    DistanceProfile,
-    PositionPattern,
     attention_entropy,
     attention_maps,
     attention_mass,
@@ -27,6 +23,9 @@ from circuitvision.readout import (
     position_pattern,
     rollout,
 )
+from circuitvision.readout.attention.distance import DistanceProfile, PositionPattern
+from circuitvision.readout.attention.mass import AttentionSummary
+from circuitvision.readout.attention.regions import AttentionContrast
 from tests.readout.test_attention import run
 from tests.readout.test_attention_maps import made, random_shares
 

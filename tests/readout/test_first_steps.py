@@ -49,13 +49,6 @@ def test_a_lens_without_targets_says_both_ways_to_ask(vit):
         readout.logit_lens(model, cache)
 
 
-def test_a_box_in_shares_is_told_to_count_pixels():
-    with pytest.raises(InputError, match="counted in pixels"):
-        readout.box_mask((0.1, 0.1, 0.4, 0.4), (64, 64))
-    with pytest.raises(InputError, match=r"\(height, width\)\.$"):
-        readout.box_mask((70, 70, 80, 80), (64, 64))
-
-
 def test_a_picture_given_as_image_is_sent_to_picture(vit):
     model, _, cache = vit
     lens = readout.logit_lens(model, cache, top_k=1)
@@ -106,7 +99,7 @@ def test_an_example_is_read_where_its_tower_gathers_it(name, site, meant):
 def test_components_that_nothing_spreads_in_are_told_by_site():
     alike = {"input": torch.ones(6, 4), "block": torch.randn(6, 4, generator=torch.Generator().manual_seed(0))}
     with pytest.warns(UserWarning, match="At input the activations spread in 0 directions.*alike"):
-        readout.pca_of(alike)
+        readout.pca(alike)
 
 
 # -- figures -------------------------------------------------------------------------------------------------------------------------------

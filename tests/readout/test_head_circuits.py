@@ -15,7 +15,6 @@ from circuitvision.readout.weights.head_circuits import (
     CompositionScores,
     SingularVectors,
     composition_scores,
-    full_ov,
     ov_circuit,
     qk_circuit,
     random_composition,
@@ -131,11 +130,11 @@ def test_written_circuits_include_what_follows_the_output_projection():
 def test_the_full_circuit_goes_from_tokens_to_outputs():
     model = hooked("llava-clip-gemma", double=True)
     tower = model.language
-    found = full_ov(tower, 1, 2, gain=False)
+    found = ov_circuit(tower, 1, 2, tokens=True, gain=False)
     dense = tower.W_E @ tower.W_V[1, 0] @ tower.W_O[1, 2] @ tower.W_U
     torch.testing.assert_close(found.AB, dense)
     assert found.mdim == tower.cfg.d_head
-    gained = full_ov(tower, 1, 2).AB
+    gained = ov_circuit(tower, 1, 2, tokens=True).AB
     gain = 1 + tower.blocks[1].part("ln1").weight
     torch.testing.assert_close(
         gained, (tower.W_E * gain) @ tower.W_V[1, 0] @ tower.W_O[1, 2] @ unembedding_matrix(tower).matrix
@@ -320,7 +319,7 @@ def test_chosen_layers_and_heads_of_zeros():
         (lambda tower: qk_circuit(tower, 0, 4), "no L0H4"),
         (lambda tower: ov_circuit(tower, 0, -5), "no L0H-5"),
         (lambda tower: ov_circuit(tower, 0.5, 1), "no component"),
-        (lambda tower: full_ov(tower, 0, 0), "no tokens"),
+        (lambda tower: ov_circuit(tower, 0, 0, tokens=True), "no tokens"),
         (lambda tower: composition_scores(tower, "O"), "Q, K, V"),
         (lambda tower: composition_scores(tower, layers=[5]), "layers of 0 to 2"),
         (lambda tower: composition_scores(tower, draws=0), "at least 1"),

@@ -14,7 +14,7 @@ from circuitvision.readout.attribution.direct import direct_attribution, source_
 from circuitvision.readout.attribution.increase import log_prob_increase
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.lens.tuned import TunedLens
-from circuitvision.readout.ranks import ranking
+from circuitvision.readout.ranks import rank_components
 from tests.readout.common import run
 from tests.zoo import case, shared_model
 
@@ -181,13 +181,13 @@ def test_labels_of_targets_come_before_their_places():
 
 def test_a_ranking_leaves_out_what_is_no_number_and_compares_examples_not_positions():
     scores = torch.tensor([10.0, 0, 0, 0, 0, 0, torch.nan])
-    assert ranking(scores).above_threshold() == ["0"]
-    assert not ranking(scores).random_control(2).isnan().any()
-    by_size = ranking(torch.tensor([-10.0, 1.0, 1.0]), by="size")
+    assert rank_components(scores).above_threshold() == ["0"]
+    assert not rank_components(scores).random_control(2).isnan().any()
+    by_size = rank_components(torch.tensor([-10.0, 1.0, 1.0]), by="size")
     assert float(by_size.random_control(3).mean()) == pytest.approx(12.0)
     model, _, cache = run("llava-clip-llama", everything=True)
     one = source_attribution(model, cache, (3, 4))
-    single = ranking(type(one)(one.values[:, :, :1], {**one.axes, "row": [0]}, one.provenance))
+    single = rank_components(type(one)(one.values[:, :, :1], {**one.axes, "row": [0]}, one.provenance))
     assert single.errors.isnan().all()
 
 

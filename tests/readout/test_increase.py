@@ -105,7 +105,7 @@ def test_it_disagrees_with_direct_attribution_where_the_answer_is_said_already()
         ("clip", {}, "distribution"),
         ("llava-clip-llama", {"tower": "vision"}, "distribution"),
         ("llava-clip-llama", {"position": "mean"}, "one position"),
-        ("llava-clip-llama", {"pieces": "mean"}, "one column"),
+        ("llava-clip-llama", {"aggregation": "mean"}, "one column"),
         ("llava-clip-llama", {"answer": (3, 4)}, "a pair"),
         ("llava-clip-llama", {"answer": cv.metrics.logprob(3)}, "a metric"),
         ("llava-clip-llama", {"answer": None}, "An answer is"),

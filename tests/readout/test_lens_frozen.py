@@ -13,7 +13,6 @@ import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.readout.lens import reader as lens_module
 from circuitvision.readout.lens.logit import logit_lens
-from circuitvision.readout.lens.sites import lens_sites
 from circuitvision.readout.places import on_grid
 from circuitvision.readout.targets import reader_of
 from tests.readout.common import NAMES, run
@@ -212,7 +211,7 @@ def test_no_tensor_holds_more_logits_than_a_piece_however_many_rows(norm, batch,
     model = run("llava-clip-llama")[0]
     inputs = case("llava-clip-llama").inputs(model.module, batch=batch)
     with torch.no_grad():
-        _, cache = model.run_with_cache(inputs, lens_sites(model, "language"))
+        _, cache = model.run_with_cache(inputs, model.language.stream_sites())
     vocabulary = model.language.W_U.shape[1]
     monkeypatch.setattr(lens_module, "CHUNK_BYTES", 4 * vocabulary * 3)
     monkeypatch.setattr("circuitvision.readout.lens.logit.describe", lambda *given, **named: {})
@@ -306,7 +305,7 @@ def test_a_joint_reading_is_no_chain_of_probabilities():
         said = model(longer).log_softmax(-1)[0]
     chain = said[-3, ids[0]] + said[-2, ids[1]]
     same_place = said[-3, ids[0]] + said[-3, ids[1]]
-    joint = logit_lens(model, cache, targets=[word], pieces="joint", measure="logprob").values[-1, 0, -1, 0]
+    joint = logit_lens(model, cache, targets=[word], aggregation="joint", measure="logprob").values[-1, 0, -1, 0]
     torch.testing.assert_close(joint, same_place, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(chain - joint, said[-2, ids[1]] - said[-3, ids[1]], atol=1e-4, rtol=1e-4)
     assert abs(float(chain - joint)) > 1e-3
@@ -315,7 +314,7 @@ def test_a_joint_reading_is_no_chain_of_probabilities():
 def test_a_joint_value_has_no_rank_among_single_columns():
     model, _, cache = run("llava-clip-llama")
     targets = {"one": ["red", "red"], "two": ["red", "red blue"]}
-    result = logit_lens(model, cache, targets=targets, pieces="joint", measure="logprob")
+    result = logit_lens(model, cache, targets=targets, aggregation="joint", measure="logprob")
     alone = logit_lens(model, cache, targets=["red"], measure="logprob")
     assert torch.equal(result.ranks[..., 0], alone.ranks[..., 0])
     assert torch.equal(result.ranks[:, 0, :, 1], alone.ranks[:, 0, :, 0])
@@ -384,7 +383,7 @@ def test_a_result_says_what_it_found():
 
 def test_a_mean_is_over_the_pieces_that_a_word_has():
     model, _, cache = run("llava-clip-llama")
-    both = logit_lens(model, cache, targets=["red", "red blue"], pieces="mean").values
+    both = logit_lens(model, cache, targets=["red", "red blue"], aggregation="mean").values
     single = logit_lens(model, cache, targets=["red", "blue"]).values
     torch.testing.assert_close(both[..., 0], single[..., 0])
     torch.testing.assert_close(both[..., 1], single.mean(-1), atol=1e-5, rtol=1e-5)

@@ -305,7 +305,7 @@ def test_actions_are_numbers_and_a_pass_is_named():
     assert float(trace.text[-1][-1].replace("\N{MINUS SIGN}", "-")) == pytest.approx(
         float(velocity[0, -1, 0]), rel=0.01
     )
-    with model.record(list(cv.readout.lens_sites(model, "action"))) as steps:
+    with model.record(list(model.action.stream_sites())) as steps:
         model.sample_actions(cache.inputs, num_steps=3)
     later = logit_lens(model, steps, "action", targets=[0], step=2)
     assert "pass 2" in later.plot(view="table").layout.title.text

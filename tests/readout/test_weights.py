@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import circuitvision as cv
 from circuitvision.errors import InputError
+from circuitvision.families.action_tokens import action_bins
 from circuitvision.model.tower import norm_spec
-from circuitvision.readout.weights.rows import action_bins, written_rows
+from circuitvision.readout.weights.rows import written_rows
 from circuitvision.readout.weights.unembedding import unembedding_matrix
 from circuitvision.readout.weights.value_vectors import ValueVectors, value_vectors
 from tests.readout.planted import close, hooked, options_for, plant

@@ -152,7 +152,7 @@ def direct_attribution(
     by: str = "head",
     layers: int | Sequence[int] | None = None,
     position: Any = None,
-    pieces: str | None = None,
+    aggregation: str | None = None,
     step: int | None = None,
 ) -> Attribution:
     """Split a direction of the output into what every term of the stream adds to it.
@@ -168,7 +168,7 @@ def direct_attribution(
         layers: whose neurons are told apart; all by default.
         position: where the output is read: "last" (default of text), a number, one per row, "mean", or a selection, whose mean is read; for
             actions the step of the chunk. Read-outs that pool have no choice, patches of a vision tower behind a projector no default.
-        pieces: for a word of several tokens, "first" or "mean".
+        aggregation: for a word of several tokens, "first" or "mean".
         step: which pass of a cache of several.
 
     Raises:
@@ -176,24 +176,26 @@ def direct_attribution(
     """
     if by not in SPLITS:
         raise InputError(f"Terms are split by {', '.join(SPLITS)}, not by {by!r}.")
-    owner = attribution_tower(model, tower)
-    stream = Stream(owner, cached_for(model, cache, owner, by), step=step)
+    read_tower = attribution_tower(model, tower)
+    stream = Stream(read_tower, cached_for(model, cache, read_tower, by), step=step)
     check_head_reads_stream(stream)
-    found = functional(model, owner, stream.cache, stream.final, direction, position=position, pieces=pieces)
+    found = functional(
+        model, read_tower, stream.cache, stream.final, direction, position=position, aggregation=aggregation
+    )
     labels, shares = _shares(stream, found, by, layers)
     return Attribution(
         values=torch.stack([*shares, found.constant]).cpu(),
         axes={"term": [*labels, "bias"], "row": list(range(found.value.shape[0]))},
         provenance=describe(
             model,
-            method=f"direct_attribution(tower={owner.name}, by={by}, direction={found.label})",
+            method=f"direct_attribution(tower={read_tower.name}, by={by}, direction={found.label})",
             inputs=(stream.cache.inputs,),
         ),
-        tower=owner.name,
+        tower=read_tower.name,
         direction=found.label,
         total=found.value.cpu(),
         capped=found.capped.cpu(),
-        example=_examples(model, owner, stream.cache, found.value.shape[0]),
+        example=_examples(model, read_tower, stream.cache, found.value.shape[0]),
     )
 
 
@@ -239,7 +241,7 @@ def source_attribution(
     *,
     layers: int | Sequence[int] | None = None,
     position: Any = None,
-    pieces: str | None = None,
+    aggregation: str | None = None,
     step: int | None = None,
 ) -> SourceAttribution:
     """Split every head's share by source position: ``A_ij v_j W_O^h`` on the direction, summed over the queries ``i`` that are read.
@@ -250,10 +252,12 @@ def source_attribution(
     Raises:
         InputError: as there, or a cache without patterns.
     """
-    owner = attribution_tower(model, tower)
-    stream = Stream(owner, cached_for(model, cache, owner, "source"), step=step)
+    read_tower = attribution_tower(model, tower)
+    stream = Stream(read_tower, cached_for(model, cache, read_tower, "source"), step=step)
     check_head_reads_stream(stream)
-    found = functional(model, owner, stream.cache, stream.final, direction, position=position, pieces=pieces)
+    found = functional(
+        model, read_tower, stream.cache, stream.final, direction, position=position, aggregation=aggregation
+    )
     chosen = chosen_layers(layers, stream.end)
     there, gradient = stream.reading(found.gradient)
     values = torch.stack([_sources(there, layer, gradient) for layer in chosen])
@@ -268,15 +272,15 @@ def source_attribution(
         },
         provenance=describe(
             model,
-            method=f"source_attribution(tower={owner.name}, direction={found.label})",
+            method=f"source_attribution(tower={read_tower.name}, direction={found.label})",
             inputs=(stream.cache.inputs,),
         ),
-        tower=owner.name,
+        tower=read_tower.name,
         direction=found.label,
         places=places,
         words=words,
         kinds=kinds,
-        example=_examples(model, owner, stream.cache, values.shape[2]),
+        example=_examples(model, read_tower, stream.cache, values.shape[2]),
         shares=shares,
     )
 
@@ -327,7 +331,7 @@ def attribution_tower(model: HookedModel, tower: str | None) -> Tower:
 
 
 def cached_for(
-    model: HookedModel, cache: ActivationCache | Mapping[str, Any], owner: Tower, by: str
+    model: HookedModel, cache: ActivationCache | Mapping[str, Any], read_tower: Tower, by: str
 ) -> ActivationCache:
     """The cache given, or that of a run of the inputs, recording what a split ``by`` needs.
 
@@ -340,12 +344,12 @@ def cached_for(
         return cache
     parts = ["hook_attn_out", "hook_mlp_out", "hook_resid_*"]
     parts += ["attn.hook_z"] if by != "component" else []
-    parts += ["mlp.hook_post"] if by == "neuron" or owner.blocks[0].has("mlp_add") else []
+    parts += ["mlp.hook_post"] if by == "neuron" or read_tower.blocks[0].has("mlp_add") else []
     parts += ["attn.hook_v", "attn.hook_pattern"] if by == "source" else []
-    names = [f"{owner.name}.hook_*", *(f"{owner.name}.blocks.*.{part}" for part in parts)]
+    names = [f"{read_tower.name}.hook_*", *(f"{read_tower.name}.blocks.*.{part}" for part in parts)]
     names += [f"{name}.hook_readout" for name in model.towers if f"{name}.hook_readout" in model.sites()]
     if by == "source":
-        names += [f"{t.name}.blocks.*.attn.hook_v" for t in owner.siblings.values() if t.spec.feeds_cache_only]
+        names += [f"{t.name}.blocks.*.attn.hook_v" for t in read_tower.siblings.values() if t.spec.feeds_cache_only]
     with torch.no_grad():
         return model.run_with_cache(cache, names_filter=names)[1]
 

@@ -24,7 +24,6 @@ from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import ABSENT, KINDS, TokenMap
 from circuitvision.provenance import describe, with_provenance, without_dates
 from circuitvision.readout.probes.streaming import Batch, Reading
-from circuitvision.readout.recorded import inputs_of
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -238,24 +237,6 @@ class Collected(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         shapes = sorted({tuple(vector.shape) for vector in self.vectors.values()})
         return f"Collected({len(self)} sites of shape {', '.join(map(str, shapes))} at {self.positions})"
-
-
-def stream_sites(model: HookedModel, tower: str | None = None, dataset: Any = None) -> list[str]:
-    """The residual stream of a tower: what enters block 0 and what leaves every block that can reach the output.
-
-    ``dataset`` (model inputs, or a sequence of them) matters where a call can say which layers those are (``vision_feature_layer``).
-
-    Raises:
-        InputError: no such tower, or none named where there are several.
-    """
-    if tower is None and len(model.towers) == 1:
-        (tower,) = model.towers
-    if tower not in model.towers:
-        raise InputError(f"Name the tower whose stream is read: {', '.join(model.towers)}.")
-    layers = range(model.towers[tower].cfg.n_layers)
-    names = [f"{tower}.hook_input", *(f"{tower}.blocks.{layer}.hook_resid_post" for layer in layers)]
-    first = dataset[0] if isinstance(dataset, list | tuple) and dataset else dataset
-    return [name for name in model.sites(names) if not model.is_dead(name, inputs_of(first))]
 
 
 @with_provenance

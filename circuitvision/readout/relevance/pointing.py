@@ -14,7 +14,6 @@ Reference: Zhang et al. 2016 (arXiv 1608.00507).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,8 +75,7 @@ def pointing_game(
 
     Args:
         relevance: a result over patches or pixels.
-        masks: one mask ``[height width]`` per example, in any resolution that covers the whole picture: bool arrays or tensors;
-            :func:`box_mask` makes one of a box.
+        masks: one mask ``[height width]`` per example, in any resolution that covers the whole picture: bool arrays or tensors.
         image: which image of each example (None: its first).
         tile: which tile of it (None: the whole image).
         overlap: a patch lies on the object if more than this share of its pixels does; 0 is any pixel.
@@ -139,25 +137,6 @@ def _grown(mask: Bool[Tensor, "height width"], by: float) -> Bool[Tensor, "heigh
         beside = torch.nn.functional.max_pool1d(lines, 2 * reach + 1, stride=1, padding=reach) > 0
         grown[max(down, 0) : height - max(-down, 0)] |= beside[max(-down, 0) : height - max(down, 0)]
     return grown
-
-
-def box_mask(box: Sequence[float], size: tuple[int, int]) -> Bool[Tensor, "height width"]:
-    """The pixels inside a box (left, top, right, bottom; right and bottom are one past the last pixel) of a picture of ``size`` (height, width).
-
-    Raises:
-        InputError: a box that is no four numbers, or that holds no pixel of the picture.
-    """
-    if len(box) != 4:
-        raise InputError(f"A box is (left, top, right, bottom), not {tuple(box)}.")
-    left, top, right, bottom = (round(edge) for edge in box)
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
-    if not bool(mask.any()):
-        hint = " Its edges are counted in pixels, not as shares of the picture." if 0 < max(box) <= 1 else ""
-        raise InputError(
-            f"The box {tuple(box)} holds no pixel of a picture of {size[0]} × {size[1]} (height, width).{hint}"
-        )
-    return mask
 
 
 def _first_rows(relevance: Relevance, image: int | None) -> list[int]:
