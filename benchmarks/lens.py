@@ -69,10 +69,7 @@ def cache_of(model: cv.HookedModel, device: torch.device, dtype: torch.dtype) ->
     ids[:, 5 : 5 + IMAGE_TOKENS] = model.image_token_id
     width = model.language.cfg.d_model
     shape = (1, ids.shape[1], width)
-    values = {
-        name: torch.randn(shape, generator=generator).to(device, dtype)
-        for name in cv.readout.lens_sites(model, "language")
-    }
+    values = {name: torch.randn(shape, generator=generator).to(device, dtype) for name in model.language.stream_sites()}
     pixels = torch.zeros(1, 3, 336, 336)
     return cv.ActivationCache(values, model, {"input_ids": ids, "pixel_values": pixels})
 

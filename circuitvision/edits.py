@@ -7,7 +7,7 @@ edit holds no model; ``model.run(inputs, [edits])``, ``model.generate(inputs, ed
 Common to all:
 
 * ``site`` is a name or a glob (``"language.blocks.*.attn.hook_z"``: the same edit at every matching site), or a head, MLP or attention layer in any
-  spelling of :mod:`circuitvision.model.names` (``"vision.L1H3"``, ``"v.a1.h3"``, ``("vision", 1, 3)``, ``"language.L2.mlp"``): what it adds
+  spelling of :mod:`circuitvision.model.names` (``"vision L1H3"``, ``"v.a1.h3"``, ``("vision", 1, 3)``, ``"language L2.mlp"``): what it adds
   (``attn.hook_z`` of that head, ``hook_mlp_out``, ``hook_attn_out``). Without a tower it fits models of one tower;
 * ``heads`` count the head axis of the site itself (key/value heads at ``hook_k`` and ``hook_v``), or are spelled heads of its layer;
 * ``positions`` are those of the tower, absolute, padding included: an int, ints, a slice, ``"last"``, a bool mask ``[batch, pos]``, or a selection of
@@ -174,7 +174,7 @@ def replace(
 
 def ablate(
     site: Component,
-    with_: Any = "zero",
+    method: Any = "zero",
     *,
     dataset: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Side | Pairs | None = None,
     average: str | Iterable[str] | Selection = "position",
@@ -185,7 +185,7 @@ def ablate(
 ) -> Edit:
     """Constant ablation: the selected entries lose what they say about this example.
 
-    ``with_`` is ``"zero"``; ``"mean"``, over what is there in ``dataset`` (a :class:`~circuitvision.data.Side`, or ``Pairs`` for their clean side,
+    ``method`` is ``"zero"``; ``"mean"``, over what is there in ``dataset`` (a :class:`~circuitvision.data.Side`, or ``Pairs`` for their clean side,
     run in batches once; inputs, or a sequence of inputs of any lengths) or in the run itself; ``"resample"``, the value in another example of the
     run, or of a data set (drawn by the seed and by what the example itself is, so the same in every batch); a tensor, number or cache, as in
     :func:`replace`; or ``"heads"``, the mean of the other heads. The last depends on the basis of the value space, which means nothing to the model
@@ -205,11 +205,11 @@ def ablate(
     """
     words = ("zero", "mean", "resample", "heads")
     where = _at(site, heads, positions, steps)
-    method, source = (with_, None) if isinstance(with_, str) else ("given", _source(where["site"], with_))
-    if method not in (*words, "given"):
-        raise InputError(f"with_={with_!r} is not understood: {', '.join(map(repr, words))}, or a value.")
+    word, source = (method, None) if isinstance(method, str) else ("given", _source(where["site"], method))
+    if word not in (*words, "given"):
+        raise InputError(f"method={method!r} is not understood: {', '.join(map(repr, words))}, or a value.")
     over = average_of(average)
-    if method == "heads":
+    if word == "heads":
         warn(
             "The mean over other heads depends on the basis of each head's values, which the model's function does not; "
             "use 'zero' or 'mean' for a result that is a property of the model."
@@ -226,7 +226,7 @@ def ablate(
         if not listed or not all(isinstance(inputs, Mapping) for inputs in listed):
             raise InputError("dataset is one mapping of inputs, or several.")
         sets = tuple(TensorRefMapping.of(inputs) for inputs in listed)
-    return Ablate(**where, source=source, method=method, dataset=sets, average=over, seed=seed)
+    return Ablate(**where, source=source, method=word, dataset=sets, average=over, seed=seed)
 
 
 def steer(

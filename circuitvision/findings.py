@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from circuitvision.model.names import parse_id, spelled
+from circuitvision.model.names import is_component, parse_id, spelled
 from circuitvision.readout.probes.splitting import wilson
 
 if TYPE_CHECKING:
     from circuitvision.circuits import AblationCheck, HeadImportance
-    from circuitvision.readout import Curve, LensResult, ProbeResult
+    from circuitvision.readout.lens.result import LensResult
+from circuitvision.readout.probes.linear import ProbeResult
+from circuitvision.readout.relevance.curves import Curve
 
 LEAST_SWING = {"logit": 0.1, "nat": 0.1, "logprob": 0.1, "prob": 0.01}
 LEAST_GAP = 0.01
@@ -337,7 +339,7 @@ def _say_margin(found: Finding) -> str:
 
 def _capital(text: str) -> str:
     """A sentence that begins with a word in capitals; names of components stay as they are spelled."""
-    return text if text.split(" ", 1)[0].count(".") else text[:1].upper() + text[1:]
+    return text if is_component(" ".join(text.split(" ", 2)[:2])) else text[:1].upper() + text[1:]
 
 
 _SENTENCES = {

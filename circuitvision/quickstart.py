@@ -36,7 +36,8 @@ from circuitvision.model import pictures
 from circuitvision.model.names import head_name
 from circuitvision.plots.quickstart import changed_box, write
 from circuitvision.plots.style import signed_percent
-from circuitvision.readout import LensResult, lens_sites, logit_lens
+from circuitvision.readout import logit_lens
+from circuitvision.readout.lens.result import LensResult
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -290,7 +291,7 @@ def _read(model: Any, inputs: Mapping[str, Any], case: Case) -> Reading:
 
 def _lenses(model: Any, inputs: Mapping[str, Any], case: Case) -> list[LensResult]:
     """The lens of both towers, answer against foil."""
-    names = [name for tower in ("vision", "language") for name in lens_sites(model, tower)]
+    names = [name for tower in ("vision", "language") for name in model.towers[tower].stream_sites()]
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs, names_filter=names)
     found = [

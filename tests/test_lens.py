@@ -7,7 +7,8 @@ import torch
 
 import circuitvision as cv
 from circuitvision.errors import InputError
-from circuitvision.readout import LensResult, lens_sites, logit_lens
+from circuitvision.readout import logit_lens
+from circuitvision.readout.lens.result import LensResult
 from tests.zoo import case, shared_model
 
 VLMS = ["llava-clip-llama", "llava-siglip-qwen2", "llava-next-mistral", "paligemma", "paligemma2"]
@@ -43,7 +44,7 @@ def test_the_vision_lens_at_its_last_layer_is_the_language_lens_at_its_input(nam
             atol=1e-4,
             rtol=1e-3,
         )
-    live = [name for name in lens_sites(model, "vision") if ".blocks." in name]
+    live = [name for name in model.vision.stream_sites() if ".blocks." in name]
     assert len(vision.axes["layer"]) == len(live) + 1
 
 
@@ -116,5 +117,5 @@ def test_meaningless_requests_are_refused(options, message):
 def test_a_cache_without_the_stream_is_refused():
     model, _, cache = run("llava-clip-llama")
     _, other = model.run_with_cache(cache.inputs, names_filter="vision.blocks.0.attn.hook_z")
-    with pytest.raises(InputError, match="lens_sites"):
+    with pytest.raises(InputError, match="stream_sites"):
         logit_lens(model, other, targets=[1])

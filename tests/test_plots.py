@@ -15,7 +15,7 @@ from circuitvision.metrics import logit_diff
 from circuitvision.model.sweeps.result import SweepResult
 from circuitvision.patching import activation_patch
 from circuitvision.plots import graph, lens_rows, report, style, sweeps
-from circuitvision.readout import LensResult
+from circuitvision.readout.lens.result import LensResult
 from circuitvision.results import Result
 from tests.toy_model import ToyModel
 
@@ -47,7 +47,7 @@ def test_head_figure_shows_every_share_in_its_place():
     np.testing.assert_allclose(vision, (VISION / VISION.sum()).numpy(), atol=1e-6)
     assert language.shape == (1, 2)
     assert figure.layout.coloraxis.cmin == -figure.layout.coloraxis.cmax
-    assert figure.layout.title.text == "vision.L1H2 alone restores 50% of the difference (one pair)."
+    assert figure.layout.title.text == "vision L1H2 alone restores 50% of the difference (one pair)."
     texts = {annotation.text for annotation in figure.layout.annotations}
     assert "\N{MINUS SIGN}20%" in texts
 
@@ -75,7 +75,7 @@ def test_patching_figure_of_several_towers_and_of_one():
 def test_circuit_figure_runs_left_to_right_and_shows_signs(mode):
     result = importance(mode)
     figure = graph.circuit(result.to_networkx())
-    assert figure.layout.title.text == "Main route: projector → language.L0H1 → answer"
+    assert figure.layout.title.text == "Main route: projector → language L0H1 → answer"
     lines = [trace for trace in figure.data if trace.mode == "lines"]
     assert all(trace.x[0] < trace.x[-1] for trace in lines)
     nodes = next(trace for trace in figure.data if trace.mode == "markers")

@@ -106,7 +106,7 @@ def ablation_check(
     Args:
         model: the hooked model.
         pairs: pairs with answers (right for the clean side) and foils (right for the corrupt side).
-        heads: in any spelling of :mod:`circuitvision.model.names`, such as ``"vision.L1H2"``, ``"v.a1.h2"`` or ``("vision", 1, 2)``.
+        heads: in any spelling of :mod:`circuitvision.model.names`, such as ``"vision L1H2"``, ``"v.a1.h2"`` or ``("vision", 1, 2)``.
         reference: the examples whose mean replaces a head's output (of pairs both sides); ``pairs`` by default.
         n_random: number of random sets; no set is drawn twice.
         seed: of the draws.

@@ -6,6 +6,7 @@ What such a file is made of is here as well, for a family of one's own: ``docs/f
 from __future__ import annotations
 
 from circuitvision.families import clip, deit, dinov2, llava, paligemma, pi0, siglip, stacks, vit
+from circuitvision.families.action_tokens import action_bins
 from circuitvision.model.packing import AnyRes, Cameras, Flat, Packing, Patches
 from circuitvision.model.spec import (
     FAMILIES,
@@ -31,6 +32,7 @@ __all__ = [
     "Readout",
     "Stack",
     "TowerSpec",
+    "action_bins",
     "clip",
     "deit",
     "dinov2",

@@ -1,8 +1,9 @@
 """Names of components: the node ids of circuit graphs, and the spellings that figures and tables print, formatted and parsed in one place.
 
-A head is printed ``L1H3``, with its tower ``vision.L1H3``; an MLP ``L1.mlp``, all heads of a layer ``L1.attn``, a neuron ``L2N118``.
-:func:`component` reads these, graph ids, ``(layer, head)``, ``(tower, layer, head)``, ``vision layer 1, head 3`` and a site with the head's
-number, ``vision.blocks.1.attn.hook_z[3]``: every way in which a component is printed or stored anywhere.
+A head is printed ``vision L1H3`` (without its tower ``L1H3``), an MLP ``vision L1.mlp``, all heads of a layer ``vision L1.attn``, a neuron
+``vision L2N118``. :func:`component` reads these with a dot in place of the space as well, graph ids, ``(layer, head)``, ``(tower, layer,
+head)``, ``vision layer 1, head 3`` and a site with the head's number, ``vision.blocks.1.attn.hook_z[3]``: every way in which a component is
+printed or stored anywhere.
 
 Graph ids:
 
@@ -164,21 +165,20 @@ _SPELLINGS = {
 }
 _SPELLED = [(kind, re.compile(text, re.ASCII)) for kind, texts in _SPELLINGS.items() for text in texts]
 _INDEXED = re.compile(r"(?P<site>[a-z][a-z0-9_.]*)\[(?P<number>\d+)\]", re.ASCII)
-_EXAMPLES = "'L1H3', 'vision.L1H3', 'v.a1.h3', (1, 3), ('vision', 1, 3) or 'vision.blocks.1.attn.hook_z[3]'"
+_EXAMPLES = "'vision L1H3', 'L1H3', 'v.a1.h3', (1, 3), ('vision', 1, 3) or 'vision.blocks.1.attn.hook_z[3]'"
 _SITES = {"head": "attn.hook_z", "attn": "hook_attn_out", "mlp": "hook_mlp_out", "neuron": "mlp.hook_post"}
 
 
 def head_name(layer: int | str, head: int | str, tower: str = "") -> str:
-    """``"L1H3"``, with a tower ``"vision.L1H3"``; spelled out where one of them is no number (an attention pool, a mean over heads)."""
-    before = f"{tower}." if tower else ""
-    whole = isinstance(layer, int) and isinstance(head, int)
-    return f"{before}L{layer}H{head}" if whole else f"{tower} layer {layer} head {head}".lstrip()
+    """``"vision L1H3"``, or ``"L1H3"`` without a tower; spelled out where one of them is no number (an attention pool, a mean over heads)."""
+    numbers = isinstance(layer, int) and isinstance(head, int)
+    return f"{tower} {f'L{layer}H{head}' if numbers else f'layer {layer} head {head}'}".lstrip()
 
 
 def spelled(part: Component) -> str:
-    """A component as figures and tables print it: ``"vision.L1H3"``, ``"L2.mlp"``; a node of another kind by its id."""
+    """A component as figures and tables print it: ``"vision L1H3"``, ``"vision L2.mlp"``; a node of another kind by its id."""
     node = component(part)
-    before = f"{node.tower}." if node.tower else ""
+    before = f"{node.tower} " if node.tower else ""
     if node.kind == "head":
         return head_name(node.layer, node.head, node.tower)
     if node.kind == "neuron":

@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from circuitvision.errors import UnsupportedModelError
+from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.model import heads
 from circuitvision.model.patches import PatchEmbedding, pair
 from circuitvision.model.settings import hidden_states, setting
@@ -286,6 +286,21 @@ class Tower:
         window = getattr(self.config, "sliding_window", None)
         types = getattr(self.config, "layer_types", None)
         return None if window is None or (types is not None and "sliding" not in types[layer]) else int(window)
+
+    def stream_sites(self, inputs: Mapping[str, Any] | None = None) -> list[str]:
+        """The residual stream: what enters block 0 and what leaves every block that can reach the output.
+
+        ``inputs`` matter where a call can say which layers those are (``vision_feature_layer``).
+        """
+        model = self.owner()
+        if model is None:
+            raise InputError("The wrapped model of this tower is gone; keep it in a variable: model = HookedModel(…).")
+        names = [
+            f"{self.name}.hook_input",
+            *(f"{self.name}.blocks.{n}.hook_resid_post" for n in range(self.cfg.n_layers)),
+        ]
+        offered = set(model.sites(f"{self.name}.**"))
+        return [name for name in names if name in offered and not model.is_dead(name, inputs)]
 
     def residual_name(self, hidden_state: int) -> str:
         """The site of a hidden state: 0 is ``hook_input``, ``l + 1`` is ``blocks.l.hook_resid_post``."""

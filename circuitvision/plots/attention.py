@@ -121,7 +121,7 @@ def _finding(result: AttentionSummary, values: Tensor, uniform: Tensor, names: l
 
 
 def _head(result: Any, layer: int, head: int) -> str:
-    return f"{result.tower} {head_name(result.axes['layer'][layer], result.axes['head'][head])}"
+    return head_name(result.axes["layer"][layer], result.axes["head"][head], result.tower)
 
 
 def _rows(result: Any) -> str:
@@ -209,7 +209,7 @@ def distance(result: DistanceProfile, *, title: str | None = None) -> go.Figure:
     for layer, name in enumerate(result.axes["layer"]):
         for head in range(values.shape[1]):
             shares = values[layer, head].tolist()
-            hover = f"{head_name(name, result.axes['head'][head])}: %{{y:.1%}}<extra></extra>"
+            hover = f"{head_name(name, result.axes['head'][head], result.tower)}: %{{y:.1%}}<extra></extra>"
             common = {"legendgroup": str(name), "name": f"layer {name}", "hovertemplate": hover}
             line = {"color": colors[layer], "width": 1.5}
             figure.add_scatter(
@@ -301,7 +301,7 @@ def offsets(result: PositionPattern, *, count: int = 6, title: str | None = None
         raise InputError("No head of this result has attention that differs between patches; there is nothing to draw.")
     pairs = [divmod(index, result.values.shape[1]) for index in order]
     names = [
-        f"{head_name(result.axes['layer'][layer], result.axes['head'][head])}<br><span style='font-size:12px'>"
+        f"{head_name(result.axes['layer'][layer], result.axes['head'][head], result.tower)}<br><span style='font-size:12px'>"
         f"{explained[index]:.0%} explained{', unread' if result.axes['layer'][layer] in result.unread else ''}</span>"
         for index, (layer, head) in zip(order, pairs, strict=True)
     ]

@@ -323,7 +323,7 @@ def _plain(grid: Tensor) -> list[list[float | None]]:
 
 def _label(result: AttentionMaps, at: tuple[int, int]) -> str:
     layer, head = result.axes["layer"][at[0]], result.axes["head"][at[1]]
-    return head_name(layer, head) if len(result.axes["head"]) > 1 else f"layer {layer}"
+    return head_name(layer, head, result.tower) if len(result.axes["head"]) > 1 else f"layer {layer}"
 
 
 def _heading(drawn: _Drawn, at: tuple[int, int]) -> str:
@@ -335,7 +335,7 @@ def _heading(drawn: _Drawn, at: tuple[int, int]) -> str:
     query += f"; row {drawn.row} of {rows} (row= shows another)" if rows > 1 else ""
     if any(math.isnan(share) for share in shares):
         return f"This row has no attention to show: no query of it counts{query}"
-    where = f"{result.tower} {head_name(layer, head)}"
+    where = head_name(layer, head, result.tower)
     low, high = percent(min(shares)), percent(max(shares))
     share = low if low == high else f"{low} to {high}"
     if result.measure == "rollout":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import math
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +54,9 @@ def heads(result: Attribution, row: int | None = None, title: str | None = None)
     values = result.values.double()
     values = values.mean(1) if row is None else values[:, row]
     found = {
-        (int(match[1]), int(match[2])): float(value)
+        (component(term).layer, component(term).head): float(value)
         for term, value in zip(result.axes["term"], values.tolist(), strict=True)
-        if (match := re.fullmatch(r"L(\d+)H(\d+)", term))
+        if is_component(term) and component(term).kind == "head"
     }
     if not found:
         raise InputError("This attribution does not tell heads apart; make it with by='head'.")
@@ -68,7 +67,7 @@ def heads(result: Attribution, row: int | None = None, title: str | None = None)
     if title is None:
         best = max(found, key=lambda place: abs(found[place]) if not math.isnan(found[place]) else -1.0)
         verb = "adds" if found[best] >= 0 else "takes"
-        title = f"{head_name(*best)} {verb} most of all heads: {_number(found[best])} of {direction}"
+        title = f"{head_name(*best, result.tower)} {verb} most of all heads: {_number(found[best])} of {direction}"
         rows = result.values.shape[1]
         over = f"mean of {rows} rows" if row is None and rows > 1 else f"row {row or 0} of {rows}"
         title += f"<br><span style='font-size:12px'>all terms, MLPs and biases included, add up to {_total(result, row)}; {over}</span>"
@@ -210,7 +209,7 @@ def sources(
         for layer, head in strongest
     ]
     limit = max(float(grid.abs().nan_to_num(0).max()) for grid in maps) or 1.0
-    headings = [head_name(layer, head) for layer, head in strongest]
+    headings = [head_name(layer, head, result.tower) for layer, head in strongest]
     first = int(pixels is not None)
     figure = make_subplots(
         rows=1, cols=len(maps) + first, column_titles=["image"] * first + headings, horizontal_spacing=0.02
@@ -245,18 +244,18 @@ def _source_finding(
 ) -> str:
     share, places = values[result.axes["layer"].index(best[0]), best[1]], result.places[row]
     direction = _words(result.direction)
-    nothing = nothing_found(share, "source", f"of {head_name(*best)} adds anything to {direction}")
+    nothing = nothing_found(share, "source", f"of {head_name(*best, result.tower)} adds anything to {direction}")
     if nothing is not None:
         return nothing
     if hasattr(result, "answer"):
         # Increases do not add up over sources: the strongest is named instead of a sum.
         at = int(share.abs().nan_to_num(-1.0).argmax())
         source = "an image patch" if int(places[at, 2]) >= 0 else html.escape(repr(result.words[row][at]))
-        return f"What {head_name(*best)} takes from {source} moves {direction} by {_number(float(share[at]))} nats"
+        return f"What {head_name(*best, result.tower)} takes from {source} moves {direction} by {_number(float(share[at]))} nats"
     total = float(share.sum())
     image = float(share[places[:, 2] >= 0].sum())
     part = f"{image / total:.0%} of it from image patches".replace("-", _MINUS) if total else "nothing"
-    return f"{head_name(*best)} adds {_number(total)} to {direction}, {part}"
+    return f"{head_name(*best, result.tower)} adds {_number(total)} to {direction}, {part}"
 
 
 def _add_words(

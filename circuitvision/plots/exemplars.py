@@ -14,13 +14,13 @@ from circuitvision.plots import patches, style
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.readout.probes.exemplars import ExemplarIndex
+    from circuitvision.readout.probes.max_activating import MaxActivatingExamples
 
 _DEFAULT_UNITS = 3
 
 
-def exemplars(
-    result: ExemplarIndex,
+def max_activating_examples(
+    result: MaxActivatingExamples,
     units: Any = None,
     pictures: Sequence[Any] | Mapping[int, Any] | None = None,
     count: int = 8,
@@ -44,7 +44,7 @@ def exemplars(
     return _sheet(result, rows, pictures, min(count, result.values.shape[1]), title)
 
 
-def _rows(result: ExemplarIndex, units: Any) -> list[int]:
+def _rows(result: MaxActivatingExamples, units: Any) -> list[int]:
     if units is not None:
         asked = [units] if isinstance(units, (int, str)) else list(units)
         if not asked:
@@ -56,7 +56,7 @@ def _rows(result: ExemplarIndex, units: Any) -> list[int]:
     return order.argsort(descending=True, stable=True)[:_DEFAULT_UNITS].tolist()
 
 
-def _sheet(result: ExemplarIndex, rows: list[int], pictures: Any, count: int, title: str) -> go.Figure:
+def _sheet(result: MaxActivatingExamples, rows: list[int], pictures: Any, count: int, title: str) -> go.Figure:
     from plotly.subplots import make_subplots
 
     figure = make_subplots(rows=len(rows), cols=count, horizontal_spacing=0.012, vertical_spacing=0.16 / len(rows))
@@ -84,7 +84,7 @@ def _sheet(result: ExemplarIndex, rows: list[int], pictures: Any, count: int, ti
 
 
 def _add_exemplar(
-    figure: go.Figure, result: ExemplarIndex, unit: int, rank: int, pictures: Any, row: int, column: int
+    figure: go.Figure, result: MaxActivatingExamples, unit: int, rank: int, pictures: Any, row: int, column: int
 ) -> None:
     example = int(result.example[unit, rank])
     try:
@@ -102,8 +102,8 @@ def _add_exemplar(
             figure, (edges[0], edges[1], edges[2], edges[3]), picture.shape[0], picture.shape[1], row, column, style.FOR
         )
     text = f"{float(result.values[unit, rank]):.2f}".replace("-", "\N{MINUS SIGN}")
-    if bool(box.isnan().any()) and result.pieces[unit][rank]:
-        text += f"<br>{html.escape(result.pieces[unit][rank])}"
+    if bool(box.isnan().any()) and result.tokens[unit][rank]:
+        text += f"<br>{html.escape(result.tokens[unit][rank])}"
     figure.add_annotation(
         text=text,
         xref="x domain",
@@ -113,13 +113,13 @@ def _add_exemplar(
         yanchor="top",
         showarrow=False,
         font={"size": 12},
-        hovertext=f"example {example}, {result.pieces[unit][rank]}",
+        hovertext=f"example {example}, {result.tokens[unit][rank]}",
         row=row,
         col=column,
     )
 
 
-def _bars(result: ExemplarIndex, rows: list[int], count: int, title: str) -> go.Figure:
+def _bars(result: MaxActivatingExamples, rows: list[int], count: int, title: str) -> go.Figure:
     from plotly.subplots import make_subplots
 
     names = [_lines(result, row)[0] for row in rows]
@@ -127,7 +127,7 @@ def _bars(result: ExemplarIndex, rows: list[int], count: int, title: str) -> go.
     for column, row in enumerate(rows, start=1):
         labels = [
             f"{example} {html.escape(piece)}"
-            for example, piece in zip(result.example[row, :count].tolist(), result.pieces[row], strict=False)
+            for example, piece in zip(result.example[row, :count].tolist(), result.tokens[row], strict=False)
         ]
         values = result.values[row, : len(labels)].tolist()
         figure.add_bar(
@@ -146,9 +146,9 @@ def _bars(result: ExemplarIndex, rows: list[int], count: int, title: str) -> go.
     return figure
 
 
-def _lines(result: ExemplarIndex, row: int) -> list[str]:
+def _lines(result: MaxActivatingExamples, row: int) -> list[str]:
     """Name and summary of a unit."""
-    lines = [f"<b>{result.what} {result.axes['unit'][row]}</b>", f"active at {float(result.active[row]):.0%}"]
+    lines = [f"<b>{result.unit_kind} {result.axes['unit'][row]}</b>", f"active at {float(result.active[row]):.0%}"]
     if int((result.class_counts > 0).sum()) > 1:
         value = float(result.selectivity[row])
         text = "" if value != value else f" ({value:.2f})"
@@ -156,8 +156,8 @@ def _lines(result: ExemplarIndex, row: int) -> list[str]:
     return lines
 
 
-def _finding(result: ExemplarIndex, row: int) -> str:
-    name = f"{result.what.capitalize()} {result.axes['unit'][row]}"
+def _finding(result: MaxActivatingExamples, row: int) -> str:
+    name = f"{result.unit_kind.capitalize()} {result.axes['unit'][row]}"
     note = f"{result.count} examples, {result.pool} over positions"
     note += f"; {result.interrupted}" if result.interrupted else ""
     sub = f"<br><span style='font-size:12px'>{html.escape(', '.join(result.sites[:2]))}; {html.escape(note)}</span>"

@@ -154,9 +154,9 @@ def _heading(results: Mapping[str, ProbeResult], several: bool) -> str:
     if not told:
         # With classes of unequal size, what is above its control may still be below the commonest label.
         beside = f"; always the commonest label scores {result.chance:.0%}" if result.classes else beside
-        return f"No layer tells the {result.what}: {value} at most{beside}"
+        return f"No layer tells the {result.label_name}: {value} at most{beside}"
     right = " right" if result.classes else ""
-    return f"The {result.what} can be read {_after(result.layers[layer])}: {value}{right}{beside}"
+    return f"The {result.label_name} can be read {_after(result.layers[layer])}: {value}{right}{beside}"
 
 
 def _earliest(result: ProbeResult) -> tuple[bool, int]:
@@ -272,9 +272,9 @@ def _spread(result: PCAResult, layers: list[Any], explained: torch.Tensor) -> st
     if result.labels and not bool(between.isnan().all()):
         best = int(between.nan_to_num(-1).argmax())
         if float(between[best]) < _LITTLE:
-            return f"{shown[0].upper()}{shown[1:]} do not show the {result.what}: it makes up {float(between[best]):.0%} at most"
+            return f"{shown[0].upper()}{shown[1:]} do not show the {result.label_name}: it makes up {float(between[best]):.0%} at most"
         place = "" if layers[best] is None else f" {_after(layers[best])}"
-        return f"The {result.what} makes up {float(between[best]):.0%} of {shown}{place}"
+        return f"The {result.label_name} makes up {float(between[best]):.0%} of {shown}{place}"
     held = explained.sum(1).nan_to_num(-1)
     best = int(held.argmax())
     place = "" if layers[best] is None else f" {_after(layers[best])}"
@@ -290,7 +290,7 @@ def _add_points(
     if not result.labels or all(numbers):
         paint: dict[str, Any] = {"color": style.AGAINST}
         if result.labels:
-            bar = {"title": html.escape(result.what), "thickness": 12, "outlinewidth": 0}
+            bar = {"title": html.escape(result.label_name), "thickness": 12, "outlinewidth": 0}
             paint |= {"color": result.labels, "colorscale": "Viridis", "showscale": first, "colorbar": bar}
         figure.add_scatter(
             x=across.tolist(),

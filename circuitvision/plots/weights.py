@@ -15,17 +15,16 @@ from circuitvision.plots import style
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from circuitvision.readout.weights.class_agreement import Agreement
+    from circuitvision.readout.weights.agreement import ClassValueAgreement, KeyValueAgreement
     from circuitvision.readout.weights.head_circuits import CompositionScores, SingularVectors
-    from circuitvision.readout.weights.key_values import TokenAgreement
     from circuitvision.readout.weights.value_vectors import ValueVectors
 
 _OTHER = (110, 110, 110)
 _NAMED = 24
 """How many heads an axis names one by one."""
 _FINDINGS = {
-    "key_value_agreement": "What is active speaks for the true class",
-    "compositionality": "What is active says what the layer answers",
+    "key_value_agreement": "What is active promotes the true class",
+    "compositionality": "What is active promotes what the layer answers",
 }
 _KINDS = {"patch": style.FOR, "cls": style.AGAINST, "text": style.AGAINST, "action": style.FOR}
 
@@ -89,7 +88,7 @@ def value_vectors(
     return figure
 
 
-def agreement(result: Agreement, title: str | None = None) -> go.Figure:
+def class_value_agreement(result: ClassValueAgreement, title: str | None = None) -> go.Figure:
     """Every class's agreement by layer, over the range that sets of random rows reach on average."""
     import plotly.graph_objects as go
 
@@ -126,7 +125,7 @@ def agreement(result: Agreement, title: str | None = None) -> go.Figure:
         )
         beside = f"{float(means[best]):.2f} beside {middle:.2f} by chance, p = {float(result.p[best]):.2g}"
         title = f"Layer {layers[best]}'s value vectors {verb}: {beside}"
-    note = f"{result.tower} tower, {result.of}; grey: the mean over classes of {len(result.random)} sets of random rows"
+    note = f"{result.tower} tower, {result.component}; grey: the mean over classes of {len(result.random)} sets of random rows"
     heading = f"{title}<br><span style='font-size:12px'>{note}</span>"
     style.layout(figure, heading, 380, legend={"orientation": "h", "y": -0.22, "x": 0})
     figure.update_xaxes(
@@ -141,7 +140,7 @@ def agreement(result: Agreement, title: str | None = None) -> go.Figure:
     return figure
 
 
-def token_agreement(result: TokenAgreement, title: str | None = None) -> go.Figure:
+def key_value_agreement(result: KeyValueAgreement, title: str | None = None) -> go.Figure:
     """The rate by layer for every kind of position, as a line, and its chance level, dotted in the same colour."""
     import plotly.graph_objects as go
 
@@ -166,7 +165,7 @@ def token_agreement(result: TokenAgreement, title: str | None = None) -> go.Figu
         title = (
             f"{_FINDINGS.get(result.measure, 'Above chance')}, most at {best['kind']} of layer {best['layer']}: {rates}"
         )
-    note = f"{result.tower} tower, {'neurons' if result.of == 'mlp' else 'channels of heads'}; dotted: by chance"
+    note = f"{result.tower} tower, {'neurons' if result.component == 'mlp' else 'channels of heads'}; dotted: by chance"
     heading = f"{title}<br><span style='font-size:12px'>{note}</span>"
     style.layout(figure, heading, 360, legend={"orientation": "h", "y": -0.24, "x": 0})
     figure.update_xaxes(title="layer", tickvals=layers if len(layers) <= 24 else None, showgrid=False, zeroline=False)
@@ -177,7 +176,7 @@ def token_agreement(result: TokenAgreement, title: str | None = None) -> go.Figu
 
 
 def singular_vectors(result: SingularVectors, count: int = 5, title: str | None = None) -> go.Figure:
-    """Bars of the singular values, each with the ``count`` outputs its direction speaks for most (and, where known, inputs it listens for)."""
+    """Bars of the singular values, each with the ``count`` outputs its direction promotes most (and, where known, inputs it reads)."""
     import plotly.graph_objects as go
 
     shares = result.shares.tolist()
@@ -209,7 +208,7 @@ def singular_vectors(result: SingularVectors, count: int = 5, title: str | None 
             f"One direction holds {shares[0]:.0%} of the circuit" if shares[0] == shares[0] else "A circuit of zeros"
         )
         said = _words(result.outputs(0)[:3])
-        title += f", and says {said}" if said else ""
+        title += f", and promotes {said}" if said else ""
     listed = (
         "; words: what comes out" + (", after what goes in" if result.input_ids.numel() else "")
         if result.labels
@@ -237,8 +236,8 @@ def composition(result: CompositionScores, title: str | None = None) -> go.Figur
     # The last layer writes to no other, the first reads from no other.
     values = result.values[:-1, :, 1:]
     grid = values.flatten(0, 1).flatten(1)
-    writers = [head_name(layer, head) for layer in layers[:-1] for head in heads]
-    readers = [head_name(layer, head) for layer in layers[1:] for head in heads]
+    writers = [head_name(layer, head, result.tower) for layer in layers[:-1] for head in heads]
+    readers = [head_name(layer, head, result.tower) for layer in layers[1:] for head in heads]
     there = grid[grid.isfinite()]
     limit = max(float(there.abs().max()) if len(there) else 0.0, 1e-9)
     figure = go.Figure(
@@ -324,7 +323,7 @@ def _strongest(result: ValueVectors, count: int) -> list[tuple[int, ...]]:
 def _place_name(result: ValueVectors, place: tuple[int, ...]) -> str:
     letters = {"neuron": "N", "head": "H", "channel": " channel ", "coordinate": " coordinate "}
     parts = zip(list(result.axes)[1:-1], place[1:], strict=True)
-    return f"L{place[0]}" + "".join(f"{letters[axis]}{index}" for axis, index in parts)
+    return f"{result.tower} L{place[0]}" + "".join(f"{letters[axis]}{index}" for axis, index in parts)
 
 
 def _value_title(
@@ -337,9 +336,9 @@ def _value_title(
     if targets is not None and result.ranked:
         which = "highest" if result.largest else "lowest"
         of = f"{sum(marked[0])} of the {len(targets)} outputs asked for"
-        return f"{names[0]} speaks for {of}, among its {len(rows[0])} {which}"
+        return f"{names[0]} promotes {of}, among its {len(rows[0])} {which}"
     name, value = max(rows[0], key=lambda pair: abs(pair[1]))
-    return f"{names[0]} speaks most strongly {'for' if value >= 0 else 'against'} {_shown(name)}: {_signed(value)}"
+    return f"{names[0]} {'promotes' if value >= 0 else 'suppresses'} {_shown(name)} most: {_signed(value)}"
 
 
 def _words(pairs: Sequence[tuple[str, float]]) -> str:

@@ -1,157 +1,78 @@
-"""Reading a model without changing it: what each place says, who wrote it, where it looks, what it depends on, what is in it.
+"""Reading a model without changing it: what each position predicts, which components wrote it, where it attends, what it depends on.
 
-``lens`` (the logit lens and its summaries), ``attribution`` (terms of the stream), ``weights`` (value vectors, circuits of heads),
-``attention``, ``relevance`` (of pixels and tokens, with curves that check it), ``probes`` (probes, components, exemplars). What they share:
-``targets`` (words, classes, prompts, directions), ``patch_coords`` (where positions lie in the image), ``recorded`` (reading caches), ``ranks``.
-Everything public is named here.
+``lens`` (the logit lens and its summaries), ``attribution`` (terms of the stream), ``weights`` (value vectors, circuits of heads), ``attention``,
+``relevance`` (of pixels and tokens, with curves that check it), ``probes`` (probes, components, examples of largest activation). What they share:
+``targets`` (words, classes, prompts, directions), ``patch_coords`` (where positions lie in the image), ``recorded`` (reading caches), ``over_data``
+(reads of data sets), ``ranks``. Everything public is named here; the classes of results are public in ``circuitvision`` itself.
+
+Reads are called ``(model, inputs_or_cache, …)``, weights ``(tower, …)``, experiments ``(model, inputs, metric, …)``.
 """
 
 from __future__ import annotations
 
-from circuitvision.readout.attention.contrast import AttentionContrast, attention_contrast
-from circuitvision.readout.attention.distance import (
-    DistanceProfile,
-    PositionPattern,
-    distance_profile,
-    position_pattern,
-)
-from circuitvision.readout.attention.maps import AttentionMaps, attention_maps
-from circuitvision.readout.attention.mass import AttentionSummary, attention_entropy, attention_mass
-from circuitvision.readout.attention.rollout import AttentionRollout, rollout
-from circuitvision.readout.attribution.bilinear import BilinearAttribution, bilinear_attribution
-from circuitvision.readout.attribution.direct import (
-    Attribution,
-    SourceAttribution,
-    direct_attribution,
-    source_attribution,
-)
-from circuitvision.readout.attribution.increase import LogProbIncrease, SourceIncrease, log_prob_increase
+from circuitvision.readout.attention.contrast import attention_contrast
+from circuitvision.readout.attention.distance import distance_profile, position_pattern
+from circuitvision.readout.attention.maps import attention_maps
+from circuitvision.readout.attention.mass import attention_entropy, attention_mass
+from circuitvision.readout.attention.rollout import rollout
+from circuitvision.readout.attribution.bilinear import bilinear_attribution
+from circuitvision.readout.attribution.direct import direct_attribution, source_attribution
+from circuitvision.readout.attribution.increase import log_prob_increase
 from circuitvision.readout.lens.logit import logit_lens
-from circuitvision.readout.lens.result import LensResult
-from circuitvision.readout.lens.sites import lens_sites
-from circuitvision.readout.lens.summaries import (
-    LensSummary,
-    change_rate,
-    difference,
-    identifiability,
-    lens_identifiability,
-    match_rates,
-    rank,
-    similarity_change,
-    top_k_agreement,
-    top_k_rate,
-)
 from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.probes.collected import Collected, collect
-from circuitvision.readout.probes.decisions import DecisionLayers, decision_layer
-from circuitvision.readout.probes.exemplars import ExemplarIndex, exemplars
-from circuitvision.readout.probes.linear import ProbeResult, linear_probe, probe_vectors
-from circuitvision.readout.probes.structure import CKAResult, PCAResult, cka_matrix, linear_cka, pca, pca_of, stream_pca
-from circuitvision.readout.ranks import Ranking, ranking
-from circuitvision.readout.relevance.attention import chefer_relevance, legrad, relevance_rollout
-from circuitvision.readout.relevance.curves import Curve, deletion_curve, insertion_curve
-from circuitvision.readout.relevance.gradients import Relevance, gradient_times_activation, integrated_gradients
-from circuitvision.readout.relevance.pointing import PointingGame, pointing_game
+from circuitvision.readout.probes.decisions import decision_layer
+from circuitvision.readout.probes.linear import linear_probe
+from circuitvision.readout.probes.max_activating import max_activating_examples
+from circuitvision.readout.probes.structure import cka, pca
+from circuitvision.readout.ranks import rank_components
+from circuitvision.readout.relevance.attention import chefer_relevance, legrad
+from circuitvision.readout.relevance.curves import perturbation_curve
+from circuitvision.readout.relevance.gradients import gradient_times_activation, integrated_gradients
+from circuitvision.readout.relevance.pointing import pointing_game
 from circuitvision.readout.relevance.removal import occlusion
 from circuitvision.readout.targets import prompt_embeddings
-from circuitvision.readout.weights.class_agreement import Agreement, agreement
-from circuitvision.readout.weights.head_circuits import (
-    CompositionScores,
-    SingularVectors,
-    composition_scores,
-    full_ov,
-    ov_circuit,
-    qk_circuit,
-    singular_vectors,
-)
-from circuitvision.readout.weights.key_values import TokenAgreement, compositionality, key_value_agreement
-from circuitvision.readout.weights.rows import action_bins
-from circuitvision.readout.weights.unembedding import Unembedding, unembedding_matrix
-from circuitvision.readout.weights.value_vectors import ValueVectors, value_vectors
+from circuitvision.readout.weights.agreement import class_value_agreement, key_value_agreement
+from circuitvision.readout.weights.head_circuits import composition_scores, ov_circuit, qk_circuit, singular_vectors
+from circuitvision.readout.weights.unembedding import unembedding_matrix
+from circuitvision.readout.weights.value_vectors import value_vectors
 
 __all__ = [
-    "Agreement",
-    "AttentionContrast",
-    "AttentionMaps",
-    "AttentionRollout",
-    "AttentionSummary",
-    "Attribution",
-    "BilinearAttribution",
-    "CKAResult",
     "Collected",
-    "CompositionScores",
-    "Curve",
-    "DecisionLayers",
-    "DistanceProfile",
-    "ExemplarIndex",
-    "LensResult",
-    "LensSummary",
-    "LogProbIncrease",
-    "PCAResult",
-    "PointingGame",
-    "PositionPattern",
-    "ProbeResult",
-    "Ranking",
-    "Relevance",
-    "SingularVectors",
-    "SourceAttribution",
-    "SourceIncrease",
-    "TokenAgreement",
     "TunedLens",
-    "Unembedding",
-    "ValueVectors",
-    "action_bins",
-    "agreement",
     "attention_contrast",
     "attention_entropy",
     "attention_maps",
     "attention_mass",
     "bilinear_attribution",
-    "change_rate",
     "chefer_relevance",
-    "cka_matrix",
+    "cka",
+    "class_value_agreement",
     "collect",
     "composition_scores",
-    "compositionality",
     "decision_layer",
-    "deletion_curve",
-    "difference",
     "direct_attribution",
     "distance_profile",
-    "exemplars",
-    "full_ov",
     "gradient_times_activation",
-    "identifiability",
-    "insertion_curve",
     "integrated_gradients",
     "key_value_agreement",
     "legrad",
-    "lens_identifiability",
-    "lens_sites",
-    "linear_cka",
     "linear_probe",
     "log_prob_increase",
     "logit_lens",
-    "match_rates",
+    "max_activating_examples",
     "occlusion",
     "ov_circuit",
     "pca",
-    "pca_of",
+    "perturbation_curve",
     "pointing_game",
     "position_pattern",
-    "probe_vectors",
     "prompt_embeddings",
     "qk_circuit",
-    "rank",
-    "ranking",
-    "relevance_rollout",
+    "rank_components",
     "rollout",
-    "similarity_change",
     "singular_vectors",
     "source_attribution",
-    "stream_pca",
-    "top_k_agreement",
-    "top_k_rate",
     "unembedding_matrix",
     "value_vectors",
 ]

@@ -89,11 +89,11 @@ class Ranking(Result):
 
 
 @with_provenance
-def ranking(scores: Result | Tensor, labels: Sequence[Any] | None = None, *, by: str | None = None) -> Ranking:
+def rank_components(scores: Result | Tensor, labels: Sequence[Any] | None = None, *, by: str | None = None) -> Ranking:
     """Rank components by their score, the mean over examples (of an example with several rows, over their mean); NaN does not count.
 
     Args:
-        scores: a result whose axes other than row, example, position and step are components (layers × heads become ``"L1H3"``), or a tensor
+        scores: a result whose axes other than row, example, position and step are components (layers × heads become ``"vision L1H3"``), or a tensor
             ``[component]`` or ``[component example]``. Of a sweep every axis but the examples is one of components, and the score is the effect:
             the metric under the edit minus the unedited one.
         labels: of a tensor's components.
@@ -148,7 +148,8 @@ def _flat(result: Result) -> tuple[Tensor, list[str]]:
         values = _without_absent(result, values, outer) if axis == "position" else values
         values = values.nanmean(-1)
     values = values.flatten(1) if values.ndim > 1 else values[:, None]
-    labels = [_name(inner, labels) for labels in itertools.product(*(result.axes[name] for name in inner))]
+    tower = str(getattr(result, "tower", ""))
+    labels = [_name(inner, labels, tower) for labels in itertools.product(*(result.axes[name] for name in inner))]
     return values, labels
 
 
@@ -160,13 +161,13 @@ def _without_absent(result: Result, values: Tensor, outer: Sequence[str]) -> Ten
     return values.masked_fill(~torch.from_numpy(present(np.array(kinds))), float("nan"))
 
 
-def _name(axes: Sequence[str], labels: Sequence[Any]) -> str:
-    found = dict(zip(axes, labels, strict=True))
-    parts = []
+def _name(axes: Sequence[str], labels: Sequence[Any], tower: str) -> str:
+    found = {"tower": tower, **dict(zip(axes, labels, strict=True))}
+    tower, parts = str(found.pop("tower")), []
     if {"layer", "head"} <= found.keys():
-        parts.append(head_name(found.pop("layer"), found.pop("head"), str(found.pop("tower", ""))))
+        parts.append(head_name(found.pop("layer"), found.pop("head"), tower))
     elif {"layer", "neuron"} <= found.keys():
-        parts.append(f"L{found.pop('layer')}N{found.pop('neuron')}")
+        parts.append(f"{tower} L{found.pop('layer')}N{found.pop('neuron')}".lstrip())
     elif len(found) == 1:
         return str(labels[0])
     return ", ".join([*parts, *(f"{axis} {label}" for axis, label in found.items())])

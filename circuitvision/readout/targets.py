@@ -2,13 +2,13 @@
 
 A tower speaks about one kind of thing (:func:`output_kind`): classes, tokens, the texts or images a dual encoder compares with, action
 dimensions, or nothing with a name. Words are looked up among the class names, then in the tokenizer; a word of several tokens needs
-``pieces``:
+``aggregation``:
 
 * ``"first"``: its first token;
 * ``"mean"``: the mean of the measure over its tokens;
-* ``"joint"``: ``Σ_i log p(piece_i | context)``, all read at the same place (with the measure ``"prob"``, their product). The probability of
-  saying the word is the chain ``Σ_i log p(piece_i | context, piece_1 … piece_{i-1})``: the first terms agree, the others do not, and the joint
-  reading is the same for any order of the pieces. It says which pieces a place has in mind, and compares words of equally many. For the chain,
+* ``"joint"``: ``Σ_i log p(token_i | context)``, all read at the same place (with the measure ``"prob"``, their product). The probability of
+  saying the word is the chain ``Σ_i log p(token_i | context, token_1 … token_{i-1})``: the first terms agree, the others do not, and the joint
+  reading is the same for any order of the tokens. It says which tokens a place has in mind, and compares words of equally many. For the chain,
   run the model with the word appended.
 
 A dual encoder's prompts are strings: its text tower runs on them alone, and images are read against their embeddings. Not covered: sentences as
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
-PIECES = ("first", "mean", "joint")
+AGGREGATIONS = ("first", "mean", "joint")
 MEASURES = ("logit", "logprob", "prob")
 
 
@@ -69,13 +69,13 @@ def output_size(tower: Tower) -> int | None:
     """The number of columns of a tower's read-out; None where it depends on the run, or where there is no head."""
     if output_kind(tower) in ("texts", "images", "hidden"):
         return None
-    owner = reader_of(tower)
-    found = heads.unembedding(owner)
+    reader = reader_of(tower)
+    found = heads.unembedding(reader)
     head: Any = found[0] if found is not None else None
     if head is None:
-        readout = owner.spec.readout
+        readout = reader.spec.readout
         assert readout is not None
-        head = heads.resolve(owner.module, readout.head)
+        head = heads.resolve(reader.module, readout.head)
     return out_width(head)
 
 
@@ -132,14 +132,14 @@ def _warn_of_unknown(tokenizer: Any, prompts: Sequence[str]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """Columns of a read-out by name: ids ``[target example piece]`` (-1 where there is none), or embeddings or directions that make the columns.
+    """Columns of a read-out by name: ids ``[target example token]`` (-1 where there is none), or embeddings or directions that make the columns.
 
     The example axis has length 1 where every example has the same targets.
     """
 
     labels: list[Any]
-    ids: Int[Tensor, "target example piece"]
-    how: str = "first"
+    ids: Int[Tensor, "target example token"]
+    aggregation: str = "first"
     against: Float[Tensor, "target width"] | None = None
 
     def read(
@@ -153,14 +153,14 @@ class Targets:
             there = (target >= 0)[:, None]
             found = measured.gather(-1, target.clamp(min=0)[:, None].expand(-1, measured.shape[1], -1))
             total = torch.where(there, found, torch.zeros_like(found)).sum(-1)
-            columns.append(total / there.sum(-1) if self.how == "mean" else total)
+            columns.append(total / there.sum(-1) if self.aggregation == "mean" else total)
         return torch.stack(columns, dim=-1)
 
     def ranked(self, example: Int[Tensor, " row"]) -> Bool[Tensor, "row target"]:
-        """Which targets can be ranked among single columns: not the joint log-probability of several pieces."""
+        """Which targets can be ranked among single columns: not the joint log-probability of several subword tokens."""
         single = (self.ids >= 0).sum(-1) == 1
         single = single.expand(-1, int(example.max()) + 1) if single.shape[1] == 1 else single
-        return single[:, example].T | (self.how != "joint")
+        return single[:, example].T | (self.aggregation != "joint")
 
     def check_columns(self, size: int) -> None:
         """Raises InputError if a target is beyond the columns of the read-out."""
@@ -205,7 +205,7 @@ def shared_width(tower: Tower) -> int:
 
 
 def resolve_targets(
-    model: HookedModel, tower: Tower, targets: Any, *, pieces: str | None = None, own_columns: bool = False
+    model: HookedModel, tower: Tower, targets: Any, *, aggregation: str | None = None, own_columns: bool = False
 ) -> Targets:
     """Targets by name, id, prompt, dimension or direction as columns of a tower's read-out.
 
@@ -214,11 +214,11 @@ def resolve_targets(
     brings a read-out of its own, whose columns have numbers only.
 
     Raises:
-        InputError: no such class, word or column, a word of several tokens without ``pieces``, an empty or too long prompt, a tower without a
+        InputError: no such class, word or column, a word of several tokens without ``aggregation``, an empty or too long prompt, a tower without a
         head.
     """
-    if pieces is not None and pieces not in PIECES:
-        raise InputError(f"Unknown pieces {pieces!r}; choose 'first', 'mean' or 'joint'.")
+    if aggregation is not None and aggregation not in AGGREGATIONS:
+        raise InputError(f"Unknown aggregation {aggregation!r}; choose 'first', 'mean' or 'joint'.")
     targets = plain(targets)
     kind = "columns" if own_columns else output_kind(tower)
     if isinstance(targets, Tensor) and targets.is_floating_point():
@@ -244,14 +244,14 @@ def resolve_targets(
     examples = max(len(row) for row in rows)
     if any(len(row) not in (1, examples) for row in rows):
         raise InputError(f"Targets per example need one per example each; got {[len(row) for row in rows]}.")
-    found = [[_ids(model, tower, kind, item, pieces) for item in row] for row in rows]
+    found = [[_ids(model, tower, kind, item, aggregation) for item in row] for row in rows]
     width = max(len(ids) for row in found for ids in row)
     table = torch.full((len(rows), examples, width), -1, dtype=torch.long)
     for index, row in enumerate(found):
         for example in range(examples):
             chosen = row[example if len(row) > 1 else 0]
             table[index, example, : len(chosen)] = torch.tensor(chosen)
-    return Targets(labels, table, pieces or "first")
+    return Targets(labels, table, aggregation or "first")
 
 
 def _directions(tower: Tower, kind: str, targets: Tensor) -> Targets:
@@ -269,7 +269,7 @@ def _directions(tower: Tower, kind: str, targets: Tensor) -> Targets:
     return Targets(labels, torch.arange(len(labels)).view(-1, 1, 1), "first", targets)
 
 
-def _ids(model: HookedModel, tower: Tower, kind: str, target: Any, pieces: str | None) -> list[int]:
+def _ids(model: HookedModel, tower: Tower, kind: str, target: Any, aggregation: str | None) -> list[int]:
     if isinstance(target, int) and not isinstance(target, bool):
         size = None if kind == "columns" else output_size(tower)
         if target < 0 or (size is not None and target >= size):
@@ -284,18 +284,18 @@ def _ids(model: HookedModel, tower: Tower, kind: str, target: Any, pieces: str |
         )
     if kind == "texts":
         raise InputError("Give prompts only, or numbers of the run's texts only.")
-    return word_ids(model, target, pieces)
+    return word_ids(model, target, aggregation)
 
 
 def _singular(kind: str) -> str:
     return {"classes": "class"}.get(kind, kind.removesuffix("s"))
 
 
-def word_ids(model: HookedModel, word: str, pieces: str | None = None) -> list[int]:
-    """The ids of a class name or word: one, or with ``pieces`` as many as it takes (``"first"``: the first).
+def word_ids(model: HookedModel, word: str, aggregation: str | None = None) -> list[int]:
+    """The ids of a class name or word: one, or with ``aggregation`` as many as it takes (``"first"``: the first).
 
     Raises:
-        InputError: an unknown word, or one of several tokens without ``pieces``.
+        InputError: an unknown word, or one of several tokens without ``aggregation``.
     """
     labels = getattr(model.config, "label2id", None) or {}
     if word in labels:
@@ -311,13 +311,13 @@ def word_ids(model: HookedModel, word: str, pieces: str | None = None) -> list[i
         if not known:
             raise
     ids = [int(number) for number in min(known, key=len)]
-    if pieces is None:
-        names = " ".join(str(piece) for piece in tokenizer.convert_ids_to_tokens(ids))
+    if aggregation is None:
+        names = " ".join(str(token) for token in tokenizer.convert_ids_to_tokens(ids))
         raise InputError(
-            f"{word!r} takes {len(ids)} tokens ({names}). Choose pieces='first' (its first token), 'mean' (the mean over its tokens) or 'joint' "
+            f"{word!r} takes {len(ids)} tokens ({names}). Choose aggregation='first' (its first token), 'mean' (the mean over its tokens) or 'joint' "
             "(the sum of their log-probabilities), or give the id of the token you mean."
         )
-    return ids[:1] if pieces == "first" else ids
+    return ids[:1] if aggregation == "first" else ids
 
 
 def names_of(model: HookedModel, tower: Tower, ids: Sequence[int], targets: Targets | None = None) -> dict[str, str]:
@@ -330,7 +330,7 @@ def names_of(model: HookedModel, tower: Tower, ids: Sequence[int], targets: Targ
         return {str(number): str(known.get(number, number)) for number in ids}
     if kind == "tokens" and model.tokenizer is not None:
         # A head may be wider than the vocabulary.
-        pieces = [model.tokenizer.convert_ids_to_tokens(number) for number in ids]
-        return {str(number): str(number if piece is None else piece) for number, piece in zip(ids, pieces, strict=True)}
+        tokens = [model.tokenizer.convert_ids_to_tokens(number) for number in ids]
+        return {str(number): str(number if token is None else token) for number, token in zip(ids, tokens, strict=True)}
     word = {"actions": "dim ", "texts": "text ", "images": "image "}.get(kind, "")
     return {str(number): f"{word}{number}" for number in ids}

@@ -177,8 +177,8 @@ def test_a_mistake_that_shows_only_in_the_run(edit: edits.Edit, message: str) ->
 def test_means_and_resamples_of_a_single_row_are_refused() -> None:
     model = wrapped("vit", torch.float64)
     one = inputs_of("vit", model, batch=1)
-    for with_ in ("mean", "resample"):
-        edit = edits.ablate(SITE, with_)
+    for method in ("mean", "resample"):
+        edit = edits.ablate(SITE, method)
         refused(model, lambda edit=edit: model.run(one, [edit]), edit, "row", early=False)
     model.run(one, [edits.ablate(SITE, "mean", average="all")])
 
@@ -306,7 +306,7 @@ def test_renumbering_is_refused_in_generation() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: edits.ablate(SITE, "nothing"), "with_='nothing'"),
+        (lambda: edits.ablate(SITE, "nothing"), "method='nothing'"),
         (lambda: edits.ablate(SITE, "mean", average="rows"), "average='rows'"),
         (lambda: edits.steer(SITE, random(24), mode="turn"), "mode='turn'"),
         (lambda: edits.steer(SITE, torch.zeros(24), mode="project_out"), "length other than zero"),

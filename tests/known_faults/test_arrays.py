@@ -19,13 +19,13 @@ from circuitvision.patching import activation_patch
 from circuitvision.readout import (
     attention_maps,
     collect,
-    deletion_curve,
-    exemplars,
     gradient_times_activation,
     integrated_gradients,
     legrad,
     logit_lens,
+    max_activating_examples,
     occlusion,
+    perturbation_curve,
 )
 from tests.zoo import CASES, Case, parametrize, shared_model
 
@@ -147,13 +147,15 @@ def test_readouts_and_methods_take_arrays_as_inputs() -> None:
         "ablation_check": lambda make: ablation_check(model, pairs(make), ["L0H1"], n_random=2),
         "gradient": lambda make: gradient_times_activation(model, make(inputs), metric),
         "legrad": lambda make: legrad(model, make(inputs), metric),
-        "exemplars": lambda make: exemplars(model, make(inputs), "vision.blocks.0.mlp.hook_post", top_k=2),
+        "exemplars": lambda make: max_activating_examples(
+            model, make(inputs), "vision.blocks.0.mlp.hook_post", top_k=2
+        ),
         "collect": lambda make: collect(model, make(inputs), "vision.blocks.0.hook_resid_post"),
         "integrated": lambda make: integrated_gradients(
             model, make(inputs), metric, steps=8, baseline=make(other), site="pixels"
         ),
         "occlusion": lambda make: occlusion(model, make(inputs), metric, progress=False),
-        "deletion": lambda make: deletion_curve(
+        "deletion": lambda make: perturbation_curve(
             model, make(inputs), metric, legrad(model, inputs, metric), random_orders=1, steps=2
         ),
         "logit_lens": lambda make: logit_lens(model, model.run_with_cache(make(inputs))[1], targets=[0, 1]),

@@ -70,7 +70,9 @@ def test_terms_of_a_run_under_hooks_add_up(site: str, by: str) -> None:
         "hook_attn_out": by != "component",
         "hook_mlp_out": not whole,
     }
-    expected = [f"L{layer}.rest"] if site.startswith("language") and outside.get(site.rpartition(".")[2]) else []
+    expected = (
+        [f"language L{layer}.rest"] if site.startswith("language") and outside.get(site.rpartition(".")[2]) else []
+    )
     assert rest == expected
 
 
@@ -87,7 +89,7 @@ def test_other_families(name: str, by: str) -> None:
     kinds = ("hook_resid_mid", "hook_attn_out", "hook_resid_post")
     for kind in kinds:
         rest = check_sums(name, f"{tower}.blocks.1.{kind}", by)
-        assert rest == ([] if kind == "hook_attn_out" and by == "component" else ["L1.rest"])
+        assert rest == ([] if kind == "hook_attn_out" and by == "component" else [f"{tower} L1.rest"])
 
 
 @pytest.mark.parametrize(
@@ -207,8 +209,8 @@ def test_pairs_of_terms_of_a_dual_encoder(by: str) -> None:
         logits, cache = model.run_with_cache(inputs)
     found = cv.readout.bilinear_attribution(model, cache, by=by)
     torch.testing.assert_close(found.values.sum((0, 1)) + found.bias, logits, rtol=0, atol=1e-5)
-    assert "L1.rest" in found.axes["image_term"]
-    assert ("L0.rest" in found.axes["text_term"]) == (by == "head")
+    assert "vision L1.rest" in found.axes["image_term"]
+    assert ("text L0.rest" in found.axes["text_term"]) == (by == "head")
 
 
 def test_caches_know_which_sites_were_hooked() -> None:
@@ -246,7 +248,7 @@ def test_passes_of_generation_under_edits() -> None:
         said = out.logits[step][:, 7] - out.logits[step][:, 4]
         torch.testing.assert_close(found.values.sum(0), said.double(), rtol=0, atol=2e-6)
         # The recording is the outer context: it saw block 0 before the edit, which shows in what block 1 adds to it.
-        assert [term for term in found.axes["term"] if term.endswith(".rest")] == ["L1.rest"]
+        assert [term for term in found.axes["term"] if term.endswith(".rest")] == ["language L1.rest"]
 
 
 def test_an_edit_of_the_final_residual_that_the_recording_did_not_see() -> None:

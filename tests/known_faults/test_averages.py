@@ -371,7 +371,7 @@ def check_cameras() -> None:
     vectors = cv.readout.collect(model, inputs, site, positions="patch")[site]
     owner = torch.tensor([0, 0, 1, 1, 2, 2])
     near(vectors, torch.stack([values[visible & (owner == e)].flatten(0, 1).mean(0) for e in range(3)]))
-    best = cv.readout.exemplars(model, inputs, site, top_k=3, positions="all")
+    best = cv.readout.max_activating_examples(model, inputs, site, top_k=3, positions="all")
     places = best.example * 2 + best.places[..., 0]
     assert bool(visible[places].all())
 
@@ -410,20 +410,22 @@ def summaries(model: cv.HookedModel, inputs: dict[str, Any]) -> dict[str, Tensor
         "uniform": cv.readout.attention_mass(cache, tower="language", queries="all").uniform,
         "entropy": cv.readout.attention_entropy(cache, tower="language", queries="all").values,
         "collected": vectors[SITE],
-        "cka": cv.readout.cka_matrix(vectors).values,
-        "rates": cv.readout.change_rate(lens).values,
-        "identifiability": cv.readout.lens_identifiability(lens).values,
-        "ranking": cv.readout.ranking(lens).values,
-        "strongest": cv.readout.exemplars(model, inputs, SITE, top_k=2, positions="all").values,
-        "mean of units": cv.readout.exemplars(model, inputs, SITE, top_k=2, positions="all", pool="mean").values,
+        "cka": cv.readout.cka(vectors).values,
+        "rates": lens.change_rate().values,
+        "identifiability": lens.identifiability().values,
+        "ranking": cv.readout.rank_components(lens).values,
+        "strongest": cv.readout.max_activating_examples(model, inputs, SITE, top_k=2, positions="all").values,
+        "mean of units": cv.readout.max_activating_examples(
+            model, inputs, SITE, top_k=2, positions="all", pool="mean"
+        ).values,
     }
     with torch.no_grad():
         _, whole = model.run_with_cache(inputs)
-    found["ranking of sources"] = cv.readout.ranking(cv.readout.source_attribution(model, whole, (6, 9))).values
+    found["ranking of sources"] = cv.readout.rank_components(cv.readout.source_attribution(model, whole, (6, 9))).values
     by_head = cv.readout.gradient_times_activation(
         model, inputs, cv.metrics.logit_diff(6, 9), site="language.blocks.0.attn.hook_z"
     )
-    found["ranking of relevance"] = cv.readout.ranking(by_head).values
+    found["ranking of relevance"] = cv.readout.rank_components(by_head).values
     for baseline in ("own", "zero"):
         options = {"tower": "language", "kinds": "patch", "baseline": baseline, "progress": False}
         values = cv.readout.occlusion(model, inputs, cv.metrics.logit_diff(5, 7), **options).values

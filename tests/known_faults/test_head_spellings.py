@@ -20,18 +20,17 @@ from circuitvision.model import names
 from circuitvision.model.names import NodeName, component, head_name, heads_of, spelled
 from circuitvision.readout import (
     direct_attribution,
-    full_ov,
     ov_circuit,
     qk_circuit,
-    ranking,
+    rank_components,
     source_attribution,
 )
 from tests.zoo import CASES, shared_model
 
 LAYER, HEAD = 1, 3
 QUALIFIED: dict[str, Any] = {
-    "printed": "vision.L1H3",
-    "in titles": "vision L1H3",
+    "printed": "vision L1H3",
+    "with a dot": "vision.L1H3",
     "in tables": "vision layer 1, head 3",
     "graph id": "v.a1.h3",
     "tuple": ("vision", 1, 3),
@@ -67,7 +66,7 @@ def by_hand(model: cv.HookedModel, inputs: dict[str, Any], block: Any, head: int
 @pytest.mark.parametrize("part", QUALIFIED.values(), ids=QUALIFIED)
 def test_every_spelling_is_one_head(part: Any) -> None:
     assert component(part) == NodeName("vision", "head", layer=LAYER, head=HEAD)
-    assert spelled(part) == "vision.L1H3"
+    assert spelled(part) == "vision L1H3"
     assert heads_of(part, TOWERS) == heads_of([part], TOWERS) == [component("v.a1.h3")]
 
 
@@ -78,7 +77,7 @@ def test_without_a_tower_it_is_the_only_one(part: Any) -> None:
     two = {**TOWERS, "language": TOWERS["vision"]}
     with pytest.raises(InputError) as caught:
         heads_of([part], two)
-    assert "language.L1H3" in str(caught.value)
+    assert "language L1H3" in str(caught.value)
     assert heads_of([part], two, "language") == [component("l.a1.h3")]
 
 
@@ -90,7 +89,7 @@ def test_other_components() -> None:
         "language.blocks.2.mlp.hook_post[118]": NodeName("language", "neuron", layer=2, feature=118),
         "L2.mlp": NodeName("", "mlp", layer=2),
         "L2MLP": NodeName("", "mlp", layer=2),
-        "vision.L0.mlp": NodeName("vision", "mlp", layer=0),
+        "vision L0.mlp": NodeName("vision", "mlp", layer=0),
         "L2.attn": NodeName("", "attn", layer=2),
         "language.blocks.0.attn.hook_k[1]": NodeName("language", "kv_head", layer=0, head=1),
         "vision_2.L3H1": NodeName("vision_2", "head", layer=3, head=1),
@@ -219,7 +218,7 @@ def test_ablation_check_takes_every_spelling() -> None:
         assert found.heads == ["v.a1.h2"]
         assert torch.equal(found.logit_diff, wanted.logit_diff)
     assert ablation_check(model, pairs, ["L1H2", (1, 2), "v.a1.h2"], n_random=2).heads == ["v.a1.h2"]
-    assert "vision.L1H2" in wanted.summary()
+    assert "vision L1H2" in wanted.summary()
     for heads in (["L9H0"], ["text.L0H0"], ["L1.mlp"], []):
         with pytest.raises(InputError):
             ablation_check(model, pairs, heads, n_random=2)
@@ -237,7 +236,7 @@ def test_from_rankings_to_edits_and_back() -> None:
         assert torch.isfinite(model.run(inputs, edits.ablate(name))).all()
     grid = [edits.ablate(head_name(layer, head)) for layer in range(3) for head in range(4)]
     swept = model.sweep(inputs, grid, metrics.logit_diff(answer, answer.roll(1)))
-    order = ranking(swept.values, [head_name(layer, head) for layer in range(3) for head in range(4)])
+    order = rank_components(swept.values, [head_name(layer, head) for layer in range(3) for head in range(4)])
     assert torch.isfinite(model.run(inputs, [edits.ablate(name) for name in order.axes["component"][:3]])).all()
     importance = head_importance(
         model, metric=metrics.logit_diff(0, 1), clean=inputs, corrupt={"pixel_values": inputs["pixel_values"].flip(0)}
@@ -257,7 +256,9 @@ def test_circuits_of_a_head() -> None:
             with pytest.raises(InputError):
                 circuit(tower, *wrong)
     llava, _ = model_of("llava-clip-llama")
-    assert torch.equal(full_ov(llava.language, "L1H2").AB, full_ov(llava.language, 1, 2).AB)
+    assert torch.equal(
+        ov_circuit(llava.language, "L1H2", tokens=True).AB, ov_circuit(llava.language, 1, 2, tokens=True).AB
+    )
 
 
 def test_figures_of_chosen_heads() -> None:

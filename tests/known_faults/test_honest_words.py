@@ -16,7 +16,9 @@ from circuitvision.circuits import AblationCheck, HeadImportance, head_importanc
 from circuitvision.data import TEST_PAIRS, TRAIN_PAIRS, sample_question_pairs
 from circuitvision.model.sweeps.result import restored_error, restored_share
 from circuitvision.quickstart import Reading, quickstart
-from circuitvision.readout import Curve, LensResult, logit_lens
+from circuitvision.readout import logit_lens
+from circuitvision.readout.lens.result import LensResult
+from circuitvision.readout.relevance.curves import Curve
 from tests.zoo import case, shared_model
 
 
@@ -99,9 +101,13 @@ def test_no_title_affirms_anything_of_an_untrained_classifier():
     told = findings.leads(lens.pooled.mean(1), lens.pooled[-1], lens.measure)
     answer = int(model(inputs)[0].argmax())
     scores = torch.randn(12, model.tokens(inputs)["vision"].n_positions)
-    curve = cv.readout.deletion_curve(model, inputs, metrics.prob(answer), scores, steps=3, random_orders=4)
-    probe = cv.readout.probe_vectors(
-        {"noise": torch.randn(40, 6, generator=torch.Generator().manual_seed(1))}, [0, 1] * 20, shuffles=19, penalty=1.0
+    curve = cv.readout.perturbation_curve(model, inputs, metrics.prob(answer), scores, steps=3, random_orders=4)
+    probe = cv.readout.linear_probe(
+        None,
+        {"noise": torch.randn(40, 6, generator=torch.Generator().manual_seed(1))},
+        [0, 1] * 20,
+        shuffles=19,
+        penalty=1.0,
     )
     effects = head_importance(
         model,

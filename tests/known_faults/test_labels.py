@@ -87,8 +87,8 @@ def test_summaries_name_the_nearest_labels() -> None:
         maps.grid(0, 0)
     with pytest.raises(InputError, match="There is no head True"):
         maps.grid(1, True)
-    with pytest.raises(InputError, match=r"nearest of .*'L1H0'"):
-        shares["L1H00"]
+    with pytest.raises(InputError, match=r"nearest of .*'vision L1H0'"):
+        shares["L1HO"]
     many = Result(torch.zeros(20), {"layer": list(range(10, 30))})
     with pytest.raises(InputError, match="There is no layer 3 in this Result; nearest of 20: 10, 11, 12, 13, 14"):
         many.index_of("layer", 3)

@@ -56,7 +56,7 @@ def check_form(form: str) -> None:
     assert found.values[0].tolist() == truth.double().tolist()
     assert found.effect[0].tolist() == (truth.double() - clean.double()).tolist()
     assert "SweepResult" in repr(found)
-    assert cv.readout.ranking(found).values[0] == truth.double().mean() - clean.double().mean()
+    assert cv.readout.rank_components(found).values[0] == truth.double().mean() - clean.double().mean()
     assert float(found.to_frame()["effect"].mean()) == float(truth.double().mean() - clean.double().mean())
     assert found._repr_html_()
     assert found.plot() is not None
@@ -224,5 +224,5 @@ def test_labels_per_patch_are_told_how() -> None:
     groups = np.repeat(np.arange(6), n_patches)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = cv.readout.probe_vectors(vectors, labels.flatten(), groups=groups, shuffles=2)
+        found = cv.readout.linear_probe(None, vectors, labels.flatten(), groups=groups, shuffles=2)
     assert found.values.numel() >= 1

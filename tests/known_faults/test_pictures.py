@@ -359,14 +359,14 @@ def test_models_of_other_channels_want_pixel_values(channels: int) -> None:
 
 def test_figures_of_a_grey_model() -> None:
     from circuitvision import metrics
-    from circuitvision.readout import attention_maps, exemplars, gradient_times_activation
+    from circuitvision.readout import attention_maps, gradient_times_activation
 
     model = model_of(1)
     grey = np.random.default_rng(0).integers(0, 255, (12, 12), dtype=np.uint8)
     inputs = model.inputs(images=[grey, grey])
     _, cache = model.run_with_cache(inputs)
     maps = attention_maps(cache, query="cls")
-    units = exemplars(model, inputs, "vision.blocks.0.mlp.hook_post", top_k=1)
+    units = max_activating_examples(model, inputs, "vision.blocks.0.mlp.hook_post", top_k=1)
     pixels = gradient_times_activation(model, inputs, metrics.logit_diff(0, 1), site="pixels")
     for picture in (grey, grey[None], grey[..., None], grey / 255, Image.fromarray(grey)):
         for figure in (maps.plot(picture=picture), units.plot(pictures=[picture] * 2), pixels.plot(picture=picture)):

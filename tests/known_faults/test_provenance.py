@@ -401,28 +401,27 @@ OTHERS: dict[str, tuple[Callable[..., Any], dict[str, dict[str, Any]]]] = {
     "occlusion": (P(on_model, P(ro.occlusion, progress=False)), {"inputs": {"seed": 2}, "baseline": {"baseline": "zero"}, "window": {"window": 2}, "metric": {"metric": metrics.prob(3)}}),
     "legrad": (P(on_model, ro.legrad), {"inputs": {"seed": 2}, "layers": {"layers": [0]}, "metric": {"metric": metrics.prob(3)}}),
     "chefer_relevance": (P(on_model, ro.chefer_relevance), {"inputs": {"seed": 2}, "metric": {"metric": metrics.prob(3)}}),
-    "deletion_curve": (P(curve, ro.deletion_curve), {
-        "order": {"scores": 1}, "inputs": {"seed": 2}, "baseline": {"baseline": "zero"}, "steps": {"steps": 3}, "orders": {"random_orders": 2}, "level": {"level": "pixel"},
+    "perturbation_curve": (P(curve, ro.perturbation_curve), {
+        "scores": {"scores": 1}, "order": {"order": "insertion"}, "metric": {"metric": metrics.prob(3)}, "inputs": {"seed": 2}, "baseline": {"baseline": "zero"}, "steps": {"steps": 3}, "orders": {"random_orders": 2}, "level": {"level": "pixel"},
     }),
-    "insertion_curve": (P(curve, ro.insertion_curve), {"order": {"scores": 1}, "metric": {"metric": metrics.prob(3)}}),
     "linear_probe": (probed, {
         "seed": {"seed": 1}, "labels": {"labels": [1, 0] * 8}, "data": {"inputs": 2}, "split": {"test_share": 0.5}, "folds": {"folds": 4},
         "shuffles": {"shuffles": 3}, "penalty": {"penalty": 0.1}, "positions": {"positions": "patch"}, "groups": {"groups": [n // 2 for n in range(16)]},
     }),
-    "probe_vectors": (lambda data=0, **more: ro.probe_vectors(vectors(data), LABELS, shuffles=1, penalty=1.0, **more), {"vectors": {"data": 1}, "seed": {"seed": 3}}),
+    "linear_probe of vectors": (lambda data=0, **more: ro.linear_probe(None, vectors(data), LABELS, shuffles=1, penalty=1.0, **more), {"vectors": {"data": 1}, "seed": {"seed": 3}}),
     "collect": (P(probed, function=ro.collect, sites="vision.blocks.0.hook_resid_post"), {
         "data": {"inputs": 2}, "positions": {"positions": "cls"}, "site": {"sites": "vision.blocks.1.hook_resid_post"},
     }),
-    "exemplars": (P(probed, function=ro.exemplars, site="vision.blocks.0.mlp.hook_post"), {
+    "max_activating_examples": (P(probed, function=ro.max_activating_examples, site="vision.blocks.0.mlp.hook_post"), {
         "data": {"inputs": 2}, "top_k": {"top_k": 2}, "pool": {"pool": "mean"}, "through": {"through": torch.eye(40)[:3]}, "units": {"units": [0]},
     }),
     "pca": (lambda data=0, **more: ro.pca(vectors(data)["a"], **more), {"vectors": {"data": 1}, "components": {"n_components": 3}, "labels": {"labels": LABELS}}),
-    "pca_of": (lambda data=0, **more: ro.pca_of(vectors(data), **more), {"vectors": {"data": 1}}),
-    "cka_matrix": (lambda data=0, **more: ro.cka_matrix(vectors(data), **more), {"vectors": {"data": 1}, "unbiased": {"unbiased": True}, "second": {"second": vectors(2)}}),
+    "pca of sites": (lambda data=0, **more: ro.pca(vectors(data), **more), {"vectors": {"data": 1}}),
+    "cka": (lambda data=0, **more: ro.cka(vectors(data), **more), {"vectors": {"data": 1}, "unbiased": {"unbiased": True}, "second": {"second": vectors(2)}}),
     "decision_layer": (lambda last=1, **more: ro.decision_layer([[0, 1], [1, 1], [1, last]], **{"k": 1, **more}), {"predictions": {"last": 0}, "k": {"k": 2}, "target": {"target": [1, 1]}}),
-    "ranking": (lambda scale=1.0, **more: ro.ranking(torch.tensor([1.0, -2.0, 3.0]) * scale, **more), {"scores": {"scale": 2.0}, "by": {"by": "size"}, "labels": {"labels": ["a", "b", "c"]}}),
-    "value_vectors": (P(of_tower, ro.value_vectors), {"weights": {"change": one_weight}, "top_k": {"top_k": 2}, "of": {"of": "ov"}, "layers": {"layers": [0]}, "targets": {"targets": [1, 2]}}),
-    "agreement": (P(of_tower, P(ro.agreement, draws=2)), {"weights": {"change": one_weight}, "of": {"of": "ov"}, "seed": {"seed": 1}, "targets": {"targets": [1, 2]}}),
+    "rank_components": (lambda scale=1.0, **more: ro.rank_components(torch.tensor([1.0, -2.0, 3.0]) * scale, **more), {"scores": {"scale": 2.0}, "by": {"by": "size"}, "labels": {"labels": ["a", "b", "c"]}}),
+    "value_vectors": (P(of_tower, ro.value_vectors), {"weights": {"change": one_weight}, "top_k": {"top_k": 2}, "component": {"component": "ov"}, "layers": {"layers": [0]}, "targets": {"targets": [1, 2]}}),
+    "class_value_agreement": (P(of_tower, P(ro.class_value_agreement, draws=2)), {"weights": {"change": one_weight}, "component": {"component": "ov"}, "seed": {"seed": 1}, "targets": {"targets": [1, 2]}}),
     "composition_scores": (P(of_tower, P(ro.composition_scores, draws=2)), {"weights": {"change": one_weight}, "kind": {"kind": "Q"}, "seed": {"seed": 1}, "gain": {"gain": False}}),
     "singular_vectors": (
         lambda head=0, change=None, **more: of_tower(lambda tower: ro.singular_vectors(ro.ov_circuit(tower, 0, head), **more), change),

@@ -65,16 +65,16 @@ def check_ranking() -> None:
     result, truth, cells = swept(axes={"layer": layers, "head": heads})
     order = truth.abs().argsort(descending=True).tolist()
     names = [f"L{cells[index][0]}H{cells[index][1]}" for index in order]
-    found = cv.readout.ranking(result)
+    found = cv.readout.rank_components(result)
     assert found.axes["component"] == names
     torch.testing.assert_close(found.values, truth[order], rtol=0, atol=1e-10)
     assert found.top(3) == names[:3]
     assert [value for _, value in result.top(3)] == pytest.approx(found.values[:3].tolist())
     assert (
-        cv.readout.ranking(result, by="value").axes["component"][0]
+        cv.readout.rank_components(result, by="value").axes["component"][0]
         == max(zip(truth.tolist(), [f"L{a}H{b}" for a, b in cells], strict=True))[1]
     )
-    flat = cv.readout.ranking(swept()[0])
+    flat = cv.readout.rank_components(swept()[0])
     assert flat.axes["component"] == [result.labels[index] for index in order]
     assert "unedited" in result._repr_html_()
 
@@ -94,7 +94,7 @@ def test_positions_that_were_edited_are_components() -> None:
     model = cv.HookedModel(module)
     groups = [edits.ablate(f"vision.blocks.{layer}.hook_resid_pre", positions=p) for layer in (0, 1) for p in range(4)]
     result = model.sweep(inputs, groups, metric, axes={"layer": (0, 1), "position": range(4)}, progress=False)
-    found = cv.readout.ranking(result)
+    found = cv.readout.rank_components(result)
     assert len(found.axes["component"]) == 8
     best = int(result.effect.mean(-1).abs().flatten().argmax())
     assert found.top(1) == [f"layer {best // 4}, position {best % 4}"]
@@ -106,7 +106,7 @@ def test_interrupted_sweeps_are_ranked_by_what_was_done() -> None:
     values[int(truth.abs().argmax())] = float("nan")
     cut = SweepResult(values, result.axes, clean=result.clean, edits=result.edits, done=result.done)
     order = truth.abs().argsort(descending=True).tolist()
-    assert cv.readout.ranking(cut).axes["component"] == [result.labels[i] for i in (*order[1:], order[0])]
+    assert cv.readout.rank_components(cut).axes["component"] == [result.labels[i] for i in (*order[1:], order[0])]
 
 
 def test_patching_is_ranked_by_cells_and_checks_are_not_ranked() -> None:
@@ -120,7 +120,7 @@ def test_patching_is_ranked_by_cells_and_checks_are_not_ranked() -> None:
         sites="vision.blocks.*.hook_resid_pre",
         axes=("layer", "position"),
     )
-    ranked = cv.readout.ranking(found)
+    ranked = cv.readout.rank_components(found)
     assert len(ranked.values) == found.restored.numel()
     effects = found.values.mean(-1)
     layer, position = divmod(int(effects.abs().argmax()), effects.shape[1])
@@ -128,7 +128,7 @@ def test_patching_is_ranked_by_cells_and_checks_are_not_ranked() -> None:
     assert float(ranked.values[0]) == pytest.approx(float(effects[layer, position]))
     check = cv.circuits.AblationCheck(torch.rand(3), {"condition": ["intact", "heads", "random 1"]})
     with pytest.raises(InputError, match="conditions"):
-        cv.readout.ranking(check)
+        cv.readout.rank_components(check)
 
 
 # -- axes ----------------------------------------------------------------------------------------------------------------------------------

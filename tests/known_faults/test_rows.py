@@ -162,7 +162,7 @@ def check_errors(counts: tuple[int, ...]) -> None:
         _, cache = model.run_with_cache(inputs, names_filter="vision.blocks.*.attn.hook_pattern")
     mass = cv.readout.attention_mass(cache, tower="vision").span("patch")
     owner = np.array([example for example, count in enumerate(counts) for _ in range(count)])
-    found = cv.readout.ranking(mass)
+    found = cv.readout.rank_components(mass)
     for name, value, error in zip(found.axes["component"], found.values.tolist(), found.errors.tolist(), strict=True):
         layer, head = (int(part) for part in name[1:].split("H"))
         rows = mass.values[mass.axes["layer"].index(layer), head].double().numpy()
@@ -232,7 +232,7 @@ def check_sweep() -> None:
         warnings.simplefilter("error")
         kept = model.sweep(inputs, groups, last, empty="clean", progress=False)
     near(kept.values[0, 1:], result.clean[1:])
-    assert float(cv.readout.ranking(result).values.abs().max()) > 0
+    assert float(cv.readout.rank_components(result).values.abs().max()) > 0
 
 
 def test_an_example_that_was_not_edited_is_in_no_mean() -> None:
@@ -345,11 +345,11 @@ def test_a_basis_that_asks_for_a_gradient_is_warned_of_and_other_tensors_get_one
         )
 
 
-def test_a_list_of_two_with_two_examples_warns() -> None:
+def test_a_list_of_two_with_two_examples_is_refused() -> None:
     model, inputs = made("llava-clip-llama", batch=2)
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs)
-    with pytest.warns(UserWarning, match=r"one answer per example.*tuple"):
+    with pytest.raises(InputError, match=r"tuple.*one answer per example"):
         cv.readout.direct_attribution(model, cache, [6, 9])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -17,15 +17,9 @@ import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
-from circuitvision.readout import (
-    AttentionSummary,
-    DistanceProfile,
-    PositionPattern,
-    attention_entropy,
-    attention_mass,
-    distance_profile,
-    position_pattern,
-)
+from circuitvision.readout import attention_entropy, attention_mass, distance_profile, position_pattern
+from circuitvision.readout.attention.distance import DistanceProfile, PositionPattern
+from circuitvision.readout.attention.mass import AttentionSummary
 from tests.zoo import CASES, Case, case, parametrize, shared_model
 
 PATTERNS = "**.hook_pattern"

@@ -15,15 +15,10 @@ import circuitvision as cv
 from circuitvision import regions
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
-from circuitvision.readout import (
-    AttentionContrast,
-    AttentionMaps,
-    AttentionRollout,
-    attention_contrast,
-    attention_maps,
-    attention_mass,
-    rollout,
-)
+from circuitvision.readout import attention_contrast, attention_maps, attention_mass, rollout
+from circuitvision.readout.attention.contrast import AttentionContrast
+from circuitvision.readout.attention.maps import AttentionMaps
+from circuitvision.readout.attention.rollout import AttentionRollout
 from tests.readout.test_attention import PATTERNS, paddings, planted, run, wrapped
 from tests.zoo import Case, case, parametrize
 

@@ -18,7 +18,6 @@ import circuitvision as cv
 from circuitvision import regions
 from circuitvision.errors import InputError
 from circuitvision.readout import (
-    AttentionContrast,
     attention_contrast,
     attention_entropy,
     attention_maps,
@@ -28,6 +27,7 @@ from circuitvision.readout import (
     rollout,
 )
 from circuitvision.readout.attention.cache import _layout
+from circuitvision.readout.attention.regions import AttentionContrast
 from tests.readout.test_attention import planted, run
 from tests.readout.test_attention_maps import made, random_shares
 from tests.zoo import Case, case, parametrize, shared_model
@@ -144,12 +144,12 @@ def test_highlights_name_the_planted_head():
 
     _, cache = planted("vit", "vision", to_first_patch)
     said = attention_mass(cache, spans={"patch 4": 5}).highlights()["patch 4"]
-    assert said == "L0H2: 100.0% (all keys alike: 5.9%)"
-    assert attention_entropy(cache).highlights()["entropy"].startswith("L0H2: 0.00 (all keys alike: 2.83)")
-    assert attention_mass(cache).span("patch").highlights()["mass"].startswith("L0H2: 100.0%")
-    assert distance_profile(cache).highlights()["farthest"].startswith("L0H2")
-    assert re.match(r"L\dH\d: ", position_pattern(cache).highlights()["best explained by offsets"])
-    assert attention_maps(cache, query="cls").highlights()["L0H2"] == "100.0% on image patches"
+    assert said == "vision L0H2: 100.0% (all keys alike: 5.9%)"
+    assert attention_entropy(cache).highlights()["entropy"].startswith("vision L0H2: 0.00 (all keys alike: 2.83)")
+    assert attention_mass(cache).span("patch").highlights()["mass"].startswith("vision L0H2: 100.0%")
+    assert distance_profile(cache).highlights()["farthest"].startswith("vision L0H2")
+    assert re.match(r"vision L\dH\d: ", position_pattern(cache).highlights()["best explained by offsets"])
+    assert attention_maps(cache, query="cls").highlights()["vision L0H2"] == "100.0% on image patches"
 
 
 # -- regions -------------------------------------------------------------------------------------------------------------------------------

@@ -12,12 +12,9 @@ from PIL import Image
 
 from circuitvision import regions
 from circuitvision.errors import InputError
+from circuitvision.model.names import component
 from circuitvision.plots import attention, attention_overlay, patches, style
 from circuitvision.readout import (
-    AttentionContrast,
-    AttentionSummary,
-    DistanceProfile,
-    PositionPattern,
     attention_entropy,
     attention_maps,
     attention_mass,
@@ -25,6 +22,9 @@ from circuitvision.readout import (
     position_pattern,
     rollout,
 )
+from circuitvision.readout.attention.distance import DistanceProfile, PositionPattern
+from circuitvision.readout.attention.mass import AttentionSummary
+from circuitvision.readout.attention.regions import AttentionContrast
 from tests.readout.test_attention import run
 from tests.readout.test_attention_maps import made, random_shares
 
@@ -158,7 +158,7 @@ def test_the_overlay_opens_at_the_head_that_looks_most_at_the_box():
     assert heads[1, 2] == pytest.approx(1.0)
     assert "L1H2 gives 100% of its attention to the box" in figure.layout.title.text
     slider = figure.layout.sliders[0]
-    assert slider.steps[slider.active].label == "L1H2"
+    assert slider.steps[slider.active].label.endswith(" L1H2")
     box, around = figure.layout.shapes
     # The box is columns 2 to 3 of 4 and row 1 of 4, of a picture 96 wide and 64 high.
     assert (box.x0, box.x1, box.y0, box.y1) == (47.5, 71.5, 15.5, 31.5)
@@ -169,7 +169,8 @@ def test_every_step_of_the_slider_shows_the_head_it_names():
     maps = planted_maps()
     figure = maps.plot(box=(16, 8, 24, 16))
     for step in figure.layout.sliders[0].steps:
-        layer, head = int(step.label[1]), int(step.label[3])
+        node = component(step.label)
+        layer, head = node.layer, node.head
         data, layout, traces = step.args
         np.testing.assert_allclose(np.array(data["z"][0]), maps.grid(layer, head).numpy(), rtol=1e-6)
         assert figure.data[traces[0]].type == "heatmap"
@@ -183,12 +184,13 @@ def test_every_step_of_the_slider_shows_the_head_it_names():
 def test_of_many_heads_the_strongest_are_behind_the_slider():
     many = made(random_shares(20, 20, 1, 16))
     figure = many.plot()
-    labels = [step.label for step in figure.layout.sliders[0].steps]
+    labels = [component(step.label) for step in figure.layout.sliders[0].steps]
     share = many.values[..., 0, :].sum(-1)
     assert len(labels) == 144
     best = divmod(int(share.argmax()), 20)
-    assert f"L{best[0]}H{best[1]}" in labels
-    assert labels == sorted(labels, key=lambda label: [int(part) for part in label[1:].split("H")])
+    places = [(label.layer, label.head) for label in labels]
+    assert best in places
+    assert places == sorted(places)
 
 
 def test_the_query_patch_is_marked_where_it_is_one():
@@ -388,8 +390,8 @@ def test_other_rows_images_and_differences_can_be_shown():
     _, _, cache = run("pi0")
     maps = attention_maps(cache)
     second = maps.plot(row=1, image=1)
-    at = second.layout.sliders[0].steps[second.layout.sliders[0].active].label
-    np.testing.assert_allclose(heat_maps(second)[0], maps.grid(int(at[1]), int(at[3]), row=1, image=1), rtol=1e-6)
+    at = component(second.layout.sliders[0].steps[second.layout.sliders[0].active].label)
+    np.testing.assert_allclose(heat_maps(second)[0], maps.grid(at.layer, at.head, row=1, image=1), rtol=1e-6)
     difference = maps.head_contrast().plot()
     assert "attention than the mean head" in difference.layout.title.text
     trace = next(trace for trace in difference.data if trace.type == "heatmap")

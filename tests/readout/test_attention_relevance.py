@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from circuitvision.readout import chefer_relevance, legrad, relevance_rollout
+from circuitvision.readout import chefer_relevance, legrad
 from circuitvision.readout.patch_coords import places_of
+from circuitvision.readout.relevance.attention import _relevance_rollout
 from tests.readout.relevance_models import TOWERS, inputs_of, metric, model_of
 from tests.zoo import shared_model
 
@@ -19,7 +20,7 @@ READ += [("llava-clip-llama", "language"), ("paligemma2", "language"), ("pi0", "
 def test_identity_attention_with_gradient_one_doubles_at_every_layer():
     one = torch.eye(5, dtype=torch.float64).expand(2, 5, 5)
     for layers in (1, 2, 7):
-        assert torch.equal(relevance_rollout([one] * layers), 2**layers * one)
+        assert torch.equal(_relevance_rollout([one] * layers), 2**layers * one)
 
 
 def test_keys_of_another_tower_pass_their_share_on():
@@ -28,7 +29,7 @@ def test_keys_of_another_tower_pass_their_share_on():
     share = torch.cat([before, own], dim=1)[None]
     # Layer 1: position 0 takes half of key 0; layer 2: the same again, and position 1 takes what position 0 had after layer 1.
     expected = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.5, 0.0, 2.0, 1.0]])
-    torch.testing.assert_close(relevance_rollout([share, share])[0], expected)
+    torch.testing.assert_close(_relevance_rollout([share, share])[0], expected)
 
 
 def bare_attention(name: str):
@@ -103,7 +104,7 @@ def test_a_vision_tower_is_read_as_the_language_tower_finds_its_patches():
     weights = torch.zeros(4, 10, dtype=torch.float64)
     for row in range(2):
         weights[2 * row : 2 * row + 2, 1:] = language.values[row, tokens["language"].mask("patch")[row]].view(2, 9)
-    expected = (weights[:, None] @ relevance_rollout(shares))[:, 0]
+    expected = (weights[:, None] @ _relevance_rollout(shares))[:, 0]
     result = chefer_relevance(model, inputs, metric, tower="vision")
     torch.testing.assert_close(result.values, expected.to(result.values), atol=1e-9, rtol=1e-5)
 

@@ -217,10 +217,10 @@ def test_neurons_and_their_bias_make_up_the_mlp():
         tower = list(model.towers)[-1]
         parts = direct_attribution(model, cache, (0, 1), tower, by="neuron", layers=[1])
         whole = direct_attribution(model, cache, (0, 1), tower)
-        names = [term for term in parts.axes["term"] if term.startswith(("L1N", "L1.mlp"))]
+        names = [term for term in parts.axes["term"] if term.startswith((f"{tower} L1N", f"{tower} L1.mlp"))]
         total = sum(parts[term] for term in names)
         torch.testing.assert_close(total, whole["L1.mlp"], atol=1e-10, rtol=1e-8)
-        assert "L0.mlp" in parts.axes["term"]
+        assert f"{tower} L0.mlp" in parts.axes["term"]
 
 
 def test_every_way_to_name_a_direction():
@@ -304,7 +304,7 @@ def test_the_first_things_shown_are_the_strongest():
     name, value = next(iter(sources.highlights().items()))
     size = sources.values.abs().sum(-1).mean(-1)
     layer, head = divmod(int(size.argmax()), size.shape[1])
-    assert name == f"L{layer}H{head}"
+    assert name == f"language L{layer}H{head}"
     mine = sources.values[layer, head].double()
     patches = model.tokens(cache.inputs)["language"].positions("patch")
     wanted = (
@@ -375,3 +375,26 @@ def test_results_are_saved_and_list_their_strongest_terms(tmp_path):
     assert abs(top[0][1]) == pytest.approx(float(result.values.double().mean(-1).abs().max()))
     with pytest.raises(InputError, match="no term"):
         result["L99H0"]
+
+
+def test_two_answers_for_two_examples_can_be_read_in_two_ways():
+    model, logits, cache = run("vit")
+    with pytest.raises(InputError, match=r"\(0, 3\).*\{'answer': \[0, 3\]\}"):
+        direct_attribution(model, cache, [0, 3])
+    each = direct_attribution(model, cache, {"answer": [0, 3]})
+    assert torch.equal(direct_attribution(model, cache, torch.tensor([0, 3])).total, each.total)
+    torch.testing.assert_close(each.total, torch.stack([logits[0, 0], logits[1, 3]]).float(), atol=1e-5, rtol=1e-4)
+    difference = direct_attribution(model, cache, (0, 3)).total
+    torch.testing.assert_close(difference, (logits[:, 0] - logits[:, 3]).float(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_term_is_found_in_every_spelling():
+    model, _, cache = run("vit")
+    found = direct_attribution(model, cache, 0, by="neuron", layers=[1])
+    for spelling in ("L1H2", "vision.L1H2", "v.a1.h2", (1, 2), "vision layer 1, head 2"):
+        assert torch.equal(found[spelling], found["vision L1H2"])
+    for spelling in ("L1N3", "v.m1.n3", "vision.blocks.1.mlp.hook_post[3]"):
+        assert torch.equal(found[spelling], found["vision L1N3"])
+    assert torch.equal(found["L0.attn.bias"], found["vision L0.attn.bias"])
+    with pytest.raises(InputError, match="nearest"):
+        found["text L1H2"]

@@ -10,11 +10,10 @@ from circuitvision.errors import InputError, UnknownSiteError
 from circuitvision.provenance import hash_inputs
 from circuitvision.readout import (
     collect,
-    exemplars,
     linear_probe,
-    probe_vectors,
+    max_activating_examples,
 )
-from circuitvision.readout.probes.collected import Collected, stream_sites
+from circuitvision.readout.probes.collected import Collected
 from circuitvision.regions import at
 from tests.readout.common import hooked
 from tests.zoo import case
@@ -155,7 +154,7 @@ def test_sites_a_tower_has_pooled_and_sites_without_the_first_positions():
     for positions in ("all", "patch"):
         found = collect(model, inputs, "projector.hook_out", positions=positions)["projector.hook_out"]
         torch.testing.assert_close(found, out)
-    strongest = exemplars(model, inputs, "projector.hook_out", top_k=2)
+    strongest = max_activating_examples(model, inputs, "projector.hook_out", top_k=2)
     torch.testing.assert_close(
         strongest.values, cache["projector.hook_out"].detach().max(1).values.T.sort(dim=1, descending=True).values
     )
@@ -194,13 +193,13 @@ def test_a_run_ends_when_the_last_site_was_read_and_leaves_nothing():
 
 def test_collected_vectors_keep(tmp_path):
     model, entry = hooked("vit")
-    vectors = collect(model, entry.inputs(model.module, batch=3), stream_sites(model), positions="patch")
+    vectors = collect(model, entry.inputs(model.module, batch=3), model.vision.stream_sites(), positions="patch")
     again = Collected.load(vectors.save(tmp_path / "vectors.safetensors"))
     assert list(again) == list(vectors)
     assert all(torch.equal(again[site], vectors[site]) for site in vectors)
     assert (again.positions, again.provenance) == (vectors.positions, vectors.provenance)
-    result = probe_vectors(
-        {site: x.repeat(16, 1) for site, x in again.items()}, [0, 1, 1] * 16, shuffles=0, penalty=1.0
+    result = linear_probe(
+        None, {site: x.repeat(16, 1) for site, x in again.items()}, [0, 1, 1] * 16, shuffles=0, penalty=1.0
     )
     with pytest.raises(InputError, match="safetensors"):
         vectors.save(tmp_path / "vectors.npz")

@@ -13,15 +13,10 @@ from hypothesis import strategies as st
 
 from circuitvision import regions
 from circuitvision.errors import InputError
-from circuitvision.readout import (
-    Curve,
-    PointingGame,
-    Relevance,
-    deletion_curve,
-    insertion_curve,
-    pointing_game,
-)
-from circuitvision.readout.relevance.pointing import _grown
+from circuitvision.readout import perturbation_curve, pointing_game
+from circuitvision.readout.relevance.curves import Curve
+from circuitvision.readout.relevance.pointing import PointingGame, _grown
+from circuitvision.readout.relevance.result import Relevance
 from tests.readout.relevance_models import inputs_of, metric, model_of
 
 
@@ -46,10 +41,12 @@ def test_a_normalised_area_is_of_the_way_from_everything_removed_to_the_unedited
         assert bool(curve_of([[1.0, 3.0, 1.0]]).auc(normalised=True).isnan().all())
 
 
-@pytest.mark.parametrize("kind", [deletion_curve, insertion_curve])
+@pytest.mark.parametrize("kind", ["deletion", "insertion"])
 def test_random_orders_are_normalised_by_the_same_ends(kind):
     model, inputs = model_of("vit"), inputs_of("vit")
-    curve = kind(model, inputs, metric, torch.rand(2, 17), baseline="own", random_orders=3, steps=4)
+    curve = perturbation_curve(
+        model, inputs, metric, torch.rand(2, 17), order=kind, baseline="own", random_orders=3, steps=4
+    )
     ends = (curve.values[:, 0], curve.values[:, -1])
     whole, nothing = ends if curve.kind == "deletion" else ends[::-1]
     expected = (curve.auc("random") - nothing) / (whole - nothing)
@@ -207,7 +204,7 @@ def test_words_of_texts_that_all_images_are_compared_with_are_one_game():
     relevance = torch.zeros(tokens.kind.shape)
     relevance[1] = torch.arange(tokens.n_positions, 0, -1)
     steps = int((tokens.kind == "text").sum())
-    curve = deletion_curve(
+    curve = perturbation_curve(
         model, inputs, score, relevance, kinds="text", tower="text", baseline="zero", steps=None, random_orders=2
     )
     assert curve.values.shape == (1, steps + 1)

@@ -17,17 +17,10 @@ from circuitvision import regions
 from circuitvision.data.questions import largest, sample_largest
 from circuitvision.data.scenes import SHAPES
 from circuitvision.errors import InputError
-from circuitvision.readout import (
-    Curve,
-    PointingGame,
-    Relevance,
-    deletion_curve,
-    insertion_curve,
-    integrated_gradients,
-    occlusion,
-    pointing_game,
-)
-from circuitvision.readout.relevance.pointing import _on_object
+from circuitvision.readout import integrated_gradients, occlusion, perturbation_curve, pointing_game
+from circuitvision.readout.relevance.curves import Curve
+from circuitvision.readout.relevance.pointing import PointingGame, _on_object
+from circuitvision.readout.relevance.result import Relevance
 from tests.zoo import case, shared_model
 
 PATCHES = 16
@@ -64,7 +57,7 @@ def metric(logits: Tensor, inputs=None) -> Tensor:
 
 def test_deletion_of_an_additive_score_is_its_partial_sums():
     model, inputs, weights = additive()
-    curve = deletion_curve(model, inputs, total, weights, baseline="zero", steps=None, random_orders=0)
+    curve = perturbation_curve(model, inputs, total, weights, baseline="zero", steps=None, random_orders=0)
     ordered = weights[:, 1:].sort(descending=True).values
     expected = total(model(inputs)).detach()[:, None] - torch.cat([torch.zeros(3, 1), ordered.cumsum(1)], dim=1)
     torch.testing.assert_close(curve.values, expected)
@@ -75,7 +68,7 @@ def test_deletion_of_an_additive_score_is_its_partial_sums():
 
 def test_the_true_order_is_best_the_reverse_is_worst_and_random_ones_lie_on_a_line():
     model, inputs, weights = additive()
-    curve = deletion_curve(model, inputs, total, weights, baseline="zero", steps=None, random_orders=60)
+    curve = perturbation_curve(model, inputs, total, weights, baseline="zero", steps=None, random_orders=60)
     assert bool((curve.auc() < curve.auc("random")).all())
     assert bool((curve.auc("reverse") > curve.auc("random")).all())
     clean, empty = curve.values[:, :1], curve.values[:, -1:]
@@ -90,15 +83,15 @@ def test_the_true_order_is_best_the_reverse_is_worst_and_random_ones_lie_on_a_li
         swapped[[place, place + 1]] = order[[place + 1, place]]
         scores = weights.clone()
         scores[0, 1 + swapped] = torch.arange(PATCHES, 0, -1, dtype=torch.float64)
-        worse = deletion_curve(model, inputs, total, scores, baseline="zero", steps=None, random_orders=0)
+        worse = perturbation_curve(model, inputs, total, scores, baseline="zero", steps=None, random_orders=0)
         assert float(worse.auc()[0]) > float(curve.auc()[0])
 
 
 def test_insertion_is_deletion_of_the_reverse_order_read_backwards():
     model, inputs = cv.HookedModel(shared_model("vit")), case("vit").inputs(shared_model("vit"), batch=2)
     found = occlusion(model, inputs, metric)
-    deleted = deletion_curve(model, inputs, metric, found, steps=None, random_orders=3)
-    inserted = insertion_curve(model, inputs, metric, found, steps=None, random_orders=3)
+    deleted = perturbation_curve(model, inputs, metric, found, steps=None, random_orders=3)
+    inserted = perturbation_curve(model, inputs, metric, found, order="insertion", steps=None, random_orders=3)
     torch.testing.assert_close(inserted.values, deleted.reverse.flip(-1))
     torch.testing.assert_close(inserted.reverse, deleted.values.flip(-1))
     torch.testing.assert_close(inserted.values[:, -1], deleted.values[:, 0])
@@ -114,7 +107,7 @@ def test_token_curves_are_a_naive_loop_over_the_most_relevant():
     inputs = case("llava-clip-llama").inputs(model.module, batch=2, images_per_prompt=2)
     site = "language.hook_input"
     found = occlusion(model, inputs, metric, tower="language")
-    curve = deletion_curve(
+    curve = perturbation_curve(
         model, inputs, metric, found, steps=6, random_orders=0, baseline="zero", kinds=("patch", "text")
     )
     kinds = model.tokens(inputs)["language"].kind
@@ -139,7 +132,7 @@ def test_pixel_curves_fill_the_boxes_of_the_most_relevant_patches(name, images):
     inputs = case(name).inputs(model.module, batch=2, images_per_prompt=images)
     tokens = model.tokens(inputs)["vision"]
     scores = torch.rand(tokens.kind.shape, generator=torch.Generator().manual_seed(1))
-    curve = deletion_curve(model, inputs, metric, scores, level="pixel", baseline=0.25, steps=4, random_orders=1)
+    curve = perturbation_curve(model, inputs, metric, scores, level="pixel", baseline=0.25, steps=4, random_orders=1)
     for number, share in enumerate(curve.axes["share"]):
         pixels = inputs["pixel_values"].clone()
         pictures = pixels.view(-1, *pixels.shape[-3:])
@@ -164,7 +157,7 @@ def test_pixels_of_tiles_are_those_of_their_rows():
     tokens = model.tokens(inputs)["vision"]
     scores = torch.full(tokens.kind.shape, float("nan"))
     scores[6, 5], scores[13, 2] = 1.0, 1.0
-    curve = deletion_curve(model, inputs, metric, scores, level="pixel", baseline=0.25, steps=1, random_orders=0)
+    curve = perturbation_curve(model, inputs, metric, scores, level="pixel", baseline=0.25, steps=1, random_orders=0)
     pixels = inputs["pixel_values"].clone()
     for (image, tile), (row, position) in {(1, 1): (6, 5), (3, 0): (13, 2)}.items():
         down, across = tokens.patch_row[row, position], tokens.patch_col[row, position]
@@ -180,8 +173,8 @@ def test_a_relevance_of_language_positions_removes_their_pixels():
     language = torch.full(model.tokens(inputs)["language"].kind.shape, float("nan"))
     language[model.tokens(inputs)["language"].mask("patch")] = vision[:, 1:].flatten()
     options = {"level": "pixel", "baseline": "zero", "steps": 3, "random_orders": 0}
-    one = deletion_curve(model, inputs, metric, vision, **options)
-    other = deletion_curve(model, inputs, metric, language, tower="language", **options)
+    one = perturbation_curve(model, inputs, metric, vision, **options)
+    other = perturbation_curve(model, inputs, metric, language, tower="language", **options)
     torch.testing.assert_close(one.values, other.values)
 
 
@@ -189,7 +182,7 @@ def test_equal_scores_go_in_the_order_of_positions_and_unmeasured_ones_stay():
     model, inputs, weights = additive()
     flat = torch.zeros_like(weights)
     flat[:, 3] = float("nan")
-    curve = deletion_curve(model, inputs, total, flat, baseline="zero", steps=None, random_orders=0)
+    curve = perturbation_curve(model, inputs, total, flat, baseline="zero", steps=None, random_orders=0)
     left = [position for position in range(1, PATCHES + 1) if position != 3]
     expected = total(model(inputs)).detach()[:, None] - torch.cat(
         [torch.zeros(3, 1), weights[:, left].cumsum(1)], dim=1
@@ -200,15 +193,15 @@ def test_equal_scores_go_in_the_order_of_positions_and_unmeasured_ones_stay():
 def test_a_map_of_pixels_ranks_patches_by_their_sum():
     model, inputs = cv.HookedModel(shared_model("vit")), case("vit").inputs(shared_model("vit"), batch=2)
     pixels = integrated_gradients(model, inputs, metric, site="pixels", baseline="zero")
-    by_pixels = deletion_curve(model, inputs, metric, pixels, steps=4, random_orders=0)
-    by_patches = deletion_curve(model, inputs, metric, pixels.on_patches().values, steps=4, random_orders=0)
+    by_pixels = perturbation_curve(model, inputs, metric, pixels, steps=4, random_orders=0)
+    by_patches = perturbation_curve(model, inputs, metric, pixels.on_patches().values, steps=4, random_orders=0)
     assert torch.equal(by_pixels.values, by_patches.values)
 
 
 def test_random_orders_follow_the_seed():
     model, inputs, weights = additive()
     first, again, other = (
-        deletion_curve(model, inputs, total, weights, baseline="zero", steps=4, random_orders=2, seed=seed).random
+        perturbation_curve(model, inputs, total, weights, baseline="zero", steps=4, random_orders=2, seed=seed).random
         for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
@@ -228,21 +221,21 @@ def test_random_orders_follow_the_seed():
 def test_meaningless_curves_are_refused(options, message):
     model, inputs, weights = additive()
     with pytest.raises(cv.errors.CircuitVisionError, match=message):
-        deletion_curve(model, inputs, total, weights, **{"baseline": "zero", **options})
+        perturbation_curve(model, inputs, total, weights, **{"baseline": "zero", **options})
 
 
 def test_scores_of_another_shape_and_unknown_orders_are_refused():
     model, inputs, weights = additive()
     with pytest.raises(InputError, match="rows and positions"):
-        deletion_curve(model, inputs, total, weights[:2], baseline="zero")
-    curve = deletion_curve(model, inputs, total, weights, baseline="zero", steps=2, random_orders=1)
+        perturbation_curve(model, inputs, total, weights[:2], baseline="zero")
+    curve = perturbation_curve(model, inputs, total, weights, baseline="zero", steps=2, random_orders=1)
     with pytest.raises(InputError, match="order"):
         curve.auc("best")
     words = case("llava-clip-llama").inputs(shared_model("llava-clip-llama"), batch=2)
     llava = cv.HookedModel(shared_model("llava-clip-llama"))
     scores = torch.rand(llava.tokens(words)["language"].kind.shape)
     with pytest.raises(InputError, match="no pixels"):
-        deletion_curve(llava, words, metric, scores, tower="language", kinds="text", level="pixel")
+        perturbation_curve(llava, words, metric, scores, tower="language", kinds="text", level="pixel")
 
 
 # -- pointing ------------------------------------------------------------------------------------------------------------------------------
@@ -346,7 +339,7 @@ def trained():
 def test_on_shapes_vit_integrated_gradients_find_the_largest_object():
     model, drawn, inputs, answer = trained()
     found = integrated_gradients(model, inputs, answer, steps=48)
-    curve = deletion_curve(model, inputs, answer, found, random_orders=6)
+    curve = perturbation_curve(model, inputs, answer, found, random_orders=6)
     assert float((curve.advantage > 0).double().mean()) > 0.9
     assert float(curve.auc().mean()) < float(curve.auc("random").mean(1).min())
     game = pointing_game(found, [largest(scene).mask for scene, _ in drawn])
@@ -364,7 +357,7 @@ def test_results_are_saved_and_drawn(tmp_path):
         found.plot(box=largest(scene).box)
     with pytest.raises(InputError, match="per row"):
         found.plot(row=[0, 1], picture=[scene.pixels])
-    curve = deletion_curve(model, inputs, answer, found, steps=4, random_orders=3)
+    curve = perturbation_curve(model, inputs, answer, found, steps=4, random_orders=3)
     again = Curve.load(curve.save(tmp_path / "curve.npz"))
     assert torch.equal(again.random, curve.random)
     assert "beats random orders" in curve.plot().layout.title.text

@@ -61,7 +61,7 @@ def test_a_term_that_is_not_there_names_the_nearest(vit):
     model, _, cache = vit
     found = readout.direct_attribution(model, cache, 0)
     with pytest.raises(InputError, match=r"nearest of .*L0\.mlp"):
-        found["L0mlp"]
+        found["L0mpl"]
     with pytest.raises(
         InputError, match="The figure of an Attribution in the view 'bars' does not take top=; it takes count, title"
     ):
@@ -99,7 +99,7 @@ def test_an_example_is_read_where_its_tower_gathers_it(name, site, meant):
 def test_components_that_nothing_spreads_in_are_told_by_site():
     alike = {"input": torch.ones(6, 4), "block": torch.randn(6, 4, generator=torch.Generator().manual_seed(0))}
     with pytest.warns(UserWarning, match="At input the activations spread in 0 directions.*alike"):
-        readout.pca_of(alike)
+        readout.pca(alike)
 
 
 # -- figures -------------------------------------------------------------------------------------------------------------------------------

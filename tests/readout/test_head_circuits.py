@@ -15,7 +15,6 @@ from circuitvision.readout.weights.head_circuits import (
     CompositionScores,
     SingularVectors,
     composition_scores,
-    full_ov,
     ov_circuit,
     qk_circuit,
     random_composition,
@@ -131,11 +130,11 @@ def test_written_circuits_include_what_follows_the_output_projection():
 def test_the_full_circuit_goes_from_tokens_to_outputs():
     model = hooked("llava-clip-gemma", double=True)
     tower = model.language
-    found = full_ov(tower, 1, 2, gain=False)
+    found = ov_circuit(tower, 1, 2, tokens=True, gain=False)
     dense = tower.W_E @ tower.W_V[1, 0] @ tower.W_O[1, 2] @ tower.W_U
     torch.testing.assert_close(found.AB, dense)
     assert found.mdim == tower.cfg.d_head
-    gained = full_ov(tower, 1, 2).AB
+    gained = ov_circuit(tower, 1, 2, tokens=True).AB
     gain = 1 + tower.blocks[1].part("ln1").weight
     torch.testing.assert_close(
         gained, (tower.W_E * gain) @ tower.W_V[1, 0] @ tower.W_O[1, 2] @ unembedding_matrix(tower).matrix
@@ -281,11 +280,11 @@ def test_a_head_built_to_read_another_has_the_highest_score(tmp_path):
         ln1.weight.fill_(1.0)
         tower.blocks[2].part("v").weight[width : 2 * width] = basis.T
     found = composition_scores(tower, "V")
-    assert found.top(1)[0][:2] == ("L0H3", "L2H1")
+    assert found.top(1)[0][:2] == ("vision L0H3", "vision L2H1")
     # The whole of what is written is read: only how evenly keeps the score from 1 / sqrt(d_head).
     assert found.top(1)[0][2] + found.random_mean == pytest.approx(width**-0.5, rel=0.15)
     assert found.top(1)[0][2] > 1.5 * found.top(2)[1][2]
-    assert composition_scores(tower, "Q").top(1)[0][:2] != ("L0H3", "L2H1")
+    assert composition_scores(tower, "Q").top(1)[0][:2] != ("vision L0H3", "vision L2H1")
     raw = composition_scores(tower, "V", above_random=False)
     torch.testing.assert_close(found.values + found.random_mean, raw.values, equal_nan=True)
     again = CompositionScores.load(found.save(tmp_path / "scores.npz"))
@@ -303,14 +302,14 @@ def test_chosen_layers_and_heads_of_zeros():
     torch.testing.assert_close(
         composition_scores(tower, "K", layers=[0, -1], above_random=False).values, some.values, equal_nan=True
     )
-    assert some.top(1)[0][0].startswith("L0")
-    assert some.top(1)[0][1].startswith("L2")
+    assert some.top(1)[0][0].startswith("vision L0")
+    assert some.top(1)[0][1].startswith("vision L2")
     with torch.no_grad():
         tower.blocks[0].part("o").weight[:, : tower.cfg.d_head] = 0
     dead = composition_scores(tower, "K", above_random=False)
     assert dead.values[0, 0].isnan().all()
     assert dead.values[0, 1, 1:].isfinite().all()
-    assert all(not source.startswith("L0H0") for source, _, _ in dead.top(999))
+    assert all(not source.startswith("vision L0H0") for source, _, _ in dead.top(999))
 
 
 @pytest.mark.parametrize(
@@ -320,7 +319,7 @@ def test_chosen_layers_and_heads_of_zeros():
         (lambda tower: qk_circuit(tower, 0, 4), "no L0H4"),
         (lambda tower: ov_circuit(tower, 0, -5), "no L0H-5"),
         (lambda tower: ov_circuit(tower, 0.5, 1), "no component"),
-        (lambda tower: full_ov(tower, 0, 0), "no tokens"),
+        (lambda tower: ov_circuit(tower, 0, 0, tokens=True), "no tokens"),
         (lambda tower: composition_scores(tower, "O"), "Q, K, V"),
         (lambda tower: composition_scores(tower, layers=[5]), "layers of 0 to 2"),
         (lambda tower: composition_scores(tower, draws=0), "at least 1"),
@@ -355,7 +354,9 @@ def test_figures_say_which_heads_and_which_words(tmp_path):
     assert figure.layout.title.text.startswith("No pair stands out from random heads in Q-composition")
     assert f"the first is {source} → {target}, {value:+.2f}" in figure.layout.title.text
     scores.values[0, 1, 1, 2] = 0.5
-    assert scores.plot().layout.title.text.startswith("L0H1 → L1H2 composes most through Q: +0.50 above random heads")
+    assert scores.plot().layout.title.text.startswith(
+        "language L0H1 → language L1H2 composes most through Q: +0.50 above random heads"
+    )
     heads = tower.cfg.n_heads
     assert figure.data[0].z.shape == (2 * heads, 2 * heads)
     assert "two layers" in composition_scores(tower, layers=[1]).plot().layout.title.text

@@ -12,10 +12,9 @@ import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.readout.attribution.direct import direct_attribution, source_attribution
 from circuitvision.readout.attribution.increase import log_prob_increase
-from circuitvision.readout.lens import summaries
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.lens.tuned import TunedLens
-from circuitvision.readout.ranks import ranking
+from circuitvision.readout.ranks import rank_components
 from tests.readout.common import run
 from tests.zoo import case, shared_model
 
@@ -145,10 +144,9 @@ def test_what_is_no_number_has_no_rank():
     )
     result = logit_lens(model, broken, "vision", targets=[0])
     assert (result.ranks[2] == 0).all()
-    found = summaries.lens_identifiability(result)
+    found = result.identifiability()
     assert found.values[2].isnan().all()
     assert found.values[1].isfinite().all()
-    assert summaries.rank(torch.tensor([torch.nan, 1.0]), torch.tensor(0)) == 0
 
 
 def test_a_mean_over_positions_leaves_padding_out():
@@ -183,13 +181,13 @@ def test_labels_of_targets_come_before_their_places():
 
 def test_a_ranking_leaves_out_what_is_no_number_and_compares_examples_not_positions():
     scores = torch.tensor([10.0, 0, 0, 0, 0, 0, torch.nan])
-    assert ranking(scores).above_threshold() == ["0"]
-    assert not ranking(scores).random_control(2).isnan().any()
-    by_size = ranking(torch.tensor([-10.0, 1.0, 1.0]), by="size")
+    assert rank_components(scores).above_threshold() == ["0"]
+    assert not rank_components(scores).random_control(2).isnan().any()
+    by_size = rank_components(torch.tensor([-10.0, 1.0, 1.0]), by="size")
     assert float(by_size.random_control(3).mean()) == pytest.approx(12.0)
     model, _, cache = run("llava-clip-llama", everything=True)
     one = source_attribution(model, cache, (3, 4))
-    single = ranking(type(one)(one.values[:, :, :1], {**one.axes, "row": [0]}, one.provenance))
+    single = rank_components(type(one)(one.values[:, :, :1], {**one.axes, "row": [0]}, one.provenance))
     assert single.errors.isnan().all()
 
 
@@ -197,11 +195,11 @@ def test_summaries_compare_like_with_like():
     model, _, cache = run("vit")
     branch = logit_lens(model, cache, "vision", targets=[0], sites="mlp_out")
     with pytest.raises(InputError, match="targets"):
-        summaries.similarity_change(branch, logit_lens(model, cache, "vision", targets=[1]))
+        branch.change_from(logit_lens(model, cache, "vision", targets=[1]))
     with pytest.raises(InputError, match="measure"):
-        summaries.similarity_change(branch, logit_lens(model, cache, "vision", targets=[0], measure="prob"))
+        branch.change_from(logit_lens(model, cache, "vision", targets=[0], measure="prob"))
     with pytest.raises(InputError, match="successive"):
-        summaries.change_rate(branch)
+        branch.change_rate()
 
 
 def test_siglips_probabilities_are_of_pairs():

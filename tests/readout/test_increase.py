@@ -105,7 +105,7 @@ def test_it_disagrees_with_direct_attribution_where_the_answer_is_said_already()
         ("clip", {}, "distribution"),
         ("llava-clip-llama", {"tower": "vision"}, "distribution"),
         ("llava-clip-llama", {"position": "all"}, "one position"),
-        ("llava-clip-llama", {"pieces": "mean"}, "one column"),
+        ("llava-clip-llama", {"aggregation": "mean"}, "one column"),
         ("llava-clip-llama", {"answer": (3, 4)}, "a pair"),
         ("llava-clip-llama", {"answer": cv.metrics.logprob(3)}, "a metric"),
         ("llava-clip-llama", {"answer": None}, "An answer is"),
@@ -179,7 +179,7 @@ def test_sources_are_drawn_over_the_image_and_kept_with_their_words(tmp_path):
     torch.testing.assert_close(grid.flatten().float(), wanted.float())
     strongest = found.values[1, 2, 1].abs().argmax()
     source = "an image patch" if int(strongest) in patches else repr(found.words[1][strongest])
-    wanted = f"What L1H2 takes from {source} moves log p({found.answer}) by "
+    wanted = f"What language L1H2 takes from {source} moves log p({found.answer}) by "
     assert html.unescape(figure.layout.title.text).startswith(wanted)
     mean = found.values.double().mean(2).flatten()
     first = float(next(iter(found.highlights().values())))
@@ -189,4 +189,4 @@ def test_sources_are_drawn_over_the_image_and_kept_with_their_words(tmp_path):
     assert heads.answer == model.tokenizer.convert_ids_to_tokens(7)
     assert heads.highlights()["answer"] == heads.answer
     strongest = max(heads.to_frame().groupby(["layer", "head"])["value"].mean().items(), key=lambda pair: abs(pair[1]))
-    assert next(iter(heads.highlights())) == "L{}H{}".format(*strongest[0])
+    assert next(iter(heads.highlights())) == "language L{}H{}".format(*strongest[0])

@@ -13,7 +13,6 @@ from circuitvision.errors import InputError, UnknownSiteError
 from circuitvision.readout.lens import reader as lens_module
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.lens.result import LensResult
-from circuitvision.readout.lens.sites import lens_sites
 from circuitvision.readout.targets import output_kind, prompt_embeddings, reader_of
 from tests.readout.common import NAMES, run
 from tests.zoo import case, shared_model
@@ -187,17 +186,17 @@ def test_words_of_several_tokens_need_a_choice():
         logit_lens(model, cache, targets=[word])
     ids = min((model.tokenizer.encode(f, add_special_tokens=False) for f in (" " + word, word)), key=len)
     last = out[:, -1].log_softmax(-1)
-    for pieces, wanted in {
+    for aggregation, wanted in {
         "first": last[:, ids[0]],
         "mean": last[:, ids].mean(-1),
         "joint": last[:, ids].sum(-1),
     }.items():
-        found = logit_lens(model, cache, targets=[word], pieces=pieces, measure="logprob")
+        found = logit_lens(model, cache, targets=[word], aggregation=aggregation, measure="logprob")
         torch.testing.assert_close(found.values[-1, :, -1, 0], wanted, atol=1e-5, rtol=1e-5)
-    probability = logit_lens(model, cache, targets=[word], pieces="joint", measure="prob").values[-1, :, -1, 0]
+    probability = logit_lens(model, cache, targets=[word], aggregation="joint", measure="prob").values[-1, :, -1, 0]
     torch.testing.assert_close(probability, last[:, ids].sum(-1).exp(), atol=1e-6, rtol=1e-4)
     with pytest.raises(InputError, match="logprob"):
-        logit_lens(model, cache, targets=[word], pieces="joint")
+        logit_lens(model, cache, targets=[word], aggregation="joint")
 
 
 def test_clip_reads_images_against_prompts():
@@ -260,7 +259,7 @@ def test_a_tower_without_a_read_out_asks_for_a_direction_or_a_callable():
         ("vit", {"top_k": 0}, "top_k"),
         ("vit", {"targets": [0], "norm": "batch"}, "norm"),
         ("vit", {"targets": [0], "norm": "tuned"}, "TunedLens"),
-        ("vit", {"targets": [0], "pieces": "last"}, "pieces"),
+        ("vit", {"targets": [0], "aggregation": "last"}, "aggregation"),
         ("pi0", {"targets": [0], "tower": "action", "measure": "prob"}, "distribution"),
         ("pi0", {"targets": ["up"], "tower": "action"}, "number"),
         ("vit-headless", {"targets": [0], "norm": "frozen", "readout": abs}, "leave norm= out"),
@@ -300,7 +299,7 @@ def test_sites_that_are_not_there_are_refused():
 
 def test_passes_of_a_denoising_run_are_read_one_at_a_time():
     model, _, cache = run("pi0")
-    with model.record(lens_sites(model, "action")) as steps:
+    with model.record(model.action.stream_sites()) as steps:
         model.sample_actions(cache.inputs, num_steps=3)
     with pytest.raises(InputError, match="step="):
         logit_lens(model, steps, "action", targets=[0])
@@ -378,3 +377,22 @@ def test_directions_of_another_width_are_refused():
         model, _, cache = run(name)
         with pytest.raises(InputError, match="Directions of the"):
             logit_lens(model, cache, tower, targets=torch.ones(2, 5))
+
+
+def test_a_tuple_is_a_contrast_of_two_targets():
+    model, _, cache = run("vit")
+    both = logit_lens(model, cache, "vision", targets=[0, 3])
+    found = logit_lens(model, cache, "vision", targets=(0, 3))
+    assert torch.equal(found.values, both.contrast(0, 3).values)
+    assert len(found.axes["target"]) == 1
+    with pytest.raises(InputError, match="contrast of two"):
+        logit_lens(model, cache, "vision", targets=(0, 1, 2))
+
+
+def test_a_tower_names_the_sites_of_its_stream():
+    model, *_ = run("vit")
+    names = model.vision.stream_sites()
+    assert names == ["vision.hook_input", *(f"vision.blocks.{layer}.hook_resid_post" for layer in range(3))]
+    vlm, *_ = run("llava-clip-llama")
+    assert all(not vlm.is_dead(name) for name in vlm.vision.stream_sites())
+    assert len(vlm.vision.stream_sites()) <= vlm.vision.cfg.n_layers

@@ -12,9 +12,7 @@ from torch.utils._pytree import tree_leaves
 import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.readout.lens import reader as lens_module
-from circuitvision.readout.lens import summaries
 from circuitvision.readout.lens.logit import logit_lens
-from circuitvision.readout.lens.sites import lens_sites
 from circuitvision.readout.patch_coords import on_grid
 from circuitvision.readout.targets import reader_of
 from tests.readout.common import NAMES, run
@@ -213,7 +211,7 @@ def test_no_tensor_holds_more_logits_than_a_piece_however_many_rows(norm, batch,
     model = run("llava-clip-llama")[0]
     inputs = case("llava-clip-llama").inputs(model.module, batch=batch)
     with torch.no_grad():
-        _, cache = model.run_with_cache(inputs, lens_sites(model, "language"))
+        _, cache = model.run_with_cache(inputs, model.language.stream_sites())
     vocabulary = model.language.W_U.shape[1]
     monkeypatch.setattr(lens_module, "CHUNK_BYTES", 4 * vocabulary * 3)
     monkeypatch.setattr("circuitvision.readout.lens.logit.describe", lambda *given, **named: {})
@@ -221,8 +219,8 @@ def test_no_tensor_holds_more_logits_than_a_piece_however_many_rows(norm, batch,
         with Largest(vocabulary) as watch:
             result = logit_lens(model, cache, norm=norm, **options)
             if "targets" in options:
-                summaries.lens_identifiability(result)
-                summaries.change_rate(result)
+                result.identifiability()
+                result.change_rate()
         assert 0 < watch.elements <= 3 * vocabulary
 
 
@@ -307,7 +305,7 @@ def test_a_joint_reading_is_no_chain_of_probabilities():
         said = model(longer).log_softmax(-1)[0]
     chain = said[-3, ids[0]] + said[-2, ids[1]]
     same_place = said[-3, ids[0]] + said[-3, ids[1]]
-    joint = logit_lens(model, cache, targets=[word], pieces="joint", measure="logprob").values[-1, 0, -1, 0]
+    joint = logit_lens(model, cache, targets=[word], aggregation="joint", measure="logprob").values[-1, 0, -1, 0]
     torch.testing.assert_close(joint, same_place, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(chain - joint, said[-2, ids[1]] - said[-3, ids[1]], atol=1e-4, rtol=1e-4)
     assert abs(float(chain - joint)) > 1e-3
@@ -316,12 +314,12 @@ def test_a_joint_reading_is_no_chain_of_probabilities():
 def test_a_joint_value_has_no_rank_among_single_columns():
     model, _, cache = run("llava-clip-llama")
     targets = {"one": ["red", "red"], "two": ["red", "red blue"]}
-    result = logit_lens(model, cache, targets=targets, pieces="joint", measure="logprob")
+    result = logit_lens(model, cache, targets=targets, aggregation="joint", measure="logprob")
     alone = logit_lens(model, cache, targets=["red"], measure="logprob")
     assert torch.equal(result.ranks[..., 0], alone.ranks[..., 0])
     assert torch.equal(result.ranks[:, 0, :, 1], alone.ranks[:, 0, :, 0])
     assert bool((result.ranks[:, 1, :, 1] == 0).all())
-    found = summaries.lens_identifiability(result).values
+    found = result.identifiability().values
     assert found[:, 1, 1].isnan().all()
     assert found[:, 0].isfinite().all()
 
@@ -348,11 +346,11 @@ def test_padding_without_numbers_does_not_count_and_a_place_that_does_is_not_hid
     assert bool(padding.any())
     for name in ("values", "ranks"):
         getattr(result, name)[:, padding] = 0 if name == "ranks" else float("nan")
-    assert summaries.lens_identifiability(result).values.isfinite().all()
-    assert summaries.change_rate(result).values.isfinite().all()
+    assert result.identifiability().values.isfinite().all()
+    assert result.change_rate().values.isfinite().all()
     at = int((~padding[0]).nonzero()[0])
     result.values[1, 0, at] = float("nan")
-    rises = summaries.change_rate(result).values
+    rises = result.change_rate().values
     assert rises[:2, 0].isnan().all()
     assert rises[:, 1].isfinite().all()
 
@@ -364,9 +362,9 @@ def test_matches_of_lenses_that_do_not_fit_are_refused():
         for sites in (["vision.hook_input", "resid_post"], "attn_out", "mlp_out", "attn.hook_result")
     )
     with pytest.raises(InputError, match="head axis"):
-        summaries.match_rates(stream, heads, mlp)
+        stream.match_rates(heads, mlp)
     with pytest.raises(InputError, match="same rows"):
-        summaries.match_rates(stream.row(0), attention, mlp)
+        stream.row(0).match_rates(attention, mlp)
     with pytest.raises(InputError, match="top_k"):
         stream.contrast(1, 2)
 
@@ -375,7 +373,7 @@ def test_a_result_says_what_it_found():
     model, out, cache = run("vit")
     result = logit_lens(model, cache, "vision", targets=[0])
     assert model.config.id2label[int(out[0].argmax())] in result._repr_html_()
-    found = summaries.lens_identifiability(result, "cls")
+    found = result.identifiability("cls")
     assert "identifiability" in found.highlights()
     assert f"{float(found.values[-1].mean()):.3g} (layer 2)" in found._repr_html_()
     words, logits, other = run("llava-clip-llama")
@@ -385,7 +383,7 @@ def test_a_result_says_what_it_found():
 
 def test_a_mean_is_over_the_pieces_that_a_word_has():
     model, _, cache = run("llava-clip-llama")
-    both = logit_lens(model, cache, targets=["red", "red blue"], pieces="mean").values
+    both = logit_lens(model, cache, targets=["red", "red blue"], aggregation="mean").values
     single = logit_lens(model, cache, targets=["red", "blue"]).values
     torch.testing.assert_close(both[..., 0], single[..., 0])
     torch.testing.assert_close(both[..., 1], single.mean(-1), atol=1e-5, rtol=1e-5)

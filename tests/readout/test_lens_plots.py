@@ -17,7 +17,6 @@ from circuitvision.plots import lens_text
 from circuitvision.readout.attribution.bilinear import bilinear_attribution
 from circuitvision.readout.attribution.direct import Attribution, direct_attribution, source_attribution
 from circuitvision.readout.attribution.increase import log_prob_increase
-from circuitvision.readout.lens import summaries
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.lens.summaries import LensSummary
@@ -120,7 +119,7 @@ def test_every_other_result_has_its_figure():
     for by in ("component", "head", "neuron", "source"):
         assert heat_maps(log_prob_increase(model, cache, 3, by=by).plot())
     lens = logit_lens(model, cache, targets={"answer": out[:, -1].argmax(-1).tolist()})
-    figure = summaries.lens_identifiability(lens, "text").plot()
+    figure = lens.identifiability("text").plot()
     assert len(figure.data[0].y) == len(lens.axes["layer"])
     clip, scores, both = run("clip", everything=True)
     pairs = bilinear_attribution(clip, both)
@@ -306,7 +305,7 @@ def test_actions_are_numbers_and_a_pass_is_named():
     assert float(trace.text[-1][-1].replace("\N{MINUS SIGN}", "-")) == pytest.approx(
         float(velocity[0, -1, 0]), rel=0.01
     )
-    with model.record(list(cv.readout.lens_sites(model, "action"))) as steps:
+    with model.record(list(model.action.stream_sites())) as steps:
         model.sample_actions(cache.inputs, num_steps=3)
     later = logit_lens(model, steps, "action", targets=[0], step=2)
     assert "pass 2" in later.plot(view="table").layout.title.text

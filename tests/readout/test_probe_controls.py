@@ -11,13 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuitvision.errors import InputError
-from circuitvision.readout import (
-    ProbeResult,
-    decision_layer,
-    linear_probe,
-    probe_vectors,
-)
+from circuitvision.readout import decision_layer, linear_probe
 from circuitvision.readout.probes.fitting import Features, logistic
+from circuitvision.readout.probes.linear import ProbeResult
 from circuitvision.readout.probes.splitting import Targets, bootstrapped, shuffled, splits
 from tests.readout.common import gaussians, hooked
 
@@ -63,11 +59,11 @@ def test_groups_end_a_leak():
     signature = torch.randn(50, 80, generator=generator)
     labels = (torch.rand(50, generator=generator) > 0.5).long()[groups]
     x = signature[groups] + 0.05 * torch.randn(300, 80, generator=generator)
-    leaking = float(probe_vectors({"a": x}, labels, penalty=1e-3).values[0])
-    honest = float(probe_vectors({"a": x}, labels, groups=groups, penalty=1e-3).values[0])
+    leaking = float(linear_probe(None, {"a": x}, labels, penalty=1e-3).values[0])
+    honest = float(linear_probe(None, {"a": x}, labels, groups=groups, penalty=1e-3).values[0])
     assert leaking > 0.9
     assert honest < 0.75
-    chosen = [probe_vectors({"a": x}, labels, groups=own, shuffles=0).penalty[0] for own in (groups, None)]
+    chosen = [linear_probe(None, {"a": x}, labels, groups=own, shuffles=0).penalty[0] for own in (groups, None)]
     assert float(chosen[0]) == 1.0 > float(chosen[1])
 
 
@@ -99,10 +95,10 @@ def test_copies_of_a_few_scenes_do_not_pass_for_many_examples():
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(30, 6, generator=generator)[groups] + 0.1 * torch.randn(240, 6, generator=generator)
         labels = (torch.randperm(30, generator=generator) % 2)[groups]
-        honest = probe_vectors({"a": x}, labels, groups=groups, shuffles=19, penalty=0.1, seed=seed)
+        honest = linear_probe(None, {"a": x}, labels, groups=groups, shuffles=19, penalty=0.1, seed=seed)
         assert honest.independent == len(set(groups[honest.held_out].tolist()))
         found[True].append((float(honest.p_value[0]), bool(honest.low[0] <= 0.5 <= honest.high[0])))
-        alike = probe_vectors({"a": x}, labels, held_out=honest.held_out, shuffles=19, penalty=0.1, seed=seed)
+        alike = linear_probe(None, {"a": x}, labels, held_out=honest.held_out, shuffles=19, penalty=0.1, seed=seed)
         found[False].append((float(alike.p_value[0]), bool(alike.low[0] <= 0.5 <= alike.high[0])))
         assert float(honest.control_sd[0]) > 1.3 * float(alike.control_sd[0])
     false_alarms = {grouped: sum(p <= 0.0501 for p, _ in rows) for grouped, rows in found.items()}
@@ -114,7 +110,7 @@ def test_copies_of_a_few_scenes_do_not_pass_for_many_examples():
 def test_rare_classes_show_in_the_balanced_score():
     generator = torch.Generator().manual_seed(0)
     labels = (torch.arange(400) % 10 == 0).long()
-    result = probe_vectors({"noise": torch.randn(400, 3, generator=generator)}, labels, penalty=1.0)
+    result = linear_probe(None, {"noise": torch.randn(400, 3, generator=generator)}, labels, penalty=1.0)
     assert float(result.values[0]) == pytest.approx(result.chance) == pytest.approx(0.9)
     assert float(result.balanced[0]) == pytest.approx(0.5)
     assert float(result.selectivity[0]) == pytest.approx(0.0)
@@ -135,7 +131,7 @@ def test_a_probe_below_the_commonest_label_is_not_said_to_read_it():
     better = ProbeResult(
         torch.tensor([0.75]), {"site": ["a"]}, low=torch.tensor([0.7]), high=torch.tensor([0.8]),
         shuffled=torch.full((1, 20), 0.6), chance=0.8, held_out=torch.arange(200), target=labels.long(),
-        classes=[False, True], what="rare", independent=200,
+        classes=[False, True], label_name="rare", independent=200,
     )  # fmt: skip
     assert "No layer tells the rare: 75% at most" in better.plot().layout.title.text
     assert "commonest label scores 80%" in better.plot().layout.title.text
@@ -149,11 +145,11 @@ def test_the_control_may_choose_its_own_penalty():
     x[:, 0] += 3 * rare
     numbers = x[:, 0].double() + 0.1 * torch.randn(400, generator=generator)
     for labels, tolerance in ((rare, 0.02), (numbers, 0.12)):
-        free = probe_vectors({"a": x}, labels, shuffles=10)
-        bound = probe_vectors({"a": x}, labels, shuffles=10, penalty=float(free.penalty[0]))
+        free = linear_probe(None, {"a": x}, labels, shuffles=10)
+        bound = linear_probe(None, {"a": x}, labels, shuffles=10, penalty=float(free.penalty[0]))
         assert float(free.values[0]) == float(bound.values[0])
         assert abs(float(free.control[0]) - free.chance) < tolerance < free.chance - float(bound.control[0])
-    assert len(probe_vectors({"a": x}, rare, shuffles=0).shuffled[0]) == 0
+    assert len(linear_probe(None, {"a": x}, rare, shuffles=0).shuffled[0]) == 0
 
 
 def test_intervals_of_numbers_cover_the_truth():
@@ -163,14 +159,14 @@ def test_intervals_of_numbers_cover_the_truth():
         x = torch.randn(4000, 2, generator=generator)
         y = (x[:, 0] + torch.randn(4000, generator=generator)).double()
         held_out = torch.arange(200)
-        result = probe_vectors({"a": x, "b": x}, y, held_out=held_out, shuffles=0, penalty=1e-6, seed=seed)
+        result = linear_probe(None, {"a": x, "b": x}, y, held_out=held_out, shuffles=0, penalty=1e-6, seed=seed)
         assert torch.equal(result.low, torch.stack([result.low[0]] * 2))
         assert float(result.low[0]) < float(result.values[0]) < float(result.high[0])
         inside.append(float(result.low[0]) < 0.5 < float(result.high[0]))
     assert sum(inside) >= 17
     groups = torch.arange(4000) // 20
-    wide = probe_vectors({"a": x[groups]}, y[20 * groups], groups=groups, shuffles=0, penalty=1e-6)
-    alike = probe_vectors({"a": x[groups]}, y[20 * groups], held_out=wide.held_out, shuffles=0, penalty=1e-6)
+    wide = linear_probe(None, {"a": x[groups]}, y[20 * groups], groups=groups, shuffles=0, penalty=1e-6)
+    alike = linear_probe(None, {"a": x[groups]}, y[20 * groups], held_out=wide.held_out, shuffles=0, penalty=1e-6)
     assert wide.independent == len(wide.held_out) / 20
     assert float(wide.high[0] - wide.low[0]) > 2 * float(alike.high[0] - alike.low[0])
     error_bars = result.plot().data[-1].error_y
@@ -197,10 +193,10 @@ def test_the_interval_of_numbers_is_that_of_examples_drawn_again():
 def test_few_examples_are_told_early():
     x = torch.randn(60, 50)
     with pytest.warns(UserWarning, match="42 training examples for 50 features"):
-        probe_vectors({"a": x}, torch.arange(60) % 2, shuffles=0, penalty=1.0)
+        linear_probe(None, {"a": x}, torch.arange(60) % 2, shuffles=0, penalty=1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        probe_vectors({"a": x}, torch.arange(60) % 2, shuffles=0, penalty=1.0, test_share=0.1)
+        linear_probe(None, {"a": x}, torch.arange(60) % 2, shuffles=0, penalty=1.0, test_share=0.1)
     model, entry = hooked("vit")
     inputs = entry.inputs(model.module, batch=6)
     seen = []
@@ -245,8 +241,8 @@ def test_two_classes_have_the_penalty_that_is_promised():
 def test_examples_to_hold_out_may_be_named():
     x, labels = gaussians(90, 3, apart=10.0)
     mask = (labels == 0) & (torch.arange(90) > 60)
-    by_mask = probe_vectors({"a": x}, labels, held_out=mask, shuffles=2)
-    by_number = probe_vectors({"a": x}, labels, held_out=mask.nonzero().flatten().tolist(), shuffles=2)
+    by_mask = linear_probe(None, {"a": x}, labels, held_out=mask, shuffles=2)
+    by_number = linear_probe(None, {"a": x}, labels, held_out=mask.nonzero().flatten().tolist(), shuffles=2)
     assert by_mask.held_out.tolist() == mask.nonzero().flatten().tolist()
     assert torch.equal(by_mask.predictions, by_number.predictions)
     assert by_mask.target.tolist() == [0] * int(mask.sum())
@@ -267,29 +263,29 @@ def test_the_penalty_is_chosen_inside_the_training_part():
     noise = torch.randn(120, 20, generator=generator)
     loud = torch.randn(120, 1, generator=generator) * torch.ones(2)
     hidden = loud + 1e-2 * labels[:, None] * torch.tensor([1.0, 0.0])
-    result = probe_vectors({"noise": noise}, labels, shuffles=0)
+    result = linear_probe(None, {"noise": noise}, labels, shuffles=0)
     assert float(result.penalty[0]) == 1.0
     assert result.control.isnan().all()
-    result = probe_vectors({"hidden": hidden}, labels, shuffles=0)
+    result = linear_probe(None, {"hidden": hidden}, labels, shuffles=0)
     assert float(result.penalty[0]) <= 1e-4
     assert float(result.values[0]) == 1.0
-    assert float(probe_vectors({"hidden": hidden}, labels, shuffles=0, penalty=1e-1).values[0]) < 0.9
-    assert float(probe_vectors({"noise": noise}, noise.sum(1).double(), shuffles=0).penalty[0]) < 1e-3
+    assert float(linear_probe(None, {"hidden": hidden}, labels, shuffles=0, penalty=1e-1).values[0]) < 0.9
+    assert float(linear_probe(None, {"noise": noise}, noise.sum(1).double(), shuffles=0).penalty[0]) < 1e-3
 
 
 def test_nothing_of_a_held_out_example_reaches_the_probe():
     x, labels = gaussians(200, 2, apart=3.0)
-    result = probe_vectors({"a": x}, labels, shuffles=3)
+    result = linear_probe(None, {"a": x}, labels, shuffles=3)
     changed = x.clone()
     changed[result.held_out[:5]] += 1e4 * torch.randn(5, 12)
-    again = probe_vectors({"a": changed}, labels, shuffles=3)
+    again = linear_probe(None, {"a": changed}, labels, shuffles=3)
     assert torch.equal(result.weights, again.weights)
     assert torch.equal(result.predictions[:, 5:], again.predictions[:, 5:])
 
 
 def test_folds_predict_every_example():
     x, labels = gaussians(150, 3, apart=10.0)
-    result = probe_vectors({"a": x}, labels, folds=5, shuffles=2)
+    result = linear_probe(None, {"a": x}, labels, folds=5, shuffles=2)
     assert result.held_out.tolist() == list(range(150))
     assert torch.equal(result.target, labels)
     assert float((result.predictions[0] == labels).double().mean()) == pytest.approx(float(result.values[0]))
@@ -299,7 +295,9 @@ def test_folds_predict_every_example():
 def test_the_result_is_the_same_again_and_survives_files(tmp_path):
     x, labels = gaussians(120, 3, apart=3.0)
     names = [["circle", "square", "cross"][label] for label in labels.tolist()]
-    first, second = (probe_vectors({"a": x, "b": x[:, :4]}, names, seed=4, shuffles=3, penalty=1e-2) for _ in range(2))
+    first, second = (
+        linear_probe(None, {"a": x, "b": x[:, :4]}, names, seed=4, shuffles=3, penalty=1e-2) for _ in range(2)
+    )
     assert torch.equal(first.shuffled, second.shuffled)
     assert torch.equal(first.held_out, second.held_out)
     again = ProbeResult.load(first.save(tmp_path / "probe.npz"))
@@ -309,7 +307,9 @@ def test_the_result_is_the_same_again_and_survives_files(tmp_path):
     assert list(frame["site"]) == ["a", "b"]
     assert (frame["low"] <= frame["value"]).all()
     with torch.inference_mode():
-        assert torch.equal(probe_vectors({"a": x}, names, seed=4, shuffles=3, penalty=1e-2).values[0], first.values[0])
+        assert torch.equal(
+            linear_probe(None, {"a": x}, names, seed=4, shuffles=3, penalty=1e-2).values[0], first.values[0]
+        )
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_the_result_is_the_same_again_and_survives_files(tmp_path):
 )
 def test_meaningless_probes_are_refused(labels, options, message):
     with pytest.raises(InputError, match=message):
-        probe_vectors({"a": torch.randn(20, 3)}, labels, **options)
+        linear_probe(None, {"a": torch.randn(20, 3)}, labels, **options)
 
 
 @pytest.mark.parametrize(
@@ -347,12 +347,12 @@ def test_meaningless_probes_are_refused(labels, options, message):
 )
 def test_vectors_that_are_none_are_refused(vectors):
     with pytest.raises(InputError, match="example feature"):
-        probe_vectors(vectors, [0, 1] * 10)
+        linear_probe(None, vectors, [0, 1] * 10)
 
 
 def test_arrays_will_do():
     x, labels = gaussians(60, 2, apart=5.0)
-    one, other = (probe_vectors({"a": own}, labels, shuffles=0, penalty=1e-2) for own in (x, x.numpy()))
+    one, other = (linear_probe(None, {"a": own}, labels, shuffles=0, penalty=1e-2) for own in (x, x.numpy()))
     assert torch.equal(one.weights, other.weights)
     as_list = decision_layer([[3], [1], [1], [1]], target=[1])
     assert as_list.values.tolist() == [1]
@@ -363,4 +363,4 @@ def test_activations_that_are_not_finite_are_refused():
     x = torch.randn(20, 3)
     x[3, 1] = torch.inf
     with pytest.raises(InputError, match="not finite"):
-        probe_vectors({"a": x}, [0, 1] * 10)
+        linear_probe(None, {"a": x}, [0, 1] * 10)

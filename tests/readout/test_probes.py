@@ -13,14 +13,8 @@ import circuitvision as cv
 from circuitvision.data.questions import sample_largest
 from circuitvision.errors import InputError
 from circuitvision.plots import probes as figures
-from circuitvision.readout import (
-    DecisionLayers,
-    collect,
-    decision_layer,
-    linear_probe,
-    probe_vectors,
-)
-from circuitvision.readout.probes.collected import stream_sites
+from circuitvision.readout import collect, decision_layer, linear_probe
+from circuitvision.readout.probes.decisions import DecisionLayers
 from circuitvision.readout.probes.fitting import Features, logistic, ridge
 from circuitvision.readout.probes.splitting import wilson
 from tests.readout.common import gaussians
@@ -30,7 +24,7 @@ from tests.readout.common import gaussians
 
 def test_separable_classes_are_told_and_shuffled_ones_are_not():
     x, labels = gaussians(800, 4, apart=12.0)
-    result = probe_vectors({"a": x}, labels, shuffles=20)
+    result = linear_probe(None, {"a": x}, labels, shuffles=20)
     assert float(result.values[0]) > 0.99
     assert abs(float(result.control[0]) - 0.25) < 3 * float(result.control_sd[0]) < 0.15
     assert float(result.p_value[0]) == pytest.approx(1 / 21)
@@ -41,7 +35,7 @@ def test_features_without_information_stay_at_chance_even_where_they_fit_the_tra
     x = torch.randn(200, 400, generator=torch.Generator().manual_seed(3))
     labels = torch.arange(200) % 2
     with pytest.warns(UserWarning, match="140 training examples for 400 features"):
-        result = probe_vectors({"a": x}, labels)
+        result = linear_probe(None, {"a": x}, labels)
     assert float(result.train[0]) == 1.0
     assert abs(float(result.values[0]) - 0.5) < 0.2
     assert float(result.p_value[0]) > 0.05
@@ -50,13 +44,13 @@ def test_features_without_information_stay_at_chance_even_where_they_fit_the_tra
 def test_numbers_are_predicted_by_ridge_regression():
     x, _ = gaussians(400, 2, apart=1.0)
     y = x @ torch.arange(12.0) + 3
-    result = probe_vectors({"a": x, "noise": torch.randn(400, 5)}, y.double(), penalty=1e-6)
+    result = linear_probe(None, {"a": x, "noise": torch.randn(400, 5)}, y.double(), penalty=1e-6)
     assert float(result.values[0]) > 0.999
     assert abs(float(result.values[1])) < 0.2
     assert result.classes == []
     assert abs(float(result.control[0])) < 0.2
     assert result.weights.numel() == 0
-    alone = probe_vectors({"a": x}, y.double())
+    alone = linear_probe(None, {"a": x}, y.double())
     torch.testing.assert_close(
         x[alone.held_out].double() @ alone.weights[0, 0] + alone.bias[0, 0], alone.predictions[0]
     )
@@ -97,7 +91,7 @@ def test_problems_solved_together_equal_problems_solved_alone():
 def test_weights_act_on_activations_as_they_are():
     x, labels = gaussians(300, 3, apart=4.0)
     x = 100 + 5 * x
-    result = probe_vectors({"a": x, "b": 2 * x}, labels, shuffles=2, penalty=1e-3)
+    result = linear_probe(None, {"a": x, "b": 2 * x}, labels, shuffles=2, penalty=1e-3)
     for site, values in enumerate((x, 2 * x)):
         logits = values[result.held_out].double() @ result.weights[site].T + result.bias[site]
         assert torch.equal(logits.argmax(-1), result.predictions[site])
@@ -108,10 +102,10 @@ def test_a_feature_that_is_constant_up_to_rounding_says_nothing():
     labels = torch.arange(200) % 2
     x = torch.full((200, 3), 5.0) + 1e-6 * labels[:, None]
     assert len(set(x[:, 0].tolist())) == 2
-    result = probe_vectors({"a": x}, labels)
+    result = linear_probe(None, {"a": x}, labels)
     assert float(result.values[0]) == result.chance
     small = 1e-20 * (labels[:, None] - 0.5) * torch.ones(200, 3)
-    assert float(probe_vectors({"a": small}, labels).values[0]) == 1.0
+    assert float(linear_probe(None, {"a": small}, labels).values[0]) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -135,7 +129,7 @@ def shapes():
 
 def test_the_class_token_learns_the_shape_in_the_first_block(shapes):
     model, inputs, labels = shapes
-    result = linear_probe(model, inputs, labels, positions="cls", what="shape", shuffles=19, penalty=1e-3)
+    result = linear_probe(model, inputs, labels, positions="cls", label_name="shape", shuffles=19, penalty=1e-3)
     assert result.layers == ["input", 0, 1, 2]
     assert float(result.values[0]) == result.chance
     assert float(result.values[1:].min()) > 0.9
@@ -214,7 +208,7 @@ def test_early_ends_and_late_begins_where_it_is_said():
 def test_a_lens_gives_predictions_as_well(shapes):
     model, inputs, _ = shapes
     few = {"pixel_values": inputs["pixel_values"][:20]}
-    vectors = collect(model, few, stream_sites(model), positions="cls")
+    vectors = collect(model, few, model.vision.stream_sites(), positions="cls")
     top = torch.stack([(vector @ model.vision.W_U).argmax(-1) for vector in vectors.values()])
     assert decision_layer(top, 1).values.shape == (20,)
 

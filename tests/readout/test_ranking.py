@@ -8,7 +8,7 @@ import torch
 from circuitvision.errors import InputError
 from circuitvision.readout.attribution.direct import direct_attribution
 from circuitvision.readout.attribution.increase import log_prob_increase
-from circuitvision.readout.ranks import ranking
+from circuitvision.readout.ranks import rank_components
 from circuitvision.results import Result
 from tests.readout.common import run
 
@@ -18,23 +18,23 @@ def test_an_additive_toy_is_ranked_by_its_weights():
     weights = torch.randn(40, generator=torch.Generator().manual_seed(0))
     total = weights.sum()
     costs = torch.stack([total - (total - weights[index]) for index in range(40)])
-    found = ranking(costs)
+    found = rank_components(costs)
     assert found.axes["component"] == [str(index) for index in weights.argsort(descending=True).tolist()]
     assert found.positive() == [str(i) for i in weights.argsort(descending=True).tolist() if weights[i] > 0]
     assert found.negative()[0] == str(int(weights.argmin()))
-    assert ranking(costs, by="size").top(1) == [str(int(weights.abs().argmax()))]
+    assert rank_components(costs, by="size").top(1) == [str(int(weights.abs().argmax()))]
 
 
 def test_one_among_143_zeros_stands_out_alone():
     scores = torch.zeros(144)
     scores[17] = 1.0
-    assert ranking(scores).above_threshold() == ["17"]
-    assert ranking(torch.ones(5)).above_threshold() == []
+    assert rank_components(scores).above_threshold() == ["17"]
+    assert rank_components(torch.ones(5)).above_threshold() == []
 
 
 def test_the_random_control_has_the_mean_of_the_scores():
     scores = torch.randn(50, generator=torch.Generator().manual_seed(1))
-    found = ranking(scores)
+    found = rank_components(scores)
     single = found.random_control(1, draws=20_000)
     assert float(single.mean()) == pytest.approx(float(scores.mean()), abs=0.03)
     five = found.random_control(5, draws=20_000)
@@ -46,12 +46,12 @@ def test_the_random_control_has_the_mean_of_the_scores():
 
 
 def test_removal_takes_one_more_each_time():
-    found = ranking(torch.tensor([1.0, 3.0, 2.0]), ["a", "b", "c"])
+    found = rank_components(torch.tensor([1.0, 3.0, 2.0]), ["a", "b", "c"])
     assert found.removal() == [["b"], ["b", "c"], ["b", "c", "a"]]
 
 
 def test_means_and_errors_over_examples_and_nan_last():
-    found = ranking(torch.tensor([[1.0, 3.0], [float("nan"), 1.0], [5.0, 5.0]]))
+    found = rank_components(torch.tensor([[1.0, 3.0], [float("nan"), 1.0], [5.0, 5.0]]))
     assert found.axes["component"] == ["2", "0", "1"]
     assert found.errors[0] == 0.0
     assert float(found.errors[1]) == pytest.approx(1.0)
@@ -59,24 +59,24 @@ def test_means_and_errors_over_examples_and_nan_last():
 
 def test_results_name_their_components():
     model, _, cache = run("llava-clip-llama", everything=True)
-    heads = ranking(log_prob_increase(model, cache, 3), by="size")
-    assert all(name.startswith("L") and "H" in name for name in heads.axes["component"])
+    heads = rank_components(log_prob_increase(model, cache, 3), by="size")
+    assert all(name.startswith("language L") and "H" in name for name in heads.axes["component"])
     terms = direct_attribution(model, cache, (3, 4))
-    assert ranking(terms, by="size").top(3) == [name for name, _ in terms.top(3)]
+    assert rank_components(terms, by="size").top(3) == [name for name, _ in terms.top(3)]
 
 
 def test_meaningless_requests_are_refused():
     with pytest.raises(InputError, match="value"):
-        ranking(torch.ones(3), by="name")
+        rank_components(torch.ones(3), by="name")
     with pytest.raises(InputError, match="labels"):
-        ranking(torch.ones(3), ["a"])
+        rank_components(torch.ones(3), ["a"])
     with pytest.raises(InputError, match="components"):
-        ranking(Result(torch.ones(3), {"row": [0, 1, 2]}))
+        rank_components(Result(torch.ones(3), {"row": [0, 1, 2]}))
     with pytest.raises(InputError, match="count"):
-        ranking(torch.ones(3)).random_control(4)
+        rank_components(torch.ones(3)).random_control(4)
 
 
 def test_the_figure_shows_the_first_components():
-    figure = ranking(torch.tensor([1.0, -3.0, 2.0]), ["a", "b", "c"]).plot(count=2)
+    figure = rank_components(torch.tensor([1.0, -3.0, 2.0]), ["a", "b", "c"]).plot(count=2)
     assert list(figure.data[0].x) == [2.0, 1.0]
     assert list(figure.data[0].customdata) == ["c", "a"]

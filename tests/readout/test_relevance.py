@@ -11,14 +11,8 @@ import torch
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
-from circuitvision.readout import (
-    Relevance,
-    chefer_relevance,
-    gradient_times_activation,
-    integrated_gradients,
-    legrad,
-    occlusion,
-)
+from circuitvision.readout import chefer_relevance, gradient_times_activation, integrated_gradients, legrad, occlusion
+from circuitvision.readout.relevance.result import Relevance
 from tests.readout.relevance_models import TOWERS, inputs_of, metric, model_of
 from tests.zoo import case, shared_model
 

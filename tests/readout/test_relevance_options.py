@@ -15,16 +15,16 @@ import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
 from circuitvision.readout import (
-    Relevance,
     chefer_relevance,
-    deletion_curve,
     gradient_times_activation,
     integrated_gradients,
     legrad,
     occlusion,
-    relevance_rollout,
+    perturbation_curve,
 )
+from circuitvision.readout.relevance.attention import _relevance_rollout
 from circuitvision.readout.relevance.baselines import start_of
+from circuitvision.readout.relevance.result import Relevance
 from circuitvision.readout.relevance.variables import AttributionInput
 from tests.readout.relevance_models import inputs_of, metric, model_of
 from tests.zoo import case, shared_model
@@ -114,7 +114,7 @@ def test_products_of_half_precision_are_taken_in_single():
     names = model.sites("vision.blocks.*.attn.hook_pattern")
     _, found = model.run_with_cache(inputs, names_filter=names, incl_bwd=True, metric=metric)
     shares = [(found[name].float() * found[f"{name}_grad"].float()).clamp(min=0).mean(1).cpu() for name in names]
-    expected = relevance_rollout(shares)[:, 0]
+    expected = _relevance_rollout(shares)[:, 0]
     expected[:, 0] -= 1
     torch.testing.assert_close(chefer_relevance(model, inputs, metric).values, expected.detach(), atol=0, rtol=1e-6)
 
@@ -296,9 +296,9 @@ def test_the_strongest_positions_are_named():
         (lambda m, i: occlusion(m, i, metric, regions=[torch.ones(2, 17)]), "not understood"),
         (lambda m, i: occlusion(m, i, metric, regions=[torch.ones(2, 5, dtype=torch.bool)]), "5 entries"),
         (lambda m, i: occlusion(m, i, metric, window=2, regions=[]), "leave kinds, window and stride out"),
-        (lambda m, i: deletion_curve(m, i, metric, torch.rand(2, 17), steps=2.5), "whole numbers"),
-        (lambda m, i: deletion_curve(m, i, metric, torch.rand(2, 17), random_orders=1.5), "whole numbers"),
-        (lambda m, i: relevance_rollout([]), "at least one layer"),
+        (lambda m, i: perturbation_curve(m, i, metric, torch.rand(2, 17), steps=2.5), "whole numbers"),
+        (lambda m, i: perturbation_curve(m, i, metric, torch.rand(2, 17), random_orders=1.5), "whole numbers"),
+        (lambda m, i: _relevance_rollout([]), "at least one layer"),
     ],
 )
 def test_meaningless_options_are_refused(call, message):

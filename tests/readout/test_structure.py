@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import circuitvision as cv
 from circuitvision.data.questions import sample_largest
 from circuitvision.errors import InputError
-from circuitvision.readout import PCAResult, cka_matrix, collect, linear_cka, pca, pca_of, stream_pca
-from circuitvision.readout.probes.collected import stream_sites
+from circuitvision.readout import cka, collect, pca
+from circuitvision.readout.probes.structure import PCAResult
 
 
 def planted(count: int = 60, features: int = 9, seed: int = 0):
@@ -83,7 +83,7 @@ def test_labels_are_kept_and_their_share_measured(tmp_path):
     assert float(pca(mixed, 2, labels=labels).between) < 0.2
     assert float(pca(apart, 2, labels=side.double()).between) == pytest.approx(1.0)
     assert math.isnan(float(pca(apart, 2).between))
-    saved = PCAResult.load(pca(apart, 2, labels=labels, what="side").save(tmp_path / "pca.safetensors"))
+    saved = PCAResult.load(pca(apart, 2, labels=labels, label_name="side").save(tmp_path / "pca.safetensors"))
     assert saved.labels == labels
     assert saved.plot().layout.title.text == "The side makes up 100% of the first 2 components"
     assert {trace.name for trace in saved.plot().data} == {"a", "b"}
@@ -106,8 +106,8 @@ def test_meaningless_components_are_refused(x, options, message):
 
 def test_layers_of_different_widths_are_refused_and_must_be_named():
     with pytest.raises(InputError, match="one shape"):
-        pca_of({"a": torch.randn(5, 3), "b": torch.randn(5, 4)})
-    stream = pca_of({"a": torch.randn(9, 3), "b": torch.randn(9, 3)})
+        pca({"a": torch.randn(5, 3), "b": torch.randn(5, 4)})
+    stream = pca({"a": torch.randn(9, 3), "b": torch.randn(9, 3)})
     with pytest.raises(InputError, match="Name the layer"):
         stream.transform(torch.randn(2, 3))
     with pytest.raises(InputError, match="3 features"):
@@ -124,13 +124,15 @@ def shapes():
 def test_the_stream_of_a_trained_model_layer_by_layer(shapes):
     model, inputs, labels = shapes
     with pytest.warns(UserWarning, match="0 directions"):
-        found = stream_pca(model, inputs, positions="cls", labels=labels, what="shape")
+        found = pca(
+            collect(model, inputs, model.vision.stream_sites(), positions="cls"), labels=labels, label_name="shape"
+        )
     assert list(found.axes) == ["layer", "example", "component"]
     assert found.axes["layer"] == ["input", 0, 1, 2]
     assert found.explained[0].isnan().all()
     assert math.isnan(float(found.between[0]))
     assert float(found.between[3]) > 0.8
-    vectors = collect(model, inputs, stream_sites(model), positions="cls")
+    vectors = collect(model, inputs, model.vision.stream_sites(), positions="cls")
     alone = pca(vectors["vision.blocks.1.hook_resid_post"], 2)
     torch.testing.assert_close(found.values[2], alone.values)
     torch.testing.assert_close(found.transform(vectors["vision.blocks.1.hook_resid_post"], layer=1), alone.values)
@@ -145,9 +147,9 @@ def test_the_stream_of_a_trained_model_layer_by_layer(shapes):
 def test_cka_does_not_see_rotation_shift_and_scale():
     x = torch.randn(30, 6, dtype=torch.float64)
     rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
-    assert linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1.0)
-    assert linear_cka(x, 3 * x @ rotation + 5, unbiased=True) == pytest.approx(1.0)
-    assert linear_cka(x, x @ torch.randn(6, 6, dtype=torch.float64)) < 0.999
+    assert cka(x, 3 * x @ rotation + 5) == pytest.approx(1.0)
+    assert cka(x, 3 * x @ rotation + 5, unbiased=True) == pytest.approx(1.0)
+    assert cka(x, x @ torch.randn(6, 6, dtype=torch.float64)) < 0.999
 
 
 @pytest.mark.parametrize("features", [4, 60])
@@ -156,7 +158,7 @@ def test_cka_equals_its_formula(features):
     y[:, 0] += x[:, 0]
     cx, cy = x - x.mean(0), y - y.mean(0)
     wanted = (cy.T @ cx).norm() ** 2 / ((cx.T @ cx).norm() * (cy.T @ cy).norm())
-    assert linear_cka(x, y) == pytest.approx(float(wanted))
+    assert cka(x, y) == pytest.approx(float(wanted))
     gram = [part @ part.T for part in (x, y)]
     hollow = [g.clone().fill_diagonal_(0) for g in gram]
 
@@ -165,36 +167,36 @@ def test_cka_equals_its_formula(features):
         return float((k @ l).trace() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 * (k.sum(0) @ l.sum(1)) / (n - 2))
 
     ratio = hsic(*hollow) / math.sqrt(hsic(hollow[0], hollow[0]) * hsic(hollow[1], hollow[1]))
-    assert linear_cka(x, y, unbiased=True) == pytest.approx(ratio)
+    assert cka(x, y, unbiased=True) == pytest.approx(ratio)
 
 
 def test_unrelated_wide_activations_look_alike_unless_the_estimate_is_unbiased():
     generator = torch.Generator().manual_seed(0)
     pairs = [[torch.randn(20, 200, generator=generator) for _ in range(2)] for _ in range(20)]
-    assert sum(linear_cka(*pair) for pair in pairs) / 20 > 0.8
-    assert abs(sum(linear_cka(*pair, unbiased=True) for pair in pairs) / 20) < 0.02
+    assert sum(cka(*pair) for pair in pairs) / 20 > 0.8
+    assert abs(sum(cka(*pair, unbiased=True) for pair in pairs) / 20) < 0.02
 
 
 def test_cka_of_what_does_not_vary_is_nan():
     with pytest.warns(UserWarning, match="does not vary"):
-        assert math.isnan(linear_cka(torch.ones(10, 3), torch.randn(10, 3)))
+        assert math.isnan(cka(torch.ones(10, 3), torch.randn(10, 3)))
     with pytest.raises(InputError, match="same examples"):
-        linear_cka(torch.randn(5, 3), torch.randn(6, 3))
+        cka(torch.randn(5, 3), torch.randn(6, 3))
     with pytest.raises(InputError, match="at least 4"):
-        linear_cka(torch.randn(3, 3), torch.randn(3, 3), unbiased=True)
+        cka(torch.randn(3, 3), torch.randn(3, 3), unbiased=True)
     with pytest.raises(InputError, match="same examples"):
-        cka_matrix({"a": torch.randn(3, 3)}, unbiased=True)
+        cka({"a": torch.randn(3, 3)}, unbiased=True)
 
 
 def test_the_matrix_holds_every_pair(shapes):
     model, inputs, _ = shapes
-    vectors = collect(model, inputs, stream_sites(model), positions="patch")
-    found = cka_matrix(vectors)
+    vectors = collect(model, inputs, model.vision.stream_sites(), positions="patch")
+    found = cka(vectors)
     torch.testing.assert_close(found.values, found.values.T)
     torch.testing.assert_close(found.values.diagonal(), torch.ones(4, dtype=torch.float64))
     names = list(vectors)
-    assert float(found.values[0, 2]) == pytest.approx(linear_cka(vectors[names[0]], vectors[names[2]]))
+    assert float(found.values[0, 2]) == pytest.approx(cka(vectors[names[0]], vectors[names[2]]))
     assert "changes most between" in found.plot().layout.title.text
-    other = cka_matrix(vectors, {"z": torch.randn(80, 3)})
+    other = cka(vectors, {"z": torch.randn(80, 3)})
     assert other.values.shape == (4, 1)
     assert "most alike" in other.plot().layout.title.text

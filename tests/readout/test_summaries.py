@@ -4,51 +4,57 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import circuitvision as cv
 from circuitvision.errors import InputError
-from circuitvision.readout.lens import summaries
 from circuitvision.readout.lens.logit import logit_lens
+from circuitvision.readout.lens.result import LensResult
 from tests.readout.common import run
 
 
+def lens_of(logits: torch.Tensor, targets: list[int]) -> LensResult:
+    """A lens whose columns are these at every position of a model."""
+    model, _, cache = run("vit")
+    return logit_lens(model, cache, "vision", targets=targets, readout=lambda h: logits.expand(*h.shape[:2], -1))
+
+
 def test_the_best_is_1_the_worst_is_one_over_k_and_a_random_order_is_in_the_middle():
-    logits = torch.tensor([3.0, 1.0, 2.0, 0.0])
-    ranks = torch.stack([summaries.rank(logits, torch.tensor(index)) for index in range(4)])
-    assert ranks.tolist() == [1, 3, 2, 4]
-    found = summaries.identifiability(ranks, 4)
-    assert found[0] == 1.0
-    assert found[3] == pytest.approx(1 / 4)
+    lens = lens_of(torch.tensor([3.0, 1.0, 2.0, 0.0]), [0, 1, 2, 3])
+    assert lens.ranks[0, 0, 0].tolist() == [1, 3, 2, 4]
+    found = lens.identifiability().values
+    assert found[..., 0].unique().tolist() == [1.0]
+    assert float(found[0, 0, 3]) == pytest.approx(1 / 4)
     assert float(found.mean()) == pytest.approx((4 + 1) / (2 * 4))
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.integers(2, 50), st.integers(0, 10_000))
 def test_the_mean_over_all_columns_is_k_plus_1_over_2k(size, seed):
-    logits = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).double()
-    ranks = summaries.rank(logits.expand(size, size), torch.arange(size))
-    assert float(summaries.identifiability(ranks, size).mean()) == pytest.approx((size + 1) / (2 * size))
+    logits = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).float()
+    found = lens_of(logits, list(range(size))).identifiability()
+    assert float(found.values.mean()) == pytest.approx((size + 1) / (2 * size)) == found.chance
 
 
 def test_ties_favour_the_answer():
-    assert summaries.rank(torch.tensor([1.0, 1.0, 0.0]), torch.tensor(1)) == 1
+    assert lens_of(torch.tensor([1.0, 1.0, 0.0]), [1]).ranks.unique().tolist() == [1]
 
 
 def test_a_lens_of_a_model():
     model, out, cache = run("vit")
     label = out.argmax(-1).tolist()
     result = logit_lens(model, cache, "vision", targets={"label": label})
-    summary = summaries.lens_identifiability(result, "cls")
+    summary = result.identifiability("cls")
     assert list(summary.axes) == ["layer", "row", "target"]
     assert summary.values[-1].tolist() == [[1.0], [1.0]]
     assert summary.chance == pytest.approx((out.shape[-1] + 1) / (2 * out.shape[-1]))
-    patches = summaries.lens_identifiability(result, "patch")
+    patches = result.identifiability("patch")
     n = model.vision.cfg.n_prefix
     assert float(patches.values[1, 0, 0]) == pytest.approx(
         float((1 - (result.ranks[1, 0, n:, 0].double() - 1) / out.shape[-1]).mean())
     )
-    rises = summaries.change_rate(result, "patch")
+    rises = result.change_rate("patch")
     assert rises.axes["layer"] == result.axes["layer"][1:]
     wanted = (result.values[1, 0, n:, 0] > result.values[0, 0, n:, 0]).double().mean()
     assert float(rises.values[0, 0, 0]) == pytest.approx(float(wanted))
@@ -60,7 +66,7 @@ def test_match_rates_count_the_mlp_as_well():
         logit_lens(model, cache, "vision", top_k=1, sites=sites)
         for sites in (["vision.hook_input", "resid_post"], "attn_out", "mlp_out")
     )
-    found = summaries.match_rates(stream, attention, mlp)
+    found = stream.match_rates(attention, mlp)
     layer, row = 1, 0
     best = stream.best[layer + 1, row]
     by_hand = [best == attention.best[layer, row], best == mlp.best[layer, row], best == stream.best[layer, row]]
@@ -68,41 +74,48 @@ def test_match_rates_count_the_mlp_as_well():
         assert float(found.values[index, layer, row]) == pytest.approx(float(same.double().mean()))
     neither = ~(by_hand[0] | by_hand[1] | by_hand[2])
     assert float(found.values[3, layer, row]) == pytest.approx(float(neither.double().mean()))
-    change = summaries.similarity_change(
-        logit_lens(model, cache, "vision", targets=[0], sites="mlp_out"),
-        logit_lens(model, cache, "vision", targets=[0]),
-    )
+    branch, before = (logit_lens(model, cache, "vision", targets=[0], sites=sites) for sites in ("mlp_out", None))
+    change = branch.change_from(before)
     assert list(change.axes) == ["layer", "row", "position", "target"]
+    torch.testing.assert_close(change.values[1], branch.values[1] - before.values[1])
 
 
 def test_a_difference_of_positions_is_found_and_a_null_is_not():
     generator = torch.Generator().manual_seed(3)
-    values = torch.randn(20, 30, generator=generator)
+    values = torch.randn(2, 20, 30, 1, generator=generator)
     inside = torch.zeros(20, 30, dtype=torch.bool)
     inside[:, 4:8] = True
-    among = torch.ones_like(inside)
-    null = summaries.difference(values, inside, among, shuffles=200)
-    assert null.p > 0.02
-    values[inside] += 1.0
-    real = summaries.difference(values, inside, among, shuffles=200)
-    assert real.p == pytest.approx(1 / 201)
-    assert real.value == pytest.approx(null.value + 1.0, abs=1e-5)
+    axes = {"layer": ["input", 0], "row": list(range(20)), "position": list(range(30)), "target": ["red"]}
+    kinds = [["cls", *["patch"] * 29]] * 20
+    lens = LensResult(values, axes, tower="vision", kinds=kinds)
+    null = lens.position_difference(inside, shuffles=200)
+    assert float(null.p.min()) > 0.02
+    values[1, inside] += 1.0
+    real = lens.position_difference(inside, shuffles=200)
+    assert float(real.p[1, 0]) == pytest.approx(1 / 201)
+    assert float(real.p[0, 0]) == float(null.p[0, 0])
+    assert float(real.value[1, 0]) == pytest.approx(float(null.value[1, 0]) + 1.0, abs=1e-5)
+    patches = lens.position_difference(inside, "patch", shuffles=0)
+    outside = ~inside
+    outside[:, 0] = False
+    assert float(patches.outside[1, 0]) == pytest.approx(float(values[1, outside].mean()), abs=1e-6)
+    assert patches.p.unique().tolist() == [1.0]
     with pytest.raises(InputError, match="at least one"):
-        summaries.difference(values, among, among)
+        lens.position_difference(None)
 
 
 def test_summaries_refuse_what_they_cannot_read():
     model, _, cache = run("vit")
     without = logit_lens(model, cache, "vision", top_k=2)
     with pytest.raises(InputError, match="targets="):
-        summaries.lens_identifiability(without)
+        without.identifiability()
     with pytest.raises(InputError, match="targets="):
-        summaries.change_rate(without)
+        without.change_rate()
     read = logit_lens(model, cache, "vision", targets=[0])
     with pytest.raises(InputError, match="kind"):
-        summaries.lens_identifiability(read, "newline")
+        read.identifiability("newline")
     with pytest.raises(InputError, match="same layers"):
-        summaries.match_rates(read, read, read)
+        read.match_rates(read, read)
 
 
 def test_top_k_by_hand_on_the_patches_of_an_object():
@@ -111,7 +124,7 @@ def test_top_k_by_hand_on_the_patches_of_an_object():
     result = logit_lens(model, cache, "vision", targets=[0, 3])
     inside = torch.zeros(2, result.values.shape[2], dtype=torch.bool)
     inside[0, [2, 3]] = inside[1, [5, 9, 11]] = True
-    found = summaries.top_k_rate(result, 2, inside)
+    found = result.top_k_rate(2, inside)
     assert list(found.axes) == ["layer", "row", "target"]
     assert found.chance == pytest.approx(2 / size)
     for row in range(2):
@@ -120,33 +133,33 @@ def test_top_k_by_hand_on_the_patches_of_an_object():
         )
         wanted = (logits.topk(2).indices == 3).any(-1).double().mean()
         assert float(found.values[2, row, 1]) == pytest.approx(float(wanted))
-    assert bool((summaries.top_k_rate(result, size).values == 1).all())
-    assert summaries.top_k_rate(result, 1, "cls").values[-1, 0, 0] == float(out[0].argmax() == 0)
-    means = summaries.lens_identifiability(result, inside).values[1, 0, 0]
+    assert bool((result.top_k_rate(size).values == 1).all())
+    assert result.top_k_rate(1, "cls").values[-1, 0, 0] == float(out[0].argmax() == 0)
+    means = result.identifiability(inside).values[1, 0, 0]
     assert float(means) == pytest.approx(float((1 - (result.ranks[1, 0, [2, 3], 0].double() - 1) / size).mean()))
     for wrong in (0, size + 1, 1.5):
         with pytest.raises(InputError, match="whole number"):
-            summaries.top_k_rate(result, wrong)
+            result.top_k_rate(wrong)
     for mask in (inside[:, 1:], inside.float()):
         with pytest.raises(InputError, match="A mask of positions"):
-            summaries.top_k_rate(result, 2, mask)
+            result.top_k_rate(2, mask)
     with pytest.raises(InputError, match="no position in the mask"):
-        summaries.top_k_rate(result, 2, inside & False)
+        result.top_k_rate(2, inside & False)
 
 
 def test_top_k_agreement_counts_what_both_name():
     model, _, cache = run("vit")
     own, frozen = (logit_lens(model, cache, "vision", top_k=3, norm=norm) for norm in ("own", "frozen"))
-    found = summaries.top_k_agreement(own, frozen, 3)
+    found = own.top_k_agreement(frozen, 3)
     assert list(found.axes) == ["layer", "row"]
     wanted = [len(set(a.tolist()) & set(b.tolist())) / 3 for a, b in zip(own.ids[1, 0], frozen.ids[1, 0], strict=True)]
     assert float(found.values[1, 0]) == pytest.approx(sum(wanted) / len(wanted))
     assert found.values[-1].tolist() == [1.0, 1.0]
     assert float(found.values[0].mean()) < 1
     with pytest.raises(InputError, match="from 1 to 3"):
-        summaries.top_k_agreement(own, frozen, 4)
+        own.top_k_agreement(frozen, 4)
     with pytest.raises(InputError, match="same rows"):
-        summaries.top_k_agreement(own, frozen.row(0), 2)
+        own.top_k_agreement(frozen.row(0), 2)
 
 
 def test_patches_of_an_object_are_selected_by_its_box_in_either_tower():
@@ -159,13 +172,11 @@ def test_patches_of_an_object_are_selected_by_its_box_in_either_tower():
         chosen = model.tokens(inputs)[tower].image(0).box(left, top, right, bottom)
         numbers = [result.axes["position"].index(number) for number in chosen.positions(0)]
         assert 0 < len(numbers) < 16
-        found = summaries.lens_identifiability(result, chosen).values
+        found = result.identifiability(chosen).values
         wanted = (1 - (result.ranks[:, :, numbers].double() - 1) / result.n_outputs).mean(2)
         torch.testing.assert_close(found, wanted)
         with pytest.raises(InputError, match="selection of the"):
-            summaries.change_rate(
-                result, model.tokens(inputs)["vision" if tower == "language" else "language"].image(0)
-            )
+            result.change_rate(model.tokens(inputs)["vision" if tower == "language" else "language"].image(0))
 
 
 def test_matches_are_unknown_where_a_lens_has_no_number():
@@ -174,16 +185,16 @@ def test_matches_are_unknown_where_a_lens_has_no_number():
         logit_lens(model, cache, "vision", top_k=1, sites=sites)
         for sites in (["vision.hook_input", "resid_post"], "attn_out", "mlp_out")
     ]
-    whole = summaries.match_rates(*lenses, kinds="patch").values
+    whole = lenses[0].match_rates(*lenses[1:], positions="patch").values
     assert whole.isfinite().all()
     for lens, layer, lost in ((0, 1, [0, 1]), (1, 2, [2]), (2, 0, [0])):
         values = lenses[lens].values
         kept = values[layer, 1, 4].clone()
         values[layer, 1, 4] = float("nan")
-        found = summaries.match_rates(*lenses, kinds="patch").values
+        found = lenses[0].match_rates(*lenses[1:], positions="patch").values
         assert found[:, lost, 1].isnan().all()
         there = ~found.isnan()
         assert int((~there).sum()) == 4 * len(lost)
         assert torch.equal(found[there], whole[there])
-        assert summaries.match_rates(*lenses, kinds="cls").values.isfinite().all()
+        assert lenses[0].match_rates(*lenses[1:], positions="cls").values.isfinite().all()
         values[layer, 1, 4] = kept

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import circuitvision as cv
 from circuitvision.errors import InputError
+from circuitvision.families.action_tokens import action_bins
 from circuitvision.model.tower import norm_spec
-from circuitvision.readout.weights.rows import action_bins, written_rows
+from circuitvision.readout.weights.rows import written_rows
 from circuitvision.readout.weights.unembedding import unembedding_matrix
 from circuitvision.readout.weights.value_vectors import ValueVectors, value_vectors
 from tests.readout.planted import close, hooked, options_for, plant
@@ -320,7 +321,7 @@ def test_figures_of_value_vectors_say_the_finding_and_need_no_model(tmp_path):
     assert "L1N7 speaks most strongly for red" in heading(whole)
     assert len(cells(whole)) == 12
     found = result.plot(targets=["red"], count=2)
-    assert heading(found).startswith("L1N7 speaks for 1 of the 1 outputs asked for")
+    assert heading(found).startswith("language L1N7 speaks for 1 of the 1 outputs asked for")
     orange = found.data[0].z
     assert orange[0][0] is not None
     assert sum(value is not None for value in orange[0]) == 1

@@ -57,7 +57,7 @@ def as_groups(edits_or_groups: Any) -> list[Group]:
         wrong = [edit for edit in group if not isinstance(edit, Edit)]
         if wrong:
             raise InputError(
-                f"{wrong[0]!r} is not an edit; circuitvision.edits makes them, such as edits.ablate('vision.L1H3')."
+                f"{wrong[0]!r} is not an edit; circuitvision.edits makes them, such as edits.ablate('vision L1H3')."
             )
         groups.append(group)
     return groups

@@ -60,7 +60,7 @@ class DistanceProfile(Result):
             ("farthest", means.nan_to_num(-1.0).argmax()),
         ):
             layer, head = divmod(int(order), means.shape[1])
-            where = head_name(self.axes["layer"][layer], self.axes["head"][head])
+            where = head_name(self.axes["layer"][layer], self.axes["head"][head], self.tower)
             found[name] = f"{where}: {float(means[layer, head]):.2f} patches"
         return {**found, "all patches alike": f"{float(self.uniform_distance.double().nanmean()):.2f} patches"}
 
@@ -186,7 +186,7 @@ class PositionPattern(Result):
         """The head that offsets explain best."""
         best = int(self.explained.double().nan_to_num(-1.0).argmax())
         layer, head = divmod(best, self.explained.shape[1])
-        where = head_name(self.axes["layer"][layer], self.axes["head"][head])
+        where = head_name(self.axes["layer"][layer], self.axes["head"][head], self.tower)
         return {
             "best explained by offsets": f"{where}: {float(self.explained[layer, head]):.1%} (chance {float(self.chance[layer]):.1%})"
         }

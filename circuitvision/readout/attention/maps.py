@@ -66,7 +66,7 @@ class AttentionMaps(Result):
             share = (self.pass_values(self.axes.get("step", [None])[0]) * patches).sum(-1).double().nanmean(-1)
             for flat in share.nan_to_num(-1.0).flatten().argsort(descending=True)[:3].tolist():
                 layer, head = divmod(flat, share.shape[1])
-                name = head_name(self.axes["layer"][layer], self.axes["head"][head])
+                name = head_name(self.axes["layer"][layer], self.axes["head"][head], self.tower)
                 found[name] = f"{float(share[layer, head]):.1%} on image patches"
         return found
 

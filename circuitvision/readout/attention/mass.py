@@ -68,7 +68,7 @@ class AttentionSummary(Result):
             layer, head = divmod(int(above.argmax()), above.shape[1])
             if math.isfinite(float(above[layer, head])) and span != EVERYTHING:
                 shown = "{:.2f}" if self.measure == "entropy" else "{:.1%}"
-                where = head_name(self.axes["layer"][layer], self.axes["head"][head])
+                where = head_name(self.axes["layer"][layer], self.axes["head"][head], self.tower)
                 value, uniform = (shown.format(float(x)) for x in (values[layer, head, number], alike[layer, number]))
                 found[str(span)] = f"{where}: {value} (all keys alike: {uniform})"
         return found

@@ -25,7 +25,7 @@ Sources: Elhage et al. 2021 (transformer circuits, direct logit attribution); Yu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +35,7 @@ from torch import Tensor
 from circuitvision.data import Batch, Side
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.names import head_name
+from circuitvision.model.names import component, head_name, is_component, spelled
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.attribution.functional import LinearReadout, functional
 from circuitvision.readout.attribution.rest import (
@@ -67,7 +67,7 @@ class Attribution(Result):
     """What each term adds to a direction: ``values [term row]`` in the direction's units (logits; a robot's own units for actions).
 
     ``total`` ``[row]`` is the value explained; ``values.sum(0) == total``. The term ``bias`` holds the biases of norm and head. In a run under hooks
-    ``L{layer}.rest`` is what they put into the stream of that block, which no attention and no MLP wrote. Where the family
+    ``L{layer}.rest`` (behind the tower's name) is what they put into the stream of that block, which no attention and no MLP wrote. Where the family
     caps its logits (PaliGemma 2), ``total`` is the value before the cap, and ``capped`` ``[row]`` what the model says; elsewhere both are the same.
     """
 
@@ -97,8 +97,16 @@ class Attribution(Result):
         return [(self.axes["term"][index], float(mean[index])) for index in order]
 
     def __getitem__(self, term: str) -> Tensor:
-        """One term's share ``[row]``."""
-        return self.values[self.index_of("term", term)]
+        """One term's share ``[row]``; heads, neurons, MLPs and attention layers in any spelling, and without the tower."""
+        return self.values[self.index_of("term", self._label(term))]
+
+    def _label(self, term: Any) -> Any:
+        """The label of a term in this result, where it is spelled otherwise."""
+        if term in self.axes["term"]:
+            return term
+        node = component(term) if is_component(term) else None
+        label = f"{self.tower} {term}" if node is None else spelled(replace(node, tower=node.tower or self.tower))
+        return label if label in self.axes["term"] or str(term).startswith("L") else term
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +137,7 @@ class SourceAttribution(Result):
         found = {}
         for flat in size.nan_to_num(-1.0).flatten().argsort(descending=True)[:5].tolist():
             layer, head = divmod(flat, heads.shape[1])
-            name = f"L{self.axes['layer'][layer]}H{head}"
+            name = head_name(self.axes["layer"][layer], head, self.tower)
             found[name] = (
                 f"{float(heads[layer, head]):+.4g}, {float(patches[layer, head]):+.4g} of it from image patches"
             )
@@ -146,7 +154,7 @@ def direct_attribution(
     by: str = "head",
     layers: int | Sequence[int] | None = None,
     position: Any = None,
-    pieces: str | None = None,
+    aggregation: str | None = None,
     step: int | None = None,
     batch_size: int | None = None,
 ) -> Attribution | DataReading:
@@ -165,7 +173,7 @@ def direct_attribution(
         layers: whose neurons are told apart; all by default.
         position: where the output is read: "last" (default of text), a number, one per row, "mean", or a selection, whose mean is read; for
             actions the step of the chunk. Read-outs that pool have no choice, patches of a vision tower behind a projector no default.
-        pieces: for a word of several tokens, "first" or "mean".
+        aggregation: for a word of several tokens, "first" or "mean".
         step: which pass of a cache of several.
         batch_size: of a data set, how many examples run at once; None: by memory.
 
@@ -176,28 +184,36 @@ def direct_attribution(
         raise InputError(f"Terms are split by {', '.join(SPLITS)}, not by {by!r}.")
     side = side_of(cache)
     if side is not None:
-        options = {"by": by, "layers": layers, "position": position, "pieces": pieces or side.combine, "step": step}
+        options = {
+            "by": by,
+            "layers": layers,
+            "position": position,
+            "aggregation": aggregation or side.combine,
+            "step": step,
+        }
         return _over_data(model, side, direction, tower, batch_size, options)
     if direction is None:
         raise InputError("Say what is explained: an answer 'red', a contrast ('red', 'blue'), or a tensor [d_model].")
-    owner = attribution_tower(model, tower)
-    stream = Stream(owner, cached_for(model, cache, owner, by), step=step)
+    read_tower = attribution_tower(model, tower)
+    stream = Stream(read_tower, cached_for(model, cache, read_tower, by), step=step)
     check_head_reads_stream(stream)
-    found = functional(model, owner, stream.cache, stream.final, direction, position=position, pieces=pieces)
+    found = functional(
+        model, read_tower, stream.cache, stream.final, direction, position=position, aggregation=aggregation
+    )
     labels, shares = _shares(stream, found, by, layers)
     return Attribution(
         values=torch.stack([*shares, found.constant]).cpu(),
         axes={"term": [*labels, "bias"], "row": list(range(found.value.shape[0]))},
         provenance=describe(
             model,
-            method=f"direct_attribution(tower={owner.name}, by={by}, direction={found.label})",
+            method=f"direct_attribution(tower={read_tower.name}, by={by}, direction={found.label})",
             inputs=(stream.cache.inputs,),
         ),
-        tower=owner.name,
+        tower=read_tower.name,
         direction=found.label,
         total=found.value.cpu(),
         capped=found.capped.cpu(),
-        example=_examples(model, owner, stream.cache, found.value.shape[0]),
+        example=_examples(model, read_tower, stream.cache, found.value.shape[0]),
     )
 
 
@@ -239,26 +255,27 @@ def _shares(
         return (vector[:, stream.here].to(gradient.dtype) * gradient).flatten(1).sum(-1)
 
     shares = {name: share(part) for name, part in stream.input_parts().items()}
-    count = stream.end
+    count, tower = stream.end, stream.tower.name
     told_apart = set(chosen_layers(layers, count))
     for layer in range(count):
         rest: list[Tensor] = []
         for branch in ("attn", "mlp"):
             whole = share(stream.site(f"blocks.{layer}.hook_{branch}_out"))
             if by == "component" or (branch == "mlp" and not (by == "neuron" and layer in told_apart)):
-                shares[f"L{layer}.{branch}"] = whole
+                shares[f"{tower} L{layer}.{branch}"] = whole
                 continue
             split = stream.head_shares if branch == "attn" else stream.neuron_shares
             parts, bias = split(layer, gradient)
             for number, value in enumerate(parts):
-                shares[head_name(layer, number) if branch == "attn" else f"L{layer}N{number}"] = value
-            shares[f"L{layer}.{branch}.bias"] = bias
+                name = head_name(layer, number, tower) if branch == "attn" else f"{tower} L{layer}N{number}"
+                shares[name] = value
+            shares[f"{tower} L{layer}.{branch}.bias"] = bias
             gap = whole - parts.sum(0) - bias
             rest += [gap] if is_rest(stream, layer, branch, gap, parts.abs().sum(0) + bias.abs() + whole.abs()) else []
         between = rest_of_stream(stream, layer)
         rest += [] if between is None else [(between.to(gradient.dtype) * gradient).flatten(1).sum(-1)]
         if rest:
-            shares[f"L{layer}.rest"] = torch.stack(rest).sum(0)
+            shares[f"{tower} L{layer}.rest"] = torch.stack(rest).sum(0)
     return list(shares), list(shares.values())
 
 
@@ -271,7 +288,7 @@ def source_attribution(
     *,
     layers: int | Sequence[int] | None = None,
     position: Any = None,
-    pieces: str | None = None,
+    aggregation: str | None = None,
     step: int | None = None,
 ) -> SourceAttribution:
     """Split every head's share by source position: ``A_ij v_j W_O^h`` on the direction, summed over the queries ``i`` that are read.
@@ -282,10 +299,12 @@ def source_attribution(
     Raises:
         InputError: as there, or a cache without patterns.
     """
-    owner = attribution_tower(model, tower)
-    stream = Stream(owner, cached_for(model, cache, owner, "source"), step=step)
+    read_tower = attribution_tower(model, tower)
+    stream = Stream(read_tower, cached_for(model, cache, read_tower, "source"), step=step)
     check_head_reads_stream(stream)
-    found = functional(model, owner, stream.cache, stream.final, direction, position=position, pieces=pieces)
+    found = functional(
+        model, read_tower, stream.cache, stream.final, direction, position=position, aggregation=aggregation
+    )
     chosen = chosen_layers(layers, stream.end)
     there, gradient = stream.reading(found.gradient)
     values = torch.stack([_sources(there, layer, gradient) for layer in chosen])
@@ -300,15 +319,15 @@ def source_attribution(
         },
         provenance=describe(
             model,
-            method=f"source_attribution(tower={owner.name}, direction={found.label})",
+            method=f"source_attribution(tower={read_tower.name}, direction={found.label})",
             inputs=(stream.cache.inputs,),
         ),
-        tower=owner.name,
+        tower=read_tower.name,
         direction=found.label,
         places=places,
         words=words,
         kinds=kinds,
-        example=_examples(model, owner, stream.cache, values.shape[2]),
+        example=_examples(model, read_tower, stream.cache, values.shape[2]),
         shares=shares,
     )
 
@@ -359,7 +378,7 @@ def attribution_tower(model: HookedModel, tower: str | None) -> Tower:
 
 
 def cached_for(
-    model: HookedModel, cache: ActivationCache | Mapping[str, Any], owner: Tower, by: str
+    model: HookedModel, cache: ActivationCache | Mapping[str, Any], read_tower: Tower, by: str
 ) -> ActivationCache:
     """The cache given, or that of a run of the inputs, recording what a split ``by`` needs.
 
@@ -372,12 +391,12 @@ def cached_for(
         return cache
     parts = ["hook_attn_out", "hook_mlp_out", "hook_resid_*"]
     parts += ["attn.hook_z"] if by != "component" else []
-    parts += ["mlp.hook_post"] if by == "neuron" or owner.blocks[0].has("mlp_add") else []
+    parts += ["mlp.hook_post"] if by == "neuron" or read_tower.blocks[0].has("mlp_add") else []
     parts += ["attn.hook_v", "attn.hook_pattern"] if by == "source" else []
-    names = [f"{owner.name}.hook_*", *(f"{owner.name}.blocks.*.{part}" for part in parts)]
+    names = [f"{read_tower.name}.hook_*", *(f"{read_tower.name}.blocks.*.{part}" for part in parts)]
     names += [f"{name}.hook_readout" for name in model.towers if f"{name}.hook_readout" in model.sites()]
     if by == "source":
-        names += [f"{t.name}.blocks.*.attn.hook_v" for t in owner.siblings.values() if t.spec.feeds_cache_only]
+        names += [f"{t.name}.blocks.*.attn.hook_v" for t in read_tower.siblings.values() if t.spec.feeds_cache_only]
     with torch.no_grad():
         return model.run_with_cache(cache, names_filter=names)[1]
 

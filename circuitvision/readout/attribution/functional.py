@@ -66,7 +66,7 @@ def functional(
     direction: Any,
     *,
     position: Any = None,
-    pieces: str | None = None,
+    aggregation: str | None = None,
 ) -> LinearReadout:
     """The functional of a direction (see :func:`direct_attribution` for its forms) at the final residual of a run.
 
@@ -74,18 +74,19 @@ def functional(
         InputError: a direction that does not fit the tower, no position where one is needed.
     """
     final = final.detach().to(torch.promote_types(final.dtype, torch.float32))
+    listed = isinstance(direction, list)
     direction = direction if isinstance(direction, metrics.Metric) else plain(direction)
     if isinstance(direction, Tensor) and not _is_embedding(tower, direction):
         return _stream_direction(tower, cache, final, direction, position)
     position = _position_of(tower, direction, position)
     _check_readable(tower, position)
-    chosen, label = _columns(model, tower, direction, pieces)
+    chosen, label = _columns(model, tower, direction, aggregation)
     rows, examples = examples_of(cache, tower.name, final.shape[0])
     chosen.check(examples)
-    if isinstance(direction, list) and len(direction) == examples == 2 and direction[0] != direction[1]:
-        warn(
-            f"{direction} with two examples is read as one answer per example. The difference of the two answers is a tuple, "
-            f"({direction[0]!r}, {direction[1]!r}); to say one per example without this warning, give {{'answer': {direction}}}."
+    if listed and len(direction) == examples == 2 and direction[0] != direction[1]:
+        raise InputError(
+            f"{direction} with two examples can be read in two ways. The difference of the two answers is a tuple, ({direction[0]!r}, "
+            f"{direction[1]!r}); one answer per example is {{'answer': {direction}}}."
         )
     index = None if _pools(tower) else positions_read(tower, cache, position, final.shape[:2])
     # Inference tensors cannot be tracked; a copy made here can.
@@ -125,7 +126,7 @@ def _check_readable(tower: Tower, position: Any) -> None:
         )
 
 
-def _columns(model: HookedModel, tower: Tower, direction: Any, pieces: str | None) -> tuple[Targets, str]:
+def _columns(model: HookedModel, tower: Tower, direction: Any, aggregation: str | None) -> tuple[Targets, str]:
     """The columns of the read-out that a direction is made of, one or the two of a difference, and what it is called."""
     if isinstance(direction, Tensor):
         chosen = resolve_targets(model, tower, direction)
@@ -134,9 +135,9 @@ def _columns(model: HookedModel, tower: Tower, direction: Any, pieces: str | Non
         return chosen, "embedding"
     answer, foil, label = _answers(direction)
     named = _named(_from_end(answer, tower), _from_end(foil, tower))
-    chosen = resolve_targets(model, tower, named, pieces=pieces)
-    if chosen.how == "joint":
-        raise InputError("A joint probability is not linear in the logits; choose pieces='first' or 'mean'.")
+    chosen = resolve_targets(model, tower, named, aggregation=aggregation)
+    if chosen.aggregation == "joint":
+        raise InputError("A joint probability is not linear in the logits; choose aggregation='first' or 'mean'.")
     if not isinstance(direction, metrics.Metric) and isinstance(named, list):
         names = names_of(model, tower, [item for item in named if isinstance(item, int)])
         label = " - ".join(names.get(str(item), str(item)) for item in named)

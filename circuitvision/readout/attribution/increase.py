@@ -24,13 +24,14 @@ from circuitvision.errors import InputError
 from circuitvision.links import Link, log_probabilities
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading, link
+from circuitvision.model.names import head_name
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.attribution.direct import attribution_tower, cached_for, sources_of
 from circuitvision.readout.attribution.functional import positions_read
 from circuitvision.readout.attribution.rest import check_head_reads_stream, check_sources, spacing
 from circuitvision.readout.attribution.terms import Stream
 from circuitvision.readout.patch_coords import named_positions
-from circuitvision.readout.ranks import ranking
+from circuitvision.readout.ranks import rank_components
 from circuitvision.readout.recorded import chosen_layers, examples_of
 from circuitvision.readout.targets import Targets, names_of, output_kind, plain, reader_of, resolve_targets
 from circuitvision.results import Result
@@ -55,14 +56,14 @@ class LogProbIncrease(Result):
 
     def highlights(self) -> dict[str, str]:
         """What moves the answer most, in nats, mean over rows."""
-        return {**ranking(self, by="size").highlights(), "answer": self.answer}
+        return {**rank_components(self, by="size").highlights(), "answer": self.answer}
 
 
 @dataclass(frozen=True, eq=False)
 class SourceIncrease(LogProbIncrease):
     """``values`` in nats, of what each head takes from each position: ``[layer head row position]``; they do not add up to the head's.
 
-    ``places`` are those of the positions in the image (-1 elsewhere), ``words`` their pieces.
+    ``places`` are those of the positions in the image (-1 elsewhere), ``words`` their tokens.
     """
 
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
@@ -86,9 +87,8 @@ class SourceIncrease(LogProbIncrease):
         found = {}
         for flat in order:
             layer, head, position = (int(i) for i in torch.unravel_index(torch.tensor(flat), mean.shape))
-            name = f"L{self.axes['layer'][layer]}H{head} from {position}" + f" ({self.words[0][position]})" * (
-                len(self.words) == 1
-            )
+            name = f"{head_name(self.axes['layer'][layer], head, self.tower)} from {position}"
+            name += f" ({self.words[0][position]})" * (len(self.words) == 1)
             found[name] = f"{float(mean[layer, head, position]):+.4g}"
         return {**found, "answer": self.answer}
 
@@ -103,7 +103,7 @@ def log_prob_increase(
     by: str = "head",
     layers: int | Sequence[int] | None = None,
     position: Any = None,
-    pieces: str | None = None,
+    aggregation: str | None = None,
     step: int | None = None,
 ) -> LogProbIncrease:
     """Score every attention, MLP, head, neuron, or source position of a head by what it alone does to the answer's log-probability.
@@ -116,7 +116,7 @@ def log_prob_increase(
         by: "component", "head", "neuron" or "source".
         layers: by default all.
         position: where the output is read; by default the last word, or the CLS position.
-        pieces: "first" for a word of several tokens.
+        aggregation: "first" for a word of several tokens.
         step: which pass of a cache of several.
 
     Raises:
@@ -124,40 +124,40 @@ def log_prob_increase(
     """
     if by not in _KINDS:
         raise InputError(f"Scores are by {', '.join(_KINDS)}, not by {by!r}.")
-    owner = attribution_tower(model, tower)
-    _check(owner)
-    chosen = _answer(model, owner, answer, pieces)
-    stream = Stream(owner, cached_for(model, cache, owner, by), step=step)
+    read_tower = attribution_tower(model, tower)
+    _check(read_tower)
+    chosen = _answer(model, read_tower, answer, aggregation)
+    stream = Stream(read_tower, cached_for(model, cache, read_tower, by), step=step)
     check_head_reads_stream(stream)
-    scorer = _Scorer(owner, stream, chosen, stream.final, _where(owner, stream, stream.final, position))
+    scorer = _Scorer(read_tower, stream, chosen, stream.final, _where(read_tower, stream, stream.final, position))
     numbers = chosen_layers(layers, stream.end)
-    with torch.no_grad(), owner.hooks_disabled():
+    with torch.no_grad(), read_tower.hooks_disabled():
         values = torch.stack([scorer.layer(layer, by) for layer in numbers])
     inner = {"component": "part", "source": "head"}.get(by, by)
     parts = ["attn", "mlp"] if by == "component" else list(range(values.shape[1]))
     axes: dict[str, list[Any]] = {"layer": numbers, inner: parts, "row": list(range(values.shape[2]))}
-    method = f"log_prob_increase(tower={owner.name}, by={by}, answer={answer})"
+    method = f"log_prob_increase(tower={read_tower.name}, by={by}, answer={answer})"
     provenance = describe(model, method=method, inputs=(stream.cache.inputs,))
-    named = _called(model, owner, chosen, answer)
+    named = _called(model, read_tower, chosen, answer)
     if by != "source":
-        return LogProbIncrease(values.cpu(), axes, provenance, owner.name, named)
+        return LogProbIncrease(values.cpu(), axes, provenance, read_tower.name, named)
     axes["position"] = list(range(values.shape[3]))
     places, shares, words, kinds = sources_of(stream, values.shape[3])
-    return SourceIncrease(values.cpu(), axes, provenance, owner.name, named, places, words, kinds, shares)
+    return SourceIncrease(values.cpu(), axes, provenance, read_tower.name, named, places, words, kinds, shares)
 
 
-def _called(model: HookedModel, owner: Tower, chosen: Targets, answer: Any) -> str:
+def _called(model: HookedModel, read_tower: Tower, chosen: Targets, answer: Any) -> str:
     """The answer by name; a number by the word or class it stands for."""
     if isinstance(answer, str):
         return answer
     number = int(chosen.ids[0, 0, 0])
-    return names_of(model, owner, [number])[str(number)] if chosen.ids.shape[1] == 1 else "each row's answer"
+    return names_of(model, read_tower, [number])[str(number)] if chosen.ids.shape[1] == 1 else "each row's answer"
 
 
-def _where(owner: Tower, stream: Stream, final: Tensor, position: Any) -> Int[Tensor, " row"]:
+def _where(read_tower: Tower, stream: Stream, final: Tensor, position: Any) -> Int[Tensor, " row"]:
     """The one position of every row that is read."""
-    default = 0 if owner.stack.image else "last"
-    mask = positions_read(owner, stream.cache, default if position is None else position, final.shape[:2])
+    default = 0 if read_tower.stack.image else "last"
+    mask = positions_read(read_tower, stream.cache, default if position is None else position, final.shape[:2])
     if not bool((mask.sum(-1) == 1).all()):
         raise InputError("The score is taken at one position of each row.")
     return mask.int().argmax(-1).to(final.device)
@@ -177,15 +177,15 @@ def increase(
     return (said - after.logsumexp(-1)) - (was - before.logsumexp(-1))
 
 
-def _answer(model: HookedModel, owner: Tower, answer: Any, pieces: str | None) -> Targets:
+def _answer(model: HookedModel, read_tower: Tower, answer: Any, aggregation: str | None) -> Targets:
     """One answer for all examples, or one each.
 
     Raises:
-        InputError: several answers, a tensor that is no whole number, a pair, a metric, another ``pieces``.
+        InputError: several answers, a tensor that is no whole number, a pair, a metric, another ``aggregation``.
     """
-    if pieces not in (None, "first"):
+    if aggregation not in (None, "first"):
         raise InputError(
-            "The score is of one column of the output; for a word of several tokens choose pieces='first'."
+            "The score is of one column of the output; for a word of several tokens choose aggregation='first'."
         )
     answer = answer if callable(answer) else plain(answer)
     if isinstance(answer, Tensor | tuple) or callable(answer):
@@ -197,19 +197,23 @@ def _answer(model: HookedModel, owner: Tower, answer: Any, pieces: str | None) -
     named = {"answer": answer} if isinstance(answer, list) else answer
     if isinstance(named, Mapping) and len(named) != 1:
         raise InputError("Give one answer: a word, class or id, or one per example.")
-    return resolve_targets(model, owner, named, pieces=pieces)
+    return resolve_targets(model, read_tower, named, aggregation=aggregation)
 
 
-def _check(owner: Tower) -> None:
-    readout = owner.spec.readout
-    if output_kind(owner) not in ("tokens", "classes") or reader_of(owner) is not owner or link(owner) == "none":
+def _check(read_tower: Tower) -> None:
+    readout = read_tower.spec.readout
+    if (
+        output_kind(read_tower) not in ("tokens", "classes")
+        or reader_of(read_tower) is not read_tower
+        or link(read_tower) == "none"
+    ):
         raise InputError(
-            f"What the {owner.name} tower says is no distribution over words or classes; use direct_attribution."
+            f"What the {read_tower.name} tower says is no distribution over words or classes; use direct_attribution."
         )
     assert readout is not None
     if readout.pool not in ("none", "cls"):
         raise InputError(
-            f"The {owner.name} tower's output is pooled over positions ({readout.pool}), so no single vector makes it; use direct_attribution."
+            f"The {read_tower.name} tower's output is pooled over positions ({readout.pool}), so no single vector makes it; use direct_attribution."
         )
 
 
@@ -220,13 +224,13 @@ class _Scorer:
     added up in the stream first, small vectors would be lost in a half-precision ``x``.
     """
 
-    def __init__(self, owner: Tower, stream: Stream, chosen: Targets, final: Tensor, where: Tensor) -> None:
-        self.owner, self.stream, self.where = owner, stream, where
-        self.link = link(owner)
+    def __init__(self, read_tower: Tower, stream: Stream, chosen: Targets, final: Tensor, where: Tensor) -> None:
+        self.owner, self.stream, self.where = read_tower, stream, where
+        self.link = link(read_tower)
         self.rows = torch.arange(final.shape[0], device=final.device)
-        self.dtype = owner.dtype
+        self.dtype = read_tower.dtype
         self.scale = final[self.rows, where][:, None].to(self.dtype)
-        owners, count = examples_of(stream.cache, owner.name, len(self.rows))
+        owners, count = examples_of(stream.cache, read_tower.name, len(self.rows))
         chosen.check(count)
         ids = chosen.ids[0, :, 0]
         self.answer = (ids.expand(len(self.rows)) if len(ids) == 1 else ids[owners]).to(final.device)

@@ -6,8 +6,8 @@ Attention's share splits into heads and an output bias, ``attn_out = T(Σ_h z_h 
 this run: linear, so that shares add up. The input splits into patch embedding, position embedding and prefix tokens where the tower just adds
 them (not where a norm follows, as in CLIP).
 
-Names: ``input`` (or ``patch_embed``, ``pos_embed``, ``prefix``), ``L3.attn``, ``L3H7``, ``L3.attn.bias``, ``L3.mlp``, ``L3N512``,
-``L3.mlp.bias``.
+Names: ``input`` (or ``patch_embed``, ``pos_embed``, ``prefix``), and behind the tower's name ``vision L3.attn``, ``vision L3H7``, ``vision
+L3.attn.bias``, ``vision L3.mlp``, ``vision L3N512``, ``vision L3.mlp.bias``: what :mod:`circuitvision.model.names` prints and reads.
 """
 
 from __future__ import annotations
@@ -156,25 +156,26 @@ class Stream:
         """Every term as a tensor; they add up to :attr:`final`. ``by="neuron"`` is not offered: it would not fit into memory."""
         if by not in ("component", "head"):
             raise InputError(f"Terms are tensors by 'component' or 'head', not by {by!r}.")
+        tower = self.tower.name
         yield from self.input_parts().items()
         for layer in range(self.end):
             out = self.site(f"blocks.{layer}.hook_attn_out")
             rest = rest_of_stream(self, layer)
             if by == "component":
-                yield f"L{layer}.attn", out
+                yield f"{tower} L{layer}.attn", out
             else:
                 results, bias = self.heads(layer), self.attention_bias(layer)
                 for head in range(results.shape[2]):
-                    yield head_name(layer, head), results[:, :, head]
+                    yield head_name(layer, head, tower), results[:, :, head]
                 gap = out - results.sum(2) - bias
                 sizes = results.abs().sum((2, 3)) + out.abs().sum(-1)
                 if is_rest(self, layer, "attn", gap.abs().sum(-1).flatten(), sizes.flatten()):
                     rest, gap = gap if rest is None else gap + rest, torch.zeros_like(gap)
                 # Rounding stays with the bias, so that the terms add up to the stream.
-                yield f"L{layer}.attn.bias", bias + gap
-            yield f"L{layer}.mlp", self.site(f"blocks.{layer}.hook_mlp_out")
+                yield f"{tower} L{layer}.attn.bias", bias + gap
+            yield f"{tower} L{layer}.mlp", self.site(f"blocks.{layer}.hook_mlp_out")
             if rest is not None:
-                yield f"L{layer}.rest", rest
+                yield f"{tower} L{layer}.rest", rest
 
     # -- scalar shares, of a gradient at the positions read ---------------------------------------------------------------------------------------
 

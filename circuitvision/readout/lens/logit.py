@@ -50,7 +50,7 @@ from circuitvision.model.sites import SiteName
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.lens.reader import LensReader, measured
 from circuitvision.readout.lens.result import LensResult
-from circuitvision.readout.lens.sites import lens_sites, ordered_sites
+from circuitvision.readout.lens.sites import ordered_sites
 from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.over_data import DataReading, answers_of, of_batch, over_data, side_of
 from circuitvision.readout.patch_coords import places_of, shares_of
@@ -81,7 +81,7 @@ def logit_lens(
     targets: Any = None,
     top_k: int | None = None,
     measure: str = "logit",
-    pieces: str | None = None,
+    aggregation: str | None = None,
     readout: Callable[[Tensor], Tensor] | None = None,
     tuned: TunedLens | None = None,
     positions: PositionsLike | Mapping[str, PositionsLike] = None,
@@ -102,10 +102,11 @@ def logit_lens(
             output.
         norm: "own", "frozen", "none" or "tuned", see the module.
         targets: words, class names, prompts (for the images of a dual encoder), numbers of columns or action dimensions, the same for all
-            examples; or ``{"answer": [one per example]}``; or a float tensor of embeddings or directions ``[target width]``.
+            examples; a tuple ``("red", "blue")``, the first minus the second; ``{"answer": [one per example]}``; or a float tensor of embeddings
+            or directions ``[target width]``.
         top_k: instead of targets, keep the highest values at every position and whose they are (all columns, where there are fewer).
         measure: ``"logit"``, ``"logprob"`` (nats) or ``"prob"``. Read-outs that are no distribution (actions, directions) have logits only.
-        pieces: how to read a word of several tokens: "first", "mean" or "joint", see :mod:`circuitvision.readout.targets`.
+        aggregation: how to read a word of several tokens: "first", "mean" or "joint", see :mod:`circuitvision.readout.targets`.
         readout: a read-out of your own, ``fn(resid [row pos d_model]) -> [row pos n_out]``, for towers without one.
         tuned: the trained maps for ``norm="tuned"``.
         positions: which positions are read, by default each for itself. Of others the mean over them is read (of values, with ``targets``): one
@@ -119,26 +120,35 @@ def logit_lens(
         target that does not exist, a tower without a read-out and neither directions nor a callable. UnknownSiteError: no such site.
     """
     side = side_of(cache)
+    shared: dict[str, Any] = {"sites": sites, "norm": norm, "measure": measure, "readout": readout, "tuned": tuned}
+    shared["step"] = step
     if side is not None:
-        options = {"sites": sites, "norm": norm, "measure": measure, "readout": readout, "tuned": tuned, "step": step}
-        return _over_data(model, side, tower, targets, top_k, pieces, positions, batch_size, options)
-    owner = lens_tower(model, tower)
+        return _over_data(model, side, tower, targets, top_k, aggregation, positions, batch_size, shared)
+    if isinstance(targets, tuple):
+        if len(targets) != 2:
+            raise InputError(
+                f"A tuple is a contrast of two targets, ('red', 'blue'), not of {len(targets)}; several are a list."
+            )
+        answer, foil = plain(targets)
+        shared |= {"top_k": top_k, "aggregation": aggregation, "positions": positions}
+        both = logit_lens(model, cache, tower, targets=[answer, foil], **shared)
+        assert isinstance(both, LensResult)
+        return both.contrast(answer, foil)
+    read_tower = lens_tower(model, tower)
     targets = plain(targets)
-    _check_options(owner, norm, targets, top_k, measure, tuned, readout, step)
+    _check_options(read_tower, norm, targets, top_k, measure, tuned, readout, step)
     if positions is not None and targets is None:
         raise InputError(
             "positions= averages the values of targets=; the highest columns have no mean, so leave it out with top_k=."
         )
-    chosen = None if targets is None else _chosen(model, owner, targets, pieces, measure, readout is not None)
-    names = (
-        lens_sites(model, owner.name, inputs_of(cache)) if sites is None else ordered_sites(model, owner.name, sites)
-    )
-    if targets is None and readout is None and output_kind(owner) == "hidden":
-        resolve_targets(model, owner, ["?"])
-    found = _cached(model, cache, owner, names, norm)
-    names = _recorded_sites(found, owner, names, sites)
+    chosen = None if targets is None else _chosen(model, read_tower, targets, aggregation, measure, readout is not None)
+    names = read_tower.stream_sites(inputs_of(cache)) if sites is None else ordered_sites(model, read_tower.name, sites)
+    if targets is None and readout is None and output_kind(read_tower) == "hidden":
+        resolve_targets(model, read_tower, ["?"])
+    found = _cached(model, cache, read_tower, names, norm)
+    names = _recorded_sites(found, read_tower, names, sites)
     with torch.no_grad():
-        reader = LensReader(model, owner, found, norm, chosen, readout, tuned, step)
+        reader = LensReader(model, read_tower, found, norm, chosen, readout, tuned, step)
         shapes = {name: reader.shape(name) for name in names}
         if len(set(shapes.values())) > 1:
             raise InputError(f"Sites of different shapes are read apart; these have {shapes}.")
@@ -196,7 +206,7 @@ def _over_data(
     tower: str | None,
     targets: Any,
     top_k: int | None,
-    pieces: str | None,
+    aggregation: str | None,
     positions: Any,
     batch_size: int | None,
     options: Mapping[str, Any],
@@ -208,15 +218,17 @@ def _over_data(
         )
     if targets is None and side.answers is None:
         raise InputError("This data set holds no answers, so say what is followed: targets=['red', 'blue'].")
-    owner = lens_tower(model, tower)
+    read_tower = lens_tower(model, tower)
 
     def read(batch: Batch, rows: list[int]) -> LensResult:
         own = answers_of(batch) if targets is None else of_batch(targets, rows, len(side))
-        found = logit_lens(model, batch.inputs, owner.name, targets=own, pieces=pieces or side.combine, **options)
+        found = logit_lens(
+            model, batch.inputs, read_tower.name, targets=own, aggregation=aggregation or side.combine, **options
+        )
         assert isinstance(found, LensResult)
         return found
 
-    told = {"tower": owner.name, **{name: value for name, value in options.items() if isinstance(value, str)}}
+    told = {"tower": read_tower.name, **{name: value for name, value in options.items() if isinstance(value, str)}}
     method = f"logit_lens({', '.join(f'{name}={value}' for name, value in told.items())})"
     return over_data(model, side, read, positions=positions, batch_size=batch_size, method=method)
 
@@ -232,7 +244,7 @@ def lens_tower(model: HookedModel, tower: str | None) -> Tower:
 
 
 def _check_options(
-    owner: Tower,
+    read_tower: Tower,
     norm: str,
     targets: Any,
     top_k: int | None,
@@ -255,44 +267,44 @@ def _check_options(
         raise InputError(f"Unknown norm {norm!r}; choose one of {', '.join(NORMS)}.")
     if (norm == "tuned") != isinstance(tuned, TunedLens):
         raise InputError("norm='tuned' goes with tuned=TunedLens.train(model, dataset, tower), and only with it.")
-    if tuned is not None and tuned.tower != owner.name:
-        raise InputError(f"This tuned lens was trained on the {tuned.tower} tower, not on {owner.name}.")
+    if tuned is not None and tuned.tower != read_tower.name:
+        raise InputError(f"This tuned lens was trained on the {tuned.tower} tower, not on {read_tower.name}.")
     if readout is not None and not callable(readout):
         raise InputError(f"readout= is a function fn(resid [row pos d_model]) -> [row pos n_out], not {readout!r}.")
     if readout is not None and norm == "frozen":
         raise InputError(
             "A read-out of your own is given the vectors as they are, and freezes its norm itself: leave norm= out."
         )
-    unnamed = readout is None and link(owner) == "none"
-    directions = isinstance(targets, Tensor) and output_kind(owner) not in ("texts", "images")
+    unnamed = readout is None and link(read_tower) == "none"
+    directions = isinstance(targets, Tensor) and output_kind(read_tower) not in ("texts", "images")
     if measure != "logit" and (unnamed or directions):
-        raise InputError(f"What the {owner.name} tower says here is no distribution; use measure='logit'.")
+        raise InputError(f"What the {read_tower.name} tower says here is no distribution; use measure='logit'.")
 
 
 def _chosen(
-    model: HookedModel, owner: Tower, targets: Any, pieces: str | None, measure: str, own_columns: bool
+    model: HookedModel, read_tower: Tower, targets: Any, aggregation: str | None, measure: str, own_columns: bool
 ) -> Targets:
-    chosen = resolve_targets(model, owner, targets, pieces=pieces, own_columns=own_columns)
-    if chosen.how == "joint" and measure == "logit":
-        raise InputError("pieces='joint' adds log-probabilities; use measure='logprob' or 'prob'.")
+    chosen = resolve_targets(model, read_tower, targets, aggregation=aggregation, own_columns=own_columns)
+    if chosen.aggregation == "joint" and measure == "logit":
+        raise InputError("aggregation='joint' adds log-probabilities; use measure='logprob' or 'prob'.")
     return chosen
 
 
 def _cached(
-    model: HookedModel, cache: ActivationCache | Mapping[str, Any], owner: Tower, names: Sequence[str], norm: str
+    model: HookedModel, cache: ActivationCache | Mapping[str, Any], read_tower: Tower, names: Sequence[str], norm: str
 ) -> ActivationCache:
     """The cache given, or that of a run recording the sites and what their reading depends on."""
     if isinstance(cache, ActivationCache):
         return cache
-    needed = [*names, *(owner.residual_name(layer) for layer in owner.feature_layers_in(inputs_of(cache)))]
-    if output_kind(owner) in ("texts", "images"):
+    needed = [*names, *(read_tower.residual_name(layer) for layer in read_tower.feature_layers_in(inputs_of(cache)))]
+    if output_kind(read_tower) in ("texts", "images"):
         needed += [f"{name}.hook_readout" for name in model.towers]
     with torch.no_grad():
         return model.run_with_cache(cache, names_filter=list(dict.fromkeys(needed)))[1]
 
 
 def _recorded_sites(
-    cache: ActivationCache, owner: Tower, names: Sequence[str], asked: str | Sequence[str] | None
+    cache: ActivationCache, read_tower: Tower, names: Sequence[str], asked: str | Sequence[str] | None
 ) -> list[str]:
     """Those of the sites that the cache holds: of a kind or glob, layers that were not recorded are left out.
 
@@ -302,11 +314,11 @@ def _recorded_sites(
     there = [name for name in names if held_as(cache, name)]
     if not there and asked is None:
         raise InputError(
-            f"The cache holds no residual stream of the {owner.name} tower; "
-            f"run with names_filter=cv.readout.lens_sites(model, {owner.name!r}), or with all sites."
+            f"The cache holds no residual stream of the {read_tower.name} tower; "
+            f"run with names_filter=model.{read_tower.name}.stream_sites(), or with all sites."
         )
     entries = {asked} if isinstance(asked, str) else set(asked or ())
-    full = [name for name in names if name in entries or name.removeprefix(f"{owner.name}.") in entries]
+    full = [name for name in names if name in entries or name.removeprefix(f"{read_tower.name}.") in entries]
     lost = [name for name in full if name not in there] or ([] if there else list(names))
     if lost:
         raise InputError(
@@ -332,11 +344,11 @@ class _Part:
         owners = reader.examples(value.shape[0])
         heads, size = [], 0
         for vectors in per_head:
-            pieces: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+            blocks: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
             for rows, logits in reader.columns(vectors, name):
                 size = logits.shape[-1]
-                pieces.setdefault(rows.start or 0, []).append(_summary(reader, logits, owners[rows], measure, top_k))
-            by_row = [[torch.cat(kept, dim=1) for kept in zip(*found, strict=True)] for found in pieces.values()]
+                blocks.setdefault(rows.start or 0, []).append(_summary(reader, logits, owners[rows], measure, top_k))
+            by_row = [[torch.cat(kept, dim=1) for kept in zip(*found, strict=True)] for found in blocks.values()]
             heads.append([torch.cat(kept) for kept in zip(*by_row, strict=True)])
         pooled = None
         if value.ndim == 3 and value.shape[1] > 0:
@@ -357,9 +369,9 @@ def _summary(
         return best.values.cpu(), best.indices.cpu(), torch.zeros(*best.values.shape[:-1], 0, dtype=torch.long)
     reader.targets.check_columns(scored.shape[-1])
     values = reader.targets.read(
-        measured(logits, "logprob", reader.link) if reader.targets.how == "joint" else scored, owners
+        measured(logits, "logprob", reader.link) if reader.targets.aggregation == "joint" else scored, owners
     )
-    if reader.targets.how == "joint" and measure == "prob":
+    if reader.targets.aggregation == "joint" and measure == "prob":
         values = values.exp()
     # Counting in 32 bits: a sum of truth values makes a copy of all of them in the type it counts in.
     higher = [1 + (scored > values[..., i, None]).sum(-1, dtype=torch.int32) for i in range(values.shape[-1])]
@@ -419,7 +431,7 @@ def _method(reader: LensReader, measure: str, norm: str, step: int | None) -> st
     if reader.custom is not None:
         options["readout"] = getattr(reader.custom, "__qualname__", type(reader.custom).__name__)
     if reader.targets is not None and int((reader.targets.ids >= 0).sum(-1).max()) > 1:
-        options["pieces"] = reader.targets.how
+        options["aggregation"] = reader.targets.aggregation
     return f"logit_lens({', '.join(f'{name}={value}' for name, value in options.items())})"
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.tokens import ABSENT
 from circuitvision.provenance import with_provenance
+from circuitvision.readout.lens.summaries import LensSummaries
 from circuitvision.readout.patch_coords import named_positions, on_grid
-from circuitvision.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,13 +25,13 @@ def _none() -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class LensResult(Result):
+class LensResult(LensSummaries):
     """The lens at every site and position.
 
     ``values`` is ``[layer row position target]`` (``site`` in place of ``layer`` where several kinds were read, a ``head`` axis after it for
     sites with heads): layer ``"input"`` is what enters block 0, layer ``l`` is block ``l``. With ``top_k`` the last axis is ``rank``. ``ids``
     ``[… rank]`` are the highest columns at every place, ``names`` what they are called. With targets, ``ranks`` is 1 plus how many columns are
-    strictly higher, out of ``n_outputs`` (0 where there is none: no number, or the joint value of several pieces). ``pooled`` ``[layer row
+    strictly higher, out of ``n_outputs`` (0 where there is none: no number, or the joint value of several subword tokens). ``pooled`` ``[layer row
     target]`` and ``pooled_ids`` are the same for the family's pooled output. ``places`` is ``[row position 4]``: image, tile, patch row and patch
     column, -1 where a position is no patch; ``words`` labels positions, ``columns`` says what the columns are (tokens, classes, actions, …),
     ``step`` which pass was read (None: there was one), ``example`` says which example a row belongs to.

@@ -1,9 +1,9 @@
-"""Which sites a lens reads: the residual stream, or what a user names by kind, name or glob."""
+"""Which sites a lens reads where a user names them by kind, name or glob (by default the stream: ``tower.stream_sites()``)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from circuitvision.errors import InputError, UnknownSiteError, nearest
 from circuitvision.model.sites import SiteName
@@ -31,17 +31,6 @@ _NO_VECTORS = {
     "ln2.hook_scale": "holds denominators, not vectors",
 }
 """Sites, by how their names within a block or tower begin, that hold no vectors of the stream, and what reads them instead."""
-
-
-def lens_sites(model: HookedModel, tower: str, inputs: Mapping[str, Any] | None = None) -> list[str]:
-    """The sites :func:`logit_lens` reads by default, for ``run_with_cache(names_filter=…)``: the stream of all layers that can reach the output.
-
-    ``inputs`` matter where a call can say which layers those are (``vision_feature_layer``).
-    """
-    layers = range(model.towers[tower].cfg.n_layers)
-    names = [f"{tower}.hook_input", *(f"{tower}.blocks.{layer}.hook_resid_post" for layer in layers)]
-    offered = set(model.sites(f"{tower}.**"))
-    return [name for name in names if name in offered and not model.is_dead(name, inputs)]
 
 
 def ordered_sites(model: HookedModel, tower: str, sites: str | Sequence[str]) -> list[str]:

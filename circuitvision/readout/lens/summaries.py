@@ -1,19 +1,17 @@
-"""What a lens says in one number per layer: rank, identifiability, change rate, match rate, contrast between two sets of positions.
+"""What a lens says in one number per layer: the methods of :class:`~circuitvision.readout.lens.result.LensResult` that average over positions.
 
-* identifiability of an answer at a place: ``1 - r/K`` with ``r`` = how many of the ``K`` columns are strictly higher (ties favour the answer):
+* identifiability of a target at a position: ``1 - r/K`` with ``r`` = how many of the ``K`` columns are strictly higher (ties favour the target):
   1 for the highest, ``1/K`` for the lowest, ``(K+1)/(2K)`` by chance;
-* change rate at layer ``l``: share of positions whose value of the answer is higher after layer ``l`` than before it;
-* top-k rate: share of positions where the answer is among the ``k`` highest columns, ``k/K`` by chance (Neo et al.: on the patches of an object);
-* top-k agreement of two lenses: share of their ``k`` highest columns that both name;
-* match rate of two lenses: share of positions whose highest columns agree. Of the stream with its attention and MLP outputs and the stream
-  before: where a layer's answer comes from, and the share that agrees with none ("composition");
-* contrast of positions: mean inside a selection minus mean outside, and how often a random selection of that size does as well (permutation
-  test).
+* change rate at layer ``l``: share of positions whose value of the target is higher after layer ``l`` than before it;
+* top-k rate: share of positions where the target is among the ``k`` highest columns, ``k/K`` by chance (Neo et al.: on the patches of an object);
+* top-k agreement with another lens: share of the ``k`` highest columns that both name;
+* match rates with lenses of the attention and MLP outputs: share of positions whose highest columns agree, and that agree with none;
+* change from the stream: what a branch says of a target beside the stream it reads;
+* position difference: mean inside some positions minus mean over the others, with a permutation test of the positions within rows.
 
-Positions are chosen by ``kinds``: kinds of positions, a selection (``tokens.image(0).box(…)``: the patches of an object), or a mask ``[row pos]``;
-by default all but padding.
-
-The decision layer is :func:`circuitvision.readout.probes.decisions.decision_layer` of a lens's highest columns.
+``positions`` chooses what is averaged: kinds of positions, a selection (``tokens.image(0).box(…)``: the patches of an object), or a mask
+``[row pos]``; by default all but padding. A mean is NaN where a position that counts has no number. The decision layer of a lens's highest
+columns is :func:`circuitvision.readout.probes.decisions.decision_layer`.
 
 Sources: Vilas et al. 2023, arXiv 2310.18969; Neo et al. 2024, arXiv 2410.07149. The former's released code compares a layer's answer twice
 with attention and never with the MLP; here all are compared.
@@ -22,19 +20,19 @@ with attention and never with the MLP; here all are compared.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import ABSENT
 from circuitvision.provenance import with_provenance
-from circuitvision.readout.lens.result import LensResult
 from circuitvision.results import Result
 
-Kinds = str | list[str] | Selection | Bool[Tensor, "row pos"] | None
+LensPositions = str | list[str] | Selection | Bool[Tensor, "row pos"] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,117 +53,167 @@ class LensSummary(Result):
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A difference of means and its permutation test: ``p`` is the share of random selections with a difference at least as large."""
+class PositionDifference:
+    """Means inside and outside some positions, ``[layer target]``; ``p`` is the share of random positions with at least this difference."""
 
-    inside: float
-    outside: float
-    p: float
+    inside: Float[Tensor, "layer target"]
+    outside: Float[Tensor, "layer target"]
+    p: Float[Tensor, "layer target"]
     shuffles: int
 
     @property
-    def value(self) -> float:
+    def value(self) -> Float[Tensor, "layer target"]:
         """Mean inside minus mean outside."""
         return self.inside - self.outside
 
 
-def rank(logits: Float[Tensor, "*batch n_out"], answer: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
-    """1 plus how many columns are strictly higher than the answer's; 0 where the answer's value is not a number."""
-    value = logits.gather(-1, answer[..., None])
-    return (1 + (logits > value).sum(-1)).where(~value[..., 0].isnan(), 0)
+class LensSummaries(Result):
+    """The summaries of a lens, which its result inherits; the fields are those of the result."""
+
+    tower: str
+    measure: str
+    norm: str
+    ids: Tensor
+    ranks: Tensor
+    n_outputs: int
+    example: list[int]
+    kinds: list[list[str]]
+
+    @with_provenance
+    def identifiability(self, positions: LensPositions = None) -> LensSummary:
+        """``1 - (rank - 1)/K`` of every target, axes ``layer row target``. Raises InputError for a lens without targets, or no such position."""
+        _check_ranks(self)
+        found = torch.where(self.ranks > 0, 1 - (self.ranks.double() - 1) / self.n_outputs, float("nan"))
+        chance = (self.n_outputs + 1) / (2 * self.n_outputs)
+        return _summary(self, _mean(found, _mask(self, positions)), "identifiability", chance)
+
+    @with_provenance
+    def change_rate(self, positions: LensPositions = None) -> LensSummary:
+        """Share of positions whose value of a target rises from one layer to the next: axes ``layer row target``, from the second layer on.
+
+        Raises InputError for anything but the default sites, with targets.
+        """
+        layers = self.axes.get("layer", [])
+        if layers != ["input", *range(len(layers) - 1)] or "target" not in self.axes:
+            raise InputError(
+                "The change rate compares the stream of successive layers; read the lens with targets= and the default sites."
+            )
+        after, before = self.values[1:], self.values[:-1]
+        rose = (after > before).double().where(~(after.isnan() | before.isnan()), float("nan"))
+        return _summary(self, _mean(rose, _mask(self, positions)), "change rate", 0.5, layer=layers[1:])
+
+    @with_provenance
+    def top_k_rate(self, k: int = 5, positions: LensPositions = None) -> LensSummary:
+        """Share of positions where a target is among the ``k`` highest columns: axes ``layer row target``.
+
+        Raises InputError for a lens without targets, or a ``k`` beyond its columns.
+        """
+        _check_ranks(self)
+        _check_k(k, self.n_outputs)
+        inside = (self.ranks <= k).double().where(self.ranks > 0, float("nan"))
+        return _summary(self, _mean(inside, _mask(self, positions)), f"top-{k} rate", k / self.n_outputs)
+
+    @with_provenance
+    def top_k_agreement(self, other: LensSummaries, k: int = 5, positions: LensPositions = None) -> LensSummary:
+        """Share of the ``k`` highest columns that this lens and another of the same sites and rows both name: axes ``layer row``.
+
+        Five columns are kept at every place, more with ``top_k=``. Raises InputError for lenses that do not fit, or a ``k`` beyond what is kept.
+        """
+        if self.ids.shape[:-1] != other.ids.shape[:-1] or self.n_outputs != other.n_outputs:
+            raise InputError(
+                f"The lenses have columns of {tuple(self.ids.shape[:-1])} and {tuple(other.ids.shape[:-1])} places, of {self.n_outputs} and "
+                f"{other.n_outputs}; read the same sites of the same rows."
+            )
+        _check_k(k, min(self.ids.shape[-1], other.ids.shape[-1]))
+        both = (self.ids[..., :k, None] == other.ids[..., None, :k]).any(-1).double().mean(-1)
+        both = both.where(~(_lost(self) | _lost(other)), float("nan"))
+        values = _mean(both[..., None], _mask(self, positions))[..., 0]
+        return _summary(self, values, f"top-{k} agreement", k / self.n_outputs, last=False)
+
+    @with_provenance
+    def match_rates(self, attention: LensSummaries, mlp: LensSummaries, positions: LensPositions = None) -> LensSummary:
+        """How often the highest column after a layer is that of its attention output, its MLP output, the stream before it, or of none.
+
+        This lens starts with the input of block 0; the others are lenses of ``attn_out`` and ``mlp_out``. Axes ``source layer row``; sources
+        overlap, but for "none". Raises InputError for other lenses, or of different rows.
+        """
+        layers = attention.axes.get("layer")
+        if layers is None or mlp.axes.get("layer") != layers or self.axes.get("layer") != ["input", *layers]:
+            raise InputError("match_rates compares lenses of the same layers; the stream's starts with 'input'.")
+        best, of_attention, of_mlp = (lens.ids[..., 0] for lens in (self, attention, mlp))
+        if not best.shape[1:] == of_attention.shape[1:] == of_mlp.shape[1:]:
+            raise InputError("match_rates compares lenses of the same rows and positions, without a head axis.")
+        after, before = best[1:], best[:-1]
+        same = torch.stack([after == of_attention, after == of_mlp, after == before])
+        same = torch.cat([same, ~same.any(0, keepdim=True)]).double()
+        lost = _lost(self)[1:] | _lost(self)[:-1] | _lost(attention) | _lost(mlp)
+        values = _mean(same.where(~lost, float("nan"))[..., None], _mask(self, positions))[..., 0]
+        axes = {"source": ["attention", "mlp", "stream before", "none"], "layer": layers, "row": self.axes["row"]}
+        return LensSummary(values, axes, self.provenance, measure="match rate", tower=self.tower)
+
+    @with_provenance
+    def change_from(self, stream: LensSummaries) -> LensSummary:
+        """What a branch says of a target beside the stream it reads, ``lens(branch_l) - lens(stream before l)``: axes ``layer row position target``.
+
+        Raises InputError for lenses of different towers, targets, measures, norms or rows.
+        """
+        for name in ("tower", "measure", "norm", "example"):
+            if getattr(self, name) != getattr(stream, name):
+                raise InputError(f"The lenses differ in {name}: {getattr(self, name)!r} and {getattr(stream, name)!r}.")
+        if self.axes.get("target") != stream.axes.get("target") or "target" not in self.axes:
+            raise InputError(
+                f"The lenses have other targets: {self.axes.get('target')} and {stream.axes.get('target')}."
+            )
+        layers = self.axes.get("layer", [])
+        if not layers or stream.axes.get("layer", [])[: len(layers)] != ["input", *layers[:-1]]:
+            raise InputError("The stream's lens must start with 'input' and cover the branch's layers.")
+        values = self.values - stream.values[: len(layers)]
+        return LensSummary(values, self.axes, self.provenance, measure="change from the stream", tower=self.tower)
+
+    def position_difference(
+        self,
+        positions: LensPositions,
+        among: LensPositions = None,
+        *,
+        shuffles: int = 300,
+        seed: int = 0,
+    ) -> PositionDifference:
+        """Mean over the positions of all rows minus that over the others ``among`` which they lie, with a permutation test within rows.
+
+        Raises InputError if either side is empty, or for a lens with a head axis.
+        """
+        if self.values.ndim != 4:
+            raise InputError("The positions of a lens are compared without a head axis; read a site without heads.")
+        pool = _mask(self, among).bool()
+        inside = _mask(self, positions).bool() & pool
+        if not bool(inside.any()) or not bool((pool & ~inside).any()):
+            raise InputError("Both sides of the difference need at least one position.")
+
+        def means(chosen: Tensor) -> tuple[Tensor, Tensor]:
+            return tuple(self.values[:, part].double().mean(1) for part in (chosen, pool & ~chosen))  # type: ignore[return-value]
+
+        first, rest = means(inside)
+        generator = torch.Generator().manual_seed(seed)
+        larger = torch.zeros_like(first)
+        for _ in range(shuffles):
+            noise = torch.rand(pool.shape, generator=generator).masked_fill(~pool, 2.0)
+            drawn, others = means(noise.argsort(-1).argsort(-1) < inside.sum(-1, keepdim=True))
+            larger += (drawn - others) >= (first - rest)
+        return PositionDifference(first, rest, (larger + 1) / (shuffles + 1), shuffles)
 
 
-def identifiability(ranks: Int[Tensor, "*batch"], n_outputs: int) -> Float[Tensor, "*batch"]:
-    """``1 - (rank - 1)/K``: 1 for the highest column, ``1/K`` for the lowest, ``(K+1)/(2K)`` by chance; NaN where there is no rank."""
-    return torch.where(ranks > 0, 1 - (ranks.double() - 1) / n_outputs, float("nan"))
+def _summary(
+    lens: LensSummaries, values: Tensor, measure: str, chance: float, last: bool = True, **axes: list[Any]
+) -> LensSummary:
+    """A mean over positions: the lens's axes without that of positions (and without the last one), some of them replaced."""
+    kept = list(lens.axes.items()) if last else list(lens.axes.items())[:-1]
+    named = {name: axes.get(name, labels) for name, labels in kept if name != "position"}
+    return LensSummary(values, named, lens.provenance, measure=measure, chance=chance, tower=lens.tower)
 
 
-@with_provenance
-def lens_identifiability(result: LensResult, kinds: Kinds = None) -> LensSummary:
-    """Identifiability of every target at every layer: the mean over the positions of some kinds (None: all but padding).
-
-    Axes ``layer row target``. Raises InputError for a lens without targets, or no position of the kinds.
-    """
-    if not result.ranks.numel():
+def _check_ranks(lens: LensSummaries) -> None:
+    if not lens.ranks.numel():
         raise InputError("This lens has no ranks; read it with targets=, and before taking a contrast.")
-    mask = _mask(result, kinds)
-    found = identifiability(result.ranks, result.n_outputs)
-    axes = {name: labels for name, labels in result.axes.items() if name != "position"}
-    chance = (result.n_outputs + 1) / (2 * result.n_outputs)
-    return LensSummary(
-        _mean(found, mask), axes, result.provenance, measure="identifiability", chance=chance, tower=result.tower
-    )
-
-
-@with_provenance
-def change_rate(result: LensResult, kinds: Kinds = None) -> LensSummary:
-    """Share of positions whose value of a target rises from one layer to the next: axes ``layer row target``, from the second layer on.
-
-    NaN where a position of the kinds has no number before or after. Raises InputError for anything but the default sites, with targets.
-    """
-    _stream_only(result)
-    rose = (result.values[1:] > result.values[:-1]).double()
-    rose = rose.where(~(result.values[1:].isnan() | result.values[:-1].isnan()), float("nan"))
-    axes = {
-        name: labels[1:] if index == 0 else labels
-        for index, (name, labels) in enumerate(result.axes.items())
-        if name != "position"
-    }
-    return LensSummary(
-        _mean(rose, _mask(result, kinds)),
-        axes,
-        result.provenance,
-        measure="change rate",
-        chance=0.5,
-        tower=result.tower,
-    )
-
-
-@with_provenance
-def top_k_rate(result: LensResult, k: int = 5, kinds: Kinds = None) -> LensSummary:
-    """Share of positions where a target is among the ``k`` highest columns: axes ``layer row target``; NaN where one has no number.
-
-    Raises InputError for a lens without targets, or a ``k`` beyond its columns.
-    """
-    if not result.ranks.numel():
-        raise InputError("This lens has no ranks; read it with targets=, and before taking a contrast.")
-    _check_k(k, result.n_outputs)
-    inside = (result.ranks <= k).double().where(result.ranks > 0, float("nan"))
-    axes = {name: labels for name, labels in result.axes.items() if name != "position"}
-    return LensSummary(
-        _mean(inside, _mask(result, kinds)),
-        axes,
-        result.provenance,
-        measure=f"top-{k} rate",
-        chance=k / result.n_outputs,
-        tower=result.tower,
-    )
-
-
-@with_provenance
-def top_k_agreement(first: LensResult, second: LensResult, k: int = 5, kinds: Kinds = None) -> LensSummary:
-    """Share of the ``k`` highest columns that two lenses of the same sites and rows both name: axes ``layer row``; NaN where one has no number.
-
-    Five columns are kept at every place, more with ``top_k=``. Raises InputError for lenses that do not fit, or a ``k`` beyond what is kept.
-    """
-    if first.ids.shape[:-1] != second.ids.shape[:-1] or first.n_outputs != second.n_outputs:
-        raise InputError(
-            f"The lenses have columns of {tuple(first.ids.shape[:-1])} and {tuple(second.ids.shape[:-1])} places, of {first.n_outputs} and "
-            f"{second.n_outputs}; read the same sites of the same rows."
-        )
-    _check_k(k, min(first.ids.shape[-1], second.ids.shape[-1]))
-    both = (first.ids[..., :k, None] == second.ids[..., None, :k]).any(-1).double().mean(-1)
-    both = both.where(~(_lost(first) | _lost(second)), float("nan"))
-    axes = {name: labels for name, labels in list(first.axes.items())[:-1] if name != "position"}
-    values = _mean(both[..., None], _mask(first, kinds))[..., 0]
-    return LensSummary(
-        values,
-        axes,
-        first.provenance,
-        measure=f"top-{k} agreement",
-        chance=k / first.n_outputs,
-        tower=first.tower,
-    )
 
 
 def _check_k(k: int, most: int) -> None:
@@ -175,114 +223,34 @@ def _check_k(k: int, most: int) -> None:
         )
 
 
-@with_provenance
-def match_rates(stream: LensResult, attention: LensResult, mlp: LensResult, kinds: Kinds = None) -> LensSummary:
-    """How often the stream's highest column after a layer is that of its attention output, its MLP output, the stream before it, or of none.
-
-    ``stream`` must start with the input of block 0; the others are lenses of ``attn_out`` and ``mlp_out``. Axes ``source layer row``; sources
-    overlap, but for "none". NaN where a position of the kinds has no number. Raises InputError for other lenses, or of different rows.
-    """
-    layers = attention.axes.get("layer")
-    if layers is None or mlp.axes.get("layer") != layers or stream.axes.get("layer") != ["input", *layers]:
-        raise InputError("match_rates compares lenses of the same layers; the stream's starts with 'input'.")
-    if not stream.best.shape[1:] == attention.best.shape[1:] == mlp.best.shape[1:]:
-        raise InputError("match_rates compares lenses of the same rows and positions, without a head axis.")
-    after, before = stream.best[1:], stream.best[:-1]
-    same = [after == attention.best, after == mlp.best, after == before]
-    none = ~(same[0] | same[1] | same[2])
-    lost = _lost(stream)[1:] | _lost(stream)[:-1] | _lost(attention) | _lost(mlp)
-    mask = _mask(stream, kinds)
-    shares = [found.double().where(~lost, float("nan")) for found in (*same, none)]
-    values = torch.stack([_mean(share[..., None], mask)[..., 0] for share in shares])
-    axes = {"source": ["attention", "mlp", "stream before", "none"], "layer": layers, "row": stream.axes["row"]}
-    return LensSummary(values, axes, stream.provenance, measure="match rate", tower=stream.tower)
-
-
-def _lost(result: LensResult) -> Bool[Tensor, "layer row pos"]:
+def _lost(lens: LensSummaries) -> Bool[Tensor, "layer row pos"]:
     """Where a lens has no number: what stands highest there means nothing."""
-    return result.values.isnan().any(-1)
+    return lens.values.isnan().any(-1)
 
 
-@with_provenance
-def similarity_change(branch: LensResult, stream: LensResult) -> LensSummary:
-    """What a branch says of a target beside the stream it reads: ``lens(branch_l) - lens(stream before l)``; axes ``layer row position target``.
-
-    Raises InputError for lenses of different towers, targets, measures, norms or rows.
-    """
-    for name in ("tower", "measure", "norm", "example"):
-        if getattr(branch, name) != getattr(stream, name):
-            raise InputError(f"The lenses differ in {name}: {getattr(branch, name)!r} and {getattr(stream, name)!r}.")
-    if branch.axes.get("target") != stream.axes.get("target") or "target" not in branch.axes:
-        raise InputError(f"The lenses have other targets: {branch.axes.get('target')} and {stream.axes.get('target')}.")
-    layers = branch.axes.get("layer", [])
-    if not layers or stream.axes.get("layer", [])[: len(layers)] != ["input", *layers[:-1]]:
-        raise InputError("The stream's lens must start with 'input' and cover the branch's layers.")
-    return LensSummary(
-        branch.values - stream.values[: len(layers)],
-        branch.axes,
-        branch.provenance,
-        measure="class similarity change",
-        tower=branch.tower,
-    )
-
-
-def difference(
-    values: Float[Tensor, "row pos"],
-    inside: Bool[Tensor, "row pos"],
-    among: Bool[Tensor, "row pos"],
-    *,
-    shuffles: int = 300,
-    seed: int = 0,
-) -> Difference:
-    """Mean of the values inside a set of positions minus that of the others ``among`` which it lies, with a permutation test within rows.
-
-    Raises InputError if either side is empty.
-    """
-    inside = inside & among
-    if not bool(inside.any()) or not bool((among & ~inside).any()):
-        raise InputError("Both sides of the difference need at least one position.")
-    real = _gap(values, inside, among)
-    generator = torch.Generator().manual_seed(seed)
-    larger = 0
-    for _ in range(shuffles):
-        noise = torch.rand(values.shape, generator=generator).masked_fill(~among, 2.0)
-        order = noise.argsort(-1).argsort(-1)
-        larger += int(_gap(values, order < inside.sum(-1, keepdim=True), among) >= real)
-    return Difference(
-        float(values[inside].double().mean()),
-        float(values[among & ~inside].double().mean()),
-        (larger + 1) / (shuffles + 1),
-        shuffles,
-    )
-
-
-def _gap(values: Tensor, inside: Tensor, among: Tensor) -> float:
-    return float(values[inside].double().mean() - values[among & ~inside].double().mean())
-
-
-def _mask(result: LensResult, kinds: Kinds) -> Float[Tensor, "row pos"]:
-    if isinstance(kinds, Selection):
-        if kinds.tower != result.tower:
-            raise InputError(f"This is a lens of the {result.tower} tower, and a selection of the {kinds.tower} tower.")
-        # A lens of patches alone lacks the tower's first positions.
-        kinds = kinds.tensor[:, result.axes["position"]]
-    if isinstance(kinds, Tensor):
-        shape = (len(result.axes["row"]), len(result.axes["position"]))
-        if kinds.dtype != torch.bool or tuple(kinds.shape) != shape:
+def _mask(lens: LensSummaries, positions: LensPositions) -> Float[Tensor, "row pos"]:
+    if isinstance(positions, Selection):
+        if positions.tower != lens.tower:
             raise InputError(
-                f"A mask of positions is bool [row pos] = {list(shape)}, not {kinds.dtype} {list(kinds.shape)}."
+                f"This is a lens of the {lens.tower} tower, and a selection of the {positions.tower} tower."
             )
-        mask = kinds.cpu().double()
+        # A lens of patches alone lacks the tower's first positions.
+        positions = positions.tensor[:, lens.axes["position"]]
+    if isinstance(positions, Tensor):
+        shape = (len(lens.axes["row"]), len(lens.axes["position"]))
+        if positions.dtype != torch.bool or tuple(positions.shape) != shape:
+            raise InputError(
+                f"A mask of positions is bool [row pos] = {list(shape)}, not {positions.dtype} {list(positions.shape)}."
+            )
+        mask = positions.cpu().double()
     else:
-        wanted = [kinds] if isinstance(kinds, str) else kinds
-        mask = torch.tensor(
-            [[(kind in wanted) if wanted else kind not in ABSENT for kind in row] for row in result.kinds],
-            dtype=torch.float64,
-        )
-    there = torch.tensor([any(kind not in ABSENT for kind in row) for row in result.kinds])
-    if not bool(mask.any(1)[there].all()):
-        what = "in the mask" if isinstance(kinds, Tensor) else f"of the kind {kinds!r}"
-        raise InputError(f"A row of this lens has no position {what}.")
+        kinds = [positions] if isinstance(positions, str) else positions
+        counts = [[(kind in kinds) if kinds else kind not in ABSENT for kind in row] for row in lens.kinds]
+        mask = torch.tensor(counts, dtype=torch.float64)
+    present = torch.tensor([any(kind not in ABSENT for kind in row) for row in lens.kinds])
+    if not bool(mask.any(1)[present].all()):
+        which = "in the mask" if isinstance(positions, Tensor) else f"of the kind {positions!r}"
+        raise InputError(f"A row of this lens has no position {which}.")
     return mask
 
 
@@ -290,12 +258,3 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over positions (second axis from the end). What lies outside the mask does not count, not even as a NaN."""
     weights = (mask / mask.sum(-1, keepdim=True))[..., None]
     return (values.double().where(weights > 0, 0.0) * weights).sum(-2)
-
-
-def _stream_only(result: LensResult) -> None:
-    layers = result.axes.get("layer", [])
-    whole = layers[:1] == ["input"] and layers[1:] == list(range(len(layers) - 1))
-    if not whole or "target" not in result.axes:
-        raise InputError(
-            "The change rate compares the stream of successive layers; read the lens with targets= and the default sites."
-        )

@@ -32,7 +32,6 @@ from circuitvision.model.positions import Positions, PositionsLike
 from circuitvision.model.sites import SiteName
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.lens.sites import lens_sites
 from circuitvision.readout.recorded import inputs_of
 from circuitvision.readout.targets import output_kind
 from circuitvision.results import Result
@@ -126,29 +125,29 @@ class TunedLens(Result):
         """
         from circuitvision.readout.lens.logit import lens_tower
 
-        owner = lens_tower(model, tower)
-        data = _checked(owner, dataset, held_out, steps, learning_rate, batch)
+        read_tower = lens_tower(model, tower)
+        data = _checked(read_tower, dataset, held_out, steps, learning_rate, batch)
         # Inference tensors cannot be tracked, whoever calls.
         with torch.inference_mode(False):
-            seen = _Seen.collect(model, data, owner, positions)
+            seen = _Seen.collect(model, data, read_tower, positions)
             generator = torch.Generator().manual_seed(seed)
             train, held = seen.split(held_out, generator)
             fit = _Fit(seen, train, held, steps, learning_rate, batch, generator)
-            with Progress(len(seen.residuals) * steps, f"tuned lens of {owner.name}") as bar:
+            with Progress(len(seen.residuals) * steps, f"tuned lens of {read_tower.name}") as bar:
                 maps = [fit.layer(index, bar) for index in range(len(seen.residuals))]
         weights, biases, losses = zip(*maps, strict=True)
         how = f"steps={steps}, learning_rate={learning_rate}, batch={batch}, held_out={held_out}"
         return cls(
             values=torch.tensor(losses).T,
-            axes={"lens": ["plain", "tuned"], "layer": ["input", *range(owner.cfg.n_layers)][: len(losses)]},
+            axes={"lens": ["plain", "tuned"], "layer": ["input", *range(read_tower.cfg.n_layers)][: len(losses)]},
             provenance=describe(
                 model,
-                method=f"TunedLens.train(tower={owner.name}, {how})",
+                method=f"TunedLens.train(tower={read_tower.name}, {how})",
                 inputs=tuple(data),
                 seed=seed,
                 positions=len(seen.numbers),
             ),
-            tower=owner.name,
+            tower=read_tower.name,
             weight=torch.stack(weights),
             bias=torch.stack(biases),
             held_out="examples" if seen.n_examples > 1 else "positions",
@@ -157,14 +156,14 @@ class TunedLens(Result):
 
 
 def _checked(
-    owner: Tower, dataset: Any, held_out: float, steps: int, learning_rate: float, batch: int
+    read_tower: Tower, dataset: Any, held_out: float, steps: int, learning_rate: float, batch: int
 ) -> list[Mapping[str, Any]]:
     """The dataset as a list of inputs; InputError for what cannot be trained on, or with."""
-    if output_kind(owner) in ("hidden", "embedding") or (
-        owner.spec.readout and owner.spec.readout.finish == "projector"
+    if output_kind(read_tower) in ("hidden", "embedding") or (
+        read_tower.spec.readout and read_tower.spec.readout.finish == "projector"
     ):
         raise InputError(
-            f"The {owner.name} tower's own head gives no prediction to train on. Train on a tower that the output is read from."
+            f"The {read_tower.name} tower's own head gives no prediction to train on. Train on a tower that the output is read from."
         )
     if not 0 < held_out < 1:
         raise InputError(
@@ -177,7 +176,7 @@ def _checked(
     data = [dataset] if isinstance(dataset, Mapping) else list(dataset)
     if not data:
         raise InputError("Give inputs to train on: those of one run, or a list of them.")
-    if output_kind(owner) in ("texts", "images") and len(data) > 1:
+    if output_kind(read_tower) in ("texts", "images") and len(data) > 1:
         raise InputError(
             "A dual encoder's columns are the texts of the run: give the inputs of one run, with all images."
         )
@@ -200,13 +199,15 @@ class _Seen:
 
     @classmethod
     def collect(
-        cls, model: HookedModel, data: Sequence[Mapping[str, Any]], owner: Tower, positions: PositionsLike
+        cls, model: HookedModel, data: Sequence[Mapping[str, Any]], read_tower: Tower, positions: PositionsLike
     ) -> _Seen:
         """Run the model on all inputs and keep the residuals at the positions chosen."""
         from circuitvision.readout.lens.reader import LensReader
 
-        names = lens_sites(model, owner.name, inputs_of(data[0]))
-        needed = names + [f"{name}.hook_readout" for name in model.towers if output_kind(owner) in ("texts", "images")]
+        names = read_tower.stream_sites(inputs_of(data[0]))
+        needed = names + [
+            f"{name}.hook_readout" for name in model.towers if output_kind(read_tower) in ("texts", "images")
+        ]
         residuals: list[list[Tensor]] = [[] for _ in names]
         numbers: list[Tensor] = []
         examples: list[Tensor] = []
@@ -214,14 +215,14 @@ class _Seen:
         for inputs in data:
             with torch.no_grad():
                 cache = model.run_with_cache(inputs, names_filter=needed)[1]
-            tokens = model.tokens(cache.inputs)[owner.name]
-            mask = _mask(tokens, owner, positions)
+            tokens = model.tokens(cache.inputs)[read_tower.name]
+            mask = _mask(tokens, read_tower, positions)
             for kept, name in zip(residuals, names, strict=True):
                 kept.append(cache[name][mask].cpu())
             numbers.append(torch.arange(mask.shape[1]).expand(mask.shape)[mask])
             before = int(examples[-1].max()) + 1 if examples else 0
             examples.append(before + torch.as_tensor(tokens.example)[:, None].expand(mask.shape)[mask])
-            reader = reader or LensReader(model, owner, cache)
+            reader = reader or LensReader(model, read_tower, cache)
         assert reader is not None
         return cls(reader, [torch.cat(kept) for kept in residuals], torch.cat(numbers), torch.cat(examples))
 
@@ -245,17 +246,17 @@ class _Seen:
         return train, held
 
 
-def _mask(tokens: Any, owner: Tower, positions: PositionsLike) -> Tensor:
+def _mask(tokens: Any, read_tower: Tower, positions: PositionsLike) -> Tensor:
     if positions is not None:
         mask = Positions.of(positions).resolve(tokens) & torch.from_numpy(tokens.present)
     else:
-        assert owner.spec.readout is not None
+        assert read_tower.spec.readout is not None
         there = {str(kind) for kind in set(tokens.kind.flatten())}
-        kinds = [kind for kind in owner.spec.readout.reads if kind in there]
+        kinds = [kind for kind in read_tower.spec.readout.reads if kind in there]
         mask = tokens.mask(kinds) if kinds else torch.from_numpy(tokens.present)
     if not bool(mask.any()):
         raise InputError(
-            f"The {owner.name} tower has none of the positions {Positions.of(positions).text!r} in these inputs."
+            f"The {read_tower.name} tower has none of the positions {Positions.of(positions).text!r} in these inputs."
         )
     return mask
 

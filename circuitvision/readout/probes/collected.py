@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -24,7 +25,6 @@ from circuitvision.model.positions import Positions, PositionsLike, warn_of_empt
 from circuitvision.model.tokens import KINDS, TokenMap
 from circuitvision.provenance import describe, with_provenance, without_dates
 from circuitvision.readout.probes.streaming import Batch, Reading
-from circuitvision.readout.recorded import inputs_of
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -219,24 +219,6 @@ class Collected(Mapping[str, Tensor]):
         return cls(vectors, parts[0].positions, {"parts": [part.provenance for part in parts]}, **beside)
 
 
-def stream_sites(model: HookedModel, tower: str | None = None, dataset: Any = None) -> list[str]:
-    """The residual stream of a tower: what enters block 0 and what leaves every block that can reach the output.
-
-    ``dataset`` (model inputs, or a sequence of them) matters where a call can say which layers those are (``vision_feature_layer``).
-
-    Raises:
-        InputError: no such tower, or none named where there are several.
-    """
-    if tower is None and len(model.towers) == 1:
-        (tower,) = model.towers
-    if tower not in model.towers:
-        raise InputError(f"Name the tower whose stream is read: {', '.join(model.towers)}.")
-    layers = range(model.towers[tower].cfg.n_layers)
-    names = [f"{tower}.hook_input", *(f"{tower}.blocks.{layer}.hook_resid_post" for layer in layers)]
-    first = dataset[0] if isinstance(dataset, list | tuple) and dataset else dataset
-    return [name for name in model.sites(names) if not model.is_dead(name, inputs_of(first))]
-
-
 @with_provenance
 def collect(
     model: HookedModel,
@@ -301,6 +283,117 @@ def collect(
         describe(model, method=how, dataset_sha256=reading.digest, examples=reading.count),
         **beside.columns(),
     )
+
+
+def _wanted(labels: Any, count: int | None) -> int | None:
+    return len(labels) if count is None and hasattr(labels, "__len__") else count
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Where the vectors of a batch come from: of each its example within the batch, its row and position ``[vector 2]``, and its label."""
+
+    example: np.ndarray
+    at: np.ndarray
+    labels: list[Any] | None
+
+
+class _Beside:
+    """What stands beside every vector: its example, label and group."""
+
+    def __init__(self, labels: Any, data: Any) -> None:
+        self.given = None if labels is None or callable(labels) else [_plain(one) for one in labels]
+        self.data = data
+        self.examples: list[int] = []
+        self.labels: list[Any] = []
+        self.groups: list[Any] = []
+        self.at: list[tuple[int, int]] = []
+
+    def add(self, batch: Batch, places: Mapping[str, _Places]) -> None:
+        """Note one batch."""
+        first = next(iter(places.values()), None)
+        owners = np.arange(len(batch.examples)) if first is None else first.example
+        if first is not None:
+            same = all(np.array_equal(first.at, other.at) for other in places.values())
+            if not same:
+                raise InputError(
+                    "The sites have different positions, so one label cannot stand for all: collect them apart."
+                )
+            starts = np.full(len(batch.examples), np.iinfo(int).max)
+            np.minimum.at(starts, owners, first.at[:, 0])
+            self.at += list(zip((first.at[:, 0] - starts[owners]).tolist(), first.at[:, 1].tolist(), strict=True))
+        where = [batch.examples[int(one)] for one in owners]
+        self.examples += [batch.numbers[int(one)] for one in owners]
+        groups = None if self.data is None or self.data.groups is None else self.data.groups
+        self.groups += [
+            batch.numbers[int(one)] if groups is None else groups[at] for one, at in zip(owners, where, strict=True)
+        ]
+        if first is not None and first.labels is not None:
+            self.labels += first.labels
+        elif self.given is not None:
+            self.labels += [self.given[at] for at in where]
+        elif self.data is not None and self.data.answers is not None:
+            self.labels += [self.data.answers[at] for at in where]
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of the result."""
+        return {name: getattr(self, name) for name in _BESIDE}
+
+
+def _plain(label: Any) -> Any:
+    return label.tolist() if isinstance(label, (Tensor, np.ndarray, np.generic)) else label
+
+
+def _each(
+    site: str, value: Tensor, positions: ByTower, labels: Any, batch: Batch
+) -> tuple[Float[Tensor, "vector feature"], _Places]:
+    """The vector of every chosen position that has a label, example by example."""
+    tokens, dropped = batch.layout(site, value)
+    if dropped is None:
+        raise InputError(f"{site} has no positions; leave per_position out.")
+    mask = chosen_at_site(tokens, dropped, positions, batch.examples)
+    row, position = (index.numpy() for index in mask.nonzero(as_tuple=True))
+    order = np.lexsort((position, row, tokens.example[row]))
+    row, position = row[order], position[order]
+    example = tokens.example[row]
+    own = _labels_at(labels, tokens, batch, example, row, position)
+    if own is not None:
+        there = np.array([not _missing(label) for label in own], dtype=bool)
+        row, position, example = row[there], position[there], example[there]
+        own = [label for label, kept in zip(own, there, strict=True) if kept]
+    exact = value if value.dtype == torch.float64 else value.float()
+    index = torch.from_numpy(row).to(value.device), torch.from_numpy(position - dropped).to(value.device)
+    return exact[index].flatten(1), _Places(example, np.stack([row, position], 1), own)
+
+
+def _labels_at(
+    labels: Any, tokens: TokenMap, batch: Batch, example: np.ndarray, row: np.ndarray, position: np.ndarray
+) -> list[Any] | None:
+    """A label for each chosen position; None where labels are of examples."""
+    if callable(labels):
+        made = labels(tokens, batch)
+        table = np.asarray(made.cpu() if isinstance(made, Tensor) else made)
+        if table.shape != tokens.kind.shape:
+            raise InputError(
+                f"A function of labels returns one per position, {list(tokens.kind.shape)}, not {list(table.shape)}."
+            )
+        return [_plain(label) for label in table[row, position]]
+    per_example = labels is not None and all(hasattr(one, "__len__") and not isinstance(one, str) for one in labels)
+    if not per_example:
+        return None
+    found: list[Any] = []
+    for number in range(len(batch.examples)):
+        own, count = _plain(labels[batch.examples[number]]), int((example == number).sum())
+        if len(own) != count:
+            raise InputError(
+                f"Example {batch.numbers[number]} has {count} chosen positions and {len(own)} labels; give one each."
+            )
+        found += list(own)
+    return found
+
+
+def _missing(label: Any) -> bool:
+    return label is None or (isinstance(label, float) and np.isnan(label))
 
 
 def _vectors(site: str, value: Tensor, positions: ByTower, batch: Batch) -> Float[Tensor, "example feature"]:

@@ -26,11 +26,12 @@ from circuitvision.errors import InputError
 from circuitvision.model.sites import SiteName
 from circuitvision.progress import track
 from circuitvision.provenance import with_provenance
-from circuitvision.readout.probes.collected import ByTower, Collected, check_count, collect, stream_sites
+from circuitvision.readout.probes.collected import ByTower, Collected, check_count, collect
 from circuitvision.readout.probes.decisions import DecisionLayers, decision_layer
 from circuitvision.readout.probes.fitting import CHOOSING, Features, best_penalty, fit, predict, score
-from circuitvision.readout.probes.splitting import Plan, Targets, bootstrapped, wilson
+from circuitvision.readout.probes.splitting import Plan, Split, Targets, bootstrapped, wilson
 from circuitvision.readout.probes.streaming import Reading
+from circuitvision.readout.recorded import inputs_of
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class ProbeResult(Result):
     weights: Tensor = field(default_factory=lambda: torch.zeros(0))
     bias: Tensor = field(default_factory=lambda: torch.zeros(0))
     penalty: Tensor = field(default_factory=lambda: torch.zeros(0))
-    what: str = "label"
+    label_name: str = "label"
     positions: str = ""
 
     @property
@@ -146,15 +147,15 @@ class ProbeResult(Result):
 
 @with_provenance
 def linear_probe(
-    model: HookedModel,
-    dataset: Any,
+    model: HookedModel | None,
+    data: Any,
     labels: Sequence[Any] | Tensor | np.ndarray,
     *,
     tower: str | None = None,
     sites: str | Sequence[str] | None = None,
     positions: ByTower = None,
     batch_size: int = 32,
-    what: str = "label",
+    label_name: str = "label",
     test_share: float = 0.3,
     folds: int | None = None,
     groups: Sequence[Any] | None = None,
@@ -166,14 +167,15 @@ def linear_probe(
     """Train one linear probe per site on a data set's activations and score it on examples it never saw.
 
     Args:
-        model: the hooked model.
-        dataset: an iterable of model inputs, or one mapping of many examples.
+        model: the hooked model; None where ``data`` are vectors.
+        data: an iterable of model inputs, or one mapping of many examples; or vectors that are there already, so that one run serves several
+            labels: what :func:`circuitvision.readout.collect` gave, or without a model ``{site: activations [example feature]}``.
         labels: one per example. Text, whole numbers and booleans are classes; floats are numbers, predicted by ridge regression.
         tower: whose residual stream is probed, after every layer that can reach the output; may be left out where there is one tower.
         sites: names or globs instead.
         positions: what stands for an example, see :func:`circuitvision.readout.probes.collected.chosen`.
         batch_size: examples that run at once.
-        what: what the labels are, for titles.
+        label_name: what the labels are, for titles.
         test_share: share of the examples held out, in proportion for every class.
         folds: instead, that many parts, each held out once.
         groups: one entry per example; equal entries stay on one side, are shuffled as wholes, and count once in the interval.
@@ -184,48 +186,39 @@ def linear_probe(
         seed: of the split and the shuffles.
 
     Raises:
-        InputError: labels that do not fit the data set or the split, an example without such a position. UnknownSiteError: no such site.
+        InputError: labels that do not fit the data or the split, an example without such a position, vectors that are not finite.
+        UnknownSiteError: no such site.
     """
-    names = stream_sites(model, tower, dataset) if sites is None else model.sites(sites)
     count = len(Targets.of(labels).values)
-    check_count(Reading(model, dataset, names, lambda *_: None).total, count, positions)
+    if model is None or isinstance(data, Collected):
+        if tower is not None or sites is not None:
+            raise InputError("tower= and sites= choose what is collected; these vectors are there already.")
+        vectors = _checked(data, count)
+        plan = Plan.of(labels, test_share, folds, groups, held_out, shuffles, penalty, seed)
+        plan.warn_if_few(max(value.shape[1] for value in vectors.values()))
+        return _probed(vectors, plan, label_name)
+    names = _stream(model, tower, data) if sites is None else model.sites(sites)
+    check_count(Reading(model, data, names, lambda *_: None).total, count, positions)
     plan = Plan.of(labels, test_share, folds, groups, held_out, shuffles, penalty, seed)
     if sites is None:
         plan.warn_if_few(model.towers[SiteName.parse(names[0]).tower].cfg.d_model)
-    collected = collect(
-        model, dataset, names, positions=positions, batch_size=batch_size, count=len(plan.targets.values)
-    )
+    collected = collect(model, data, names, positions=positions, batch_size=batch_size, count=count)
     if sites is not None:
         plan.warn_if_few(max(value.shape[1] for value in collected.values()))
-    return _probed(_checked(collected, count), plan, what)
+    return _probed(_checked(collected, count), plan, label_name)
 
 
-@with_provenance
-def probe_vectors(
-    vectors: Mapping[str, Float[Tensor, "example feature"]],
-    labels: Sequence[Any] | Tensor | np.ndarray,
-    *,
-    what: str = "label",
-    test_share: float = 0.3,
-    folds: int | None = None,
-    groups: Sequence[Any] | None = None,
-    held_out: Sequence[int] | Sequence[bool] | Tensor | np.ndarray | None = None,
-    shuffles: int = 20,
-    penalty: float | None = None,
-    seed: int = 0,
-) -> ProbeResult:
-    """:func:`linear_probe` on vectors that are there already: one run of the model serves several labels.
-
-    Raises:
-        InputError: no vectors, vectors that are not finite, labels that do not fit them or the split.
-    """
-    found = _checked(vectors, len(Targets.of(labels).values))
-    plan = Plan.of(labels, test_share, folds, groups, held_out, shuffles, penalty, seed)
-    plan.warn_if_few(max(value.shape[1] for value in found.values()))
-    return _probed(found, plan, what)
+def _stream(model: HookedModel, tower: str | None, data: Any) -> list[str]:
+    """The stream of the tower named, or of the only one; InputError where there are several."""
+    if tower is None and len(model.towers) == 1:
+        (tower,) = model.towers
+    if tower not in model.towers:
+        raise InputError(f"Name the tower whose stream is read: {', '.join(model.towers)}.")
+    first = data[0] if isinstance(data, list | tuple) and data else data
+    return model.towers[tower].stream_sites(inputs_of(first))
 
 
-def _probed(vectors: Mapping[str, Tensor], plan: Plan, what: str) -> ProbeResult:
+def _probed(vectors: Mapping[str, Tensor], plan: Plan, label_name: str) -> ProbeResult:
     """Fit and score the probes of every site."""
     targets = plan.targets
     found = [_Site(vectors[name], plan) for name in track(list(vectors), "probe")]
@@ -264,7 +257,7 @@ def _probed(vectors: Mapping[str, Tensor], plan: Plan, what: str) -> ProbeResult
         weights=torch.stack([site.weights for site in found]) if same else torch.zeros(0),
         bias=torch.stack([site.bias for site in found]) if same else torch.zeros(0),
         penalty=torch.stack([site.penalty for site in found]),
-        what=what,
+        label_name=label_name,
         positions=vectors.positions if isinstance(vectors, Collected) else "",
     )
 

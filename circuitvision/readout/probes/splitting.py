@@ -84,7 +84,7 @@ def _plain(labels: Sequence[Any] | Tensor | np.ndarray) -> list[Any]:
     if any(isinstance(label, list | tuple) for label in plain):
         raise InputError(
             "Labels are one per example, and these have several each. For a label per patch probe the vectors themselves: "
-            "probe_vectors({site: cache[site][:, n_prefix:].flatten(0, 1)}, labels.flatten(), groups=the image of each patch)."
+            "linear_probe(None, {site: cache[site][:, n_prefix:].flatten(0, 1)}, labels.flatten(), groups=the image of each patch)."
         )
     return [_key(label) for label in plain]
 

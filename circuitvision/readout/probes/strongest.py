@@ -1,4 +1,4 @@
-"""The state of an exemplar index while a data set streams by: the strongest examples of every unit, and sums for the means.
+"""The state of an index of maximally activating examples while a data set streams by: the strongest examples of every unit, and sums for the means.
 
 Both parts have a ``merged`` or ``+`` that is associative, so any cutting of a data set into batches or halves gives the same index.
 """
@@ -34,7 +34,7 @@ class Best:
     position: Tensor
     places: Tensor
     boxes: Tensor
-    pieces: np.ndarray
+    tokens: np.ndarray
 
     def first(self, top_k: int) -> Best:
         """The ``top_k`` strongest, in order; of equal values the example with the lower number comes first."""
@@ -43,7 +43,7 @@ class Best:
         order = by_number.gather(1, by_value)[:, :top_k]
         units = torch.arange(len(order))[:, None]
         tensors = {name: getattr(self, name)[units, order] for name in _TENSORS}
-        return Best(**tensors, pieces=self.pieces[units.numpy(), order.numpy()])
+        return Best(**tensors, tokens=self.tokens[units.numpy(), order.numpy()])
 
     def merged(self, other: Best, top_k: int) -> Best:
         """The ``top_k`` strongest of two sets of examples."""
@@ -57,7 +57,7 @@ class Best:
 
 def _together(parts: Sequence[Best], dim: int) -> Best:
     tensors = {name: torch.cat([getattr(part, name) for part in parts], dim) for name in _TENSORS}
-    return Best(**tensors, pieces=np.concatenate([part.pieces for part in parts], dim))
+    return Best(**tensors, tokens=np.concatenate([part.tokens for part in parts], dim))
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class UnitReader:
             position=torch.full_like(position, -1) if lost else position,
             places=torch.full((*position.shape, 4), -1) if lost else places_of(tokens)[row, position],
             boxes=torch.full((*position.shape, 4), torch.nan) if lost else box_shares(tokens)[row, position],
-            pieces=np.full(position.shape, "", dtype=object)
+            tokens=np.full(position.shape, "", dtype=object)
             if lost
             else _labels(tokens)[row.numpy(), position.numpy()],
         )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -26,13 +26,10 @@ from torch import Tensor
 
 from circuitvision.errors import InputError, warn
 from circuitvision.provenance import with_provenance
-from circuitvision.readout.probes.collected import ByTower, Collected, collect, stream_sites
+from circuitvision.readout.probes.collected import Collected
 from circuitvision.readout.probes.linear import layer_labels
 from circuitvision.readout.probes.splitting import Targets, is_whole
 from circuitvision.results import Result
-
-if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
 
 _NEAR_TIE = 1e-6
 """Loadings closer than this share of the largest count as equal, so that rounding does not choose the sign."""
@@ -53,7 +50,7 @@ class PCAResult(Result):
     mean: Tensor = field(default_factory=lambda: torch.zeros(0))
     between: Tensor = field(default_factory=lambda: torch.zeros(0))
     labels: list[Any] = field(default_factory=list)
-    what: str = "label"
+    label_name: str = "label"
 
     def transform(self, x: Float[Tensor, "example feature"], layer: Any = None) -> Float[Tensor, "example component"]:
         """Scores of other activations: ``(x − mean) @ components.T``; ``layer`` names the layer of a stream.
@@ -74,104 +71,49 @@ class PCAResult(Result):
 
 @with_provenance
 def pca(
-    x: Float[Tensor, "example feature"] | np.ndarray,
+    x: Float[Tensor, "example feature"] | np.ndarray | Mapping[str, Float[Tensor, "example feature"]],
     n_components: int = 2,
     *,
     labels: Sequence[Any] | Tensor | np.ndarray | None = None,
-    what: str = "label",
+    label_name: str = "label",
 ) -> PCAResult:
     """The first principal components of activations, in order of the variance they explain; see the module for the sign.
 
-    Raises:
-        InputError: not ``[example feature]``, not finite, fewer examples or features than components, labels that do not fit.
-    """
-    x = _checked(x, "The activations", n_components)
-    scores, components, explained, mean = _components(x, n_components)
-    targets = _targets(labels, len(x))
-    return PCAResult(
-        values=scores,
-        axes={"example": list(range(len(x))), "component": list(range(1, n_components + 1))},
-        provenance={"method": f"pca(n_components={n_components})"},
-        components=components,
-        explained=explained,
-        mean=mean,
-        between=_between(scores, targets),
-        labels=_plain(labels),
-        what=what,
-    )
-
-
-@with_provenance
-def stream_pca(
-    model: HookedModel,
-    dataset: Any,
-    *,
-    tower: str | None = None,
-    sites: str | Sequence[str] | None = None,
-    positions: ByTower = None,
-    n_components: int = 2,
-    labels: Sequence[Any] | Tensor | np.ndarray | None = None,
-    what: str = "label",
-    batch_size: int = 32,
-) -> PCAResult:
-    """:func:`pca` of a tower's residual stream after every layer, over a data set.
-
     Args:
-        model: the hooked model.
-        dataset: an iterable of model inputs, or one mapping of many examples.
-        tower: whose stream; may be left out where there is one tower.
-        sites: names or globs instead, all of one width.
-        positions: what stands for an example, see :func:`circuitvision.readout.probes.collected.chosen`.
+        x: activations ``[example feature]``; or those of several sites by name, all of one width, such as :func:`circuitvision.readout.collect`
+            gives of ``model.vision.stream_sites()``: components of every site, with a leading axis ``layer``.
         n_components: components kept.
         labels: one per example, kept for colouring.
-        what: what the labels are, for titles.
-        batch_size: examples that run at once.
+        label_name: what the labels are, for titles.
 
     Raises:
-        InputError: as :func:`pca` and :func:`circuitvision.readout.probes.collected.collect`. UnknownSiteError: no such site.
+        InputError: not ``[example feature]``, not finite, fewer examples or features than components, labels that do not fit, sites of different
+        widths.
     """
-    targets = _targets(labels, None)
-    names = stream_sites(model, tower, dataset) if sites is None else model.sites(sites)
-    count = None if targets is None else len(targets.values)
-    collected = collect(model, dataset, names, positions=positions, batch_size=batch_size, count=count)
-    return pca_of(collected, n_components, labels=labels, what=what)
-
-
-@with_provenance
-def pca_of(
-    vectors: Mapping[str, Float[Tensor, "example feature"]],
-    n_components: int = 2,
-    *,
-    labels: Sequence[Any] | Tensor | np.ndarray | None = None,
-    what: str = "label",
-) -> PCAResult:
-    """:func:`stream_pca` on vectors that are there already, one of each site and all of one width.
-
-    Raises:
-        InputError: as :func:`pca`; sites of different widths.
-    """
-    checked = [_checked(value, name, n_components) for name, value in vectors.items()]
+    several = isinstance(x, Mapping)
+    named = x if isinstance(x, Mapping) else {"The activations": x}
+    checked = [_checked(value, name, n_components) for name, value in named.items()]
     shapes = {tuple(value.shape) for value in checked}
     if len(shapes) != 1:
         raise InputError(f"Layers side by side need one shape, found {sorted(shapes)}; take sites of one width.")
-    found = [_components(value, n_components, f"At {name} the") for name, value in zip(vectors, checked, strict=True)]
-    scores, components, explained, mean = (torch.stack(parts) for parts in zip(*found, strict=True))
-    targets = _targets(labels, scores.shape[1])
-    known = vectors.provenance if isinstance(vectors, Collected) else {}
+    targets = _targets(labels, len(checked[0]))
+    prefixes = [f"At {name} the" if several else "The" for name in named]
+    found = [_components(value, n_components, the) for value, the in zip(checked, prefixes, strict=True)]
+    stacked = [torch.stack(parts) for parts in zip(*found, strict=True)]
+    stacked.append(torch.stack([_between(part, targets) for part in stacked[0]]))
+    scores, components, explained, mean, between = stacked if several else [part[0] for part in stacked]
+    axes = {"example": list(range(len(checked[0]))), "component": list(range(1, n_components + 1))}
+    known = x.provenance if isinstance(x, Collected) else {}
     return PCAResult(
         values=scores,
-        axes={
-            "layer": layer_labels(list(vectors)),
-            "example": list(range(scores.shape[1])),
-            "component": list(range(1, n_components + 1)),
-        },
-        provenance={**known, "method": f"stream_pca(n_components={n_components})"},
+        axes={"layer": layer_labels(list(named)), **axes} if several else axes,
+        provenance={**known, "method": f"pca(n_components={n_components})"},
         components=components,
         explained=explained,
         mean=mean,
-        between=torch.stack([_between(part, targets) for part in scores]),
+        between=between,
         labels=_plain(labels),
-        what=what,
+        label_name=label_name,
     )
 
 
@@ -255,54 +197,55 @@ class CKAResult(Result):
     same: bool = False
 
 
-def linear_cka(
-    x: Float[Tensor, "example feature"] | np.ndarray,
-    y: Float[Tensor, "example other"] | np.ndarray,
-    *,
-    unbiased: bool = False,
-) -> float:
-    """How alike two sets of activations of the same examples are, whatever their widths; see the module. NaN without spread.
+@overload
+def cka(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor] | None = None, *, unbiased: bool = False
+) -> CKAResult: ...
 
-    Raises:
-        InputError: not ``[example feature]``, not the same examples, not finite; fewer than four examples for the unbiased estimator.
-    """
-    x, y = _checked(x, "The first activations"), _checked(y, "The second activations")
-    if len(x) != len(y) or (unbiased and len(x) < 4):
-        raise InputError(f"CKA compares the same examples (at least 4 if unbiased); found {len(x)} and {len(y)}.")
-    value = _alignment(*(_Kernel(part, unbiased) for part in (x, y)))
-    if np.isnan(value):
-        warn("One of the two sets of activations does not vary, so CKA is undefined.")
-    return value
+
+@overload
+def cka(first: Tensor | np.ndarray, second: Tensor | np.ndarray, *, unbiased: bool = False) -> float: ...
 
 
 @with_provenance
-def cka_matrix(
-    first: Mapping[str, Float[Tensor, "example feature"]],
-    second: Mapping[str, Float[Tensor, "example other"]] | None = None,
-    *,
-    unbiased: bool = False,
-) -> CKAResult:
-    """:func:`linear_cka` of every site of ``first`` with every site of ``second`` (default: of ``first``), e.g. of two towers.
+def cka(first: Any, second: Any = None, *, unbiased: bool = False) -> CKAResult | float:
+    """How alike activations of the same examples are, whatever their widths; see the module. NaN without spread.
+
+    Args:
+        first: activations ``[example feature]``, or those of several sites by name.
+        second: what they are compared with, the same way; of several sites by default those themselves.
+        unbiased: the unbiased estimator, which needs four examples.
+
+    Returns:
+        A number for two tensors; for sites a :class:`CKAResult` of every site of ``first`` with every site of ``second``.
 
     Raises:
-        InputError: as :func:`linear_cka`.
+        InputError: not ``[example feature]``, not the same examples, not finite, too few for the unbiased estimator.
     """
-    others = first if second is None else second
-    kernels = []
+    if not isinstance(first, Mapping):
+        x, y = _checked(first, "The first activations"), _checked(second, "The second activations")
+        if len(x) != len(y) or (unbiased and len(x) < 4):
+            raise InputError(f"CKA compares the same examples (at least 4 if unbiased); found {len(x)} and {len(y)}.")
+        value = _alignment(_Kernel(x, unbiased), _Kernel(y, unbiased))
+        if np.isnan(value):
+            warn("One of the two sets of activations does not vary, so CKA is undefined.")
+        return value
+    others: Mapping[str, Tensor] = first if second is None else second
     counts = {len(value) for vectors in (first, others) for value in vectors.values()}
     if len(counts) != 1 or (unbiased and min(counts) < 4):
         least = " (at least 4 if unbiased)" if unbiased else ""
         raise InputError(f"CKA compares the same examples{least}; the sites have {sorted(counts)} of them.")
-    for vectors in (first, others):
-        kernels.append([_Kernel(_checked(value, name), unbiased) for name, value in vectors.items()])
-    values = torch.tensor([[_alignment(one, two) for two in kernels[1]] for one in kernels[0]], dtype=torch.float64)
+    rows, columns = (
+        [_Kernel(_checked(value, name), unbiased) for name, value in vectors.items()] for vectors in (first, others)
+    )
+    values = torch.tensor([[_alignment(one, two) for two in columns] for one in rows], dtype=torch.float64)
     if bool(values.isnan().any()):
         warn("Some activations do not vary, so their CKA is NaN.")
     known = first.provenance if isinstance(first, Collected) else {}
     return CKAResult(
         values=values,
         axes={"site": list(first), "other": list(others)},
-        provenance={**known, "method": f"linear_cka(unbiased={unbiased})"},
+        provenance={**known, "method": f"cka(unbiased={unbiased})"},
         unbiased=unbiased,
         same=second is None,
     )

@@ -138,7 +138,7 @@ def _rolled(model: Any, inputs: Mapping[str, Any], metric: Any, tower: str) -> t
     cached, slopes, values = _with_gradients(model, inputs, metric, [*names, *beside])
     layers = len(names)
     shares = [_moved(slope, pattern) for slope, pattern in zip(slopes[:layers], cached[:layers], strict=True)]
-    rolled = relevance_rollout(shares)
+    rolled = _relevance_rollout(shares)
     if reader:
         weights = _read_by(model, inputs, metric, tower, reader)
     elif beside[0].endswith("hook_pattern"):
@@ -181,7 +181,7 @@ def _read_by(model: Any, inputs: Mapping[str, Any], metric: Any, tower: str, rea
     )
 
 
-def relevance_rollout(shares: Sequence[Float[Tensor, "row query key"]]) -> Float[Tensor, "row query key"]:
+def _relevance_rollout(shares: Sequence[Float[Tensor, "row query key"]]) -> Float[Tensor, "row query key"]:
     """``R ← R + Ā R`` from ``R = I`` over the layers' ``Ā``, not normalised.
 
     Where there are more keys than queries, the first keys are another tower's and stay what they are: rows of the identity.

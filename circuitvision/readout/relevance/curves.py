@@ -132,12 +132,13 @@ class Curve(Result):
 
 
 @with_provenance
-def deletion_curve(
+def perturbation_curve(
     model: Any,
     inputs: Mapping[str, Any],
     metric: Any,
     relevance: Relevance | Tensor,
     *,
+    order: str = "deletion",
     level: str = "token",
     baseline: Baseline = "mean",
     steps: int | None = 20,
@@ -147,11 +148,15 @@ def deletion_curve(
     site: str | None = None,
     seed: int = 0,
 ) -> Curve:
-    """``curve[s]`` = the metric with the ``s`` most relevant share of places removed. Low is good.
+    """The metric as places are removed in the order of their relevance, or brought back.
+
+    ``order="deletion"``: ``curve[s]`` is the metric with the ``s`` most relevant share of places removed, and low is good.
+    ``order="insertion"``: with all places removed but the ``s`` most relevant share, and high is good.
 
     Args:
         model, inputs, metric: as in :func:`~circuitvision.readout.relevance.gradients.gradient_times_activation`.
         relevance: a result for these inputs, or scores ``[row position]`` (higher goes first, NaN never).
+        order: ``"deletion"`` or ``"insertion"``.
         level: ``"token"`` removes positions at ``site``, ``"pixel"`` fills the patches' boxes in the picture.
         baseline: what they become, see :mod:`circuitvision.readout.relevance.baselines`.
         steps: how many steps the curve takes; None removes one place at a time.
@@ -162,33 +167,12 @@ def deletion_curve(
         seed: of the random orders.
 
     Raises:
-        InputError: scores of another shape than the tower's positions, no place, an unknown level or baseline.
+        InputError: scores of another shape than the tower's positions, no place, an unknown order, level or baseline.
     """
-    return _Game(model, inputs, metric, relevance, level, baseline, kinds, tower, site).curve(
-        "deletion", steps, random_orders, seed
-    )
-
-
-@with_provenance
-def insertion_curve(
-    model: Any,
-    inputs: Mapping[str, Any],
-    metric: Any,
-    relevance: Relevance | Tensor,
-    *,
-    level: str = "token",
-    baseline: Baseline = "mean",
-    steps: int | None = 20,
-    random_orders: int = 20,
-    kinds: Sequence[str] | str = "patch",
-    tower: str | None = None,
-    site: str | None = None,
-    seed: int = 0,
-) -> Curve:
-    """``curve[s]`` = the metric with all places removed but the ``s`` most relevant share. High is good. Options as in :func:`deletion_curve`."""
-    return _Game(model, inputs, metric, relevance, level, baseline, kinds, tower, site).curve(
-        "insertion", steps, random_orders, seed
-    )
+    if order not in ("deletion", "insertion"):
+        raise InputError(f"order={order!r} is not understood: 'deletion' or 'insertion'.")
+    game = _Game(model, inputs, metric, relevance, level, baseline, kinds, tower, site)
+    return game.curve(order, steps, random_orders, seed)
 
 
 class _Game:

@@ -10,7 +10,7 @@ ones work against it. Four kinds of method, with different claims:
 * :func:`~circuitvision.readout.relevance.attention.legrad`, :func:`~circuitvision.readout.relevance.attention.chefer_relevance`: attention
   weighted by its gradient. Never negative, in no unit, comparable within one image only.
 
-Whether a map tells what the model used is measured, not seen: :func:`~circuitvision.readout.relevance.curves.deletion_curve`,
+Whether a map tells what the model used is measured, not seen: :func:`~circuitvision.readout.relevance.curves.perturbation_curve`,
 :func:`~circuitvision.readout.relevance.pointing.pointing_game`.
 
 The metric is summed over examples before it is differentiated; examples of one run do not see each other, so each gets its own gradient. The

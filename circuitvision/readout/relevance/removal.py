@@ -9,7 +9,7 @@ a patch gets the mean over the windows that hold it. Other positions (words) are
 objects, segments of the image, phrases. A region's number is then what each of its positions gets, not a share of it.
 
 Not covered: windows over pixels (remove patches at ``hook_input``, or colour pixels with
-:func:`~circuitvision.readout.relevance.curves.deletion_curve`).
+:func:`~circuitvision.readout.relevance.curves.perturbation_curve`).
 
 Reference: Zeiler and Fergus 2014 (arXiv 1311.2901).
 """
@@ -81,7 +81,7 @@ def occlusion(
     """
     place = AttributionInput(model, inputs, metric, site or f"{checked_tower(model, tower)}.hook_input")
     if place.site == PIXELS:
-        raise InputError("Occlusion removes positions of a tower; deletion_curve(level='pixel') colours pixels.")
+        raise InputError("Occlusion removes positions of a tower; perturbation_curve(level='pixel') colours pixels.")
     where = place.place
     if regions is None:
         masks = _one_by_one(model, where, kinds, window, stride)

@@ -96,34 +96,58 @@ class CompositionScores(Result):
     random_sd: float = 0.0
 
     def top(self, count: int = 10) -> list[tuple[str, str, float]]:
-        """The strongest pairs as (source, head, value), such as ``("L0H3", "L1H2", 0.21)``."""
+        """The strongest pairs as (source, head, value), such as ``("vision L0H3", "vision L1H2", 0.21)``."""
         order = self.values.nan_to_num(nan=-torch.inf).flatten().argsort(descending=True, stable=True)
         found = []
         for flat in order[: min(count, int(self.values.isfinite().sum()))].tolist():
             at = [int(i) for i in torch.unravel_index(torch.tensor(flat), self.values.shape)]
             layers = self.axes["layer"]
-            found.append(
-                (head_name(layers[at[0]], at[1]), head_name(layers[at[2]], at[3]), float(self.values[tuple(at)]))
-            )
+            source, head = (head_name(layers[layer], number, self.tower) for layer, number in (at[:2], at[2:]))
+            found.append((source, head, float(self.values[tuple(at)])))
         return found
 
 
 def ov_circuit(
-    tower: Tower, layer: int | Component, head: int | None = None, *, gain: bool = False, written: bool = False
+    tower: Tower,
+    layer: int | Component,
+    head: int | None = None,
+    *,
+    gain: bool | None = None,
+    written: bool = False,
+    tokens: bool = False,
+    unembedding: Unembedding | None = None,
 ) -> FactoredMatrix:
     """``W_V W_O`` ``[d_model d_model]`` of one head: what it adds per unit of what it attends to (see the module).
 
-    The head is given as two numbers or as ``"L1H3"``.
-    By default what :math:`attn.hook_result` is made of: ``result[q] = sum_k pattern[q, k] (x_k W_V + b_V) W_O``.
+    By default what :math:`attn.hook_result` is made of: ``result[q] = sum_k pattern[q, k] (x_k W_V + b_V) W_O``. With ``tokens=True``
+    ``W_E W_V W_O W_U`` ``[n_in n_out]``: how attending to a token moves each output, by this head alone, as written to the stream. Embeddings
+    are those of the table (a model that scales them is off by that factor), without positions and without what earlier blocks add.
+
+    Args:
+        tower: the tower whose weights are read.
+        layer, head: two numbers, or one spelling of a head, ``"vision L1H3"``.
+        gain: include the linear part of the block's norm, and with tokens of the final norm; None: with tokens only.
+        written: include LayerScale, or the linear part of a sandwich norm; with tokens it always is.
+        tokens: from tokens to outputs.
+        unembedding: with tokens, in place of the tower's own.
 
     Raises:
-        InputError: no such head.
+        InputError: no such layer or head; with tokens, a tower that reads none or has no linear read-out.
     """
     from transformer_lens import FactoredMatrix
 
+    from circuitvision.model.spec import resolve
+
     layer, head = _place(tower, layer, head)
-    value, output = _ov(tower, layer, gain, written)
-    return FactoredMatrix(value[_kv_head(tower, head)], output[head])
+    gain = tokens if gain is None else gain
+    if tokens and not isinstance(resolve(tower.root, tower.stack.embed), nn.Embedding):
+        raise InputError(f"The {tower.name} tower reads no tokens; leave tokens out, and use singular_vectors.")
+    value, output = _ov(tower, layer, gain, written or tokens)
+    circuit = FactoredMatrix(value[_kv_head(tower, head)], output[head])
+    if not tokens:
+        return circuit
+    outputs = unembedding or unembedding_matrix(tower, gain=gain)
+    return (wide(tower.W_E).to(outputs.matrix.device) @ circuit) @ outputs.matrix
 
 
 def qk_circuit(
@@ -144,33 +168,6 @@ def qk_circuit(
     return FactoredMatrix(query[head] * factor, key[_kv_head(tower, head)].mT)
 
 
-def full_ov(
-    tower: Tower,
-    layer: int | Component,
-    head: int | None = None,
-    *,
-    gain: bool = True,
-    unembedding: Unembedding | None = None,
-) -> FactoredMatrix:
-    """``W_E W_V W_O W_U`` ``[n_in n_out]``: how attending to a token moves each output, by this head alone.
-
-    Embeddings are those of the table (a model that scales them is off by that factor), without positions and without what earlier blocks add.
-    ``gain`` includes both the block's norm and the final norm; ``unembedding`` replaces the tower's own.
-
-    Raises:
-        InputError: no such layer or head; a tower that reads no tokens, or has no linear read-out.
-    """
-    from circuitvision.model.spec import resolve
-
-    layer, head = _place(tower, layer, head)
-    if not isinstance(resolve(tower.root, tower.stack.embed), nn.Embedding):
-        raise InputError(f"The {tower.name} tower reads no tokens; use ov_circuit and singular_vectors.")
-    outputs = unembedding or unembedding_matrix(tower, gain=gain)
-    circuit = ov_circuit(tower, layer, head, gain=gain, written=True)
-    device = outputs.matrix.device
-    return (wide(tower.W_E).to(device) @ circuit) @ outputs.matrix
-
-
 @with_provenance
 def singular_vectors(
     factored: FactoredMatrix | Float[Tensor, "d_in d_out"],
@@ -180,7 +177,7 @@ def singular_vectors(
     read_with: Unembedding | Tensor | None = None,
     top_k: int = 10,
 ) -> SingularVectors:
-    """The ``k`` strongest directions of a circuit: what it listens for (left), what it says (right), and how loudly.
+    """The ``k`` strongest directions of a circuit: what it reads (left), what it promotes (right), and how much.
 
     Args:
         factored: a matrix without leading dimensions, such as :func:`ov_circuit` returns, or a dense one.
@@ -192,8 +189,8 @@ def singular_vectors(
     Raises:
         InputError: leading dimensions, ``k`` or ``top_k`` below 1, an unembedding of the wrong width.
     """
-    whole = isinstance(k, int) and isinstance(top_k, int)
-    if getattr(factored, "ndim", 0) != 2 or not whole or k < 1 or top_k < 1:
+    counts = isinstance(k, int) and isinstance(top_k, int)
+    if getattr(factored, "ndim", 0) != 2 or not counts or k < 1 or top_k < 1:
         raise InputError(
             f"singular_vectors takes one matrix (this has shape {tuple(getattr(factored, 'shape', ()))}), k ≥ 1 and top_k ≥ 1."
         )
@@ -361,28 +358,28 @@ def _score_scale(tower: Tower, layer: int) -> float:
 
 
 def _place(tower: Tower, layer: int | Component, head: int | None) -> tuple[int, int]:
-    """Layer and head, given as two numbers or as one spelling of a head."""
-    given: Any = layer if head is None else (layer, head)
-    (found,) = heads_of([given], {tower.name: tower}, tower.name)
+    """Layer and head, written as two numbers or as one spelling of a head."""
+    spelling: Any = layer if head is None else (layer, head)
+    (found,) = heads_of([spelling], {tower.name: tower}, tower.name)
     return found.layer, found.head
 
 
-def _matrix(given: Unembedding | Tensor | None, vectors: Tensor, name: str) -> Tensor | None:
-    if given is None:
+def _matrix(outputs: Unembedding | Tensor | None, vectors: Tensor, name: str) -> Tensor | None:
+    if outputs is None:
         return None
-    matrix = (given.matrix if isinstance(given, Unembedding) else given).to(vectors)
+    matrix = (outputs.matrix if isinstance(outputs, Unembedding) else outputs).to(vectors)
     if matrix.ndim != 2 or matrix.shape[0] != vectors.shape[0]:
         raise InputError(f"{name} has shape {tuple(matrix.shape)}; it must be [{vectors.shape[0]}, n_out].")
     return matrix
 
 
 def _top(
-    matrix: Tensor | None, vectors: Tensor, given: Unembedding | Tensor | None, count: int
+    matrix: Tensor | None, vectors: Tensor, outputs: Unembedding | Tensor | None, count: int
 ) -> tuple[Tensor, Tensor, dict[str, str]]:
     if matrix is None:
         return torch.zeros(0, dtype=torch.long), torch.zeros(0), {}
     best = (vectors.T @ matrix).topk(min(count, matrix.shape[1]), dim=-1)
-    label = given.label if isinstance(given, Unembedding) else str
+    label = outputs.label if isinstance(outputs, Unembedding) else str
     return best.indices.cpu(), best.values.cpu(), {str(c): label(c) for c in best.indices.unique().tolist()}
 
 

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.errors import InputError
 from circuitvision.model.spec import is_norm
 from circuitvision.model.weights import parameter
 from circuitvision.readout.weights.unembedding import through_norm, wide
@@ -24,18 +23,18 @@ _CHUNK = 2**24
 """Numbers that a batch of projections may hold: 64 MiB in float32."""
 
 
-def written_rows(tower: Tower, layer: int, of: str = "mlp") -> Float[Tensor, "row d_model"]:
+def written_rows(tower: Tower, layer: int, component: str = "mlp") -> Float[Tensor, "row d_model"]:
     """The value vectors of one layer as they are written to the stream (see the module), in float32 at least; heads one after another."""
     block = tower.blocks[layer]
     with torch.no_grad(), tower.hooks_disabled():
-        if of == "mlp":
+        if component == "mlp":
             rows = block.W_out
-        elif of == "ov":
+        elif component == "ov":
             rows = block.W_O.flatten(0, 1)
         else:
             values = wide(block.W_V).repeat_interleave(tower.cfg.n_heads // tower.cfg.n_kv_heads, dim=0)
             rows = (values @ wide(block.W_O)).flatten(0, 1)
-        return as_written(tower, layer, "mlp_add" if of == "mlp" else "attn_add", wide(rows.detach()))
+        return as_written(tower, layer, "mlp_add" if component == "mlp" else "attn_add", wide(rows.detach()))
 
 
 def as_written(tower: Tower, layer: int, add: str, rows: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
@@ -49,9 +48,9 @@ def as_written(tower: Tower, layer: int, add: str, rows: Float[Tensor, "... d_mo
     return rows * wide(parameter(module, "lambda1").detach()).to(rows)
 
 
-def is_normed(tower: Tower, of: str) -> bool:
+def is_normed(tower: Tower, component: str) -> bool:
     """Whether a norm stands between these rows and the stream, so that their length there depends on the input."""
-    block, add = tower.blocks[0], "mlp_add" if of == "mlp" else "attn_add"
+    block, add = tower.blocks[0], "mlp_add" if component == "mlp" else "attn_add"
     return block.has(add) and is_norm(block.part(add))
 
 
@@ -73,27 +72,3 @@ def projections(
 def at_once(width: int) -> int:
     """How many rows (or columns) of ``width`` numbers a product may hold."""
     return max(1, _CHUNK // max(width, 1))
-
-
-def action_bins(
-    ids: Int[Tensor, "*batch token"], n_vocab: int, *, n_bins: int = 256, low: float = -1.0, high: float = 1.0
-) -> Float[Tensor, "*batch token"]:
-    """The action that a token of a discretising policy stands for; NaN for tokens that are no action.
-
-    The last ``n_bins`` ids of the vocabulary (padding rows not counted) are the edges of ``linspace(low, high, n_bins)``, counted from the
-    end: id ``t`` is bin ``n_vocab - t - 1``, clipped to the last of the ``n_bins - 1`` centres. Convention of OpenVLA (Kim et al. 2024, arXiv
-    2406.09246).
-
-    Of value vectors: ``action_bins(value_vectors(tower).ids, n_vocab)`` says what each neuron moves, and the mean of its ``isfinite()`` over
-    ranks is each neuron's share of action tokens.
-
-    Raises:
-        InputError: bins that the vocabulary has no room for, or fewer than two edges.
-    """
-    if not 2 <= n_bins <= n_vocab:
-        raise InputError(f"n_bins={n_bins}: give 2 or more edges, and no more than the {n_vocab} tokens there are.")
-    edges = torch.linspace(low, high, n_bins, dtype=torch.float64)
-    centres = (edges[1:] + edges[:-1]) / 2
-    number = n_vocab - ids.cpu() - 1
-    action = centres[number.clamp(0, n_bins - 2)].float()
-    return torch.where((number >= 0) & (number < n_bins), action, torch.nan)

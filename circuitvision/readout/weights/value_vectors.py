@@ -1,13 +1,13 @@
 """Value vectors: what each neuron, or each channel of a head, writes to the residual stream, read as classes, text, tokens or actions.
 
 An MLP adds ``sum_i m_i w_i + b_out`` to the stream: ``m_i`` is ``mlp.hook_post`` of neuron ``i`` and ``w_i`` row ``i`` of ``W_out``, its value
-vector. Projected, ``w_i @ W_U``, it says which outputs the neuron speaks for whenever it is positive, in every run, without running the model.
+vector. Projected, ``w_i @ W_U``, it says which outputs the neuron promotes whenever it is positive, in every run, without running the model.
 Neurons of a gated MLP, and the channels of a head, may be negative: there the lowest outputs count as much (``largest=False``).
 
 Rows are taken *as written to the stream*: LayerScale is included. Where a sandwich norm follows (``normed=True`` in the result), its centring
 and gain are included and its denominator, which depends on the input, is not: directions are right, lengths only within one layer's run.
 
-Rows ``of``:
+Rows of a ``component``:
 
 * ``"mlp"``: value vectors of neurons, axes layer and neuron; flat index ``layer * d_mlp + neuron``;
 * ``"ov"``: rows of ``W_O``, what channel ``d`` of head ``h`` writes, axes layer, head and channel. The basis of a head's channels is
@@ -50,7 +50,7 @@ _ROWS = {"mlp": ("neuron",), "ov": ("head", "channel"), "ov_circuit": ("head", "
 
 @dataclass(frozen=True, eq=False)
 class ValueVectors(Result):
-    """Outputs that value vectors speak for.
+    """Outputs that value vectors promote.
 
     ``values`` is ``[layer neuron rank]`` (heads: ``[layer head channel rank]``), best first, and ``ids`` says whose values they are. With
     targets the last axis is ``target`` and ``ids`` lists them once. ``labels`` names the ids that occur. ``per_layer`` is how many value
@@ -60,7 +60,7 @@ class ValueVectors(Result):
     ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     labels: dict[str, str] = field(default_factory=dict)
     tower: str = ""
-    of: str = "mlp"
+    component: str = "mlp"
     measure: str = "logit"
     largest: bool = True
     gain: bool = False
@@ -114,7 +114,7 @@ class ValueVectors(Result):
         return self._found(targets).float().mean(-1)
 
     def search(self, targets: Sequence[int | str], count: int = 20) -> pd.DataFrame:
-        """The value vectors that speak for ``targets`` most.
+        """The value vectors that promote ``targets`` most.
 
         A ranking gives those that hold any of the targets, most of them first, then by the value of the best one held. With targets kept
         instead of a ranking, it gives the highest values of those targets over all value vectors.
@@ -156,7 +156,7 @@ class ValueVectors(Result):
         return frame
 
     def highlights(self) -> dict[str, str]:
-        """The value vectors that speak most strongly, each with the output it speaks for."""
+        """The value vectors with the largest values, each with the output it promotes."""
         score = self.values if self.largest else -self.values
         best, at = score.nan_to_num(-torch.inf).max(-1)
         found = {}
@@ -172,7 +172,7 @@ class ValueVectors(Result):
             raise InputError(f"Targets are a list; write [{targets!r}].")
         words = {t for t in targets if isinstance(t, str)}
         wanted = {column_number(t) for t in targets if not isinstance(t, str)}
-        # Text pieces carry the mark of a leading space.
+        # Subword tokens carry the mark of a leading space.
         wanted |= {int(i) for i, name in self.labels.items() if name in words or name.lstrip("▁Ġ ") in words}
         absent = [
             word for word in words if all(word not in (name, name.lstrip("▁Ġ ")) for name in self.labels.values())
@@ -194,7 +194,7 @@ def value_vectors(
     top_k: int = 10,
     *,
     layers: int | Sequence[int] | None = None,
-    of: str = "mlp",
+    component: str = "mlp",
     gain: bool = False,
     targets: Sequence[int | str] | None = None,
     measure: str = "logit",
@@ -212,7 +212,7 @@ def value_vectors(
         tower: the tower whose weights are read.
         top_k: how many outputs to keep of each value vector.
         layers: only these layers.
-        of: ``"mlp"``, ``"ov"`` or ``"ov_circuit"`` (see the module).
+        component: ``"mlp"``, ``"ov"`` or ``"ov_circuit"`` (see the module).
         gain: include the final norm's centring and gain (see :mod:`circuitvision.readout.weights.unembedding`).
         targets: instead of a ranking, keep the values of these outputs: ids or names.
         measure: ``"logit"``, or ``"cosine"`` between value vector and output direction, which long vectors do not win.
@@ -226,20 +226,20 @@ def value_vectors(
         InputError: no such layer, kind of row, measure, output or linear read-out; top_k or batch_size below 1.
     """
     model_of(tower)
-    _check(of, measure, top_k, batch_size)
+    _check(component, measure, top_k, batch_size)
     numbers = chosen_layers(layers, tower.cfg.n_layers)
     outputs = outputs_of(tower, gain, prompts, matrix, part)
     chosen = None if targets is None else outputs.find(targets)
     best = _Best(outputs.matrix, chosen, top_k, largest, measure, batch_size)
-    found = [best.of(written_rows(tower, layer, of)) for layer in track(numbers, "value vectors")]
+    found = [best.of(written_rows(tower, layer, component)) for layer in track(numbers, "value vectors")]
     values, ids = (torch.stack(part) for part in zip(*found, strict=True))
-    return _result(tower, of, numbers, outputs, best, values, ids)
+    return _result(tower, component, numbers, outputs, best, values, ids)
 
 
 def _result(
-    tower: Tower, of: str, numbers: list[int], outputs: Unembedding, best: _Best, values: Tensor, ids: Tensor
+    tower: Tower, component: str, numbers: list[int], outputs: Unembedding, best: _Best, values: Tensor, ids: Tensor
 ) -> ValueVectors:
-    sizes = _row_axes(tower, of)
+    sizes = _row_axes(tower, component)
     shape = [len(numbers), *(len(labels) for labels in sizes.values())]
     values, ids = values.reshape(*shape, -1), ids.reshape(*shape, -1)
     ids = ids if best.chosen is None else torch.tensor(best.chosen)
@@ -247,7 +247,9 @@ def _result(
     last: dict[str, list[Any]] = {"rank": list(range(1, values.shape[-1] + 1))}
     if best.chosen is not None:
         last = {"target": [names[str(column)] for column in best.chosen]}
-    kind = f"of={of}, gain={outputs.gain}, measure={best.measure}" + (f", part={outputs.part}" if outputs.part else "")
+    kind = f"component={component}, gain={outputs.gain}, measure={best.measure}" + (
+        f", part={outputs.part}" if outputs.part else ""
+    )
     return ValueVectors(
         values=values,
         axes={"layer": numbers, **sizes, **last},
@@ -255,12 +257,12 @@ def _result(
         ids=ids,
         labels=names,
         tower=tower.name,
-        of=of,
+        component=component,
         measure=best.measure,
         largest=best.largest,
         gain=outputs.gain,
         part=outputs.part,
-        normed=is_normed(tower, of),
+        normed=is_normed(tower, component),
         per_layer=math.prod(shape[1:]),
     )
 
@@ -301,15 +303,15 @@ class _Best:
         return torch.cat(values), torch.cat(ids)
 
 
-def _row_axes(tower: Tower, of: str) -> dict[str, list[int]]:
+def _row_axes(tower: Tower, component: str) -> dict[str, list[int]]:
     cfg = tower.cfg
     sizes = {"neuron": cfg.d_mlp, "head": cfg.n_heads, "channel": cfg.d_head, "coordinate": cfg.d_model}
-    return {name: list(range(sizes[name])) for name in _ROWS[of]}
+    return {name: list(range(sizes[name])) for name in _ROWS[component]}
 
 
-def _check(of: str, measure: str, top_k: int, batch_size: int | None) -> None:
-    if of not in _ROWS:
-        raise InputError(f"of={of!r}: choose one of {', '.join(_ROWS)}.")
+def _check(component: str, measure: str, top_k: int, batch_size: int | None) -> None:
+    if component not in _ROWS:
+        raise InputError(f"component={component!r}: choose one of {', '.join(_ROWS)}.")
     if measure not in ("logit", "cosine"):
         raise InputError(f"measure={measure!r}: choose 'logit' or 'cosine'.")
     for name, number in (("top_k", top_k), ("batch_size", 1 if batch_size is None else batch_size)):

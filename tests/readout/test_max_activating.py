@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import circuitvision as cv
 from circuitvision.data.questions import sample_largest
 from circuitvision.errors import InputError
-from circuitvision.readout import ExemplarIndex, exemplars
+from circuitvision.readout import max_activating_examples
+from circuitvision.readout.probes.max_activating import MaxActivatingExamples
 from circuitvision.readout.probes.strongest import Best, box_shares
 from tests.readout.common import hooked
 
@@ -38,12 +39,12 @@ def pairs(index):
     ]
 
 
-def same(one: ExemplarIndex, two: ExemplarIndex) -> None:
+def same(one: MaxActivatingExamples, two: MaxActivatingExamples) -> None:
     for name in TENSORS:
         torch.testing.assert_close(getattr(one, name), getattr(two, name), equal_nan=True, atol=1e-6, rtol=1e-5)
     for name in ("mean", "maximum", "active", "class_means", "class_counts"):
         torch.testing.assert_close(getattr(one, name), getattr(two, name), equal_nan=True, atol=1e-6, rtol=1e-5)
-    assert (one.pieces, one.ranges, one.count, one.n_positions) == (two.pieces, two.ranges, two.count, two.n_positions)
+    assert (one.tokens, one.ranges, one.count, one.n_positions) == (two.tokens, two.ranges, two.count, two.n_positions)
 
 
 # -- the state -----------------------------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def test_any_chunking_of_a_thousand_items_equals_a_full_sort(cuts, top_k, seed, 
     assert torch.equal(best.position, best.example % 7)
     assert torch.equal(best.places[..., 0], best.example)
     assert torch.equal(best.boxes[..., 3], best.example.float())
-    assert best.pieces[1][0] == f"piece {int(best.example[1, 0])}"
+    assert best.tokens[1][0] == f"piece {int(best.example[1, 0])}"
 
 
 # -- through a model -----------------------------------------------------------------------------------------------------------------------
@@ -92,20 +93,20 @@ def test_neurons_of_a_vision_tower(pool, batch_size):
     site = "vision.blocks.0.mlp.hook_post"
     value = activations(model, inputs, site)
     pooled = value.max(1).values if pool == "max" else value.mean(1)
-    found = exemplars(model, inputs, site, top_k=6, pool=pool, batch_size=batch_size)
+    found = max_activating_examples(model, inputs, site, top_k=6, pool=pool, batch_size=batch_size)
     wanted = by_sorting(pooled, 6)
     assert found.example.tolist() == [[example for _, example in unit] for unit in wanted]
     torch.testing.assert_close(found.values, torch.tensor([[v for v, _ in unit] for unit in wanted]))
     torch.testing.assert_close(found.mean, pooled.double().mean(0))
     torch.testing.assert_close(found.maximum, pooled.double().max(0).values)
     torch.testing.assert_close(found.active, (value > 0).double().mean((0, 1)))
-    assert (found.count, found.n_positions, found.what) == (20, 20 * 17, "neuron")
+    assert (found.count, found.n_positions, found.unit_kind) == (20, 20 * 17, "neuron")
     tokens = model.tokens(inputs)["vision"]
     for unit in range(0, 40, 9):
         for rank in range(6):
             example, position = int(found.example[unit, rank]), int(found.position[unit, rank])
             assert position == int(value[example, :, unit].argmax())
-            assert found.pieces[unit][rank] == tokens.labels(example)[position]
+            assert found.tokens[unit][rank] == tokens.labels(example)[position]
             assert found.places[unit, rank, 2:].tolist() == [
                 tokens.patch_row[example, position], tokens.patch_col[example, position]
             ]  # fmt: skip
@@ -116,12 +117,12 @@ def test_heads_are_ranked_by_the_length_of_what_they_write():
     model, entry = hooked("llava-siglip-qwen2")
     inputs = entry.inputs(model.module, batch=5)
     for site in ("language.blocks.1.attn.hook_z", "language.blocks.1.attn.hook_result"):
-        found = exemplars(model, inputs, site, top_k=3, batch_size=2, positions="text")
+        found = max_activating_examples(model, inputs, site, top_k=3, batch_size=2, positions="text")
         value = activations(model, inputs, site).norm(dim=-1)
         text = model.tokens(inputs)["language"].mask("text")
         pooled = torch.stack([value[row, text[row]].max(0).values for row in range(5)])
         assert found.example.tolist() == [[example for _, example in unit] for unit in by_sorting(pooled, 3)]
-        assert found.what == "head"
+        assert found.unit_kind == "head"
         assert (found.places == -1).any(-1).all()
 
 
@@ -130,29 +131,31 @@ def test_directions_and_encoders_make_units():
     inputs = entry.inputs(model.module, batch=6)
     site = "vision.blocks.1.hook_resid_post"
     directions = torch.randn(3, 24)
-    by_direction = exemplars(model, inputs, site, through=directions, top_k=4)
-    by_encoder = exemplars(model, inputs, site, through=SimpleNamespace(encode=lambda x: x @ directions.T), top_k=4)
+    by_direction = max_activating_examples(model, inputs, site, through=directions, top_k=4)
+    by_encoder = max_activating_examples(
+        model, inputs, site, through=SimpleNamespace(encode=lambda x: x @ directions.T), top_k=4
+    )
     same(by_direction, by_encoder)
     layer = torch.nn.Linear(24, 3, bias=False)
     layer.weight.data = directions
     for through in (directions.numpy(), lambda x: x @ directions.T, layer):
-        same(by_direction, exemplars(model, inputs, site, through=through, top_k=4))
-    assert (by_direction.what, by_encoder.what) == ("direction", "feature")
-    plain = exemplars(model, inputs, site, top_k=4)
-    axis = exemplars(model, inputs, site, through=torch.eye(24)[5], top_k=4)
+        same(by_direction, max_activating_examples(model, inputs, site, through=through, top_k=4))
+    assert (by_direction.unit_kind, by_encoder.unit_kind) == ("direction", "feature")
+    plain = max_activating_examples(model, inputs, site, top_k=4)
+    axis = max_activating_examples(model, inputs, site, through=torch.eye(24)[5], top_k=4)
     assert torch.equal(axis.example[0], plain.example[5])
-    some = exemplars(model, inputs, site, units=[5, 2], top_k=4)
+    some = max_activating_examples(model, inputs, site, units=[5, 2], top_k=4)
     assert some.axes["unit"] == [5, 2]
     assert torch.equal(some.values[0], plain.values[5])
-    assert plain.what == "coordinate"
+    assert plain.unit_kind == "coordinate"
 
 
 def test_several_layers_in_one_pass():
     model, entry = hooked("vit")
     inputs = entry.inputs(model.module, batch=6)
-    found = exemplars(model, inputs, "vision.blocks.*.mlp.hook_post", top_k=3, units=[0, 7])
+    found = max_activating_examples(model, inputs, "vision.blocks.*.mlp.hook_post", top_k=3, units=[0, 7])
     assert found.axes["unit"] == [f"{layer}.{unit}" for layer in range(model.vision.cfg.n_layers) for unit in (0, 7)]
-    alone = exemplars(model, inputs, "vision.blocks.1.mlp.hook_post", top_k=3, units=[7])
+    alone = max_activating_examples(model, inputs, "vision.blocks.1.mlp.hook_post", top_k=3, units=[7])
     assert torch.equal(found.values[found.row("1.7")], alone.values[0])
     assert found.plot(units="1.7").data
 
@@ -169,7 +172,7 @@ def test_a_thousand_pictures_equal_a_full_sort(pool):
         seen.append((x[:, :4] * 1.5).round())
         return seen[-1]
 
-    found = exemplars(
+    found = max_activating_examples(
         model, {"pixel_values": pixels}, "vision.hook_embed", through=coarse, pool=pool, top_k=25, batch_size=64
     )
     values = torch.stack(seen)
@@ -192,18 +195,19 @@ def test_max_and_mean_prefer_different_examples():
     pixels[1] = 3 * bright.repeat(1, 4, 4)
     data = {**inputs, "pixel_values": pixels}
     once, everywhere = (
-        exemplars(model, data, "vision.hook_embed", through=weights, pool=pool, top_k=1) for pool in ("max", "mean")
+        max_activating_examples(model, data, "vision.hook_embed", through=weights, pool=pool, top_k=1)
+        for pool in ("max", "mean")
     )
     assert once.example.tolist() == [[0]]
     assert everywhere.example.tolist() == [[1]]
-    assert once.pieces == [["r1c2"]]
+    assert once.tokens == [["r1c2"]]
     assert once.boxes[0, 0].tolist() == [0.5, 0.25, 0.75, 0.5]
 
 
 def test_the_first_of_equal_examples_wins():
     model, entry = hooked("vit")
     image = entry.inputs(model.module, batch=1)
-    found = exemplars(model, [image] * 9, "vision.blocks.0.mlp.hook_post", top_k=4, batch_size=1)
+    found = max_activating_examples(model, [image] * 9, "vision.blocks.0.mlp.hook_post", top_k=4, batch_size=1)
     assert (found.example == torch.arange(4)).all()
 
 
@@ -221,7 +225,7 @@ def test_padding_never_wins(padding):
     tempted = (value @ directions.T).flatten(0, 1).max(0).indices
     assert padded.flatten()[tempted].any()
     for pool in ("max", "mean"):
-        found = exemplars(model, inputs, site, through=directions, pool=pool, top_k=4)
+        found = max_activating_examples(model, inputs, site, through=directions, pool=pool, top_k=4)
         assert not padded[found.example, found.position].any()
         pooled = torch.stack(
             [
@@ -250,12 +254,12 @@ def test_rows_of_one_example_compete_and_boxes_are_shares_of_its_image(name):
             for example in range(3)
         ]
     )
-    found = exemplars(model, inputs, site, top_k=2, positions="patch", batch_size=2)
+    found = max_activating_examples(model, inputs, site, top_k=2, positions="patch", batch_size=2)
     assert found.example.tolist() == [[example for _, example in unit] for unit in by_sorting(pooled, 2)]
     assert found.n_positions == int(patches.sum())
     own = [[row for row in range(len(value)) if tokens.example[row] == example] for example in range(3)]
     means = torch.stack([torch.cat([value[row, patches[row]] for row in rows]).mean(0) for rows in own])
-    averaged = exemplars(model, inputs, site, top_k=3, positions="patch", pool="mean", batch_size=2)
+    averaged = max_activating_examples(model, inputs, site, top_k=3, positions="patch", pool="mean", batch_size=2)
     torch.testing.assert_close(averaged.values, means.T.sort(dim=1, descending=True).values, atol=1e-5, rtol=1e-4)
     assert (found.places >= 0).all()
     shares = box_shares(tokens)
@@ -272,7 +276,7 @@ def test_rows_of_one_example_compete_and_boxes_are_shares_of_its_image(name):
 
 def test_sites_without_positions_have_no_place():
     model, entry = hooked("clip-vision-projection")
-    found = exemplars(model, entry.inputs(model.module, batch=4), "vision.hook_readout", top_k=2)
+    found = max_activating_examples(model, entry.inputs(model.module, batch=4), "vision.hook_readout", top_k=2)
     assert (found.position == -1).all()
     assert (found.places == -1).all()
     assert found.boxes.isnan().all()
@@ -289,14 +293,14 @@ def test_two_halves_merge_into_the_whole(tmp_path):
     pixels[8:] = pixels[:8]
     labels = [["a", "b", "c"][n % 3] for n in range(8)] + ["d"] * 8
     site = "vision.blocks.0.mlp.hook_post"
-    whole = exemplars(model, inputs, site, labels=labels, top_k=5, batch_size=8)
+    whole = max_activating_examples(model, inputs, site, labels=labels, top_k=5, batch_size=8)
     halves = [
-        exemplars(
+        max_activating_examples(
             model, {"pixel_values": pixels[s : s + 8]}, site, labels=labels[s : s + 8], top_k=5, start=s, batch_size=8
         )
         for s in (0, 8)
     ]
-    first = ExemplarIndex.load(halves[0].save(tmp_path / "half.npz"))
+    first = MaxActivatingExamples.load(halves[0].save(tmp_path / "half.npz"))
     for merged in (first.merge(halves[1]), halves[1].merge(first)):
         same(merged, whole)
         assert merged.classes == ["a", "b", "c", "d"]
@@ -304,9 +308,9 @@ def test_two_halves_merge_into_the_whole(tmp_path):
     with pytest.raises(InputError, match="start=8"):
         first.merge(first)
     with pytest.raises(InputError, match="differ in pool"):
-        first.merge(exemplars(model, inputs, site, labels=labels, top_k=5, pool="mean", start=20))
+        first.merge(max_activating_examples(model, inputs, site, labels=labels, top_k=5, pool="mean", start=20))
     with pytest.raises(InputError, match="only one of them has labels"):
-        first.merge(exemplars(model, inputs, site, top_k=5, start=20))
+        first.merge(max_activating_examples(model, inputs, site, top_k=5, start=20))
 
 
 def test_an_interruption_keeps_what_was_seen():
@@ -319,14 +323,14 @@ def test_an_interruption_keeps_what_was_seen():
         raise KeyboardInterrupt
 
     with pytest.warns(UserWarning, match="stopped by hand after 3 examples"):
-        part = exemplars(model, stopped(4), site, top_k=3, batch_size=1)
-    whole = exemplars(model, images[:3], site, top_k=3, batch_size=1)
+        part = max_activating_examples(model, stopped(4), site, top_k=3, batch_size=1)
+    whole = max_activating_examples(model, images[:3], site, top_k=3, batch_size=1)
     same(part, whole)
     assert part.interrupted
     assert not whole.interrupted
     assert "stopped by hand" in part.plot().layout.title.text
     with pytest.raises(KeyboardInterrupt):
-        exemplars(model, stopped(0), site)
+        max_activating_examples(model, stopped(0), site)
     assert not model.engine.stack
     assert not model.engine.handles
 
@@ -341,23 +345,23 @@ def test_an_interrupted_index_is_resumed_from_its_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.warns(UserWarning, match="stopped by hand after 4 examples"):
-        part = exemplars(model, stopped(), site, top_k=3, batch_size=2)
-    part = ExemplarIndex.load(part.save(tmp_path / "part.safetensors"))
+        part = max_activating_examples(model, stopped(), site, top_k=3, batch_size=2)
+    part = MaxActivatingExamples.load(part.save(tmp_path / "part.safetensors"))
     first = part.ranges[-1][1]
-    rest = exemplars(model, images[first:], site, top_k=3, batch_size=2, start=first)
-    whole = exemplars(model, images, site, top_k=3, batch_size=2)
+    rest = max_activating_examples(model, images[first:], site, top_k=3, batch_size=2, start=first)
+    whole = max_activating_examples(model, images, site, top_k=3, batch_size=2)
     same(part.merge(rest), whole)
 
 
 def test_the_frame_says_which_example_and_where():
     model, entry = hooked("vit")
     inputs = entry.inputs(model.module, batch=6)
-    found = exemplars(model, inputs, "vision.blocks.0.mlp.hook_post", top_k=2, labels=["a", "b", "c"] * 2)
+    found = max_activating_examples(model, inputs, "vision.blocks.0.mlp.hook_post", top_k=2, labels=["a", "b", "c"] * 2)
     frame = found.to_frame()
     row = frame[(frame["unit"] == 7) & (frame["rank"] == 2)].iloc[0]
     assert row["example"] == int(found.example[7, 1])
     assert row["position"] == int(found.position[7, 1])
-    assert row["piece"] == found.pieces[7][1]
+    assert row["token"] == found.tokens[7][1]
     assert row["preferred"] == found.preferred[7]
     assert row["selectivity"] == pytest.approx(float(found.selectivity[7]), nan_ok=True)
     assert "6 examples, 102 positions" in found.highlights()["seen"]
@@ -378,14 +382,14 @@ def test_memory_does_not_grow_with_the_data_set():
     images = (entry.inputs(model.module, batch=4, seed=seed) for seed in range(6))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Best, "merged", watched)
-        exemplars(model, images, site, top_k=3, batch_size=4)
+        max_activating_examples(model, images, site, top_k=3, batch_size=4)
     assert held == [(3, 3, 3)] * 5
 
 
 def by_hand(class_means, counts):
     means = torch.tensor(class_means, dtype=torch.float64)
     units = means.shape[1]
-    return ExemplarIndex(
+    return MaxActivatingExamples(
         values=torch.zeros(units, 1), axes={"unit": list(range(units)), "rank": [1]},
         classes=["a", "b", "c"], class_means=means, class_counts=torch.tensor(counts),
     )  # fmt: skip
@@ -415,7 +419,7 @@ def shapes():
 def test_class_means_are_means_of_pooled_values_and_the_sheet_shows_them(shapes):
     model, inputs, pictures, labels = shapes
     site = "vision.blocks.1.mlp.hook_post"
-    found = exemplars(model, inputs, site, labels=labels, top_k=8, positions="cls")
+    found = max_activating_examples(model, inputs, site, labels=labels, top_k=8, positions="cls")
     value = activations(model, inputs, site)[:, 0]
     for number, label in enumerate(found.classes):
         own = torch.tensor([other == label for other in labels])
@@ -424,7 +428,7 @@ def test_class_means_are_means_of_pooled_values_and_the_sheet_shows_them(shapes)
         )
         assert int(found.class_counts[number]) == int(own.sum())
     assert float(found.selectivity.nan_to_num(0.0).max()) > 0.5
-    patches = exemplars(model, inputs, site, labels=labels, top_k=8, positions="patch")
+    patches = max_activating_examples(model, inputs, site, labels=labels, top_k=8, positions="patch")
     sheet = patches.plot(units=[3, 11], pictures=pictures, count=4)
     assert len(sheet.data) == 8
     assert len(sheet.layout.shapes) == 8
@@ -442,11 +446,11 @@ def test_words_stand_in_for_patches():
     model = cv.organisms.load("shapes-llava")
     drawn = cv.data.sample_questions(6, seed=2)
     inputs = model.inputs(images=[s.image for s, _ in drawn], text=[q.prompt for _, q in drawn])
-    found = exemplars(model, inputs, "language.blocks.1.mlp.hook_post", positions="text", top_k=3)
-    assert {piece for unit in found.pieces for piece in unit} <= {p for row in model.to_str_tokens(inputs) for p in row}
+    found = max_activating_examples(model, inputs, "language.blocks.1.mlp.hook_post", positions="text", top_k=3)
+    assert {piece for unit in found.tokens for piece in unit} <= {p for row in model.to_str_tokens(inputs) for p in row}
     sheet = found.plot(units=[0], pictures=[s.pixels for s, _ in drawn])
     assert not sheet.layout.shapes
-    assert any(found.pieces[0][0].strip("<>") in (note.text or "") for note in sheet.layout.annotations)
+    assert any(found.tokens[0][0].strip("<>") in (note.text or "") for note in sheet.layout.annotations)
 
 
 @pytest.mark.parametrize(
@@ -480,4 +484,4 @@ def test_words_stand_in_for_patches():
 def test_meaningless_requests_are_refused(site, options, message):
     model, entry = hooked("vit")
     with pytest.raises(InputError, match=message):
-        exemplars(model, entry.inputs(model.module, batch=2), site, **options)
+        max_activating_examples(model, entry.inputs(model.module, batch=2), site, **options)

@@ -1,4 +1,4 @@
-"""Exemplars: for every unit the examples that excite it most, in one pass over a data set of any length.
+"""Maximally activating examples: for every unit the examples on which it is most active, in one pass over a data set of any length.
 
 A unit is a neuron (``mlp.hook_post``), a coordinate of any site without heads, a head of a site with heads (by the length of its vector), a
 direction or a feature of a dictionary (``through``). A unit's value on an example is its largest (``pool="max"``) or mean (``pool="mean"``)
@@ -7,7 +7,7 @@ activation over the chosen positions, padding never among them; the position kep
 Only the ``top_k`` best per unit are kept, with sums for the means, so memory does not grow with the data set. Equal values go to the example
 with the lower number, whatever the batches, so an index equals a full sort, and indices of two halves merge into the index of the whole.
 
-Exemplars show what a unit's strongest responses look like and nothing about the rest: read them beside ``active`` and, with labels,
+They show what a unit's strongest responses look like and nothing about the rest: read them beside ``active`` and, with labels,
 ``selectivity`` (Morcos et al. 2018, arXiv 1803.06959) and ``class_entropy``. Coordinates of the residual stream are not neurons; a few are
 large on every image.
 
@@ -51,11 +51,11 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class ExemplarIndex(Result):
+class MaxActivatingExamples(Result):
     """The strongest examples of every unit: ``values`` ``[unit rank]``, strongest first.
 
     ``example`` and ``position`` ``[unit rank]`` say where, ``places`` ``[unit rank 4]`` its image, tile, patch row and column (−1 where it is no
-    patch), ``boxes`` ``[unit rank 4]`` its (left, top, right, bottom) as shares of that image (NaN likewise) and ``pieces`` its label (a word,
+    patch), ``boxes`` ``[unit rank 4]`` its (left, top, right, bottom) as shares of that image (NaN likewise) and ``tokens`` its label (a word,
     or the patch). Over all ``count`` examples: ``mean`` and ``maximum`` of the unit's value, and ``active``, the share of all positions where
     it is above ``threshold``. With labels, ``class_means`` ``[class unit]`` is its mean response in every class, values below 0 counting as 0
     (the negative tail of an activation function is no response). ``ranges`` lists the examples seen, and ``interrupted`` is not empty where
@@ -66,7 +66,7 @@ class ExemplarIndex(Result):
     position: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
     places: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 4, dtype=torch.long))
     boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 4))
-    pieces: list[list[str]] = field(default_factory=list)
+    tokens: list[list[str]] = field(default_factory=list)
     mean: Tensor = field(default_factory=lambda: torch.zeros(0))
     maximum: Tensor = field(default_factory=lambda: torch.zeros(0))
     active: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -77,7 +77,7 @@ class ExemplarIndex(Result):
     class_means: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     class_counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     sites: list[str] = field(default_factory=list)
-    what: str = "unit"
+    unit_kind: str = "unit"
     pool: str = "max"
     threshold: float = 0.0
     top_k: int = 10
@@ -115,7 +115,7 @@ class ExemplarIndex(Result):
         """The means of the classes that were seen."""
         seen = self.class_counts > 0
         if int(seen.sum()) < 2:
-            raise InputError("Selectivity compares classes: exemplars(…, labels=…) with at least two.")
+            raise InputError("Selectivity compares classes: max_activating_examples(…, labels=…) with at least two.")
         return self.class_means[seen]
 
     def to_frame(self) -> pd.DataFrame:
@@ -123,7 +123,7 @@ class ExemplarIndex(Result):
         frame = super().to_frame()
         frame["example"] = self.example.flatten().numpy()
         frame["position"] = self.position.flatten().numpy()
-        frame["piece"] = [piece for unit in self.pieces for piece in unit]
+        frame["token"] = [token for unit in self.tokens for token in unit]
         if int((self.class_counts > 0).sum()) > 1:
             ranks = self.values.shape[1]
             frame["preferred"] = np.repeat(np.array(self.preferred, dtype=object), ranks)
@@ -136,7 +136,7 @@ class ExemplarIndex(Result):
         seen = f"{self.count} examples, {self.n_positions} positions" + (
             f" ({self.interrupted})" if self.interrupted else ""
         )
-        strongest = f"{self.what} {self.axes['unit'][best]}: {float(self.values[best, 0]):.3g} on example {int(self.example[best, 0])}"
+        strongest = f"{self.unit_kind} {self.axes['unit'][best]}: {float(self.values[best, 0]):.3g} on example {int(self.example[best, 0])}"
         return {"seen": seen, "strongest": strongest}
 
     def row(self, unit: Any) -> int:
@@ -144,13 +144,13 @@ class ExemplarIndex(Result):
         return self.index_of("unit", unit)
 
     @with_provenance
-    def merge(self, other: ExemplarIndex) -> ExemplarIndex:
-        """The index of both data sets together; number the second with ``exemplars(…, start=…)``.
+    def merge(self, other: MaxActivatingExamples) -> MaxActivatingExamples:
+        """The index of both data sets together; number the second with ``max_activating_examples(…, start=…)``.
 
         Raises:
             InputError: other units, sites or settings, or examples that both have seen.
         """
-        for name in ("sites", "what", "pool", "threshold", "top_k"):
+        for name in ("sites", "unit_kind", "pool", "threshold", "top_k"):
             if getattr(self, name) != getattr(other, name):
                 raise InputError(f"These indices differ in {name}: {getattr(self, name)} and {getattr(other, name)}.")
         if self.axes["unit"] != other.axes["unit"] or bool(self.classes) != bool(other.classes):
@@ -169,7 +169,7 @@ class ExemplarIndex(Result):
             ranges=ranges,
             classes=classes,
             sites=self.sites,
-            what=self.what,
+            unit_kind=self.unit_kind,
             pool=self.pool,
             threshold=self.threshold,
             top_k=self.top_k,
@@ -178,7 +178,7 @@ class ExemplarIndex(Result):
 
 
 @with_provenance
-def exemplars(
+def max_activating_examples(
     model: HookedModel,
     dataset: Any,
     site: str | Sequence[str],
@@ -192,7 +192,7 @@ def exemplars(
     threshold: float = 0.0,
     batch_size: int = 32,
     start: int = 0,
-) -> ExemplarIndex:
+) -> MaxActivatingExamples:
     """Index the strongest examples of every unit of a site over a data set. Ctrl-C returns what was seen so far.
 
     Args:
@@ -222,7 +222,7 @@ def exemplars(
     kept = Units(model.sites(site), units, through)
     codes, classes = (None, []) if labels is None else numbered(labels)
     reader = UnitReader(kept, pool, positions, threshold, start, codes, len(classes), top_k)
-    reading = Reading(model, dataset, kept.sites, reader, batch_size=batch_size, description="exemplars")
+    reading = Reading(model, dataset, kept.sites, reader, batch_size=batch_size, description="max activating examples")
     labelled = None if codes is None else len(codes)
     check_count(reading.total, labelled, positions)
     best, sums, interrupted = _streamed(reading, kept.sites, top_k)
@@ -232,11 +232,11 @@ def exemplars(
         best,
         sums,
         units=kept.labels(len(best.values)),
-        provenance=describe(model, method=f"exemplars({settings})", dataset_sha256=reading.digest),
+        provenance=describe(model, method=f"max_activating_examples({settings})", dataset_sha256=reading.digest),
         ranges=[[start, start + sums.count]],
         classes=classes,
         sites=kept.sites,
-        what=kept.kind,
+        unit_kind=kept.kind,
         pool=pool,
         threshold=threshold,
         top_k=top_k,
@@ -263,16 +263,16 @@ def _streamed(reading: Reading, sites: Sequence[str], top_k: int) -> tuple[Best,
     return *state, ""
 
 
-def _index(best: Best, sums: Sums, *, units: list[Any], classes: list[Any], **settings: Any) -> ExemplarIndex:
+def _index(best: Best, sums: Sums, *, units: list[Any], classes: list[Any], **settings: Any) -> MaxActivatingExamples:
     labelled = bool(classes)
-    return ExemplarIndex(
+    return MaxActivatingExamples(
         values=best.values,
         axes={"unit": units, "rank": list(range(1, best.values.shape[1] + 1))},
         example=best.example,
         position=best.position,
         places=best.places,
         boxes=best.boxes,
-        pieces=best.pieces.tolist(),
+        tokens=best.tokens.tolist(),
         mean=sums.total / sums.count,
         maximum=sums.maximum,
         active=sums.active.double() / sums.n_positions,
@@ -285,17 +285,17 @@ def _index(best: Best, sums: Sums, *, units: list[Any], classes: list[Any], **se
     )
 
 
-def _state(index: ExemplarIndex, classes: Sequence[Any]) -> tuple[Best, Sums]:
+def _state(index: MaxActivatingExamples, classes: Sequence[Any]) -> tuple[Best, Sums]:
     """What an index was made of, its class sums laid out by ``classes``."""
     by_class = torch.zeros(len(classes), len(index.mean), dtype=torch.float64)
     counts = torch.zeros(len(classes), dtype=torch.long)
     for number, label in enumerate(index.classes):
         counts[classes.index(label)] = index.class_counts[number]
         by_class[classes.index(label)] = index.class_means[number].nan_to_num(0.0) * index.class_counts[number]
-    pieces = np.empty(index.values.shape, dtype=object)
-    pieces[:] = index.pieces
+    tokens = np.empty(index.values.shape, dtype=object)
+    tokens[:] = index.tokens
     return (
-        Best(index.values, index.example, index.position, index.places, index.boxes, pieces),
+        Best(index.values, index.example, index.position, index.places, index.boxes, tokens),
         Sums(
             index.count,
             index.n_positions,
@@ -314,7 +314,7 @@ def _joined_ranges(ranges: Sequence[Sequence[int]]) -> list[list[int]]:
     for first, last in sorted((first, last) for first, last in ranges):
         if found and first < found[-1][1]:
             raise InputError(
-                f"Both indices have seen example {first}; number the second data set with exemplars(…, start={found[-1][1]})."
+                f"Both indices have seen example {first}; number the second data set with max_activating_examples(…, start={found[-1][1]})."
             )
         if found and first == found[-1][1]:
             found[-1][1] = last
