@@ -51,11 +51,20 @@ class Recipe:
             settings["active_hooks"] = plain(active)
         if model.module.training:
             settings["training"] = plain(torch.get_rng_state())
-        return cls(tuple(names), settings, {name: _version(value) for name, value in inputs.items()})
+        return cls(tuple(names), settings, _versions(inputs))
 
 
 def _version(value: Any) -> int:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+def _versions(values: Mapping[str, Any]) -> dict[str, int]:
+    """How often each tensor was written into; 0 for what does not say."""
+    try:
+        # Every cached run asks this of every site, and of plain tensors it is one attribute.
+        return {name: value._version for name, value in values.items()}
+    except (AttributeError, RuntimeError):
+        return {name: _version(value) for name, value in values.items()}
 
 
 class ActivationCache(Mapping[str, Any]):
@@ -74,7 +83,7 @@ class ActivationCache(Mapping[str, Any]):
     ) -> None:
         self._values = values
         self._recipe = recipe
-        self._written = {name: _version(value) for name, value in values.items()} if recipe else {}
+        self._written = _versions(values) if recipe else {}
         self.model = model
         self.inputs: dict[str, Any] = dict(inputs or {})
         self.has_batch_dim = has_batch_dim
@@ -187,11 +196,7 @@ class ActivationCache(Mapping[str, Any]):
     def __provenance__(self) -> dict[str, Any]:
         """The run that recorded it, or else a digest of every value."""
         recipe = self._recipe
-        if (
-            recipe is None
-            or {name: _version(value) for name, value in self._values.items()} != self._written
-            or {name: _version(value) for name, value in self.inputs.items()} != recipe.versions
-        ):
+        if recipe is None or _versions(self._values) != self._written or _versions(self.inputs) != recipe.versions:
             return {"cache": {"values": self._values, "inputs": self.inputs}}
         inputs = {name: value for name, value in self.inputs.items() if isinstance(value, Tensor)}
         return {"cache": {"inputs": inputs, "sites": list(recipe.names), **recipe.settings}}
