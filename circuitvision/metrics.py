@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
@@ -317,7 +317,7 @@ def _write(metric: Metric, tensors: dict[str, Tensor], sources: bool) -> dict[st
         if entry.name == "tokens":
             continue
         if entry.name == "position" and dataclasses.is_dataclass(value) and not isinstance(value, type):
-            value = {"positions": write_positions(value, tensors)}
+            value = {"positions": write_positions(cast(Any, value), tensors)}
         if isinstance(value, Tensor):
             digest = of_tensor(value)
             tensors[digest] = value

@@ -14,26 +14,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import UnsupportedModelError
-from circuitvision.model.spec import is_norm
 from circuitvision.model.tower import Block
-from circuitvision.model.weights import parameter
 
 
-def adds_through_norm(block: Block, part: str) -> bool:
-    """Whether what a branch adds to the stream passes a norm first (``part``: "attn_add" or "mlp_add")."""
-    return block.has(part) and is_norm(block.part(part))
-
-
-def _as_added(block: Block, part: str, value: Tensor, what: str) -> Tensor:
+def _as_added(block: Block, branch: str, value: Tensor, what: str) -> Tensor:
     """A weight or bias of an output projection, times the LayerScale that follows it, where one does."""
-    if not block.has(part):
-        return value
-    if adds_through_norm(block, part):
+    then = block.branch(branch).then
+    if then.normed:
         raise UnsupportedModelError(
             f"Block {block.layer} of the {block.tower.name} tower normalises the output of its projection before adding it, so no "
             f"{what} maps single heads or neurons to what they add. Use hook_attn_out and hook_mlp_out, or the tower's own {what}."
         )
-    return value * parameter(block.part(part), "lambda1").to(value.dtype)
+    return then.linear(value)
 
 
 class AttentionView:
@@ -50,12 +42,12 @@ class AttentionView:
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """What a head's z is multiplied with to give what it adds to the stream; UnsupportedModelError where a norm follows."""
-        return _as_added(self._block, "attn_add", self._block.W_O.detach(), "W_O")
+        return _as_added(self._block, "attn", self._block.W_O.detach(), "W_O")
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
         """What attention adds whatever the heads do; UnsupportedModelError where a norm follows."""
-        return _as_added(self._block, "attn_add", self._block.b_O.detach(), "b_O")
+        return _as_added(self._block, "attn", self._block.b_O.detach(), "b_O")
 
 
 class MLPView:
@@ -72,12 +64,12 @@ class MLPView:
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """Row ``i`` is what neuron ``i`` adds to the stream; UnsupportedModelError where a norm follows."""
-        return _as_added(self._block, "mlp_add", self._block.W_out.detach(), "W_out")
+        return _as_added(self._block, "mlp", self._block.W_out.detach(), "W_out")
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
         """What the MLP adds whatever its neurons do; UnsupportedModelError where a norm follows."""
-        return _as_added(self._block, "mlp_add", self._block.b_out.detach(), "b_out")
+        return _as_added(self._block, "mlp", self._block.b_out.detach(), "b_out")
 
 
 class BlockView:
@@ -89,7 +81,7 @@ class BlockView:
         self.ln2: nn.Module = block.part("ln2")
         self.submodules: dict[str, Any] = {"ln1": self.ln1, "attn": self.attn, "ln2": self.ln2, "mlp": self.mlp}
         self.hook_aliases = {"hook_attn_out": "attn.hook_out", "hook_mlp_out": "mlp.hook_out"}
-        for branch, part, norm in (("attn", "attn_add", "ln1_post"), ("mlp", "mlp_add", "ln2_post")):
-            if adds_through_norm(block, part):
-                self.submodules[norm] = block.part(part)
-                self.hook_aliases[f"hook_{branch}_out"] = f"{norm}.hook_out"
+        for branch in block.branches:
+            if branch.last is not None and branch.then.normed:
+                self.submodules[branch.names.norm] = branch.last
+                self.hook_aliases[branch.names.added] = f"{branch.names.norm}.hook_out"

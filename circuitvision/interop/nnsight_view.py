@@ -32,7 +32,7 @@ from circuitvision.errors import UnknownSiteError, nearest
 from circuitvision.interop.portable import Place
 from circuitvision.model.points import AttentionStage, BranchInput, Input, Output, Point, SharedInput, StreamInput
 from circuitvision.model.sites import NamesFilter, SiteName, matching
-from circuitvision.model.spec import is_norm, resolve
+from circuitvision.model.spec import resolve
 
 if TYPE_CHECKING:
     from circuitvision.model import HookedModel, Tower
@@ -193,9 +193,10 @@ def _block_aliases(block: Block) -> Iterator[tuple[str, str]]:
         if block.has(part):
             holder, _, _ = getattr(layout, part).rpartition(".")
             yield getattr(layout, part), f"{holder}.{part}" if holder else part
-    for part, norm in (("attn_add", "ln1_post"), ("mlp_add", "ln2_post")):
+    for branch in block.branches:
+        part = branch.names.then
         if block.has(part):
-            yield getattr(layout, part), norm if is_norm(block.part(part)) else part
+            yield getattr(layout, part), branch.names.norm if branch.then.normed else part
 
 
 def _add(names: dict[str, list[str]], key: str, alias: str) -> None:

@@ -320,7 +320,7 @@ def _has_meaning(tower: Tower, full: str) -> bool:
         readout = tower.spec.readout
         after_pooling = readout is not None and readout.normed and not readout.norm_first
         return site.site not in OURS_ALONE and not (after_pooling and site.site.startswith("ln_final"))
-    return site.site != "attn.hook_result" or not tower.blocks[site.layer].has("attn_add")
+    return site.site != "attn.hook_result" or tower.blocks[site.layer].branch("attn").last is None
 
 
 def _their_name(full: str) -> str:

@@ -23,11 +23,8 @@ from torch import Tensor
 from circuitvision.digests import plain
 from circuitvision.errors import InputError, UnknownSiteError, nearest
 from circuitvision.model.names import head_name
-from circuitvision.model.points import apply_gain
+from circuitvision.model.norms import Norm
 from circuitvision.model.sites import DERIVED, SiteName, expand_short
-from circuitvision.model.spec import is_norm
-from circuitvision.model.tower import norm_spec
-from circuitvision.model.weights import linear_weight, norm_weights, parameter
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -54,11 +51,20 @@ class Recipe:
             settings["active_hooks"] = plain(active)
         if model.module.training:
             settings["training"] = plain(torch.get_rng_state())
-        return cls(tuple(names), settings, {name: _version(value) for name, value in inputs.items()})
+        return cls(tuple(names), settings, _versions(inputs))
 
 
 def _version(value: Any) -> int:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+def _versions(values: Mapping[str, Any]) -> dict[str, int]:
+    """How often each tensor was written into; 0 for what does not say."""
+    try:
+        # Every cached run asks this of every site, and of plain tensors it is one attribute.
+        return {name: value._version for name, value in values.items()}
+    except (AttributeError, RuntimeError):
+        return {name: _version(value) for name, value in values.items()}
 
 
 class ActivationCache(Mapping[str, Any]):
@@ -77,7 +83,7 @@ class ActivationCache(Mapping[str, Any]):
     ) -> None:
         self._values = values
         self._recipe = recipe
-        self._written = {name: _version(value) for name, value in values.items()} if recipe else {}
+        self._written = _versions(values) if recipe else {}
         self.model = model
         self.inputs: dict[str, Any] = dict(inputs or {})
         self.has_batch_dim = has_batch_dim
@@ -160,8 +166,8 @@ class ActivationCache(Mapping[str, Any]):
             z = self[f"{block}.attn.hook_z"]
             assert site.layer is not None
             if isinstance(z, list):
-                return [head_results(tower, site.layer, part) for part in z]
-            return head_results(tower, site.layer, z)
+                return [tower.head_results(part, site.layer) for part in z]
+            return tower.head_results(z, site.layer)
         n_heads = tower.cfg.n_heads if site.site == "hook_q_input" else tower.cfg.n_kv_heads
         resid = self[f"{block}.hook_resid_pre"]
         if isinstance(resid, list):
@@ -190,11 +196,7 @@ class ActivationCache(Mapping[str, Any]):
     def __provenance__(self) -> dict[str, Any]:
         """The run that recorded it, or else a digest of every value."""
         recipe = self._recipe
-        if (
-            recipe is None
-            or {name: _version(value) for name, value in self._values.items()} != self._written
-            or {name: _version(value) for name, value in self.inputs.items()} != recipe.versions
-        ):
+        if recipe is None or _versions(self._values) != self._written or _versions(self.inputs) != recipe.versions:
             return {"cache": {"values": self._values, "inputs": self.inputs}}
         inputs = {name: value for name, value in self.inputs.items() if isinstance(value, Tensor)}
         return {"cache": {"inputs": inputs, "sites": list(recipe.names), **recipe.settings}}
@@ -324,23 +326,17 @@ class ActivationCache(Mapping[str, Any]):
         return (stack, labels) if return_labels else stack
 
     def stack_head_results(self, tower: str, layer: int | None = None, return_labels: bool = False) -> Any:
-        """What each head of the blocks before ``layer`` adds to the stream: ``[layer·head row pos d_model]``.
+        """What each head of the blocks before ``layer`` adds to the stream: ``[layer·head row pos d_model]``, output biases left out.
 
-        LayerScale is included (it is linear per coordinate); raises InputError for sandwich norms, where heads do not add up.
+        LayerScale is included; sandwich norms divide by what they divided by in this run, so that heads add up. Raises InputError if the
+        cache does not hold what those denominators follow from.
         """
         owner = self._tower(tower)
         layer = owner.cfg.n_layers if layer is None else layer
-        if owner.blocks[0].has("attn_add") and is_norm(owner.blocks[0].part("attn_add")):
-            raise InputError(
-                f"The {tower} tower normalises attention's output before adding it, so single heads do not add up."
-            )
         parts, labels = [], []
         for index in range(layer):
-            result = self[f"{tower}.blocks.{index}.attn.hook_result"]
-            if owner.blocks[index].has("attn_add"):
-                scale = parameter(owner.blocks[index].part("attn_add"), "lambda1")
-                result = result * scale.to(result.dtype)
-            parts.append(rearrange(result, "... head m -> head ... m"))
+            site = f"{tower}.blocks.{index}.attn.hook_result"
+            parts.append(rearrange(owner.written(site, self[site], frozen=self), "... head m -> head ... m"))
             labels += [head_name(index, head) for head in range(owner.cfg.n_heads)]
         stack = torch.cat(parts)
         return (stack, labels) if return_labels else stack
@@ -366,16 +362,13 @@ class ActivationCache(Mapping[str, Any]):
             norm, name = owner.blocks[layer].part(part), f"{tower}.blocks.{layer}.{part}"
         if norm is None:
             return stack
-        spec = norm_spec(norm)
         scale = self[f"{name}.hook_scale"]
         if scale.ndim != stack.ndim - 1:
             raise InputError(
                 f"{name} acts on shape {tuple(scale.shape[:-1])}; take the pooled position of the stack first."
             )
-        centred = stack - stack.mean(-1, keepdim=True) if spec.centred else stack
-        out = apply_gain(norm, spec, centred / scale)
-        _, offset = norm_weights(norm)
-        return out if bias or offset is None else out - offset
+        with owner.hooks_disabled():
+            return Norm(norm).held(stack, scale) if bias else Norm(norm).linear(stack, scale)
 
     def logit_attrs(
         self,
@@ -391,12 +384,6 @@ class ActivationCache(Mapping[str, Any]):
         w_u = self._tower(tower).W_U.to(residual_stack.dtype)
         direction = w_u[:, answer] - (w_u[:, foil] if foil is not None else 0)
         return self.apply_ln_to_stack(residual_stack, tower) @ direction
-
-
-def head_results(tower: Tower, layer: int, z: Float[Tensor, "... head d_head"]) -> Float[Tensor, "... head d_model"]:
-    """``z_h W_O^h`` for every head of one layer."""
-    weight, _ = linear_weight(tower.blocks[layer].part("o"), z.dtype, z.device)
-    return torch.einsum("...hd,hdm->...hm", z, rearrange(weight, "(h d) m -> h d m", h=tower.cfg.n_heads))
 
 
 def collected(values: dict[str, list[Tensor]], multi_pass: bool) -> dict[str, Any]:

@@ -27,15 +27,14 @@ from torch import Tensor, nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.links import Link
+from circuitvision.model.norms import frozen_norm
 from circuitvision.model.points import Call, PoolAttention, substitute
-from circuitvision.model.spec import Readout, norm_spec, require, resolve
+from circuitvision.model.spec import Readout, require, resolve
 from circuitvision.model.weights import (
     attention_weights,
-    computing,
     embedding_weight,
     linear_weight,
     main_device,
-    norm_weights,
     parameter,
     passes_gradient,
 )
@@ -239,19 +238,6 @@ def _called(head: nn.Module, value: Tensor) -> Tensor:
 def _second_head(tower: Tower) -> nn.Module:
     readout = tower.spec.readout
     return require(tower.module, (readout and readout.second_head) or "", "second head")
-
-
-def frozen_norm(norm: nn.Module, value: Tensor, reference: Tensor) -> Tensor:
-    """A norm whose denominator is the one it has at ``reference``: affine in ``value``, and equal to the norm where both are equal."""
-    spec = norm_spec(norm)
-    wide = torch.promote_types(value.dtype, torch.float32)
-    x, r = value.to(wide), reference.detach().to(wide)
-    r = r - r.mean(-1, keepdim=True) if spec.centred else r
-    x = x - x.mean(-1, keepdim=True) if spec.centred else x
-    x = x / (r.pow(2).mean(-1, keepdim=True) + getattr(computing(norm), spec.eps)).sqrt()
-    weight, bias = norm_weights(norm)
-    x = x if weight is None else x * (spec.offset + weight.to(wide))
-    return (x if bias is None else x + bias.to(wide)).to(value.dtype)
 
 
 def pool(tower: Tower, rule: str, value: Tensor, context: ActivationCache | None) -> Tensor:

@@ -352,6 +352,8 @@ class HookEngine:
             self._attach()
 
     def _detach(self) -> None:
+        if not self.handles:
+            return
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -499,6 +501,7 @@ class HookEngine:
         wants_grad = bool(backward) or any(isinstance(hook, Recorder) and hook.needs_grad for hook in chain)
         follows = self._touched(point.name)
         in_place = getattr(point, "in_place", False)
+        records = any(isinstance(hook, Recorder) for hook in chain)
 
         def fire(value: Tensor) -> tuple[Tensor, bool]:
             step = self.fired.get(point.name, 0)
@@ -510,7 +513,8 @@ class HookEngine:
                 value = value.detach().clone().requires_grad_(True)
             tracked = follows and with_grad and value.requires_grad
             changed = tracked
-            if in_place and (edits or tracked):
+            if in_place and (tracked or (edits and records)):
+                # What is recorded must not change when an edit is written in place.
                 value = value.clone()
             for hook in chain:
                 if isinstance(hook, Recorder):
@@ -548,12 +552,13 @@ class HookEngine:
 def _after_others(module: nn.Module, hook: Callable[..., Any], pre: bool = False) -> Any:
     """Register a hook before those of others, but after those of other wrappers."""
     add = module.register_forward_pre_hook if pre else module.register_forward_hook
-    handle = add(hook, prepend=True, with_kwargs=True)
     hooks: Any = module._forward_pre_hooks if pre else module._forward_hooks
-    if len(hooks) > 1:
-        ours = [key for key in hooks if key != handle.id and getattr(hooks[key], "__module__", "") == __name__]
-        for key in reversed(ours):
-            hooks.move_to_end(key, last=False)
+    if not hooks:
+        return add(hook, with_kwargs=True)
+    handle = add(hook, prepend=True, with_kwargs=True)
+    ours = [key for key in hooks if key != handle.id and getattr(hooks[key], "__module__", "") == __name__]
+    for key in reversed(ours):
+        hooks.move_to_end(key, last=False)
     return handle
 
 

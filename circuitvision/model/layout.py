@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from circuitvision.errors import UnsupportedModelError
+from circuitvision.model.branches import Branch
 from circuitvision.model.points import (
     POOL_SITES,
     AttentionStage,
@@ -31,8 +32,8 @@ from circuitvision.model.points import (
     StreamInput,
 )
 from circuitvision.model.sites import SiteName
-from circuitvision.model.spec import Family, is_norm, require, resolve
-from circuitvision.model.tower import Block, Tower, norm_spec
+from circuitvision.model.spec import Family, norm_spec, require, resolve
+from circuitvision.model.tower import Block, Tower
 
 
 def points_of(module: nn.Module, family: Family, towers: dict[str, Tower]) -> list[Point]:
@@ -146,7 +147,7 @@ def _block_points(tower: Tower, block: Block) -> Iterator[Point]:
     else:
         yield Output(f"{prefix}.mlp.hook_pre", block.part("mlp_in"), "post")
     yield Input(f"{prefix}.mlp.hook_post", block.part("mlp_out"), "pre", keyword="input")
-    yield from _branch_points(block, prefix, "mlp_add", "mlp", "ln2_post", "hook_mlp_out")
+    yield from _branch_points(block.branch("mlp"), prefix, block.part("mlp"))
     yield Output(f"{prefix}.hook_resid_post", block.module, "post", order=0)
 
 
@@ -169,15 +170,11 @@ def _attention_points(tower: Tower, block: Block, prefix: str) -> Iterator[Point
     out = block.part("o")
     yield Input(f"{prefix}.attn.hook_z", out, "pre", n_heads=cfg.n_heads, keyword="input")
     yield HeadResult(f"{prefix}.attn.hook_result", out, "post", order=0, n_heads=cfg.n_heads)
-    yield from _branch_points(block, prefix, "attn_add", "o", "ln1_post", "hook_attn_out")
+    yield from _branch_points(block.branch("attn"), prefix, out)
 
 
-def _branch_points(block: Block, prefix: str, add: str, last: str, norm_name: str, site: str) -> Iterator[Point]:
-    """What a branch adds to the stream: after LayerScale or a post norm, where there is one."""
-    if not block.has(add):
-        yield Output(f"{prefix}.{site}", block.part(last), "post", order=2)
-        return
-    adder = block.part(add)
-    if is_norm(adder):
-        yield from _norm_points(f"{prefix}.{norm_name}", adder)
-    yield Output(f"{prefix}.{site}", adder, "post", order=2)
+def _branch_points(branch: Branch, prefix: str, own: nn.Module) -> Iterator[Point]:
+    """What a branch adds to the stream: the output of its ``own`` module, or of what follows it."""
+    if branch.last is not None and branch.then.normed:
+        yield from _norm_points(f"{prefix}.{branch.names.norm}", branch.last)
+    yield Output(f"{prefix}.{branch.names.added}", branch.last or own, "post", order=2)

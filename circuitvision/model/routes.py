@@ -90,7 +90,7 @@ def _part(model: HookedModel, name: SiteName) -> str:
     if name.site in ("attn.hook_z", "attn.hook_result"):
         return "o"
     if name.site == "hook_attn_out":
-        return "attn" if block.has("attn_add") else "o"
+        return "o" if block.branch("attn").last is None else "attn"
     if name.site in ("hook_resid_mid", "hook_mlp_in", "mlp.hook_pre", "mlp.hook_pre_linear"):
         return "attn"
     if name.site.startswith(("ln1_post", "ln2.")):
@@ -98,7 +98,7 @@ def _part(model: HookedModel, name: SiteName) -> str:
     if name.site == "mlp.hook_post":
         return "mlp_out"
     if name.site == "hook_mlp_out":
-        return "mlp" if block.has("mlp_add") else "mlp_out"
+        return "mlp_out" if block.branch("mlp").last is None else "mlp"
     if name.site.startswith("ln2_post"):
         return "mlp"
     return "post" if name.site == "hook_resid_post" else "block"

@@ -6,7 +6,7 @@ centred. ``tower.W_Q`` stacks copies over layers; ``tower.blocks[3].W_Q`` is a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
-from circuitvision.model import heads
+from circuitvision.model import branches, heads
+from circuitvision.model.branches import BRANCHES, Branch
 from circuitvision.model.patches import PatchEmbedding, pair
 from circuitvision.model.settings import hidden_states, setting
+from circuitvision.model.slots import SlotGradients, slot_sites
 from circuitvision.model.spec import (
     BlockLayout,
     Family,
@@ -87,6 +89,15 @@ class Block:
     def has(self, name: str) -> bool:
         """Whether the layout names such a part."""
         return getattr(self.layout, name) is not None
+
+    def branch(self, name: str) -> Branch:
+        """The block's "attn" or "mlp" branch, from its output projection to the stream."""
+        return Branch(self, name)
+
+    @property
+    def branches(self) -> list[Branch]:
+        """Both branches, attention first."""
+        return [self.branch(name) for name in BRANCHES]
 
     def _weight(self, part: str) -> Tensor:
         return linear_weight(self.part(part), self.tower.dtype)[0]
@@ -318,6 +329,59 @@ class Tower:
         """
         with self.hooks_disabled():
             return heads.read_out(self, resid, context)
+
+    # -- what branches add -------------------------------------------------------------------------------------------------------------------
+
+    def head_results(self, z: Float[Tensor, "... head d_head"], layer: int) -> Float[Tensor, "... head d_model"]:
+        """``z_h W_O^h`` for every head of one layer: before the output bias, and before what follows the branch (see :meth:`written`)."""
+        with self.hooks_disabled():
+            return self.blocks[layer].branch("attn").head_results(z)
+
+    def written(
+        self, site: str, value: Tensor, frozen: ActivationCache | None = None, step: int | None = None
+    ) -> Float[Tensor, "... d_model"]:
+        """What a value of a site adds to the residual stream, through all that follows its branch: output projection, LayerScale, sandwich norm.
+
+        Without ``frozen`` it is what the block would add if the site had this value, biases included: ``written("blocks.3.attn.hook_z", z)`` is
+        ``hook_attn_out``. With the cache of a run as ``frozen``, norms behind the branch divide by what they divide by in that run, and biases are
+        left out: a map that is linear in ``value``, whose head axis stays, ``[row pos head d_model]``. Heads then add up,
+        ``written(site, z, frozen=cache).sum(-2) + written_bias(site, frozen=cache) = hook_attn_out``.
+
+        Args:
+            site: ``blocks.L.`` and ``attn.hook_z``, ``attn.hook_result``, ``mlp.hook_post``, ``hook_attn_out``, ``hook_mlp_out``, or the
+                ``hook_normalized`` of a norm behind a branch; with or without the tower's name.
+            value: in the shape of the site; of all heads.
+            frozen: the run whose denominators hold. It needs ``ln1_post.hook_scale`` or ``attn.hook_z`` (of MLPs, ``ln2_post.hook_scale``
+                or ``mlp.hook_post``) where a norm follows, nothing otherwise.
+            step: which pass of ``frozen``, where it holds several.
+
+        Raises:
+            UnknownSiteError: a site that is no part of a branch behind its nonlinearity.
+            InputError: a value of another shape, a cache that does not hold the denominators.
+        """
+        return branches.written(self, site, value, frozen, step)
+
+    def written_bias(
+        self, site: str, frozen: ActivationCache | None = None, step: int | None = None
+    ) -> Float[Tensor, "... d_model"]:
+        """What a branch adds beside the linear :meth:`written` of a site: its output bias and that of a norm behind it, ``[d_model]``.
+
+        Where a norm follows it depends on the run, ``[row pos d_model]``; InputError without ``frozen`` there, and for what is added itself.
+        """
+        return branches.written_bias(self, site, frozen, step)
+
+    def slot_gradients(self, cache: ActivationCache) -> SlotGradients:
+        """Gradients at ``hook_q_input``, ``hook_k_input``, ``hook_v_input`` and ``hook_mlp_in``, from a cache recorded with ``incl_bwd``.
+
+        A mapping by full site name, layer by layer, ``[row pos head d_model]`` (``hook_mlp_in``: ``[row pos d_model]``); see
+        :class:`~circuitvision.model.slots.SlotGradients`. Equal to what recording the slots gives, without keeping them all at once.
+        Raises InputError for a cache without what they follow from (:meth:`slot_sites`).
+        """
+        return SlotGradients(self, cache)
+
+    def slot_sites(self, layers: Sequence[int] | None = None) -> list[str]:
+        """The sites to record for :meth:`slot_gradients`, of these layers (None: all)."""
+        return slot_sites(self, layers)
 
     # -- weights ---------------------------------------------------------------------------------------------------------------------------
 

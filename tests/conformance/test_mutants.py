@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuitvision.model import attention, cache, heads, hooks, points
+from circuitvision.model import attention, heads, hooks, points
+from circuitvision.model.branches import Branch
 from circuitvision.model.weights import linear_weight
 from tests.conformance import setting as settings
 from tests.conformance.promises import PROMISES, setting_for
@@ -102,8 +103,8 @@ def double_the_gradient(patch: pytest.MonkeyPatch) -> None:
 
 def reverse_the_heads_of_results(patch: pytest.MonkeyPatch) -> None:
     """Head results are derived with the heads of W_O in reverse."""
-    right = cache.head_results
-    patch.setattr(cache, "head_results", lambda tower, layer, z: right(tower, layer, z).flip(-2))
+    right = Branch.head_results
+    patch.setattr(Branch, "head_results", lambda branch, z: right(branch, z).flip(-2))
     patch.setattr(points.HeadResult, "apply", _reversed_results)
 
 

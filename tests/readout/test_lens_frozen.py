@@ -237,13 +237,13 @@ def test_reading_in_small_pieces_gives_the_same(monkeypatch):
 
 
 def test_heads_are_computed_once(monkeypatch):
-    from circuitvision.model import cache as cache_module
+    from circuitvision.model.branches import Branch
 
     model, _, cache = run("vit", everything=True)
     calls = []
-    made = cache_module.head_results
+    made = Branch.head_results
     stored = {name: value for name, value in cache.items() if not name.endswith("hook_result")}
-    monkeypatch.setattr(cache_module, "head_results", lambda *given: calls.append(1) or made(*given))
+    monkeypatch.setattr(Branch, "head_results", lambda *given: calls.append(1) or made(*given))
     logit_lens(model, cv.ActivationCache(stored, model, cache.inputs), "vision", targets=[0], sites="attn.hook_result")
     assert len(calls) == model.vision.cfg.n_layers
 

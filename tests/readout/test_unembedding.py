@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import circuitvision as cv
-from circuitvision.readout.weights.unembedding import through_norm, unembedding_matrix
+from circuitvision.model.norms import Norm
+from circuitvision.readout.weights.unembedding import unembedding_matrix
 from circuitvision.readout.weights.value_vectors import value_vectors
 from tests.readout.planted import close, denominator, hooked, options_for, uncapped
 from tests.zoo import CASES
@@ -47,7 +48,7 @@ def test_a_norm_is_its_linear_part_over_its_denominator_plus_its_bias():
                 parameter.copy_(torch.randn(parameter.shape))
             x = 1 + torch.randn(4, width, dtype=torch.float64)
             expected = module(x) - module(torch.zeros_like(x))
-        close(through_norm(module, x) / denominator(module, x), expected, module)
+        close(Norm(module).linear(x) / denominator(module, x), expected, module)
 
 
 @pytest.mark.parametrize("name", ["dinov2", "dinov2-registers", "deit-teacher"])

@@ -391,7 +391,7 @@ def cached_for(
         return cache
     parts = ["hook_attn_out", "hook_mlp_out", "hook_resid_*"]
     parts += ["attn.hook_z"] if by != "component" else []
-    parts += ["mlp.hook_post"] if by == "neuron" or read_tower.blocks[0].has("mlp_add") else []
+    parts += ["mlp.hook_post"] if by == "neuron" else []
     parts += ["attn.hook_v", "attn.hook_pattern"] if by == "source" else []
     names = [f"{read_tower.name}.hook_*", *(f"{read_tower.name}.blocks.*.{part}" for part in parts)]
     names += [f"{name}.hook_readout" for name in model.towers if f"{name}.hook_readout" in model.sites()]

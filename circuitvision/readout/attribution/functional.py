@@ -25,7 +25,8 @@ from torch import Tensor
 from circuitvision import metrics
 from circuitvision.errors import InputError, warn
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.heads import Reading, frozen_norm
+from circuitvision.model.heads import Reading
+from circuitvision.model.norms import frozen_norm
 from circuitvision.model.positions import Positions, warn_of_empty
 from circuitvision.model.spec import require
 from circuitvision.readout.recorded import behind_cache, examples_of, tokens_of

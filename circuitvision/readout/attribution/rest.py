@@ -48,7 +48,7 @@ def rest_of_stream(stream: Stream, layer: int) -> Float[Tensor, "row here d_mode
 
 def is_rest(stream: Stream, layer: int, branch: str, gap: Float[Tensor, " row"], sizes: Float[Tensor, " row"]) -> bool:
     """Whether what a branch wrote differs from the sum of its shares by more than the rounding of a matrix product, and of a norm after it."""
-    rounds = torch.float32 if stream.tower.blocks[layer].has(f"{branch}_add") else torch.float64
+    rounds = torch.float32 if stream.tower.blocks[layer].branch(branch).last is not None else torch.float64
     eps = max(spacing(stream.final), torch.finfo(rounds).eps)
     return bool((gap.abs() > min(512 * eps, 0.02) * sizes).any())
 

@@ -21,11 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.cache import ActivationCache, head_results
-from circuitvision.model.heads import frozen_norm
+from circuitvision.model.cache import ActivationCache
 from circuitvision.model.names import head_name
-from circuitvision.model.spec import is_norm
-from circuitvision.model.weights import is_plain_linear, linear_bias, linear_weight, main_device
+from circuitvision.model.weights import is_plain_linear, linear_weight, main_device
 from circuitvision.readout.attribution.rest import is_rest, rest_of_stream
 from circuitvision.readout.recorded import recorded
 
@@ -90,67 +88,42 @@ class Stream:
 
     # -- the branches ------------------------------------------------------------------------------------------------------------------------
 
-    def through(self, layer: int, branch: str, value: Tensor, reference: Tensor) -> Tensor:
-        """``T`` of a branch ("attn" or "mlp") of one block, its norm's denominator taken from ``reference``, the branch's sum of shares."""
-        block = self.tower.blocks[layer]
-        if not block.has(f"{branch}_add"):
-            return value
-        adder = block.part(f"{branch}_add")
-        if is_norm(adder):
-            return frozen_norm(adder, value, reference)
-        with self.tower.hooks_disabled():
-            return adder(value)
+    def denominator(self, layer: int, branch: str, at: Any = None) -> Float[Tensor, "... 1"] | None:
+        """What the norm behind a branch ("attn" or "mlp") divides by in this run, at the positions read or at ``at``, an index into rows and
+        positions; None where no norm follows."""
+
+        def read(name: str) -> Tensor:
+            value = self.site(name.removeprefix(f"{self.tower.name}."))
+            return value[:, self.here] if at is None else value[at]
+
+        return self.tower.blocks[layer].branch(branch).denominator_in(self.cache, read)
 
     def adjoint(
         self, layer: int, branch: str, gradient: Float[Tensor, "row pos d_model"]
     ) -> tuple[Float[Tensor, "row pos d_model"], Float[Tensor, " row"]]:
         """``(T' g, g·T(0))``: what one unit written before ``T`` is worth at the end, and what the norm's bias alone is worth."""
-        block = self.tower.blocks[layer]
-        if not block.has(f"{branch}_add"):
-            return gradient, gradient.new_zeros(gradient.shape[0])
-        reference = self.before(layer, branch)
-        # Inference tensors cannot be tracked; copies made here can.
-        with torch.inference_mode(False), torch.enable_grad():
-            zero = torch.zeros(reference.shape, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
-            out = self.through(layer, branch, zero, reference.clone())
-            (pulled,) = torch.autograd.grad(out, zero, gradient.clone())
-        return pulled.detach(), (out.detach() * gradient).flatten(1).sum(-1)
-
-    def before(self, layer: int, branch: str, at: Any = None) -> Float[Tensor, "... d_model"]:
-        """A branch's sum of shares and bias, before ``T``, at the positions read or at ``at``, an index into rows and positions."""
-        block = self.tower.blocks[layer]
-        site, part = ("attn.hook_z", "o") if branch == "attn" else ("mlp.hook_post", "mlp_out")
-        value = self.site(f"blocks.{layer}.{site}")
-        value = value[:, self.here] if at is None else value[at]
-        inner = value.flatten(-2) if branch == "attn" else value
-        weight, bias = linear_weight(block.part(part), inner.dtype, inner.device)
-        out = inner @ weight.detach()
-        return out if bias is None else out + bias.detach()
+        then = self.tower.blocks[layer].branch(branch).then
+        with torch.no_grad(), self.tower.hooks_disabled():
+            bias = then.bias(gradient)
+            constant = gradient.new_zeros(gradient.shape[0]) if bias is None else (gradient @ bias).sum(-1)
+            return then.transposed(gradient, self.denominator(layer, branch)), constant
 
     def heads(self, layer: int) -> Float[Tensor, "row pos head d_model"]:
         """What each head of one block adds to the stream, the output bias left out."""
         z = self.site(f"blocks.{layer}.attn.hook_z")
-        with torch.no_grad():
-            result = head_results(self.tower, layer, z)
-            block = self.tower.blocks[layer]
-            if not block.has("attn_add"):
-                return result
-            reference = self.before(layer, "attn", (slice(None),)).unsqueeze(-2)
-            offset = self.through(layer, "attn", torch.zeros_like(reference), reference)
-            return self.through(layer, "attn", result, reference) - offset
+        with torch.no_grad(), self.tower.hooks_disabled():
+            return (
+                self.tower.blocks[layer]
+                .branch("attn")
+                .share("attn.hook_z", z, self.denominator(layer, "attn", (slice(None),)))
+            )
 
     def attention_bias(self, layer: int) -> Float[Tensor, "row pos d_model"]:
         """What the output bias of one block's attention adds to the stream, with the bias of a norm after it."""
         out = self.site(f"blocks.{layer}.hook_attn_out")
-        with torch.no_grad():
-            block = self.tower.blocks[layer]
-            bias = linear_bias(block.part("o"), out.dtype, out.device)
-            whole = torch.zeros_like(out) if bias is None else bias.detach().expand_as(out)
-            return (
-                self.through(layer, "attn", whole, self.before(layer, "attn", (slice(None),)))
-                if block.has("attn_add")
-                else whole
-            )
+        with torch.no_grad(), self.tower.hooks_disabled():
+            held = self.denominator(layer, "attn", (slice(None),))
+            return self.tower.blocks[layer].branch("attn").bias(out, held).expand_as(out)
 
     def vectors(self, by: str = "component") -> Iterator[tuple[str, Float[Tensor, "row pos d_model"]]]:
         """Every term as a tensor; they add up to :attr:`final`. ``by="neuron"`` is not offered: it would not fit into memory."""
@@ -215,22 +188,22 @@ class Stream:
         pattern, values = self._all_values(layer, pattern)
         w_o, _ = self._output(self.tower.blocks[layer], pattern)
         values = values.repeat_interleave(w_o.shape[0] // values.shape[2], dim=2)
-        reference = self._reference(layer, "attn", rows, where)
+        held = self.denominator(layer, "attn", (rows, where))
+        then = self.tower.blocks[layer].branch("attn").then
         # A head at a time: with all heads at once only the sources of one row would fit into memory at real sizes.
-        written = [
-            self._written(
-                layer, "attn", torch.einsum("bk,bkd,dm->kbm", pattern[:, h], values[:, :, h], w_o[h]), reference
-            )
-            for h in range(w_o.shape[0])
-        ]
+        with torch.no_grad(), self.tower.hooks_disabled():
+            written = [
+                then.linear(torch.einsum("bk,bkd,dm->kbm", pattern[:, h], values[:, :, h], w_o[h]), held)
+                for h in range(w_o.shape[0])
+            ]
         return torch.stack(written)
 
     def head_vectors(self, layer: int, rows: Tensor, where: Tensor) -> Float[Tensor, "head row d_model"]:
         """What each head adds to the stream at one position of every row, the output bias left out."""
         z = self.site(f"blocks.{layer}.attn.hook_z")[rows, where]
-        w_o, _ = self._output(self.tower.blocks[layer], z)
-        written = torch.einsum("bhd,hdm->hbm", z, w_o)
-        return self._written(layer, "attn", written, self._reference(layer, "attn", rows, where))
+        held = self.denominator(layer, "attn", (rows, where))
+        with torch.no_grad(), self.tower.hooks_disabled():
+            return self.tower.blocks[layer].branch("attn").share("attn.hook_z", z, held).movedim(1, 0)
 
     def neuron_vectors(
         self, layer: int, post: Float[Tensor, "row d_mlp"], which: range, where: Tensor
@@ -240,18 +213,9 @@ class Stream:
         chosen = torch.arange(which.start, which.stop, device=post.device)
         written = post[:, chosen].T[..., None] * weight.detach()[chosen][:, None]
         rows = torch.arange(post.shape[0], device=post.device)
-        return self._written(layer, "mlp", written, self._reference(layer, "mlp", rows, where))
-
-    def _reference(self, layer: int, branch: str, rows: Tensor, where: Tensor) -> Tensor | None:
-        """What the norm of a branch takes its denominator from, at one position of every row; None without one."""
-        has = self.tower.blocks[layer].has(f"{branch}_add")
-        return self.before(layer, branch, (rows, where)) if has else None
-
-    def _written(self, layer: int, branch: str, value: Tensor, reference: Tensor | None) -> Tensor:
-        if reference is None:
-            return value
-        offset = self.through(layer, branch, torch.zeros_like(reference), reference)
-        return self.through(layer, branch, value, reference.expand_as(value)) - offset
+        held = self.denominator(layer, "mlp", (rows, where))
+        with torch.no_grad(), self.tower.hooks_disabled():
+            return self.tower.blocks[layer].branch("mlp").then.linear(written, held)
 
     def _all_values(
         self, layer: int, pattern: Float[Tensor, "row ... key"]

@@ -14,9 +14,8 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.links import Link, log_probabilities, probabilities
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.heads import Reading, frozen_norm, link, through_projector, unembedding
+from circuitvision.model.heads import Reading, link, through_projector, unembedding
 from circuitvision.model.sites import SiteName
-from circuitvision.model.spec import is_norm
 from circuitvision.model.tokens import TokenMap
 from circuitvision.model.weights import main_device
 from circuitvision.readout.recorded import examples_of, held_as, pass_number, recorded
@@ -92,22 +91,16 @@ class LensReader:
     def site(self, name: str) -> Tensor:
         """A site of the cache as ``[row pos …]``; a head's share as it is added to the stream.
 
-        LayerScale multiplies it, a sandwich norm divides it by the denominator it has in this run (without its bias, which is no head's).
+        That is through what follows its branch, with norms held at the denominators of this run, and without biases, which are no head's.
         """
         value = recorded(self.cache, name, self.step)
         parsed = SiteName.parse(name)
         if parsed.site != "attn.hook_result" or parsed.layer is None:
             return value
-        block = self.tower.blocks[parsed.layer]
-        if not block.has("attn_add"):
-            return value
-        value = self._moved(value)
-        adder = block.part("attn_add")
+        branch = self.tower.blocks[parsed.layer].branch("attn")
+        held = branch.denominator_in(self.cache, lambda site: self._moved(recorded(self.cache, site, self.step)))
         with self.tower.hooks_disabled():
-            if not is_norm(adder):
-                return adder(value)
-            whole = (value.sum(2) + block.b_O)[:, :, None]
-            return frozen_norm(adder, value, whole) - frozen_norm(adder, torch.zeros_like(whole), whole)
+            return branch.share(parsed.site, value if branch.last is None else self._moved(value), held)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Positions (and heads) of a site, without computing a derived one."""

@@ -36,7 +36,6 @@ from circuitvision.model.names import Component, head_name, heads_of
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.recorded import chosen_layers
-from circuitvision.readout.weights.rows import as_written
 from circuitvision.readout.weights.unembedding import Unembedding, before_norm, model_of, unembedding_matrix, wide
 from circuitvision.results import Result
 
@@ -335,7 +334,7 @@ def _ov(tower: Tower, layer: int, gain: bool, written: bool) -> tuple[Tensor, Te
     with torch.no_grad(), tower.hooks_disabled():
         value, output = wide(block.W_V.detach()), wide(block.W_O.detach())
         value = _behind_norm(tower, layer, value) if gain else value
-        return value, as_written(tower, layer, "attn_add", output) if written else output
+        return value, block.branch("attn").then.linear(output) if written else output
 
 
 def _qk(tower: Tower, layer: int, gain: bool) -> tuple[Tensor, Tensor]:

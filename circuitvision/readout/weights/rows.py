@@ -12,9 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.model.spec import is_norm
-from circuitvision.model.weights import parameter
-from circuitvision.readout.weights.unembedding import through_norm, wide
+from circuitvision.readout.weights.unembedding import wide
 
 if TYPE_CHECKING:
     from circuitvision.model.tower import Tower
@@ -34,24 +32,16 @@ def written_rows(tower: Tower, layer: int, component: str = "mlp") -> Float[Tens
         else:
             values = wide(block.W_V).repeat_interleave(tower.cfg.n_heads // tower.cfg.n_kv_heads, dim=0)
             rows = (values @ wide(block.W_O)).flatten(0, 1)
-        return as_written(tower, layer, "mlp_add" if component == "mlp" else "attn_add", wide(rows.detach()))
-
-
-def as_written(tower: Tower, layer: int, add: str, rows: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-    """Rows of an output projection through what follows it: LayerScale, or the linear part of a sandwich norm."""
-    block = tower.blocks[layer]
-    if not block.has(add):
-        return rows
-    module = block.part(add)
-    if is_norm(module):
-        return through_norm(module, rows)
-    return rows * wide(parameter(module, "lambda1").detach()).to(rows)
+        return block.branch(_branch(component)).then.linear(wide(rows.detach()))
 
 
 def is_normed(tower: Tower, component: str) -> bool:
     """Whether a norm stands between these rows and the stream, so that their length there depends on the input."""
-    block, add = tower.blocks[0], "mlp_add" if component == "mlp" else "attn_add"
-    return block.has(add) and is_norm(block.part(add))
+    return tower.blocks[0].branch(_branch(component)).then.normed
+
+
+def _branch(component: str) -> str:
+    return "mlp" if component == "mlp" else "attn"
 
 
 def projections(

@@ -30,9 +30,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import InputError, nearest
+from circuitvision.model.norms import Norm
 from circuitvision.model.spec import Readout, require
-from circuitvision.model.tower import Tower, norm_spec
-from circuitvision.model.weights import attention_weights, embedding_weight, linear_weight, norm_weights
+from circuitvision.model.tower import Tower
+from circuitvision.model.weights import attention_weights, embedding_weight, linear_weight
 from circuitvision.readout.targets import names_of, output_kind, prompt_embeddings, word_ids
 
 if TYPE_CHECKING:
@@ -129,20 +130,9 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def through_norm(module: nn.Module, rows: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-    """Rows through the linear part of a norm: centred for a LayerNorm, times the gain; not divided, no bias."""
-    spec = norm_spec(module)
-    rows = rows - rows.mean(-1, keepdim=True) if spec.centred else rows
-    weight, _ = norm_weights(module)
-    return rows if weight is None else rows * (spec.offset + wide(weight.detach()).to(rows))
-
-
 def before_norm(module: nn.Module, weight: Float[Tensor, "d_model n_out"]) -> Float[Tensor, "d_model n_out"]:
-    """The matrix that reads a stream before a norm as ``weight`` reads it behind: the transpose of :func:`through_norm`."""
-    spec = norm_spec(module)
-    gain, _ = norm_weights(module)
-    weight = weight if gain is None else weight * (spec.offset + wide(gain.detach()).to(weight))[:, None]
-    return weight - weight.mean(0, keepdim=True) if spec.centred else weight
+    """The matrix that reads a stream before a norm as ``weight`` reads it behind: centred for a LayerNorm, times the gain; not divided."""
+    return Norm(module).transposed(weight.T).T
 
 
 def _through_final_norm(tower: Tower, weight: Tensor) -> Tensor:
