@@ -131,7 +131,7 @@ def _by_example(
             "The rows of this tower are no examples of the data set (texts that images are compared with)."
         )
     weights = torch.ones(len(owners), dtype=torch.float64)
-    if "position" in names:
+    if "position" in names and all(isinstance(position, int) for position in result.axes["position"]):
         at = [int(position) for position in result.axes["position"]]
         tokens = model.tokens(batch.inputs)[str(getattr(result, "tower", ""))]
         mask = chosen_at_site(tokens, at[0], positions, range(rows[0], rows[-1] + 1))[:, at].to(values.device)
