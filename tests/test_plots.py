@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from circuitvision import edits
 from circuitvision.circuits import AblationCheck, head_importance
 from circuitvision.errors import InputError
 from circuitvision.metrics import logit_diff
+from circuitvision.model.edits.base import EditGroup
 from circuitvision.model.sweeps.result import SweepResult
 from circuitvision.patching import activation_patch
 from circuitvision.plots import graph, lens_rows, report, style, sweeps
@@ -201,3 +204,53 @@ def test_pages_load_nothing_and_hold_plotly_once(tmp_path):
 
 def test_signed_percent():
     assert [style.signed_percent(x) for x in (0.504, -0.2, 0.0, -0.001)] == ["50%", "\N{MINUS SIGN}20%", "0%", "0%"]
+
+
+def grid_result(sizes: dict[str, int], metrics: tuple[str, ...] = ()) -> SweepResult:
+    axes = {name: list(range(size)) for name, size in sizes.items()}
+    shape = [*([len(metrics)] if metrics else []), *sizes.values(), 3]
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    count = math.prod(sizes.values())
+    return SweepResult(
+        values,
+        {**({"metric": list(metrics)} if metrics else {}), **axes, "example": [0, 1, 2]},
+        {"metric": "a metric", "metric_units": "logit"},
+        clean=torch.zeros([*shape[:1], 3] if metrics else [3], dtype=torch.float64),
+        edits=[EditGroup([edits.scale("vision.blocks.0.attn.hook_z", float(n))]) for n in range(count)],
+        done=torch.ones(list(sizes.values()), dtype=torch.bool),
+        metric=dict.fromkeys(metrics) or None,
+    )
+
+
+def test_sweeps_are_drawn_by_their_axes():
+    one = grid_result({"layer": 4})
+    (line,) = one.plot().data
+    np.testing.assert_allclose(line.y, one.effect.mean(-1))
+    assert list(line.x) == ["0", "1", "2", "3"]
+    two = grid_result({"layer": 4, "head": 2})
+    (grid,) = heat_maps(two.plot())
+    np.testing.assert_allclose(grid, two.effect.mean(-1))
+    three = grid_result({"strength": 3, "layer": 4, "head": 2})
+    figure = three.plot()
+    for number, panel in enumerate(heat_maps(figure)):
+        np.testing.assert_allclose(panel, three.effect.mean(-1)[number])
+    assert {note.text for note in figure.layout.annotations} == {"strength 0", "strength 1", "strength 2"}
+    assert figure.layout.coloraxis.cmin == -figure.layout.coloraxis.cmax
+    best, _ = three.top(1)[0]
+    assert figure.layout.title.text.startswith(
+        f"strength {best['strength']}, layer {best['layer']}, head {best['head']} moves a metric most"
+    )
+    for sizes in ({"a": 2, "b": 2, "c": 2, "d": 2}, {"a": 13, "b": 1, "c": 1}):
+        with pytest.raises(InputError, match="up to three axes"):
+            grid_result(sizes).plot()
+
+
+def test_a_sweep_of_several_metrics_shows_the_one_asked_for():
+    result = grid_result({"layer": 4, "head": 2}, ("first", "second"))
+    for name, chosen in (("first", None), ("second", "second")):
+        (grid,) = heat_maps(result.plot(metric=chosen))
+        np.testing.assert_allclose(grid, result.of(name).effect.mean(-1))
+    with pytest.raises(InputError, match="third"):
+        result.plot(metric="third")
+    with pytest.raises(InputError, match="single metric"):
+        grid_result({"layer": 4}).plot(metric="first")
