@@ -245,7 +245,7 @@ def _write(metric: Metric, tensors: dict[str, Tensor], sources: bool) -> dict[st
         value: Any = getattr(metric, entry.name)
         if entry.name == "tokens":
             continue
-        if entry.name == "position" and dataclasses.is_dataclass(value):
+        if entry.name == "position" and hasattr(value, "resolve"):
             value = {"positions": write_positions(value, tensors)}
         if isinstance(value, Tensor):
             digest = of_tensor(value)
