@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -316,8 +316,8 @@ def _write(metric: Metric, tensors: dict[str, Tensor], sources: bool) -> dict[st
         value: Any = getattr(metric, entry.name)
         if entry.name == "tokens":
             continue
-        if entry.name == "position" and dataclasses.is_dataclass(value) and not isinstance(value, type):
-            value = {"positions": write_positions(cast(Any, value), tensors)}
+        if entry.name == "position" and hasattr(value, "resolve"):
+            value = {"positions": write_positions(value, tensors)}
         if isinstance(value, Tensor):
             digest = of_tensor(value)
             tensors[digest] = value
