@@ -215,7 +215,7 @@ def test_labels_per_patch_are_told_how() -> None:
     n_patches = model.tokens(inputs)["vision"].n_positions - 1
     labels = np.random.default_rng(0).integers(0, 2, (6, n_patches))
     for given in (labels, labels.tolist(), torch.from_numpy(labels)):
-        with pytest.raises(InputError, match="probe_vectors"):
+        with pytest.raises(InputError, match="linear_probe"):
             cv.readout.linear_probe(model, inputs, given, positions="patch")
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs)

@@ -164,7 +164,7 @@ def check_errors(counts: tuple[int, ...]) -> None:
     owner = np.array([example for example, count in enumerate(counts) for _ in range(count)])
     found = cv.readout.rank_components(mass)
     for name, value, error in zip(found.axes["component"], found.values.tolist(), found.errors.tolist(), strict=True):
-        layer, head = (int(part) for part in name[1:].split("H"))
+        layer, head = (int(part) for part in name.split(" L")[1].split("H"))
         rows = mass.values[mass.axes["layer"].index(layer), head].double().numpy()
         means = np.array([rows[owner == example].mean() for example in range(len(counts))])
         assert value == pytest.approx(means.mean())

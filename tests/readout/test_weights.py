@@ -140,7 +140,7 @@ def test_rows_of_the_ov_circuit_are_what_a_unit_coordinate_becomes():
     for head in range(tower.cfg.n_heads):
         kv = head // (tower.cfg.n_heads // tower.cfg.n_kv_heads)
         torch.testing.assert_close(rows[head], tower.W_V[1, kv] @ tower.W_O[1, head])
-    result = value_vectors(tower, 2, of="ov_circuit", layers=[1])
+    result = value_vectors(tower, 2, component="ov_circuit", layers=[1])
     assert list(result.axes) == ["layer", "head", "coordinate", "rank"]
     assert result.flat(1, 2, 3) == tower.cfg.n_heads * tower.cfg.d_model + 2 * tower.cfg.d_model + 3
 
@@ -172,7 +172,7 @@ def test_batches_targets_and_layers_agree_with_one_dense_product():
 @given(st.integers(0, 2), st.integers(0, 4), st.integers(0, 5))
 def test_flat_indices_count_layers_then_rows(layer, head, channel):
     model = cv.HookedModel(shared_model("deit"))
-    result = value_vectors(model.vision, 1, of="ov")
+    result = value_vectors(model.vision, 1, component="ov")
     flat = result.flat(layer, head, channel)
     assert flat == layer * 30 + head * 6 + channel
     assert result.place(flat) == (layer, head, channel)
@@ -233,7 +233,7 @@ def test_bfloat16_weights_are_read_in_float32_and_nothing_is_changed():
         ("vit", {"layers": "all"}, "give numbers"),
         ("vit", {"top_k": 2.5}, "whole number"),
         ("vit", {"batch_size": 1.5}, "whole number"),
-        ("vit", {"of": "neurons"}, "choose one of"),
+        ("vit", {"component": "neurons"}, "choose one of"),
         ("vit", {"measure": "length"}, "cosine"),
         ("vit", {"top_k": 0}, "at least 1"),
         ("vit", {"batch_size": 0}, "at least 1"),
@@ -281,7 +281,7 @@ def test_action_bins_count_from_the_end_of_the_vocabulary():
 
 
 def test_concepts_and_actions_are_read_off_the_neurons_of_a_policys_language_tower():
-    """The first step of steering by value vectors: neurons that speak for a group of words by flat index, and their share of action tokens."""
+    """The first step of steering by value vectors: neurons that promote a group of words by flat index, and their share of action tokens."""
     model = hooked("pi0")
     tower = model.language
     table = tower.W_U / tower.W_U.norm(dim=0)
@@ -318,17 +318,17 @@ def test_figures_of_value_vectors_say_the_finding_and_need_no_model(tmp_path):
     plant(model.language, 1, 7, 40 * model.language.W_U[:, model.token("red")])
     result = ValueVectors.load(value_vectors(model.language, 3).save(tmp_path / "vectors.npz"))
     whole = result.plot(count=4)
-    assert "L1N7 speaks most strongly for red" in heading(whole)
+    assert "L1N7 promotes red most" in heading(whole)
     assert len(cells(whole)) == 12
     found = result.plot(targets=["red"], count=2)
-    assert heading(found).startswith("language L1N7 speaks for 1 of the 1 outputs asked for")
+    assert heading(found).startswith("language L1N7 promotes 1 of the 1 outputs asked for")
     orange = found.data[0].z
     assert orange[0][0] is not None
     assert sum(value is not None for value in orange[0]) == 1
     kept = value_vectors(model.language, targets=["red", "blue"]).plot(count=3)
     assert list(kept.layout.xaxis.ticktext) == ["red", "blue"]
     against = value_vectors(model.language, 2, largest=False).plot(count=1)
-    assert "against" in heading(against)
+    assert "suppresses" in heading(against)
     assert "No value vector" in result.plot(targets=["no such word"]).layout.title.text
     markup = value_vectors(model.language, 1, matrix=torch.eye(32)[:, :1]).plot(count=1)
     assert cells(markup) == ["0"]

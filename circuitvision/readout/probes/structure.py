@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -195,16 +195,6 @@ class CKAResult(Result):
 
     unbiased: bool = False
     same: bool = False
-
-
-@overload
-def cka(
-    first: Mapping[str, Tensor], second: Mapping[str, Tensor] | None = None, *, unbiased: bool = False
-) -> CKAResult: ...
-
-
-@overload
-def cka(first: Tensor | np.ndarray, second: Tensor | np.ndarray, *, unbiased: bool = False) -> float: ...
 
 
 @with_provenance
