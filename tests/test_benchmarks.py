@@ -182,3 +182,15 @@ def test_lens_quick_holds_less_than_all_logits(tmp_path: Path) -> None:
     peaks = {name: reader["peak_mib"] for name, reader in found["readers"].items()}
     assert peaks["circuitvision, two targets with ranks"] < peaks["all logits"]
     assert all(name in printed for name in peaks)
+
+
+@pytest.mark.slow
+def test_memory_of_sweeps_quick_prints_a_row_for_every_number_of_pairs(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "sweep_memory.py"), "--quick", "--results", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "sweep_memory-cpu.json").read_text())["rows"]
+    assert [(row["way"], row["pairs"]) for row in rows] == [
+        (way, count) for count in (4, 8, 16) for way in ("in batches", "all at once")
+    ]
+    assert done.stdout.strip() in (tmp_path / "sweep_memory-cpu.md").read_text()
