@@ -90,6 +90,10 @@ class _Sourced(Edit):
         self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
     ) -> None:
         super().check(model, site, window, n_heads, grows)
+        if isinstance(self.source, NamedFunction):
+            raise InputError(
+                f"its source was the {self.source.name} side of a data set, which a file does not hold: make the edit again"
+            )
         if isinstance(self.source, SideSource):
             raise InputError(
                 f"its source is the {self.source}, which a sweep over a data set reads: model.sweep(pairs, …)"
