@@ -30,7 +30,7 @@ from torch import Tensor
 from circuitvision.digests import NamedFunction, of_tensor
 from circuitvision.errors import InputError
 from circuitvision.links import Link, divergence, link_of, log_probabilities, probabilities
-from circuitvision.results import as_builtin, stored_as
+from circuitvision.storage import as_builtin, stored_as
 
 Answer = int | str | Sequence[int | str] | Tensor
 Position = int | str | Tensor

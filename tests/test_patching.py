@@ -26,34 +26,36 @@ def model() -> ToyModel:
 @pytest.mark.parametrize("mode", ["denoise", "noise"])
 def test_effects_of_an_additive_model_are_the_shares_of_its_heads(mode):
     vision = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z", mode=mode)
-    torch.testing.assert_close(vision.values, VISION / VISION.sum())
-    assert vision.axes == {"layer": [0, 1], "head": [0, 1, 2]}
+    torch.testing.assert_close(vision.mean(), VISION / VISION.sum())
+    assert vision.axes == {"layer": [0, 1], "head": [0, 1, 2], "example": [0, 1]}
     language = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="language.blocks.*.attn.hook_z", mode=mode)
-    torch.testing.assert_close(language.values, LANGUAGE / 0.75)
+    torch.testing.assert_close(language.mean(), LANGUAGE / 0.75)
 
 
 def test_raw_effects_are_in_units_of_the_metric():
     result = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z")
-    torch.testing.assert_close(result.raw, VISION * 0.75 * 3.0)  # picture differs by 3 in both examples
+    torch.testing.assert_close(
+        result.mean(quantity="raw"), VISION * 0.75 * 3.0
+    )  # picture differs by 3 in both examples
     torch.testing.assert_close(result.source - result.base, torch.full((2,), 22.5, dtype=torch.float64))
     assert result.top(2)[0] == ({"layer": 1, "head": 2}, pytest.approx(0.5))
 
 
 def test_whole_layers_and_sites_outside_blocks():
     whole = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z", axes=("layer",))
-    torch.testing.assert_close(whole.values, VISION.sum(1) / VISION.sum())
+    torch.testing.assert_close(whole.mean(), VISION.sum(1) / VISION.sum())
     bridge = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="projector.hook_out", axes=("site",))
-    assert bridge.values.tolist() == [1.0]
-    assert bridge.axes == {"site": ["projector.hook_out"]}
+    assert bridge.mean().tolist() == [1.0]
+    assert bridge.axes == {"site": ["projector.hook_out"], "example": [0, 1]}
     positions = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="projector.hook_out", axes=("site", "position"))
-    assert positions.values.tolist() == [[1.0]]
+    assert positions.mean().tolist() == [[1.0]]
 
 
 def test_several_towers_share_one_result_with_holes():
     both = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="*.blocks.*.attn.hook_z")
-    assert both.axes == {"tower": ["vision", "language"], "layer": [0, 1], "head": [0, 1, 2]}
-    torch.testing.assert_close(both.values[0], VISION / VISION.sum())
-    assert both.values[1].isnan().tolist() == [[False, False, True], [True, True, True]]
+    assert both.axes == {"tower": ["vision", "language"], "layer": [0, 1], "head": [0, 1, 2], "example": [0, 1]}
+    torch.testing.assert_close(both.mean()[0], VISION / VISION.sum())
+    assert both.mean()[1].isnan().tolist() == [[False, False, True], [True, True, True]]
 
 
 def test_a_run_patched_into_itself_changes_nothing_and_is_degenerate():
@@ -67,8 +69,8 @@ def test_degenerate_examples_are_left_out_of_the_mean():
     half = {"picture": torch.tensor([2.0, 1.0], dtype=torch.float64)}
     with pytest.warns(UserWarning, match="1 of 2"):
         result = activation_patch(model(), half, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z")
-    torch.testing.assert_close(result.values, VISION / VISION.sum())
-    assert result.per_example[..., 1].isnan().all()
+    torch.testing.assert_close(result.mean(), VISION / VISION.sum())
+    assert result.values[..., 1].isnan().all()
 
 
 def test_one_run_per_cell_and_no_more():
@@ -89,7 +91,7 @@ def test_dead_sites_cost_no_run_and_have_no_effect():
 def test_results_survive_a_file(tmp_path):
     result = activation_patch(model(), CLEAN, CORRUPT, METRIC, sites="vision.blocks.*.attn.hook_z")
     again = PatchingResult.load(result.save(tmp_path / "p.npz"))
-    assert torch.equal(again.per_example, result.per_example)
+    assert torch.equal(again.values, result.values)
     assert (again.mode, again.site) == ("denoise", "attn.hook_z")
     assert again.provenance["dataset_sha256"]
 
@@ -144,7 +146,7 @@ def test_on_real_models_the_projector_is_everything_and_a_head_is_what_a_hook_by
 
     logits = model.run_with_hooks(corrupt, fwd_hooks=[("vision.blocks.0.attn.hook_z", by_hand)])
     expected = logit_diff(7, 9)(logits, corrupt) - logit_diff(7, 9)(model(corrupt), corrupt)
-    torch.testing.assert_close(heads.raw[0, 1], expected.mean())
+    torch.testing.assert_close(heads.raw[0, 1], expected)
 
 
 def hooked_pair(name):

@@ -18,10 +18,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision import edits, metrics
@@ -50,16 +51,22 @@ class PairBatch:
 class AblationCheck(Result):
     """Pairs answered right with nothing ablated, with the heads ablated, and with each random set ablated.
 
-    ``values`` are the shares of pairs with both answers right, axis ``condition``: ``"intact"``, ``"heads"``,
-    ``"random 1"`` …; ``logit_diff`` is the mean margin of the right over the other answer in the same order.
+    ``values`` ``[condition example]`` is 1 for a pair with both answers right and 0 for another; conditions are ``"intact"``, ``"heads"``,
+    ``"random 1"`` …. ``logit_diff`` ``[condition example]`` is the margin of the right over the other answer, the mean of the two inputs.
     ``random_heads`` lists what was drawn, and ``edits`` holds the group of each condition, with the means by digest.
     """
 
     logit_diff: Tensor = field(default_factory=lambda: torch.zeros(0))
     heads: list[str] = field(default_factory=list)
     random_heads: list[list[str]] = field(default_factory=list)
-    n_pairs: int = 0
     edits: list[EditGroup] = field(default_factory=list)
+
+    _per_example: ClassVar[dict[str, int]] = {"logit_diff": -1}
+
+    @property
+    def n_pairs(self) -> int:
+        """How many pairs were asked."""
+        return len(self.examples)
 
     def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
         """Refused: conditions of one check are compared with "intact", not ranked among each other."""
@@ -68,17 +75,17 @@ class AblationCheck(Result):
     @property
     def intact(self) -> float:
         """Share of pairs that the model as it is gets right."""
-        return float(self.values[0])
+        return float(self.mean()[0])
 
     @property
     def ablated(self) -> float:
         """Share of pairs right with the heads ablated together."""
-        return float(self.values[1])
+        return float(self.mean()[1])
 
     @property
     def random(self) -> Tensor:
         """Share of pairs right with each random set ablated."""
-        return self.values[2:]
+        return self.mean()[2:]
 
     @property
     def carries_the_answer(self) -> bool:
@@ -141,15 +148,14 @@ def ablation_check(
         scores = [_score(model, runs, names, means, position) for names in todo]
     first = pairs[0]
     return AblationCheck(
-        values=torch.tensor([accuracy for accuracy, _ in scores], dtype=torch.float64),
-        axes={"condition": list(conditions)},
+        values=torch.stack([right for right, _ in scores]),
+        axes={"condition": list(conditions), "example": list(range(scores[0][0].shape[0]))},
         provenance=describe(
             model, method="ablation_check(mean per position)", inputs=(first.clean, first.corrupt), seed=seed
         ),
-        logit_diff=torch.tensor([margin for _, margin in scores], dtype=torch.float64),
+        logit_diff=torch.stack([margin for _, margin in scores]),
         heads=chosen,
         random_heads=draws,
-        n_pairs=sum(len(batch.answer) for batch in pairs),
         edits=[by_digest(_ablations(model, first.clean, names, means)) for names in conditions.values()],
     )
 
@@ -208,18 +214,18 @@ def _score(
     names: Sequence[str],
     means: Mapping[str, Tally],
     position: metrics.Position,
-) -> tuple[float, float]:
-    """Share of the pairs answered right on both inputs, and the mean margin of the right answer over the other."""
-    right, margin, count = 0.0, 0.0, 0
+) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
+    """Whether each pair is answered right on both inputs, and the margin of the right answer over the other, the mean of both inputs."""
+    right, margins = [], []
     for both in runs:
-        correct = []
+        correct, margin = [], []
         for inputs, answer, foil in both:
             logits = model.run(inputs, _ablations(model, inputs, names, means))
             correct.append(metrics.at_position(logits, position, inputs).argmax(-1).cpu() == answer)
-            margin += float(metrics.logit_diff(answer, foil, position)(logits, inputs).sum()) / len(both)
-        right += float(torch.stack(correct).all(0).sum())
-        count += len(correct[0])
-    return right / count, margin / count
+            margin.append(metrics.logit_diff(answer, foil, position)(logits, inputs).detach().cpu().double())
+        right.append(torch.stack(correct).all(0).double())
+        margins.append(torch.stack(margin).mean(0))
+    return torch.cat(right), torch.cat(margins)
 
 
 def _draw(others: Sequence[str], size: int, number: int, seed: int) -> list[list[str]]:

@@ -23,16 +23,15 @@ Reference: activation patching (Wang et al. 2022, arXiv 2211.00593); freezing re
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import networkx as nx
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision import edits, metrics
@@ -43,6 +42,7 @@ from circuitvision.model.names import NodeName, format_id, head_id, parse_id, si
 from circuitvision.patching.activation import PatchingResult, activation_patch, check_same_shapes
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
+from circuitvision.statistics import standard_error
 
 ANSWER = "answer"
 ROUNDING = 3e-6
@@ -56,49 +56,61 @@ class HeadImportance(Result):
     """Effects of all heads and connectors, and the edges among the strongest.
 
     ``values`` are shares of the answer restored (``mode="denoise"``) or destroyed (``"noise"``), ``raw`` the same in
-    units of the metric; axes tower, layer, head, with NaN where a tower has no such head. ``selected`` lists the ids
-    of the heads that edges were measured for, strongest first; ``joint`` is the share that patching all of them at
-    once moves. ``connectors`` and ``inputs`` map the ids of connectors and of vision towers' inputs to their site,
-    effect and share. ``edges`` is a list of ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the
-    output. ``dead`` lists sites that cannot reach the output. ``edits`` are the groups that were run, with the values of
-    both runs by digest: single heads, then the other nodes, all selected heads together, and the edges' runs. ``errors``,
-    ``joint_error`` and ``swing_error`` are standard errors over examples of ``values``, ``joint`` and the two runs'
-    difference; NaN or empty for a single example.
+    units of the metric; axes tower, layer, head, example, with NaN where a tower has no such head. ``selected`` lists the ids
+    of the heads that edges were measured for, strongest first; ``together`` ``[example]`` is the share that patching all of them at
+    once moves. ``clean`` and ``corrupt`` ``[example]`` are the metric of the two runs. ``connectors`` and ``inputs`` map the ids of connectors and
+    of vision towers' inputs to their site, effect and share. ``edges`` is a list of ``{"sender", "receiver", "score", "se"}``, receiver
+    ``"answer"`` for the output. ``dead`` lists sites that cannot reach the output. ``edits`` are the groups that were run, with the values of both
+    runs by digest: single heads, then the other nodes, all selected heads together, and the edges' runs.
     """
 
     raw: Tensor = field(default_factory=lambda: torch.zeros(0))
     selected: list[str] = field(default_factory=list)
-    joint: float = 0.0
+    together: Tensor = field(default_factory=lambda: torch.zeros(0))
+    clean: Tensor = field(default_factory=lambda: torch.zeros(0))
+    corrupt: Tensor = field(default_factory=lambda: torch.zeros(0))
     connectors: dict[str, dict[str, Any]] = field(default_factory=dict)
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     edges: list[dict[str, Any]] = field(default_factory=list)
-    metric_clean: float = 0.0
-    metric_corrupt: float = 0.0
     mode: str = "denoise"
-    n_examples: int = 0
     answer_tower: str = ""
     dead: list[str] = field(default_factory=list)
     edits: list[EditGroup] = field(default_factory=list)
-    errors: Tensor = field(default_factory=lambda: torch.zeros(0))
-    joint_error: float = math.nan
-    swing_error: float = math.nan
 
-    def share_errors(self) -> dict[str, float]:
-        """The standard error of every head's share over examples, by id; empty for a single example."""
-        if not self.errors.numel():
-            return {}
-        found = {}
-        for index in torch.isfinite(self.errors).nonzero().tolist():
-            tower, layer, head = (labels[i] for labels, i in zip(self.axes.values(), index, strict=True))
-            found[head_id(tower, layer, head)] = float(self.errors[tuple(index)])
-        return found
+    _per_example: ClassVar[dict[str, int]] = dict.fromkeys(("raw", "together", "clean", "corrupt"), -1)
+
+    @property
+    def joint(self) -> float:
+        """The mean share that patching all selected heads at once moves."""
+        return float(self.mean(quantity="together"))
+
+    @property
+    def swing(self) -> Float[Tensor, " example"]:
+        """How far the metric moves between the two runs, clean minus corrupt."""
+        return self.clean - self.corrupt
+
+    @property
+    def metric_clean(self) -> float:
+        """The mean metric of the clean run."""
+        return float(self.mean(quantity="clean"))
+
+    @property
+    def metric_corrupt(self) -> float:
+        """The mean metric of the corrupt run."""
+        return float(self.mean(quantity="corrupt"))
+
+    @property
+    def n_examples(self) -> int:
+        """How many examples were measured."""
+        return len(self.examples)
 
     def ranking(self) -> list[tuple[str, float, float]]:
-        """Every head as (id, share, effect in units of the metric), largest absolute effect first."""
+        """Every head as (id, mean share, mean effect in units of the metric), largest absolute effect first."""
         heads = []
-        for index in torch.isfinite(self.raw).nonzero().tolist():
-            tower, layer, head = (labels[i] for labels, i in zip(self.axes.values(), index, strict=True))
-            heads.append((head_id(tower, layer, head), float(self.values[tuple(index)]), float(self.raw[tuple(index)])))
+        shares, effects = self.mean(), self.mean(quantity="raw")
+        for index in torch.isfinite(effects).nonzero().tolist():
+            tower, layer, head = (self.axes[name][i] for name, i in zip(("tower", "layer", "head"), index, strict=True))
+            heads.append((head_id(tower, layer, head), float(shares[tuple(index)]), float(effects[tuple(index)])))
         return sorted(heads, key=lambda entry: -abs(entry[2]))
 
     def best(self) -> tuple[str, float]:
@@ -191,7 +203,7 @@ def head_importance(
         sites = f"{tower}.blocks.*.attn.hook_z"
         patched[tower] = activation_patch(model, clean, corrupt, metric, sites=sites, mode=mode)
     runs = next(iter(patched.values()))
-    if bool(runs.per_example.isnan().all()):
+    if bool(runs.values.isnan().all()):
         raise InputError("The metric hardly differs between the two runs, so no head can restore anything.")
     values, raw, axes = _stack(patched)
     selected = _strongest(raw, axes, top_k)
@@ -216,19 +228,15 @@ def head_importance(
         ),
         raw=raw,
         selected=[name for name, _ in sorted(selected.items(), key=lambda entry: -abs(entry[1]))],
-        joint=float((together / freezer.gap).nanmean()),
+        together=together / freezer.gap,
+        clean=ends[0],
+        corrupt=ends[1],
         connectors={freezer.ids[site]: wholes[freezer.ids[site]] for site in freezer.connectors},
         inputs={freezer.ids[site]: wholes[freezer.ids[site]] for site in freezer.inputs},
         edges=edges,
-        metric_clean=float(ends[0].mean()),
-        metric_corrupt=float(ends[1].mean()),
         mode=mode,
-        n_examples=len(runs.base),
         answer_tower=names[-1],
         dead=[site for result in patched.values() for site in result.dead],
-        errors=_stack({name: _spread(result) for name, result in patched.items()})[0],
-        joint_error=_error(together / freezer.gap),
-        swing_error=_error(runs.source - runs.base),
         edits=[*(group for result in patched.values() for group in result.edits), *freezer.groups],
     )
 
@@ -247,7 +255,7 @@ class _Freezer:
     ) -> None:
         self.model, self.metric, self.base_inputs, self.base = model, metric, base_inputs, measured.base
         # Examples in which the two runs hardly differ have no share; one cell of the measurement says which they are.
-        one_cell = measured.per_example.flatten(0, -2)[0]
+        one_cell = measured.values.flatten(0, -2)[0]
         self.gap = (measured.source - measured.base).masked_fill(one_cell.isnan(), float("nan"))
         self.groups: list[EditGroup] = []
         self.connectors, self.inputs = connector_sites(model), input_sites(model)
@@ -322,7 +330,7 @@ def _edges(freezer: _Freezer, selected: Mapping[str, float]) -> list[dict[str, A
 
 
 def _edge(freezer: _Freezer, sender: str, receiver: str, scores: Tensor) -> dict[str, Any]:
-    spread = float(scores.std() / len(scores) ** 0.5) if len(scores) > 1 else 0.0
+    spread = float(standard_error(scores).nan_to_num(0.0))
     ends = {"sender": freezer.ids.get(sender, sender), "receiver": freezer.ids.get(receiver, receiver)}
     return {**ends, "score": float(scores.mean()), "se": spread}
 
@@ -346,36 +354,27 @@ def _stack(patched: Mapping[str, PatchingResult]) -> tuple[Tensor, Tensor, dict[
     layers = max(len(result.axes["layer"]) for result in patched.values())
     heads = max(len(result.axes["head"]) for result in patched.values())
     dtype = next(iter(patched.values())).raw.dtype
-    values = torch.full((len(patched), layers, heads), float("nan"), dtype=dtype)
+    examples = next(iter(patched.values())).axes["example"]
+    values = torch.full((len(patched), layers, heads, len(examples)), float("nan"), dtype=dtype)
     raw = values.clone()
     for number, result in enumerate(patched.values()):
-        rows, columns = result.values.shape
+        rows, columns, _ = result.values.shape
         values[number, :rows, :columns] = result.values
         raw[number, :rows, :columns] = result.raw
-    return values, raw, {"tower": list(patched), "layer": list(range(layers)), "head": list(range(heads))}
-
-
-def _error(values: Tensor) -> float:
-    """The standard error of a mean over those examples that have a value."""
-    there = values[torch.isfinite(values)].double()
-    return float(there.std() / len(there) ** 0.5) if len(there) > 1 else math.nan
-
-
-def _spread(result: PatchingResult) -> PatchingResult:
-    """A patching result whose values are the standard errors of its effects."""
-    there = torch.isfinite(result.per_example)
-    count = there.sum(-1)
-    centred = (result.per_example - result.values[..., None]).where(there, torch.zeros(()).to(result.per_example))
-    spread = (centred.square().sum(-1) / (count - 1) / count).sqrt()
-    spread = spread.where(count > 1, torch.full_like(spread, math.nan))
-    return dataclasses.replace(result, values=spread, raw=spread)
+    axes: dict[str, list[Any]] = {
+        "tower": list(patched),
+        "layer": list(range(layers)),
+        "head": list(range(heads)),
+        "example": examples,
+    }
+    return values, raw, axes
 
 
 def _strongest(raw: Tensor, axes: Mapping[str, list[Any]], top_k: int) -> dict[str, float]:
     """Id and effect of the ``top_k`` heads of each tower with the largest absolute effect that is not zero."""
     chosen: dict[str, float] = {}
     for number, tower in enumerate(axes["tower"]):
-        flat = raw[number].flatten()
+        flat = raw[number].nanmean(-1).flatten()
         for index in flat.abs().nan_to_num(0.0).argsort(descending=True, stable=True)[:top_k].tolist():
             effect = float(flat[index])
             if effect == effect and effect != 0.0:

@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,8 @@ from circuitvision.model.routes import (
 from circuitvision.model.state import refuse_random
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe
-from circuitvision.results import Result, as_builtin
+from circuitvision.results import Result
+from circuitvision.storage import as_builtin
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,6 +85,8 @@ class SweepResult(Result):
     interrupted: str = ""
     metric: Any = None
 
+    _per_example: ClassVar[dict[str, int]] = {"clean": -1}
+
     @property
     def labels(self) -> list[str]:
         """One line for each group of edits, told apart by a number where two are alike."""
@@ -111,7 +114,7 @@ class SweepResult(Result):
     def highlights(self) -> dict[str, str]:
         """The edits with the largest mean effect, beside the unedited metric."""
         found = {name: f"{value:+.4g}" for name, value in self.top(5)}
-        return {**found, "unedited": f"{float(self.clean.double().mean()):.4g}"}
+        return {**found, "unedited": f"{float(self.mean(quantity='clean')):.4g}"}
 
     @property
     def effect(self) -> Tensor:
@@ -120,14 +123,14 @@ class SweepResult(Result):
 
     def top(self, count: int = 10) -> list[tuple[str, float]]:
         """The edits with the largest absolute mean effect, strongest first."""
-        mean, names = self.effect.nanmean(-1).flatten(), self.labels
+        mean, names = self.mean(quantity="effect").flatten(), self.labels
         order = mean.abs().nan_to_num(-1.0).argsort(descending=True, stable=True).tolist()
         found = [(names[index], float(mean[index])) for index in order if not mean[index].isnan()]
         return found[:count]
 
-    def to_frame(self) -> pd.DataFrame:
+    def _long_frame(self) -> pd.DataFrame:
         """One row per edit and example: ``value``, ``clean`` and ``effect``, their difference."""
-        frame = super().to_frame()
+        frame = super()._long_frame()
         frame["clean"] = self.clean.double().repeat(len(frame) // max(1, len(self.clean))).numpy()
         frame["effect"] = frame["value"] - frame["clean"]
         return frame

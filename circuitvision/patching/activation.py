@@ -23,7 +23,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -48,17 +48,15 @@ _AXES = ("tower", "layer", "site", "head", "position")
 
 @dataclass(frozen=True, eq=False)
 class PatchingResult(Result):
-    """Effects of patching, averaged over the examples that have one.
+    """Effects of patching, ``[*axes example]``.
 
     ``values`` are normalised effects (see the module), ``raw`` the change of the metric in its own units, both with
-    the same axes; ``per_example`` has a last dimension for the examples. ``base`` and ``source`` are the metric of
-    the two runs, per example. Cells that do not exist (a tower with fewer layers or heads than another) are NaN in
-    all of them. Sites listed in ``dead`` cannot reach the output: their effect is 0, without a run. ``sources`` is one
+    the same axes. ``base`` and ``source`` ``[example]`` are the metric of the two runs. Cells that do not exist (a tower with fewer layers or heads
+    than another) are NaN in both. Sites listed in ``dead`` cannot reach the output: their effect is 0, without a run. ``sources`` is one
     edit for each site, with the whole of the source run's values there (by digest: the result does not keep them).
     """
 
     raw: Tensor = field(default_factory=lambda: torch.zeros(0))
-    per_example: Tensor = field(default_factory=lambda: torch.zeros(0))
     base: Tensor = field(default_factory=lambda: torch.zeros(0))
     source: Tensor = field(default_factory=lambda: torch.zeros(0))
     mode: str = "denoise"
@@ -68,24 +66,28 @@ class PatchingResult(Result):
     positions: dict[str, list[int]] = field(default_factory=dict)
     """The positions of its tower that each site holds, where positions are an axis."""
 
+    _per_example: ClassVar[dict[str, int]] = {"raw": -1, "base": -1, "source": -1}
+
     @property
     def edits(self) -> list[EditGroup]:
         """The edit of every cell that was run, in row-major order; :func:`circuitvision.edits.restore` puts the source's values into them."""
         whole: dict[str, Any] = {edit.site: edit.values()["source"] for group in self.sources for edit in group}
         shapes = {site: source._tensor if isinstance(source, TensorRef) else source for site, source in whole.items()}
-        axes = [axis for axis in self.axes if axis != "tower"]
+        axes = [axis for axis in self.axes if axis not in ("tower", "example")]
         cells = sorted(_plan(list(shapes), axes, shapes, self.positions)[1]) if shapes else []
         return [EditGroup([_patch(cell, whole[cell[1]])]) for cell in cells if cell[1] not in self.dead]
 
     def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
-        """The effects; every axis is one of components."""
-        return self.values, ()
+        """The effects; every axis but the examples is one of components."""
+        return self.values, ("example",)
 
     def top(self, count: int = 10) -> list[tuple[dict[str, Any], float]]:
-        """The cells with the largest absolute effect, as (labels, effect), strongest first."""
-        flat = self.values.flatten().nan_to_num(0.0)
+        """The cells with the largest absolute mean effect, as (labels, mean effect), strongest first."""
+        flat, axes = self.mean().flatten().nan_to_num(0.0), [axis for axis in self.axes if axis != "example"]
         order = flat.abs().argsort(descending=True, stable=True)[:count].tolist()
-        cells = [dict(zip(self.axes, labels, strict=True)) for labels in itertools.product(*self.axes.values())]
+        cells = [
+            dict(zip(axes, labels, strict=True)) for labels in itertools.product(*(self.axes[name] for name in axes))
+        ]
         return [(cells[index], float(flat[index])) for index in order]
 
 
@@ -151,15 +153,13 @@ def activation_patch(
     for number, (index, _, _, _) in enumerate(live):
         assert swept is not None
         raw[index] = swept.values[number] - base
-    per_example = raw / usable_gap(source - base, base, source, min_gap)
     return PatchingResult(
-        values=per_example.nanmean(-1),
-        axes=labels,
+        values=raw / usable_gap(source - base, base, source, min_gap),
+        axes={**labels, "example": list(range(len(base)))},
         provenance=describe(
             model, method=f"activation_patch(mode={mode})", metric=metric, inputs=(clean, corrupt), sites=_kind(names)
         ),
-        raw=raw.nanmean(-1),
-        per_example=per_example,
+        raw=raw,
         base=base,
         source=source,
         mode=mode,

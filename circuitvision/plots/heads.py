@@ -26,10 +26,11 @@ def head_importance(result: HeadImportance, title: str | None = None) -> go.Figu
     """Heat maps of every head's share of the answer, one per tower."""
     towers = result.axes["tower"]
     grids = {}
+    shares, effects = result.mean(), result.mean(quantity="raw")
     for number, tower in enumerate(towers):
-        present = torch.isfinite(result.raw[number])
+        present = torch.isfinite(effects[number])
         layers, heads = int(present.any(1).sum()), int(present.any(0).sum())
-        grids[tower] = result.values[number, :layers, :heads]
+        grids[tower] = shares[number, :layers, :heads]
     whole, lead = findings.swing(result), findings.best_head(result)
     if title is None:
         title = html.escape(str(lead).replace(" of that", " of the difference"))
@@ -38,15 +39,14 @@ def head_importance(result: HeadImportance, title: str | None = None) -> go.Figu
     if lead.value != lead.value:
         # Shares of nothing are no shares: the effects themselves are shown.
         for number, tower in enumerate(towers):
-            grids[tower] = result.raw[number, : grids[tower].shape[0], : grids[tower].shape[1]]
+            grids[tower] = effects[number, : grids[tower].shape[0], : grids[tower].shape[1]]
         return _grids(grids, title, whole.unit or "change", result.dead, share=False)
     return _grids(grids, title, "share of the difference", result.dead)
 
 
 def patching(result: PatchingResult, title: str | None = None) -> go.Figure:
     """Heat map of a patching result over two axes (one per tower, where there are several)."""
-    values = result.values
-    axes = list(result.axes)
+    values, axes = result.mean(), [axis for axis in result.axes if axis != "example"]
     if axes[0] == "tower":
         grids = {
             tower: values[number].reshape(values.shape[1], -1) for number, tower in enumerate(result.axes["tower"])

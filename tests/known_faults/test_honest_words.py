@@ -17,6 +17,7 @@ from circuitvision.data import TEST_PAIRS, TRAIN_PAIRS, sample_question_pairs
 from circuitvision.patching.activation import usable_gap
 from circuitvision.quickstart import Reading, quickstart
 from circuitvision.readout import Curve, LensResult, logit_lens
+from tests.readout.layouts import by_row, of_rows
 from tests.zoo import case, shared_model
 
 
@@ -96,7 +97,7 @@ def test_no_title_affirms_anything_of_an_untrained_classifier():
     inputs = model.inputs(images=[Image.fromarray(image) for image in pixels])
     labels = list(range(module.config.num_labels))
     lens = logit_lens(model, inputs, targets=labels)
-    told = findings.leads(lens.pooled.mean(1), lens.pooled[-1], lens.measure)
+    told = findings.leads(by_row(lens, "pooled").mean(1), by_row(lens, "pooled")[-1], lens.measure)
     answer = int(model(inputs)[0].argmax())
     scores = torch.randn(12, model.tokens(inputs)["vision"].n_positions)
     curve = cv.readout.deletion_curve(model, inputs, metrics.prob(answer), scores, steps=3, random_orders=4)
@@ -124,13 +125,16 @@ def _row(inputs, row):
 
 
 def importance(
-    clean: float, corrupt: float, shares, joint: float = 1.0, n: int = 1, error: float = math.nan, **more
+    clean: float, corrupt: float, shares, joint: float = 1.0, n: int = 1, error: float = 0.0, swing_error: float = 0.0
 ) -> HeadImportance:
-    values = torch.tensor([[shares]])
+    """A result of ``n`` examples with these means, and standard errors of the shares and of the swing."""
+    # Half of the examples lie above the mean and half below it.
+    apart = torch.tensor([(-1.0) ** i for i in range(n)], dtype=torch.float64) * (n - 1) ** 0.5
+    values = torch.tensor([[shares]], dtype=torch.float64)[..., None] + error * apart
     return HeadImportance(
-        values, {"tower": ["language"], "layer": [0], "head": list(range(len(shares)))},
-        {"metric_units": "logit", "metric": "logit_diff(a - b)"}, raw=values * (clean - corrupt), selected=["l.a0.h0"], joint=joint,
-        metric_clean=clean, metric_corrupt=corrupt, n_examples=n, errors=torch.full_like(values, error), joint_error=error, **more,
+        values, {"tower": ["language"], "layer": [0], "head": list(range(len(shares))), "example": list(range(n))},
+        {"metric_units": "logit", "metric": "logit_diff(a - b)"}, raw=values * (clean - corrupt), selected=["l.a0.h0"],
+        together=joint + error * apart, clean=clean + swing_error * apart, corrupt=torch.full((n,), corrupt, dtype=torch.float64),
     )  # fmt: skip
 
 
@@ -168,7 +172,7 @@ def test_intervals_over_examples_decide_where_there_are_several():
     sure = findings.best_head(importance(5.0, -5.0, [0.5], n=20, error=0.05, swing_error=0.5))
     unsure = findings.best_head(importance(5.0, -5.0, [0.5], n=20, error=0.3, swing_error=0.5))
     assert (sure.holds, unsure.holds) == (True, False)
-    assert sure.interval == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05))
+    assert sure.interval == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05), abs=0.01)
     assert not findings.swing(importance(5.0, -5.0, [0.5], n=20, swing_error=6.0)).holds
 
 
@@ -181,12 +185,12 @@ def test_standard_errors_of_shares_are_those_of_the_examples():
         head_importance(model, _row(clean, n), _row(corrupt, n), metrics.logit_diff(2, 3), top_k=1, towers=["language"])
         for n in range(5)
     ]
-    shares = torch.stack([single.values[0] for single in singles])
+    shares = torch.stack([single.mean()[0] for single in singles])
     gaps = torch.tensor([single.metric_clean - single.metric_corrupt for single in singles])
-    assert torch.allclose(result.errors[0][:2], (shares.std(0) / 5**0.5)[:2], rtol=1e-3, atol=1e-4)
-    assert result.swing_error == pytest.approx(float(gaps.std() / 5**0.5), rel=1e-3)
-    assert math.isnan(singles[0].swing_error)
-    assert not singles[0].share_errors()
+    assert torch.allclose(result.error()[0][:2], (shares.std(0) / 5**0.5)[:2], rtol=1e-3, atol=1e-4)
+    assert float(result.error(quantity="swing")) == pytest.approx(float(gaps.std() / 5**0.5), rel=1e-3)
+    assert bool(singles[0].error(quantity="swing").isnan())
+    assert bool(singles[0].error().isnan().all())
 
 
 def test_a_gap_that_is_noise_has_no_normalised_effect():
@@ -216,8 +220,8 @@ def test_an_answer_is_given_when_it_is_said_more_surely_than_by_chance(clean, co
 def lens(last: list[float], patch: list[float]) -> LensResult:
     values = torch.tensor([patch, last]).T[:, None, :, None]
     places = torch.tensor([[[0, 0, 0, 0], [-1, -1, -1, -1]]])
-    return LensResult(
-        values, {"layer": ["input", 0, 1][: len(last)], "row": [0], "position": [0, 1], "target": ["a - b"]}, tower="language", places=places
+    return of_rows(LensResult, values, {"layer": ["input", 0, 1][: len(last)], "row": [0], "position": [0, 1], "target": ["a - b"]},
+        tower="language", places=places,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from circuitvision.readout.weights.class_agreement import Agreement, agreement, 
 from circuitvision.readout.weights.key_values import TokenAgreement, compositionality, key_value_agreement
 from circuitvision.readout.weights.rows import projections, written_rows
 from circuitvision.readout.weights.unembedding import unembedding_matrix
+from tests.readout.layouts import by_row
 from tests.readout.planted import hooked, plant, run
 from tests.zoo import case
 
@@ -29,11 +30,11 @@ def test_agreement_is_the_largest_cosine_and_names_the_value_vector():
     brute = torch.stack(
         [torch.cosine_similarity(written_rows(tower, layer)[:, None], tower.W_U.T[None], dim=-1) for layer in range(3)]
     )
-    torch.testing.assert_close(result.values, brute.max(1).values)
+    torch.testing.assert_close(by_row(result), brute.max(1).values)
     assert torch.equal(result.index, brute.argmax(1))
-    assert result.values[2, 1:] == pytest.approx(1.0, abs=1e-6)
+    assert by_row(result)[2, 1:] == pytest.approx(1.0, abs=1e-6)
     assert result.index[2, 1:].tolist() == [11 + i for i in range(tower.W_U.shape[1] - 1)]
-    assert result.values[2, 0] < 0.95, "a vector that points away does not agree"
+    assert by_row(result)[2, 0] < 0.95, "a vector that points away does not agree"
     assert result.p[2] <= 2 ** -(tower.W_U.shape[1] - 1)
 
 
@@ -43,7 +44,7 @@ def test_the_closest_row_is_found_in_whichever_batch_it_is(monkeypatch):
     monkeypatch.setattr(weights, "_CHUNK", 7 * model.vision.W_U.shape[1])
     parts = agreement(model.vision, draws=1)
     assert torch.equal(parts.index, whole.index)
-    torch.testing.assert_close(parts.values, whole.values)
+    torch.testing.assert_close(by_row(parts), by_row(whole))
 
 
 def test_random_weights_agree_as_much_as_random_rows_do():
@@ -54,10 +55,10 @@ def test_random_weights_agree_as_much_as_random_rows_do():
             weight = block.part("mlp_out").weight
             weight.copy_(torch.randn(weight.shape, generator=generator) * torch.rand(1, weight.shape[1]) * 9)
     result = agreement(model.vision, draws=200)
-    low, high = result.random.mean(-1).quantile(torch.tensor([0.002, 0.998])).tolist()
-    assert ((result.values.mean(-1) > low) & (result.values.mean(-1) < high)).all()
-    assert torch.equal(result.random, agreement(model.vision, draws=200).random)
-    assert not torch.equal(result.random, agreement(model.vision, draws=200, seed=1).random)
+    low, high = by_row(result, "random").mean(-1).quantile(torch.tensor([0.002, 0.998])).tolist()
+    assert ((by_row(result).mean(-1) > low) & (by_row(result).mean(-1) < high)).all()
+    assert torch.equal(by_row(result, "random"), by_row(agreement(model.vision, draws=200), "random"))
+    assert not torch.equal(by_row(result, "random"), by_row(agreement(model.vision, draws=200, seed=1), "random"))
 
 
 def test_against_another_model_compares_classes_in_pairs(tmp_path):
@@ -120,14 +121,14 @@ def test_a_neuron_that_is_always_on_and_speaks_for_a_class_agrees_with_that_clas
     n_classes = matrix.shape[1]
     options = {"layers": [1], "n_keys": 1, "n_values": 1}
     right = key_value_agreement(cache, tower, [target, target], **options)
-    assert (right.values == 1).all()
+    assert (by_row(right) == 1).all()
     assert (right.chance == 0).all()
     other = (target + 1) % n_classes
     wrong = key_value_agreement(cache, tower, torch.tensor([other, other]), **options)
-    assert (wrong.values == 0).all()
+    assert (by_row(wrong) == 0).all()
     torch.testing.assert_close(wrong.chance, torch.full_like(wrong.chance, 1 / (n_classes - 1)))
     whole = compositionality(cache, tower, layers=[1], n_keys=1)
-    assert (whole.values == 1).all()
+    assert (by_row(whole) == 1).all()
     summary = right.summary()
     assert summary["kind"].tolist() == ["cls", "patch"]
     assert summary["tokens"].tolist() == [2, 32]
@@ -146,13 +147,13 @@ def test_both_rates_equal_their_definitions_counted_one_by_one(of):
         keys = cache["vision", "post" if of == "mlp" else "z", layer][0, position].flatten()
         active = set(keys.topk(3).indices.tolist())
         hit = [bool(active & set(logits[:, c].topk(2).indices.tolist())) for c in range(n_classes)]
-        assert rates.values[layer, 0, position] == hit[2]
+        assert by_row(rates)[layer, 0, position] == hit[2]
         expected = (sum(hit) - hit[2]) / (n_classes - 1)
         assert rates.chance[layer, 0, position] == pytest.approx(expected)
         site = "hook_mlp_out" if of == "mlp" else "hook_attn_out"
         answer = int((cache[f"vision.blocks.{layer}.{site}"][0, position] @ matrix).argmax())
         own = logits.argmax(-1).tolist()
-        assert parts.values[layer, 0, position] == pytest.approx(sum(own[i] == answer for i in active) / 3)
+        assert by_row(parts)[layer, 0, position] == pytest.approx(sum(own[i] == answer for i in active) / 3)
         assert parts.chance[layer, 0, position] == pytest.approx(own.count(answer) / len(own))
 
 
@@ -167,7 +168,7 @@ def test_labels_belong_to_examples_of_which_a_tower_may_have_several_rows():
     for example, label in enumerate([1, 4]):
         rows = torch.tensor(mixed.example) == example
         alone = key_value_agreement(cache, tower, [label, label], **options)
-        torch.testing.assert_close(mixed.values[:, rows], alone.values[:, rows])
+        torch.testing.assert_close(by_row(mixed)[:, rows], by_row(alone)[:, rows])
         torch.testing.assert_close(mixed.chance[:, rows], alone.chance[:, rows])
 
 
@@ -179,7 +180,7 @@ def test_token_rates_leave_padding_out_and_are_saved(tmp_path):
     result = key_value_agreement(cache, model.language, ["red", "blue"], targets=["red", "blue", "green"])
     padding = torch.tensor([[kind == "padding" for kind in row] for row in result.kinds])
     assert bool(padding.any())
-    assert torch.equal(result.values.isnan(), padding.expand(result.values.shape))
+    assert torch.equal(by_row(result).isnan(), padding.expand(by_row(result).shape))
     again = TokenAgreement.load(result.save(tmp_path / "rates.safetensors"))
     assert again.summary().equals(result.summary())
     assert again.summary()["rate"].between(0, 1).all()
@@ -195,8 +196,8 @@ def test_token_rates_leave_padding_out_and_are_saved(tmp_path):
         with pytest.raises(InputError, match=message):
             key_value_agreement(cache, model.language, **options)
     direct = key_value_agreement(inputs, model.language, ["red", "blue"], targets=["red", "blue", "green"])
-    torch.testing.assert_close(direct.values, result.values, equal_nan=True)
-    assert compositionality(inputs, model.language, of="ov").values.shape == result.values.shape
+    torch.testing.assert_close(by_row(direct), by_row(result), equal_nan=True)
+    assert by_row(compositionality(inputs, model.language, of="ov")).shape == by_row(result).shape
     for swapped in (model.language, None):
         with pytest.raises(InputError, match="cache of a run"):
             compositionality(swapped, model.language)
@@ -222,7 +223,7 @@ def test_a_few_classes_at_a_time_give_the_same_rates(of, monkeypatch):
     monkeypatch.setattr(weights, "_CHUNK", max(rows, 2 * 17 * 5))
     parts = [key_value_agreement(cache, tower, labels, of=of), compositionality(cache, tower, of=of)]
     for one, other in zip(whole, parts, strict=True):
-        assert torch.equal(one.values, other.values)
+        assert torch.equal(by_row(one), by_row(other))
         torch.testing.assert_close(one.chance, other.chance)
     assert max(widest[: len(widest) // 2]) <= max(rows, 2 * 17 * 5)
 
@@ -244,8 +245,8 @@ def test_rates_of_a_cache_without_rows_or_of_several_passes_are_those_of_the_run
     known = key_value_agreement(cache, model.language, ["red"]), compositionality(cache, model.language)
     for other, step in ((alone, None), (steps, 0)):
         rates = key_value_agreement(other, model.language, ["red"], step=step)
-        assert torch.equal(rates.values, known[0].values)
-        assert torch.equal(compositionality(other, model.language, step=step).values, known[1].values)
+        assert torch.equal(by_row(rates), by_row(known[0]))
+        assert torch.equal(by_row(compositionality(other, model.language, step=step)), by_row(known[1]))
     with pytest.raises(InputError, match="step="):
         compositionality(steps, model.language)
     with pytest.raises(InputError, match=r"the pass that reads the prompt \(step=0\)"):
@@ -266,7 +267,7 @@ def test_figures_of_agreement_show_chance():
     result = agreement(model.vision)
     assert heading(result.plot()).startswith("Layer 2's value vectors point at the classes: 1.00 beside")
     band = result.plot().layout.shapes[0]
-    means = result.random.mean(-1)
+    means = by_row(result, "random").mean(-1)
     assert (band.y0, band.y1) == pytest.approx((float(means.min()), float(means.max())))
     cache = run(model, "vit")
     for rates, finding in (

@@ -26,6 +26,7 @@ from circuitvision.readout import (
     position_pattern,
     rollout,
 )
+from tests.readout.layouts import by_row, of_rows
 from tests.readout.test_attention import run
 from tests.readout.test_attention_maps import made, random_shares
 
@@ -36,7 +37,7 @@ SHARES = torch.tensor([[[0.2, 0.4], [0.5, 0.5]], [[0.1, 0.1], [0.9, 0.97]]])
 def mass(**more) -> AttentionSummary:
     values = torch.stack([SHARES, 1 - SHARES, torch.ones_like(SHARES)], dim=-1)
     uniform = torch.tensor([0.25, 0.75, 1.0]).expand(2, 2, 3)
-    return AttentionSummary(values, AXES, tower="language", queries="last", uniform=uniform, example=[0, 1], **more)
+    return of_rows(AttentionSummary, values, AXES, tower="language", queries="last", uniform=uniform, **more)
 
 
 def heat_maps(figure) -> list[np.ndarray]:
@@ -76,7 +77,7 @@ def test_a_row_without_a_query_is_said_to_have_none():
 
 def test_unread_layers_are_marked_and_missing_values_are_dashes():
     gaps = dataclasses.replace(mass(unread=[1]), values=mass().values.clone())
-    gaps.values[0, 1] = float("nan")
+    by_row(gaps)[0, 1] = float("nan")
     figure = gaps.plot()
     assert list(figure.layout.yaxis.ticktext) == ["0", "1 (unread)"]
     assert "–" in {annotation.text for annotation in figure.layout.annotations}
@@ -117,7 +118,7 @@ def test_distance_lines_and_means():
     figure = result.plot()
     lines = [trace for trace in figure.data if trace.mode == "lines" and trace.name == "layer 1"]
     assert len(lines) == 3
-    np.testing.assert_allclose(lines[0].y, result.values[1, 0].mean(0)[:4], rtol=1e-5)
+    np.testing.assert_allclose(lines[0].y, by_row(result)[1, 0].mean(0)[:4], rtol=1e-5)
     assert list(figure.layout.xaxis.ticktext) == ["0", "1", "2", "3", "cls", "register"]
     dots = [trace for trace in figure.data if trace.mode == "markers" and trace.xaxis == "x2"]
     np.testing.assert_allclose(dots[1].y, result.mean_distance[1].mean(-1), rtol=1e-5)
@@ -135,7 +136,7 @@ def test_offsets_show_the_best_explained_heads_first():
     layer, head = divmod(best, 4)
     grids = heat_maps(figure)
     assert len(grids) == 2
-    np.testing.assert_allclose(grids[0], result.values[layer, head], rtol=1e-5)
+    np.testing.assert_allclose(grids[0], by_row(result)[layer, head], rtol=1e-5)
     assert f"L{layer}H{head}" in figure.layout.title.text
     assert len(figure.layout.shapes) == 2
     empty = dataclasses.replace(result, explained=torch.full((3, 4), float("nan")))
@@ -185,7 +186,7 @@ def test_of_many_heads_the_strongest_are_behind_the_slider():
     many = made(random_shares(20, 20, 1, 16))
     figure = many.plot()
     labels = [step.label for step in figure.layout.sliders[0].steps]
-    share = many.values[..., 0, :].sum(-1)
+    share = by_row(many)[..., 0, :].sum(-1)
     assert len(labels) == 144
     best = divmod(int(share.argmax()), 20)
     assert f"L{best[0]}H{best[1]}" in labels
@@ -414,8 +415,13 @@ def test_the_contrast_shows_its_regions_and_the_object():
     grid = torch.zeros(4, 4)
     grid[1, 2], grid[3, 0] = 3.0, 2.0
     maps = made(torch.ones(1, 1, 1, 16))
-    result = AttentionContrast(
-        grid.reshape(1, -1), {"row": [0], "key": list(range(16))}, places=maps.places, boxes=maps.boxes, lam=0.1
+    result = of_rows(
+        AttentionContrast,
+        grid.reshape(1, -1),
+        {"row": [0], "key": list(range(16))},
+        places=maps.places,
+        boxes=maps.boxes,
+        lam=0.1,
     )
     figure = result.plot(box=(16, 8, 24, 16), top_percent=12.5)
     np.testing.assert_allclose(heat_maps(figure)[0], grid)

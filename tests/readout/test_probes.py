@@ -22,7 +22,7 @@ from circuitvision.readout import (
 )
 from circuitvision.readout.probes.collected import stream_sites
 from circuitvision.readout.probes.fitting import Features, logistic, ridge
-from circuitvision.readout.probes.splitting import wilson
+from circuitvision.statistics import wilson
 from tests.readout.common import gaussians
 
 # -- known answers -------------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from circuitvision.errors import InputError
 from circuitvision.files import replacing
 from circuitvision.model.edits.base import EDITS, Edit, EditGroup, by_digest, with_held
 from circuitvision.model.edits.values import Positions, Steps, TensorDigest, TensorRef, TensorRefMapping
-from circuitvision.results import stored_as
+from circuitvision.storage import stored_as
 
 FORMAT = "circuitvision.edits/1"
 Tensors = dict[str, Tensor]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -48,19 +48,19 @@ _VECTORS = 4096
 
 @dataclass(frozen=True, eq=False)
 class LogProbIncrease(Result):
-    """``values`` in nats: ``[layer part row]`` (attn, mlp), ``[layer head row]`` or ``[layer neuron row]``."""
+    """``values`` in nats: ``[layer part example]`` (attn, mlp), ``[layer head example]`` or ``[layer neuron example]``."""
 
     tower: str = ""
     answer: str = ""
 
     def highlights(self) -> dict[str, str]:
-        """What moves the answer most, in nats, mean over rows."""
+        """What moves the answer most, in nats, mean over examples."""
         return {**ranking(self, by="size").highlights(), "answer": self.answer}
 
 
 @dataclass(frozen=True, eq=False)
 class SourceIncrease(LogProbIncrease):
-    """``values`` in nats, of what each head takes from each position: ``[layer head row position]``; they do not add up to the head's.
+    """``values`` in nats, of what each head takes from each position: ``[layer head position example]``; they do not add up to the head's.
 
     ``places`` are those of the positions in the image (-1 elsewhere), ``words`` their pieces.
     """
@@ -70,18 +70,20 @@ class SourceIncrease(LogProbIncrease):
     kinds: list[list[str]] = field(default_factory=list)
     shares: Tensor = field(default_factory=lambda: torch.zeros(0))
 
+    _per_example: ClassVar[dict[str, int]] = {"places": 0, "words": 0, "kinds": 0, "shares": 0}
+
     @property
     def direction(self) -> str:
         """What the values are of."""
         return f"log p({self.answer})"
 
-    def to_frame(self) -> pd.DataFrame:
+    def _long_frame(self) -> pd.DataFrame:
         """One row per value, with the ``token`` at each position."""
-        return named_positions(self, super().to_frame(), self.words)
+        return named_positions(self, super()._long_frame(), self.words)
 
     def highlights(self) -> dict[str, str]:
-        """The sources that move the answer most, in nats, mean over rows."""
-        mean = self.values.double().mean(2)
+        """The sources that move the answer most, in nats, mean over examples."""
+        mean = self.mean()
         order = mean.abs().nan_to_num(-1.0).flatten().argsort(descending=True)[:5].tolist()
         found = {}
         for flat in order:
@@ -135,15 +137,17 @@ def log_prob_increase(
         values = torch.stack([scorer.layer(layer, by) for layer in numbers])
     inner = {"component": "part", "source": "head"}.get(by, by)
     parts = ["attn", "mlp"] if by == "component" else list(range(values.shape[1]))
-    axes: dict[str, list[Any]] = {"layer": numbers, inner: parts, "row": list(range(values.shape[2]))}
+    axes: dict[str, list[Any]] = {"layer": numbers, inner: parts}
+    examples = examples_of(stream.cache, owner.name, values.shape[2])[0].tolist()
     method = f"log_prob_increase(tower={owner.name}, by={by}, answer={answer})"
     provenance = describe(model, method=method, inputs=(stream.cache.inputs,))
     named = _called(model, owner, chosen, answer)
     if by != "source":
-        return LogProbIncrease(values.cpu(), axes, provenance, owner.name, named)
-    axes["position"] = list(range(values.shape[3]))
+        return LogProbIncrease(values.cpu(), {**axes, "example": examples}, provenance, owner.name, named)
+    axes |= {"position": list(range(values.shape[3])), "example": examples}
     places, shares, words, kinds = sources_of(stream, values.shape[3])
-    return SourceIncrease(values.cpu(), axes, provenance, owner.name, named, places, words, kinds, shares)
+    values = values.cpu().movedim(2, -1)
+    return SourceIncrease(values, axes, provenance, owner.name, named, places, words, kinds, shares)
 
 
 def _called(model: HookedModel, owner: Tower, chosen: Targets, answer: Any) -> str:

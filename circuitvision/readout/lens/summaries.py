@@ -48,7 +48,7 @@ class LensSummary(Result):
     def highlights(self) -> dict[str, str]:
         """The measure at the first and at the last layer, the mean over everything else, beside chance."""
         axis = "layer" if "layer" in self.axes else next(iter(self.axes))
-        lines = self.values.double().movedim(list(self.axes).index(axis), 0).flatten(1).nanmean(1)
+        lines = self.mean().movedim(list(self.axes).index(axis), 0).reshape(len(self.axes[axis]), -1).nanmean(1)
         ends = " … ".join(f"{float(lines[at]):.3g} ({axis} {self.axes[axis][at]})" for at in (0, -1))
         chance = "" if self.chance != self.chance else f", by chance {self.chance:.3g}"
         return {self.measure: ends + chance}
@@ -84,7 +84,7 @@ def identifiability(ranks: Int[Tensor, "*batch"], n_outputs: int) -> Float[Tenso
 def lens_identifiability(result: LensResult, kinds: Kinds = None) -> LensSummary:
     """Identifiability of every target at every layer: the mean over the positions of some kinds (None: all but padding).
 
-    Axes ``layer row target``. Raises InputError for a lens without targets, or no position of the kinds.
+    Axes ``layer target example``. Raises InputError for a lens without targets, or no position of the kinds.
     """
     if not result.ranks.numel():
         raise InputError("This lens has no ranks; read it with targets=, and before taking a contrast.")
@@ -99,7 +99,7 @@ def lens_identifiability(result: LensResult, kinds: Kinds = None) -> LensSummary
 
 @with_provenance
 def change_rate(result: LensResult, kinds: Kinds = None) -> LensSummary:
-    """Share of positions whose value of a target rises from one layer to the next: axes ``layer row target``, from the second layer on.
+    """Share of positions whose value of a target rises from one layer to the next: axes ``layer target example``, from the second layer on.
 
     NaN where a position of the kinds has no number before or after. Raises InputError for anything but the default sites, with targets.
     """
@@ -123,7 +123,7 @@ def change_rate(result: LensResult, kinds: Kinds = None) -> LensSummary:
 
 @with_provenance
 def top_k_rate(result: LensResult, k: int = 5, kinds: Kinds = None) -> LensSummary:
-    """Share of positions where a target is among the ``k`` highest columns: axes ``layer row target``; NaN where one has no number.
+    """Share of positions where a target is among the ``k`` highest columns: axes ``layer target example``; NaN where one has no number.
 
     Raises InputError for a lens without targets, or a ``k`` beyond its columns.
     """
@@ -144,20 +144,20 @@ def top_k_rate(result: LensResult, k: int = 5, kinds: Kinds = None) -> LensSumma
 
 @with_provenance
 def top_k_agreement(first: LensResult, second: LensResult, k: int = 5, kinds: Kinds = None) -> LensSummary:
-    """Share of the ``k`` highest columns that two lenses of the same sites and rows both name: axes ``layer row``; NaN where one has no number.
+    """Share of the ``k`` highest columns that two lenses of the same sites and rows both name: axes ``layer example``; NaN where one has no number.
 
     Five columns are kept at every place, more with ``top_k=``. Raises InputError for lenses that do not fit, or a ``k`` beyond what is kept.
     """
-    if first.ids.shape[:-1] != second.ids.shape[:-1] or first.n_outputs != second.n_outputs:
+    if first.best.shape != second.best.shape or first.n_outputs != second.n_outputs:
         raise InputError(
-            f"The lenses have columns of {tuple(first.ids.shape[:-1])} and {tuple(second.ids.shape[:-1])} places, of {first.n_outputs} and "
+            f"The lenses have columns of {tuple(first.best.shape)} and {tuple(second.best.shape)} places, of {first.n_outputs} and "
             f"{second.n_outputs}; read the same sites of the same rows."
         )
-    _check_k(k, min(first.ids.shape[-1], second.ids.shape[-1]))
-    both = (first.ids[..., :k, None] == second.ids[..., None, :k]).any(-1).double().mean(-1)
+    _check_k(k, min(first.ids.shape[-2], second.ids.shape[-2]))
+    both = (first.ids[..., :k, None, :] == second.ids[..., None, :k, :]).any(-2).double().mean(-2)
     both = both.where(~(_lost(first) | _lost(second)), float("nan"))
-    axes = {name: labels for name, labels in list(first.axes.items())[:-1] if name != "position"}
-    values = _mean(both[..., None], _mask(first, kinds))[..., 0]
+    axes = {name: labels for name, labels in first.axes.items() if name not in ("position", "target", "rank")}
+    values = _mean(both[..., None, :], _mask(first, kinds))[..., 0, :]
     return LensSummary(
         values,
         axes,
@@ -179,7 +179,7 @@ def _check_k(k: int, most: int) -> None:
 def match_rates(stream: LensResult, attention: LensResult, mlp: LensResult, kinds: Kinds = None) -> LensSummary:
     """How often the stream's highest column after a layer is that of its attention output, its MLP output, the stream before it, or of none.
 
-    ``stream`` must start with the input of block 0; the others are lenses of ``attn_out`` and ``mlp_out``. Axes ``source layer row``; sources
+    ``stream`` must start with the input of block 0; the others are lenses of ``attn_out`` and ``mlp_out``. Axes ``source layer example``; sources
     overlap, but for "none". NaN where a position of the kinds has no number. Raises InputError for other lenses, or of different rows.
     """
     layers = attention.axes.get("layer")
@@ -193,25 +193,28 @@ def match_rates(stream: LensResult, attention: LensResult, mlp: LensResult, kind
     lost = _lost(stream)[1:] | _lost(stream)[:-1] | _lost(attention) | _lost(mlp)
     mask = _mask(stream, kinds)
     shares = [found.double().where(~lost, float("nan")) for found in (*same, none)]
-    values = torch.stack([_mean(share[..., None], mask)[..., 0] for share in shares])
-    axes = {"source": ["attention", "mlp", "stream before", "none"], "layer": layers, "row": stream.axes["row"]}
+    values = torch.stack([_mean(share[..., None, :], mask)[..., 0, :] for share in shares])
+    axes = {"source": ["attention", "mlp", "stream before", "none"], "layer": layers}
+    axes["example"] = stream.axes["example"]
     return LensSummary(values, axes, stream.provenance, measure="match rate", tower=stream.tower)
 
 
-def _lost(result: LensResult) -> Bool[Tensor, "layer row pos"]:
+def _lost(result: LensResult) -> Bool[Tensor, "layer pos example"]:
     """Where a lens has no number: what stands highest there means nothing."""
-    return result.values.isnan().any(-1)
+    return result.values.isnan().any(-2)
 
 
 @with_provenance
 def similarity_change(branch: LensResult, stream: LensResult) -> LensSummary:
-    """What a branch says of a target beside the stream it reads: ``lens(branch_l) - lens(stream before l)``; axes ``layer row position target``.
+    """What a branch says of a target beside the stream it reads: ``lens(branch_l) - lens(stream before l)``; axes ``layer position target example``.
 
     Raises InputError for lenses of different towers, targets, measures, norms or rows.
     """
-    for name in ("tower", "measure", "norm", "example"):
+    for name in ("tower", "measure", "norm"):
         if getattr(branch, name) != getattr(stream, name):
             raise InputError(f"The lenses differ in {name}: {getattr(branch, name)!r} and {getattr(stream, name)!r}.")
+    if branch.axes["example"] != stream.axes["example"]:
+        raise InputError("The lenses are of other examples, or of their rows in another order.")
     if branch.axes.get("target") != stream.axes.get("target") or "target" not in branch.axes:
         raise InputError(f"The lenses have other targets: {branch.axes.get('target')} and {stream.axes.get('target')}.")
     layers = branch.axes.get("layer", [])
@@ -267,7 +270,7 @@ def _mask(result: LensResult, kinds: Kinds) -> Float[Tensor, "row pos"]:
         # A lens of patches alone lacks the tower's first positions.
         kinds = kinds.tensor[:, result.axes["position"]]
     if isinstance(kinds, Tensor):
-        shape = (len(result.axes["row"]), len(result.axes["position"]))
+        shape = (len(result.axes["example"]), len(result.axes["position"]))
         if kinds.dtype != torch.bool or tuple(kinds.shape) != shape:
             raise InputError(
                 f"A mask of positions is bool [row pos] = {list(shape)}, not {kinds.dtype} {list(kinds.shape)}."
@@ -287,9 +290,10 @@ def _mask(result: LensResult, kinds: Kinds) -> Float[Tensor, "row pos"]:
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over positions (second axis from the end). What lies outside the mask does not count, not even as a NaN."""
-    weights = (mask / mask.sum(-1, keepdim=True))[..., None]
-    return (values.double().where(weights > 0, 0.0) * weights).sum(-2)
+    """Mean over positions, ``[… position target example]`` → ``[… target example]``. What lies outside the mask ``[row position]`` does not count,
+    not even as a NaN."""
+    weights = (mask / mask.sum(-1, keepdim=True)).T[:, None]
+    return (values.double().where(weights > 0, 0.0) * weights).sum(-3)
 
 
 def _stream_only(result: LensResult) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,9 +40,9 @@ _NEAR_TIE = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class PCAResult(Result):
-    """Principal components: ``values`` are the scores ``[example component]``, or ``[layer example component]`` of a stream.
+    """Principal components: ``values`` are the scores ``[component example]``, or ``[layer component example]`` of a stream.
 
-    ``components`` ``[component feature]`` are unit vectors, ``explained`` ``[component]`` their shares of the variance, ``mean`` ``[feature]``
+    ``components`` ``[component feature]`` are unit vectors, ``explained`` ``[component]`` their shares of the variance, ``center`` ``[feature]``
     what is subtracted; of a stream each has a leading layer axis. ``labels`` are kept for colouring; ``between`` is then the share of the
     scores' variance that lies between the means of the labels (the squared correlation for numbers), over all components kept: 1 where labels
     are apart, 0 where they mix.
@@ -50,26 +50,28 @@ class PCAResult(Result):
 
     components: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     explained: Tensor = field(default_factory=lambda: torch.zeros(0))
-    mean: Tensor = field(default_factory=lambda: torch.zeros(0))
+    center: Tensor = field(default_factory=lambda: torch.zeros(0))
     between: Tensor = field(default_factory=lambda: torch.zeros(0))
     labels: list[Any] = field(default_factory=list)
     what: str = "label"
 
+    _per_example: ClassVar[dict[str, int]] = {"labels": 0}
+
     def transform(self, x: Float[Tensor, "example feature"], layer: Any = None) -> Float[Tensor, "example component"]:
-        """Scores of other activations: ``(x − mean) @ components.T``; ``layer`` names the layer of a stream.
+        """Scores of other activations: ``(x − center) @ components.T``; ``layer`` names the layer of a stream.
 
         Raises:
             InputError: a layer that is not there, or none named where there are several; another number of features.
         """
-        components, mean = self.components, self.mean
+        components, center = self.components, self.center
         if "layer" in self.axes:
             if layer is None:
                 raise InputError(f"Name the layer: one of {self.axes['layer']}.")
             number = self.index_of("layer", layer)
-            components, mean = components[number], mean[number]
-        if x.shape[-1] != len(mean):
-            raise InputError(f"These components have {len(mean)} features, the activations {x.shape[-1]}.")
-        return (x.double() - mean) @ components.T
+            components, center = components[number], center[number]
+        if x.shape[-1] != len(center):
+            raise InputError(f"These components have {len(center)} features, the activations {x.shape[-1]}.")
+        return (x.double() - center) @ components.T
 
 
 @with_provenance
@@ -89,12 +91,12 @@ def pca(
     scores, components, explained, mean = _components(x, n_components)
     targets = _targets(labels, len(x))
     return PCAResult(
-        values=scores,
-        axes={"example": list(range(len(x))), "component": list(range(1, n_components + 1))},
+        values=scores.T,
+        axes={"component": list(range(1, n_components + 1)), "example": list(range(len(x)))},
         provenance={"method": f"pca(n_components={n_components})"},
         components=components,
         explained=explained,
-        mean=mean,
+        center=mean,
         between=_between(scores, targets),
         labels=_plain(labels),
         what=what,
@@ -159,16 +161,16 @@ def pca_of(
     targets = _targets(labels, scores.shape[1])
     known = vectors.provenance if isinstance(vectors, Collected) else {}
     return PCAResult(
-        values=scores,
+        values=scores.transpose(1, 2),
         axes={
             "layer": layer_labels(list(vectors)),
-            "example": list(range(scores.shape[1])),
             "component": list(range(1, n_components + 1)),
+            "example": list(range(scores.shape[1])),
         },
         provenance={**known, "method": f"stream_pca(n_components={n_components})"},
         components=components,
         explained=explained,
-        mean=mean,
+        center=mean,
         between=torch.stack([_between(part, targets) for part in scores]),
         labels=_plain(labels),
         what=what,

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -47,19 +47,20 @@ _SITES = {"mlp": ("mlp.hook_post", "hook_mlp_out"), "ov": ("attn.hook_z", "hook_
 
 @dataclass(frozen=True, eq=False)
 class TokenAgreement(Result):
-    """A rate per token and layer beside its chance level: ``values`` and ``chance`` ``[layer row position]``, NaN at padding.
+    """A rate per token and layer beside its chance level: ``values`` and ``chance`` ``[layer position example]``, NaN at padding.
 
-    ``kinds`` names every position of every row (``"cls"``, ``"patch"``, …), ``places`` ``[row position 4]`` is its image, tile, patch row and
+    ``kinds`` names every position of every row (``"cls"``, ``"patch"``, …), ``places`` ``[example position 4]`` is its image, tile, patch row and
     column.
     """
 
     chance: Tensor = field(default_factory=lambda: torch.zeros(0))
     kinds: list[list[str]] = field(default_factory=list)
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    example: list[int] = field(default_factory=list)
     tower: str = ""
     of: str = "mlp"
     measure: str = ""
+
+    _per_example: ClassVar[dict[str, int]] = {"chance": -1, "kinds": 0, "places": 0}
 
     def summary(self) -> pd.DataFrame:
         """One row per layer and kind of position: rate, chance, how many tokens."""
@@ -67,7 +68,7 @@ class TokenAgreement(Result):
 
         records = []
         for kind in dict.fromkeys(name for row in self.kinds for name in row if name not in ABSENT):
-            here = torch.tensor([[name == kind for name in row] for row in self.kinds])
+            here = torch.tensor([[name == kind for name in row] for row in self.kinds]).T
             for number, layer in enumerate(self.axes["layer"]):
                 rate, chance = (float(part[number][here].mean()) for part in (self.values, self.chance))
                 records.append(
@@ -265,15 +266,14 @@ def _active(keys: Float[Tensor, "row pos key"], count: int) -> Bool[Tensor, "row
 def _result(run: _Run, numbers: list[int], values: list[Tensor], chance: list[Tensor], method: str) -> TokenAgreement:
     padding = torch.from_numpy(~run.tokens.present)
     rates, levels = (torch.stack(kind).masked_fill(padding, torch.nan) for kind in (values, chance))
-    axes = {"layer": numbers, "row": list(range(rates.shape[1])), "position": list(range(rates.shape[2]))}
+    axes = {"layer": numbers, "position": list(range(rates.shape[2])), "example": run.tokens.example.tolist()}
     return TokenAgreement(
-        values=rates,
+        values=rates.transpose(1, 2),
         axes=axes,
         provenance=describe(run.cache.model, method=f"{method} of {run.tower.name}", inputs=(run.cache.inputs,)),
-        chance=levels,
+        chance=levels.transpose(1, 2),
         kinds=run.tokens.kind.tolist(),
         places=places_of(run.tokens),
-        example=run.tokens.example.tolist(),
         tower=run.tower.name,
         of=run.of,
         measure=method.split("(")[0],
