@@ -34,7 +34,7 @@ from torch import Tensor
 
 from circuitvision.digests import of_json, plain
 from circuitvision.errors import InputError, nearest
-from circuitvision.provenance import hash_inputs, without_dates
+from circuitvision.provenance import hash_inputs, with_provenance, without_dates
 from circuitvision.statistics import bootstrap_interval, by_example, standard_error
 from circuitvision.storage import FORMAT, HELD, INPUTS, as_builtin, read, restored, stored, write, write_table
 
@@ -178,6 +178,7 @@ class Result:
             raise InputError(f"group= has {len(own)} entries for {len(examples)} examples; give one per example.")
         return by_example(values, own)
 
+    @with_provenance
     def take(self: ResultType, rows: int | Sequence[int]) -> ResultType:
         """Some entries of the axis ``example`` alone, counted from 0, with all that belongs to them.
 
@@ -221,6 +222,7 @@ class Result:
         ]
 
     @classmethod
+    @with_provenance
     def concat(cls: type[ResultType], results: Sequence[ResultType]) -> ResultType:
         """One result over the examples of several, in their order; the provenance of each is kept in ``provenance["parts"]``.
 

@@ -98,7 +98,9 @@ def _bca(cells: np.ndarray, drawn: np.ndarray, level: float) -> np.ndarray:
         acceleration = np.where(square > 0, (deviation**3).sum(1) / (6 * square**1.5), 0.0)
         # A draw may hold none of the examples that have a value: it says nothing.
         valid = (~np.isnan(means)).sum(0)
-        below = ((means < mean).sum(0) + (means <= mean).sum(0)) / (2 * valid)
+        # Of few distinct values many draws have the mean itself; rounding must not count them to one side.
+        tie = 1e-12 * np.abs(numbers).max(1)
+        below = ((means < mean - tie).sum(0) + (means <= mean + tie).sum(0)) / (2 * valid)
         bias = ndtri(below.clip(0.5 / valid, 1 - 0.5 / valid))
         z = bias + ndtri(np.array([[(1 - level) / 2], [(1 + level) / 2]]))
         share = ndtr(bias + z / (1 - acceleration * z))

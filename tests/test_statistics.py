@@ -89,6 +89,12 @@ def test_an_interval_is_that_of_scipy(kind):
     assert np.abs(ours - [theirs.low, theirs.high]).max() < 0.03 * width
 
 
+def test_an_interval_of_two_values_alike_in_number_is_symmetric():
+    sample = 0.1 + 0.7 * torch.tensor([(-1.0) ** i for i in range(20)], dtype=torch.float64)
+    low, high = bootstrap_interval(sample, draws=20_000)
+    assert float(high - 0.1) == pytest.approx(float(0.1 - low), rel=0.15)
+
+
 def test_intervals_leave_nan_out_and_know_when_they_know_nothing():
     torch.manual_seed(0)
     full = torch.randn(20, dtype=torch.float64)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import circuitvision as cv
 from circuitvision import findings, metrics
@@ -17,6 +18,7 @@ from circuitvision.data import TEST_PAIRS, TRAIN_PAIRS, sample_question_pairs
 from circuitvision.patching.activation import usable_gap
 from circuitvision.quickstart import Reading, quickstart
 from circuitvision.readout import Curve, LensResult, logit_lens
+from circuitvision.results import Result
 from tests.readout.layouts import by_row, of_rows
 from tests.zoo import case, shared_model
 
@@ -97,7 +99,7 @@ def test_no_title_affirms_anything_of_an_untrained_classifier():
     inputs = model.inputs(images=[Image.fromarray(image) for image in pixels])
     labels = list(range(module.config.num_labels))
     lens = logit_lens(model, inputs, targets=labels)
-    told = findings.leads(by_row(lens, "pooled").mean(1), by_row(lens, "pooled")[-1], lens.measure)
+    told = findings.leads(targets_of(by_row(lens, "pooled")), lens.measure)
     answer = int(model(inputs)[0].argmax())
     scores = torch.randn(12, model.tokens(inputs)["vision"].n_positions)
     curve = cv.readout.deletion_curve(model, inputs, metrics.prob(answer), scores, steps=3, random_orders=4)
@@ -243,10 +245,12 @@ def test_a_word_is_read_from_the_layer_where_both_runs_have_their_own_higher_to_
 
 
 def check(intact: float, ablated: float, random: list[float], pairs: int) -> AblationCheck:
-    axes = {"condition": ["intact", "heads", *(f"random {n}" for n in range(len(random)))]}
-    return AblationCheck(
-        torch.tensor([intact, ablated, *random], dtype=torch.float64), axes, heads=["l.a0.h0"], n_pairs=pairs
-    )
+    axes = {
+        "condition": ["intact", "heads", *(f"random {n}" for n in range(len(random)))],
+        "example": list(range(pairs)),
+    }
+    shares = torch.tensor([intact, ablated, *random])[:, None]
+    return AblationCheck((torch.arange(pairs) < (shares * pairs).round()).double(), axes, heads=["l.a0.h0"])
 
 
 @pytest.mark.parametrize(
@@ -267,25 +271,31 @@ def test_heads_carry_an_answer_that_is_there_over_enough_pairs(result, holds):
     assert (found.interval is None) is (result.n_pairs == 1)
 
 
+def targets_of(values: Tensor) -> Result:
+    """Values ``[layer row target]`` as a result."""
+    layers, rows, targets = (list(range(size)) for size in values.shape)
+    return Result(values.movedim(1, -1), {"layer": layers, "target": targets, "example": rows})
+
+
 def test_a_target_leads_by_a_margin_with_an_interval():
     rows = torch.tensor([[3.0, 1.0], [3.2, 1.0], [2.9, 1.1]])
-    assert findings.leads(rows.mean(0)[None], rows, "logit").holds
+    assert findings.leads(targets_of(rows[None]), "logit").holds
     mixed = torch.tensor([[9.0, 1.0], [0.5, 3.9], [1.9, 1.1]])
-    assert not findings.leads(mixed.mean(0)[None], mixed, "logit").holds
+    assert not findings.leads(targets_of(mixed[None]), "logit").holds
     close = torch.tensor([[2.0, 1.0]])
-    assert not findings.leads(close, close, "logit").holds
-    assert findings.leads(close * 2, close * 2, "logit").holds
-    assert not findings.leads(close / 4, close / 4, "prob").holds
-    assert findings.leads(close, close, "distance").holds
+    assert not findings.leads(targets_of(close[None]), "logit").holds
+    assert findings.leads(targets_of(close[None] * 2), "logit").holds
+    assert not findings.leads(targets_of(close[None] / 4), "prob").holds
+    assert findings.leads(targets_of(close[None]), "distance").holds
 
 
 def test_a_curve_beats_random_orders_by_its_interval_or_all_of_many():
     shares = [0.0, 0.5, 1.0]
-    random = torch.stack([torch.tensor([[1.0, 0.5 + 0.01 * n, 0.0]]) for n in range(20)])
-    single = Curve(torch.tensor([[1.0, 0.1, 0.0]]), {"example": [0], "share": shares}, kind="deletion", random=random)
+    random = torch.stack([torch.tensor([[1.0, 0.5 + 0.01 * n, 0.0]]).T for n in range(20)])
+    single = Curve(torch.tensor([[1.0, 0.1, 0.0]]).T, {"share": shares, "example": [0]}, kind="deletion", random=random)
     assert findings.beats_random(single).holds
     assert not findings.beats_random(dataclasses.replace(single, random=random[:3])).holds
-    assert not findings.beats_random(dataclasses.replace(single, values=torch.tensor([[1.0, 0.6, 0.0]]))).holds
+    assert not findings.beats_random(dataclasses.replace(single, values=torch.tensor([[1.0, 0.6, 0.0]]).T)).holds
 
 
 # -- mutants -------------------------------------------------------------------------------------------------------------------

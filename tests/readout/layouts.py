@@ -22,6 +22,8 @@ def by_row(result: Any, name: str = "values") -> Any:
         or value.ndim < 2
     ):
         return value
+    if name == "per_position":
+        return value.T
     axes = [axis for axis in result.axes if not (axis == "head" and name == "uniform")]
     if name.startswith("pooled"):
         axes.remove("position")

@@ -149,12 +149,12 @@ def test_both_rates_equal_their_definitions_counted_one_by_one(of):
         hit = [bool(active & set(logits[:, c].topk(2).indices.tolist())) for c in range(n_classes)]
         assert by_row(rates)[layer, 0, position] == hit[2]
         expected = (sum(hit) - hit[2]) / (n_classes - 1)
-        assert rates.chance[layer, 0, position] == pytest.approx(expected)
+        assert by_row(rates, "chance")[layer, 0, position] == pytest.approx(expected)
         site = "hook_mlp_out" if of == "mlp" else "hook_attn_out"
         answer = int((cache[f"vision.blocks.{layer}.{site}"][0, position] @ matrix).argmax())
         own = logits.argmax(-1).tolist()
         assert by_row(parts)[layer, 0, position] == pytest.approx(sum(own[i] == answer for i in active) / 3)
-        assert parts.chance[layer, 0, position] == pytest.approx(own.count(answer) / len(own))
+        assert by_row(parts, "chance")[layer, 0, position] == pytest.approx(own.count(answer) / len(own))
 
 
 def test_labels_belong_to_examples_of_which_a_tower_may_have_several_rows():
@@ -164,12 +164,12 @@ def test_labels_belong_to_examples_of_which_a_tower_may_have_several_rows():
     matrix = unembedding_matrix(tower, matrix=torch.randn(tower.cfg.d_model, 6), gain=False)
     options = {"unembedding": matrix, "layers": [0], "n_keys": 3, "n_values": 2}
     mixed = key_value_agreement(cache, tower, [1, 4], **options)
-    assert len(mixed.example) > 2
+    assert len(mixed.axes["example"]) > 2
     for example, label in enumerate([1, 4]):
-        rows = torch.tensor(mixed.example) == example
+        rows = torch.tensor(mixed.axes["example"]) == example
         alone = key_value_agreement(cache, tower, [label, label], **options)
         torch.testing.assert_close(by_row(mixed)[:, rows], by_row(alone)[:, rows])
-        torch.testing.assert_close(mixed.chance[:, rows], alone.chance[:, rows])
+        torch.testing.assert_close(by_row(mixed, "chance")[:, rows], by_row(alone, "chance")[:, rows])
 
 
 def test_token_rates_leave_padding_out_and_are_saved(tmp_path):

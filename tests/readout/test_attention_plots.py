@@ -51,7 +51,7 @@ def test_the_summary_shows_the_mean_over_rows_of_every_span_but_everything():
     np.testing.assert_allclose(text, 1 - SHARES.mean(-1).numpy(), atol=1e-6)
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 1)
     assert "language L1H1 gives 94% of its attention to patch" in figure.layout.title.text
-    assert "alike: 25%; mean of 2 rows; queries: last" in figure.layout.title.text
+    assert "alike: 25%; mean of 2 examples; queries: last" in figure.layout.title.text
     (only,) = heat_maps(mass().plot(span="text"))
     np.testing.assert_allclose(only, text)
     assert "to text" in mass().plot(span="text").layout.title.text
@@ -61,7 +61,7 @@ def test_the_summary_shows_the_mean_over_rows_of_every_span_but_everything():
 
 def test_names_of_spans_and_queries_are_text_and_never_markup():
     named = dataclasses.replace(
-        mass(), axes={**AXES, "span": ["<b>patch", "<i>", "everything"]}, queries="<u>", provenance={}
+        mass(), axes={**mass().axes, "span": ["<b>patch", "<i>", "everything"]}, queries="<u>", provenance={}
     )
     for figure in (named.plot(), named.plot(span="<b>patch"), attention.spans(named)):
         assert not any(tag in str(figure.to_dict()) for tag in ("<b>", "<i>", "<u>"))
@@ -71,7 +71,7 @@ def test_names_of_spans_and_queries_are_text_and_never_markup():
 
 
 def test_a_row_without_a_query_is_said_to_have_none():
-    nothing = dataclasses.replace(planted_maps(), values=torch.full((2, 3, 1, 18), float("nan")))
+    nothing = dataclasses.replace(planted_maps(), values=torch.full((2, 3, 18, 1), float("nan")))
     assert "no attention to show" in nothing.plot().layout.title.text
 
 
@@ -81,7 +81,7 @@ def test_unread_layers_are_marked_and_missing_values_are_dashes():
     figure = gaps.plot()
     assert list(figure.layout.yaxis.ticktext) == ["0", "1 (unread)"]
     assert "–" in {annotation.text for annotation in figure.layout.annotations}
-    nothing = dataclasses.replace(mass(), values=torch.full((2, 2, 2, 3), float("nan")))
+    nothing = dataclasses.replace(mass(), values=torch.full((2, 2, 3, 2), float("nan")))
     assert "No head" in nothing.plot().layout.title.text
 
 
@@ -93,7 +93,7 @@ def test_entropies_and_peaks_say_what_they_measure():
     values = torch.zeros(1, 2, 4, 16)
     values[..., 5] = 1.0
     peaks = peak_in(made(values), (8.0, 8.0, 16.0, 16.0)).plot()
-    assert "peaks inside the region in 100% of rows" in peaks.layout.title.text
+    assert "peaks inside the region in 100% of examples" in peaks.layout.title.text
     assert "by chance 6%" in peaks.layout.title.text
 
 
@@ -430,7 +430,7 @@ def test_the_contrast_shows_its_regions_and_the_object():
     target, first, second = figure.layout.shapes
     assert (target.x0, target.y0) == (first.x0, first.y0) == (1.5, 0.5)
     assert (second.x0, second.y1) == (-0.5, 3.5)
-    flat = dataclasses.replace(result, values=torch.full((1, 16), float("nan")))
+    flat = dataclasses.replace(result, values=torch.full((16, 1), float("nan")))
     assert "No patch" in flat.plot().layout.title.text
 
 

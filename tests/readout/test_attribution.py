@@ -285,7 +285,7 @@ def test_the_bilinear_form_sums_to_the_score_of_every_pair(name, by):
     terms = result.image_terms()
     named = [label for label in result.axes["image_term"] if label != "bias"]
     for index, label in enumerate(named):
-        torch.testing.assert_close(terms[index, :, 0] - terms[index, :, 1], direct[label], atol=1e-9, rtol=1e-7)
+        torch.testing.assert_close(terms[index, 0] - terms[index, 1], direct[label], atol=1e-9, rtol=1e-7)
 
 
 def test_the_first_things_shown_are_the_strongest():

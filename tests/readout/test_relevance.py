@@ -38,7 +38,7 @@ def test_integrated_gradients_add_up_to_what_the_metric_changes(name, tower):
     if len(result.completeness_gap) < len(change):
         change, sums = change.sum(0, keepdim=True), sums.sum(0, keepdim=True)
     else:
-        sums = torch.zeros_like(change).index_add(0, torch.tensor(result.example), sums)
+        sums = torch.zeros_like(change).index_add(0, torch.tensor(result.axes["example"]), sums)
     assert bool(((sums - change).abs() <= 0.03 * change.abs() + 1e-7).all())
     torch.testing.assert_close(result.completeness_gap, sums - change, atol=1e-12, rtol=0)
     assert float(change.abs().max()) > 1e-4
@@ -176,7 +176,7 @@ def test_tiles_that_fill_up_a_batch_are_no_rows():
     result = gradient_times_activation(model, inputs, metric, site="pixels")
     # Two images of five and three tiles in each prompt, padded to five.
     torch.testing.assert_close(by_row(result), torch.cat([maps[0], maps[1, :3], maps[2], maps[3, :3]]))
-    assert result.example == [0] * 8 + [1] * 8
+    assert result.axes["example"] == [0] * 8 + [1] * 8
 
 
 @pytest.mark.parametrize("site", ["hook_z", "hook_result"])
@@ -190,7 +190,7 @@ def test_a_head_whose_output_nobody_reads_is_irrelevant(site):
     assert list(result.axes) == ["position", "head", "example"]
     assert float(by_row(result)[..., 1].abs().max()) == 0.0
     assert float(by_row(result)[..., 0].abs().max()) > 0.0
-    torch.testing.assert_close(result.per_position, by_row(result).sum(-1))
+    torch.testing.assert_close(by_row(result, "per_position"), by_row(result).sum(-1))
 
 
 # -- occlusion -----------------------------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_each_tile_and_each_text_is_removed_for_itself():
         lost = metric(model(inputs)) - metric(
             model.run(inputs, edits.ablate("vision.hook_input", "zero", positions=mask))
         )
-    assert float(by_row(result)[row, position]) == pytest.approx(float(lost[result.example[row]]), rel=1e-9)
+    assert float(by_row(result)[row, position]) == pytest.approx(float(lost[result.axes["example"][row]]), rel=1e-9)
     model, inputs = model_of("clip"), inputs_of("clip")
     result = occlusion(model, inputs, metric, tower="text", baseline="zero")
     mask = torch.zeros(3, 7, dtype=torch.bool)
