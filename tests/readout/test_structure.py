@@ -37,8 +37,8 @@ def test_planted_rank_two_data_are_recovered_with_their_signs():
     torch.testing.assert_close(found.components, directions * signs[:, None])
     torch.testing.assert_close(by_row(found), weights * signs)
     torch.testing.assert_close(found.explained, torch.tensor([25 / 29, 4 / 29], dtype=torch.float64))
-    torch.testing.assert_close(found.mean, x.mean(0))
-    torch.testing.assert_close(found.mean + by_row(found) @ found.components, x)
+    torch.testing.assert_close(found.center, x.mean(0))
+    torch.testing.assert_close(found.center + by_row(found) @ found.components, x)
 
 
 @given(st.integers(0, 1000), st.integers(3, 12), st.integers(3, 12))
@@ -126,7 +126,7 @@ def test_the_stream_of_a_trained_model_layer_by_layer(shapes):
     model, inputs, labels = shapes
     with pytest.warns(UserWarning, match="0 directions"):
         found = stream_pca(model, inputs, positions="cls", labels=labels, what="shape")
-    assert list(found.axes) == ["layer", "example", "component"]
+    assert list(found.axes) == ["layer", "component", "example"]
     assert found.axes["layer"] == ["input", 0, 1, 2]
     assert found.explained[0].isnan().all()
     assert math.isnan(float(found.between[0]))
