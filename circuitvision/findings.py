@@ -118,14 +118,13 @@ def best_head(result: HeadImportance, asked: Finding | None = None) -> Finding:
     name, share = result.best()
     node = parse_id(name)
     index = [result.index_of(*pair) for pair in (("tower", node.tower), ("layer", node.layer), ("head", node.head))]
-    low, high = (end[tuple(index)] for end in result.interval())
-    interval = _ends(torch.stack([low, high]))
-    return _share(result, share, interval, "head", spelled(name), asked)
+    error = result.restored_error[0] if result.metrics else result.restored_error
+    return _share(result, share, _around(share, float(error[tuple(index)])), "head", spelled(name), asked)
 
 
 def together(result: HeadImportance, asked: Finding | None = None) -> Finding:
     """The share of the swing that all selected heads move together."""
-    interval = _ends(result.interval(quantity="together"))
+    interval = _around(result.joint, result.joint_error)
     return _share(result, result.joint, interval, "heads", f"the {len(result.selected)} heads in the graph", asked)
 
 
@@ -271,6 +270,11 @@ def beats_random(curve: Curve) -> Finding:
     own, random = curve.auc()[0], curve.auc("random")[:, 0]
     beaten = int((own < random if curve.kind == "deletion" else own > random).sum())
     return Finding("beats random", beaten == len(random) >= 19, beaten / len(random), "share", None, 1, 0.5)
+
+
+def _around(share: float, error: float) -> tuple[float, float] | None:
+    """The interval of a ratio of means by its standard error; None where a single example has none."""
+    return None if error != error else (share - 1.96 * error, share + 1.96 * error)
 
 
 def _ends(interval: torch.Tensor) -> tuple[float, float] | None:

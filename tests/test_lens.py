@@ -37,7 +37,7 @@ def test_the_vision_lens_at_its_last_layer_is_the_language_lens_at_its_input(nam
     model, _, cache = run(name)
     vision = logit_lens(model, cache, tower="vision", targets=[7])
     language = logit_lens(model, cache, tower="language", targets=[7])
-    for row, example in enumerate(vision.example):
+    for row, example in enumerate(vision.axes["example"]):
         image = int(vision.places[row, 0, 0])
         torch.testing.assert_close(
             vision.patch_grid(vision.axes["layer"][-1], row, image),
@@ -63,7 +63,7 @@ def test_patches_are_placed_in_reading_order_and_text_is_not_placed():
 def test_tiles_are_told_apart():
     model, _, cache = run("llava-next-mistral")
     vision = logit_lens(model, cache, tower="vision", targets=[7])
-    assert by_row(vision).shape[1] > len(set(vision.example))
+    assert by_row(vision).shape[1] > len(set(vision.axes["example"]))
     first, second = (vision.patch_grid(0, row, tile=int(vision.places[row, -1, 1])) for row in range(2))
     assert first.shape == second.shape
     assert not torch.equal(first, second)
