@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from circuitvision import circuits, data, edits, interop, metrics, organisms, patching, plots, readout, regions
+    from circuitvision.loading import load
     from circuitvision.model import ActivationCache, HookedModel, HookPoint, TokenMap, Tower
     from circuitvision.model.picture_boxes import boxes_in_pictures
     from circuitvision.model.spec import register_family, register_stack
     from circuitvision.progress import set_verbosity
+    from circuitvision.results import Result
 
 __version__ = "0.1.0"
 
@@ -33,18 +35,84 @@ _ROOMS = (
     "readout",
     "regions",
 )
-_CLASSES = ("ActivationCache", "HookPoint", "HookedModel", "TokenMap", "Tower")
 _FUNCTIONS = {
-    "boxes_in_pictures": "circuitvision.model.picture_boxes",
-    "register_family": "circuitvision.model.spec",
-    "register_stack": "circuitvision.model.spec",
-    "set_verbosity": "circuitvision.progress",
+    "boxes_in_pictures": "model.picture_boxes",
+    "load": "loading",
+    "register_family": "model.spec",
+    "register_stack": "model.spec",
+    "set_verbosity": "progress",
 }
+_CLASSES = {
+    "circuits.ablation": "AblationCheck",
+    "circuits.importance": "HeadImportance",
+    "data.batches": "Batch",
+    "data.captions": "Caption Retrieval",
+    "data.generated": "LargestPair ReachPair",
+    "data.pairs": "Pairs Tally",
+    "data.questions": "Question QuestionPair",
+    "data.reach": "Board Episodes ReachObject ReachScene ReachScenes",
+    "data.scenes": "MinimalPair Scene SceneObject",
+    "data.sides": "Example Side",
+    "digests": "NamedFunction",
+    "errors": "CircuitVisionError HookError InputError UnknownSiteError UnsupportedModelError",
+    "interop.transformer_lens_view": "TowerView",
+    "metrics": "Accuracy ActionDim KL LogProb LogitDiff Metric Prob Rank",
+    "model.averages": "Layout",
+    "model.cache": "ActivationCache",
+    "model.edits.base": "Edit EditGroup",
+    "model.edits.values": "SideSource TensorRef",
+    "model.hooked": "HookedModel",
+    "model.hooks": "HookPoint",
+    "model.names": "NodeName",
+    "model.packing": "AnyRes Cameras Flat ImageTokens Packing Patches",
+    "model.patches": "Frame PatchEmbedding",
+    "model.positions": "Positions",
+    "model.prepared": "PreparedRun",
+    "model.regions": "Area HighNorm Region",
+    "model.selection": "Selection",
+    "model.slots": "SlotGradients",
+    "model.spec": "BlockLayout Family NormSpec Readout Stack TowerSpec",
+    "model.sweeps.plan": "Plan",
+    "model.sweeps.result": "SweepResult",
+    "model.tokens": "TokenMap",
+    "model.tower": "Tower TowerConfig",
+    "patching.activation": "PatchingResult",
+    "readout.attention.contrast": "AttentionContrast",
+    "readout.attention.distance": "DistanceProfile PositionPattern",
+    "readout.attention.maps": "AttentionMaps",
+    "readout.attention.mass": "AttentionSummary",
+    "readout.attention.rollout": "AttentionRollout",
+    "readout.attribution.bilinear": "BilinearAttribution",
+    "readout.attribution.direct": "Attribution SourceAttribution",
+    "readout.attribution.increase": "LogProbIncrease SourceIncrease",
+    "readout.lens.result": "LensResult",
+    "readout.lens.summaries": "LensSummaries LensSummary PositionDifference",
+    "readout.lens.tuned": "TunedLens",
+    "readout.over_data": "DataReading",
+    "readout.probes.collected": "Collected",
+    "readout.probes.decisions": "DecisionLayers",
+    "readout.probes.linear": "ProbeResult",
+    "readout.probes.max_activating": "MaxActivatingExamples",
+    "readout.probes.structure": "CKAResult PCAResult",
+    "readout.ranks": "Ranking",
+    "readout.relevance.curves": "Curve",
+    "readout.relevance.pointing": "PointingGame",
+    "readout.relevance.result": "Relevance",
+    "readout.relevance.variables": "Place",
+    "readout.weights.agreement": "ClassValueAgreement KeyValueAgreement",
+    "readout.weights.head_circuits": "CompositionScores SingularVectors",
+    "readout.weights.unembedding": "Unembedding",
+    "readout.weights.value_vectors": "ValueVectors",
+    "results": "Result",
+}
+"""Every class that a public function takes or returns, by the module where it is at home."""
+_HOMES = {**_FUNCTIONS, **{name: home for home, names in _CLASSES.items() for name in names.split()}}
 
 __all__ = [
     "ActivationCache",
     "HookPoint",
     "HookedModel",
+    "Result",
     "TokenMap",
     "Tower",
     "boxes_in_pictures",
@@ -52,6 +120,7 @@ __all__ = [
     "data",
     "edits",
     "interop",
+    "load",
     "metrics",
     "organisms",
     "patching",
@@ -65,14 +134,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _CLASSES:
-        return getattr(importlib.import_module("circuitvision.model"), name)
-    if name in _FUNCTIONS:
-        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"circuitvision.{_HOMES[name]}"), name)
     if name in _ROOMS:
         return importlib.import_module(f"circuitvision.{name}")
     raise AttributeError(f"module 'circuitvision' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ROOMS, *_CLASSES, *_FUNCTIONS})
+    return sorted({*globals(), *_ROOMS, *_HOMES})

@@ -54,3 +54,23 @@ def write_text(path: str | Path, text: str) -> Path:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+def format_of(path: str | Path) -> str:
+    """What a file is by its first bytes: "npz", "safetensors", "parquet", "text", or "" for anything else.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path}.")
+    with path.open("rb") as handle:
+        start = handle.read(4096)
+    if start[:2] == b"PK":
+        return "npz"
+    if start[:4] == b"PAR1":
+        return "parquet"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return "safetensors"
+    return "" if b"\0" in start else "text"

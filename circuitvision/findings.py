@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from circuitvision.model.names import is_component, parse_id, spelled
-from circuitvision.readout.probes.splitting import wilson
+from circuitvision.results import Result
+from circuitvision.statistics import wilson
 
 if TYPE_CHECKING:
     from circuitvision.circuits import AblationCheck, HeadImportance
     from circuitvision.readout.lens.result import LensResult
-from circuitvision.readout.probes.linear import ProbeResult
-from circuitvision.readout.relevance.curves import Curve
+    from circuitvision.readout.probes.linear import ProbeResult
+    from circuitvision.readout.relevance.curves import Curve
 
 LEAST_SWING = {"logit": 0.1, "nat": 0.1, "logprob": 0.1, "prob": 0.01}
 LEAST_GAP = 0.01
@@ -89,7 +90,7 @@ def answers(clean: Any, corrupt: Any, answer: str, foil: str) -> Finding:
 def swing(result: HeadImportance) -> Finding:
     """How far the metric moves between the two runs; holds where that is in the right direction and enough for shares to mean something."""
     value, unit = result.metric_clean - result.metric_corrupt, str(result.provenance.get("metric_units", ""))
-    interval = _around(value, result.swing_error, result.n_examples)
+    interval = _ends(result.interval(quantity="swing"))
     floor = max(LEAST_SWING.get(unit, 0.0), LEAST_GAP * (abs(result.metric_clean) + abs(result.metric_corrupt)))
     if not abs(value) > floor or (interval is not None and interval[0] <= 0 <= interval[1]):
         reason = "the two runs hardly differ"
@@ -112,17 +113,19 @@ def has_shares(result: HeadImportance) -> bool:
 
 def best_head(result: HeadImportance, asked: Finding | None = None) -> Finding:
     """The share of the swing that the strongest head moves on its own."""
-    name, share = result.best() if result.ranking() else ("", math.nan)
-    return _share(
-        result, share, result.share_errors().get(name, math.nan), "head", spelled(name) if name else "no head", asked
-    )
+    if not result.ranking():
+        return _share(result, math.nan, None, "head", "no head", asked)
+    name, share = result.best()
+    node = parse_id(name)
+    index = [result.index_of(*pair) for pair in (("tower", node.tower), ("layer", node.layer), ("head", node.head))]
+    error = result.restored_error[0] if result.metrics else result.restored_error
+    return _share(result, share, _around(share, float(error[tuple(index)])), "head", spelled(name), asked)
 
 
 def together(result: HeadImportance, asked: Finding | None = None) -> Finding:
     """The share of the swing that all selected heads move together."""
-    return _share(
-        result, result.joint, result.joint_error, "heads", f"the {len(result.selected)} heads in the graph", asked
-    )
+    interval = _around(result.joint, result.joint_error)
+    return _share(result, result.joint, interval, "heads", f"the {len(result.selected)} heads in the graph", asked)
 
 
 def past_vision(result: HeadImportance, asked: Finding | None = None) -> Finding:
@@ -139,9 +142,14 @@ def past_vision(result: HeadImportance, asked: Finding | None = None) -> Finding
 
 
 def _share(
-    result: HeadImportance, share: float, error: float, claim: str, subject: str, asked: Finding | None
+    result: HeadImportance,
+    share: float,
+    interval: tuple[float, float] | None,
+    claim: str,
+    subject: str,
+    asked: Finding | None,
 ) -> Finding:
-    whole, interval = swing(result), _around(share, error, result.n_examples)
+    whole = swing(result)
     if not whole.holds:
         share = math.nan if whole.reason == "the two runs hardly differ" else share
         reason = whole.reason
@@ -161,7 +169,7 @@ def read_at_last_word(clean: LensResult, corrupt: LensResult, asked: Finding, wo
     """From which layer on the last word tells answer and foil apart in both runs: its own word higher in each, and the two at least half as far apart
     as at the end. ``value`` is how many layers, the end included, that holds for.
     """
-    first, second = clean.values[:, 0, -1, 0], corrupt.values[:, 0, -1, 0]
+    first, second = clean.values[:, -1, 0, 0], corrupt.values[:, -1, 0, 0]
     told = (first > 0) & (second < 0) & (first - second >= 0.5 * (first[-1] - second[-1]))
     layers = int(told.int().flip(0).cumprod(0).sum())
     where = str(clean.axes["layer"][len(told) - layers]) if layers else ""
@@ -174,11 +182,11 @@ def read_at_patches(
     clean: Sequence[LensResult], corrupt: Sequence[LensResult], asked: Finding, words: Sequence[str]
 ) -> Finding:
     """At what share of image patches and layers the lens tells answer and foil apart as the last word's output does, see there."""
-    end = float((clean[-1].values - corrupt[-1].values)[-1, 0, -1, 0])
+    end = float((clean[-1].values - corrupt[-1].values)[-1, -1, 0, 0])
     told, count = 0, 0
     for one, other in zip(clean, corrupt, strict=True):
-        patches = one.places[..., 2] >= 0
-        first, second = one.values[..., 0][:, patches], other.values[..., 0][:, patches]
+        patches = (one.places[..., 2] >= 0).T
+        first, second = one.values[:, :, 0][:, patches], other.values[:, :, 0][:, patches]
         told += int(((first > 0) & (second < 0) & (first - second >= 0.5 * abs(end))).sum())
         count += first.numel()
     reason = asked.reason if not asked.holds else "" if told else "no patch puts each image's own word higher"
@@ -188,8 +196,10 @@ def read_at_patches(
 def carries(check: AblationCheck) -> Finding:
     """Whether ablating the heads costs the answer while random heads do not; ``value`` is the share of pairs it costs."""
     lost = check.intact - check.ablated
-    ends = [wilson(torch.tensor(share), check.n_pairs) for share in (check.intact, check.ablated)]
-    interval = (float(ends[0][0] - ends[1][1]), float(ends[0][1] - ends[1][0])) if check.n_pairs > 1 else None
+    (low, low_ablated), (high, high_ablated) = wilson(
+        torch.tensor([check.intact, check.ablated]), check.n_pairs
+    ).tolist()
+    interval = (low - high_ablated, high - low_ablated) if check.n_pairs > 1 else None
     chance = check.intact - float(check.random.mean()) if len(check.random) else None
     if check.intact <= 0:
         reason = "the model gets no pair right"
@@ -210,17 +220,18 @@ def carries(check: AblationCheck) -> Finding:
     )
 
 
-def leads(mean: torch.Tensor, rows: torch.Tensor, unit: str) -> Finding:
-    """Whether one target stands above all others at the last layer: ``mean`` is ``[layer target]``, ``rows`` ``[row target]`` at the last layer.
+def leads(lines: Result, unit: str) -> Finding:
+    """Whether one target stands above all others at the last layer: ``lines`` has the axes layer, target, example.
     ``value`` is the margin over the second; logits and probabilities need odds of :data:`ODDS` to one.
     """
-    last = mean[-1].where(torch.isfinite(mean[-1]), torch.full_like(mean[-1], -math.inf))
+    last = lines.mean()[-1]
+    last = last.where(torch.isfinite(last), torch.full_like(last, -math.inf))
     if len(last) < 2 or not bool(torch.isfinite(last).any()):
         return Finding("leads", None, reason="there is nothing to lead")
     order = last.argsort(descending=True)
-    margins = rows[:, order[0]] - rows[:, order[1]]
-    value, count = float(last[order[0]] - last[order[1]]), len(margins)
-    interval = _around(value, float(margins.double().std()) / count**0.5 if count > 1 else math.nan, count)
+    margins = Result(lines.values[-1, order[0]] - lines.values[-1, order[1]], {"example": lines.axes["example"]})
+    value, count = float(last[order[0]] - last[order[1]]), len(margins.examples)
+    interval = _ends(margins.interval())
     enough = (
         last[order[0]] >= ODDS * last[order[1]]
         if unit == "prob"
@@ -252,17 +263,24 @@ def beats_random(curve: Curve) -> Finding:
     """Whether an order is better than random ones: by the interval over examples, or of one example against all of at least 19 random orders."""
     if not curve.random.numel():
         return Finding("beats random", None, reason="no random order was drawn")
-    advantage, count = curve.advantage.double(), curve.values.shape[0]
-    if count > 1:
-        interval = curve.interval
+    advantage = curve.advantage
+    count, interval = len(advantage.examples), _ends(advantage.interval())
+    if interval is not None:
         return Finding("beats random", interval[0] > 0, float(advantage.mean()), "area", interval, count, 0.0)
     own, random = curve.auc()[0], curve.auc("random")[:, 0]
     beaten = int((own < random if curve.kind == "deletion" else own > random).sum())
     return Finding("beats random", beaten == len(random) >= 19, beaten / len(random), "share", None, 1, 0.5)
 
 
-def _around(value: float, error: float, count: int) -> tuple[float, float] | None:
-    return None if count < 2 or error != error else (value - 1.96 * error, value + 1.96 * error)
+def _around(share: float, error: float) -> tuple[float, float] | None:
+    """The interval of a ratio of means by its standard error; None where a single example has none."""
+    return None if error != error else (share - 1.96 * error, share + 1.96 * error)
+
+
+def _ends(interval: torch.Tensor) -> tuple[float, float] | None:
+    """An interval as a pair; None where a single example has none."""
+    low, high = (float(end) for end in interval)
+    return None if low != low else (low, high)
 
 
 def _both(words: Sequence[str]) -> dict[str, str]:

@@ -32,7 +32,7 @@ from circuitvision.answers import Answer, answer_ids, contrast, ids_of_rows, pic
 from circuitvision.digests import NamedFunction, of_tensor
 from circuitvision.errors import InputError, nearest
 from circuitvision.links import Link, divergence, link_of, log_probabilities, probabilities
-from circuitvision.results import as_builtin, stored_as
+from circuitvision.storage import as_builtin, stored_as
 
 Position = Any
 """Any spelling of :mod:`circuitvision.model.positions`."""

@@ -1,12 +1,19 @@
 """What every measurement returns: a tensor with named axes, and where it came from.
 
-A result is a frozen dataclass. ``values`` holds the numbers, ``axes`` names each dimension and labels every index of
-it, and ``provenance`` says which model, data, metric and versions made it. Subclasses add fields; tensors among them
-are stored as tensors, everything else as JSON, so ``Result.load`` gives back the subclass that was saved without
-unpickling anything.
+A result is a frozen dataclass. ``values`` holds the numbers, ``axes`` names each dimension and labels every index of it, and ``provenance`` says
+which model, data, metric and versions made it. Subclasses add fields; tensors among them are stored as tensors, everything else as JSON, so
+``Result.load`` gives back the subclass that was saved without unpickling anything (:mod:`circuitvision.storage`).
 
-Two containers: ``.npz`` and ``.safetensors``. Both are one file, so that numbers and labels cannot be separated: the
-JSON part is an entry of the archive, respectively of the safetensors header. Not covered: results too large for memory.
+Examples
+    The axis of examples is called ``example`` and stands last in ``values``. Its labels are the numbers of the examples. A method that measures
+    rows (several images, tiles or cameras of one example) has one entry per row, and the label repeats: rows of one example are not independent,
+    so they are averaged before examples are compared (:mod:`circuitvision.statistics`). Results about weights have no such axis.
+
+NaN
+    A value that was not measured is NaN. It is left out of the mean of its example, and an example without any value is left out of everything
+    that is said over examples: it never counts as 0. Frames and files keep it, as an empty cell in CSV.
+
+Not covered: intervals of anything but means; weights of examples; results too large for memory.
 """
 
 from __future__ import annotations
@@ -14,43 +21,44 @@ from __future__ import annotations
 import dataclasses
 import html
 import importlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.digests import NamedFunction, of_json, plain
+from circuitvision.digests import of_json, plain
 from circuitvision.errors import InputError, nearest
-from circuitvision.files import replacing
-from circuitvision.provenance import hash_inputs, without_dates
+from circuitvision.provenance import hash_inputs, with_provenance, without_dates
+from circuitvision.statistics import bootstrap_interval, by_example, standard_error
+from circuitvision.storage import FORMAT, HELD, INPUTS, as_builtin, read, restored, stored, write, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 ResultType = TypeVar("ResultType", bound="Result")
-_FORMAT = "circuitvision.result/1"
-_META = "circuitvision_json"
-_HELD, _INPUTS, _KIND = "held.", "inputs.", "circuitvision_kind"
-_HOMES = {"edits": "circuitvision.model.edits.files", "metric": "circuitvision.metrics"}
-"""Where kinds are at home that a file may hold before their module was imported."""
-_kinds: dict[str, tuple[type, Callable[..., Any], Callable[..., Any]]] = {}
+Groups = str | Mapping[Any, Any] | Sequence[Any] | Tensor | None
+"""What groups examples: a field of the result, a mapping of examples to groups, or one group per row or per example."""
+EXAMPLE = "example"
+_SAME = ("model_id", "weights_sha256", "config_sha256", "metric", "metric_units", "method")
+"""What parts of one result share of where they come from."""
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
     """Numbers with named axes.
 
-    ``axes`` has one entry per dimension of ``values``, in order; its labels are strings, whole numbers, floats or
-    booleans.
+    ``axes`` has one entry per dimension of ``values``, in order; its labels are strings, whole numbers, floats or booleans. The axis ``example``,
+    where there is one, is the last.
 
     Raises:
-        InputError: the axes do not describe the shape of ``values``.
+        InputError: the axes do not describe the shape of ``values``, or ``example`` is not the last.
     """
 
     values: Tensor
@@ -58,6 +66,8 @@ class Result:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     _classes: ClassVar[dict[str, type[Result]]] = {}
+    _per_example: ClassVar[dict[str, int]] = {}
+    """Further fields with an entry for each label of ``example``, or for each example, and the dimension that they have it in (of lists: 0)."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -74,6 +84,8 @@ class Result:
                 f"{type(self).__name__}: values have shape {tuple(self.values.shape)} but the axes "
                 f"{', '.join(f'{name} ({len(labels)})' for name, labels in axes.items())} describe {shape}."
             )
+        if EXAMPLE in axes and list(axes)[-1] != EXAMPLE:
+            raise InputError(f"{type(self).__name__}: the axis of examples is the last, not of {', '.join(axes)}.")
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "provenance", as_builtin(dict(self.provenance)))
 
@@ -90,14 +102,204 @@ class Result:
         }
         return {"result": type(self).__name__, "sha256": of_json(plain(held)), "from": without_dates(self.provenance)}
 
-    def to_frame(self) -> pd.DataFrame:
-        """One row per value: a column for each axis and the column ``value`` (long form, in row-major order)."""
+    # -- over examples -------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def examples(self) -> list[Any]:
+        """The examples, each once, in the order in which they were measured.
+
+        Raises:
+            InputError: a result without examples.
+        """
+        if EXAMPLE not in self.axes:
+            raise InputError(
+                f"A {type(self).__name__} has no examples (its axes are {', '.join(self.axes)}), so nothing to average over."
+            )
+        return list(dict.fromkeys(self.axes[EXAMPLE]))
+
+    def mean(self, group: Groups = None, *, quantity: str = "values") -> Float[Tensor, "*axes"]:
+        """The mean over examples, in float64: within each example first, then over those that have a value (NaN if none has).
+
+        Args:
+            group: then the mean of the groups' means: one group per example or per row, a mapping of examples to groups, or the name of a field
+                that holds them (scenes, subjects: what is independent where examples are not).
+            quantity: another field whose last dimension is that of examples, instead of ``values``.
+
+        Raises:
+            InputError: no examples, groups that do not fit, or no such quantity.
+        """
+        return self._units(group, quantity).nanmean(-1)
+
+    def error(self, group: Groups = None, *, quantity: str = "values") -> Float[Tensor, "*axes"]:
+        """The standard error of :meth:`mean` over examples (over groups): ``sd / √n`` with ``n − 1`` degrees of freedom; NaN for fewer than two."""
+        return standard_error(self._units(group, quantity))
+
+    def interval(
+        self,
+        level: float = 0.95,
+        group: Groups = None,
+        draws: int = 2000,
+        seed: int = 0,
+        *,
+        quantity: str = "values",
+    ) -> Tensor:
+        """Low and high end ``[2 *axes]`` of a bootstrap interval of :meth:`mean`, whole examples (whole groups) drawn again; NaN for fewer than two.
+
+        See :func:`bootstrap_interval`. All cells share their draws.
+        """
+        return bootstrap_interval(self._units(group, quantity), level, draws, seed)
+
+    def _units(self, group: Groups = None, quantity: str = "values") -> Float[Tensor, "*axes unit"]:
+        """What is independent: a quantity per example or per group, in float64."""
+        examples, labels = self.examples, self.axes[EXAMPLE]
+        found = getattr(self, quantity, None)
+        if not isinstance(found, Tensor) or found.ndim == 0 or found.shape[-1] != len(labels):
+            raise InputError(
+                f"A {type(self).__name__} has no {quantity!r} with one entry per example in its last axis."
+            )
+        values = by_example(found.detach().cpu().double(), labels)
+        if group is None:
+            return values
+        named = getattr(self, group, None) if isinstance(group, str) else group
+        if named is None:
+            raise InputError(f"A {type(self).__name__} has no field {group!r} that could group its examples.")
+        if isinstance(named, Mapping):
+            missing = [example for example in examples if example not in named]
+            if missing:
+                raise InputError(f"group= names no group for example {missing[0]!r}.")
+            return by_example(values, [as_builtin(named[example]) for example in examples])
+        own = [as_builtin(one) for one in named]
+        if len(own) == len(labels):
+            pairs = dict.fromkeys(zip(labels, own, strict=True))
+            if len(pairs) != len(examples):
+                raise InputError("group= puts rows of one example into different groups.")
+            own = [one for _, one in pairs]
+        if len(own) != len(examples):
+            raise InputError(f"group= has {len(own)} entries for {len(examples)} examples; give one per example.")
+        return by_example(values, own)
+
+    @with_provenance
+    def take(self: ResultType, rows: int | Sequence[int]) -> ResultType:
+        """Some entries of the axis ``example`` alone, counted from 0, with all that belongs to them.
+
+        Raises:
+            InputError: no examples, or no such entry.
+        """
+        count = len(self.axes[EXAMPLE]) if self.examples else 0
+        chosen = [self.row_number(rows)] if isinstance(rows, int) else [self.row_number(row) for row in rows]
+        if not chosen:
+            raise InputError(f"take() needs at least one of the {count} entries.")
+        labels = [self.axes[EXAMPLE][row] for row in chosen]
+        kept = [self.examples.index(example) for example in dict.fromkeys(labels)]
+        fields: dict[str, Any] = {}
+        for name, value, dim in self._along_examples():
+            size = value.shape[dim] if isinstance(value, Tensor) else len(value)
+            own = chosen if size == count else kept
+            fields[name] = (
+                value.index_select(dim, torch.tensor(own, device=value.device))
+                if isinstance(value, Tensor)
+                else [value[number] for number in own]
+            )
+        axes = {**self.axes, EXAMPLE: labels}
+        return dataclasses.replace(self, axes=axes, **fields)
+
+    def row_number(self, row: int) -> int:
+        """The same number, if there is such an entry on the axis ``example``.
+
+        Raises:
+            InputError: no such entry.
+        """
+        count = len(self.axes.get(EXAMPLE, []))
+        if isinstance(row, bool) or not isinstance(row, int | np.integer) or not 0 <= row < count:
+            raise InputError(f"There is no row {row!r} in this {type(self).__name__}; it has {count}, counted from 0.")
+        return int(row)
+
+    def _along_examples(self) -> list[tuple[str, Any, int]]:
+        """The fields with an entry per label of ``example``, or per example, that are not empty: name, value, and dimension."""
+        found = [(name, getattr(self, name), dim) for name, dim in {"values": -1, **self._per_example}.items()]
+        return [
+            (name, value, dim) for name, value, dim in found if (value.numel() if isinstance(value, Tensor) else value)
+        ]
+
+    @classmethod
+    @with_provenance
+    def concat(cls: type[ResultType], results: Sequence[ResultType]) -> ResultType:
+        """One result over the examples of several, in their order; the provenance of each is kept in ``provenance["parts"]``.
+
+        Parts hold different examples. Where their numbers overlap (every part counts from 0), they are counted on.
+
+        Raises:
+            InputError: nothing to join; parts of other classes, models, methods, metrics, axes or settings; the same data twice.
+        """
+        parts = list(results)
+        if not parts:
+            raise InputError("There is nothing to join; give at least one result.")
+        first = parts[0]
+        for part in parts:
+            if not isinstance(part, cls) or type(part) is not type(first):
+                raise InputError(f"A {type(first).__name__} and a {type(part).__name__} cannot be joined.")
+            part.examples  # noqa: B018 (raises where there are none)
+            _check_alike(first, part)
+        labels = [part.axes[EXAMPLE] for part in parts]
+        if len(set().union(*map(set, labels))) < sum(len(set(own)) for own in labels):
+            _check_no_repeats(parts)
+            labels = _counted_on(parts)
+        names = {name for part in parts for name, _, _ in part._along_examples()}
+        fields: dict[str, Any] = {}
+        for name, dim in {"values": -1, **first._per_example}.items():
+            pieces = [getattr(part, name) for part in parts]
+            if name in names and isinstance(pieces[0], Tensor):
+                fields[name] = torch.cat(pieces, dim=dim)
+            elif name in names:
+                fields[name] = [entry for piece in pieces for entry in piece]
+        shared = {
+            key: value
+            for key, value in first.provenance.items()
+            if all(part.provenance.get(key) == value for part in parts)
+        }
+        return dataclasses.replace(
+            first,
+            axes={**first.axes, EXAMPLE: [label for own in labels for label in own]},
+            provenance={**shared, "parts": [part.provenance for part in parts]},
+            **fields,
+        )
+
+    # -- tables and files ----------------------------------------------------------------------------------------------------------------------
+
+    def to_frame(self, by_example: bool = False) -> pd.DataFrame:
+        """One row per value: a column for each axis and the column ``value`` (long form, in row-major order). NaN is kept.
+
+        With ``by_example`` one row per example: the column ``example``, and one for each component with the mean of the example's values.
+
+        Raises:
+            InputError: ``by_example`` of a result without examples.
+        """
+        if not by_example:
+            return self._long_frame()
         import pandas as pd
 
-        index = pd.MultiIndex.from_product(list(self.axes.values()), names=list(self.axes))
+        inner = [name for name in self.axes if name != EXAMPLE]
+        tower = str(getattr(self, "tower", ""))
+        columns = [
+            component_name(inner, labels, tower) for labels in itertools.product(*(self.axes[name] for name in inner))
+        ]
+        values = self._units().reshape(len(columns), -1).T.numpy()
+        frame = pd.DataFrame(values, columns=pd.Index([name or "value" for name in columns]))
+        frame.insert(0, EXAMPLE, self.examples)
+        return frame
+
+    def _long_frame(self) -> pd.DataFrame:
+        """The long form; subclasses add columns."""
+        import pandas as pd
+
+        places = np.indices(self.values.shape).reshape(self.values.ndim, -1)
+        columns = {
+            name: pd.Series(labels, dtype=None if labels else object).take(own).reset_index(drop=True)
+            for (name, labels), own in zip(self.axes.items(), places, strict=True)
+        }
         flat = self.values.detach().cpu()
         flat = flat.float() if flat.dtype in (torch.bfloat16, torch.float16) else flat
-        return pd.DataFrame({"value": flat.reshape(-1).numpy()}, index=index).reset_index()
+        return pd.DataFrame({**columns, "value": flat.reshape(-1).numpy()})
 
     def plot(self, **keywords: Any) -> go.Figure:
         """The Plotly figure made for this kind of result; keywords go to it (a wrong one raises an InputError that lists them)."""
@@ -116,43 +318,35 @@ class Result:
 
         Edits are written as edits. The tensors that they hold come with them, once each; without ``sources`` only their digests do, and
         :func:`circuitvision.edits.restore` puts them back. Inputs are not kept by a result, only their digests: give them again to have them in the
-        file (:func:`inputs_of` reads them).
+        file (:func:`circuitvision.storage.inputs_of` reads them).
+
+        A ``.csv`` or ``.parquet`` file (the latter needs pyarrow) holds the long form of :meth:`to_frame` for other programs, and not the result:
+        Parquet keeps the provenance in its metadata, CSV has no place for it.
 
         Raises:
             InputError: another suffix, or inputs that are not those of this result.
         """
         path = Path(path)
-        tensors, plain = _split_fields(self, sources)
+        if path.suffix in (".csv", ".parquet"):
+            if inputs is not None:
+                raise InputError("A table holds values alone; save inputs with a .npz or .safetensors file.")
+            return write_table(self.to_frame(), path, self.provenance)
+        tensors, others = _split_fields(self, sources)
         given = [] if inputs is None else [inputs] if isinstance(inputs, Mapping) else list(inputs)
         if given and hash_inputs(*given) != self.provenance.get("dataset_sha256"):
             raise InputError("These are not the inputs that this result was measured on (in the order of the call).")
-        others = [{name: as_builtin(v) for name, v in one.items() if not isinstance(v, Tensor)} for one in given]
         for number, one in enumerate(given):
-            named = {f"{_INPUTS}{number}.{name}": v for name, v in one.items() if isinstance(v, Tensor)}
+            named = {f"{INPUTS}{number}.{name}": v for name, v in one.items() if isinstance(v, Tensor)}
             tensors |= {name: tensor.detach().cpu() for name, tensor in named.items()}
         header = {
-            "inputs": others,
+            "inputs": [{name: as_builtin(v) for name, v in one.items() if not isinstance(v, Tensor)} for one in given],
             "module": type(self).__module__,
-            "format": _FORMAT,
+            "format": FORMAT,
             "class": type(self).__name__,
             "dtypes": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
-            "fields": plain,
+            "fields": others,
         }
-        text = json.dumps(header)
-        if path.suffix == ".npz":
-            arrays: dict[str, Any] = {name: _to_numpy(tensor) for name, tensor in tensors.items()}
-            with replacing(path) as temporary, temporary.open("wb") as handle:
-                arrays[_META] = np.frombuffer(text.encode(), dtype=np.uint8)
-                np.savez_compressed(handle, **arrays)
-        elif path.suffix == ".safetensors":
-            from safetensors.torch import save_file
-
-            with replacing(path) as temporary:
-                save_file(
-                    {name: t.contiguous().clone() for name, t in tensors.items()}, temporary, metadata={_META: text}
-                )
-        else:
-            raise InputError(f"Results are saved as .npz or .safetensors, not {path.suffix or 'without a suffix'!r}.")
+        write(path, tensors, header)
         return path
 
     @classmethod
@@ -165,11 +359,9 @@ class Result:
             InputError: not a result file, or one of a class that is not a ``cls``.
         """
         path = Path(path)
-        if not path.is_file():
-            raise InputError(f"There is no file {path}.")
-        tensors, header = _read(path)
-        if header.get("format") != _FORMAT:
-            raise InputError(f"{path} is of format {header.get('format')!r}; this version reads {_FORMAT!r}.")
+        tensors, header = read(path)
+        if header.get("format") != FORMAT:
+            raise InputError(f"{path} is of format {header.get('format')!r}; this version reads {FORMAT!r}.")
         if str(header.get("module", "")).startswith("circuitvision."):
             importlib.import_module(header["module"])
         found = Result._classes.get(header["class"], Result if header["class"] == "Result" else None)
@@ -180,10 +372,12 @@ class Result:
                 f"{path} holds a {found.__name__}, not a {cls.__name__}; load it with {found.__name__}.load."
             )
         tensors = {name: tensor.to(getattr(torch, header["dtypes"][name])) for name, tensor in tensors.items()}
-        held = {name.removeprefix(_HELD): t for name, t in tensors.items() if name.startswith(_HELD)}
-        own: dict[str, Any] = {name: t for name, t in tensors.items() if not name.startswith((_HELD, _INPUTS))}
-        fields = {name: _restored(value, held, objects or {}) for name, value in header["fields"].items()}
+        held = {name.removeprefix(HELD): t for name, t in tensors.items() if name.startswith(HELD)}
+        own: dict[str, Any] = {name: t for name, t in tensors.items() if not name.startswith((HELD, INPUTS))}
+        fields = {name: restored(value, held, objects or {}) for name, value in header["fields"].items()}
         return found(**own, **fields)
+
+    # -- labels and notebooks ------------------------------------------------------------------------------------------------------------------
 
     def index_of(self, axis: str, label: Any) -> int:
         """Where a label stands on an axis. A label that is not there is never taken for a place.
@@ -209,7 +403,7 @@ class Result:
         Raises:
             InputError: a result without components.
         """
-        return self.values, ("row", "example", "position", "step")
+        return self.values, (EXAMPLE, "position", "step")
 
     def highlights(self) -> dict[str, str]:
         """What a reader wants to see first, by name, for the table that notebooks show; nothing by default."""
@@ -234,6 +428,75 @@ class Result:
         return f"<table><caption>{html.escape(type(self).__name__)}</caption>{cells}</table>"
 
 
+# -- parts ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _check_alike(first: Result, other: Result) -> None:
+    """InputError unless two results differ in their examples alone."""
+    for axis in dict.fromkeys([*first.axes, *other.axes]):
+        if axis != EXAMPLE and first.axes.get(axis) != other.axes.get(axis):
+            raise InputError(
+                f"The parts differ in the axis {axis!r}: {_shown(first.axes.get(axis))} and {_shown(other.axes.get(axis))}."
+            )
+    if list(first.axes) != list(other.axes):
+        raise InputError(f"The parts have their axes in another order: {list(first.axes)} and {list(other.axes)}.")
+    for key in _SAME:
+        if first.provenance.get(key) != other.provenance.get(key):
+            raise InputError(
+                f"The parts differ in {key}: {first.provenance.get(key)!r} and {other.provenance.get(key)!r}."
+            )
+    for entry in dataclasses.fields(first):
+        if entry.name in ("values", "axes", "provenance", *first._per_example):
+            continue
+        one, two = getattr(first, entry.name), getattr(other, entry.name)
+        if of_json(plain(one)) != of_json(plain(two)):
+            raise InputError(f"The parts differ in {entry.name}: {_shown(one)} and {_shown(two)}.")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _check_no_repeats(parts: Sequence[Result]) -> None:
+    """InputError where parts with the same numbers were measured on the same data."""
+    seen: set[str] = set()
+    for part in parts:
+        data = str(part.provenance.get("dataset_sha256") or "")
+        if data and data in seen:
+            raise InputError("Two of the parts are measurements of the same examples, which would count twice.")
+        seen.add(data)
+
+
+def _counted_on(parts: Sequence[Result]) -> list[list[int]]:
+    """New numbers for the examples of every part, each part's after those of the part before."""
+    found, total = [], 0
+    for part in parts:
+        numbers = {example: total + number for number, example in enumerate(part.examples)}
+        found.append([numbers[label] for label in part.axes[EXAMPLE]])
+        total += len(numbers)
+    return found
+
+
+def component_name(axes: Sequence[str], labels: Sequence[Any], tower: str = "") -> str:
+    """A component by its labels: "vision L1H3" for a head, "vision L2N118" for a neuron, the label alone of a single axis, else
+    "layer 1, position 4".
+
+    The tower is the label of an axis ``tower``, else the one given.
+    """
+    from circuitvision.model.names import head_name
+
+    found = {"tower": tower, **dict(zip(axes, labels, strict=True))}
+    tower, parts = str(found.pop("tower")), []
+    if {"layer", "head"} <= found.keys():
+        parts.append(head_name(found.pop("layer"), found.pop("head"), tower))
+    elif {"layer", "neuron"} <= found.keys():
+        parts.append(f"{tower} L{found.pop('layer')}N{found.pop('neuron')}".lstrip())
+    elif len(found) == 1:
+        return str(labels[0])
+    return ", ".join([*parts, *(f"{axis} {label}" for axis, label in found.items())])
+
+
 def _nearest_labels(label: Any, labels: list[Any], count: int = 5) -> str:
     """Labels like one that is missing, in words."""
     if len(labels) <= count:
@@ -247,142 +510,16 @@ def _nearest_labels(label: Any, labels: list[Any], count: int = 5) -> str:
     return f"nearest of {len(labels)}: {', '.join(map(repr, near))}"
 
 
-def by_example(values: Tensor, example: Sequence[int] | None) -> Tensor:
-    """Values ``[… row]`` as ``[… example]``: the mean over the rows of each example, without those that hold NaN.
-
-    Rows of one example (its images, tiles, cameras) are not independent: an error over examples counts them once.
-    """
-    if not example or len(example) != values.shape[-1] or len(set(example)) == len(example):
-        return values
-    names = sorted(set(example))
-    rows = [[row for row, owner in enumerate(example) if owner == name] for name in names]
-    return torch.stack([values[..., own].nanmean(-1) for own in rows], dim=-1)
-
-
-def standard_error(values: Tensor) -> Tensor:
-    """Standard error of the mean over the last axis (independent examples), without NaN; NaN where there are fewer than two."""
-    exact = values.double()
-    count = (~exact.isnan()).sum(-1)
-    spread = (exact - exact.nanmean(-1, keepdim=True)).square().nansum(-1) / (count - 1)
-    return torch.where(count > 1, (spread / count).sqrt(), torch.nan)
-
-
-def inputs_of(path: str | Path) -> list[dict[str, Any]]:
-    """The inputs that a result was saved with, in the order of the call; empty if it was saved without."""
-    tensors, header = _read(Path(path))
-    found = [dict(one) for one in header.get("inputs", [])]
-    for name, tensor in tensors.items():
-        if name.startswith(_INPUTS):
-            number, _, own = name.removeprefix(_INPUTS).partition(".")
-            found[int(number)][own] = tensor.to(getattr(torch, header["dtypes"][name]))
-    return found
-
-
-def stored_as(kind: str, cls: type, write: Callable[..., Any], read: Callable[..., Any]) -> None:
-    """Let results hold objects of a class: ``write(value, tensors, sources)`` gives plain data and puts tensors into a mapping by digest (without
-    ``sources`` only what is needed to know what the object was), ``read(data, tensors, objects)`` gives the object back.
-    """
-    _kinds[kind] = (cls, write, read)
-
-
-def _stored(value: Any, tensors: dict[str, Tensor], sources: bool) -> Any:
-    """A field in JSON form; objects of the kinds that have one say which they are."""
-    for kind, (cls, write, _) in _kinds.items():
-        if isinstance(value, cls):
-            return {_KIND: kind, "data": write(value, tensors, sources)}
-    if isinstance(value, Mapping):
-        return {str(key): _stored(item, tensors, sources) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_stored(item, tensors, sources) for item in value]
-    return as_builtin(value)
-
-
-def _restored(value: Any, tensors: Mapping[str, Tensor], objects: Mapping[str, Any]) -> Any:
-    if isinstance(value, list):
-        return [_restored(item, tensors, objects) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if _KIND in value:
-        importlib.import_module(_HOMES.get(value[_KIND], __name__))
-        return _kinds[value[_KIND]][2](value["data"], tensors, objects)
-    return {key: _restored(item, tensors, objects) for key, item in value.items()}
-
-
-def as_builtin(value: Any) -> Any:
-    """The same value made of Python's own types, which JSON, GraphML and a reader of either can hold.
-
-    Tensors and arrays of one number become numbers, larger ones nested lists; tuples become lists; mapping keys
-    become strings.
-
-    Raises:
-        InputError: a type with no such form.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        # numpy.float64 and string enums pass isinstance while being other types.
-        for builtin in (bool, int, float, str):
-            if isinstance(value, builtin):
-                return value if type(value) is builtin else builtin(value)
-        return value
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Tensor | np.ndarray):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): as_builtin(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
-        return [as_builtin(item) for item in items]
-    if isinstance(value, Path):
-        return str(value)
-    raise InputError(
-        f"{type(value).__name__} cannot be stored in a result; give numbers, strings, lists or mappings of them."
-    )
-
-
 def _split_fields(result: Result, sources: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a result, those that its edits hold among them, and its other fields in JSON form."""
     tensors: dict[str, Tensor] = {}
     held: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     for entry in dataclasses.fields(result):
         value = getattr(result, entry.name)
         if isinstance(value, Tensor):
             tensors[entry.name] = value.detach().cpu()
         else:
-            plain[entry.name] = _stored(value, held, sources)
-    tensors |= {f"{_HELD}{name}": tensor.detach().cpu() for name, tensor in held.items()}
-    return tensors, plain
-
-
-def _to_numpy(tensor: Tensor) -> np.ndarray:
-    # numpy has no bfloat16; float32 holds every bfloat16 exactly and the header remembers the type.
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                header = json.loads(bytes(archive[_META]).decode())
-                return {name: torch.from_numpy(archive[name]) for name in archive.files if name != _META}, header
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with safe_open(path, framework="pt") as archive:
-                header = json.loads((archive.metadata() or {})[_META])
-                return {name: archive.get_tensor(name) for name in archive.keys()}, header  # noqa: SIM118
-    except (KeyError, ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} is not a result saved by circuitvision ({error}).") from error
-    except Exception as error:  # safetensors and zipfile raise types of their own for damaged files
-        if type(error).__module__.split(".")[0] in ("safetensors", "zipfile", "builtins", "safetensors_rust"):
-            raise InputError(f"{path} is damaged or not a result file ({error}).") from error
-        raise
-    raise InputError(f"Results are .npz or .safetensors files; {path.name} is neither.")
-
-
-stored_as(
-    "function",
-    NamedFunction,
-    lambda value, tensors, sources: {"name": value.name, "sha256": value.sha256},
-    lambda data, tensors, objects: NamedFunction(**data),
-)
+            others[entry.name] = stored(value, held, sources)
+    tensors |= {f"{HELD}{name}": tensor.detach().cpu() for name, tensor in held.items()}
+    return tensors, others

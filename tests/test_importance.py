@@ -93,7 +93,9 @@ def test_the_check_tells_the_carrying_head_from_the_others():
     good = ablation_check(toy, pairs(0) + pairs(1), ["v.a0.h1"], n_random=11)
     assert good.intact == 1.0
     # What is left still has the right sign, so the accuracy survives while the margin is gone.
-    assert good.logit_diff[1] < 0.05 * good.logit_diff[0]
+    margins = good.mean(quantity="logit_diff")
+    assert margins[1] < 0.05 * margins[0]
+    assert good.values.shape == (13, 80)
     assert float(good.random.min()) == 1.0
     assert good.n_pairs == 80
     assert all("v.a0.h1" not in draw for draw in good.random_heads)
@@ -119,7 +121,7 @@ def test_means_come_from_the_reference():
     # Every answer becomes the reference's mean of 8: right for the clean input, wrong for the corrupt one, so no
     # pair is.
     assert check.ablated == 0.0
-    assert check.logit_diff[1].item() == pytest.approx(0.0, abs=1e-6)
+    assert float(check.mean(quantity="logit_diff")[1]) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_requests_that_cannot_be_met_are_refused():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import circuitvision as cv
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "circuitvision"
@@ -17,6 +20,8 @@ ROOMS = [
     "files",
     "progress",
     "provenance",
+    "statistics",
+    "storage",
     "results",
     "data",
     "metrics",
@@ -31,9 +36,15 @@ ROOMS = [
     "cli",
 ]
 """Top to bottom: a room may import from itself and from rooms above it."""
-LAZY = {("results", "plots"), ("quickstart", "plots"), ("data", "metrics"), ("metrics", "model")}
+LAZY = {
+    ("results", "plots"),
+    ("results", "model"),
+    ("quickstart", "plots"),
+    ("data", "metrics"),
+    ("metrics", "model"),
+}
 """A result's ``.plot()`` is a lazy dispatch into plots; pairs are compared with what a model answers once a model is handed in; a metric reads its
-position in the core's grammar when it is made."""
+position in the core's grammar when it is made; the columns of a frame are named as components are."""
 
 
 def _python(code: str) -> str:
@@ -117,6 +128,57 @@ for name in ("llava-clip-llama", "clip", "dinov2-swiglu", "pi0"):
 print(len(cache))
 """
     assert int(_python(code)) > 100
+
+
+def _classes() -> dict[str, list[ast.ClassDef]]:
+    """Every public class of the package by its name."""
+    found: dict[str, list[ast.ClassDef]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(node)
+    return found
+
+
+def _named_in(annotation: object) -> set[str]:
+    return set(re.findall(r"\w+", annotation if isinstance(annotation, str) else ""))
+
+
+def returned_classes() -> set[str]:
+    """The classes that public functions, and public methods of public classes, return; and those in a room's front themselves."""
+    classes, found = _classes(), set[str]()
+    fronts = [*(getattr(cv, room) for room in cv._ROOMS), cv]
+    todo: set[str] = set()
+    for front in fronts:
+        for name in getattr(front, "__all__", None) or [n for n in vars(front) if not n.startswith("_")]:
+            value = inspect.unwrap(getattr(front, name)) if callable(getattr(front, name)) else None
+            if not str(getattr(value, "__module__", "")).startswith("circuitvision"):
+                continue
+            todo |= {value.__name__} if inspect.isclass(value) else set()
+            todo |= _named_in(value.__annotations__.get("return")) if inspect.isfunction(value) else set()
+    while todo := (todo & classes.keys()) - found:
+        found |= todo
+        methods = [m for name in todo for node in classes[name] for m in node.body if isinstance(m, ast.FunctionDef)]
+        returns = [m.returns for m in methods if m.returns is not None and not m.name.startswith("_")]
+        todo = set().union(*(_named_in(ast.unparse(one)) for one in returns))
+    return found
+
+
+def test_every_class_that_a_public_function_returns_has_a_name_in_cv() -> None:
+    found = returned_classes()
+    assert len(found) > 60
+    missing = sorted(name for name in found if not inspect.isclass(getattr(cv, name, None)))
+    assert not missing, f"add to _CLASSES of circuitvision/__init__.py: {missing}"
+
+
+def test_every_name_in_cv_exists_and_is_listed_once() -> None:
+    names = [name for names in cv._CLASSES.values() for name in names.split()]
+    assert len(set(names)) == len(names)
+    for name in [*names, *cv._FUNCTIONS]:
+        assert getattr(cv, name).__name__ == name
+        assert name in dir(cv)
+    results = {name for name, cls in cv.Result._classes.items() if cls.__module__.startswith("circuitvision.")}
+    assert results <= set(names)
 
 
 def test_ci_runs_the_readme_command() -> None:

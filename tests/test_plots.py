@@ -20,6 +20,7 @@ from circuitvision.patching import activation_patch
 from circuitvision.plots import graph, lens_rows, report, style, sweeps
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.results import Result
+from tests.readout.layouts import of_rows
 from tests.toy_model import ToyModel
 
 VISION = torch.tensor([[1.0, 2.0, -2.0], [3.0, 1.0, 5.0]], dtype=torch.float64)
@@ -41,7 +42,7 @@ def lens_result(layers: int = 3) -> LensResult:
     grid = torch.arange(layers * 5.0).reshape(layers, 1, 5, 1) - 4
     places = torch.tensor([[[-1, -1, -1, -1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 1]]])
     axes = {"layer": ["input", *range(layers - 1)], "row": [0], "position": list(range(5)), "target": ["red - blue"]}
-    return LensResult(grid, axes, tower="vision", places=places, example=[0])
+    return of_rows(LensResult, grid, axes, tower="vision", places=places)
 
 
 def test_head_figure_shows_every_share_in_its_place():
@@ -111,13 +112,13 @@ def test_lens_grid_and_contrast_refuse_what_is_not_there():
 
 
 def test_ablation_figure_says_the_finding():
+    right = torch.stack([(torch.arange(200) < share * 200).double() for share in (1.0, 0.1, 0.9, 0.95)])
     check = AblationCheck(
-        torch.tensor([1.0, 0.1, 0.9, 0.95]),
-        {"condition": ["intact", "heads", "random 1", "random 2"]},
-        logit_diff=torch.zeros(4),
+        right,
+        {"condition": ["intact", "heads", "random 1", "random 2"], "example": list(range(200))},
+        logit_diff=torch.zeros(4, 200),
         heads=["v.a0.h0"],
         random_heads=[["v.a0.h1"], ["v.a0.h2"]],
-        n_pairs=200,
     )
     figure = check.plot()
     assert "10% of pairs" in figure.layout.title.text

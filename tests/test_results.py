@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from circuitvision import files, provenance
 from circuitvision.errors import InputError
-from circuitvision.results import Result, as_builtin
+from circuitvision.results import Result
+from circuitvision.storage import as_builtin
 
 
 @dataclass(frozen=True, eq=False)

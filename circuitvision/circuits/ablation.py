@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,16 +44,22 @@ from circuitvision.results import Result
 class AblationCheck(Result):
     """Pairs answered right with nothing ablated, with the heads ablated, and with each random set ablated.
 
-    ``values`` are the shares of pairs with both answers right, axis ``condition``: ``"intact"``, ``"heads"``,
-    ``"random 1"`` …; ``logit_diff`` is the mean margin of the right over the other answer in the same order.
+    ``values`` ``[condition example]`` is 1 for a pair with both answers right and 0 for another; conditions are ``"intact"``, ``"heads"``,
+    ``"random 1"`` …. ``logit_diff`` ``[condition example]`` is the margin of the right over the other answer, the mean of the two inputs.
     ``random_heads`` lists what was drawn, and ``edits`` holds the group of each condition, with the means by digest.
     """
 
     logit_diff: Tensor = field(default_factory=lambda: torch.zeros(0))
     heads: list[str] = field(default_factory=list)
     random_heads: list[list[str]] = field(default_factory=list)
-    n_pairs: int = 0
     edits: list[EditGroup] = field(default_factory=list)
+
+    _per_example: ClassVar[dict[str, int]] = {"logit_diff": -1}
+
+    @property
+    def n_pairs(self) -> int:
+        """How many pairs were asked."""
+        return len(self.examples)
 
     def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
         """Refused: conditions of one check are compared with "intact", not ranked among each other."""
@@ -62,17 +68,17 @@ class AblationCheck(Result):
     @property
     def intact(self) -> float:
         """Share of pairs that the model as it is gets right."""
-        return float(self.values[0])
+        return float(self.mean()[0])
 
     @property
     def ablated(self) -> float:
         """Share of pairs right with the heads ablated together."""
-        return float(self.values[1])
+        return float(self.mean()[1])
 
     @property
     def random(self) -> Tensor:
         """Share of pairs right with each random set ablated."""
-        return self.values[2:]
+        return self.mean()[2:]
 
     @property
     def carries_the_answer(self) -> bool:
@@ -149,8 +155,8 @@ def ablation_check(
     # [condition, (right, margin), pair]
     scores = torch.cat(parts, -1)
     return AblationCheck(
-        values=scores[:, 0].mean(-1),
-        axes={"condition": list(conditions)},
+        values=scores[:, 0],
+        axes={"condition": list(conditions), "example": list(pairs.numbers)},
         provenance=describe(
             model,
             method="ablation_check(mean per position)",
@@ -158,10 +164,9 @@ def ablation_check(
             dataset_sha256=pairs.digest,
             examples=len(pairs),
         ),
-        logit_diff=scores[:, 1].mean(-1),
+        logit_diff=scores[:, 1],
         heads=chosen,
         random_heads=draws,
-        n_pairs=len(pairs),
         edits=[by_digest(_ablations(model, first, names, means)) for names in conditions.values()],
     )
 

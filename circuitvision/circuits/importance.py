@@ -47,7 +47,8 @@ from circuitvision.model.sweeps.result import restored_error, restored_share
 from circuitvision.patching.activation import PatchingResult, activation_patch
 from circuitvision.patching.runs import Runs, two_runs
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.results import Result, standard_error
+from circuitvision.results import Result
+from circuitvision.statistics import standard_error
 
 ANSWER = "answer"
 ROUNDING = 3e-6
@@ -64,33 +65,28 @@ class HeadImportance(Result):
     layer head example]``. ``base`` and ``source`` ``[example]`` (``[metric example]``) are the metric of the run that was patched and of the one
     whose values it took; :attr:`restored` is the share of their difference that a head restores (``mode="denoise"``) or destroys (``"noise"``).
 
-    Everything else is of the first metric. ``selected`` lists the ids of the heads that edges were measured for, strongest first; ``joint`` is the
-    share that patching all of them at once moves. ``connectors`` and ``inputs`` map the ids of connectors and of vision towers' inputs to their site,
-    effect and share. ``edges`` is a list of ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the output. ``dead`` lists sites
+    Everything else is of the first metric. ``selected`` lists the ids of the heads that edges were measured for, strongest first;
+    ``together`` ``[example]`` is the change of the metric with all of them patched at once, and :attr:`joint` its share. ``connectors`` and
+    ``inputs`` map the ids of connectors and of vision towers' inputs to their site, effect and share. ``edges`` is a list of
+    ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the output. ``dead`` lists sites
     that cannot reach the output. ``edits`` are the groups that were run, with values by digest: single heads, then the other nodes, all selected
-    heads together, and the edges' runs. ``joint_error`` and ``swing_error`` are standard errors over examples of ``joint`` and of the two runs'
-    difference, NaN for a single example. ``groups`` says which examples belong together, where the data does.
+    heads together, and the edges' runs. ``groups`` says which examples belong together, where the data does.
     """
 
     base: Tensor = field(default_factory=lambda: torch.zeros(0))
     source: Tensor = field(default_factory=lambda: torch.zeros(0))
     selected: list[str] = field(default_factory=list)
-    joint: float = 0.0
+    together: Tensor = field(default_factory=lambda: torch.zeros(0))
     connectors: dict[str, dict[str, Any]] = field(default_factory=dict)
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     edges: list[dict[str, Any]] = field(default_factory=list)
-    metric_clean: float = 0.0
-    metric_corrupt: float = 0.0
     mode: str = "denoise"
-    n_examples: int = 0
     answer_tower: str = ""
     dead: list[str] = field(default_factory=list)
     edits: list[EditGroup] = field(default_factory=list)
-    joint_error: float = math.nan
-    swing_error: float = math.nan
     groups: list[Any] = field(default_factory=list)
 
-    _per_example: ClassVar[dict[str, int]] = {"base": -1, "source": -1, "groups": 0}
+    _per_example: ClassVar[dict[str, int]] = {"base": -1, "source": -1, "together": -1, "groups": 0}
 
     @property
     def metrics(self) -> list[str]:
@@ -122,8 +118,52 @@ class HeadImportance(Result):
     @property
     def effects(self) -> Float[Tensor, "tower layer head"]:
         """The mean change of the first metric, in its own units."""
-        found = self.values.nanmean(-1)
+        found = self.mean()
         return found[0] if self.metrics else found
+
+    @property
+    def joint(self) -> float:
+        """The share that patching all selected heads at once moves, of the first metric."""
+        return float(restored_share(self.together, *self._leading_runs()))
+
+    @property
+    def joint_error(self) -> float:
+        """The standard error of :attr:`joint` over examples; NaN for a single one."""
+        return float(restored_error(self.together, *self._leading_runs()))
+
+    @property
+    def swing(self) -> Float[Tensor, " example"]:
+        """How far the first metric moves between the two runs, clean minus corrupt."""
+        base, source = self._leading_runs()
+        return source - base if self.mode == "denoise" else base - source
+
+    @property
+    def swing_error(self) -> float:
+        """The standard error of the mean :attr:`swing` over examples; NaN for a single one."""
+        return float(self.error(quantity="swing"))
+
+    @property
+    def metric_clean(self) -> float:
+        """The mean of the first metric in the clean run."""
+        return self._mean_of_run("source" if self.mode == "denoise" else "base")
+
+    @property
+    def metric_corrupt(self) -> float:
+        """The mean of the first metric in the corrupt run."""
+        return self._mean_of_run("base" if self.mode == "denoise" else "source")
+
+    @property
+    def n_examples(self) -> int:
+        """How many examples were measured."""
+        return len(self.examples)
+
+    def _mean_of_run(self, run: str) -> float:
+        found = self.mean(quantity=run)
+        return float(found[0] if self.metrics else found)
+
+    def _leading_runs(self) -> tuple[Float[Tensor, " example"], Float[Tensor, " example"]]:
+        """The first metric of the base and of the source."""
+        return (self.base[0], self.source[0]) if self.metrics else (self.base, self.source)
 
     def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
         """The effects. Raises InputError for several metrics."""
@@ -265,7 +305,6 @@ def head_importance(
         for (site, name), effect in zip(freezer.ids.items(), singles, strict=True)
     }
     edges = _edges(freezer, selected)
-    ends = (freezer.source, freezer.base) if mode == "denoise" else (freezer.base, freezer.source)
     return dataclasses.replace(
         heads,
         provenance=describe(
@@ -276,18 +315,13 @@ def head_importance(
             **runs.described(),
         ),
         selected=[name for name, _ in sorted(selected.items(), key=lambda entry: -abs(entry[1]))],
-        joint=freezer.share(together),
+        together=together,
         connectors={freezer.ids[site]: wholes[freezer.ids[site]] for site in freezer.connectors},
         inputs={freezer.ids[site]: wholes[freezer.ids[site]] for site in freezer.inputs},
         edges=edges,
-        metric_clean=float(ends[0].mean()),
-        metric_corrupt=float(ends[1].mean()),
         mode=mode,
-        n_examples=values.shape[-1],
         answer_tower=names[-1],
         dead=[site for result in patched.values() for site in result.dead],
-        joint_error=float(restored_error(together, freezer.base, freezer.source)),
-        swing_error=float(standard_error(freezer.source - freezer.base)),
         edits=[*(group for result in patched.values() for group in result.edits), *freezer.groups],
         groups=first.groups,
     )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from circuitvision.digests import plain
 from circuitvision.errors import InputError, UnknownSiteError, nearest
+from circuitvision.files import format_of, replacing
 from circuitvision.model.names import head_name
 from circuitvision.model.norms import Norm
 from circuitvision.model.sites import DERIVED, SiteName, expand_short
@@ -29,6 +30,9 @@ from circuitvision.model.sites import DERIVED, SiteName, expand_short
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
+
+
+CACHE_FORMAT = "circuitvision.cache/1"
 
 
 @dataclass(frozen=True)
@@ -233,10 +237,16 @@ class ActivationCache(Mapping[str, Any]):
         return cache
 
     def save(self, path: str | Path) -> Path:
-        """Write the tensors to a ``.safetensors`` file (temporary name, then renamed); load with :meth:`load`."""
+        """Write the tensors to a ``.safetensors`` file, complete or not at all; read with :meth:`load` or ``cv.load``.
+
+        Raises:
+            InputError: another suffix.
+        """
         from safetensors.torch import save_file
 
         path = Path(path)
+        if path.suffix != ".safetensors":
+            raise InputError(f"Caches are saved as .safetensors, not {path.suffix or 'without a suffix'!r}.")
         flat: dict[str, Tensor] = {}
         steps: dict[str, int] = {}
         for name, value in self._values.items():
@@ -247,30 +257,44 @@ class ActivationCache(Mapping[str, Any]):
                 )
             else:
                 flat[name] = value.detach().cpu().contiguous().clone()
-        temporary = path.with_name(path.name + ".part")
-        save_file(
-            flat, temporary, metadata={"steps": json.dumps(steps), "has_batch_dim": json.dumps(self.has_batch_dim)}
-        )
-        temporary.replace(path)
+        metadata = {
+            "format": CACHE_FORMAT,
+            "steps": json.dumps(steps),
+            "has_batch_dim": json.dumps(self.has_batch_dim),
+            "edited": json.dumps(sorted(self.edited)),
+        }
+        with replacing(path) as temporary:
+            save_file(flat, temporary, metadata=metadata)
         return path
 
     @classmethod
     def load(
         cls, path: str | Path, model: HookedModel | None = None, inputs: Mapping[str, Any] | None = None
     ) -> ActivationCache:
-        """Read what :meth:`save` wrote; ``model`` and ``inputs`` give back derived sites and read-outs."""
+        """Read what :meth:`save` wrote; ``model`` and ``inputs`` give back derived sites and read-outs.
+
+        Raises:
+            InputError: no file of a cache.
+        """
         from safetensors import safe_open
 
+        path = Path(path)
+        if format_of(path) != "safetensors":
+            raise InputError(f"{path} is no cache: caches are .safetensors files, and this is none, or a damaged one.")
         values: dict[str, Any] = {}
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            steps = json.loads(metadata.get("steps", "{}"))
+            if metadata.get("format") != CACHE_FORMAT:
+                raise InputError(f"{path} is no cache of format {CACHE_FORMAT!r}; cv.load(path) reads other files.")
+            steps = json.loads(metadata["steps"])
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if "@" not in name:
                     values[name] = file.get_tensor(name)
             for name, count in steps.items():
                 values[name] = [file.get_tensor(f"{name}@{step}") for step in range(count)]
-        return cls(values, model, inputs, json.loads(metadata.get("has_batch_dim", "true")))
+        cache = cls(values, model, inputs, json.loads(metadata["has_batch_dim"]))
+        cache.edited = frozenset(json.loads(metadata["edited"]))
+        return cache
 
     # -- TransformerLens's methods, per tower ----------------------------------------------------------------------------------------------
 

@@ -88,9 +88,9 @@ class PatchingResult(Result):
         base, source = base.expand(self.values.shape), source.expand(self.values.shape)
         return restored_share(self.values, base, source)
 
-    def to_frame(self) -> pd.DataFrame:
+    def _long_frame(self) -> pd.DataFrame:
         """One row per metric, cell and example: ``value`` (the effect), ``base`` and ``source``."""
-        frame = super().to_frame()
+        frame = super()._long_frame()
         lead = [len(self.metrics)] if self.metrics else []
         for name, found in (("base", self.base), ("source", self.source)):
             everywhere = found.view(*lead, *[1] * len(self.cells), -1).expand(self.values.shape)

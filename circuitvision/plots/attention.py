@@ -1,7 +1,7 @@
 """Figures of attention in numbers: layers × heads, shares per layer, profiles by distance, patterns by offset.
 
-Maps over the picture are in ``attention_overlay.py``; ``overlay``, ``contrast`` and ``rollout`` can be had from here. Rows (images, examples) are
-averaged for display; what uniform attention would give is drawn beside or named in the title.
+Maps over the picture are in ``attention_overlay.py``; ``overlay``, ``contrast`` and ``rollout`` can be had from here. Examples are averaged for
+display; what uniform attention would give is drawn beside or named in the title.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MOST_PANELS = 6
 
 
 def summary(result: AttentionSummary, *, span: str | None = None, title: str | None = None) -> go.Figure:
-    """Heat maps of layers × heads, one per span (or of one ``span``), averaged over rows; entropies and peaks have one.
+    """Heat maps of layers × heads, one per span (or of one ``span``), averaged over examples; entropies and peaks have one.
 
     Shares are coloured from 0 to 1, entropies up to that of uniform attention.
     """
@@ -75,15 +75,15 @@ def summary(result: AttentionSummary, *, span: str | None = None, title: str | N
 
 
 def _panels(result: AttentionSummary, span: str | None) -> tuple[Tensor, Tensor, list[str]]:
-    """Means over rows ``[layer head panel]``, of uniform attention ``[layer panel]``, and the panels' names."""
+    """Means over examples ``[layer head panel]``, of uniform attention ``[layer panel]``, and the panels' names."""
     if span is not None:
         result = result.span(span)
-    values, uniform = result.values.double(), result.uniform.double()
+    values, uniform = result.mean(), result.mean(quantity="uniform")
     if "span" not in result.axes:
-        return values.nanmean(-1)[..., None], uniform.nanmean(-1)[..., None], [span or result.measure]
+        return values[..., None], uniform[..., None], [span or result.measure]
     shown = [index for index, name in enumerate(result.axes["span"]) if name != _ALL][:_MOST_PANELS]
     names = [str(result.axes["span"][index]) for index in shown]
-    return values.nanmean(-2)[..., shown], uniform.nanmean(-2)[..., shown], names
+    return values[..., shown], uniform[..., shown], names
 
 
 def _finding(result: AttentionSummary, values: Tensor, uniform: Tensor, names: list[str]) -> str:
@@ -110,7 +110,7 @@ def _finding(result: AttentionSummary, values: Tensor, uniform: Tensor, names: l
     where = _head(result, layer, head)
     if result.measure == "peak":
         return (
-            f"{where} peaks inside the region in {share:.0%} of rows"
+            f"{where} peaks inside the region in {share:.0%} of examples"
             f"<br><span style='font-size:12px'>by chance {alike:.0%}; {_rows(result)}</span>"
         )
     span = names[panel] if "span" in result.axes else result.provenance.get("span", names[panel])
@@ -125,9 +125,9 @@ def _head(result: Any, layer: int, head: int) -> str:
 
 
 def _rows(result: Any) -> str:
-    count = len(result.axes["row"])
+    count = len(result.examples)
     queries = f"queries: {escaped(result.queries)}" if result.queries and result.queries != "default" else ""
-    return "; ".join(part for part in (f"mean of {count} rows" if count > 1 else "1 row", queries) if part)
+    return "; ".join(part for part in (f"mean of {count} examples" if count > 1 else "1 example", queries) if part)
 
 
 def _plain(number: float) -> str:
@@ -139,7 +139,7 @@ def _height(layers: int) -> int:
 
 
 def spans(result: AttentionSummary, *, title: str | None = None) -> go.Figure:
-    """Stacked bars: of each layer the share of attention that each span gets, averaged over heads and rows, and uniform attention below.
+    """Stacked bars: of each layer the share of attention that each span gets, averaged over heads and examples, and uniform attention below.
 
     What no span covers is "other". Raises InputError for a result without spans, and for spans that overlap.
     """
@@ -149,8 +149,8 @@ def spans(result: AttentionSummary, *, title: str | None = None) -> go.Figure:
         raise InputError("Stacked bars show shares of spans: take a result of attention_mass.")
     names = [name for name in result.axes["span"] if name != _ALL]
     index = [result.axes["span"].index(name) for name in names]
-    values = result.values.double()[..., index].nanmean(dim=(1, 2))
-    alike = result.uniform.double()[..., index].nanmean(dim=1).mean(0, keepdim=True)
+    values = result.mean()[..., index].nanmean(1)
+    alike = result.mean(quantity="uniform")[..., index].mean(0, keepdim=True)
     rows = torch.cat([values, alike]).nan_to_num(0.0)
     if float(rows.sum(-1).max()) > 1.001:
         raise InputError(
@@ -202,8 +202,8 @@ def distance(result: DistanceProfile, *, title: str | None = None) -> go.Figure:
 
     labels = result.axes["distance"]
     rings = sum(isinstance(label, int) for label in labels)
-    values, means = result.values.double().nanmean(2), result.mean_distance.double().nanmean(-1)
-    alike, alike_mean = result.uniform.double().nanmean(1), result.uniform_distance.double().nanmean(-1)
+    values, means = result.mean(), result.mean(quantity="mean_distance")
+    alike, alike_mean = result.mean(quantity="uniform"), result.mean(quantity="uniform_distance")
     figure = make_subplots(rows=1, cols=2, column_widths=[0.66, 0.34], horizontal_spacing=0.1)
     colors = _ramp(values.shape[0])
     for layer, name in enumerate(result.axes["layer"]):

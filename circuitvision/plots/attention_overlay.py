@@ -229,27 +229,25 @@ def _tile(result: AttentionMaps, row: int, image: int, tile: int | None) -> int:
     """The tile that is drawn: the first of the image, unless another one is named."""
     if tile is not None:
         return tile
-    number = result.axes["row"].index(row)
-    return int(result.places[number, result.patches(image)[number], 1].min())
+    return int(result.places[row, result.patches(image)[row], 1].min())
 
 
 def _strength(
     result: AttentionMaps, box: Box | None, row: int, image: int, tile: int | None, step: int | None
 ) -> tuple[Tensor, str]:
     """How much of each head's attention the box, the image or the tile that is drawn gets, ``[layer head]``, and what that is in words."""
-    number = result.axes["row"].index(row)
-    tiles = result.places[number, :, 1]
-    inside = result.patches(image)[number]
+    tiles = result.places[row, :, 1]
+    inside = result.patches(image)[row]
     several = len(set(tiles[inside].tolist())) > 1
     shown = _tile(result, row, image, tile)
     if box is not None:
-        inside, what = result.keys(regions.box(box, image=image))[number], "the box"
+        inside, what = result.keys(regions.box(box, image=image))[row], "the box"
     else:
         what = "this image"
     if several and (box is None or tile is not None):
         inside = inside & (tiles == shown)
         what = f"{'the box in ' if box is not None else ''}tile {shown} of this image"
-    return result.pass_values(step)[:, :, number].double()[..., inside].sum(-1), what
+    return result.pass_values(step)[..., row].double()[..., inside].sum(-1), what
 
 
 def _add_heads(figure: go.Figure, drawn: _Drawn, opened: tuple[int, int]) -> None:
@@ -331,7 +329,7 @@ def _heading(drawn: _Drawn, at: tuple[int, int]) -> str:
     result, what, shares = drawn.result, drawn.what, drawn.at(at).tolist()
     layer, head = result.axes["layer"][at[0]], result.axes["head"][at[1]]
     query = "" if result.query in ("", "default") else f"; query: {escaped(result.query)}"
-    rows = len(result.axes["row"])
+    rows = len(result.axes["example"])
     query += f"; row {drawn.row} of {rows} (row= shows another)" if rows > 1 else ""
     if any(math.isnan(share) for share in shares):
         return f"This row has no attention to show: no query of it counts{query}"
@@ -367,7 +365,7 @@ def _mark_query(
     grid: Sequence[int],
     extent: tuple[float, float],
 ) -> None:
-    place = result.query_places[result.axes["row"].index(row)].tolist()
+    place = result.query_places[row].tolist()
     if place[2] < 0 or place[0] != image or place[1] != tile:
         return
     rows, columns = (cells / share for cells, share in zip(grid, extent, strict=True))

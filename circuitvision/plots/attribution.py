@@ -17,7 +17,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.names import Component, component, head_name, is_component, spelled
 from circuitvision.plots import _check_keywords, patches, style
 from circuitvision.plots.lens_text import plain
-from circuitvision.results import by_example, standard_error
+from circuitvision.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -44,15 +44,12 @@ def attribution(result: Attribution, view: str = "bars", **keywords: Any) -> go.
 
 
 def heads(result: Attribution, row: int | None = None, title: str | None = None) -> go.Figure:
-    """Layers × heads of direct attribution, of one row or the mean over all.
+    """Layers × heads of direct attribution, of one row or the mean over examples.
 
     Raises:
         InputError: no such row, or an attribution by component, which has no heads.
     """
-    if row is not None and row not in range(result.values.shape[1]):
-        raise InputError(f"There is no row {row}; this result has {result.values.shape[1]}, counted from 0.")
-    values = result.values.double()
-    values = values.mean(1) if row is None else values[:, row]
+    values = result.mean() if row is None else result.values[:, result.row_number(row)].double()
     found = {
         (component(term).layer, component(term).head): float(value)
         for term, value in zip(result.axes["term"], values.tolist(), strict=True)
@@ -68,31 +65,28 @@ def heads(result: Attribution, row: int | None = None, title: str | None = None)
         best = max(found, key=lambda place: abs(found[place]) if not math.isnan(found[place]) else -1.0)
         verb = "adds" if found[best] >= 0 else "takes"
         title = f"{head_name(*best, result.tower)} {verb} most of all heads: {_number(found[best])} of {direction}"
-        rows = result.values.shape[1]
-        over = f"mean of {rows} rows" if row is None and rows > 1 else f"row {row or 0} of {rows}"
+        rows, count = result.values.shape[1], len(result.examples)
+        over = f"mean of {count} examples" if row is None and count > 1 else f"row {row or 0} of {rows}"
         title += f"<br><span style='font-size:12px'>all terms, MLPs and biases included, add up to {_total(result, row)}; {over}</span>"
     return _heat(grid, layers, across, "layer", "head", title, "direct")
 
 
 def _total(result: Attribution, row: int | None) -> str:
-    return _number(float(result.total.double().mean() if row is None else result.total[row]))
+    return _number(float(result.mean(quantity="total") if row is None else result.total[row]))
 
 
 def bars(result: Attribution, count: int = 14, title: str | None = None) -> go.Figure:
-    """The ``count`` strongest terms as bars, the rest as one; mean over rows, whiskers are standard errors."""
-    values = by_example(result.values.double(), result.example)
-    mean, rows = values.mean(-1), values.shape[-1]
-    unit = "rows" if rows == result.values.shape[-1] else "examples"
+    """The ``count`` strongest terms as bars, the rest as one; mean over examples, whiskers are standard errors."""
+    mean, count_of = result.mean(), len(result.examples)
     order = mean.abs().nan_to_num(-1.0).argsort(descending=True)
     shown, rest = order[:count].tolist(), order[count:]
     names = [result.axes["term"][index] for index in shown]
-    heights = mean[shown].tolist()
-    errors = standard_error(values[shown]).tolist() if rows > 1 else [0.0] * len(shown)
-    if len(rest):
-        names.append(f"{len(rest)} others")
-        heights.append(float(mean[rest].sum()))
-        errors.append(float(standard_error(values[rest].sum(0))) if rows > 1 else 0.0)
-    total = float(by_example(result.total.double(), result.example).mean())
+    parts = result.values.double()
+    parts = torch.cat([parts[shown], parts[rest].sum(0, keepdim=True)]) if len(rest) else parts[shown]
+    names += [f"{len(rest)} others"] if len(rest) else []
+    drawn = Result(parts, {"term": names, "example": result.axes["example"]})
+    heights, errors = drawn.mean().tolist(), drawn.error().nan_to_num(0.0).tolist()
+    total = float(result.mean(quantity="total"))
     direction = _words(result.direction)
     title = title or nothing_found(mean, "term", f"adds anything to {direction}")
     if title is None:
@@ -103,13 +97,13 @@ def bars(result: Attribution, count: int = 14, title: str | None = None) -> go.F
         title = f"{html.escape(names[0])} {verb} most: {_number(heights[0])} of {direction}{share}"
     cap = " before the soft cap" if result.is_capped else ""
     note = f"all terms add up to {_number(total)}{cap}"
-    note += f" ({_number(float(result.capped.double().mean()))} under it)" if cap else ""
-    note += f"; mean of {rows} {unit} ± standard error" if rows > 1 else ""
+    note += f" ({_number(float(result.mean(quantity='capped')))} under it)" if cap else ""
+    note += f"; mean of {count_of} examples ± standard error" if count_of > 1 else ""
     return _bars(
         names,
         heights,
         errors,
-        rows > 1,
+        count_of > 1,
         f"{title}<br><span style='font-size:12px'>{note}</span>",
         f"{direction}, directly{cap}",
     )
@@ -118,16 +112,17 @@ def bars(result: Attribution, count: int = 14, title: str | None = None) -> go.F
 def ranked(result: Ranking, count: int = 14, title: str | None = None) -> go.Figure:
     """The first ``count`` components of a ranking as bars; those that stand out (mean + 2 sd) are counted in the title."""
     names = result.top(count)
-    heights = result.values[:count].tolist()
-    errors = result.errors[:count].nan_to_num(0.0).tolist()
-    finite = bool(torch.isfinite(result.values).any())
-    outstanding = result.above_threshold() if finite and len(result.values) > 1 else []
-    title = title or nothing_found(result.values, "component", "has a score other than 0")
+    scores = result.scores
+    heights = scores[:count].tolist()
+    errors = (result.error() if "example" in result.axes else torch.full_like(scores, torch.nan)).nan_to_num(0.0)
+    finite = bool(torch.isfinite(scores).any())
+    outstanding = result.above_threshold() if finite and len(scores) > 1 else []
+    title = title or nothing_found(scores, "component", "has a score other than 0")
     if title is None:
         title = f"{html.escape(names[0])} comes first: {_number(heights[0])}"
-    note = f"{len(outstanding)} of {len(result.values)} components at or beyond mean + 2 sd"
+    note = f"{len(outstanding)} of {len(scores)} components at or beyond mean + 2 sd"
     heading = f"{title}<br><span style='font-size:12px'>{note}</span>"
-    return _bars(names, heights, errors, any(errors), heading, "score")
+    return _bars(names, heights, errors[:count].tolist(), bool(errors.any()), heading, "score")
 
 
 def _bars(
@@ -194,9 +189,7 @@ def sources(
 
     from circuitvision.readout.patch_coords import extent_of, on_grid
 
-    if row not in range(len(result.axes["row"])):
-        raise InputError(f"There is no row {row}; this result has {len(result.axes['row'])}, counted from 0.")
-    values = result.values[:, :, row].double()
+    values = result.values[..., result.row_number(row)].double()
     layers = result.axes["layer"]
     strongest = _strongest(values, layers) if heads is None else _given(heads, result)
     places = result.places[row]
@@ -224,7 +217,7 @@ def sources(
         _add_words(figure, result, values[result.index_of("layer", layer), result.index_of("head", head)], row, column)
     if title is None:
         title = _source_finding(result, values, strongest[0], row)
-        title += style.which_row(row, len(result.axes["row"]))
+        title += style.which_row(row, len(result.axes["example"]))
     width = 940 / (len(maps) + first)
     style.layout(figure, title, int(162 + width), margin={"l": 10, "r": 40, "t": 102, "b": 50})
     figure.update_xaxes(visible=False)
@@ -273,10 +266,9 @@ def _add_words(
 
 
 def increase(result: LogProbIncrease, row: int | None = None, title: str | None = None) -> go.Figure:
-    """Layers × heads (parts, or the strongest neurons) of log-probability increase, of one row or the mean over all."""
+    """Layers × heads (parts, or the strongest neurons) of log-probability increase, of one row or the mean over examples."""
     names = list(result.axes)
-    values = result.values.double()
-    values = values.mean(2) if row is None else values[:, :, row]
+    values = result.mean() if row is None else result.values[..., result.row_number(row)].double()
     inner = names[1]
     labels = result.axes[inner]
     if inner == "neuron" and values.shape[1] > 24:
@@ -298,23 +290,23 @@ def bilinear(result: BilinearAttribution, image: int = 0, text: int = 0, title: 
     Raises:
         InputError: no such image or text.
     """
-    for name, number in (("image", image), ("text", text)):
-        if number not in range(len(result.axes[name])):
-            raise InputError(f"There is no {name} {number}; this result has {len(result.axes[name])}, counted from 0.")
+    for name, number, axis in (("image", image, "example"), ("text", text, "text")):
+        if number not in range(len(result.axes[axis])):
+            raise InputError(f"There is no {name} {number}; this result has {len(result.axes[axis])}, counted from 0.")
     if len(result.axes["text_term"]) == 1:
-        values, across, name = result.values[:, 0, image].double(), result.axes["text"], "prompt"
+        values, across, name = result.values[:, 0, :, image].double(), result.axes["text"], "prompt"
     else:
-        values, across, name = result.values[:, :, image, text].double(), result.axes["text_term"], "text term"
+        values, across, name = result.values[:, :, text, image].double(), result.axes["text_term"], "text term"
     best = divmod(int(values.abs().nan_to_num(-1.0).argmax()), values.shape[1])
     title = title or nothing_found(values, "pair of terms" if name == "text term" else "term", "adds anything")
     if title is None:
         title = (
             f"{result.axes['image_term'][best[0]]} with {html.escape(str(across[best[1]]))} adds most: {_number(float(values[best]))} "
-            f"of {_number(float(result.total[image, text]))}"
+            f"of {_number(float(result.total[text, image]))}"
             if name == "text term"
             else f"{result.axes['image_term'][best[0]]} moves {html.escape(str(across[best[1]]))!r} most: {_number(float(values[best]))}"
         )
-        pair = f"image {image} of {len(result.axes['image'])}"
+        pair = f"image {image} of {len(result.axes['example'])}"
         pair += f", {html.escape(str(result.axes['text'][text]))!r}" if name == "text term" else ""
         title += f"<br><span style='font-size:12px'>{pair} (image= and text= show others)</span>"
     return _heat(values, result.axes["image_term"], across, "image term", name, title, "logit")

@@ -44,26 +44,23 @@ def curve(
     shares = lead.axes["share"]
     figure = go.Figure()
     if lead.random.numel():
-        means = lead.random.nanmean(1)
-        low, high = means.quantile(0.05, 0), means.quantile(0.95, 0)
+        low, middle, high = lead.random_band()
         band = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
         figure.add_scatter(x=shares, y=low.tolist(), **band)
         figure.add_scatter(x=shares, y=high.tolist(), fill="tonexty", fillcolor="rgba(128,128,128,0.3)", **band)
-        name = f"{len(means)} random orders"
-        figure.add_scatter(
-            x=shares, y=means.mean(0).tolist(), mode="lines", line={"color": style.GREY, "width": 2}, name=name
-        )
+        name = f"{len(lead.random)} random orders"
+        figure.add_scatter(x=shares, y=middle.tolist(), mode="lines", line={"color": style.GREY, "width": 2}, name=name)
     for one, name, color in zip(curves, names_of(curves), COLORS * len(curves), strict=False):
-        y = one.values.nanmean(0).tolist()
+        y = one.mean().tolist()
         figure.add_scatter(x=one.axes["share"], y=y, mode="lines", line={"color": color, "width": 3}, name=name)
     if reverse and len(curves) == 1 and lead.reverse.numel():
-        y = lead.reverse.nanmean(0).tolist()
+        y = lead.mean(quantity="reverse").tolist()
         figure.add_scatter(
             x=shares, y=y, mode="lines", line={"color": COLORS[1], "width": 2, "dash": "dot"}, name="reverse order"
         )
     unit = str(lead.provenance.get("metric_units") or "")
     verb = "removed" if lead.kind == "deletion" else "brought back"
-    count = lead.values.shape[0]
+    count = len(lead.examples)
     good = "lower is better" if lead.kind == "deletion" else "higher is better"
     over = f"mean of {count} examples" if count > 1 else "one example"
     note = f"{over}; {good}; removed = baseline “{html.escape(lead.baseline)}” at {lead.level}s"
@@ -89,7 +86,7 @@ def pointing(
 
     games = together(result, beside, "PointingGame")
     names = names_of(games)
-    rates, ends = [game.rate for game in games], [game.interval for game in games]
+    rates, ends = [game.rate for game in games], [game.interval().tolist() for game in games]
     figure = go.Figure()
     figure.add_scatter(
         x=rates,
@@ -130,16 +127,16 @@ def pointing(
 
 
 def _curve_finding(curves: Sequence[Curve]) -> str:
-    lead = max(curves, key=lambda one: float(one.advantage.nanmean()) if one.random.numel() else 0.0)
+    lead = max(curves, key=lambda one: float(one.advantage.mean()) if one.random.numel() else 0.0)
     way = f"{lead.kind.capitalize()} by {_plain(names_of(curves)[curves.index(lead)])}"
     if not lead.random.numel():
         return f"{way} has an area of {float(lead.auc().nanmean()):.3g}"
     told = findings.beats_random(lead)
-    if lead.values.shape[0] == 1:
+    if len(lead.examples) == 1:
         own, random = lead.auc()[0], lead.auc("random")[:, 0]
         beaten = int((own < random if lead.kind == "deletion" else own > random).sum())
         return f"{way} beats {beaten} of {len(random)} random orders"
-    better, examples = float((lead.advantage > 0).double().mean()), lead.values.shape[0]
+    better, examples = float((lead.advantage.values > 0).double().mean()), len(lead.examples)
     if not told.holds:
         return f"{way} is no better than random orders can be ({better:.0%} of {examples} examples)"
     return f"{way} beats random orders in {better:.0%} of {examples} examples"

@@ -26,6 +26,7 @@ def head_importance(result: HeadImportance, title: str | None = None) -> go.Figu
     """Heat maps of every head's share of the answer, one per tower."""
     towers, shares, effects = result.axes["tower"], result.shares, result.effects
     grids = {}
+    shares, effects = result.shares, result.effects
     for number, tower in enumerate(towers):
         present = torch.isfinite(effects[number])
         layers, heads = int(present.any(1).sum()), int(present.any(0).sum())

@@ -19,6 +19,7 @@ from circuitvision.plots import _check_keywords, patches, style
 from circuitvision.plots import lens_text as text
 from circuitvision.plots.lens_table import table
 from circuitvision.readout.patch_coords import extent_of
+from circuitvision.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -80,7 +81,7 @@ def over_image(
 
     row, shown = text.checked_row(result, row), _chosen_layers(result)
     name = html.escape(text.target_name(result, 0 if target is None else result.target(target)))
-    grids = [result.patch_grid(layer, result.axes["row"][row], image, tile, target) for layer in shown]
+    grids = [result.patch_grid(layer, row, image, tile, target) for layer in shown]
     hovers = [_grid_words(result, layer, row, image, tile) for layer in shown]
     pixels = None if picture is None else patches.as_picture(picture)
     box = patches.as_shares(box, pixels)
@@ -133,7 +134,7 @@ def layers(
     position: int | str | None = None,
     row: int | None = None,
 ) -> go.Figure:
-    """Lines over layers, one per target: the pooled output's value, the mean over ``rows`` (all; or of one ``row``).
+    """Lines over layers, one per target: the pooled output's value, the mean over the examples of ``rows`` (all; or of one ``row``).
 
     Of a ``position`` instead: its number or name, or ``"last"``, the last of every row that is no padding. Of a lens of regions, without one: the
     first target, a line per region.
@@ -142,10 +143,8 @@ def layers(
 
     if row is not None and rows is not None:
         raise InputError("Give rows= or row=, not both.")
-    rows = [
-        text.checked_row(result, one)
-        for one in (rows if rows is not None else [row] if row is not None else result.axes["row"])
-    ]
+    chosen = rows if rows is not None else [row] if row is not None else range(text.n_rows(result))
+    rows = [text.checked_row(result, one) for one in chosen]
     if "target" not in result.axes:
         raise InputError("Lines over layers show targets; read the lens with targets=.")
     if position is None and _is_named(result):
@@ -166,10 +165,12 @@ def layers(
     if position is None and not result.pooled.numel():
         raise InputError("This read-out does not pool; say which position= the lines show.")
     at = None if position is None else [text.place_of(result, position, one) for one in rows]
-    values = (result.pooled[:, rows] if at is None else result.values[:, rows, at]).double()
+    values = result.pooled[..., rows] if at is None else result.values[:, at, :, rows].movedim(0, -1)
     labels = next(iter(result.axes.values()))
     figure = go.Figure()
-    mean = values.nanmean(1)
+    shown = [result.axes["example"][one] for one in rows]
+    drawn = Result(values, {"layer": labels, "target": result.axes["target"], "example": shown})
+    mean = drawn.mean()
     for index, name in enumerate(result.axes["target"]):
         color = PALETTE[index % len(PALETTE)]
         figure.add_trace(
@@ -184,9 +185,13 @@ def layers(
             )
         )
     if title is None:
-        title = _lines_where(result, rows, at, position) + _lines_finding(result, mean, values)
+        title = _lines_where(result, rows, at, position) + _lines_finding(result, mean, drawn)
         if text.n_rows(result) > 1:
-            over = f"mean of {len(rows)} rows" if len(rows) > 1 else f"row {rows[0]} of {text.n_rows(result)}"
+            over = (
+                f"mean of {len(drawn.examples)} examples"
+                if len(rows) > 1
+                else f"row {rows[0]} of {text.n_rows(result)}"
+            )
             title += f"<br><span style='font-size:12px'>{over} (row= or rows= show others)</span>"
     style.layout(figure, title, 388, margin={"l": 60, "r": 20, "t": 68, "b": 60})
     figure.update_yaxes(
@@ -206,7 +211,7 @@ def _lines_where(result: LensResult, rows: Sequence[int], at: Sequence[int] | No
     return f"At {html.escape(repr(word)) if word else named}, "
 
 
-def _lines_finding(result: LensResult, mean: torch.Tensor, values: torch.Tensor) -> str:
+def _lines_finding(result: LensResult, mean: torch.Tensor, drawn: Result) -> str:
     """Which target leads from which layer on; of a single target, where it is lowest and highest."""
     labels, finite = next(iter(result.axes.values())), torch.isfinite(mean)
     last = text.layer_name(labels[-1])
@@ -225,7 +230,7 @@ def _lines_finding(result: LensResult, mean: torch.Tensor, values: torch.Tensor)
         return f"{result.tower}: no finite value at {last}"
     if int((ranked[-1] == ranked[-1, best]).sum()) > 1:
         return f"{result.tower}: no target leads at {last}"
-    told = findings.leads(mean, values[-1], result.measure)
+    told = findings.leads(drawn, result.measure)
     if not told.holds:
         return f"{result.tower}: {html.escape(text.target_name(result, best))} is first at {last}, by no more than {told.amount}"
     leads = (ranked.argmax(-1) == best) & finite[:, best]

@@ -62,7 +62,7 @@ def lens_rows(
             patches.add_picture(figure, pixels, number)
             patches.mark(figure, changed, pixels.shape[0], pixels.shape[1], number, 1)
         for column, (_, which, layer) in enumerate(panels, start=2 if pictured else 1):
-            grid = row.lenses[which].patch_grid(layer, row.lenses[which].axes["row"][0])
+            grid = row.lenses[which].patch_grid(layer)
             patches.add_map(figure, grid, number, column)
             _add_last(figure, row.lenses[which], layer, number, column, limit, colors)
             extent = extent_of(row.lenses[which].shares, row.lenses[which].places, 0, 0)
@@ -109,7 +109,7 @@ def _add_last(
     """Below a map, the reading at the last position, where that is a word and not a patch."""
     if result.places[0, -1, 2] >= 0:
         return
-    value = float(result.values[result.axes["layer"].index(layer), 0, -1, 0])
+    value = float(result.values[result.axes["layer"].index(layer), -1, 0, 0])
     text = f"last word {value:+.1f}".replace("-", "\N{MINUS SIGN}")
     where = {"xref": "x domain", "yref": "y domain", "x": 0.5, "y": -0.06, "yanchor": "top"}
     paint = style.tint(value / limit, colors)

@@ -6,11 +6,10 @@ import html
 import itertools
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from circuitvision.plots import style
 from circuitvision.plots.attribution import nothing_found
 from circuitvision.plots.lens import PALETTE
+from circuitvision.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -22,15 +21,13 @@ if TYPE_CHECKING:
 def summary(result: LensSummary, title: str | None = None) -> go.Figure:
     """A lens summary as lines over layers, one per target, source or head (the mean over positions, where it has any).
 
-    Whiskers are the standard error over rows, the dotted line is chance.
+    Whiskers are the standard error over examples, the dotted line is chance.
     """
     import plotly.graph_objects as go
 
-    values, labels, lines = _lines(result)
+    drawn, labels, lines = _lines(result)
     figure = go.Figure()
-    mean, counted = values.nanmean(-1), (~values.isnan()).sum(-1)
-    squares = (values - mean[..., None]).square().nansum(-1)
-    error = (squares / (counted - 1).clamp_min(1) / counted.clamp_min(1)).sqrt()
+    mean, error = drawn.mean(), drawn.error().nan_to_num(0.0)
     for index, name in enumerate(lines):
         figure.add_trace(
             go.Scatter(
@@ -60,19 +57,20 @@ def summary(result: LensSummary, title: str | None = None) -> go.Figure:
     return figure
 
 
-def _lines(result: LensSummary) -> tuple[torch.Tensor, list[str], list[str]]:
-    """Values ``[layer line row]``, the names of layers (or sites), and of lines ("" for the only one)."""
+def _lines(result: LensSummary) -> tuple[Result, list[str], list[str]]:
+    """What is drawn, ``[layer line example]``, the names of layers (or sites), and of lines ("" for the only one)."""
     order, values = list(result.axes), result.values.double()
     if "position" in order:
         values = values.nanmean(order.index("position"))
         order.remove("position")
     depth = order[0] if "layer" not in order else "layer"
-    inner = [name for name in order if name not in (depth, "row")]
-    values = values.permute([order.index(name) for name in (depth, *inner, "row")])
+    inner = [name for name in order if name not in (depth, "example")]
+    values = values.permute([order.index(name) for name in (depth, *inner, "example")])
     labels = [f"layer {label}" if isinstance(label, int) else str(label) for label in result.axes[depth]]
     named = [[f"head {label}" if name == "head" else str(label) for label in result.axes[name]] for name in inner]
     lines = [", ".join(parts) for parts in itertools.product(*named)]
-    return values.reshape(len(labels), len(lines), -1), labels, lines
+    axes = {depth: labels, "line": lines, "example": result.axes["example"]}
+    return Result(values.reshape(len(labels), len(lines), -1), axes), labels, lines
 
 
 def tuned(result: TunedLens, title: str | None = None) -> go.Figure:

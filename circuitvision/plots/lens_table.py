@@ -50,7 +50,7 @@ def table(
     if not chosen:
         raise InputError("Name at least one position.")
     index = 0 if target is None else result.target(target)
-    values = result.values[:, row][:, chosen][..., index].float()
+    values = result.values[:, chosen, index, row].float()
     names = np.array([[text.highest(result, layer, row, at)[0] for at in chosen] for layer in range(len(values))])
     labels = next(iter(result.axes.values()))
     name = f"{html.escape(text.short(text.target_name(result, index), 34))} ({text.unit(result)})"

@@ -56,16 +56,16 @@ def target_name(result: LensResult, index: int) -> str:
 
 def highest(result: LensResult, layer: int, row: int, at: int) -> list[str]:
     """The names of the five highest columns at a place."""
-    return [plain(result.names.get(str(int(number)), str(int(number)))) for number in result.ids[layer, row, at][:5]]
+    return [plain(result.names.get(str(int(number)), str(int(number)))) for number in result.ids[layer, at, :5, row]]
 
 
 def n_rows(result: LensResult) -> int:
     """How many rows a lens has."""
-    return len(result.axes["row"])
+    return len(result.axes["example"])
 
 
 def checked_row(result: LensResult, row: int | None) -> int:
-    """Where a row stands, by its label (None: the first).
+    """A row, by its number (None: the first).
 
     Raises:
         InputError: there is no such row, or the lens has heads, which no view shows.
@@ -75,7 +75,7 @@ def checked_row(result: LensResult, row: int | None) -> int:
             "Figures of a lens show one value per layer and position; read it at a site without heads. "
             "For heads see direct_attribution(…).plot(view='heads')."
         )
-    return 0 if row is None else result.index_of("row", row)
+    return 0 if row is None else result.row_number(row)
 
 
 def place_of(result: LensResult, position: int | str, row: int = 0) -> int:

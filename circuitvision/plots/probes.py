@@ -242,8 +242,8 @@ def components(result: PCAResult, title: str | None = None) -> go.Figure:
         vertical_spacing=0.16 / rows,
     )
     for number, own in enumerate(scores):
-        across = own[:, 0]
-        down = own[:, 1] if own.shape[1] > 1 else torch.zeros_like(across)
+        across = own[0]
+        down = own[1] if len(own) > 1 else torch.zeros_like(across)
         _add_points(figure, result, across, down, number // columns + 1, number % columns + 1, number == 0)
     height = int(172 + rows * (940 / columns if columns > 1 else 460) * 0.95)
     style.layout(figure, html.escape(title or _spread(result, layers, explained)), height)
@@ -267,7 +267,7 @@ def _panel_title(layer: Any, shares: torch.Tensor) -> str:
 
 def _spread(result: PCAResult, layers: list[Any], explained: torch.Tensor) -> str:
     between = result.between.reshape(-1)
-    kept = result.values.shape[-1]
+    kept = len(result.axes["component"])
     shown = f"the first {kept} components" if kept > 1 else "the first component"
     if result.labels and not bool(between.isnan().all()):
         best = int(between.nan_to_num(-1).argmax())

@@ -58,8 +58,7 @@ def relevance(
         _per_row(box, rows, isinstance(row, int), "box"),
     )
     for one, line in itertools.product(results, rows):
-        if line not in one.axes["row"]:
-            raise InputError(f"There is no row {line!r}; there are {one.axes['row']}.")
+        one.row_number(line)
     if not any(_patches(one, rows[0]) for one in results):
         return _words_alone(results, rows[0], title)
     figure, first, with_words = _panels(results, rows, pictures[0] is not None)
@@ -73,7 +72,7 @@ def relevance(
             if with_words:
                 _add_words(figure, found, line, len(rows) + 1, column)
     lead = _finding(results, rows, pictures, boxes, (image, tile)) if title is None else title
-    several = len(results[0].axes["row"])
+    several = len(results[0].axes["example"])
     which = f"; row {rows[0]} of {several} (row= shows another)" if len(rows) == 1 < several else ""
     heading = f"{lead}<br><span style='font-size:12px'>{_legend(results)}{which}</span>"
     words = max((len(_words(one, rows[0])[0]) for one in results), default=0) if with_words else 0
@@ -147,8 +146,8 @@ def _add_map(
 def _limit(found: Relevance, line: int) -> float:
     """The largest absolute value of one row that is drawn, as patch or word: what full colour stands for."""
     if found.of_pixels:
-        return max(float(found.values[line].abs().nan_to_num(0.0).max()), 1e-12)
-    drawn = found.per_position[line][found.places[line, :, 0] >= 0].abs().nan_to_num(0.0).tolist()
+        return max(float(found.values[..., line].abs().nan_to_num(0.0).max()), 1e-12)
+    drawn = found.per_position[:, line][found.places[line, :, 0] >= 0].abs().nan_to_num(0.0).tolist()
     return max([*drawn, *(abs(value) for value in _words(found, line)[1]), 1e-12])
 
 
@@ -156,7 +155,7 @@ def _undrawn(found: Relevance, line: int) -> str:
     """The strongest position that is neither patch nor word (a class token, a register), where it is stronger than all that is drawn."""
     if found.of_pixels or not found.labels:
         return ""
-    values = found.per_position[line].masked_fill(found.places[line, :, 0] >= 0, 0.0).nan_to_num(0.0)
+    values = found.per_position[:, line].masked_fill(found.places[line, :, 0] >= 0, 0.0).nan_to_num(0.0)
     at = int(values.abs().argmax())
     if abs(float(values[at])) <= _limit(found, line):
         return ""
@@ -172,7 +171,7 @@ def _words(found: Relevance, line: int) -> tuple[list[str], list[float]]:
     """Text pieces that are no patch, with their values; none for towers that read images alone."""
     if found.of_pixels:
         return [], []
-    values = found.per_position[line]
+    values = found.per_position[:, line]
     shown = [
         number
         for number in range(values.shape[0])

@@ -12,7 +12,6 @@ import torch
 from circuitvision.errors import InputError
 from circuitvision.model.sweeps.result import spelled_cell
 from circuitvision.plots import style
-from circuitvision.results import standard_error
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -50,7 +49,7 @@ def sweep(result: SweepResult, title: str | None = None, count: int = 12, metric
 
 
 def _mean(result: SweepResult) -> torch.Tensor:
-    return result.effect.detach().cpu().double().nanmean(-1)
+    return result.mean(quantity="effect")
 
 
 def _heading(result: SweepResult, title: str | None, mean: torch.Tensor) -> str:
@@ -69,7 +68,7 @@ def _line(result: SweepResult, title: str | None) -> go.Figure:
     import plotly.graph_objects as go
 
     ((name, entries),) = result.grid.items()
-    mean, error = _mean(result), standard_error(result.effect.detach().cpu())
+    mean, error = _mean(result), result.error(quantity="effect")
     metric, unit = _names(result)
     labels = [str(entry) for entry in entries]
     figure = go.Figure(
@@ -157,12 +156,12 @@ def _notes(result: SweepResult, shown: int) -> list[str]:
     """What a reader must know beside the figure: how many edits and examples, the unedited metric, an interruption."""
     there = int(torch.isfinite(result.effect).any(-1).sum())
     notes = [f"{shown} strongest of {there} edits" if shown < there else f"{there} edits"]
-    if len(result.clean) > 1:
-        notes.append(f"mean of {len(result.clean)} examples" + ("" if len(result.grid) > 1 else " ± standard error"))
+    if len(result.examples) > 1:
+        notes.append(f"mean of {len(result.examples)} examples" + ("" if len(result.grid) > 1 else " ± standard error"))
     count = math.prod(result.values.shape[:-1])
     if there < count:
         notes.append(f"{count - there} without a value left out")
-    notes.append(f"unedited {float(result.clean.double().nanmean()):.3g}".replace("-", "\N{MINUS SIGN}"))
+    notes.append(f"unedited {float(result.mean(quantity='clean')):.3g}".replace("-", "\N{MINUS SIGN}"))
     if result.interrupted:
         notes.append(f"interrupted by {_escape(_middle(result.interrupted, _SHORT))}")
     return notes
@@ -171,16 +170,15 @@ def _notes(result: SweepResult, shown: int) -> list[str]:
 def _bars(result: SweepResult, title: str | None, count: int) -> go.Figure:
     import plotly.graph_objects as go
 
-    effect = result.effect.detach().cpu().double().flatten(0, -2)
-    there = torch.isfinite(effect).any(-1).nonzero().flatten()
-    examples = effect.shape[1]
-    means = effect[there].nanmean(-1)
+    mean, error = (found.flatten() for found in (result.mean(quantity="effect"), result.error(quantity="effect")))
+    there = torch.isfinite(mean).nonzero().flatten()
+    examples, means = len(result.examples), mean[there]
     order = means.abs().argsort(descending=True, stable=True)[:count]
     shown, values = there[order], means[order].tolist()
     names = result.labels
     labels = [names[index] for index in shown.tolist()]
     short = [_escape(label) for label in shortened(labels)]
-    errors = standard_error(effect[shown]).nan_to_num(0.0).tolist() if examples > 1 else [0.0] * len(values)
+    errors = error[shown].nan_to_num(0.0).tolist()
     metric, unit = _names(result)
     written = [_signed(value, max(map(abs, values))) for value in values]
     figure = go.Figure(

@@ -23,6 +23,7 @@ from circuitvision.progress import Progress
 from circuitvision.provenance import describe
 from circuitvision.readout.probes.collected import chosen_at_site, position_label
 from circuitvision.results import Result
+from circuitvision.statistics import by_example
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -78,8 +79,8 @@ def over_data(
     Args:
         model: the hooked model.
         data: the data set.
-        read: the result for a batch, given with the places of its examples in the data set; its values have an axis of rows or examples, and may
-            have one of positions.
+        read: the result for a batch, given with the places of its examples in the data set; its values have an axis of examples, and may have one
+            of positions.
         positions: over which positions the mean is taken, where there are several.
         batch_size: examples that run at once; None: by memory.
         method: for the provenance.
@@ -122,15 +123,13 @@ def _by_example(
 ) -> tuple[Tensor, list[str]]:
     """Values ``[… example]`` of one batch and the names of the other axes: means over positions, then over the rows of an example."""
     names = list(result.axes)
-    axis = "example" if "example" in names else "row"
-    values = result.values.double().movedim(names.index(axis), -1)
-    owners = np.array(getattr(result, "example", None) or result.axes[axis], dtype=int)
-    names.remove(axis)
+    values = result.values.double()
+    owners = np.array(result.axes["example"], dtype=int)
+    names.remove("example")
     if len(owners) and int(owners.max()) >= len(batch):
         raise InputError(
             "The rows of this tower are no examples of the data set (texts that images are compared with)."
         )
-    weights = torch.ones(len(owners), dtype=torch.float64)
     if "position" in names and all(isinstance(position, int) for position in result.axes["position"]):
         at = [int(position) for position in result.axes["position"]]
         tokens = model.tokens(batch.inputs)[str(getattr(result, "tower", ""))]
@@ -139,9 +138,7 @@ def _by_example(
         names.remove("position")
         # What is not chosen does not count, not even as a NaN.
         values = torch.where(mask.T, values, 0.0).sum(-2) / mask.sum(1).clamp(min=1)
-        weights = mask.any(1).double()
-    weights = weights.to(values.device)
-    index = torch.from_numpy(owners).to(values.device)
-    shape = (*values.shape[:-1], len(batch))
-    total = values.new_zeros(shape).index_add_(-1, index, torch.where(weights > 0, values, 0.0))
-    return total / weights.new_zeros(len(batch)).index_add_(0, index, weights), names
+        values = values.masked_fill(~mask.any(1), torch.nan)
+    found = values.new_full((*values.shape[:-1], len(batch)), torch.nan)
+    found[..., list(dict.fromkeys(owners.tolist()))] = by_example(values, owners.tolist())
+    return found, names

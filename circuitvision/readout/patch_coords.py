@@ -84,9 +84,7 @@ def named_positions(result: Result, frame: pd.DataFrame, words: Sequence[Sequenc
     """The frame of a result with a column ``token`` behind ``position``: the piece of text, or the patch as "r0c2"; unchanged without names."""
     if "position" not in result.axes or {len(line) for line in words} != {len(result.axes["position"])}:
         return frame
-    row, position = (
-        frame[axis].map({label: at for at, label in enumerate(result.axes[axis])}) for axis in ("row", "position")
-    )
-    tokens = [words[line][at] for line, at in zip(row, position, strict=True)]
+    places = dict(zip(result.axes, np.indices(result.values.shape).reshape(result.values.ndim, -1), strict=True))
+    tokens = [words[row][at] for row, at in zip(places["example"], places["position"], strict=True)]
     frame.insert(list(frame.columns).index("position") + 1, "token", tokens)
     return frame

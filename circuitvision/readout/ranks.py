@@ -1,7 +1,7 @@
 """Ranking components by a score: which stand out, which way they push, and what a random choice of as many would have scored.
 
 Takes the scores of any result (direct attribution, log-probability increase, head importance, attention mass, the effects of a sweep) and
-keeps one number per component, the mean over the examples. Components that stand out are those at or beyond ``mean + 2 sd`` of all of them, as
+ranks components by the mean over the examples. Components that stand out are those at or beyond ``mean + 2 sd`` of all of them, as
 NOTICE keeps heads. A score is only worth as much as its control: :meth:`Ranking.random_control` draws sets of components at random.
 
 Source: Golovanevsky et al. 2024, arXiv 2406.16320 (the threshold).
@@ -12,28 +12,31 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.names import head_name
 from circuitvision.model.tokens import present
 from circuitvision.provenance import with_provenance
-from circuitvision.results import Result, by_example, standard_error
-
-INDEPENDENT = ("row", "example")
+from circuitvision.results import EXAMPLE, Result, component_name
+from circuitvision.statistics import by_example
 
 
 @dataclass(frozen=True, eq=False)
 class Ranking(Result):
-    """One score per component, strongest first: ``values [component]``, with standard errors over examples (NaN: one example)."""
+    """Scores ``[component example]``, the component with the strongest mean first; ``[component]`` where there are no examples (weights)."""
 
-    errors: Tensor = field(default_factory=lambda: torch.zeros(0))
     by: str = "value"
+
+    @property
+    def scores(self) -> Float[Tensor, " component"]:
+        """The mean over examples of each component."""
+        return self.mean() if EXAMPLE in self.axes else self.values.double()
 
     def highlights(self) -> dict[str, str]:
         """The first components and their scores."""
@@ -45,7 +48,7 @@ class Ranking(Result):
 
     def above_threshold(self, deviations: float = 2.0) -> list[str]:
         """Components whose score is at least the mean plus ``deviations`` standard deviations of all (of sizes, where ranked by size)."""
-        scores = self._scores()
+        scores = self._sizes()
         if len(scores) < 2:
             raise InputError("Standing out needs at least two components.")
         there = scores[~scores.isnan()]
@@ -68,7 +71,7 @@ class Ranking(Result):
 
         Components without a score are left out.
         """
-        scores = self._scores()
+        scores = self._sizes()
         scores = scores[~scores.isnan()]
         if not 1 <= count <= len(scores):
             raise InputError(f"count={count} is outside the {len(scores)} components that have a score.")
@@ -80,12 +83,12 @@ class Ranking(Result):
         """The sets to remove one after the other: the first component, the first two, …"""
         return [list(names) for names in itertools.accumulate([name] for name in self.axes["component"])]
 
-    def _scores(self) -> Tensor:
-        values = self.values.double()
-        return values.abs() if self.by == "size" else values
+    def _sizes(self) -> Tensor:
+        """What components are ordered by."""
+        return self.scores.abs() if self.by == "size" else self.scores
 
     def _pairs(self) -> list[tuple[str, float]]:
-        return list(zip(self.axes["component"], self.values.tolist(), strict=True))
+        return list(zip(self.axes["component"], self.scores.tolist(), strict=True))
 
 
 @with_provenance
@@ -93,7 +96,7 @@ def rank_components(scores: Result | Tensor, labels: Sequence[Any] | None = None
     """Rank components by their score, the mean over examples (of an example with several rows, over their mean); NaN does not count.
 
     Args:
-        scores: a result whose axes other than row, example, position and step are components (layers × heads become ``"vision L1H3"``), or a tensor
+        scores: a result whose axes other than example, position and step are components (layers × heads become ``"vision L1H3"``), or a tensor
             ``[component]`` or ``[component example]``. Of a sweep every axis but the examples is one of components, and the score is the effect:
             the metric under the edit minus the unedited one.
         labels: of a tensor's components.
@@ -112,19 +115,19 @@ def rank_components(scores: Result | Tensor, labels: Sequence[Any] | None = None
     provenance: dict[str, Any] = {}
     if isinstance(scores, Result):
         values, names = _flat(scores)
-        if "row" in scores.axes and "example" not in scores.axes:
-            values = by_example(values, getattr(scores, "example", None))
+        examples = scores.examples if EXAMPLE in scores.axes else []
         provenance = scores.provenance
     else:
-        values = scores if scores.ndim == 2 else scores[:, None]
+        values, examples = scores, list(range(scores.shape[-1])) if scores.ndim == 2 else []
         names = [str(label) for label in (labels if labels is not None else range(len(values)))]
-    if values.ndim != 2 or len(names) != len(values) or not len(names):
+    if values.ndim != 1 + bool(examples) or len(names) != len(values) or not len(names):
         raise InputError(f"There are {len(names)} labels for scores of shape {tuple(values.shape)}.")
     values = values.detach().cpu().double()
-    mean, spread = values.nanmean(1), standard_error(values)
-    key = (mean.abs() if by == "size" else mean).nan_to_num(-math.inf)
+    axes: dict[str, list[Any]] = {"component": names, **({EXAMPLE: examples} if examples else {})}
+    key = Ranking(values, axes, by=by)._sizes().nan_to_num(-math.inf)
     order = key.argsort(descending=True, stable=True)
-    return Ranking(mean[order], {"component": [names[index] for index in order]}, provenance, spread[order], by)
+    axes["component"] = [names[index] for index in order]
+    return Ranking(values[order], axes, provenance, by)
 
 
 def _has_baseline(result: Result) -> bool:
@@ -133,41 +136,31 @@ def _has_baseline(result: Result) -> bool:
 
 
 def _flat(result: Result) -> tuple[Tensor, list[str]]:
-    """Scores ``[component example]`` and the components' names."""
+    """Scores ``[component example]`` (``[component]`` where there are no examples) and the components' names."""
     names = list(result.axes)
-    scores, examples = result.component_scores()
-    inner = [name for name in names if name not in examples]
-    outer = [name for name in names if name in examples and name in INDEPENDENT]
-    within = [name for name in names if name in examples and name not in INDEPENDENT]
+    scores, others = result.component_scores()
+    inner = [name for name in names if name not in others]
+    # Positions stand beside the rows they are of.
+    within = sorted((name for name in names if name in others and name != EXAMPLE), key=lambda name: name == "position")
     if not inner:
         raise InputError(f"The axes of this result ({', '.join(names)}) hold no components.")
-    order = [names.index(name) for name in (*inner, *outer, *within)]
-    values = scores.permute(order).flatten(0, len(inner) - 1)
+    outer = [EXAMPLE] if EXAMPLE in names else []
+    values = scores.permute([names.index(name) for name in (*inner, *within, *outer)]).flatten(0, len(inner) - 1)
     # Positions, steps and rows of one example are not independent: they are averaged before examples are compared.
     for axis in reversed(within):
-        values = _without_absent(result, values, outer) if axis == "position" else values
-        values = values.nanmean(-1)
-    values = values.flatten(1) if values.ndim > 1 else values[:, None]
+        values = (_without_absent(result, values) if axis == "position" else values).nanmean(-1 - len(outer))
+    if outer:
+        values = by_example(values, result.axes[EXAMPLE])
     tower = str(getattr(result, "tower", ""))
-    labels = [_name(inner, labels, tower) for labels in itertools.product(*(result.axes[name] for name in inner))]
+    labels = [
+        component_name(inner, labels, tower) for labels in itertools.product(*(result.axes[name] for name in inner))
+    ]
     return values, labels
 
 
-def _without_absent(result: Result, values: Tensor, outer: Sequence[str]) -> Tensor:
-    """Values ``[component row position]`` with NaN where a position holds nothing, as far as the result says so."""
+def _without_absent(result: Result, values: Tensor) -> Tensor:
+    """Values ``[… position example]`` with NaN where a position holds nothing, as far as the result says so."""
     kinds = getattr(result, "kinds", None)
-    if not kinds or outer != ["row"] or values.shape[-2:] != np.shape(kinds):
+    if not kinds or values.shape[-2:] != np.shape(kinds)[::-1]:
         return values
-    return values.masked_fill(~torch.from_numpy(present(np.array(kinds))), float("nan"))
-
-
-def _name(axes: Sequence[str], labels: Sequence[Any], tower: str) -> str:
-    found = {"tower": tower, **dict(zip(axes, labels, strict=True))}
-    tower, parts = str(found.pop("tower")), []
-    if {"layer", "head"} <= found.keys():
-        parts.append(head_name(found.pop("layer"), found.pop("head"), tower))
-    elif {"layer", "neuron"} <= found.keys():
-        parts.append(f"{tower} L{found.pop('layer')}N{found.pop('neuron')}".lstrip())
-    elif len(found) == 1:
-        return str(labels[0])
-    return ", ".join([*parts, *(f"{axis} {label}" for axis, label in found.items())])
+    return values.masked_fill(~torch.from_numpy(present(np.array(kinds))).T, float("nan"))

@@ -27,6 +27,7 @@ from circuitvision.readout import (
     occlusion,
     perturbation_curve,
 )
+from tests.readout.layouts import by_row
 from tests.zoo import CASES, Case, parametrize, shared_model
 
 
@@ -55,7 +56,7 @@ def plain(value: Any) -> Any:
         return {name: str(item.labels()) for name, item in value.items()}
     if hasattr(value, "names"):
         return {name: value[name] for name in list(value)}
-    return value.values
+    return by_row(value)
 
 
 def same(mine: Any, theirs: Any) -> bool:
@@ -171,7 +172,7 @@ def test_readouts_and_methods_take_arrays_as_inputs() -> None:
 
 def numbers(found: Any) -> Tensor:
     """The numbers of a result of any kind, in one tensor."""
-    held = found if isinstance(found, Tensor) else found.values
+    held = found if isinstance(found, Tensor) else by_row(found)
     return (
         held
         if isinstance(held, Tensor)

@@ -15,6 +15,7 @@ import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
 from circuitvision.readout.attribution.increase import log_prob_increase
+from tests.readout.layouts import by_row
 from tests.zoo import case, shared_model
 
 Hook = Callable[[Tensor, Any], Tensor]
@@ -53,7 +54,7 @@ def check_sums(name: str, site: str, by: str) -> list[str]:
     said = cv.metrics.logit_diff(4, 1)(logits, inputs)
     if not found.is_capped:
         torch.testing.assert_close(found.total, said, rtol=0, atol=2e-6)
-    torch.testing.assert_close(found.values.sum(0), found.total, rtol=0, atol=2e-6)
+    torch.testing.assert_close(by_row(found).sum(0), found.total, rtol=0, atol=2e-6)
     return [term for term in found.axes["term"] if term.endswith(".rest")]
 
 
@@ -135,7 +136,7 @@ def test_hooks_of_others_and_dropout() -> None:
     with torch.no_grad(), torch_hook(block, lambda out: out * 1.5), torch_hook(embeddings, lambda out: out + 1):
         logits, cache = model.run_with_cache(inputs)
     found = cv.readout.direct_attribution(model, cache, (1, 2))
-    torch.testing.assert_close(found.values.sum(0), logits[:, 1] - logits[:, 2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(by_row(found).sum(0), logits[:, 1] - logits[:, 2], rtol=0, atol=1e-6)
     for part in model.module.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.4
@@ -144,7 +145,7 @@ def test_hooks_of_others_and_dropout() -> None:
         torch.manual_seed(0)
         logits, cache = model.run_with_cache(inputs)
     found = cv.readout.direct_attribution(model, cache, (1, 2))
-    torch.testing.assert_close(found.values.sum(0), logits[:, 1] - logits[:, 2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(by_row(found).sum(0), logits[:, 1] - logits[:, 2], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_sources_add_up_to_their_head_or_are_refused() -> None:
         by_source = cv.readout.source_attribution(model, cache, (7, 4))
         by_head = cv.readout.direct_attribution(model, cache, (7, 4))
         for head in range(model.language.cfg.n_heads):
-            torch.testing.assert_close(by_source.values[1, head].sum(-1), by_head[f"L1H{head}"], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(by_row(by_source)[1, head].sum(-1), by_head[f"L1H{head}"], rtol=1e-3, atol=1e-5)
     with torch.no_grad(), model.hooks([(site + "hook_z", shifted)]):
         _, cache = model.run_with_cache(inputs)
     for call in (
@@ -208,7 +209,7 @@ def test_pairs_of_terms_of_a_dual_encoder(by: str) -> None:
     with torch.no_grad(), model.hooks(hooks):
         logits, cache = model.run_with_cache(inputs)
     found = cv.readout.bilinear_attribution(model, cache, by=by)
-    torch.testing.assert_close(found.values.sum((0, 1)) + found.bias, logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(by_row(found).sum((0, 1)) + found.bias, logits, rtol=0, atol=1e-5)
     assert "vision L1.rest" in found.axes["image_term"]
     assert ("text L0.rest" in found.axes["text_term"]) == (by == "head")
 
@@ -246,7 +247,7 @@ def test_passes_of_generation_under_edits() -> None:
     for step in (0, 2):
         found = cv.readout.direct_attribution(model, cache, (7, 4), step=step)
         said = out.logits[step][:, 7] - out.logits[step][:, 4]
-        torch.testing.assert_close(found.values.sum(0), said.double(), rtol=0, atol=2e-6)
+        torch.testing.assert_close(by_row(found).sum(0), said.double(), rtol=0, atol=2e-6)
         # The recording is the outer context: it saw block 0 before the edit, which shows in what block 1 adds to it.
         assert [term for term in found.axes["term"] if term.endswith(".rest")] == ["language L1.rest"]
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, LlavaForConditionalGeneration, PaliGemmaFor
 
 import circuitvision as cv
 from circuitvision.readout.attention import cache as attention_cache
+from tests.readout.layouts import by_row
 
 IMAGE, WINDOW, NEW = 4, 5, 6
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -108,20 +109,20 @@ def check(family: str) -> None:
         for number, (name, mask) in enumerate(spans.items()):
             assert found.axes["span"][number] == name
             by_hand = torch.einsum("lrhk,rk->lhr", truth[..., :length], mask.double())
-            torch.testing.assert_close(found.values[..., number].double(), by_hand, rtol=0, atol=2e-5)
+            torch.testing.assert_close(by_row(found)[..., number].double(), by_hand, rtol=0, atol=2e-5)
         entropy = cv.readout.attention_entropy(cache, tower="language", step=step)
         by_hand = torch.special.entr(truth).sum(-1).permute(0, 2, 1)
-        torch.testing.assert_close(entropy.values.double(), by_hand, rtol=0, atol=2e-4)
+        torch.testing.assert_close(by_row(entropy).double(), by_hand, rtol=0, atol=2e-4)
         visible = (truth.amax(2) > 0).sum(-1)
-        torch.testing.assert_close(entropy.uniform.double(), visible.double().log(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(by_row(entropy, "uniform").double(), visible.double().log(), rtol=0, atol=1e-5)
         maps = cv.readout.attention_maps(cache, tower="language", steps=step)
         assert maps.axes["key"] == list(range(length))
-        torch.testing.assert_close(maps.values.double(), truth.permute(0, 2, 1, 3)[..., :length], rtol=0, atol=2e-5)
+        torch.testing.assert_close(by_row(maps).double(), truth.permute(0, 2, 1, 3)[..., :length], rtol=0, atol=2e-5)
         single = cv.readout.attention_maps(cache, tower="language", steps=step, layers=[sliding])
         # Of a sliding layer alone the keys are those in the window, under their own numbers.
         assert single.axes["key"] == list(range(seen - WINDOW, length))
         by_hand = truth[sliding].permute(1, 0, 2)[..., seen - WINDOW : length]
-        torch.testing.assert_close(single.values[0].double(), by_hand, rtol=0, atol=2e-5)
+        torch.testing.assert_close(by_row(single)[0].double(), by_hand, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", ["llava", "paligemma"])
@@ -146,13 +147,13 @@ def test_prompts_longer_than_the_window_and_sources_of_a_step() -> None:
     truth = torch.stack(
         [torch.einsum("rhk,rk->hr", layer[:, :, length - 1, :length].double(), mask) for layer in whole]
     )
-    torch.testing.assert_close(prompt.values[..., 0].double(), truth, rtol=0, atol=2e-5)
+    torch.testing.assert_close(by_row(prompt)[..., 0].double(), truth, rtol=0, atol=2e-5)
     with torch.no_grad(), model.record() as cache:
         model.generate(inputs, max_new_tokens=3, do_sample=False, suppress_tokens=[IMAGE, 0])
     by_source = cv.readout.source_attribution(model, cache, (7, 9), step=2)
     by_head = cv.readout.direct_attribution(model, cache, (7, 9), step=2)
-    assert by_source.values.shape[-1] == length + 2
-    dropped = by_source.values[1, ..., : length + 2 - WINDOW]
+    assert by_row(by_source).shape[-1] == length + 2
+    dropped = by_row(by_source)[1, ..., : length + 2 - WINDOW]
     assert np.allclose(dropped, 0)
     for head in range(7):
-        torch.testing.assert_close(by_source.values[3, head].sum(-1), by_head[f"L3H{head}"], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(by_row(by_source)[3, head].sum(-1), by_head[f"L3H{head}"], rtol=1e-3, atol=1e-5)

@@ -20,6 +20,7 @@ from circuitvision.readout.probes.strongest import box_shares
 from circuitvision.readout.relevance.attention import _read_by
 from circuitvision.readout.relevance.boxes import Boxes
 from circuitvision.readout.relevance.variables import PIXELS, place_of
+from tests.readout.layouts import by_row
 from tests.zoo import case, shared_model
 from tests.zoo.weights import generator_for, randomise
 
@@ -57,8 +58,8 @@ def test_pixels_are_summed_over_the_patch_that_reads_them() -> None:
     (slope,) = torch.autograd.grad(model.module(pixel_values=pixels).logits[:, 0].sum(), pixels)
     expected = in_patches((pixels * slope).sum(1).detach())
     found = result.on_patches()
-    assert torch.allclose(found.values[:, 1:].view(2, 4, 7), expected, atol=1e-12)
-    assert found.values[:, 0].isnan().all()
+    assert torch.allclose(by_row(found)[:, 1:].view(2, 4, 7), expected, atol=1e-12)
+    assert by_row(found)[:, 0].isnan().all()
     assert torch.allclose(found.on_image(1), expected[1], atol=1e-12)
 
 
@@ -104,7 +105,7 @@ def test_the_pointing_game_looks_at_the_pixels_of_the_peak() -> None:
     """An object in the last pixels that patch (3, 6) reads is hit by it; one in pixels that nothing reads is hit by none."""
     model, inputs = uneven()
     result = readout.gradient_times_activation(model, inputs, first_class)
-    values = torch.zeros_like(result.values)
+    values = torch.zeros_like(by_row(result))
     values[:, 1 + 3 * 7 + 6] = 1.0
     peak = result.__class__(**{**vars(result), "values": values})
     corner = np.zeros((HEIGHT, WIDTH), bool)
@@ -112,10 +113,10 @@ def test_the_pointing_game_looks_at_the_pixels_of_the_peak() -> None:
     past = np.zeros((HEIGHT, WIDTH), bool)
     past[24, 28:] = True
     hits = readout.pointing_game(peak, [corner, past])
-    assert hits.values.tolist() == [1.0, 0.0]
+    assert by_row(hits).tolist() == [1.0, 0.0]
     assert hits.chance.tolist() == [1 / 28, 0.0]
     # The same object in a mask of twice the resolution.
-    assert readout.pointing_game(peak, [corner.repeat(2, 0).repeat(2, 1), past]).values.tolist() == [1.0, 0.0]
+    assert by_row(readout.pointing_game(peak, [corner.repeat(2, 0).repeat(2, 1), past])).tolist() == [1.0, 0.0]
 
 
 def test_a_map_is_stretched_over_what_its_patches_read() -> None:
@@ -149,7 +150,7 @@ def test_a_cut_picture_keeps_what_the_regions_read() -> None:
     _, cache = model.run_with_cache(inputs)
     maps = readout.attention_maps(cache, query="cls")
     contrast = readout.attention_contrast(maps, maps, lam=1.0)
-    values = torch.full_like(contrast.values, 0.0)
+    values = torch.full_like(by_row(contrast), 0.0)
     values[:, (contrast.places[0, :, 2] == 3) & (contrast.places[0, :, 3] == 6)] = 1.0
     one = contrast.__class__(**{**vars(contrast), "values": values})
     picture = np.arange(HEIGHT * WIDTH * 3, dtype=np.uint8).reshape(HEIGHT, WIDTH, 3)
@@ -182,7 +183,7 @@ def test_windows_fit_the_grid_of_every_row() -> None:
                 model, {name: value[row : row + 1] for name, value in inputs.items()}, first_class,
                 window=window, stride=stride, baseline="zero", progress=False,
             )  # fmt: skip
-            assert torch.allclose(both.values[row], alone.values[0], equal_nan=True, atol=1e-9)
+            assert torch.allclose(by_row(both)[row], by_row(alone)[0], equal_nan=True, atol=1e-9)
     with pytest.raises(InputError, match="3 × 3 does not fit the grid of 2 × 5"):
         readout.occlusion(model, inputs, first_class, window=3, baseline="zero", progress=False)
 
@@ -202,7 +203,7 @@ def test_windows_over_mixed_positions_take_all_that_hold_a_patch() -> None:
         baseline="zero",
         progress=False,
     )
-    assert torch.equal(~result.values.isnan(), torch.from_numpy(tokens.kind == "patch"))
+    assert torch.equal(~by_row(result).isnan(), torch.from_numpy(tokens.kind == "patch"))
 
 
 def test_relevance_is_handed_on_by_the_weights_of_mixed_positions() -> None:
@@ -211,7 +212,7 @@ def test_relevance_is_handed_on_by_the_weights_of_mixed_positions() -> None:
     weights, _ = measured(model, inputs)
     metric = cv.metrics.bind(lambda logits: logits[:, -1, 7], model)
     found = readout.chefer_relevance(model, inputs, metric, tower="language")
-    expected = torch.einsum("rp,rpvf->vf", found.values, torch.from_numpy(weights).to(found.values))
+    expected = torch.einsum("rp,rpvf->vf", by_row(found), torch.from_numpy(weights).to(by_row(found)))
     assert torch.allclose(_read_by(model, inputs, metric, "vision", "language"), expected, atol=1e-9)
 
 

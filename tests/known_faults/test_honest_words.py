@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import circuitvision as cv
 from circuitvision import findings, metrics
@@ -19,6 +20,8 @@ from circuitvision.quickstart import Reading, quickstart
 from circuitvision.readout import logit_lens
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.relevance.curves import Curve
+from circuitvision.results import Result
+from tests.readout.layouts import by_row, of_rows
 from tests.zoo import case, shared_model
 
 
@@ -98,7 +101,7 @@ def test_no_title_affirms_anything_of_an_untrained_classifier():
     inputs = model.inputs(images=[Image.fromarray(image) for image in pixels])
     labels = list(range(module.config.num_labels))
     lens = logit_lens(model, inputs, targets=labels)
-    told = findings.leads(lens.pooled.mean(1), lens.pooled[-1], lens.measure)
+    told = findings.leads(targets_of(by_row(lens, "pooled")), lens.measure)
     answer = int(model(inputs)[0].argmax())
     scores = torch.randn(12, model.tokens(inputs)["vision"].n_positions)
     curve = cv.readout.perturbation_curve(model, inputs, metrics.prob(answer), scores, steps=3, random_orders=4)
@@ -134,21 +137,18 @@ def _row(inputs, row):
 
 
 def importance(
-    clean: float, corrupt: float, shares, joint: float = 1.0, n: int = 1, error: float = math.nan, **more
+    clean: float, corrupt: float, shares, joint: float = 1.0, n: int = 1, error: float = 0.0, swing_error: float = 0.0
 ) -> HeadImportance:
-    gap = clean - corrupt
-    # Examples whose effects stand as far from their mean as makes the standard error of every share ``error``.
-    apart = (
-        torch.tensor([1.0, -1.0] * (n // 2) or [0.0], dtype=torch.float64)
-        * (error if n > 1 else 0.0)
-        * gap
-        * (n - 1) ** 0.5
-    )
-    values = torch.tensor([[shares]], dtype=torch.float64)[..., None] * gap + apart
+    """A result of ``n`` examples with these means, and standard errors of the shares and of the swing."""
+    # Half of the examples lie above the mean and half below it, of the swing in other pairs than of the effects.
+    apart, wide = (torch.tensor([(-1.0) ** (i // of) for i in range(n)], dtype=torch.float64) for of in (1, 2))
+    source = clean + swing_error * wide * (n - 1) ** 0.5
+    spread = error * (clean - corrupt) * apart * (n - 1) ** 0.5
+    values = torch.tensor([[shares]], dtype=torch.float64)[..., None] * (source - corrupt) + spread
     axes = {"tower": ["language"], "layer": [0], "head": list(range(len(shares))), "example": list(range(n))}
     return HeadImportance(
-        values, axes, {"metric_units": "logit", "metric": "logit_diff(a - b)"}, base=torch.full((n,), corrupt), source=torch.full((n,), clean),
-        selected=["l.a0.h0"], joint=joint, metric_clean=clean, metric_corrupt=corrupt, n_examples=n, joint_error=error, **more,
+        values, axes, {"metric_units": "logit", "metric": "logit_diff(a - b)"}, base=torch.full((n,), corrupt, dtype=torch.float64),
+        source=source, selected=["l.a0.h0"], together=joint * (source - corrupt) + spread,
     )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def test_intervals_over_examples_decide_where_there_are_several():
     sure = findings.best_head(importance(5.0, -5.0, [0.5], n=20, error=0.05, swing_error=0.5))
     unsure = findings.best_head(importance(5.0, -5.0, [0.5], n=20, error=0.3, swing_error=0.5))
     assert (sure.holds, unsure.holds) == (True, False)
-    assert sure.interval == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05))
+    assert sure.interval == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05), abs=0.02)
     assert not findings.swing(importance(5.0, -5.0, [0.5], n=20, swing_error=6.0)).holds
 
 
@@ -240,8 +240,8 @@ def test_an_answer_is_given_when_it_is_said_more_surely_than_by_chance(clean, co
 def lens(last: list[float], patch: list[float]) -> LensResult:
     values = torch.tensor([patch, last]).T[:, None, :, None]
     places = torch.tensor([[[0, 0, 0, 0], [-1, -1, -1, -1]]])
-    return LensResult(
-        values, {"layer": ["input", 0, 1][: len(last)], "row": [0], "position": [0, 1], "target": ["a - b"]}, tower="language", places=places
+    return of_rows(LensResult, values, {"layer": ["input", 0, 1][: len(last)], "row": [0], "position": [0, 1], "target": ["a - b"]},
+        tower="language", places=places,
     )  # fmt: skip
 
 
@@ -263,10 +263,12 @@ def test_a_word_is_read_from_the_layer_where_both_runs_have_their_own_higher_to_
 
 
 def check(intact: float, ablated: float, random: list[float], pairs: int) -> AblationCheck:
-    axes = {"condition": ["intact", "heads", *(f"random {n}" for n in range(len(random)))]}
-    return AblationCheck(
-        torch.tensor([intact, ablated, *random], dtype=torch.float64), axes, heads=["l.a0.h0"], n_pairs=pairs
-    )
+    axes = {
+        "condition": ["intact", "heads", *(f"random {n}" for n in range(len(random)))],
+        "example": list(range(pairs)),
+    }
+    shares = torch.tensor([intact, ablated, *random])[:, None]
+    return AblationCheck((torch.arange(pairs) < (shares * pairs).round()).double(), axes, heads=["l.a0.h0"])
 
 
 @pytest.mark.parametrize(
@@ -287,25 +289,31 @@ def test_heads_carry_an_answer_that_is_there_over_enough_pairs(result, holds):
     assert (found.interval is None) is (result.n_pairs == 1)
 
 
+def targets_of(values: Tensor) -> Result:
+    """Values ``[layer row target]`` as a result."""
+    layers, rows, targets = (list(range(size)) for size in values.shape)
+    return Result(values.movedim(1, -1), {"layer": layers, "target": targets, "example": rows})
+
+
 def test_a_target_leads_by_a_margin_with_an_interval():
     rows = torch.tensor([[3.0, 1.0], [3.2, 1.0], [2.9, 1.1]])
-    assert findings.leads(rows.mean(0)[None], rows, "logit").holds
+    assert findings.leads(targets_of(rows[None]), "logit").holds
     mixed = torch.tensor([[9.0, 1.0], [0.5, 3.9], [1.9, 1.1]])
-    assert not findings.leads(mixed.mean(0)[None], mixed, "logit").holds
+    assert not findings.leads(targets_of(mixed[None]), "logit").holds
     close = torch.tensor([[2.0, 1.0]])
-    assert not findings.leads(close, close, "logit").holds
-    assert findings.leads(close * 2, close * 2, "logit").holds
-    assert not findings.leads(close / 4, close / 4, "prob").holds
-    assert findings.leads(close, close, "distance").holds
+    assert not findings.leads(targets_of(close[None]), "logit").holds
+    assert findings.leads(targets_of(close[None] * 2), "logit").holds
+    assert not findings.leads(targets_of(close[None] / 4), "prob").holds
+    assert findings.leads(targets_of(close[None]), "distance").holds
 
 
 def test_a_curve_beats_random_orders_by_its_interval_or_all_of_many():
     shares = [0.0, 0.5, 1.0]
-    random = torch.stack([torch.tensor([[1.0, 0.5 + 0.01 * n, 0.0]]) for n in range(20)])
-    single = Curve(torch.tensor([[1.0, 0.1, 0.0]]), {"example": [0], "share": shares}, kind="deletion", random=random)
+    random = torch.stack([torch.tensor([[1.0, 0.5 + 0.01 * n, 0.0]]).T for n in range(20)])
+    single = Curve(torch.tensor([[1.0, 0.1, 0.0]]).T, {"share": shares, "example": [0]}, kind="deletion", random=random)
     assert findings.beats_random(single).holds
     assert not findings.beats_random(dataclasses.replace(single, random=random[:3])).holds
-    assert not findings.beats_random(dataclasses.replace(single, values=torch.tensor([[1.0, 0.6, 0.0]]))).holds
+    assert not findings.beats_random(dataclasses.replace(single, values=torch.tensor([[1.0, 0.6, 0.0]]).T)).holds
 
 
 # -- mutants -------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.results import Result
+from tests.readout.layouts import by_row
 from tests.zoo import case, shared_model
 
 
@@ -25,8 +26,8 @@ def lens(targets: Any, name: str = "vit") -> tuple[LensResult, torch.Tensor]:
 
 def check_contrast() -> None:
     found, logits = lens([2, 4])
-    torch.testing.assert_close(found.contrast(2, 4).pooled[-1, :, 0], logits[:, 2] - logits[:, 4])
-    torch.testing.assert_close(found.contrast(np.int64(4), 2).pooled[-1, :, 0], logits[:, 4] - logits[:, 2])
+    torch.testing.assert_close(by_row(found.contrast(2, 4), "pooled")[-1, :, 0], logits[:, 2] - logits[:, 4])
+    torch.testing.assert_close(by_row(found.contrast(np.int64(4), 2), "pooled")[-1, :, 0], logits[:, 4] - logits[:, 2])
     for absent in (1, 0, -1, True, False, 7, "2"):
         with pytest.raises(InputError, match="There is no target"):
             found.contrast(2, absent)
@@ -53,7 +54,7 @@ def test_mixed_targets_are_labels_and_words_have_places() -> None:
     words = [str(module.config.id2label[number]) for number in (3, 1)]
     found, logits = lens(words)
     for one, two in ((words[0], words[1]), (0, 1)):
-        torch.testing.assert_close(found.contrast(one, two).pooled[-1, :, 0], logits[:, 3] - logits[:, 1])
+        torch.testing.assert_close(by_row(found.contrast(one, two), "pooled")[-1, :, 0], logits[:, 3] - logits[:, 1])
     with pytest.raises(InputError, match="There is no target 2"):
         found.contrast(0, 2)
     with pytest.raises(InputError, match="There is no target True"):
@@ -65,10 +66,10 @@ def test_mixed_targets_are_labels_and_words_have_places() -> None:
 
 def test_rows_and_layers_go_by_their_labels() -> None:
     found, _ = lens([2, 4])
-    one = found.row(1)
-    assert torch.equal(one.row(1).values, one.values)
+    one = found.take(1)
+    assert torch.equal(by_row(one.take(1)), by_row(one))
     assert torch.equal(one.patch_grid(0, row=1), found.patch_grid(0, row=1))
-    for call in (lambda: one.row(0), lambda: one.patch_grid(0, row=0), lambda: found.index(-1), lambda: found.row(-1)):
+    for call in (lambda: one.take(0), lambda: one.patch_grid(0, row=0), lambda: found.index(-1), lambda: found.row(-1)):
         with pytest.raises(InputError, match="There is no"):
             call()
     assert one.plot() is not None

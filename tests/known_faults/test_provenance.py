@@ -658,7 +658,8 @@ def test_iterators_are_digested_while_they_are_read():
 
 _RERUN = """
 import sys, torch, circuitvision as cv
-from circuitvision.results import Result, inputs_of
+from circuitvision.results import Result
+from circuitvision.storage import inputs_of
 from tests.zoo import case, shared_model
 model = cv.HookedModel(shared_model(sys.argv[2]), None)
 saved = Result.load(sys.argv[1])

@@ -15,6 +15,7 @@ import circuitvision as cv
 from circuitvision import readout
 from circuitvision.errors import InputError
 from tests.edits.common import fresh, inputs_of, near, wrap
+from tests.readout.layouts import by_row
 
 NEW, WIDE = 4, torch.float64
 
@@ -46,7 +47,7 @@ def test_positions_of_a_second_turn(name: str) -> None:
     for position, at in asked:
         found = readout.direct_attribution(model, second(), (3, 4), position=position)
         near(found.total, wanted[[0, 1], at], 1e-6)
-        near(found.values.sum(0), found.total, 1e-6)
+        near(by_row(found).sum(0), found.total, 1e-6)
     near(
         readout.direct_attribution(model, second(), (3, 4), position="all").total,
         torch.stack([wanted[0].mean(), wanted[1, :2].mean()]),
@@ -58,4 +59,4 @@ def test_positions_of_a_second_turn(name: str) -> None:
     lens = readout.logit_lens(model, second(), targets=[3, 4])
     assert lens.axes["position"] == list(range(width, width + NEW))
     assert lens.kinds == [["text"] * 4, ["text", "text", "padding", "padding"]]
-    near(lens.values[-1, ..., 0], logits[..., 3], 1e-6)
+    near(by_row(lens)[-1, ..., 0], logits[..., 3], 1e-6)

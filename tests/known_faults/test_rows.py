@@ -21,7 +21,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.positions import Positions
 from circuitvision.model.sweeps import run, study
 from circuitvision.readout import ranks
-from circuitvision.results import by_example, standard_error
+from circuitvision.statistics import by_example, standard_error
 from tests.edits.common import wrapped
 from tests.known_faults.test_averages import DOUBLE, made, near, written
 from tests.zoo import case
@@ -163,7 +163,7 @@ def check_errors(counts: tuple[int, ...]) -> None:
     mass = cv.readout.attention_mass(cache, tower="vision").span("patch")
     owner = np.array([example for example, count in enumerate(counts) for _ in range(count)])
     found = cv.readout.rank_components(mass)
-    for name, value, error in zip(found.axes["component"], found.values.tolist(), found.errors.tolist(), strict=True):
+    for name, value, error in zip(found.axes["component"], found.mean().tolist(), found.error().tolist(), strict=True):
         layer, head = (int(part) for part in name.split(" L")[1].split("H"))
         rows = mass.values[mass.axes["layer"].index(layer), head].double().numpy()
         means = np.array([rows[owner == example].mean() for example in range(len(counts))])
@@ -180,7 +180,6 @@ def test_rows_that_hold_no_number_are_in_no_mean() -> None:
     values = torch.tensor([[1.0, 3.0, float("nan"), 5.0], [float("nan")] * 4])
     assert by_example(values, [0, 0, 1, 2]).nan_to_num(-1.0).tolist() == [[2.0, -1.0, 5.0], [-1.0] * 3]
     assert by_example(values, [0, 1, 2, 3]) is values
-    assert by_example(values, None) is values
     errors = standard_error(values)
     assert float(errors[0]) == pytest.approx(float(torch.tensor([1.0, 3.0, 5.0]).std() / math.sqrt(3)))
     assert bool(errors[1].isnan())

@@ -21,6 +21,7 @@ from circuitvision.readout.weights.agreement import (
 )
 from circuitvision.readout.weights.rows import projections, written_rows
 from circuitvision.readout.weights.unembedding import unembedding_matrix
+from tests.readout.layouts import by_row
 from tests.readout.planted import hooked, plant, run
 from tests.zoo import case
 
@@ -34,11 +35,11 @@ def test_agreement_is_the_largest_cosine_and_names_the_value_vector():
     brute = torch.stack(
         [torch.cosine_similarity(written_rows(tower, layer)[:, None], tower.W_U.T[None], dim=-1) for layer in range(3)]
     )
-    torch.testing.assert_close(result.values, brute.max(1).values)
+    torch.testing.assert_close(by_row(result), brute.max(1).values)
     assert torch.equal(result.index, brute.argmax(1))
-    assert result.values[2, 1:] == pytest.approx(1.0, abs=1e-6)
+    assert by_row(result)[2, 1:] == pytest.approx(1.0, abs=1e-6)
     assert result.index[2, 1:].tolist() == [11 + i for i in range(tower.W_U.shape[1] - 1)]
-    assert result.values[2, 0] < 0.95, "a vector that points away does not agree"
+    assert by_row(result)[2, 0] < 0.95, "a vector that points away does not agree"
     assert result.p[2] <= 2 ** -(tower.W_U.shape[1] - 1)
 
 
@@ -48,7 +49,7 @@ def test_the_closest_row_is_found_in_whichever_batch_it_is(monkeypatch):
     monkeypatch.setattr(weights, "_CHUNK", 7 * model.vision.W_U.shape[1])
     parts = class_value_agreement(model.vision, draws=1)
     assert torch.equal(parts.index, whole.index)
-    torch.testing.assert_close(parts.values, whole.values)
+    torch.testing.assert_close(by_row(parts), by_row(whole))
 
 
 def test_random_weights_agree_as_much_as_random_rows_do():
@@ -59,10 +60,12 @@ def test_random_weights_agree_as_much_as_random_rows_do():
             weight = block.part("mlp_out").weight
             weight.copy_(torch.randn(weight.shape, generator=generator) * torch.rand(1, weight.shape[1]) * 9)
     result = class_value_agreement(model.vision, draws=200)
-    low, high = result.random.mean(-1).quantile(torch.tensor([0.002, 0.998])).tolist()
-    assert ((result.values.mean(-1) > low) & (result.values.mean(-1) < high)).all()
-    assert torch.equal(result.random, class_value_agreement(model.vision, draws=200).random)
-    assert not torch.equal(result.random, class_value_agreement(model.vision, draws=200, seed=1).random)
+    low, high = by_row(result, "random").mean(-1).quantile(torch.tensor([0.002, 0.998])).tolist()
+    assert ((by_row(result).mean(-1) > low) & (by_row(result).mean(-1) < high)).all()
+    assert torch.equal(by_row(result, "random"), by_row(class_value_agreement(model.vision, draws=200), "random"))
+    assert not torch.equal(
+        by_row(result, "random"), by_row(class_value_agreement(model.vision, draws=200, seed=1), "random")
+    )
 
 
 def test_against_another_model_compares_classes_in_pairs(tmp_path):
@@ -125,14 +128,14 @@ def test_a_neuron_that_is_always_on_and_promotes_a_class_agrees_with_that_class_
     n_classes = matrix.shape[1]
     options = {"layers": [1], "n_keys": 1, "n_values": 1}
     right = key_value_agreement(model, cache, [target, target], **options)
-    assert (right.values == 1).all()
+    assert (by_row(right) == 1).all()
     assert (right.chance == 0).all()
     other = (target + 1) % n_classes
     wrong = key_value_agreement(model, cache, torch.tensor([other, other]), **options)
-    assert (wrong.values == 0).all()
+    assert (by_row(wrong) == 0).all()
     torch.testing.assert_close(wrong.chance, torch.full_like(wrong.chance, 1 / (n_classes - 1)))
     whole = key_value_agreement(model, cache, layers=[1], n_keys=1)
-    assert (whole.values == 1).all()
+    assert (by_row(whole) == 1).all()
     summary = right.summary()
     assert summary["kind"].tolist() == ["cls", "patch"]
     assert summary["tokens"].tolist() == [2, 32]
@@ -151,14 +154,14 @@ def test_both_rates_equal_their_definitions_counted_one_by_one(component):
         keys = cache["vision", "post" if component == "mlp" else "z", layer][0, position].flatten()
         active = set(keys.topk(3).indices.tolist())
         hit = [bool(active & set(logits[:, c].topk(2).indices.tolist())) for c in range(n_classes)]
-        assert rates.values[layer, 0, position] == hit[2]
+        assert by_row(rates)[layer, 0, position] == hit[2]
         expected = (sum(hit) - hit[2]) / (n_classes - 1)
-        assert rates.chance[layer, 0, position] == pytest.approx(expected)
+        assert by_row(rates, "chance")[layer, 0, position] == pytest.approx(expected)
         site = "hook_mlp_out" if component == "mlp" else "hook_attn_out"
         answer = int((cache[f"vision.blocks.{layer}.{site}"][0, position] @ matrix).argmax())
         own = logits.argmax(-1).tolist()
-        assert parts.values[layer, 0, position] == pytest.approx(sum(own[i] == answer for i in active) / 3)
-        assert parts.chance[layer, 0, position] == pytest.approx(own.count(answer) / len(own))
+        assert by_row(parts)[layer, 0, position] == pytest.approx(sum(own[i] == answer for i in active) / 3)
+        assert by_row(parts, "chance")[layer, 0, position] == pytest.approx(own.count(answer) / len(own))
 
 
 def test_labels_belong_to_examples_of_which_a_tower_may_have_several_rows():
@@ -168,12 +171,12 @@ def test_labels_belong_to_examples_of_which_a_tower_may_have_several_rows():
     matrix = unembedding_matrix(tower, matrix=torch.randn(tower.cfg.d_model, 6), gain=False)
     options = {"tower": "vision", "unembedding": matrix, "layers": [0], "n_keys": 3, "n_values": 2}
     mixed = key_value_agreement(model, cache, [1, 4], **options)
-    assert len(mixed.example) > 2
+    assert len(mixed.axes["example"]) > 2
     for example, label in enumerate([1, 4]):
-        rows = torch.tensor(mixed.example) == example
+        rows = torch.tensor(mixed.axes["example"]) == example
         alone = key_value_agreement(model, cache, [label, label], **options)
-        torch.testing.assert_close(mixed.values[:, rows], alone.values[:, rows])
-        torch.testing.assert_close(mixed.chance[:, rows], alone.chance[:, rows])
+        torch.testing.assert_close(by_row(mixed)[:, rows], by_row(alone)[:, rows])
+        torch.testing.assert_close(by_row(mixed, "chance")[:, rows], by_row(alone, "chance")[:, rows])
 
 
 def test_token_rates_leave_padding_out_and_are_saved(tmp_path):
@@ -184,7 +187,7 @@ def test_token_rates_leave_padding_out_and_are_saved(tmp_path):
     result = key_value_agreement(model, cache, ["red", "blue"], targets=["red", "blue", "green"])
     padding = torch.tensor([[kind == "padding" for kind in row] for row in result.kinds])
     assert bool(padding.any())
-    assert torch.equal(result.values.isnan(), padding.expand(result.values.shape))
+    assert torch.equal(by_row(result).isnan(), padding.expand(by_row(result).shape))
     again = KeyValueAgreement.load(result.save(tmp_path / "rates.safetensors"))
     assert again.summary().equals(result.summary())
     assert again.summary()["rate"].between(0, 1).all()
@@ -200,8 +203,8 @@ def test_token_rates_leave_padding_out_and_are_saved(tmp_path):
         with pytest.raises(InputError, match=message):
             key_value_agreement(model, cache, **options)
     direct = key_value_agreement(model, inputs, ["red", "blue"], targets=["red", "blue", "green"])
-    torch.testing.assert_close(direct.values, result.values, equal_nan=True)
-    assert key_value_agreement(model, inputs, component="ov").values.shape == result.values.shape
+    torch.testing.assert_close(by_row(direct), by_row(result), equal_nan=True)
+    assert by_row(key_value_agreement(model, inputs, component="ov")).shape == by_row(result).shape
     for swapped in (model.language, None):
         with pytest.raises(InputError, match="cache of a run"):
             key_value_agreement(model, swapped)
@@ -233,7 +236,7 @@ def test_a_few_classes_at_a_time_give_the_same_rates(component, monkeypatch):
         key_value_agreement(model, cache, component=component),
     ]
     for one, other in zip(whole, parts, strict=True):
-        assert torch.equal(one.values, other.values)
+        assert torch.equal(by_row(one), by_row(other))
         torch.testing.assert_close(one.chance, other.chance)
     assert max(widest[: len(widest) // 2]) <= max(rows, 2 * 17 * 5)
 
@@ -255,8 +258,8 @@ def test_rates_of_a_cache_without_rows_or_of_several_passes_are_those_of_the_run
     known = key_value_agreement(model, cache, ["red"]), key_value_agreement(model, cache)
     for other, step in ((alone, None), (steps, 0)):
         rates = key_value_agreement(model, other, ["red"], step=step)
-        assert torch.equal(rates.values, known[0].values)
-        assert torch.equal(key_value_agreement(model, other, step=step).values, known[1].values)
+        assert torch.equal(by_row(rates), by_row(known[0]))
+        assert torch.equal(by_row(key_value_agreement(model, other, step=step)), by_row(known[1]))
     with pytest.raises(InputError, match="step="):
         key_value_agreement(model, steps)
     with pytest.raises(InputError, match=r"the pass that reads the prompt \(step=0\)"):
@@ -277,7 +280,7 @@ def test_figures_of_agreement_show_chance():
     result = class_value_agreement(model.vision)
     assert heading(result.plot()).startswith("Layer 2's value vectors point at the classes: 1.00 beside")
     band = result.plot().layout.shapes[0]
-    means = result.random.mean(-1)
+    means = by_row(result, "random").mean(-1)
     assert (band.y0, band.y1) == pytest.approx((float(means.min()), float(means.max())))
     cache = run(model, "vit")
     for rates, finding in (

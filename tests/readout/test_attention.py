@@ -20,6 +20,7 @@ from circuitvision.model.cache import ActivationCache
 from circuitvision.readout import attention_entropy, attention_mass, distance_profile, position_pattern
 from circuitvision.readout.attention.distance import DistanceProfile, PositionPattern
 from circuitvision.readout.attention.mass import AttentionSummary
+from tests.readout.layouts import by_row
 from tests.zoo import CASES, Case, case, parametrize, shared_model
 
 PATTERNS = "**.hook_pattern"
@@ -81,16 +82,16 @@ def test_shares_of_kinds_add_up_in_every_tower(case: Case):
             result = attention_mass(cache, tokens, tower=tower)
             assert result.axes["span"][-1] == "everything"
             assert "padding" not in result.axes["span"]
-            ones = torch.ones(result.values.shape[:-1])
+            ones = torch.ones(by_row(result).shape[:-1])
             # Rows of cameras that are not there look at nothing.
             ones[:, :, ~torch.from_numpy(tokens[tower].present.any(1))] = float("nan")
-            torch.testing.assert_close(result.values[..., :-1].sum(-1), ones, equal_nan=True)
-            torch.testing.assert_close(result.values[..., -1], ones, equal_nan=True)
-            torch.testing.assert_close(result.uniform[..., :-1].sum(-1), ones[:, 0], equal_nan=True)
-            assert result.values.shape[2] == tokens[tower].n_rows
+            torch.testing.assert_close(by_row(result)[..., :-1].sum(-1), ones, equal_nan=True)
+            torch.testing.assert_close(by_row(result)[..., -1], ones, equal_nan=True)
+            torch.testing.assert_close(by_row(result, "uniform")[..., :-1].sum(-1), ones[:, 0], equal_nan=True)
+            assert by_row(result).shape[2] == tokens[tower].n_rows
             entropy = attention_entropy(cache, tokens, tower=tower)
-            assert float(entropy.values.nan_to_num(0.0).min()) >= 0
-            assert bool(((entropy.values <= entropy.uniform[:, None] + 1e-5) | torch.isnan(ones)).all())
+            assert float(by_row(entropy).nan_to_num(0.0).min()) >= 0
+            assert bool(((by_row(entropy) <= by_row(entropy, "uniform")[:, None] + 1e-5) | torch.isnan(ones)).all())
 
 
 @pytest.mark.filterwarnings("ignore:.*padding never counts")
@@ -103,19 +104,23 @@ def test_heads_that_look_alike_have_the_entropy_and_mass_of_the_keys_they_see(ca
             _, cache = model.run_with_cache(inputs, names_filter=PATTERNS)
         for tower, tokens in model.tokens(inputs).items():
             mass, entropy = (fn(cache, tower=tower) for fn in (attention_mass, attention_entropy))
-            heads = mass.values.shape[1]
-            torch.testing.assert_close(mass.values, mass.uniform[:, None].expand_as(mass.values), equal_nan=True)
-            torch.testing.assert_close(entropy.values, entropy.uniform[:, None].expand(-1, heads, -1), equal_nan=True)
+            heads = by_row(mass).shape[1]
+            torch.testing.assert_close(
+                by_row(mass), by_row(mass, "uniform")[:, None].expand_as(by_row(mass)), equal_nan=True
+            )
+            torch.testing.assert_close(
+                by_row(entropy), by_row(entropy, "uniform")[:, None].expand(-1, heads, -1), equal_nan=True
+            )
             if tower == "action" or "sliding" in case.tags:
                 continue
             # By default the last position, or every position of a tower without order, sees all that is no padding.
             real = torch.from_numpy(tokens.present)
             known = real.sum(-1).double().log().float().masked_fill(~real.any(-1), float("nan"))
-            torch.testing.assert_close(entropy.values, known.expand_as(entropy.values), equal_nan=True)
+            torch.testing.assert_close(by_row(entropy), known.expand_as(by_row(entropy)), equal_nan=True)
             for index, kind in enumerate(mass.axes["span"][:-1]):
                 share = tokens.mask(kind).sum(-1) / real.sum(-1)
                 torch.testing.assert_close(
-                    mass.values[..., index], share.expand(mass.values.shape[:-1]), equal_nan=True
+                    by_row(mass)[..., index], share.expand(by_row(mass).shape[:-1]), equal_nan=True
                 )
 
 
@@ -126,11 +131,11 @@ def test_one_hot_attention_has_no_entropy_and_gives_one_span_everything():
     _, cache = planted("dinov2-registers", "vision", to_register)
     mass = attention_mass(cache)
     assert mass.axes["span"] == ["cls", "register", "patch", "everything"]
-    torch.testing.assert_close(mass.span("register").values, torch.ones(mass.values.shape[:-1]))
-    assert torch.equal(mass.span("patch").values, torch.zeros(mass.values.shape[:-1]))
-    assert torch.equal(attention_entropy(cache).values, torch.zeros(mass.values.shape[:-1]))
+    torch.testing.assert_close(by_row(mass.span("register")), torch.ones(by_row(mass).shape[:-1]))
+    assert torch.equal(by_row(mass.span("patch")), torch.zeros(by_row(mass).shape[:-1]))
+    assert torch.equal(by_row(attention_entropy(cache)), torch.zeros(by_row(mass).shape[:-1]))
     within = attention_entropy(cache, span="register")
-    assert torch.equal(within.values, torch.zeros(mass.values.shape[:-1]))
+    assert torch.equal(by_row(within), torch.zeros(by_row(mass).shape[:-1]))
 
 
 def test_an_object_box_counts_the_patches_under_it():
@@ -146,8 +151,8 @@ def test_an_object_box_counts_the_patches_under_it():
     weights = torch.arange(17, 0, -1.0) / torch.arange(17, 0, -1.0).sum()
     assert box.positions() == [6]
     expected = torch.stack([weights[6], weights[1:].sum() - weights[6], weights[0]])
-    torch.testing.assert_close(result.values, expected.expand_as(result.values))
-    torch.testing.assert_close(result.uniform[0, 0], torch.tensor([1 / 17, 15 / 17, 1 / 17]))
+    torch.testing.assert_close(by_row(result), expected.expand_as(by_row(result)))
+    torch.testing.assert_close(by_row(result, "uniform")[0, 0], torch.tensor([1 / 17, 15 / 17, 1 / 17]))
 
 
 @pytest.mark.parametrize(
@@ -170,8 +175,8 @@ def test_mass_and_entropy_equal_loops_over_every_query_and_key(name: str, side: 
                         for line, total in zip(shares, sums, strict=True)
                         if total > 0
                     ]
-                    assert float(mass.values[number, head, row, 0]) == pytest.approx(np.mean(sums), abs=1e-5)
-                    assert float(entropy.values[number, head, row]) == pytest.approx(np.mean(bits), abs=1e-5)
+                    assert float(by_row(mass)[number, head, row, 0]) == pytest.approx(np.mean(sums), abs=1e-5)
+                    assert float(by_row(entropy)[number, head, row]) == pytest.approx(np.mean(bits), abs=1e-5)
 
 
 def test_default_queries_are_the_last_word_or_all_that_reach_the_output():
@@ -182,14 +187,14 @@ def test_default_queries_are_the_last_word_or_all_that_reach_the_output():
     for row, last in enumerate(tokens.last()):
         pattern = cache["language", "pattern", 1][row, :, last]
         torch.testing.assert_close(
-            default.span("patch").values[1, :, row], pattern[:, tokens.positions("patch", row=row)].sum(-1)
+            by_row(default.span("patch"))[1, :, row], pattern[:, tokens.positions("patch", row=row)].sum(-1)
         )
-    assert torch.equal(attention_mass(cache, queries="last").values, default.values)
+    assert torch.equal(by_row(attention_mass(cache, queries="last")), by_row(default))
     _, _, cache = run("vit")
     by_default, by_cls = attention_mass(cache), attention_mass(cache, queries="cls")
-    torch.testing.assert_close(by_default.values[-1], by_cls.values[-1])
-    torch.testing.assert_close(by_default.values[0], attention_mass(cache, queries="all").values[0])
-    assert not torch.allclose(by_default.values[0], by_cls.values[0])
+    torch.testing.assert_close(by_row(by_default)[-1], by_row(by_cls)[-1])
+    torch.testing.assert_close(by_row(by_default)[0], by_row(attention_mass(cache, queries="all"))[0])
+    assert not torch.allclose(by_row(by_default)[0], by_row(by_cls)[0])
     assert attention_mass(cache, queries="patch").unread == [2]
     model, inputs, cache = run("clip", "right")
     tokens = model.tokens(inputs)["text"]
@@ -197,18 +202,18 @@ def test_default_queries_are_the_last_word_or_all_that_reach_the_output():
     chosen = torch.zeros(tokens.kind.shape, dtype=torch.bool)
     chosen[torch.arange(tokens.n_rows), torch.tensor(tokens.last())] = True
     text = attention_mass(cache, tower="text")
-    torch.testing.assert_close(attention_mass(cache, tower="text", queries=chosen).values, text.values)
+    torch.testing.assert_close(by_row(attention_mass(cache, tower="text", queries=chosen)), by_row(text))
 
 
 def test_queries_can_be_named_in_every_way():
     model, inputs, cache = run("vit")
     tokens = model.tokens(inputs)["vision"]
-    by_number = attention_mass(cache, queries=[3, 4]).values
+    by_number = by_row(attention_mass(cache, queries=[3, 4]))
     mask = torch.zeros(2, 17, dtype=torch.bool)
     mask[:, 3:5] = True
     selected = tokens.image(0).patch(0, 2) | tokens.image(0).patch(0, 3)
     for queries in (mask, mask.numpy(), mask[0], selected, (3, -13)):
-        torch.testing.assert_close(attention_mass(cache, queries=queries).values, by_number)
+        torch.testing.assert_close(by_row(attention_mass(cache, queries=queries)), by_number)
 
 
 def test_padding_is_never_a_query_and_a_row_without_queries_is_nan():
@@ -217,12 +222,12 @@ def test_padding_is_never_a_query_and_a_row_without_queries_is_nan():
     padded = [row for row in range(2) if tokens.kind[row, 0] == "padding"]
     with pytest.warns(UserWarning, match="no query"):
         result = attention_mass(cache, queries=0)
-    assert torch.isnan(result.values[:, :, padded]).all()
-    assert torch.isfinite(result.values[:, :, [row for row in range(2) if row not in padded]]).all()
+    assert torch.isnan(by_row(result)[:, :, padded]).all()
+    assert torch.isfinite(by_row(result)[:, :, [row for row in range(2) if row not in padded]]).all()
     values = cache["language", "pattern", 0].clone()
     values[torch.from_numpy(tokens.kind == "padding")[:, None].expand(values.shape[:3])] = float("nan")
     cache._values["language.blocks.0.attn.hook_pattern"] = values
-    assert torch.isfinite(attention_mass(cache, queries="all", layers=0).values).all()
+    assert torch.isfinite(by_row(attention_mass(cache, queries="all", layers=0))).all()
 
 
 def test_an_empty_selection_is_nan_where_it_is_empty_and_a_missing_kind_is_zero():
@@ -232,24 +237,24 @@ def test_an_empty_selection_is_nan_where_it_is_empty_and_a_missing_kind_is_zero(
     assert [bool(second.positions(row)) for row in range(2)] == [True, False]
     with pytest.warns(UserWarning, match="empty for camera 1 in 1"):
         result = attention_mass(cache, spans={"camera 1": second, "words": "text"})
-    assert torch.isfinite(result.values[:, :, 0]).all()
-    assert torch.isnan(result.values[:, :, 1, 0]).all()
-    assert torch.isnan(result.uniform[:, 1, 0]).all()
-    assert torch.isfinite(result.values[..., 1]).all()
+    assert torch.isfinite(by_row(result)[:, :, 0]).all()
+    assert torch.isnan(by_row(result)[:, :, 1, 0]).all()
+    assert torch.isnan(by_row(result, "uniform")[:, 1, 0]).all()
+    assert torch.isfinite(by_row(result)[..., 1]).all()
     some = tokens.kind.copy()
     some[1, some[1] == "patch"] = "text"
     other = type(tokens)(**{**vars(tokens), "kind": some})
-    assert float(attention_mass(cache, {"language": other}, spans={"p": "patch"}).values[:, :, 1].abs().max()) == 0.0
+    assert float(by_row(attention_mass(cache, {"language": other}, spans={"p": "patch"}))[:, :, 1].abs().max()) == 0.0
 
 
 def test_entropy_within_a_span_without_mass_is_nan():
     _, cache = planted("vit", "vision", lambda pattern: torch.eye(17)[0])
     with pytest.warns(UserWarning, match="gives the span any attention"):
         result = attention_entropy(cache, span="patch")
-    assert torch.isnan(result.values).all()
+    assert torch.isnan(by_row(result)).all()
     spread = planted("vit", "vision", lambda pattern: torch.full((17,), 1 / 17))[1]
-    assert float(attention_entropy(spread, span="patch").values[0, 0, 0]) == pytest.approx(math.log(16), abs=1e-5)
-    raw = attention_entropy(spread, span="patch", renormalise=False).values[0, 0, 0]
+    assert float(by_row(attention_entropy(spread, span="patch"))[0, 0, 0]) == pytest.approx(math.log(16), abs=1e-5)
+    raw = by_row(attention_entropy(spread, span="patch", renormalise=False))[0, 0, 0]
     assert float(raw) == pytest.approx(16 / 17 * math.log(17), abs=1e-5)
 
 
@@ -263,8 +268,8 @@ def test_queries_that_cannot_see_the_span_are_left_out_of_its_entropy():
     shares = cache["language", "pattern", 0][0, :, last_two[1], last_two]
     # The first of the two sees itself alone, the second both; no other patch sees either.
     known = torch.special.entr(shares / shares.sum(-1, keepdim=True)).sum(-1) / 2
-    torch.testing.assert_close(result.values[0, :, 0], known)
-    assert float(result.uniform[0, 0]) == pytest.approx(math.log(2) / 2)
+    torch.testing.assert_close(by_row(result)[0, :, 0], known)
+    assert float(by_row(result, "uniform")[0, 0]) == pytest.approx(math.log(2) / 2)
 
 
 def test_an_action_tower_looks_at_its_prefix_first():
@@ -275,19 +280,19 @@ def test_an_action_tower_looks_at_its_prefix_first():
         cache, spans={"camera 0": language.image(0), "words": language.select("text"), "own": ["state", "action"]}
     )
     assert result.tower == "action"
-    torch.testing.assert_close(result.values.sum(-1)[:, :, 1], torch.ones(3, 4))
+    torch.testing.assert_close(by_row(result).sum(-1)[:, :, 1], torch.ones(3, 4))
     pattern = cache["action", "pattern", 0]
     torch.testing.assert_close(
-        result.values[0, :, :, 0], (pattern[..., :24] * language.image(0).tensor[:, None, None]).sum(-1).mean(-1).T
+        by_row(result)[0, :, :, 0], (pattern[..., :24] * language.image(0).tensor[:, None, None]).sum(-1).mean(-1).T
     )
     # An edit that knows the layout by its own means hides what the span names.
     with model.record("action.blocks.*.attn.hook_pattern") as blind:
         model.run(inputs, [edits.block_attention("action", queries=None, keys=language.image(0))])
     blocked = attention_mass(blind, tokens, spans={"camera 0": language.image(0), "words": "text"}, queries="all")
-    assert float(blocked.values[..., 0].max()) == 0.0
-    assert float(blocked.values[..., 1].min()) > 0.0
+    assert float(by_row(blocked)[..., 0].max()) == 0.0
+    assert float(by_row(blocked)[..., 1].min()) > 0.0
     # In the last layer only actions are read.
-    torch.testing.assert_close(attention_mass(cache).values[-1], attention_mass(cache, queries="action").values[-1])
+    torch.testing.assert_close(by_row(attention_mass(cache))[-1], by_row(attention_mass(cache, queries="action"))[-1])
 
 
 def test_a_decoding_pass_is_the_last_query_of_the_whole_text():
@@ -304,7 +309,7 @@ def test_a_decoding_pass_is_the_last_query_of_the_whole_text():
     generated = torch.zeros(1, ids.shape[1] - 1, dtype=torch.bool)
     generated[:, first:] = True
     known = attention_mass(whole, tower="language", spans={"patch": "patch", "generated": generated})
-    torch.testing.assert_close(result.values[..., 1:3], known.values, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(by_row(result)[..., 1:3], by_row(known), atol=1e-5, rtol=1e-4)
     with pytest.raises(InputError, match="3 passes"):
         attention_mass(steps, tokens)
     with pytest.raises(InputError, match="outside the 3 passes"):
@@ -318,7 +323,7 @@ def test_denoising_steps_are_read_one_by_one():
     tokens = model.tokens(inputs)
     first, second = (attention_mass(steps, tokens, step=step) for step in (0, 1))
     assert first.axes == attention_mass(single).axes
-    assert not torch.allclose(first.values, second.values)
+    assert not torch.allclose(by_row(first), by_row(second))
 
 
 def test_an_attention_pool_has_a_probe_for_a_query():
@@ -326,7 +331,7 @@ def test_an_attention_pool_has_a_probe_for_a_query():
     result = attention_mass(cache, tower="vision", layers="pool")
     pattern = cache["vision.pool.attn.hook_pattern"]
     assert result.axes["layer"] == ["pool"]
-    torch.testing.assert_close(result.span("patch").values[0], pattern.sum((-2, -1)).T)
+    torch.testing.assert_close(by_row(result.span("patch"))[0], pattern.sum((-2, -1)).T)
     with pytest.raises(InputError, match="probe"):
         attention_mass(cache, tower="vision", layers="pool", queries="last")
     with pytest.raises(InputError, match="'pool' where"):
@@ -352,8 +357,8 @@ def test_results_come_back_from_files(tmp_path):
     ):
         again = kind.load(result.save(tmp_path / f"{kind.__name__}.npz"))
         assert again.axes == result.axes
-        torch.testing.assert_close(again.values, result.values, equal_nan=True)
-        assert len(again.to_frame()) == result.values.numel()
+        torch.testing.assert_close(by_row(again), by_row(result), equal_nan=True)
+        assert len(again.to_frame()) == by_row(result).numel()
         assert result.provenance["dataset_sha256"]
 
 
@@ -365,20 +370,20 @@ def test_half_precision_is_summed_in_single_and_nothing_is_left_behind():
     _, cache = model.run_with_cache(inputs, names_filter=PATTERNS)
     with torch.inference_mode():
         result = attention_mass(cache)
-    assert result.values.dtype == torch.float32
-    torch.testing.assert_close(result.values[..., -1], torch.ones(2, 4, 1), atol=1e-2, rtol=0)
+    assert by_row(result).dtype == torch.float32
+    torch.testing.assert_close(by_row(result)[..., -1], torch.ones(2, 4, 1), atol=1e-2, rtol=0)
     assert all(parameter.grad is None for parameter in module.parameters())
     assert {name: len(part._forward_hooks) for name, part in module.named_modules()} == before
 
 
 def test_caches_of_one_row_and_from_files_serve_as_well(tmp_path):
     model, inputs, cache = run("vit", batch=1)
-    known = attention_mass(cache).values
-    assert torch.equal(attention_mass(cache.remove_batch_dim()).values, known)
+    known = by_row(attention_mass(cache))
+    assert torch.equal(by_row(attention_mass(cache.remove_batch_dim())), known)
     loaded = ActivationCache.load(cache.save(tmp_path / "cache.safetensors"), model, inputs)
-    assert torch.equal(attention_mass(loaded).values, known)
+    assert torch.equal(by_row(attention_mass(loaded)), known)
     unknown = ActivationCache.load(tmp_path / "cache.safetensors", model)
-    assert torch.equal(attention_mass(unknown, model.tokens(inputs)).values[0], known[0])
+    assert torch.equal(by_row(attention_mass(unknown, model.tokens(inputs)))[0], known[0])
     with pytest.raises(InputError, match="does not know its inputs"):
         attention_mass(unknown)
     with pytest.raises(InputError, match="has no model"):
@@ -463,9 +468,9 @@ def test_a_trained_head_finds_the_object_that_the_question_names():
     for row, pair in enumerate(pairs):
         inside[row, tokens.in_box(*pair.question.subject.box, row=row)] = True
     result = attention_mass(cache, tokens, spans={"object": inside})
-    share = result.values[..., 0].mean(-1)
+    share = by_row(result)[..., 0].mean(-1)
     assert float(share.max()) > 0.8
-    assert float(result.uniform.max()) < 0.1
+    assert float(by_row(result, "uniform").max()) < 0.1
 
 
 def test_every_case_was_read():

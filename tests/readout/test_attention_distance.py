@@ -12,6 +12,7 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.readout import distance_profile, position_pattern
+from tests.readout.layouts import by_row
 from tests.readout.test_attention import PATTERNS, planted, run, without_queries
 from tests.zoo import case
 
@@ -44,10 +45,10 @@ def test_the_distance_profile_equals_a_loop_over_pairs(name: str, tower: str, me
                     covered, mass = covered + share * far, mass + share
                 elif kind != "padding":
                     known[:, labels.index("other patch" if kind == "patch" else kind)] += share
-        torch.testing.assert_close(result.values[1, :, row].double(), known, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(by_row(result)[1, :, row].double(), known, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(result.mean_distance[1, :, row].double(), covered / mass, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(result.values.sum(-1), torch.ones(result.values.shape[:-1]))
-    torch.testing.assert_close(result.uniform.sum(-1), torch.ones(result.uniform.shape[:-1]))
+    torch.testing.assert_close(by_row(result).sum(-1), torch.ones(by_row(result).shape[:-1]))
+    torch.testing.assert_close(by_row(result, "uniform").sum(-1), torch.ones(by_row(result, "uniform").shape[:-1]))
 
 
 def test_uniform_attention_has_the_distance_of_uniform_attention():
@@ -55,14 +56,14 @@ def test_uniform_attention_has_the_distance_of_uniform_attention():
     inputs = case("dinov2-registers").inputs(model.module, batch=1)
     _, cache = model.run_with_cache(inputs, names_filter=PATTERNS)
     result = distance_profile(cache)
-    assert not result.values.requires_grad
-    torch.testing.assert_close(result.values, result.uniform[:, None].expand_as(result.values))
+    assert not by_row(result).requires_grad
+    torch.testing.assert_close(by_row(result), by_row(result, "uniform")[:, None].expand_as(by_row(result)))
     steps = torch.arange(4.0)
     gaps = (steps[:, None] - steps).abs()
     pairs = torch.maximum(gaps[:, None, :, None], gaps[None, :, None, :])
     assert float(result.uniform_distance[0, 0]) == pytest.approx(float(pairs.mean()), abs=1e-5)
     assert result.axes["distance"] == [0, 1, 2, 3, "cls", "register"]
-    torch.testing.assert_close(result.uniform[0, 0, -2:], torch.tensor([1 / 20, 3 / 20]))
+    torch.testing.assert_close(by_row(result, "uniform")[0, 0, -2:], torch.tensor([1 / 20, 3 / 20]))
 
 
 def test_a_profile_without_attention_to_patches_has_no_distance():
@@ -70,7 +71,7 @@ def test_a_profile_without_attention_to_patches_has_no_distance():
     with pytest.warns(UserWarning, match="no attention to patches"):
         result = distance_profile(cache)
     assert torch.isnan(result.mean_distance).all()
-    assert torch.equal(result.values[..., -1], torch.ones(result.values.shape[:-1]))
+    assert torch.equal(by_row(result)[..., -1], torch.ones(by_row(result).shape[:-1]))
 
 
 def grid_pattern(of_offset: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def test_a_head_that_looks_at_offsets_is_explained_by_them():
     _, cache = planted("vit", "vision", lambda pattern: grid_pattern(of_offset))
     result = position_pattern(cache)
     assert result.axes["drow"] == result.axes["dcol"] == [-3, -2, -1, 0, 1, 2, 3]
-    torch.testing.assert_close(result.values[0, 0], of_offset, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(by_row(result)[0, 0], of_offset, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(result.explained, torch.ones(3, 4), atol=1e-5, rtol=0)
     # Two rows, and as many queries as patches whose neighbour at that offset exists.
     assert result.counts[0].tolist() == [[2 * (4 - abs(r)) * (4 - abs(c)) for c in range(-3, 4)] for r in range(-3, 4)]
@@ -111,7 +112,7 @@ def test_attention_without_regard_to_offsets_is_explained_by_chance_alone():
 def test_offsets_hidden_by_a_causal_mask_are_not_counted():
     _, _, cache = run("llava-clip-llama", batch=1)
     result = position_pattern(cache, tower="language")
-    later = result.values[0, 0][[3, 3, 4, 4, 4], [3, 4, 2, 3, 4]]
+    later = by_row(result)[0, 0][[3, 3, 4, 4, 4], [3, 4, 2, 3, 4]]
     assert result.counts[0][2].tolist() == [3, 6, 9, 0, 0]
     assert torch.isnan(later).all()
 

@@ -28,6 +28,7 @@ from circuitvision.readout import (
 )
 from circuitvision.readout.attention.cache import _layout
 from circuitvision.readout.attention.regions import AttentionContrast
+from tests.readout.layouts import by_row, of_rows
 from tests.readout.test_attention import planted, run
 from tests.readout.test_attention_maps import made, random_shares
 from tests.zoo import Case, case, parametrize, shared_model
@@ -66,8 +67,10 @@ def test_masses_of_any_partition_of_the_keys_add_up_to_one(which, parts, seed):
         result = attention_mass(
             cache, tower=tower, spans={str(part): owner == part for part in range(parts)}, queries="all"
         )
-        torch.testing.assert_close(result.values.sum(-1), torch.ones(result.values.shape[:-1]), atol=1e-5, rtol=0)
-        torch.testing.assert_close(result.uniform.sum(-1), torch.ones(result.uniform.shape[:-1]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(by_row(result).sum(-1), torch.ones(by_row(result).shape[:-1]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            by_row(result, "uniform").sum(-1), torch.ones(by_row(result, "uniform").shape[:-1]), atol=1e-5, rtol=0
+        )
 
 
 # -- entropy -------------------------------------------------------------------------------------------------------------------------------
@@ -90,7 +93,7 @@ def test_relative_entropy_is_each_querys_share_of_the_most_there_could_be(span):
                     if len(seen) > 1:
                         shares = [share / sum(seen) for share in seen]
                         found.append(-sum(p * math.log(p) for p in shares if p > 0) / math.log(len(seen)))
-                assert float(result.values[layer, head, row]) == pytest.approx(np.mean(found), abs=1e-5)
+                assert float(by_row(result)[layer, head, row]) == pytest.approx(np.mean(found), abs=1e-5)
 
 
 def alike(pattern: Tensor) -> Tensor:
@@ -104,16 +107,18 @@ def alike(pattern: Tensor) -> Tensor:
 def test_heads_that_look_alike_have_the_entropy_called_uniform(options, span):
     _, cache = planted(LLAVA, "language", alike)
     result = attention_entropy(cache, tower="language", span=span, queries="all", **options)
-    torch.testing.assert_close(result.values, result.uniform[:, None].expand_as(result.values), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        by_row(result), by_row(result, "uniform")[:, None].expand_as(by_row(result)), atol=1e-5, rtol=1e-5
+    )
     if "relative" in options:
-        torch.testing.assert_close(result.values, torch.ones_like(result.values))
+        torch.testing.assert_close(by_row(result), torch.ones_like(by_row(result)))
 
 
 def test_relative_entropy_without_a_choice_of_keys_is_nan():
     _, cache = planted(LLAVA, "language", alike)
     with pytest.warns(UserWarning, match="no query that counts sees two keys of the span"):
         result = attention_entropy(cache, tower="language", queries=0, relative=True)
-    assert bool(result.values.isnan().all())
+    assert bool(by_row(result).isnan().all())
     with pytest.raises(InputError, match="leave renormalise on"):
         attention_entropy(cache, tower="language", relative=True, renormalise=False)
 
@@ -157,8 +162,12 @@ def test_highlights_name_the_planted_head():
 
 def contrast_of(values: Tensor, rows: int = 4, columns: int = 4) -> AttentionContrast:
     maps = made(values[None, None], rows, columns)
-    return AttentionContrast(
-        values, {"row": [0], "key": list(range(values.shape[-1]))}, places=maps.places, boxes=maps.boxes
+    return of_rows(
+        AttentionContrast,
+        values,
+        {"row": [0], "key": list(range(values.shape[-1]))},
+        places=maps.places,
+        boxes=maps.boxes,
     )
 
 
@@ -218,11 +227,11 @@ def test_layers_of_any_whole_type_are_taken():
     _, _, cache = run("vit")
     by_name = attention_mass(cache, layers=[1])
     for layers in (1, np.int64(1), torch.tensor([1]).tolist(), range(1, 2)):
-        assert torch.equal(attention_mass(cache, layers=layers).values, by_name.values)
+        assert torch.equal(by_row(attention_mass(cache, layers=layers)), by_row(by_name))
     maps = attention_maps(cache)
     assert torch.equal(
-        attention_contrast(maps, maps, layers=1).values.nan_to_num(),
-        attention_contrast(maps, maps, layers=[1]).values.nan_to_num(),
+        by_row(attention_contrast(maps, maps, layers=1)).nan_to_num(),
+        by_row(attention_contrast(maps, maps, layers=[1])).nan_to_num(),
     )
     assert cv.readout.attention_entropy(cache, layers=np.int64(-1)).axes["layer"] == [2]
 
@@ -248,7 +257,7 @@ def test_padding_that_the_family_reads_is_a_query():
     last = model.text.cfg.n_layers - 1
     pattern = cache["text", "pattern", last]
     mass = cv.readout.attention_mass(cache, tower="text", layers=last, spans={"first": 0})
-    torch.testing.assert_close(mass.values[0, :, :, 0], pattern[:, :, -1, 0].T)
+    torch.testing.assert_close(by_row(mass)[0, :, :, 0], pattern[:, :, -1, 0].T)
     rolled = cv.readout.rollout(cache, tower="text", residual=0.25)
     step = None
     for layer in range(last + 1):
@@ -256,6 +265,6 @@ def test_padding_that_the_family_reads_is_a_query():
         # What nothing reads stays where it is.
         mixed[:, 4] = torch.eye(6)[4]
         step = mixed if step is None else mixed @ step
-    torch.testing.assert_close(rolled.values[-1, :, -1], step[:, -1])
-    torch.testing.assert_close(rolled.of(-1).values[-1, 0], step[:, -1])
-    assert bool(rolled.values[:, :, 4].isnan().all())
+    torch.testing.assert_close(by_row(rolled)[-1, :, -1], step[:, -1])
+    torch.testing.assert_close(by_row(rolled.of(-1))[-1, 0], step[:, -1])
+    assert bool(by_row(rolled)[:, :, 4].isnan().all())

@@ -25,6 +25,7 @@ from circuitvision.readout import (
 from circuitvision.readout.attention.distance import DistanceProfile, PositionPattern
 from circuitvision.readout.attention.mass import AttentionSummary
 from circuitvision.readout.attention.regions import AttentionContrast
+from tests.readout.layouts import by_row, of_rows
 from tests.readout.test_attention import run
 from tests.readout.test_attention_maps import made, random_shares
 
@@ -35,7 +36,7 @@ SHARES = torch.tensor([[[0.2, 0.4], [0.5, 0.5]], [[0.1, 0.1], [0.9, 0.97]]])
 def mass(**more) -> AttentionSummary:
     values = torch.stack([SHARES, 1 - SHARES, torch.ones_like(SHARES)], dim=-1)
     uniform = torch.tensor([0.25, 0.75, 1.0]).expand(2, 2, 3)
-    return AttentionSummary(values, AXES, tower="language", queries="last", uniform=uniform, example=[0, 1], **more)
+    return of_rows(AttentionSummary, values, AXES, tower="language", queries="last", uniform=uniform, **more)
 
 
 def heat_maps(figure) -> list[np.ndarray]:
@@ -49,7 +50,7 @@ def test_the_summary_shows_the_mean_over_rows_of_every_span_but_everything():
     np.testing.assert_allclose(text, 1 - SHARES.mean(-1).numpy(), atol=1e-6)
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 1)
     assert "language L1H1 gives 94% of its attention to patch" in figure.layout.title.text
-    assert "alike: 25%; mean of 2 rows; queries: last" in figure.layout.title.text
+    assert "alike: 25%; mean of 2 examples; queries: last" in figure.layout.title.text
     (only,) = heat_maps(mass().plot(span="text"))
     np.testing.assert_allclose(only, text)
     assert "to text" in mass().plot(span="text").layout.title.text
@@ -59,7 +60,7 @@ def test_the_summary_shows_the_mean_over_rows_of_every_span_but_everything():
 
 def test_names_of_spans_and_queries_are_text_and_never_markup():
     named = dataclasses.replace(
-        mass(), axes={**AXES, "span": ["<b>patch", "<i>", "everything"]}, queries="<u>", provenance={}
+        mass(), axes={**mass().axes, "span": ["<b>patch", "<i>", "everything"]}, queries="<u>", provenance={}
     )
     for figure in (named.plot(), named.plot(span="<b>patch"), attention.spans(named)):
         assert not any(tag in str(figure.to_dict()) for tag in ("<b>", "<i>", "<u>"))
@@ -69,17 +70,17 @@ def test_names_of_spans_and_queries_are_text_and_never_markup():
 
 
 def test_a_row_without_a_query_is_said_to_have_none():
-    nothing = dataclasses.replace(planted_maps(), values=torch.full((2, 3, 1, 18), float("nan")))
+    nothing = dataclasses.replace(planted_maps(), values=torch.full((2, 3, 18, 1), float("nan")))
     assert "no attention to show" in nothing.plot().layout.title.text
 
 
 def test_unread_layers_are_marked_and_missing_values_are_dashes():
     gaps = dataclasses.replace(mass(unread=[1]), values=mass().values.clone())
-    gaps.values[0, 1] = float("nan")
+    by_row(gaps)[0, 1] = float("nan")
     figure = gaps.plot()
     assert list(figure.layout.yaxis.ticktext) == ["0", "1 (unread)"]
     assert "–" in {annotation.text for annotation in figure.layout.annotations}
-    nothing = dataclasses.replace(mass(), values=torch.full((2, 2, 2, 3), float("nan")))
+    nothing = dataclasses.replace(mass(), values=torch.full((2, 2, 3, 2), float("nan")))
     assert "No head" in nothing.plot().layout.title.text
 
 
@@ -91,7 +92,7 @@ def test_entropies_and_peaks_say_what_they_measure():
     values = torch.zeros(1, 2, 4, 16)
     values[..., 5] = 1.0
     peaks = made(values).peak_in(regions.box((8.0, 8.0, 16.0, 16.0))).plot()
-    assert "peaks inside the region in 100% of rows" in peaks.layout.title.text
+    assert "peaks inside the region in 100% of examples" in peaks.layout.title.text
     assert "by chance 6%" in peaks.layout.title.text
 
 
@@ -116,7 +117,7 @@ def test_distance_lines_and_means():
     figure = result.plot()
     lines = [trace for trace in figure.data if trace.mode == "lines" and trace.name == "layer 1"]
     assert len(lines) == 3
-    np.testing.assert_allclose(lines[0].y, result.values[1, 0].mean(0)[:4], rtol=1e-5)
+    np.testing.assert_allclose(lines[0].y, by_row(result)[1, 0].mean(0)[:4], rtol=1e-5)
     assert list(figure.layout.xaxis.ticktext) == ["0", "1", "2", "3", "cls", "register"]
     dots = [trace for trace in figure.data if trace.mode == "markers" and trace.xaxis == "x2"]
     np.testing.assert_allclose(dots[1].y, result.mean_distance[1].mean(-1), rtol=1e-5)
@@ -134,7 +135,7 @@ def test_offsets_show_the_best_explained_heads_first():
     layer, head = divmod(best, 4)
     grids = heat_maps(figure)
     assert len(grids) == 2
-    np.testing.assert_allclose(grids[0], result.values[layer, head], rtol=1e-5)
+    np.testing.assert_allclose(grids[0], by_row(result)[layer, head], rtol=1e-5)
     assert f"L{layer}H{head}" in figure.layout.title.text
     assert len(figure.layout.shapes) == 2
     empty = dataclasses.replace(result, explained=torch.full((3, 4), float("nan")))
@@ -185,7 +186,7 @@ def test_of_many_heads_the_strongest_are_behind_the_slider():
     many = made(random_shares(20, 20, 1, 16))
     figure = many.plot()
     labels = [component(step.label) for step in figure.layout.sliders[0].steps]
-    share = many.values[..., 0, :].sum(-1)
+    share = by_row(many)[..., 0, :].sum(-1)
     assert len(labels) == 144
     best = divmod(int(share.argmax()), 20)
     places = [(label.layer, label.head) for label in labels]
@@ -415,8 +416,13 @@ def test_the_contrast_shows_its_regions_and_the_object():
     grid = torch.zeros(4, 4)
     grid[1, 2], grid[3, 0] = 3.0, 2.0
     maps = made(torch.ones(1, 1, 1, 16))
-    result = AttentionContrast(
-        grid.reshape(1, -1), {"row": [0], "key": list(range(16))}, places=maps.places, boxes=maps.boxes, lam=0.1
+    result = of_rows(
+        AttentionContrast,
+        grid.reshape(1, -1),
+        {"row": [0], "key": list(range(16))},
+        places=maps.places,
+        boxes=maps.boxes,
+        lam=0.1,
     )
     figure = result.plot(box=(16, 8, 24, 16), top_percent=12.5)
     np.testing.assert_allclose(heat_maps(figure)[0], grid)
@@ -425,7 +431,7 @@ def test_the_contrast_shows_its_regions_and_the_object():
     target, first, second = figure.layout.shapes
     assert (target.x0, target.y0) == (first.x0, first.y0) == (1.5, 0.5)
     assert (second.x0, second.y1) == (-0.5, 3.5)
-    flat = dataclasses.replace(result, values=torch.full((1, 16), float("nan")))
+    flat = dataclasses.replace(result, values=torch.full((16, 1), float("nan")))
     assert "No patch" in flat.plot().layout.title.text
 
 

@@ -16,6 +16,7 @@ from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.targets import output_kind, reader_of
 from circuitvision.readout.weights.unembedding import linear_projector
 from tests.readout.common import NAMES, outputs_at, run
+from tests.readout.layouts import by_row
 from tests.zoo import case
 
 EXACT = {torch.float32: 3e-6, torch.float64: 1e-11}
@@ -48,8 +49,8 @@ def test_terms_and_biases_sum_to_the_output(name, dtype):
     for tower, direction, options in requests(model, dtype):
         for by in ("component", "head", "neuron"):
             result = direct_attribution(model, cache, direction, tower, by=by, **options)
-            scale = float(result.values.abs().max())
-            gap = float((result.values.sum(0) - result.total).abs().max())
+            scale = float(by_row(result).abs().max())
+            gap = float((by_row(result).sum(0) - result.total).abs().max())
             assert gap <= tolerance(model, tower, dtype, by) * scale, (tower, by)
             feeds = not options and not model.towers[tower].spec.feeds_cache_only
             if feeds and "softcap" not in case(name).tags:
@@ -71,8 +72,8 @@ def test_source_positions_sum_to_their_head(name):
                 for layer in sources.axes["layer"]
             ]
         )
-        torch.testing.assert_close(sources.values.sum(-1), wanted, atol=1e-11, rtol=1e-9)
-        assert sources.places.shape[1] == sources.values.shape[-1] == len(sources.words[0])
+        torch.testing.assert_close(by_row(sources).sum(-1), wanted, atol=1e-11, rtol=1e-9)
+        assert sources.places.shape[1] == by_row(sources).shape[-1] == len(sources.words[0])
 
 
 def test_a_share_is_what_the_model_loses_when_the_term_is_taken_out_behind_a_frozen_norm():
@@ -151,7 +152,7 @@ def test_a_share_is_what_is_lost_when_its_own_term_is_taken_out_of_the_stream(na
             weights = pattern[:, head, :, ahead + source]
             vector = weights[..., None] * (own[:, source, head // group] @ w_o[head])[:, None]
             lost = total - value(final - written(vector, "attn_add", "ln1_post"))
-            torch.testing.assert_close(sources.values[layer, head, :, ahead + source], lost, atol=2e-6, rtol=1e-6)
+            torch.testing.assert_close(by_row(sources)[layer, head, :, ahead + source], lost, atol=2e-6, rtol=1e-6)
         post, w_out = cache[f"{base}.mlp.hook_post"], block.W_out.detach()
         for neuron in (0, 3, tower.cfg.d_mlp - 1):
             vector = post[..., neuron, None] * w_out[neuron]
@@ -163,11 +164,11 @@ def test_a_share_is_what_is_lost_when_its_own_term_is_taken_out_of_the_stream(na
 def test_patches_behind_a_linear_projector_are_split_as_the_lens_reads_them(name):
     model, _, cache = run(name, torch.float64, everything=True)
     patches = model.tokens(cache.inputs)["vision"].select("patch")
-    lens = logit_lens(model, cache, "vision", sites="resid_post", targets=[7, 11]).values[-1].double()
+    lens = by_row(logit_lens(model, cache, "vision", sites="resid_post", targets=[7, 11]))[-1].double()
     wanted = lens[..., 0] - lens[..., 1]
     for position, said in ((3, wanted[:, 3]), (patches, wanted.mean(1))):
         found = direct_attribution(model, cache, (7, 11), "vision", position=position)
-        torch.testing.assert_close(found.values.sum(0), found.total, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(by_row(found).sum(0), found.total, atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(found.capped, said, atol=1e-5, rtol=1e-5)
     with pytest.raises(InputError, match="which of the vision tower's patches"):
         direct_attribution(model, cache, (7, 11), "vision")
@@ -195,7 +196,7 @@ def test_the_columns_of_an_embedding_are_directions():
     model, out, cache = run("clip-vision-projection", torch.float64)
     found = direct_attribution(model, cache, 3)
     torch.testing.assert_close(found.total, out[:, 3])
-    torch.testing.assert_close(found.values.sum(0), found.total)
+    torch.testing.assert_close(by_row(found).sum(0), found.total)
 
 
 def test_layer_scale_and_sandwich_norms_reach_the_shares():
@@ -208,7 +209,7 @@ def test_layer_scale_and_sandwich_norms_reach_the_shares():
         heads = stream.heads(0)
         raw = cache[f"{tower}.blocks.0.attn.hook_result"]
         assert not torch.allclose(heads, raw, atol=1e-2)
-        assert torch.allclose(right.values.sum(0), right.total, atol=1e-4)
+        assert torch.allclose(by_row(right).sum(0), right.total, atol=1e-4)
 
 
 def test_neurons_and_their_bias_make_up_the_mlp():
@@ -232,9 +233,9 @@ def test_every_way_to_name_a_direction():
         cv.metrics.logit_diff("red", "blue"),
         {"answer": ["red", "red"], "foil": ["blue", "blue"]},
     ):
-        assert torch.equal(direct_attribution(model, cache, direction).values, by_words.values)
+        assert torch.equal(by_row(direct_attribution(model, cache, direction)), by_row(by_words))
     crossed = direct_attribution(model, cache, {"answer": ["red", "blue"], "foil": ["blue", "red"]})
-    torch.testing.assert_close(crossed.values * torch.tensor([1.0, -1.0]), by_words.values)
+    torch.testing.assert_close(by_row(crossed) * torch.tensor([1.0, -1.0]), by_row(by_words))
     single = direct_attribution(model, cache, "red")
     torch.testing.assert_close(single.total, out[:, -1, ids[0]], atol=1e-5, rtol=1e-5)
     at_two = direct_attribution(model, cache, "red", position=2)
@@ -257,8 +258,8 @@ def test_actions_are_attributed_at_a_step_of_the_chunk_or_over_it():
         direct_attribution(model, cache, 1, position="state")
     sources = source_attribution(model, cache, 1)
     prefix = model.tokens(cache.inputs)["language"].n_positions
-    assert sources.values.shape[-1] == prefix + model.tokens(cache.inputs)["action"].n_positions
-    assert float(sources.values[..., :prefix].abs().sum()) > 0
+    assert by_row(sources).shape[-1] == prefix + model.tokens(cache.inputs)["action"].n_positions
+    assert float(by_row(sources)[..., :prefix].abs().sum()) > 0
 
 
 def test_clip_prompts_and_embeddings_are_directions():
@@ -271,7 +272,7 @@ def test_clip_prompts_and_embeddings_are_directions():
         out, cache = model.run_with_cache(model.inputs(images=[scene.image], text=prompts))
     result = direct_attribution(model, cache, tuple(prompts), "vision")
     torch.testing.assert_close(result.total, out[:, 0] - out[:, 1], atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(result.values.sum(0), result.total, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(by_row(result).sum(0), result.total, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["clip", "clip-argmax", "siglip", "siglip2"])
@@ -279,13 +280,14 @@ def test_clip_prompts_and_embeddings_are_directions():
 def test_the_bilinear_form_sums_to_the_score_of_every_pair(name, by):
     model, out, cache = run(name, torch.float64, everything=True)
     result = bilinear_attribution(model, cache, by=by)
-    torch.testing.assert_close(result.values.sum((0, 1)) + result.bias, out, atol=1e-11, rtol=1e-11)
-    torch.testing.assert_close(result.total, out, atol=1e-11, rtol=1e-11)
+    assert list(result.axes) == ["image_term", "text_term", "text", "example"]
+    torch.testing.assert_close(result.values.sum((0, 1)) + result.bias, out.T, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(result.total, out.T, atol=1e-11, rtol=1e-11)
     direct = direct_attribution(model, cache, (0, 1), "vision", by=by)
     terms = result.image_terms()
     named = [label for label in result.axes["image_term"] if label != "bias"]
     for index, label in enumerate(named):
-        torch.testing.assert_close(terms[index, :, 0] - terms[index, :, 1], direct[label], atol=1e-9, rtol=1e-7)
+        torch.testing.assert_close(terms[index, 0] - terms[index, 1], direct[label], atol=1e-9, rtol=1e-7)
 
 
 def test_the_first_things_shown_are_the_strongest():
@@ -294,18 +296,18 @@ def test_the_first_things_shown_are_the_strongest():
     name, value = next(iter(pairs.highlights().items()))
     image, text = name.split(" × ")
     at = pairs.axes["image_term"].index(image), pairs.axes["text_term"].index(text), 0, 0
-    assert abs(float(pairs.values[at])) == float(pairs.values[:, :, 0, 0].abs().max())
-    assert float(value) == pytest.approx(float(pairs.values[at]), rel=1e-3)
+    assert abs(float(by_row(pairs)[at])) == float(by_row(pairs)[:, :, 0, 0].abs().max())
+    assert float(value) == pytest.approx(float(by_row(pairs)[at]), rel=1e-3)
     for options in ({"image": 2}, {"text": 9}, {"image": -1}):
         with pytest.raises(InputError, match="There is no"):
             pairs.plot(**options)
     model, _, cache = run("llava-clip-llama", everything=True)
     sources = source_attribution(model, cache, (3, 4))
     name, value = next(iter(sources.highlights().items()))
-    size = sources.values.abs().sum(-1).mean(-1)
+    size = by_row(sources).abs().sum(-1).mean(-1)
     layer, head = divmod(int(size.argmax()), size.shape[1])
     assert name == f"language L{layer}H{head}"
-    mine = sources.values[layer, head].double()
+    mine = by_row(sources)[layer, head].double()
     patches = model.tokens(cache.inputs)["language"].positions("patch")
     wanted = (
         f"{float(mine.sum(-1).mean()):+.4g}, {float(mine[:, patches].sum(-1).mean()):+.4g} of it from image patches"
@@ -323,7 +325,7 @@ def test_prompts_take_the_place_of_the_runs_texts():
     with torch.no_grad():
         out, cache = model.run_with_cache(inputs)
     result = bilinear_attribution(model, cache, prompts=prompts)
-    torch.testing.assert_close(result.values.sum((0, 1)) + result.bias, out, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result.values.sum((0, 1)) + result.bias, out.T, atol=1e-4, rtol=1e-4)
     assert result.axes["text"] == prompts
 
 
@@ -361,8 +363,8 @@ def test_meaningless_requests_are_refused(name, direction, options, message):
 
 def test_a_direction_of_zeros_has_shares_of_zero():
     model, _, cache = run("paligemma2", everything=True)
-    assert float(direct_attribution(model, cache, (3, 3), by="neuron").values.abs().max()) == 0.0
-    assert float(source_attribution(model, cache, (3, 3)).values.abs().max()) == 0.0
+    assert float(by_row(direct_attribution(model, cache, (3, 3), by="neuron")).abs().max()) == 0.0
+    assert float(by_row(source_attribution(model, cache, (3, 3))).abs().max()) == 0.0
 
 
 def test_results_are_saved_and_list_their_strongest_terms(tmp_path):
@@ -372,7 +374,7 @@ def test_results_are_saved_and_list_their_strongest_terms(tmp_path):
     assert torch.equal(again.total, result.total)
     top = result.top(3)
     assert abs(top[0][1]) >= abs(top[1][1]) >= abs(top[2][1])
-    assert abs(top[0][1]) == pytest.approx(float(result.values.double().mean(-1).abs().max()))
+    assert abs(top[0][1]) == pytest.approx(float(by_row(result).double().mean(-1).abs().max()))
     with pytest.raises(InputError, match="no term"):
         result["L99H0"]
 

@@ -13,6 +13,7 @@ from circuitvision.readout.attribution.direct import direct_attribution, source_
 from circuitvision.readout.attribution.increase import log_prob_increase
 from circuitvision.readout.recorded import chosen_layers
 from tests.readout.common import run
+from tests.readout.layouts import by_row
 from tests.zoo import case, shared_model
 
 
@@ -29,13 +30,13 @@ def test_a_decoding_step_is_split_over_the_prompt_and_what_was_generated(name):
         assert sources.axes["position"] == list(range(prompt + step))
         assert sources.places.shape[1] == len(sources.words[0]) == prompt + step
         assert sources.words[0][prompt:] == [f"generated {n}" for n in range(1, step + 1)]
-        torch.testing.assert_close(heads.values.sum(0), heads.total, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(by_row(heads).sum(0), heads.total, atol=1e-5, rtol=1e-5)
         for layer in range(model.language.cfg.n_layers):
             for head in range(model.language.cfg.n_heads):
-                share = sources.values[layer, head].sum(-1)
+                share = by_row(sources)[layer, head].sum(-1)
                 torch.testing.assert_close(share, heads[f"L{layer}H{head}"], atol=1e-5, rtol=1e-4)
         scores = log_prob_increase(model, passes, 7, by="source", step=step)
-        assert scores.places.shape[1] == scores.values.shape[-1] == prompt + step
+        assert scores.places.shape[1] == by_row(scores).shape[-1] == prompt + step
     alone = cv.ActivationCache({site: passes[site][2:] for site in passes}, model, passes.inputs)
     with pytest.raises(InputError, match="passes before this one"):
         source_attribution(model, alone, (7, 11), step=0)
@@ -53,9 +54,9 @@ def test_every_denoising_step_is_split():
     for step, velocity in enumerate(velocities):
         found = direct_attribution(model, passes, 1, step=step, position=2, by="neuron")
         torch.testing.assert_close(found.total, velocity[:, 2, 1], atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(found.values.sum(0), found.total, atol=1e-11, rtol=1e-9)
+        torch.testing.assert_close(by_row(found).sum(0), found.total, atol=1e-11, rtol=1e-9)
         sources = source_attribution(model, passes, 1, step=step, position=2)
-        torch.testing.assert_close(sources.values[1, 2].sum(-1), found["L1H2"], atol=1e-9, rtol=1e-7)
+        torch.testing.assert_close(by_row(sources)[1, 2].sum(-1), found["L1H2"], atol=1e-9, rtol=1e-7)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -68,12 +69,12 @@ def test_rows_of_different_lengths_are_read_each_at_its_own_last_word(name, padd
         last = inputs["attention_mask"].sum(-1) - 1
         assert last[0] != last[1]
     together = direct_attribution(model, inputs, (7, 11), by="neuron")
-    torch.testing.assert_close(together.values.sum(0), together.total, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(by_row(together).sum(0), together.total, atol=2e-5, rtol=1e-5)
     sources = source_attribution(model, inputs, (7, 11))
     for head in range(model.language.cfg.n_heads):
-        torch.testing.assert_close(sources.values[1, head].sum(-1), together[f"L1H{head}"], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(by_row(sources)[1, head].sum(-1), together[f"L1H{head}"], atol=2e-5, rtol=1e-4)
     hidden = inputs["attention_mask"] == 0
-    assert float(sources.values[:, :, hidden].abs().max()) == 0.0
+    assert float(by_row(sources)[:, :, hidden].abs().max()) == 0.0
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2-swiglu", "siglip", "llava-clip-llama"])
@@ -82,10 +83,10 @@ def test_half_precision_has_the_same_terms_and_adds_up_as_far_as_its_stream_does
     found = direct_attribution(model, cache, (0, 1))
     wide = direct_attribution(*[run(name)[index] for index in (0, 2)], (0, 1))
     assert found.axes["term"] == wide.axes["term"]
-    assert found.values.dtype == torch.float32
-    scale = float(wide.values.abs().max())
-    assert float((found.values.sum(0) - found.total).abs().max()) < 0.02 * scale
-    assert float((found.values - wide.values).abs().max()) < 0.1 * scale
+    assert by_row(found).dtype == torch.float32
+    scale = float(by_row(wide).abs().max())
+    assert float((by_row(found).sum(0) - found.total).abs().max()) < 0.02 * scale
+    assert float((by_row(found) - by_row(wide)).abs().max()) < 0.1 * scale
 
 
 def test_inputs_in_place_of_a_cache_give_the_same():
@@ -93,7 +94,7 @@ def test_inputs_in_place_of_a_cache_give_the_same():
         model, _, cache = run(name, everything=True)
         tower = list(model.towers)[-1]
         found = direct_attribution(model, cache.inputs, (0, 1), tower, by="neuron")
-        torch.testing.assert_close(found.values, direct_attribution(model, cache, (0, 1), tower, by="neuron").values)
+        torch.testing.assert_close(by_row(found), by_row(direct_attribution(model, cache, (0, 1), tower, by="neuron")))
         source_attribution(model, cache.inputs, (0, 1), tower)
 
 
@@ -136,7 +137,7 @@ def test_works_on_caches_of_inference_mode_and_leaves_no_gradient():
     with torch.inference_mode():
         _, made = model.run_with_cache(cache.inputs)
         inside = direct_attribution(model, made, (0, 1))
-    torch.testing.assert_close(inside.values, direct_attribution(model, cache, (0, 1)).values)
+    torch.testing.assert_close(by_row(inside), by_row(direct_attribution(model, cache, (0, 1))))
     assert all(p.grad is None for p in model.module.parameters())
 
 

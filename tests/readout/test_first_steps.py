@@ -14,6 +14,7 @@ from circuitvision.errors import InputError
 from circuitvision.readout.relevance.curves import Curve
 from circuitvision.readout.relevance.pointing import PointingGame
 from circuitvision.readout.relevance.result import Relevance
+from tests.readout.layouts import by_row, of_rows
 
 from .common import run
 
@@ -166,7 +167,8 @@ def test_attribution_is_drawn_as_layers_by_heads_too(llava):
 def _relevance(values):
     places = torch.tensor([[-1, -1, -1, -1]] + [[0, -1, down, across] for down in range(2) for across in range(2)])
     labels = [["[cls]", "r0c0", "r0c1", "r1c0", "r1c1"]]
-    return Relevance(
+    return of_rows(
+        Relevance,
         values=torch.tensor([values]),
         axes={"row": [0], "position": list(range(5))},
         method="made by hand",
@@ -230,7 +232,7 @@ def test_tables_over_positions_name_the_token(llava):
         readout.log_prob_increase(model, cache, "red", by="source"),
     ):
         frame = result.to_frame()
-        second = frame[frame["row"] == 1].drop_duplicates("position")
+        second = frame[frame["example"] == 1].drop_duplicates("position")
         assert second["token"].tolist() == [labels[at] for at in second["position"]]
     vision = readout.gradient_times_activation(model, cache.inputs, metric)
     assert vision.to_frame()["token"].tolist() == [word for row in vision.labels for word in row]
@@ -245,9 +247,9 @@ def test_value_vectors_say_which_is_strongest():
     for options in ({"top_k": 2}, {"targets": [0, 1]}, {"top_k": 2, "largest": False}):
         found = readout.value_vectors(model.vision, **options)
         (place, said), *_ = found.highlights().items()
-        values = found.values if found.largest else -found.values
+        values = by_row(found) if found.largest else -by_row(found)
         layer, neuron, _ = (int(n) for n in torch.unravel_index(values.argmax(), values.shape))
         assert place == f"layer {found.axes['layer'][layer]}, neuron {neuron}"
         assert said.endswith(
-            f"{float(found.values[layer, neuron].max() if found.largest else found.values[layer, neuron].min()):+.4g}"
+            f"{float(by_row(found)[layer, neuron].max() if found.largest else by_row(found)[layer, neuron].min()):+.4g}"
         )

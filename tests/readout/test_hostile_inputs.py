@@ -16,6 +16,7 @@ from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.ranks import rank_components
 from tests.readout.common import run
+from tests.readout.layouts import by_row
 from tests.zoo import case, shared_model
 
 
@@ -49,8 +50,8 @@ def test_a_metric_brings_its_position_and_its_step():
 
 def test_an_answer_per_example_is_one_per_example():
     model, _, cache = run("llava-clip-llama", everything=True)
-    both = log_prob_increase(model, cache, [3, 4]).values
-    first, second = (log_prob_increase(model, cache, answer).values for answer in (3, 4))
+    both = by_row(log_prob_increase(model, cache, [3, 4]))
+    first, second = (by_row(log_prob_increase(model, cache, answer)) for answer in (3, 4))
     torch.testing.assert_close(both, torch.stack([first[..., 0], second[..., 1]], dim=-1))
     for answers in ([1, 2, 3],):
         with pytest.raises(InputError, match="2 examples"):
@@ -70,8 +71,8 @@ def test_small_vectors_survive_bfloat16():
         _, cache = half.run_with_cache(inputs, "**")
     whole = cv.HookedModel(copy.deepcopy(half.module).float(), half.processor)
     exact = cv.ActivationCache({name: value.float() for name, value in cache.items()}, whole, inputs)
-    found = log_prob_increase(half, cache, pair.answer, by="neuron").values.flatten()
-    wanted = log_prob_increase(whole, exact, pair.answer, by="neuron").values.flatten()
+    found = by_row(log_prob_increase(half, cache, pair.answer, by="neuron")).flatten()
+    wanted = by_row(log_prob_increase(whole, exact, pair.answer, by="neuron")).flatten()
     assert float((found - wanted).abs().median() / wanted.abs().median()) < 0.05
     strong = wanted.abs() > wanted.abs().median()
     assert float((found.sign() == wanted.sign())[strong].double().mean()) > 0.99
@@ -83,7 +84,7 @@ def test_an_untrained_tuned_lens_of_the_last_layer_is_the_output_wherever_a_head
     lens = TunedLens.train(
         model, cache.inputs, steps=1, learning_rate=0.0, positions=["patch"] + ["cls"] * (name != "siglip-classifier")
     )
-    assert float(lens.values[0, -1]) == pytest.approx(0.0, abs=1e-6)
+    assert float(by_row(lens)[0, -1]) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_tuned_lens_takes_the_map_of_the_place_it_reads():
@@ -100,7 +101,7 @@ def test_a_tuned_lens_takes_the_map_of_the_place_it_reads():
     options = {"norm": "tuned", "tuned": lens, "targets": [0]}
     before = logit_lens(model, cache, "vision", sites="resid_pre", **options)
     after = logit_lens(model, cache, "vision", sites="resid_post", **options)
-    torch.testing.assert_close(before.values[1:], after.values[:-1])
+    torch.testing.assert_close(by_row(before)[1:], by_row(after)[:-1])
     with pytest.raises(InputError, match="between blocks"):
         logit_lens(model, cache, "vision", sites="attn_out", **options)
 
@@ -114,12 +115,12 @@ def test_a_decoding_pass_is_read_as_what_it_generated(norm):
     prompt = cache.inputs["input_ids"].shape[1]
     for step in (1, 2):
         result = logit_lens(model, passes, targets=[3], step=step, norm=norm)
-        assert result.values.shape[2] == 1
+        assert by_row(result).shape[2] == 1
         assert result.axes["position"] == [prompt + step - 1]
         assert result.kinds[0] == ["generated"]
         value = passes["language.blocks.1.hook_resid_post"][step]
         torch.testing.assert_close(
-            result.values[-1, :, :, 0], model.language.readout(value)[..., 3], atol=1e-5, rtol=1e-4
+            by_row(result)[-1, :, :, 0], model.language.readout(value)[..., 3], atol=1e-5, rtol=1e-4
         )
 
 
@@ -130,7 +131,7 @@ def test_no_patch_is_taken_for_a_class_token():
     assert result.axes["position"] == patches
     projected = model.module.model.multi_modal_projector(cache["vision.hook_embed"])
     wanted = model.language.readout(projected)[..., 3]
-    torch.testing.assert_close(result.values[0, ..., 0], wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(by_row(result)[0, ..., 0], wanted, atol=1e-4, rtol=1e-4)
     several, _, other = run("llava-clip-llama-layers")
     with pytest.raises(InputError, match="prefix"):
         logit_lens(several, other, "vision", sites="hook_embed", targets=[3])
@@ -143,10 +144,10 @@ def test_what_is_no_number_has_no_rank():
         cache["vision.blocks.1.hook_resid_post"], torch.nan
     )
     result = logit_lens(model, broken, "vision", targets=[0])
-    assert (result.ranks[2] == 0).all()
+    assert (by_row(result, "ranks")[2] == 0).all()
     found = result.identifiability()
-    assert found.values[2].isnan().all()
-    assert found.values[1].isfinite().all()
+    assert by_row(found)[2].isnan().all()
+    assert by_row(found)[1].isfinite().all()
 
 
 def test_a_mean_over_positions_leaves_padding_out():
@@ -187,8 +188,7 @@ def test_a_ranking_leaves_out_what_is_no_number_and_compares_examples_not_positi
     assert float(by_size.random_control(3).mean()) == pytest.approx(12.0)
     model, _, cache = run("llava-clip-llama", everything=True)
     one = source_attribution(model, cache, (3, 4))
-    single = rank_components(type(one)(one.values[:, :, :1], {**one.axes, "row": [0]}, one.provenance))
-    assert single.errors.isnan().all()
+    assert rank_components(one.take(0)).error().isnan().all()
 
 
 def test_summaries_compare_like_with_like():
@@ -205,10 +205,10 @@ def test_summaries_compare_like_with_like():
 def test_siglips_probabilities_are_of_pairs():
     model, out, cache = run("siglip")
     result = logit_lens(model, cache, "vision", targets=[0, 1], measure="prob")
-    torch.testing.assert_close(result.pooled[-1], out[:, :2].sigmoid(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(by_row(result, "pooled")[-1], out[:, :2].sigmoid(), atol=1e-5, rtol=1e-4)
     clip, scores, both = run("clip")
     soft = logit_lens(clip, both, "vision", targets=[0, 1], measure="prob")
-    torch.testing.assert_close(soft.pooled[-1], scores.softmax(-1)[:, :2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(by_row(soft, "pooled")[-1], scores.softmax(-1)[:, :2], atol=1e-5, rtol=1e-4)
 
 
 def test_passes_of_a_policy_are_attributed_one_at_a_time():
@@ -221,7 +221,7 @@ def test_passes_of_a_policy_are_attributed_one_at_a_time():
     heads = direct_attribution(model, steps, 1, "action", step=1)
     sources = source_attribution(model, steps, 1, "action", step=1)
     wanted = torch.stack([heads["L0H0"], heads["L1H1"]])
-    found = torch.stack([sources.values[0, 0].sum(-1), sources.values[1, 1].sum(-1)])
+    found = torch.stack([by_row(sources)[0, 0].sum(-1), by_row(sources)[1, 1].sum(-1)])
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -232,18 +232,18 @@ def test_caches_of_inference_mode_are_attributed(name):
         _, made = model.run_with_cache(cache.inputs, "**")
     for tower in model.towers:
         if model.towers[tower].spec.readout.finish != "projector":
-            wanted = direct_attribution(model, cache, (0, 1), tower).values
-            torch.testing.assert_close(direct_attribution(model, made, (0, 1), tower).values, wanted)
+            wanted = by_row(direct_attribution(model, cache, (0, 1), tower))
+            torch.testing.assert_close(by_row(direct_attribution(model, made, (0, 1), tower)), wanted)
 
 
 def test_numbers_of_numpy_and_torch_are_numbers():
     model, _, cache = run("vit")
-    wanted = logit_lens(model, cache, "vision", targets=[1, 2]).values
+    wanted = by_row(logit_lens(model, cache, "vision", targets=[1, 2]))
     for targets in (np.array([1, 2]), torch.tensor([1, 2]), [np.int64(1), torch.tensor(2)]):
-        assert torch.equal(logit_lens(model, cache, "vision", targets=targets).values, wanted)
-    one = direct_attribution(model, cache, 1).values
+        assert torch.equal(by_row(logit_lens(model, cache, "vision", targets=targets)), wanted)
+    one = by_row(direct_attribution(model, cache, 1))
     for direction in (np.int64(1), torch.tensor(1)):
-        assert torch.equal(direct_attribution(model, cache, direction).values, one)
+        assert torch.equal(by_row(direct_attribution(model, cache, direction)), one)
     with pytest.raises(InputError, match="truth"):
         logit_lens(model, cache, "vision", targets=[True])
 
@@ -253,8 +253,8 @@ def test_caches_in_another_precision_are_read_in_the_models(dtype):
     model, _, cache = run("llava-clip-llama", everything=True)
     moved = cache.to(dtype)
     for norm in ("own", "frozen"):
-        near = logit_lens(model, cache, targets=[3], norm=norm).values
-        torch.testing.assert_close(logit_lens(model, moved, targets=[3], norm=norm).values, near, atol=0.2, rtol=0.2)
+        near = by_row(logit_lens(model, cache, targets=[3], norm=norm))
+        torch.testing.assert_close(by_row(logit_lens(model, moved, targets=[3], norm=norm)), near, atol=0.2, rtol=0.2)
     log_prob_increase(model, moved, 3, by="source")
     direct_attribution(model, moved, 3)
 
@@ -268,8 +268,8 @@ def test_what_a_read_out_takes_from_the_run_follows_the_model_as_well(name):
         for norm in ("own", "frozen"):
             near = logit_lens(model, cache, tower, targets=[0], norm=norm)
             found = logit_lens(model, moved, tower, targets=[0], norm=norm)
-            torch.testing.assert_close(found.values, near.values, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(found.pooled, near.pooled, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(by_row(found), by_row(near), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(by_row(found, "pooled"), by_row(near, "pooled"), atol=1e-5, rtol=1e-5)
 
 
 def test_layers_are_checked_before_anything_is_computed():
@@ -331,8 +331,10 @@ def test_a_model_on_a_gpu_reads_as_on_the_cpu_from_caches_on_either(name):
         _, there = far.run_with_cache(inputs, "**")
     for recorded in (there, there.to("cpu")):
         for norm in ("own", "frozen"):
-            near = logit_lens(model, cache, tower, targets=[0, 1], norm=norm).values
-            found = logit_lens(far, recorded, tower, targets=[0, 1], norm=norm).values
+            near = by_row(logit_lens(model, cache, tower, targets=[0, 1], norm=norm))
+            found = by_row(logit_lens(far, recorded, tower, targets=[0, 1], norm=norm))
             torch.testing.assert_close(found, near, atol=1e-3, rtol=1e-3)
-        shares = direct_attribution(far, recorded, (0, 1), tower).values
-        torch.testing.assert_close(shares, direct_attribution(model, cache, (0, 1), tower).values, atol=1e-3, rtol=1e-3)
+        shares = by_row(direct_attribution(far, recorded, (0, 1), tower))
+        torch.testing.assert_close(
+            shares, by_row(direct_attribution(model, cache, (0, 1), tower)), atol=1e-3, rtol=1e-3
+        )

@@ -13,6 +13,7 @@ from circuitvision.errors import InputError
 from circuitvision.readout.attribution.direct import direct_attribution
 from circuitvision.readout.attribution.increase import SourceIncrease, increase, log_prob_increase
 from tests.readout.common import run
+from tests.readout.layouts import by_row
 from tests.zoo import case, shared_model
 
 
@@ -53,26 +54,26 @@ def test_the_definition_on_a_model(name, tower):
 
     whole = log_prob_increase(model, cache, 3, tower, by="component")
     torch.testing.assert_close(
-        whole.values[layer, 0], score(pre, cache[f"{tower}.blocks.{layer}.hook_attn_out"][:, position])
+        by_row(whole)[layer, 0], score(pre, cache[f"{tower}.blocks.{layer}.hook_attn_out"][:, position])
     )
     torch.testing.assert_close(
-        whole.values[layer, 1], score(mid, cache[f"{tower}.blocks.{layer}.hook_mlp_out"][:, position])
+        by_row(whole)[layer, 1], score(mid, cache[f"{tower}.blocks.{layer}.hook_mlp_out"][:, position])
     )
     heads = log_prob_increase(model, cache, 3, tower)
-    assert heads.values.shape == (owner.cfg.n_layers, owner.cfg.n_heads, 2)
+    assert by_row(heads).shape == (owner.cfg.n_layers, owner.cfg.n_heads, 2)
     if not owner.blocks[0].has("attn_add"):
         result = cache[f"{tower}.blocks.{layer}.attn.hook_result"][:, position]
-        torch.testing.assert_close(heads.values[layer, 0], score(pre, result[:, 0]))
+        torch.testing.assert_close(by_row(heads)[layer, 0], score(pre, result[:, 0]))
         neurons = log_prob_increase(model, cache, 3, tower, by="neuron", layers=[layer])
         post = cache[f"{tower}.blocks.{layer}.mlp.hook_post"][:, position]
         torch.testing.assert_close(
-            neurons.values[0, 5], score(mid, post[:, 5, None] * owner.blocks[layer].W_out[5].detach())
+            by_row(neurons)[0, 5], score(mid, post[:, 5, None] * owner.blocks[layer].W_out[5].detach())
         )
     sources = log_prob_increase(model, cache, 3, tower, by="source", layers=[layer])
     pattern = cache[f"{tower}.blocks.{layer}.attn.hook_pattern"][:, 0, position]
-    assert sources.values.shape[-1] == pattern.shape[-1]
+    assert by_row(sources).shape[-1] == pattern.shape[-1]
     hidden = pattern == 0
-    assert float(sources.values[0, 0][hidden].abs().sum()) == 0.0
+    assert float(by_row(sources)[0, 0][hidden].abs().sum()) == 0.0
 
 
 def test_a_head_read_from_one_source_scores_as_that_source():
@@ -91,8 +92,8 @@ def test_a_head_read_from_one_source_scores_as_that_source():
 def test_it_disagrees_with_direct_attribution_where_the_answer_is_said_already():
     """Not additive: the sum over heads and MLPs is not the joint effect (the paper's caveat, here as a fact about the implementation)."""
     model, _, cache = run("llava-clip-llama", everything=True)
-    singles = log_prob_increase(model, cache, 3, by="component").values.sum((0, 1))
-    direct = direct_attribution(model, cache, 3, by="component").values.sum(0)
+    singles = by_row(log_prob_increase(model, cache, 3, by="component")).sum((0, 1))
+    direct = by_row(direct_attribution(model, cache, 3, by="component")).sum(0)
     assert not torch.allclose(singles, direct, atol=1e-2)
 
 
@@ -161,7 +162,7 @@ def test_scores_by_hand_from_the_models_own_modules(padding):
     mid = pre + attn
     for by, x, vectors in (("head", pre, heads), ("neuron", mid, neurons)):
         wanted = log_p(x[:, None] + vectors) - log_p(x[:, None])
-        found = log_prob_increase(model, inputs, answer, by=by, layers=[layer]).values[0].T.double()
+        found = by_row(log_prob_increase(model, inputs, answer, by=by, layers=[layer]))[0].T.double()
         torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-4)
 
 
@@ -170,18 +171,18 @@ def test_sources_are_drawn_over_the_image_and_kept_with_their_words(tmp_path):
     found = log_prob_increase(model, cache, 7, by="source")
     again = SourceIncrease.load(found.save(tmp_path / "sources.npz"))
     assert again.words == found.words
-    assert len(again.words[0]) == again.places.shape[1] == again.values.shape[-1]
+    assert len(again.words[0]) == again.places.shape[1] == by_row(again).shape[-1]
     figure = again.plot(row=1, heads=[(1, 2)])
     grid = torch.as_tensor(figure.data[0].z)
     tokens = model.tokens(cache.inputs)["language"]
     patches = tokens.positions("patch")
-    wanted = found.values[1, 2, 1, patches]
+    wanted = by_row(found)[1, 2, 1, patches]
     torch.testing.assert_close(grid.flatten().float(), wanted.float())
-    strongest = found.values[1, 2, 1].abs().argmax()
+    strongest = by_row(found)[1, 2, 1].abs().argmax()
     source = "an image patch" if int(strongest) in patches else repr(found.words[1][strongest])
     wanted = f"What language L1H2 takes from {source} moves log p({found.answer}) by "
     assert html.unescape(figure.layout.title.text).startswith(wanted)
-    mean = found.values.double().mean(2).flatten()
+    mean = by_row(found).double().mean(2).flatten()
     first = float(next(iter(found.highlights().values())))
     assert first == pytest.approx(float(mean[mean.abs().argmax()]), rel=1e-3)
     heads = log_prob_increase(model, cache, 7)

@@ -15,6 +15,7 @@ from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.targets import output_kind, prompt_embeddings, reader_of
 from tests.readout.common import NAMES, run
+from tests.readout.layouts import by_row
 from tests.zoo import case, shared_model
 
 READ = [name for name in NAMES if "headless" not in case(name).tags]
@@ -32,7 +33,7 @@ def test_at_the_last_layer_the_lens_is_the_models_own_output(name, norm):
             continue
         result = logit_lens(model, cache, tower_name, targets=[0, 1], norm=norm)
         wanted = (out.T if tower_name == "text" else out)[..., :2]
-        found = result.pooled[-1] if wanted.ndim == 2 else result.values[-1][:, -wanted.shape[1] :]
+        found = by_row(result, "pooled")[-1] if wanted.ndim == 2 else by_row(result)[-1][:, -wanted.shape[1] :]
         close = (
             {"atol": 0, "rtol": 0}
             if norm == "own" and name != "siglip2" and kind != "actions"
@@ -40,7 +41,7 @@ def test_at_the_last_layer_the_lens_is_the_models_own_output(name, norm):
         )
         torch.testing.assert_close(found, wanted, **close)
         earlier = logit_lens(model, cache, tower_name, targets=[0, 1], norm=norm, sites=f"{tower_name}.hook_input")
-        assert not torch.allclose(earlier.values[0], result.values[-1], atol=1e-2)
+        assert not torch.allclose(by_row(earlier)[0], by_row(result)[-1], atol=1e-2)
 
 
 @pytest.mark.parametrize("name", [name for name in READ if "language" in run(name)[0].towers])
@@ -49,9 +50,9 @@ def test_the_vision_lens_at_the_feature_layer_is_the_projectors_output_read_as_t
     everything = logit_lens(model, cache, "vision", targets=[3, 5])
     projected = cache["projector.hook_out"]
     read = model.language.readout(
-        projected.reshape(len(everything.axes["row"]), -1, projected.shape[-1]), context=cache
+        projected.reshape(len(everything.axes["example"]), -1, projected.shape[-1]), context=cache
     )
-    torch.testing.assert_close(everything.values[-1], read[..., [3, 5]], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(by_row(everything)[-1], read[..., [3, 5]], atol=2e-5, rtol=1e-4)
 
 
 def test_what_positions_say_adds_up_to_what_the_pooling_makes_of_them():
@@ -70,8 +71,8 @@ def test_what_positions_say_adds_up_to_what_the_pooling_makes_of_them():
             getattr(model.module.classifier, "bias", torch.zeros(3))[:3].detach() if name.startswith("dinov2") else None
         )
         for layer in range(len(result.axes["layer"])):
-            found = combine(result.values[layer], model.vision.cfg.n_prefix, bias)
-            torch.testing.assert_close(found, result.pooled[layer], atol=1e-5, rtol=1e-4)
+            found = combine(by_row(result)[layer], model.vision.cfg.n_prefix, bias)
+            torch.testing.assert_close(found, by_row(result, "pooled")[layer], atol=1e-5, rtol=1e-4)
 
 
 def test_a_pooling_head_reads_a_position_as_an_image_of_that_position_alone():
@@ -79,7 +80,7 @@ def test_a_pooling_head_reads_a_position_as_an_image_of_that_position_alone():
     result = logit_lens(model, cache, "vision", targets=[0, 1])
     resid = cache["vision.blocks.0.hook_resid_post"]
     alone = model.vision.readout(resid[:, 4:5], context=cache)
-    torch.testing.assert_close(result.values[1][:, 4], alone[:, :2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(by_row(result)[1][:, 4], alone[:, :2], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["vit", "llava-clip-llama", "paligemma", "clip", "pi0"])
@@ -94,13 +95,13 @@ def test_a_frozen_lens_is_linear_and_its_parts_add_up(name):
     count = model.towers[tower].cfg.n_layers
     zero = cv.ActivationCache({key: value.clone() for key, value in cache.items()}, model, cache.inputs)
     zero._values[f"{tower}.blocks.0.hook_attn_out"].zero_()
-    offset = logit_lens(
-        model, zero, tower, targets=[0, 1], norm="frozen", sites=f"{tower}.blocks.0.hook_attn_out"
-    ).values[0]
-    whole = read.values[names.index(f"blocks.{count - 1}.hook_resid_post")]
+    offset = by_row(
+        logit_lens(model, zero, tower, targets=[0, 1], norm="frozen", sites=f"{tower}.blocks.0.hook_attn_out")
+    )[0]
+    whole = by_row(read)[names.index(f"blocks.{count - 1}.hook_resid_post")]
     cap = getattr(model.towers[tower].config, "final_logit_softcapping", None)
     assert cap is None or name != "paligemma2"
-    torch.testing.assert_close(read.values[parts].sum(0) - (len(parts) - 1) * offset, whole, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(by_row(read)[parts].sum(0) - (len(parts) - 1) * offset, whole, atol=1e-10, rtol=1e-10)
 
 
 def test_own_statistics_are_not_linear():
@@ -110,24 +111,24 @@ def test_own_statistics_are_not_linear():
         model, cache, "vision", targets=[0], sites=["attn_out", "mlp_out", "vision.hook_input", "resid_post"]
     )
     parts = [index for index, site in enumerate(read.axes["site"]) if not site.endswith("resid_post")]
-    assert not torch.allclose(read.values[parts].sum(0), read.values[-1], atol=1e-2)
+    assert not torch.allclose(by_row(read)[parts].sum(0), by_row(read)[-1], atol=1e-2)
 
 
 def test_no_norm_is_the_head_alone():
     model, _, cache = run("llava-clip-llama")
     found = logit_lens(model, cache, targets=[4], norm="none", sites="attn_out")
     raw = cache["language.blocks.1.hook_attn_out"] @ model.language.W_U[:, 4]
-    torch.testing.assert_close(found.values[found.axes["layer"].index(1), ..., 0], raw, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(by_row(found)[found.axes["layer"].index(1), ..., 0], raw, atol=1e-4, rtol=1e-4)
 
 
 def test_branches_and_heads_are_read_with_their_own_statistics():
     model, _, cache = run("vit", everything=True)
     heads = logit_lens(model, cache, "vision", targets=[2], sites="attn.hook_result")
-    assert list(heads.axes) == ["layer", "head", "row", "position", "target"]
+    assert list(heads.axes) == ["layer", "head", "position", "target", "example"]
     result = cache["vision.blocks.2.attn.hook_result"][:, :, 1]
     wanted = model.module.classifier(model.vision.final_norm(result))[..., 2]
-    torch.testing.assert_close(heads.values[2, 1, :, :, 0], wanted, atol=1e-5, rtol=1e-4)
-    assert not heads.pooled.numel() or heads.pooled.shape[0] == len(heads.axes["layer"])
+    torch.testing.assert_close(by_row(heads)[2, 1, :, :, 0], wanted, atol=1e-5, rtol=1e-4)
+    assert not by_row(heads, "pooled").numel() or by_row(heads, "pooled").shape[0] == len(heads.axes["layer"])
 
 
 @pytest.mark.parametrize("name", ["dinov2-registers", "deit-teacher", "paligemma2", "siglip", "llava-next-mistral"])
@@ -138,8 +139,8 @@ def test_small_pieces_give_what_one_piece_gives(name, monkeypatch):
         monkeypatch.setattr(lens_module, "CHUNK_BYTES", 1)
         pieces = logit_lens(model, cache, tower, targets=[0, 1], measure="logprob")
         monkeypatch.undo()
-        torch.testing.assert_close(pieces.values, whole.values, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(pieces.pooled, whole.pooled)
+        torch.testing.assert_close(by_row(pieces), by_row(whole), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(by_row(pieces, "pooled"), by_row(whole, "pooled"))
 
 
 def test_nothing_of_the_size_of_all_logits_is_ever_made(monkeypatch):
@@ -156,7 +157,7 @@ def test_nothing_of_the_size_of_all_logits_is_ever_made(monkeypatch):
     monkeypatch.setattr(lens_module, "CHUNK_BYTES", 1024)
     result = logit_lens(model, cache, targets=[1])
     assert max(largest) <= 1024
-    assert result.n_outputs * result.values.numel() * 4 > 20 * 1024
+    assert result.n_outputs * by_row(result).numel() * 4 > 20 * 1024
 
 
 def test_inputs_in_place_of_a_cache_give_the_same():
@@ -164,7 +165,7 @@ def test_inputs_in_place_of_a_cache_give_the_same():
         model, _, cache = run(name)
         first = logit_lens(model, cache, tower, targets=[0])
         again = logit_lens(model, cache.inputs, tower, targets=[0])
-        torch.testing.assert_close(again.values, first.values)
+        torch.testing.assert_close(by_row(again), by_row(first))
 
 
 def test_ranks_and_highest_columns():
@@ -172,9 +173,9 @@ def test_ranks_and_highest_columns():
     result = logit_lens(model, cache, "vision", targets={"label": [1, 2]})
     assert result.axes["target"] == ["label"]
     for row, label in enumerate((1, 2)):
-        assert result.pooled_ranks[-1, row, 0] == 1 + int((out[row] > out[row, label]).sum())
-        assert result.pooled_ids[-1, row, 0] == out[row].argmax()
-        assert result.pooled[-1, row, 0] == out[row, label]
+        assert by_row(result, "pooled_ranks")[-1, row, 0] == 1 + int((out[row] > out[row, label]).sum())
+        assert by_row(result, "pooled_ids")[-1, row, 0] == out[row].argmax()
+        assert by_row(result, "pooled")[-1, row, 0] == out[row, label]
     assert result.n_outputs == out.shape[-1]
     assert result.names[str(int(out[0].argmax()))] == model.config.id2label[int(out[0].argmax())]
 
@@ -192,8 +193,8 @@ def test_words_of_several_tokens_need_a_choice():
         "joint": last[:, ids].sum(-1),
     }.items():
         found = logit_lens(model, cache, targets=[word], aggregation=aggregation, measure="logprob")
-        torch.testing.assert_close(found.values[-1, :, -1, 0], wanted, atol=1e-5, rtol=1e-5)
-    probability = logit_lens(model, cache, targets=[word], aggregation="joint", measure="prob").values[-1, :, -1, 0]
+        torch.testing.assert_close(by_row(found)[-1, :, -1, 0], wanted, atol=1e-5, rtol=1e-5)
+    probability = by_row(logit_lens(model, cache, targets=[word], aggregation="joint", measure="prob"))[-1, :, -1, 0]
     torch.testing.assert_close(probability, last[:, ids].sum(-1).exp(), atol=1e-6, rtol=1e-4)
     with pytest.raises(InputError, match="logprob"):
         logit_lens(model, cache, targets=[word], aggregation="joint")
@@ -207,15 +208,15 @@ def test_clip_reads_images_against_prompts():
     with torch.no_grad():
         logits, cache = model.run_with_cache(inputs)
     by_prompt = logit_lens(model, cache, "vision", targets=prompts)
-    torch.testing.assert_close(by_prompt.pooled[-1], logits, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(by_row(by_prompt, "pooled")[-1], logits, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(
-        logit_lens(model, cache, "vision", targets=[0, 1, 2]).values, by_prompt.values, atol=1e-4, rtol=1e-4
+        by_row(logit_lens(model, cache, "vision", targets=[0, 1, 2])), by_row(by_prompt), atol=1e-4, rtol=1e-4
     )
     assert by_prompt.names["1"] == "a blue square"
     embedded = prompt_embeddings(model, prompts)
     torch.testing.assert_close(embedded.norm(dim=-1), torch.ones(3))
     given = logit_lens(model, cache, "vision", targets=7 * embedded)
-    torch.testing.assert_close(given.values, by_prompt.values, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(by_row(given), by_row(by_prompt), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +243,10 @@ def test_a_tower_without_a_read_out_asks_for_a_direction_or_a_callable():
     directions = torch.randn(2, model.vision.cfg.d_model, generator=torch.Generator().manual_seed(0))
     result = logit_lens(model, cache, "vision", targets=directions)
     wanted = model.vision.final_norm(cache["vision.blocks.1.hook_resid_post"]) @ directions.T
-    torch.testing.assert_close(result.values[2], wanted)
+    torch.testing.assert_close(by_row(result)[2], wanted)
     own = logit_lens(model, cache, "vision", targets=[0, 1], readout=lambda resid: resid @ directions.T)
-    torch.testing.assert_close(own.values[2], cache["vision.blocks.1.hook_resid_post"] @ directions.T)
-    assert logit_lens(model, cache, "vision", top_k=2, readout=lambda resid: resid).ids.shape[-1] == 2
+    torch.testing.assert_close(by_row(own)[2], cache["vision.blocks.1.hook_resid_post"] @ directions.T)
+    assert by_row(logit_lens(model, cache, "vision", top_k=2, readout=lambda resid: resid), "ids").shape[-1] == 2
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_passes_of_a_denoising_run_are_read_one_at_a_time():
         model.sample_actions(cache.inputs, num_steps=3)
     with pytest.raises(InputError, match="step="):
         logit_lens(model, steps, "action", targets=[0])
-    first, last = (logit_lens(model, steps, "action", targets=[0], step=step).values for step in (0, 2))
+    first, last = (by_row(logit_lens(model, steps, "action", targets=[0], step=step)) for step in (0, 2))
     assert first.shape == last.shape
     assert not torch.equal(first, last)
 
@@ -312,12 +313,12 @@ def test_results_are_saved_whole_and_cut_by_row(tmp_path):
     model, _, cache = run("clip")
     result = logit_lens(model, cache, "vision", targets=[0, 1], measure="prob")
     again = LensResult.load(result.save(tmp_path / "lens.safetensors"))
-    assert torch.equal(again.pooled, result.pooled)
+    assert torch.equal(by_row(again, "pooled"), by_row(result, "pooled"))
     assert again.names == result.names
-    one = again.row(1)
-    assert torch.equal(one.values[:, 0], result.values[:, 1])
-    assert one.example == [result.example[1]]
-    assert len(result.to_frame()) == result.values.numel()
+    one = again.take(1)
+    assert torch.equal(by_row(one)[:, 0], by_row(result)[:, 1])
+    assert one.axes["example"] == [result.axes["example"][1]]
+    assert len(result.to_frame()) == by_row(result).numel()
 
 
 def test_reading_leaves_no_trace_and_sees_no_hook():
@@ -335,7 +336,7 @@ def test_bfloat16_is_read_in_float32():
     model = cv.HookedModel(module, case(name).processor())
     inputs = case(name).inputs(module, batch=1, dtype=torch.bfloat16)
     result = logit_lens(model, inputs, targets=[1], measure="logprob")
-    assert result.values.dtype == torch.float32
+    assert by_row(result).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["clip", "llava-clip-llama-layers", "vit", "pi0"])
@@ -351,7 +352,7 @@ def test_caches_without_a_row_axis_are_read_as_one_row(name):
     for tower in model.towers:
         wanted = logit_lens(model, whole, tower, targets=[0])
         torch.testing.assert_close(
-            logit_lens(model, whole.remove_batch_dim(), tower, targets=[0]).values, wanted.values
+            by_row(logit_lens(model, whole.remove_batch_dim(), tower, targets=[0])), by_row(wanted)
         )
 
 
@@ -363,13 +364,13 @@ def test_a_site_without_prefix_positions_is_read_as_patches(name):
     embed = cache["vision.hook_embed"]
     for norm in ("own", "frozen"):
         result = logit_lens(model, cache, "vision", targets=[0], sites="hook_embed", norm=norm)
-        assert not result.pooled.numel()
+        assert not by_row(result, "pooled").numel()
         assert result.axes["position"][0] == n
         assert (result.places[..., 2] >= 0).all()
         padded = cv.ActivationCache(dict(cache.items()), model, cache.inputs)
         padded._values["vision.hook_input"] = torch.cat([torch.zeros(len(embed), n, embed.shape[-1]), embed], 1)
         whole = logit_lens(model, padded, "vision", targets=[0], sites="hook_input", norm=norm)
-        torch.testing.assert_close(result.values, whole.values[:, :, n:])
+        torch.testing.assert_close(by_row(result), by_row(whole)[:, :, n:])
 
 
 def test_directions_of_another_width_are_refused():

@@ -16,6 +16,7 @@ from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.patch_coords import on_grid
 from circuitvision.readout.targets import reader_of
 from tests.readout.common import NAMES, run
+from tests.readout.layouts import by_row
 from tests.zoo import case, shared_model
 
 PROJECTED = [name for name in NAMES if any(reader_of(tower) is not tower for tower in run(name)[0].towers.values())]
@@ -30,10 +31,10 @@ def parts_of(model, cache, tower: str, **options) -> tuple[torch.Tensor, torch.T
     read = logit_lens(model, cache, tower, norm="frozen", sites=[*names, whole], **options)
     blank = cv.ActivationCache({key: value.clone() for key, value in cache.items()}, model, cache.inputs)
     blank._values[names[1]].zero_()
-    constant = logit_lens(model, blank, tower, norm="frozen", sites=names[1], **options).values[0]
+    constant = by_row(logit_lens(model, blank, tower, norm="frozen", sites=names[1], **options))[0]
     labels = [f"{tower}.{label}" for label in read.axes["site"]]
-    shares = read.values[[labels.index(name) for name in names]]
-    return shares.sum(0) - (len(names) - 1) * constant, read.values[labels.index(whole)]
+    shares = by_row(read)[[labels.index(name) for name in names]]
+    return shares.sum(0) - (len(names) - 1) * constant, by_row(read)[labels.index(whole)]
 
 
 # -- frozen norms --------------------------------------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ def parts_of(model, cache, tower: str, **options) -> tuple[torch.Tensor, torch.T
 def test_behind_a_projector_the_frozen_lens_is_the_plain_one_where_the_patches_leave(name):
     model, _, cache = run(name)
     own, frozen, bare = (
-        logit_lens(model, cache, "vision", targets=[3, 5], norm=norm).values for norm in ("own", "frozen", "none")
+        by_row(logit_lens(model, cache, "vision", targets=[3, 5], norm=norm)) for norm in ("own", "frozen", "none")
     )
     torch.testing.assert_close(frozen[-1], own[-1], atol=3e-5, rtol=1e-4)
     for other in (own, bare):
@@ -69,7 +70,7 @@ def test_behind_an_mlp_both_norms_are_held_and_the_activation_is_not():
         norm = inner.language_model.norm
         scale = (there.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
         wanted = model.module.lm_head(here / scale * norm.weight)[..., [3, 5]]
-    found = logit_lens(model, cache, "vision", targets=[3, 5], norm="frozen").values[1]
+    found = by_row(logit_lens(model, cache, "vision", targets=[3, 5], norm="frozen"))[1]
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
 
 
@@ -90,7 +91,7 @@ def test_a_norm_before_the_projector_is_held_as_well_or_left_out():
             "none": head(inner.multi_modal_projector(early)),
         }
     for policy, logits in wanted.items():
-        found = logit_lens(model, cache, "vision", targets=[3], norm=policy).values[0]
+        found = by_row(logit_lens(model, cache, "vision", targets=[3], norm=policy))[0]
         torch.testing.assert_close(found, logits[..., [3]], atol=1e-6, rtol=1e-6)
 
 
@@ -119,7 +120,7 @@ def test_a_pooling_head_keeps_what_follows_its_attention(name):
         text = text / text.norm(dim=-1, keepdim=True)
         embedding = (alone(held) + rest) / own.norm(dim=-1, keepdim=True)
         wanted = embedding @ text.T * module.logit_scale.exp() + module.logit_bias
-    found = logit_lens(model, cache, "vision", targets=[0, 1], norm="frozen").values[0]
+    found = by_row(logit_lens(model, cache, "vision", targets=[0, 1], norm="frozen"))[0]
     torch.testing.assert_close(found, wanted[..., :2], atol=1e-6, rtol=1e-6)
 
 
@@ -140,8 +141,8 @@ def test_heads_are_read_as_they_are_added_to_the_stream(name, tower):
         bias = block.b_O.detach()
         if name == "dinov2":
             bias = bias * block.part("attn_add").lambda1.detach()
-        wanted = whole.values[whole.axes["layer"].index(layer)] - bias @ directions.T
-        torch.testing.assert_close(heads.values[at].sum(0), wanted, atol=1e-6, rtol=1e-6)
+        wanted = by_row(whole)[whole.axes["layer"].index(layer)] - bias @ directions.T
+        torch.testing.assert_close(by_row(heads)[at].sum(0), wanted, atol=1e-6, rtol=1e-6)
 
 
 def test_a_direction_stands_for_a_column_of_the_head_under_every_norm():
@@ -150,14 +151,14 @@ def test_a_direction_stands_for_a_column_of_the_head_under_every_norm():
     for norm in ("own", "frozen", "none"):
         by_name = logit_lens(model, cache, targets=[4], norm=norm)
         by_hand = logit_lens(model, cache, targets=column, norm=norm)
-        torch.testing.assert_close(by_hand.values, by_name.values, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(by_row(by_hand), by_row(by_name), atol=1e-4, rtol=1e-4)
 
 
 def test_a_headless_towers_norm_is_frozen_when_it_is_asked_for():
     model, _, cache = run("vit-headless")
     direction = torch.randn(1, model.vision.cfg.d_model, generator=torch.Generator().manual_seed(0))
     own, frozen, bare = (
-        logit_lens(model, cache, "vision", targets=direction, norm=norm).values for norm in ("own", "frozen", "none")
+        by_row(logit_lens(model, cache, "vision", targets=direction, norm=norm)) for norm in ("own", "frozen", "none")
     )
     torch.testing.assert_close(frozen[-1], own[-1], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(frozen[0], own[0], atol=1e-3)
@@ -183,8 +184,8 @@ def test_logits_and_probabilities_are_the_models_own_bit_for_bit(name, padding, 
         assert not bool(inputs["attention_mask"].bool().all())
         with torch.no_grad():
             logits = module(**inputs).logits.float()
-        assert torch.equal(logit_lens(model, inputs, targets=[3, 5]).values[-1], logits[..., [3, 5]])
-        shares = logit_lens(model, inputs, targets=[3, 5], measure="prob").values[-1]
+        assert torch.equal(by_row(logit_lens(model, inputs, targets=[3, 5]))[-1], logits[..., [3, 5]])
+        shares = by_row(logit_lens(model, inputs, targets=[3, 5], measure="prob"))[-1]
         assert torch.equal(shares, logits.softmax(-1)[..., [3, 5]])
 
 
@@ -231,9 +232,9 @@ def test_reading_in_small_pieces_gives_the_same(monkeypatch):
     for vectors in (1, 2, 3, 5):
         monkeypatch.setattr(lens_module, "CHUNK_BYTES", 4 * model.language.W_U.shape[1] * vectors)
         again = logit_lens(model, cache, **options)
-        torch.testing.assert_close(again.values, whole.values, atol=1e-5, rtol=1e-5)
-        assert torch.equal(again.ids[..., 0], whole.ids[..., 0])
-        assert torch.equal(again.ranks, whole.ranks)
+        torch.testing.assert_close(by_row(again), by_row(whole), atol=1e-5, rtol=1e-5)
+        assert torch.equal(by_row(again, "ids")[..., 0], by_row(whole, "ids")[..., 0])
+        assert torch.equal(by_row(again, "ranks"), by_row(whole, "ranks"))
 
 
 def test_heads_are_computed_once(monkeypatch):
@@ -256,7 +257,7 @@ def test_a_pass_may_be_counted_from_the_last():
     with model.record(["language.hook_input", "language.blocks.*.hook_resid_post"]) as passes:
         model.generate(cache.inputs, max_new_tokens=3, do_sample=False)
     last, same = (logit_lens(model, passes, targets=[3], step=step) for step in (2, -1))
-    assert torch.equal(last.values, same.values)
+    assert torch.equal(by_row(last), by_row(same))
     assert same.step == 2
     assert same.axes["position"] == last.axes["position"]
     assert same.provenance["method"] == last.provenance["method"]
@@ -268,7 +269,7 @@ def test_a_tower_that_ran_once_needs_no_step():
         model.generate(cache.inputs, max_new_tokens=3, do_sample=False)
     for norm in ("own", "frozen"):
         found = logit_lens(model, passes, "vision", targets=[3], norm=norm)
-        torch.testing.assert_close(found.values, logit_lens(model, cache, "vision", targets=[3], norm=norm).values)
+        torch.testing.assert_close(by_row(found), by_row(logit_lens(model, cache, "vision", targets=[3], norm=norm)))
         assert found.step is None
     with pytest.raises(InputError, match="step="):
         logit_lens(model, passes, "language", targets=[3], sites="language.hook_input")
@@ -288,8 +289,8 @@ def test_a_site_named_in_full_has_to_be_there_and_layers_of_a_kind_need_not():
 def test_more_columns_than_there_are_is_all_of_them():
     model, out, cache = run("vit")
     result = logit_lens(model, cache, "vision", top_k=10**6)
-    assert result.values.shape[-1] == out.shape[-1]
-    assert torch.equal(result.pooled_ids[-1], out.argsort(-1, descending=True))
+    assert by_row(result).shape[-1] == out.shape[-1]
+    assert torch.equal(by_row(result, "pooled_ids")[-1], out.argsort(-1, descending=True))
 
 
 def test_a_joint_reading_is_no_chain_of_probabilities():
@@ -305,7 +306,7 @@ def test_a_joint_reading_is_no_chain_of_probabilities():
         said = model(longer).log_softmax(-1)[0]
     chain = said[-3, ids[0]] + said[-2, ids[1]]
     same_place = said[-3, ids[0]] + said[-3, ids[1]]
-    joint = logit_lens(model, cache, targets=[word], aggregation="joint", measure="logprob").values[-1, 0, -1, 0]
+    joint = by_row(logit_lens(model, cache, targets=[word], aggregation="joint", measure="logprob"))[-1, 0, -1, 0]
     torch.testing.assert_close(joint, same_place, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(chain - joint, said[-2, ids[1]] - said[-3, ids[1]], atol=1e-4, rtol=1e-4)
     assert abs(float(chain - joint)) > 1e-3
@@ -316,10 +317,10 @@ def test_a_joint_value_has_no_rank_among_single_columns():
     targets = {"one": ["red", "red"], "two": ["red", "red blue"]}
     result = logit_lens(model, cache, targets=targets, aggregation="joint", measure="logprob")
     alone = logit_lens(model, cache, targets=["red"], measure="logprob")
-    assert torch.equal(result.ranks[..., 0], alone.ranks[..., 0])
-    assert torch.equal(result.ranks[:, 0, :, 1], alone.ranks[:, 0, :, 0])
-    assert bool((result.ranks[:, 1, :, 1] == 0).all())
-    found = result.identifiability().values
+    assert torch.equal(by_row(result, "ranks")[..., 0], by_row(alone, "ranks")[..., 0])
+    assert torch.equal(by_row(result, "ranks")[:, 0, :, 1], by_row(alone, "ranks")[:, 0, :, 0])
+    assert bool((by_row(result, "ranks")[:, 1, :, 1] == 0).all())
+    found = by_row(result.identifiability())
     assert found[:, 1, 1].isnan().all()
     assert found[:, 0].isfinite().all()
 
@@ -346,11 +347,11 @@ def test_padding_without_numbers_does_not_count_and_a_place_that_does_is_not_hid
     assert bool(padding.any())
     for name in ("values", "ranks"):
         getattr(result, name)[:, padding] = 0 if name == "ranks" else float("nan")
-    assert result.identifiability().values.isfinite().all()
-    assert result.change_rate().values.isfinite().all()
+    assert by_row(result.identifiability()).isfinite().all()
+    assert by_row(result.change_rate()).isfinite().all()
     at = int((~padding[0]).nonzero()[0])
-    result.values[1, 0, at] = float("nan")
-    rises = result.change_rate().values
+    by_row(result)[1, 0, at] = float("nan")
+    rises = by_row(result.change_rate())
     assert rises[:2, 0].isnan().all()
     assert rises[:, 1].isfinite().all()
 
@@ -364,7 +365,7 @@ def test_matches_of_lenses_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="head axis"):
         stream.match_rates(heads, mlp)
     with pytest.raises(InputError, match="same rows"):
-        stream.row(0).match_rates(attention, mlp)
+        stream.take(0).match_rates(attention, mlp)
     with pytest.raises(InputError, match="top_k"):
         stream.contrast(1, 2)
 
@@ -375,7 +376,7 @@ def test_a_result_says_what_it_found():
     assert model.config.id2label[int(out[0].argmax())] in result._repr_html_()
     found = result.identifiability("cls")
     assert "identifiability" in found.highlights()
-    assert f"{float(found.values[-1].mean()):.3g} (layer 2)" in found._repr_html_()
+    assert f"{float(by_row(found)[-1].mean()):.3g} (layer 2)" in found._repr_html_()
     words, logits, other = run("llava-clip-llama")
     best = words.tokenizer.convert_ids_to_tokens(int(logits[0, -1].argmax()))
     assert best in " ".join(logit_lens(words, other, targets=[0]).highlights().values())
@@ -383,8 +384,8 @@ def test_a_result_says_what_it_found():
 
 def test_a_mean_is_over_the_pieces_that_a_word_has():
     model, _, cache = run("llava-clip-llama")
-    both = logit_lens(model, cache, targets=["red", "red blue"], aggregation="mean").values
-    single = logit_lens(model, cache, targets=["red", "blue"]).values
+    both = by_row(logit_lens(model, cache, targets=["red", "red blue"], aggregation="mean"))
+    single = by_row(logit_lens(model, cache, targets=["red", "blue"]))
     torch.testing.assert_close(both[..., 0], single[..., 0])
     torch.testing.assert_close(both[..., 1], single.mean(-1), atol=1e-5, rtol=1e-5)
 

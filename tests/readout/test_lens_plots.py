@@ -23,6 +23,7 @@ from circuitvision.readout.lens.summaries import LensSummary
 from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.ranks import Ranking
 from tests.readout.common import run
+from tests.readout.layouts import by_row, of_rows
 from tests.zoo import case
 
 
@@ -39,7 +40,7 @@ def test_patches_show_the_grid_of_every_layer_and_name_the_highest():
     for layer, trace in zip(result.axes["layer"], maps, strict=True):
         np.testing.assert_allclose(np.asarray(trace.z), result.patch_grid(layer, target="blue").numpy())
     at = int((result.places[0][:, 2] == 0).nonzero()[0])
-    first = result.names[str(int(result.ids[1, 0, at, 0]))]
+    first = result.names[str(int(by_row(result, "ids")[1, 0, at, 0]))]
     assert f"highest: {html.escape(first)}" in maps[1].customdata[0][0]
 
 
@@ -111,7 +112,7 @@ def test_sources_are_laid_over_the_image():
     figure = result.plot(heads=[(1, 0)])
     (trace,) = heat_maps(figure)
     positions = model.tokens(cache.inputs)["language"].positions("patch")
-    np.testing.assert_allclose(np.asarray(trace.z).flatten(), result.values[1, 0, 0, positions].numpy(), atol=1e-7)
+    np.testing.assert_allclose(np.asarray(trace.z).flatten(), by_row(result)[1, 0, 0, positions].numpy(), atol=1e-7)
 
 
 def test_every_other_result_has_its_figure():
@@ -140,8 +141,9 @@ def small(values: list[list[float]], targets: list | None = None, **more) -> Len
     layers = ["input", *range(len(values) - 1)]
     axes = {"layer": layers, "row": [0], "position": list(range(4)), "target": targets}
     best = torch.zeros(len(values), 1, 4, 1, dtype=torch.long)
-    options = {"places": places, "ids": best, "names": {"0": "<pad>"}, "pooled": made[:, :, 0], "tower": "vision"}
-    return LensResult(made, axes, **{**options, **more})
+    ids, pooled = best.movedim(1, -1), made[:, :, 0].movedim(1, -1)
+    options = {"places": places, "ids": ids, "names": {"0": "<pad>"}, "pooled": pooled, "tower": "vision"}
+    return of_rows(LensResult, made, axes, **{**options, **more})
 
 
 def title(figure) -> str:
@@ -180,10 +182,10 @@ def test_without_a_finite_value_figures_say_so():
 def test_bars_find_nothing_in_zeros_and_pass_over_what_has_no_value(values, found):
     terms = ["input", "L0.attn", "L0H0"]
     made = torch.tensor(values)[:, None]
-    result = Attribution(made, {"term": terms, "row": [0]}, direction="red", total=made.sum(0))
+    result = of_rows(Attribution, made, {"term": terms, "row": [0]}, direction="red", total=made.sum(0))
     assert title(result.plot()).startswith(found)
     assert "nan" not in title(result.plot())
-    ranks = Ranking(made[:, 0], {"component": terms}, errors=torch.zeros(3))
+    ranks = Ranking(made[:, 0], {"component": terms})
     assert "nan" not in title(ranks.plot())
 
 
@@ -208,8 +210,8 @@ def test_rows_that_are_there_are_drawn_by_every_view_and_others_refused():
     model = cache.model
     words = logit_lens(model, cache, "text", targets=[0, 1])
     single, every = words.plot(row=1), words.plot()
-    assert list(single.data[0].y) == pytest.approx(words.pooled[:, 1, 0].tolist())
-    assert list(every.data[0].y) == pytest.approx(words.pooled[..., 0].mean(1).tolist())
+    assert list(single.data[0].y) == pytest.approx(by_row(words, "pooled")[:, 1, 0].tolist())
+    assert list(every.data[0].y) == pytest.approx(by_row(words, "pooled")[..., 0].mean(1).tolist())
     for view in (None, "layers", "table"):
         with pytest.raises(InputError, match="no row 9"):
             words.plot(view=view, row=9)
@@ -231,18 +233,20 @@ def test_a_lens_with_heads_is_refused_with_the_way_out():
 def test_summaries_of_sites_and_of_heads_name_their_lines():
     values = torch.rand(2, 3, 4, 2, generator=torch.Generator().manual_seed(0))
     axes = {"layer": [0, 1], "head": [0, 1, 2], "row": list(range(4)), "target": ["red", "<blue>"]}
-    figure = LensSummary(values, axes, measure="identifiability", tower="vision").plot()
+    figure = of_rows(LensSummary, values, axes, measure="identifiability", tower="vision").plot()
     assert [trace.name for trace in figure.data][:2] == ["head 0, red", "head 0, &lt;blue&gt;"]
     assert list(figure.data[3].y) == pytest.approx(values[:, 1, :, 1].double().mean(1).tolist())
     assert "identifiability of head 0, red goes from" in title(figure)
     sites = {"site": ["vision.a", "vision.b"], "row": [0, 1], "target": ["red"]}
-    mixed = LensSummary(values[:, 0, :2, :1], sites, measure="identifiability", tower="vision").plot()
+    mixed = of_rows(LensSummary, values[:, 0, :2, :1], sites, measure="identifiability", tower="vision").plot()
     assert list(mixed.data[0].x) == ["vision.a", "vision.b"]
-    bare = LensSummary(values[:, 0, :, 0], {"layer": [0, 1], "row": list(range(4))}, measure="rate", tower="t").plot()
+    bare = of_rows(
+        LensSummary, values[:, 0, :, 0], {"layer": [0, 1], "row": list(range(4))}, measure="rate", tower="t"
+    ).plot()
     assert title(bare).startswith("t: rate goes from")
     gap = values[:, 0, :, 0].clone()
     gap[0, 1] = math.nan
-    line = LensSummary(gap, {"layer": [0, 1], "row": list(range(4))}, measure="rate", tower="t").plot().data[0]
+    line = of_rows(LensSummary, gap, {"layer": [0, 1], "row": list(range(4))}, measure="rate", tower="t").plot().data[0]
     assert line.y[0] == pytest.approx(float(gap[0, [0, 2, 3]].double().mean()))
     assert line.error_y.array[0] == pytest.approx(float(gap[0, [0, 2, 3]].double().std()) / math.sqrt(3))
 
@@ -260,7 +264,7 @@ def test_sources_show_the_tile_that_is_asked_for_and_scores_of_rows_name_no_list
     for tile, where in ((None, here & ~half), (0, here & ~half), (1, here & half)):
         (trace,) = heat_maps(split.plot(heads=[(1, 0)], tile=tile))
         shown = np.asarray(trace.z).flatten()
-        np.testing.assert_allclose(shown[np.isfinite(shown)], result.values[1, 0, 0, where].numpy(), atol=1e-7)
+        np.testing.assert_allclose(shown[np.isfinite(shown)], by_row(result)[1, 0, 0, where].numpy(), atol=1e-7)
     with pytest.raises(InputError, match="tile 7"):
         split.plot(tile=7)
     with pytest.raises(InputError, match="no row 9"):
@@ -359,10 +363,10 @@ def test_the_title_of_a_lens_by_rank_says_the_word():
     model = cv.organisms.load("shapes-vit")
     scene = cv.data.scenes.sample_scene(np.random.default_rng(0))
     result = logit_lens(model, model.inputs(images=[scene.image]), top_k=2, measure="prob")
-    values = result.values[..., 0].clone()
+    values = by_row(result)[..., 0].clone()
     values[:, 0, 0] = -1  # the class token is no patch
     at = int(values.argmax())
-    word = result.names[str(int(result.ids[..., 0].flatten()[at]))]
+    word = result.names[str(int(by_row(result, "ids")[..., 0].flatten()[at]))]
     assert f"ranks {word!r} first, highest at" in title(result.plot())
 
 
@@ -375,11 +379,11 @@ def test_lines_at_the_last_word_of_every_row_leave_padding_out():
         last = inputs["attention_mask"].shape[1] - 1 - at
         assert len(set(last.tolist())) == (1 if padding == "left" else 2)
         figure = result.plot(view="layers", position="last")
-        wanted = torch.stack([result.values[:, row, last[row]] for row in range(2)]).double().mean(0)
+        wanted = torch.stack([by_row(result)[:, row, last[row]] for row in range(2)]).double().mean(0)
         assert list(figure.data[1].y) == pytest.approx(wanted[:, 1].tolist())
         assert title(figure).startswith("At ")
     one = result.plot(view="layers", position=4, row=1)
-    assert list(one.data[0].y) == pytest.approx(result.values[:, 1, 4, 0].tolist())
+    assert list(one.data[0].y) == pytest.approx(by_row(result)[:, 1, 4, 0].tolist())
 
 
 def test_hovering_over_a_cell_of_the_table_names_the_position_by_its_number():
@@ -394,7 +398,7 @@ def test_hovering_over_a_cell_of_the_table_names_the_position_by_its_number():
 def test_a_table_whose_class_token_has_no_number_says_so():
     model, _, cache = run("vit")
     result = logit_lens(model, cache, "vision", top_k=2)
-    result.values[-1, 0, 0] = math.nan
+    by_row(result)[-1, 0, 0] = math.nan
     assert "has no finite value at layer 2" in title(result.plot(view="table"))
-    result.values[-1, 0, 0], result.values[-1, 0, -1] = 1.0, math.nan
+    by_row(result)[-1, 0, 0], by_row(result)[-1, 0, -1] = 1.0, math.nan
     assert "ranks" in title(result.plot(view="table"))

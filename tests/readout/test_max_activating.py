@@ -97,7 +97,7 @@ def test_neurons_of_a_vision_tower(pool, batch_size):
     wanted = by_sorting(pooled, 6)
     assert found.example.tolist() == [[example for _, example in unit] for unit in wanted]
     torch.testing.assert_close(found.values, torch.tensor([[v for v, _ in unit] for unit in wanted]))
-    torch.testing.assert_close(found.mean, pooled.double().mean(0))
+    torch.testing.assert_close(found.average, pooled.double().mean(0))
     torch.testing.assert_close(found.maximum, pooled.double().max(0).values)
     torch.testing.assert_close(found.active, (value > 0).double().mean((0, 1)))
     assert (found.count, found.n_positions, found.unit_kind) == (20, 20 * 17, "neuron")

@@ -16,7 +16,7 @@ from circuitvision.plots import probes as figures
 from circuitvision.readout import collect, decision_layer, linear_probe
 from circuitvision.readout.probes.decisions import DecisionLayers
 from circuitvision.readout.probes.fitting import Features, logistic, ridge
-from circuitvision.readout.probes.splitting import wilson
+from circuitvision.statistics import wilson
 from tests.readout.common import gaussians
 
 # -- known answers -------------------------------------------------------------------------------------------------------------------------

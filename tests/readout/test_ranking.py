@@ -11,6 +11,7 @@ from circuitvision.readout.attribution.increase import log_prob_increase
 from circuitvision.readout.ranks import rank_components
 from circuitvision.results import Result
 from tests.readout.common import run
+from tests.readout.layouts import of_rows
 
 
 def test_an_additive_toy_is_ranked_by_its_weights():
@@ -53,8 +54,8 @@ def test_removal_takes_one_more_each_time():
 def test_means_and_errors_over_examples_and_nan_last():
     found = rank_components(torch.tensor([[1.0, 3.0], [float("nan"), 1.0], [5.0, 5.0]]))
     assert found.axes["component"] == ["2", "0", "1"]
-    assert found.errors[0] == 0.0
-    assert float(found.errors[1]) == pytest.approx(1.0)
+    assert found.error()[0] == 0.0
+    assert float(found.error()[1]) == pytest.approx(1.0)
 
 
 def test_results_name_their_components():
@@ -71,7 +72,7 @@ def test_meaningless_requests_are_refused():
     with pytest.raises(InputError, match="labels"):
         rank_components(torch.ones(3), ["a"])
     with pytest.raises(InputError, match="components"):
-        rank_components(Result(torch.ones(3), {"row": [0, 1, 2]}))
+        rank_components(of_rows(Result, torch.ones(3), {"row": [0, 1, 2]}))
     with pytest.raises(InputError, match="count"):
         rank_components(torch.ones(3)).random_control(4)
 

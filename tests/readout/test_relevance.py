@@ -13,6 +13,7 @@ from circuitvision import edits
 from circuitvision.errors import InputError
 from circuitvision.readout import chefer_relevance, gradient_times_activation, integrated_gradients, legrad, occlusion
 from circuitvision.readout.relevance.result import Relevance
+from tests.readout.layouts import by_row
 from tests.readout.relevance_models import TOWERS, inputs_of, metric, model_of
 from tests.zoo import case, shared_model
 
@@ -27,11 +28,11 @@ def test_integrated_gradients_add_up_to_what_the_metric_changes(name, tower):
         model_of(name), inputs_of(name), metric, site=f"{tower}.hook_input", baseline=start, steps=64
     )
     change = result.metric_value - result.baseline_value
-    sums = result.values.sum(1)
+    sums = by_row(result).sum(1)
     if len(result.completeness_gap) < len(change):
         change, sums = change.sum(0, keepdim=True), sums.sum(0, keepdim=True)
     else:
-        sums = torch.zeros_like(change).index_add(0, torch.tensor(result.example), sums)
+        sums = torch.zeros_like(change).index_add(0, torch.tensor(result.axes["example"]), sums)
     assert bool(((sums - change).abs() <= 0.03 * change.abs() + 1e-7).all())
     torch.testing.assert_close(result.completeness_gap, sums - change, atol=1e-12, rtol=0)
     assert float(change.abs().max()) > 1e-4
@@ -45,10 +46,10 @@ def test_the_pixels_of_every_tile_and_camera_add_up_as_well(name):
     change = (result.metric_value - result.baseline_value).abs()
     assert bool((result.completeness_gap.abs() <= 0.05 * change).all())
     tokens = model_of(name).tokens(inputs_of(name))["vision"]
-    assert result.values.shape[0] == tokens.n_rows
+    assert by_row(result).shape[0] == tokens.n_rows
     patches = result.on_patches()
-    torch.testing.assert_close(patches.values.nansum(1), result.values.sum((1, 2)))
-    assert torch.equal(patches.values.isnan(), torch.from_numpy(tokens.kind != "patch"))
+    torch.testing.assert_close(by_row(patches).nansum(1), by_row(result).sum((1, 2)))
+    assert torch.equal(by_row(patches).isnan(), torch.from_numpy(tokens.kind != "patch"))
 
 
 @pytest.mark.filterwarnings("ignore:In .* cases the integrated")
@@ -71,15 +72,15 @@ def test_a_linear_read_out_is_exact_in_one_step(rule, baseline):
         model_of("vit"), inputs_of("vit"), metric, site=site, steps=1, rule=rule, baseline=baseline
     )
     torch.testing.assert_close(result.completeness_gap, torch.zeros(2, dtype=torch.float64), atol=1e-12, rtol=0)
-    assert float(result.values[:, 0].abs().min()) > 1e-3
-    assert float(result.values[:, 1:].abs().max()) == 0.0
+    assert float(by_row(result)[:, 0].abs().min()) > 1e-3
+    assert float(by_row(result)[:, 1:].abs().max()) == 0.0
 
 
 def test_gradient_times_activation_equals_it_for_a_linear_read_out_from_zero():
     model, inputs, site = model_of("vit"), inputs_of("vit"), "vision.ln_final.hook_normalized"
     first = gradient_times_activation(model, inputs, metric, site=site)
     torch.testing.assert_close(
-        first.values, integrated_gradients(model, inputs, metric, site=site, baseline="zero", steps=3).values
+        by_row(first), by_row(integrated_gradients(model, inputs, metric, site=site, baseline="zero", steps=3))
     )
 
 
@@ -92,7 +93,7 @@ def test_steps_in_one_batch_equal_one_at_a_time(name, tower):
         options = {"site": site, "baseline": "own", "steps": 5}
         together = integrated_gradients(model_of(name), inputs_of(name), metric, **options, steps_at_once=3)
         alone = integrated_gradients(model_of(name), inputs_of(name), metric, **options, steps_at_once=1)
-    torch.testing.assert_close(together.values, alone.values, atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(by_row(together), by_row(alone), atol=1e-9, rtol=1e-7)
 
 
 def test_the_midpoint_rule_errs_with_the_square_of_its_step():
@@ -108,8 +109,8 @@ def test_positions_that_stay_have_no_share():
     model, inputs = model_of("llava-clip-llama"), inputs_of("llava-clip-llama")
     patches = model.tokens(inputs)["language"].select("patch")
     result = integrated_gradients(model, inputs, metric, site="language.hook_input", positions=patches, steps=64)
-    assert float(result.values[~patches.tensor].abs().max()) == 0.0
-    assert float(result.values[patches.tensor].abs().min()) > 0.0
+    assert float(by_row(result)[~patches.tensor].abs().max()) == 0.0
+    assert float(by_row(result)[patches.tensor].abs().min()) > 0.0
     change = result.metric_value - result.baseline_value
     assert bool((result.completeness_gap.abs() < 0.03 * change.abs()).all())
 
@@ -122,11 +123,11 @@ def test_a_data_set_is_a_baseline():
     given = cache_of_other["vision.hook_input"].mean(0)
     by_data = integrated_gradients(model, inputs, metric, baseline=other)
     by_tensor = integrated_gradients(model, inputs, metric, baseline=given)
-    torch.testing.assert_close(by_data.values, by_tensor.values)
+    torch.testing.assert_close(by_row(by_data), by_row(by_tensor))
     pixels = integrated_gradients(model, inputs, metric, site="pixels", baseline=other, steps=4)
     mean = other["pixel_values"].mean(0)
     same = integrated_gradients(model, inputs, metric, site="pixels", baseline=mean, steps=4)
-    torch.testing.assert_close(pixels.values, same.values)
+    torch.testing.assert_close(by_row(pixels), by_row(same))
 
 
 def test_the_mean_baseline_is_of_the_other_rows_alone():
@@ -134,8 +135,8 @@ def test_the_mean_baseline_is_of_the_other_rows_alone():
     _, found = model.run_with_cache(inputs, names_filter="vision.hook_input")
     swapped = found["vision.hook_input"].flip(0)
     torch.testing.assert_close(
-        integrated_gradients(model, inputs, metric).values,
-        integrated_gradients(model, inputs, metric, baseline=swapped).values,
+        by_row(integrated_gradients(model, inputs, metric)),
+        by_row(integrated_gradients(model, inputs, metric, baseline=swapped)),
     )
 
 
@@ -147,7 +148,7 @@ def test_gradient_times_pixel_is_autograd_on_the_bare_model():
     pixels = inputs["pixel_values"].clone().requires_grad_(True)
     (slope,) = torch.autograd.grad(metric(model.module(pixel_values=pixels).logits).sum(), pixels)
     result = gradient_times_activation(model, inputs, metric, site="pixels")
-    torch.testing.assert_close(result.values, (slope * pixels).sum(1).detach())
+    torch.testing.assert_close(by_row(result), (slope * pixels).sum(1).detach())
     assert result.on_image(1).shape == pixels.shape[-2:]
 
 
@@ -156,7 +157,7 @@ def test_gradient_times_activation_is_the_caches_gradient(name, site):
     model, inputs = model_of(name), inputs_of(name)
     _, found = model.run_with_cache(inputs, names_filter=site, incl_bwd=True, metric=metric)
     result = gradient_times_activation(model, inputs, metric, site=site)
-    torch.testing.assert_close(result.values, (found[site] * found[f"{site}_grad"]).sum(-1))
+    torch.testing.assert_close(by_row(result), (found[site] * found[f"{site}_grad"]).sum(-1))
 
 
 def test_tiles_that_fill_up_a_batch_are_no_rows():
@@ -168,8 +169,8 @@ def test_tiles_that_fill_up_a_batch_are_no_rows():
     maps = (slope * pixels).sum(2).detach()
     result = gradient_times_activation(model, inputs, metric, site="pixels")
     # Two images of five and three tiles in each prompt, padded to five.
-    torch.testing.assert_close(result.values, torch.cat([maps[0], maps[1, :3], maps[2], maps[3, :3]]))
-    assert result.example == [0] * 8 + [1] * 8
+    torch.testing.assert_close(by_row(result), torch.cat([maps[0], maps[1, :3], maps[2], maps[3, :3]]))
+    assert result.axes["example"] == [0] * 8 + [1] * 8
 
 
 @pytest.mark.parametrize("site", ["hook_z", "hook_result"])
@@ -180,10 +181,10 @@ def test_a_head_whose_output_nobody_reads_is_irrelevant(site):
     with torch.no_grad():
         model.vision.blocks[0].part("o").weight[:, width : 2 * width] = 0
     result = gradient_times_activation(model, inputs_of("vit"), metric, site=f"vision.blocks.0.attn.{site}")
-    assert list(result.axes) == ["row", "position", "head"]
-    assert float(result.values[..., 1].abs().max()) == 0.0
-    assert float(result.values[..., 0].abs().max()) > 0.0
-    torch.testing.assert_close(result.per_position, result.values.sum(-1))
+    assert list(result.axes) == ["position", "head", "example"]
+    assert float(by_row(result)[..., 1].abs().max()) == 0.0
+    assert float(by_row(result)[..., 0].abs().max()) > 0.0
+    torch.testing.assert_close(by_row(result, "per_position"), by_row(result).sum(-1))
 
 
 # -- occlusion -----------------------------------------------------------------------------------------------------------------------------
@@ -197,12 +198,12 @@ def test_occlusion_is_a_naive_loop(name):
     result = occlusion(model, inputs, metric, baseline="zero")
     for position in range(found[site].shape[1]):
         if model.tokens(inputs)["vision"].kind[0, position] != "patch":
-            assert bool(result.values[:, position].isnan().all())
+            assert bool(by_row(result)[:, position].isnan().all())
             continue
         emptied = found[site].clone()
         emptied[:, position] = 0
         edited = model.run_with_hooks(inputs, fwd_hooks=[(site, lambda value, hook, emptied=emptied: emptied)])
-        torch.testing.assert_close(result.values[:, position], metric(clean) - metric(edited))
+        torch.testing.assert_close(by_row(result)[:, position], metric(clean) - metric(edited))
 
 
 def test_a_window_gives_each_patch_the_mean_of_the_windows_that_hold_it():
@@ -237,7 +238,7 @@ def test_each_tile_and_each_text_is_removed_for_itself():
         lost = metric(model(inputs)) - metric(
             model.run(inputs, edits.ablate("vision.hook_input", "zero", positions=mask))
         )
-    assert float(result.values[row, position]) == pytest.approx(float(lost[result.example[row]]), rel=1e-9)
+    assert float(by_row(result)[row, position]) == pytest.approx(float(lost[result.axes["example"][row]]), rel=1e-9)
     model, inputs = model_of("clip"), inputs_of("clip")
     result = occlusion(model, inputs, metric, tower="text", baseline="zero")
     mask = torch.zeros(3, 7, dtype=torch.bool)
@@ -246,7 +247,7 @@ def test_each_tile_and_each_text_is_removed_for_itself():
         lost = metric(model(inputs)) - metric(
             model.run(inputs, edits.ablate("text.hook_input", "zero", positions=mask))
         )
-    assert float(result.values[1, 2]) == pytest.approx(float(lost.sum()), rel=1e-9)
+    assert float(by_row(result)[1, 2]) == pytest.approx(float(lost.sum()), rel=1e-9)
 
 
 # -- all of them ---------------------------------------------------------------------------------------------------------------------------
@@ -266,18 +267,18 @@ METHODS = {
 def test_nothing_is_left_behind_and_the_surroundings_do_not_matter(method):
     module = copy.deepcopy(shared_model("vit"))
     model, inputs = cv.HookedModel(module), case("vit").inputs(module, batch=2)
-    expected = method(model, inputs, metric).values
+    expected = by_row(method(model, inputs, metric))
     modes = [part.training for part in module.modules()]
     with torch.no_grad():
-        torch.testing.assert_close(method(model, inputs, metric).values, expected, equal_nan=True)
+        torch.testing.assert_close(by_row(method(model, inputs, metric)), expected, equal_nan=True)
     with torch.inference_mode():
         made = case("vit").inputs(module, batch=2)
-        torch.testing.assert_close(method(model, made, metric).values, expected, equal_nan=True)
+        torch.testing.assert_close(by_row(method(model, made, metric)), expected, equal_nan=True)
     for parameter in module.parameters():
         assert parameter.grad is None
         assert parameter.requires_grad
         parameter.requires_grad_(False)
-    torch.testing.assert_close(method(model, inputs, metric).values, expected, equal_nan=True)
+    torch.testing.assert_close(by_row(method(model, inputs, metric)), expected, equal_nan=True)
     assert not any(parameter.requires_grad for parameter in module.parameters())
     assert not inputs["pixel_values"].requires_grad
     assert [part.training for part in module.modules()] == modes
@@ -292,10 +293,10 @@ def test_results_keep_what_drawing_needs(method, tmp_path):
     result = method(model, inputs_of("vit"), cv.metrics.logit_diff(1, 2))
     for name in ("relevance.npz", "relevance.safetensors"):
         again = Relevance.load(result.save(tmp_path / name))
-        torch.testing.assert_close(again.values, result.values, equal_nan=True)
+        torch.testing.assert_close(by_row(again), by_row(result), equal_nan=True)
         assert again.labels == result.labels
         torch.testing.assert_close(again.on_image(1), result.on_image(1), equal_nan=True)
-    assert len(result.to_frame()) == result.values.numel()
+    assert len(result.to_frame()) == by_row(result).numel()
     assert result.provenance["metric_units"] == "logit"
     value = cv.metrics.logit_diff(1, 2)(model(inputs_of("vit")))
     # Eager attention takes its softmax in float32.
@@ -315,8 +316,8 @@ def test_words_bind_and_half_precision_gives_float32():
             chefer_relevance(model, inputs, answer, tower="language"),
             occlusion(model, inputs, answer, tower="language"),
         ):
-            assert result.values.dtype == torch.float32
-            assert bool(result.values.isfinite().all())
+            assert by_row(result).dtype == torch.float32
+            assert bool(by_row(result).isfinite().all())
 
 
 def test_maps_are_placed_and_scaled():
@@ -327,7 +328,7 @@ def test_maps_are_placed_and_scaled():
     for position in tokens.positions("patch", row=1):
         grid = grids[tokens.image_number[1, position]]
         value = grid[tokens.patch_row[1, position], tokens.patch_col[1, position]]
-        assert value == result.values[1, position]
+        assert value == by_row(result)[1, position]
     large = result.per_pixel(1, size=(9, 6), image=1)
     assert torch.equal(large[::3, ::2], grids[1])
     assert torch.equal(large[2::3, 1::2], grids[1])

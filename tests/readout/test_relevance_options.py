@@ -26,6 +26,7 @@ from circuitvision.readout.relevance.attention import _relevance_rollout
 from circuitvision.readout.relevance.baselines import start_of
 from circuitvision.readout.relevance.result import Relevance
 from circuitvision.readout.relevance.variables import AttributionInput
+from tests.readout.layouts import by_row, of_rows
 from tests.readout.relevance_models import inputs_of, metric, model_of
 from tests.zoo import case, shared_model
 
@@ -66,7 +67,7 @@ def test_legrad_counts_no_look_that_the_causal_mask_forbids():
     earlier = torch.ones(count, count, dtype=torch.float64).tril()
     expected = torch.stack([(slope.clamp(min=0) * earlier).mean((1, 2)) for slope in slopes]).mean(0)
     result = legrad(model_of(LLAVA), inputs_of(LLAVA), metric, tower="language", score="output")
-    torch.testing.assert_close(result.values, expected)
+    torch.testing.assert_close(by_row(result), expected)
     forbidden = torch.stack([(slope.clamp(min=0) * (1 - earlier)).sum() for slope in slopes]).sum()
     assert float(forbidden) > 0.0
 
@@ -75,7 +76,7 @@ def test_the_first_layer_asked_for_itself_keeps_to_the_mask_as_well():
     model, inputs = model_of(LLAVA), inputs_of(LLAVA)
     by_layer = legrad(model, inputs, metric, tower="language", layers=-1)
     by_output = legrad(model, inputs, metric, tower="language", layers=[-1], score="output")
-    torch.testing.assert_close(by_layer.values, by_output.values, atol=1e-9, rtol=1e-5)
+    torch.testing.assert_close(by_row(by_layer), by_row(by_output), atol=1e-9, rtol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -84,8 +85,8 @@ def test_padding_neither_looks_nor_is_looked_at(method, side):
     both, alone, own = padded(side)
     answer = cv.metrics.logit_diff(5, 7)
     options = {"score": "output"} if method is legrad else {}
-    together = method(single(), both, answer, tower="language", **options).values[0]
-    expected = method(single(), alone, answer, tower="language", **options).values[0]
+    together = by_row(method(single(), both, answer, tower="language", **options))[0]
+    expected = by_row(method(single(), alone, answer, tower="language", **options))[0]
     torch.testing.assert_close(together[own], expected, atol=3e-6, rtol=1e-4)
     outside = torch.ones(len(together), dtype=torch.bool)
     outside[own] = False
@@ -105,7 +106,7 @@ def test_chefer_relevance_of_padded_prompts_is_what_the_bare_model_gives():
     expected = rolled[:, -1].detach().clone()
     expected[:, -1] -= 1
     result = chefer_relevance(single(), both, cv.metrics.logit_diff(5, 7), tower="language")
-    torch.testing.assert_close(result.values, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(by_row(result), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_products_of_half_precision_are_taken_in_single():
@@ -116,7 +117,7 @@ def test_products_of_half_precision_are_taken_in_single():
     shares = [(found[name].float() * found[f"{name}_grad"].float()).clamp(min=0).mean(1).cpu() for name in names]
     expected = _relevance_rollout(shares)[:, 0]
     expected[:, 0] -= 1
-    torch.testing.assert_close(chefer_relevance(model, inputs, metric).values, expected.detach(), atol=0, rtol=1e-6)
+    torch.testing.assert_close(by_row(chefer_relevance(model, inputs, metric)), expected.detach(), atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", [gradient_times_activation, legrad, chefer_relevance])
@@ -124,7 +125,7 @@ def test_what_is_no_number_is_said_to_be_none(method):
     inputs = {"pixel_values": inputs_of("vit")["pixel_values"] * float("nan")}
     with pytest.warns(UserWarning, match="values are NaN: the metric or its gradient is no number"):
         result = method(model_of("vit"), inputs, metric)
-    assert bool(result.values.isnan().all())
+    assert bool(by_row(result).isnan().all())
 
 
 # -- occlusion -----------------------------------------------------------------------------------------------------------------------------
@@ -163,11 +164,11 @@ def test_regions_are_removed_whole():
     for mask in (words, patches.tensor):
         lost = lost_without(model, inputs, "language.hook_input", mask)
         for row in range(2):
-            held = result.values[row, mask[row]]
+            held = by_row(result)[row, mask[row]]
             torch.testing.assert_close(held, lost[row].expand_as(held), atol=1e-9, rtol=1e-6)
     rest = ~(words | patches.tensor)
     assert bool(rest.any())
-    assert bool(result.values[rest].isnan().all())
+    assert bool(by_row(result)[rest].isnan().all())
 
 
 def test_regions_that_meet_give_their_mean_and_single_patches_the_default():
@@ -176,11 +177,11 @@ def test_regions_that_meet_give_their_mean_and_single_patches_the_default():
     alone = [torch.arange(17).eq(position).expand(2, -1) for position in tokens.positions("patch")]
     plain = occlusion(model, inputs, metric, baseline="zero")
     assert torch.equal(
-        occlusion(model, inputs, metric, regions=alone, baseline="zero").values[:, 1:], plain.values[:, 1:]
+        by_row(occlusion(model, inputs, metric, regions=alone, baseline="zero"))[:, 1:], by_row(plain)[:, 1:]
     )
     pair = alone[2] | alone[3]
-    both = occlusion(model, inputs, metric, regions=[alone[2], pair], baseline="zero").values
-    torch.testing.assert_close(both[:, 3], (plain.values[:, 3] + both[:, 4]) / 2)
+    both = by_row(occlusion(model, inputs, metric, regions=[alone[2], pair], baseline="zero"))
+    torch.testing.assert_close(both[:, 3], (by_row(plain)[:, 3] + both[:, 4]) / 2)
 
 
 def test_regions_of_texts_are_removed_text_by_text():
@@ -192,7 +193,7 @@ def test_regions_of_texts_are_removed_text_by_text():
         only = torch.zeros_like(mask)
         only[row] = mask[row]
         lost = float(lost_without(model, inputs, "text.hook_input", only).sum())
-        torch.testing.assert_close(result.values[row, 1:3], torch.full((2,), lost, dtype=torch.float64))
+        torch.testing.assert_close(by_row(result)[row, 1:3], torch.full((2,), lost, dtype=torch.float64))
 
 
 # -- baselines -----------------------------------------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ def test_the_mean_over_other_rows_leaves_padding_out():
     assert torch.equal(start[:, 16:], variable.value[:, 16:])
     # Patches can be removed whatever the prompts' lengths.
     result = occlusion(single(), both, cv.metrics.logit_diff(5, 7), tower="language", kinds="patch")
-    assert bool(result.values[:, :3].isfinite().any())
+    assert bool(by_row(result)[:, :3].isfinite().any())
 
 
 def test_the_mean_of_a_data_set_leaves_its_padding_out():
@@ -249,7 +250,7 @@ def test_arrays_are_baselines_and_what_is_no_number_is_none():
         warnings.simplefilter("ignore")
         by_array = integrated_gradients(model, inputs, metric, baseline=np.full(24, 0.3), steps=4)
         by_number = integrated_gradients(model, inputs, metric, baseline=0.3, steps=4)
-    assert torch.equal(by_array.values, by_number.values)
+    assert torch.equal(by_row(by_array), by_row(by_number))
     assert "baseline given" in by_array.method
     with pytest.raises(InputError, match="no numbers"):
         integrated_gradients(model, inputs, metric, baseline=float("nan"))
@@ -259,7 +260,8 @@ def test_arrays_are_baselines_and_what_is_no_number_is_none():
 
 
 def test_the_strongest_positions_are_named():
-    result = Relevance(
+    result = of_rows(
+        Relevance,
         torch.tensor([[0.5, -2.0, 1.0]]),
         {"row": [0], "position": [0, 1, 2]},
         site="language.hook_input",
@@ -347,7 +349,7 @@ def test_an_edit_without_a_number_costs_only_its_own_positions():
     inputs = inputs_of("vit")
 
     whole = occlusion(model, inputs, lambda logits: logits[:, 0], baseline="zero")
-    worst = float(whole.values[0].nan_to_num(0.0).max())
+    worst = float(by_row(whole)[0].nan_to_num(0.0).max())
     clean = float(model(inputs)[0, 0].detach())
 
     def undefined(logits):
@@ -356,10 +358,10 @@ def test_an_edit_without_a_number_costs_only_its_own_positions():
 
     with pytest.warns(UserWarning, match="NaN"):
         found = occlusion(model, inputs, undefined, baseline="zero")
-    there = ~whole.values.isnan()
-    assert int(found.values[there].isnan().sum()) == 1
-    kept = there & ~found.values.isnan()
-    torch.testing.assert_close(found.values[kept], whole.values[kept])
+    there = ~by_row(whole).isnan()
+    assert int(by_row(found)[there].isnan().sum()) == 1
+    kept = there & ~by_row(found).isnan()
+    torch.testing.assert_close(by_row(found)[kept], by_row(whole)[kept])
 
 
 def test_a_text_that_is_read_at_its_padding_is_relevant_through_it():
@@ -379,5 +381,5 @@ def test_a_text_that_is_read_at_its_padding_is_relevant_through_it():
     assert slopes[0, -1, :4].any()
     assert not slopes[:, -2].any()
     words = slopes[:, [0, 1, 2, 3, -1]].sum(1) / 5
-    torch.testing.assert_close(found.values[:, :4], words[:, :4])
-    assert not found.values[:, 4:].any()
+    torch.testing.assert_close(by_row(found)[:, :4], words[:, :4])
+    assert not by_row(found)[:, 4:].any()

@@ -14,6 +14,7 @@ from circuitvision.data.questions import sample_largest
 from circuitvision.errors import InputError
 from circuitvision.readout import cka, collect, pca
 from circuitvision.readout.probes.structure import PCAResult
+from tests.readout.layouts import by_row
 
 
 def planted(count: int = 60, features: int = 9, seed: int = 0):
@@ -34,10 +35,10 @@ def test_planted_rank_two_data_are_recovered_with_their_signs():
     signs = torch.stack([direction[direction.abs().argmax()].sign() for direction in directions])
     found = pca(x, 2)
     torch.testing.assert_close(found.components, directions * signs[:, None])
-    torch.testing.assert_close(found.values, weights * signs)
+    torch.testing.assert_close(by_row(found), weights * signs)
     torch.testing.assert_close(found.explained, torch.tensor([25 / 29, 4 / 29], dtype=torch.float64))
-    torch.testing.assert_close(found.mean, x.mean(0))
-    torch.testing.assert_close(found.mean + found.values @ found.components, x)
+    torch.testing.assert_close(found.center, x.mean(0))
+    torch.testing.assert_close(found.center + by_row(found) @ found.components, x)
 
 
 @given(st.integers(0, 1000), st.integers(3, 12), st.integers(3, 12))
@@ -47,7 +48,7 @@ def test_components_are_orthonormal_and_signed_whatever_the_data(seed, count, fe
     torch.testing.assert_close(found.components @ found.components.T, torch.eye(2, dtype=torch.float64))
     for component in found.components:
         assert float(component[component.abs().argmax()]) > 0
-    torch.testing.assert_close(found.values, found.transform(x))
+    torch.testing.assert_close(by_row(found), found.transform(x))
     torch.testing.assert_close(pca(-x, 2).components, found.components)
     assert 0 < float(found.explained.sum()) <= 1 + 1e-12
 
@@ -66,11 +67,11 @@ def test_what_has_no_direction_is_nan():
     assert three.components[2].isnan().all()
     assert not three.components[:2].isnan().any()
     assert float(three.explained[2]) == 0.0
-    assert not three.values[:, 2].any()
+    assert not by_row(three)[:, 2].any()
     with pytest.warns(UserWarning, match="0 directions"):
         flat = pca(torch.full((8, 3), 0.1) + 1e-9 * torch.randn(8, 3), 2)
     assert flat.explained.isnan().all()
-    assert not flat.values.any()
+    assert not by_row(flat).any()
 
 
 def test_labels_are_kept_and_their_share_measured(tmp_path):
@@ -127,15 +128,15 @@ def test_the_stream_of_a_trained_model_layer_by_layer(shapes):
         found = pca(
             collect(model, inputs, model.vision.stream_sites(), positions="cls"), labels=labels, label_name="shape"
         )
-    assert list(found.axes) == ["layer", "example", "component"]
+    assert list(found.axes) == ["layer", "component", "example"]
     assert found.axes["layer"] == ["input", 0, 1, 2]
     assert found.explained[0].isnan().all()
     assert math.isnan(float(found.between[0]))
     assert float(found.between[3]) > 0.8
     vectors = collect(model, inputs, model.vision.stream_sites(), positions="cls")
     alone = pca(vectors["vision.blocks.1.hook_resid_post"], 2)
-    torch.testing.assert_close(found.values[2], alone.values)
-    torch.testing.assert_close(found.transform(vectors["vision.blocks.1.hook_resid_post"], layer=1), alone.values)
+    torch.testing.assert_close(by_row(found)[2], by_row(alone))
+    torch.testing.assert_close(found.transform(vectors["vision.blocks.1.hook_resid_post"], layer=1), by_row(alone))
     figure = found.plot()
     assert len(figure.data) == 4 * 5
     assert "all examples alike" in figure.layout.annotations[0].text
@@ -192,11 +193,11 @@ def test_the_matrix_holds_every_pair(shapes):
     model, inputs, _ = shapes
     vectors = collect(model, inputs, model.vision.stream_sites(), positions="patch")
     found = cka(vectors)
-    torch.testing.assert_close(found.values, found.values.T)
-    torch.testing.assert_close(found.values.diagonal(), torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(by_row(found), by_row(found).T)
+    torch.testing.assert_close(by_row(found).diagonal(), torch.ones(4, dtype=torch.float64))
     names = list(vectors)
-    assert float(found.values[0, 2]) == pytest.approx(cka(vectors[names[0]], vectors[names[2]]))
+    assert float(by_row(found)[0, 2]) == pytest.approx(cka(vectors[names[0]], vectors[names[2]]))
     assert "changes most between" in found.plot().layout.title.text
     other = cka(vectors, {"z": torch.randn(80, 3)})
-    assert other.values.shape == (4, 1)
+    assert by_row(other).shape == (4, 1)
     assert "most alike" in other.plot().layout.title.text

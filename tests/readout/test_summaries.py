@@ -12,6 +12,7 @@ from circuitvision.errors import InputError
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.lens.result import LensResult
 from tests.readout.common import run
+from tests.readout.layouts import by_row
 
 
 def lens_of(logits: torch.Tensor, targets: list[int]) -> LensResult:
@@ -46,18 +47,18 @@ def test_a_lens_of_a_model():
     label = out.argmax(-1).tolist()
     result = logit_lens(model, cache, "vision", targets={"label": label})
     summary = result.identifiability("cls")
-    assert list(summary.axes) == ["layer", "row", "target"]
-    assert summary.values[-1].tolist() == [[1.0], [1.0]]
+    assert list(summary.axes) == ["layer", "target", "example"]
+    assert by_row(summary)[-1].tolist() == [[1.0], [1.0]]
     assert summary.chance == pytest.approx((out.shape[-1] + 1) / (2 * out.shape[-1]))
     patches = result.identifiability("patch")
     n = model.vision.cfg.n_prefix
-    assert float(patches.values[1, 0, 0]) == pytest.approx(
-        float((1 - (result.ranks[1, 0, n:, 0].double() - 1) / out.shape[-1]).mean())
+    assert float(by_row(patches)[1, 0, 0]) == pytest.approx(
+        float((1 - (by_row(result, "ranks")[1, 0, n:, 0].double() - 1) / out.shape[-1]).mean())
     )
     rises = result.change_rate("patch")
     assert rises.axes["layer"] == result.axes["layer"][1:]
-    wanted = (result.values[1, 0, n:, 0] > result.values[0, 0, n:, 0]).double().mean()
-    assert float(rises.values[0, 0, 0]) == pytest.approx(float(wanted))
+    wanted = (by_row(result)[1, 0, n:, 0] > by_row(result)[0, 0, n:, 0]).double().mean()
+    assert float(by_row(rises)[0, 0, 0]) == pytest.approx(float(wanted))
 
 
 def test_match_rates_count_the_mlp_as_well():
@@ -68,16 +69,17 @@ def test_match_rates_count_the_mlp_as_well():
     )
     found = stream.match_rates(attention, mlp)
     layer, row = 1, 0
-    best = stream.best[layer + 1, row]
-    by_hand = [best == attention.best[layer, row], best == mlp.best[layer, row], best == stream.best[layer, row]]
+    best = stream.best[layer + 1, :, row]
+    others = (attention.best[layer], mlp.best[layer], stream.best[layer])
+    by_hand = [best == other[:, row] for other in others]
     for index, same in enumerate(by_hand):
-        assert float(found.values[index, layer, row]) == pytest.approx(float(same.double().mean()))
+        assert float(by_row(found)[index, layer, row]) == pytest.approx(float(same.double().mean()))
     neither = ~(by_hand[0] | by_hand[1] | by_hand[2])
-    assert float(found.values[3, layer, row]) == pytest.approx(float(neither.double().mean()))
+    assert float(by_row(found)[3, layer, row]) == pytest.approx(float(neither.double().mean()))
     branch, before = (logit_lens(model, cache, "vision", targets=[0], sites=sites) for sites in ("mlp_out", None))
     change = branch.change_from(before)
-    assert list(change.axes) == ["layer", "row", "position", "target"]
-    torch.testing.assert_close(change.values[1], branch.values[1] - before.values[1])
+    assert list(change.axes) == ["layer", "position", "target", "example"]
+    torch.testing.assert_close(by_row(change)[1], by_row(branch)[1] - by_row(before)[1])
 
 
 def test_a_difference_of_positions_is_found_and_a_null_is_not():
@@ -122,21 +124,23 @@ def test_top_k_by_hand_on_the_patches_of_an_object():
     model, out, cache = run("vit")
     size = out.shape[-1]
     result = logit_lens(model, cache, "vision", targets=[0, 3])
-    inside = torch.zeros(2, result.values.shape[2], dtype=torch.bool)
+    inside = torch.zeros(2, by_row(result).shape[2], dtype=torch.bool)
     inside[0, [2, 3]] = inside[1, [5, 9, 11]] = True
     found = result.top_k_rate(2, inside)
-    assert list(found.axes) == ["layer", "row", "target"]
+    assert list(found.axes) == ["layer", "target", "example"]
     assert found.chance == pytest.approx(2 / size)
     for row in range(2):
         logits = model.module.classifier(
             model.vision.final_norm(cache["vision.blocks.1.hook_resid_post"][row, inside[row]])
         )
         wanted = (logits.topk(2).indices == 3).any(-1).double().mean()
-        assert float(found.values[2, row, 1]) == pytest.approx(float(wanted))
-    assert bool((result.top_k_rate(size).values == 1).all())
-    assert result.top_k_rate(1, "cls").values[-1, 0, 0] == float(out[0].argmax() == 0)
-    means = result.identifiability(inside).values[1, 0, 0]
-    assert float(means) == pytest.approx(float((1 - (result.ranks[1, 0, [2, 3], 0].double() - 1) / size).mean()))
+        assert float(by_row(found)[2, row, 1]) == pytest.approx(float(wanted))
+    assert bool((by_row(result.top_k_rate(size)) == 1).all())
+    assert by_row(result.top_k_rate(1, "cls"))[-1, 0, 0] == float(out[0].argmax() == 0)
+    means = by_row(result.identifiability(inside))[1, 0, 0]
+    assert float(means) == pytest.approx(
+        float((1 - (by_row(result, "ranks")[1, 0, [2, 3], 0].double() - 1) / size).mean())
+    )
     for wrong in (0, size + 1, 1.5):
         with pytest.raises(InputError, match="whole number"):
             result.top_k_rate(wrong)
@@ -151,15 +155,18 @@ def test_top_k_agreement_counts_what_both_name():
     model, _, cache = run("vit")
     own, frozen = (logit_lens(model, cache, "vision", top_k=3, norm=norm) for norm in ("own", "frozen"))
     found = own.top_k_agreement(frozen, 3)
-    assert list(found.axes) == ["layer", "row"]
-    wanted = [len(set(a.tolist()) & set(b.tolist())) / 3 for a, b in zip(own.ids[1, 0], frozen.ids[1, 0], strict=True)]
-    assert float(found.values[1, 0]) == pytest.approx(sum(wanted) / len(wanted))
-    assert found.values[-1].tolist() == [1.0, 1.0]
-    assert float(found.values[0].mean()) < 1
+    assert list(found.axes) == ["layer", "example"]
+    wanted = [
+        len(set(a.tolist()) & set(b.tolist())) / 3
+        for a, b in zip(by_row(own, "ids")[1, 0], by_row(frozen, "ids")[1, 0], strict=True)
+    ]
+    assert float(by_row(found)[1, 0]) == pytest.approx(sum(wanted) / len(wanted))
+    assert by_row(found)[-1].tolist() == [1.0, 1.0]
+    assert float(by_row(found)[0].mean()) < 1
     with pytest.raises(InputError, match="from 1 to 3"):
         own.top_k_agreement(frozen, 4)
     with pytest.raises(InputError, match="same rows"):
-        own.top_k_agreement(frozen.row(0), 2)
+        own.top_k_agreement(frozen.take(0), 2)
 
 
 def test_patches_of_an_object_are_selected_by_its_box_in_either_tower():
@@ -172,8 +179,8 @@ def test_patches_of_an_object_are_selected_by_its_box_in_either_tower():
         chosen = model.tokens(inputs)[tower].image(0).box(left, top, right, bottom)
         numbers = [result.axes["position"].index(number) for number in chosen.positions(0)]
         assert 0 < len(numbers) < 16
-        found = result.identifiability(chosen).values
-        wanted = (1 - (result.ranks[:, :, numbers].double() - 1) / result.n_outputs).mean(2)
+        found = by_row(result.identifiability(chosen))
+        wanted = (1 - (by_row(result, "ranks")[:, :, numbers].double() - 1) / result.n_outputs).mean(2)
         torch.testing.assert_close(found, wanted)
         with pytest.raises(InputError, match="selection of the"):
             result.change_rate(model.tokens(inputs)["vision" if tower == "language" else "language"].image(0))
@@ -185,16 +192,16 @@ def test_matches_are_unknown_where_a_lens_has_no_number():
         logit_lens(model, cache, "vision", top_k=1, sites=sites)
         for sites in (["vision.hook_input", "resid_post"], "attn_out", "mlp_out")
     ]
-    whole = lenses[0].match_rates(*lenses[1:], positions="patch").values
+    whole = by_row(lenses[0].match_rates(*lenses[1:], positions="patch"))
     assert whole.isfinite().all()
     for lens, layer, lost in ((0, 1, [0, 1]), (1, 2, [2]), (2, 0, [0])):
-        values = lenses[lens].values
+        values = by_row(lenses[lens])
         kept = values[layer, 1, 4].clone()
         values[layer, 1, 4] = float("nan")
-        found = lenses[0].match_rates(*lenses[1:], positions="patch").values
+        found = by_row(lenses[0].match_rates(*lenses[1:], positions="patch"))
         assert found[:, lost, 1].isnan().all()
         there = ~found.isnan()
         assert int((~there).sum()) == 4 * len(lost)
         assert torch.equal(found[there], whole[there])
-        assert lenses[0].match_rates(*lenses[1:], positions="cls").values.isfinite().all()
+        assert by_row(lenses[0].match_rates(*lenses[1:], positions="cls")).isfinite().all()
         values[layer, 1, 4] = kept

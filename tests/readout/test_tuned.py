@@ -11,6 +11,7 @@ from circuitvision.errors import InputError
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.lens.tuned import TunedLens, _Seen
 from tests.readout.common import run
+from tests.readout.layouts import by_row
 from tests.zoo import case
 
 
@@ -31,7 +32,7 @@ def test_an_untrained_one_is_the_plain_lens():
     )
     plain = logit_lens(model, cache, "vision", targets=[0, 1])
     assert torch.equal(
-        logit_lens(model, cache, "vision", targets=[0, 1], norm="tuned", tuned=blank).values, plain.values
+        by_row(logit_lens(model, cache, "vision", targets=[0, 1], norm="tuned", tuned=blank)), by_row(plain)
     )
 
 
@@ -39,7 +40,7 @@ def test_on_a_trained_model_it_reads_early_layers_better_and_leaves_the_last_alo
     model = cv.organisms.load("shapes-vit")
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     lens = TunedLens.train(model, model.inputs(images=scenes(256)), steps=150, seed=1)
-    plain, tuned = lens.values
+    plain, tuned = by_row(lens)
     assert (tuned <= plain + 0.02).all()
     assert tuned[1] < 0.8 * plain[1]
     assert float(plain[-1]) == pytest.approx(0.0, abs=1e-5)
@@ -47,14 +48,14 @@ def test_on_a_trained_model_it_reads_early_layers_better_and_leaves_the_last_alo
     assert all(p.grad is None for p in model.module.parameters())
     again = TunedLens.load(lens.save(tmp_path / "tuned.safetensors"))
     inputs = model.inputs(images=scenes(4, seed=9))
-    first, second = (logit_lens(model, inputs, norm="tuned", tuned=t, targets=[0]).values for t in (lens, again))
+    first, second = (by_row(logit_lens(model, inputs, norm="tuned", tuned=t, targets=[0])) for t in (lens, again))
     assert torch.equal(first, second)
 
 
 def test_actions_are_fitted_by_squared_error():
     model, _, cache = run("pi0")
     lens = TunedLens.train(model, cache.inputs, "action", steps=60, held_out=0.2)
-    assert lens.values[1, -1] < 1e-3 or lens.values[1, -1] <= lens.values[0, -1] + 1e-3
+    assert by_row(lens)[1, -1] < 1e-3 or by_row(lens)[1, -1] <= by_row(lens)[0, -1] + 1e-3
 
 
 @pytest.mark.parametrize(("name", "tower"), [("vit-headless", "vision"), ("llava-clip-llama", "vision")])
@@ -117,7 +118,7 @@ def test_what_a_map_knows_of_one_picture_is_not_taken_for_what_it_knows_of_a_lay
     whole = TunedLens.train(model, {"pixel_values": pixels[:1]}, **kinds)
     assert (lens.held_out, whole.held_out) == ("examples", "positions")
     assert lens.positions == [80, 16]
-    assert float(lens.values[1, 0]) > 10 * float(whole.values[1, 0])
+    assert float(by_row(lens)[1, 0]) > 10 * float(by_row(whole)[1, 0])
 
 
 def test_the_loss_held_out_is_that_of_the_maps_kept():
@@ -134,7 +135,7 @@ def test_the_loss_held_out_is_that_of_the_maps_kept():
             x = seen.residuals[index][held]
             for row, y in enumerate((x, x + x @ lens.weight[index] + lens.bias[index])):
                 loss = (wanted.exp() * (wanted - head(norm(y)).log_softmax(-1))).sum(-1).mean()
-                assert float(lens.values[row, index]) == pytest.approx(float(loss), abs=1e-5)
+                assert float(by_row(lens)[row, index]) == pytest.approx(float(loss), abs=1e-5)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -24,7 +24,7 @@ from circuitvision.model.edits.base import EDITS, Edit, EditGroup, by_digest, wi
 from circuitvision.model.edits.values import Steps, TensorDigest, TensorRef, TensorRefMapping
 from circuitvision.model.positions import Positions
 from circuitvision.model.regions import REGIONS, Region
-from circuitvision.results import stored_as
+from circuitvision.storage import stored_as
 
 FORMAT = "circuitvision.edits/1"
 Tensors = dict[str, Tensor]

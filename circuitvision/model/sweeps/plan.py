@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from circuitvision.model.routes import PARTS, ResumePlan, ResumePoint
-from circuitvision.results import as_builtin, stored_as
+from circuitvision.storage import as_builtin, stored_as
 
 NOTHING = "nothing changes"
 """The reason of a group that needs no run: its edits do nothing."""

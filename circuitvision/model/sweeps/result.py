@@ -17,7 +17,8 @@ from circuitvision.digests import NamedFunction
 from circuitvision.errors import InputError
 from circuitvision.model.edits.base import EditGroup
 from circuitvision.model.sweeps.plan import Plan
-from circuitvision.results import Result, standard_error
+from circuitvision.results import Result
+from circuitvision.statistics import standard_error
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,7 +121,7 @@ class SweepResult(Result):
         shown = self.one()
         name = f" ({self.metrics[0]})" if self.metrics else ""
         found = {spelled_cell(cell): f"{value:+.4g}" for cell, value in shown.top(5)}
-        return {**found, f"unedited{name}": f"{float(shown.clean.double().nanmean()):.4g}"}
+        return {**found, f"unedited{name}": f"{float(shown.mean(quantity='clean')):.4g}"}
 
     @property
     def effect(self) -> Tensor:
@@ -151,14 +152,14 @@ class SweepResult(Result):
         """The edits with the largest absolute mean effect, strongest first, as (labels by axis, effect); of several metrics the one named, else the
         first."""
         chosen = self.one(metric)
-        mean = chosen.effect.nanmean(-1).flatten()
+        mean = chosen.mean(quantity="effect").flatten()
         cells = [dict(zip(chosen.grid, place, strict=True)) for place in itertools.product(*chosen.grid.values())]
         order = mean.abs().nan_to_num(-1.0).argsort(descending=True, stable=True).tolist()
         return [(cells[index], float(mean[index])) for index in order if not mean[index].isnan()][:count]
 
-    def to_frame(self) -> pd.DataFrame:
+    def _long_frame(self) -> pd.DataFrame:
         """One row per metric, edit and example: ``value``, ``clean`` and ``effect``, their difference."""
-        frame = super().to_frame()
+        frame = super()._long_frame()
         frame["clean"] = self._clean_everywhere().double().expand(self.values.shape).flatten().numpy()
         frame["effect"] = frame["value"] - frame["clean"]
         return frame

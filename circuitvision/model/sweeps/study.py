@@ -29,7 +29,7 @@ from circuitvision.model.sweeps.result import SweepResult, labels
 from circuitvision.model.sweeps.run import GroupRunner, Task
 from circuitvision.model.sweeps.store import Part, Store, joined, orderly_stop
 from circuitvision.progress import Progress
-from circuitvision.results import as_builtin
+from circuitvision.storage import as_builtin
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel

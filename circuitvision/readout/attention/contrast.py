@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 import networkx as nx
 import numpy as np
@@ -37,7 +37,7 @@ from circuitvision.results import Result
 
 @dataclass(frozen=True, eq=False)
 class AttentionContrast(Result):
-    """``values`` is ``[row key]``: above 1 (for λ = 0) where the question looks more than the generic query; NaN where a key is no patch.
+    """``values`` is ``[key example]``: above 1 (for λ = 0) where the question looks more than the generic query; NaN where a key is no patch.
 
     ``places``, ``boxes``, ``shares``, ``frames`` and ``blocks`` say what each key is, as in :class:`AttentionMaps`. Positions that mix patches
     lie on no grid and are left out.
@@ -50,23 +50,24 @@ class AttentionContrast(Result):
     boxes: Tensor = field(default_factory=lambda: torch.zeros(0))
     shares: Tensor = field(default_factory=lambda: torch.zeros(0))
     frames: Tensor = field(default_factory=lambda: torch.zeros(0))
-    example: list[int] = field(default_factory=list)
     blocks: list[list[Any]] = field(default_factory=list)
+
+    _per_example: ClassVar[dict[str, int]] = {"places": 0, "boxes": 0, "shares": 0, "frames": 0}
 
     def highlights(self) -> dict[str, str]:
         """The strongest areas of the first row's first image."""
-        if not bool(torch.isfinite(self.values[0]).any()):
+        if not bool(torch.isfinite(self.values[:, 0]).any()):
             return {}
         image = int(self.places[0, self.places[0, :, 2] >= 0, 0].min())
         return {
             f"region {number}": f"{len(area.patches)} patches, box {tuple(round(edge) for edge in area.box)}"
-            for number, area in enumerate(self.regions(row=self.axes["row"][0], image=image), start=1)
+            for number, area in enumerate(self.regions(row=0, image=image), start=1)
         }
 
     def grid(self, row: int = 0, image: int = 0, tile: int | None = None) -> Float[Tensor, "grid_row grid_col"]:
         """One image's contrast on its patch grid; InputError for a row or image that is not there."""
-        number = self.index_of("row", row)
-        return on_grid(self.values[number], self.places[number], image, tile)
+        number = self.row_number(row)
+        return on_grid(self.values[:, number], self.places[number], image, tile)
 
     def regions(
         self,
@@ -132,7 +133,7 @@ class AttentionContrast(Result):
         if pixels.ndim != 3 or pixels.shape[-1] != 3:
             raise InputError(f"A picture is [height, width, 3] or a PIL image; this one is {list(pixels.shape)}.")
         rows, columns = self.grid(row, image, tile).shape
-        extent = extent_of(self.shares, self.places, self.axes["row"].index(row), image, tile)
+        extent = extent_of(self.shares, self.places, row, image, tile)
         marked = np.zeros((rows, columns), dtype=bool)
         marked[tuple(np.array([patch for area in found for patch in area.patches]).T)] = True
         # Every pixel belongs to the patch that holds its middle; those past the last patch to none, which is the extra row and column.
@@ -146,7 +147,7 @@ class AttentionContrast(Result):
         return pixels[top : bottom + 1, left : right + 1]
 
     def _area(self, grid: Tensor, patches: Sequence[tuple[int, int]], row: int, image: int, tile: int | None) -> Area:
-        number = self.index_of("row", row)
+        number = self.row_number(row)
         places, boxes = self.places[number], self.boxes[number]
         here = (places[:, 0] == image) & (places[:, 2] >= 0)
         here &= places[:, 1] == (int(places[here, 1].min()) if tile is None else tile)
@@ -156,7 +157,7 @@ class AttentionContrast(Result):
         corners = boxes[inside][boxes[inside].isfinite().all(-1)].reshape(-1, 4)
         edges = [*corners[:, :2].amin(0), *corners[:, 2:].amax(0)] if len(corners) else [float("nan")] * 4
         left, top, right, bottom = map(float, edges)
-        mask = torch.zeros(len(self.axes["row"]), len(inside), dtype=torch.bool)
+        mask = torch.zeros(len(self.places), len(inside), dtype=torch.bool)
         mask[number] = inside
         whole: list[Any] = [self.tower, 0, 0, len(inside)]
         held = (block for block in self.blocks if bool(inside[block[1] : block[1] + block[3]].any()))
@@ -165,7 +166,7 @@ class AttentionContrast(Result):
         return Area(
             tower=tower,
             mask=TensorRef(mask),
-            example=tuple(self.example or range(len(mask))),
+            example=tuple(self.axes["example"]),
             how="contrast",
             box=(left, top, right, bottom),
             mass=float(sum(grid[r, c] for r, c in patches)),
@@ -204,20 +205,20 @@ def attention_contrast(
         raise InputError(
             f"The question has {a_q.shape[0]} steps and the generic query {a_g.shape[0]}; take as many, or one of the generic."
         )
-    patch = question.places[..., 2] >= 0
-    matched = _matched(question, generic)
-    a_g = a_g.gather(-1, matched.expand(*a_g.shape[:2], *matched.shape))
+    patch = (question.places[..., 2] >= 0).T
+    matched = _matched(question, generic).T
+    a_g = a_g.gather(-2, matched.expand(*a_g.shape[:2], *matched.shape))
     floor = float(a_g[..., patch].mean()) if lam is None else float(lam)
     step_weights = _step_weights(weights, a_q.shape[0]).to(a_q.dtype)
     bottom = a_g + floor
     ratio = torch.where(bottom > 0, a_q / bottom, float("nan")).mean(1)
-    fused = torch.einsum("srk,s->rk", ratio, step_weights)
+    fused = torch.einsum("skr,s->kr", ratio, step_weights)
     warn_undefined(fused[patch], "the generic query gives a patch no attention; take lam > 0")
     method = f"attention_contrast(lam={floor:g}, layers={chosen})"
-    same = ("tower", "places", "boxes", "shares", "frames", "example", "blocks")
+    same = ("tower", "places", "boxes", "shares", "frames", "blocks")
     return AttentionContrast(
         values=fused.masked_fill(~patch, float("nan")),
-        axes={"row": question.axes["row"], "key": question.axes["key"]},
+        axes={"key": question.axes["key"], "example": question.axes["example"]},
         provenance={**question.provenance, "method": method, "generic": generic.provenance},
         lam=floor,
         layers=list(chosen),
@@ -239,7 +240,7 @@ def _check(question: AttentionMaps, generic: AttentionMaps, lam: float | None) -
         raise InputError(f"lam={lam!r} makes no sense; give a number from 0 on.")
 
 
-def _mean_head(maps: AttentionMaps, layers: Sequence[Any], name: str) -> Float[Tensor, "step layer row key"]:
+def _mean_head(maps: AttentionMaps, layers: Sequence[Any], name: str) -> Float[Tensor, "step layer key example"]:
     if not layers:
         raise InputError(f"layers={list(layers)!r}: the maps of {name} hold layers {maps.axes['layer']}.")
     values = maps.values if "step" in maps.axes else maps.values[None]
@@ -248,9 +249,9 @@ def _mean_head(maps: AttentionMaps, layers: Sequence[Any], name: str) -> Float[T
 
 def _matched(question: AttentionMaps, generic: AttentionMaps) -> Tensor:
     """For every key of the question the generic key at the same place (0 where it is no patch), ``[row key]``."""
-    rows = len(question.axes["row"])
-    if rows != len(generic.axes["row"]):
-        raise InputError(f"question has {rows} rows and generic {len(generic.axes['row'])}; ask about the same images.")
+    rows, others = len(question.axes["example"]), len(generic.axes["example"])
+    if rows != others:
+        raise InputError(f"question has {rows} rows and generic {others}; ask about the same images.")
     found = torch.zeros(question.places.shape[:2], dtype=torch.long)
     for row in range(rows):
         numbers = {tuple(place): key for key, place in enumerate(generic.places[row].tolist()) if place[2] >= 0}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,12 +35,12 @@ from circuitvision.results import Result
 
 @dataclass(frozen=True, eq=False)
 class DistanceProfile(Result):
-    """Attention from patches by distance: ``values`` is ``[layer head row distance]``, masses that sum to 1 over ``distance``.
+    """Attention from patches by distance: ``values`` is ``[layer head distance example]``, masses that sum to 1 over ``distance``.
 
     The labels of ``distance`` are patches (0 is the query's own patch) and then, by kind, the keys that are no patch of the query's image
-    ("cls", "register", "text", …; "other patch" for another image or tile). ``uniform`` ``[layer row distance]`` is the profile of a head that
-    looks at every visible key alike: rings grow with distance and end at the border. ``mean_distance`` ``[layer head row]`` is the distance in
-    patches that a unit of patch-to-patch attention covers, ``uniform_distance`` ``[layer row]`` the same of uniform attention.
+    ("cls", "register", "text", …; "other patch" for another image or tile). ``uniform`` ``[layer distance example]`` is the profile of a head that
+    looks at every visible key alike: rings grow with distance and end at the border. ``mean_distance`` ``[layer head example]`` is the distance in
+    patches that a unit of patch-to-patch attention covers, ``uniform_distance`` ``[layer example]`` the same of uniform attention.
     """
 
     tower: str = ""
@@ -48,12 +48,13 @@ class DistanceProfile(Result):
     mean_distance: Tensor = field(default_factory=lambda: torch.zeros(0))
     uniform: Tensor = field(default_factory=lambda: torch.zeros(0))
     uniform_distance: Tensor = field(default_factory=lambda: torch.zeros(0))
-    example: list[int] = field(default_factory=list)
     unread: list[Any] = field(default_factory=list)
 
+    _per_example: ClassVar[dict[str, int]] = {"mean_distance": -1, "uniform": -1, "uniform_distance": -1}
+
     def highlights(self) -> dict[str, str]:
-        """The heads that look nearest and farthest, in means over rows."""
-        means = self.mean_distance.double().nanmean(-1)
+        """The heads that look nearest and farthest, in means over examples."""
+        means = self.mean(quantity="mean_distance")
         found = {}
         for name, order in (
             ("nearest", means.nan_to_num(float("inf")).argmin()),
@@ -62,7 +63,8 @@ class DistanceProfile(Result):
             layer, head = divmod(int(order), means.shape[1])
             where = head_name(self.axes["layer"][layer], self.axes["head"][head], self.tower)
             found[name] = f"{where}: {float(means[layer, head]):.2f} patches"
-        return {**found, "all patches alike": f"{float(self.uniform_distance.double().nanmean()):.2f} patches"}
+        alike = self.mean(quantity="uniform_distance").nanmean()
+        return {**found, "all patches alike": f"{float(alike):.2f} patches"}
 
 
 @with_provenance
@@ -100,20 +102,19 @@ def distance_profile(
         alike = (seen / seen.sum(-1, keepdim=True).clamp_min(1))[:, None]
         for source, profile, mean in ((pattern, values, means), (alike, uniform, uniform_means)):
             shares, average = _profile(source, counted, distance[:, there], bins[:, there], len(labels) + 1)
-            profile.append(shares[..., :-1])
+            profile.append(shares[..., :-1].transpose(-1, -2))
             mean.append(average)
     stacked = torch.stack(means)
     warn_undefined(stacked, "a row has no query that counts, or gives no attention to patches")
     return DistanceProfile(
         values=torch.stack(values),
-        axes={**patterns.axes(values[0].shape[0]), "distance": labels},
+        axes={**patterns.axes(values[0].shape[0]), "distance": labels, "example": patterns.example},
         provenance=patterns.provenance(f"distance_profile(metric={metric})", queries),
         tower=patterns.tower,
         metric=metric,
         mean_distance=stacked,
         uniform=torch.stack(uniform)[:, 0],
         uniform_distance=torch.stack(uniform_means)[:, 0],
-        example=patterns.example,
         unread=patterns.unread(queries),
     )
 

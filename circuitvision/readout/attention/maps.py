@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,16 +32,17 @@ from circuitvision.readout.attention.mass import AttentionSummary
 from circuitvision.readout.attention.patterns import KeyBlock, Patterns, described, keys_of, mean_query, warn_undefined
 from circuitvision.readout.patch_coords import on_grid, places_of
 from circuitvision.results import Result
+from circuitvision.statistics import by_example
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionMaps(Result):
-    """The attention of one query per head: ``values`` is ``[layer head row key]``, of several passes ``[step layer head row key]``.
+    """The attention of one query per head: ``values`` is ``[layer head key example]``, of several passes ``[step layer head key example]``.
 
     ``places`` ``[row key 4]`` is image, tile, patch row and patch column of every key (−1 where it is no patch), ``boxes`` ``[row key 4]`` its
     pixels (NaN likewise), ``shares`` where it lies in the image or tile that the model read (as shares of it), ``frames`` the pixels that this
     image or tile covers, ``kinds`` its kind. Of a key that mixes patches only the image and the box are known.
-    ``query_places`` ``[row 4]`` is the place of the query where it is a single patch.
+    ``query_places`` ``[row 4]`` is the place of the query where it is a single patch. A row is an entry of ``example``.
     """
 
     tower: str = ""
@@ -56,21 +57,30 @@ class AttentionMaps(Result):
     blocks: list[list[Any]] = field(default_factory=list)
     """Which positions the keys are: ``[tower, first key, first position, count]`` for each tower they are of."""
     query_places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    example: list[int] = field(default_factory=list)
+
+    _per_example: ClassVar[dict[str, int]] = {
+        "places": 0,
+        "boxes": 0,
+        "shares": 0,
+        "frames": 0,
+        "kinds": 0,
+        "query_places": 0,
+    }
 
     def highlights(self) -> dict[str, str]:
-        """The query, and the heads that give most of its attention to image patches (of the first pass, in means over rows)."""
+        """The query, and the heads that give most of its attention to image patches (of the first pass, in means over examples)."""
         found = {"query": self.query or "default", "shows": self.measure}
         if self.measure == "attention" and bool(self.patches().any()):
-            patches = self.patches()[None, None].to(self.values.dtype)
-            share = (self.pass_values(self.axes.get("step", [None])[0]) * patches).sum(-1).double().nanmean(-1)
+            patches = self.patches().T.double()
+            share = (self.pass_values(self.axes.get("step", [None])[0]).double() * patches).sum(-2)
+            share = by_example(share, self.axes["example"]).nanmean(-1)
             for flat in share.nan_to_num(-1.0).flatten().argsort(descending=True)[:3].tolist():
                 layer, head = divmod(flat, share.shape[1])
                 name = head_name(self.axes["layer"][layer], self.axes["head"][head], self.tower)
                 found[name] = f"{float(share[layer, head]):.1%} on image patches"
         return found
 
-    def pass_values(self, step: int | None = None) -> Float[Tensor, "layer head row key"]:
+    def pass_values(self, step: int | None = None) -> Float[Tensor, "layer head key example"]:
         """The maps of one pass, by its number as in ``axes["step"]``; None: the first of those kept.
 
         Raises InputError for a pass that these maps do not hold.
@@ -88,9 +98,9 @@ class AttentionMaps(Result):
 
         ``step`` is the number of a pass, as in :meth:`pass_values`.
         """
-        number = self.index_of("row", row)
+        number = self.row_number(row)
         values = self.pass_values(step)[self.index_of("layer", layer), self.index_of("head", head)]
-        return on_grid(values[number], self.places[number], image, tile)
+        return on_grid(values[..., number], self.places[number], image, tile)
 
     def patches(self, image: int | None = None) -> Bool[Tensor, "row key"]:
         """Which keys are patches (of one image)."""
@@ -109,7 +119,7 @@ class AttentionMaps(Result):
             own = next((block.tokens for block in blocks if block.tower == where.tower), None)
             if own is not None and not np.array_equal(own.kind, where.tokens.kind[:, : own.n_positions]):
                 raise InputError(f"{where!r} is of another run than these maps.")
-        found = keys_of(Positions.of(where), blocks, self.tower, len(self.axes["row"]), "The choice of keys")
+        found = keys_of(Positions.of(where), blocks, self.tower, len(self.places), "The choice of keys")
         if not found.any():
             raise InputError(f"{described(where)!r} holds no key of these maps.")
         return torch.from_numpy(found)
@@ -138,7 +148,7 @@ class AttentionMaps(Result):
     def peak_in(
         self, where: PositionsLike, *, among: PositionsLike = "patch", tokens: Mapping[str, TokenMap] | None = None
     ) -> AttentionSummary:
-        """Whether each head's attention peaks inside a region: ``values`` ``[layer head row]`` is 1 or 0; averaged over rows, the share of rows.
+        """Whether each head's attention peaks inside a region: ``values`` ``[layer head example]`` is 1 or 0; averaged, the share.
 
         The peak is sought ``among`` the patches, or other positions; equal peaks count in parts. ``uniform`` is the share of those keys that lies
         inside: chance. ``tokens`` as of :meth:`keys`.
@@ -152,14 +162,12 @@ class AttentionMaps(Result):
         inside = self.keys(where, tokens) & sought
         if not bool(inside.any()):
             raise InputError(f"{described(where)!r} holds none of the keys among which the peak is sought; see among=.")
-        values = self.values.masked_fill(~sought, float("-inf"))
+        values = self.values.movedim(-1, 2).masked_fill(~sought, float("-inf"))
         peaks = (values == values.amax(-1, keepdim=True)) & sought
         share = (peaks & inside).sum(-1) / peaks.sum(-1)
         lost = ~inside.any(-1)
-        count = len(set(self.example))
-        warn_of_empty(
-            {described(where): len(without_any(inside, self.example, max(self.example, default=-1) + 1))}, count
-        )
+        rows = self.axes["example"]
+        warn_of_empty({described(where): len(without_any(inside, rows, max(rows, default=-1) + 1))}, len(self.examples))
         warn_undefined(share.masked_fill(lost, 0.0), "a row has no map")
         chance = (inside.sum(-1) / sought.sum(-1)).masked_fill(lost, float("nan"))
         return AttentionSummary(
@@ -170,7 +178,6 @@ class AttentionMaps(Result):
             measure="peak",
             queries=self.query,
             uniform=chance.expand(share.shape[0], -1).clone(),
-            example=self.example,
         )
 
 
@@ -193,7 +200,7 @@ def blocks_from(held: Any, tokens: Mapping[str, TokenMap] | None = None) -> list
 def _map_of(held: Any, tower: str, start: int, first: int, count: int) -> TokenMap:
     """Kinds, patches and boxes of some keys as a token map, without text; the positions before the first key are padding."""
     here = slice(start, start + count)
-    kinds, example = np.array(held.kinds), np.array(held.example or range(len(held.kinds)))
+    kinds, example = np.array(held.kinds), np.array(held.axes["example"])
     rows, length = len(kinds), first + count
 
     def spread(values: Any, missing: Any) -> np.ndarray:
@@ -243,13 +250,14 @@ def attention_maps(
     values = []
     for one, mask in zip(passes, kept, strict=True):
         layers_of_pass = [
-            mean_query(pattern, counted).transpose(0, 1)[..., mask] for pattern, counted in one.each(query)
+            mean_query(pattern, counted)[..., mask].movedim(0, -1) for pattern, counted in one.each(query)
         ]
         values.append(torch.stack(layers_of_pass))
     stacked = torch.stack(values) if several else values[0]
     warn_undefined(stacked, "a row has no query that counts")
     mask = kept[0]
     axes = {**first.axes(stacked.shape[-3]), "key": (mask.nonzero().flatten() + first.blocks[0].first).tolist()}
+    axes["example"] = first.example
     return AttentionMaps(
         values=stacked,
         axes={"step": numbers, **axes} if several else axes,
@@ -263,7 +271,6 @@ def attention_maps(
         kinds=first.key_kind[:, mask.numpy()].tolist(),
         blocks=blocks_of(first),
         query_places=_query_places(first, query),
-        example=first.example,
     )
 
 

@@ -2,7 +2,7 @@
 
 Everything is read off ``attn.hook_pattern`` of one run (asking for it makes the run eager). A pattern's row sums to 1: it is one query's
 attention, in shares. Every number is first a mean over the queries that count, then kept per layer, head and row; rows of a vision tower are
-images.
+images, so that an example may have several.
 
 Which queries count, by default: the last position that is not padding in a tower that reads text in order, every position in the others, and
 only positions whose attention can reach the output. Padding is no query, but where the family reads it (the last position of SigLIP's texts).
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,10 +41,10 @@ _NO_QUERY = "a row has no query that counts (padding never counts)"
 
 @dataclass(frozen=True, eq=False)
 class AttentionSummary(Result):
-    """A number per head: ``values`` is ``[layer head row span]`` for masses, ``[layer head row]`` otherwise.
+    """A number per head: ``values`` is ``[layer head span example]`` for masses, ``[layer head example]`` otherwise.
 
-    ``uniform`` (the same without ``head``) is what a head gives that looks at every key it can see alike. ``example`` says which example each
-    row belongs to. ``unread`` names the layers where no counted query can reach the output: attention there changes nothing.
+    ``uniform`` (the same without ``head``) is what a head gives that looks at every key it can see alike. ``unread`` names the layers where no
+    counted query can reach the output: attention there changes nothing.
     """
 
     tower: str = ""
@@ -52,13 +52,14 @@ class AttentionSummary(Result):
     """"mass" (share of attention), "entropy" (nats), "relative entropy" (share of the largest there could be) or "peak" (share of peaks)."""
     queries: str = ""
     uniform: Tensor = field(default_factory=lambda: torch.zeros(0))
-    example: list[int] = field(default_factory=list)
     unread: list[Any] = field(default_factory=list)
 
+    _per_example: ClassVar[dict[str, int]] = {"uniform": -1}
+
     def highlights(self) -> dict[str, str]:
-        """Of every span (or of the one measure) the head that stands out most from looking at all keys alike, in means over rows."""
+        """Of every span (or of the one measure) the head that stands out most from looking at all keys alike, in means over examples."""
         spans = self.axes.get("span", [self.measure])
-        values, alike = self.values.double().nanmean(2), self.uniform.double().nanmean(1)
+        values, alike = self.mean(), self.mean(quantity="uniform")
         if "span" not in self.axes:
             values, alike = values[..., None], alike[..., None]
         narrow = -1.0 if "entropy" in self.measure else 1.0
@@ -79,14 +80,13 @@ class AttentionSummary(Result):
         index = self.index_of("span", name)
         axes = {key: labels for key, labels in self.axes.items() if key != "span"}
         return AttentionSummary(
-            self.values[..., index],
+            self.values[..., index, :],
             axes,
             {**self.provenance, "span": name},
             self.tower,
             self.measure,
             self.queries,
-            self.uniform[..., index],
-            self.example,
+            self.uniform[..., index, :],
             self.unread,
         )
 
@@ -133,11 +133,11 @@ def attention_mass(
     )
     values, uniform = [], []
     for pattern, counted in patterns.each(queries):
-        mass = (mean_query(pattern, counted) @ members.to(pattern.dtype)).transpose(0, 1)
-        values.append(mass.masked_fill(absent, float("nan")))
+        mass = mean_query(pattern, counted) @ members.to(pattern.dtype)
+        values.append(mass.masked_fill(absent[:, None], float("nan")).movedim(0, -1))
         seen = patterns.visible(pattern).to(pattern.dtype)
         alike = seen @ members.to(pattern.dtype) / seen.sum(-1, keepdim=True)
-        uniform.append(mean_over(alike, counted).masked_fill(absent, float("nan")))
+        uniform.append(mean_over(alike, counted).masked_fill(absent, float("nan")).movedim(0, -1))
     stacked = torch.stack(values)
     warn_undefined(stacked.masked_fill(absent, 0.0), _NO_QUERY)
     return _summary(patterns, "attention_mass", "mass", queries, stacked, torch.stack(uniform), {"span": list(spans)})
@@ -234,16 +234,15 @@ def _summary(
     queries: PositionsLike,
     values: Tensor,
     uniform: Tensor,
-    last: dict[str, list[Any]],
+    inner: dict[str, list[Any]],
 ) -> AttentionSummary:
     return AttentionSummary(
         values=values,
-        axes={**patterns.axes(values.shape[1]), **last},
+        axes={**patterns.axes(values.shape[1]), **inner, "example": patterns.example},
         provenance=patterns.provenance(method, queries),
         tower=patterns.tower,
         measure=measure,
         queries=described(queries),
         uniform=uniform,
-        example=patterns.example,
         unread=patterns.unread(queries),
     )

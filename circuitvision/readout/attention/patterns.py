@@ -184,8 +184,8 @@ class Patterns:
         return (pattern.amax(1) > 0) & torch.from_numpy(present(self.key_kind))[:, None]
 
     def axes(self, n_heads: int) -> dict[str, list[Any]]:
-        """The axes that results share: layer, head and row."""
-        return {"layer": self.layers, "head": list(range(n_heads)), "row": list(range(self.own.n_rows))}
+        """The axes that results share: layer and head, before those of their own and :attr:`example`."""
+        return {"layer": self.layers, "head": list(range(n_heads))}
 
     def provenance(self, method: str, queries: PositionsLike) -> dict[str, Any]:
         """Where a result read off these patterns comes from."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ _FUSIONS = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1), "min": lamb
 
 @dataclass(frozen=True, eq=False)
 class AttentionRollout(Result):
-    """Attention multiplied up over layers: ``values`` is ``[layer row query key]``, the product of all layers up to and with that one.
+    """Attention multiplied up over layers: ``values`` is ``[layer query key example]``, the product of all layers up to and with that one.
 
     Rows sum to 1; rows of padding that nothing reads are NaN. :meth:`of` takes one query's row as maps that lie over the image.
     """
@@ -47,7 +47,8 @@ class AttentionRollout(Result):
     frames: Tensor = field(default_factory=lambda: torch.zeros(0))
     kinds: list[list[str]] = field(default_factory=list)
     blocks: list[list[Any]] = field(default_factory=list)
-    example: list[int] = field(default_factory=list)
+
+    _per_example: ClassVar[dict[str, int]] = {"places": 0, "boxes": 0, "shares": 0, "frames": 0, "kinds": 0}
 
     @with_provenance
     def of(self, query: PositionsLike, tokens: Mapping[str, TokenMap] | None = None) -> AttentionMaps:
@@ -57,15 +58,16 @@ class AttentionRollout(Result):
 
         Raises InputError if there is no such position.
         """
-        there = self.values.isfinite().all(-1).any(0) | torch.from_numpy(present(np.array(self.kinds)))
+        there = self.values.isfinite().all(-2).any(0).T | torch.from_numpy(present(np.array(self.kinds)))
         blocks = blocks_from(self, tokens)
         counted = (
             torch.from_numpy(keys_of(Positions.of(query), blocks, self.tower, len(self.kinds), "The query")) & there
         )
         if not bool(counted.any()):
             raise InputError(f"query={described(query)!r} leaves no position that is not padding.")
-        values = mean_query(self.values.nan_to_num(0.0).transpose(0, 1), counted).transpose(0, 1)[:, None]
-        axes = {"layer": self.axes["layer"], "head": ["rollout"], "row": self.axes["row"], "key": self.axes["key"]}
+        values = mean_query(self.values.nan_to_num(0.0).movedim(-1, 0), counted).movedim(0, -1)[:, None]
+        axes = {"layer": self.axes["layer"], "head": ["rollout"], "key": self.axes["key"]}
+        axes["example"] = self.axes["example"]
         return AttentionMaps(
             values=values,
             axes=axes,
@@ -80,7 +82,6 @@ class AttentionRollout(Result):
             kinds=self.kinds,
             blocks=self.blocks,
             query_places=single_places(counted, self.places),
-            example=self.example,
         )
 
 
@@ -135,8 +136,8 @@ def rollout(
     warn_undefined(stacked[:, real], "no attention is left in a row; take residual > 0 or another head_fusion")
     positions = list(range(patterns.own.n_positions))
     return AttentionRollout(
-        values=stacked.masked_fill(~real[None, :, :, None], float("nan")),
-        axes={"layer": steps, "row": list(range(patterns.own.n_rows)), "query": positions, "key": positions},
+        values=stacked.masked_fill(~real[None, :, :, None], float("nan")).movedim(1, -1),
+        axes={"layer": steps, "query": positions, "key": positions, "example": patterns.example},
         provenance=patterns.provenance(f"rollout(residual={residual}, {head_fusion}, discard={discard})", "all"),
         tower=patterns.tower,
         places=patterns.places(),
@@ -145,7 +146,6 @@ def rollout(
         frames=patterns.frames(),
         kinds=patterns.key_kind.tolist(),
         blocks=blocks_of(patterns),
-        example=patterns.example,
     )
 
 

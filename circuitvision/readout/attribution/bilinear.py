@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -35,13 +35,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class BilinearAttribution(Result):
-    """``values [image_term text_term image text]`` in logits; they sum, with ``bias``, to ``total [image text]``.
+    """``values [image_term text_term text example]`` in logits, an example being an image; they sum, with ``bias``, to ``total [text example]``.
 
     With prompts in place of the run's texts the text axis has one term, the whole embedding.
     """
 
     total: Tensor = field(default_factory=lambda: torch.zeros(0))
     bias: float = 0.0
+
+    _per_example: ClassVar[dict[str, int]] = {"total": -1}
 
     def highlights(self) -> dict[str, str]:
         """The strongest pairs of terms of the first image with the first text."""
@@ -54,7 +56,7 @@ class BilinearAttribution(Result):
             )
         return {**found, "score of image 0 with text 0": f"{float(self.total[0, 0]):+.4g}"}
 
-    def image_terms(self) -> Float[Tensor, "image_term image text"]:
+    def image_terms(self) -> Float[Tensor, "image_term text example"]:
         """What each term of the image tower adds, summed over the text tower's."""
         return self.values.sum(1)
 
@@ -98,17 +100,17 @@ def bilinear_attribution(
         else:
             text_terms, texts, text_labels = ["text"], embeddings[None].to(images), list(prompts or ())
         scale = parameter(module, "logit_scale").exp().to(images)
-        values = torch.einsum("amd,btd->abmt", images, texts) * scale
+        values = torch.einsum("amd,btd->abtm", images, texts) * scale
         has_bias = getattr(module, "logit_bias", None) is not None
         bias = float(parameter(module, "logit_bias")) if has_bias else 0.0
-        total = (images.sum(0) @ texts.sum(0).T) * scale + bias
+        total = (texts.sum(0) @ images.sum(0).T) * scale + bias
     return BilinearAttribution(
         values=values.cpu(),
         axes={
             "image_term": image_terms,
             "text_term": text_terms,
-            "image": list(range(values.shape[2])),
             "text": text_labels,
+            "example": list(range(values.shape[3])),
         },
         provenance=describe(model, method=f"bilinear_attribution(by={by})", inputs=(cache.inputs,)),
         total=total.cpu(),

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Int
@@ -50,6 +50,7 @@ from circuitvision.readout.over_data import DataReading, answers_of, of_batch, o
 from circuitvision.readout.patch_coords import named_positions, places_of, shares_of
 from circuitvision.readout.recorded import check_hooked, chosen_layers, examples_of, tokens_of
 from circuitvision.results import Result
+from circuitvision.statistics import by_example
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,25 +65,27 @@ def _none() -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Attribution(Result):
-    """What each term adds to a direction: ``values [term row]`` in the direction's units (logits; a robot's own units for actions).
+    """What each term adds to a direction: ``values [term example]`` in the direction's units (logits; a robot's own units for actions).
 
-    ``total`` ``[row]`` is the value explained; ``values.sum(0) == total``. The term ``bias`` holds the biases of norm and head. In a run under hooks
-    ``L{layer}.rest`` (behind the tower's name) is what they put into the stream of that block, which no attention and no MLP wrote. Where the family
-    caps its logits (PaliGemma 2), ``total`` is the value before the cap, and ``capped`` ``[row]`` what the model says; elsewhere both are the same.
+    ``total`` ``[example]`` is the value explained; ``values.sum(0) == total``. The term ``bias`` holds the biases of norm and head. In a run under
+    hooks ``L{layer}.rest`` (behind the tower's name) is what they put into the stream of that block, which no attention and no MLP wrote. Where the
+    family caps its logits (PaliGemma 2), ``total`` is the value before the cap, and ``capped`` ``[example]`` what the model says; elsewhere both are
+    the same.
     """
 
     tower: str = ""
     direction: str = ""
     total: Tensor = field(default_factory=_none)
     capped: Tensor = field(default_factory=_none)
-    example: list[int] = field(default_factory=list)
+
+    _per_example: ClassVar[dict[str, int]] = {"total": -1, "capped": -1}
 
     def highlights(self) -> dict[str, str]:
         """The strongest terms, and what all add up to."""
         strongest = {name: f"{value:+.4g}" for name, value in self.top(5)}
-        summed = f"{float(self.total.double().mean()):+.4g} ({self.direction})"
+        summed = f"{float(self.mean(quantity='total')):+.4g} ({self.direction})"
         if self.is_capped:
-            summed += f" before the soft cap, {float(self.capped.double().mean()):+.4g} under it"
+            summed += f" before the soft cap, {float(self.mean(quantity='capped')):+.4g} under it"
         return {**strongest, "all terms": summed}
 
     @property
@@ -91,13 +94,13 @@ class Attribution(Result):
         return bool(self.capped.numel()) and not torch.equal(self.total, self.capped)
 
     def top(self, count: int = 10) -> list[tuple[str, float]]:
-        """The terms with the largest mean share in size, with their signed means over rows."""
-        mean = self.values.double().mean(-1)
+        """The terms with the largest mean share in size, with their signed means over examples."""
+        mean = self.mean()
         order = mean.abs().argsort(descending=True)[:count].tolist()
         return [(self.axes["term"][index], float(mean[index])) for index in order]
 
     def __getitem__(self, term: str) -> Tensor:
-        """One term's share ``[row]``; heads, neurons, MLPs and attention layers in any spelling, and without the tower."""
+        """One term's share ``[example]``; heads, neurons, MLPs and attention layers in any spelling, and without the tower."""
         return self.values[self.index_of("term", self._label(term))]
 
     def _label(self, term: Any) -> Any:
@@ -111,10 +114,10 @@ class Attribution(Result):
 
 @dataclass(frozen=True, eq=False)
 class SourceAttribution(Result):
-    """What each head takes from each position: ``values [layer head row position]``; the sum over positions is the head's share.
+    """What each head takes from each position: ``values [layer head position example]``; the sum over positions is the head's share.
 
     Positions count keys: cached ones of another tower first, where there are any. ``places`` are theirs in the image (-1 elsewhere), ``kinds``
-    what they are; ``example`` says which example each row belongs to.
+    what they are.
     """
 
     tower: str = ""
@@ -122,18 +125,19 @@ class SourceAttribution(Result):
     places: Tensor = field(default_factory=_none)
     words: list[list[str]] = field(default_factory=list)
     kinds: list[list[str]] = field(default_factory=list)
-    example: list[int] = field(default_factory=list)
     shares: Tensor = field(default_factory=_none)
 
-    def to_frame(self) -> pd.DataFrame:
+    _per_example: ClassVar[dict[str, int]] = {"places": 0, "words": 0, "kinds": 0, "shares": 0}
+
+    def _long_frame(self) -> pd.DataFrame:
         """One row per value, with the ``token`` at each position."""
-        return named_positions(self, super().to_frame(), self.words)
+        return named_positions(self, super()._long_frame(), self.words)
 
     def highlights(self) -> dict[str, str]:
-        """The heads that take most, and how much of it from image patches; mean over rows."""
-        values = self.values.double()
-        heads, size = values.sum(-1).mean(-1), values.abs().sum(-1).mean(-1)
-        patches = (values * (self.places[..., 0] >= 0)).sum(-1).mean(-1)
+        """The heads that take most, and how much of it from image patches; mean over examples."""
+        values, labels = self.values.double(), self.axes["example"]
+        parts = (values, values.abs(), values * (self.places[..., 0] >= 0).T)
+        heads, size, patches = (by_example(part.sum(-2), labels).mean(-1) for part in parts)
         found = {}
         for flat in size.nan_to_num(-1.0).flatten().argsort(descending=True)[:5].tolist():
             layer, head = divmod(flat, heads.shape[1])
@@ -203,7 +207,7 @@ def direct_attribution(
     labels, shares = _shares(stream, found, by, layers)
     return Attribution(
         values=torch.stack([*shares, found.constant]).cpu(),
-        axes={"term": [*labels, "bias"], "row": list(range(found.value.shape[0]))},
+        axes={"term": [*labels, "bias"], "example": _examples(model, read_tower, stream.cache, found.value.shape[0])},
         provenance=describe(
             model,
             method=f"direct_attribution(tower={read_tower.name}, by={by}, direction={found.label})",
@@ -213,7 +217,6 @@ def direct_attribution(
         direction=found.label,
         total=found.value.cpu(),
         capped=found.capped.cpu(),
-        example=_examples(model, read_tower, stream.cache, found.value.shape[0]),
     )
 
 
@@ -310,12 +313,12 @@ def source_attribution(
     values = torch.stack([_sources(there, layer, gradient) for layer in chosen])
     places, shares, words, kinds = sources_of(stream, values.shape[-1])
     return SourceAttribution(
-        values=values.cpu(),
+        values=values.cpu().movedim(2, -1),
         axes={
             "layer": chosen,
             "head": list(range(values.shape[1])),
-            "row": list(range(values.shape[2])),
             "position": list(range(values.shape[3])),
+            "example": _examples(model, read_tower, stream.cache, values.shape[2]),
         },
         provenance=describe(
             model,
@@ -327,7 +330,6 @@ def source_attribution(
         places=places,
         words=words,
         kinds=kinds,
-        example=_examples(model, read_tower, stream.cache, values.shape[2]),
         shares=shares,
     )
 

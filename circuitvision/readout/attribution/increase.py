@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -49,19 +49,19 @@ _VECTORS = 4096
 
 @dataclass(frozen=True, eq=False)
 class LogProbIncrease(Result):
-    """``values`` in nats: ``[layer part row]`` (attn, mlp), ``[layer head row]`` or ``[layer neuron row]``."""
+    """``values`` in nats: ``[layer part example]`` (attn, mlp), ``[layer head example]`` or ``[layer neuron example]``."""
 
     tower: str = ""
     answer: str = ""
 
     def highlights(self) -> dict[str, str]:
-        """What moves the answer most, in nats, mean over rows."""
+        """What moves the answer most, in nats, mean over examples."""
         return {**rank_components(self, by="size").highlights(), "answer": self.answer}
 
 
 @dataclass(frozen=True, eq=False)
 class SourceIncrease(LogProbIncrease):
-    """``values`` in nats, of what each head takes from each position: ``[layer head row position]``; they do not add up to the head's.
+    """``values`` in nats, of what each head takes from each position: ``[layer head position example]``; they do not add up to the head's.
 
     ``places`` are those of the positions in the image (-1 elsewhere), ``words`` their tokens.
     """
@@ -71,18 +71,20 @@ class SourceIncrease(LogProbIncrease):
     kinds: list[list[str]] = field(default_factory=list)
     shares: Tensor = field(default_factory=lambda: torch.zeros(0))
 
+    _per_example: ClassVar[dict[str, int]] = {"places": 0, "words": 0, "kinds": 0, "shares": 0}
+
     @property
     def direction(self) -> str:
         """What the values are of."""
         return f"log p({self.answer})"
 
-    def to_frame(self) -> pd.DataFrame:
+    def _long_frame(self) -> pd.DataFrame:
         """One row per value, with the ``token`` at each position."""
-        return named_positions(self, super().to_frame(), self.words)
+        return named_positions(self, super()._long_frame(), self.words)
 
     def highlights(self) -> dict[str, str]:
-        """The sources that move the answer most, in nats, mean over rows."""
-        mean = self.values.double().mean(2)
+        """The sources that move the answer most, in nats, mean over examples."""
+        mean = self.mean()
         order = mean.abs().nan_to_num(-1.0).flatten().argsort(descending=True)[:5].tolist()
         found = {}
         for flat in order:
@@ -135,15 +137,17 @@ def log_prob_increase(
         values = torch.stack([scorer.layer(layer, by) for layer in numbers])
     inner = {"component": "part", "source": "head"}.get(by, by)
     parts = ["attn", "mlp"] if by == "component" else list(range(values.shape[1]))
-    axes: dict[str, list[Any]] = {"layer": numbers, inner: parts, "row": list(range(values.shape[2]))}
+    axes: dict[str, list[Any]] = {"layer": numbers, inner: parts}
+    examples = examples_of(stream.cache, read_tower.name, values.shape[2])[0].tolist()
     method = f"log_prob_increase(tower={read_tower.name}, by={by}, answer={answer})"
     provenance = describe(model, method=method, inputs=(stream.cache.inputs,))
     named = _called(model, read_tower, chosen, answer)
     if by != "source":
-        return LogProbIncrease(values.cpu(), axes, provenance, read_tower.name, named)
-    axes["position"] = list(range(values.shape[3]))
+        return LogProbIncrease(values.cpu(), {**axes, "example": examples}, provenance, read_tower.name, named)
+    axes |= {"position": list(range(values.shape[3])), "example": examples}
     places, shares, words, kinds = sources_of(stream, values.shape[3])
-    return SourceIncrease(values.cpu(), axes, provenance, read_tower.name, named, places, words, kinds, shares)
+    values = values.cpu().movedim(2, -1)
+    return SourceIncrease(values, axes, provenance, read_tower.name, named, places, words, kinds, shares)
 
 
 def _called(model: HookedModel, read_tower: Tower, chosen: Targets, answer: Any) -> str:
@@ -225,7 +229,7 @@ class _Scorer:
     """
 
     def __init__(self, read_tower: Tower, stream: Stream, chosen: Targets, final: Tensor, where: Tensor) -> None:
-        self.owner, self.stream, self.where = read_tower, stream, where
+        self.read_tower, self.stream, self.where = read_tower, stream, where
         self.link = link(read_tower)
         self.rows = torch.arange(final.shape[0], device=final.device)
         self.dtype = read_tower.dtype
@@ -241,14 +245,14 @@ class _Scorer:
 
     def logits(self, vectors: Float[Tensor, "row n d_model"]) -> Float[Tensor, "row n n_out"]:
         """The read-out of vectors with the run's denominator, before a soft cap, in float32 at least."""
-        reading = Reading(self.owner, self.stream.cache, norm="frozen", reference=self.scale, capped=False)
+        reading = Reading(self.read_tower, self.stream.cache, norm="frozen", reference=self.scale, capped=False)
         vectors = vectors.to(self.dtype)
         out = reading.positions(vectors, 1, self.scale.expand_as(vectors))
         return out if out.dtype == torch.float64 else out.float()
 
     def score(self, x: Float[Tensor, "row d_model"], vectors: Float[Tensor, "n row d_model"]) -> Float[Tensor, "n row"]:
         """The increase of each vector at ``x``."""
-        cap = Reading(self.owner, self.stream.cache).cap
+        cap = Reading(self.read_tower, self.stream.cache).cap
         before, offset = self.logits(x[:, None]), self.logits(torch.zeros_like(x[:, None]))
         found = []
         width = max(1, _VECTORS // len(self.rows))

@@ -177,11 +177,12 @@ def _averaged(
             f"No position that is read here is one of {lost[0]!r} ({Positions.of(several[lost[0]]).text})."
         )
     count = tokens.n_examples
-    warn_of_empty({name: len(without_any(mask, whole.example, count)) for name, mask in chosen.items()}, count)
+    owners = whole.axes["example"]
+    warn_of_empty({name: len(without_any(mask, owners, count)) for name, mask in chosen.items()}, count)
     # What lies outside a choice does not count, not even as a NaN.
-    means = [torch.where(own[..., None], whole.values, 0.0).sum(-2) / own.sum(-1)[:, None] for own in chosen.values()]
-    values = torch.stack(means, dim=-2)
-    labels, rows = list(chosen), len(whole.axes["row"])
+    means = [torch.where(own.T[:, None], whole.values, 0.0).sum(-3) / own.sum(-1) for own in chosen.values()]
+    values = torch.stack(means, dim=-3)
+    labels, rows = list(chosen), len(owners)
     none = torch.zeros(0, dtype=torch.long)
     return replace(
         whole,
@@ -396,20 +397,23 @@ def _result(
     targets = reader.targets
     last = {"rank": list(range(1, values.shape[-1] + 1))} if targets is None else {"target": targets.labels}
     pooled = [part.pooled for part in parts]
-    kept = [torch.stack(column) for column in zip(*pooled, strict=True)] if None not in pooled else [_none()] * 3  # type: ignore[arg-type]
+    kept = (
+        [torch.stack(column).movedim(1, -1) for column in zip(*pooled, strict=True)]
+        if None not in pooled
+        else [_none()] * 3
+    )  # type: ignore[arg-type]
     unique = sorted({int(number) for number in torch.cat([ids.flatten(), kept[1].flatten()]).unique()})
     return LensResult(
-        values=values,
-        axes={axis: labels, **heads, "row": list(range(rows)), "position": positions, **last},
+        values=values.movedim(-3, -1),
+        axes={axis: labels, **heads, "position": positions, **last, "example": example},
         provenance=describe(model, method=_method(reader, measure, norm, step), inputs=(reader.cache.inputs,)),
         tower=reader.tower.name,
         measure=measure,
-        ids=ids,
+        ids=ids.movedim(-3, -1),
         places=places,
         shares=shares,
-        example=example,
         norm=norm,
-        ranks=ranks if targets is not None else _none(),
+        ranks=ranks.movedim(-3, -1) if targets is not None else _none(),
         n_outputs=parts[0].size,
         pooled=kept[0],
         pooled_ids=kept[1],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Int
@@ -28,13 +28,13 @@ def _none() -> Tensor:
 class LensResult(LensSummaries):
     """The lens at every site and position.
 
-    ``values`` is ``[layer row position target]`` (``site`` in place of ``layer`` where several kinds were read, a ``head`` axis after it for
-    sites with heads): layer ``"input"`` is what enters block 0, layer ``l`` is block ``l``. With ``top_k`` the last axis is ``rank``. ``ids``
-    ``[… rank]`` are the highest columns at every place, ``names`` what they are called. With targets, ``ranks`` is 1 plus how many columns are
-    strictly higher, out of ``n_outputs`` (0 where there is none: no number, or the joint value of several subword tokens). ``pooled`` ``[layer row
-    target]`` and ``pooled_ids`` are the same for the family's pooled output. ``places`` is ``[row position 4]``: image, tile, patch row and patch
-    column, -1 where a position is no patch; ``words`` labels positions, ``columns`` says what the columns are (tokens, classes, actions, …),
-    ``step`` which pass was read (None: there was one), ``example`` says which example a row belongs to.
+    ``values`` is ``[layer position target example]`` (``site`` in place of ``layer`` where several kinds were read, a ``head`` axis after it for
+    sites with heads): layer ``"input"`` is what enters block 0, layer ``l`` is block ``l``. With ``top_k`` the axis ``rank`` stands in place of
+    ``target``. ``ids`` ``[… rank example]`` are the highest columns at every place, ``names`` what they are called. With targets, ``ranks`` is 1
+    plus how many columns are strictly higher, out of ``n_outputs`` (0 where there is none: no number, or the joint value of several subword tokens).
+    ``pooled`` ``[layer target example]`` and ``pooled_ids`` are the same for the family's pooled output. ``places`` is ``[example position 4]``:
+    image, tile, patch row and patch column, -1 where a position is no patch; ``words`` labels positions, ``columns`` says what the columns are
+    (tokens, classes, actions, …), ``step`` which pass was read (None: there was one).
     """
 
     tower: str = ""
@@ -42,7 +42,6 @@ class LensResult(LensSummaries):
     ids: Tensor = field(default_factory=_none)
     places: Tensor = field(default_factory=_none)
     shares: Tensor = field(default_factory=_none)
-    example: list[int] = field(default_factory=list)
     norm: str = "own"
     ranks: Tensor = field(default_factory=_none)
     n_outputs: int = 0
@@ -55,9 +54,14 @@ class LensResult(LensSummaries):
     columns: str = "tokens"
     step: int | None = None
 
-    def to_frame(self) -> pd.DataFrame:
+    _per_example: ClassVar[dict[str, int]] = {
+        **dict.fromkeys(("ids", "ranks", "pooled", "pooled_ids", "pooled_ranks"), -1),
+        **dict.fromkeys(("places", "shares", "words", "kinds"), 0),
+    }
+
+    def _long_frame(self) -> pd.DataFrame:
         """As of every result, with the ``token`` at each position; by rank, the column ``output`` names what is at each rank."""
-        frame = named_positions(self, super().to_frame(), self.words)
+        frame = named_positions(self, super()._long_frame(), self.words)
         if "rank" in self.axes:
             frame["output"] = [self.names.get(str(number), str(number)) for number in self.ids.flatten().tolist()]
         return frame
@@ -67,19 +71,19 @@ class LensResult(LensSummaries):
         if "head" in self.axes or not self.ids.numel() or self.columns == "actions":
             return {}
         found = {}
-        for row in range(min(len(self.axes["row"]), 3)):
+        for row in range(min(len(self.axes["example"]), 3)):
             kinds = self.kinds[row] if self.kinds else [""]
             at = max((at for at, kind in enumerate(kinds) if kind not in ABSENT), default=-1)
-            best = self.pooled_ids[-1, row] if self.pooled_ids.numel() else self.ids[-1, row, at]
+            best = self.pooled_ids[-1, :, row] if self.pooled_ids.numel() else self.ids[-1, at, :, row]
             where = "" if self.pooled_ids.numel() else f" at position {self.axes['position'][at]}"
             words = [self.names.get(str(int(number)), str(int(number))) for number in best[:3]]
             found[f"row {row}, highest{where}"] = ", ".join(words)
         return found
 
     @property
-    def best(self) -> Int[Tensor, "layer row position"]:
+    def best(self) -> Int[Tensor, "layer position example"]:
         """The highest column at every place."""
-        return self.ids[..., 0]
+        return self.ids[..., 0, :]
 
     @with_provenance
     def contrast(self, answer: Any, foil: Any) -> LensResult:
@@ -92,12 +96,12 @@ class LensResult(LensSummaries):
                 "A contrast is between two targets; this lens was read with top_k=. Read it with targets=[answer, foil]."
             )
         first, second = self.target(answer), self.target(foil)
-        pooled = self.pooled[..., first] - self.pooled[..., second] if self.pooled.numel() else self.pooled
+        pooled = self.pooled[..., first, :] - self.pooled[..., second, :] if self.pooled.numel() else self.pooled
         return replace(
             self,
-            values=(self.values[..., first] - self.values[..., second])[..., None],
+            values=(self.values[..., first, :] - self.values[..., second, :])[..., None, :],
             axes={**self.axes, "target": [f"{answer} - {foil}"]},
-            pooled=pooled[..., None] if self.pooled.numel() else pooled,
+            pooled=pooled[..., None, :] if self.pooled.numel() else pooled,
             ranks=_none(),
             pooled_ranks=_none(),
         )
@@ -116,28 +120,6 @@ class LensResult(LensSummaries):
             return int(label)
         return self.index_of(axis, label)
 
-    @with_provenance
-    def row(self, row: int) -> LensResult:
-        """One row alone."""
-        number = self.index_of("row", row)
-        at = list(self.axes).index("row")
-        cut: dict[str, Any] = {
-            name: getattr(self, name).narrow(at, number, 1)
-            for name in ("ids", "ranks", "pooled", "pooled_ids", "pooled_ranks")
-            if getattr(self, name).numel()
-        }
-        for name in ("example", "words", "kinds"):
-            cut[name] = getattr(self, name)[number : number + 1]
-        axes = {**self.axes, "row": [self.axes["row"][number]]}
-        return replace(
-            self,
-            values=self.values.narrow(at, number, 1),
-            axes=axes,
-            places=self.places[number : number + 1],
-            shares=self.shares[number : number + 1],
-            **cut,
-        )
-
     def patch_grid(
         self, layer: Any, row: int = 0, image: int = 0, tile: int | None = None, target: Any = None
     ) -> Tensor:
@@ -152,9 +134,9 @@ class LensResult(LensSummaries):
         """
         if "head" in self.axes:
             raise InputError("This lens has a head axis; read a site without heads to lay it over an image.")
-        number = self.index_of("row", row)
+        number = self.row_number(row)
         index = 0 if target is None else self.target(target)
-        return on_grid(self.values[self.index(layer), number, :, index], self.places[number], image, tile)
+        return on_grid(self.values[self.index(layer), :, index, number], self.places[number], image, tile)
 
     def index(self, layer: Any) -> int:
         """The index of a layer or site on the first axis."""

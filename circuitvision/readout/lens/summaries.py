@@ -46,7 +46,7 @@ class LensSummary(Result):
     def highlights(self) -> dict[str, str]:
         """The measure at the first and at the last layer, the mean over everything else, beside chance."""
         axis = "layer" if "layer" in self.axes else next(iter(self.axes))
-        lines = self.values.double().movedim(list(self.axes).index(axis), 0).flatten(1).nanmean(1)
+        lines = self.mean().movedim(list(self.axes).index(axis), 0).reshape(len(self.axes[axis]), -1).nanmean(1)
         ends = " … ".join(f"{float(lines[at]):.3g} ({axis} {self.axes[axis][at]})" for at in (0, -1))
         chance = "" if self.chance != self.chance else f", by chance {self.chance:.3g}"
         return {self.measure: ends + chance}
@@ -76,12 +76,11 @@ class LensSummaries(Result):
     ids: Tensor
     ranks: Tensor
     n_outputs: int
-    example: list[int]
     kinds: list[list[str]]
 
     @with_provenance
     def identifiability(self, positions: LensPositions = None) -> LensSummary:
-        """``1 - (rank - 1)/K`` of every target, axes ``layer row target``. Raises InputError for a lens without targets, or no such position."""
+        """``1 - (rank - 1)/K`` of every target, axes ``layer target example``. Raises InputError for a lens without targets, or no such position."""
         _check_ranks(self)
         found = torch.where(self.ranks > 0, 1 - (self.ranks.double() - 1) / self.n_outputs, float("nan"))
         chance = (self.n_outputs + 1) / (2 * self.n_outputs)
@@ -89,7 +88,7 @@ class LensSummaries(Result):
 
     @with_provenance
     def change_rate(self, positions: LensPositions = None) -> LensSummary:
-        """Share of positions whose value of a target rises from one layer to the next: axes ``layer row target``, from the second layer on.
+        """Share of positions whose value of a target rises from one layer to the next: axes ``layer target example``, from the second layer on.
 
         Raises InputError for anything but the default sites, with targets.
         """
@@ -104,7 +103,7 @@ class LensSummaries(Result):
 
     @with_provenance
     def top_k_rate(self, k: int = 5, positions: LensPositions = None) -> LensSummary:
-        """Share of positions where a target is among the ``k`` highest columns: axes ``layer row target``.
+        """Share of positions where a target is among the ``k`` highest columns: axes ``layer target example``.
 
         Raises InputError for a lens without targets, or a ``k`` beyond its columns.
         """
@@ -115,51 +114,57 @@ class LensSummaries(Result):
 
     @with_provenance
     def top_k_agreement(self, other: LensSummaries, k: int = 5, positions: LensPositions = None) -> LensSummary:
-        """Share of the ``k`` highest columns that this lens and another of the same sites and rows both name: axes ``layer row``.
+        """Share of the ``k`` highest columns that this lens and another of the same sites and rows both name: axes ``layer example``.
 
         Five columns are kept at every place, more with ``top_k=``. Raises InputError for lenses that do not fit, or a ``k`` beyond what is kept.
         """
-        if self.ids.shape[:-1] != other.ids.shape[:-1] or self.n_outputs != other.n_outputs:
+        first, second = self.ids[..., 0, :], other.ids[..., 0, :]
+        if first.shape != second.shape or self.n_outputs != other.n_outputs:
             raise InputError(
-                f"The lenses have columns of {tuple(self.ids.shape[:-1])} and {tuple(other.ids.shape[:-1])} places, of {self.n_outputs} and "
+                f"The lenses have columns of {tuple(first.shape)} and {tuple(second.shape)} places, of {self.n_outputs} and "
                 f"{other.n_outputs}; read the same sites of the same rows."
             )
-        _check_k(k, min(self.ids.shape[-1], other.ids.shape[-1]))
-        both = (self.ids[..., :k, None] == other.ids[..., None, :k]).any(-1).double().mean(-1)
+        _check_k(k, min(self.ids.shape[-2], other.ids.shape[-2]))
+        both = (self.ids[..., :k, None, :] == other.ids[..., None, :k, :]).any(-2).double().mean(-2)
         both = both.where(~(_lost(self) | _lost(other)), float("nan"))
-        values = _mean(both[..., None], _mask(self, positions))[..., 0]
+        values = _mean(both[..., None, :], _mask(self, positions))[..., 0, :]
         return _summary(self, values, f"top-{k} agreement", k / self.n_outputs, last=False)
 
     @with_provenance
     def match_rates(self, attention: LensSummaries, mlp: LensSummaries, positions: LensPositions = None) -> LensSummary:
         """How often the highest column after a layer is that of its attention output, its MLP output, the stream before it, or of none.
 
-        This lens starts with the input of block 0; the others are lenses of ``attn_out`` and ``mlp_out``. Axes ``source layer row``; sources
+        This lens starts with the input of block 0; the others are lenses of ``attn_out`` and ``mlp_out``. Axes ``source layer example``; sources
         overlap, but for "none". Raises InputError for other lenses, or of different rows.
         """
         layers = attention.axes.get("layer")
         if layers is None or mlp.axes.get("layer") != layers or self.axes.get("layer") != ["input", *layers]:
             raise InputError("match_rates compares lenses of the same layers; the stream's starts with 'input'.")
-        best, of_attention, of_mlp = (lens.ids[..., 0] for lens in (self, attention, mlp))
+        best, of_attention, of_mlp = (lens.ids[..., 0, :] for lens in (self, attention, mlp))
         if not best.shape[1:] == of_attention.shape[1:] == of_mlp.shape[1:]:
             raise InputError("match_rates compares lenses of the same rows and positions, without a head axis.")
         after, before = best[1:], best[:-1]
         same = torch.stack([after == of_attention, after == of_mlp, after == before])
         same = torch.cat([same, ~same.any(0, keepdim=True)]).double()
         lost = _lost(self)[1:] | _lost(self)[:-1] | _lost(attention) | _lost(mlp)
-        values = _mean(same.where(~lost, float("nan"))[..., None], _mask(self, positions))[..., 0]
-        axes = {"source": ["attention", "mlp", "stream before", "none"], "layer": layers, "row": self.axes["row"]}
+        values = _mean(same.where(~lost, float("nan"))[..., None, :], _mask(self, positions))[..., 0, :]
+        axes = {"source": ["attention", "mlp", "stream before", "none"], "layer": layers}
+        axes["example"] = self.axes["example"]
         return LensSummary(values, axes, self.provenance, measure="match rate", tower=self.tower)
 
     @with_provenance
     def change_from(self, stream: LensSummaries) -> LensSummary:
-        """What a branch says of a target beside the stream it reads, ``lens(branch_l) - lens(stream before l)``: axes ``layer row position target``.
+        """What a branch says of a target beside the stream it reads, ``lens(branch_l) - lens(stream before l)``.
+
+        Axes ``layer position target example``.
 
         Raises InputError for lenses of different towers, targets, measures, norms or rows.
         """
-        for name in ("tower", "measure", "norm", "example"):
+        for name in ("tower", "measure", "norm"):
             if getattr(self, name) != getattr(stream, name):
                 raise InputError(f"The lenses differ in {name}: {getattr(self, name)!r} and {getattr(stream, name)!r}.")
+        if self.axes["example"] != stream.axes["example"]:
+            raise InputError("The lenses are of other examples, or of their rows in another order.")
         if self.axes.get("target") != stream.axes.get("target") or "target" not in self.axes:
             raise InputError(
                 f"The lenses have other targets: {self.axes.get('target')} and {stream.axes.get('target')}."
@@ -189,8 +194,10 @@ class LensSummaries(Result):
         if not bool(inside.any()) or not bool((pool & ~inside).any()):
             raise InputError("Both sides of the difference need at least one position.")
 
+        by_row = self.values.movedim(-1, 1)
+
         def means(chosen: Tensor) -> tuple[Tensor, Tensor]:
-            return tuple(self.values[:, part].double().mean(1) for part in (chosen, pool & ~chosen))  # type: ignore[return-value]
+            return tuple(by_row[:, part].double().mean(1) for part in (chosen, pool & ~chosen))  # type: ignore[return-value]
 
         first, rest = means(inside)
         generator = torch.Generator().manual_seed(seed)
@@ -205,9 +212,9 @@ class LensSummaries(Result):
 def _summary(
     lens: LensSummaries, values: Tensor, measure: str, chance: float, last: bool = True, **axes: list[Any]
 ) -> LensSummary:
-    """A mean over positions: the lens's axes without that of positions (and without the last one), some of them replaced."""
-    kept = list(lens.axes.items()) if last else list(lens.axes.items())[:-1]
-    named = {name: axes.get(name, labels) for name, labels in kept if name != "position"}
+    """A mean over positions: the lens's axes without that of positions (and without that of targets or ranks), some of them replaced."""
+    left_out = ("position",) if last else ("position", "target", "rank")
+    named = {name: axes.get(name, labels) for name, labels in lens.axes.items() if name not in left_out}
     return LensSummary(values, named, lens.provenance, measure=measure, chance=chance, tower=lens.tower)
 
 
@@ -223,9 +230,9 @@ def _check_k(k: int, most: int) -> None:
         )
 
 
-def _lost(lens: LensSummaries) -> Bool[Tensor, "layer row pos"]:
+def _lost(lens: LensSummaries) -> Bool[Tensor, "layer pos example"]:
     """Where a lens has no number: what stands highest there means nothing."""
-    return lens.values.isnan().any(-1)
+    return lens.values.isnan().any(-2)
 
 
 def _mask(lens: LensSummaries, positions: LensPositions) -> Float[Tensor, "row pos"]:
@@ -237,7 +244,7 @@ def _mask(lens: LensSummaries, positions: LensPositions) -> Float[Tensor, "row p
         # A lens of patches alone lacks the tower's first positions.
         positions = positions.tensor[:, lens.axes["position"]]
     if isinstance(positions, Tensor):
-        shape = (len(lens.axes["row"]), len(lens.axes["position"]))
+        shape = (len(lens.axes["example"]), len(lens.axes["position"]))
         if positions.dtype != torch.bool or tuple(positions.shape) != shape:
             raise InputError(
                 f"A mask of positions is bool [row pos] = {list(shape)}, not {positions.dtype} {list(positions.shape)}."
@@ -255,6 +262,7 @@ def _mask(lens: LensSummaries, positions: LensPositions) -> Float[Tensor, "row p
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over positions (second axis from the end). What lies outside the mask does not count, not even as a NaN."""
-    weights = (mask / mask.sum(-1, keepdim=True))[..., None]
-    return (values.double().where(weights > 0, 0.0) * weights).sum(-2)
+    """Mean over positions, ``[… position target example]`` → ``[… target example]``. What lies outside the mask ``[row position]`` does not count,
+    not even as a NaN."""
+    weights = (mask / mask.sum(-1, keepdim=True)).T[:, None]
+    return (values.double().where(weights > 0, 0.0) * weights).sum(-3)

@@ -43,9 +43,9 @@ class DecisionLayers(Result):
     layers: list[Any] = field(default_factory=list)
     k: int = 2
 
-    def to_frame(self) -> pd.DataFrame:
+    def _long_frame(self) -> pd.DataFrame:
         """One row per example: where it settles (the label of the anchor), whether it does, on what, and the last prediction."""
-        frame = super().to_frame()
+        frame = super()._long_frame()
         frame["layer"] = [self.layers[where] for where in self.values.tolist()]
         columns = {"stable": self.stable, "decided": self.decided, "final": self.final}
         columns |= {"target": self.target} if len(self.target) == len(self.values) else {}

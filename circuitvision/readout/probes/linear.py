@@ -29,10 +29,11 @@ from circuitvision.provenance import with_provenance
 from circuitvision.readout.probes.collected import ByTower, Collected, check_count, collect
 from circuitvision.readout.probes.decisions import DecisionLayers, decision_layer
 from circuitvision.readout.probes.fitting import CHOOSING, Features, best_penalty, fit, predict, score
-from circuitvision.readout.probes.splitting import Plan, Split, Targets, bootstrapped, wilson
+from circuitvision.readout.probes.splitting import Plan, Split, Targets, bootstrapped
 from circuitvision.readout.probes.streaming import Reading
 from circuitvision.readout.recorded import inputs_of
 from circuitvision.results import Result
+from circuitvision.statistics import wilson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,9 +124,9 @@ class ProbeResult(Result):
             provenance=self.provenance,
         )
 
-    def to_frame(self) -> pd.DataFrame:
+    def _long_frame(self) -> pd.DataFrame:
         """One row per site: score, interval, training and balanced score, control, selectivity and chance."""
-        frame = super().to_frame()
+        frame = super()._long_frame()
         columns = {"low": self.low, "high": self.high, "train": self.train, "balanced": self.balanced}
         columns |= {"control": self.control, "control_sd": self.control_sd, "selectivity": self.selectivity}
         columns |= {"p_value": self.p_value}

@@ -56,7 +56,7 @@ class MaxActivatingExamples(Result):
 
     ``example`` and ``position`` ``[unit rank]`` say where, ``places`` ``[unit rank 4]`` its image, tile, patch row and column (−1 where it is no
     patch), ``boxes`` ``[unit rank 4]`` its (left, top, right, bottom) as shares of that image (NaN likewise) and ``tokens`` its label (a word,
-    or the patch). Over all ``count`` examples: ``mean`` and ``maximum`` of the unit's value, and ``active``, the share of all positions where
+    or the patch). Over all ``count`` examples: ``average`` and ``maximum`` of the unit's value, and ``active``, the share of all positions where
     it is above ``threshold``. With labels, ``class_means`` ``[class unit]`` is its mean response in every class, values below 0 counting as 0
     (the negative tail of an activation function is no response). ``ranges`` lists the examples seen, and ``interrupted`` is not empty where
     the data set was not finished.
@@ -67,7 +67,7 @@ class MaxActivatingExamples(Result):
     places: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 4, dtype=torch.long))
     boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 4))
     tokens: list[list[str]] = field(default_factory=list)
-    mean: Tensor = field(default_factory=lambda: torch.zeros(0))
+    average: Tensor = field(default_factory=lambda: torch.zeros(0))
     maximum: Tensor = field(default_factory=lambda: torch.zeros(0))
     active: Tensor = field(default_factory=lambda: torch.zeros(0))
     count: int = 0
@@ -118,9 +118,9 @@ class MaxActivatingExamples(Result):
             raise InputError("Selectivity compares classes: max_activating_examples(…, labels=…) with at least two.")
         return self.class_means[seen]
 
-    def to_frame(self) -> pd.DataFrame:
+    def _long_frame(self) -> pd.DataFrame:
         """One row per unit and rank: value, example, position and its label; with labels also the unit's preferred class and selectivity."""
-        frame = super().to_frame()
+        frame = super()._long_frame()
         frame["example"] = self.example.flatten().numpy()
         frame["position"] = self.position.flatten().numpy()
         frame["token"] = [token for unit in self.tokens for token in unit]
@@ -273,7 +273,7 @@ def _index(best: Best, sums: Sums, *, units: list[Any], classes: list[Any], **se
         places=best.places,
         boxes=best.boxes,
         tokens=best.tokens.tolist(),
-        mean=sums.total / sums.count,
+        average=sums.total / sums.count,
         maximum=sums.maximum,
         active=sums.active.double() / sums.n_positions,
         count=sums.count,
@@ -287,7 +287,7 @@ def _index(best: Best, sums: Sums, *, units: list[Any], classes: list[Any], **se
 
 def _state(index: MaxActivatingExamples, classes: Sequence[Any]) -> tuple[Best, Sums]:
     """What an index was made of, its class sums laid out by ``classes``."""
-    by_class = torch.zeros(len(classes), len(index.mean), dtype=torch.float64)
+    by_class = torch.zeros(len(classes), len(index.average), dtype=torch.float64)
     counts = torch.zeros(len(classes), dtype=torch.long)
     for number, label in enumerate(index.classes):
         counts[classes.index(label)] = index.class_counts[number]
@@ -299,7 +299,7 @@ def _state(index: MaxActivatingExamples, classes: Sequence[Any]) -> tuple[Best, 
         Sums(
             index.count,
             index.n_positions,
-            index.mean * index.count,
+            index.average * index.count,
             index.maximum,
             (index.active * index.n_positions).round().long(),
             by_class,

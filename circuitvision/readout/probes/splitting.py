@@ -220,16 +220,6 @@ def _exchanged(groups: Int[np.ndarray, " example"], rng: np.random.Generator) ->
     return source
 
 
-def wilson(right: Float[Tensor, "*shape"], count: int, z: float = 1.96) -> tuple[Tensor, Tensor]:
-    """Wilson's interval of a share ``right`` of ``count``: low and high end, 95% by default (Wilson 1927); NaN of nothing."""
-    share = right.double()
-    if count == 0:
-        return (torch.full_like(share, torch.nan),) * 2
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)).sqrt()
-    return (middle - half).clamp(min=0), (middle + half).clamp(max=1)
-
-
 def bootstrapped(
     predicted: Float[Tensor, "site example"],
     target: Float[Tensor, " example"],

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,9 +37,9 @@ _NEAR_TIE = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class PCAResult(Result):
-    """Principal components: ``values`` are the scores ``[example component]``, or ``[layer example component]`` of a stream.
+    """Principal components: ``values`` are the scores ``[component example]``, or ``[layer component example]`` of a stream.
 
-    ``components`` ``[component feature]`` are unit vectors, ``explained`` ``[component]`` their shares of the variance, ``mean`` ``[feature]``
+    ``components`` ``[component feature]`` are unit vectors, ``explained`` ``[component]`` their shares of the variance, ``center`` ``[feature]``
     what is subtracted; of a stream each has a leading layer axis. ``labels`` are kept for colouring; ``between`` is then the share of the
     scores' variance that lies between the means of the labels (the squared correlation for numbers), over all components kept: 1 where labels
     are apart, 0 where they mix.
@@ -47,26 +47,28 @@ class PCAResult(Result):
 
     components: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     explained: Tensor = field(default_factory=lambda: torch.zeros(0))
-    mean: Tensor = field(default_factory=lambda: torch.zeros(0))
+    center: Tensor = field(default_factory=lambda: torch.zeros(0))
     between: Tensor = field(default_factory=lambda: torch.zeros(0))
     labels: list[Any] = field(default_factory=list)
     label_name: str = "label"
 
+    _per_example: ClassVar[dict[str, int]] = {"labels": 0}
+
     def transform(self, x: Float[Tensor, "example feature"], layer: Any = None) -> Float[Tensor, "example component"]:
-        """Scores of other activations: ``(x − mean) @ components.T``; ``layer`` names the layer of a stream.
+        """Scores of other activations: ``(x − center) @ components.T``; ``layer`` names the layer of a stream.
 
         Raises:
             InputError: a layer that is not there, or none named where there are several; another number of features.
         """
-        components, mean = self.components, self.mean
+        components, center = self.components, self.center
         if "layer" in self.axes:
             if layer is None:
                 raise InputError(f"Name the layer: one of {self.axes['layer']}.")
             number = self.index_of("layer", layer)
-            components, mean = components[number], mean[number]
-        if x.shape[-1] != len(mean):
-            raise InputError(f"These components have {len(mean)} features, the activations {x.shape[-1]}.")
-        return (x.double() - mean) @ components.T
+            components, center = components[number], center[number]
+        if x.shape[-1] != len(center):
+            raise InputError(f"These components have {len(center)} features, the activations {x.shape[-1]}.")
+        return (x.double() - center) @ components.T
 
 
 @with_provenance
@@ -102,15 +104,15 @@ def pca(
     stacked = [torch.stack(parts) for parts in zip(*found, strict=True)]
     stacked.append(torch.stack([_between(part, targets) for part in stacked[0]]))
     scores, components, explained, mean, between = stacked if several else [part[0] for part in stacked]
-    axes = {"example": list(range(len(checked[0]))), "component": list(range(1, n_components + 1))}
+    axes = {"component": list(range(1, n_components + 1)), "example": list(range(len(checked[0])))}
     known = x.provenance if isinstance(x, Collected) else {}
     return PCAResult(
-        values=scores,
+        values=scores.transpose(-1, -2),
         axes={"layer": layer_labels(list(named)), **axes} if several else axes,
         provenance={**known, "method": f"pca(n_components={n_components})"},
         components=components,
         explained=explained,
-        mean=mean,
+        center=mean,
         between=between,
         labels=_plain(labels),
         label_name=label_name,

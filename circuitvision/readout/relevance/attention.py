@@ -325,8 +325,8 @@ def _result(
     maps = _key_maps(model, inputs, tower, found.shape[1])
     warn_undefined(found)
     return Relevance(
-        values=found,
-        axes={"row": list(range(found.shape[0])), "position": list(range(found.shape[1]))},
+        values=found.T,
+        axes={"position": list(range(found.shape[1])), "example": maps[-1].example.tolist()},
         provenance=describe(model, method=method, metric=metric, inputs=(inputs,), tower=tower),
         method=method,
         tower=tower,
@@ -334,7 +334,6 @@ def _result(
         metric_value=wide(values),
         places=torch.cat([places_of(tokens) for tokens in maps], dim=1),
         shares=torch.cat([shares_of(tokens) for tokens in maps], dim=1),
-        example=maps[-1].example.tolist(),
         labels=[[label for tokens in maps for label in tokens.labels(row)] for row in range(found.shape[0])],
         kinds=[[kind for tokens in maps for kind in tokens.kind[row].tolist()] for row in range(found.shape[0])],
     )

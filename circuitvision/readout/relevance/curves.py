@@ -24,7 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -53,10 +53,10 @@ _Units = list[tuple[int, int]]
 
 @dataclass(frozen=True, eq=False)
 class Curve(Result):
-    """The metric as places are removed or brought back: ``values`` ``[example share]``, the share of an example's places treated so far, 0 … 1.
+    """The metric as places are removed or brought back: ``values`` ``[share example]``, the share of an example's places treated so far, 0 … 1.
 
-    ``kind`` is ``"deletion"`` or ``"insertion"``. ``reverse`` ``[example share]`` is the curve of the reverse order, ``random`` ``[order example
-    share]`` those of random orders. ``method`` says whose order it is.
+    ``kind`` is ``"deletion"`` or ``"insertion"``. ``reverse`` ``[share example]`` is the curve of the reverse order, ``random`` ``[order share
+    example]`` those of random orders. ``method`` says whose order it is.
     """
 
     kind: str = "deletion"
@@ -65,6 +65,8 @@ class Curve(Result):
     baseline: str = ""
     reverse: Tensor = field(default_factory=lambda: torch.zeros(0))
     random: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    _per_example: ClassVar[dict[str, int]] = {"reverse": -1, "random": -1}
 
     @property
     def shares(self) -> Float[Tensor, " share"]:
@@ -87,45 +89,43 @@ class Curve(Result):
             raise InputError(f"order={order!r} is not understood: {', '.join(map(repr, curves))}.")
         curve = curves[order]
         if normalised:
-            first, last = self.values[:, :1], self.values[:, -1:]
+            first, last = self.values[:1], self.values[-1:]
             whole, nothing = (first, last) if self.kind == "deletion" else (last, first)
             span = (whole - nothing).masked_fill(whole == nothing, float("nan"))
             curve = (curve - nothing) / span
             count = int(span.isnan().sum())
             if count:
-                warn(f"{count} of {len(span)} examples have no normalised area: removing everything changes nothing.")
-        return torch.trapezoid(curve, self.shares, dim=-1)
+                warn(
+                    f"{count} of {span.shape[-1]} examples have no normalised area: removing everything changes nothing."
+                )
+        return torch.trapezoid(curve, self.shares, dim=-2)
 
     @property
-    def advantage(self) -> Float[Tensor, " example"]:
-        """How much better than random orders: the difference in area to their mean, positive where the map's order is the better one.
+    def advantage(self) -> Result:
+        """How much better than random orders, ``[example]``: the difference in area to their mean, positive where the map's order is the better one.
 
-        NaN without random orders.
+        A result of its own, with a mean and an interval; NaN without random orders.
         """
-        difference = self.auc("random").mean(0) - self.auc()
-        return difference if self.kind == "deletion" else -difference
+        difference = self.auc("random").mean(0) - self.auc() if self.random.numel() else self.auc() * math.nan
+        values = difference if self.kind == "deletion" else -difference
+        return Result(values, {"example": self.axes["example"]}, self.provenance)
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the mean :attr:`advantage` over examples, by the normal approximation; NaN for a single example."""
-        found = self.advantage.double()
-        middle, spread = (
-            float(found.mean()),
-            1.96 * float(found.std()) / len(found) ** 0.5 if len(found) > 1 else math.nan,
-        )
-        return middle - spread, middle + spread
+    def random_band(self, level: float = 0.9) -> Float[Tensor, "3 share"]:
+        """The middle ``level`` of the random orders' mean curves over examples: low end, mean over orders, high end."""
+        means = self.mean(quantity="random")
+        low, high = (means.quantile(round((1 + side * level) / 2, 9), 0) for side in (-1, 1))
+        return torch.stack([low, means.mean(0), high])
 
     def highlights(self) -> dict[str, str]:
         """The map's area beside that of random orders and of the reverse one, and how sure the difference is."""
         found = {"area under the curve": f"{float(self.auc().mean()):.4g}"}
         if self.random.numel():
-            low, high = self.interval
-            better = int((self.advantage > 0).sum())
+            advantage, count = self.advantage, len(self.examples)
+            low, high = advantage.interval().tolist()
+            better = int((advantage.values > 0).sum())
             found["random orders"] = f"{float(self.auc('random').mean()):.4g}"
-            sure = f"95 %: {low:.3g} to {high:.3g}" if len(self.values) > 1 else "one example, so no interval"
-            found["better than random"] = (
-                f"by {float(self.advantage.mean()):.3g} ({sure}), in {better} of {len(self.values)} examples"
-            )
+            sure = f"95 %: {low:.3g} to {high:.3g}" if count > 1 else "one example, so no interval"
+            found["better than random"] = f"by {float(advantage.mean()):.3g} ({sure}), in {better} of {count} examples"
         if self.reverse.numel():
             found["reverse order"] = f"{float(self.auc('reverse').mean()):.4g}"
         return found
@@ -200,7 +200,7 @@ class _Game:
         self.variable = AttributionInput(model, inputs, metric, site)
         self.inputs = self.variable.inputs
         self.place = self.variable.place
-        scores = relevance.per_position if isinstance(relevance, Relevance) else torch.as_tensor(relevance)
+        scores = relevance.per_position.T if isinstance(relevance, Relevance) else torch.as_tensor(relevance)
         self.units, self.scores = self._ranked(wide(scores), kinds)
 
     def _ranked(
@@ -251,10 +251,10 @@ class _Game:
             for order in orders
             for share in shares
         ]
-        values = self._values(removed).T.view(-1, len(orders), len(shares)).transpose(0, 1)
+        values = self._values(removed).view(len(orders), len(shares), -1)
         return Curve(
             values=values[0].clone(),
-            axes={"example": list(range(values.shape[1])), "share": shares},
+            axes={"share": shares, "example": list(range(values.shape[-1]))},
             provenance=describe(
                 self.model,
                 method=f"{kind} by {self.method} (level={self.level}, baseline={short_repr(self.baseline)})",

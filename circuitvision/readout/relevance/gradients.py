@@ -187,10 +187,10 @@ def _warn_of_gap(gap: Tensor, change: Tensor) -> None:
 
 def _totals(result: Relevance, model: Any, examples: int) -> Tensor:
     """What the values of each example add up to; of all rows, where they serve all examples."""
-    sums = result.values.flatten(1).sum(1)
+    sums = result.values.flatten(0, -2).sum(0)
     if rows_serve_all(model, result.tower):
         return sums.sum(0, keepdim=True)
-    return torch.zeros(examples, dtype=sums.dtype).index_add(0, torch.tensor(result.example), sums)
+    return torch.zeros(examples, dtype=sums.dtype).index_add(0, torch.tensor(result.axes["example"]), sums)
 
 
 def _result(place: AttributionInput, values: Tensor, method: str, metric: Any) -> Relevance:
@@ -205,15 +205,15 @@ def _result(place: AttributionInput, values: Tensor, method: str, metric: Any) -
 
 def result_at(place: AttributionInput, values: Tensor, method: str, metric: Any) -> Relevance:
     """Values per position (and head), or per pixel, of a variable as a result."""
-    where, axes = place.place, {"row": list(range(values.shape[0]))}
+    where = place.place
     if place.site == PIXELS:
-        axes |= {"down": list(range(values.shape[1])), "across": list(range(values.shape[2]))}
+        axes = {"down": list(range(values.shape[1])), "across": list(range(values.shape[2]))}
     else:
-        axes |= {"position": list(range(where.dropped, where.tokens.n_positions))}
+        axes = {"position": list(range(where.dropped, where.tokens.n_positions))}
         axes |= {"head": list(range(values.shape[2]))} if values.ndim == 3 else {}
     return Relevance(
-        values=values,
-        axes=axes,
+        values=values.movedim(0, -1),
+        axes={**axes, "example": where.tokens.example.tolist()},
         provenance=describe(place.model, method=method, metric=metric, inputs=(place.inputs,), site=place.site),
         method=method,
         tower=where.tokens.tower,
@@ -221,7 +221,6 @@ def result_at(place: AttributionInput, values: Tensor, method: str, metric: Any)
         metric_value=wide(place.metric_value),
         places=places_of(where.tokens, where.dropped),
         shares=shares_of(where.tokens, where.dropped),
-        example=where.tokens.example.tolist(),
         labels=where.labels,
         kinds=where.kind.tolist(),
     )

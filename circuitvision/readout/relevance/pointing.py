@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from circuitvision.errors import InputError, warn
 from circuitvision.model.positions import warn_of_empty
 from circuitvision.model.regions import OfPictures, Region
 from circuitvision.provenance import with_provenance
-from circuitvision.readout.probes.splitting import wilson
 from circuitvision.readout.relevance.result import Relevance
-from circuitvision.results import Result
+from circuitvision.results import Groups, Result
+from circuitvision.statistics import wilson
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +38,11 @@ class PointingGame(Result):
     method: str = ""
     chance: Tensor = field(default_factory=lambda: torch.zeros(0))
 
+    _per_example: ClassVar[dict[str, int]] = {"chance": -1}
+
     def highlights(self) -> dict[str, str]:
         """How often the maximum lies on the object, beside chance."""
-        low, high = self.interval
+        low, high = self.interval().tolist()
         return {
             "on the object": f"{self.rate:.1%} (95 %: {low:.1%} to {high:.1%})",
             "chance": f"{self.chance_rate:.1%}",
@@ -49,18 +51,26 @@ class PointingGame(Result):
     @property
     def rate(self) -> float:
         """Share of the examples whose maximum lies on the object."""
-        return float(self.values.nanmean())
+        return float(self.mean())
 
     @property
     def chance_rate(self) -> float:
         """Share that random places would hit."""
         return float(self.chance[~self.values.isnan()].mean())
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's interval of :attr:`rate`, 95 %."""
-        low, high = wilson(torch.tensor(self.rate), int((~self.values.isnan()).sum()))
-        return float(low), float(high)
+    def interval(
+        self,
+        level: float = 0.95,
+        group: Groups = None,
+        draws: int = 2000,
+        seed: int = 0,
+        *,
+        quantity: str = "values",
+    ) -> Tensor:
+        """Low and high end of Wilson's interval of :attr:`rate`; with ``group``, or of another quantity, of a bootstrap as of every result."""
+        if group is not None or quantity != "values":
+            return super().interval(level, group, draws, seed, quantity=quantity)
+        return wilson(self.mean(), int((~self.values.isnan()).sum()), level)
 
 
 @with_provenance
@@ -163,11 +173,11 @@ def _grown(mask: Bool[Tensor, "height width"], by: float) -> Bool[Tensor, "heigh
 def _first_rows(relevance: Relevance, image: int | None) -> list[int]:
     """The row of each example that holds the image asked for."""
     rows: dict[int, int] = {}
-    for row, example in enumerate(relevance.example):
+    for row, example in enumerate(relevance.axes["example"]):
         numbers = relevance.places[row, relevance.places[row, :, 2] >= 0, 0]
         if len(numbers) and (image is None or bool((numbers == image).any())):
             rows.setdefault(example, row)
-    missing = sorted(set(relevance.example) - set(rows))
+    missing = sorted(set(relevance.axes["example"]) - set(rows))
     if missing or not rows:
         raise InputError(f"Example {missing[0] if missing else 0} has no patch of image {image}.")
     return [rows[example] for example in sorted(rows)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -36,14 +36,13 @@ def warn_undefined(values: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Relevance(Result):
-    """Relevance of every position of a tower, ``[row position]``, or of every pixel, ``[row down across]``.
+    """Relevance of every position of a tower, ``[position example]``, or of every pixel, ``[down across example]``.
 
-    At sites with heads there is one more axis, ``head``. Rows are the tower's: images, tiles or cameras of a vision tower, examples of a
-    language tower; ``example`` says whose each is. ``site`` is where the values were, or ``"pixels"``. Positions that were not measured are
-    NaN.
+    At sites with heads there is one more axis, ``head``, before the examples. Entries of ``example`` are the tower's: images, tiles or cameras of a
+    vision tower, examples of a language tower. ``site`` is where the values were, or ``"pixels"``. Positions that were not measured are NaN.
 
-    ``places`` (``[row position 4]``: image, tile, patch row, patch column, -1 where a position is no patch), ``labels`` and ``kinds`` name the
-    positions; for pixels, those of the image tower's patches. ``shares`` (``[row position 4]``) is where each lies in the picture.
+    ``places`` (``[example position 4]``: image, tile, patch row, patch column, -1 where a position is no patch), ``labels`` and ``kinds`` name the
+    positions; for pixels, those of the image tower's patches. ``shares`` (``[example position 4]``) is where each lies in the picture.
     ``metric_value`` is the metric per example, ``baseline_value`` that of the baseline, and ``completeness_gap`` the sum of an
     example's values minus the difference of the two; both are empty where a method has none.
     """
@@ -56,9 +55,13 @@ class Relevance(Result):
     completeness_gap: Tensor = field(default_factory=lambda: torch.zeros(0))
     places: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 4, dtype=torch.long))
     shares: Tensor = field(default_factory=lambda: torch.zeros(0))
-    example: list[int] = field(default_factory=list)
     labels: list[list[str]] = field(default_factory=list)
     kinds: list[list[str]] = field(default_factory=list)
+
+    _per_example: ClassVar[dict[str, int]] = {
+        **dict.fromkeys(("metric_value", "baseline_value", "completeness_gap"), -1),
+        **dict.fromkeys(("places", "shares", "labels", "kinds"), 0),
+    }
 
     @property
     def of_pixels(self) -> bool:
@@ -66,11 +69,11 @@ class Relevance(Result):
         return self.site == PIXELS
 
     @property
-    def per_position(self) -> Float[Tensor, "row position"]:
+    def per_position(self) -> Float[Tensor, "position example"]:
         """Values summed over heads, and for pixels over each patch; what was not measured stays NaN."""
         if self.of_pixels:
             return self.on_patches().values
-        return self.values if self.values.ndim == 2 else self.values.sum(-1)
+        return self.values if self.values.ndim == 2 else self.values.sum(-2)
 
     def top(self, count: int = 10, row: int = 0) -> list[tuple[str, float]]:
         """The labels of a row's ``count`` largest values in size, and the values; pixels are summed over patches.
@@ -79,19 +82,19 @@ class Relevance(Result):
             InputError: no such row.
         """
         self._check(row)
-        values = self.per_position[row].nan_to_num(0.0)
+        values = self.per_position[:, row].nan_to_num(0.0)
         order = values.abs().argsort(descending=True, stable=True)[:count].tolist()
         return [(self.labels[row][number], float(values[number])) for number in order]
 
-    def to_frame(self) -> pd.DataFrame:
+    def _long_frame(self) -> pd.DataFrame:
         """One row per value, with the ``token`` at each position."""
-        return named_positions(self, super().to_frame(), self.labels)
+        return named_positions(self, super()._long_frame(), self.labels)
 
     def highlights(self) -> dict[str, str]:
         """The strongest positions of the first row, and what the values should add up to."""
         if not self.labels or not self.values.numel():
             return {}
-        row = self.axes["row"][0]
+        row = 0
         found = {f"strongest in row {row}": ", ".join(f"{label} {value:+.3g}" for label, value in self.top(5, row))}
         if self.completeness_gap.numel():
             worst = self.completeness_gap.abs().max()
@@ -99,7 +102,7 @@ class Relevance(Result):
         return found
 
     def _check(self, row: int) -> None:
-        self.index_of("row", row)
+        self.row_number(row)
 
     def on_image(self, row: int = 0, image: int | None = None, tile: int | None = None) -> Float[Tensor, "down across"]:
         """One row's values on the patch grid of one of its images (``None``: its first), or its pixels; NaN where nothing was measured.
@@ -109,9 +112,9 @@ class Relevance(Result):
         """
         self._check(row)
         if not self.of_pixels:
-            return on_grid(self.per_position[row], self.places[row], self._image(row, image), tile)
+            return on_grid(self.per_position[:, row], self.places[row], self._image(row, image), tile)
         on_grid(torch.zeros(self.places.shape[1]), self.places[row], self._image(row, image), tile)
-        return self.values[row]
+        return self.values[..., row]
 
     def per_pixel(
         self,
@@ -150,8 +153,9 @@ class Relevance(Result):
             return self
         if self.shares.shape != self.places.shape:
             raise InputError("This relevance of pixels does not know where patches lie (shares); compute it again.")
-        height, width = self.values.shape[-2:]
-        sums = torch.nn.functional.pad(self.values.double().cumsum(-1).cumsum(-2), (1, 0, 1, 0))
+        height, width = self.values.shape[:2]
+        pixels = self.values.movedim(-1, 0).double()
+        sums = torch.nn.functional.pad(pixels.cumsum(-1).cumsum(-2), (1, 0, 1, 0))
         values = torch.full(self.places.shape[:2], float("nan"), dtype=self.values.dtype)
         here = self.places[..., 2] >= 0
         edges = (self.shares[here] * torch.tensor([width, height, width, height])).round().long()
@@ -159,8 +163,8 @@ class Relevance(Result):
         row = here.nonzero()[:, 0]
         found = sums[row, bottom, right] - sums[row, top, right] - sums[row, bottom, left] + sums[row, top, left]
         values[here] = found.to(values.dtype)
-        axes = {"row": self.axes["row"], "position": list(range(values.shape[1]))}
-        return dataclasses.replace(self, values=values, axes=axes, site=f"{PIXELS} of patches")
+        axes = {"position": list(range(values.shape[1])), "example": self.axes["example"]}
+        return dataclasses.replace(self, values=values.T, axes=axes, site=f"{PIXELS} of patches")
 
     def _image(self, row: int, image: int | None) -> int:
         numbers = self.places[row, self.places[row, :, 2] >= 0, 0]

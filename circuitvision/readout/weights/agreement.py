@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -175,19 +175,20 @@ def _directions(
 
 @dataclass(frozen=True, eq=False)
 class KeyValueAgreement(Result):
-    """A rate per token and layer beside its chance level: ``values`` and ``chance`` ``[layer row position]``, NaN at padding.
+    """A rate per token and layer beside its chance level: ``values`` and ``chance`` ``[layer position example]``, NaN at padding.
 
     ``measure`` is ``"key_value_agreement"`` or ``"compositionality"``. ``kinds`` names every position of every row (``"cls"``, ``"patch"``, …),
-    ``places`` ``[row position 4]`` is its image, tile, patch row and column.
+    ``places`` ``[example position 4]`` is its image, tile, patch row and column.
     """
 
     chance: Tensor = field(default_factory=lambda: torch.zeros(0))
     kinds: list[list[str]] = field(default_factory=list)
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    example: list[int] = field(default_factory=list)
     tower: str = ""
     component: str = "mlp"
     measure: str = ""
+
+    _per_example: ClassVar[dict[str, int]] = {"chance": -1, "kinds": 0, "places": 0}
 
     def summary(self) -> pd.DataFrame:
         """One row per layer and kind of position: rate, chance, how many tokens."""
@@ -195,7 +196,7 @@ class KeyValueAgreement(Result):
 
         records: list[dict[str, Any]] = []
         for kind in dict.fromkeys(name for row in self.kinds for name in row if name not in ABSENT):
-            here = torch.tensor([[name == kind for name in row] for row in self.kinds])
+            here = torch.tensor([[name == kind for name in row] for row in self.kinds]).T
             for number, layer in enumerate(self.axes["layer"]):
                 rate, chance = (float(part[number][here].mean()) for part in (self.values, self.chance))
                 records.append(
@@ -268,13 +269,12 @@ def key_value_agreement(
     counts = f"n_keys={n_keys}" + ("" if true is None else f", n_values={n_values}")
     method = f"{measure}(component={component}, gain={outputs.gain}, {counts}) of {read.name}"
     return KeyValueAgreement(
-        values=values,
-        axes={"layer": numbers, "row": list(range(values.shape[1])), "position": list(range(values.shape[2]))},
+        values=values.transpose(1, 2),
+        axes={"layer": numbers, "position": list(range(values.shape[2])), "example": tokens.example.tolist()},
         provenance=describe(model, method=method, inputs=(cache.inputs,)),
-        chance=levels,
+        chance=levels.transpose(1, 2),
         kinds=tokens.kind.tolist(),
         places=places_of(tokens),
-        example=tokens.example.tolist(),
         tower=read.name,
         component=component,
         measure=measure,

@@ -148,9 +148,9 @@ class ValueVectors(Result):
             )
         return pd.DataFrame(records, columns=[*names, "flat", "found", "value", "output", "outputs"])
 
-    def to_frame(self) -> pd.DataFrame:
+    def _long_frame(self) -> pd.DataFrame:
         """One row per value, with the id and the name of the output."""
-        frame = super().to_frame()
+        frame = super()._long_frame()
         ids = (self.ids if self.ranked else self.ids.expand(self.values.shape)).reshape(-1).tolist()
         frame["id"], frame["output"] = ids, [self.label(column) for column in ids]
         return frame
