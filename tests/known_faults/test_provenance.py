@@ -749,7 +749,7 @@ def test_patching_and_head_importance_keep_their_edits_by_digest(tmp_path):
     live = [
         n for n, layer in enumerate(result.axes["layer"]) if f"language.blocks.{layer}.attn.hook_z" not in result.dead
     ]
-    assert torch.allclose(again.effect, result.values[live].flatten(0, 1), atol=1e-6)
+    assert torch.allclose(again.effect.reshape(result.values[live].shape), result.values[live], atol=1e-6)
     for made in (important(), checked()):
         loaded = Result.load(made.save(tmp_path / "h.npz"))
         assert loaded.edits == made.edits

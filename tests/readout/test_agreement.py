@@ -192,7 +192,7 @@ def test_token_rates_leave_padding_out_and_are_saved(tmp_path):
     assert again.summary().equals(result.summary())
     assert again.summary()["rate"].between(0, 1).all()
     with pytest.warns(UserWarning, match="no chance level"):
-        assert key_value_agreement(model, cache, ["red", "red"], targets=["red"]).chance.isnan().all()
+        assert by_row(key_value_agreement(model, cache, ["red", "red"], targets=["red"]), "chance").isnan().all()
     for options, message in (
         ({"labels": ["red"]}, "give one each"),
         ({"labels": ["red", "cross"], "targets": ["red", "blue"]}, "among the targets"),

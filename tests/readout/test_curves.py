@@ -202,7 +202,10 @@ def test_a_map_of_pixels_ranks_patches_by_their_sum():
 def test_random_orders_follow_the_seed():
     model, inputs, weights = additive()
     first, again, other = (
-        perturbation_curve(model, inputs, total, weights, baseline="zero", steps=4, random_orders=2, seed=seed).random
+        by_row(
+            perturbation_curve(model, inputs, total, weights, baseline="zero", steps=4, random_orders=2, seed=seed),
+            "random",
+        )
         for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)

@@ -38,7 +38,7 @@ def side(family: str, count: int = 5, **changes: Any) -> Side:
 @pytest.mark.parametrize(
     ("name", "sites", "positions"),
     [
-        ("vit", "vision.blocks.*.hook_resid_post", "whole"),
+        ("vit", "vision.blocks.*.hook_resid_post", None),
         ("llava-clip-llama", ["language.blocks.*.hook_resid_post", "vision.blocks.0.attn.hook_z"], "all"),
         ("llava-clip-llama", "language.blocks.*.attn.hook_z", "last"),
         ("paligemma", "language.blocks.*.mlp.hook_post", "text"),
@@ -166,7 +166,7 @@ def test_a_probe_of_positions_keeps_examples_on_one_side() -> None:
         return np.where(tokens.kind == "patch", found, None)
 
     found = collect(model, pairs, site, positions="patch", labels=inside, per_position=True, batch_size=8)
-    result = cv.readout.probe_vectors(found, found.labels, groups=found.groups, shuffles=2, penalty=1.0)
+    result = cv.readout.linear_probe(model, found, found.labels, groups=found.groups, shuffles=2, penalty=1.0)
     assert float(result.values[0]) > 0.9
     held = {found.examples[index] for index in result.held_out.tolist()}
     kept = {found.examples[index] for index in set(range(len(found.examples))) - set(result.held_out.tolist())}
@@ -314,7 +314,7 @@ def test_a_lens_over_a_data_set_is_that_of_single_runs(name: str, tower: str, po
             for row in range(tokens.n_rows)
         ]
         kept = [own[-1:] if positions is None else own for own in kept]
-        rows = lens.values.double().movedim(list(lens.axes).index("example" if "example" in lens.axes else "row"), 0)
+        rows = lens.values.double().movedim(-1, 0)
         wanted = torch.stack([rows[row][:, at].mean(1) for row, at in enumerate(kept)]).mean(0)
         torch.testing.assert_close(found.values[..., number], wanted, **EXACT)
 

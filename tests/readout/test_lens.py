@@ -384,7 +384,7 @@ def test_a_tuple_is_a_contrast_of_two_targets():
     model, _, cache = run("vit")
     both = logit_lens(model, cache, "vision", targets=[0, 3])
     found = logit_lens(model, cache, "vision", targets=(0, 3))
-    assert torch.equal(found.values, both.contrast(0, 3).values)
+    assert torch.equal(by_row(found), by_row(both.contrast(0, 3)))
     assert len(found.axes["target"]) == 1
     with pytest.raises(InputError, match="contrast of two"):
         logit_lens(model, cache, "vision", targets=(0, 1, 2))

@@ -12,7 +12,7 @@ from circuitvision.errors import InputError
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.lens.result import LensResult
 from tests.readout.common import run
-from tests.readout.layouts import by_row
+from tests.readout.layouts import by_row, of_rows
 
 
 def lens_of(logits: torch.Tensor, targets: list[int]) -> LensResult:
@@ -23,8 +23,8 @@ def lens_of(logits: torch.Tensor, targets: list[int]) -> LensResult:
 
 def test_the_best_is_1_the_worst_is_one_over_k_and_a_random_order_is_in_the_middle():
     lens = lens_of(torch.tensor([3.0, 1.0, 2.0, 0.0]), [0, 1, 2, 3])
-    assert lens.ranks[0, 0, 0].tolist() == [1, 3, 2, 4]
-    found = lens.identifiability().values
+    assert by_row(lens, "ranks")[0, 0, 0].tolist() == [1, 3, 2, 4]
+    found = by_row(lens.identifiability())
     assert found[..., 0].unique().tolist() == [1.0]
     assert float(found[0, 0, 3]) == pytest.approx(1 / 4)
     assert float(found.mean()) == pytest.approx((4 + 1) / (2 * 4))
@@ -35,11 +35,11 @@ def test_the_best_is_1_the_worst_is_one_over_k_and_a_random_order_is_in_the_midd
 def test_the_mean_over_all_columns_is_k_plus_1_over_2k(size, seed):
     logits = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).float()
     found = lens_of(logits, list(range(size))).identifiability()
-    assert float(found.values.mean()) == pytest.approx((size + 1) / (2 * size)) == found.chance
+    assert float(by_row(found).mean()) == pytest.approx((size + 1) / (2 * size)) == found.chance
 
 
 def test_ties_favour_the_answer():
-    assert lens_of(torch.tensor([1.0, 1.0, 0.0]), [1]).ranks.unique().tolist() == [1]
+    assert by_row(lens_of(torch.tensor([1.0, 1.0, 0.0]), [1]), "ranks").unique().tolist() == [1]
 
 
 def test_a_lens_of_a_model():
@@ -89,7 +89,7 @@ def test_a_difference_of_positions_is_found_and_a_null_is_not():
     inside[:, 4:8] = True
     axes = {"layer": ["input", 0], "row": list(range(20)), "position": list(range(30)), "target": ["red"]}
     kinds = [["cls", *["patch"] * 29]] * 20
-    lens = LensResult(values, axes, tower="vision", kinds=kinds)
+    lens = of_rows(LensResult, values, axes, tower="vision", kinds=kinds)
     null = lens.position_difference(inside, shuffles=200)
     assert float(null.p.min()) > 0.02
     values[1, inside] += 1.0
