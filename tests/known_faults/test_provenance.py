@@ -307,7 +307,7 @@ def on_cache(
 
 
 def of_cache(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda model, cache, **keywords: function(cache, **{"tower": "language", **keywords})
+    return lambda model, cache, **keywords: function(model, cache, **{"tower": "language", **keywords})
 
 
 def of_tower(function: Callable[..., Any], change: Any = None, **keywords: Any) -> Any:

@@ -160,7 +160,7 @@ def check_errors(counts: tuple[int, ...]) -> None:
     model, inputs = prompts(counts)
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs, names_filter="vision.blocks.*.attn.hook_pattern")
-    mass = cv.readout.attention_mass(cache, tower="vision").span("patch")
+    mass = cv.readout.attention_mass(model, cache, tower="vision").span("patch")
     owner = np.array([example for example, count in enumerate(counts) for _ in range(count)])
     found = cv.readout.rank_components(mass)
     for name, value, error in zip(found.axes["component"], found.values.tolist(), found.errors.tolist(), strict=True):
