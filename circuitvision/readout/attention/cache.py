@@ -46,8 +46,8 @@ def patterns_in(model: Any, cache: Any, tower: str | None) -> ActivationCache:
             "Attention is read of one run: give the inputs of a batch (data.batches(model)), or its cache."
         )
     with torch.no_grad():
-        names = [f"{tower or '*'}.blocks.*.attn.hook_pattern", f"{tower or '*'}.pool.attn.hook_pattern"]
-        return model.run_with_cache(cache, names_filter=[name for name in names if model.sites(name)])[1]
+        names = [name for name in model.sites("**.hook_pattern") if tower in (None, SiteName.parse(name).tower)]
+        return model.run_with_cache(cache, names_filter=names)[1]
 
 
 def read(
