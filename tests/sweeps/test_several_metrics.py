@@ -142,8 +142,8 @@ def test_a_result_of_several_metrics_survives_a_file_and_runs_again(tmp_path: An
     assert torch.equal(again.rerun(model, inputs, progress=False).values, found.values)
     assert "metrics prob, kl" in repr(again)
     with pytest.raises(InputError, match="rank one"):
-        cv.readout.ranking(found)
-    assert len(cv.readout.ranking(found.of("kl")).values) == 6
+        cv.readout.rank_components(found)
+    assert len(cv.readout.rank_components(found.of("kl")).values) == 6
     with pytest.raises(InputError, match="no metric 'accuracy'"):
         found.of("accuracy")
 
