@@ -195,10 +195,10 @@ def test_a_picture_is_cut_down_to_its_regions():
 # -- refusals ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_only_caches_hold_attention():
-    model, inputs, _ = run("vit")
-    for wrong in (inputs, model, torch.zeros(3)):
-        with pytest.raises(InputError, match="read off a cache, not off a"):
+def test_what_is_neither_inputs_nor_a_cache_is_refused():
+    model, _, _ = run("vit")
+    for wrong in (model, torch.zeros(3), 3):
+        with pytest.raises(InputError):
             attention_mass(model, wrong)
 
 
