@@ -70,6 +70,7 @@ from circuitvision.model.edits.writes import (
 )
 from circuitvision.model.names import Component, NodeName, component, is_component, site_of, spelled
 from circuitvision.model.positions import Positions, PositionsLike
+from circuitvision.model.regions import Region
 from circuitvision.model.selection import Selection
 from circuitvision.model.sites import SiteName, is_glob, matches
 
@@ -177,7 +178,7 @@ def ablate(
     method: Any = "zero",
     *,
     dataset: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Side | Pairs | None = None,
-    average: str | Iterable[str] | Selection = "position",
+    average: str | Iterable[str] | Selection | Region = "position",
     seed: int = 0,
     heads: Heads = None,
     positions: PositionsLike = None,
@@ -192,9 +193,10 @@ def ablate(
     (V-SEAM, arXiv 2509.14837, uses it), and warns.
 
     ``average`` says what the mean goes over: the rows, for each position (``"position"``); positions too (``"all"``), those of one kind or several
-    (``"patch"``, ``["patch", "text"]``: see ``circuitvision.model.tokens.KINDS``), or of a selection of the data set's tokens; ``"kind"`` gives every
-    position the mean over its own kind. Padding, empty cells of a grid and absent cameras count nowhere, so columns of padding change nothing. A
-    mean per position, and a draw, is taken where something is and leaves the rest as it is; positions generated later keep their own values.
+    (``"patch"``, ``["patch", "text"]``: see ``circuitvision.model.tokens.KINDS``), of a selection of the data set's tokens, or of a region;
+    ``"kind"`` gives every position the mean over its own kind. Padding, empty cells of a grid and absent cameras count nowhere, so columns of
+    padding change nothing. A mean per position, and a draw, is taken where something is and leaves the rest as it is; positions generated later
+    keep their own values.
 
     A draw by ``seed`` leaves no example its own value. Rows of several images or tiles take those of the same number. Where rows do not line up, the
     ``i``-th position of a kind takes the value of the ``i``-th of that kind (``positions="last"``: counted from the end), and an example with too few

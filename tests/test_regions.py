@@ -114,18 +114,18 @@ def patched(name: str, spec: Any) -> Tensor:
 
 
 def attended(name: str, spec: Any) -> Tensor:
-    _, _, tower, _ = run(name)
-    return readout.attention_mass(cached(name), tower=tower, spans={"it": spec}, queries="all").values
+    model, _, tower, _ = run(name)
+    return readout.attention_mass(model, cached(name), tower=tower, spans={"it": spec}, queries="all").values
 
 
 def asked(name: str, spec: Any) -> Tensor:
-    _, _, tower, _ = run(name)
-    return readout.attention_maps(cached(name), tower=tower, query=spec).values
+    model, _, tower, _ = run(name)
+    return readout.attention_maps(model, cached(name), tower=tower, query=spec).values
 
 
 def peaks(name: str, spec: Any) -> Tensor:
     model, inputs, tower, _ = run(name)
-    maps = readout.attention_maps(cached(name), tower=tower, query="last")
+    maps = readout.attention_maps(model, cached(name), tower=tower, query="last")
     return maps.peak_in(spec, among="all", tokens=model.tokens(inputs)).values
 
 
@@ -447,7 +447,7 @@ def test_regions_label_the_axes_of_results():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lens = readout.logit_lens(model, inputs, tower, targets=[1], positions=named)
-        mass = readout.attention_mass(cached("llava right"), spans=named)
+        mass = readout.attention_mass(model, cached("llava right"), spans=named)
     assert lens.axes["position"] == mass.axes["span"] == ["object", "rest"]
     assert set(lens.to_frame()["position"]) == {"object", "rest"}
     figure = lens.plot()

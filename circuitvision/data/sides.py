@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pandas
 
     from circuitvision.data.batches import Batch
+    from circuitvision.model.regions import Region
 
 OF_IMAGES = ("pixel_values", "image_sizes", "pixel_attention_mask", "spatial_shapes")
 """Inputs with one entry per image."""
@@ -400,6 +401,46 @@ class Side(Columns):
 
         return side_batches(self, model, size, seed)
 
+    def regions(self, *, size: Any = None, image: int = 0, threshold: float = 0.0) -> dict[str, Region]:
+        """Boxes and masks as regions, by name, one per example of this data set: what stands wherever positions are asked for.
+
+        What has no names of its own is called "box" and "mask"; an example without a box or mask of a name has none of it.
+
+        Args:
+            size: (height, width) of the original pictures, or one per example; None: that of pictures in files or of PIL, and otherwise as of
+                :func:`circuitvision.regions.box`.
+            image: which image of each example they are of.
+            threshold: as of :func:`circuitvision.regions.box`.
+
+        Raises:
+            InputError: a data set without boxes and masks, or a name that both have.
+        """
+        from circuitvision import regions
+
+        boxes, masks = _named_columns(self.boxes, "box"), _named_columns(self.masks, "mask")
+        if not boxes and not masks:
+            raise InputError("This data set holds no boxes and no masks: give boxes= or masks=.")
+        both = sorted(set(boxes) & set(masks))
+        if both:
+            raise InputError(f"{both[0]!r} is the name of a box and of a mask; call one of them something else.")
+        size = self._picture_sizes(image) if size is None else size
+        shared = {"size": size, "image": image, "threshold": threshold}
+        found = {name: regions.box(held, **shared).named(name) for name, held in boxes.items()}
+        return found | {
+            name: regions.mask([_united(one) for one in held], **shared).named(name) for name, held in masks.items()
+        }
+
+    def _picture_sizes(self, image: int) -> list[tuple[int, int]] | None:
+        """Height and width of every example's picture; None where not all say it."""
+        found = []
+        for one in self.examples:
+            listed = list(one.image) if isinstance(one.image, (list, tuple)) else [one.image]
+            picture = opened(listed[image]) if image < len(listed) else None
+            if not isinstance(picture, Image.Image):
+                return None
+            found.append((picture.height, picture.width))
+        return found
+
     def to_frame(self) -> pandas.DataFrame:
         """One row per example: number, picture, text, answer, foil, group."""
         import pandas as pd
@@ -421,6 +462,21 @@ class Side(Columns):
         from circuitvision.data.showing import html
 
         return html([self])
+
+
+def _named_columns(column: Sequence[Any] | None, name: str) -> dict[str, list[Any]]:
+    """One column per name, with None where an example lacks it; what has no name gets this one."""
+    rows = [one if isinstance(one, Mapping) else {name: one} for one in column or ()]
+    names = dict.fromkeys(key for row in rows for key in row)
+    return {str(key): [row.get(key) for row in rows] for key in names}
+
+
+def _united(masks: Any) -> Any:
+    """One mask that holds what any of several holds."""
+    if masks is None:
+        return None
+    given = np.asarray(masks.cpu() if isinstance(masks, Tensor) else masks).astype(bool)
+    return given.any(0) if given.ndim == 3 else given
 
 
 def _facts(side: Side) -> str:

@@ -24,6 +24,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.axes import axis_of, tower_of
 from circuitvision.model.edits.values import TensorRef
 from circuitvision.model.positions import Positions
+from circuitvision.model.regions import Region
 from circuitvision.model.selection import Selection
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import ABSENT, KINDS, TokenMap, present
@@ -37,17 +38,19 @@ Average = str | tuple[str, ...] | Positions
 WORDS = ("position", "all", "kind")
 
 
-def average_of(spec: str | Iterable[str] | Selection | Average) -> Average:
-    """An average as a value: a word, a tuple of kinds, or a selection; InputError for anything else."""
+def average_of(spec: str | Iterable[str] | Selection | Region | Average) -> Average:
+    """An average as a value: a word, a tuple of kinds, a selection, or a region; InputError for anything else."""
     if isinstance(spec, Positions) or (isinstance(spec, str) and spec in WORDS):
         return spec
+    if isinstance(spec, Region):
+        return Positions.of(spec)
     if isinstance(spec, Selection):
         return Positions("mask", mask=TensorRef(spec.tensor), tower=spec.tower, label=spec.label)
     kinds = (spec,) if isinstance(spec, str) else tuple(spec) if isinstance(spec, Iterable) else ()
     known = [kind for kind in KINDS if kind not in ABSENT]
     if not kinds or any(not isinstance(kind, str) or kind not in known for kind in kinds):
         raise InputError(
-            f"average={spec!r} is not understood: 'position', 'all', 'kind', one or several kinds ({', '.join(known)}), or a Selection."
+            f"average={spec!r} is not understood: 'position', 'all', 'kind', one or several kinds ({', '.join(known)}), a Selection, or a region."
         )
     return kinds
 
@@ -153,8 +156,10 @@ class Tally:
         self.counts: dict[Any, Tensor] = {}
         self.without_positions = False
 
-    def add(self, value: Tensor, layout: Layout) -> None:
-        """Count the values of one run."""
+    def add(
+        self, value: Tensor, layout: Layout, examples: Sequence[int] | None = None, count: int | None = None
+    ) -> None:
+        """Count the values of one run, of all examples or of some of a data set's ``count``, by their places there."""
         exact = value.detach().double()
         self.without_positions = layout.there.ndim == 1
         if self.without_positions and isinstance(self.average, str):
@@ -162,10 +167,10 @@ class Tally:
         elif self.average == "position":
             self._keep_positions(exact, layout)
         else:
-            for name, mask in self._masks(layout).items():
+            for name, mask in self._masks(layout, examples, count).items():
                 self._keep(name, exact[torch.from_numpy(mask).to(exact.device)])
 
-    def _masks(self, layout: Layout) -> dict[str, Array]:
+    def _masks(self, layout: Layout, examples: Sequence[int] | None, count: int | None) -> dict[str, Array]:
         if self.average == "all" or layout.kind is None:
             if self.average not in ("all", "kind"):
                 raise InputError(f"{self.site} has no positions whose kinds are known, so average='all' is the mean")
@@ -173,7 +178,8 @@ class Tally:
         if self.average == "kind":
             return {str(kind): layout.kind == kind for kind in np.unique(layout.kind) if kind not in ABSENT}
         if isinstance(self.average, Positions):
-            return {"all": selected(self.average, layout)}
+            own = self.average if examples is None else self.average.taken(examples, count)
+            return {"all": selected(own, layout)}
         return {"all": np.isin(layout.kind, self.average)}
 
     def _keep(self, name: Any, entries: Tensor) -> None:
@@ -252,7 +258,12 @@ def _plus(one: Tensor, other: Tensor) -> Tensor:
 
 def selected(average: Positions, layout: Layout) -> Array:
     """The entries of a layout that a selection of its run holds; InputError for one of another tower or run."""
-    assert average.mask is not None
+    if average.region is not None and layout.tokens is not None:
+        return layout.of_site(average.resolve(layout.tokens).numpy()) & layout.there
+    if average.mask is None:
+        raise InputError(
+            f"a mean over {average.text} needs to know what stands at which position, which is not known here"
+        )
     mask = average.mask.tensor.cpu().numpy()
     if average.tower != layout.tower:
         raise InputError(f"the mean is over a selection of the {average.tower} tower, not of {layout.tower}")
@@ -268,7 +279,7 @@ def selected(average: Positions, layout: Layout) -> Array:
 def shown(average: Average) -> str:
     """An average as it would be written by hand."""
     if isinstance(average, Positions):
-        return average.label or "selection"
+        return average.label or (average.text if average.region is not None else "selection")
     return repr(average[0] if isinstance(average, tuple) and len(average) == 1 else average)
 
 

@@ -50,7 +50,9 @@ def data_means(
     if missing:
         sites = sorted({site for site, _ in missing})
         with Progress(len(side), "mean over the data set", shown=len(side) > 1) as bar:
+            rows = {number: row for row, number in enumerate(side.numbers)}
             for batch in side.batches(model):
+                examples = [rows[number] for number in batch.examples]
                 maps = model.tokens(batch.inputs)
                 for key, (_, seen) in made.items():
                     _note(model, seen, key[0], maps, batch.inputs)
@@ -58,7 +60,12 @@ def data_means(
                         check(key, seen)
                 values = clean(batch.inputs, sites)
                 for (site, _), (tally, _) in made.items():
-                    tally.add(values[site], Layout.of(model, maps, site, values[site].shape, batch.inputs))
+                    tally.add(
+                        values[site],
+                        Layout.of(model, maps, site, values[site].shape, batch.inputs),
+                        examples,
+                        len(side),
+                    )
                 bar.advance(len(batch))
     for key, value in made.items():
         known[stamp, key] = value

@@ -238,9 +238,18 @@ class Positions:
         several = self.mask is not None and self.mask.tensor.ndim == 2 and self.mask.tensor.shape[0] > 1
         return int(self.mask.tensor.shape[0]) if several and self.mask is not None else None
 
-    def taken(self, examples: Iterable[int]) -> Positions:
-        """The same for a run of some examples of the data set, by their numbers: what is given per example is theirs."""
+    def taken(self, examples: Iterable[int], count: int | None = None) -> Positions:
+        """The same for a run of some examples of the data set, by their places there: what is given per example is theirs.
+
+        Raises InputError where it is given one by one for another number of examples than the data set's ``count``.
+        """
         numbers = tuple(int(number) for number in examples)
+        if self.kind == "mask" and numbers == tuple(range(count or 0)):
+            return self  # the whole data set in one run, whose rows may be images
+        if count is not None and self.n_examples not in (None, count):
+            raise InputError(
+                f"There are positions of {self.n_examples} examples for {count}; give one, or one row, per example."
+            )
         if self.kind == "mask" and self.n_examples is not None:
             assert self.mask is not None
             if max(numbers, default=0) >= self.n_examples:

@@ -406,9 +406,9 @@ def summaries(model: cv.HookedModel, inputs: dict[str, Any]) -> dict[str, Tensor
     vectors = cv.readout.collect(model, inputs, sites, positions="all")
     lens = cv.readout.logit_lens(model, cache, targets=[6, 9])
     found = {
-        "mass": cv.readout.attention_mass(cache, tower="language", queries="all").values,
-        "uniform": cv.readout.attention_mass(cache, tower="language", queries="all").uniform,
-        "entropy": cv.readout.attention_entropy(cache, tower="language", queries="all").values,
+        "mass": cv.readout.attention_mass(model, cache, tower="language", queries="all").values,
+        "uniform": cv.readout.attention_mass(model, cache, tower="language", queries="all").uniform,
+        "entropy": cv.readout.attention_entropy(model, cache, tower="language", queries="all").values,
         "collected": vectors[SITE],
         "cka": cv.readout.cka(vectors).values,
         "rates": lens.change_rate().values,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import circuitvision as cv
-from circuitvision import edits, metrics
+from circuitvision import edits, metrics, regions
 from circuitvision.errors import InputError
 from tests.edits.common import fresh, near, seen, wrap
 
@@ -120,7 +120,7 @@ def test_metrics_of_embedded_prompts_count_the_prompts_positions(model: cv.Hooke
         full = model.module(**whole).logits
         embeds = model.module.get_input_embeddings()(whole["input_ids"])
     inputs = {"inputs_embeds": embeds, "attention_mask": whole["attention_mask"], "logits_to_keep": kept}
-    for position, at in (("last", last), (5, [5] * 3), (-1, [7] * 3), (last, last)):
+    for position, at in (("last", last), (5, [5] * 3), (-1, [7] * 3), (regions.at(last), last)):
         near(metrics.at_position(model(inputs), position, inputs), full[range(3), at], 1e-5)
     with pytest.raises(InputError, match="logits_to_keep left"):
         metrics.at_position(model(inputs), 2, inputs)

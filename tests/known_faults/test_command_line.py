@@ -288,7 +288,7 @@ def test_a_metric_of_something_else_than_the_output() -> None:
     assert torch.equal(metrics.logit_diff(0, 1)(logits.numpy()), metrics.logit_diff(0, 1)(logits))
     for wrong in ({"answer": 0}, "logit_diff", 3):
         with pytest.raises(InputError, match="metric"):
-            model.sweep(inputs, [], wrong)
+            model.sweep(inputs, [cv.edits.scale("vision.hook_input", 0.5)], wrong)
 
 
 # ---- models that no family describes

@@ -105,20 +105,22 @@ def check(family: str) -> None:
         at, seen = length + step - 1, length + step
         truth = torch.stack([layer[:, :, at, :seen] for layer in whole]).double()
         spans = {"patch": torch.from_numpy(kinds == "patch"), "text": torch.from_numpy(kinds == "text")}
-        found = cv.readout.attention_mass(cache, tower="language", step=step, spans={"patch": "patch", "text": "text"})
+        found = cv.readout.attention_mass(
+            model, cache, tower="language", step=step, spans={"patch": "patch", "text": "text"}
+        )
         for number, (name, mask) in enumerate(spans.items()):
             assert found.axes["span"][number] == name
             by_hand = torch.einsum("lrhk,rk->lhr", truth[..., :length], mask.double())
             torch.testing.assert_close(by_row(found)[..., number].double(), by_hand, rtol=0, atol=2e-5)
-        entropy = cv.readout.attention_entropy(cache, tower="language", step=step)
+        entropy = cv.readout.attention_entropy(cache.model, cache, tower="language", step=step)
         by_hand = torch.special.entr(truth).sum(-1).permute(0, 2, 1)
         torch.testing.assert_close(by_row(entropy).double(), by_hand, rtol=0, atol=2e-4)
         visible = (truth.amax(2) > 0).sum(-1)
         torch.testing.assert_close(by_row(entropy, "uniform").double(), visible.double().log(), rtol=0, atol=1e-5)
-        maps = cv.readout.attention_maps(cache, tower="language", steps=step)
+        maps = cv.readout.attention_maps(cache.model, cache, tower="language", steps=step)
         assert maps.axes["key"] == list(range(length))
         torch.testing.assert_close(by_row(maps).double(), truth.permute(0, 2, 1, 3)[..., :length], rtol=0, atol=2e-5)
-        single = cv.readout.attention_maps(cache, tower="language", steps=step, layers=[sliding])
+        single = cv.readout.attention_maps(cache.model, cache, tower="language", steps=step, layers=[sliding])
         # Of a sliding layer alone the keys are those in the window, under their own numbers.
         assert single.axes["key"] == list(range(seen - WINDOW, length))
         by_hand = truth[sliding].permute(1, 0, 2)[..., seen - WINDOW : length]
@@ -142,7 +144,7 @@ def test_keys_laid_on_the_first_positions_are_noticed(monkeypatch: pytest.Monkey
 def test_prompts_longer_than_the_window_and_sources_of_a_step() -> None:
     model, inputs, cache, whole = generated("llava")
     length = inputs["input_ids"].shape[1]
-    prompt = cv.readout.attention_mass(cache, tower="language", step=0, queries="last", spans={"patch": "patch"})
+    prompt = cv.readout.attention_mass(model, cache, tower="language", step=0, queries="last", spans={"patch": "patch"})
     mask = torch.from_numpy(model.tokens(inputs)["language"].kind == "patch").double()
     truth = torch.stack(
         [torch.einsum("rhk,rk->hr", layer[:, :, length - 1, :length].double(), mask) for layer in whole]

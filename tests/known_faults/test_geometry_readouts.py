@@ -136,7 +136,7 @@ def test_a_map_is_stretched_over_what_its_patches_read() -> None:
 def test_attention_is_drawn_over_what_its_patches_read() -> None:
     model, inputs = uneven()
     _, cache = model.run_with_cache(inputs)
-    maps = readout.attention_maps(cache, query="cls")
+    maps = readout.attention_maps(model, cache, query="cls")
     assert extent_of(maps.shares, maps.places, 0, 0) == pytest.approx((24 / 25, 28 / 31))
     figure = maps.plot(picture=np.zeros((HEIGHT, WIDTH, 3), np.uint8), box=(0, 0, WIDTH, HEIGHT))
     heat = next(trace for trace in figure.data if trace.type == "heatmap" and trace.opacity)
@@ -148,7 +148,7 @@ def test_attention_is_drawn_over_what_its_patches_read() -> None:
 def test_a_cut_picture_keeps_what_the_regions_read() -> None:
     model, inputs = uneven()
     _, cache = model.run_with_cache(inputs)
-    maps = readout.attention_maps(cache, query="cls")
+    maps = readout.attention_maps(model, cache, query="cls")
     contrast = readout.attention_contrast(maps, maps, lam=1.0)
     values = torch.full_like(by_row(contrast), 0.0)
     values[:, (contrast.places[0, :, 2] == 3) & (contrast.places[0, :, 3] == 6)] = 1.0
@@ -221,7 +221,7 @@ def test_readouts_see_mixed_positions_as_patches_of_the_image() -> None:
     model = wide("llava-onevision-resampled")
     inputs = onevision_inputs(model, [[(30, 30)]])
     _, cache = model.run_with_cache(inputs)
-    maps = readout.attention_maps(cache, tower="language", query="last")
+    maps = readout.attention_maps(model, cache, tower="language", query="last")
     tokens = model.tokens(inputs)["language"]
     assert torch.equal(maps.patches(0)[0], torch.from_numpy(tokens.kind[0] == "patch")[maps.axes["key"]])
     assert maps.grid(0, 0).shape == (3, 3)

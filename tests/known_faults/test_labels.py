@@ -82,7 +82,7 @@ def test_summaries_name_the_nearest_labels() -> None:
     model, inputs = cv.HookedModel(module), case("vit").inputs(module, batch=2)
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs)
-        maps = cv.readout.attention_maps(cache, layers=[1])
+        maps = cv.readout.attention_maps(model, cache, layers=[1])
         shares = cv.readout.direct_attribution(model, cache, 3)
     with pytest.raises(InputError, match="There is no layer 0 in this AttentionMaps; there are 1"):
         maps.grid(0, 0)

@@ -365,7 +365,7 @@ def test_figures_of_a_grey_model() -> None:
     grey = np.random.default_rng(0).integers(0, 255, (12, 12), dtype=np.uint8)
     inputs = model.inputs(images=[grey, grey])
     _, cache = model.run_with_cache(inputs)
-    maps = attention_maps(cache, query="cls")
+    maps = attention_maps(model, cache, query="cls")
     units = max_activating_examples(model, inputs, "vision.blocks.0.mlp.hook_post", top_k=1)
     pixels = gradient_times_activation(model, inputs, metrics.logit_diff(0, 1), site="pixels")
     for picture in (grey, grey[None], grey[..., None], grey / 255, Image.fromarray(grey)):

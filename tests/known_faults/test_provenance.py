@@ -307,7 +307,7 @@ def on_cache(
 
 
 def of_cache(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda model, cache, **keywords: function(cache, **{"tower": "language", **keywords})
+    return lambda model, cache, **keywords: function(model, cache, **{"tower": "language", **keywords})
 
 
 def of_tower(function: Callable[..., Any], change: Any = None, **keywords: Any) -> Any:
@@ -468,12 +468,16 @@ def test_every_public_function_that_returns_a_result_describes_its_call():
                 marked = any("with_provenance" in ast.unparse(d) for d in node.decorator_list)
                 if names.search(ast.unparse(node.returns)) and not marked:
                     missing.append(f"{path.name}:{getattr(owner, 'name', '')}.{node.name}")
-    # What only reads files, or serves a public function that describes the call.
+    # What only reads files, chooses or joins, or serves a public function that describes the call.
     assert sorted(missing) == [
+        "collected.py:Collected.concat",
         "collected.py:Collected.load",
         "gradients.py:.result_at",
-        "sweep.py:Sweep.result",
-        "sweep.py:SweepResult.rerun",
+        "over_data.py:.over_data",
+        "result.py:SweepResult.of",
+        "result.py:SweepResult.one",
+        "result.py:SweepResult.rerun",
+        "study.py:Study.result",
     ]
 
 
@@ -749,7 +753,9 @@ def test_patching_and_head_importance_keep_their_edits_by_digest(tmp_path):
     live = [
         n for n, layer in enumerate(result.axes["layer"]) if f"language.blocks.{layer}.attn.hook_z" not in result.dead
     ]
-    assert torch.allclose(again.effect.reshape(result.values[live].shape), result.values[live], atol=1e-6)
+    effects = (again.values - again.clean).reshape(len(live), -1, again.values.shape[-1])
+    assert torch.allclose(effects, result.values[live], atol=1e-6)
+    assert torch.allclose(again.clean, result.base, atol=1e-6)
     for made in (important(), checked()):
         loaded = Result.load(made.save(tmp_path / "h.npz"))
         assert loaded.edits == made.edits

@@ -214,5 +214,5 @@ def test_patching_labels_its_own_axes_whatever_their_order() -> None:
     one = activation_patch(model, metric=metric, clean=inputs, corrupt=other, sites=sites, axes=("layer", "head"))
     two = activation_patch(model, metric=metric, clean=inputs, corrupt=other, sites=sites, axes=("head", "layer"))
     for layer, head in cells:
-        index = tuple({"layer": layer, "head": head}[name] for name in two.axes if name != "example")
+        index = tuple({"layer": layer, "head": head}[name] for name in two.cells)
         torch.testing.assert_close(two.values[index], one.values[layer, head], equal_nan=True)

@@ -210,7 +210,7 @@ def test_lens_attention_and_streams_reach_as_far_as_the_call_says() -> None:
             _, cache = model.run_with_cache(given)
         lens = cv.readout.logit_lens(model, cache, "vision", targets=[5])
         assert lens.axes["layer"] == ["input", *range(expected + 1)]
-        assert cv.readout.attention_mass(cache, tower="vision").axes["layer"] == list(range(expected + 1))
+        assert cv.readout.attention_mass(model, cache, tower="vision").axes["layer"] == list(range(expected + 1))
         assert model.sites("vision.blocks.*.hook_resid_post")[expected] == model.vision.stream_sites(given)[-1]
         # A direction of the stream is read at the feature layer, and its terms add up to what is there.
         direction = torch.linspace(-1, 1, model.vision.cfg.d_model, dtype=torch.float64)

@@ -24,7 +24,7 @@ from tests.zoo import case
 def test_the_distance_profile_equals_a_loop_over_pairs(name: str, tower: str, metric: str):
     model, inputs, cache = run(name)
     tokens = model.tokens(inputs)[tower]
-    result = distance_profile(cache, tower=tower, metric=metric)
+    result = distance_profile(model, cache, tower=tower, metric=metric)
     labels = result.axes["distance"]
     pattern = cache[tower, "pattern", 1].double()
     for row in range(tokens.n_rows):
@@ -55,7 +55,7 @@ def test_uniform_attention_has_the_distance_of_uniform_attention():
     model = cv.HookedModel(without_queries(case("dinov2-registers")))
     inputs = case("dinov2-registers").inputs(model.module, batch=1)
     _, cache = model.run_with_cache(inputs, names_filter=PATTERNS)
-    result = distance_profile(cache)
+    result = distance_profile(cache.model, cache)
     assert not by_row(result).requires_grad
     torch.testing.assert_close(by_row(result), by_row(result, "uniform")[:, None].expand_as(by_row(result)))
     steps = torch.arange(4.0)
@@ -69,7 +69,7 @@ def test_uniform_attention_has_the_distance_of_uniform_attention():
 def test_a_profile_without_attention_to_patches_has_no_distance():
     _, cache = planted("vit", "vision", lambda pattern: torch.eye(17)[0])
     with pytest.warns(UserWarning, match="no attention to patches"):
-        result = distance_profile(cache)
+        result = distance_profile(cache.model, cache)
     assert torch.isnan(result.mean_distance).all()
     assert torch.equal(by_row(result)[..., -1], torch.ones(by_row(result).shape[:-1]))
 
@@ -87,7 +87,7 @@ def grid_pattern(of_offset: Tensor) -> Tensor:
 def test_a_head_that_looks_at_offsets_is_explained_by_them():
     of_offset = torch.rand(7, 7, generator=torch.Generator().manual_seed(0)) / 50
     _, cache = planted("vit", "vision", lambda pattern: grid_pattern(of_offset))
-    result = position_pattern(cache)
+    result = position_pattern(cache.model, cache)
     assert result.axes["drow"] == result.axes["dcol"] == [-3, -2, -1, 0, 1, 2, 3]
     torch.testing.assert_close(by_row(result)[0, 0], of_offset, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(result.explained, torch.ones(3, 4), atol=1e-5, rtol=0)
@@ -102,16 +102,16 @@ def test_attention_without_regard_to_offsets_is_explained_by_chance_alone():
     def scattered(pattern: Tensor) -> Tensor:
         return torch.rand(pattern.shape, generator=generator) / 17
 
-    result = position_pattern(planted("vit", "vision", scattered, batch=6)[1])
+    result = position_pattern(*planted("vit", "vision", scattered, batch=6))
     assert float(result.explained.mean()) == pytest.approx(float(result.chance.mean()), abs=0.01)
     with pytest.warns(UserWarning, match="the same between all patches"):
-        constant = position_pattern(planted("vit", "vision", lambda pattern: torch.full((17,), 1 / 17))[1])
+        constant = position_pattern(*planted("vit", "vision", lambda pattern: torch.full((17,), 1 / 17)))
     assert torch.isnan(constant.explained).all()
 
 
 def test_offsets_hidden_by_a_causal_mask_are_not_counted():
     _, _, cache = run("llava-clip-llama", batch=1)
-    result = position_pattern(cache, tower="language")
+    result = position_pattern(cache.model, cache, tower="language")
     later = by_row(result)[0, 0][[3, 3, 4, 4, 4], [3, 4, 2, 3, 4]]
     assert result.counts[0][2].tolist() == [3, 6, 9, 0, 0]
     assert torch.isnan(later).all()
@@ -120,10 +120,10 @@ def test_offsets_hidden_by_a_causal_mask_are_not_counted():
 def test_distance_needs_patches():
     _, _, cache = run("clip")
     with pytest.raises(InputError, match="is a patch; read a vision tower"):
-        distance_profile(cache, tower="text")
+        distance_profile(cache.model, cache, tower="text")
     with pytest.raises(InputError, match="is a patch; read a vision tower"):
-        position_pattern(run("pi0")[2], tower="action")
+        position_pattern(*run("pi0")[::2], tower="action")
     with pytest.raises(InputError, match="Only patches have a distance"):
-        distance_profile(cache, tower="vision", queries="cls")
+        distance_profile(cache.model, cache, tower="vision", queries="cls")
     with pytest.raises(InputError, match="Unknown metric"):
-        distance_profile(cache, tower="vision", metric="cosine")
+        distance_profile(cache.model, cache, tower="vision", metric="cosine")

@@ -62,7 +62,7 @@ def test_maps_are_the_rows_of_the_pattern_in_every_tower(case: Case):
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs, names_filter=PATTERNS)
     for tower, tokens in model.tokens(inputs).items():
-        maps = attention_maps(cache, tower=tower, query="last")
+        maps = attention_maps(model, cache, tower=tower, query="last")
         last, there = torch.tensor(tokens.last()), torch.from_numpy(tokens.present.any(1))
         pattern = cache[tower, "pattern", 0]
         wanted = pattern[torch.arange(len(last)), :, last].masked_fill(~there[:, None, None], float("nan"))
@@ -77,11 +77,11 @@ def test_maps_are_the_rows_of_the_pattern_in_every_tower(case: Case):
 def test_a_patch_that_asks_is_remembered_with_its_place():
     model, inputs, cache = run("vit")
     tokens = model.tokens(inputs)["vision"]
-    maps = attention_maps(cache, query=tokens.image(0).patch(2, 1))
+    maps = attention_maps(model, cache, query=tokens.image(0).patch(2, 1))
     assert maps.query_places.tolist() == [[0, 0, 2, 1]] * 2
     assert maps.query == "image(0).patch(2, 1)"
     torch.testing.assert_close(by_row(maps)[0, :, 0], cache["vision", "pattern", 0][0, :, 10])
-    assert attention_maps(cache, query="patch").query_places.tolist() == [[-1] * 4] * 2
+    assert attention_maps(cache.model, cache, query="patch").query_places.tolist() == [[-1] * 4] * 2
 
 
 def test_maps_of_generated_words_keep_the_keys_of_the_prompt():
@@ -89,16 +89,16 @@ def test_maps_of_generated_words_keep_the_keys_of_the_prompt():
     with torch.no_grad(), model.record("language.blocks.*.attn.hook_pattern") as steps:
         model.generate(inputs, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     tokens = model.tokens(inputs)
-    maps = attention_maps(steps, tokens, steps="decode")
+    maps = attention_maps(steps.model, steps, tokens, steps="decode")
     assert list(maps.axes) == ["step", "layer", "head", "key", "example"]
     assert (maps.axes["step"], len(maps.axes["key"])) == ([1, 2, 3], 16)
     torch.testing.assert_close(by_row(maps)[1, 0, :, 0], steps["language", "pattern", 0][2][0, :, 0, :16])
-    assert attention_maps(steps, tokens, steps=[3]).axes["step"] == [3]
-    assert "step" not in attention_maps(steps, tokens, steps=3).axes
-    assert torch.equal(maps.grid(1, 2, step=3), attention_maps(steps, tokens, steps=3).grid(1, 2))
+    assert attention_maps(steps.model, steps, tokens, steps=[3]).axes["step"] == [3]
+    assert "step" not in attention_maps(steps.model, steps, tokens, steps=3).axes
+    assert torch.equal(maps.grid(1, 2, step=3), attention_maps(steps.model, steps, tokens, steps=3).grid(1, 2))
     for bad in ("later", []):
         with pytest.raises(InputError, match="steps="):
-            attention_maps(steps, tokens, steps=bad)
+            attention_maps(model, steps, tokens, steps=bad)
 
 
 def test_passes_go_by_their_number_and_not_by_their_place():
@@ -118,14 +118,14 @@ def test_passes_counted_from_the_end_are_named_by_their_place():
     model, inputs, _ = run("llava-clip-llama", batch=1)
     with torch.no_grad(), model.record("language.blocks.*.attn.hook_pattern") as steps:
         model.generate(inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
-    maps = attention_maps(steps, model.tokens(inputs), steps=[-1, 1])
+    maps = attention_maps(model, steps, model.tokens(inputs), steps=[-1, 1])
     assert maps.axes["step"] == [2, 1]
-    assert torch.equal(maps.grid(0, 0, step=2), attention_maps(steps, model.tokens(inputs), steps=2).grid(0, 0))
+    assert torch.equal(maps.grid(0, 0, step=2), attention_maps(model, steps, model.tokens(inputs), steps=2).grid(0, 0))
 
 
 def test_maps_of_an_action_tower_lie_over_every_camera():
     model, inputs, cache = run("pi0")
-    maps = attention_maps(cache)
+    maps = attention_maps(model, cache)
     assert [block[0] for block in maps.blocks] == ["language", "action"]
     first, second = (maps.grid(0, 0, image=camera) for camera in (0, 1))
     assert first.shape == second.shape == (3, 3)
@@ -170,8 +170,12 @@ def test_peaks_are_counted_by_rows_and_ties_in_parts():
 def test_the_peak_of_a_planted_head_lies_where_it_was_planted():
     model, cache = planted("vit", "vision", lambda pattern: torch.eye(17)[7])
     tokens = model.tokens(cache.inputs)["vision"]
-    assert torch.equal(by_row(attention_maps(cache).peak_in(tokens.image(0).patch(1, 2))), torch.ones(3, 4, 2))
-    assert torch.equal(by_row(attention_maps(cache).peak_in(tokens.image(0).patch(0, 0))), torch.zeros(3, 4, 2))
+    assert torch.equal(
+        by_row(attention_maps(cache.model, cache).peak_in(tokens.image(0).patch(1, 2))), torch.ones(3, 4, 2)
+    )
+    assert torch.equal(
+        by_row(attention_maps(cache.model, cache).peak_in(tokens.image(0).patch(0, 0))), torch.zeros(3, 4, 2)
+    )
 
 
 def test_a_query_contrasted_with_itself_is_one_everywhere():
@@ -275,7 +279,7 @@ def test_a_question_stands_out_against_a_generic_one_in_a_trained_model():
         with torch.no_grad():
             inputs = model.inputs(images=images, text=texts)
             caches.append(model.run_with_cache(inputs, names_filter="language.blocks.*.attn.hook_pattern")[1])
-    result = attention_contrast(*(attention_maps(cache, layers=[1, 2]) for cache in caches))
+    result = attention_contrast(*(attention_maps(model, cache, layers=[1, 2]) for cache in caches))
     hits = []
     for row, pair in enumerate(pairs):
         left, top, right, bottom = result.regions(5.0, 1, row=row)[0].box
@@ -308,14 +312,14 @@ SECOND = torch.tensor([[0.0, 1, 0], [0, 1, 0], [0.5, 0, 0.5]])
 
 
 def test_the_rollout_of_two_layers_and_three_tokens_by_hand():
-    result = rollout(three_tokens(FIRST, SECOND))
+    result = rollout(wrapped("dinov2-headless"), three_tokens(FIRST, SECOND))
     by_hand = torch.tensor([[0.625, 0.375, 0], [0.25, 0.75, 0], [0.25, 0, 0.75]])
     torch.testing.assert_close(by_row(result)[0, 0, :3, :3], torch.tensor([[1.0, 0, 0], [0.25, 0.75, 0], [0, 0, 1]]))
     torch.testing.assert_close(by_row(result)[1, 0, :3, :3], by_hand)
     torch.testing.assert_close(by_row(result)[1, 0, 3:, 3:], torch.eye(14))
-    plain = rollout(three_tokens(FIRST, SECOND), residual=0.0)
+    plain = rollout(wrapped("dinov2-headless"), three_tokens(FIRST, SECOND), residual=0.0)
     torch.testing.assert_close(by_row(plain)[1, 0, :3, :3], SECOND @ FIRST)
-    kept = rollout(three_tokens(FIRST, SECOND), residual=1.0)
+    kept = rollout(wrapped("dinov2-headless"), three_tokens(FIRST, SECOND), residual=1.0)
     torch.testing.assert_close(by_row(kept)[:, 0], torch.eye(17).expand(2, 17, 17))
 
 
@@ -325,16 +329,16 @@ def test_heads_are_fused_before_the_residual_is_mixed_in():
     for fusion, fused in (("mean", heads.mean(0)), ("max", heads.amax(0)), ("min", heads.amin(0))):
         mixed = 0.5 * torch.eye(3) + 0.5 * fused
         known = mixed / mixed.sum(-1, keepdim=True)
-        torch.testing.assert_close(by_row(rollout(cache, head_fusion=fusion))[0, 0, :3, :3], known)
+        torch.testing.assert_close(by_row(rollout(cache.model, cache, head_fusion=fusion))[0, 0, :3, :3], known)
     with pytest.warns(UserWarning, match="no attention is left"):
-        assert torch.isnan(by_row(rollout(cache, head_fusion="min", residual=0.0))).any()
+        assert torch.isnan(by_row(rollout(cache.model, cache, head_fusion="min", residual=0.0))).any()
 
 
 def test_the_weakest_keys_are_discarded_row_by_row():
     shares = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
     cache = three_tokens(shares, FIRST)
     # 16 of 17 keys go: each row keeps its strongest.
-    result = rollout(cache, discard=0.95, layers=0)
+    result = rollout(cache.model, cache, discard=0.95, layers=0)
     known = torch.tensor([[0.5 + 0.35, 0, 0], [0.25, 0.5, 0], [0, 0, 0.5 + 0.4]])
     torch.testing.assert_close(by_row(result)[0, 0, :3, :3], known / known.sum(-1, keepdim=True))
 
@@ -347,7 +351,7 @@ def test_what_is_discarded_depends_on_no_padding():
         real = torch.from_numpy(model.tokens(inputs)["language"].kind != "padding")
         with torch.no_grad():
             _, cache = model.run_with_cache(inputs, names_filter=PATTERNS)
-        step = by_row(rollout(cache, residual=0.0, discard=0.5, layers=0))[0]
+        step = by_row(rollout(cache.model, cache, residual=0.0, discard=0.5, layers=0))[0]
         for row in range(len(real)):
             seen = step[row][real[row]][:, real[row]]
             # The n-th real position of a causal tower sees n keys, and keeps all but half of them.
@@ -366,9 +370,9 @@ def test_rollouts_are_distributions_over_the_input(case: Case):
     for tower, tokens in model.tokens(inputs).items():
         if tower == "action":
             with pytest.raises(InputError, match="looks at other positions"):
-                rollout(cache, tower=tower)
+                rollout(model, cache, tower=tower)
             continue
-        result = rollout(cache, tower=tower, head_fusion="max")
+        result = rollout(model, cache, tower=tower, head_fusion="max")
         real = torch.from_numpy(tokens.present)
         readout = model.towers[tower].spec.readout
         if readout is not None and readout.pool == "last":
@@ -384,17 +388,17 @@ def test_rollouts_are_distributions_over_the_input(case: Case):
 def test_what_stands_in_rows_of_padding_reaches_no_rollout():
     model, inputs, cache = run("llava-clip-llama", "left")
     padding = torch.from_numpy(model.tokens(inputs)["language"].kind == "padding")
-    known = rollout(cache)
+    known = rollout(model, cache)
     for layer in range(2):
         name = f"language.blocks.{layer}.attn.hook_pattern"
         cache._values[name] = cache[name].masked_fill(padding[:, None, :, None], float("nan"))
-    torch.testing.assert_close(by_row(rollout(cache)), by_row(known), equal_nan=True)
+    torch.testing.assert_close(by_row(rollout(cache.model, cache)), by_row(known), equal_nan=True)
     assert torch.isfinite(by_row(known)[:, ~padding]).all()
 
 
 def test_one_row_of_a_rollout_lies_over_the_image():
     _, _, cache = run("dinov2-registers")
-    result = rollout(cache)
+    result = rollout(cache.model, cache)
     maps = result.of("cls")
     assert (maps.measure, maps.axes["head"]) == ("rollout", ["rollout"])
     torch.testing.assert_close(by_row(maps)[:, 0], by_row(result)[:, :, 0])
@@ -407,11 +411,11 @@ def test_one_row_of_a_rollout_lies_over_the_image():
 
 def test_results_come_back_from_files(tmp_path):
     _, _, cache = run("llava-clip-llama", "left")
-    maps = attention_maps(cache)
+    maps = attention_maps(cache.model, cache)
     for result, kind in (
         (maps, AttentionMaps),
         (attention_contrast(maps, maps), AttentionContrast),
-        (rollout(cache), AttentionRollout),
+        (rollout(cache.model, cache), AttentionRollout),
     ):
         again = kind.load(result.save(tmp_path / f"{kind.__name__}.safetensors"))
         torch.testing.assert_close(by_row(again), by_row(result), equal_nan=True)
@@ -429,7 +433,7 @@ def refuse(match: str):
 
 def test_meaningless_maps_peaks_and_rollouts_are_refused():
     model, inputs, cache = run("llava-clip-llama")
-    maps = attention_maps(cache)
+    maps = attention_maps(model, cache)
     with refuse("no layer 9"):
         maps.grid(9, 0)
     with refuse("image 3"):
@@ -447,13 +451,13 @@ def test_meaningless_maps_peaks_and_rollouts_are_refused():
         made(random_shares(2, 1, 1, 1, 16)).peak_in("patch")
     for options in ({"residual": 1.5}, {"discard": 1.0}, {"residual": -0.1}):
         with refuse("residual is a share"):
-            rollout(cache, **options)
+            rollout(model, cache, **options)
     with refuse("head_fusion"):
-        rollout(cache, head_fusion="median")
+        rollout(model, cache, head_fusion="median")
     with refuse("do not follow"):
-        rollout(run("vit")[2], layers=[0, 2])
+        rollout(*run("vit")[::2], layers=[0, 2])
     with refuse("Roll out a vision tower"):
-        rollout(run("siglip")[2], tower="vision", layers="pool")
+        rollout(*run("siglip")[::2], tower="vision", layers="pool")
 
 
 def test_meaningless_contrasts_are_refused():
@@ -482,7 +486,7 @@ def test_meaningless_contrasts_are_refused():
     with refuse("nothing to contrast"):
         attention_contrast(dataclasses.replace(maps, places=torch.full((1, 16, 4), -1)), maps)
     with refuse("result of attention_maps"):
-        attention_contrast(attention_mass(run("vit")[2]), maps)  # type: ignore[arg-type]
+        attention_contrast(attention_mass(*run("vit")[::2]), maps)  # type: ignore[arg-type]
     result = attention_contrast(maps, maps)
     for options in ({"top_percent": 0}, {"top_percent": 101}, {"count": 0}):
         with refuse("top_percent above 0"):

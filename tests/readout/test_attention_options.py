@@ -65,7 +65,7 @@ def test_masses_of_any_partition_of_the_keys_add_up_to_one(which, parts, seed):
         # A part that is empty in a row has no mass there, which is said and is NaN.
         owner[:, :parts] = torch.arange(parts)
         result = attention_mass(
-            cache, tower=tower, spans={str(part): owner == part for part in range(parts)}, queries="all"
+            cache.model, cache, tower=tower, spans={str(part): owner == part for part in range(parts)}, queries="all"
         )
         torch.testing.assert_close(by_row(result).sum(-1), torch.ones(by_row(result).shape[:-1]), atol=1e-5, rtol=0)
         torch.testing.assert_close(
@@ -80,7 +80,7 @@ def test_masses_of_any_partition_of_the_keys_add_up_to_one(which, parts, seed):
 def test_relative_entropy_is_each_querys_share_of_the_most_there_could_be(span):
     model, _, cache = run(LLAVA)
     tokens = model.tokens(cache.inputs)["language"]
-    result = attention_entropy(cache, tower="language", span=span, queries="all", relative=True)
+    result = attention_entropy(model, cache, tower="language", span=span, queries="all", relative=True)
     assert result.measure == "relative entropy"
     keys = torch.from_numpy(tokens.kind != "padding" if span is None else tokens.kind == span)
     for layer in result.axes["layer"]:
@@ -106,7 +106,7 @@ def alike(pattern: Tensor) -> Tensor:
 @pytest.mark.parametrize("span", [None, "patch"])
 def test_heads_that_look_alike_have_the_entropy_called_uniform(options, span):
     _, cache = planted(LLAVA, "language", alike)
-    result = attention_entropy(cache, tower="language", span=span, queries="all", **options)
+    result = attention_entropy(cache.model, cache, tower="language", span=span, queries="all", **options)
     torch.testing.assert_close(
         by_row(result), by_row(result, "uniform")[:, None].expand_as(by_row(result)), atol=1e-5, rtol=1e-5
     )
@@ -117,10 +117,10 @@ def test_heads_that_look_alike_have_the_entropy_called_uniform(options, span):
 def test_relative_entropy_without_a_choice_of_keys_is_nan():
     _, cache = planted(LLAVA, "language", alike)
     with pytest.warns(UserWarning, match="no query that counts sees two keys of the span"):
-        result = attention_entropy(cache, tower="language", queries=0, relative=True)
+        result = attention_entropy(cache.model, cache, tower="language", queries=0, relative=True)
     assert bool(by_row(result).isnan().all())
     with pytest.raises(InputError, match="leave renormalise on"):
-        attention_entropy(cache, tower="language", relative=True, renormalise=False)
+        attention_entropy(cache.model, cache, tower="language", relative=True, renormalise=False)
 
 
 # -- highlights ----------------------------------------------------------------------------------------------------------------------------
@@ -133,8 +133,12 @@ def test_notebooks_name_the_strongest_heads_in_every_family(case: Case):
     for tower in model.towers:
         if not any(name.startswith(f"{tower}.blocks") for name in cache):
             continue
-        maps = attention_maps(cache, tower=tower)
-        for result in (attention_mass(cache, tower=tower), attention_entropy(cache, tower=tower, relative=True), maps):
+        maps = attention_maps(model, cache, tower=tower)
+        for result in (
+            attention_mass(model, cache, tower=tower),
+            attention_entropy(model, cache, tower=tower, relative=True),
+            maps,
+        ):
             assert result.highlights()
             assert all(isinstance(line, str) and "nan" not in line for line in result.highlights().values())
 
@@ -148,13 +152,17 @@ def test_highlights_name_the_planted_head():
         return out
 
     _, cache = planted("vit", "vision", to_first_patch)
-    said = attention_mass(cache, spans={"patch 4": 5}).highlights()["patch 4"]
+    said = attention_mass(cache.model, cache, spans={"patch 4": 5}).highlights()["patch 4"]
     assert said == "vision L0H2: 100.0% (all keys alike: 5.9%)"
-    assert attention_entropy(cache).highlights()["entropy"].startswith("vision L0H2: 0.00 (all keys alike: 2.83)")
-    assert attention_mass(cache).span("patch").highlights()["mass"].startswith("vision L0H2: 100.0%")
-    assert distance_profile(cache).highlights()["farthest"].startswith("vision L0H2")
-    assert re.match(r"vision L\dH\d: ", position_pattern(cache).highlights()["best explained by offsets"])
-    assert attention_maps(cache, query="cls").highlights()["vision L0H2"] == "100.0% on image patches"
+    assert (
+        attention_entropy(cache.model, cache)
+        .highlights()["entropy"]
+        .startswith("vision L0H2: 0.00 (all keys alike: 2.83)")
+    )
+    assert attention_mass(cache.model, cache).span("patch").highlights()["mass"].startswith("vision L0H2: 100.0%")
+    assert distance_profile(cache.model, cache).highlights()["farthest"].startswith("vision L0H2")
+    assert re.match(r"vision L\dH\d: ", position_pattern(cache.model, cache).highlights()["best explained by offsets"])
+    assert attention_maps(cache.model, cache, query="cls").highlights()["vision L0H2"] == "100.0% on image patches"
 
 
 # -- regions -------------------------------------------------------------------------------------------------------------------------------
@@ -196,26 +204,35 @@ def test_a_picture_is_cut_down_to_its_regions():
 # -- refusals ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_only_caches_hold_attention():
-    model, inputs, _ = run("vit")
-    for wrong in (inputs, model, torch.zeros(3)):
-        with pytest.raises(InputError, match="read off a cache, not off a"):
-            attention_mass(wrong)
+def test_what_is_neither_inputs_nor_a_cache_is_refused():
+    model, _, _ = run("vit")
+    for wrong in (model, torch.zeros(3), 3):
+        with pytest.raises(InputError):
+            attention_mass(model, wrong)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda c: attention_mass(c, layers=1.0), "has layers 0 to 2"),
-        (lambda c: attention_mass(c, layers=[True]), "has layers 0 to 2"),
-        (lambda c: attention_maps(c, steps=0.5), "outside the 1 passes"),
-        (lambda c: attention_contrast(attention_maps(c), attention_maps(c), lam="x"), "makes no sense"),
-        (lambda c: attention_contrast(attention_maps(c), attention_maps(c), layers=9), "There is no layer 9"),
-        (lambda c: attention_contrast(attention_maps(c), attention_maps(c)).regions(count=1.5), "a count from 1 on"),
-        (lambda c: rollout(c, residual="half"), "a share from 0 to 1"),
-        (lambda c: attention_maps(c).head_contrast().head_contrast(), "takes plain attention_maps"),
+        (lambda c: attention_mass(c.model, c, layers=1.0), "has layers 0 to 2"),
+        (lambda c: attention_mass(c.model, c, layers=[True]), "has layers 0 to 2"),
+        (lambda c: attention_maps(c.model, c, steps=0.5), "outside the 1 passes"),
+        (
+            lambda c: attention_contrast(attention_maps(c.model, c), attention_maps(c.model, c), lam="x"),
+            "makes no sense",
+        ),
+        (
+            lambda c: attention_contrast(attention_maps(c.model, c), attention_maps(c.model, c), layers=9),
+            "There is no layer 9",
+        ),
+        (
+            lambda c: attention_contrast(attention_maps(c.model, c), attention_maps(c.model, c)).regions(count=1.5),
+            "a count from 1 on",
+        ),
+        (lambda c: rollout(c.model, c, residual="half"), "a share from 0 to 1"),
+        (lambda c: attention_maps(c.model, c).head_contrast().head_contrast(), "takes plain attention_maps"),
         (lambda c: made(random_shares(1, 1, 2, 16)).head_contrast(), "single head"),
-        (lambda c: attention_maps(c).peak_in(regions.box((90, 90, 99, 99))), "lies outside"),
+        (lambda c: attention_maps(c.model, c).peak_in(regions.box((90, 90, 99, 99))), "lies outside"),
     ],
 )
 def test_meaningless_options_are_refused(call, message):
@@ -225,15 +242,15 @@ def test_meaningless_options_are_refused(call, message):
 
 def test_layers_of_any_whole_type_are_taken():
     _, _, cache = run("vit")
-    by_name = attention_mass(cache, layers=[1])
+    by_name = attention_mass(cache.model, cache, layers=[1])
     for layers in (1, np.int64(1), torch.tensor([1]).tolist(), range(1, 2)):
-        assert torch.equal(by_row(attention_mass(cache, layers=layers)), by_row(by_name))
-    maps = attention_maps(cache)
+        assert torch.equal(by_row(attention_mass(cache.model, cache, layers=layers)), by_row(by_name))
+    maps = attention_maps(cache.model, cache)
     assert torch.equal(
         by_row(attention_contrast(maps, maps, layers=1)).nan_to_num(),
         by_row(attention_contrast(maps, maps, layers=[1])).nan_to_num(),
     )
-    assert cv.readout.attention_entropy(cache, layers=np.int64(-1)).axes["layer"] == [2]
+    assert cv.readout.attention_entropy(cache.model, cache, layers=np.int64(-1)).axes["layer"] == [2]
 
 
 def test_a_sliding_window_has_dropped_the_first_positions():
@@ -256,9 +273,9 @@ def test_padding_that_the_family_reads_is_a_query():
     _, cache = model.run_with_cache(inputs, names_filter="text.blocks.*.attn.hook_pattern")
     last = model.text.cfg.n_layers - 1
     pattern = cache["text", "pattern", last]
-    mass = cv.readout.attention_mass(cache, tower="text", layers=last, spans={"first": 0})
+    mass = cv.readout.attention_mass(cache.model, cache, tower="text", layers=last, spans={"first": 0})
     torch.testing.assert_close(by_row(mass)[0, :, :, 0], pattern[:, :, -1, 0].T)
-    rolled = cv.readout.rollout(cache, tower="text", residual=0.25)
+    rolled = cv.readout.rollout(cache.model, cache, tower="text", residual=0.25)
     step = None
     for layer in range(last + 1):
         mixed = 0.25 * torch.eye(6) + 0.75 * cache["text", "pattern", layer].mean(1)

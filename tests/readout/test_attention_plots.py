@@ -86,7 +86,7 @@ def test_unread_layers_are_marked_and_missing_values_are_dashes():
 
 def test_entropies_and_peaks_say_what_they_measure():
     _, _, cache = run("vit")
-    figure = attention_entropy(cache).plot()
+    figure = attention_entropy(cache.model, cache).plot()
     assert "narrowest attention" in figure.layout.title.text
     assert figure.layout.coloraxis.cmax == pytest.approx(np.log(17))
     values = torch.zeros(1, 2, 4, 16)
@@ -113,7 +113,7 @@ def test_stacked_bars_fill_every_layer_and_show_uniform_attention_last():
 
 def test_distance_lines_and_means():
     _, _, cache = run("dinov2-registers")
-    result = distance_profile(cache)
+    result = distance_profile(cache.model, cache)
     figure = result.plot()
     lines = [trace for trace in figure.data if trace.mode == "lines" and trace.name == "layer 1"]
     assert len(lines) == 3
@@ -129,7 +129,7 @@ def test_distance_lines_and_means():
 
 def test_offsets_show_the_best_explained_heads_first():
     _, _, cache = run("vit")
-    result = position_pattern(cache)
+    result = position_pattern(cache.model, cache)
     figure = result.plot(count=2)
     best = int(result.explained.flatten().argmax())
     layer, head = divmod(best, 4)
@@ -198,11 +198,11 @@ def test_the_query_patch_is_marked_where_it_is_one():
     model, inputs, cache = run("vit")
     tokens = model.tokens(inputs)["vision"]
     picture = Image.new("RGB", (32, 32))
-    asked = attention_maps(cache, query=tokens.image(0).patch(1, 2)).plot(picture=picture)
+    asked = attention_maps(model, cache, query=tokens.image(0).patch(1, 2)).plot(picture=picture)
     assert "query" in {annotation.text for annotation in asked.layout.annotations}
     square = asked.layout.shapes[0]
     assert (square.x0, square.x1, square.y0, square.y1) == (15.5, 23.5, 7.5, 15.5)
-    assert "query" not in {annotation.text for annotation in attention_maps(cache).plot().layout.annotations}
+    assert "query" not in {annotation.text for annotation in attention_maps(model, cache).plot().layout.annotations}
 
 
 def tiled(values):
@@ -336,13 +336,13 @@ def test_boxes_are_in_pixels_of_the_picture_or_else_of_the_map():
 
 def test_figures_list_the_keywords_they_take():
     cache = run("vit")[2]
-    for result in (rollout(cache), attention_maps(cache), attention_mass(cache)):
+    for result in (rollout(cache.model, cache), attention_maps(cache.model, cache), attention_mass(cache.model, cache)):
         with pytest.raises(InputError, match="does not take colour=; it takes"):
             result.plot(colour=1)
 
 
 def test_relative_entropies_are_shares():
-    figure = attention_entropy(run("vit")[2], relative=True).plot()
+    figure = attention_entropy(*run("vit")[::2], relative=True).plot()
     assert "of what looking at all visible keys alike has" in figure.layout.title.text
     assert figure.layout.coloraxis.cmax == 1.0
     assert figure.layout.coloraxis.colorbar.tickformat == ".0%"
@@ -389,7 +389,7 @@ def test_hovering_over_a_patch_names_its_row_and_column():
 
 def test_other_rows_images_and_differences_can_be_shown():
     _, _, cache = run("pi0")
-    maps = attention_maps(cache)
+    maps = attention_maps(cache.model, cache)
     second = maps.plot(row=1, image=1)
     at = component(second.layout.sliders[0].steps[second.layout.sliders[0].active].label)
     np.testing.assert_allclose(heat_maps(second)[0], maps.grid(at.layer, at.head, row=1, image=1), rtol=1e-6)
@@ -401,7 +401,7 @@ def test_other_rows_images_and_differences_can_be_shown():
 
 def test_rollouts_slide_over_layers():
     _, _, cache = run("vit")
-    result = rollout(cache)
+    result = rollout(cache.model, cache)
     figure = result.plot()
     assert [step.label for step in figure.layout.sliders[0].steps] == ["layer 0", "layer 1", "layer 2"]
     assert len(heat_maps(figure)) == 1
@@ -437,10 +437,16 @@ def test_the_contrast_shows_its_regions_and_the_object():
 
 def test_pages_of_every_figure_load_nothing(tmp_path):
     _, _, cache = run("vit")
-    maps = attention_maps(cache)
+    maps = attention_maps(cache.model, cache)
     figures = [
         result.plot()
-        for result in (attention_mass(cache), distance_profile(cache), position_pattern(cache), maps, rollout(cache))
+        for result in (
+            attention_mass(cache.model, cache),
+            distance_profile(cache.model, cache),
+            position_pattern(cache.model, cache),
+            maps,
+            rollout(cache.model, cache),
+        )
     ]
     text = style.write_figures(tmp_path / "page.html", "attention", figures).read_text()
     assert "<script src" not in text

@@ -112,7 +112,7 @@ def test_figures_of_one_row_of_several_say_which(llava):
     sources = readout.source_attribution(model, cache, ("red", "blue"))
     metric = cv.metrics.logit_diff("red", "blue")
     relevance = readout.gradient_times_activation(model, cache.inputs, metric)
-    looks = readout.attention_maps(cache, tower="language", query="last")
+    looks = readout.attention_maps(model, cache, tower="language", query="last")
     for result in (lens, sources, relevance, looks):
         assert "row 0 of 2" in title(result.plot())
         assert "row 1 of 2" in title(result.plot(row=1))
@@ -140,7 +140,7 @@ def test_layers_rise_in_every_figure_of_heads(llava):
     for figure in (
         readout.direct_attribution(model, cache, ("red", "blue")).plot(view="heads"),
         readout.log_prob_increase(model, cache, "red").plot(),
-        readout.attention_mass(cache, tower="language").plot(),
+        readout.attention_mass(model, cache, tower="language").plot(),
     ):
         assert figure.layout.yaxis.autorange != "reversed"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -270,6 +270,22 @@ def with_held(edit: Edit, change: Callable[[TensorRef], TensorRef]) -> Edit:
 def by_digest(edits: Iterable[Edit]) -> EditGroup:
     """The same edits without their tensors, which are named by digest: what a result keeps of sources that it does not own."""
     return EditGroup(with_held(edit, TensorDigest.of_held) for edit in edits)
+
+
+def taken(group: Iterable[Edit], examples: Sequence[int], count: int) -> tuple[Edit, ...]:
+    """The same edits for a run of some of a data set's ``count`` examples, by their places there: positions given per example are theirs.
+
+    Raises InputError where positions are given one by one for another number of examples.
+    """
+    found = []
+    for edit in group:
+        held = {name: getattr(edit, name, None) for name in ("positions", "keys")}
+        changes: dict[str, Any] = {
+            name: one.taken(examples, count) for name, one in held.items() if isinstance(one, Positions)
+        }
+        changes = {name: one for name, one in changes.items() if one is not held[name]}
+        found.append(dataclasses.replace(edit, **changes) if changes else edit)
+    return tuple(found)
 
 
 def settled(groups: Iterable[Iterable[Edit]]) -> list[EditGroup]:

@@ -3,6 +3,9 @@
 For each batch of examples the side that edits take their values from is run once, and only the sites that some edit reads are kept. Values are laid
 at the positions that belong together (``Batch.matched``). Everything of a batch is gone before the next one is made.
 
+Positions that edits are given per example (regions, masks) are those of the data set, and each batch takes its own; an edit that a function makes for
+a batch has those of the batch.
+
 Not covered: edits with sources on two other sides, and examples whose runs differ in what an edit of fixed positions means (make the edits for
 each batch, with a function).
 """
@@ -21,7 +24,7 @@ from circuitvision.errors import InputError
 from circuitvision.links import marked
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.axes import axis_of, tower_of
-from circuitvision.model.edits.base import Edit
+from circuitvision.model.edits.base import Edit, taken
 from circuitvision.model.edits.binding import Group, as_groups
 from circuitvision.model.edits.values import SideSource, TensorRef, TensorRefMapping
 from circuitvision.model.sites import SiteName
@@ -146,14 +149,15 @@ class DataStudy(Study):
             yield lambda number=number, batch=batch: self._chunk(number, batch, [rows[one] for one in batch.examples])  # type: ignore[misc]
 
     def _chunk(self, number: int, batch: Batch, rows: list[int]) -> Chunk:
-        groups = self.groups
+        count = len(self.side)
+        groups: list[Group] = [taken(group, rows, count) for group in self.groups] if self.make is None else []
         if self.make is not None:
             groups = as_groups(self.make(batch))
             if len(groups) != len(self.groups):
                 raise InputError(
                     f"The function made {len(groups)} edits for one batch and {len(self.groups)} for another: it makes as many for each."
                 )
-        metrics = self.metrics.take(rows, len(self.side))
+        metrics = self.metrics.take(rows, count)
         metrics = metrics.bind(self.model, batch.answers, batch.foils, batch.combine)
         inputs = self.model._checked(batch.inputs)
         if self.check_batch is not None:

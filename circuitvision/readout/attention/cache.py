@@ -22,16 +22,43 @@ from circuitvision.model.positions import GENERATED
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
 from circuitvision.readout.attention.patterns import PROBE, KeyBlock, Patterns
+from circuitvision.readout.over_data import side_of
+from circuitvision.readout.recorded import check_hooked
+
+
+def patterns_in(model: Any, cache: Any, tower: str | None) -> ActivationCache:
+    """The cache given, or that of a run of the inputs given, which records patterns (of one tower, or of all) and nothing else.
+
+    Raises:
+        InputError: no hooked model, a tower that it lacks, a cache of another model, a data set.
+    """
+    check_hooked(model)
+    if tower is not None and tower not in model.towers:
+        raise InputError(f"This model has no tower {tower!r}; its towers are {', '.join(model.towers)}.")
+    if isinstance(cache, ActivationCache):
+        if cache.model is None:
+            return ActivationCache(dict(cache), model, cache.inputs, cache.has_batch_dim)
+        if cache.model.module is not model.module:
+            raise InputError("The cache is of another model than the one given; record it with this model.")
+        return cache
+    if side_of(cache) is not None:
+        raise InputError(
+            "Attention is read of one run: give the inputs of a batch (data.batches(model)), or its cache."
+        )
+    with torch.no_grad():
+        names = [name for name in model.sites("**.hook_pattern") if tower in (None, SiteName.parse(name).tower)]
+        return model.run_with_cache(cache, names_filter=names)[1]
 
 
 def read(
+    model: Any,
     cache: Any,
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     tower: str | None = None,
     layers: Any = None,
     step: int | None = None,
 ) -> Patterns:
-    """The patterns that a cache holds of one tower.
+    """The patterns of one tower that a cache holds, or that a run of inputs has.
 
     ``tower`` None: the last tower of the model with patterns in the cache whose keys include image patches, or else the last with patterns.
     ``layers`` None: those in the cache that can reach the output; "pool" is the attention pool of a tower that has one.
@@ -39,19 +66,9 @@ def read(
 
     Raises InputError, naming the ``names_filter`` to run with, if the patterns are not there.
     """
-    if not isinstance(cache, ActivationCache):
-        raise InputError(
-            f"Attention is read off a cache, not off a {type(cache).__name__}: _, cache = model.run_with_cache(inputs, "
-            "names_filter='*.blocks.*.attn.hook_pattern')."
-        )
-    if cache.model is None:
-        raise InputError(
-            "This cache has no model, which knows its towers; load it with ActivationCache.load(path, model=…)."
-        )
-    maps = _maps(cache, tokens)
     tower = tokens.tower if tower is None and isinstance(tokens, TokenMap) else tower
-    if tower is not None and tower not in cache.model.towers:
-        raise InputError(f"This model has no tower {tower!r}; its towers are {', '.join(cache.model.towers)}.")
+    cache = patterns_in(model, cache, tower)
+    maps = _maps(cache, tokens)
     there = [name for name in cache if SiteName.parse(name).site in ("attn.hook_pattern", "pool.attn.hook_pattern")]
     wanted = [name for name in cache.model.towers if tower in (None, name)]
     found = [name for name in wanted if any(SiteName.parse(site).tower == name for site in there)]

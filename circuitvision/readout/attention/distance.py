@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.cache import ActivationCache
 from circuitvision.model.names import head_name
 from circuitvision.model.positions import PositionsLike
 from circuitvision.model.tokens import ABSENT, TokenMap
@@ -31,6 +32,9 @@ from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.patterns import Patterns, warn_undefined
 from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +73,8 @@ class DistanceProfile(Result):
 
 @with_provenance
 def distance_profile(
-    cache: Any,
+    model: HookedModel,
+    cache: ActivationCache | Mapping[str, Any],
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,
     tower: str | None = None,
@@ -87,7 +92,7 @@ def distance_profile(
     Raises:
         InputError: a tower without patches among its positions, queries that are none, an unknown metric.
     """
-    patterns = read(cache, tokens, tower, layers, step)
+    patterns = read(model, cache, tokens, tower, layers, step)
     places = grid_places(patterns, "distance_profile")
     if metric not in ("chebyshev", "euclidean"):
         raise InputError(f"Unknown metric {metric!r}; choose chebyshev or euclidean.")
@@ -195,7 +200,8 @@ class PositionPattern(Result):
 
 @with_provenance
 def position_pattern(
-    cache: Any,
+    model: HookedModel,
+    cache: ActivationCache | Mapping[str, Any],
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,
     tower: str | None = None,
@@ -211,7 +217,7 @@ def position_pattern(
     Raises:
         InputError: as for :func:`distance_profile`.
     """
-    patterns = read(cache, tokens, tower, layers, step)
+    patterns = read(model, cache, tokens, tower, layers, step)
     places = grid_places(patterns, "position_pattern")
     offsets, (rows, columns) = _offsets(places)
     n_offsets = (2 * rows - 1) * (2 * columns - 1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,17 +22,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.cache import ActivationCache
 from circuitvision.model.names import head_name
 from circuitvision.model.positions import GENERATED, Positions, PositionsLike, warn_of_empty, without_any
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import PatchSets, TokenMap, Views
 from circuitvision.provenance import with_provenance
-from circuitvision.readout.attention.cache import read
+from circuitvision.readout.attention.cache import patterns_in, read
 from circuitvision.readout.attention.mass import AttentionSummary
 from circuitvision.readout.attention.patterns import KeyBlock, Patterns, described, keys_of, mean_query, warn_undefined
 from circuitvision.readout.patch_coords import on_grid, places_of
 from circuitvision.results import Result
 from circuitvision.statistics import by_example
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +226,8 @@ def _map_of(held: Any, tower: str, start: int, first: int, count: int) -> TokenM
 
 @with_provenance
 def attention_maps(
-    cache: Any,
+    model: HookedModel,
+    cache: ActivationCache | Mapping[str, Any],
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,
     tower: str | None = None,
@@ -239,8 +244,11 @@ def attention_maps(
     Raises:
         InputError: as :func:`attention_mass`.
     """
-    first, numbers = _first_pass(cache, tokens, tower, layers, steps)
-    passes = [first, *(read(cache, tokens, first.tower, layers, step) for step in numbers[1:])]
+    if isinstance(tokens, TokenMap) and tower is None:
+        tower = tokens.tower
+    cache = patterns_in(model, cache, tower)
+    first, numbers = _first_pass(model, cache, tokens, tower, layers, steps)
+    passes = [first, *(read(model, cache, tokens, first.tower, layers, step) for step in numbers[1:])]
     several = isinstance(steps, Iterable)
     # Passes counted from the end are named by their place, so that one label means one pass.
     numbers = [int(step) % first.n_passes for step in numbers] if several else numbers
@@ -275,7 +283,8 @@ def attention_maps(
 
 
 def _first_pass(
-    cache: Any,
+    model: HookedModel,
+    cache: ActivationCache,
     tokens: Mapping[str, TokenMap] | TokenMap | None,
     tower: str | None,
     layers: Any,
@@ -283,17 +292,17 @@ def _first_pass(
 ) -> tuple[Patterns, list[Any]]:
     """The first pass that is asked for, and the numbers of all."""
     if not isinstance(steps, Iterable):
-        return read(cache, tokens, tower, layers, steps), [steps]
+        return read(model, cache, tokens, tower, layers, steps), [steps]
     if isinstance(steps, str):
         if steps not in ("all", "decode"):
             raise InputError(f"steps={steps!r} is not understood: numbers of passes, 'all' or 'decode'.")
-        count = read(cache, tokens, tower, layers, 0).n_passes
+        count = read(model, cache, tokens, tower, layers, 0).n_passes
         numbers = list(range(0 if steps == "all" else 1, count))
     else:
         numbers = list(steps)
     if not numbers:
         raise InputError(f"steps={steps!r} holds no pass of this cache.")
-    return read(cache, tokens, tower, layers, numbers[0]), numbers
+    return read(model, cache, tokens, tower, layers, numbers[0]), numbers
 
 
 def blocks_of(patterns: Patterns) -> list[list[Any]]:

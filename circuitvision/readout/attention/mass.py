@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.cache import ActivationCache
 from circuitvision.model.names import head_name
 from circuitvision.model.positions import Positions, PositionsLike, warn_of_empty, without_any
 from circuitvision.model.tokens import ABSENT, TokenMap
@@ -35,6 +36,9 @@ from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.patterns import EVERYTHING, Patterns, described, mean_query, warn_undefined
 from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
 
 _NO_QUERY = "a row has no query that counts (padding never counts)"
 
@@ -93,7 +97,8 @@ class AttentionSummary(Result):
 
 @with_provenance
 def attention_mass(
-    cache: Any,
+    model: HookedModel,
+    cache: ActivationCache | Mapping[str, Any],
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,
     tower: str | None = None,
@@ -105,9 +110,10 @@ def attention_mass(
     """Share of attention that each head's queries give to each span of keys: ``mean over queries of Σ_{key in span} pattern[query, key]``.
 
     Args:
-        cache: the cache of a run with ``names_filter="{tower}.blocks.*.attn.hook_pattern"``.
-        tokens: ``model.tokens(inputs)``, or the map of the tower to read; None: that of the cache's own inputs.
-        tower: None: the last tower with patterns in the cache that can look at image patches.
+        model: the hooked model.
+        cache: inputs, which are run, or the cache of a run that holds patterns (``names_filter="{tower}.blocks.*.attn.hook_pattern"``).
+        tokens: ``model.tokens(inputs)``, or the map of the tower to read; None: that of the inputs.
+        tower: None: the last tower whose patterns are read that can look at image patches.
         spans: name → positions (kinds such as "patch", regions of :mod:`circuitvision.regions`, selections, …), see
             :mod:`circuitvision.model.positions`. None: every kind there is, which add up to 1, and "everything" but padding. Kinds and regions are
             looked for among all keys, cached ones of another tower too (PI0's prompt, for its action tower); numbers are the tower's own.
@@ -120,7 +126,7 @@ def attention_mass(
     Raises:
         InputError: no such patterns in the cache (the message says what to run), a span that is empty or of another tower.
     """
-    patterns = read(cache, tokens, tower, layers, step)
+    patterns = read(model, cache, tokens, tower, layers, step)
     if spans is None:
         kinds = [kind for kind in dict.fromkeys(patterns.key_kind.flatten().tolist()) if kind not in ABSENT]
         spans = {**{kind: kind for kind in kinds}, EVERYTHING: EVERYTHING}
@@ -145,7 +151,8 @@ def attention_mass(
 
 @with_provenance
 def attention_entropy(
-    cache: Any,
+    model: HookedModel,
+    cache: ActivationCache | Mapping[str, Any],
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,
     tower: str | None = None,
@@ -171,7 +178,7 @@ def attention_entropy(
         raise InputError(
             "relative=True compares with keys that are looked at alike, whose shares sum to 1: leave renormalise on."
         )
-    patterns = read(cache, tokens, tower, layers, step)
+    patterns = read(model, cache, tokens, tower, layers, step)
     keys = torch.from_numpy(patterns.keys(span, "span"))
     values, uniform = [], []
     for pattern, counted in patterns.each(queries):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.model.cache import ActivationCache
 from circuitvision.model.positions import Positions, PositionsLike
 from circuitvision.model.tokens import TokenMap, present
 from circuitvision.provenance import with_provenance
@@ -29,6 +30,9 @@ from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.maps import AttentionMaps, blocks_from, blocks_of, single_places
 from circuitvision.readout.attention.patterns import described, keys_of, mean_query, warn_undefined
 from circuitvision.results import Result
+
+if TYPE_CHECKING:
+    from circuitvision.model.hooked import HookedModel
 
 _FUSIONS = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1), "min": lambda a: a.amin(1)}
 
@@ -87,7 +91,8 @@ class AttentionRollout(Result):
 
 @with_provenance
 def rollout(
-    cache: Any,
+    model: HookedModel,
+    cache: ActivationCache | Mapping[str, Any],
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,
     tower: str | None = None,
@@ -112,7 +117,7 @@ def rollout(
         raise InputError(f"residual is a share from 0 to 1 and discard one below 1, not {residual!r} and {discard!r}.")
     if head_fusion not in _FUSIONS:
         raise InputError(f"Unknown head_fusion {head_fusion!r}; choose one of {', '.join(_FUSIONS)}.")
-    patterns = read(cache, tokens, tower, layers, step)
+    patterns = read(model, cache, tokens, tower, layers, step)
     if len(patterns.blocks) != 1 or patterns.query_kind.shape != patterns.key_kind.shape:
         raise InputError(
             f"Rollout needs keys that are the queries of the layer before; in this pass the {patterns.tower} tower looks at "

@@ -150,7 +150,7 @@ class ProbeResult(Result):
 def linear_probe(
     model: HookedModel | None,
     data: Any,
-    labels: Sequence[Any] | Tensor | np.ndarray,
+    labels: Sequence[Any] | Tensor | np.ndarray | None = None,
     *,
     tower: str | None = None,
     sites: str | Sequence[str] | None = None,
@@ -171,7 +171,8 @@ def linear_probe(
         model: the hooked model; None where ``data`` are vectors.
         data: an iterable of model inputs, or one mapping of many examples; or vectors that are there already, so that one run serves several
             labels: what :func:`circuitvision.readout.collect` gave, or without a model ``{site: activations [example feature]}``.
-        labels: one per example. Text, whole numbers and booleans are classes; floats are numbers, predicted by ridge regression.
+        labels: one per example; None: those that stand beside collected vectors. Text, whole numbers and booleans are classes; floats are numbers,
+            predicted by ridge regression.
         tower: whose residual stream is probed, after every layer that can reach the output; may be left out where there is one tower.
         sites: names or globs instead.
         positions: what stands for an example, see :func:`circuitvision.readout.probes.collected.chosen`.
@@ -179,7 +180,8 @@ def linear_probe(
         label_name: what the labels are, for titles.
         test_share: share of the examples held out, in proportion for every class.
         folds: instead, that many parts, each held out once.
-        groups: one entry per example; equal entries stay on one side, are shuffled as wholes, and count once in the interval.
+        groups: one entry per example; None: of collected vectors their own. Equal entries stay on one side, are shuffled as wholes, and count once in
+            the interval.
         held_out: instead, which examples are held out (a mask or numbers), for example all combinations that training must not see.
         shuffles: how often the control is drawn.
         penalty: weight of the squared weights, see :mod:`circuitvision.readout.probes.fitting`; None chooses it for each site, and once more
@@ -190,6 +192,14 @@ def linear_probe(
         InputError: labels that do not fit the data or the split, an example without such a position, vectors that are not finite.
         UnknownSiteError: no such site.
     """
+    if isinstance(data, Collected):
+        labels = (data.labels or None) if labels is None else labels
+        # Where held_out names the examples, groups have no say; vectors made by hand have none.
+        groups = (data.groups or None) if groups is None and held_out is None else groups
+    if labels is None:
+        raise InputError(
+            "Give labels, one per example, or vectors that were collected with labels (collect(…, labels=…))."
+        )
     count = len(Targets.of(labels).values)
     if model is None or isinstance(data, Collected):
         if tower is not None or sites is not None:
