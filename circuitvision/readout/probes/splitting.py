@@ -215,20 +215,6 @@ def _key(label: Any) -> Any:
     return label.item() if label.ndim == 0 else tuple(label.tolist())
 
 
-def _check_parts(targets: Targets, parts: Sequence[tuple[Tensor, Tensor]], everything: bool = True) -> None:
-    """Every class is there to train on, and (``everything``) held out somewhere."""
-    if any(len(train) < 2 or len(test) == 0 for train, test in parts):
-        raise InputError(
-            "A split leaves nothing to train on or nothing held out; give more examples or smaller groups."
-        )
-    for number, label in enumerate(targets.classes):
-        own = targets.values == number
-        if any(not bool(own[train].any()) for train, _ in parts):
-            raise InputError(f"No example of {label!r} would be left to train on; {_ADVICE}.")
-        if everything and not any(bool(own[test].any()) for _, test in parts):
-            raise InputError(f"No example of {label!r} would be held out; {_ADVICE}.")
-
-
 # -- controls and intervals ----------------------------------------------------------------------------------------------------------------
 
 
