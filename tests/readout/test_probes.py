@@ -15,7 +15,7 @@ from circuitvision.errors import InputError
 from circuitvision.plots import probes as figures
 from circuitvision.readout import collect, decision_layer, linear_probe
 from circuitvision.readout.probes.decisions import DecisionLayers
-from circuitvision.readout.probes.fitting import Features, logistic, ridge
+from circuitvision.readout.probes.fitting import fit, raw, standardiser
 from circuitvision.statistics import wilson
 from tests.readout.common import gaussians
 
@@ -57,35 +57,27 @@ def test_numbers_are_predicted_by_ridge_regression():
 
 
 @pytest.mark.parametrize(("examples", "features"), [(60, 8), (20, 50)])
-def test_the_solution_is_stationary_for_tall_and_wide_features(examples, features):
-    x, labels = gaussians(examples, 3, apart=2.0, features=features)
-    x = x * torch.logspace(-2, 2, features) + 7
-    penalty = 0.03
-    fitted = Features.of(x)
-    weights, bias = logistic(fitted, labels[None], 3, penalty)
-    z = (x.double() - fitted.mean) / fitted.scale
-    full = (fitted.basis @ weights[0]).requires_grad_(True)
-    offset = bias[0].clone().requires_grad_(True)
-    loss = torch.nn.functional.cross_entropy(z @ full + offset, labels) + penalty / 2 * full.square().sum()
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_the_solution_is_stationary_for_tall_and_wide_features(examples, features, n_classes):
+    """The promised objective, written out on standardised features, has no slope at the weights that are given back."""
+    x, labels = gaussians(examples, n_classes, apart=2.0, features=features)
+    x = (x * torch.logspace(-2, 2, features) + 7).double()
+    z = (x - x.mean(0)) / x.std(0, unbiased=False)
+    prepared, penalty = standardiser(x.numpy()), 0.03
+    weights, bias = map(
+        torch.from_numpy, raw(prepared, fit(prepared.transform(x.numpy()), labels.numpy(), n_classes, penalty))
+    )
+    full = (weights * x.std(0, unbiased=False)).requires_grad_(True)
+    offset = (bias + weights @ x.mean(0)).requires_grad_(True)
+    loss = torch.nn.functional.cross_entropy(z @ full.T + offset, labels) + penalty / 2 * full.square().sum()
     for gradient in torch.autograd.grad(loss, (full, offset)):
-        assert float(gradient.abs().max()) < 1e-5
-    y = torch.randn(1, examples, dtype=torch.float64)
-    weights, intercept = ridge(fitted, y, penalty)
+        assert float(gradient.abs().max()) < 1e-3
+    y = torch.randn(examples, dtype=torch.float64)
+    weights, bias = map(torch.from_numpy, raw(prepared, fit(prepared.transform(x.numpy()), y.numpy(), 0, penalty)))
     normal = z.T @ z / examples + penalty * torch.eye(features)
-    wanted = torch.linalg.solve(normal, z.T @ (y[0] - y.mean()) / examples)
-    torch.testing.assert_close(fitted.basis @ weights[0, :, 0], wanted)
-    assert float(intercept[0, 0]) == pytest.approx(float(y.mean()))
-
-
-def test_problems_solved_together_equal_problems_solved_alone():
-    x, labels = gaussians(120, 3, apart=2.0)
-    drawn = torch.stack([labels, labels.flip(0), labels[torch.randperm(120)]])
-    fitted = Features.of(x)
-    together, offsets = logistic(fitted, drawn, 3, 1e-2)
-    for number, row in enumerate(drawn):
-        alone, offset = logistic(fitted, row[None], 3, 1e-2)
-        torch.testing.assert_close(together[number], alone[0], atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(offsets[number], offset[0], atol=1e-4, rtol=1e-3)
+    wanted = torch.linalg.solve(normal, z.T @ (y - y.mean()) / examples)
+    torch.testing.assert_close(weights[0] * x.std(0, unbiased=False), wanted)
+    assert float(bias[0] + weights[0] @ x.mean(0)) == pytest.approx(float(y.mean()))
 
 
 def test_weights_act_on_activations_as_they_are():
@@ -131,7 +123,8 @@ def test_the_class_token_learns_the_shape_in_the_first_block(shapes):
     model, inputs, labels = shapes
     result = linear_probe(model, inputs, labels, positions="cls", label_name="shape", shuffles=19, penalty=1e-3)
     assert result.layers == ["input", 0, 1, 2]
-    assert float(result.values[0]) == result.chance
+    assert len(result.predictions[0].unique()) == 1  # every image has the same class token there
+    assert float(result.values[0]) <= 0.3
     assert float(result.values[1:].min()) > 0.9
     assert float(result.p_value[1]) == pytest.approx(0.05)
     assert (result.control - 0.2).abs().max() < 0.15

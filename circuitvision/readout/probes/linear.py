@@ -28,7 +28,7 @@ from circuitvision.progress import track
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.probes.collected import ByTower, Collected, check_count, collect
 from circuitvision.readout.probes.decisions import DecisionLayers, decision_layer
-from circuitvision.readout.probes.fitting import CHOOSING, Features, best_penalty, fit, predict, score
+from circuitvision.readout.probes.fitting import CHOOSING, best_penalty, fit, raw, score, standardiser
 from circuitvision.readout.probes.splitting import Plan, Split, Targets, bootstrapped
 from circuitvision.readout.probes.streaming import Reading
 from circuitvision.readout.recorded import inputs_of
@@ -233,7 +233,7 @@ def _probed(vectors: Mapping[str, Tensor], plan: Plan, label_name: str) -> Probe
     """Fit and score the probes of every site."""
     targets = plan.targets
     found = [_Site(vectors[name], plan) for name in track(list(vectors), "probe")]
-    held_out = torch.cat([test for _, test in plan.parts])
+    held_out = torch.from_numpy(np.concatenate([test for _, test in plan.parts]))
     order = held_out.argsort()
     held_out = held_out[order]
     scores = torch.stack([site.score for site in found])
@@ -302,35 +302,33 @@ class _Site:
     """The probes of one site: true labels and shuffled ones, over all parts."""
 
     def __init__(self, x: Tensor, plan: Plan) -> None:
-        targets = plan.targets
-        x = x.detach().cpu()
+        values, n_classes = plan.targets.values.numpy(), len(plan.targets.classes)
+        vectors = x.detach().cpu().double().numpy()
         predicted, trained, controls, wanted, penalties = [], [], [], [], []
-        for (train, test), control in zip(plan.parts, plan.shuffled, strict=True):
-            own = Targets(targets.values[train], targets.classes)
+        for (train, test), inner, control in zip(plan.parts, plan.inner, plan.shuffled, strict=True):
+            own, drawn = vectors[train], control.numpy()
             strengths = [plan.penalty or 0.0] * 2
             if plan.penalty is None:
-                rows = [own.values[None], control[:CHOOSING, train]][: 1 + bool(len(control))]
-                groups = plan.groups[train.numpy()].tolist()
-                strengths = [best_penalty(x[train], row, own, groups, plan.seed) for row in rows]
-            features = Features.of(x[train])
-            others = features.of_others(x[test])
-            model = fit(features, own.values[None], targets, strengths[0])
-            predicted.append(predict(others, model, targets)[0])
-            trained.append(score(predict(features.rotated, model, targets)[0], own.values, targets))
+                rows = [values[None, train], drawn[:CHOOSING, train]]
+                strengths = [best_penalty(own, row, n_classes, inner) for row in rows]
+            prepared = standardiser(own)
+            z, others = prepared.transform(own), prepared.transform(vectors[test])
+            model = fit(z, values[train], n_classes, strengths[0])
+            predicted.append(model.predict(others))
+            trained.append(score(model.predict(z), values[train], n_classes))
             penalties.append(strengths[0])
-            self.weights, self.bias = features.raw(model[0][0], model[1][0])
-            if len(control):
-                shuffled_model = fit(features, control[:, train], targets, strengths[1])
-                controls.append(predict(others, shuffled_model, targets))
-                wanted.append(control[:, test])
-        self.predictions = torch.cat(predicted)
-        self.train = torch.stack(trained).mean()
+            self.weights, self.bias = map(torch.from_numpy, raw(prepared, model))
+            models = [fit(z, row, n_classes, strengths[1]) for row in drawn[:, train]]
+            controls.append(np.array([one.predict(others) for one in models]).reshape(len(drawn), len(test)))
+            wanted.append(drawn[:, test])
+        found = np.concatenate(predicted)
+        right = score(found, values[np.concatenate([test for _, test in plan.parts])], n_classes)
+        self.predictions = torch.from_numpy(found)
+        self.train = torch.tensor(np.mean(trained), dtype=torch.float64)
         self.penalty = torch.tensor(penalties, dtype=torch.float64)
         self.penalty = self.penalty[0] if len(penalties) == 1 else self.penalty.log().mean().exp()
-        self.score = score(self.predictions, targets.values[torch.cat([test for _, test in plan.parts])], targets)
-        self.control = self.score.new_zeros(0)
-        if controls:
-            self.control = score(torch.cat(controls, 1), torch.cat(wanted, 1), targets)
+        self.score = torch.tensor(right, dtype=torch.float64)
+        self.control = torch.from_numpy(score(np.concatenate(controls, 1), np.concatenate(wanted, 1), n_classes))
 
 
 def layer_labels(sites: Sequence[str]) -> list[Any]:

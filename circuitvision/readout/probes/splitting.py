@@ -1,6 +1,7 @@
 """Labels, honest splits and honest controls: which examples a probe is fitted and scored on.
 
-Splits are drawn group by group, largest first, each to the part that lacks most of its classes: stratified, and no group is on both sides.
+Splits go by group, no group on both sides, and in proportion for every class as far as groups allow. Folds are scikit-learn's
+(``StratifiedKFold``, ``StratifiedGroupKFold``, ``GroupKFold``); it has no split by share that does both, so that one is drawn here.
 
 Shuffled labels keep what groups share: every group takes the labels of another one, in random order (repeated or cut to its size), within the
 training and within the held-out examples. Where a group has one label, groups exchange their labels as wholes; where all groups hold the same
@@ -10,6 +11,7 @@ control would come out too narrow. Without groups every example is its own.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +23,10 @@ from torch import Tensor
 
 from circuitvision.errors import InputError, checked_seed, warn
 
-Split = tuple[Tensor, Tensor]
+Split = tuple[Int[np.ndarray, " train"], Int[np.ndarray, " test"]]
 """Numbers of the training and of the held-out examples."""
+_DRAWS = 100
+"""How many draws of groups a split by share is chosen from."""
 
 
 @dataclass(frozen=True)
@@ -97,66 +101,100 @@ def splits(
     groups: Sequence[Any] | None = None,
     held_out: Sequence[int] | Sequence[bool] | Tensor | np.ndarray | None = None,
     seed: int = 0,
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[Split]:
     """Pairs (training examples, held-out examples): one by share, ``folds`` that hold out every example once, or what ``held_out`` names.
 
     Examples with the same entry of ``groups`` stay on one side.
 
     Raises:
-        InputError: a share outside (0, 1), fewer than two folds, groups of another length, examples to hold out that are not there or beside
-        folds or groups, a class that would be missing in training or held out.
+        InputError: a share outside (0, 1), fewer than two folds, groups of another length or fewer than the folds, examples to hold out that
+        are not there or beside folds or groups, a class that would be missing in training or held out.
     """
     count = len(targets.values)
     if held_out is not None:
         if folds is not None or groups is not None:
             raise InputError("held_out names the examples held out, so folds and groups have no say; leave them out.")
-        return [_named(targets, held_out)]
+        return _checked(targets, [_named(held_out, count)], everything=False)
     if folds is None and not (isinstance(test_share, (int, float)) and 0 < test_share < 1):
         raise InputError(f"test_share={test_share!r} must lie between 0 and 1.")
     if folds is not None and not (is_whole(folds) and 2 <= folds <= count):
         raise InputError(f"folds={folds!r} must be a whole number between 2 and the {count} examples.")
     if groups is not None and len(groups) != count:
         raise InputError(f"There are {len(groups)} groups for {count} labels; give one per example.")
-    shares = np.array([1 - test_share, test_share]) if folds is None else np.full(folds, 1 / folds)
-    part = torch.from_numpy(dealt(targets.strata, shares, groups, seed))
-    numbers = [1] if folds is None else range(folds)
-    found = [((part != number).nonzero().flatten(), (part == number).nonzero().flatten()) for number in numbers]
-    _check_parts(targets, found)
-    return found
+    numbers = group_numbers(groups, count)
+    if numbers.max() + 1 < (folds or 2):
+        raise InputError(f"{numbers.max() + 1} groups are too few for {folds or 2} parts; give more groups.")
+    parts = folded(targets, numbers, folds, seed) if folds else [_by_share(targets, numbers, test_share, seed)]
+    return _checked(targets, parts)
 
 
-def _named(targets: Targets, held_out: Any) -> tuple[Tensor, Tensor]:
+def _named(held_out: Any, count: int) -> Split:
     """The split that numbers or a mask of the examples held out make."""
-    count, chosen = len(targets.values), torch.as_tensor(held_out)
-    fits = chosen.ndim == 1 and not chosen.is_floating_point()
-    if fits and chosen.dtype == torch.bool:
-        fits, chosen = len(chosen) == count, chosen.nonzero().flatten()
-    if not fits or not bool(((chosen >= 0) & (chosen < count)).all()):
+    chosen = np.asarray(held_out)
+    fits = chosen.ndim == 1 and (len(chosen) == count if chosen.dtype == bool else chosen.dtype.kind in "iu")
+    if not fits or not (chosen.dtype == bool or ((chosen >= 0) & (chosen < count)).all()):
         raise InputError(f"held_out is a mask of the {count} examples, or some of their numbers.")
-    test = torch.zeros(count, dtype=torch.bool).index_fill_(0, chosen.long(), True)
-    found = ((~test).nonzero().flatten(), test.nonzero().flatten())
-    _check_parts(targets, [found], everything=False)
-    return found
+    test = np.zeros(count, dtype=bool)
+    test[chosen] = True
+    return np.flatnonzero(~test), np.flatnonzero(test)
 
 
-def dealt(
-    strata: Int[np.ndarray, " example"], shares: np.ndarray, groups: Sequence[Any] | None, seed: int
-) -> Int[np.ndarray, " example"]:
-    """The part of every example: groups go, largest first and else in random order, where their classes are most wanting."""
+def _by_share(targets: Targets, groups: Int[np.ndarray, " example"], share: float, seed: int) -> Split:
+    """Groups drawn in proportion for what is commonest in them; of many draws the one nearest to the share, for every class and in all."""
     rng = np.random.default_rng(checked_seed(seed))
-    group = group_numbers(groups, len(strata))
-    counts = np.zeros((int(group.max()) + 1, int(strata.max()) + 1))
-    np.add.at(counts, (group, strata), 1)
-    order = rng.permutation(len(counts))
-    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
-    lacking = shares[:, None] * counts.sum(0)
-    part = np.zeros(len(counts), dtype=np.int64)
-    for index in order:
-        own = counts[index]
-        # How much less the squared shortfall gets if this part takes the group.
-        part[index] = int(np.argmax((own * (2 * lacking - own)).sum(1)))
-        lacking[part[index]] -= own
-    return part[group]
+    counts = np.zeros((groups.max() + 1, max(1, len(targets.classes)) + 1))
+    np.add.at(counts, (groups, targets.strata), 1)
+    counts[:, -1] = np.bincount(groups)
+    grouped, commonest, total = len(counts) < len(groups), counts[:, :-1].argmax(1), counts.sum(0)
+
+    def some(own: np.ndarray) -> np.ndarray:
+        wanted, few = int(share * len(own) + (rng.random() if grouped else 0.5)), int(len(own) > 1)
+        return rng.permutation(own)[: np.clip(wanted, few, len(own) - few)]
+
+    strata = [np.flatnonzero(commonest == kind) for kind in np.unique(commonest)]
+    draws = [np.concatenate([some(own) for own in strata]) for _ in range(_DRAWS if grouped else 1)]
+    draws = [drawn for drawn in draws if 0 < len(drawn) < len(counts)] or draws
+    held = min(draws, key=lambda drawn: (np.square(counts[drawn].sum(0) - share * total) / total).sum())
+    return np.flatnonzero(~np.isin(groups, held)), np.flatnonzero(np.isin(groups, held))
+
+
+def folded(targets: Targets, groups: Int[np.ndarray, " example"], count: int, seed: int) -> list[Split]:
+    """So many parts, each held out once, by groups; in proportion where there are classes with as many examples as parts."""
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
+
+    kind = StratifiedGroupKFold if len(np.unique(groups)) < len(groups) else StratifiedKFold
+    if not targets.classes or np.bincount(targets.strata).max() < count:
+        kind = GroupKFold
+    state = np.random.RandomState(np.random.MT19937(checked_seed(seed)))  # a seed may be larger than scikit-learn's
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of rare classes, and of groups that split nothing
+        return list(kind(count, shuffle=True, random_state=state).split(groups, targets.strata, groups))
+
+
+def _inner(
+    targets: Targets, groups: Int[np.ndarray, " example"], train: Int[np.ndarray, " train"], seed: int
+) -> list[Split]:
+    """Three folds of the training examples (their numbers within it), fewer where there are fewer groups."""
+    own = np.unique(groups[train], return_inverse=True)[1]
+    count = min(3, own.max() + 1)
+    parts = folded(Targets(targets.values[train], targets.classes), own, count, seed) if count > 1 else []
+    return [(first, second) for first, second in parts if len(first) > 1 and len(second)]
+
+
+def _checked(targets: Targets, parts: list[Split], everything: bool = True) -> list[Split]:
+    """The splits, if every class is there to train on, and (``everything``) held out somewhere."""
+    advice = "gather more examples of it, leave it out, or use smaller groups or another seed"
+    if any(len(train) < 2 or len(test) == 0 for train, test in parts):
+        raise InputError(
+            "A split leaves nothing to train on or nothing held out; give more examples or smaller groups."
+        )
+    for number, label in enumerate(targets.classes):
+        own = targets.values.numpy() == number
+        if not all(own[train].any() for train, _ in parts):
+            raise InputError(f"No example of {label!r} would be left to train on; {advice}.")
+        if everything and not any(own[test].any() for _, test in parts):
+            raise InputError(f"No example of {label!r} would be held out; {advice}.")
+    return parts
 
 
 def is_whole(number: Any) -> bool:
@@ -177,21 +215,6 @@ def _key(label: Any) -> Any:
     return label.item() if label.ndim == 0 else tuple(label.tolist())
 
 
-def _check_parts(targets: Targets, parts: Sequence[tuple[Tensor, Tensor]], everything: bool = True) -> None:
-    """Every class is there to train on, and (``everything``) held out somewhere."""
-    advice = "gather more examples of it, leave it out, or use smaller groups or another seed"
-    if any(len(train) < 2 or len(test) == 0 for train, test in parts):
-        raise InputError(
-            "A split leaves nothing to train on or nothing held out; give more examples or smaller groups."
-        )
-    for number, label in enumerate(targets.classes):
-        own = targets.values == number
-        if any(not bool(own[train].any()) for train, _ in parts):
-            raise InputError(f"No example of {label!r} would be left to train on; {advice}.")
-        if everything and not any(bool(own[test].any()) for _, test in parts):
-            raise InputError(f"No example of {label!r} would be held out; {advice}.")
-
-
 # -- controls and intervals ----------------------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +228,7 @@ def shuffled(
         drawn = values.repeat(shuffles, 1)
         for row in drawn:
             for side in part:
-                row[side] = values[side[torch.from_numpy(_exchanged(groups[side.numpy()], rng))]]
+                row[side] = values[side[_exchanged(groups[side], rng)]]
         found.append(drawn)
     return found
 
@@ -252,6 +275,8 @@ class Plan:
 
     targets: Targets
     parts: list[Split]
+    inner: list[list[Split]]
+    """Per part, the folds of its training examples in which penalties are chosen; none where one is given."""
     shuffled: list[Tensor]
     groups: np.ndarray
     penalty: float | None
@@ -284,7 +309,8 @@ class Plan:
         settings = f"{divided}, shuffles={shuffles}, penalty={'chosen' if penalty is None else penalty}"
         settings += ", grouped" if groups is not None else ""
         control = shuffled(targets.values, parts, numbers, shuffles, seed)
-        return cls(targets, parts, control, numbers, penalty, seed, settings)
+        inner = [_inner(targets, numbers, train, seed) if penalty is None else [] for train, _ in parts]
+        return cls(targets, parts, inner, control, numbers, penalty, seed, settings)
 
     def warn_if_few(self, features: int) -> None:
         """Warn where some part has fewer training examples than features."""
