@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,14 @@ ODDS = 3.0
 """How many times as likely as the second a target is, at least, where it is said to lead."""
 ABOVE_CHANCE = 3.0
 """How many times its chance an answer's probability is, at least, where a model is said to give it."""
+ALONE = 0.1
+"""How far above chance a share must be, at least, where one example shows it."""
+EXPLAINED = 0.25
+"""How much more than by chance of a head's attention an offset must explain, at least; random position embeddings explain some of it."""
+NARROW = 0.5
+"""Over what share of the keys that it can look at a head spreads its attention, at most, where it is said to be narrow."""
+OUTSTANDING = 2.0
+"""How many times the median value vector's value the strongest one's is, at least, where it is said to stand out."""
 NOT_ASKED = "the model does not give the answers asked about"
 
 
@@ -258,8 +267,123 @@ def beats_random(curve: Curve) -> Finding:
     return Finding("beats random", beaten == len(random) >= 19, beaten / len(random), "share", None, 1, 0.5)
 
 
-def _around(value: float, error: float, count: int) -> tuple[float, float] | None:
-    return None if count < 2 or error != error else (value - 1.96 * error, value + 1.96 * error)
+# -- what maps of attention, weights and relevance show ------------------------------------------------------------------------------------------
+
+
+def attends(
+    head: str, to: str, share: float, chance: float | None = None, error: float = math.nan, n: int = 1, tests: int = 1
+) -> Finding:
+    """Whether a head gives a place more of its attention than looking at all keys alike would (``chance``), as the first of so many (``tests``):
+    the interval is that much wider. Nothing is said to be more than chance where chance is not known.
+    """
+    interval = _around(share, error, n, tests)
+    if share != share:
+        return Finding("attends", None, reason="it has no attention", about={"head": head, "to": to})
+    if chance is None:
+        return Finding("attends", None, share, "share", interval, n, about={"head": head, "to": to})
+    enough = share - chance >= LEAST_SHARE and (interval[0] > chance if interval else share - chance >= ALONE)
+    reason = "" if enough else "it is hardly more than chance"
+    return Finding("attends", enough, share, "share", interval, n, chance, reason, {"head": head, "to": to})
+
+
+def narrow(head: str, keys: float, of: float, relative: bool = False) -> Finding:
+    """Whether the head with the lowest entropy looks at few keys: at half of the ``of`` it can look at, at most (of relative entropies, a share of
+    what looking at all alike gives, 80 %).
+    """
+    told = keys <= (0.8 if relative else NARROW * of)
+    reason = "" if told else "it looks at most of the keys"
+    return Finding(
+        "narrow", told, keys, "share" if relative else "keys", chance=of, reason=reason, about={"head": head}
+    )
+
+
+def peaks_inside(head: str, rate: float, chance: float, n: int, tests: int = 1) -> Finding:
+    """Whether a head's attention is highest inside a region more often than by chance: by the binomial tail, times the number of heads."""
+    told = rate == rate and _tail(round(rate * n), n, chance) * tests <= 0.05
+    reason = "" if told else "it is no more than chance gives"
+    return Finding("peaks inside", told, rate, "share", None, n, chance, reason, {"head": head})
+
+
+def explained(head: str, share: float, chance: float) -> Finding:
+    """Whether the offset between patches explains more of a head's attention than chance does."""
+    told = share - chance >= EXPLAINED
+    reason = "" if told else "it is little more than chance"
+    return Finding("explained", told, share, "share", chance=chance, reason=reason, about={"head": head})
+
+
+def promotes(vector: str, word: str, value: float, sizes: torch.Tensor) -> Finding:
+    """Whether the strongest value vector stands out: :data:`OUTSTANDING` times the median of all (``sizes``, the largest absolute value of each; the
+    median is ``chance``), and one half further from it, in robust standard deviations, than the largest of so many Gaussian draws lies.
+    """
+    median = sizes.double().median()
+    spread = (sizes - median).abs().median() / NormalDist().inv_cdf(0.75)
+    far = 1.5 * math.sqrt(2 * math.log(max(len(sizes), 2)))
+    told = (
+        value != 0 and abs(value) >= OUTSTANDING * float(median) and abs(value) - float(median) >= far * float(spread)
+    )
+    about = {"vector": vector, "word": word}
+    return Finding(
+        "promotes", told, value, chance=float(median), reason="" if told else "others are nearly as strong", about=about
+    )
+
+
+def among(vector: str, hits: int, asked: int, kept: int, largest: bool) -> Finding:
+    """How many of the outputs asked for are among the ones a value vector ranks highest (lowest). What chance gives is not known, so nothing more is
+    said.
+    """
+    about = {"vector": vector, "asked": str(asked), "kept": f"{kept} {'highest' if largest else 'lowest'}"}
+    return Finding("among", None, hits, "outputs", about=about)
+
+
+def stands_out(values: torch.Tensor, method: str, noun: str, metric: str) -> Finding:
+    """Whether the largest absolute value of a map ``[row column]`` stands out from the others: ``value`` is how many times the median it is, and
+    noise of so many cells would give ``chance``; one half more is asked for.
+    """
+    size = values.double().abs().nan_to_num(0.0)
+    at, count = int(size.argmax()), int(torch.isfinite(values).sum())
+    top, median = float(size.flatten()[at]), float(values.double().abs().nanmedian())
+    expected = math.sqrt(2 * math.log(max(count, 2))) / NormalDist().inv_cdf(0.75)
+    ratio = top / median if median > 0 else math.inf if top > 0 else math.nan
+    row, column = divmod(at, values.shape[-1])
+    about = {"method": method, "noun": noun, "metric": metric, "at": f"row {row}, column {column}"}
+    told = count > 1 and ratio >= 1.5 * expected
+    reason = "" if told else "others are nearly as large" if top > 0 else "all are 0"
+    return Finding("stands out", told, ratio, "times", chance=expected, reason=reason, about=about)
+
+
+def on_object(method: str, hits: int, n: int, chance: float) -> Finding:
+    """Whether maps peak on the object more often than by chance, the share of places that show it. One map says where it peaks, no more."""
+    told = None if n == 1 else _tail(hits, n, chance) <= 0.05
+    reason = "it is no more than chance gives" if told is False else ""
+    return Finding("on object", told, hits / n, "share", None, n, chance, reason, {"method": method, "hits": str(hits)})
+
+
+def ranks_first(tower: str, word: str, where: str, since: str, margin: float, unit: str) -> Finding:
+    """Whether what a lens ranks first at the last layer is clearly first: by odds of :data:`ODDS` to one over the second. ``margin`` is the distance
+    (of probabilities the ratio); NaN where only one was kept, and then nothing is said about it.
+    """
+    about = {"tower": tower, "word": word, "where": where, "since": since}
+    floor = ODDS if unit == "prob" else math.log(ODDS) if unit in LEAST_SWING else 0.0
+    told = None if margin != margin else margin > 0 and margin >= floor
+    reason = "the second is nearly as high" if told is False else ""
+    return Finding("ranks first", told, margin, "times" if unit == "prob" else unit, reason=reason, about=about)
+
+
+def _around(value: float, error: float, count: int, tests: int = 1) -> tuple[float, float] | None:
+    """95 % around a value, wider where it is the best of several."""
+    z = 1.96 if tests == 1 else NormalDist().inv_cdf(1 - 0.025 / tests)
+    return None if count < 2 or error != error else (value - z * error, value + z * error)
+
+
+def _tail(hits: int, n: int, chance: float) -> float:
+    """How likely so many hits or more are by chance (binomial)."""
+    if hits <= 0 or chance >= 1:
+        return 1.0
+    if chance <= 0:
+        return 0.0
+    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(chance) + (n - k) * math.log1p(-chance)
+            for k in range(hits, n + 1)]  # fmt: skip
+    return min(sum(map(math.exp, logs)), 1.0)
 
 
 def _both(words: Sequence[str]) -> dict[str, str]:
@@ -330,6 +454,89 @@ def _say_carries(found: Finding) -> str:
     return f"{said}." if found.holds else f"{said}: {found.reason}."
 
 
+def _say_attends(found: Finding) -> str:
+    head, to = found.about["head"], found.about["to"]
+    if found.holds is False:
+        kind = "layer" if head.startswith("Layer") else "head"
+        most = f"{percent(found.value)} beside {percent(found.chance or 0.0)}"
+        return f"No {kind} gives {to} much more attention than chance: at most {head}, {most}"
+    said = (
+        f"gives {percent(found.value)} of its attention to {to}"
+        if found.value == found.value
+        else "has no attention to show"
+    )
+    return f"{head} {said}"
+
+
+def _say_narrow(found: Finding) -> str:
+    head = found.about["head"]
+    return (
+        f"{head} has the narrowest attention"
+        if found.holds
+        else f"No head is narrow; {head} has the narrowest attention"
+    )
+
+
+def _say_peaks(found: Finding) -> str:
+    head, rate = found.about["head"], f"{found.value:.0%} of rows"
+    if found.holds:
+        return f"{head} peaks inside the region in {rate}"
+    return f"No head peaks inside the region more often than by chance: {head} in {rate}"
+
+
+def _say_explained(found: Finding) -> str:
+    head, share = found.about["head"], f"{found.value:.0%}"
+    if found.holds:
+        return f"Where the patch lies explains {share} of the attention of {head}"
+    return f"Where the patch lies explains no head's attention: {share} of that of {head}"
+
+
+def _say_promotes(found: Finding) -> str:
+    vector, word, value = (
+        found.about["vector"],
+        found.about["word"],
+        f"{found.value:+.2f}".replace("-", "\N{MINUS SIGN}"),
+    )
+    verb = "promotes" if found.value >= 0 else "suppresses"
+    if found.holds:
+        return f"{vector} {verb} {word} most strongly: {value}"
+    return f"No value vector stands out: the strongest is {vector}, {value} for {word}; the median one has {found.chance:.2f}"
+
+
+def _say_among(found: Finding) -> str:
+    about = found.about
+    return f"{found.value:.0f} of the {about['asked']} outputs asked for are among the {about['kept']} of {about['vector']}"
+
+
+def _say_stands_out(found: Finding) -> str:
+    about = found.about
+    if found.holds:
+        return f"{about['method']}: {about['noun']} {about['at']} matters most to {about['metric']}"
+    if found.value != found.value:
+        return f"{about['method']}: no {about['noun']} matters to {about['metric']}"
+    return f"{about['method']}: no {about['noun']} stands out for {about['metric']}; the largest is {about['at']}, {found.value:.1f} times the median"
+
+
+def _say_on_object(found: Finding) -> str:
+    if found.n == 1:
+        return f"{found.about['method']} peaks {'on' if found.value else 'beside'} the object"
+    said = f"{found.about['hits']} of {found.n} maps peak on the object"
+    return said if found.holds else f"{said}, which is no more than chance gives"
+
+
+def _say_ranks_first(found: Finding) -> str:
+    about = found.about
+    said = f"At {about['where']!r} the {about['tower']} ranks {about['word']!r} first"
+    return f"{said}, by no more than {found.amount}" if found.holds is False else f"{said} {about['since']}"
+
+
+def percent(share: float) -> str:
+    """A share in whole percent that says neither all nor nothing where it is not."""
+    if 0.995 <= share < 1 - 1e-6:
+        return "more than 99%"
+    return "less than 1%" if 1e-6 < share < 0.005 else f"{share:.0%}"
+
+
 def _say_margin(found: Finding) -> str:
     return found.amount
 
@@ -348,6 +555,15 @@ _SENTENCES = {
     "patches": _say_patches,
     "past vision": _say_past,
     "carries": _say_carries,
+    "attends": _say_attends,
+    "narrow": _say_narrow,
+    "peaks inside": _say_peaks,
+    "explained": _say_explained,
+    "promotes": _say_promotes,
+    "among": _say_among,
+    "stands out": _say_stands_out,
+    "on object": _say_on_object,
+    "ranks first": _say_ranks_first,
     "leads": _say_margin,
     "readable": _say_margin,
     "beats random": _say_margin,

@@ -6,29 +6,26 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from circuitvision.model.names import spelled
-from circuitvision.plots import style
+from circuitvision.plots import kit, style
 
 if TYPE_CHECKING:
     import networkx as nx
-    import plotly.graph_objects as go
 
 _PIXELS_PER_ROW = 88
 _ORDER = ["vision", "vision_2", "text", "qformer", "connector", "language", "decoder", "action"]
 
 
-def circuit(graph: nx.MultiDiGraph, title: str | None = None, min_share: float = 0.01) -> go.Figure:
+def circuit(graph: nx.MultiDiGraph, title: str | None = None, min_share: float = 0.01) -> kit.Figure:
     """The nodes of the circuit and their edges, those below ``min_share`` of the whole effect left out.
 
     Node area is the size of its effect; orange supports the answer, blue opposes it, in nodes and edges alike.
     """
-    import plotly.graph_objects as go
-
     nodes = {name: data for name, data in graph.nodes(data=True) if data["in_circuit"]}
     scale = graph.graph["metric_clean"] - graph.graph["metric_corrupt"] or 1.0
     # Effects are measured from the run that is patched: from the clean one when it is being destroyed.
     scale = -scale if graph.graph["sign"] == "patched_minus_clean" else scale
     places, bands = _place(nodes)
-    figure = go.Figure()
+    figure = kit.Figure()
     for sender, receiver, data in sorted(graph.edges(data=True), key=lambda edge: edge[2]["weight"]):
         if sender in places and receiver in places and data["weight"] >= min_share * abs(scale):
             _edge(
@@ -37,11 +34,17 @@ def circuit(graph: nx.MultiDiGraph, title: str | None = None, min_share: float =
     _bands(figure, bands, places)
     _nodes(figure, nodes, places, scale)
     top, bottom = (pick(y for _, y in places.values()) for pick in (max, min))
-    height = int(_PIXELS_PER_ROW * (top - bottom + 2.2) + 90)
-    style.layout(figure, title or main_route(graph), height, showlegend=False)
+    height = int(_PIXELS_PER_ROW * (top - bottom + 2.2) + 20)
+    style.layout(
+        figure,
+        title or main_route(graph),
+        height,
+        showlegend=False,
+        margin={"l": 10, "r": 10, "b": 10},
+        hovermode="closest",
+    )
     figure.update_xaxes(visible=False, range=[-0.7, max(x for x, _ in places.values()) + 1.1])
     figure.update_yaxes(visible=False, range=[bottom - 1.0, top + 1.2])
-    figure.update_layout(margin={"l": 10, "r": 10, "b": 10}, hovermode="closest")
     return figure
 
 
@@ -89,7 +92,7 @@ def _place(nodes: dict[str, Any]) -> tuple[dict[str, tuple[float, float]], list[
     return places, [(band, low, high) for band, (low, high) in extents.items()]
 
 
-def _bands(figure: go.Figure, bands: list[tuple[str, float, float]], places: dict[str, tuple[float, float]]) -> None:
+def _bands(figure: kit.Figure, bands: list[tuple[str, float, float]], places: dict[str, tuple[float, float]]) -> None:
     top = max(y for _, y in places.values()) + 0.95
     bottom = min(y for _, y in places.values()) - 0.85
     for band, low, high in bands:
@@ -109,7 +112,7 @@ def _bands(figure: go.Figure, bands: list[tuple[str, float, float]], places: dic
 
 
 def _edge(
-    figure: go.Figure,
+    figure: kit.Figure,
     start: tuple[float, float],
     end: tuple[float, float],
     name: str,
@@ -153,7 +156,7 @@ def _curve(
     return [x0 + (x1 - x0) * t for t in steps], [height(t, bow) for t in steps]
 
 
-def _nodes(figure: go.Figure, nodes: dict[str, Any], places: dict[str, tuple[float, float]], scale: float) -> None:
+def _nodes(figure: kit.Figure, nodes: dict[str, Any], places: dict[str, tuple[float, float]], scale: float) -> None:
     shares = {name: data["score"] / scale for name, data in nodes.items()}
     plain = {name: data["kind"] in ("logit", "action") for name, data in nodes.items()}
     names = list(places)

@@ -270,7 +270,7 @@ def test_figures_of_agreement_show_chance():
     assert (band.y0, band.y1) == pytest.approx((float(means.min()), float(means.max())))
     cache = run(model, "vit")
     for rates, finding in (
-        (key_value_agreement(cache, model.vision, [0, 1]), "speaks for the true class"),
+        (key_value_agreement(cache, model.vision, [0, 1]), "promotes the true class"),
         (compositionality(cache, model.vision), "what the layer answers"),
     ):
         figure = rates.plot()
