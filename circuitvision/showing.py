@@ -39,6 +39,10 @@ def show(value: Any, **keywords: Any) -> None:
 
 
 def _display(value: Any) -> None:
+    if hasattr(value, "to_plotly_json"):
+        from circuitvision.plots.figure import adopted
+
+        value = adopted(value)
     if _in_notebook():
         from IPython.display import display
 

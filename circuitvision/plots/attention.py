@@ -161,7 +161,8 @@ def distance(result: DistanceProfile, *, title: str | None = None) -> kit.Figure
     of every head. Dashed: uniform attention."""
     labels = result.axes["distance"]
     rings = sum(isinstance(label, int) for label in labels)
-    values, means = result.values.double().nanmean(2), result.mean_distance.double().nanmean(-1)
+    values = kit.over_examples(kit.rows_last(result))[0]
+    means = result.mean_distance.double().nanmean(-1)
     alike, alike_mean = (
         result.uniform.double().nanmean(1).mean(0).tolist(),
         result.uniform_distance.double().nanmean(-1),

@@ -10,6 +10,13 @@ import plotly.graph_objects as go
 from circuitvision.plots import png
 
 
+def adopted(figure: go.Figure) -> go.Figure:
+    """The same figure, as one that carries a PNG; widgets, which must stay what they are, are left alone."""
+    if type(figure) is go.Figure:
+        figure.__class__ = Figure
+    return figure
+
+
 class Figure(go.Figure):
     """A Plotly figure that carries a PNG where it is shown in a notebook, so that it is seen on code hosts and in nbconvert.
 

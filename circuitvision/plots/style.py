@@ -28,9 +28,9 @@ PALETTE = (FOR, AGAINST, "#2b8a3e", "#9c36b5", "#b27300", "#0c8599", "#c2255c", 
 """Colours of lines and groups, told apart on a light and on a dark page."""
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 TITLE, TEXT, SMALL, TINY = 16, 13, 12, 10
-TOOLBAR = 30
+TOOLBAR = 34
 """Pixels above the title that the toolbar has for itself."""
-_LINE, _WIDEST = 92, 108
+_LINE, _WIDEST = 84, 108
 """Characters of a title and of a note that fit on one line of a notebook's page."""
 Color = tuple[int, int, int]
 Scale = list[list[Any]]
@@ -149,11 +149,14 @@ def which_row(row: int, rows: int) -> str:
 
 
 def layout(figure: go.Figure, title: str, height: int, *, above: int = 0, **more: Any) -> go.Figure:
-    """Give a figure the common look; returns it.
+    """Give a figure the common look; returns it. A plain Plotly figure becomes one that carries a PNG where it is shown.
 
     The title stands below the strip that the toolbar needs, its lines broken where a page ends; the figure's top margin is what it takes, and
     ``above`` more for the titles of panels. ``height`` is that of everything below the title.
     """
+    from circuitvision.plots.figure import adopted
+
+    figure = adopted(figure)
     title, taken = broken(title)
     top = TOOLBAR + taken + above + 12
     # Plotly lifts titles of several lines by the height of a capital.
