@@ -149,7 +149,7 @@ def sources(
     title = title or style.titled(
         _source_found(result, shares[0], strongest[0], row), style.which_row(row, len(kit.examples(result)))
     )
-    style.layout(figure, title, int(84 + 860 / len(headings)), above=26, margin={"l": 10, "r": 40, "b": 50})
+    style.layout(figure, title, int(90 + 640 / len(headings)), above=26, margin={"l": 10, "r": 40, "b": 50})
     kit.bare(figure, visible=False)
     limit = kit.largest(*maps)
     bar = kit.color_bar(kit.direction(result.direction))

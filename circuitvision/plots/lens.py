@@ -111,7 +111,7 @@ def over_image(
         title = style.titled(
             _patch_found(result, shown, grids, words, name), style.which_row(row, text.n_rows(result)), more
         )
-    style.layout(figure, title, int(44 + 900 / len(headings)), above=26, margin={"l": 10, "r": 30, "b": 20})
+    style.layout(figure, title, int(40 + 720 / len(headings)), above=26, margin={"l": 10, "r": 30, "b": 20})
     kit.bare(figure, visible=False)
     bar = kit.color_bar(f"{text.short(name, 34)} ({text.unit(result)})")
     figure.update_layout(coloraxis={"colorscale": scale, "cmin": low, "cmax": limit, "colorbar": bar})

@@ -20,7 +20,7 @@ from circuitvision.plots import kit, style
 
 Box = tuple[float, float, float, float]
 _LONGEST_WORD = 8
-_USUAL_WIDTH, _LETTER_WIDTH = 860, 0.7
+_USUAL_WIDTH, _LETTER_WIDTH = 740, 0.7
 """Pixels of a figure on an ordinary page, and the width of a letter as a share of its size."""
 
 

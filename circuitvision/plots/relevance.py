@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +75,9 @@ def relevance(
     several = len(kit.examples(results[0]))
     heading = style.titled(lead, _legend(results), style.which_row(rows[0], several) if len(rows) == 1 else "")
     words = max((len(_words(one, rows[0])[0]) for one in results), default=0) if with_words else 0
-    height = 60 + len(rows) * (_PANEL + 14) + (60 + 20 * words if words else 0)
-    style.layout(figure, heading, height, above=44, margin={"l": 20, "b": 40}, showlegend=False)
+    shown = len(results) + (pictures[0] is not None)
+    height = 60 + len(rows) * (min(_PANEL, 900 // shown) + 14) + (60 + 20 * words if words else 0)
+    style.layout(figure, heading, height, above=44 if shown <= 3 else 66, margin={"l": 20, "b": 40}, showlegend=False)
     for number in range(1, len(rows) + 1):
         figure.update_xaxes(visible=False, row=number)
         figure.update_yaxes(visible=False, row=number)
@@ -89,7 +90,8 @@ def relevance(
 def _panels(results: Sequence[Relevance], rows: Sequence[int], pictured: bool) -> tuple[kit.Figure, int, bool]:
     """The empty figure, the column of the first map, and whether there is a line of words below the maps."""
     with_words = len(rows) == 1 and any(_words(one, rows[0])[0] for one in results)
-    headings = (["picture"] if pictured else []) + [_heading(one) for one in results]
+    count = len(results) + pictured
+    headings = (["picture"] if pictured else []) + [_heading(one, count) for one in results]
     words = max((len(_words(one, rows[0])[0]) for one in results), default=0)
     heights = [_PANEL] * len(rows) + ([20 * words] if with_words else [])
     figure = kit.panels(
@@ -180,7 +182,7 @@ def _add_words(figure: kit.Figure, found: Relevance, line: int, row: int, column
 
 def _words_alone(results: Sequence[Relevance], line: int, title: str | None) -> kit.Figure:
     """Bars of words, a panel per result, where nothing is over an image."""
-    figure = kit.panels(1, len(results), column_titles=[_heading(one) for one in results])
+    figure = kit.panels(1, len(results), column_titles=[_heading(one, len(results)) for one in results])
     figure.update_annotations(font={"size": 12})
     for column, found in enumerate(results, start=1):
         _add_words(figure, found, line, 1, column)
@@ -239,14 +241,12 @@ def _legend(results: Sequence[Relevance]) -> str:
     return "; ".join(parts)
 
 
-def _heading(found: Relevance) -> str:
-    """The method, its settings smaller below."""
-    name, bracket, more = kit.escaped(found.method).partition(" (")
-    return f"{name}<br><span style='font-size:10px'>{_wrapped(more.rstrip(')')) if bracket else ' '}</span>"
-
-
-def _wrapped(text: str) -> str:
-    return "<br>".join(part for part in re.split(r"(?<=,) (?=baseline)", text))
+def _heading(found: Relevance, panels: int) -> str:
+    """The method, its settings smaller below, broken where a panel ends."""
+    name, bracket, more = found.method.partition(" (")
+    wide = [textwrap.wrap(part, max(12, letters // panels)) for part, letters in ((name, 120), (more.rstrip(")"), 140))]
+    lines = [[kit.escaped(line) for line in part] for part in wide]
+    return f"{'<br>'.join(lines[0])}<br><span style='font-size:{style.TINY}px'>{'<br>'.join(lines[1]) if bracket else ' '}</span>"
 
 
 def _short(method: str) -> str:
