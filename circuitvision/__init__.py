@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from circuitvision.model.picture_boxes import boxes_in_pictures
     from circuitvision.model.spec import register_family, register_stack
     from circuitvision.progress import set_verbosity
+    from circuitvision.showing import show
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ _FUNCTIONS = {
     "register_family": "circuitvision.model.spec",
     "register_stack": "circuitvision.model.spec",
     "set_verbosity": "circuitvision.progress",
+    "show": "circuitvision.showing",
 }
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "register_family",
     "register_stack",
     "set_verbosity",
+    "show",
 ]
 
 

@@ -203,15 +203,14 @@ def _bars(result: SweepResult, title: str | None, count: int) -> go.Figure:
         if any(values):
             title = f"{short[0]}<br>moves {metric} most: {written[0]}{unit}"
     heading = f"{title}<br><span style='font-size:12px'>{'; '.join(_notes(result, len(values)))}</span>"
-    style.layout(figure, heading, 160 + 28 * max(len(values), 1), showlegend=False, bargap=0.35)
+    style.layout(figure, heading, 70 + 28 * max(len(values), 1), showlegend=False, bargap=0.35)
     _bar_axes(figure, short, f"change of {metric}{f',{unit}' if unit else ''}")
     return figure
 
 
 def _bar_axes(figure: go.Figure, labels: Sequence[str], title: str) -> None:
     figure.update_layout(
-        margin={"t": 90, "b": 50, "l": 10, "r": 75},
-        title={"xref": "container", "x": 0.01, "y": 1.0, "yref": "container", "yanchor": "top", "pad": {"t": 14}},
+        margin={"b": 50, "l": 10, "r": 75},
     )
     figure.update_xaxes(
         title={"text": title, "font": {"size": 13}},
