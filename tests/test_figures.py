@@ -18,7 +18,7 @@ from circuitvision import findings
 from circuitvision.errors import InputError
 from circuitvision.patching.activation import PatchingResult
 from circuitvision.plots import attention, heads, kit, png, style
-from circuitvision.readout import LensResult
+from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.probes.structure import CKAResult
 from tests.test_plots import importance, lens_result
 
@@ -36,9 +36,9 @@ def table() -> LensResult:
 
 
 def patching() -> PatchingResult:
-    return PatchingResult(
-        torch.randn(3, 2, generator=SEED), {"layer": [0, 1, 2], "position": ["object", "rest"]}, site="vision.hook"
-    )
+    axes = {"layer": [0, 1, 2], "position": ["object", "rest"], "example": [0]}
+    values = torch.randn(3, 2, 1, generator=SEED)
+    return PatchingResult(values, axes, base=torch.zeros(1), source=torch.ones(1), site="vision.hook")
 
 
 def every_heat_map() -> dict[str, kit.Figure]:
@@ -52,7 +52,7 @@ def every_heat_map() -> dict[str, kit.Figure]:
     results = {
         "importance": importance(), "patching": patching(), "table": table(), "cka": similar,
         "mass": cv.readout.attention_mass(cache), "entropy": cv.readout.attention_entropy(cache), "maps": maps,
-        "difference": cv.readout.head_contrast(maps), "peaks": cv.readout.peak_in(maps, (0.0, 0.0, 32.0, 32.0)),
+        "difference": maps.head_contrast(), "peaks": maps.peak_in(cv.regions.box((0.0, 0.0, 32.0, 32.0))),
         "values": cv.readout.value_vectors(model.vision, 3), "increase": cv.readout.log_prob_increase(model, cache, 0),
     }  # fmt: skip
     found = {name: result.plot() for name, result in results.items()}
@@ -208,7 +208,7 @@ def test_an_untrained_model_is_said_to_show_nothing():
     mass, maps = cv.readout.attention_mass(cache), cv.readout.attention_maps(cache)
     titles = [
         mass.plot(), cv.readout.attention_entropy(cache).plot(), cv.readout.position_pattern(cache).plot(), attention.spans(mass),
-        cv.readout.peak_in(maps, objects).plot(), cv.readout.value_vectors(model.vision, 3).plot(),
+        maps.peak_in(objects).plot(), cv.readout.value_vectors(model.vision, 3).plot(),
     ]  # fmt: skip
     for figure in titles:
         assert figure.layout.title.text.startswith(("No ", "Where the patch lies explains no")), (

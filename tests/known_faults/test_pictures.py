@@ -359,7 +359,7 @@ def test_models_of_other_channels_want_pixel_values(channels: int) -> None:
 
 def test_figures_of_a_grey_model() -> None:
     from circuitvision import metrics
-    from circuitvision.readout import attention_maps, gradient_times_activation
+    from circuitvision.readout import attention_maps, gradient_times_activation, max_activating_examples
 
     model = model_of(1)
     grey = np.random.default_rng(0).integers(0, 255, (12, 12), dtype=np.uint8)
