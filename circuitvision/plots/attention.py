@@ -43,7 +43,7 @@ def summary(result: AttentionSummary, *, span: str | None = None, title: str | N
         values, uniform = values[:, :, at], uniform[:, at]
     else:
         values, uniform = values[:, :, None], uniform[:, None]
-    mean, error, count = kit.over_examples(values)
+    mean, error, count = kit.over_examples(values, result)
     alike = uniform.nanmean(-1)
     nats = result.measure == "entropy"
     top = max(float(alike.nan_to_num(0.0).max()), 1e-9) if nats else 1.0
@@ -61,8 +61,7 @@ def summary(result: AttentionSummary, *, span: str | None = None, title: str | N
 
 def _uniform(result: AttentionSummary) -> Tensor:
     """What looking at all keys alike gives ``[layer (span) example]``."""
-    axes = [name for name in result.axes if name != "head"]
-    return result.uniform.double().movedim(axes.index(kit.example_axis(result)), -1)
+    return kit.rows_last(result, result.uniform, without=("head",))
 
 
 def _found(result: AttentionSummary, mean: Tensor, error: Tensor, count: int, alike: Tensor, names: list[str]) -> str:
@@ -119,7 +118,7 @@ def spans(result: AttentionSummary, *, title: str | None = None) -> kit.Figure:
     names = [name for name in result.axes["span"] if name != _ALL]
     index = [result.axes["span"].index(name) for name in names]
     per_row = kit.rows_last(result)[:, :, index].nanmean(1)
-    values, error, count = kit.over_examples(per_row)
+    values, error, count = kit.over_examples(per_row, result)
     alike = _uniform(result)[:, index].nanmean(-1).mean(0, keepdim=True)
     rows = torch.cat([alike, values]).nan_to_num(0.0)
     if float(rows.sum(-1).max()) > 1.001:
@@ -161,11 +160,11 @@ def distance(result: DistanceProfile, *, title: str | None = None) -> kit.Figure
     of every head. Dashed: uniform attention."""
     labels = result.axes["distance"]
     rings = sum(isinstance(label, int) for label in labels)
-    values = kit.over_examples(kit.rows_last(result))[0]
-    means = result.mean_distance.double().nanmean(-1)
+    values = kit.over_examples(kit.rows_last(result), result)[0]
+    means = kit.over_examples(kit.rows_last(result, result.mean_distance, ("distance",)), result)[0]
     alike, alike_mean = (
-        result.uniform.double().nanmean(1).mean(0).tolist(),
-        result.uniform_distance.double().nanmean(-1),
+        kit.over_examples(kit.rows_last(result, result.uniform, ("head",)), result)[0].mean(0).tolist(),
+        kit.over_examples(kit.rows_last(result, result.uniform_distance, ("head", "distance")), result)[0],
     )
     figure = kit.panels(1, 2, column_widths=[0.66, 0.34], horizontal_spacing=0.1)
     near, far = list(range(rings)), list(range(rings, len(labels)))

@@ -214,7 +214,7 @@ def _tile(result: AttentionMaps, row: int, image: int, tile: int | None) -> int:
     """The tile that is drawn: the first of the image, unless another one is named."""
     if tile is not None:
         return tile
-    number = kit.examples(result).index(row)
+    number = kit.row_number(result, row)
     return int(result.places[number, result.patches(image)[number], 1].min())
 
 
@@ -224,7 +224,7 @@ def _strength(
     """How much of each head's attention the box, the image or the tile that is drawn gets, ``[layer head]``, what that is in words, and how much of
     the visible keys it is.
     """
-    number = kit.examples(result).index(row)
+    number = kit.row_number(result, row)
     tiles = result.places[number, :, 1]
     inside = result.patches(image)[number]
     several = len(set(tiles[inside].tolist())) > 1
@@ -236,7 +236,7 @@ def _strength(
     if several and (box is None or tile is not None):
         inside = inside & (tiles == shown)
         what = f"{'the box in ' if box is not None else ''}tile {shown} of this image"
-    values = result.pass_values(step)[:, :, number].double()
+    values = kit.of_row(result, number, result.pass_values(step), without=("step",)).double()
     visible = (values != 0).flatten(0, 1).any(0)
     return values[..., inside].sum(-1), what, float((inside & visible).sum() / visible.sum().clamp_min(1))
 
@@ -355,7 +355,7 @@ def _mark_query(
     grid: Sequence[int],
     extent: tuple[float, float],
 ) -> None:
-    place = result.query_places[kit.examples(result).index(row)].tolist()
+    place = result.query_places[kit.row_number(result, row)].tolist()
     if place[2] < 0 or place[0] != image or place[1] != tile:
         return
     rows, columns = (cells / share for cells, share in zip(grid, extent, strict=True))

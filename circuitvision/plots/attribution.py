@@ -47,7 +47,7 @@ def heads(result: Attribution, row: int | None = None, title: str | None = None)
     """
     at = kit.checked_row(result, row)
     values, total = kit.rows_last(result), result.total.double()
-    mean = kit.over_examples(values, result.example)[0] if row is None else values[:, at]
+    mean = kit.over_examples(values, result)[0] if row is None else values[:, at]
     terms = [component(term) if is_component(term) else None for term in result.axes["term"]]
     found = {
         (term.layer, term.head): value
@@ -63,7 +63,7 @@ def heads(result: Attribution, row: int | None = None, title: str | None = None)
     if title is None:
         best = max(found, key=lambda place: abs(found[place]) if not math.isnan(found[place]) else -1.0)
         verb = "adds" if found[best] >= 0 else "takes"
-        whole = kit.over_examples(total, result.example)[0] if row is None else total[at]
+        whole = kit.over_examples(total, result)[0] if row is None else total[at]
         title = style.titled(
             f"{head_name(*best, result.tower)} {verb} most of all heads: {kit.signed(found[best])} of {direction}",
             f"all terms, MLPs and biases included, add up to {kit.signed(float(whole))}", kit.over(result, row),
@@ -74,15 +74,15 @@ def heads(result: Attribution, row: int | None = None, title: str | None = None)
 def bars(result: Attribution, count: int = 14, title: str | None = None) -> kit.Figure:
     """The ``count`` strongest terms as bars, the rest as one; mean over rows, whiskers are standard errors."""
     values = kit.rows_last(result)
-    mean, error, examples = kit.over_examples(values, result.example)
+    mean, error, examples = kit.over_examples(values, result)
     order = mean.abs().nan_to_num(-1.0).argsort(descending=True)
     shown, rest = order[:count], order[count:]
     names = [result.axes["term"][index] for index in shown.tolist()]
     heights, errors = mean[shown].tolist(), error[shown].tolist()
     if len(rest):
-        others, spread, _ = kit.over_examples(values[rest].sum(0), result.example)
+        others, spread, _ = kit.over_examples(values[rest].sum(0), result)
         names, heights, errors = [*names, f"{len(rest)} others"], [*heights, float(others)], [*errors, float(spread)]
-    total = float(kit.over_examples(result.total, result.example)[0])
+    total = float(kit.over_examples(result.total, result)[0])
     direction = kit.direction(result.direction)
     title = title or kit.nothing_found(mean, "term", f"adds anything to {direction}")
     if title is None:
@@ -130,7 +130,7 @@ def sources(
     Raises:
         InputError: no such row, image or tile, or no source position that is a patch.
     """
-    values, places = result.values[:, :, kit.checked_row(result, row)].double(), result.places[row]
+    values, places = kit.of_row(result, kit.checked_row(result, row)).double(), result.places[row]
     strongest = _strongest(values, result.axes["layer"]) if heads is None else _given(heads, result)
     if not bool((places[:, 2] >= 0).any()):
         raise InputError("No source position of this row is an image patch; use to_frame() for words.")
@@ -210,7 +210,7 @@ def increase(result: LogProbIncrease, row: int | None = None, title: str | None 
     """Layers × heads (parts, or the strongest neurons) of log-probability increase, of one row or the mean over all."""
     inner = list(result.axes)[1]
     values, labels = kit.rows_last(result), result.axes[inner]
-    values = values.mean(-1) if row is None else values[..., row]
+    values = kit.over_examples(values, result)[0] if row is None else values[..., kit.checked_row(result, row)]
     if inner == "neuron" and values.shape[1] > 24:
         keep = values.abs().nan_to_num(-1.0).max(0).values.argsort(descending=True)[:24].sort().values
         values, labels = values[:, keep], [labels[index] for index in keep.tolist()]

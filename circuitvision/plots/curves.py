@@ -43,10 +43,10 @@ def curve(
         figure.add_scatter(x=shares, y=high.tolist(), fill="tonexty", fillcolor="rgba(128,128,128,0.3)", **edges)
         kit.chance(figure, shares, means.mean(0).tolist(), f"{len(means)} random orders")
     for number, (one, name) in enumerate(zip(curves, names_of(curves), strict=True)):
-        y = kit.over_examples(kit.rows_last(one))[0].tolist()
+        y = kit.over_examples(kit.rows_last(one), one)[0].tolist()
         kit.line(figure, one.axes["share"], y, name, style.PALETTE[number % len(style.PALETTE)], mode="lines")
     if reverse and len(curves) == 1 and lead.reverse.numel():
-        y = kit.over_examples(kit.rows_last(lead, lead.reverse))[0].tolist()
+        y = kit.over_examples(kit.rows_last(lead, lead.reverse), lead)[0].tolist()
         kit.line(
             figure,
             shares,
@@ -57,7 +57,7 @@ def curve(
             line={"color": style.AGAINST, "width": 2, "dash": "dot"},
         )
     verb, good = ("removed", "lower") if lead.kind == "deletion" else ("brought back", "higher")
-    count = lead.values.shape[0]
+    count = kit.over_examples(kit.rows_last(lead), lead)[2]
     notes = (
         f"mean of {count} examples" if count > 1 else "one example", f"{good} is better",
         f"removed = baseline “{kit.escaped(lead.baseline)}” at {lead.level}s",

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 __all__ = [
     "MINUS", "MOST_WORDS", "Figure", "add_bars", "axis", "band", "bare", "bars", "cells", "chance", "checked_row", "color_bar", "direction",
     "empty", "escaped", "example_axis", "examples", "finish_heat", "finish_lines", "heat", "in_words", "largest", "layer_name", "legend_below",
-    "line", "nothing_found", "number", "over", "over_examples", "panels", "percent", "rows_last", "signed", "write",
+    "line", "nothing_found", "number", "of_row", "over", "over_examples", "panels", "percent", "row_label", "row_number", "rows_last", "signed",
+    "write",
 ]  # fmt: skip
 
 MINUS = "\N{MINUS SIGN}"
@@ -83,7 +84,7 @@ def nothing_found(values: Tensor, what: str, does: str) -> str | None:
 
 
 def example_axis(result: Result) -> str:
-    """The name of the axis of examples."""
+    """The name of the axis of examples: ``example``, or ``row`` where rows are numbered on their own."""
     return next((name for name in ("example", "row") if name in result.axes), "")
 
 
@@ -104,14 +105,42 @@ def checked_row(result: Result, row: int | None) -> int:
     return row or 0
 
 
-def rows_last(result: Result, values: Tensor | None = None) -> Tensor:
-    """The values with the axis of examples last."""
+def row_number(result: Result, row: int | None) -> int:
+    """Where a row stands: by its label on an axis ``row``, by its place on an axis ``example``, whose labels may repeat (None: the first).
+
+    Raises:
+        InputError: there is no such row.
+    """
+    return checked_row(result, row) if row is None or "example" in result.axes else result.index_of("row", row)
+
+
+def row_label(result: Result, number: int) -> int:
+    """What a row that stands at a place is asked for by; the inverse of :func:`row_number`."""
+    return number if "example" in result.axes else int(examples(result)[number])
+
+
+def _dimension(result: Result, name: str, without: Sequence[str] = ()) -> int:
+    """Where an axis stands in values that lack the axes ``without``; counted from the end where it is the last."""
+    names = [axis for axis in result.axes if axis not in without]
+    at = names.index(name)
+    return -1 if at == len(names) - 1 else at
+
+
+def rows_last(result: Result, values: Tensor | None = None, without: Sequence[str] = ()) -> Tensor:
+    """The values (or others, which lack the axes ``without``) with the axis of examples last."""
     values = result.values if values is None else values
-    return values.double().movedim(list(result.axes).index(example_axis(result)), -1)
+    return values.double().movedim(_dimension(result, example_axis(result), without), -1)
 
 
-def over_examples(values: Tensor, owners: Sequence[int] | None = None) -> tuple[Tensor, Tensor, int]:
-    """Mean and standard error over the last axis, and how many examples that is; rows of one example (``owners``) count once."""
+def of_row(result: Result, number: int, values: Tensor | None = None, without: Sequence[str] = ()) -> Tensor:
+    """The values (or others, which lack the axes ``without``) of the row that stands at a place, without the axis of examples."""
+    values = result.values if values is None else values
+    return values.select(_dimension(result, example_axis(result), without), number)
+
+
+def over_examples(values: Tensor, result: Result | None = None) -> tuple[Tensor, Tensor, int]:
+    """Mean and standard error over the last axis, and how many examples that is; rows of one example of ``result`` count once."""
+    owners = result.axes.get("example") or getattr(result, "example", None) if result is not None else None
     own = by_example(values.double(), owners)
     count = own.shape[-1]
     error = standard_error(own) if count > 1 else torch.full(own.shape[:-1], math.nan, dtype=torch.float64)

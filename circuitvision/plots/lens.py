@@ -75,7 +75,7 @@ def over_image(
     """
     row, shown = text.checked_row(result, row), text.layers(result, _MOST_PANELS)
     name = html.escape(text.target_name(result, 0 if target is None else result.target(target)))
-    grids = [result.patch_grid(layer, kit.examples(result)[row], image, tile, target) for layer in shown]
+    grids = [result.patch_grid(layer, kit.row_label(result, row), image, tile, target) for layer in shown]
     words = [_grid_words(result, layer, row, image, tile) for layer in shown]
     pixels = None if picture is None else patches.as_picture(picture)
     box = patches.as_shares(box, pixels)
@@ -138,8 +138,8 @@ def layers(
     """
     if row is not None and rows is not None:
         raise InputError("Give rows= or row=, not both.")
-    asked = rows if rows is not None else [row] if row is not None else kit.examples(result)
-    rows = [text.checked_row(result, one) for one in asked]
+    asked = rows if rows is not None else [] if row is None else [row]
+    rows = [text.checked_row(result, one) for one in asked] or list(range(text.n_rows(result)))
     if "target" not in result.axes:
         raise InputError("Lines over layers show targets; read the lens with targets=.")
     if position is None and _is_named(result):
@@ -147,8 +147,13 @@ def layers(
     if position is None and not result.pooled.numel():
         raise InputError("This read-out does not pool; say which position= the lines show.")
     at = None if position is None else [text.place_of(result, position, one) for one in rows]
-    values = (result.pooled[:, rows] if at is None else result.values[:, rows, at]).double()
-    mean = values.nanmean(1)
+    # [layer target row]
+    values = (
+        kit.rows_last(result, result.pooled, without=("position",))[..., rows]
+        if at is None
+        else kit.rows_last(result)[:, at, :, rows].movedim(0, -1)
+    )
+    mean = values.nanmean(-1)
     figure = kit.Figure()
     names = [html.escape(text.target_name(result, index)) for index in range(mean.shape[1])]
     for index, name in enumerate(names):
@@ -171,16 +176,17 @@ def layers(
 
 def _by_region(result: LensResult, rows: Sequence[int], title: str | None) -> kit.Figure:
     """The first target at every region, a line for each."""
-    target, names = text.target_name(result, 0), result.axes["position"]
+    target, names, axes = text.target_name(result, 0), result.axes["position"], list(result.axes)
+    position, which = axes.index("position"), axes.index("target")
     read = dataclasses.replace(
         result,
-        values=result.values[..., :1].transpose(-1, -2),
+        values=result.values.narrow(which, 0, 1).transpose(position, which),
         axes={**result.axes, "position": ["mean"], "target": names},
         names={},
         words=[],
     )
     title = title or f"{html.escape(target)} by layer, read at {html.escape(' and '.join(names))}"
-    return layers(read, [kit.examples(result)[row] for row in rows], title, "mean")
+    return layers(read, [kit.row_label(result, row) for row in rows], title, "mean")
 
 
 def _lines_where(result: LensResult, rows: Sequence[int], at: Sequence[int] | None, position: int | str | None) -> str:
@@ -212,7 +218,7 @@ def _lines_found(result: LensResult, mean: torch.Tensor, values: torch.Tensor) -
         return f"{result.tower}: no finite value at {last}"
     if int((ranked[-1] == ranked[-1, best]).sum()) > 1:
         return f"{result.tower}: no target leads at {last}"
-    told, name = findings.leads(mean, values[-1], result.measure), html.escape(text.target_name(result, best))
+    told, name = findings.leads(mean, values[-1].T, result.measure), html.escape(text.target_name(result, best))
     if not told.holds:
         return f"{result.tower}: {name} is first at {last}, by no more than {told.amount}"
     leads = (ranked.argmax(-1) == best) & finite[:, best]

@@ -64,7 +64,7 @@ def lens_rows(
             patches.mark(figure, changed, pixels.shape[0], pixels.shape[1], number, 1)
         for column, (which, layer) in enumerate(shown, start=1 + pictured):
             lens = row.lenses[which]
-            grid = lens.patch_grid(layer, kit.examples(lens)[0])
+            grid = lens.patch_grid(layer, kit.row_label(lens, 0))
             patches.add_map(figure, grid, number, column)
             extent = extent_of(lens.shares, lens.places, 0, 0)
             patches.mark(figure, changed, grid.shape[0], grid.shape[1], number, column, extent=extent)
@@ -85,6 +85,6 @@ def _add_last(
 ) -> None:
     """Below a map, the reading at the last position, where that is a word and not a patch."""
     if lens.places[0, -1, 2] < 0:
-        value = float(lens.values[lens.axes["layer"].index(layer), 0, -1, 0])
+        value = float(kit.of_row(lens, 0)[lens.axes["layer"].index(layer), -1, 0])
         said = f"last word {value:+.1f}".replace("-", kit.MINUS)
         patches.below(figure, said, row, column, borderpad=3, **style.tint(value / limit, colors))

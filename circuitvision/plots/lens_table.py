@@ -48,7 +48,7 @@ def table(
     if not chosen:
         raise InputError("Name at least one position.")
     index = 0 if target is None else result.target(target)
-    values = result.values[:, row][:, chosen][..., index].float()
+    values = kit.of_row(result, row)[:, chosen, index].float()
     names = np.array([[text.highest(result, layer, row, at)[0] for at in chosen] for layer in range(len(labels))])
     # Where columns are no alternatives the value itself is what is read.
     words = (
@@ -90,7 +90,7 @@ def _found(result: LensResult, names: np.ndarray, row: int, chosen: Sequence[int
     # The class token where there is one, else the last.
     read = next((column for column, at in enumerate(chosen) if kinds and kinds[at] == "cls"), len(chosen) - 1)
     at, where = chosen[read], html.escape(text.position_name(result, row, chosen[read]))
-    last = result.values[-1, row, at].double()
+    last = kit.of_row(result, row)[-1, at].double()
     if not bool(torch.isfinite(last[0])):
         return f"At {where!r} the {tower} has no finite value at {kit.layer_name(labels[-1])}"
     same = np.flip(np.cumprod(np.flip(names[:, read] == names[-1, read]))).astype(bool)

@@ -44,7 +44,10 @@ def target_name(result: LensResult, index: int) -> str:
 
 def highest(result: LensResult, layer: int, row: int, at: int) -> list[str]:
     """The names of the five highest columns at a place."""
-    return [plain(result.names.get(str(int(number)), str(int(number)))) for number in result.ids[layer, row, at][:5]]
+    return [
+        plain(result.names.get(str(int(number)), str(int(number))))
+        for number in kit.of_row(result, row, result.ids)[layer, at, :5]
+    ]
 
 
 def layers(result: LensResult, most: int | None = None) -> list[str | int]:
@@ -71,7 +74,7 @@ def checked_row(result: LensResult, row: int | None) -> int:
             "Figures of a lens show one value per layer and position; read it at a site without heads. "
             "For heads see direct_attribution(…).plot(view='heads')."
         )
-    return 0 if row is None else result.index_of(kit.example_axis(result), row)
+    return kit.row_number(result, row)
 
 
 def place_of(result: LensResult, position: int | str, row: int = 0) -> int:

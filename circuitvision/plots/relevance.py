@@ -57,8 +57,7 @@ def relevance(
         _per_row(box, rows, isinstance(row, int), "box"),
     )
     for one, line in itertools.product(results, rows):
-        if line not in kit.examples(one):
-            raise InputError(f"There is no row {line!r}; there are {kit.examples(one)}.")
+        kit.row_number(one, line)  # raises if there is none
     if not any(_patches(one, rows[0]) for one in results):
         return _words_alone(results, rows[0], title)
     figure, first, with_words = _panels(results, rows, pictures[0] is not None)
@@ -136,8 +135,8 @@ def _add_map(
 def _limit(found: Relevance, line: int) -> float:
     """The largest absolute value of one row that is drawn, as patch or word: what full colour stands for."""
     if found.of_pixels:
-        return max(float(found.values[line].abs().nan_to_num(0.0).max()), 1e-12)
-    drawn = found.per_position[line][found.places[line, :, 0] >= 0].abs().nan_to_num(0.0).tolist()
+        return max(float(kit.of_row(found, line).abs().nan_to_num(0.0).max()), 1e-12)
+    drawn = kit.of_row(found, line, found.per_position)[found.places[line, :, 0] >= 0].abs().nan_to_num(0.0).tolist()
     return max([*drawn, *(abs(value) for value in _words(found, line)[1]), 1e-12])
 
 
@@ -145,7 +144,7 @@ def _undrawn(found: Relevance, line: int) -> str:
     """The strongest position that is neither patch nor word (a class token, a register), where it is stronger than all that is drawn."""
     if found.of_pixels or not found.labels:
         return ""
-    values = found.per_position[line].masked_fill(found.places[line, :, 0] >= 0, 0.0).nan_to_num(0.0)
+    values = kit.of_row(found, line, found.per_position).masked_fill(found.places[line, :, 0] >= 0, 0.0).nan_to_num(0.0)
     at = int(values.abs().argmax())
     if abs(float(values[at])) <= _limit(found, line):
         return ""
@@ -161,7 +160,7 @@ def _words(found: Relevance, line: int) -> tuple[list[str], list[float]]:
     """Text pieces that are no patch, with their values; none for towers that read images alone."""
     if found.of_pixels:
         return [], []
-    values = found.per_position[line]
+    values = kit.of_row(found, line, found.per_position)
     shown = [
         number
         for number in range(values.shape[0])

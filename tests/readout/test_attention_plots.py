@@ -22,9 +22,9 @@ from circuitvision.readout import (
     position_pattern,
     rollout,
 )
+from circuitvision.readout.attention.contrast import AttentionContrast
 from circuitvision.readout.attention.distance import DistanceProfile, PositionPattern
 from circuitvision.readout.attention.mass import AttentionSummary
-from circuitvision.readout.attention.contrast import AttentionContrast
 from tests.readout.test_attention import run
 from tests.readout.test_attention_maps import made, random_shares
 
