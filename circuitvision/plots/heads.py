@@ -59,7 +59,7 @@ def patching(result: PatchingResult, title: str | None = None) -> kit.Figure:
         whole = torch.stack([own.flatten(1) for own in values]).nan_to_num(0.0)
         tower, row, column = (int(index) for index in torch.unravel_index(whole.abs().argmax(), whole.shape))
         where = f"{towers[tower]} {down} {axes[down][row]}, {across} {labels[column]}".strip()
-        said = f"{html.escape(where)} restores most: {style.signed_percent(float(whole[tower, row, column]))}"
+        said = f"{html.escape(where)} has the largest effect: {style.signed_percent(float(whole[tower, row, column]))}"
         title = style.titled(said, f"{result.site}: share of the difference restored by each {down} and {across}")
     return _grids(grids, title, "share of the difference", result, (down, axes[down]), (across, labels), share=True)
 

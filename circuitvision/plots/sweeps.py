@@ -91,21 +91,24 @@ def _grid(result: SweepResult, title: str | None) -> kit.Figure:
     unit, limit = _names(result)[1], kit.largest(mean)
     written = height * width <= kit.MOST_WORDS and columns * width <= _MOST_COLUMNS
     scale = style.legible(signed=True) if written else style.diverging()
+    words = kit.in_words(grids.flatten(0, 1)) if written else None
     side = kit.axis(result.grid[down], down, room=24 if rows == 1 else 8, automargin=True)
     if down != "layer":
         side["range"] = side["range"][::-1]
     for number, grid in enumerate(grids):
+        own = slice(number * height, (number + 1) * height)
         place = {"row": number // columns + 1, "column": number % columns + 1}
         at = {"row": place["row"], "col": place["column"]}
         kit.cells(
-            figure, grid, scale, -limit, limit, words=kit.in_words(grid) if written else None, **place, coloraxis="coloraxis",
-            customdata=names[number * height : (number + 1) * height], hovertemplate=f"%{{customdata}}<br>%{{z:+.4g}}{unit}<extra></extra>",
+            figure, grid, scale, -limit, limit, words=words and words[own], **place, coloraxis="coloraxis",
+            customdata=names[own], hovertemplate=f"%{{customdata}}<br>%{{z:+.4g}}{unit}<extra></extra>",
         )  # fmt: skip
         below = number + columns >= len(grids)
         figure.update_xaxes(
             **kit.axis(result.grid[across], across if below else None, room=32 // columns, tickangle=0), **at
         )
-        figure.update_yaxes(**{**side, "title": side["title"] if place["column"] == 1 else None}, **at)
+        outer = {} if place["column"] == 1 else {"title": None, "showticklabels": False}
+        figure.update_yaxes(**{**side, **outer}, **at)
     figure.update_layout(coloraxis={"colorbar": kit.color_bar(f"change{f',{unit}' if unit else ''}")})
     tall = min(max(34 * height, 110), 600 if rows == 1 else 300)
     return style.layout(
