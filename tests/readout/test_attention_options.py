@@ -27,7 +27,7 @@ from circuitvision.readout import (
     rollout,
 )
 from circuitvision.readout.attention.cache import _layout
-from circuitvision.readout.attention.regions import AttentionContrast
+from circuitvision.readout.attention.contrast import AttentionContrast
 from tests.readout.layouts import by_row, of_rows
 from tests.readout.test_attention import planted, run
 from tests.readout.test_attention_maps import made, random_shares
