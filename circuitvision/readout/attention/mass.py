@@ -139,7 +139,7 @@ def attention_mass(
         alike = seen @ members.to(pattern.dtype) / seen.sum(-1, keepdim=True)
         uniform.append(mean_over(alike, counted).masked_fill(absent, float("nan")).movedim(0, -1))
     stacked = torch.stack(values)
-    warn_undefined(stacked.masked_fill(absent, 0.0), _NO_QUERY)
+    warn_undefined(stacked.masked_fill(absent.T, 0.0), _NO_QUERY)
     return _summary(patterns, "attention_mass", "mass", queries, stacked, torch.stack(uniform), {"span": list(spans)})
 
 
