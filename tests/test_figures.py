@@ -28,10 +28,10 @@ SEED = torch.Generator().manual_seed(0)
 
 def table() -> LensResult:
     """A lens by rank of three layers, of 2 × 2 patches or of four words."""
-    values = torch.randn(3, 1, 4, 2, generator=SEED).sort(-1, descending=True).values
+    values = torch.randn(3, 4, 2, 1, generator=SEED).sort(2, descending=True).values
     places = torch.tensor([[[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 1]]])
-    axes = {"layer": ["input", 0, 1], "row": [0], "position": list(range(4)), "rank": [0, 1]}
-    ids = torch.randint(0, 3, (3, 1, 4, 2), generator=SEED)
+    axes = {"layer": ["input", 0, 1], "position": list(range(4)), "rank": [0, 1], "example": [0]}
+    ids = torch.randint(0, 3, (3, 4, 2, 1), generator=SEED)
     return LensResult(values, axes, tower="vision", places=places, ids=ids, names={"0": "red", "1": "<b>", "2": "blue"})
 
 
