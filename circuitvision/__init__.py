@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from circuitvision.model.spec import register_family, register_stack
     from circuitvision.progress import set_verbosity
     from circuitvision.results import Result
+    from circuitvision.showing import show
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ _FUNCTIONS = {
     "register_family": "model.spec",
     "register_stack": "model.spec",
     "set_verbosity": "progress",
+    "show": "showing",
 }
 _CLASSES = {
     "circuits.ablation": "AblationCheck",
@@ -130,6 +132,7 @@ __all__ = [
     "register_family",
     "register_stack",
     "set_verbosity",
+    "show",
 ]
 
 

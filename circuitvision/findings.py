@@ -1,4 +1,4 @@
-"""Findings: what was found as a value with its numbers, and the one place where it becomes a sentence.
+"""Findings: what was found as a value with its numbers. :mod:`circuitvision.sentences` makes a sentence of it.
 
 A :class:`Finding` says whether a claim holds, how large the effect is, how sure that is (an interval over examples, or that there is one pair), and
 what chance or a control gives. A claim holds only where sign, size and interval allow it; where it does not, ``reason`` says why, and the sentence
@@ -14,11 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from circuitvision.model.names import is_component, parse_id, spelled
+from circuitvision.model.names import parse_id, spelled
 from circuitvision.results import Result
 from circuitvision.statistics import wilson
 
@@ -37,6 +38,14 @@ ODDS = 3.0
 """How many times as likely as the second a target is, at least, where it is said to lead."""
 ABOVE_CHANCE = 3.0
 """How many times its chance an answer's probability is, at least, where a model is said to give it."""
+ALONE = 0.1
+"""How far above chance a share must be, at least, where one example shows it."""
+EXPLAINED = 0.25
+"""How much more than by chance of a head's attention an offset must explain, at least; random position embeddings explain some of it."""
+NARROW = 0.5
+"""Over what share of the keys that it can look at a head spreads its attention, at most, where it is said to be narrow."""
+OUTSTANDING = 2.0
+"""How many times the median value vector's value the strongest one's is, at least, where it is said to stand out."""
 NOT_ASKED = "the model does not give the answers asked about"
 
 
@@ -55,22 +64,25 @@ class Finding:
     about: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return _SENTENCES[self.claim](self)
+        from circuitvision.sentences import SENTENCES
+
+        return SENTENCES[self.claim](self)
 
     @property
     def amount(self) -> str:
         """The value as it is read."""
-        return self._number(self.value) + (f" {self.unit}" if self.unit not in ("", "share") else "")
+        return self.number(self.value) + (f" {self.unit}" if self.unit not in ("", "share") else "")
 
     @property
     def sure(self) -> str:
         """The interval and the number of examples, or that there is one."""
         if self.interval is None:
             return "one pair" if self.n == 1 else f"{self.n} pairs"
-        low, high = map(self._number, self.interval)
+        low, high = map(self.number, self.interval)
         return f"95%: {low} to {high}, {self.n} pairs"
 
-    def _number(self, value: float) -> str:
+    def number(self, value: float) -> str:
+        """A value in the finding's unit."""
         text = f"{value:.0%}" if self.unit == "share" else f"{value:.3g}"
         return text.replace("-", "\N{MINUS SIGN}")
 
@@ -272,9 +284,112 @@ def beats_random(curve: Curve) -> Finding:
     return Finding("beats random", beaten == len(random) >= 19, beaten / len(random), "share", None, 1, 0.5)
 
 
-def _around(share: float, error: float) -> tuple[float, float] | None:
-    """The interval of a ratio of means by its standard error; None where a single example has none."""
-    return None if error != error else (share - 1.96 * error, share + 1.96 * error)
+# -- what maps of attention, weights and relevance show ------------------------------------------------------------------------------------------
+
+
+def attends(
+    head: str, to: str, share: float, chance: float | None = None, error: float = math.nan, n: int = 1, tests: int = 1
+) -> Finding:
+    """Whether a head gives a place more of its attention than looking at all keys alike would (``chance``), as the first of so many (``tests``):
+    the interval is that much wider. Nothing is said to be more than chance where chance is not known.
+    """
+    interval = _around(share, error, tests)
+    if share != share:
+        return Finding("attends", None, reason="it has no attention", about={"head": head, "to": to})
+    if chance is None:
+        return Finding("attends", None, share, "share", interval, n, about={"head": head, "to": to})
+    enough = share - chance >= LEAST_SHARE and (interval[0] > chance if interval else share - chance >= ALONE)
+    reason = "" if enough else "it is hardly more than chance"
+    return Finding("attends", enough, share, "share", interval, n, chance, reason, {"head": head, "to": to})
+
+
+def narrow(head: str, keys: float, of: float, relative: bool = False) -> Finding:
+    """Whether the head with the lowest entropy looks at few keys: at half of the ``of`` it can look at, at most (of relative entropies, a share of
+    what looking at all alike gives, 80 %).
+    """
+    told = keys <= (0.8 if relative else NARROW * of)
+    reason = "" if told else "it looks at most of the keys"
+    return Finding(
+        "narrow", told, keys, "share" if relative else "keys", chance=of, reason=reason, about={"head": head}
+    )
+
+
+def peaks_inside(head: str, rate: float, chance: float, n: int, tests: int = 1) -> Finding:
+    """Whether a head's attention is highest inside a region more often than by chance: by the binomial tail, times the number of heads."""
+    told = rate == rate and _tail(round(rate * n), n, chance) * tests <= 0.05
+    reason = "" if told else "it is no more than chance gives"
+    return Finding("peaks inside", told, rate, "share", None, n, chance, reason, {"head": head})
+
+
+def explained(head: str, share: float, chance: float) -> Finding:
+    """Whether the offset between patches explains more of a head's attention than chance does."""
+    told = share - chance >= EXPLAINED
+    reason = "" if told else "it is little more than chance"
+    return Finding("explained", told, share, "share", chance=chance, reason=reason, about={"head": head})
+
+
+def promotes(vector: str, word: str, value: float, sizes: torch.Tensor) -> Finding:
+    """Whether the strongest value vector stands out: :data:`OUTSTANDING` times the median of all (``sizes``, the largest absolute value of each; the
+    median is ``chance``), and one half further from it, in robust standard deviations, than the largest of so many Gaussian draws lies.
+    """
+    median = sizes.double().median()
+    spread = (sizes - median).abs().median() / NormalDist().inv_cdf(0.75)
+    far = 1.5 * math.sqrt(2 * math.log(max(len(sizes), 2)))
+    told = (
+        value != 0 and abs(value) >= OUTSTANDING * float(median) and abs(value) - float(median) >= far * float(spread)
+    )
+    about = {"vector": vector, "word": word}
+    return Finding(
+        "promotes", told, value, chance=float(median), reason="" if told else "others are nearly as strong", about=about
+    )
+
+
+def among(vector: str, hits: int, asked: int, kept: int, largest: bool) -> Finding:
+    """How many of the outputs asked for are among the ones a value vector ranks highest (lowest). What chance gives is not known, so nothing more is
+    said.
+    """
+    about = {"vector": vector, "asked": str(asked), "kept": f"{kept} {'highest' if largest else 'lowest'}"}
+    return Finding("among", None, hits, "outputs", about=about)
+
+
+def stands_out(values: torch.Tensor, method: str, noun: str, metric: str) -> Finding:
+    """Whether the largest absolute value of a map ``[row column]`` stands out from the others: ``value`` is how many times the median it is, and
+    noise of so many cells would give ``chance``; one half more is asked for.
+    """
+    size = values.double().abs().nan_to_num(0.0)
+    at, count = int(size.argmax()), int(torch.isfinite(values).sum())
+    top, median = float(size.flatten()[at]), float(values.double().abs().nanmedian())
+    expected = math.sqrt(2 * math.log(max(count, 2))) / NormalDist().inv_cdf(0.75)
+    ratio = top / median if median > 0 else math.inf if top > 0 else math.nan
+    row, column = divmod(at, values.shape[-1])
+    about = {"method": method, "noun": noun, "metric": metric, "at": f"row {row}, column {column}"}
+    told = count > 1 and ratio >= 1.5 * expected
+    reason = "" if told else "others are nearly as large" if top > 0 else "all are 0"
+    return Finding("stands out", told, ratio, "times", chance=expected, reason=reason, about=about)
+
+
+def on_object(method: str, hits: int, n: int, chance: float) -> Finding:
+    """Whether maps peak on the object more often than by chance, the share of places that show it. One map says where it peaks, no more."""
+    told = None if n == 1 else _tail(hits, n, chance) <= 0.05
+    reason = "it is no more than chance gives" if told is False else ""
+    return Finding("on object", told, hits / n, "share", None, n, chance, reason, {"method": method, "hits": str(hits)})
+
+
+def ranks_first(tower: str, word: str, where: str, since: str, margin: float, unit: str) -> Finding:
+    """Whether what a lens ranks first at the last layer is clearly first: by odds of :data:`ODDS` to one over the second. ``margin`` is the distance
+    (of probabilities the ratio); NaN where only one was kept, and then nothing is said about it.
+    """
+    about = {"tower": tower, "word": word, "where": where, "since": since}
+    floor = ODDS if unit == "prob" else math.log(ODDS) if unit in LEAST_SWING else 0.0
+    told = None if margin != margin else margin > 0 and margin >= floor
+    reason = "the second is nearly as high" if told is False else ""
+    return Finding("ranks first", told, margin, "times" if unit == "prob" else unit, reason=reason, about=about)
+
+
+def _around(value: float, error: float, tests: int = 1) -> tuple[float, float] | None:
+    """95 % around a value by its standard error, wider where it is the best of several; None where a single example has none."""
+    z = NormalDist().inv_cdf(1 - 0.025 / tests)
+    return None if error != error else (value - z * error, value + z * error)
 
 
 def _ends(interval: torch.Tensor) -> tuple[float, float] | None:
@@ -283,93 +398,23 @@ def _ends(interval: torch.Tensor) -> tuple[float, float] | None:
     return None if low != low else (low, high)
 
 
+def _tail(hits: int, n: int, chance: float) -> float:
+    """How likely so many hits or more are by chance (binomial)."""
+    if hits <= 0 or chance >= 1:
+        return 1.0
+    if chance <= 0:
+        return 0.0
+    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(chance) + (n - k) * math.log1p(-chance)
+            for k in range(hits, n + 1)]  # fmt: skip
+    return min(sum(map(math.exp, logs)), 1.0)
+
+
 def _both(words: Sequence[str]) -> dict[str, str]:
     return {"answer": words[0], "foil": words[1]}
 
 
-# -- sentences ---------------------------------------------------------------------------------------------------------------------------------
-
-
-def _say_answers(found: Finding) -> str:
-    about = found.about
-    said = f"{about['clean']!r} on the clean image and {about['corrupt']!r} on the corrupt one"
-    if found.holds:
-        return f"The model says {said}."
-    if found.reason == NOT_ASKED:
-        return (
-            f"The model does not give the answers asked about ({about['answer']!r}, {about['foil']!r}): it says {said}."
-        )
-    return f"The model's answers are hardly above chance: it says {said}, with {found.value:.1%} where guessing gives {found.chance:.1%}."
-
-
-def _say_swing(found: Finding) -> str:
-    said = f"Swapping one image for the other moves the metric by {found.amount} ({found.sure})"
-    if found.holds:
-        return f"{said}."
-    return f"{said}: {found.reason}{', so no share of it is given' if 'hardly' in found.reason else ''}."
-
-
-def _say_share(found: Finding) -> str:
-    subject, verb = _capital(found.about["subject"]), "restores" if found.about["mode"] == "denoise" else "destroys"
-    alone, plural = ("together", True) if found.claim == "heads" else ("alone", False)
-    if found.value != found.value:
-        return f"What {found.about['subject']} {'do' if plural else 'does'} {alone} has no share: {found.reason}."
-    if found.holds:
-        return f"{subject} {alone} {verb[:-1] if plural else verb} {found.amount} of that ({found.sure})."
-    moved = f"{subject} {alone} {'move' if plural else 'moves'} {found.amount} of that ({found.sure})"
-    # What the whole comparison lacks is said once, of the whole.
-    return f"{moved}: {found.reason}." if found.reason.startswith("it ") else f"{moved}."
-
-
-def _say_past(found: Finding) -> str:
-    heads = found.about["heads"]
-    said = f"No single head of the vision tower moves {LEAST_SHARE:.0%}: with its {heads} strongest heads held at the corrupt run's values, "
-    return (
-        f"{said}{found.amount} of the image's effect still reaches the answer through the projector."
-        if found.holds
-        else ""
-    )
-
-
-def _say_last_word(found: Finding) -> str:
-    both = f"{found.about['answer']!r} or {found.about['foil']!r}"
-    if not found.holds:
-        return f"{both} cannot be read at the last word: {found.reason}"
-    layer = found.about["layer"]
-    return (
-        f"{both} can be read at the last word from {'the input' if layer == 'input' else f'language layer {layer}'} on"
-    )
-
-
-def _say_patches(found: Finding) -> str:
-    return f"at {found.value:.0%} of image patches and layers" if found.holds else "at no image patch"
-
-
-def _say_carries(found: Finding) -> str:
-    beside = "" if found.chance is None else f"; as many random heads cost {found._number(found.chance)}"
-    said = f"Ablating {found.about['heads']} together costs {found.amount} of the pairs right ({found.sure}){beside}"
-    return f"{said}." if found.holds else f"{said}: {found.reason}."
-
-
-def _say_margin(found: Finding) -> str:
-    return found.amount
-
-
-def _capital(text: str) -> str:
-    """A sentence that begins with a word in capitals; names of components stay as they are spelled."""
-    return text if is_component(" ".join(text.split(" ", 2)[:2])) else text[:1].upper() + text[1:]
-
-
-_SENTENCES = {
-    "answers": _say_answers,
-    "swing": _say_swing,
-    "head": _say_share,
-    "heads": _say_share,
-    "last word": _say_last_word,
-    "patches": _say_patches,
-    "past vision": _say_past,
-    "carries": _say_carries,
-    "leads": _say_margin,
-    "readable": _say_margin,
-    "beats random": _say_margin,
-}
+def percent(share: float) -> str:
+    """A share in whole percent that says neither all nor nothing where it is not."""
+    if 0.995 <= share < 1 - 1e-6:
+        return "more than 99%"
+    return "less than 1%" if 1e-6 < share < 0.005 else f"{share:.0%}"

@@ -52,8 +52,7 @@ def test_head_figure_shows_every_share_in_its_place():
     assert language.shape == (1, 2)
     assert figure.layout.coloraxis.cmin == -figure.layout.coloraxis.cmax
     assert figure.layout.title.text == "vision L1H2 alone restores 50% of the difference (one pair)."
-    texts = {annotation.text for annotation in figure.layout.annotations}
-    assert "\N{MINUS SIGN}20%" in texts
+    assert "\N{MINUS SIGN}20%" in {word for trace in figure.data if trace.meta == "words" for word in trace.text}
 
 
 def test_patching_figure_of_several_towers_and_of_one():

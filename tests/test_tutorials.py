@@ -9,6 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+_PLOTLY = "application/vnd.plotly.v1+json"
 FOLDER = Path(__file__).parents[1] / "tutorials"
 
 
@@ -18,7 +19,16 @@ def test_notebook_runs(path: Path) -> None:
     assert any(cell.cell_type == "code" for cell in notebook.cells)
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
     # Threads of several small processes wait for one another: eight times slower beside other tests.
-    client.execute(env={**os.environ, "OMP_NUM_THREADS": "1"})
+    client.execute(env={**os.environ, "OMP_NUM_THREADS": "1", "CIRCUITVISION_PNG": "0"})
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_committed_figures_carry_a_png(path: Path) -> None:
+    outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+    figures = [output.data for output in outputs if _PLOTLY in output.get("data", {})]
+    assert figures
+    assert all("image/png" in data for data in figures)
+    assert all(len(data["image/png"]) < 200_000 for data in figures)
 
 
 def test_there_are_notebooks() -> None:

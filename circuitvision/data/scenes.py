@@ -17,6 +17,7 @@ Not covered: overlap, rotation, texture, lighting. Cells are aligned with the im
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -188,6 +189,10 @@ class Scene:
     def __str__(self) -> str:
         return "; ".join(map(str, self.objects))
 
+    def _repr_png_(self) -> bytes:
+        """The picture, enlarged without blur: what notebooks show."""
+        return _as_png([self])
+
 
 @dataclass(frozen=True)
 class MinimalPair:
@@ -198,6 +203,19 @@ class MinimalPair:
     attribute: str
     before: SceneObject
     after: SceneObject
+
+    def _repr_png_(self) -> bytes:
+        """Both pictures side by side, clean first."""
+        return _as_png([self.clean, self.corrupt])
+
+
+def _as_png(scenes: Sequence[Scene], scale: int = 3) -> bytes:
+    """Pictures side by side as a PNG, every pixel enlarged to a square."""
+    gap = np.full((IMAGE_SIZE, 4, 3), 255, dtype=np.uint8)
+    row = np.concatenate([part for picture in render(scenes) for part in (gap, picture)][1:], axis=1)
+    buffer = io.BytesIO()
+    Image.fromarray(row.repeat(scale, 0).repeat(scale, 1)).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def render(scenes: Sequence[Scene]) -> UInt8[np.ndarray, "scene height width channel"]:

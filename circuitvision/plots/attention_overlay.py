@@ -16,26 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitvision import regions
+from circuitvision import findings, regions
 from circuitvision.model.names import head_name
-from circuitvision.plots import patches, style
-from circuitvision.plots.attention_parts import (
-    add_base,
-    box_in_frame,
-    color_range,
-    escaped,
-    frame_of,
-    head_labels,
-    heads_panel,
-    outline,
-    percent,
-    shares_of,
-)
+from circuitvision.plots import kit, patches, style
+from circuitvision.plots.attention_parts import add_base, box_in_frame, color_range, frame_of, outline, shares_of
 from circuitvision.readout.patch_coords import extent_of
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from circuitvision.readout.attention.contrast import AttentionContrast
     from circuitvision.readout.attention.maps import AttentionMaps
     from circuitvision.readout.attention.rollout import AttentionRollout
@@ -55,6 +42,8 @@ class _Drawn:
     strength: Tensor
     steps: list[Any]
     what: str
+    alike: float
+    """The share that looking at all visible keys alike would give."""
     row: int
 
     @property
@@ -92,7 +81,7 @@ def overlay(
     box: Box | None = None,
     step: int | None = None,
     title: str | None = None,
-) -> go.Figure:
+) -> kit.Figure:
     """One row's attention over the image, with a slider over layers and heads that opens at the head with the most attention in the box (or image).
 
     Args:
@@ -108,8 +97,6 @@ def overlay(
     The query is outlined where it is a patch of this image. Of more than 144 heads (fewer with many steps), the strongest are behind the
     slider.
     """
-    from plotly.subplots import make_subplots
-
     pixels = None if picture is None else patches.as_picture(picture)
     result.grid(result.axes["layer"][0], result.axes["head"][0], row, image, tile, step)
     frame = frame_of(result.places, result.frames, result.boxes, row, image, tile)
@@ -117,8 +104,8 @@ def overlay(
     drawn = _drawn(result, box, row, image, tile, step)
     shown = drawn.shown()
     opened = max(shown, key=lambda at: float(drawn.at(at).mean().nan_to_num(-math.inf)))
-    figure = make_subplots(rows=1, cols=2 if drawn.beside else 1, horizontal_spacing=0.12,
-                           column_widths=[0.56, 0.44] if drawn.beside else None)  # fmt: skip
+    sizes = {"column_widths": [0.56, 0.44], "horizontal_spacing": 0.12} if drawn.beside else {}
+    figure = kit.panels(1, 2 if drawn.beside else 1, **sizes)
     maps = [of_step[opened] for of_step in drawn.grids]
     extent = extent_of(result.shares, result.places, row, image, tile)
     add_base(figure, pixels, maps, signed=drawn.signed, extent=extent)
@@ -131,8 +118,8 @@ def overlay(
     sliders += [_step_slider(figure, drawn)] if len(drawn.steps) > 1 else []
     below = 130 + 70 * (len(sliders) - 1)
     figure.update_layout(sliders=sliders)
-    style.layout(figure, title or _heading(drawn, opened), 450 + below, margin={"l": 20, "r": 30, "t": 90, "b": below})
-    figure.update_layout(showlegend=False)
+    margins = {"l": 20, "r": 30, "b": below}
+    style.layout(figure, title or _heading(drawn, opened), 370 + below, margin=margins, showlegend=False)
     figure.update_xaxes(visible=False, row=1, col=1)
     figure.update_yaxes(visible=False, row=1, col=1)
     return figure
@@ -148,7 +135,7 @@ def rollout(
     tile: int | None = None,
     box: Box | None = None,
     title: str | None = None,
-) -> go.Figure:
+) -> kit.Figure:
     """The rollout of one query over the image, with a slider over layers; None takes "cls" where there is one, else "last".
 
     Other arguments as for :func:`overlay`.
@@ -169,15 +156,13 @@ def contrast(
     top_percent: float = 20.0,
     count: int = 3,
     title: str | None = None,
-) -> go.Figure:
+) -> kit.Figure:
     """The contrast of two queries over the image, with the boxes of its strongest regions (numbered, orange) and an object's box (blue).
 
     Arguments as for :func:`overlay` and :meth:`AttentionContrast.regions`.
     """
-    from plotly.subplots import make_subplots
-
     grid = result.grid(row, image, tile).double()
-    figure = make_subplots(rows=1, cols=1)
+    figure = kit.panels()
     pixels = None if picture is None else patches.as_picture(picture)
     extent = extent_of(result.shares, result.places, row, image, tile)
     add_base(figure, pixels, [grid], as_share=False, extent=extent)
@@ -194,11 +179,11 @@ def contrast(
     finite = grid[torch.isfinite(grid)]
     if title is None and finite.numel():
         r, c = divmod(int(grid.nan_to_num(-math.inf).argmax()), grid.shape[1])
-        title = (
-            f"The question adds most attention at patch row {r}, column {c}<br><span style='font-size:12px'>contrast "
-            f"{finite.max():.2g} there, median {finite.median():.2g}; λ = {result.lam:.2g}</span>"
+        said = f"The question adds most attention at patch row {r}, column {c}"
+        title = style.titled(
+            said, f"contrast {finite.max():.2g} there, median {finite.median():.2g}", f"λ = {result.lam:.2g}"
         )
-    style.layout(figure, title or "No patch has a contrast", 540, margin={"l": 20, "r": 20, "t": 90, "b": 20})
+    style.layout(figure, title or "No patch has a contrast", 460, margin={"l": 20, "b": 20})
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     return figure
@@ -214,8 +199,8 @@ def _drawn(result: AttentionMaps, box: Box | None, row: int, image: int, tile: i
         for number in steps
     ]
     found = [_strength(result, box, row, image, tile, number) for number in steps]
-    strength = torch.stack([of_step for of_step, _ in found])
-    return _Drawn(result, torch.stack(grids).double(), strength, steps, found[0][1], row)
+    strength = torch.stack([one[0] for one in found])
+    return _Drawn(result, torch.stack(grids).double(), strength, steps, found[0][1], found[0][2], row)
 
 
 def _size(grid: Tensor, picture: np.ndarray[Any, Any] | None, extent: tuple[float, float]) -> tuple[float, float]:
@@ -234,8 +219,10 @@ def _tile(result: AttentionMaps, row: int, image: int, tile: int | None) -> int:
 
 def _strength(
     result: AttentionMaps, box: Box | None, row: int, image: int, tile: int | None, step: int | None
-) -> tuple[Tensor, str]:
-    """How much of each head's attention the box, the image or the tile that is drawn gets, ``[layer head]``, and what that is in words."""
+) -> tuple[Tensor, str, float]:
+    """How much of each head's attention the box, the image or the tile that is drawn gets, ``[layer head]``, what that is in words, and how much of
+    the visible keys it is.
+    """
     tiles = result.places[row, :, 1]
     inside = result.patches(image)[row]
     several = len(set(tiles[inside].tolist())) > 1
@@ -247,27 +234,29 @@ def _strength(
     if several and (box is None or tile is not None):
         inside = inside & (tiles == shown)
         what = f"{'the box in ' if box is not None else ''}tile {shown} of this image"
-    return result.pass_values(step)[..., row].double()[..., inside].sum(-1), what
+    values = result.pass_values(step)[..., row].double()
+    visible = (values != 0).flatten(0, 1).any(0)
+    return values[..., inside].sum(-1), what, float((inside & visible).sum() / visible.sum().clamp_min(1))
 
 
-def _add_heads(figure: go.Figure, drawn: _Drawn, opened: tuple[int, int]) -> None:
+def _add_heads(figure: kit.Figure, drawn: _Drawn, opened: tuple[int, int]) -> None:
     """The grid of heads of every step, of which the first is seen, with an outline around the head that is drawn."""
+    axes, top = drawn.result.axes, max(drawn.top, 1e-9)
+    room = drawn.strength[0].numel() <= kit.MOST_WORDS and len(axes["head"]) <= 16
+    scale = style.legible(drawn.signed) if room else style.diverging() if drawn.signed else style.sequential()
     for number, grid in enumerate(drawn.strength):
-        heads_panel(figure, grid, drawn.result.axes, 2, drawn.top, as_share=True, local=True, signed=drawn.signed,
-                    visible=number == 0)  # fmt: skip
-    for label in _labels(drawn, 0):
-        figure.add_annotation(**label)
+        words = kit.in_words(grid, share=True) if room else None
+        hover = "layer %{y} head %{x}<br>%{z:.1%}<extra></extra>"
+        low = -top if drawn.signed else 0.0
+        kit.cells(figure, grid, scale, low, top, words=words, column=2, visible=number == 0, hovertemplate=hover)
     figure.add_shape(type="rect", line={"width": 3, "color": style.AGAINST}, **_around(opened), row=1, col=2)
     measure = "above the mean head" if drawn.signed else "of attention"
-    figure.update_xaxes(title=f"head (share {measure} in {drawn.what})", row=1, col=2)
-
-
-def _labels(drawn: _Drawn, number: int) -> list[dict[str, Any]]:
-    return head_labels(drawn.strength[number], drawn.top, "2", as_share=True) if drawn.beside else []
+    figure.update_yaxes(**kit.axis(axes["layer"], "layer"), row=1, col=2)
+    figure.update_xaxes(**kit.axis(axes["head"], f"head (share {measure} in {drawn.what})", room=16), row=1, col=2)
 
 
 def _head_slider(
-    figure: go.Figure, drawn: _Drawn, shown: Sequence[tuple[int, int]], opened: tuple[int, int], title: str | None
+    figure: kit.Figure, drawn: _Drawn, shown: Sequence[tuple[int, int]], opened: tuple[int, int], title: str | None
 ) -> dict[str, Any]:
     maps = [
         number for number, found in enumerate(figure.data) if found.type == "heatmap" and found.xaxis in ("x", None)
@@ -279,27 +268,24 @@ def _head_slider(
         data: dict[str, Any] = {"z": [_plain(grid) for grid in grids]}
         limits = [color_range(grid, drawn.signed) for grid in grids]
         data.update({name: [one[name] for one in limits] for name in limits[0]})
-        layout: dict[str, Any] = {} if title else {"title.text": _heading(drawn, at)}
+        layout: dict[str, Any] = {} if title else {"title.text": style.broken(_heading(drawn, at))[0]}
         if drawn.beside:
             layout.update({f"shapes[{around}].{side}": value for side, value in _around(at).items()})
         entries.append({"method": "update", "label": _label(drawn.result, at), "args": [data, layout, maps]})
     return _slider(entries, list(shown).index(opened), 58)
 
 
-def _step_slider(figure: go.Figure, drawn: _Drawn) -> dict[str, Any]:
-    """A slider that shows the traces and the labels of one step."""
+def _step_slider(figure: kit.Figure, drawn: _Drawn) -> dict[str, Any]:
+    """A slider that shows the traces of one step."""
     several = len(drawn.steps)
     kinds = [(found.type, found.xaxis) for found in figure.data]
     # Traces of one panel stand in the order of the steps.
     order = {number: sum(kind == kinds[number] for kind in kinds[:number]) for number in range(len(kinds))}
-    others = [label.to_plotly_json() for label in figure.layout.annotations]
-    others = others[: len(others) - len(_labels(drawn, 0))]
     entries = []
     for number, step in enumerate(drawn.steps):
-        visible = [found.type != "heatmap" or order[index] == number for index, found in enumerate(figure.data)]
-        layout = {"annotations": [*others, *_labels(drawn, number)]}
-        entries.append({"method": "update", "label": f"step {step}" if several <= 24 else str(step),
-                        "args": [{"visible": visible}, layout]})  # fmt: skip
+        visible = [found.type == "image" or order[index] == number for index, found in enumerate(figure.data)]
+        label = f"step {step}" if several <= 24 else str(step)
+        entries.append({"method": "update", "label": label, "args": [{"visible": visible}, {}]})
     return _slider(entries, 0, 132)
 
 
@@ -328,26 +314,28 @@ def _heading(drawn: _Drawn, at: tuple[int, int]) -> str:
     """What the map of one head says; of several steps, how far it goes from one to another."""
     result, what, shares = drawn.result, drawn.what, drawn.at(at).tolist()
     layer, head = result.axes["layer"][at[0]], result.axes["head"][at[1]]
-    query = "" if result.query in ("", "default") else f"; query: {escaped(result.query)}"
-    rows = len(result.axes["example"])
-    query += f"; row {drawn.row} of {rows} (row= shows another)" if rows > 1 else ""
+    notes = ["" if result.query in ("", "default") else f"query: {kit.escaped(result.query)}"]
+    notes.append(style.which_row(drawn.row, len(result.axes["example"])))
     if any(math.isnan(share) for share in shares):
-        return f"This row has no attention to show: no query of it counts{query}"
+        return style.titled("This row has no attention to show", "no query of it counts", *notes)
     where = head_name(layer, head, result.tower)
-    low, high = percent(min(shares)), percent(max(shares))
+    low, high = kit.percent(min(shares)), kit.percent(max(shares))
     share = low if low == high else f"{low} to {high}"
+    several = f"over {len(shares)} steps; move the sliders for other heads and steps"
+    hint = several if len(shares) > 1 else "move the slider for other heads"
     if result.measure == "rollout":
         said, hint = f"Rolled out to layer {layer}, {share} comes from {what}", f"{result.tower} tower"
     elif drawn.signed and len(shares) > 1:
         said, hint = f"{where} gives {what} {share} more attention than the mean head", "sliders: heads, steps"
     elif drawn.signed:
         more = "more" if shares[0] >= 0 else "less"
-        said, hint = f"{where} gives {what} {percent(abs(shares[0]))} {more} attention than the mean head", ""
+        said = f"{where} gives {what} {kit.percent(abs(shares[0]))} {more} attention than the mean head"
+    elif len(shares) > 1:
+        said = f"{where} gives {share} of its attention to {what}"
     else:
-        said, hint = f"{where} gives {share} of its attention to {what}", ""
-    several = f"over {len(shares)} steps; move the sliders for other heads and steps"
-    hint = hint or (several if len(shares) > 1 else "move the slider for other heads")
-    return f"{said}<br><span style='font-size:12px'>{hint}{query}</span>"
+        told = findings.attends(where, what, shares[0])
+        said, hint = str(told), f"looking at all keys alike: {kit.percent(drawn.alike)}; {hint}"
+    return style.titled(said, hint, *notes)
 
 
 def _around(at: tuple[int, int]) -> dict[str, float]:
@@ -356,7 +344,7 @@ def _around(at: tuple[int, int]) -> dict[str, float]:
 
 
 def _mark_query(
-    figure: go.Figure,
+    figure: kit.Figure,
     result: AttentionMaps,
     row: int,
     image: int,

@@ -1,11 +1,10 @@
-"""What figures of attention are put together from: a map over the picture, the grid of heads beside it, and the frame that boxes are drawn in.
+"""What figures of attention are put together from: a map over the picture, and the frame that boxes are drawn in.
 
 A frame is the part of the model's image that a map covers, (left, top, right, bottom) in the pixels that the token map counts.
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,108 +12,14 @@ import numpy as np
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.plots import patches, style
+from circuitvision.plots import kit, patches, style
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     Box = tuple[float, float, float, float]
-
-_MOST_LABELLED = 120
-
-
-def sequential(over_picture: bool = False) -> list[list[float | str]]:
-    """A colour scale to orange from a faint grey, or over a picture from nothing."""
-    lowest = "rgba(208,63,8,0)" if over_picture else "rgba(128,128,128,0.1)"
-    return [[0.0, lowest], [0.3, "rgba(208,63,8,0.45)"], [1.0, "rgba(208,63,8,1)"]]
-
-
-def escaped(name: Any) -> str:
-    """A name that somebody gave as text of a figure: no markup."""
-    return html.escape(str(name), quote=False)
-
-
-def percent(share: float) -> str:
-    """A share in whole percent that says neither all nor nothing where it is not."""
-    if 0.995 <= share < 1 - 1e-6:
-        return "more than 99%"
-    return "less than 1%" if 1e-6 < share < 0.005 else f"{share:.0%}"
-
-
-# -- heads ---------------------------------------------------------------------------------------------------------------------------------
-
-
-def heads_panel(
-    figure: go.Figure,
-    grid: Tensor,
-    axes: dict[str, list[Any]],
-    column: int,
-    top: float,
-    *,
-    as_share: bool,
-    unread: Sequence[Any] = (),
-    first: bool = True,
-    local: bool = False,
-    signed: bool = False,
-    panels: int = 1,
-    visible: bool = True,
-) -> None:
-    """A grid of layers × heads in one panel; on the shared ``coloraxis``, or with colours of its own (``local``)."""
-    import plotly.graph_objects as go
-
-    layers, heads = grid.shape
-    top = max(top, 1e-9)
-    colors: dict[str, Any] = {"coloraxis": "coloraxis"}
-    if local:
-        colors = {"colorscale": style.diverging() if signed else sequential(), "showscale": False}
-        colors.update(zmin=-top if signed else 0, zmax=top)
-    shape = ".1%" if as_share else ".2f"
-    figure.add_trace(
-        go.Heatmap(
-            z=grid.numpy(),
-            xgap=2 if heads <= 40 else 0,
-            ygap=2 if layers <= 40 else 0,
-            hovertemplate=f"layer %{{y}} head %{{x}}<br>%{{z:{shape}}}<extra></extra>",
-            visible=visible,
-            **colors,
-        ),
-        row=1,
-        col=column,
-    )
-    every_layer, every_head = (1 if layers <= 16 else 4), (1 if heads * panels <= 32 else 4)
-    names = [f"{name} (unread)" if name in unread else str(name) for name in axes["layer"]]
-    figure.update_yaxes(
-        title="layer" if first else None, tickvals=list(range(0, layers, every_layer)), ticktext=names[::every_layer],
-        showgrid=False, zeroline=False, row=1, col=column,
-    )  # fmt: skip
-    figure.update_xaxes(
-        title="head", tickvals=list(range(0, heads, every_head)),
-        ticktext=[str(name) for name in axes["head"][::every_head]], showgrid=False, zeroline=False,
-        tickangle=0, row=1, col=column,
-    )  # fmt: skip
-
-
-def head_labels(grid: Tensor, top: float, axis: str, *, as_share: bool, panels: int = 1) -> list[dict[str, Any]]:
-    """The values of a grid of heads as annotations on the axes of that number ("", "2", …); none where there is no room."""
-    layers, heads = grid.shape
-    if layers * heads > _MOST_LABELLED or heads * panels > 32:
-        return []
-    found = []
-    for layer, line in enumerate(grid.tolist()):
-        for head, value in enumerate(line):
-            label = "–" if value != value else style.signed_percent(value) if as_share else f"{value:.1f}"
-            # Words on strong cells are white on every page; on faint ones they have the page's colour.
-            font = {"size": 12, "color": "#ffffff"} if abs(value) > 0.45 * max(top, 1e-9) else {"size": 12}
-            place = {"x": head, "y": layer, "xref": f"x{axis}", "yref": f"y{axis}"}
-            found.append({"text": label, "showarrow": False, "font": font, **place})
-    return found
-
-
-# -- maps ----------------------------------------------------------------------------------------------------------------------------------
 
 
 def add_base(
-    figure: go.Figure,
+    figure: kit.Figure,
     picture: np.ndarray[Any, Any] | None,
     maps: Sequence[Tensor],
     *,
@@ -126,28 +31,20 @@ def add_base(
 
     ``extent`` is how much of the picture's height and width the maps cover.
     """
-    bar: dict[str, Any] = {"thickness": 12, "outlinewidth": 0, "x": -0.02, "xanchor": "right", "len": 0.8}
-    if as_share:
-        bar["tickformat"] = ".2~%"
+    scale = style.diverging() if signed else style.sequential(over_picture=picture is not None)
+    bar = kit.color_bar(tickformat=".2~%" if as_share else None, x=-0.02, xanchor="right", len=0.8)
     if picture is not None:
         patches.add_picture(figure, picture, 1)
     for number, grid in enumerate(maps):
         options: dict[str, Any] = {
-            "colorscale": style.diverging() if signed else sequential(over_picture=picture is not None),
+            "colorscale": scale,
             **color_range(grid, signed),
-            "number": ".2%" if as_share else ".3g",
             "colorbar": bar,
             "visible": number == 0,
         }
         if picture is not None:
-            # Cells of the map in pixels of the picture; a gap between them would show as lines.
-            steps = [
-                pixels * share / cells
-                for pixels, cells, share in zip(picture.shape[:2], grid.shape, extent, strict=True)
-            ]
-            down, across = ((np.arange(n) + 0.5) * step - 0.5 for n, step in zip(grid.shape, steps, strict=True))
-            options.update(x=across, y=down, xgap=0, ygap=0, opacity=0.55)
-        patches.add_map(figure, grid.numpy(), 1, 1, **options)
+            options.update(**patches.over(picture, grid.shape, extent), opacity=0.55)
+        patches.add_map(figure, grid.numpy(), 1, 1, number=".2%" if as_share else ".3g", **options)
     if picture is not None:
         patches.square(figure, picture.shape[0], 1, 1)
 
@@ -189,12 +86,8 @@ def box_in_frame(frame: Box, box: Box | None, picture: np.ndarray[Any, Any] | No
     shares = patches.as_shares(box, picture)
     assert shares is not None
     x0, y0, x1, y1 = frame
-    return (
-        x0 + shares[0] * (x1 - x0),
-        y0 + shares[1] * (y1 - y0),
-        x0 + shares[2] * (x1 - x0),
-        y0 + shares[3] * (y1 - y0),
-    )
+    across, down = x1 - x0, y1 - y0
+    return x0 + shares[0] * across, y0 + shares[1] * down, x0 + shares[2] * across, y0 + shares[3] * down
 
 
 def shares_of(frame: Box, box: Box) -> Box:
@@ -205,7 +98,7 @@ def shares_of(frame: Box, box: Box) -> Box:
 
 
 def outline(
-    figure: go.Figure, frame: Box, box: Box | None, height: float, width: float, color: str = style.AGAINST
+    figure: kit.Figure, frame: Box, box: Box | None, height: float, width: float, color: str = style.AGAINST
 ) -> None:
     """Draw a box over the first panel."""
     if box is not None:

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from circuitvision.errors import InputError
-from circuitvision.plots import patches, style
+from circuitvision.plots import kit, patches, style
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from circuitvision.readout.probes.max_activating import MaxActivatingExamples
 
 _DEFAULT_UNITS = 3
@@ -25,7 +23,7 @@ def max_activating_examples(
     pictures: Sequence[Any] | Mapping[int, Any] | None = None,
     count: int = 8,
     title: str | None = None,
-) -> go.Figure:
+) -> kit.Figure:
     """A row per unit: its ``count`` strongest examples, the place where it was most active boxed, its value below.
 
     ``pictures`` are the images by example number (arrays ``[height width 3]`` of 0 … 255, or Pillow images); without them the values are drawn as
@@ -56,35 +54,20 @@ def _rows(result: MaxActivatingExamples, units: Any) -> list[int]:
     return order.argsort(descending=True, stable=True)[:_DEFAULT_UNITS].tolist()
 
 
-def _sheet(result: MaxActivatingExamples, rows: list[int], pictures: Any, count: int, title: str) -> go.Figure:
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(rows=len(rows), cols=count, horizontal_spacing=0.012, vertical_spacing=0.16 / len(rows))
+def _sheet(result: MaxActivatingExamples, rows: list[int], pictures: Any, count: int, title: str) -> kit.Figure:
+    figure = kit.panels(len(rows), count, horizontal_spacing=0.012, vertical_spacing=0.16 / len(rows))
     for number, row in enumerate(rows, start=1):
-        text = "<br>".join(_lines(result, row))
-        figure.add_annotation(
-            text=text,
-            xref="x domain",
-            yref="y domain",
-            x=-0.12,
-            y=0.5,
-            xanchor="right",
-            align="right",
-            showarrow=False,
-            row=number,
-            col=1,
-        )
+        where = {"xref": "x domain", "yref": "y domain", "x": -0.12, "y": 0.5, "xanchor": "right", "align": "right"}
+        figure.add_annotation(text="<br>".join(_lines(result, row)), showarrow=False, **where, row=number, col=1)
         for column in range(1, count + 1):
             _add_exemplar(figure, result, row, column - 1, pictures, number, column)
-    height = 120 + int(len(rows) * (790 / count + 34))
-    style.layout(figure, title, height, margin={"l": 170, "r": 20, "t": 70, "b": 40}, showlegend=False)
-    figure.update_xaxes(visible=False)
-    figure.update_yaxes(visible=False)
-    return figure
+    height = 50 + int(len(rows) * (790 / count + 34))
+    style.layout(figure, title, height, margin={"l": 170, "b": 40}, showlegend=False)
+    return kit.bare(figure, visible=False)
 
 
 def _add_exemplar(
-    figure: go.Figure, result: MaxActivatingExamples, unit: int, rank: int, pictures: Any, row: int, column: int
+    figure: kit.Figure, result: MaxActivatingExamples, unit: int, rank: int, pictures: Any, row: int, column: int
 ) -> None:
     example = int(result.example[unit, rank])
     try:
@@ -97,52 +80,33 @@ def _add_exemplar(
     patches.add_picture(figure, picture, row, column)
     box = result.boxes[unit, rank]
     if not bool(box.isnan().any()):
-        edges = tuple(float(edge) for edge in box)
-        patches.mark(
-            figure, (edges[0], edges[1], edges[2], edges[3]), picture.shape[0], picture.shape[1], row, column, style.FOR
-        )
-    text = f"{float(result.values[unit, rank]):.2f}".replace("-", "\N{MINUS SIGN}")
+        left, top, right, bottom = (float(edge) for edge in box)
+        patches.mark(figure, (left, top, right, bottom), picture.shape[0], picture.shape[1], row, column, style.FOR)
+    text = f"{float(result.values[unit, rank]):.2f}".replace("-", kit.MINUS)
     if bool(box.isnan().any()) and result.tokens[unit][rank]:
         text += f"<br>{html.escape(result.tokens[unit][rank])}"
-    figure.add_annotation(
-        text=text,
-        xref="x domain",
-        yref="y domain",
-        x=0.5,
-        y=-0.04,
-        yanchor="top",
-        showarrow=False,
-        font={"size": 12},
-        hovertext=f"example {example}, {result.tokens[unit][rank]}",
-        row=row,
-        col=column,
-    )
+    patches.below(figure, text, row, column, hovertext=f"example {example}, {result.tokens[unit][rank]}")
 
 
-def _bars(result: MaxActivatingExamples, rows: list[int], count: int, title: str) -> go.Figure:
-    from plotly.subplots import make_subplots
-
+def _bars(result: MaxActivatingExamples, rows: list[int], count: int, title: str) -> kit.Figure:
     names = [_lines(result, row)[0] for row in rows]
-    figure = make_subplots(rows=1, cols=len(rows), subplot_titles=names, horizontal_spacing=0.14)
+    figure = kit.panels(1, len(rows), subplot_titles=names, horizontal_spacing=0.14)
     for column, row in enumerate(rows, start=1):
         labels = [
             f"{example} {html.escape(piece)}"
             for example, piece in zip(result.example[row, :count].tolist(), result.tokens[row], strict=False)
         ]
-        values = result.values[row, : len(labels)].tolist()
-        figure.add_bar(
-            x=values,
-            y=labels,
-            orientation="h",
-            marker={"color": style.AGAINST, "line": {"width": 0}},
-            hovertemplate="example %{y}<br>%{x:.3g}<extra></extra>",
-            row=1,
-            col=column,
-        )
-    style.layout(figure, title, 172 + 26 * min(count, result.values.shape[1]), showlegend=False, bargap=0.35)
-    figure.update_yaxes(type="category", autorange="reversed", automargin=True, showgrid=False)
+        kit.add_bars(figure, labels, result.values[row, : len(labels)].tolist(), row=1, column=column)
+    style.layout(
+        figure,
+        title,
+        66 + 26 * min(count, result.values.shape[1]),
+        above=26,
+        showlegend=False,
+        bargap=0.35,
+        margin={"l": 20},
+    )
     figure.update_xaxes(gridcolor=style.FAINT, rangemode="tozero", zeroline=False)
-    figure.update_layout(margin={"t": 106, "l": 20})
     return figure
 
 
@@ -158,12 +122,14 @@ def _lines(result: MaxActivatingExamples, row: int) -> list[str]:
 
 def _finding(result: MaxActivatingExamples, row: int) -> str:
     name = f"{result.unit_kind.capitalize()} {result.axes['unit'][row]}"
-    note = f"{result.count} examples, {result.pool} over positions"
-    note += f"; {result.interrupted}" if result.interrupted else ""
-    sub = f"<br><span style='font-size:12px'>{html.escape(', '.join(result.sites[:2]))}; {html.escape(note)}</span>"
+    notes = [
+        ", ".join(result.sites[:2]),
+        f"{result.count} examples, {result.pool} over positions",
+        result.interrupted or "",
+    ]
+    notes = [html.escape(note) for note in notes]
     if int((result.class_counts > 0).sum()) > 1 and not bool(result.selectivity[row].isnan()):
-        return (
-            f"{name} is highest on {html.escape(str(result.preferred[row]))}: "
-            f"selectivity {float(result.selectivity[row]):.2f}{sub}"
-        )
-    return f"{name} is active at {float(result.active[row]):.0%} of positions, at most {float(result.maximum[row]):.3g}{sub}"
+        value = f"selectivity {float(result.selectivity[row]):.2f}"
+        return style.titled(f"{name} is highest on {html.escape(str(result.preferred[row]))}: {value}", *notes)
+    said = f"{name} is active at {float(result.active[row]):.0%} of positions, at most {float(result.maximum[row]):.3g}"
+    return style.titled(said, *notes)

@@ -6,42 +6,44 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from circuitvision.model.names import spelled
-from circuitvision.plots import style
+from circuitvision.plots import kit, style
 
 if TYPE_CHECKING:
     import networkx as nx
-    import plotly.graph_objects as go
 
 _PIXELS_PER_ROW = 88
 _ORDER = ["vision", "vision_2", "text", "qformer", "connector", "language", "decoder", "action"]
 
 
-def circuit(graph: nx.MultiDiGraph, title: str | None = None, min_share: float = 0.01) -> go.Figure:
+def circuit(graph: nx.MultiDiGraph, title: str | None = None, min_share: float = 0.01) -> kit.Figure:
     """The nodes of the circuit and their edges, those below ``min_share`` of the whole effect left out.
 
     Node area is the size of its effect; orange supports the answer, blue opposes it, in nodes and edges alike.
     """
-    import plotly.graph_objects as go
-
     nodes = {name: data for name, data in graph.nodes(data=True) if data["in_circuit"]}
     scale = graph.graph["metric_clean"] - graph.graph["metric_corrupt"] or 1.0
     # Effects are measured from the run that is patched: from the clean one when it is being destroyed.
     scale = -scale if graph.graph["sign"] == "patched_minus_clean" else scale
     places, bands = _place(nodes)
-    figure = go.Figure()
+    figure = kit.Figure()
     for sender, receiver, data in sorted(graph.edges(data=True), key=lambda edge: edge[2]["weight"]):
         if sender in places and receiver in places and data["weight"] >= min_share * abs(scale):
-            _edge(
-                figure, places[sender], places[receiver], f"{sender} → {receiver}", data, scale, list(places.values())
-            )
+            share, others = data["score"] / scale, list(places.values())
+            _edge(figure, places[sender], places[receiver], f"{sender} → {receiver}", share, others)
     _bands(figure, bands, places)
     _nodes(figure, nodes, places, scale)
     top, bottom = (pick(y for _, y in places.values()) for pick in (max, min))
-    height = int(_PIXELS_PER_ROW * (top - bottom + 2.2) + 90)
-    style.layout(figure, title or main_route(graph), height, showlegend=False)
+    height = int(_PIXELS_PER_ROW * (top - bottom + 2.2) + 20)
+    style.layout(
+        figure,
+        title or main_route(graph),
+        height,
+        showlegend=False,
+        margin={"l": 10, "r": 10, "b": 10},
+        hovermode="closest",
+    )
     figure.update_xaxes(visible=False, range=[-0.7, max(x for x, _ in places.values()) + 1.1])
     figure.update_yaxes(visible=False, range=[bottom - 1.0, top + 1.2])
-    figure.update_layout(margin={"l": 10, "r": 10, "b": 10}, hovermode="closest")
     return figure
 
 
@@ -89,48 +91,31 @@ def _place(nodes: dict[str, Any]) -> tuple[dict[str, tuple[float, float]], list[
     return places, [(band, low, high) for band, (low, high) in extents.items()]
 
 
-def _bands(figure: go.Figure, bands: list[tuple[str, float, float]], places: dict[str, tuple[float, float]]) -> None:
+def _bands(figure: kit.Figure, bands: list[tuple[str, float, float]], places: dict[str, tuple[float, float]]) -> None:
     top = max(y for _, y in places.values()) + 0.95
     bottom = min(y for _, y in places.values()) - 0.85
+    look = {"type": "rect", "layer": "below", "line": {"width": 0}, "fillcolor": "rgba(128,128,128,0.09)"}
     for band, low, high in bands:
-        if band not in ("connector", "answer"):
-            figure.add_shape(
-                type="rect",
-                x0=low - 0.42,
-                x1=high + 0.42,
-                y0=bottom,
-                y1=top,
-                layer="below",
-                line={"width": 0},
-                fillcolor="rgba(128,128,128,0.09)",
-            )
-        name = band if band in ("connector", "answer") else f"{band} tower"
+        tower = band not in ("connector", "answer")
+        if tower:
+            figure.add_shape(x0=low - 0.42, x1=high + 0.42, y0=bottom, y1=top, **look)
+        name = f"{band} tower" if tower else band
         figure.add_annotation(x=(low + high) / 2, y=top, yshift=12, text=name, showarrow=False, font={"size": 14})
 
 
 def _edge(
-    figure: go.Figure,
+    figure: kit.Figure,
     start: tuple[float, float],
     end: tuple[float, float],
     name: str,
-    data: dict[str, Any],
-    scale: float,
+    share: float,
     others: Sequence[tuple[float, float]],
 ) -> None:
-    share = data["score"] / scale
     xs, ys = _curve(start, end, others)
-    colour = "217,72,15" if share >= 0 else "47,111,219"
-    figure.add_scatter(
-        x=xs,
-        y=ys,
-        mode="lines",
-        line={
-            "width": 1 + 13 * min(abs(share), 1.0),
-            "color": f"rgba({colour},{0.25 + 0.45 * min(abs(share), 1.0):.2f})",
-        },
-        text=f"{name}<br>{style.signed_percent(share)} of the answer",
-        hovertemplate="%{text}<extra></extra>",
-    )
+    color, strength = "217,72,15" if share >= 0 else "47,111,219", min(abs(share), 1.0)
+    line = {"width": 1 + 13 * strength, "color": f"rgba({color},{0.25 + 0.45 * strength:.2f})"}
+    text = f"{name}<br>{style.signed_percent(share)} of the answer"
+    figure.add_scatter(x=xs, y=ys, mode="lines", line=line, text=text, hovertemplate="%{text}<extra></extra>")
 
 
 def _curve(
@@ -153,42 +138,31 @@ def _curve(
     return [x0 + (x1 - x0) * t for t in steps], [height(t, bow) for t in steps]
 
 
-def _nodes(figure: go.Figure, nodes: dict[str, Any], places: dict[str, tuple[float, float]], scale: float) -> None:
-    shares = {name: data["score"] / scale for name, data in nodes.items()}
-    plain = {name: data["kind"] in ("logit", "action") for name, data in nodes.items()}
-    names = list(places)
+def _nodes(figure: kit.Figure, nodes: dict[str, Any], places: dict[str, tuple[float, float]], scale: float) -> None:
+    shares = {name: nodes[name]["score"] / scale for name in places}
+    plain = {name: nodes[name]["kind"] in ("logit", "action") for name in places}
+    marker = {
+        "size": [26 if plain[name] else _diameter(share) for name, share in shares.items()],
+        "color": [style.GREY if plain[name] else style.FOR if share >= 0 else style.AGAINST for name, share in shares.items()],
+        "line": {"width": 1.5, "color": "rgba(255,255,255,0.8)"}, "opacity": 1.0,
+    }  # fmt: skip
+    percents = {name: style.signed_percent(share) for name, share in shares.items()}
     figure.add_scatter(
-        x=[places[name][0] for name in names],
-        y=[places[name][1] for name in names],
-        mode="markers",
-        marker={
-            "size": [26 if plain[name] else _diameter(shares[name]) for name in names],
-            "color": [
-                style.GREY if plain[name] else style.FOR if shares[name] >= 0 else style.AGAINST for name in names
-            ],
-            "line": {"width": 1.5, "color": "rgba(255,255,255,0.8)"},
-            "opacity": 1.0,
-        },
-        text=[
-            f"{name}<br>{nodes[name]['label']}<br>{style.signed_percent(shares[name])} of the answer" for name in names
-        ],
+        x=[x for x, _ in places.values()], y=[y for _, y in places.values()], mode="markers", marker=marker,
+        text=[f"{name}<br>{nodes[name]['label']}<br>{percents[name]} of the answer" for name in places],
         hovertemplate="%{text}<extra></extra>",
-    )
-    for name in names:
-        short = nodes[name]["label"] if nodes[name]["kind"] in ("input", "head") else name.split(".", 1)[1]
-        short = short.split(" ")[-1] if nodes[name]["kind"] == "head" else short
+    )  # fmt: skip
+    for name, (x, y) in places.items():
+        label, kind = nodes[name]["label"], nodes[name]["kind"]
+        short = label.split(" ")[-1] if kind == "head" else label if kind == "input" else name.split(".", 1)[1]
         text = (
-            nodes[name]["label"].replace("(", "<br>(").replace(" - ", " \N{MINUS SIGN} ")
+            label.replace("(", "<br>(").replace(" - ", f" {kit.MINUS} ")
             if plain[name]
-            else f"{short}<br>{style.signed_percent(shares[name])}"
+            else f"{short}<br>{percents[name]}"
         )
-        x, y = places[name]
-        where = (
-            {"xshift": 18, "xanchor": "left", "align": "left"}
-            if plain[name]
-            else {"yshift": -20 - _diameter(shares[name]) / 2}
-        )
-        figure.add_annotation(x=x, y=y, text=text, showarrow=False, font={"size": 12}, **where)
+        beside = {"xshift": 18, "xanchor": "left", "align": "left"}
+        where = beside if plain[name] else {"yshift": -20 - _diameter(shares[name]) / 2}
+        figure.add_annotation(x=x, y=y, text=text, showarrow=False, font={"size": style.SMALL}, **where)
 
 
 def _diameter(share: float) -> float:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from circuitvision.plots import patches, style
+from circuitvision.plots import kit, patches, style
+from circuitvision.plots import lens_text as text
 from circuitvision.readout.patch_coords import extent_of
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from circuitvision.readout.lens.result import LensResult
 
 _MOST_PANELS = 9
@@ -34,97 +32,59 @@ def lens_rows(
     title: str,
     changed: tuple[float, float, float, float] | None = None,
     colors: tuple[style.Color, style.Color] | None = None,
-) -> go.Figure:
+) -> kit.Figure:
     """Maps of every layer of every lens, a row per input, all on one colour scale.
 
     ``changed`` is a box (left, top, right, bottom) as shares of the image: what differs between the inputs.
     ``colors`` are those of the lowest and the highest value.
     """
-    from plotly.subplots import make_subplots
-
-    panels = _panels(rows[0].lenses)
+    lenses, share = rows[0].lenses, max(2, _MOST_PANELS // len(rows[0].lenses))
+    shown = [(which, layer) for which, lens in enumerate(lenses) for layer in text.layers(lens, share)]
     pictured = any(row.picture is not None for row in rows)
-    headings = (["image"] if pictured else []) + [heading for heading, _, _ in panels]
-    figure = make_subplots(
-        rows=len(rows),
-        cols=len(headings),
-        column_titles=headings,
-        horizontal_spacing=0.012,
-        vertical_spacing=0.16,
+    headings = ["image"] * pictured + [f"{lenses[which].tower}<br>{kit.layer_name(layer)}" for which, layer in shown]
+    figure = kit.panels(
+        len(rows), len(headings), column_titles=headings, horizontal_spacing=0.012, vertical_spacing=0.16
     )
-    limit = max((_limit(row.lenses) for row in rows), default=1.0) or 1.0
+    # One outlying patch must not wash out the rest.
+    limit = kit.largest(*[lens.values for row in rows for lens in row.lenses], robust=True)
     for number, row in enumerate(rows, start=1):
-        first = {"row": number, "col": 1}
-        where = {"xref": "x domain", "yref": "y domain", "x": -0.06, "y": 0.5, "xanchor": "right"}
-        figure.add_annotation(text=row.title, textangle=-90, showarrow=False, font={"size": 14}, **where, **first)
+        where = {
+            "xref": "x domain",
+            "yref": "y domain",
+            "x": -0.06,
+            "y": 0.5,
+            "xanchor": "right",
+            "row": number,
+            "col": 1,
+        }
+        figure.add_annotation(text=row.title, textangle=-90, showarrow=False, font={"size": 14}, **where)
         if row.picture is not None:
             pixels = patches.as_picture(row.picture)
             patches.add_picture(figure, pixels, number)
             patches.mark(figure, changed, pixels.shape[0], pixels.shape[1], number, 1)
-        for column, (_, which, layer) in enumerate(panels, start=2 if pictured else 1):
-            grid = row.lenses[which].patch_grid(layer)
+        for column, (which, layer) in enumerate(shown, start=1 + pictured):
+            lens = row.lenses[which]
+            grid = lens.patch_grid(layer)
             patches.add_map(figure, grid, number, column)
-            _add_last(figure, row.lenses[which], layer, number, column, limit, colors)
-            extent = extent_of(row.lenses[which].shares, row.lenses[which].places, 0, 0)
+            extent = extent_of(lens.shares, lens.places, 0, 0)
             patches.mark(figure, changed, grid.shape[0], grid.shape[1], number, column, extent=extent)
-    width = 1060 / len(headings)
-    style.layout(figure, title, int(140 + len(rows) * (width + 46)), margin={"l": 34, "r": 30, "t": 104, "b": 36})
-    figure.update_xaxes(visible=False)
-    figure.update_yaxes(visible=False)
-    bar = {
-        "title": {"text": _target(rows[0].lenses[0]), "side": "right"},
-        "thickness": 14,
-        "outlinewidth": 0,
-        "x": 1.01,
-    }
-    figure.update_layout(
-        coloraxis={"colorscale": style.diverging(*(colors or ())), "cmin": -limit, "cmax": limit, "colorbar": bar}
+            _add_last(figure, lens, layer, number, column, limit, colors)
+    style.layout(
+        figure, title, int(60 + len(rows) * (1060 / len(headings) + 46)), above=44, margin={"l": 34, "r": 30, "b": 36}
     )
+    kit.bare(figure, visible=False)
+    target = str(lenses[0].axes.get("target", ["top"])[0]).replace(" - ", f" {kit.MINUS} ")
+    bar = kit.color_bar(f"{target} ({lenses[0].measure})", x=1.01)
+    scale = style.diverging(*(colors or ()))
+    figure.update_layout(coloraxis={"colorscale": scale, "cmin": -limit, "cmax": limit, "colorbar": bar})
     return figure
 
 
-def _panels(lenses: Sequence[LensResult]) -> list[tuple[str, int, Any]]:
-    """(heading, lens, layer) of the maps shown: all layers, or as many evenly spaced ones as fit."""
-    share = max(2, _MOST_PANELS // len(lenses))
-    panels = []
-    for which, result in enumerate(lenses):
-        layers = result.axes["layer"]
-        if len(layers) > share:
-            layers = [layers[round(i * (len(layers) - 1) / (share - 1))] for i in range(share)]
-        panels += [
-            (f"{result.tower}<br>{'input' if layer == 'input' else f'layer {layer}'}", which, layer) for layer in layers
-        ]
-    return panels
-
-
 def _add_last(
-    figure: go.Figure,
-    result: LensResult,
-    layer: Any,
-    row: int,
-    column: int,
-    limit: float,
-    colors: tuple[style.Color, style.Color] | None,
+    figure: kit.Figure, lens: LensResult, layer: Any, row: int, column: int, limit: float, colors: Any
 ) -> None:
     """Below a map, the reading at the last position, where that is a word and not a patch."""
-    if result.places[0, -1, 2] >= 0:
-        return
-    value = float(result.values[result.axes["layer"].index(layer), -1, 0, 0])
-    text = f"last word {value:+.1f}".replace("-", "\N{MINUS SIGN}")
-    where = {"xref": "x domain", "yref": "y domain", "x": 0.5, "y": -0.06, "yanchor": "top"}
-    paint = style.tint(value / limit, colors)
-    figure.add_annotation(
-        text=text, showarrow=False, font={"size": 12}, borderpad=3, **paint, **where, row=row, col=column
-    )
-
-
-def _limit(lenses: Sequence[LensResult]) -> float:
-    values = torch.cat([result.values.float().flatten() for result in lenses]).abs()
-    values = values[torch.isfinite(values)]
-    # A robust maximum: one outlying patch must not wash out the rest.
-    return float(values.quantile(0.995)) if values.numel() else 0.0
-
-
-def _target(result: LensResult) -> str:
-    target = str(result.axes.get("target", ["top"])[0]).replace(" - ", " − ")
-    return f"{target} ({result.measure})"
+    if lens.places[0, -1, 2] < 0:
+        value = float(lens.values[lens.axes["layer"].index(layer), -1, 0, 0])
+        said = f"last word {value:+.1f}".replace("-", kit.MINUS)
+        patches.below(figure, said, row, column, borderpad=3, **style.tint(value / limit, colors))

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from circuitvision import findings
 from circuitvision.errors import InputError
+from circuitvision.plots import kit, style
 from circuitvision.plots import lens_text as text
-from circuitvision.plots import style
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from circuitvision.readout.lens.result import LensResult
 
 _MOST_COLUMNS = 24
@@ -27,23 +27,21 @@ def table(
     positions: Sequence[int | str] | None = None,
     target: Any = None,
     title: str | None = None,
-) -> go.Figure:
+) -> kit.Figure:
     """Layers × positions of one row; every cell names its highest column. Colour: its value, or a target's.
 
     Args:
         result: a lens over layers.
         row: which row.
-        positions: numbers of the positions shown, or "last"; by default text, then whatever there is, at most the last 24.
+        positions: labels of the positions shown, or "last"; by default text, then whatever there is, at most the last 24.
         target: label, or else number, of the target that colours the cells; of a lens by rank, the highest column's value does.
         title: by default from which layer on the last position says what the last layer says.
     """
-    import plotly.graph_objects as go
-
     if not result.ids.numel():
         raise InputError(
             "A mean over positions has no highest columns to name; choose view='layers', or read the lens without positions=."
         )
-    row, numbers = text.checked_row(result, row), result.axes["position"]
+    row, labels = text.checked_row(result, row), text.layers(result)
     chosen = (
         _columns(result, row) if positions is None else [text.place_of(result, position, row) for position in positions]
     )
@@ -51,93 +49,63 @@ def table(
         raise InputError("Name at least one position.")
     index = 0 if target is None else result.target(target)
     values = result.values[:, chosen, index, row].float()
-    names = np.array([[text.highest(result, layer, row, at)[0] for at in chosen] for layer in range(len(values))])
-    labels = next(iter(result.axes.values()))
-    name = f"{html.escape(text.short(text.target_name(result, index), 34))} ({text.unit(result)})"
-    figure = go.Figure(
-        go.Heatmap(
-            z=values.numpy(),
-            x=list(range(len(chosen))),
-            y=[text.layer_name(label) for label in labels],
-            text=[[html.escape(text.short(cell)) for cell in line] for line in _cells(result, names, values)],
-            texttemplate="%{text}",
-            customdata=_hovers(result, row, chosen),
-            hovertemplate="%{y}, %{customdata}<br>%{z:.3g}<extra></extra>",
-            xgap=2,
-            ygap=2,
-            colorbar={"title": {"text": name, "side": "right"}, "thickness": 12, "outlinewidth": 0},
-            **_scale(values),
-        )
+    names = np.array([[text.highest(result, layer, row, at)[0] for at in chosen] for layer in range(len(labels))])
+    # Where columns are no alternatives the value itself is what is read.
+    words = (
+        [[kit.number(value) for value in line] for line in values] if result.columns == "actions" else names.tolist()
     )
-    read = _read_position(result, row, chosen)
-    said = bool(torch.isfinite(values[-1, read]))
+    signed, limit = bool((values < 0).any()), kit.largest(values)
+    hover = [[_hover(result, layer, row, at) for at in chosen] for layer in range(len(labels))]
+    bar = kit.color_bar(f"{html.escape(text.short(text.target_name(result, index), 34))} ({text.unit(result)})")
+    # Words keep inside their cells on a page of the usual width; hovering shows them whole.
+    size = style.SMALL if len(chosen) <= 10 else 9
+    width = max(5, min(22, int(1100 / len(chosen) / size)))
+    figure = kit.panels()
+    kit.cells(
+        figure, values, style.legible(signed), -limit if signed else 0, limit, showscale=True, colorbar=bar, customdata=hover,
+        words=[[html.escape(text.short(cell, width)) for cell in line] for line in words],
+        hovertemplate="%{customdata}<br>%{z:.3g}<extra></extra>", size=size,
+    )  # fmt: skip
     if title is None:
-        title = _table_finding(names[:, read], result, row, chosen[read], said)
-        title += style.which_row(row, text.n_rows(result))
-    style.layout(figure, title, 150 + 34 * len(labels))
-    words = result.words[row] if result.words else [""] * len(numbers)
-    ticks = [html.escape(text.plain(words[at])) or str(numbers[at]) for at in chosen]
-    figure.update_xaxes(
-        tickvals=list(range(len(chosen))), ticktext=ticks, showgrid=False, zeroline=False, side="bottom"
-    )
-    figure.update_yaxes(showgrid=False, zeroline=False)
+        title = style.titled(_found(result, names, row, chosen), style.which_row(row, text.n_rows(result)))
+    style.layout(figure, title, 90 + 34 * len(labels))
+    ticks = [text.position_name(result, row, at).removeprefix("position ") for at in chosen]
+    figure.update_xaxes(**kit.axis(ticks, None, side="bottom"))
+    figure.update_yaxes(**kit.axis([kit.layer_name(label) for label in labels], None, room=99, automargin=True))
     return figure
 
 
-def _hovers(result: LensResult, row: int, chosen: Sequence[int]) -> list[list[str]]:
-    """The position's number and the five highest columns of every cell."""
-    numbers = result.axes["position"]
-    layers = range(len(next(iter(result.axes.values()))))
-    return [
-        [
-            f"position {numbers[at]}<br>highest: {html.escape(', '.join(text.highest(result, layer, row, at)))}"
-            for at in chosen
-        ]
-        for layer in layers
-    ]
+def _hover(result: LensResult, layer: int, row: int, at: int) -> str:
+    """The layer, the position's label and the five highest columns of a cell."""
+    where = f"position {result.axes['position'][at]}"
+    return f"{where}<br>{kit.layer_name(text.layers(result)[layer])}<br>highest: {html.escape(', '.join(text.highest(result, layer, row, at)))}"
 
 
-def _scale(values: torch.Tensor) -> dict[str, Any]:
-    """From zero where nothing is below it, symmetric otherwise."""
-    finite, signed = values[torch.isfinite(values)].abs(), bool((values < 0).any())
-    limit = (float(finite.max()) if finite.numel() else 0.0) or 1.0
-    return {"colorscale": style.legible(signed), "zmin": -limit if signed else 0, "zmax": limit}
-
-
-def _table_finding(names: np.ndarray, result: LensResult, row: int, at: int, said: bool) -> str:
-    """From which layer on the position ranks first what the last layer ranks first."""
-    labels = next(iter(result.axes.values()))
-    same = np.flip(np.cumprod(np.flip(names == names[-1]))).astype(bool)
-    since = labels[int(np.argmax(same))]
-    where = html.escape(text.plain(result.words[row][at])) if result.words else ""
-    where = where or f"position {result.axes['position'][at]}"
+def _found(result: LensResult, names: np.ndarray, row: int, chosen: Sequence[int]) -> str:
+    """From which layer on the position that is read first ranks first what the last layer ranks first."""
+    tower, labels = text.tower_and_pass(result, noun=True), text.layers(result)
     if result.columns == "actions":
-        return f"What the {text.tower_in_pass(result)} says in action dimensions, layer by layer: {text.target_name(result, 0)}"
-    if not said:
-        return f"At {where!r} the {text.tower_in_pass(result)} has no finite value at {text.layer_name(labels[-1])}"
-    says = f"At {where!r} the {text.tower_in_pass(result)} ranks {html.escape(str(names[-1]))!r} first"
-    if since == labels[-1]:
-        return f"{says} at {text.layer_name(since)} only"
-    return f"{says} from {text.layer_name(since)} on"
-
-
-def _read_position(result: LensResult, row: int, chosen: Sequence[int]) -> int:
-    """The column of the table that a reader looks at first: the class token where there is one, else the last."""
+        return f"What the {tower} says in action dimensions, layer by layer: {text.target_name(result, 0)}"
     kinds = result.kinds[row] if result.kinds else []
-    return next((column for column, at in enumerate(chosen) if kinds and kinds[at] == "cls"), len(chosen) - 1)
-
-
-def _cells(result: LensResult, names: np.ndarray, values: torch.Tensor) -> list[list[str]]:
-    """What stands in the cells: the highest column, or the value itself where columns are no alternatives."""
-    if result.columns == "actions":
-        return [[text.number(value) for value in line] for line in values]
-    return names.tolist()
+    # The class token where there is one, else the last.
+    read = next((column for column, at in enumerate(chosen) if kinds and kinds[at] == "cls"), len(chosen) - 1)
+    at, where = chosen[read], html.escape(text.position_name(result, row, chosen[read]))
+    last = result.values[-1, at, :, row].double()
+    if not bool(torch.isfinite(last[0])):
+        return f"At {where!r} the {tower} has no finite value at {kit.layer_name(labels[-1])}"
+    same = np.flip(np.cumprod(np.flip(names[:, read] == names[-1, read]))).astype(bool)
+    since = labels[int(np.argmax(same))]
+    when = f"at {kit.layer_name(since)} only" if since == labels[-1] else f"from {kit.layer_name(since)} on"
+    margin = math.nan
+    if "rank" in result.axes and len(last) > 1:
+        margin = float(last[0] / last[1]) if result.measure == "prob" else float(last[0] - last[1])
+    return str(findings.ranks_first(tower, html.escape(str(names[-1, read])), where, when, margin, result.measure))
 
 
 def _columns(result: LensResult, row: int) -> list[int]:
     """Positions with words, or else all, but for padding; the last of them where there are many."""
     kinds = result.kinds[row] if result.kinds else [""] * len(result.axes["position"])
-    text = [at for at, kind in enumerate(kinds) if kind == "text"]
-    there = text or [at for at, kind in enumerate(kinds) if kind != "padding"]
+    words = [at for at, kind in enumerate(kinds) if kind == "text"]
+    there = words or [at for at, kind in enumerate(kinds) if kind != "padding"]
     first = [at for at in there if kinds[at] == "cls"][:1]
     return [*first, *[at for at in there if at not in first][-(_MOST_COLUMNS - len(first)) :]]

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from circuitvision.errors import InputError
+from circuitvision.plots import kit
 
 if TYPE_CHECKING:
     from circuitvision.readout.lens.result import LensResult
-
-
-def number(value: Any) -> str:
-    """A value in three digits."""
-    return f"{float(value):.3g}".replace("-", "\N{MINUS SIGN}")
-
-
-def layer_name(layer: Any) -> str:
-    """What a label of the first axis is called."""
-    return f"layer {layer}" if isinstance(layer, int) else str(layer)
 
 
 def unit(result: LensResult) -> str:
@@ -30,14 +21,11 @@ def short(text: str, length: int = 22) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def tower_and_pass(result: LensResult) -> str:
-    """The tower, and which pass of it."""
+def tower_and_pass(result: LensResult, noun: bool = False) -> str:
+    """The tower, and which pass of it; ``noun``: as it stands inside a sentence."""
+    if noun:
+        return f"{result.tower} tower" if result.step is None else f"{result.tower} tower in pass {result.step}"
     return result.tower if result.step is None else f"{result.tower}, pass {result.step}"
-
-
-def tower_in_pass(result: LensResult) -> str:
-    """The same inside a sentence."""
-    return f"{result.tower} tower" if result.step is None else f"{result.tower} tower in pass {result.step}"
 
 
 def plain(piece: str) -> str:
@@ -51,12 +39,20 @@ def target_name(result: LensResult, index: int) -> str:
         return "highest" if index == 0 else f"rank {result.axes['rank'][index]}"
     label = result.axes["target"][index]
     name = result.names.get(str(label), str(label)) if isinstance(label, int) else str(label)
-    return name.replace(" - ", " \N{MINUS SIGN} ")
+    return name.replace(" - ", f" {kit.MINUS} ")
 
 
 def highest(result: LensResult, layer: int, row: int, at: int) -> list[str]:
     """The names of the five highest columns at a place."""
     return [plain(result.names.get(str(int(number)), str(int(number)))) for number in result.ids[layer, at, :5, row]]
+
+
+def layers(result: LensResult, most: int | None = None) -> list[str | int]:
+    """The labels of the first axis; of more than ``most`` as many evenly spaced ones, both ends among them."""
+    labels = next(iter(result.axes.values()))
+    if most is None or len(labels) <= most:
+        return list(labels)
+    return [labels[round(i * (len(labels) - 1) / (most - 1))] for i in range(most)]
 
 
 def n_rows(result: LensResult) -> int:
@@ -79,11 +75,18 @@ def checked_row(result: LensResult, row: int | None) -> int:
 
 
 def place_of(result: LensResult, position: int | str, row: int = 0) -> int:
-    """The index of a position by its number, or of a row's ``"last"`` that is no padding; InputError if it is not there."""
-    numbers = result.axes["position"]
-    if position == "last" and position not in numbers:
-        kinds = result.kinds[row] if result.kinds else [""] * len(numbers)
-        return max((at for at, kind in enumerate(kinds) if kind != "padding"), default=len(numbers) - 1)
-    if position not in numbers:
-        raise InputError(f"There is no position {position!r}; this lens has {numbers[0]} to {numbers[-1]}, or 'last'.")
-    return numbers.index(position)
+    """The index of a position by its label, or of a row's ``"last"`` that is no padding; InputError if it is not there."""
+    labels = result.axes["position"]
+    if position == "last" and "last" not in labels:
+        kinds = result.kinds[row] if result.kinds else [""] * len(labels)
+        return max((at for at, kind in enumerate(kinds) if kind != "padding"), default=len(labels) - 1)
+    if position not in labels:
+        raise InputError(f"There is no position {position!r}; this lens has {labels[0]} to {labels[-1]}, or 'last'.")
+    return labels.index(position)
+
+
+def position_name(result: LensResult, row: int, at: int) -> str:
+    """What stands at a position: its word, or its label (a number, or the name of a region)."""
+    word = plain(result.words[row][at]) if result.words else ""
+    label = result.axes["position"][at]
+    return word or (f"position {label}" if isinstance(label, int) else str(label))

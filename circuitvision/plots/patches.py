@@ -1,6 +1,6 @@
 """Pictures, patch maps and boxes: the parts that every figure over an image is put together from.
 
-A panel is one cell of a figure made by ``plotly.subplots.make_subplots``. Row 0 is at the top, and cells are square. A box is (left,
+A panel is one cell of a figure made by :func:`circuitvision.plots.kit.panels`. Row 0 is at the top, and cells are square. A box is (left,
 top, right, bottom) as shares of the image, so that it fits the picture and any map of it.
 """
 
@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
+import torch
 
 from circuitvision.errors import InputError
 from circuitvision.model.pictures import prepared
-from circuitvision.plots import style
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
+from circuitvision.plots import kit, style
 
 Box = tuple[float, float, float, float]
 _LONGEST_WORD = 8
-_USUAL_WIDTH, _LETTER_WIDTH = 860, 0.7
+_USUAL_WIDTH, _LETTER_WIDTH = 740, 0.7
 """Pixels of a figure on an ordinary page, and the width of a letter as a share of its size."""
 
 
@@ -37,71 +36,58 @@ def as_picture(picture: Any) -> np.ndarray[Any, Any]:
     return np.asarray(found)
 
 
-def add_picture(figure: go.Figure, picture: np.ndarray[Any, Any], row: int, column: int = 1) -> None:
+def add_picture(figure: kit.Figure, picture: np.ndarray[Any, Any], row: int, column: int = 1) -> None:
     """An image ``[height width 3]`` of whole numbers 0 … 255 (see :func:`as_picture`)."""
-    import plotly.graph_objects as go
-
     figure.add_trace(go.Image(z=picture, hoverinfo="skip"), row=row, col=column)
     square(figure, picture.shape[0], row, column)
 
 
 def add_map(
-    figure: go.Figure,
+    figure: kit.Figure,
     grid: Any,
     row: int,
     column: int,
     hover: Sequence[Sequence[str]] | None = None,
     unit: str = "",
     number: str = ".3g",
-    written: Sequence[Sequence[str]] | None = None,
     **heatmap: Any,
 ) -> None:
     """A value per patch ``[rows columns]`` as coloured cells; on the figure's shared ``coloraxis`` unless the keywords say otherwise.
 
-    ``hover`` is a line of text per patch, shown with its place and value; ``written`` is a word per patch, shown on it and cut where it is long.
-    ``number`` is the format of the values.
+    ``hover`` is a line of text per patch, shown with its place and value. ``number`` is the format of the values.
     """
-    import plotly.graph_objects as go
-
     values = np.asarray(grid)
+    rows, columns = values.shape
     lines = [
-        [
-            f"patch row {r}, column {c}" + (f"<br>{hover[r][c]}" if hover is not None else "")
-            for c in range(values.shape[1])
-        ]
-        for r in range(values.shape[0])
+        [f"patch row {r}, column {c}" + (f"<br>{hover[r][c]}" if hover is not None else "") for c in range(columns)]
+        for r in range(rows)
     ]
     options: dict[str, Any] = {
-        "xgap": 1 if values.shape[1] <= 16 else 0,
-        "ygap": 1 if values.shape[0] <= 16 else 0,
-        "customdata": lines,
+        "xgap": 1 if columns <= 16 else 0, "ygap": 1 if rows <= 16 else 0, "customdata": lines,
         "hovertemplate": "%{customdata}<br>%{z:" + number + "}" + (f" {unit}" if unit else "") + "<extra></extra>",
-        **({} if written is None else _words(figure, written, row, column)),
-        **({} if "colorscale" in heatmap else {"coloraxis": "coloraxis"}),
-        **heatmap,
-    }
+        **({} if "colorscale" in heatmap else {"coloraxis": "coloraxis"}), **heatmap,
+    }  # fmt: skip
     figure.add_trace(go.Heatmap(z=values, **options), row=row, col=column)
-    square(figure, values.shape[0], row, column)
+    square(figure, rows, row, column)
 
 
-def _words(figure: go.Figure, words: Sequence[Sequence[str]], row: int, column: int) -> dict[str, Any]:
-    """The words of a map, cut where they are long, in a size that fits its cells; left alone, plotly takes another size in every panel."""
+def add_words(figure: kit.Figure, grid: torch.Tensor, words: Sequence[Sequence[str]], scale: style.Scale, low: float, high: float,
+              row: int, column: int) -> None:  # fmt: skip
+    """Words on the cells of a map with an opaque scale: cut where they are long, in a size that fits the cells."""
     plain = [[html.unescape(word) for word in line] for line in words]
     short = [
         [word if len(word) <= _LONGEST_WORD else word[: _LONGEST_WORD - 1] + "…" for word in line] for line in plain
     ]
     left, right = next(figure.select_xaxes(row=row, col=column)).domain
     room = _USUAL_WIDTH * (right - left) / len(short[0])
-    size = room / (_LETTER_WIDTH * max(3, *(len(word) for line in short for word in line)))
-    return {
-        "text": [[html.escape(word) for word in line] for line in short],
-        "texttemplate": "%{text}",
-        "textfont": {"size": min(max(size, 6.0), 13.0)},
-    }
+    size = min(max(room / (_LETTER_WIDTH * max(3, *(len(word) for line in short for word in line))), 6.0), 13.0)
+    kit.write(
+        figure, grid, scale, low, high, [[html.escape(word) for word in line] for line in short], row, column, size
+    )
 
 
 def add_overlay(
-    figure: go.Figure,
+    figure: kit.Figure,
     picture: np.ndarray[Any, Any],
     grid: Any,
     row: int,
@@ -111,22 +97,25 @@ def add_overlay(
     **more: Any,
 ) -> None:
     """The picture with a patch map laid over it that covers ``extent`` of its height and width, from the top left."""
-    import plotly.graph_objects as go
-
-    height, width = picture.shape[:2]
+    add_picture(figure, picture, row, column)
     values = np.asarray(grid)
-    figure.add_trace(go.Image(z=picture, hoverinfo="skip"), row=row, col=column)
-    dy, dx = height * extent[0] / values.shape[0], width * extent[1] / values.shape[1]
-    across = (np.arange(values.shape[1]) + 0.5) * dx - 0.5
-    down = (np.arange(values.shape[0]) + 0.5) * dy - 0.5
-    add_map(figure, values, row, column, x=across, y=down, opacity=opacity, xgap=0, ygap=0, **more)
-    square(figure, height, row, column)
+    add_map(figure, values, row, column, opacity=opacity, **over(picture, values.shape, extent), **more)
+    square(figure, picture.shape[0], row, column)
 
 
-def square(figure: go.Figure, height: int, row: int, column: int) -> None:
+def over(picture: np.ndarray[Any, Any], shape: Sequence[int], extent: tuple[float, float]) -> dict[str, Any]:
+    """Where the cells of a map stand in the pixels of the picture; a gap between them would show as lines."""
+    steps = [pixels * share / cells for pixels, cells, share in zip(picture.shape[:2], shape, extent, strict=True)]
+    down, across = ((np.arange(n) + 0.5) * step - 0.5 for n, step in zip(shape, steps, strict=True))
+    return {"x": across, "y": down, "xgap": 0, "ygap": 0}
+
+
+def square(figure: kit.Figure, height: int, row: int, column: int) -> None:
     """Row 0 at the top, square cells, in a panel ``height`` cells high."""
     axis = next(figure.select_xaxes(row=row, col=column)).plotly_name.replace("axis", "")
-    figure.update_yaxes(range=[height - 0.5, -0.5], scaleanchor=axis, constrain="domain", row=row, col=column)
+    figure.update_yaxes(
+        range=[height - 0.5, -0.5], scaleanchor=axis, constrain="domain", constraintoward="top", row=row, col=column
+    )
     figure.update_xaxes(constrain="domain", row=row, col=column)
 
 
@@ -152,7 +141,7 @@ def as_shares(box: Sequence[float] | None, picture: np.ndarray[Any, Any] | None)
 
 
 def mark(
-    figure: go.Figure,
+    figure: kit.Figure,
     box: Box | None,
     rows: float,
     columns: float,
@@ -164,15 +153,12 @@ def mark(
     """Draw a box over a picture, or a map of ``rows`` × ``columns`` cells that cover ``extent`` of the image's height and width."""
     if box is None:
         return
-    left, top, right, bottom = box
     rows, columns = rows / extent[0], columns / extent[1]
-    figure.add_shape(
-        type="rect",
-        x0=left * columns - 0.5,
-        x1=right * columns - 0.5,
-        y0=top * rows - 0.5,
-        y1=bottom * rows - 0.5,
-        line={"width": 2, "color": color},
-        row=row,
-        col=column,
-    )
+    x0, y0, x1, y1 = (edge * size - 0.5 for edge, size in zip(box, (columns, rows, columns, rows), strict=True))
+    figure.add_shape(type="rect", x0=x0, x1=x1, y0=y0, y1=y1, line={"width": 2, "color": color}, row=row, col=column)
+
+
+def below(figure: kit.Figure, text: str, row: int, column: int, size: int = style.SMALL, **more: Any) -> None:
+    """A line of text under a panel."""
+    where = {"xref": "x domain", "yref": "y domain", "x": 0.5, "y": -0.04, "yanchor": "top"}
+    figure.add_annotation(text=text, showarrow=False, font={"size": size}, **where, **more, row=row, col=column)

@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from circuitvision import findings
-from circuitvision.plots import style
+from circuitvision.plots import kit, style
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from circuitvision.readout.probes.decisions import DecisionLayers
     from circuitvision.readout.probes.linear import ProbeResult
     from circuitvision.readout.probes.structure import CKAResult, PCAResult
 
-PALETTE = (style.FOR, style.AGAINST, "#2b8a3e", "#9c36b5", "#c58a00", "#0c8599", "#c2255c", "#868e96")
-"""Colours of lines and groups, told apart on a light and on a dark page."""
 _NAMED = {
     "red": "#e62828",
     "green": "#28b43c",
@@ -34,28 +30,25 @@ _NAMED = {
 }
 """Labels that are colours are drawn in their colour."""
 _PANELS_PER_ROW = 4
-_MOST_LABELLED = 200
 _ROOM = 0.12
 """Share of the axis that words below a band need."""
 _LITTLE = 0.1
 """Below this share of the components' variance, labels are not what they show."""
 
 
-def probe(result: ProbeResult | Mapping[str, ProbeResult], title: str | None = None) -> go.Figure:
+def probe(result: ProbeResult | Mapping[str, ProbeResult], title: str | None = None) -> kit.Figure:
     """Held-out score per layer with its interval, a band for shuffled labels (mean ± 2 standard deviations) and a dashed line for chance.
 
     A mapping draws several probes over the same layers, each under its name.
     """
-    import plotly.graph_objects as go
-
     several = isinstance(result, Mapping)
     results: dict[str, ProbeResult] = dict(result) if isinstance(result, Mapping) else {"held-out examples": result}
-    figure = go.Figure()
+    figure = kit.Figure()
     for number, (name, own) in enumerate(results.items()):
-        color = PALETTE[number % len(PALETTE)]
-        layers = [_layer(layer) for layer in own.layers]
-        _add_control(figure, own, layers, color if several else style.GREY, f"{name}: " if several else "", not several)
-        _add_scores(figure, own, layers, color, name)
+        color = style.PALETTE[number % len(style.PALETTE)]
+        _add_control(figure, own, color if several else style.GREY, f"{name}: " if several else "", not several)
+        errors = ((own.values - own.low).tolist(), (own.high - own.values).tolist())
+        kit.line(figure, list(map(str, own.layers)), own.values.tolist(), html.escape(name), color, errors=errors)
     first = next(iter(results.values()))
     grouped = f" in {first.independent} groups" if 0 < first.independent < len(first.held_out) else ""
     notes = [f"{len(first.held_out)} examples{grouped} held out, bars: 95% interval"]
@@ -63,77 +56,28 @@ def probe(result: ProbeResult | Mapping[str, ProbeResult], title: str | None = N
         notes.append(f"bands: {first.shuffled.shape[1]} shufflings of the labels ± 2 sd")
     notes.append("dashed: always the commonest label" if first.classes else "dashed: always the mean")
     heading = html.escape(title or _heading(results, several)).replace("&lt;br&gt;", "<br>")
-    style.layout(figure, f"{heading}<br><span style='font-size:12px'>{'; '.join(notes)}</span>", 380)
-    percent = bool(first.classes)
-    figure.update_yaxes(
-        title="right on held-out examples" if percent else "R² on held-out examples",
-        tickformat=".0%" if percent else ".1f",
-        range=[-0.03, 1.05] if percent else None,
-        gridcolor=style.FAINT,
-        zeroline=False,
-    )
-    figure.update_xaxes(title="layer", type="category", showgrid=False)
-    figure.update_layout(
-        margin={"t": 92 + 20 * heading.count("<br>")},
-        showlegend=several,
-        legend={"orientation": "h", "y": -0.27, "yanchor": "top", "x": 0},
-    )
+    share = bool(first.classes)
+    figure.update_layout(showlegend=several)
+    unit = "right on held-out examples" if share else "R² on held-out examples"
+    kit.finish_lines(figure, style.titled(heading, *notes), unit, x="layer", share=share)
+    figure.update_yaxes(range=[-0.03, 1.05] if share else None, zeroline=False)
+    figure.update_xaxes(type="category")
     return figure
 
 
-def _add_scores(figure: go.Figure, result: ProbeResult, layers: list[str], color: str, name: str) -> None:
-    values = result.values
-    bars = {"array": (result.high - values).tolist(), "arrayminus": (values - result.low).tolist()}
-    figure.add_scatter(
-        x=layers,
-        y=values.tolist(),
-        mode="lines+markers",
-        name=html.escape(name),
-        line={"color": color, "width": 2.5},
-        marker={"size": 8, "color": color},
-        error_y={**bars, "color": color, "thickness": 1.5, "width": 4},
-        hovertemplate="%{x}: %{y:.3f}<extra>" + html.escape(name) + "</extra>",
-    )
-
-
-def _add_control(figure: go.Figure, result: ProbeResult, layers: list[str], color: str, name: str, named: bool) -> None:
-    middle, sd = result.control, result.control_sd.nan_to_num(0.0)
+def _add_control(figure: kit.Figure, result: ProbeResult, color: str, name: str, named: bool) -> None:
+    layers, middle, sd = list(map(str, result.layers)), result.control, result.control_sd.nan_to_num(0.0)
+    low, high = middle - 2 * sd, middle + 2 * sd
     if not bool(middle.isnan().all()):
-        rgb = ",".join(str(int(color[start : start + 2], 16)) for start in (1, 3, 5))
-        figure.add_scatter(
-            x=layers + layers[::-1],
-            y=[*(middle + 2 * sd).tolist(), *(middle - 2 * sd).flip(0).tolist()],
-            fill="toself",
-            fillcolor=f"rgba({rgb},0.22)",
-            line={"width": 0},
-            mode="lines",
-            hoverinfo="skip",
-            showlegend=False,
-            name=f"{name}shuffled labels",
-        )
+        kit.band(figure, layers, low.tolist(), high.tolist(), color, f"{name}shuffled labels")
         if named:
             # Below the band, where the line of chance does not run; above both where there is no room.
-            below = float((middle - 2 * sd)[-1])
-            above = max(float((middle + 2 * sd)[-1]), result.chance)
-            room = not result.classes or below > _ROOM
+            room = not result.classes or float(low[-1]) > _ROOM
             figure.add_annotation(
-                x=0.99,
-                xref="paper",
-                xanchor="right",
-                y=below if room else above,
-                yanchor="top" if room else "bottom",
-                text="shuffled labels",
-                showarrow=False,
-                font={"size": 12},
-            )
-    figure.add_scatter(
-        x=layers,
-        y=[result.chance] * len(layers),
-        mode="lines",
-        line={"color": color, "width": 1.5, "dash": "dash"},
-        showlegend=False,
-        hovertemplate="always the commonest label: %{y:.3f}<extra></extra>",
-    )
+                x=0.99, xref="paper", xanchor="right", y=float(low[-1]) if room else max(float(high[-1]), result.chance),
+                yanchor="top" if room else "bottom", text="shuffled labels", showarrow=False, font={"size": style.SMALL},
+            )  # fmt: skip
+    kit.chance(figure, layers, [result.chance] * len(layers), "always the commonest label", color, showlegend=False)
 
 
 def _heading(results: Mapping[str, ProbeResult], several: bool) -> str:
@@ -180,26 +124,17 @@ def _place(layer: str) -> str:
     return "the input" if layer == "input" else f"layer {layer}" if layer.isdigit() else layer
 
 
-def _layer(layer: Any) -> str:
-    return str(layer)
-
-
-def decisions(result: DecisionLayers, title: str | None = None) -> go.Figure:
+def decisions(result: DecisionLayers, title: str | None = None) -> kit.Figure:
     """How many examples settle at each layer, right and wrong where the right answers are known, and how many never settle."""
-    import plotly.graph_objects as go
-
-    layers = [_layer(layer) for layer in result.layers[: len(result.layers) - result.k]]
-    count = len(result.values)
+    layers, count = list(map(str, result.layers[: len(result.layers) - result.k])), len(result.values)
     known = len(result.target) == count
     wrong = result.wrong if known else torch.zeros(count, dtype=torch.bool)
-    figure = go.Figure()
-    for name, members, color in (
-        ("settles on the right answer" if known else "settles", result.stable & ~wrong, style.AGAINST),
-        ("settles on a wrong answer", wrong, style.FOR),
-    ):
-        if known or color == style.AGAINST:
-            shares = torch.bincount(result.values[members], minlength=len(layers))[: len(layers)] / count
-            figure.add_bar(x=layers, y=shares.tolist(), name=name, marker={"color": color, "line": {"width": 0}})
+    figure = kit.Figure()
+    groups = [("settles on the right answer" if known else "settles", result.stable & ~wrong, style.AGAINST)]
+    groups += [("settles on a wrong answer", wrong, style.FOR)] if known else []
+    for name, members, color in groups:
+        shares = torch.bincount(result.values[members], minlength=len(layers))[: len(layers)] / count
+        figure.add_bar(x=layers, y=shares.tolist(), name=name, marker={"color": color, "line": {"width": 0}})
     never = float((~result.stable).double().mean())
     figure.add_bar(x=["never"], y=[never], name="never settles", marker={"color": style.GREY, "line": {"width": 0}})
     figure.update_traces(hovertemplate="%{x}: %{y:.1%}<extra>%{fullData.name}</extra>")
@@ -211,32 +146,30 @@ def decisions(result: DecisionLayers, title: str | None = None) -> go.Figure:
         )
         title += f"; {result.stable_but_wrong:.0%} of the settled are wrong" if known and middle else ""
         title += f"; {never:.0%} never settle"
-    notes = f"settled: the same prediction for {result.k + 1} layers in a row; {count} examples"
-    style.layout(figure, f"{title}<br><span style='font-size:12px'>{notes}</span>", 340, barmode="stack", bargap=0.35)
-    figure.update_yaxes(title="share of examples", tickformat=".0%", gridcolor=style.FAINT, zeroline=False)
-    figure.update_xaxes(title="settles at layer", type="category", showgrid=False)
-    figure.update_layout(
-        margin={"t": 92}, legend={"orientation": "h", "y": -0.26, "yanchor": "top", "x": 0, "traceorder": "normal"}
+    heading = style.titled(
+        title, f"settled: the same prediction for {result.k + 1} layers in a row", f"{count} examples"
     )
+    kit.finish_lines(
+        figure, heading, "share of examples", 280, x="settles at layer", share=True, barmode="stack", bargap=0.35
+    )
+    figure.update_xaxes(type="category")
     return figure
 
 
-def components(result: PCAResult, title: str | None = None) -> go.Figure:
+def components(result: PCAResult, title: str | None = None) -> kit.Figure:
     """Scatter of the first two components, one panel per layer, coloured by label.
 
     Panels share no axes: each component is in its own units, and signs are fixed per layer.
     """
-    from plotly.subplots import make_subplots
-
     layered = "layer" in result.axes
     layers = result.axes["layer"] if layered else [None]
     scores = result.values if layered else result.values[None]
     explained = result.explained if layered else result.explained[None]
     columns = min(len(layers), _PANELS_PER_ROW)
     rows = math.ceil(len(layers) / columns)
-    figure = make_subplots(
+    figure = kit.panels(
         rows=rows,
-        cols=columns,
+        columns=columns,
         subplot_titles=[_panel_title(layer, shares) for layer, shares in zip(layers, explained, strict=True)],
         horizontal_spacing=0.03,
         vertical_spacing=0.16 / rows,
@@ -245,24 +178,23 @@ def components(result: PCAResult, title: str | None = None) -> go.Figure:
         across = own[0]
         down = own[1] if len(own) > 1 else torch.zeros_like(across)
         _add_points(figure, result, across, down, number // columns + 1, number % columns + 1, number == 0)
-    height = int(172 + rows * (940 / columns if columns > 1 else 460) * 0.95)
-    style.layout(figure, html.escape(title or _spread(result, layers, explained)), height)
-    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=True, zerolinecolor=style.FAINT)
-    figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=True, zerolinecolor=style.FAINT)
-    figure.update_layout(
-        margin={"t": 106, "l": 20, "r": 20, "b": 60},
-        legend={"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom", "x": 0, "itemsizing": "constant"},
+    height = int(66 + rows * (940 / columns if columns > 1 else 460) * 0.95)
+    style.layout(
+        figure, html.escape(title or _spread(result, layers, explained)), height, above=44, margin={"l": 20, "b": 60}
     )
+    kit.bare(figure, showticklabels=False)
+    figure.update_xaxes(zeroline=True, zerolinecolor=style.FAINT)
+    figure.update_yaxes(zeroline=True, zerolinecolor=style.FAINT)
+    legend = {"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom", "x": 0, "itemsizing": "constant"}
+    figure.update_layout(legend=legend)
     return figure
 
 
 def _panel_title(layer: Any, shares: torch.Tensor) -> str:
     name = "" if layer is None else "input" if layer == "input" else f"layer {layer}"
     if bool(shares.isnan().all()):
-        return f"{name}<br><span style='font-size:12px'>all examples alike</span>"
-    return (
-        f"{name}<br><span style='font-size:12px'>{' + '.join(f'{share:.0%}' for share in shares[:2].tolist())}</span>"
-    )
+        return style.titled(name, "all examples alike")
+    return style.titled(name, " + ".join(f"{share:.0%}" for share in shares[:2].tolist()))
 
 
 def _spread(result: PCAResult, layers: list[Any], explained: torch.Tensor) -> str:
@@ -282,7 +214,7 @@ def _spread(result: PCAResult, layers: list[Any], explained: torch.Tensor) -> st
 
 
 def _add_points(
-    figure: go.Figure, result: PCAResult, across: torch.Tensor, down: torch.Tensor, row: int, column: int, first: bool
+    figure: kit.Figure, result: PCAResult, across: torch.Tensor, down: torch.Tensor, row: int, column: int, first: bool
 ) -> None:
     marker = {"size": 6, "opacity": 0.75, "line": {"width": 0.5, "color": style.GREY}}
     where = {"row": row, "col": column}
@@ -308,7 +240,7 @@ def _add_points(
     for number, label in enumerate(labels):
         own = torch.tensor([other == label for other in result.labels])
         numbers_of = own.nonzero().flatten().tolist()
-        color = _NAMED[str(label)] if named else PALETTE[number % len(PALETTE)]
+        color = _NAMED[str(label)] if named else style.PALETTE[number % len(style.PALETTE)]
         figure.add_scatter(
             x=across[own].tolist(),
             y=down[own].tolist(),
@@ -323,45 +255,27 @@ def _add_points(
         )
 
 
-def cka(result: CKAResult, title: str | None = None) -> go.Figure:
+def cka(result: CKAResult, title: str | None = None) -> kit.Figure:
     """Heat map of linear CKA between sites; within one stream the title names where neighbours differ most."""
-    import plotly.graph_objects as go
-
     from circuitvision.readout.probes.linear import layer_labels
 
-    names = [result.axes["site"], result.axes["other"]]
-    labels = [[_layer(label) for label in layer_labels(own)] for own in names]
-    values = result.values
-    scale = [[0.0, "rgba(128,128,128,0.08)"], [0.5, "rgba(208,63,8,0.45)"], [1.0, "rgba(208,63,8,1)"]]
-    figure = go.Figure(
-        go.Heatmap(
-            z=values.tolist(),
-            x=labels[1],
-            y=labels[0],
-            zmin=0,
-            zmax=1,
-            colorscale=scale,
-            xgap=2,
-            ygap=2,
-            hovertemplate="%{y} – %{x}: %{z:.3f}<extra></extra>",
-            colorbar={"title": "CKA", "thickness": 14, "outlinewidth": 0},
-        )
-    )
-    if values.numel() <= _MOST_LABELLED:
-        for (row, column), value in ((divmod(i, values.shape[1]), v) for i, v in enumerate(values.flatten().tolist())):
-            # White only on strong colours: elsewhere the text is the page's, whatever the theme.
-            font = {"size": 12, "color": "#ffffff"} if value > 0.55 else {"size": 12}
-            text = "" if math.isnan(value) else f"{value:.2f}"
-            figure.add_annotation(x=column, y=row, text=text, showarrow=False, font=font)
+    names, values = [result.axes["site"], result.axes["other"]], result.values
+    labels = [list(map(str, layer_labels(own))) for own in names]
+    towers = [own[0].partition(".")[0] for own in names]
+    axes = [f"{tower if towers[0] != towers[1] else ''} layer".strip() for tower in towers]
     if title is None and result.same and len(values) > 1:
         steps = values.diagonal(1).nan_to_num(2.0)
-        where = int(steps.argmin())
-        title = f"The stream changes most between {_place(labels[0][where])} and {_place(labels[0][where + 1])}: CKA {float(steps[where]):.2f}"
+        at = int(steps.argmin())
+        title = f"The stream changes most between {_place(labels[0][at])} and {_place(labels[0][at + 1])}: CKA {float(steps[at]):.2f}"
     elif title is None:
         row, column = divmod(int(values.nan_to_num(-1.0).argmax()), values.shape[1])
         title = f"{_place(labels[0][row])} and {_place(labels[1][column])} (across) are most alike: CKA {float(values[row, column]):.2f}"
-    style.layout(figure, html.escape(title), 170 + min(max(46 * len(values), 140), 560))
-    for update, own, other in ((figure.update_yaxes, *names), (figure.update_xaxes, *names[::-1])):
-        tower = own[0].partition(".")[0] if own[0].partition(".")[0] != other[0].partition(".")[0] else ""
-        update(title=f"{tower} layer".strip(), type="category", showgrid=False, zeroline=False)
-    return figure
+    words = (
+        {"": [["" if v != v else f"{v:.2f}" for v in line] for line in values.tolist()]}
+        if values.numel() <= kit.MOST_WORDS
+        else False
+    )
+    figure = kit.heat(
+        {"": values}, (axes[0], labels[0]), (axes[1], labels[1]), unit="CKA", limit=1.0, below_zero=False, words=words
+    )
+    return kit.finish_heat(figure, html.escape(title), len(values))

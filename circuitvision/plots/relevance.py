@@ -6,21 +6,20 @@ largest absolute value, written below it: compare where they are strong, not how
 
 from __future__ import annotations
 
-import html
 import itertools
 import math
-import re
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from circuitvision import findings
 from circuitvision.errors import InputError
-from circuitvision.plots import patches, style
+from circuitvision.plots import kit, patches, style
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from circuitvision.readout.relevance.result import Relevance
 
 PixelBox = tuple[float, float, float, float]
@@ -37,7 +36,7 @@ def relevance(
     box: Any = None,
     beside: Relevance | Sequence[Relevance] = (),
     title: str | None = None,
-) -> go.Figure:
+) -> kit.Figure:
     """Maps over the patches (or pixels) of one row or several, a column per result; words as bars below.
 
     Args:
@@ -58,7 +57,7 @@ def relevance(
         _per_row(box, rows, isinstance(row, int), "box"),
     )
     for one, line in itertools.product(results, rows):
-        one.row_number(line)
+        one.row_number(line)  # raises if there is none
     if not any(_patches(one, rows[0]) for one in results):
         return _words_alone(results, rows[0], title)
     figure, first, with_words = _panels(results, rows, pictures[0] is not None)
@@ -71,14 +70,13 @@ def relevance(
             _add_map(figure, found, line, (image, tile), one, shares, number, column)
             if with_words:
                 _add_words(figure, found, line, len(rows) + 1, column)
-    lead = _finding(results, rows, pictures, boxes, (image, tile)) if title is None else title
+    lead = _found(results, rows, pictures, boxes, (image, tile)) if title is None else title
     several = len(results[0].axes["example"])
-    which = f"; row {rows[0]} of {several} (row= shows another)" if len(rows) == 1 < several else ""
-    heading = f"{lead}<br><span style='font-size:12px'>{_legend(results)}{which}</span>"
+    heading = style.titled(lead, _legend(results), style.which_row(rows[0], several) if len(rows) == 1 else "")
     words = max((len(_words(one, rows[0])[0]) for one in results), default=0) if with_words else 0
-    height = 140 + len(rows) * (_PANEL + 14) + (60 + 20 * words if words else 0)
-    style.layout(figure, heading, height, margin={"l": 20, "r": 20, "t": 118, "b": 30}, showlegend=False)
-    figure.update_layout(title={"y": 1.0, "yref": "container", "yanchor": "top", "pad": {"t": 14}})
+    shown = len(results) + (pictures[0] is not None)
+    height = 60 + len(rows) * (min(_PANEL, 900 // shown) + 14) + (60 + 20 * words if words else 0)
+    style.layout(figure, heading, height, above=44 if shown <= 3 else 66, margin={"l": 20, "b": 40}, showlegend=False)
     for number in range(1, len(rows) + 1):
         figure.update_xaxes(visible=False, row=number)
         figure.update_yaxes(visible=False, row=number)
@@ -88,17 +86,16 @@ def relevance(
 # -- maps ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def _panels(results: Sequence[Relevance], rows: Sequence[int], pictured: bool) -> tuple[go.Figure, int, bool]:
+def _panels(results: Sequence[Relevance], rows: Sequence[int], pictured: bool) -> tuple[kit.Figure, int, bool]:
     """The empty figure, the column of the first map, and whether there is a line of words below the maps."""
-    from plotly.subplots import make_subplots
-
     with_words = len(rows) == 1 and any(_words(one, rows[0])[0] for one in results)
-    headings = (["picture"] if pictured else []) + [_heading(one) for one in results]
+    count = len(results) + pictured
+    headings = (["picture"] if pictured else []) + [_heading(one, count) for one in results]
     words = max((len(_words(one, rows[0])[0]) for one in results), default=0)
     heights = [_PANEL] * len(rows) + ([20 * words] if with_words else [])
-    figure = make_subplots(
+    figure = kit.panels(
         rows=len(heights),
-        cols=len(headings),
+        columns=len(headings),
         column_titles=headings,
         row_heights=heights,
         horizontal_spacing=0.1 / len(headings) if with_words else 0.015,
@@ -109,7 +106,7 @@ def _panels(results: Sequence[Relevance], rows: Sequence[int], pictured: bool) -
 
 
 def _add_map(
-    figure: go.Figure,
+    figure: kit.Figure,
     found: Relevance,
     line: int,
     which: tuple[int | None, int | None],
@@ -122,15 +119,7 @@ def _add_map(
     limit = _limit(found, line)
     look: dict[str, Any] = {"colorscale": style.diverging(), "zmin": -limit, "zmax": limit, "showscale": False}
     unit = str(found.provenance.get("metric_units") or "")
-    text = {
-        "text": f"full colour: ±{limit:.2g}{_undrawn(found, line)}",
-        "font": {"size": 10},
-        "showarrow": False,
-        "yanchor": "top",
-        "y": -0.01,
-        "x": 0.5,
-    }
-    figure.add_annotation(**text, xref="x domain", yref="y domain", row=row, col=column)
+    patches.below(figure, f"full colour: ±{limit:.2g}{_undrawn(found, line)}", row, column, style.TINY)
     extent = (1.0, 1.0) if found.of_pixels else found.extent(line, *which)
     if picture is None:
         patches.add_map(figure, grid.numpy(), row, column, unit=unit, **look)
@@ -160,7 +149,7 @@ def _undrawn(found: Relevance, line: int) -> str:
     if abs(float(values[at])) <= _limit(found, line):
         return ""
     value = f"{float(values[at]):+.2g}".replace("-", "\N{MINUS SIGN}")
-    return f"<br>not drawn: {_escape(found.labels[line][at])} {value}"
+    return f"<br>not drawn: {kit.escaped(found.labels[line][at])} {value}"
 
 
 def _patches(found: Relevance, line: int) -> bool:
@@ -182,52 +171,29 @@ def _words(found: Relevance, line: int) -> tuple[list[str], list[float]]:
     return [found.labels[line][number].strip("▁Ġ ") or "·" for number in shown], values[shown].tolist()
 
 
-def _add_words(figure: go.Figure, found: Relevance, line: int, row: int, column: int) -> None:
+def _add_words(figure: kit.Figure, found: Relevance, line: int, row: int, column: int) -> None:
     words, values = _words(found, line)
     limit = _limit(found, line)
-    figure.add_bar(
-        x=values,
-        y=list(range(len(words))),
-        orientation="h",
-        marker={"color": [style.FOR if value >= 0 else style.AGAINST for value in values], "line": {"width": 0}},
-        customdata=words,
-        hovertemplate="%{customdata}<br>%{x:+.3g}<extra></extra>",
-        row=row,
-        col=column,
-    )
+    kit.add_bars(figure, [kit.escaped(word) for word in words], values, row=row, column=column)
     low = -limit if min(values, default=0.0) < -0.05 * limit else -0.03 * limit
     figure.update_xaxes(range=[low, 1.03 * limit], visible=False, row=row, col=column)
-    figure.update_yaxes(
-        tickvals=list(range(len(words))),
-        ticktext=[_escape(word) for word in words],
-        tickfont={"size": 12},
-        range=[len(words) - 0.5, -0.5],
-        showgrid=False,
-        zeroline=False,
-        row=row,
-        col=column,
-    )
 
 
-def _words_alone(results: Sequence[Relevance], line: int, title: str | None) -> go.Figure:
+def _words_alone(results: Sequence[Relevance], line: int, title: str | None) -> kit.Figure:
     """Bars of words, a panel per result, where nothing is over an image."""
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(rows=1, cols=len(results), column_titles=[_heading(one) for one in results])
+    figure = kit.panels(1, len(results), column_titles=[_heading(one, len(results)) for one in results])
     figure.update_annotations(font={"size": 12})
     for column, found in enumerate(results, start=1):
         _add_words(figure, found, line, 1, column)
     words, values = _words(results[0], line)
     best = max(range(len(words)), key=lambda number: abs(values[number])) if words else 0
-    lead = f"“{_escape(words[best])}” matters most to {_metric(results[0])}" if words else "No word has a value"
-    heading = f"{title or lead}<br><span style='font-size:12px'>{_legend(results)}</span>"
-    height = 160 + 24 * max(len(words), 1)
-    style.layout(figure, heading, height, margin={"l": 70, "r": 20, "t": 130, "b": 20}, showlegend=False)
-    figure.update_layout(title={"y": 1.0, "yref": "container", "yanchor": "top", "pad": {"t": 14}})
+    lead = f"“{kit.escaped(words[best])}” matters most to {_metric(results[0])}" if words else "No word has a value"
+    heading = style.titled(title or lead, _legend(results))
+    style.layout(figure, heading, 40 + 24 * max(len(words), 1), above=40, margin={"l": 70, "b": 20}, showlegend=False)
     return figure
 
 
-def _finding(
+def _found(
     results: Sequence[Relevance],
     rows: Sequence[int],
     pictures: Sequence[Any],
@@ -235,60 +201,56 @@ def _finding(
     which: tuple[Any, Any],
 ) -> str:
     """What the maps say: whether they peak on the object, or where the first one peaks."""
-    if all(box is not None for box in boxes):
-        hits = [
-            [
-                _peaks_inside(one, line, which, _as_shares(box, picture))
-                for line, picture, box in zip(rows, pictures, boxes, strict=True)
-            ]
-            for one in results
-        ]
-        if len(results) == 1 and len(rows) == 1:
-            return f"{_short(results[0].method)} peaks {'on' if hits[0][0] else 'beside'} the object"
-        total = sum(map(sum, hits))
-        lead = f"{total} of {len(results) * len(rows)} maps peak on the object"
-        never = [name for name, found in zip(names_of(results), hits, strict=True) if not any(found)]
-        if not total or not 0 < len(never) < 3:
-            return lead
-        return f"{lead}; {' and '.join(never)} {'do' if len(never) > 1 else 'does'} not"
-    grid = results[0].on_image(rows[0], *which)
-    down, across = divmod(int(grid.abs().nan_to_num(0.0).argmax()), grid.shape[1])
-    noun = "pixel" if results[0].of_pixels else "patch"
-    return f"{_short(results[0].method)}: {noun} row {down}, column {across} matters most to {_metric(results[0])}"
+    if any(box is None for box in boxes):
+        noun = "pixel" if results[0].of_pixels else "patch"
+        grid = results[0].on_image(rows[0], *which)
+        return str(findings.stands_out(grid, _short(results[0].method), noun, _metric(results[0])))
+    shares = [_as_shares(box, picture) for picture, box in zip(pictures, boxes, strict=True)]
+    hits = [[_inside(one, line, which, box)[0] for line, box in zip(rows, shares, strict=True)] for one in results]
+    chances = [_inside(one, line, which, box)[1] for one in results for line, box in zip(rows, shares, strict=True)]
+    total, chance = sum(map(sum, hits)), sum(chances) / len(chances)
+    told = findings.on_object(_short(results[0].method), total, len(chances), chance)
+    never = [name for name, found in zip(names_of(results), hits, strict=True) if not any(found)]
+    but = (
+        f"; {' and '.join(never)} {'do' if len(never) > 1 else 'does'} not" if told.holds and 0 < len(never) < 3 else ""
+    )
+    return f"{told}{but} (chance {kit.percent(chance)})"
 
 
-def _peaks_inside(found: Relevance, line: int, which: tuple[Any, Any], box: patches.Box) -> bool:
-    """Whether a cell with the largest value touches the box; of several that share it (a region removed whole), one is enough."""
+def _inside(found: Relevance, line: int, which: tuple[Any, Any], box: patches.Box) -> tuple[bool, float]:
+    """Whether a cell with the largest value touches the box (of several that share it, a region removed whole, one is enough), and the share of
+    cells that do.
+    """
     grid = found.on_image(line, *which)
     down, across = (1.0, 1.0) if found.of_pixels else found.extent(line, *which)
-    peaks = (grid == grid.nan_to_num(-math.inf).max()).nonzero().tolist()
     sizes = (grid.shape[1] / across, grid.shape[0] / down) * 2
     left, top, right, bottom = (edge * size for edge, size in zip(box, sizes, strict=True))
-    return any(left < c + 1 and c < right and top < r + 1 and r < bottom for r, c in peaks)
+    rows, columns = torch.arange(grid.shape[0])[:, None], torch.arange(grid.shape[1])
+    touched = (left < columns + 1) & (columns < right) & (top < rows + 1) & (rows < bottom)
+    peaks = grid == grid.nan_to_num(-math.inf).max()
+    return bool((peaks & touched).any()), float(touched.double().mean())
 
 
 def _legend(results: Sequence[Relevance]) -> str:
     unit = str(results[0].provenance.get("metric_units") or "")
-    parts = [f"{_metric(results[0])}{f', {_escape(unit)}' if unit else ''}"]
+    parts = [f"{_metric(results[0])}{f', {kit.escaped(unit)}' if unit else ''}"]
     parts.append(
         f"<span style='color:{style.FOR}'>supports it</span>, <span style='color:{style.AGAINST}'>works against it</span>"
     )
     return "; ".join(parts)
 
 
-def _heading(found: Relevance) -> str:
-    """The method, its settings smaller below."""
-    name, bracket, more = _escape(found.method).partition(" (")
-    return f"{name}<br><span style='font-size:10px'>{_wrapped(more.rstrip(')')) if bracket else ' '}</span>"
-
-
-def _wrapped(text: str) -> str:
-    return "<br>".join(part for part in re.split(r"(?<=,) (?=baseline)", text))
+def _heading(found: Relevance, panels: int) -> str:
+    """The method, its settings smaller below, broken where a panel ends."""
+    name, bracket, more = found.method.partition(" (")
+    wide = [textwrap.wrap(part, max(12, letters // panels)) for part, letters in ((name, 120), (more.rstrip(")"), 140))]
+    lines = [[kit.escaped(line) for line in part] for part in wide]
+    return f"{'<br>'.join(lines[0])}<br><span style='font-size:{style.TINY}px'>{'<br>'.join(lines[1]) if bracket else ' '}</span>"
 
 
 def _short(method: str) -> str:
     """The method without its settings, with a capital letter."""
-    name = _escape(method.partition(" (")[0])
+    name = kit.escaped(method.partition(" (")[0])
     return name[:1].upper() + name[1:]
 
 
@@ -305,13 +267,13 @@ def together(result: Any, beside: Any, kind: str) -> list[Any]:
 def names_of(results: Sequence[Any]) -> list[str]:
     """Short names of the methods; whole ones where short ones are shared."""
     short = [_short(one.method) for one in results]
-    whole = [_escape(one.method[:1].upper() + one.method[1:]) for one in results]
+    whole = [kit.escaped(one.method[:1].upper() + one.method[1:]) for one in results]
     found = [one if short.count(one) == 1 else more for one, more in zip(short, whole, strict=True)]
     return [name if found.count(name) == 1 else f"{name} #{number}" for number, name in enumerate(found, start=1)]
 
 
 def _metric(found: Relevance) -> str:
-    return _escape(str(found.provenance.get("metric") or "the metric"))
+    return kit.escaped(str(found.provenance.get("metric") or "the metric"))
 
 
 def _per_row(given: Any, rows: Sequence[int], single: bool, name: str) -> list[Any]:
@@ -327,7 +289,3 @@ def _as_shares(box: PixelBox, picture: Any) -> patches.Box:
     found = patches.as_shares(box, picture)
     assert found is not None
     return found
-
-
-def _escape(text: str) -> str:
-    return html.escape(text, quote=False)

@@ -8,9 +8,11 @@ both.
 from __future__ import annotations
 
 import html
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from circuitvision.files import write_text
 
@@ -19,23 +21,74 @@ if TYPE_CHECKING:
 
 FOR = "#d9480f"
 AGAINST = "#2f6fdb"
-GREY = "#7a7a7a"
+GREY = "#767676"
+"""Text on a page whose colour is not known: 4.5 to 1 on white and on black."""
 FAINT = "rgba(128,128,128,0.25)"
+PALETTE = (FOR, AGAINST, "#2b8a3e", "#9c36b5", "#b27300", "#0c8599", "#c2255c", "#5f6368")
+"""Colours of lines and groups, told apart on a light and on a dark page."""
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
+TITLE, TEXT, SMALL, TINY = 16, 13, 12, 10
+TOOLBAR = 34
+"""Pixels above the title that the toolbar has for itself."""
+_LINE, _WIDEST = 84, 108
+"""Characters of a title and of a note that fit on one line of a notebook's page."""
 Color = tuple[int, int, int]
+Scale = list[list[Any]]
+_LOW, _HIGH = (33, 87, 190), (208, 63, 8)
 
 
-def diverging(low: Color = (33, 87, 190), high: Color = (208, 63, 8)) -> list[list[float | str]]:
+def diverging(low: Color = _LOW, high: Color = _HIGH) -> Scale:
     """A colour scale between two colours whose middle is nearly transparent: zero looks like the page, whatever its colour."""
     stops = [(0.0, low, 1.0), (0.25, low, 0.6), (0.5, (128, 128, 128), 0.12), (0.75, high, 0.6), (1.0, high, 1.0)]
     return [[where, f"rgba({r},{g},{b},{alpha})"] for where, (r, g, b), alpha in stops]
 
 
-def legible(signed: bool = False) -> list[list[float | str]]:
-    """A colour scale without transparency, for cells with words on them: plotly picks the words' colour by the cell's, not by the page's."""
+def sequential(over_picture: bool = False, high: Color = _HIGH) -> Scale:
+    """A colour scale to a colour from a faint grey, or over a picture from nothing."""
+    red, green, blue = high
+    lowest = f"rgba({red},{green},{blue},0)" if over_picture else "rgba(128,128,128,0.1)"
+    return [[0.0, lowest], [0.3, f"rgba({red},{green},{blue},0.45)"], [1.0, f"rgba({red},{green},{blue},1)"]]
+
+
+def legible(signed: bool = False) -> Scale:
+    """A colour scale without transparency, for cells with words on them: their colour follows from the cell's (:func:`ink`), on any page."""
     if signed:
         return [[0.0, "rgb(33,87,190)"], [0.5, "rgb(236,232,229)"], [1.0, "rgb(208,63,8)"]]
     return [[0.0, "rgb(240,234,230)"], [0.5, "rgb(228,150,118)"], [1.0, "rgb(208,63,8)"]]
+
+
+def color_at(scale: Scale, share: float) -> tuple[float, float, float, float]:
+    """Red, green, blue (0 to 255) and opacity of a scale at ``share``, as Plotly interpolates."""
+    stops = [(float(where), _numbers(color)) for where, color in scale]
+    share = min(max(share, stops[0][0]), stops[-1][0])
+    after = next(number for number, (where, _) in enumerate(stops) if where >= share)
+    (low, first), (high, last) = stops[max(after - 1, 0)], stops[after]
+    part = (share - low) / (high - low) if high > low else 0.0
+    red, green, blue, alpha = (a + (b - a) * part for a, b in zip(first, last, strict=True))
+    return red, green, blue, alpha
+
+
+def _numbers(color: str) -> tuple[float, ...]:
+    found = tuple(float(part) for part in color[color.index("(") + 1 : -1].split(","))
+    return found if len(found) == 4 else (*found, 1.0)
+
+
+def contrast(first: Sequence[float], second: Sequence[float]) -> float:
+    """Contrast of two opaque colours, 1 to 21 (WCAG 2.1, relative luminance)."""
+
+    def luminance(color: Sequence[float]) -> float:
+        parts = [level / 255 for level in color[:3]]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def ink(scale: Scale, share: float) -> str:
+    """Black or white, whichever is easier to read on an opaque scale's colour: at least 4.58 to 1 on any colour there is."""
+    color = color_at(scale, share)
+    return "#000000" if contrast(color, (0, 0, 0)) >= contrast(color, (255, 255, 255)) else "#ffffff"
 
 
 _CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage", "resetScale2d"]]}
@@ -73,7 +126,7 @@ td.number, th.number {{ text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
-def tint(strength: float, colors: tuple[Color, Color] | None = None) -> dict[str, object]:
+def tint(strength: float, colors: tuple[Color, Color] | None = None) -> dict[str, Any]:
     """Background of a label whose value is ``strength`` (-1 … 1) of the scale :func:`diverging`, and a border where it is faint."""
     low, high = colors or ((33, 87, 190), (208, 63, 8))
     red, green, blue = high if strength >= 0 else low
@@ -84,25 +137,64 @@ def tint(strength: float, colors: tuple[Color, Color] | None = None) -> dict[str
     }
 
 
-def which_row(row: int, rows: int, *more: str) -> str:
-    """A small second line for a title: which of several rows a figure shows, and what else can be chosen; nothing where there is no choice."""
-    parts = ([f"row {row} of {rows} (row= shows another)"] if rows > 1 else []) + [part for part in more if part]
-    return f"<br><span style='font-size:12px'>{'; '.join(parts)}</span>" if parts else ""
+def titled(lead: str, *notes: str) -> str:
+    """A title and, smaller below it, its notes; those that are empty are left out."""
+    there = "; ".join(note for note in notes if note)
+    return f"{lead}<br><span style='font-size:{SMALL}px'>{there}</span>" if there else lead
 
 
-def layout(figure: go.Figure, title: str, height: int, **more: object) -> go.Figure:
-    """Give a figure the common look; returns it."""
+def which_row(row: int, rows: int) -> str:
+    """A note for a title: which of several rows a figure shows; nothing where there is no choice."""
+    return f"row {row} of {rows} (row= shows another)" if rows > 1 else ""
+
+
+def layout(figure: go.Figure, title: str, height: int, *, above: int = 0, **more: Any) -> go.Figure:
+    """Give a figure the common look; returns it. A plain Plotly figure becomes one that carries a PNG where it is shown.
+
+    The title stands below the strip that the toolbar needs, its lines broken where a page ends; the figure's top margin is what it takes, and
+    ``above`` more for the titles of panels. ``height`` is that of everything below the title.
+    """
+    from circuitvision.plots.figure import adopted
+
+    figure = adopted(figure)
+    title, taken = broken(title)
+    top = TOOLBAR + taken + above + 12
+    # Plotly lifts titles of several lines by the height of a capital.
+    pad = TOOLBAR + (round(0.7 * TITLE) if "<br>" in title else 0)
     figure.update_layout(
-        title={"text": title, "x": 0.0, "xanchor": "left", "xref": "paper", "font": {"size": 16, "color": GREY}},
-        font={"family": FONT, "size": 13, "color": GREY},
+        title={
+            "text": title, "x": 0.0, "xanchor": "left", "xref": "container", "font": {"size": TITLE, "color": GREY},
+            "y": 1.0, "yanchor": "top", "yref": "container", "pad": {"t": pad, "l": 12},
+        },
+        font={"family": FONT, "size": TEXT, "color": GREY},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 60, "r": 20, "t": 60, "b": 50},
-        height=height,
+        margin={"l": 60, "r": 20, "b": 50},
+        height=height + top,
         hoverlabel={"font": {"family": FONT}},
-    )
+    )  # fmt: skip
     figure.update_layout(**more)
+    figure.update_layout(margin={"t": top})
     return figure
+
+
+def broken(title: str) -> tuple[str, int]:
+    """A title with its long lines broken, and the pixels it takes."""
+    lead, mark, rest = title.partition("<br><span")
+    style, _, note = rest.partition(">")
+    lines = [line for part in lead.split("<br>") for line in _lines(part, _LINE)]
+    notes = (
+        [line for part in note.removesuffix("</span>").split("<br>") for line in _lines(part, _WIDEST)] if mark else []
+    )
+    found = "<br>".join(lines) + (f"<br><span{style}>{'<br>'.join(notes)}</span>" if mark else "")
+    return found, round(1.3 * (TITLE * len(lines) + SMALL * len(notes)))
+
+
+def _lines(text: str, width: int) -> list[str]:
+    """A line broken between words; what is markup is left alone."""
+    if len(re.sub(r"&\w+;", "x", text)) <= width or "<" in text:
+        return [text]
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [text]
 
 
 def fragment(figure: go.Figure) -> str:

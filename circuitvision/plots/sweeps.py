@@ -11,11 +11,9 @@ import torch
 
 from circuitvision.errors import InputError
 from circuitvision.model.sweeps.result import spelled_cell
-from circuitvision.plots import style
+from circuitvision.plots import kit, style
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from circuitvision.model.sweeps.result import SweepResult
 
 _SHORT = 60
@@ -24,9 +22,11 @@ _LONGEST = 80
 MOST_PANELS = 12
 """How many heat maps a figure holds, and how many stand in a row."""
 PANELS_IN_ROW = 4
+_MOST_COLUMNS = 32
+"""Cells of a row of panels that have words in them, at most."""
 
 
-def sweep(result: SweepResult, title: str | None = None, count: int = 12, metric: str | None = None) -> go.Figure:
+def sweep(result: SweepResult, title: str | None = None, count: int = 12, metric: str | None = None) -> kit.Figure:
     """The mean effects by the axes of the sweep: a line for one, a heat map for two, heat maps side by side for three; where no axes were given bars
     of the ``count`` strongest edits.
 
@@ -48,10 +48,6 @@ def sweep(result: SweepResult, title: str | None = None, count: int = 12, metric
     return _line(shown, title) if len(axes) == 1 else _grid(shown, title)
 
 
-def _mean(result: SweepResult) -> torch.Tensor:
-    return result.mean(quantity="effect")
-
-
 def _heading(result: SweepResult, title: str | None, mean: torch.Tensor) -> str:
     """The title, by default the strongest cell, above what a reader must know beside it."""
     metric, unit = _names(result)
@@ -59,91 +55,68 @@ def _heading(result: SweepResult, title: str | None, mean: torch.Tensor) -> str:
     if title is None:
         title = "No edit has a value"
         if best:
-            largest = max(float(mean.abs().nan_to_num(0.0).max()), 1e-12)
-            title = f"{_escape(spelled_cell(best[0][0]))} moves {metric} most: {_signed(best[0][1], largest)}{unit}"
-    return f"{title}<br><span style='font-size:12px'>{'; '.join(_notes(result, int(result.done.sum())))}</span>"
+            title = f"{_escape(spelled_cell(best[0][0]))} moves {metric} most: {_signed(best[0][1], kit.largest(mean))}{unit}"
+    return style.titled(title, *_notes(result, int(result.done.sum())))
 
 
-def _line(result: SweepResult, title: str | None) -> go.Figure:
-    import plotly.graph_objects as go
-
+def _line(result: SweepResult, title: str | None) -> kit.Figure:
     ((name, entries),) = result.grid.items()
-    mean, error = _mean(result), result.error(quantity="effect")
+    mean, error = result.mean(quantity="effect"), result.error(quantity="effect")
     metric, unit = _names(result)
-    labels = [str(entry) for entry in entries]
-    figure = go.Figure(
-        go.Scatter(
-            x=labels,
-            y=mean.tolist(),
-            mode="lines+markers",
-            line={"color": style.FOR, "width": 2},
-            error_y={"array": error.nan_to_num(0.0).tolist(), "visible": result.clean.shape[-1] > 1, "thickness": 1.2},
-            customdata=[_escape(label) for label in result.labels],
-            hovertemplate=f"%{{customdata}}<br>%{{y:+.4g}}{unit}<extra></extra>",
-        )
-    )
-    style.layout(figure, _heading(result, title, mean), 380, showlegend=False)
-    figure.update_xaxes(title=name, type="category", showgrid=False, zeroline=False)
-    figure.update_yaxes(
-        title=f"change of {metric}{f',{unit}' if unit else ''}",
-        gridcolor=style.FAINT,
-        zeroline=True,
-        zerolinecolor=style.GREY,
-    )
-    return figure
-
-
-def _grid(result: SweepResult, title: str | None) -> go.Figure:
-    from plotly.subplots import make_subplots
-
-    *lead, down, across = result.grid
-    mean = _mean(result)
-    panels = mean if lead else mean[None]
-    heads = [f"{lead[0]} {entry}" for entry in result.grid[lead[0]]] if lead else []
-    columns = min(len(panels), PANELS_IN_ROW)
-    rows = math.ceil(len(panels) / columns)
-    figure = make_subplots(
-        rows, columns, subplot_titles=[_escape(head) for head in heads], shared_xaxes=True, shared_yaxes=True,
-        horizontal_spacing=0.03, vertical_spacing=0.12 / rows,
+    spread = error.nan_to_num(0.0).tolist()
+    figure = kit.Figure()
+    kit.line(
+        figure, map(str, entries), mean.tolist(), metric, style.FOR, errors=(spread, spread) if len(result.examples) > 1 else None,
+        customdata=[_escape(label) for label in result.labels], hovertemplate=f"%{{customdata}}<br>%{{y:+.4g}}{unit}<extra></extra>",
     )  # fmt: skip
-    names = [_escape(name) for name in result.labels]
-    width = panels.shape[2]
-    for number, panel in enumerate(panels):
-        first = number * panel.numel()
-        labels = [names[first + row * width : first + (row + 1) * width] for row in range(len(panel))]
-        place = {"row": number // columns + 1, "col": number % columns + 1}
-        figure.add_trace(_map(result, panel, labels), **place)
-        figure.update_xaxes(
-            title=across if place["row"] == rows else None, type="category", showgrid=False, zeroline=False, **place
-        )
-        figure.update_yaxes(
-            title=down if place["col"] == 1 else None, type="category", showgrid=False, zeroline=False, **place
-        )
-    limit = max(float(mean.abs().nan_to_num(0.0).max()), 1e-12)
-    _, unit = _names(result)
-    bar = {"title": f"change{f',{unit}' if unit else ''}", "thickness": 14, "outlinewidth": 0}
-    figure.update_layout(coloraxis={"colorscale": style.diverging(), "cmin": -limit, "cmax": limit, "colorbar": bar})
-    height = min(max(34 * panels.shape[1], 120), 560 if rows == 1 else 300)
-    style.layout(figure, _heading(result, title, mean), (230 if lead else 190) + rows * height)
-    if lead:
-        figure.update_layout(margin={"t": 120})
+    style.layout(figure, _heading(result, title, mean), 320, showlegend=False, margin={"l": 64})
+    figure.update_xaxes(title=name, type="category", showgrid=False, zeroline=False)
+    figure.update_yaxes(title=_change(metric, unit), gridcolor=style.FAINT, zeroline=True, zerolinecolor=style.GREY)
     return figure
 
 
-def _map(result: SweepResult, panel: torch.Tensor, labels: list[list[str]]) -> go.Heatmap:
-    import plotly.graph_objects as go
-
-    *_, down, across = result.grid
-    return go.Heatmap(
-        z=panel.numpy(),
-        x=[str(label) for label in result.grid[across]],
-        y=[str(label) for label in result.grid[down]],
-        coloraxis="coloraxis",
-        xgap=2 if panel.shape[1] <= 40 else 0,
-        ygap=2 if panel.shape[0] <= 40 else 0,
-        customdata=labels,
-        hovertemplate=f"%{{customdata}}<br>%{{z:+.4g}}{_names(result)[1]}<extra></extra>",
+def _grid(result: SweepResult, title: str | None) -> kit.Figure:
+    *lead, down, across = result.grid
+    mean = result.mean(quantity="effect")
+    grids = mean if lead else mean[None]
+    columns = min(len(grids), PANELS_IN_ROW)
+    rows = math.ceil(len(grids) / columns)
+    figure = kit.panels(
+        rows, columns, subplot_titles=[_escape(f"{lead[0]} {entry}") for entry in result.grid[lead[0]]] if lead else None,
+        horizontal_spacing=0.08 / columns, vertical_spacing=0.24 / rows,
+    )  # fmt: skip
+    height, width = grids.shape[1:]
+    names = [[_escape(name) for name in result.labels[at : at + width]] for at in range(0, mean.numel(), width)]
+    unit, limit = _names(result)[1], kit.largest(mean)
+    written = height * width <= kit.MOST_WORDS and columns * width <= _MOST_COLUMNS
+    scale = style.legible(signed=True) if written else style.diverging()
+    words = kit.in_words(grids.flatten(0, 1)) if written else None
+    side = kit.axis(result.grid[down], down, room=24 if rows == 1 else 8, automargin=True)
+    if down != "layer":
+        side["range"] = side["range"][::-1]
+    for number, grid in enumerate(grids):
+        own = slice(number * height, (number + 1) * height)
+        place = {"row": number // columns + 1, "column": number % columns + 1}
+        at = {"row": place["row"], "col": place["column"]}
+        kit.cells(
+            figure, grid, scale, -limit, limit, words=words and words[own], **place, coloraxis="coloraxis",
+            customdata=names[own], hovertemplate=f"%{{customdata}}<br>%{{z:+.4g}}{unit}<extra></extra>",
+        )  # fmt: skip
+        below = number + columns >= len(grids)
+        figure.update_xaxes(
+            **kit.axis(result.grid[across], across if below else None, room=32 // columns, tickangle=0), **at
+        )
+        outer = {} if place["column"] == 1 else {"title": None, "showticklabels": False}
+        figure.update_yaxes(**{**side, **outer}, **at)
+    figure.update_layout(coloraxis={"colorbar": kit.color_bar(f"change{f',{unit}' if unit else ''}")})
+    tall = min(max(34 * height, 110), 600 if rows == 1 else 300)
+    return style.layout(
+        figure, _heading(result, title, mean), 70 + rows * tall + (rows - 1) * 60, above=26 * bool(lead)
     )
+
+
+def _change(metric: str, unit: str) -> str:
+    return f"change of {metric}{f',{unit}' if unit else ''}"
 
 
 def _names(result: SweepResult) -> tuple[str, str]:
@@ -167,9 +140,7 @@ def _notes(result: SweepResult, shown: int) -> list[str]:
     return notes
 
 
-def _bars(result: SweepResult, title: str | None, count: int) -> go.Figure:
-    import plotly.graph_objects as go
-
+def _bars(result: SweepResult, title: str | None, count: int) -> kit.Figure:
     mean, error = (found.flatten() for found in (result.mean(quantity="effect"), result.error(quantity="effect")))
     there = torch.isfinite(mean).nonzero().flatten()
     examples, means = len(result.examples), mean[there]
@@ -181,54 +152,28 @@ def _bars(result: SweepResult, title: str | None, count: int) -> go.Figure:
     errors = error[shown].nan_to_num(0.0).tolist()
     metric, unit = _names(result)
     written = [_signed(value, max(map(abs, values))) for value in values]
-    figure = go.Figure(
-        go.Bar(
-            x=values,
-            y=list(range(len(values))),
-            orientation="h",
-            marker={"color": [style.FOR if value >= 0 else style.AGAINST for value in values], "line": {"width": 0}},
-            error_x={"array": errors, "visible": examples > 1, "color": style.GREY, "thickness": 1.5, "width": 5},
-            customdata=[[_escape(label), error] for label, error in zip(labels, errors, strict=True)],
-            hovertemplate="%{customdata[0]}<br>%{x:+.4g}"
-            + (" ± %{customdata[1]:.2g}" if examples > 1 else "")
-            + f"{unit}<extra></extra>",
-        )
-    )
+    figure = kit.Figure()
+    kit.add_bars(figure, short, values, errors=errors)
+    figure.update_traces(
+        error_x={"visible": examples > 1}, customdata=[[_escape(label), error] for label, error in zip(labels, errors, strict=True)],
+        hovertemplate="%{customdata[0]}<br>%{x:+.4g}" + (" ± %{customdata[1]:.2g}" if examples > 1 else "") + f"{unit}<extra></extra>",
+    )  # fmt: skip
     for row, text in enumerate(written):
         figure.add_annotation(x=1, xref="paper", xanchor="left", xshift=10, y=row, text=text, showarrow=False)
     if title is None:
         title = f"No edit moves {metric}" if values else "No edit has a value"
         if any(values):
             title = f"{short[0]}<br>moves {metric} most: {written[0]}{unit}"
-    heading = f"{title}<br><span style='font-size:12px'>{'; '.join(_notes(result, len(values)))}</span>"
-    style.layout(figure, heading, 160 + 28 * max(len(values), 1), showlegend=False, bargap=0.35)
-    _bar_axes(figure, short, f"change of {metric}{f',{unit}' if unit else ''}")
-    return figure
-
-
-def _bar_axes(figure: go.Figure, labels: Sequence[str], title: str) -> None:
-    figure.update_layout(
-        margin={"t": 90, "b": 50, "l": 10, "r": 75},
-        title={"xref": "container", "x": 0.01, "y": 1.0, "yref": "container", "yanchor": "top", "pad": {"t": 14}},
+    heading = style.titled(title, *_notes(result, len(values)))
+    style.layout(
+        figure, heading, 70 + 28 * max(len(values), 1), showlegend=False, bargap=0.35, margin={"l": 10, "r": 75}
     )
     figure.update_xaxes(
-        title={"text": title, "font": {"size": 13}},
-        rangemode="tozero",
-        gridcolor=style.FAINT,
-        zeroline=True,
-        zerolinecolor=style.GREY,
-        zerolinewidth=1,
-    )
-    figure.update_yaxes(
-        tickvals=list(range(len(labels))),
-        ticktext=list(labels),
-        tickfont={"size": 12},
-        autorange="reversed",
-        automargin=True,
-        showgrid=False,
-        zeroline=False,
-        ticklabelstandoff=6,
-    )
+        title={"text": _change(metric, unit), "font": {"size": style.TEXT}}, rangemode="tozero", gridcolor=style.FAINT, zeroline=True,
+        zerolinecolor=style.GREY, zerolinewidth=1,
+    )  # fmt: skip
+    figure.update_yaxes(ticklabelstandoff=6)
+    return figure
 
 
 def shortened(labels: Sequence[str]) -> list[str]:

@@ -176,9 +176,9 @@ def test_a_restored_answer_needs_sign_and_size(clean, corrupt, shares, holds, re
 
 
 def test_shares_of_hardly_any_swing_are_not_drawn_as_shares():
-    (heat,) = importance(0.04, 0.01, [0.9, 0.1]).plot().data
+    heat = importance(0.04, 0.01, [0.9, 0.1]).plot().data[0]
     assert np.allclose(heat.z, [[0.9 * 0.03, 0.1 * 0.03]])
-    (heat,) = importance(5.0, -5.0, [0.9, 0.1]).plot().data
+    heat = importance(5.0, -5.0, [0.9, 0.1]).plot().data[0]
     assert np.allclose(heat.z, [[0.9, 0.1]])
 
 

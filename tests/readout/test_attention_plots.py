@@ -79,7 +79,7 @@ def test_unread_layers_are_marked_and_missing_values_are_dashes():
     by_row(gaps)[0, 1] = float("nan")
     figure = gaps.plot()
     assert list(figure.layout.yaxis.ticktext) == ["0", "1 (unread)"]
-    assert "–" in {annotation.text for annotation in figure.layout.annotations}
+    assert "–" in {word for trace in figure.data if trace.meta == "words" for word in trace.text}
     nothing = dataclasses.replace(mass(), values=torch.full((2, 2, 3, 2), float("nan")))
     assert "No head" in nothing.plot().layout.title.text
 
@@ -96,12 +96,12 @@ def test_entropies_and_peaks_say_what_they_measure():
     assert "by chance 6%" in peaks.layout.title.text
 
 
-def test_stacked_bars_fill_every_layer_and_show_uniform_attention_last():
+def test_stacked_bars_fill_every_layer_above_uniform_attention():
     figure = attention.spans(mass())
     names = {trace.name: list(trace.x) for trace in figure.data}
     assert list(names) == ["patch", "text"]
-    assert names["patch"] == pytest.approx([0.4, 0.5175, 0.25])
-    assert list(figure.data[0].y) == ["layer 0", "layer 1", "all alike"]
+    assert names["patch"] == pytest.approx([0.25, 0.4, 0.5175])
+    assert list(figure.data[0].y) == ["all alike", "layer 0", "layer 1"]
     partial = dataclasses.replace(mass(), values=mass().values * 0.5, uniform=mass().uniform * 0.5)
     assert [trace.name for trace in attention.spans(partial).data] == ["patch", "text", "other"]
     double = dataclasses.replace(mass(), values=mass().values * 2)
@@ -296,8 +296,8 @@ def test_two_sliders_choose_head_and_step_in_any_order(picture):
             one for one in figure.data if one.type == "heatmap" and one.visible and one.xaxis in ("x", None)
         ]
         assert map_shown.zmax == pytest.approx(float(values[2, 0, 1, 0].max()))
-        labels = [label.text for label in figure.layout.annotations if label.xref == "x2"]
-        assert labels == [style.signed_percent(share) for share in strength[2].flatten().tolist()]
+        (words,) = [one for one in figure.data if one.meta == "words" and one.visible]
+        assert list(words.text) == [style.signed_percent(share) for share in strength[2].flatten().tolist()]
         assert (figure.layout.shapes[-1].x0, figure.layout.shapes[-1].y0) == (0.5, -0.5)
         low, high = strength[:, 0, 1].min(), strength[:, 0, 1].max()
         assert f"H1 gives {low:.0%} to {high:.0%} of its attention" in figure.layout.title.text
@@ -320,7 +320,7 @@ def test_marks_on_the_picture_stay_when_the_step_changes():
     figure = moved(maps.plot(), 1, 1)
     texts = [label.text for label in figure.layout.annotations]
     assert texts.count("query") == 1
-    assert len(texts) == 3
+    assert len(texts) == 1
 
 
 def test_boxes_are_in_pixels_of_the_picture_or_else_of_the_map():
@@ -457,6 +457,6 @@ def test_pages_of_every_figure_load_nothing(tmp_path):
     ("share", "text"), [(0.0, "0%"), (0.002, "less than 1%"), (0.5, "50%"), (0.998, "more than 99%"), (1.0, "100%")]
 )
 def test_shares_are_not_rounded_to_all_or_nothing(share: float, text: str):
-    from circuitvision.plots.attention_overlay import percent
+    from circuitvision.plots.kit import percent
 
     assert percent(share) == text

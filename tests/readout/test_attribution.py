@@ -346,7 +346,7 @@ def test_prompts_take_the_place_of_the_runs_texts():
         ("llava-clip-llama", ("red", "blue"), {"position": cv.regions.at([1, 2, 3])}, "of 3 examples"),
         ("llava-clip-llama", ("red", "blue"), {"position": slice(2, 1)}, "outside"),
         ("llava-clip-llama", ({"red", "green"}, "blue"), {}, "one per example"),
-        ("llava-clip-llama", None, {}, "A direction is"),
+        ("llava-clip-llama", None, {}, "Say what is explained"),
         ("llava-clip-llama", 1.5, {}, "A direction is"),
         ("clip", torch.tensor(1.5), {}, "direction of the stream"),
         ("llava-clip-llama", torch.ones(20), {"tower": "vision"}, "Say where"),

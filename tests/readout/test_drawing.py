@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from plotly.subplots import make_subplots
+import torch
 
-from circuitvision.plots import patches
+from circuitvision.plots import kit, patches, style
 
 
 def written(words: list[list[str]], panels: int):
-    figure = make_subplots(rows=1, cols=panels)
-    patches.add_map(figure, np.zeros((len(words), len(words[0]))), 1, panels, written=words)
+    figure = kit.panels(1, panels)
+    patches.add_words(figure, torch.zeros(len(words), len(words[0])), words, style.legible(), 0, 1, 1, panels)
     return figure.data[0]
 
 
 def test_long_words_are_cut_and_marks_stay_marks():
     trace = written([["red", "ASSISTANT:"], ["&lt;/s&gt;", "&lt;image_pad&gt;"]], 1)
-    assert [list(line) for line in trace.text] == [["red", "ASSISTA…"], ["&lt;/s&gt;", "&lt;image_…"]]
+    assert list(trace.text) == ["red", "ASSISTA…", "&lt;/s&gt;", "&lt;image_…"]
 
 
 @pytest.mark.parametrize("panels", [1, 3, 5, 8])

@@ -19,6 +19,10 @@ from tests.readout.layouts import by_row, of_rows
 from .common import run
 
 
+def heat_maps(figure) -> list:
+    return [trace for trace in figure.data if trace.type == "heatmap"]
+
+
 def title(figure):
     return figure.layout.title.text
 
@@ -148,12 +152,12 @@ def test_layers_rise_in_every_figure_of_heads(llava):
 def test_attribution_is_drawn_as_layers_by_heads_too(llava):
     model, _, cache = llava
     found = readout.direct_attribution(model, cache, ("red", "blue"))
-    (drawn,) = found.plot(view="heads").data
+    (drawn,) = heat_maps(found.plot(view="heads"))
     assert drawn.z.shape == (model.language.cfg.n_layers, model.language.cfg.n_heads)
     for layer, row in enumerate(drawn.z):
         for head, value in enumerate(row):
             assert value == pytest.approx(float(found[f"L{layer}H{head}"].mean()), abs=1e-6)
-    (single,) = found.plot(view="heads", row=1).data
+    (single,) = heat_maps(found.plot(view="heads", row=1))
     assert single.z[0][0] == pytest.approx(float(found["L0H0"][1]), abs=1e-6)
     assert "row 1 of 2" in title(found.plot(view="heads", row=1))
     with pytest.raises(InputError, match="choose one of bars, heads"):

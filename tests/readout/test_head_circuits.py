@@ -352,7 +352,7 @@ def test_figures_say_which_heads_and_which_words(tmp_path):
     figure = scores.plot()
     source, target, value = scores.top(1)[0]
     assert figure.layout.title.text.startswith("No pair stands out from random heads in Q-composition")
-    assert f"the first is {source} → {target}, {value:+.2f}" in figure.layout.title.text
+    assert f"the first is {source} → {target}, {value:+.2f}" in figure.layout.title.text.replace("<br>", " ")
     scores.values[0, 1, 1, 2] = 0.5
     assert scores.plot().layout.title.text.startswith(
         "language L0H1 → language L1H2 composes most through Q: +0.50 above random heads"

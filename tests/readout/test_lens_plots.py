@@ -12,8 +12,7 @@ import torch
 
 import circuitvision as cv
 from circuitvision.errors import InputError
-from circuitvision.plots import attribution as figures
-from circuitvision.plots import lens_text
+from circuitvision.plots import kit, lens_text
 from circuitvision.readout.attribution.bilinear import bilinear_attribution
 from circuitvision.readout.attribution.direct import Attribution, direct_attribution, source_attribution
 from circuitvision.readout.attribution.increase import log_prob_increase
@@ -272,7 +271,7 @@ def test_sources_show_the_tile_that_is_asked_for_and_scores_of_rows_name_no_list
     scores = log_prob_increase(model, cache, {"answer": out[:, -1].argmax(-1).tolist()})
     assert "{" not in title(scores.plot())
     assert title(replace(scores, values=scores.values * 0).plot()).startswith("No head moves log p(")
-    assert figures._number(math.nan) == "no value"
+    assert kit.signed(math.nan) == "no value"
 
 
 def test_a_box_in_pixels_or_in_shares_is_the_same_box():

@@ -310,7 +310,7 @@ def heading(figure) -> str:
 
 
 def cells(figure) -> list[str]:
-    return [note.text for note in figure.layout.annotations]
+    return [word for trace in figure.data if trace.meta == "words" for word in trace.text]
 
 
 def test_figures_of_value_vectors_say_the_finding_and_need_no_model(tmp_path):
@@ -318,17 +318,17 @@ def test_figures_of_value_vectors_say_the_finding_and_need_no_model(tmp_path):
     plant(model.language, 1, 7, 40 * model.language.W_U[:, model.token("red")])
     result = ValueVectors.load(value_vectors(model.language, 3).save(tmp_path / "vectors.npz"))
     whole = result.plot(count=4)
-    assert "L1N7 promotes red most" in heading(whole)
+    assert "language L1N7 promotes red most strongly" in heading(whole)
     assert len(cells(whole)) == 12
     found = result.plot(targets=["red"], count=2)
-    assert heading(found).startswith("language L1N7 promotes 1 of the 1 outputs asked for")
-    orange = found.data[0].z
-    assert orange[0][0] is not None
-    assert sum(value is not None for value in orange[0]) == 1
+    assert heading(found).startswith("1 of the 1 outputs asked for are among the 3 highest of language L1N7")
+    coloured = np.isfinite(np.asarray(found.data[0].z))
+    assert coloured[0][0]
+    assert coloured[0].sum() == 1
     kept = value_vectors(model.language, targets=["red", "blue"]).plot(count=3)
     assert list(kept.layout.xaxis.ticktext) == ["red", "blue"]
     against = value_vectors(model.language, 2, largest=False).plot(count=1)
-    assert "suppresses" in heading(against)
+    assert "\N{MINUS SIGN}" in heading(against)
     assert "No value vector" in result.plot(targets=["no such word"]).layout.title.text
     markup = value_vectors(model.language, 1, matrix=torch.eye(32)[:, :1]).plot(count=1)
     assert cells(markup) == ["0"]

@@ -1,0 +1,184 @@
+"""The one place where a finding becomes a sentence: a function per claim, which affirms only what holds.
+
+Where a finding does not hold, its sentence gives the numbers and, where it has one, the reason.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from circuitvision.findings import LEAST_SHARE, NOT_ASKED, percent
+from circuitvision.model.names import is_component
+
+if TYPE_CHECKING:
+    from circuitvision.findings import Finding
+
+
+def _say_answers(found: Finding) -> str:
+    about = found.about
+    said = f"{about['clean']!r} on the clean image and {about['corrupt']!r} on the corrupt one"
+    if found.holds:
+        return f"The model says {said}."
+    if found.reason == NOT_ASKED:
+        return (
+            f"The model does not give the answers asked about ({about['answer']!r}, {about['foil']!r}): it says {said}."
+        )
+    return f"The model's answers are hardly above chance: it says {said}, with {found.value:.1%} where guessing gives {found.chance:.1%}."
+
+
+def _say_swing(found: Finding) -> str:
+    said = f"Swapping one image for the other moves the metric by {found.amount} ({found.sure})"
+    if found.holds:
+        return f"{said}."
+    return f"{said}: {found.reason}{', so no share of it is given' if 'hardly' in found.reason else ''}."
+
+
+def _say_share(found: Finding) -> str:
+    subject, verb = _capital(found.about["subject"]), "restores" if found.about["mode"] == "denoise" else "destroys"
+    alone, plural = ("together", True) if found.claim == "heads" else ("alone", False)
+    if found.value != found.value:
+        return f"What {found.about['subject']} {'do' if plural else 'does'} {alone} has no share: {found.reason}."
+    if found.holds:
+        return f"{subject} {alone} {verb[:-1] if plural else verb} {found.amount} of that ({found.sure})."
+    moved = f"{subject} {alone} {'move' if plural else 'moves'} {found.amount} of that ({found.sure})"
+    # What the whole comparison lacks is said once, of the whole.
+    return f"{moved}: {found.reason}." if found.reason.startswith("it ") else f"{moved}."
+
+
+def _say_past(found: Finding) -> str:
+    heads = found.about["heads"]
+    said = f"No single head of the vision tower moves {LEAST_SHARE:.0%}: with its {heads} strongest heads held at the corrupt run's values, "
+    return (
+        f"{said}{found.amount} of the image's effect still reaches the answer through the projector."
+        if found.holds
+        else ""
+    )
+
+
+def _say_last_word(found: Finding) -> str:
+    both = f"{found.about['answer']!r} or {found.about['foil']!r}"
+    if not found.holds:
+        return f"{both} cannot be read at the last word: {found.reason}"
+    layer = found.about["layer"]
+    return (
+        f"{both} can be read at the last word from {'the input' if layer == 'input' else f'language layer {layer}'} on"
+    )
+
+
+def _say_patches(found: Finding) -> str:
+    return f"at {found.value:.0%} of image patches and layers" if found.holds else "at no image patch"
+
+
+def _say_carries(found: Finding) -> str:
+    beside = "" if found.chance is None else f"; as many random heads cost {found.number(found.chance)}"
+    said = f"Ablating {found.about['heads']} together costs {found.amount} of the pairs right ({found.sure}){beside}"
+    return f"{said}." if found.holds else f"{said}: {found.reason}."
+
+
+def _say_attends(found: Finding) -> str:
+    head, to = found.about["head"], found.about["to"]
+    if found.holds is False:
+        kind = "layer" if head.startswith("Layer") else "head"
+        most = f"{percent(found.value)} beside {percent(found.chance or 0.0)}"
+        return f"No {kind} gives {to} much more attention than chance: at most {head}, {most}"
+    said = (
+        f"gives {percent(found.value)} of its attention to {to}"
+        if found.value == found.value
+        else "has no attention to show"
+    )
+    return f"{head} {said}"
+
+
+def _say_narrow(found: Finding) -> str:
+    head = found.about["head"]
+    return (
+        f"{head} has the narrowest attention"
+        if found.holds
+        else f"No head is narrow; {head} has the narrowest attention"
+    )
+
+
+def _say_peaks(found: Finding) -> str:
+    head, rate = found.about["head"], f"{found.value:.0%} of examples"
+    if found.holds:
+        return f"{head} peaks inside the region in {rate}"
+    return f"No head peaks inside the region more often than by chance: {head} in {rate}"
+
+
+def _say_explained(found: Finding) -> str:
+    head, share = found.about["head"], f"{found.value:.0%}"
+    if found.holds:
+        return f"Where the patch lies explains {share} of the attention of {head}"
+    return f"Where the patch lies explains no head's attention: {share} of that of {head}"
+
+
+def _say_promotes(found: Finding) -> str:
+    vector, word, value = (
+        found.about["vector"],
+        found.about["word"],
+        f"{found.value:+.2f}".replace("-", "\N{MINUS SIGN}"),
+    )
+    verb = "promotes" if found.value >= 0 else "suppresses"
+    if found.holds:
+        return f"{vector} {verb} {word} most strongly: {value}"
+    return f"No value vector stands out: the strongest is {vector}, {value} for {word}; the median one has {found.chance:.2f}"
+
+
+def _say_among(found: Finding) -> str:
+    about = found.about
+    return f"{found.value:.0f} of the {about['asked']} outputs asked for are among the {about['kept']} of {about['vector']}"
+
+
+def _say_stands_out(found: Finding) -> str:
+    about = found.about
+    if found.holds:
+        return f"{about['method']}: {about['noun']} {about['at']} matters most to {about['metric']}"
+    if found.value != found.value:
+        return f"{about['method']}: no {about['noun']} matters to {about['metric']}"
+    return f"{about['method']}: no {about['noun']} stands out for {about['metric']}; the largest is {about['at']}, {found.value:.1f} times the median"
+
+
+def _say_on_object(found: Finding) -> str:
+    if found.n == 1:
+        return f"{found.about['method']} peaks {'on' if found.value else 'beside'} the object"
+    said = f"{found.about['hits']} of {found.n} maps peak on the object"
+    return said if found.holds else f"{said}, which is no more than chance gives"
+
+
+def _say_ranks_first(found: Finding) -> str:
+    about = found.about
+    said = f"At {about['where']!r} the {about['tower']} ranks {about['word']!r} first"
+    return f"{said}, by no more than {found.amount}" if found.holds is False else f"{said} {about['since']}"
+
+
+def _say_margin(found: Finding) -> str:
+    return found.amount
+
+
+def _capital(text: str) -> str:
+    """A sentence that begins with a word in capitals; names of components stay as they are spelled."""
+    return text if is_component(" ".join(text.split(" ", 2)[:2])) else text[:1].upper() + text[1:]
+
+
+SENTENCES = {
+    "answers": _say_answers,
+    "swing": _say_swing,
+    "head": _say_share,
+    "heads": _say_share,
+    "last word": _say_last_word,
+    "patches": _say_patches,
+    "past vision": _say_past,
+    "carries": _say_carries,
+    "attends": _say_attends,
+    "narrow": _say_narrow,
+    "peaks inside": _say_peaks,
+    "explained": _say_explained,
+    "promotes": _say_promotes,
+    "among": _say_among,
+    "stands out": _say_stands_out,
+    "on object": _say_on_object,
+    "ranks first": _say_ranks_first,
+    "leads": _say_margin,
+    "readable": _say_margin,
+    "beats random": _say_margin,
+}
