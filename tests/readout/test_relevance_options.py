@@ -383,3 +383,17 @@ def test_a_text_that_is_read_at_its_padding_is_relevant_through_it():
     words = slopes[:, [0, 1, 2, 3, -1]].sum(1) / 5
     torch.testing.assert_close(by_row(found)[:, :4], words[:, :4])
     assert not by_row(found)[:, 4:].any()
+
+
+def test_an_occlusion_keeps_the_edits_that_it_ran(tmp_path):
+    model = single()
+    inputs = case(LLAVA).inputs(shared_model(LLAVA), batch=1)
+    metric = cv.metrics.logit_diff(5, 7)
+    found = cv.readout.occlusion(model, inputs, metric, baseline="zero", progress=False)
+    loaded = cv.load(found.save(tmp_path / "found.npz"))
+    again = model.sweep(inputs, loaded.edits, metric, progress=False)
+    patches = ~found.values.isnan()
+    assert len(loaded.edits) == int(patches.sum())
+    torch.testing.assert_close(
+        (again.clean - again.values)[:, 0], found.values[patches].to(again.values), atol=1e-5, rtol=1e-4
+    )

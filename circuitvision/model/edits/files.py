@@ -75,17 +75,17 @@ def from_dict(data: Mapping[str, Any], tensors: Mapping[str, Tensor], objects: M
     return cls(**values)
 
 
-def dump(edits: Sequence[Edit | Sequence[Edit]], tensors: Tensors) -> str:
+def dump(edits: Edit | Sequence[Edit | Sequence[Edit]], tensors: Tensors) -> str:
     """Edits, or groups of edits, as YAML text; their tensors are put into ``tensors``."""
     import yaml
 
     return yaml.safe_dump(_document(edits, tensors), sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
-def _document(edits: Sequence[Edit | Sequence[Edit]], tensors: Tensors) -> dict[str, Any]:
+def _document(edits: Edit | Sequence[Edit | Sequence[Edit]], tensors: Tensors) -> dict[str, Any]:
     listed = [
         to_dict(item, tensors) if isinstance(item, Edit) else [to_dict(edit, tensors) for edit in item]
-        for item in edits
+        for item in ([edits] if isinstance(edits, Edit) else edits)
     ]
     return {"format": FORMAT, "edits": listed}
 
@@ -109,7 +109,7 @@ def parse(text: str, tensors: Mapping[str, Tensor], objects: Mapping[str, Any] |
     ]
 
 
-def save(path: str | Path, edits: Sequence[Edit | Sequence[Edit]]) -> Path:
+def save(path: str | Path, edits: Edit | Sequence[Edit | Sequence[Edit]]) -> Path:
     """Write edits to a ``.yaml`` or ``.json`` file, and the tensors they hold to the ``.safetensors`` file of the same name beside it.
 
     Raises InputError for another suffix.

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -109,7 +110,8 @@ def occlusion(
     values = torch.where(removed, of_row[..., None], 0.0).sum(0) / counts
     warn_undefined(values[counts > 0])
     values = torch.where(counts > 0, values, float("nan"))
-    return result_at(place, values, f"occlusion ({setting}, baseline {short_repr(baseline)})", metric)
+    found = result_at(place, values, f"occlusion ({setting}, baseline {short_repr(baseline)})", metric)
+    return replace(found, edits=swept.edits)
 
 
 def _one_by_one(

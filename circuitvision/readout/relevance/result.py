@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError, warn
+from circuitvision.model.edits.base import EditGroup
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.patch_coords import extent_of, named_positions, on_grid
 from circuitvision.readout.relevance.variables import PIXELS
@@ -43,7 +44,7 @@ class Relevance(Result):
 
     ``places`` (``[example position 4]``: image, tile, patch row, patch column, -1 where a position is no patch), ``labels`` and ``kinds`` name the
     positions; for pixels, those of the image tower's patches. ``shares`` (``[example position 4]``) is where each lies in the picture.
-    ``metric_value`` is the metric per example, ``baseline_value`` that of the baseline, and ``completeness_gap`` the sum of an
+    ``edits`` are those that an occlusion ran, one group per removal. ``metric_value`` is the metric per example, ``baseline_value`` that of the baseline, and ``completeness_gap`` the sum of an
     example's values minus the difference of the two; both are empty where a method has none.
     """
 
@@ -57,6 +58,7 @@ class Relevance(Result):
     shares: Tensor = field(default_factory=lambda: torch.zeros(0))
     labels: list[list[str]] = field(default_factory=list)
     kinds: list[list[str]] = field(default_factory=list)
+    edits: list[EditGroup] = field(default_factory=list)
 
     _per_example: ClassVar[dict[str, int]] = {
         **dict.fromkeys(("metric_value", "baseline_value", "completeness_gap"), -1),
