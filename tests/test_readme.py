@@ -41,6 +41,23 @@ def test_edits(names: dict[str, Any]) -> None:
     assert names["words"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
+def test_training_a_direction(names: dict[str, Any]) -> None:
+    exec("import torch\nfrom circuitvision import edits", names)
+    exec(block_with("model.prepared("), names)
+    assert float(names["direction"].grad.norm()) > 0
+    whole = names["model"].run(names["inputs"], [names["edits"].steer("language.blocks.1.hook_resid_post", names["direction"], 1.0, positions="last")])  # fmt: skip
+    torch.testing.assert_close(names["logits"].detach(), whole.detach())
+
+
+def test_data_sets(names: dict[str, Any]) -> None:
+    exec("from circuitvision import edits", names)
+    exec(block_with("save_to="), names)
+    found = names["found"]
+    assert list(found.axes) == ["metric", "edit", "example"]
+    assert found.axes["metric"] == ["logit difference", "right"]
+    assert len(found.axes["example"]) == len(names["pairs"])
+
+
 def test_read_outs(names: dict[str, Any]) -> None:
     names["image"] = cv.data.sample_question_pairs(1, seed=3)[0].corrupt.image
     names["cache"] = names["model"].run_with_cache(names["inputs"])[1]
