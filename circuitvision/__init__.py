@@ -79,6 +79,7 @@ _CLASSES = {
     "model.tokens": "TokenMap",
     "model.tower": "Tower TowerConfig",
     "patching.activation": "PatchingResult",
+    "plots.figure": "Figure",
     "readout.attention.contrast": "AttentionContrast",
     "readout.attention.distance": "DistanceProfile PositionPattern",
     "readout.attention.maps": "AttentionMaps",
