@@ -235,11 +235,11 @@ def test_empty_regions_have_no_value_and_one_warning_says_where():
     model, inputs, _tower, tokens = run("llava right")
     region = box_of(tokens).named("object")
     calls: dict[str, Callable[[], Tensor]] = {
-        "mass": lambda: attended("llava right", region)[:, :, 2],
+        "mass": lambda: attended("llava right", region)[..., 2],
         "vectors": lambda: probed_once(region)[2],
-        "lens": lambda: lensed("llava right", region)[:, 2],
+        "lens": lambda: lensed("llava right", region)[..., 2],
         "metric": lambda: cv.metrics.logit_diff(1, 2, position=region).bind(model)(model(inputs), inputs)[2],
-        "attribution": lambda: attributed_once(region)[2],
+        "attribution": lambda: attributed_once(region)[..., 2],
     }
     for name, call in calls.items():
         with warnings.catch_warnings(record=True) as heard, torch.no_grad():
@@ -454,7 +454,7 @@ def test_regions_label_the_axes_of_results():
     assert [line.name for line in figure.data] == ["object", "rest"]
     torch.testing.assert_close(
         torch.tensor(figure.data[0].y, dtype=torch.float64),
-        lens.values[:, :, 0, 0].double().nanmean(1),
+        lens.values[:, 0, 0].double().nanmean(-1),
         atol=1e-6,
         rtol=1e-6,
     )

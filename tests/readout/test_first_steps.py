@@ -132,7 +132,7 @@ def test_figures_of_one_row_of_several_say_which(llava):
 def test_lines_and_pairs_say_what_they_are_of():
     model, _, cache = run("clip", everything=True)
     lens = readout.logit_lens(model, cache, "vision", targets=[0, 1])
-    assert "mean of 2 rows" in title(lens.plot(view="layers"))
+    assert "mean of 2 examples" in title(lens.plot(view="layers"))
     assert "row 1 of 2" in title(lens.plot(view="layers", row=1))
     pairs = readout.bilinear_attribution(model, cache)
     assert "image 1 of 2" in title(pairs.plot(image=1, text=0))
@@ -198,10 +198,10 @@ def test_one_example_is_no_percentage():
     shares = [0.0, 0.5, 1.0]
     random = torch.tensor([[3.0, 2.0, 0.0], [3.0, 0.5, 0.0], [3.0, 1.5, 0.0]])[:, None]
     one = Curve(
-        values=torch.tensor([[3.0, 1.0, 0.0]]),
-        axes={"example": [0], "share": shares},
+        values=torch.tensor([[3.0, 1.0, 0.0]]).T,
+        axes={"share": shares, "example": [0]},
         method="made by hand",
-        random=random,
+        random=random.movedim(1, -1),
     )
     assert title(one.plot()).startswith("Deletion by made by hand beats 2 of 3 random orders<br>")
     assert "one example" in title(one.plot())
@@ -239,7 +239,8 @@ def test_tables_over_positions_name_the_token(llava):
         second = frame[frame["example"] == 1].drop_duplicates("position")
         assert second["token"].tolist() == [labels[at] for at in second["position"]]
     vision = readout.gradient_times_activation(model, cache.inputs, metric)
-    assert vision.to_frame()["token"].tolist() == [word for row in vision.labels for word in row]
+    frame = vision.to_frame().sort_values(["example", "position"])
+    assert frame["token"].tolist() == [word for row in vision.labels for word in row]
     # A lens of sites without the class token counts positions from 1.
     lens = readout.logit_lens(model, cache, "vision", targets=["red"]).to_frame()
     maps = model.tokens(cache.inputs)["vision"]
