@@ -19,7 +19,9 @@ Not covered: pictures inside archives, and data sets that stream (they have no l
 from __future__ import annotations
 
 import csv
+import io
 import json
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,14 +53,18 @@ def from_folder(folder: Any, table: str = "pairs.csv", columns: Mapping[str, str
     if not rows:
         raise InputError(f"{path} holds no row.")
     names = _names(rows[0], columns)
-    found = {name: [_cell(row, own, path, number) for number, row in enumerate(rows, 1)] for name, own in names.items()}
-    for name in found:
+    found = {
+        name: [_cell(row, own, path.name, number) for number, row in enumerate(rows, 1)] for name, own in names.items()
+    }
+    for name, column in found.items():
         if name.endswith("image"):
-            found[name] = [_located(path.parent, one, number) for number, one in enumerate(found[name], 1)]
+            found[name] = [_located(path.parent, one, number) for number, one in enumerate(column, 1)]
         elif name.endswith("mask"):
-            found[name] = [
-                np.asarray(opened(_located(path.parent, one, n))) > 0 for n, one in enumerate(found[name], 1)
-            ]
+            found[name] = [_mask(_located(path.parent, one, number), number) for number, one in enumerate(column, 1)]
+        elif name.endswith("_id"):
+            found[name] = [_id(one, name, number) for number, one in enumerate(column, 1)]
+        elif name.endswith("box"):
+            found[name] = [_box(one, name, number) for number, one in enumerate(column, 1)]
     return _pairs(found)
 
 
@@ -71,6 +77,10 @@ def from_dataset(dataset: Any, columns: Mapping[str, str] | None = None) -> Pair
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise InputError(
             f"A {type(dataset).__name__} has no length or no items by number; load it whole (streaming=False)."
+        )
+    if isinstance(dataset, Mapping) or hasattr(dataset, "iloc"):
+        raise InputError(
+            f"A {type(dataset).__name__} is a table by columns; give a list of rows (of a data frame: frame.to_dict('records'))."
         )
     if not len(dataset):
         raise InputError("The data set holds no row.")
@@ -87,15 +97,20 @@ def from_dataset(dataset: Any, columns: Mapping[str, str] | None = None) -> Pair
     found: dict[str, list[Any]] = {name: [Stored(dataset, row, own) for row in rows] for name, own in pictures.items()}
     table = [plain[row] for row in rows] if others else []
     for name, own in others.items():
-        found[name] = [row[own] for row in table]
+        column = [_entry(row, own, number) for number, row in enumerate(table, 1)]
         if name.endswith("mask"):
-            found[name] = [np.asarray(opened(one)) > 0 for one in found[name]]
+            column = [None if one is None else _mask(one, number) for number, one in enumerate(column, 1)]
+        found[name] = column
     return _pairs(found)
 
 
 def _names(row: Mapping[str, Any], columns: Mapping[str, str] | None) -> dict[str, str]:
     """Our name of every column that is read, and the table's."""
-    columns = columns or {}
+    columns = {} if columns is None else columns
+    if not isinstance(columns, Mapping):
+        raise InputError(
+            f"columns is a mapping of our names to the table's, such as {{'image': 'photo'}}, not {columns!r:.80}."
+        )
     for name, own in columns.items():
         if name not in NAMES:
             raise InputError(f"columns names {name!r}; nearest: {', '.join(nearest(name, NAMES))}.")
@@ -110,25 +125,51 @@ def _names(row: Mapping[str, Any], columns: Mapping[str, str] | None) -> dict[st
 
 
 def _csv(path: Path) -> list[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    for number, row in enumerate(rows, 1):
-        for name in row:
-            if str(name).endswith("_id"):
-                try:
-                    row[name] = int(row[name])
-                except (TypeError, ValueError):
-                    raise InputError(
-                        f"Row {number} of {path.name}: {name} is {row[name]!r}, no whole number."
-                    ) from None
-            elif str(name).endswith("box") and isinstance(row[name], str):
-                row[name] = [float(one) for one in re.findall(r"-?\d+(?:\.\d+)?", row[name])]
-    return rows
+    return list(csv.DictReader(io.StringIO(_read(path), newline="")))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path.name} is not written in UTF-8 ({error}); save it in that encoding.") from error
+
+
+def _id(value: Any, name: str, row: int) -> Any:
+    """A whole number, or several where a table can hold them."""
+    if isinstance(value, list):
+        return [_id(one, name, row) for one in value]
+    try:
+        return int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError):
+        raise InputError(f"Row {row}: {name} is {value!r}, no whole number.") from None
+
+
+def _box(value: Any, name: str, row: int) -> Any:
+    """Four numbers, written in one cell; what a table holds as numbers stays as it is."""
+    if not isinstance(value, str):
+        return value
+    words = re.split(r"[\s,;]+", value.strip(" \t()[]"))
+    try:
+        found = [float(word) for word in words]
+    except ValueError:
+        found = []
+    if len(found) != 4:
+        raise InputError(f"Row {row}: {name} is {value!r}, and a box is four numbers: left, top, right, bottom.")
+    return found
+
+
+def _mask(picture: Any, row: int) -> np.ndarray:
+    """Truth values ``[height width]``."""
+    found = np.asarray(opened(picture))
+    if found.ndim != 2:
+        raise InputError(f"Row {row}: a mask is a picture of one channel (convert('L')), not {list(found.shape)}.")
+    return found > 0
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -140,11 +181,19 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _cell(row: Mapping[str, Any], name: str, path: Path, number: int) -> Any:
+def _cell(row: Mapping[str, Any], name: str, table: str, number: int) -> Any:
     value = row.get(name)
     if value is None or value == "":
-        raise InputError(f"Row {number} of {path.name} has no {name}; every row has one.")
+        raise InputError(f"Row {number} of {table} has no {name}; every row has one.")
     return value
+
+
+def _entry(row: Mapping[str, Any], name: str, number: int) -> Any:
+    if name not in row:
+        raise InputError(
+            f"Row {number} of the data set has no column {name}; every row has it, None where there is nothing."
+        )
+    return row[name]
 
 
 def _located(folder: Path, names: Any, row: int) -> Any:
