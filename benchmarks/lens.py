@@ -154,9 +154,11 @@ def _check(model: cv.HookedModel, cache: cv.ActivationCache, variants: dict[str,
     """Both readers see the same values before anything is timed."""
     ours, theirs = variants["circuitvision, two targets with ranks"](), variants["layer by layer"]()
     for layer, (values, ranks, _) in enumerate(theirs):
-        torch.testing.assert_close(ours.values[layer], values.cpu(), atol=1e-3, rtol=1e-3)
-        if values.dtype == torch.float32 and not torch.equal(ours.ranks[layer], ranks.cpu()):
-            share = (ours.ranks[layer] - ranks.cpu()).abs().float().mean()
+        # Results keep examples last, the hand-written reader has the model's rows first.
+        own, own_ranks = (held[layer].movedim(-1, 0) for held in (ours.values, ours.ranks))
+        torch.testing.assert_close(own, values.cpu(), atol=1e-3, rtol=1e-3)
+        if values.dtype == torch.float32 and not torch.equal(own_ranks, ranks.cpu()):
+            share = (own_ranks - ranks.cpu()).abs().float().mean()
             assert share < 2, f"ranks differ by {share} on average"
 
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, checked_seed
 
 _CELLS = 1024
 """How many cells are drawn at once: a few tens of MiB."""
@@ -70,7 +70,7 @@ def bootstrap_interval(
     Raises:
         InputError: a level outside 0 … 1, or fewer than 100 draws.
     """
-    if not 0 < level < 1 or isinstance(draws, bool) or draws < 100:
+    if not (isinstance(level, float) and 0 < level < 1 and isinstance(draws, int) and draws >= 100):
         raise InputError(
             f"An interval has a level between 0 and 1 and at least 100 draws, not {level!r} and {draws!r}."
         )
@@ -78,7 +78,11 @@ def bootstrap_interval(
     flat = values.detach().cpu().double().reshape(-1, count).numpy()
     found = np.full((2, len(flat)), np.nan)
     if count > 1:
-        drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws).astype(float)
+        drawn = (
+            np.random.default_rng(checked_seed(seed))
+            .multinomial(count, np.full(count, 1 / count), size=draws)
+            .astype(float)
+        )
         for first in range(0, len(flat), _CELLS):
             found[:, first : first + _CELLS] = _bca(flat[first : first + _CELLS], drawn, level)
     return torch.from_numpy(found).reshape(2, *shape)

@@ -45,7 +45,8 @@ def test_training_a_direction(names: dict[str, Any]) -> None:
     exec("import torch\nfrom circuitvision import edits", names)
     exec(block_with("model.prepared("), names)
     assert float(names["direction"].grad.norm()) > 0
-    whole = names["model"].run(names["inputs"], [names["edits"].steer("language.blocks.1.hook_resid_post", names["direction"], 1.0, positions="last")])  # fmt: skip
+    steered = names["edits"].steer("language.blocks.1.hook_resid_post", names["direction"], 1.0, positions="last")
+    whole = names["model"].run(names["inputs"], [steered])
     torch.testing.assert_close(names["logits"].detach(), whole.detach())
 
 

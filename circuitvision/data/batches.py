@@ -263,7 +263,7 @@ def joined(model: Any, parts: Sequence[Mapping[str, Any] | None]) -> dict[str, A
     if any(part.keys() != given[0].keys() for part in given):
         raise InputError("Examples made by hand hold different inputs; give each of them the same names.")
     dual = is_dual(model)
-    if len(given) > 1 and not dual and all(_fills(part) for part in given):
+    if not dual and all(_fills(part) for part in given):
         given = [to_the_right(part) for part in given]
         width = max(part["attention_mask"].shape[1] for part in given)
         given = [filled(model, part, width) for part in given]

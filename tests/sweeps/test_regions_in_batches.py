@@ -101,3 +101,22 @@ def test_a_mean_over_a_region_of_a_data_set_is_that_of_all_its_examples() -> Non
         model.run(batch.inputs, [edit, edits.apply(SITE, seen)])
     wanted = cache[SITE][inside].mean(0)
     assert torch.allclose(torch.cat(parts), wanted.expand_as(cache[SITE][:, 1:]), rtol=0, atol=1e-12)
+
+
+def test_positions_counted_from_the_end_of_prompts_of_other_lengths_are_refused():
+    model = cv.organisms.load("shapes-llava")
+    scenes = cv.data.sample_question_pairs(2, seed=0)
+    texts = [
+        "USER: <image> what color is the circle ? ASSISTANT:",
+        "USER: <image> what color is the left object ? ASSISTANT:",
+    ]
+    pairs = cv.data.Pairs(
+        [pair.clean.image for pair in scenes], texts, corrupt_images=[pair.corrupt.image for pair in scenes], answers="red", foils="blue"
+    )  # fmt: skip
+    for where in (-1, [-2], slice(-3, None)):
+        edit = edits.ablate("language.blocks.1.hook_resid_post", positions=where)
+        with pytest.raises(InputError, match="different lengths"):
+            model.sweep(pairs, [edit], "logit_diff", example_batch=2, progress=False)
+    last = [edits.ablate("language.blocks.1.hook_resid_post", positions="last")]
+    one, two = (model.sweep(pairs, last, "logit_diff", example_batch=size, progress=False).values for size in (1, 2))
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)

@@ -13,6 +13,7 @@ each batch, with a function).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +163,7 @@ class DataStudy(Study):
         inputs = self.model._checked(batch.inputs)
         if self.check_batch is not None:
             self.check_batch(inputs)
+        _check_ends(inputs, groups)
         chunk = Chunk(number, inputs, groups, metrics, rows)
         held = self._held(chunk, self.side, batch, batch.inputs)
         if self.source is not None:
@@ -228,3 +230,18 @@ class DataStudy(Study):
 def _side_of(edit: Edit) -> SideSource | None:
     source = getattr(edit, "source", None)
     return source if isinstance(source, SideSource) else None
+
+
+def _check_ends(inputs: Mapping[str, Any], groups: Sequence[Group]) -> None:
+    """Raise InputError where positions count from the end of prompts that others of their batch are longer than: what fills up would be named."""
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or bool(mask.bool().all()):
+        return
+    for edit in itertools.chain.from_iterable(groups):
+        for chosen in (edit.positions, getattr(edit, "keys", None)):
+            bounds = getattr(chosen, "bounds", (None, None, None))[:2]
+            if chosen is not None and min([*chosen.ints, *(end for end in bounds if end is not None)], default=0) < 0:
+                raise InputError(
+                    f"{edit!r} counts positions from the end of the row, and the prompts of this data set have different lengths: "
+                    "take 'last', a kind, a function of the tokens, or cv.regions.at with one number per example."
+                )

@@ -44,7 +44,8 @@ class Relevance(Result):
 
     ``places`` (``[example position 4]``: image, tile, patch row, patch column, -1 where a position is no patch), ``labels`` and ``kinds`` name the
     positions; for pixels, those of the image tower's patches. ``shares`` (``[example position 4]``) is where each lies in the picture.
-    ``edits`` are those that an occlusion ran, one group per removal. ``metric_value`` is the metric per example, ``baseline_value`` that of the baseline, and ``completeness_gap`` the sum of an
+    ``edits`` are those that an occlusion ran, one group per removal.
+    ``metric_value`` is the metric per example, ``baseline_value`` that of the baseline, and ``completeness_gap`` the sum of an
     example's values minus the difference of the two; both are empty where a method has none.
     """
 
