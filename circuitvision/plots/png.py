@@ -11,10 +11,9 @@ import functools
 import io
 import os
 import shutil
-import warnings
 from typing import TYPE_CHECKING, Any
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.plots import style
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def failed(error: Exception) -> None:
 
 @functools.cache
 def _say(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
+    warn(text)
 
 
 @functools.cache
