@@ -107,7 +107,7 @@ def test_the_pointing_game_looks_at_the_pixels_of_the_peak() -> None:
     result = readout.gradient_times_activation(model, inputs, first_class)
     values = torch.zeros_like(by_row(result))
     values[:, 1 + 3 * 7 + 6] = 1.0
-    peak = result.__class__(**{**vars(result), "values": values})
+    peak = result.__class__(**{**vars(result), "values": values.T})
     corner = np.zeros((HEIGHT, WIDTH), bool)
     corner[23, 27] = True
     past = np.zeros((HEIGHT, WIDTH), bool)
@@ -152,7 +152,7 @@ def test_a_cut_picture_keeps_what_the_regions_read() -> None:
     contrast = readout.attention_contrast(maps, maps, lam=1.0)
     values = torch.full_like(by_row(contrast), 0.0)
     values[:, (contrast.places[0, :, 2] == 3) & (contrast.places[0, :, 3] == 6)] = 1.0
-    one = contrast.__class__(**{**vars(contrast), "values": values})
+    one = contrast.__class__(**{**vars(contrast), "values": values.T})
     picture = np.arange(HEIGHT * WIDTH * 3, dtype=np.uint8).reshape(HEIGHT, WIDTH, 3)
     assert np.array_equal(one.focus(picture, top_percent=1.0), picture[18:24, 24:28])
     assert one.regions(1.0)[0].box == (24.0, 18.0, 28.0, 24.0)

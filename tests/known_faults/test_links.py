@@ -74,9 +74,9 @@ def check_multi_label(kind: str) -> None:
         torch.testing.assert_close(found.clean, bare[:, 1].sigmoid())
     for measure, truth in (("prob", bare.sigmoid()), ("logprob", bare.sigmoid().log())):
         lens = cv.readout.logit_lens(model, inputs, targets=[0, 4], measure=measure)
-        torch.testing.assert_close(lens.pooled[-1], truth[:, [0, 4]])
+        torch.testing.assert_close(lens.pooled[-1].T, truth[:, [0, 4]])
         best = cv.readout.logit_lens(model, inputs, top_k=2, measure=measure)
-        torch.testing.assert_close(best.pooled[-1], truth.topk(2).values)
+        torch.testing.assert_close(best.pooled[-1].T, truth.topk(2).values)
 
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2"])
@@ -144,7 +144,7 @@ def test_regression_has_no_probabilities(options: dict[str, Any]) -> None:
         log_prob_increase(model, inputs, 0)
     assert runs == []
     lens = cv.readout.logit_lens(model, inputs, targets=[0])
-    torch.testing.assert_close(lens.pooled[-1, :, 0], logits[:, 0])
+    torch.testing.assert_close(lens.pooled[-1, 0], logits[:, 0])
     # A tuned lens of numbers is trained on numbers, not on a divergence that is 0 everywhere.
     tuned = TunedLens.train(model, inputs, steps=3, held_out=0.4)
     assert float(tuned.values[0, 0]) > 0

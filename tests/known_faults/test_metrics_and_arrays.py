@@ -56,7 +56,7 @@ def check_form(form: str) -> None:
     assert found.values[0].tolist() == truth.double().tolist()
     assert found.effect[0].tolist() == (truth.double() - clean.double()).tolist()
     assert "SweepResult" in repr(found)
-    assert cv.readout.rank_components(found).values[0] == truth.double().mean() - clean.double().mean()
+    assert cv.readout.rank_components(found).scores[0] == truth.double().mean() - clean.double().mean()
     assert float(found.to_frame()["effect"].mean()) == float(truth.double().mean() - clean.double().mean())
     assert found._repr_html_()
     assert found.plot() is not None
@@ -182,7 +182,7 @@ def test_numpy_inputs_everywhere() -> None:
             torch.testing.assert_close(model(given), truth)
             _, cache = model.run_with_cache(given)
             assert isinstance(cache.inputs["pixel_values"], Tensor)
-            torch.testing.assert_close(cv.readout.logit_lens(model, given, targets=[1]).pooled[-1, :, 0], truth[:, 1])
+            torch.testing.assert_close(cv.readout.logit_lens(model, given, targets=[1]).pooled[-1, 0], truth[:, 1])
             assert model.tokens(given)["vision"].n_rows == 4
             model.sweep(given, [GROUP], cv.metrics.prob(1), progress=False)
     tokens = model.tokens(inputs["pixel_values"])

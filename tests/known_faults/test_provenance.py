@@ -472,6 +472,7 @@ def test_every_public_function_that_returns_a_result_describes_its_call():
     assert sorted(missing) == [
         "collected.py:Collected.concat",
         "collected.py:Collected.load",
+        "curves.py:Curve.advantage",
         "gradients.py:.result_at",
         "over_data.py:.over_data",
         "result.py:SweepResult.of",

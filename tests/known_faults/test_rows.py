@@ -21,6 +21,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.positions import Positions
 from circuitvision.model.sweeps import run, study
 from circuitvision.readout import ranks
+from circuitvision.results import Result
 from circuitvision.statistics import by_example, standard_error
 from tests.edits.common import wrapped
 from tests.known_faults.test_averages import DOUBLE, made, near, written
@@ -231,7 +232,7 @@ def check_sweep() -> None:
         warnings.simplefilter("error")
         kept = model.sweep(inputs, groups, last, empty="clean", progress=False)
     near(kept.values[0, 1:], result.clean[1:])
-    assert float(cv.readout.rank_components(result).values.abs().max()) > 0
+    assert float(cv.readout.rank_components(result).scores.abs().max()) > 0
 
 
 def test_an_example_that_was_not_edited_is_in_no_mean() -> None:
@@ -400,7 +401,9 @@ def any_other_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def errors_over_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row an example of its own."""
     monkeypatch.setattr(ranks, "by_example", lambda values, example: values)
+    monkeypatch.setattr(Result, "examples", property(lambda self: list(range(len(self.axes["example"])))))
 
 
 def unedited_rows_count(monkeypatch: pytest.MonkeyPatch) -> None:

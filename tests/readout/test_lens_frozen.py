@@ -346,7 +346,7 @@ def test_padding_without_numbers_does_not_count_and_a_place_that_does_is_not_hid
     padding = torch.tensor([[kind == "padding" for kind in row] for row in result.kinds])
     assert bool(padding.any())
     for name in ("values", "ranks"):
-        getattr(result, name)[:, padding] = 0 if name == "ranks" else float("nan")
+        by_row(result, name)[:, padding] = 0 if name == "ranks" else float("nan")
     assert by_row(result.identifiability()).isfinite().all()
     assert by_row(result.change_rate()).isfinite().all()
     at = int((~padding[0]).nonzero()[0])

@@ -42,7 +42,7 @@ def pairs(index):
 def same(one: MaxActivatingExamples, two: MaxActivatingExamples) -> None:
     for name in TENSORS:
         torch.testing.assert_close(getattr(one, name), getattr(two, name), equal_nan=True, atol=1e-6, rtol=1e-5)
-    for name in ("mean", "maximum", "active", "class_means", "class_counts"):
+    for name in ("average", "maximum", "active", "class_means", "class_counts"):
         torch.testing.assert_close(getattr(one, name), getattr(two, name), equal_nan=True, atol=1e-6, rtol=1e-5)
     assert (one.tokens, one.ranges, one.count, one.n_positions) == (two.tokens, two.ranges, two.count, two.n_positions)
 
