@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import subprocess
 import sys
@@ -47,11 +48,11 @@ def every_heat_map() -> dict[str, kit.Figure]:
     scenes = [cv.data.scenes.sample_scene(np.random.default_rng(seed)) for seed in range(3)]
     inputs = model.inputs(images=[scene.image for scene in scenes])
     _, cache = model.run_with_cache(inputs)
-    maps = cv.readout.attention_maps(cache)
+    maps = cv.readout.attention_maps(cache.model, cache)
     similar = CKAResult(torch.rand(3, 3, generator=SEED), {"site": ["a", "b", "c"], "other": ["a", "b", "c"]})
     results = {
         "importance": importance(), "patching": patching(), "table": table(), "cka": similar,
-        "mass": cv.readout.attention_mass(cache), "entropy": cv.readout.attention_entropy(cache), "maps": maps,
+        "mass": cv.readout.attention_mass(cache.model, cache), "entropy": cv.readout.attention_entropy(cache.model, cache), "maps": maps,
         "difference": maps.head_contrast(), "peaks": maps.peak_in(cv.regions.box((0.0, 0.0, 32.0, 32.0))),
         "values": cv.readout.value_vectors(model.vision, 3), "increase": cv.readout.log_prob_increase(model, cache, 0),
     }  # fmt: skip
@@ -112,7 +113,10 @@ def test_the_measure_of_contrast_knows_its_ends_and_a_faint_pair():
 
 
 def test_titles_stand_below_the_toolbar_and_have_room(figures):
-    others = {"lens": lens_result().plot(), "spans": attention.spans(cv.readout.attention_mass(_cache()))}
+    others = {
+        "lens": lens_result().plot(),
+        "spans": attention.spans(cv.readout.attention_mass(_cache().model, _cache())),
+    }
     for name, figure in {**figures, **others}.items():
         title, margin = figure.layout.title, figure.layout.margin
         assert (title.yref, title.y, title.yanchor) == ("container", 1.0, "top"), name
@@ -123,6 +127,7 @@ def test_titles_stand_below_the_toolbar_and_have_room(figures):
         assert max(map(len, plain.split("<br>"))) <= 130, name
 
 
+@functools.cache
 def _cache():
     model = cv.organisms.load("shapes-vit")
     scene = cv.data.scenes.sample_scene(np.random.default_rng(0))
@@ -133,7 +138,7 @@ def test_layers_rise_everywhere(figures):
     for name in ("importance", "patching", "words", "mass", "heads", "cka"):
         low, high = figures[name].layout.yaxis.range
         assert low < high, name
-    bars = attention.spans(cv.readout.attention_mass(_cache()))
+    bars = attention.spans(cv.readout.attention_mass(_cache().model, _cache()))
     assert list(bars.data[0].y)[1:] == ["layer 0", "layer 1", "layer 2"]
     assert bars.layout.yaxis.autorange != "reversed"
 
@@ -205,9 +210,10 @@ def test_an_untrained_model_is_said_to_show_nothing():
     objects = torch.zeros(8, 17, dtype=torch.bool)
     objects[range(8), [1 + scene.objects[0].patch for scene in scenes]] = True
     _, cache = model.run_with_cache(inputs)
-    mass, maps = cv.readout.attention_mass(cache), cv.readout.attention_maps(cache)
+    mass, maps = cv.readout.attention_mass(cache.model, cache), cv.readout.attention_maps(cache.model, cache)
     titles = [
-        mass.plot(), cv.readout.attention_entropy(cache).plot(), cv.readout.position_pattern(cache).plot(), attention.spans(mass),
+        mass.plot(), cv.readout.attention_entropy(cache.model, cache).plot(), cv.readout.position_pattern(cache.model, cache).plot(),
+        attention.spans(mass),
         maps.peak_in(objects).plot(), cv.readout.value_vectors(model.vision, 3).plot(),
     ]  # fmt: skip
     for figure in titles:

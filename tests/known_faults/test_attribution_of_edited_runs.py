@@ -209,7 +209,7 @@ def test_pairs_of_terms_of_a_dual_encoder(by: str) -> None:
     with torch.no_grad(), model.hooks(hooks):
         logits, cache = model.run_with_cache(inputs)
     found = cv.readout.bilinear_attribution(model, cache, by=by)
-    torch.testing.assert_close(by_row(found).sum((0, 1)) + found.bias, logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.values.sum((0, 1)).T + found.bias, logits, rtol=0, atol=1e-5)
     assert "vision L1.rest" in found.axes["image_term"]
     assert ("text L0.rest" in found.axes["text_term"]) == (by == "head")
 
