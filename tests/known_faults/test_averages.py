@@ -429,7 +429,7 @@ def summaries(model: cv.HookedModel, inputs: dict[str, Any]) -> dict[str, Tensor
     for baseline in ("own", "zero"):
         options = {"tower": "language", "kinds": "patch", "baseline": baseline, "progress": False}
         values = cv.readout.occlusion(model, inputs, cv.metrics.logit_diff(5, 7), **options).values
-        found[baseline] = torch.stack([row[~row.isnan()] for row in values])
+        found[baseline] = torch.stack([row[~row.isnan()] for row in values.T])
     return found
 
 
