@@ -402,7 +402,7 @@ def test_caches_of_one_row_and_from_files_serve_as_well(tmp_path):
     with pytest.raises(InputError, match="does not know its inputs"):
         attention_mass(model, unknown)
     alone = ActivationCache.load(tmp_path / "cache.safetensors")
-    assert torch.equal(attention_mass(model, alone, model.tokens(inputs)).values[0], known[0])
+    assert torch.equal(by_row(attention_mass(model, alone, model.tokens(inputs)))[0], known[0])
 
 
 @pytest.mark.parametrize(

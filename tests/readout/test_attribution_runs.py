@@ -51,11 +51,12 @@ def test_every_denoising_step_is_split():
     with model.record("**") as passes:
         model.sample_actions(cache.inputs, num_steps=3)
     handle.remove()
+    # Position 0 is the state: action 2 is position 3.
     for step, velocity in enumerate(velocities):
-        found = direct_attribution(model, passes, 1, step=step, position=2, by="neuron")
+        found = direct_attribution(model, passes, 1, step=step, position=3, by="neuron")
         torch.testing.assert_close(found.total, velocity[:, 2, 1], atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(by_row(found).sum(0), found.total, atol=1e-11, rtol=1e-9)
-        sources = source_attribution(model, passes, 1, step=step, position=2)
+        sources = source_attribution(model, passes, 1, step=step, position=3)
         torch.testing.assert_close(by_row(sources)[1, 2].sum(-1), found["L1H2"], atol=1e-9, rtol=1e-7)
 
 
