@@ -64,17 +64,23 @@ def test_mixed_targets_are_labels_and_words_have_places() -> None:
         mixed.contrast(words[0], 1)
 
 
-def test_rows_and_layers_go_by_their_labels() -> None:
+def test_rows_are_counted_and_layers_go_by_their_labels() -> None:
     found, _ = lens([2, 4])
     one = found.take(1)
-    assert torch.equal(by_row(one.take(1)), by_row(one))
-    assert torch.equal(one.patch_grid(0, row=1), found.patch_grid(0, row=1))
-    for call in (lambda: one.take(0), lambda: one.patch_grid(0, row=0), lambda: found.index(-1), lambda: found.row(-1)):
+    assert torch.equal(by_row(one.take(0)), by_row(one))
+    assert one.axes["example"] == [1]
+    assert torch.equal(one.patch_grid(0, row=0), found.patch_grid(0, row=1))
+    for call in (
+        lambda: one.take(1),
+        lambda: one.patch_grid(0, row=1),
+        lambda: found.index(-1),
+        lambda: found.take(-1),
+    ):
         with pytest.raises(InputError, match="There is no"):
             call()
     assert one.plot() is not None
-    with pytest.raises(InputError, match="There is no row 0"):
-        one.plot(row=0)
+    with pytest.raises(InputError, match="There is no row 1"):
+        one.plot(row=1)
 
 
 def test_summaries_name_the_nearest_labels() -> None:
