@@ -4,6 +4,7 @@ process of its own, whose number it prints, and then how that one ended."""
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -51,6 +52,9 @@ def start(folder: Path) -> None:
     """One run, and the code that it ends with."""
     from tests.sweeps import long_study
 
+    # A process that was started in the background ignores interruptions, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     code = 1
     try:
         long_study.study(folder)
