@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -13,7 +14,14 @@ _PLOTLY = "application/vnd.plotly.v1+json"
 FOLDER = Path(__file__).parents[1] / "tutorials"
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def _runs() -> list[Any]:
+    """The notebooks; the one that runs 500 pairs through two models takes a minute, and tests/studies runs its study on a few pairs."""
+    slow = {"a_study_that_continues": pytest.mark.slow}
+    paths = sorted(FOLDER.glob("*.ipynb"))
+    return [pytest.param(path, id=path.stem, marks=slow.get(path.stem, ())) for path in paths]
+
+
+@pytest.mark.parametrize("path", _runs())
 def test_notebook_runs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     assert any(cell.cell_type == "code" for cell in notebook.cells)
