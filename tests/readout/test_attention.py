@@ -398,11 +398,11 @@ def test_caches_of_one_row_and_from_files_serve_as_well(tmp_path):
     loaded = ActivationCache.load(cache.save(tmp_path / "cache.safetensors"), model, inputs)
     assert torch.equal(by_row(attention_mass(loaded.model, loaded)), known)
     unknown = ActivationCache.load(tmp_path / "cache.safetensors", model)
-    assert torch.equal(by_row(attention_mass(unknown.model, unknown, model.tokens(inputs)))[0], known[0])
+    assert torch.equal(by_row(attention_mass(unknown.model, unknown, model.tokens(inputs))), known)
     with pytest.raises(InputError, match="does not know its inputs"):
         attention_mass(model, unknown)
     alone = ActivationCache.load(tmp_path / "cache.safetensors")
-    assert torch.equal(by_row(attention_mass(model, alone, model.tokens(inputs)))[0], known[0])
+    assert torch.equal(by_row(attention_mass(model, alone, model.tokens(inputs))), known)
 
 
 @pytest.mark.parametrize(
@@ -495,3 +495,13 @@ def test_every_case_was_read():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attention_mass(*run("vit")[::2])
+
+
+def test_default_queries_that_hang_on_unknown_words_are_refused():
+    model, inputs, cache = run("clip")
+    bare = ActivationCache({site: cache[site] for site in model.sites("text.blocks.*.attn.hook_pattern")}, model)
+    tokens = model.tokens(inputs)
+    with pytest.raises(InputError, match="queries="):
+        attention_mass(model, bare, tokens, tower="text")
+    every = attention_mass(model, bare, tokens, tower="text", queries="all")
+    assert torch.equal(every.values, attention_mass(model, cache, tower="text", queries="all").values)

@@ -135,7 +135,12 @@ class Patterns:
                 raise InputError("An attention pool has a single query, its probe; leave queries out.")
             return np.ones(self.query_kind.shape, dtype=bool)
         if spec is None:
-            found = self._live(number) & self.real
+            live = self._live(number)
+            if live is None:
+                raise InputError(
+                    f"Which positions of the {self.tower} tower are read hangs on its words, which this cache does not know: give inputs, or queries=."
+                )
+            found = live & self.real
             if self.model.towers[self.tower].cfg.attention != "bidirectional" and (self.query_kind == "text").any():
                 found = last_of(found)
         else:
@@ -172,11 +177,14 @@ class Patterns:
         whole = self.query_kind.shape == self.own.kind.shape and GENERATED not in self.query_kind
         return real_queries(self.model.towers[self.tower], self.own) if whole else present(self.query_kind)
 
-    def _live(self, number: int) -> np.ndarray:
-        """The queries whose attention in this layer can reach the output."""
-        if GENERATED in self.query_kind or not self.inputs:
+    def _live(self, number: int) -> np.ndarray | None:
+        """The queries whose attention in this layer can reach the output; None where that hangs on inputs that are not known."""
+        if GENERATED in self.query_kind:
             return np.ones(self.query_kind.shape, dtype=bool)
-        dead = dead_positions(self.model.towers[self.tower], self.sites[number], self.own, self.inputs)
+        tower = self.model.towers[self.tower]
+        if not self.inputs and tower.spec.readout is not None and tower.spec.readout.pool == "eos":
+            return None
+        dead = dead_positions(tower, self.sites[number], self.own, self.inputs)
         return np.ones(self.query_kind.shape, dtype=bool) if dead is None else ~dead.numpy()
 
     def visible(self, pattern: Float[Tensor, "row head query key"]) -> Bool[Tensor, "row query key"]:
@@ -198,7 +206,8 @@ class Patterns:
         found = []
         for number, layer in enumerate(self.layers):
             dead = self.model.is_dead(self.sites[number], self.inputs)
-            if dead or not (self._live(number) & self.queries(queries, number)).any():
+            live = self._live(number)
+            if dead or (live is not None and not (live & self.queries(queries, number)).any()):
                 found.append(layer)
         return found
 
