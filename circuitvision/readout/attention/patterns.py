@@ -138,7 +138,7 @@ class Patterns:
             live = self._live(number)
             if live is None:
                 raise InputError(
-                    f"Which positions of the {self.tower} tower are read hangs on its words, which this cache does not know: give inputs, or queries=."
+                    f"Which positions of the {self.tower} tower are read hangs on its words, which this cache does not know: give queries=."
                 )
             found = live & self.real
             if self.model.towers[self.tower].cfg.attention != "bidirectional" and (self.query_kind == "text").any():
