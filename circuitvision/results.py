@@ -245,7 +245,7 @@ class Result:
             _check_no_repeats(parts)
             labels = _counted_on(parts)
         names = {name for part in parts for name, _, _ in part._along_examples()}
-        fields: dict[str, Any] = {}
+        fields = _joined(parts)
         for name, dim in {"values": -1, **first._per_example}.items():
             pieces = [getattr(part, name) for part in parts]
             if name in names and isinstance(pieces[0], Tensor):
@@ -431,6 +431,17 @@ class Result:
 # -- parts ---------------------------------------------------------------------------------------------------------------------------------------
 
 
+def _joins(value: Any) -> bool:
+    """Whether a field holds objects that know how those of several parts become one."""
+    return isinstance(value, list) and bool(value) and hasattr(type(value[0]), "concat")
+
+
+def _joined(parts: Sequence[Result]) -> dict[str, Any]:
+    """The fields of which every part has its own, though they say the same: edits that read the part's own data."""
+    fields = {entry.name: [getattr(part, entry.name) for part in parts] for entry in dataclasses.fields(parts[0])}
+    return {name: type(own[0][0]).concat(own) for name, own in fields.items() if all(map(_joins, own))}
+
+
 def _check_alike(first: Result, other: Result) -> None:
     """InputError unless two results differ in their examples alone."""
     for axis in dict.fromkeys([*first.axes, *other.axes]):
@@ -449,6 +460,8 @@ def _check_alike(first: Result, other: Result) -> None:
         if entry.name in ("values", "axes", "provenance", *first._per_example):
             continue
         one, two = getattr(first, entry.name), getattr(other, entry.name)
+        if _joins(one) and _joins(two):
+            continue
         if of_json(plain(one)) != of_json(plain(two)):
             raise InputError(f"The parts differ in {entry.name}: {_shown(one)} and {_shown(two)}.")
 

@@ -259,3 +259,26 @@ def test_a_memory_that_does_not_grow_with_the_examples(monkeypatch: pytest.Monke
     model.sweep(pairs.corrupt, heads(pairs.clean), NAMED, example_batch=1, progress=False)
     assert len(alive) == 5
     assert most[0] <= 2
+
+
+def test_halves_whose_edits_read_their_own_half_join_to_the_whole():
+    model = cv.organisms.load("shapes-llava")
+    pairs = cv.data.question_pairs(4, 0)
+
+    def swept(some: cv.data.Pairs, scale: int = 0) -> cv.Result:
+        groups = [edits.replace("language.blocks.1.attn.hook_z", some.clean, heads=head + scale) for head in range(3)]
+        return model.sweep(some.corrupt, groups, "logit_diff", example_batch=2, progress=False)
+
+    whole, halves = swept(pairs), [swept(pairs[:2]), swept(pairs[2:])]
+    joined = cv.Result.concat(halves)
+    assert torch.equal(joined.values, whole.values)
+    assert joined.axes["example"] == whole.axes["example"]
+    again = joined.rerun(model, pairs.corrupt, example_batch=2, progress=False)
+    assert torch.equal(again.values, whole.values)
+    with pytest.raises(InputError, match="differ in"):
+        cv.Result.concat([halves[0], swept(pairs[2:], scale=1)])
+    parts = [
+        cv.patching.activation_patch(model, some, "logit_diff", sites="language.blocks.*.attn.hook_z", progress=False)
+        for some in (pairs, pairs[:2], pairs[2:])
+    ]
+    torch.testing.assert_close(cv.Result.concat(parts[1:]).restored, parts[0].restored)

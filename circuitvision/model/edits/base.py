@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.edits.values import ALL_STEPS, Steps, TensorDigest, TensorRef, TensorRefMapping, short_repr
+from circuitvision.model.edits.values import (
+    ALL_STEPS,
+    SideSource,
+    Steps,
+    TensorDigest,
+    TensorRef,
+    TensorRefMapping,
+    short_repr,
+)
 from circuitvision.model.positions import ALL_POSITIONS, Chosen, Positions, PositionWindow, is_empty
 from circuitvision.model.sites import SiteName
 
@@ -252,6 +260,30 @@ class EditGroup(tuple[Edit, ...]):
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self)) if self else "no edit"
+
+    @classmethod
+    def concat(cls, parts: Sequence[Sequence[EditGroup]]) -> list[EditGroup]:
+        """The groups that several parts of a data set were run under: the same in each, but that a side as source is that part's own, and joined.
+
+        Raises InputError for parts whose edits differ in anything else.
+        """
+        sides: dict[tuple[int, ...], SideSource] = {}
+
+        def joined(*same: Edit) -> Edit:
+            sources = [getattr(edit, "source", None) for edit in same]
+            if all(isinstance(source, SideSource) for source in sources) and any(one != sources[0] for one in sources):
+                found = [source.side for source in sources if isinstance(source, SideSource)]
+                whole = sides.setdefault(tuple(map(id, found)), SideSource(type(found[0]).concat(found)))
+                changes: dict[str, Any] = {"source": whole}
+                same = tuple(dataclasses.replace(edit, **changes) for edit in same)
+            for edit in same[1:]:
+                if edit != same[0]:
+                    raise InputError(f"The parts differ in edits: {same[0]!r} and {edit!r}.")
+            return same[0]
+
+        if len({tuple(map(len, groups)) for groups in parts}) > 1:
+            raise InputError("The parts differ in edits: they have other numbers of them.")
+        return [cls(map(joined, *groups)) for groups in zip(*parts, strict=True)]
 
 
 def with_held(edit: Edit, change: Callable[[TensorRef], TensorRef]) -> Edit:
