@@ -161,23 +161,18 @@ def _groups(sides: Sequence[Side], model: Any, size: int | None) -> Iterator[lis
     yield rows
 
 
-def is_dual(model: Any) -> bool:
-    """Whether the model compares images with texts."""
-    return "text" in model.towers and "language" not in model.towers
-
-
 def _key(example: Example, model: Any) -> str:
     """What must be equal for examples to run together."""
     fixed = {name: value for name, value in example.settings.items() if not _per_example(value)}
     if example.tensors is None:
-        texts = example.text if is_dual(model) else example.text is None
+        texts = example.text if model.is_dual else example.text is None
         return of_json(plain([texts, example.image is None, fixed, sorted(example.settings)]))
     held: dict[str, Any] = {}
-    filled = _fills(example.tensors) and not is_dual(model)
+    filled = _fills(example.tensors) and not model.is_dual
     for name, value in example.tensors.items():
         if not isinstance(value, (Tensor, np.ndarray)) or not value.ndim:
             held[name] = plain(value)
-        elif is_dual(model) and name not in OF_IMAGES:
+        elif model.is_dual and name not in OF_IMAGES:
             held[name] = of_tensor(torch.as_tensor(value))
         else:
             shape = value.shape[1:] if name in OF_IMAGES or not filled else value.shape[2:]
@@ -232,18 +227,18 @@ def _processed(model: Any, examples: Sequence[Example]) -> dict[str, Any]:
     text: Any = None
     if first.text is not None:
         same = (first.text,) if isinstance(first.text, str) else first.text
-        text = list(same) if is_dual(model) else [one.text for one in examples]
+        text = list(same) if model.is_dual else [one.text for one in examples]
     if text is not None and not all(isinstance(one, str) for one in text):
         raise InputError(
             "An example has several texts, and this model reads one prompt per example: give a string each."
         )
-    alone = getattr(model.tokenizer, "pad_token", "") is None and len(examples) > 1 and not is_dual(model)
+    alone = getattr(model.tokenizer, "pad_token", "") is None and len(examples) > 1 and not model.is_dual
     if alone and text is not None:
         # A tokenizer without a padding token refuses texts of different lengths.
         return joined(model, [_processed(model, [one]) for one in examples])
     settings = {name: _stacked([one.settings[name] for one in examples]) for name in first.settings}
     made = model.inputs(images=images, text=text, **settings)
-    return made if is_dual(model) else to_the_right(made)
+    return made if model.is_dual else to_the_right(made)
 
 
 def _stacked(values: Sequence[Any]) -> Any:
@@ -262,7 +257,7 @@ def joined(model: Any, parts: Sequence[Mapping[str, Any] | None]) -> dict[str, A
     given = [{name: _placed(model, value) for name, value in (part or {}).items()} for part in parts]
     if any(part.keys() != given[0].keys() for part in given):
         raise InputError("Examples made by hand hold different inputs; give each of them the same names.")
-    dual = is_dual(model)
+    dual = model.is_dual
     if not dual and all(_fills(part) for part in given):
         given = [to_the_right(part) for part in given]
         width = max(part["attention_mask"].shape[1] for part in given)
@@ -354,7 +349,7 @@ def _pad_id(model: Any) -> int:
 def together(model: Any, sides: Sequence[Side], seed: int = 0) -> list[dict[str, Any]]:
     """The inputs of the same examples on several sides, prompts filled up to one length, so that rows and positions agree."""
     made = [inputs_of(model, side, seed) for side in sides]
-    if is_dual(model) or not all(_fills(inputs) for inputs in made):
+    if model.is_dual or not all(_fills(inputs) for inputs in made):
         return made
     made = [to_the_right(inputs) for inputs in made]
     width = max(inputs["attention_mask"].shape[1] for inputs in made)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitvision.data.batches import inputs_of, is_dual
+from circuitvision.data.batches import inputs_of
 from circuitvision.data.sides import OF_IMAGES, Side
 from circuitvision.digests import of_json, of_tensor, plain
 from circuitvision.errors import InputError
@@ -64,7 +64,7 @@ def donors_of(
     Raises:
         InputError: no example of the data set is another one with as many positions of the wanted kinds.
     """
-    if is_dual(model):
+    if model.is_dual:
         raise InputError("resampling from a data set is for models whose examples are rows; resample within the run")
     own = [_content(inputs, maps, example) for example in range(_count(maps))]
     found: list[int] = []

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from circuitvision import metrics, provenance
 from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError, warn
 from circuitvision.links import Link, marked
-from circuitvision.model import dead, generation, heads, layout, loading, state, stream
+from circuitvision.model import dead, generation, heads, layout, loading, routes, state, stream
 from circuitvision.model import inputs as input_checks
 from circuitvision.model.axes import positions_of
 from circuitvision.model.cache import ActivationCache, Recipe, collected
@@ -339,6 +339,11 @@ class HookedModel(TextTools):
                 f"its output, but {held}."
             )
         return found if self.link == "softmax" else marked(found, self.link)
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether the model compares what its towers make of images and of texts, which do not feed each other (CLIP, SigLIP)."""
+        return routes.is_dual(self)
 
     @property
     def link(self) -> Link:
