@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from circuitvision.errors import InputError
 from circuitvision.readout import decision_layer, linear_probe
@@ -101,10 +102,10 @@ def test_copies_of_a_few_scenes_do_not_pass_for_many_examples():
         alike = linear_probe(None, {"a": x}, labels, held_out=honest.held_out, shuffles=19, penalty=0.1, seed=seed)
         found[False].append((float(alike.p_value[0]), bool(alike.low[0] <= 0.5 <= alike.high[0])))
         assert float(honest.control_sd[0]) > 1.3 * float(alike.control_sd[0])
-    # Nothing is there to be read: the score should seldom stand at either end of its control.
+    # Nothing is there to be read: among 20 scores, 19 of them shuffled, the true one stands at either end in a tenth of the draws.
     false_alarms = {grouped: sum(not 0.0501 < p < 0.9999 for p, _ in rows) for grouped, rows in found.items()}
     covered = {grouped: sum(inside for _, inside in rows) for grouped, rows in found.items()}
-    assert false_alarms[True] <= 5 < false_alarms[False]
+    assert false_alarms[True] <= binom.ppf(0.99, 24, 0.1) < false_alarms[False]
     assert covered[True] >= 20 > covered[False]
 
 
