@@ -23,7 +23,7 @@ from circuitvision.model.positions import PositionWindow
 
 
 class ToyModel:
-    family = "toy"
+    family, is_dual = "toy", False
     device, dtype, tokenizer = torch.device("cpu"), torch.float64, None
     engine = SimpleNamespace(stack=[], active=list)
 
