@@ -35,6 +35,7 @@ from circuitvision.model.edits.binding import CompiledEdits, EditApplier, EditCo
 from circuitvision.model.gradients import Metric, with_gradients
 from circuitvision.model.hooks import Hook, HookEngine, HookPoint, Recorder, Registration
 from circuitvision.model.points import Point
+from circuitvision.model.settings import entries
 from circuitvision.model.sites import NamesFilter, SiteName, exact_names, matching
 from circuitvision.model.spec import family_of
 from circuitvision.model.text import TextTools
@@ -326,7 +327,7 @@ class HookedModel(TextTools):
     def _forward(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Tensor:
         if kwargs:
             input_checks.check_keywords(self, kwargs)
-        if getattr(self.config, "return_dict", True) is False:
+        if entries(self.config).get("return_dict") is False:
             raise InputError("model.config.return_dict is False, which takes the names off the output: set it to True.")
         with self._running(mapping):
             output = self.module(**mapping, **kwargs)
