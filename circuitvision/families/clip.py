@@ -9,6 +9,7 @@ register_family(
         name="clip",
         classes=("CLIPModel",),
         output="logits_per_image",
+        answer="vision",
         towers=(
             TowerSpec(
                 "vision",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from circuitvision.model.flow import Connector
 from circuitvision.model.packing import AnyRes, Flat
 from circuitvision.model.spec import Family, Readout, TowerSpec, register_family, saved_settings
 
@@ -37,7 +38,7 @@ _TOWERS = (
         "vision",
         root=("model.vision_tower.vision_model", "model.vision_tower"),
         config="vision_config",
-        readout=Readout(finish="projector", normed=False),
+        readout=Readout(normed=False),
         feature_layers="vision_feature_layer",
         feature_select="vision_feature_select_strategy",
     ),
@@ -55,7 +56,7 @@ for _name, _class, _packing in (
             classes=(_class,),
             output="logits",
             auto_class="AutoModelForImageTextToText",
-            projector="model.multi_modal_projector",
+            connectors=(Connector(("vision",), "language", "model.multi_modal_projector"),),
             packing=_packing,
             image_token=("image_token_id", "image_token_index"),
             processor=load_onevision_processor if _name == "llava_onevision" else None,

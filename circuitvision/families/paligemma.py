@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from circuitvision.model.flow import Connector
 from circuitvision.model.packing import Flat
 from circuitvision.model.spec import Family, Readout, TowerSpec, register_family
 
@@ -11,7 +12,7 @@ register_family(
         classes=("PaliGemmaForConditionalGeneration",),
         output="logits",
         auto_class="AutoModelForImageTextToText",
-        projector="model.multi_modal_projector",
+        connectors=(Connector(("vision",), "language", "model.multi_modal_projector"),),
         packing=Flat(),
         image_token=("image_token_id", "image_token_index"),
         towers=(
@@ -19,7 +20,7 @@ register_family(
                 "vision",
                 root=("model.vision_tower.vision_model", "model.vision_tower"),
                 config="vision_config",
-                readout=Readout(finish="projector"),
+                readout=Readout(),
             ),
             TowerSpec(
                 "language",

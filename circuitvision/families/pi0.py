@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from circuitvision.model.flow import Connector
 from circuitvision.model.packing import Cameras
 from circuitvision.model.spec import Family, Readout, TowerSpec, register_family, saved_settings
 
@@ -25,7 +26,10 @@ register_family(
         classes=("PI0ForConditionalGeneration",),
         output="logits",
         auto_class="PI0ForConditionalGeneration",
-        projector="model.vlm.multi_modal_projector",
+        connectors=(
+            Connector(("vision",), "language", "model.vlm.multi_modal_projector"),
+            Connector(("language",), "action", via="cache"),
+        ),
         packing=Cameras(),
         image_token=("vlm_config.image_token_id", "vlm_config.image_token_index"),
         required=("noise", "timestep"),
@@ -36,7 +40,7 @@ register_family(
                 "vision",
                 root=("model.vlm.vision_tower.vision_model", "model.vlm.vision_tower"),
                 config="vlm_config.vision_config",
-                readout=Readout(finish="projector"),
+                readout=Readout(),
             ),
             TowerSpec(
                 "language",
@@ -44,7 +48,6 @@ register_family(
                 config="vlm_config.text_config",
                 attention="bidirectional",
                 readout=Readout(tied_lens="model.vlm.language_model.embed_tokens", reads=()),
-                feeds_cache_only=True,
             ),
             TowerSpec(
                 "action",

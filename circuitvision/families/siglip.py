@@ -30,6 +30,7 @@ for _name, _prefix, _packing in (("siglip", "Siglip", Packing()), ("siglip2", "S
             classes=(f"{_prefix}Model",),
             packing=_packing,
             output="logits_per_image",
+            answer="vision",
             text_padding="max_length",
             image_settings=("patch_size", "max_num_patches") if _name == "siglip2" else (),
             towers=(_vision("vision_model", "vision_config"), _TEXT),

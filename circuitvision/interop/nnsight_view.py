@@ -94,9 +94,10 @@ def nnsight_names(model: HookedModel) -> dict[str, list[str]]:
                 # Two towers may give one path two meanings; then it is named from the root, block by block.
                 clash = len(relative[key]) > 1
                 _add(names, *((f"{prefix}.{key}", f"{prefix}.{alias}") if clash else (key, alias)))
-    projector = resolve(_base(model), model.family.projector)
-    if projector is not None:
-        _add(names, paths[id(projector)], "projector")
+    for connector in model.flow.modules:
+        module = resolve(_base(model), connector.path)
+        if module is not None:
+            _add(names, paths[id(module)], connector.name)
     return names
 
 

@@ -74,10 +74,7 @@ ALL = Axis()
 
 def tower_of(model: HookedModel, name: SiteName) -> str:
     """The tower whose positions a site's are: its own, or the one that a projector reads."""
-    if name.tower in model.towers:
-        return name.tower
-    behind = (t for t, tower in model.towers.items() if tower.spec.readout and tower.spec.readout.finish == "projector")
-    return next(behind, name.tower)
+    return model.flow.tower_of(name.tower)
 
 
 def axis_of(
@@ -86,7 +83,8 @@ def axis_of(
     """The axis of a site in a run with these inputs and settings; ``generating`` where the head reads the last position alone."""
     count, site = tokens.n_positions, str(name)
     if name.tower != tower.name:
-        return Axis(range(1, count), site=site) if tower.drops_cls_in(settings) else Axis(site=site)
+        dropped = tower.n_dropped_in(settings)
+        return Axis(range(dropped, count), site=site) if dropped else Axis(site=site)
     if name.site.startswith("pool."):
         if name.stage in ("hook_k", "hook_v"):
             return Axis(site=site)
@@ -177,12 +175,7 @@ def new_positions(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def prefix_of(model: HookedModel, name: str) -> str:
     """The tower whose cached keys and values a tower sees before its own; "" if there is none."""
-    before = ""
-    for tower in model.towers.values():
-        if tower.name == name:
-            return "" if tower.stack.image or tower.spec.feeds_cache_only else before
-        before = tower.name if tower.spec.feeds_cache_only else before
-    return before
+    return model.flow.cache_of(name)
 
 
 def positions_of(model: HookedModel, site: str, inputs: Mapping[str, Any]) -> list[int]:

@@ -52,10 +52,10 @@ def is_dead(tower: Tower, name: str, inputs: Mapping[str, Any] | None = None) ->
     if site.layer is not None:
         if site.layer > live:
             return not (site.layer == live + 1 and site.site == "hook_resid_pre")
-        return tower.spec.feeds_cache_only and site.layer == live and site.site not in CACHE_SIDE
+        return tower.feeds_cache and site.layer == live and site.site not in CACHE_SIDE
     if site.site.startswith("ln_final"):
         unused = tower.spec.readout is not None and not tower.spec.readout.normed
-        return unused or tower.spec.feeds_cache_only or live < tower.cfg.n_layers - 1
+        return unused or tower.feeds_cache or live < tower.cfg.n_layers - 1
     return False
 
 
@@ -92,7 +92,7 @@ def _first_visible(tokens: TokenMap) -> Tensor:
 
 
 def _under_images(tower: Tower, tokens: TokenMap, after_eos: Tensor | None) -> Tensor | None:
-    if tower.name != "language":
+    if not tower.family.flow.is_fed(tower.name):
         return after_eos
     return torch.from_numpy(tokens.image_number >= 0)
 
@@ -110,8 +110,8 @@ def _unread(tower: Tower, tokens: TokenMap, inputs: Mapping[str, Any]) -> Tensor
     kinds: np.ndarray = tokens.kind
     if readout is None:
         return None
-    if readout.finish == "projector":
-        read = ~np.isin(kinds, tower.prefix_kinds) if tower.drops_cls_in(inputs) else np.ones(kinds.shape, bool)
+    if tower.connector is not None:
+        read = ~np.isin(kinds, tower.prefix_kinds[: tower.n_dropped_in(inputs)])
     elif readout.reads == ("*",):
         return None
     elif readout.reads == ("eos",):

@@ -93,7 +93,7 @@ class Reading:
             raise UnsupportedModelError(
                 f"The {self.tower.name} tower has no read-out; project on a direction of your own instead."
             )
-        if self.readout.finish == "projector":
+        if self.tower.connector is not None:
             return through_projector(self.tower, self.readout, resid, self.context, reading=self)
         pooled = self._pooled(resid, self.reference)
         return self._finish(pooled, self._own())
@@ -147,7 +147,7 @@ class Reading:
         if self.readout.finish != "contrast":
             return self.cap(out)
         logits = self._contrast(out, own)
-        return logits.T if self.against is None and self.tower.name != "vision" else logits
+        return logits.T if self.against is None and not self.tower.stack.image else logits
 
     def cap(self, logits: Tensor) -> Tensor:
         """Logits under the family's soft cap, where it has one."""
@@ -164,7 +164,7 @@ class Reading:
         theirs = theirs.to(mine)
         model: Any = self.tower.module
         # The model multiplies text by image: the same order of operands keeps the same bits.
-        if self.tower.name == "vision" and mine.ndim == 2:
+        if self.tower.stack.image and mine.ndim == 2:
             logits = ((theirs @ mine.T) * parameter(model, "logit_scale").exp()).T
         else:
             logits = (mine @ theirs.T) * parameter(model, "logit_scale").exp()
@@ -181,7 +181,7 @@ class Reading:
             UnsupportedModelError: a tower without a head.
         """
         readout = self.readout
-        if self.headless or readout.finish == "projector" or (readout.finish == "none" and not _has_head(readout)):
+        if self.headless or self.tower.connector is not None or (readout.finish == "none" and not _has_head(readout)):
             raise UnsupportedModelError(f"The {self.tower.name} tower has no head of its own.")
         frozen = (reference if reference is not None else self.reference) if self.norm == "frozen" else None
         out = self._alone(resid, start, frozen)
@@ -319,11 +319,37 @@ def through_projector(
     has_prefix: bool = True,
     reading: Reading | None = None,
 ) -> Tensor:
-    """What the projector makes of a residual at the feature layer (other feature layers, where there are several, are those of the run).
+    """What the projector makes of a residual at the feature layer (other feature layers, and other towers that feed it, are those of the run).
 
     ``has_prefix=False`` says that the residual is of patches alone, so that no CLS position is there to drop. ``reading`` says how the tower's
     own final norm is taken, where it comes before the projector.
     """
+    connector = tower.connector
+    assert connector is not None
+    parts = []
+    for source in connector.sources:
+        if source == tower.name:
+            parts += _features(tower, readout, resid, context, has_prefix, reading)
+            continue
+        other = tower.siblings[source]
+        if context is None:
+            raise InputError(
+                f"{connector.name} joins what the {' and '.join(connector.sources)} towers give; give context=cache."
+            )
+        last = _held(context, other.residual_name(max(other.feature_layers_in(context.inputs)))).to(resid)
+        parts += _features(other, other.spec.readout or Readout(), last, context)
+    return tower.connector_module(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
+
+
+def _features(
+    tower: Tower,
+    readout: Readout,
+    resid: Tensor,
+    context: ActivationCache | None,
+    has_prefix: bool = True,
+    reading: Reading | None = None,
+) -> list[Tensor]:
+    """What a tower gives to its connector, by feature layer."""
     inputs = None if context is None else context.inputs
     layers = tower.feature_layers_in(inputs)
     if len(layers) > 1 and not has_prefix:
@@ -341,10 +367,8 @@ def through_projector(
         reading = Reading(tower, context) if reading is None else reading
         held = None if reading.reference is None else reading.reference[:, -resid.shape[1] :]
         parts = [reading.normed(part, held) for part in parts]
-    if tower.drops_cls_in(inputs) and has_prefix:
-        parts = [part[:, 1:] for part in parts]
-    projector = require(tower.module, tower.family.projector or "", "projector")
-    return projector(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
+    dropped = tower.n_dropped_in(inputs) if has_prefix else 0
+    return [part[:, dropped:] for part in parts]
 
 
 def _held(context: ActivationCache, name: str) -> Tensor:
@@ -395,8 +419,8 @@ def other_embeddings(tower: Tower, context: ActivationCache | None) -> Float[Ten
 def link(tower: Tower) -> Link:
     """What turns the numbers of a tower's head into probabilities: how the configuration says it was trained."""
     readout = tower.spec.readout
-    if readout is not None and readout.finish == "projector":
-        return link(tower.siblings["language"])
+    if tower.connector is not None:
+        return link(tower.reader)
     if readout is not None and readout.finish == "contrast":
         return "softmax" if getattr(tower.module, "logit_bias", None) is None else "sigmoid"
     if readout is None or readout.pool == "chunk" or not _has_head(readout):

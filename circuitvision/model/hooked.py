@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from circuitvision import metrics, provenance
 from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError, warn
 from circuitvision.links import Link, marked
-from circuitvision.model import dead, generation, heads, layout, loading, routes, state, stream
+from circuitvision.model import dead, generation, heads, layout, loading, state, stream
 from circuitvision.model import inputs as input_checks
 from circuitvision.model.axes import positions_of
 from circuitvision.model.cache import ActivationCache, Recipe, collected
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import CompiledEdits, EditApplier, EditCompiler, as_groups
+from circuitvision.model.flow import Flow
 from circuitvision.model.gradients import Metric, with_gradients
 from circuitvision.model.hooks import Hook, HookEngine, HookPoint, Recorder, Registration
 from circuitvision.model.points import Point
@@ -79,7 +80,7 @@ class HookedModel(TextTools):
         for spec in self.family.towers:
             self.towers[spec.name] = Tower(self._base, self.config, self.family, spec, self.towers)
         layout.refuse_unread(self.family, self.towers)
-        self.engine = HookEngine(module, *self._points())
+        self.engine = HookEngine(module, *self._points(), self.family.flow)
         for tower in self.towers.values():
             tower.hooks_disabled = self.engine.suspension
         self._own_towers()
@@ -342,14 +343,19 @@ class HookedModel(TextTools):
         return found if self.link == "softmax" else marked(found, self.link)
 
     @property
+    def flow(self) -> Flow:
+        """How the towers feed each other."""
+        return self.family.flow
+
+    @property
     def is_dual(self) -> bool:
         """Whether the model compares what its towers make of images and of texts, which do not feed each other (CLIP, SigLIP)."""
-        return routes.is_dual(self)
+        return self.flow.is_dual
 
     @property
     def link(self) -> Link:
         """What turns the output into probabilities: ``"softmax"``, ``"sigmoid"`` (every column is a yes or no of its own) or ``"none"``."""
-        return heads.link(self.towers["vision" if "text" in self.towers else list(self.towers)[-1]])
+        return heads.link(self.towers[self.flow.answer])
 
     def run_with_cache(
         self,
@@ -410,7 +416,7 @@ class HookedModel(TextTools):
         return out, cache.remove_batch_dim() if remove_batch_dim else cache
 
     def _forward_until(self, mapping: Mapping[str, Any], stop_at_layer: int | tuple[str, int]) -> Tensor:
-        tower, layer = stop_at_layer if isinstance(stop_at_layer, tuple) else (list(self.towers)[-1], stop_at_layer)
+        tower, layer = stop_at_layer if isinstance(stop_at_layer, tuple) else (self.flow.towers[-1], stop_at_layer)
         if tower not in self.towers:
             raise InputError(f"stop_at_layer names the tower {tower!r}; this model has {', '.join(self.towers)}.")
         count = self.towers[tower].cfg.n_layers

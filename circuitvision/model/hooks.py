@@ -39,6 +39,7 @@ from torch.utils.hooks import RemovableHandle
 
 from circuitvision.errors import HookError
 from circuitvision.model import attention
+from circuitvision.model.flow import Flow
 from circuitvision.model.memory import compact, match_memory_layout
 from circuitvision.model.points import Call, Callback, OwnOutput, Point
 from circuitvision.model.sites import SiteName
@@ -146,8 +147,10 @@ class _Plan:
 class HookEngine:
     """Owns the points of one model, the stack of registrations, and the torch handles in place while the stack is not empty."""
 
-    def __init__(self, model: nn.Module, points: Iterable[Point], first_blocks: Mapping[str, nn.Module]) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, points: Iterable[Point], first_blocks: Mapping[str, nn.Module], flow: Flow
+    ) -> None:
+        self.model, self.flow = model, flow
         self.points = {point.name: point for point in points}
         self.first_blocks = dict(first_blocks)
         self.stack: list[Registration] = []
@@ -276,14 +279,13 @@ class HookEngine:
             for needed in (*companions, point):
                 slots.setdefault((id(needed.module), needed.phase), {})[id(needed)] = needed
             saved_inputs.update({id(stash): stash for stash in companions})
-            tower = SiteName.parse(name).tower
-            tower_of[name] = "vision" if tower == "projector" else tower
+            tower_of[name] = self.flow.tower_of(SiteName.parse(name).tower)
         calls = []
         for (_, phase), points in slots.items():
             ordered = tuple(sorted(points.values(), key=lambda point: point.order))
             calls.append((ordered[0].module, phase, ordered))
-        towers = {SiteName.parse(name).tower for name in tower_of}
-        counted = tuple(tower for tower in self.first_blocks if tower in towers or "projector" in towers)
+        connected = any(self.flow.connector(SiteName.parse(name).tower) for name in tower_of)
+        counted = tuple(tower for tower in self.first_blocks if connected or tower in tower_of.values())
         return _Plan(tuple(calls), counted, tower_of, tuple(saved_inputs.values()))
 
     def _attach(self) -> None:

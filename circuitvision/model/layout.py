@@ -41,26 +41,24 @@ def points_of(module: nn.Module, family: Family, towers: dict[str, Tower]) -> li
     points: list[Point] = []
     for tower in towers.values():
         points += _tower_points(tower)
-        if tower.spec.readout is not None and tower.spec.readout.finish == "projector":
-            projector = require(module, family.projector or "", "projector")
-            points.append(Input("projector.hook_in", projector, "pre", keyword="image_features"))
-            points.append(Output("projector.hook_out", projector, "post"))
+        for connector in family.flow.modules:
+            if connector.sources[-1] == tower.name:
+                part = require(module, connector.path or "", connector.name)
+                points.append(Input(f"{connector.name}.hook_in", part, "pre", keyword="image_features"))
+                points.append(Output(f"{connector.name}.hook_out", part, "post"))
     _refuse_shared(points)
     return points
 
 
 def refuse_unread(family: Family, towers: dict[str, Tower]) -> None:
     """Raise UnsupportedModelError for towers whose output the table leads nowhere: their effects would come out as zero."""
-    images = [name for name, tower in towers.items() if tower.stack.image]
-    if family.projector is not None and len(images) > 1:
-        raise UnsupportedModelError(
-            f"The family {family.name!r} has the image towers {' and '.join(images)} but one projector, and only one tower can be said to feed it. "
-            "Models with several image towers are not supported."
-        )
-    for name in list(towers)[:-1]:
-        if towers[name].spec.readout is None:
+    flow = family.flow
+    for name, tower in towers.items():
+        compared = flow.is_dual and tower.spec.readout is not None and tower.spec.readout.finish == "contrast"
+        if name != flow.answer and not compared and not flow.reaches(name, flow.answer):
             raise UnsupportedModelError(
-                f"The family {family.name!r} does not say how its {name} tower reaches the towers after it: give its TowerSpec a readout."
+                f"The family {family.name!r} does not say how its {name} tower reaches {flow.answer}, which gives the output: name it among the "
+                f"sources of a connector (Connector(({name!r}, …), …))."
             )
 
 

@@ -62,8 +62,9 @@ class ImageRun:
     Raises InputError where the inputs do not say how the images are packed.
     """
 
-    def __init__(self, model: HookedModel, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, model: HookedModel, inputs: Mapping[str, Any], tower: str = "") -> None:
         self.model, self.inputs = model, inputs
+        self._tower = tower
         self.packing: Packing = model.family.packing
         pixels = inputs.get("pixel_values")
         reads = any(tower.stack.image for tower in model.towers.values())
@@ -75,7 +76,9 @@ class ImageRun:
 
     @property
     def tower(self) -> Tower:
-        """The vision tower."""
+        """The vision tower: of several, the one asked for, or the first."""
+        if self._tower:
+            return self.model.towers[self._tower]
         return next(tower for tower in self.model.towers.values() if tower.stack.image)
 
     @property

@@ -309,7 +309,7 @@ class PreparedRun:
 
     def _refuse_absent(self, compiler: EditCompiler) -> None:
         for start in self.starts:
-            tower = "vision" if start.tower == "projector" else start.tower
+            tower = compiler.model.flow.tower_of(start.tower)
             if tower not in compiler.maps:
                 raise InputError(f"start is in the {tower} tower, which does not run: the inputs hold no pixel_values.")
 
@@ -350,7 +350,7 @@ def _sites_of(model: HookedModel, start: Any) -> list[str]:
             raise InputError("start names no site: give a site, a layer such as ('language', 20), or a list of these.")
         return found
     if isinstance(start, int) and not isinstance(start, bool):
-        start = (list(model.towers)[-1], start)
+        start = (model.flow.towers[-1], start)
     if isinstance(start, tuple) and len(start) == 2 and isinstance(start[0], str):
         return [_input_of_layer(model, *start)]
     if is_component(start):

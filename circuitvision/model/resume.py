@@ -43,8 +43,7 @@ from circuitvision.model.replay import (
     tensors_of,
 )
 from circuitvision.model.resumed_run import UNREAD, ResumedRun, embeddings_of
-from circuitvision.model.routes import EMBED, ResumePlan, ResumePoint, is_dual, stages
-from circuitvision.model.spec import require
+from circuitvision.model.routes import EMBED, ResumePlan, ResumePoint
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -85,9 +84,9 @@ class Resumer:
         self, model: HookedModel, inputs: Mapping[str, Any], tokens: Mapping[str, TokenMap], eager: bool
     ) -> None:
         self.model, self.inputs, self.tokens, self.eager = model, dict(inputs), tokens, eager
-        self.order = stages(model)
-        self.dual = is_dual(model)
-        self.by_cache = any(tower.spec.feeds_cache_only for tower in model.towers.values())
+        self.order = model.flow.stages
+        self.dual = model.is_dual
+        self.by_cache = any(tower.feeds_cache for tower in model.towers.values())
         """Whether a tower reads another one's keys and values."""
         self._reach: dict[tuple[str, int], Tensor | None] = {}
         self.clean: BaseRun | None = None
@@ -142,13 +141,13 @@ class Resumer:
 
     def _record_tower(self, overrides: Overrides, clean: BaseRun, name: str, starts: Collection[ResumePoint]) -> None:
         """Keep what some route hands back of a tower: all of it, or no block that every route runs again."""
-        if name == "projector":
-            self._keep(overrides, clean, self.projector())
+        if name not in self.model.towers:
+            self._keep(overrides, clean, self.connector(name))
             return
         tower = self.model.towers[name]
-        feeds, live = tower.spec.feeds_cache_only, last_live_block(tower, self.inputs)
-        # In a dual encoder, and before a later tower that is edited first, all of a tower may be handed back.
-        whole = self.dual or any(self.order.index(start.tower) > self.order.index(name) for start in starts)
+        feeds, live = tower.feeds_cache, last_live_block(tower, self.inputs)
+        flow = self.model.flow
+        whole = any(start.tower != name and not flow.reaches(start.tower, name) for start in starts)
         if whole:
             self._keep(overrides, clean, tower.root)
         embeddings = embeddings_of(tower)
@@ -216,9 +215,9 @@ class Resumer:
         found = {id(p): p for key in kept for p in modules[key].parameters() if id(p) not in again}
         return list(found.values())
 
-    def projector(self) -> nn.Module:
-        """The module between the vision and the language tower."""
-        return require(self.model.towers["vision"].module, self.model.family.projector or "", "projector")
+    def connector(self, name: str) -> nn.Module:
+        """The module of a connector."""
+        return self.model.engine.points[f"{name}.hook_out"].module
 
     # -- what can be resumed ---------------------------------------------------------------------------------------------------------------
 
@@ -257,20 +256,20 @@ class Resumer:
         """Whether a tower's blocks may run on a suffix of the positions."""
         if tower not in self.model.towers:
             return False
-        last = self.dual or tower == self.order[-1]
-        return last and not self.by_cache and not self.model.towers[tower].stack.image
+        return self.model.flow.is_last(tower) and not self.by_cache and not self.model.towers[tower].stack.image
 
     def sliced_tower(self, route: ResumePlan) -> str:
         """The tower of which a route may compute a suffix of the positions; "" if none."""
-        candidates = [start.tower for start in route.starts] if self.dual else [self.order[-1]]
-        return next((name for name in candidates if self.can_slice(name)), "")
+        begun = [start.tower for start in route.starts]
+        run = [name for name in self.order if name in begun or self.model.flow.is_reached(name, begun)]
+        return next((name for name in run if self.can_slice(name)), "")
 
     def is_late(self, route: ResumePlan) -> bool:
         """Whether the rows can be repeated where the stream is first edited, rather than at the inputs."""
         if self.dual or len(route.starts) != 1:
             return False
         (start,) = route.starts
-        if start.tower != self.order[-1] or self.by_cache or start.layer == EMBED:
+        if not self.model.flow.is_last(start.tower) or self.by_cache or start.layer == EMBED:
             return False
         if {"pixel_attention_mask", "spatial_shapes", "labels", "past_key_values"} & self.inputs.keys():
             return False

@@ -48,7 +48,7 @@ class ResumedRun:
         edited = [start.tower for start in self.route.starts]
         out = dict(given)
         for name, value in given.items():
-            if self.owner.dual and not any(_belongs(name, tower) for tower in edited):
+            if self.owner.dual and not any(_belongs(name, self.model.towers[tower]) for tower in edited):
                 continue
             if isinstance(value, Tensor) and value.ndim > 0:
                 if not self._is_shared(name, value):
@@ -78,13 +78,12 @@ class ResumedRun:
 
     def prepare(self, overrides: Overrides) -> None:
         """Put every replacement in place."""
-        begun = False
+        begun = [start.tower for start in self.route.starts]
         for name in self.owner.order:
             start = self.route.start_in(name)
             if start is not None:
                 self._start(overrides, start)
-                begun = True
-            elif self.owner.dual or not begun:
+            elif not self.model.flow.is_reached(name, begun):
                 self._whole(overrides, name)
             elif name in self.model.towers:
                 self._downstream(overrides, name)
@@ -118,12 +117,14 @@ class ResumedRun:
     def _whole(self, overrides: Overrides, name: str) -> None:
         """A tower or projector that cannot have changed."""
         copies = self._copies_of(name)
-        if name == "projector":
-            self._hand_back(overrides, self.owner.projector(), copies)
+        if name not in self.model.towers:
+            self._hand_back(overrides, self.owner.connector(name), copies)
             return
         tower = self.model.towers[name]
-        # Sites of the projector are counted by the passes of the vision tower's blocks, which must therefore be called.
-        counted = self.route.starts[0].tower == "projector"
+        # Sites of a connector are counted by the passes of a tower's blocks, which must therefore be called.
+        counted = any(
+            start.is_connector and self.model.flow.tower_of(start.tower) == name for start in self.route.starts
+        )
         if is_plain(self.clean.results[id(tower.root)]) and not counted:
             self._hand_back(overrides, tower.root, copies)
             return
@@ -151,14 +152,14 @@ class ResumedRun:
             if not any(name.layer == block.layer for name in asked):
                 self._hand_back(overrides, block.module, self.copies)
         edited = any(name.layer == live and name.site not in CACHE_SIDE for name in asked)
-        if tower.spec.feeds_cache_only and layer < live and not edited:
+        if tower.feeds_cache and layer < live and not edited:
             for part in UNREAD:
                 self._hand_back(overrides, tower.blocks[live].part(part), self.copies)
 
     def _start(self, overrides: Overrides, start: ResumePoint) -> None:
-        if start.tower == "projector":
+        if start.is_connector:
             if start.name == "post":
-                self._hand_back(overrides, self.owner.projector(), self.copies)
+                self._hand_back(overrides, self.owner.connector(start.tower), self.copies)
             return
         tower = self.model.towers[start.tower]
         if start.layer == EMBED:
@@ -169,7 +170,7 @@ class ResumedRun:
         embeddings = embeddings_of(tower)
         if embeddings is not None:
             self._hand_back(overrides, embeddings, copies)
-        feeds = tower.spec.feeds_cache_only
+        feeds = tower.feeds_cache
         for block in tower.blocks[: start.layer]:
             self._hand_back(overrides, block.module, copies, block=block if feeds else None)
         self._unread(overrides, tower, start.layer)
@@ -188,7 +189,7 @@ class ResumedRun:
     def _inside(self, overrides: Overrides, tower: Tower, block: Block, start: ResumePoint) -> None:
         """Resume inside a block: attention, and perhaps the MLP, hand back; or only their last linear map runs."""
         attn, first = block.part("attn"), self._first_in(tower)
-        feeds = tower.spec.feeds_cache_only
+        feeds = tower.feeds_cache
         resumes_at_o = start.name == "o"
         self._replay(overrides, attn, block.part("o") if resumes_at_o else None, first, block if feeds else None)
         if PARTS.index(start.name) >= PARTS.index("mlp_out"):
@@ -292,7 +293,7 @@ def _rows(value: Any, copies: int) -> Any:
     return value
 
 
-def _belongs(name: str, tower: str) -> bool:
+def _belongs(name: str, tower: Tower) -> bool:
     """Whether an input of a dual encoder belongs to a tower."""
     images = name.startswith(("pixel", "spatial", "image"))
-    return images == (tower == "vision")
+    return images == tower.stack.image

@@ -10,7 +10,7 @@ Not covered: what the output reads. A route goes forward from the edit only; val
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.edits.attention import AttentionEdit, DeleteTokens
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import CompiledEdits, EditCompiler
+from circuitvision.model.flow import Flow
 from circuitvision.model.positions import PositionWindow
 from circuitvision.model.sites import SiteName
 
@@ -29,6 +30,8 @@ PARTS = ("block", "o", "attn", "mlp_out", "mlp", "post")
 block."""
 EMBED = -1
 """The block number of what comes before block 0: embeddings."""
+CONNECTOR = -2
+"""The block number of a connector, which has no blocks."""
 
 
 @dataclass(frozen=True, order=True)
@@ -44,9 +47,14 @@ class ResumePoint:
         """The part's name."""
         return PARTS[self.part]
 
+    @property
+    def is_connector(self) -> bool:
+        """Whether it is a connector, not a place in a tower."""
+        return self.layer == CONNECTOR
+
     def __str__(self) -> str:
-        if self.tower == "projector":
-            return "the projector"
+        if self.is_connector:
+            return f"the {self.tower}"
         if self.layer < 0:
             return f"the embeddings of {self.tower}"
         after = {"block": "", "o": " (after attention's pattern)", "post": " (its end)"}
@@ -71,7 +79,7 @@ def start_of(model: HookedModel, site: str) -> ResumePoint:
     """The first place that an edit of ``site`` can change."""
     name = SiteName.parse(site)
     if name.tower not in model.towers:
-        return ResumePoint(name.tower, 0, PARTS.index("block" if name.site == "hook_in" else "post"))
+        return ResumePoint(name.tower, CONNECTOR, PARTS.index("block" if name.site == "hook_in" else "post"))
     tower = model.towers[name.tower]
     if name.layer is None:
         if name.site in ("hook_embed", "hook_pos_embed"):
@@ -104,23 +112,9 @@ def _part(model: HookedModel, name: SiteName) -> str:
     return "post" if name.site == "hook_resid_post" else "block"
 
 
-def is_dual(model: HookedModel) -> bool:
-    """Whether the towers do not feed each other, but are compared at the end."""
-    readouts = [tower.spec.readout for tower in model.towers.values()]
-    return len(readouts) > 1 and all(readout is not None and readout.finish == "contrast" for readout in readouts)
-
-
 def rows_serve_all(model: HookedModel, tower: str) -> bool:
     """Whether every example's output depends on every row of a tower: the texts that a dual encoder compares its images with."""
-    return is_dual(model) and tower in model.towers and not model.towers[tower].stack.image
-
-
-def stages(model: HookedModel) -> list[str]:
-    """Towers and the projector, in the order in which they feed each other."""
-    names = list(model.towers)
-    if any(site.startswith("projector.") for site in model.engine.points):
-        names.insert(names.index("vision") + 1, "projector")
-    return names
+    return model.is_dual and tower in model.towers and not model.towers[tower].stack.image
 
 
 def route_of(model: HookedModel, group: CompiledEdits) -> ResumePlan:
@@ -131,13 +125,18 @@ def route_of(model: HookedModel, group: CompiledEdits) -> ResumePlan:
         known = starts.get(start.tower)
         starts[start.tower] = start if known is None else min(start, known)
     eager = any(SiteName.parse(site).is_eager for site in (*group.sites, *group.captures))
-    if is_dual(model):
-        return ResumePlan(tuple(starts.values()), eager)
-    first = min(starts, key=stages(model).index)
-    source = model.towers.get(first)
-    by_cache = source is not None and source.spec.feeds_cache_only
-    later = next((start for tower, start in starts.items() if tower != first), None) if by_cache else None
-    return ResumePlan((starts[first],), eager, later)
+    return _plan(model, starts, starts.values(), eager)
+
+
+def _plan(
+    model: HookedModel, starts: Mapping[str, ResumePoint], edited: Iterable[ResumePoint], eager: bool
+) -> ResumePlan:
+    """The plan that resumes in the towers of ``starts`` that no other of them reaches."""
+    first = model.flow.first_of(starts)
+    later = None
+    if len(first) == 1 and model.flow.feeds_cache(first[0]):
+        later = min((here for here in edited if here.tower != first[0]), default=None)
+    return ResumePlan(tuple(starts[tower] for tower in first), eager, later)
 
 
 def plan_behind(model: HookedModel, starts: Collection[ResumePoint], groups: Sequence[CompiledEdits]) -> ResumePlan:
@@ -145,12 +144,12 @@ def plan_behind(model: HookedModel, starts: Collection[ResumePoint], groups: Seq
 
     Raises InputError, naming the edit, for a site before every start.
     """
-    order, dual = stages(model), is_dual(model)
+    order = model.flow.stages
     first: dict[str, ResumePoint] = {}
     for group in groups:
         for site, edits in group.writes.items():
             here = start_of(model, site)
-            before = [one for one in starts if _is_behind(here, one, order, dual)]
+            before = [one for one in starts if _is_behind(here, one, model.flow)]
             if not before:
                 where = ", ".join(map(str, sorted(starts)))
                 raise InputError(
@@ -159,24 +158,17 @@ def plan_behind(model: HookedModel, starts: Collection[ResumePoint], groups: Seq
                 )
             start = max(before, key=lambda one: (order.index(one.tower), one))
             first[start.tower] = min(start, first.get(start.tower, start))
-    chosen = list(first.values()) or [min(starts, key=lambda one: (order.index(one.tower), one))]
+    if not first:
+        start = min(starts, key=lambda one: (order.index(one.tower), one))
+        first[start.tower] = start
     eager = any(SiteName.parse(site).is_eager for group in groups for site in (*group.sites, *group.captures))
-    if dual:
-        return ResumePlan(tuple(chosen), eager)
-    start = min(chosen, key=lambda one: order.index(one.tower))
-    source = model.towers.get(start.tower)
-    later = None
-    if source is not None and source.spec.feeds_cache_only:
-        sites = [start_of(model, site) for group in groups for site in group.writes]
-        later = min((here for here in sites if here.tower != start.tower), default=None)
-    return ResumePlan((start,), eager, later)
+    edited = [start_of(model, site) for group in groups for site in group.writes]
+    return _plan(model, first, edited, eager)
 
 
-def _is_behind(here: ResumePoint, start: ResumePoint, order: Sequence[str], dual: bool) -> bool:
+def _is_behind(here: ResumePoint, start: ResumePoint, flow: Flow) -> bool:
     """Whether what can be edited at ``here`` is computed again by a run that resumes at ``start``."""
-    if here.tower == start.tower:
-        return start <= here
-    return not dual and order.index(start.tower) < order.index(here.tower)
+    return start <= here if here.tower == start.tower else flow.reaches(start.tower, here.tower)
 
 
 def is_unedited(model: HookedModel, site: str, plan: ResumePlan, writes: Iterable[str]) -> bool:
@@ -184,9 +176,8 @@ def is_unedited(model: HookedModel, site: str, plan: ResumePlan, writes: Iterabl
     here = start_of(model, site)
     start = plan.start_in(here.tower)
     if start is None:
-        order = stages(model)
-        apart = is_dual(model) or order.index(here.tower) < order.index(plan.starts[0].tower)
-        return apart or here.layer < reached_through_cache(plan, model, here.tower)
+        apart = not model.flow.is_reached(here.tower, [one.tower for one in plan.starts])
+        return apart or (not here.is_connector and here.layer < reached_through_cache(plan, model, here.tower))
     # A value that enters the place where the run resumes is not computed again.
     order_of = {name: number for number, name in enumerate(model.engine.points)}
     entering = here == start and here.name != "block"
@@ -196,9 +187,8 @@ def is_unedited(model: HookedModel, site: str, plan: ResumePlan, writes: Iterabl
 
 def reached_through_cache(route: ResumePlan, model: HookedModel, tower: str) -> int:
     """The first block of ``tower`` that is edited, or reads changed keys or values of a tower before it; 0 where everything before it changed."""
-    (start,) = route.starts
-    source = model.towers.get(start.tower)
-    if source is None or not source.spec.feeds_cache_only:
+    start = route.starts[0]
+    if len(route.starts) > 1 or model.flow.cache_of(tower) != start.tower:
         return 0
     reached = max(start.layer, 0) if start.name == "block" else start.layer + 1
     return reached if route.later is None else min(reached, max(route.later.layer, 0))

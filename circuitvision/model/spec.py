@@ -18,16 +18,16 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
 from torch import nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.model.flow import Connector, Flow, Path
 from circuitvision.model.packing import Packing
 from circuitvision.model.weights import computing
-
-Path = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Readout:
 
     pool: str = "none"
     head: Path | None = None
-    finish: Literal["none", "softcap", "contrast", "projector", "mean_heads"] = "none"
+    finish: Literal["none", "softcap", "contrast", "mean_heads"] = "none"
     norm_first: bool = True
     normed: bool = True
     reads: tuple[str, ...] = ("*",)
@@ -126,8 +126,6 @@ class TowerSpec:
     """Absolute path of the embedding module, where it is not inside the tower."""
     attention: Literal["causal", "bidirectional", "by_mask"] | None = None
     """Who sees whom, where the family overrides what its stack does by itself."""
-    feeds_cache_only: bool = False
-    """The tower reaches the output only through keys and values (PI0's prefix)."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,10 @@ class Family:
     classes: tuple[str, ...]
     towers: tuple[TowerSpec, ...]
     output: str
-    projector: Path | None = None
+    connectors: tuple[Connector, ...] = ()
+    """How the towers feed each other, in the order in which they run."""
+    answer: str = ""
+    """The tower whose head gives the output; "" for the last."""
     packing: Packing = field(default_factory=Packing)
     """How images become rows of the vision tower and positions of prompts."""
     image_token: tuple[str, ...] = ()
@@ -154,6 +155,11 @@ class Family:
     """Settings of the image processor that its full processor forgets, passed with every call."""
     text_padding: Literal["longest", "max_length"] = "longest"
     """How the text tower expects short prompts to be filled up."""
+
+    @cached_property
+    def flow(self) -> Flow:
+        """The graph of towers and connectors."""
+        return Flow([tower.name for tower in self.towers], self.connectors, self.answer)
 
 
 FAMILIES: dict[str, Family] = {}

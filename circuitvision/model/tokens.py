@@ -338,8 +338,6 @@ class _Builder:
 
 def token_maps(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
     """The token map of every tower that these inputs run; in a run that continues a cache, what the cache holds is of kind "unknown"."""
-    from circuitvision.model.routes import is_dual
-
     maps: dict[str, TokenMap] = {}
     given, inputs = inputs, new_positions(inputs)
     run = ImageRun(model, inputs)
@@ -349,12 +347,12 @@ def token_maps(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, Token
     for name, tower in model.towers.items():
         if tower.stack.image:
             if pictures is not None:
-                maps[name] = pictures
+                maps[name] = pictures if name == run.tower.name else _vision_map(ImageRun(model, inputs, name))
         elif name == "action":
             maps[name] = _action_map(model, tower, inputs)
         elif inputs.get("input_ids") is not None or inputs.get("inputs_embeds") is not None:
             maps[name] = _behind_past(_text_map(model, tower, run, pictures), given)
-    if not is_dual(model):
+    if not model.is_dual:
         count = max((tokens.n_examples for tokens in maps.values()), default=0)
         maps = {name: replace(tokens, n_examples=count) for name, tokens in maps.items()}
     if model.processor is not None and pictures is not None:

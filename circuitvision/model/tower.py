@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.model import branches, heads
 from circuitvision.model.branches import BRANCHES, Branch
+from circuitvision.model.flow import Connector
 from circuitvision.model.patches import PatchEmbedding, pair
 from circuitvision.model.settings import hidden_states, setting
 from circuitvision.model.slots import SlotGradients, slot_sites
@@ -270,6 +271,27 @@ class Tower:
             kinds += [kind] * (registers if kind == "register" else 1)
         return tuple(kinds)
 
+    @property
+    def connector(self) -> Connector | None:
+        """The connector that reads the tower; None where no other tower's stream is made of what it gives."""
+        return self.family.flow.connector_of(self.name)
+
+    @property
+    def connector_module(self) -> nn.Module:
+        """The module of that connector (a projector). Raises UnsupportedModelError if there is none."""
+        connector = self.connector
+        return require(self.module, (connector and connector.path) or "", "projector")
+
+    @property
+    def reader(self) -> Tower:
+        """The tower whose output head reads what leaves this one: itself, or the one behind its connector."""
+        return self if self.connector is None else self.siblings[self.connector.target]
+
+    @property
+    def feeds_cache(self) -> bool:
+        """Whether the tower reaches what follows through its keys and values alone (PI0's prefix)."""
+        return self.family.flow.feeds_cache(self.name)
+
     # -- what leaves the tower -------------------------------------------------------------------------------------------------------------
 
     def feature_layers_in(self, inputs: Mapping[str, Any] | None = None) -> list[int]:
@@ -282,10 +304,10 @@ class Tower:
             return [count]
         return hidden_states(setting(self.module, inputs, self.spec.feature_layers), count + 1)
 
-    def drops_cls_in(self, inputs: Mapping[str, Any] | None = None) -> bool:
-        """Whether the position before the patches is dropped on the way to the projector in a run."""
+    def n_dropped_in(self, inputs: Mapping[str, Any] | None = None) -> int:
+        """How many first positions are left out on the way to the connector in a run: of a family without a setting for it, those of no patch."""
         select = self.spec.feature_select
-        return select is not None and setting(self.module, inputs, select) == "default"
+        return self.cfg.n_prefix if select is None else int(setting(self.module, inputs, select) == "default")
 
     @property
     def dtype(self) -> torch.dtype:

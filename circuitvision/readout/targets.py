@@ -46,10 +46,10 @@ def output_kind(tower: Tower) -> str:
     readout = tower.spec.readout
     if readout is None:
         return "hidden"
-    if readout.finish == "projector":
-        return output_kind(tower.siblings["language"])
+    if tower.connector is not None:
+        return output_kind(tower.reader)
     if readout.finish == "contrast":
-        return "texts" if tower.name == "vision" else "images"
+        return "texts" if tower.stack.image else "images"
     if readout.head is None and readout.tied_lens is None:
         return "hidden"
     if readout.pool == "chunk":
@@ -59,17 +59,11 @@ def output_kind(tower: Tower) -> str:
     return "classes" if tower.family.output == "logits" else "embedding"
 
 
-def reader_of(tower: Tower) -> Tower:
-    """The tower whose head a tower is read through: itself, or the language tower behind a projector."""
-    readout = tower.spec.readout
-    return tower.siblings["language"] if readout is not None and readout.finish == "projector" else tower
-
-
 def output_size(tower: Tower) -> int | None:
     """The number of columns of a tower's read-out; None where it depends on the run, or where there is no head."""
     if output_kind(tower) in ("texts", "images", "hidden"):
         return None
-    reader = reader_of(tower)
+    reader = tower.reader
     found = heads.unembedding(reader)
     head: Any = found[0] if found is not None else None
     if head is None:

@@ -99,7 +99,7 @@ def _compare_patches(
     setting: Setting, model: Any, rows: dict[Any, int], projected: Tensor, entering: Tensor, language: Any
 ) -> None:
     n_columns = SHAPES[setting.case.name]["vision"].grid[1]  # type: ignore[index]
-    kept = 0 if model.vision.drops_cls_in() else SHAPES[setting.case.name]["vision"].n_prefix
+    kept = 0 if model.vision.n_dropped_in() else SHAPES[setting.case.name]["vision"].n_prefix
     seen: set[tuple[int, ...]] = set()
     newline = getattr(model.inner, "image_newline", None)
     for example, position in np.argwhere(language.image_number >= 0).tolist():

@@ -29,6 +29,7 @@ from circuitvision.errors import UnsupportedModelError
 from circuitvision.families.stacks import LLAMA
 from circuitvision.model import inputs as input_checks
 from circuitvision.model import packing, spec, stream
+from circuitvision.model.flow import Connector
 from circuitvision.model.spec import Family, NormSpec, Readout, TowerSpec
 from tests.zoo import Case, parametrize, shared_model
 
@@ -195,36 +196,31 @@ class TwoEyes(PreTrainedModel):
         return CausalLMOutputWithPast(logits=self.lm_head(out.last_hidden_state))
 
 
-def two_eyes(second: Readout | None, projector: str | None = "model.projector") -> None:
-    towers = (
-        TowerSpec("vision", root="model.eye", config="vision_config", readout=Readout(finish="projector")),
-        TowerSpec("vision_2", root="model.eye2", config="vision_2_config", readout=second),
-        TowerSpec("language", root="model.language_model", config="text_config", readout=Readout(head="lm_head")),
-    )
+def two_eyes(*sources: str) -> None:
+    connectors = (Connector(sources, "language", "model.projector"),) if sources else ()
     spec.register_family(
         Family(
             name="two_eyes",
             classes=("TwoEyes",),
             output="logits",
-            projector=projector,
+            connectors=connectors,
             packing=packing.Flat(),
             image_token=("image_token_id",),
-            towers=towers if projector else towers[1:],
+            towers=(
+                TowerSpec("vision", root="model.eye", config="vision_config", readout=Readout()),
+                TowerSpec("vision_2", root="model.eye2", config="vision_2_config", readout=Readout()),
+                TowerSpec(
+                    "language", root="model.language_model", config="text_config", readout=Readout(head="lm_head")
+                ),
+            ),
         )
     )
 
 
-@pytest.mark.parametrize(
-    ("second", "projector", "message"),
-    [
-        (None, "model.projector", "vision and vision_2 but one projector"),
-        (Readout(finish="projector"), "model.projector", "vision and vision_2 but one projector"),
-        (None, None, "how its vision_2 tower reaches the towers after it"),
-    ],
-)
-def test_a_tower_that_leads_nowhere_is_refused_at_wrapping(second: Any, projector: Any, message: str) -> None:
-    two_eyes(second, projector)
-    with pytest.raises(UnsupportedModelError, match=message):
+@pytest.mark.parametrize(("sources", "lost"), [(("vision",), "vision_2"), (("vision_2",), "vision"), ((), "vision")])
+def test_a_tower_that_leads_nowhere_is_refused_at_wrapping(sources: tuple[str, ...], lost: str) -> None:
+    two_eyes(*sources)
+    with pytest.raises(UnsupportedModelError, match=f"how its {lost} tower reaches language"):
         cv.HookedModel(TwoEyes(TwoEyesConfig()).eval())
 
 
@@ -232,7 +228,7 @@ def test_without_the_refusal_a_sweep_says_zero(monkeypatch: pytest.MonkeyPatch) 
     from circuitvision.model import layout
 
     monkeypatch.setattr(layout, "refuse_unread", lambda family, towers: None)
-    two_eyes(None)
+    two_eyes("vision")
     torch.manual_seed(0)
     model = cv.HookedModel(TwoEyes(TwoEyesConfig()).eval())
     ids = torch.tensor([[1] + [60] * 16 + [3, 4]])

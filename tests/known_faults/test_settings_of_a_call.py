@@ -159,7 +159,7 @@ def test_prompts_with_the_class_token_run() -> None:
 def test_a_class_token_dropped_by_the_configuration_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     from circuitvision.model.tower import Tower
 
-    monkeypatch.setattr(Tower, "drops_cls_in", lambda self, inputs=None: True)
+    monkeypatch.setattr(Tower, "n_dropped_in", lambda self, inputs=None: 1)
     with pytest.raises((AssertionError, InputError)):
         check_full()
 

@@ -13,7 +13,7 @@ from circuitvision.readout.attribution import terms as terms_module
 from circuitvision.readout.attribution.bilinear import bilinear_attribution
 from circuitvision.readout.attribution.direct import Attribution, direct_attribution, source_attribution
 from circuitvision.readout.lens.logit import logit_lens
-from circuitvision.readout.targets import output_kind, reader_of
+from circuitvision.readout.targets import output_kind
 from circuitvision.readout.weights.unembedding import linear_projector
 from tests.readout.common import NAMES, outputs_at, run
 from tests.readout.layouts import by_row
@@ -25,9 +25,9 @@ EXACT = {torch.float32: 3e-6, torch.float64: 1e-11}
 def requests(model, dtype):
     """For every tower: a direction of its output where it has one, of its stream otherwise."""
     for name, tower in model.towers.items():
-        if reader_of(tower) is not tower and linear_projector(tower) is not None:
+        if tower.reader is not tower and linear_projector(tower) is not None:
             yield name, (0, 1), {"position": 1}
-        elif output_kind(tower) == "hidden" or reader_of(tower) is not tower:
+        elif output_kind(tower) == "hidden" or tower.reader is not tower:
             direction = torch.randn(tower.cfg.d_model, generator=torch.Generator().manual_seed(1), dtype=dtype)
             yield name, direction, {"position": 1}
         else:
@@ -52,7 +52,7 @@ def test_terms_and_biases_sum_to_the_output(name, dtype):
             scale = float(by_row(result).abs().max())
             gap = float((by_row(result).sum(0) - result.total).abs().max())
             assert gap <= tolerance(model, tower, dtype, by) * scale, (tower, by)
-            feeds = not options and not model.towers[tower].spec.feeds_cache_only
+            feeds = not options and not model.towers[tower].feeds_cache
             if feeds and "softcap" not in case(name).tags:
                 wanted = outputs_at(model, tower, out, cache.inputs)
                 wanted = wanted[:, 0] - wanted[:, 1]
@@ -121,7 +121,7 @@ def test_a_share_is_what_is_lost_when_its_own_term_is_taken_out_of_the_stream(na
     model, _, cache = run(name, torch.float64, everything=True)
     for tower_name, direction, options in requests(model, torch.float64):
         tower = model.towers[tower_name]
-        if reader_of(tower) is not tower and not isinstance(direction, torch.Tensor):
+        if tower.reader is not tower and not isinstance(direction, torch.Tensor):
             continue
         found = direct_attribution(model, cache, direction, tower_name, by="neuron", **options)
         sources = source_attribution(model, cache, direction, tower_name, **options)

@@ -13,7 +13,7 @@ from circuitvision.errors import InputError, UnknownSiteError
 from circuitvision.readout.lens import reader as lens_module
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.lens.result import LensResult
-from circuitvision.readout.targets import output_kind, prompt_embeddings, reader_of
+from circuitvision.readout.targets import output_kind, prompt_embeddings
 from tests.readout.common import NAMES, run
 from tests.readout.layouts import by_row
 from tests.zoo import case, shared_model
@@ -28,7 +28,7 @@ def test_at_the_last_layer_the_lens_is_the_models_own_output(name, norm):
     model, out, cache = run(name)
     for tower_name, tower in model.towers.items():
         kind = output_kind(tower)
-        feeds = reader_of(tower) is tower and not tower.spec.feeds_cache_only
+        feeds = tower.reader is tower and not tower.feeds_cache
         if not feeds or kind in ("hidden", "embedding"):
             continue
         result = logit_lens(model, cache, tower_name, targets=[0, 1], norm=norm)

@@ -14,12 +14,11 @@ from circuitvision.errors import InputError
 from circuitvision.readout.lens import reader as lens_module
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.patch_coords import on_grid
-from circuitvision.readout.targets import reader_of
 from tests.readout.common import NAMES, run
 from tests.readout.layouts import by_row
 from tests.zoo import case, shared_model
 
-PROJECTED = [name for name in NAMES if any(reader_of(tower) is not tower for tower in run(name)[0].towers.values())]
+PROJECTED = [name for name in NAMES if any(tower.reader is not tower for tower in run(name)[0].towers.values())]
 
 
 def parts_of(model, cache, tower: str, **options) -> tuple[torch.Tensor, torch.Tensor]:

@@ -281,7 +281,7 @@ class DeleteTokens(AttentionEdit):
         super().check(model, site, window, n_heads, grows)
         tower = model.towers[self.site]
         self._check_reach(tower, site, window, grows)
-        if self.reindex and not (self.site in ("language", "text") and not tower.spec.feeds_cache_only):
+        if self.reindex and not (self.site in ("language", "text") and not tower.feeds_cache):
             raise InputError(
                 f"positions of the {self.site} tower cannot be counted anew; leave reindex=False: tokens keep their positions"
             )

@@ -162,11 +162,7 @@ class EditCompiler:
 
     def bind(self, groups: Sequence[Group]) -> list[CompiledEdits]:
         """Check every edit of every group, and work out what they need; InputError or UnknownSiteError names the edit."""
-        if (
-            any(groups)
-            and past_length(self.settings)
-            and any(t.spec.feeds_cache_only for t in self.model.towers.values())
-        ):
+        if any(groups) and past_length(self.settings) and any(t.feeds_cache for t in self.model.towers.values()):
             raise InputError(
                 "past_key_values hold the whole prefix of this model, whose positions edits cannot tell: leave them out, and give the "
                 "prefix itself (input_ids and pixel_values)."

@@ -47,10 +47,11 @@ def size_of_route(binder: EditCompiler, route: ResumePlan) -> tuple[int, int, in
     """Rows, positions and bytes per position of the largest tower a route computes."""
     found = []
     model, maps = binder.model, binder.maps
-    seen = False
+    starts = [start.tower for start in route.starts]
     for name, tower in model.towers.items():
-        seen = seen or any(start.tower in (name, "projector") for start in route.starts)
-        if seen and name in maps:
+        # A connector costs no more than the tower it reads.
+        runs = name in (*starts, *map(model.flow.tower_of, starts)) or model.flow.is_reached(name, starts)
+        if runs and name in maps:
             cfg, tokens = tower.cfg, maps[name]
             bytes_each = 2 if model.dtype in (torch.bfloat16, torch.float16) else 4
             width = bytes_each * (12 * cfg.d_model + 3 * cfg.d_mlp + 2 * cfg.n_heads * tokens.n_positions)

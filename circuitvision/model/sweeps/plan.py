@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from circuitvision.model.routes import PARTS, ResumePlan, ResumePoint
+from circuitvision.model.routes import CONNECTOR, PARTS, ResumePlan, ResumePoint
 from circuitvision.storage import as_builtin, stored_as
 
 NOTHING = "nothing changes"
@@ -39,7 +39,7 @@ class Plan:
     def of_route(cls, route: ResumePlan, first: int = 0) -> Plan:
         """The plan of a run that resumes where the group acts first."""
         start, *others = route.starts
-        layer = None if start.tower == "projector" else start.layer
+        layer = None if start.is_connector else start.layer
         return cls(
             start.tower,
             layer,
@@ -51,7 +51,9 @@ class Plan:
     def __str__(self) -> str:
         if not self.tower:
             return self.reason if self.reason == NOTHING else f"in full: {self.reason}"
-        start = ResumePoint(self.tower, -1 if self.layer is None else self.layer, PARTS.index(self.part or "block"))
+        start = ResumePoint(
+            self.tower, CONNECTOR if self.layer is None else self.layer, PARTS.index(self.part or "block")
+        )
         where = ", ".join([str(start), *self.also])
         return f"from {where}{f', positions {self.first}…' if self.first else ''}"
 

@@ -82,7 +82,7 @@ def read(
 
 def _sees_patches(model: Any, maps: Mapping[str, TokenMap], tower: str) -> bool:
     """Whether image patches are among the keys of a tower: its own positions, or those of a prefix that it reads."""
-    prefix = [name for name, other in model.towers.items() if other.spec.feeds_cache_only]
+    prefix = [name for name, other in model.towers.items() if other.feeds_cache]
     seen = [tower] if model.towers[tower].stack.image else [tower, *prefix]
     return any(name in maps and (maps[name].kind == "patch").any() for name in seen)
 
@@ -209,7 +209,7 @@ def _layout(
         if before == 0:
             return own.kind, (KeyBlock(tower, own, 0, 0, length),)
         for name, other in model.towers.items():
-            if other.spec.feeds_cache_only and name in maps and maps[name].n_positions == before:
+            if other.feeds_cache and name in maps and maps[name].n_positions == before:
                 prefix = KeyBlock(name, maps[name], 0, 0, before)
                 return own.kind, (prefix, KeyBlock(tower, own, before, 0, length))
     prompts = [number for number, one in enumerate(passes) if one.shape[-2] == length]

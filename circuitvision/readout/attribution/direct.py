@@ -348,7 +348,7 @@ def sources_of(
     tokens = tokens_of(stream.cache, stream.tower.name)
     places, shares, words = places_of(tokens), shares_of(tokens), [tokens.labels(row) for row in range(tokens.n_rows)]
     kinds = tokens.kind.tolist()
-    feeder = next((t for t in stream.tower.siblings.values() if t.spec.feeds_cache_only), None)
+    feeder = next((t for t in stream.tower.siblings.values() if t.feeds_cache), None)
     more = count - tokens.n_positions
     if more > 0 and feeder is not None:
         before = tokens_of(stream.cache, feeder.name)
@@ -398,7 +398,7 @@ def cached_for(
     names = [f"{read_tower.name}.hook_*", *(f"{read_tower.name}.blocks.*.{part}" for part in parts)]
     names += [f"{name}.hook_readout" for name in model.towers if f"{name}.hook_readout" in model.sites()]
     if by == "source":
-        names += [f"{t.name}.blocks.*.attn.hook_v" for t in read_tower.siblings.values() if t.spec.feeds_cache_only]
+        names += [f"{t.name}.blocks.*.attn.hook_v" for t in read_tower.siblings.values() if t.feeds_cache]
     with torch.no_grad():
         return model.run_with_cache(cache, names_filter=names)[1]
 

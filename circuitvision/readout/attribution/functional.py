@@ -28,7 +28,6 @@ from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading
 from circuitvision.model.norms import frozen_norm
 from circuitvision.model.positions import Positions, warn_of_empty
-from circuitvision.model.spec import require
 from circuitvision.readout.recorded import behind_cache, examples_of, tokens_of
 from circuitvision.readout.targets import (
     Targets,
@@ -36,7 +35,6 @@ from circuitvision.readout.targets import (
     output_kind,
     output_size,
     plain,
-    reader_of,
     resolve_targets,
     shared_width,
 )
@@ -98,7 +96,7 @@ def functional(
     value = value.detach()
     _warn_unless_finite(tower, value)
     capped = value
-    reader = reader_of(tower).spec.readout
+    reader = tower.reader.spec.readout
     if reader is not None and reader.finish == "softcap":
         with torch.no_grad(), tower.hooks_disabled():
             capped = _value(chosen, rows, _read(tower, cache, final, chosen, index, capped=True))
@@ -113,7 +111,7 @@ def _is_embedding(tower: Tower, direction: Tensor) -> bool:
 
 def _check_readable(tower: Tower, position: Any) -> None:
     """Raises InputError where no position can be read, or none is given where the model does not choose one."""
-    behind = reader_of(tower) is not tower
+    behind = tower.reader is not tower
     if output_kind(tower) == "hidden" or (behind and linear_projector(tower) is None):
         raise InputError(
             f"The {tower.name} tower has no read-out that is affine in its stream; give a direction of the stream: a tensor "
@@ -208,8 +206,8 @@ def _read(
         return (out.T if output_kind(tower) == "images" and chosen.against is None else out)[:, None]
     there = index.any(0).nonzero().flatten()
     picked = resid[:, there].to(dtype)
-    if reader_of(tower) is not tower:
-        tower, picked = reader_of(tower), _projected(tower, picked)
+    if tower.reader is not tower:
+        tower, picked = tower.reader, _projected(tower, picked)
     reading = Reading(tower, cache, reference=picked.detach(), **options)
     out = reading.positions(picked, 0, picked.detach())
     share = index[:, there].to(out)
@@ -222,7 +220,7 @@ def _projected(tower: Tower, resid: Float[Tensor, "row pos d_model"]) -> Float[T
     if normed:
         assert tower.final_norm is not None
         resid = frozen_norm(tower.final_norm, resid, resid.detach())
-    projector = require(tower.module, tower.family.projector or "", "projector")
+    projector = tower.connector_module
     return projector(resid)
 
 
@@ -282,7 +280,7 @@ def _stream_direction(
             f"A direction of the stream is [{tower.cfg.d_model}] or one per row ({final.shape[0]}), not {tuple(direction.shape)}."
         )
     # A class token that the projector drops says nothing.
-    if position is None and tower.stack.image and (tower.cfg.n_prefix == 0 or tower.drops_cls_in(cache.inputs)):
+    if position is None and tower.stack.image and tower.n_dropped_in(cache.inputs) == tower.cfg.n_prefix:
         raise InputError("Say where the direction is read: position= a number, or a selection (its mean is read).")
     default = 0 if tower.stack.image else "last"
     index = positions_read(tower, cache, default if position is None else position, final.shape[:2])

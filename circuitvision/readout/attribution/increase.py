@@ -33,7 +33,7 @@ from circuitvision.readout.attribution.terms import Stream
 from circuitvision.readout.patch_coords import named_positions
 from circuitvision.readout.ranks import rank_components
 from circuitvision.readout.recorded import chosen_layers, examples_of
-from circuitvision.readout.targets import Targets, names_of, output_kind, plain, reader_of, resolve_targets
+from circuitvision.readout.targets import Targets, names_of, output_kind, plain, resolve_targets
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _check(read_tower: Tower) -> None:
     readout = read_tower.spec.readout
     if (
         output_kind(read_tower) not in ("tokens", "classes")
-        or reader_of(read_tower) is not read_tower
+        or read_tower.reader is not read_tower
         or link(read_tower) == "none"
     ):
         raise InputError(

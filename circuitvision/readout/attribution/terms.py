@@ -228,7 +228,7 @@ class Stream:
         own = self.site(name)
         if own.shape[1] == keys:
             return pattern, own
-        feeder = next((t for t in self.tower.siblings.values() if t.spec.feeds_cache_only), None)
+        feeder = next((t for t in self.tower.siblings.values() if t.feeds_cache), None)
         if feeder is not None:
             # The prefix ran once, whichever denoising step is looked at.
             earlier = [Stream(feeder, self.cache, step=0).site(name)]

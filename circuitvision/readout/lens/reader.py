@@ -19,7 +19,7 @@ from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
 from circuitvision.model.weights import main_device
 from circuitvision.readout.recorded import examples_of, held_as, pass_number, recorded
-from circuitvision.readout.targets import Targets, output_kind, output_size, reader_of
+from circuitvision.readout.targets import Targets, output_kind, output_size
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -50,7 +50,7 @@ class LensReader:
         against = None if targets is None else targets.against
         self.directions = against if self.kind in ("hidden", "embedding") or self._wide(against) else None
         self._check_width()
-        self.projects = reader_of(tower) is not tower and self.directions is None
+        self.projects = tower.reader is not tower and self.directions is None
         norm = "own" if norm == "tuned" else norm
         final = self._final() if norm == "frozen" else None
         self.own = Reading(tower, cache, norm=norm, reference=final)
@@ -59,7 +59,7 @@ class LensReader:
             # What the norm behind the projector has at the patch that the run projected.
             self.reference = self._projected(final, True, Reading(tower, cache))
         self.reading = Reading(
-            reader_of(tower),
+            tower.reader,
             cache,
             norm=norm,
             reference=self.reference,
@@ -236,7 +236,7 @@ class LensReader:
 
     def _moved(self, value: Tensor) -> Tensor:
         """A value where the head is, in the model's precision: a cache may have been recorded on another device, or converted."""
-        found = unembedding(reader_of(self.tower))
+        found = unembedding(self.tower.reader)
         device = value.device if found is None or self.custom is not None else main_device(found[0])
         return value.to(device, self._dtype())
 

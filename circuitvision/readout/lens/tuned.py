@@ -159,9 +159,7 @@ def _checked(
     read_tower: Tower, dataset: Any, held_out: float, steps: int, learning_rate: float, batch: int
 ) -> list[Mapping[str, Any]]:
     """The dataset as a list of inputs; InputError for what cannot be trained on, or with."""
-    if output_kind(read_tower) in ("hidden", "embedding") or (
-        read_tower.spec.readout and read_tower.spec.readout.finish == "projector"
-    ):
+    if output_kind(read_tower) in ("hidden", "embedding") or read_tower.connector is not None:
         raise InputError(
             f"The {read_tower.name} tower's own head gives no prediction to train on. Train on a tower that the output is read from."
         )

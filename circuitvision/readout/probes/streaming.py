@@ -26,10 +26,10 @@ from circuitvision.data import Batch as DataBatch
 from circuitvision.data import Pairs, Side
 from circuitvision.data.batches import compared_batches
 from circuitvision.errors import InputError
+from circuitvision.model.flow import Flow
 from circuitvision.model.hooks import Recorder, Registration
 from circuitvision.model.inputs import as_mapping
 from circuitvision.model.packing import ImageRun
-from circuitvision.model.routes import is_dual
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
 from circuitvision.progress import Progress
@@ -68,6 +68,7 @@ class Batch:
     inputs: dict[str, Any]
     examples: range
     tokens: dict[str, TokenMap]
+    flow: Flow
     data: DataBatch | None = None
 
     @property
@@ -82,7 +83,7 @@ class Batch:
             InputError: the site's rows or positions are not those of its tower.
         """
         name = SiteName.parse(site)
-        tokens = self.tokens.get("vision" if name.tower == "projector" else name.tower)
+        tokens = self.tokens.get(self.flow.tower_of(name.tower))
         if name.is_pattern:
             raise InputError(f"{site} holds a number per query and key; read attn.hook_z, or a site of the stream.")
         if tokens is None or value.shape[0] != tokens.n_rows:
@@ -188,7 +189,7 @@ class Reading:
     ) -> tuple[Batch, dict[str, Any]]:
         device = self.model.device
         inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
-        batch = Batch(inputs, examples, self.model.tokens(inputs), data)
+        batch = Batch(inputs, examples, self.model.tokens(inputs), self.model.flow, data)
         found: dict[str, Any] = {}
 
         def read(site: str, value: Tensor) -> None:
@@ -206,7 +207,7 @@ class Reading:
 
 def _side(model: HookedModel, sites: Sequence[str]) -> str | None:
     """Whose rows are the examples of a dual encoder: "images", "texts" or "both"; None for other models."""
-    if not is_dual(model):
+    if not model.is_dual:
         return None
     towers = {SiteName.parse(site).tower for site in sites}
     return "both" if len(towers) > 1 else "images" if "vision" in towers else "texts"

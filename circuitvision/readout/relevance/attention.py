@@ -31,7 +31,6 @@ from torch import Tensor
 from circuitvision import metrics
 from circuitvision.errors import InputError
 from circuitvision.model.hooks import HookPoint
-from circuitvision.model.routes import is_dual
 from circuitvision.model.tokens import TokenMap
 from circuitvision.model.weights import check_gradients
 from circuitvision.provenance import describe, with_provenance
@@ -156,11 +155,11 @@ def _moved(slope: Tensor, pattern: Tensor) -> Float[Tensor, "row query key"]:
 def _reader(model: Any, inputs: Mapping[str, Any], tower: str) -> str | None:
     """The tower that takes over positions of this one: as its own patches, or as keys from the cache."""
     maps = model.tokens(inputs)
-    if is_dual(model):
+    if model.is_dual:
         return None
     for name in list(model.towers)[list(model.towers).index(tower) + 1 :]:
         patches = model.towers[tower].stack.image and name in maps and bool((maps[name].kind == "patch").any())
-        if patches or model.towers[tower].spec.feeds_cache_only:
+        if patches or model.towers[tower].feeds_cache:
             return name
     return None
 

@@ -151,7 +151,7 @@ def _head(tower: Tower, gain: bool, part: str | None) -> tuple[Tensor, str]:
         raise InputError(f"part={part!r} is none of the {tower.name} tower's head; {there}.")
     if readout is None:
         raise InputError(f"The {tower.name} tower has no head; give a matrix= [{tower.cfg.d_model}, n_out].")
-    if readout.finish == "projector":
+    if tower.connector is not None:
         return _projected(tower, gain), ""
     if readout.pool == "attention":
         return _value_path(tower, readout, part), part or ""
@@ -180,7 +180,7 @@ def _linear(tower: Tower, module: nn.Module) -> Tensor:
 def _projected(tower: Tower, gain: bool) -> Tensor:
     found = linear_projector(tower)
     if found is None:
-        projector = require(tower.module, tower.family.projector or "", "projector")
+        projector = tower.connector_module
         raise InputError(
             f"The {tower.name} tower is read through {type(projector).__name__}, which is not linear; give a matrix= "
             f"[{tower.cfg.d_model}, n_out] of your own, or read activations with the logit lens."
@@ -194,7 +194,7 @@ def _projected(tower: Tower, gain: bool) -> Tensor:
 
 def linear_projector(tower: Tower) -> nn.Module | None:
     """The one linear map that a vision tower's projector is made of, if it is made of one."""
-    maps = _maps(require(tower.module, tower.family.projector or "", "projector"))
+    maps = _maps(tower.connector_module)
     return maps[0] if len(maps) == 1 and hasattr(maps[0], "in_features") else None
 
 

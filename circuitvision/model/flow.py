@@ -1,0 +1,115 @@
+"""How the towers of a model feed each other: a graph of towers and connectors.
+
+A :class:`Connector` takes what one or several towers give and hands it to another tower: as entries of its stream, through a module
+(``via="stream"``: a projector), or block by block as keys and values (``via="cache"``: PI0's prefix, which its action expert reads). A family lists
+its connectors; a :class:`Flow` answers what follows from the list: the order in which things run, what a change can reach, whose keys a tower
+sees. Towers without a connector between them do not feed each other: a dual encoder compares what both give.
+
+Not covered: cross-attention to another tower, and circles (a tower that feeds itself at the next step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+Path = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Connector:
+    """What leads from one or several towers to another."""
+
+    sources: tuple[str, ...]
+    target: str
+    path: Path | None = None
+    """The module that makes the target's entries of what the sources give; None where the target reads keys and values."""
+    name: str = "projector"
+    """Prefix of its sites, ``{name}.hook_in`` and ``{name}.hook_out``."""
+    via: Literal["stream", "cache"] = "stream"
+
+
+class Flow:
+    """The graph of one family's towers (in the order in which they run) and connectors."""
+
+    def __init__(self, towers: Sequence[str], connectors: Sequence[Connector], answer: str = "") -> None:
+        self.towers, self.connectors = tuple(towers), tuple(connectors)
+        self.answer = answer or self.towers[-1]
+        """The tower whose head gives the model's output."""
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether there are several towers, which do not feed each other but are compared at the end."""
+        return len(self.towers) > 1 and not self.connectors
+
+    @cached_property
+    def stages(self) -> tuple[str, ...]:
+        """Towers and the connectors that are modules, in the order in which they run."""
+        out: list[str] = []
+        for tower in self.towers:
+            out.append(tower)
+            out += [one.name for one in self.modules if set(one.sources) <= set(out) and one.name not in out]
+        return tuple(out)
+
+    @cached_property
+    def modules(self) -> tuple[Connector, ...]:
+        """The connectors that are modules, with sites of their own."""
+        return tuple(one for one in self.connectors if one.via == "stream")
+
+    def connector(self, name: str) -> Connector | None:
+        """The connector whose sites begin with a name; None for a tower's."""
+        return next((one for one in self.modules if one.name == name), None)
+
+    def connector_of(self, tower: str) -> Connector | None:
+        """The connector that is a module and reads a tower; None if there is none."""
+        return next((one for one in self.modules if tower in one.sources), None)
+
+    def feeds_cache(self, tower: str) -> bool:
+        """Whether a tower reaches what follows through its keys and values alone."""
+        return any(one.via == "cache" and tower in one.sources for one in self.connectors)
+
+    def cache_of(self, tower: str) -> str:
+        """The tower whose keys and values a tower sees before its own; "" if there is none."""
+        return next((one.sources[0] for one in self.connectors if one.via == "cache" and one.target == tower), "")
+
+    def is_fed(self, tower: str) -> bool:
+        """Whether entries of a tower's stream are made of what others give."""
+        return any(one.target == tower for one in self.modules)
+
+    def is_last(self, tower: str) -> bool:
+        """Whether a stage is a tower that feeds no other one."""
+        return tower in self.towers and not any(tower in one.sources for one in self.connectors)
+
+    @cached_property
+    def _reached(self) -> dict[str, frozenset[str]]:
+        reached: dict[str, frozenset[str]] = {}
+        for stage in reversed(self.stages):
+            connector = self.connector(stage)
+            if connector is not None:
+                after = [connector.target]
+            else:
+                after = [
+                    one.name if one.via == "stream" else one.target for one in self.connectors if stage in one.sources
+                ]
+            reached[stage] = frozenset(after).union(*(reached[one] for one in after))
+        return reached
+
+    def reaches(self, stage: str, other: str) -> bool:
+        """Whether a change in one tower or connector can change another one."""
+        return other in self._reached[stage]
+
+    def is_reached(self, stage: str, starts: Iterable[str]) -> bool:
+        """Whether a change in any of the given towers or connectors can change another one."""
+        return any(self.reaches(start, stage) for start in starts)
+
+    def first_of(self, stages: Iterable[str]) -> list[str]:
+        """Those of the given towers and connectors that no other of them reaches, in the order in which they run."""
+        chosen = set(stages)
+        return [stage for stage in self.stages if stage in chosen and not self.is_reached(stage, chosen - {stage})]
+
+    def tower_of(self, stage: str) -> str:
+        """The tower whose positions and passes a stage has: its own, or the first that a connector reads."""
+        connector = self.connector(stage)
+        return stage if connector is None else connector.sources[0]
