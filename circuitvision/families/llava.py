@@ -42,7 +42,13 @@ _TOWERS = (
         feature_layers="vision_feature_layer",
         feature_select="vision_feature_select_strategy",
     ),
-    TowerSpec("language", root="model.language_model", config="text_config", readout=Readout(head="lm_head")),
+    TowerSpec(
+        "language",
+        root="model.language_model",
+        config="text_config",
+        runs="per_token",
+        readout=Readout(head="lm_head"),
+    ),
 )
 
 for _name, _class, _packing in (

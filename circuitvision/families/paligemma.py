@@ -27,6 +27,7 @@ register_family(
                 root="model.language_model",
                 config="text_config",
                 attention="by_mask",
+                runs="per_token",
                 readout=Readout(head="lm_head", finish="softcap"),
             ),
         ),

@@ -54,6 +54,7 @@ register_family(
                 root="model.dit",
                 config="dit_config",
                 attention="by_mask",
+                runs="per_denoising_step",
                 embed="embed_action_time",
                 readout=Readout(pool="chunk", head="action_out_proj", reads=("action",)),
             ),

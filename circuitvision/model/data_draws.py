@@ -66,14 +66,14 @@ def donors_of(
     """
     if model.is_dual:
         raise InputError("resampling from a data set is for models whose examples are rows; resample within the run")
-    own = [_content(inputs, maps, example) for example in range(_count(maps))]
+    own = [_content(model, inputs, maps, example) for example in range(_count(maps))]
     found: list[int] = []
     for example, content in enumerate(own):
         order = np.random.default_rng([seed, int(content[:15], 16)]).permutation(len(side))[:TRIES]
         for number in order.tolist():
             made = inputs_of(model, side[number])
             there = model.tokens(made)
-            if _content(made, there, 0) != content and _serves(maps, there, example, needed, from_end):
+            if _content(model, made, there, 0) != content and _serves(maps, there, example, needed, from_end):
                 found.append(number)
                 break
         else:
@@ -90,11 +90,11 @@ def _count(maps: Mapping[str, TokenMap]) -> int:
     return max(tokens.n_examples for tokens in maps.values())
 
 
-def _content(inputs: Mapping[str, Any], maps: Mapping[str, TokenMap], example: int) -> str:
+def _content(model: HookedModel, inputs: Mapping[str, Any], maps: Mapping[str, TokenMap], example: int) -> str:
     """What one example of a run is, however far its prompt is filled up."""
     told: dict[str, Any] = {}
     mask = inputs.get("attention_mask")
-    pictures = next((tokens for tokens in maps.values() if tokens.tower.startswith("vision")), None)
+    pictures = next((tokens for tokens in maps.values() if model.towers[tokens.tower].stack.image), None)
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or not value.ndim or name in ("attention_mask", "noise", "timestep"):
             continue

@@ -618,7 +618,8 @@ class HookedModel(TextTools):
         edit that no step of this generation comes to.
         """
         module: Any = self.module
-        if not hasattr(module, "generate") or self.family.suffix_kinds or "language" not in self.towers:
+        growing = self.family.tower_that_runs("per_token")
+        if not hasattr(module, "generate") or not growing:
             raise UnsupportedModelError(f"A {self.family.name} model does not generate text.")
         named, kwargs = input_checks.split_keywords(self, kwargs)
         mapping = self._checked(inputs, named, generation.described)
@@ -634,8 +635,8 @@ class HookedModel(TextTools):
         self._passes_recorded = True
         with self._edited(binder, bound), self._running(mapping):
             out = module.generate(**mapping, **kwargs)
-        if bound.writes and "language" in self.engine.passes:
-            binder.warn_unmet(bound, self.engine.passes["language"])
+        if bound.writes and growing in self.engine.passes:
+            binder.warn_unmet(bound, self.engine.passes[growing])
         return out
 
     def sample_actions(

@@ -30,7 +30,7 @@ def as_mapping(model: HookedModel, inputs: Any) -> dict[str, Any]:
     Arrays become tensors on the model's device, floats in its dtype; tensors stay as they are.
     """
     if isinstance(inputs, (Tensor, np.ndarray)):
-        if list(model.towers) != ["vision"]:
+        if not all(tower.stack.image for tower in model.towers.values()):
             raise InputError(
                 f"A {model.family.name} model needs a mapping of tensors (model.inputs(images=…, text=…) makes one), not one tensor."
             )

@@ -173,7 +173,7 @@ def load_processor(name: str | Path, module: nn.Module) -> Any:
         configs: Any = getattr(module, "peft_config", {})
         names += [config.base_model_name_or_path for config in configs.values() if config.base_model_name_or_path]
     attempts: list[Any] = [transformers.AutoProcessor, transformers.AutoImageProcessor, transformers.AutoTokenizer]
-    if [tower.name for tower in family.towers] == ["vision"]:
+    if len(family.towers) == 1 and not family.image_token:
         # AutoProcessor makes up a tokenizer for some image-only checkpoints, or forgets their image settings.
         attempts = [transformers.AutoImageProcessor]
     if family.processor is not None:

@@ -29,6 +29,8 @@ from circuitvision.model.flow import Connector, Flow, Path
 from circuitvision.model.packing import Packing
 from circuitvision.model.weights import computing
 
+Runs = Literal["once", "per_token", "per_denoising_step"]
+
 
 @dataclass(frozen=True)
 class NormSpec:
@@ -122,6 +124,8 @@ class TowerSpec:
     """Config attribute that says which hidden states leave the tower, where it is not the last one."""
     feature_select: str | None = None
     """Config attribute that says whether the CLS position is dropped ("default") or kept ("full")."""
+    runs: Runs = "once"
+    """How often the tower runs in one call of the model: once, for each new token of ``generate``, or for each step of ``sample_actions``."""
     embed: Path | None = None
     """Absolute path of the embedding module, where it is not inside the tower."""
     attention: Literal["causal", "bidirectional", "by_mask"] | None = None
@@ -155,6 +159,10 @@ class Family:
     """Settings of the image processor that its full processor forgets, passed with every call."""
     text_padding: Literal["longest", "max_length"] = "longest"
     """How the text tower expects short prompts to be filled up."""
+
+    def tower_that_runs(self, runs: Runs) -> str:
+        """The name of the first tower that runs so often; "" if there is none."""
+        return next((tower.name for tower in self.towers if tower.runs == runs), "")
 
     @cached_property
     def flow(self) -> Flow:

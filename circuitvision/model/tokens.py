@@ -348,7 +348,7 @@ def token_maps(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, Token
         if tower.stack.image:
             if pictures is not None:
                 maps[name] = pictures if name == run.tower.name else _vision_map(ImageRun(model, inputs, name))
-        elif name == "action":
+        elif tower.spec.runs == "per_denoising_step":
             maps[name] = _action_map(model, tower, inputs)
         elif inputs.get("input_ids") is not None or inputs.get("inputs_embeds") is not None:
             maps[name] = _behind_past(_text_map(model, tower, run, pictures), given)

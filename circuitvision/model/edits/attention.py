@@ -281,7 +281,8 @@ class DeleteTokens(AttentionEdit):
         super().check(model, site, window, n_heads, grows)
         tower = model.towers[self.site]
         self._check_reach(tower, site, window, grows)
-        if self.reindex and not (self.site in ("language", "text") and not tower.feeds_cache):
+        counted = not (tower.stack.image or tower.feeds_cache or tower.spec.runs == "per_denoising_step")
+        if self.reindex and not counted:
             raise InputError(
                 f"positions of the {self.site} tower cannot be counted anew; leave reindex=False: tokens keep their positions"
             )

@@ -146,10 +146,10 @@ class EditCompiler:
             return PositionWindow(name.tower, rows, 0, length, length)
         if known.axis.absent:
             return dataclasses.replace(known, first=0, length=length)
-        repeats = self.mode == "generate" and name.tower == "language"
+        repeats = self._repeats(name.tower)
         if repeats and length != (1 if hook.step else known.count):
             raise InputError(
-                f"pass {hook.step} of the language tower holds {length} positions: edits count positions by the cache, so leave "
+                f"pass {hook.step} of the {name.tower} tower holds {length} positions: edits count positions by the cache, so leave "
                 "use_cache on, and prefill_chunk_size, prompt_lookup_num_tokens and assistant models off"
             )
         if repeats and hook.step > 0:
@@ -221,7 +221,7 @@ class EditCompiler:
 
     def _repeats(self, tower: str) -> bool:
         """Whether a tower adds positions, pass by pass."""
-        return self.mode == "generate" and tower == "language"
+        return self.mode == "generate" and tower == self.model.family.tower_that_runs("per_token")
 
     def _meets(self, edit: Edit, name: str, passes: int | None) -> bool:
         """Whether an edit comes to a position it selects, in the prompt or in one of so many passes."""
@@ -265,10 +265,12 @@ class EditCompiler:
     def _check_steps(self, edit: Edit, towers: Sequence[str]) -> None:
         """Raise InputError for steps that a tower has none of, and for a number that the tower which runs several times does not come to."""
         kind, numbers = edit.steps.kind, edit.steps.numbers
-        several = {"generate": "language", "act": "action"}.get(self.mode)
+        family = self.model.family
+        denoising = family.tower_that_runs("per_denoising_step")
+        several = {"generate": family.tower_that_runs("per_token"), "act": denoising}.get(self.mode)
         for tower in towers if kind != "all" else ():
-            if tower == "action" and kind != "numbers":
-                raise InputError(f"steps={kind!r} means nothing to the action tower: give numbers of denoising steps")
+            if tower == denoising and kind != "numbers":
+                raise InputError(f"steps={kind!r} means nothing to the {tower} tower: give numbers of denoising steps")
             passes = self.passes if tower == several else 1
             if passes is None:
                 continue
