@@ -5,8 +5,9 @@ What such a file is made of is here as well, for a family of one's own: ``docs/f
 
 from __future__ import annotations
 
-from circuitvision.families import clip, deit, dinov2, llava, paligemma, pi0, siglip, stacks, vit
+from circuitvision.families import clip, deit, dinov2, dinov3, llava, paligemma, pi0, siglip, stacks, vit
 from circuitvision.families.action_tokens import action_bins
+from circuitvision.model.flow import Connector
 from circuitvision.model.packing import AnyRes, Cameras, Flat, Packing, Patches
 from circuitvision.model.spec import (
     FAMILIES,
@@ -24,6 +25,7 @@ __all__ = [
     "AnyRes",
     "BlockLayout",
     "Cameras",
+    "Connector",
     "Family",
     "Flat",
     "NormSpec",
@@ -36,6 +38,7 @@ __all__ = [
     "clip",
     "deit",
     "dinov2",
+    "dinov3",
     "llava",
     "paligemma",
     "pi0",

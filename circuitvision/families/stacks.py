@@ -54,6 +54,8 @@ LLAMA_BLOCK = BlockLayout(
     **_GATED,
     rotary=True,
 )
+DINOV3_BLOCK = replace(DINOV2_BLOCK, mlp_in="mlp.up_proj", mlp_out="mlp.down_proj", rotary=True)
+DINOV3_GATED_BLOCK = replace(DINOV3_BLOCK, mlp_gate="mlp.gate_proj")
 GEMMA2_BLOCK = replace(
     LLAMA_BLOCK,
     ln2="pre_feedforward_layernorm",
@@ -65,6 +67,11 @@ GEMMA2_BLOCK = replace(
 def dinov2_block(block: nn.Module) -> BlockLayout:
     """The layout of one DINOv2 block: gated where the checkpoint uses SwiGLU."""
     return DINOV2_GATED_BLOCK if hasattr(block.mlp, "gate_proj") else DINOV2_BLOCK
+
+
+def dinov3_block(block: nn.Module) -> BlockLayout:
+    """The layout of one DINOv3 block: gated in its largest checkpoint."""
+    return DINOV3_GATED_BLOCK if hasattr(block.mlp, "gate_proj") else DINOV3_BLOCK
 
 
 VIT = Stack(
@@ -80,6 +87,16 @@ VIT = Stack(
 )
 DEIT = replace(VIT, prefix=("cls", "distillation"))
 DINOV2 = replace(VIT, blocks="encoder.layer", block=dinov2_block, position="grid_always", prefix=("cls", "register"))
+DINOV3 = Stack(
+    blocks="model.layer",
+    block=dinov3_block,
+    final_norm="norm",
+    embed="embeddings.patch_embeddings",
+    embeddings="embeddings",
+    position="rotary",
+    prefix=("cls", "register"),
+    image=True,
+)
 CLIP_VISION = Stack(
     blocks="encoder.layers",
     block=CLIP_BLOCK,
@@ -109,8 +126,9 @@ GEMMA2 = replace(LLAMA, block=GEMMA2_BLOCK)
 register_stack(VIT, "vit")
 register_stack(DEIT, "deit")
 register_stack(DINOV2, "dinov2", "dinov2_with_registers")
-register_stack(CLIP_VISION, "clip_vision_model")
-register_stack(CLIP_TEXT, "clip_text_model")
+register_stack(DINOV3, "dinov3_vit")
+register_stack(CLIP_VISION, "clip_vision_model", "metaclip_2_vision_model")
+register_stack(CLIP_TEXT, "clip_text_model", "metaclip_2_text_model")
 register_stack(SIGLIP_VISION, "siglip_vision_model")
 register_stack(SIGLIP2_VISION, "siglip2_vision_model")
 register_stack(SIGLIP_TEXT, "siglip_text_model", "siglip2_text_model")

@@ -99,7 +99,7 @@ def _under_images(tower: Tower, tokens: TokenMap, after_eos: Tensor | None) -> T
 
 def _after_eos(tower: Tower, inputs: Mapping[str, Any]) -> Tensor | None:
     readout = tower.spec.readout
-    if readout is None or readout.pool != "eos" or tower.cfg.attention != "causal":
+    if readout is None or readout.pool not in ("eos", "first_eos") or tower.cfg.attention != "causal":
         return None
     end = eos_positions(tower, inputs).cpu()
     return torch.arange(inputs["input_ids"].shape[1])[None] > end[:, None]

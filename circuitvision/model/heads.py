@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from circuitvision.model.tower import Tower
 
 NORM_POLICIES = ("own", "frozen", "none")
-_AT_ONE_POSITION = ("cls", "last", "eos")
+_AT_ONE_POSITION = ("cls", "last", "eos", "first_eos")
 
 
 def read_out(tower: Tower, resid: Tensor, context: ActivationCache | None) -> Tensor:
@@ -260,7 +260,7 @@ def pool(tower: Tower, rule: str, value: Tensor, context: ActivationCache | None
         return value[:, -1]
     if rule == "chunk":
         return value[:, -int(tower.config_of_model.chunk_size) :]
-    if rule == "eos":
+    if rule in ("eos", "first_eos"):
         return value[torch.arange(value.shape[0], device=value.device), eos_positions(tower, _inputs(context))]
     raise UnsupportedModelError(f"Unknown pooling rule {rule!r} in the table of the {tower.family.name} family.")
 
@@ -387,10 +387,11 @@ def _inputs(context: ActivationCache | None) -> dict[str, Any]:
 
 
 def eos_positions(tower: Tower, inputs: Any) -> Tensor:
-    """Where CLIP's text tower is read: the argmax of the ids when the configured eos id is 2, else the first eos."""
+    """Where a text tower is read that reads the end of the text, by its pooling rule (see ``spec.POOLS``)."""
     ids = inputs["input_ids"].to(torch.int)
     eos = tower.config.eos_token_id
-    return ids.argmax(-1) if eos == 2 else (ids == eos).int().argmax(-1)
+    by_highest = eos == 2 and tower.spec.readout is not None and tower.spec.readout.pool == "eos"
+    return ids.argmax(-1) if by_highest else (ids == eos).int().argmax(-1)
 
 
 def _caps_logits(tower: Tower) -> bool:

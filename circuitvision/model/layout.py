@@ -86,7 +86,7 @@ def _tower_points(tower: Tower) -> Iterator[Point]:
         embed = require(tower.root, stack.embed, "embedding")
     point = Output if stack.image or tower.spec.embed is not None else Lookup
     yield point(f"{name}.hook_embed", embed, "post")
-    if stack.position != "none":
+    if stack.position not in ("none", "rotary"):
         adder = require(tower.root, stack.embeddings or "", "embeddings")
         n_inserted = sum(kind == "register" for kind in tower.prefix_kinds)
         yield PositionEmbedding(

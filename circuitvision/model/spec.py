@@ -81,7 +81,9 @@ class Stack:
     """The module whose output is the patch or token embedding, before positions are added."""
     embeddings: Path | None = None
     """The module that adds the position embedding; None where positions are rotary only."""
-    position: Literal["none", "table", "grid", "grid_always", "resized"] = "none"
+    position: Literal["none", "table", "grid", "grid_always", "resized", "rotary"] = "none"
+    """How positions enter: not at all, as a table of texts, as a table of patches (stretched to other sizes on request, or always), as one that is
+    resized to every image, or inside attention alone, for images of any size."""
     position_weight: str | None = None
     """Where the position table is, relative to ``embeddings``."""
     prefix: tuple[str, ...] = ()
@@ -217,7 +219,21 @@ def register_family(family: Family) -> Family:
     return family
 
 
-POOLS = ("none", "cls", "cls+mean_patch", "cls+distillation", "mean_patch", "mean", "last", "eos", "chunk", "attention")
+POOLS = (
+    "none",
+    "cls",
+    "cls+mean_patch",
+    "cls+distillation",
+    "mean_patch",
+    "mean",
+    "last",
+    "eos",
+    "first_eos",
+    "chunk",
+    "attention",
+)
+"""Rules of pooling. "eos" is CLIP's: the highest id where the configured eos id is 2 (it was 2 by mistake once), else the first eos; "first_eos"
+is MetaCLIP 2's, whatever the id."""
 
 
 def _check_table(family: Family) -> None:

@@ -147,7 +147,8 @@ def weights_are_the_modules_own(setting: Setting) -> None:
             assert getattr(tower.cfg, field) == getattr(shape, field), f"{name}.cfg.{field}"
         assert setting.case.name.startswith("siglip2") or tower.cfg.grid == shape.grid, f"{name}.cfg.grid"
         _weights_of_blocks(name, tower)
-        if name == "text" or (name == "vision" and "interpolate_pos_encoding" not in inputs):
+        fixed = "interpolate_pos_encoding" not in inputs and "rotary_vision" not in setting.case.tags
+        if name == "text" or (name == "vision" and fixed):
             positions = cache[f"{name}.hook_pos_embed"]
             table = tower.W_pos
             if (

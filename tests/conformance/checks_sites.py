@@ -299,7 +299,7 @@ def exactly_the_expected_sites_exist(setting: Setting) -> None:
     known = set(listed)
     for absent in (
         f"vision.blocks.{last}.hook_resid_pre",
-        "vision.blocks.0.attn.hook_rot_q",
+        "vision.blocks.0.attn.hook_rot_z",
         "vision.blocks.0.cross_attn.hook_q",
         "vision.blocks.0.hook_z",
         "vision.blocks.0.attn.hook_zz",

@@ -102,7 +102,7 @@ def held(case: Case, site: str, count: int) -> list[int] | None:
         return list(range(1, count)) if tower == "action" else None
     if site.startswith("vision.ln_final"):
         reads_last = "language" not in case.towers or case.family in ("paligemma", "pi0")
-        pools_first = case.family in ("clip", "clip_vision_model")
+        pools_first = case.family in ("clip", "clip_vision_model", "metaclip_2")
         return list(range(count)) if reads_last and not pools_first else None
     return list(range(count))
 

@@ -22,9 +22,9 @@ def hooked(name: str, double: bool = False) -> cv.HookedModel:
 def options_for(tower) -> dict:
     """What a tower needs to be read at all, with as many columns as the space it ends in has dimensions."""
     readout = tower.spec.readout
+    if tower.connector is not None:
+        return {"matrix": torch.eye(tower.cfg.d_model)} if "llava" in tower.family.name else {}
     if readout is None or (readout.head is None and readout.tied_lens is None and readout.finish == "none"):
-        return {"matrix": torch.eye(tower.cfg.d_model)}
-    if readout.finish == "projector" and "llava" in tower.family.name:
         return {"matrix": torch.eye(tower.cfg.d_model)}
     options: dict = {"part": "value_path"} if readout.pool == "attention" else {}
     if readout.finish == "contrast":

@@ -20,7 +20,12 @@ def test_with_gain_the_matrix_is_the_read_out_up_to_the_denominator_and_a_consta
     model = hooked(name, double=True)
     for tower in model.towers.values():
         readout = tower.spec.readout
-        if readout is None or readout.finish in ("contrast", "projector") or "matrix" in options_for(tower):
+        if (
+            readout is None
+            or readout.finish == "contrast"
+            or tower.connector is not None
+            or "matrix" in options_for(tower)
+        ):
             continue
         x = torch.randn(2, 1, tower.cfg.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         n_positions = max(tower.cfg.n_prefix + 3, int(getattr(tower.config_of_model, "chunk_size", 1)))
@@ -114,7 +119,7 @@ def test_a_linear_projector_carries_on_into_the_language_towers_words(name):
     expected = x[:, 0] @ matrix / denominator(vision.final_norm, x[:, 0])
     close((logits - base)[:, 0], expected, language.final_norm)
     bare = unembedding_matrix(vision, gain=False).matrix
-    projector = cv.model.spec.resolve(vision.module, vision.family.projector)
+    projector = vision.connector_module
     torch.testing.assert_close(bare, projector.linear.weight.T @ unembedding_matrix(language, gain=False).matrix)
 
 

@@ -184,6 +184,47 @@ _dual_case(
 )
 
 
+# ---- MetaCLIP 2
+
+
+def _metaclip2_config(**changes: Any) -> Any:
+    # The released text tower has end-of-text id 2, and is read at the first one all the same.
+    return transformers.MetaClip2Config(
+        text_config=CLIP_TEXT | {"eos_token_id": 2} | changes, vision_config=CLIP_VISION, projection_dim=12
+    )
+
+
+def _metaclip2_texts(count: int, seed: int, padding: str | None) -> tuple[Tensor, Tensor]:
+    """CLIP's texts with the id 2 as their end: no highest id, and twice in every other text."""
+    ids, mask = _clip_texts(count, seed, padding)
+    ids = torch.where(ids == 2, 3, ids)
+    ids = torch.where(ids == TEXT_EOS_LAST["<eos>"], 2, ids)
+    ids[::2, 2] = 2
+    return ids, mask
+
+
+_dual_case(
+    "metaclip2",
+    "metaclip_2",
+    lambda: transformers.MetaClip2Model(_metaclip2_config()),
+    _clip_processor,
+    dual_inputs(_metaclip2_texts, patches=False, mask=True),
+    CLIP_RAW,
+    CLIP_VISION_TAGS | {"dual", "padding_right"},
+)
+_dual_case(
+    "metaclip2-classifier",
+    "metaclip_2",
+    lambda: transformers.MetaClip2ForImageClassification(_with_labels(_metaclip2_config(), 5)),
+    clip_image_processor,
+    image_inputs(interpolates=True),
+    raw_images((24, 30)),
+    (CLIP_VISION_TAGS | {"classifier"}) - {"any_size", "interpolates"},
+    towers=("vision",),
+    unused="post_layernorm",
+)
+
+
 # ---- SigLIP and SigLIP2
 
 SIGLIP_TEXT: dict[str, Any] = {

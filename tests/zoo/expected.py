@@ -32,6 +32,7 @@ DINOV2 = Shape(3, 3, 3, 24, 8, 48, (4, 4), 1)
 # SwiGLU's hidden width is 2/3 of mlp_ratio * d_model, rounded up to a multiple of 8.
 SWIGLU = replace(DINOV2, d_mlp=32)
 REGISTERS = replace(DINOV2, n_prefix=4)
+DINOV3 = Shape(3, 3, 3, 24, 8, 40, (4, 4), 3)
 CLIP = Shape(3, 5, 5, 20, 4, 36, (4, 4), 1)
 SIGLIP = Shape(3, 3, 3, 24, 8, 44, (3, 3))
 SIGLIP2 = Shape(2, 4, 4, 24, 6, 36)
@@ -68,6 +69,8 @@ SHAPES: dict[str, dict[str, Shape]] = {
     "dinov2-swiglu": {"vision": SWIGLU},
     "dinov2-registers": {"vision": REGISTERS},
     "dinov2-registers-headless": {"vision": replace(REGISTERS, n_layers=2)},
+    "dinov3": {"vision": DINOV3},
+    "dinov3-gated": {"vision": replace(DINOV3, n_layers=2, grid=(3, 5))},
     "clip-vision": {"vision": CLIP},
     "clip-vision-projection": {"vision": replace(CLIP, n_layers=2)},
     "siglip-vision": {"vision": SIGLIP},
@@ -76,6 +79,8 @@ SHAPES: dict[str, dict[str, Shape]] = {
     "clip": {"vision": CLIP, "text": CLIP_TEXT},
     "clip-argmax": {"vision": CLIP, "text": CLIP_TEXT},
     "clip-classifier": {"vision": CLIP},
+    "metaclip2": {"vision": CLIP, "text": CLIP_TEXT},
+    "metaclip2-classifier": {"vision": CLIP},
     "siglip": {"vision": SIGLIP, "text": SIGLIP_TEXT},
     "siglip-classifier": {"vision": SIGLIP},
     "siglip2": {"vision": SIGLIP2, "text": SIGLIP_TEXT},

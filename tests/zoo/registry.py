@@ -40,6 +40,7 @@ TAGS: dict[str, str] = {
     "sandwich": "norms on sub-layer outputs as well",
     "softcap": "tanh caps on scores or logits",
     "gated_vision": "the vision MLP is gated",
+    "rotary_vision": "positions of patches are rotary, so images of any size run and no table is added",
     "registers": "register tokens after the class token",
     "distillation": "a distillation token after the class token",
     "class_token": "the vision tower has a class token",

@@ -277,6 +277,52 @@ _vision_case(
 )
 
 
+# ---- DINOv3
+
+DINOV3: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "num_register_tokens": 2,
+    "image_size": 20,
+    "patch_size": 5,
+}
+
+
+def _dinov3_processor() -> Any:
+    return transformers.BitImageProcessor(
+        size={"height": 20, "width": 20},
+        do_center_crop=False,
+        resample=2,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+
+
+DINOV3_TAGS = {"rotary_vision", "class_token", "any_size", "layerscale", "registers", "headless"}
+_vision_case(
+    "dinov3",
+    "dinov3",
+    lambda: transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**DINOV3)),
+    _dinov3_processor,
+    DINOV3_TAGS,
+    unused="mask_token",
+)
+_vision_case(
+    "dinov3-gated",
+    "dinov3",
+    lambda: transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(
+            **(DINOV3 | {"use_gated_mlp": True, "hidden_act": "silu", "num_hidden_layers": 2, "image_size": (15, 25)})
+        )
+    ),
+    _dinov3_processor,
+    DINOV3_TAGS | {"gated_vision", "non_square"},
+    unused="mask_token",
+)
+
+
 # ---- CLIP, SigLIP and SigLIP2 vision towers alone
 
 CLIP_VISION: dict[str, Any] = {
