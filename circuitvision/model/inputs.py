@@ -137,7 +137,8 @@ def check_names(model: HookedModel, names: Iterable[str]) -> None:
 
 
 def _reading_classes(model: HookedModel) -> tuple[type, ...]:
-    return tuple({type(part) for part in model.module.modules() if hasattr(part, "main_input_name")})
+    reading = {type(part) for part in model.module.modules() if hasattr(part, "main_input_name")}
+    return tuple({*reading, type(model._base)})
 
 
 @lru_cache(maxsize=256)

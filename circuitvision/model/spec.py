@@ -218,6 +218,10 @@ def _check_table(family: Family) -> None:
 
     need_tuple("classes", family.classes, str)
     need_tuple("towers", family.towers, TowerSpec)
+    for stack in (tower.stack for tower in family.towers if tower.stack is not None):
+        need_tuple("prefix", stack.prefix, str)
+        if not set(stack.prefix) <= set(KINDS):
+            raise InputError(f"{where}prefix={stack.prefix!r}; give kinds of positions: {', '.join(KINDS)}.")
     for readout in (tower.readout for tower in family.towers if tower.readout is not None):
         need_tuple("reads", readout.reads, str)
         if readout.pool not in POOLS:
@@ -310,6 +314,10 @@ def require(root: nn.Module, path: Path, what: str) -> nn.Module:
 def sub_config(config: object, path: str) -> object:
     """The nested config at a dotted path ("" is the config itself)."""
     for part in path.split(".") if path else ():
+        if not hasattr(config, part):
+            raise UnsupportedModelError(
+                f"A {type(config).__name__} has no {part!r}: the family's config={path!r} is wrong, or this is another kind of model."
+            )
         config = getattr(config, part)
     return config
 
@@ -321,7 +329,8 @@ def stack_for(spec: TowerSpec, config: object) -> Stack:
     model_type = getattr(config, "model_type", None)
     if model_type not in STACKS:
         raise UnsupportedModelError(
-            f"The {spec.name} tower is built from a config of type {model_type!r}, which no stack describes. Known: {', '.join(sorted(STACKS))}."
+            f"The {spec.name} tower is built from a config of type {model_type!r}, which no stack describes. Known: {', '.join(sorted(STACKS))}. "
+            "Blocks of one's own are described by a Stack: TowerSpec(stack=…) or circuitvision.register_stack, see docs/families.md."
         )
     return STACKS[model_type]
 
