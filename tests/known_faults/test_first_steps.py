@@ -136,6 +136,13 @@ def test_experiments_say_that_the_model_comes_first(llava: cv.HookedModel) -> No
             call()
 
 
+def test_a_data_set_in_place_of_inputs_names_its_batches(llava: cv.HookedModel) -> None:
+    pairs: Any = cv.data.question_pairs(2, seed=0)
+    for call in (llava.run, llava.run_with_cache, llava.generate):
+        with pytest.raises(InputError, match=r"batches\(model\)"):
+            call(pairs)
+
+
 def test_edits_in_place_of_the_metric_are_recognised() -> None:
     with pytest.raises(InputError, match="edits come before the metric"):
         MetricSet.of([edits.ablate("vision L0H0")])
@@ -210,6 +217,15 @@ def test_boxes_outside_their_pictures_warn() -> None:
         cv.regions.box([(0, 0, 100, 50), (0, 0, 10, 10)], size=(64, 64))
     with pytest.warns(UserWarning, match="1 of 1 boxes"):
         cv.regions.box((0, 0, 100, 50), size=[(50, 100), (50, 60)])
+
+
+def test_a_data_set_says_where_its_pictures_are() -> None:
+    pairs: Any = cv.data.question_pairs(2, seed=0)
+    for held, where in ((pairs, r"data\.clean\.examples"), (pairs.clean, r"data\.examples")):
+        for name in ("images", "texts"):
+            with pytest.raises(AttributeError, match=where):
+                getattr(held, name)
+        assert not hasattr(held, "nothing")
 
 
 def test_a_data_set_is_no_picture(llava: cv.HookedModel) -> None:
@@ -378,3 +394,15 @@ def test_tables_that_are_wrong_are_refused(own: nn.Module) -> None:
     with pytest.raises(UnsupportedModelError, match="no config"):
         cv.HookedModel(OwnViT())
     assert "object at" not in repr(described())
+
+
+@pytest.mark.parametrize("table", [cv.Family, cv.TowerSpec, cv.Stack, cv.BlockLayout])
+def test_help_describes_every_entry_of_a_table(table: Any) -> None:
+    import dataclasses
+    import re
+
+    listed = re.findall(r"^        ([a-z0-9_, ]+):", str(table.__doc__), re.MULTILINE)
+    described = {name for line in listed for name in line.split(", ")}
+    entries = {entry.name for entry in dataclasses.fields(table)}
+    assert entries - described <= {"position_weight"}
+    assert described <= entries
