@@ -51,7 +51,12 @@ def plain_answer(answer: Any) -> Any:
     if isinstance(answer, Iterable):
         return [plain_answer(item) for item in answer]
     if isinstance(answer, bool) or not hasattr(answer, "__index__"):
-        raise InputError(f"An answer is an id (a whole number) or a word, not {answer!r}.")
+        actions = (
+            " An action is compared by cv.metrics.action_dim(number of the dimension)."
+            if isinstance(answer, float)
+            else ""
+        )
+        raise InputError(f"An answer is an id (a whole number) or a word, not {answer!r}.{actions}")
     return operator.index(answer)
 
 

@@ -35,6 +35,10 @@ class MetricSet:
             return metric
         several = isinstance(metric, Mapping | list | tuple)
         if isinstance(metric, list | tuple):
+            if any(hasattr(name, "site") for name in metric):
+                raise InputError(
+                    "These are edits, not metrics: edits come before the metric, as in sweep(inputs, edits, metric)."
+                )
             if not all(isinstance(name, str) for name in metric):
                 raise InputError("A list of metrics holds their names; metrics themselves need one: {'name': metric}.")
             if len(set(metric)) != len(metric):

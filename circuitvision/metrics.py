@@ -30,7 +30,7 @@ from torch import Tensor
 
 from circuitvision.answers import Answer, answer_ids, contrast, ids_of_rows, pick, plain_answer, short, take
 from circuitvision.digests import NamedFunction, of_tensor
-from circuitvision.errors import InputError, nearest
+from circuitvision.errors import InputError
 from circuitvision.links import Link, divergence, link_of, log_probabilities, probabilities
 from circuitvision.storage import as_builtin, stored_as
 
@@ -367,7 +367,9 @@ def by_name(metric: Any) -> Any:
     if not isinstance(metric, str):
         return metric
     if metric not in NAMES:
-        raise InputError(f"There is no metric {metric!r}; did you mean {', '.join(nearest(metric, NAMES))}?")
+        if metric == "action_dim":
+            raise InputError("Which dimension? Give the metric itself in place of its name: cv.metrics.action_dim(0).")
+        raise InputError(f"There is no metric {metric!r}; the names are {', '.join(NAMES)}.")
     return NAMES[metric]()
 
 

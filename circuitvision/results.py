@@ -91,6 +91,8 @@ class Result:
 
     def __repr__(self) -> str:
         said = [getattr(self, field, None) for field in ("tower", "site", "measure")]
+        if "metric" not in self.axes:
+            said.append(self.provenance.get("metric"))
         where = ", ".join(word for word in said if isinstance(word, str) and word)
         axes = " × ".join(f"{name} {len(labels)}" for name, labels in self.axes.items())
         return f"{type(self).__name__}({where}{': ' if where else ''}{axes})"
@@ -162,7 +164,10 @@ class Result:
             return values
         named = getattr(self, group, None) if isinstance(group, str) else group
         if named is None:
-            raise InputError(f"A {type(self).__name__} has no field {group!r} that could group its examples.")
+            raise InputError(
+                f"A {type(self).__name__} has no field {group!r} that could group its examples: give one group per example (pairs.groups), a "
+                f"mapping, or the name of a field{_fields_of_examples(self)}."
+            )
         if isinstance(named, Mapping):
             missing = [example for example in examples if example not in named]
             if missing:
@@ -287,6 +292,26 @@ class Result:
         frame = pd.DataFrame(values, columns=pd.Index([name or "value" for name in columns]))
         frame.insert(0, EXAMPLE, self.examples)
         return frame
+
+    def mean_frame(self, group: Groups = None, level: float = 0.95, *, quantity: str = "values") -> pd.DataFrame:
+        """One row per cell: a column for each axis, then ``mean``, ``error``, the ends ``low`` and ``high`` of the interval, and ``n``, how many
+        examples (groups) have a value there.
+
+        Raises:
+            InputError: as of :meth:`mean` and :meth:`interval`.
+        """
+        import pandas as pd
+
+        inner = {name: labels for name, labels in self.axes.items() if name != EXAMPLE}
+        low, high = self.interval(level, group, quantity=quantity).reshape(2, -1).numpy()
+        frame = pd.DataFrame(list(itertools.product(*inner.values())), columns=pd.Index(list(inner)))
+        return frame.assign(
+            mean=self.mean(group, quantity=quantity).flatten().numpy(),
+            error=self.error(group, quantity=quantity).flatten().numpy(),
+            low=low,
+            high=high,
+            n=(~self._units(group, quantity).isnan()).sum(-1).flatten().numpy(),
+        )
 
     def _long_frame(self) -> pd.DataFrame:
         """The long form; subclasses add columns."""
@@ -508,6 +533,16 @@ def component_name(axes: Sequence[str], labels: Sequence[Any], tower: str = "") 
     elif len(found) == 1:
         return str(labels[0])
     return ", ".join([*parts, *(f"{axis} {label}" for axis, label in found.items())])
+
+
+def _fields_of_examples(result: Result) -> str:
+    """The fields that hold one word or number per entry of the axis of examples, in brackets."""
+    count, found = len(result.axes[EXAMPLE]), []
+    for entry in dataclasses.fields(result):
+        value = getattr(result, entry.name)
+        if isinstance(value, list | tuple) and len(value) == count:
+            found.append(entry.name)
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _nearest_labels(label: Any, labels: list[Any], count: int = 5) -> str:

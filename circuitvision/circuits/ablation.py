@@ -34,7 +34,7 @@ from circuitvision.model.data_means import data_means
 from circuitvision.model.edits.base import Edit, EditGroup, by_digest
 from circuitvision.model.names import Component, format_id, head_id, heads_of, parse_id, site_of, spelled
 from circuitvision.model.sites import SiteName
-from circuitvision.model.state import refuse_random
+from circuitvision.model.state import refuse_random, refuse_unwrapped
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
@@ -123,6 +123,7 @@ def ablation_check(
         InputError: dropout in training mode, no pairs, no heads, heads the model does not have or declares dead, too few
             other heads, pairs without answers and foils, or inputs whose positions do not line up.
     """
+    refuse_unwrapped(model)
     if not isinstance(pairs, Pairs):
         raise InputError(
             f"Give pairs, cv.data.Pairs(images, texts, corrupt_images=…, answers=…, foils=…), not a {type(pairs).__name__}; tensors made by hand go "
@@ -227,10 +228,12 @@ def _score(
 
 
 def _draw(others: Sequence[str], size: int, number: int, seed: int) -> list[list[str]]:
-    if math.comb(len(others), size) < number:
+    possible = math.comb(len(others), size)
+    if possible < number:
+        sets = "set" if possible == 1 else "sets"
+        way = f"there are {possible} {sets}: n_random={possible}" if possible else "check fewer heads"
         raise InputError(
-            f"{number} different random sets of {size} heads cannot be drawn from {len(others)} other live heads; "
-            "ask for fewer sets, or check fewer heads."
+            f"{number} different random sets of {size} of the {len(others)} other live heads cannot be drawn; {way}."
         )
     generator = np.random.default_rng(checked_seed(seed))
     found: dict[tuple[int, ...], list[str]] = {}

@@ -74,6 +74,11 @@ class HookedModel(TextTools):
         self.processor = processor
         self._base: Any = base_of(module)
         self.family = family_of(self._base)
+        if not hasattr(self._base, "config"):
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__} has no config, which says how many heads it has, how large pictures and patches are: give it one, such "
+                "as self.config = transformers.ViTConfig(…)."
+            )
         self.config: Any = self._base.config
         self.inner: nn.Module = getattr(self._base, "model", self._base)
         self.towers: dict[str, Tower] = {}
@@ -620,7 +625,9 @@ class HookedModel(TextTools):
         module: Any = self.module
         growing = self.family.tower_that_runs("per_token")
         if not hasattr(module, "generate") or not growing:
-            raise UnsupportedModelError(f"A {self.family.name} model does not generate text.")
+            raise UnsupportedModelError(
+                f"A {self.family.name} model does not generate text{_instead(self, 'sample_actions')}."
+            )
         named, kwargs = input_checks.split_keywords(self, kwargs)
         mapping = self._checked(inputs, named, generation.described)
         generation.check_cache(mapping, kwargs, hooked=bool(edits or self.engine.stack))
@@ -650,7 +657,9 @@ class HookedModel(TextTools):
         """
         module: Any = self.module
         if not hasattr(module, "sample_actions"):
-            raise UnsupportedModelError(f"A {self.family.name} model does not sample actions.")
+            raise UnsupportedModelError(
+                f"A {self.family.name} model does not sample actions{_instead(self, 'generate')}."
+            )
         named, kwargs = input_checks.split_keywords(self, kwargs)
         mapping = self._checked(inputs, named)
         binder = EditCompiler(self, mapping, "act", num_steps or self.config.num_inference_steps)
@@ -693,3 +702,8 @@ def _hook_entry(entry: Any) -> tuple[NamesFilter, Hook]:
 
 
 __all__ = ["HookPoint", "HookedModel", "UnknownSiteError"]
+
+
+def _instead(model: HookedModel, method: str) -> str:
+    """What to call in place of a method that a model does not have."""
+    return f"; model.{method}(inputs) is its own" if hasattr(model.module, method) else ""

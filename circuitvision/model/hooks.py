@@ -42,7 +42,7 @@ from circuitvision.model import attention
 from circuitvision.model.flow import Flow
 from circuitvision.model.memory import compact, match_memory_layout
 from circuitvision.model.points import Call, Callback, OwnOutput, Point
-from circuitvision.model.sites import SiteName
+from circuitvision.model.sites import EAGER_SITES, SiteName
 
 Hook = Callable[[Tensor, "HookPoint"], "Tensor | None"]
 Placed = tuple[Any, dict[int, bool], int]
@@ -50,6 +50,10 @@ Placed = tuple[Any, dict[int, bool], int]
 references to these tables, which costs a cached run more than its hooks do."""
 MOST_PLANS = 128
 """Plans kept at once; a sweep over single sites makes one per site."""
+_OWN_ATTENTION = (
+    " Scores, patterns and rotated queries and keys are seen where attention goes through transformers' attention functions (docs/families.md); if "
+    "this model computes it in a way of its own, ask for other sites: names_filter='**.hook_resid_*', for example."
+)
 
 
 def _nobody() -> None:
@@ -425,6 +429,7 @@ class HookEngine:
             if fired.get(name, 0) != passes.get(tower, 0) and name not in bypassed:
                 raise HookError(
                     f"{name} fired {fired.get(name, 0)} times in {passes.get(tower, 0)} passes of its tower; its edits cannot be trusted."
+                    + (_OWN_ATTENTION if SiteName.parse(name).site in EAGER_SITES else "")
                 )
         for registration in self.stack:
             for name in registration.exact:
