@@ -12,22 +12,23 @@ import torch
 
 import circuitvision as cv
 from circuitvision import edits
-from circuitvision.model.spec import FAMILIES
+from circuitvision.model.spec import FAMILIES, POOLS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
 def names() -> Iterator[dict[str, Any]]:
-    first, second = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     found: dict[str, Any] = {}
+    shipped = dict(FAMILIES)
+    torch.manual_seed(0)
     try:
-        exec(first, found)
-        exec(second, found)
+        for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+            exec(block, found)
         yield found
     finally:
-        FAMILIES.pop("LeafClassifier", None)
-        FAMILIES.pop("OwnViT", None)
+        for name in FAMILIES.keys() - shipped.keys():
+            del FAMILIES[name]
 
 
 def test_a_head_of_ones_own(names: dict[str, Any]) -> None:
@@ -67,11 +68,21 @@ def test_blocks_of_ones_own(names: dict[str, Any]) -> None:
         torch.testing.assert_close(last, model.module(**pixels)["logits"])
 
 
+def test_two_backbones(names: dict[str, Any]) -> None:
+    module, prompt = names["eyes"].module, names["prompt"]
+    expected = []
+    with torch.no_grad():
+        for tower in (module.eye, module.eye_2, module.language_model):
+            output = next(part for name, part in tower.named_modules() if name.endswith(("o_proj", "out_proj")))
+            for head in (0, 1):
+                kept = torch.ones(16)
+                kept[8 * head : 8 * head + 8] = 0
+                handle = output.register_forward_pre_hook(lambda part, args, kept=kept: (args[0] * kept,))
+                expected.append(module(**prompt)["logits"][:, -1, 0])
+                handle.remove()
+    torch.testing.assert_close(names["effects"].values, torch.stack(expected), rtol=1e-5, atol=1e-5)
+    assert len({round(float(value), 6) for value in torch.stack(expected)}) == 6
+
+
 def test_every_pooling_rule_is_named() -> None:
-    import inspect
-
-    from circuitvision.model import heads
-
-    rules = set(re.findall(r'rule == "([^"]+)"', inspect.getsource(heads.pool)))
-    assert len(rules) > 5
-    assert all(f"`{rule}`" in PAGE for rule in {*rules, "attention"})
+    assert all(f"`{rule}`" in PAGE for rule in POOLS)
