@@ -118,7 +118,7 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
         raise InputError(f"{path} needs what is not installed: {error}.") from error
     except Exception as error:
         told = " ".join(str(error).split())[:300]
-        raise InputError(f"{path} is damaged, or does not hold {what} ({type(error).__name__}: {told}).") from error
+        raise InputError(f"{path} is not {what}, or damaged ({type(error).__name__}: {told}).") from error
 
 
 def format_of(path: str | Path) -> str:
