@@ -1,8 +1,8 @@
 """Words in a text that a tokenizer has cut: which of its tokens they are.
 
 Vocabularies mark where words begin (``▁`` of SentencePiece, ``Ġ`` of byte-level ones), where they end (``</w>``), or where they go on (``##``).
-Tokens are read back as text, and a word is found in it where no letter or digit touches it. Byte-level vocabularies write each byte as a visible character
-(a newline as ``Ċ``, ``’`` as ``âĢĻ``) and are decoded; a character that several tokens share belongs to all of them.
+Tokens are read back as text, and a word is found in it where no letter or digit touches it. Byte-level vocabularies write each byte as a visible
+character (a newline as ``Ċ``, ``’`` as ``âĢĻ``) and are decoded; a character that several tokens share belongs to all of them.
 
 Not covered: languages that put no space between words, of which a word is found only where something else than a letter stands beside it.
 
