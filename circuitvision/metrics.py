@@ -100,7 +100,7 @@ class Metric:
         """The same metric for some of ``count`` examples: its answers and positions per example are those examples'."""
         changes: dict[str, Any] = {name: take(getattr(self, name), examples, count) for name in self._answers}
         position = self.position
-        own = position.taken(examples) if hasattr(position, "taken") else take(position, examples, count)
+        own = position.taken(examples, count) if hasattr(position, "taken") else take(position, examples, count)
         return dataclasses.replace(self, position=own, **changes)
 
     def __call__(
@@ -531,13 +531,14 @@ def _one_each(
             raise InputError(f"A mask of positions is [{batch} {whole}] for this output, not {list(mask.shape)}.")
         mask = mask.expand(batch, whole)
     elif isinstance(asked.region, At):
-        if len(asked.region.numbers) != batch:
-            raise InputError(
-                f"There are positions of {len(asked.region.numbers)} examples, and the output has {batch}."
-            )
-        own = torch.tensor([0 if n is None else n for n in asked.region.numbers])
+        numbers = asked.region.numbers
+        if asked.examples is not None:
+            numbers = tuple(numbers[example] for example in asked.examples)
+        if len(numbers) != batch:
+            raise InputError(f"There are positions of {len(numbers)} examples, and the output has {batch}.")
+        own = torch.tensor([0 if n is None else n for n in numbers])
         _refuse_unknown_past(inputs, own)
-        empty = torch.tensor([n is None for n in asked.region.numbers])
+        empty = torch.tensor([n is None for n in numbers])
         warn_of_empty({asked.text: int(empty.sum())}, batch)
         return own, empty
     elif asked.is_named:

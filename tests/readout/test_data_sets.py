@@ -336,6 +336,90 @@ def test_shares_over_a_data_set_are_those_of_single_runs() -> None:
     assert found.provenance["dataset_sha256"] == data.digest
 
 
+WORDS = ["circle", "red", None, "shape", "circle"]
+"""A word of each prompt's own; the third example has none."""
+
+
+def at_words(data: Side) -> tuple[cv.HookedModel, torch.Tensor, list[int | None]]:
+    """The logits of every example at its own word, from runs of the bare module on single examples."""
+    model, rows, places = wrapped("llava-clip-llama"), [], []
+    for example, word in zip(data.examples, WORDS, strict=True):
+        inputs = model.inputs(images=[example.image], text=[example.text])
+        with torch.no_grad():
+            logits = model.module(**inputs).logits[0]
+        if word is None:
+            places.append(None)
+            rows.append(torch.full_like(logits[0], torch.nan))
+            continue
+        places.append(inputs["input_ids"][0].tolist().index(model.token(word)))
+        rows.append(logits[places[-1]])
+    return model, torch.stack(rows), places
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.filterwarnings("ignore")
+def test_positions_per_example_are_those_of_the_data_set(batch_size: int) -> None:
+    data = side(
+        "llava-clip-llama", texts=[TEXTS[n % 4] for n in range(5)], answers=[5, 6, 7, 8, 9], foils=[10, 11, 12, 13, 14]
+    )
+    model, logits, places = at_words(data)
+    rows = torch.arange(5)
+    wanted = logits[rows, torch.tensor(data.answers)] - logits[rows, torch.tensor(data.foils)]
+    still = cv.edits.scale("language.blocks.0.hook_mlp_out", 1.0)
+    for position in (cv.regions.at(places), cv.regions.words(WORDS)):
+        swept = model.sweep(
+            data, [still], cv.metrics.logit_diff(position=position), example_batch=batch_size, progress=False
+        )
+        shares = cv.readout.direct_attribution(model, data, tower="language", position=position, batch_size=batch_size)
+        read = cv.metrics.logit_diff(list(data.answers), list(data.foils), position=position)
+        of_metric = cv.readout.direct_attribution(model, data, read, tower="language", batch_size=batch_size)
+        for found in (swept.values[0], shares.values.sum(0), of_metric.values.sum(0)):
+            torch.testing.assert_close(found.double(), wanted, equal_nan=True, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_a_list_is_one_answer_per_example_in_batches_of_two(batch_size: int) -> None:
+    model, data = wrapped("vit"), side("vit", 4, answers=[0, 1, 2, 3])
+    with torch.no_grad():
+        wanted = model(model.inputs(images=[one.image for one in data.examples]))[range(4), range(4)]
+    for direction in (None, [0, 1, 2, 3], {"answer": [0, 1, 2, 3]}, {"answer": torch.arange(4)}):
+        found = cv.readout.direct_attribution(model, data, direction, batch_size=batch_size)
+        torch.testing.assert_close(found.values.sum(0), wanted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="two ways"):
+        cv.readout.direct_attribution(model, data[:2], [0, 1], batch_size=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_several_choices_of_positions_by_name_over_a_data_set(batch_size: int) -> None:
+    model, data = wrapped("llava-clip-llama"), side("llava-clip-llama")
+    region = cv.regions.box([(0, 0, 5, 5), None, (3, 3, 20, 20), (0, 0, 2, 2), (4, 4, 6, 6)], size=(64, 64))
+    several = {"object": region, "rest": cv.regions.others(region), "words": "text"}
+    site, targets = "language.blocks.*.hook_resid_post", [5, 6, 7, 8, 9]
+    with pytest.warns(UserWarning, match="object in 1, rest in 1"):
+        whole = cv.readout.logit_lens(
+            model, data, sites=site, targets=targets, positions=several, batch_size=batch_size
+        )
+    assert whole.axes["position"] == list(several)
+    assert list(whole.axes) == ["layer", "position", "target", "example"]
+    for number, name in enumerate(several):
+        alone = cv.readout.logit_lens(model, data, sites=site, targets=targets, positions=several[name], batch_size=5)
+        torch.testing.assert_close(whole.values[:, number], alone.values, equal_nan=True, **EXACT)
+
+
+def test_positions_of_another_number_of_examples_are_refused() -> None:
+    model, data = wrapped("llava-clip-llama"), side("llava-clip-llama", foils=[1] * 5, answers=[0] * 5)
+    seven = cv.regions.at([2] * 7)
+    still = [cv.edits.scale("language.blocks.0.hook_mlp_out", 1.0)]
+    for call in (
+        lambda: cv.readout.logit_lens(model, data, targets=[5], positions=seven),
+        lambda: cv.readout.direct_attribution(model, data, position=seven),
+        lambda: collect(model, data, "language.hook_input", positions=seven),
+        lambda: model.sweep(data, still, cv.metrics.logit_diff(position=seven), progress=False),
+    ):
+        with pytest.raises(InputError, match="7 examples for 5"):
+            call()
+
+
 def test_a_data_set_without_answers_wants_targets() -> None:
     model, data = wrapped("vit"), side("vit", answers=None)
     for read in (cv.readout.logit_lens, cv.readout.direct_attribution):
