@@ -483,6 +483,29 @@ def test_draws_from_a_data_set_do_not_depend_on_the_batch(name: str, site: str, 
     assert bool(((whole - clean).abs().amax(1) > 1e-6).all())
 
 
+@pytest.mark.parametrize("name", ["llava-clip-llama", "llava-next-llama", "llava-onevision"])
+def test_no_example_of_several_images_is_its_own_donor(name: str) -> None:
+    """Images of an example stand elsewhere in every batch, and tiles are filled up to the most that an image of the batch has."""
+    from circuitvision import edits
+
+    sizes = [(40, 40), (90, 30), (25, 60), (40, 40), (64, 20), (30, 30), (50, 52), (40, 40), (33, 70)]
+    pictures = [picture(number).resize(size) for number, size in enumerate(sizes)]
+    images = [pictures[:2], pictures[2:3], pictures[3:6], pictures[6:7], pictures[7:]]
+    texts = ["<image> " * len(own) + "what color ?" for own in images]
+    model, data = wrapped(name), Side(images=images, texts=texts)
+    draw = [
+        edits.ablate("language.blocks.0.hook_resid_post", "resample", dataset=data, seed=seed, positions="last")
+        for seed in range(6)
+    ]
+    found = [
+        model.sweep(data, draw, cv.metrics.logprob(7), example_batch=size, progress=False).values for size in (1, 2, 5)
+    ]
+    for other in found[:2]:
+        torch.testing.assert_close(other, found[2], atol=1e-5, rtol=1e-5)
+    clean = model.sweep(data, [edits.scale("language.hook_input", 1.0)], cv.metrics.logprob(7), progress=False).values
+    assert float((found[2] - clean).abs().min()) > 1e-7
+
+
 def test_a_drawn_value_is_that_of_an_example_of_the_data_set() -> None:
     from circuitvision import edits
 
