@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from circuitvision import edits, metrics
+from circuitvision.answers import check_complete
 from circuitvision.data import Batch, Pairs, Side
 from circuitvision.errors import InputError, checked_seed
 from circuitvision.model.averages import Layout, Seen, Tally, check_one_thing
@@ -132,6 +133,7 @@ def ablation_check(
         raise InputError("An ablation check needs at least one pair and one head.")
     if pairs.answers is None or pairs.foils is None:
         raise InputError("An ablation check counts right answers: give answers= and foils= when the pairs are made.")
+    check_complete(pairs)
     refuse_random(model.module, "An ablation check")
     chosen = [format_id(node) for node in heads_of(heads, model.towers)]
     first = next(pairs[:1].batches(model, 1, None)).inputs

@@ -406,6 +406,32 @@ def test_several_choices_of_positions_by_name_over_a_data_set(batch_size: int) -
         torch.testing.assert_close(whole.values[:, number], alone.values, equal_nan=True, **EXACT)
 
 
+def test_examples_without_an_answer_are_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped("llava-clip-llama")
+    data = side("llava-clip-llama", answers=[5, None, 7, 8, None], foils=[9] * 5)
+    pairs = Pairs.from_sides(data, data)
+    still = [cv.edits.scale("language.blocks.0.hook_mlp_out", 1.0)]
+    monkeypatch.setattr(type(model), "run_with_cache", lambda *args, **named: pytest.fail("it ran"))
+    for call in (
+        lambda: model.sweep(data, still, "logit_diff", progress=False),
+        lambda: model.sweep(data, still, {"prob": "prob", "first": lambda logits: logits[:, -1, 0]}, progress=False),
+        lambda: cv.patching.activation_patch(
+            model, pairs, "prob", sites="language.blocks.*.attn.hook_z", progress=False
+        ),
+        lambda: cv.circuits.head_importance(model, pairs, "logit_diff", progress=False),
+        lambda: cv.circuits.ablation_check(model, pairs, "language L1H0"),
+        lambda: cv.readout.logit_lens(model, data),
+        lambda: cv.readout.direct_attribution(model, data),
+    ):
+        with pytest.raises(InputError, match="2 of 5 examples have no answer"):
+            call()
+    monkeypatch.undo()
+    assert model.sweep(data, still, cv.metrics.prob(5), progress=False).values.isfinite().all()
+    assert len(pairs.answered(model)) == 0
+    with pytest.raises(InputError, match="None"):
+        model.sweep(data, still, cv.metrics.prob([5, None, 7, 8, 9]), progress=False)
+
+
 def test_positions_of_another_number_of_examples_are_refused() -> None:
     model, data = wrapped("llava-clip-llama"), side("llava-clip-llama", foils=[1] * 5, answers=[0] * 5)
     seven = cv.regions.at([2] * 7)

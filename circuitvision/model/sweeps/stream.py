@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from circuitvision import provenance
+from circuitvision.answers import check_complete
 from circuitvision.digests import plain
 from circuitvision.errors import InputError
 from circuitvision.links import marked
@@ -72,6 +73,7 @@ class DataStudy(Study):
         self.check_batch: Callable[[Mapping[str, Any]], None] | None = None
         """Looks at the inputs of each batch before it runs."""
         super().__init__(model, self.side, edits, metric, axes, options)
+        check_complete(self.side, self.metrics.asks())
         found = {edit_source for group in self.groups for edit in group if (edit_source := _side_of(edit))}
         sides = [one.side for one in found]
         others = [one for one in sides if one is not self.side]

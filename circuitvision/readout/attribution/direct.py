@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from circuitvision.answers import check_complete
 from circuitvision.data import Batch, Side
 from circuitvision.errors import InputError
 from circuitvision.metrics import Metric
@@ -231,6 +232,8 @@ def _over_data(
     options: Mapping[str, Any],
 ) -> DataReading:
     """The shares of every example of a data set."""
+    if direction is None:
+        check_complete(side)
     check_readings(direction, len(side))
     asked = None if options["position"] is None else Positions.of(options["position"])
     if direction is None and side.answers is None:

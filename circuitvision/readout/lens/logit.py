@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitvision.answers import check_complete
 from circuitvision.data import Batch, Side
 from circuitvision.digests import plain as plain_value
 from circuitvision.errors import InputError
@@ -219,6 +220,8 @@ def _over_data(
         )
     if targets is None and side.answers is None:
         raise InputError("This data set holds no answers, so say what is followed: targets=['red', 'blue'].")
+    if targets is None:
+        check_complete(side)
     read_tower = lens_tower(model, tower)
 
     def read(batch: Batch, rows: list[int]) -> LensResult:
