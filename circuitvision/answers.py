@@ -145,7 +145,8 @@ def _filled(items: list[list[int]]) -> list[list[int]]:
 def pick(
     values: Float[Tensor, "batch classes"], ids: Int[Tensor, "batch token"], combine: str
 ) -> Float[Tensor, " batch"]:
-    """The value of every row's answer; of several tokens the ``"mean"``, the ``"best"``, or the ``"joint"`` one, ``log Σ exp``.
+    """The value of every row's answer; of several tokens the ``"mean"``, the ``"best"``, or the ``"joint"`` one: the sum,
+    of log-probabilities.
 
     Raises:
         InputError: several tokens, and no word on how they become one number.
@@ -159,8 +160,9 @@ def pick(
     found = values.gather(1, ids.clamp(min=0))
     if combine == "mean":
         return found.masked_fill(ids < 0, torch.nan).nanmean(1)
-    found = found.masked_fill(ids < 0, -torch.inf)
-    return found.logsumexp(1) if combine == "joint" else found.max(1).values
+    if combine == "joint":
+        return found.masked_fill(ids < 0, 0.0).sum(1)
+    return found.masked_fill(ids < 0, -torch.inf).max(1).values
 
 
 def take(answer: Any, examples: Sequence[int], count: int) -> Any:

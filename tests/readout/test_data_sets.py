@@ -432,6 +432,48 @@ def test_examples_without_an_answer_are_named_before_anything_runs(monkeypatch: 
         model.sweep(data, still, cv.metrics.prob([5, None, 7, 8, 9]), progress=False)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("combine", ["mean", "joint"])
+def test_a_check_of_heads_with_answers_of_several_tokens(combine: str, batch_size: int) -> None:
+    """Right with any of the tokens; the margin is what the tokens become together."""
+    model = wrapped("vit")
+    images = [picture(number) for number in range(8)]
+    with torch.no_grad():
+        logits = model(model.inputs(images=images))
+    top = logits.argmax(-1).tolist()
+    other = [(number + 1) % logits.shape[1] for number in top]
+    third = [(number + 2) % logits.shape[1] for number in top]
+    answers: list[Any] = [[third[0], top[0]], top[1], [third[2], other[2]], [top[3], third[3]]]
+    foils: list[Any] = [[top[4], third[4]], top[5], top[6], [third[7], other[7]]]
+    pairs = Pairs(images[:4], corrupt_images=images[4:], answers=answers, foils=foils, combine=combine)
+    found = cv.circuits.ablation_check(model, pairs, "vision L0H0", n_random=1, batch_size=batch_size)
+    assert found.values[0].tolist() == [1.0, 1.0, 0.0, 0.0]
+    scores = logits.log_softmax(-1) if combine == "joint" else logits
+
+    def value(row: int, ids: Any) -> torch.Tensor:
+        own = scores[row, ids if isinstance(ids, list) else [ids]]
+        return own.sum() if combine == "joint" else own.mean()
+
+    both = [
+        (value(n, answers[n]) - value(n, foils[n]), value(n + 4, foils[n]) - value(n + 4, answers[n])) for n in range(4)
+    ]
+    torch.testing.assert_close(
+        found.logit_diff[0], torch.stack([torch.stack(one).mean() for one in both]), atol=1e-6, rtol=1e-6
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_divergence_at_positions_per_example_in_batches() -> None:
+    data = side("llava-clip-llama", texts=[TEXTS[n % 4] for n in range(5)])
+    model, logits, places = at_words(data)
+    halved = [cv.edits.scale("language.blocks.1.hook_mlp_out", 0.5)]
+    metric = cv.metrics.kl(position=cv.regions.at(places))
+    found = [model.sweep(data, halved, metric, example_batch=size, progress=False).values[0] for size in (1, 2, 5)]
+    for other in found[:2]:
+        torch.testing.assert_close(other, found[2], equal_nan=True, atol=1e-6, rtol=1e-5)
+    assert found[2].isnan().tolist() == logits.isnan().all(-1).tolist()
+
+
 def test_positions_of_another_number_of_examples_are_refused() -> None:
     model, data = wrapped("llava-clip-llama"), side("llava-clip-llama", foils=[1] * 5, answers=[0] * 5)
     seven = cv.regions.at([2] * 7)
