@@ -110,6 +110,7 @@ def written(folder: Path) -> list[Path]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:No key type")
 def test_damage_is_one_error_whatever_reader_meets_it(tmp_path):
     draw = random.Random(0)
     for path in written(tmp_path):

@@ -28,6 +28,7 @@ from circuitvision.model.sweeps import store
 from circuitvision.model.sweeps.store import Store
 from tests.sweeps import long_study
 from tests.sweeps.long_study import study
+from tests.zoo import case, shared_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -254,6 +255,24 @@ def test_a_study_begun_between_the_look_and_the_first_part_is_left_alone(tmp_pat
             late.begin({})
     assert [path.read_bytes() for path in parts(folder)] == held
     assert bool(study(folder).done.all())
+
+
+def test_examples_that_start_from_other_noise_are_another_study(tmp_path: Path) -> None:
+    model = cv.HookedModel(shared_model("pi0"))
+    given = case("pi0").inputs(model.module, batch=2, padding="right")
+    rows = [{n: v[row : row + 1] for n, v in given.items() if n not in ("noise", "timestep")} for row in range(2)]
+    data = cv.data.Side(inputs=[rows[0], rows[0], rows[1]])
+    still = [edits.scale("action.blocks.0.hook_mlp_out", 0.5)]
+
+    def run(part: cv.data.Side, folder: Path | None) -> torch.Tensor:
+        options = {"save_to": folder, "resume": folder is not None, "progress": False}
+        return model.sweep(part, still, cv.metrics.action_dim(0), **options).values
+
+    assert data[[0, 2]].digest == data[[1, 2]].digest
+    assert not torch.allclose(run(data[[0, 2]], None), run(data[[1, 2]], None))
+    run(data[[0, 2]], tmp_path / "study")
+    with pytest.raises(InputError, match="noise"):
+        run(data[[1, 2]], tmp_path / "study")
 
 
 def counted_twice(folder: Path) -> None:

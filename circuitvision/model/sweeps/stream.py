@@ -111,6 +111,13 @@ class DataStudy(Study):
         ]
         return provenance.of_json(told)
 
+    def told(self) -> dict[str, Any]:
+        found = super().told()
+        if "noise" in getattr(self.model.family, "required", ()):
+            # Noise that a model starts from is drawn by the numbers of the examples, which say nothing of what they hold.
+            found["noise"] = list(self.side.numbers)
+        return found
+
     def _edits_told(self) -> Any:
         return [plain(self.make), len(self.groups)] if self.make is not None else plain(self.groups)
 
