@@ -90,6 +90,11 @@ class MetricSet:
         """Whether some metric still lacks the run that it compares with."""
         return any(isinstance(metric, metrics.KL) and metric.reference is None for metric in self.members.values())
 
+    def asks(self) -> list[str]:
+        """Which columns of a data set ("answers", "foils") some metric takes what it was not given from."""
+        own = [metric for metric in self.members.values() if isinstance(metric, metrics.Metric)]
+        return sorted({f"{name}s" for metric in own for name in metric._answers if getattr(metric, name) is None})
+
     @property
     def reads_only(self) -> bool:
         """Whether none can write into the output it gets: the library's own metrics do not."""

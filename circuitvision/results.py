@@ -34,6 +34,7 @@ from torch import Tensor
 
 from circuitvision.digests import of_json, plain
 from circuitvision.errors import InputError, nearest
+from circuitvision.files import reading
 from circuitvision.provenance import hash_inputs, with_provenance, without_dates
 from circuitvision.statistics import bootstrap_interval, by_example, standard_error
 from circuitvision.storage import FORMAT, HELD, INPUTS, as_builtin, read, restored, stored, write, write_table
@@ -387,20 +388,21 @@ class Result:
         tensors, header = read(path)
         if header.get("format") != FORMAT:
             raise InputError(f"{path} is of format {header.get('format')!r}; this version reads {FORMAT!r}.")
-        if str(header.get("module", "")).startswith("circuitvision."):
-            importlib.import_module(header["module"])
-        found = Result._classes.get(header["class"], Result if header["class"] == "Result" else None)
-        if found is None:
-            raise InputError(f"{path} holds a {header['class']}; import the module that defines it before loading.")
-        if not issubclass(found, cls):
-            raise InputError(
-                f"{path} holds a {found.__name__}, not a {cls.__name__}; load it with {found.__name__}.load."
-            )
-        tensors = {name: tensor.to(getattr(torch, header["dtypes"][name])) for name, tensor in tensors.items()}
-        held = {name.removeprefix(HELD): t for name, t in tensors.items() if name.startswith(HELD)}
-        own: dict[str, Any] = {name: t for name, t in tensors.items() if not name.startswith((HELD, INPUTS))}
-        fields = {name: restored(value, held, objects or {}) for name, value in header["fields"].items()}
-        return found(**own, **fields)
+        with reading(path, "a result"):
+            if str(header.get("module", "")).startswith("circuitvision."):
+                importlib.import_module(header["module"])
+            found = Result._classes.get(header["class"], Result if header["class"] == "Result" else None)
+            if found is None:
+                raise InputError(f"{path} holds a {header['class']}; import the module that defines it before loading.")
+            if not issubclass(found, cls):
+                raise InputError(
+                    f"{path} holds a {found.__name__}, not a {cls.__name__}; load it with {found.__name__}.load."
+                )
+            tensors = {name: tensor.to(getattr(torch, header["dtypes"][name])) for name, tensor in tensors.items()}
+            held = {name.removeprefix(HELD): t for name, t in tensors.items() if name.startswith(HELD)}
+            own: dict[str, Any] = {name: t for name, t in tensors.items() if not name.startswith((HELD, INPUTS))}
+            fields = {name: restored(value, held, objects or {}) for name, value in header["fields"].items()}
+            return found(**own, **fields)
 
     # -- labels and notebooks ------------------------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from circuitvision import edits, metrics
+from circuitvision.answers import check_complete
 from circuitvision.data import Batch, Pairs, Side
 from circuitvision.errors import InputError, checked_seed
 from circuitvision.model.averages import Layout, Seen, Tally, check_one_thing
@@ -133,6 +134,7 @@ def ablation_check(
         raise InputError("An ablation check needs at least one pair and one head.")
     if pairs.answers is None or pairs.foils is None:
         raise InputError("An ablation check counts right answers: give answers= and foils= when the pairs are made.")
+    check_complete(pairs)
     refuse_random(model.module, "An ablation check")
     chosen = [format_id(node) for node in heads_of(heads, model.towers)]
     first = next(pairs[:1].batches(model, 1, None)).inputs
@@ -218,12 +220,18 @@ def _score(
     """Whether each pair of a batch is answered right on both inputs, and the margin of the right over the other answer, the mean of the two inputs:
     ``[pair]`` each."""
     assert batch.other is not None
-    answers, foils = torch.tensor(batch.answers), torch.tensor(batch.foils)
+    assert batch.answers is not None
+    assert batch.foils is not None
+    answers, foils = batch.answers, batch.foils
     correct, margins = [], []
     for inputs, answer, foil in ((batch.inputs, answers, foils), (batch.other, foils, answers)):
         logits = model.run(inputs, _ablations(model, inputs, names, means))
-        correct.append(metrics.at_position(logits, position, inputs).argmax(-1).cpu() == answer)
-        margins.append(metrics.logit_diff(answer, foil, position)(logits, inputs).detach().cpu().double())
+        highest = metrics.at_position(logits, position, inputs).argmax(-1).tolist()
+        # An answer of several tokens is given with any of them.
+        right = [top in (one if isinstance(one, list) else [one]) for top, one in zip(highest, answer, strict=True)]
+        correct.append(torch.tensor(right))
+        margin = metrics.logit_diff(position=position).bind(model, answer, foil, batch.combine)
+        margins.append(margin(logits, inputs).detach().cpu().double())
     return torch.stack(correct).all(0).double(), torch.stack(margins).mean(0)
 
 

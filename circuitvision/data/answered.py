@@ -49,6 +49,8 @@ def _note(dropped: dict[str, list[int]], reason: str, numbers: Sequence[int]) ->
 def _readable(pairs: Pairs, row: int, model: Any) -> bool:
     """Whether answer and foil have ids in this model."""
     for held in (pairs.answers, pairs.foils):
+        if held is not None and held[row] is None:
+            return False
         if held is not None:
             try:
                 answer_ids(held[row], model, pairs.combine)

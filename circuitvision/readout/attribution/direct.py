@@ -32,12 +32,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from circuitvision.answers import check_complete
 from circuitvision.data import Batch, Side
 from circuitvision.errors import InputError
+from circuitvision.metrics import Metric
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.names import component, head_name, is_component, spelled
+from circuitvision.model.positions import Positions
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.attribution.functional import LinearReadout, functional
+from circuitvision.readout.attribution.functional import LinearReadout, check_readings, functional
 from circuitvision.readout.attribution.rest import (
     check_head_reads_stream,
     check_sources,
@@ -229,6 +232,10 @@ def _over_data(
     options: Mapping[str, Any],
 ) -> DataReading:
     """The shares of every example of a data set."""
+    if direction is None:
+        check_complete(side)
+    check_readings(direction, len(side))
+    asked = None if options["position"] is None else Positions.of(options["position"])
     if direction is None and side.answers is None:
         raise InputError(
             "This data set holds no answers, so say what is explained: an answer 'red' or ('red', 'blue')."
@@ -237,16 +244,22 @@ def _over_data(
     def read(batch: Batch, rows: list[int]) -> Attribution:
         own: Any = direction
         if direction is None:
-            own = answers_of(batch) if batch.foils is not None else batch.answers
+            own = answers_of(batch)
+        elif isinstance(direction, Metric):
+            own = direction.take(rows, len(side))
         elif isinstance(direction, tuple):
             own = tuple(of_batch(part, rows, len(side)) for part in direction)
         else:
             own = of_batch(direction, rows, len(side))
-        found = direct_attribution(model, batch.inputs, own, tower, **options)
+            # A list has one answer per example, also where two of them run together.
+            own = {"answer": own} if isinstance(own, list) else own
+        where = None if asked is None else asked.taken(rows, len(side))
+        found = direct_attribution(model, batch.inputs, own, tower, **{**options, "position": where})
         assert isinstance(found, Attribution)
         return found
 
-    return over_data(model, side, read, batch_size=batch_size, method=f"direct_attribution(by={options['by']})")
+    method = f"direct_attribution(by={options['by']})"
+    return over_data(model, side, read, positions=options["position"], batch_size=batch_size, method=method)
 
 
 def _shares(

@@ -73,8 +73,7 @@ def functional(
         InputError: a direction that does not fit the tower, no position where one is needed.
     """
     final = final.detach().to(torch.promote_types(final.dtype, torch.float32))
-    listed = isinstance(direction, list)
-    direction = direction if isinstance(direction, metrics.Metric) else plain(direction)
+    given, direction = direction, direction if isinstance(direction, metrics.Metric) else plain(direction)
     if isinstance(direction, Tensor) and not _is_embedding(tower, direction):
         return _stream_direction(tower, cache, final, direction, position)
     position = _position_of(tower, direction, position)
@@ -82,11 +81,7 @@ def functional(
     chosen, label = _columns(model, tower, direction, aggregation)
     rows, examples = examples_of(cache, tower.name, final.shape[0])
     chosen.check(examples)
-    if listed and len(direction) == examples == 2 and direction[0] != direction[1]:
-        raise InputError(
-            f"{direction} with two examples can be read in two ways. The difference of the two answers is a tuple, ({direction[0]!r}, "
-            f"{direction[1]!r}); one answer per example is {{'answer': {direction}}}."
-        )
+    check_readings(given, examples)
     index = None if _pools(tower) else positions_read(tower, cache, position, final.shape[:2])
     # Inference tensors cannot be tracked; a copy made here can.
     with torch.inference_mode(False), torch.enable_grad(), tower.hooks_disabled():
@@ -94,7 +89,7 @@ def functional(
         value = _value(chosen, rows, _read(tower, cache, resid, chosen, index))
         (gradient,) = torch.autograd.grad(value.sum(), resid)
     value = value.detach()
-    _warn_unless_finite(tower, value)
+    _warn_unless_finite(tower, value if index is None else value[index.any(1)])
     capped = value
     reader = tower.reader.spec.readout
     if reader is not None and reader.finish == "softcap":
@@ -102,6 +97,15 @@ def functional(
             capped = _value(chosen, rows, _read(tower, cache, final, chosen, index, capped=True))
     constant = value - (gradient * final).flatten(1).sum(-1)
     return LinearReadout(gradient, constant, value, label, capped)
+
+
+def check_readings(direction: Any, examples: int) -> None:
+    """Raise InputError for a list that may be one answer for each of two examples, or a contrast."""
+    if isinstance(direction, list) and len(direction) == examples == 2 and direction[0] != direction[1]:
+        raise InputError(
+            f"{direction} with two examples can be read in two ways. The difference of the two answers is a tuple, ({direction[0]!r}, "
+            f"{direction[1]!r}); one answer per example is {{'answer': {direction}}}."
+        )
 
 
 def _is_embedding(tower: Tower, direction: Tensor) -> bool:
@@ -204,7 +208,8 @@ def _read(
     if index is None:
         out = Reading(tower, cache, reference=resid.detach().to(dtype), **options).output(resid.to(dtype))
         return (out.T if output_kind(tower) == "images" and chosen.against is None else out)[:, None]
-    there = index.any(0).nonzero().flatten()
+    # Where no row has a position, one is read for the shape of what is then NaN.
+    there = index.any(0).nonzero().flatten() if bool(index.any()) else torch.zeros(1, dtype=torch.long)
     picked = resid[:, there].to(dtype)
     if tower.reader is not tower:
         tower, picked = tower.reader, _projected(tower, picked)
@@ -296,7 +301,8 @@ def positions_read(
 ) -> Bool[Tensor, "row pos"]:
     """The positions read, whose mean is taken where there are several: by default the last of a row, for actions the first of the chunk.
 
-    Positions are the tower's; in a later pass of ``generate`` those of the pass. A row in which a region is empty has none.
+    Positions are the tower's; in a later pass of ``generate`` those of the pass. A row in which a region is empty has none; in
+    a run of some examples of a data set all may be so.
 
     Raises:
         InputError: positions of another tower or run, or outside what is read.
@@ -315,12 +321,15 @@ def positions_read(
     if asked.kind in ("all", "there", "slice"):
         mask[:, :start] = False
     read = mask.any(1)
-    if bool(mask[:, :start].any()) or (not asked.may_be_empty and not bool(read.all())) or not bool(read.any()):
+    of_data = asked.examples is not None
+    none = not bool(read.all() if not asked.may_be_empty else of_data or read.any())
+    if bool(mask[:, :start].any()) or none:
         numbers = f"{behind + start}…{behind + length - 1}" + ", behind those of the cache" * bool(behind)
         raise InputError(
             f"Position {asked.text!r} is outside the {length - start} positions that are read here ({numbers})."
         )
-    warn_of_empty({asked.text: int((~read).sum())}, rows)
+    if not of_data:
+        warn_of_empty({asked.text: int((~read).sum())}, rows)
     return mask
 
 

@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitvision.answers import check_complete
 from circuitvision.data import Batch, Side
 from circuitvision.digests import plain as plain_value
 from circuitvision.errors import InputError
@@ -91,8 +92,8 @@ def logit_lens(
     """Read the answer off any site of a tower: ``lens(h) = head(norm(h))`` at every position.
 
     Over a data set (a :class:`~circuitvision.data.Side`, or ``Pairs`` for their clean side) one value per example is kept, the mean over
-    ``positions`` (by default the class token or all patches of image towers, the last position of others); its answers and foils are the targets
-    unless others are given.
+    ``positions`` (by default the class token or all patches of image towers, the last position of others), or one for each of several by name; its
+    answers and foils are the targets unless others are given.
 
     Args:
         model: the hooked model.
@@ -219,10 +220,14 @@ def _over_data(
         )
     if targets is None and side.answers is None:
         raise InputError("This data set holds no answers, so say what is followed: targets=['red', 'blue'].")
+    if targets is None:
+        check_complete(side)
     read_tower = lens_tower(model, tower)
 
     def read(batch: Batch, rows: list[int]) -> LensResult:
-        own = answers_of(batch) if targets is None else of_batch(targets, rows, len(side))
+        own = answers_of(batch) if targets is None else targets
+        if isinstance(targets, Mapping):
+            own = of_batch(targets, rows, len(side))
         found = logit_lens(
             model, batch.inputs, read_tower.name, targets=own, aggregation=aggregation or side.combine, **options
         )
