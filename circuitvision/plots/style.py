@@ -143,11 +143,6 @@ def titled(lead: str, *notes: str) -> str:
     return f"{lead}<br><span style='font-size:{SMALL}px'>{there}</span>" if there else lead
 
 
-def which_row(row: int, rows: int) -> str:
-    """A note for a title: which of several rows a figure shows; nothing where there is no choice."""
-    return f"row {row} of {rows} (row= shows another)" if rows > 1 else ""
-
-
 def layout(figure: go.Figure, title: str, height: int, *, above: int = 0, **more: Any) -> go.Figure:
     """Give a figure the common look; returns it. A plain Plotly figure becomes one that carries a PNG where it is shown.
 

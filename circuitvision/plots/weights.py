@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from circuitvision.readout.weights.head_circuits import CompositionScores, SingularVectors
     from circuitvision.readout.weights.value_vectors import ValueVectors
 
-_FINDINGS = {
-    "key_value_agreement": "What is active promotes the true class",
-    "compositionality": "What is active promotes what the layer answers",
-}
 _KINDS = {"patch": style.FOR, "cls": style.AGAINST, "text": style.AGAINST, "action": style.FOR}
 
 
@@ -69,10 +65,9 @@ def value_vectors(
 
 def class_value_agreement(result: ClassValueAgreement, title: str | None = None) -> kit.Figure:
     """Every class's agreement by layer, over the range that sets of random rows reach on average."""
-    layers, means, chance = result.axes["layer"], result.values.mean(-1), result.random.mean(-1)
-    high, middle = float(chance.max()), float(chance.mean())
+    layers, means, (low, middle, high) = result.axes["layer"], result.over_classes(), result.chance()
     figure = kit.Figure()
-    figure.add_hrect(y0=float(chance.min()), y1=high, fillcolor=style.FAINT, line_width=0)
+    figure.add_hrect(y0=low, y1=high, fillcolor=style.FAINT, line_width=0)
     figure.add_hline(y=middle, line={"color": style.GREY, "width": 1.5, "dash": "dash"})
     figure.add_scatter(
         x=[index for index in range(len(layers)) for _ in result.axes["class"]], y=result.values.flatten().tolist(), mode="markers",
@@ -101,10 +96,8 @@ def key_value_agreement(result: KeyValueAgreement, title: str | None = None) -> 
         kit.chance(figure, part["layer"].tolist(), part["chance"].tolist(), f"{kind}, by chance", color)
     if title is None:
         best = max(summary.to_dict("records"), key=lambda entry: entry["rate"] - entry["chance"])
-        rates = f"{best['rate']:.0%}, by chance {best['chance']:.0%}"
-        title = (
-            f"{_FINDINGS.get(result.measure, 'Above chance')}, most at {best['kind']} of layer {best['layer']}: {rates}"
-        )
+        told = findings.agrees(result.measure, best["kind"], str(best["layer"]), best["rate"], best["chance"])
+        title = str(told)
     note = f"{result.tower} tower, {'neurons' if result.component == 'mlp' else 'channels of heads'}; dashed: by chance"
     unit = "share of active keys" if result.measure == "compositionality" else "share of tokens"
     kit.finish_lines(figure, style.titled(title, note), unit, x="layer", share=True)
@@ -155,14 +148,8 @@ def composition(result: CompositionScores, title: str | None = None) -> kit.Figu
     writers = [head_name(layer, head, result.tower) for layer in layers[:-1] for head in heads]
     readers = [head_name(layer, head, result.tower) for layer in layers[1:] for head in heads]
     unit = "score" + (f" {kit.MINUS} chance" if result.random_mean else "")
-    figure = kit.heat(
-        {"": grid},
-        ("head that writes", writers),
-        ("head that reads", readers),
-        unit=unit,
-        words=False,
-        hover="%{customdata[0]} → %{customdata[1]}",
-    )
+    options: dict[str, Any] = {"unit": unit, "words": False, "hover": "%{customdata[0]} → %{customdata[1]}"}
+    figure = kit.heat({"": grid}, ("head that writes", writers), ("head that reads", readers), **options)
     figure.update_traces(hoverongaps=False)
     for edge in range(1, len(layers) - 1):
         figure.add_vline(x=edge * len(heads) - 0.5, line={"color": style.GREY, "width": 1})
