@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from circuitvision.readout.lens.result import LensResult
     from circuitvision.readout.probes.linear import ProbeResult
     from circuitvision.readout.relevance.curves import Curve
+    from circuitvision.readout.weights.agreement import ClassValueAgreement
+    from circuitvision.readout.weights.head_circuits import CompositionScores
 
 LEAST_SWING = {"logit": 0.1, "nat": 0.1, "logprob": 0.1, "prob": 0.01}
 LEAST_GAP = 0.01
@@ -293,6 +295,32 @@ def ranks_at(tower: str, word: str, layers: Sequence[str], grids: torch.Tensor, 
     found, first = strongest_at(tower, word, layers, grids, unit), ranks_first(tower, word, "", "", margin, unit)
     told = bool(found.holds) and first.holds is not False
     return replace(found, claim="ranks at", holds=told, reason=found.reason or first.reason)
+
+
+def points_at_classes(result: ClassValueAgreement) -> Finding:
+    """Whether the value vectors of the layer farthest above chance point at the classes more than any draw of random rows does, with p up to 0.05."""
+    _, middle, high = result.chance()
+    means = result.over_classes()
+    best = int((means - middle).argmax())
+    told = float(means[best]) > high and float(result.p[best]) <= 0.05
+    about = {"layer": str(result.axes["layer"][best]), "p": f"{float(result.p[best]):.2g}"}
+    reason = "" if told else "random rows do as much"
+    return Finding("points at classes", told, float(means[best]), chance=middle, reason=reason, about=about)
+
+
+def composes(result: CompositionScores) -> Finding:
+    """Whether the pair of heads with the highest composition score is above the highest of as many pairs of random heads (``chance``, Gaussian)."""
+    found = result.top(1)
+    if not found:
+        return Finding("composes", None, about={"kind": result.kind}, reason="no pair of heads has a score")
+    writer, reader, score = found[0]
+    about = {"kind": result.kind, "pair": f"{writer} → {reader}"}
+    if not result.random_mean:
+        return Finding("composes", None, score, about=about)
+    pairs = int(torch.isfinite(result.values).sum())
+    chance = result.random_sd * math.sqrt(2 * math.log(max(pairs, 2)))
+    reason = "" if score > chance else "random heads have as much"
+    return Finding("composes", score > chance, score, chance=chance, reason=reason, about=about)
 
 
 def agrees(measure: str, kind: str, layer: str, rate: float, chance: float) -> Finding:

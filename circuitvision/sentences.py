@@ -204,6 +204,24 @@ _AGREEING = {
 }
 
 
+def _say_points(found: Finding) -> str:
+    verb = "point at the classes" if found.holds else "point at the classes no more than random rows do"
+    beside = f"{found.value:.2f} beside {found.chance:.2f} by chance, p = {found.about['p']}"
+    return f"Layer {found.about['layer']}'s value vectors {verb}: {beside}"
+
+
+def _say_composes(found: Finding) -> str:
+    about = found.about
+    if "pair" not in about:
+        return "No pair of heads has a score"
+    score = f"{found.value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    if found.holds is False:
+        said = f"No pair stands out from random heads in {about['kind']}-composition"
+        return f"{said}; the first is {about['pair']}, {score}"
+    above = " above random heads" if found.holds else ""
+    return f"{about['pair']} composes most through {about['kind']}: {score}{above}"
+
+
 def _say_ranks_at(found: Finding) -> str:
     about = found.about
     if found.holds:
@@ -255,6 +273,8 @@ SENTENCES = {
     "on object": _say_on_object,
     "ranks first": _say_ranks_first,
     "ranks at": _say_ranks_at,
+    "points at classes": _say_points,
+    "composes": _say_composes,
     "agrees": _say_agrees,
     "leads": _say_margin,
     "readable": _say_margin,

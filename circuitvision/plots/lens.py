@@ -61,7 +61,6 @@ def over_image(
     title: str | None = None,
     image: int | None = None,
     tile: int | None = None,
-    colors: tuple[style.Color, style.Color] | None = None,
 ) -> kit.Figure:
     """One example's lens at its image patches: a panel per layer (at most nine), on one colour scale, laid over the picture where it is given.
 
@@ -73,7 +72,6 @@ def over_image(
         picture: what the model saw, ``[height width 3]`` or a PIL image.
         box: an object, (left, top, right, bottom) in pixels of the picture, or as shares of the image.
         title: by default the layer and patch where the value is highest.
-        colors: of the lowest and the highest value.
     """
     text.check_heads(result)
     at, shown = picture_of(result, example, image, tile), text.layers(result, _MOST_PANELS)
@@ -86,8 +84,7 @@ def over_image(
     by_rank, signed = "rank" in result.axes, bool((grids < 0).any())
     limit = kit.largest(grids, robust=True)
     low = -limit if signed else 0.0
-    scale = style.diverging(*(colors or ())) if signed else style.sequential(True, *(colors or ())[1:])
-    scale = style.legible(signed) if by_rank else scale
+    scale = style.legible(signed) if by_rank else style.diverging() if signed else style.sequential(True)
     options: dict[str, Any] = {"box": patches.as_shares(box, pixels), "extent": extent_of(result, at)}
     if pixels is not None:
         patches.draw(figure, 1, 1, picture=pixels, box=options["box"])

@@ -43,9 +43,9 @@ def diverging(low: Color = _LOW, high: Color = _HIGH) -> Scale:
     return [[where, f"rgba({r},{g},{b},{alpha})"] for where, (r, g, b), alpha in stops]
 
 
-def sequential(over_picture: bool = False, high: Color = _HIGH) -> Scale:
+def sequential(over_picture: bool = False) -> Scale:
     """A colour scale to a colour from a faint grey, or over a picture from nothing."""
-    red, green, blue = high
+    red, green, blue = _HIGH
     lowest = f"rgba({red},{green},{blue},0)" if over_picture else "rgba(128,128,128,0.1)"
     return [[0.0, lowest], [0.3, f"rgba({red},{green},{blue},0.45)"], [1.0, f"rgba({red},{green},{blue},1)"]]
 

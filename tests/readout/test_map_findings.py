@@ -15,6 +15,8 @@ from circuitvision.errors import InputError
 from circuitvision.readout import attention_contrast, attention_maps, distance_profile, logit_lens, rollout
 from circuitvision.readout.attention.distance import DistanceProfile
 from circuitvision.readout.patch_coords import entry_of, picture_of
+from circuitvision.readout.weights.agreement import ClassValueAgreement
+from circuitvision.readout.weights.head_circuits import CompositionScores
 from tests.readout.test_attention import run
 from tests.readout.test_attention_maps import made
 
@@ -132,6 +134,29 @@ def test_agreement_is_affirmed_above_chance_alone():
     assert findings.agrees("compositionality", "cls", "2", 0.7, 0.1).holds
     assert findings.agrees("compositionality", "cls", "2", 0.15, 0.1).holds is False
     assert findings.agrees("compositionality", "cls", "2", 0.7, math.nan).holds is None
+
+
+@pytest.mark.parametrize(("score", "holds"), [(0.2, True), (0.02, False)])
+def test_heads_compose_where_no_pair_of_random_heads_would(score, holds):
+    values = torch.full((2, 2, 2, 2), math.nan)
+    values[0, :, 1] = 0.0
+    values[0, 1, 1, 0] = score
+    axes = {"source_layer": [0, 1], "source_head": [0, 1], "layer": [0, 1], "head": [0, 1]}
+    scores = CompositionScores(values, axes, tower="t", kind="Q", random_mean=0.1, random_sd=0.02)
+    found = findings.composes(scores)
+    assert (found.holds, found.value) == (holds, pytest.approx(score))
+    assert findings.composes(dataclasses.replace(scores, random_mean=0.0)).holds is None
+    assert findings.composes(dataclasses.replace(scores, values=values * math.nan)).holds is None
+
+
+def test_value_vectors_point_at_classes_above_every_draw():
+    values, random = torch.tensor([[0.2, 0.3], [0.6, 0.7]]), torch.tensor([[0.2, 0.3], [0.3, 0.4]])
+    layers = {"layer": [0, 1], "class": ["a", "b"]}
+    found = ClassValueAgreement(values, layers, random=random, p=torch.tensor([0.5, 0.01]))
+    assert findings.points_at_classes(found).holds
+    assert findings.points_at_classes(found).about["layer"] == "1"
+    assert not findings.points_at_classes(dataclasses.replace(found, p=torch.tensor([0.5, 0.3]))).holds
+    assert not findings.points_at_classes(dataclasses.replace(found, random=random + 0.5)).holds
 
 
 # -- the controls -----------------------------------------------------------------------------------------------------------------
