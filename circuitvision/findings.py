@@ -9,7 +9,7 @@ A share of a swing means something only where the swing does: below :data:`LEAST
 answer, it is another one.
 
 Maps are held against controls of their own: a share of attention against looking at every visible key alike, the largest share that one of many
-heads gives a region against equal regions elsewhere in the picture, the peak of a map against the spread of its cells, of which the largest of so many
+heads gives a region against equal regions elsewhere in the picture, a map's peak against the spread of its cells, of which the largest of so many
 random ones would be this high. Not covered: intervals of maps of one example, and controls for titles that only give numbers ("adds most: +0.3").
 """
 

@@ -169,7 +169,7 @@ def _source_found(result: SourceAttribution | SourceIncrease, head: tuple[int, i
         # Increases do not add up over sources: the strongest is named instead of a sum.
         at = int(taken.abs().nan_to_num(-1.0).argmax())
         patch = int(result.places[entry, at, 2]) >= 0
-        source = "an image patch" if patch else html.escape(repr(result.words[entry][at]))
+        source = "an image patch" if patch else kit.escaped(repr(result.words[entry][at]))
         return f"What {name} takes from {source} moves {direction} by {kit.signed(float(taken[at]))} nats"
     total, image = result.sums(*head, entry)
     part = f"{kit.percent(image / total)} of it from image patches" if total else "nothing"
@@ -184,7 +184,7 @@ def _add_word(
     if len(words):
         best = int(words[taken[words].abs().nan_to_num(-1.0).argmax()])
         word = plain(result.words[entry][best]).strip() if result.words else ""
-        text = f"{html.escape(repr(word)) if word else f'position {best}'} {kit.signed(float(taken[best]))}"
+        text = f"{kit.escaped(repr(word)) if word else f'position {best}'} {kit.signed(float(taken[best]))}"
         patches.below(figure, text, 1, column)
 
 
@@ -223,6 +223,6 @@ def bilinear(result: BilinearAttribution, example: Any = None, text: int = 0, ti
         value = kit.signed(float(values[best]))
         said = f"{first} with {second} adds most: {value} of {kit.signed(float(result.total[text, entry]))}"
         said = f"{first} moves {second!r} most: {value}" if whole else said
-        prompt = "" if whole else f"text {html.escape(repr(str(texts[text])))} (text= shows another)"
+        prompt = "" if whole else f"text {kit.escaped(repr(str(texts[text])))} (text= shows another)"
         title = style.titled(said, kit.which(result, entry), prompt)
     return kit.grid(values, ("image term", result.axes["image_term"]), (name, across), title, unit="logit", listed=True)
