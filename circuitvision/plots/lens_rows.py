@@ -66,7 +66,7 @@ def lens_rows(
             patches.draw(figure, number, column, lens.patch_grid(layer), box=changed, extent=extent)
             _add_last(figure, lens, layer, number, column, limit, colors)
     target = str(lenses[0].axes.get("target", ["top"])[0]).replace(" - ", f" {kit.MINUS} ")
-    height, margin = int(60 + len(rows) * (1060 / len(headings) + 46)), {"l": 34, "r": 30, "b": 36}
+    height, margin = int(60 + len(rows) * (820 / len(headings) + 56)), {"l": 34, "r": 30, "b": 36}
     scale, bar = style.diverging(*(colors or ())), f"{target} ({lenses[0].measure})"
     return patches.finish(figure, title, height, scale, -limit, limit, bar, above=44, margin=margin)
 
@@ -77,5 +77,5 @@ def _add_last(
     """Below a map, the reading at the last position, where that is a word and not a patch."""
     if lens.places[0, -1, 2] < 0:
         value = float(lens.values[lens.axes["layer"].index(layer), -1, 0, 0])
-        said = f"last word {value:+.1f}".replace("-", kit.MINUS)
+        said = f"last word<br>{value:+.1f}".replace("-", kit.MINUS)
         patches.below(figure, said, row, column, borderpad=3, **style.tint(value / limit, colors))
