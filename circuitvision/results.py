@@ -185,17 +185,18 @@ class Result:
         return by_example(values, own)
 
     @with_provenance
-    def take(self: ResultType, rows: int | Sequence[int]) -> ResultType:
-        """Some entries of the axis ``example`` alone, counted from 0, with all that belongs to them.
+    def take(self: ResultType, entries: int | Sequence[int]) -> ResultType:
+        """Some entries of the axis ``example`` alone, counted from 0, with all that belongs to them (of an example: :meth:`entries`).
 
         Raises:
             InputError: no examples, or no such entry.
         """
         count = len(self.axes[EXAMPLE]) if self.examples else 0
-        chosen = [self.row_number(rows)] if isinstance(rows, int) else [self.row_number(row) for row in rows]
+        asked = [entries] if isinstance(entries, int) else entries
+        chosen = [self._entry_number(entry) for entry in asked]
         if not chosen:
             raise InputError(f"take() needs at least one of the {count} entries.")
-        labels = [self.axes[EXAMPLE][row] for row in chosen]
+        labels = [self.axes[EXAMPLE][entry] for entry in chosen]
         kept = [self.examples.index(example) for example in dict.fromkeys(labels)]
         fields: dict[str, Any] = {}
         for name, value, dim in self._along_examples():
@@ -209,16 +210,23 @@ class Result:
         axes = {**self.axes, EXAMPLE: labels}
         return dataclasses.replace(self, axes=axes, **fields)
 
-    def row_number(self, row: int) -> int:
-        """The same number, if there is such an entry on the axis ``example``.
+    def entries(self, example: Any = None) -> list[int]:
+        """Where an example stands on its axis (None: the first): in several places, where it has several images, tiles or cameras.
 
         Raises:
-            InputError: no such entry.
+            InputError: no examples, or no such one.
         """
+        label = self.axes[EXAMPLE][self.index_of(EXAMPLE, self.examples[0] if example is None else example)]
+        return [number for number, own in enumerate(self.axes[EXAMPLE]) if own == label]
+
+    def _entry_number(self, entry: int) -> int:
+        """The same number, if there is such an entry on the axis ``example``; InputError if not."""
         count = len(self.axes.get(EXAMPLE, []))
-        if isinstance(row, bool) or not isinstance(row, int | np.integer) or not 0 <= row < count:
-            raise InputError(f"There is no row {row!r} in this {type(self).__name__}; it has {count}, counted from 0.")
-        return int(row)
+        if isinstance(entry, bool) or not isinstance(entry, int | np.integer) or not 0 <= entry < count:
+            raise InputError(
+                f"There is no entry {entry!r} in this {type(self).__name__}; it has {count}, counted from 0."
+            )
+        return int(entry)
 
     def _along_examples(self) -> list[tuple[str, Any, int]]:
         """The fields with an entry per label of ``example``, or per example, that are not empty: name, value, and dimension."""

@@ -48,16 +48,15 @@ from circuitvision.readout.attribution.rest import (
     rest_of_stream,
     spacing,
 )
+from circuitvision.readout.attribution.sources import OverSources
 from circuitvision.readout.attribution.terms import SPLITS, Stream
 from circuitvision.readout.over_data import DataReading, answers_of, of_batch, over_data, side_of
-from circuitvision.readout.patch_coords import named_positions, places_of, shares_of
+from circuitvision.readout.patch_coords import places_of, shares_of
 from circuitvision.readout.recorded import check_hooked, chosen_layers, examples_of, tokens_of
 from circuitvision.results import Result
 from circuitvision.statistics import by_example
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
@@ -102,6 +101,18 @@ class Attribution(Result):
         order = mean.abs().argsort(descending=True)[:count].tolist()
         return [(self.axes["term"][index], float(mean[index])) for index in order]
 
+    @with_provenance
+    def gathered(self, count: int) -> Attribution:
+        """The ``count`` terms with the largest mean share in size, and the sum of all others as one term; together they add up to the total."""
+        order = self.mean().abs().nan_to_num(-1.0).argsort(descending=True)
+        shown, rest = order[:count], order[count:]
+        names, values = [self.axes["term"][index] for index in shown.tolist()], self.values.double()
+        parts = [values[shown]]
+        if len(rest):
+            names.append(f"{len(rest)} others")
+            parts.append(values[rest].sum(0, keepdim=True))
+        return replace(self, values=torch.cat(parts), axes={**self.axes, "term": names})
+
     def __getitem__(self, term: str) -> Tensor:
         """One term's share ``[example]``; heads, neurons, MLPs and attention layers in any spelling, and without the tower."""
         return self.values[self.index_of("term", self._label(term))]
@@ -116,7 +127,7 @@ class Attribution(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class SourceAttribution(Result):
+class SourceAttribution(OverSources):
     """What each head takes from each position: ``values [layer head position example]``; the sum over positions is the head's share.
 
     Positions count keys: cached ones of another tower first, where there are any. ``places`` are theirs in the image (-1 elsewhere), ``kinds``
@@ -131,10 +142,6 @@ class SourceAttribution(Result):
     shares: Tensor = field(default_factory=_none)
 
     _per_example: ClassVar[dict[str, int]] = {"places": 0, "words": 0, "kinds": 0, "shares": 0}
-
-    def _long_frame(self) -> pd.DataFrame:
-        """One row per value, with the ``token`` at each position."""
-        return named_positions(self, super()._long_frame(), self.words)
 
     def highlights(self) -> dict[str, str]:
         """The heads that take most, and how much of it from image patches; mean over examples."""
