@@ -42,7 +42,8 @@ from circuitvision.model import heads
 from circuitvision.model.hooked import HookedModel
 from circuitvision.model.hooks import HookPoint
 from circuitvision.model.sites import NamesFilter, SiteName, matching
-from circuitvision.model.tower import Tower, norm_spec
+from circuitvision.model.spec import norm_spec
+from circuitvision.model.tower import Tower
 from circuitvision.model.weights import computing, in_width, norm_weights, out_width
 
 if TYPE_CHECKING:

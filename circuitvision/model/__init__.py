@@ -7,6 +7,7 @@ from circuitvision.model.hooked import HookedModel
 from circuitvision.model.hooks import HookPoint
 from circuitvision.model.sweeps.result import SweepResult
 from circuitvision.model.tokens import TokenMap
-from circuitvision.model.tower import Tower, TowerConfig
+from circuitvision.model.tower import Tower
+from circuitvision.model.tower_config import TowerConfig
 
 __all__ = ["ActivationCache", "HookPoint", "HookedModel", "SweepResult", "TokenMap", "Tower", "TowerConfig"]

@@ -141,6 +141,7 @@ class TowerSpec:
         feature_layers, feature_select: attributes of the config that say which hidden states leave it, and whether the class position does.
         embed: the embedding module, where it is not inside the tower.
         attention: who sees whom, where that is not as its stack says.
+        n_heads, n_kv_heads: how many there are, or what its config calls that (the first name it has; without a second one, as many as heads).
         runs: how often it runs in one call of the model: once, for each new token of ``generate``, or for each step of ``sample_actions``.
     """
 
@@ -152,6 +153,8 @@ class TowerSpec:
     feature_layers: str | None = None
     feature_select: str | None = None
     runs: Runs = "once"
+    n_heads: str | tuple[str, ...] | int = "num_attention_heads"
+    n_kv_heads: str | tuple[str, ...] | int = "num_key_value_heads"
     embed: Path | None = None
     attention: Literal["causal", "bidirectional", "by_mask"] | None = None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,19 +19,19 @@ from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.model import branches, heads
 from circuitvision.model.branches import BRANCHES, Branch
 from circuitvision.model.flow import Connector
-from circuitvision.model.patches import PatchEmbedding, pair
+from circuitvision.model.patches import PatchEmbedding
 from circuitvision.model.settings import hidden_states, setting
 from circuitvision.model.slots import SlotGradients, slot_sites
 from circuitvision.model.spec import (
     BlockLayout,
     Family,
     TowerSpec,
-    norm_spec,
     require,
     resolve,
     stack_for,
     sub_config,
 )
+from circuitvision.model.tower_config import measured
 from circuitvision.model.weights import (
     embedding_weight,
     linear_bias,
@@ -46,31 +45,6 @@ from circuitvision.model.weights import (
 if TYPE_CHECKING:
     from circuitvision.model.cache import ActivationCache
     from circuitvision.model.hooked import HookedModel
-
-
-@dataclass(frozen=True)
-class TowerConfig:
-    """The numbers of one tower, under TransformerLens's names."""
-
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_model: int
-    d_head: int
-    d_mlp: int
-    grid: tuple[int, int] | None
-    """Patch rows and columns at the configured image size; None for text and action towers and for images of free size."""
-    patch_size: int | tuple[int, int] | None
-    """Side of a patch; (height, width) where it is not square."""
-    n_prefix: int
-    """Positions before the first patch (CLS, distillation, registers)."""
-    attention: str
-    """"causal", "bidirectional", or "by_mask" where the run's mask decides."""
-    act: str
-    norm: str
-    """"LayerNorm" or "RMSNorm"."""
-    gated_mlp: bool
-    rotary: bool
 
 
 def _nobody() -> None:
@@ -214,7 +188,7 @@ class Tower:
         if self.final_norm is None and self.spec.stack is not None and self.stack.final_norm is not None:
             # Shipped stacks serve classes with and without one; one of somebody's own that is not there is a mistake.
             require(self.root, self.stack.final_norm, f"final norm of the {self.name} tower")
-        self.cfg = self._config()
+        self.cfg = measured(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # The copy of a wrapper tells its towers whose they are.
@@ -222,41 +196,6 @@ class Tower:
 
     def __provenance__(self) -> dict[str, Any]:
         return {"tower": self.name, "of": self.owner()}
-
-    def _config(self) -> TowerConfig:
-        config: Any = self.config
-        block = self.blocks[0]
-        n_heads = int(config.num_attention_heads)
-        n_kv = int(getattr(config, "num_key_value_heads", None) or n_heads)
-        q: Any = block.part("q")
-        mlp_in: Any = block.part("mlp_in")
-        grid, patch = self._grid()
-        return TowerConfig(
-            n_layers=len(self.blocks),
-            n_heads=n_heads,
-            n_kv_heads=n_kv,
-            d_model=int(config.hidden_size),
-            d_head=int(q.out_features) // n_heads,
-            d_mlp=int(mlp_in.out_features),
-            grid=grid,
-            patch_size=patch,
-            n_prefix=len(self.prefix_kinds),
-            attention=self.spec.attention or self.stack.attention,
-            act=block.layout.act
-            or str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)),
-            norm="LayerNorm" if norm_spec(block.part("ln1")).centred else "RMSNorm",
-            gated_mlp=block.has("mlp_gate"),
-            rotary=block.layout.rotary,
-        )
-
-    def _grid(self) -> tuple[tuple[int, int] | None, int | tuple[int, int] | None]:
-        embedding = self.patch_embedding
-        if embedding is None:
-            return None, None
-        size = getattr(self.config, "image_size", None)
-        if size is None or self.stack.position == "resized":
-            return None, embedding.patch_size
-        return embedding.grid(*pair(size)), embedding.patch_size
 
     @property
     def patch_embedding(self) -> PatchEmbedding | None:

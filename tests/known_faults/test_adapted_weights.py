@@ -369,8 +369,8 @@ def test_one_module_in_two_places_is_refused() -> None:
     module.vit.layers[1] = module.vit.layers[0]
     with pytest.raises(UnsupportedModelError, match="one and the same"):
         cv.HookedModel(module)
-    module = fresh("clip")
-    module.text_model.encoder.layers[0].mlp.fc1 = module.vision_model.encoder.layers[0].mlp.fc1
+    module = fresh("siglip")
+    module.text_model.encoder.layers[0].layer_norm1 = module.vision_model.encoder.layers[0].layer_norm1
     with pytest.raises(UnsupportedModelError, match="one and the same"):
         cv.HookedModel(module)
 
