@@ -57,12 +57,20 @@ def answers_of(batch: Batch) -> dict[str, Any] | None:
 
 
 def of_batch(value: Any, rows: Sequence[int], count: int) -> Any:
-    """What is given for a whole data set, for the examples at some of its places: lists with one entry per example are cut, alone or in a mapping."""
+    """What is given for a whole data set, for the examples at some of its places: lists have one entry per example, alone, in a pair or a mapping.
+
+    Raises:
+        InputError: a list of another length, which a batch might fit by accident.
+    """
     if isinstance(value, Mapping):
         return {name: of_batch(one, rows, count) for name, one in value.items()}
-    if isinstance(value, list) and len(value) == count:
-        return [value[row] for row in rows]
-    return value
+    if isinstance(value, tuple):
+        return tuple(of_batch(one, rows, count) for one in value)
+    if not isinstance(value, list) or len(value) == 1:
+        return value
+    if len(value) != count:
+        raise InputError(f"A list has one entry per example, and {value!r:.60} has {len(value)} for {count} examples.")
+    return [value[row] for row in rows]
 
 
 def over_data(

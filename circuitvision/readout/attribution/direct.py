@@ -36,8 +36,9 @@ from circuitvision.data import Batch, Side
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.names import component, head_name, is_component, spelled
+from circuitvision.model.positions import in_every_example
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.attribution.functional import LinearReadout, functional
+from circuitvision.readout.attribution.functional import LinearReadout, direction_of, functional
 from circuitvision.readout.attribution.rest import (
     check_head_reads_stream,
     check_sources,
@@ -175,8 +176,9 @@ def direct_attribution(
         tower: by default the last tower with a head (the action tower, the language tower, the classifier).
         by: "component" (attention and MLP of every layer), "head", or "neuron" (heads, and every neuron of ``layers``).
         layers: whose neurons are told apart; all by default.
-        position: where the output is read: "last" (default of text), a number, one per row, "mean", or a selection, whose mean is read; for
-            actions the step of the chunk. Read-outs that pool have no choice, patches of a vision tower behind a projector no default.
+        position: where the output is read: "last" (default of text), a number, or several positions, whose mean is read (see
+            :mod:`circuitvision.model.positions`; one per example is ``cv.regions.at(numbers)``); for actions the step of the chunk. Read-outs that
+            pool have no choice, patches of a vision tower behind a projector no default.
         aggregation: for a word of several tokens, "first" or "mean".
         step: which pass of a cache of several.
         batch_size: of a data set, how many examples run at once; None: by memory.
@@ -191,11 +193,10 @@ def direct_attribution(
         options = {
             "by": by,
             "layers": layers,
-            "position": position,
             "aggregation": aggregation or side.combine,
             "step": step,
         }
-        return _over_data(model, side, direction, tower, batch_size, options)
+        return _over_data(model, side, direction, tower, position, batch_size, options)
     if direction is None:
         raise InputError("Say what is explained: an answer 'red', a contrast ('red', 'blue'), or a tensor [d_model].")
     read_tower = attribution_tower(model, tower)
@@ -225,6 +226,7 @@ def _over_data(
     side: Side,
     direction: Any,
     tower: str | None,
+    position: Any,
     batch_size: int | None,
     options: Mapping[str, Any],
 ) -> DataReading:
@@ -233,16 +235,14 @@ def _over_data(
         raise InputError(
             "This data set holds no answers, so say what is explained: an answer 'red' or ('red', 'blue')."
         )
+    count = len(side)
+    direction = direction_of(direction, count)
+    where = in_every_example(position, count)
 
     def read(batch: Batch, rows: list[int]) -> Attribution:
-        own: Any = direction
-        if direction is None:
-            own = answers_of(batch) if batch.foils is not None else batch.answers
-        elif isinstance(direction, tuple):
-            own = tuple(of_batch(part, rows, len(side)) for part in direction)
-        else:
-            own = of_batch(direction, rows, len(side))
-        found = direct_attribution(model, batch.inputs, own, tower, **options)
+        own: Any = answers_of(batch) if direction is None else of_batch(direction, rows, count)
+        at = None if where is None else where.taken(rows, count)
+        found = direct_attribution(model, batch.inputs, own, tower, position=at, **options)
         assert isinstance(found, Attribution)
         return found
 

@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitvision.answers import contrast
 from circuitvision.data import Batch, Side
 from circuitvision.digests import plain as plain_value
 from circuitvision.errors import InputError
@@ -55,7 +56,7 @@ from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.over_data import DataReading, answers_of, of_batch, over_data, side_of
 from circuitvision.readout.patch_coords import places_of, shares_of
 from circuitvision.readout.recorded import behind_cache, check_hooked, held_as, inputs_of
-from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, plain, resolve_targets
+from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, per_example, plain, resolve_targets
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -101,9 +102,9 @@ def logit_lens(
         sites: kinds ("resid_post", "attn_out", "attn.hook_result", …), names or globs; by default the residual stream, where it can reach the
             output.
         norm: "own", "frozen", "none" or "tuned", see the module.
-        targets: words, class names, prompts (for the images of a dual encoder), numbers of columns or action dimensions, the same for all
-            examples; a tuple ``("red", "blue")``, the first minus the second; ``{"answer": [one per example]}``; or a float tensor of embeddings
-            or directions ``[target width]``.
+        targets: a word, class name, prompt (for the images of a dual encoder), number of a column or action dimension, the same for all
+            examples; a list of those with one per example; a tuple ``("red", "blue")``, the first minus the second; a mapping that names columns,
+            ``{"red": "red", "answer": [one per example]}``; or a float tensor of embeddings or directions ``[target width]``.
         top_k: instead of targets, keep the highest values at every position and whose they are (all columns, where there are fewer).
         measure: ``"logit"``, ``"logprob"`` (nats) or ``"prob"``. Read-outs that are no distribution (actions, directions) have logits only.
         aggregation: how to read a word of several tokens: "first", "mean" or "joint", see :mod:`circuitvision.readout.targets`.
@@ -124,18 +125,15 @@ def logit_lens(
     shared["step"] = step
     if side is not None:
         return _over_data(model, side, tower, targets, top_k, aggregation, positions, batch_size, shared)
-    if isinstance(targets, tuple):
-        if len(targets) != 2:
-            raise InputError(
-                f"A tuple is a contrast of two targets, ('red', 'blue'), not of {len(targets)}; several are a list."
-            )
-        answer, foil = plain(targets)
+    targets, foil = contrast(plain(targets), None)
+    if foil is not None:
+        alike = not isinstance(targets, str | int) or not isinstance(foil, str | int) or targets == foil
+        first, second = ("answer", "foil") if alike else (targets, foil)
         shared |= {"top_k": top_k, "aggregation": aggregation, "positions": positions}
-        both = logit_lens(model, cache, tower, targets=[answer, foil], **shared)
+        both = logit_lens(model, cache, tower, targets={first: targets, second: foil}, **shared)
         assert isinstance(both, LensResult)
-        return both.contrast(answer, foil)
+        return both.contrast(first, second)
     read_tower = lens_tower(model, tower)
-    targets = plain(targets)
     _check_options(read_tower, norm, targets, top_k, measure, tuned, readout, step)
     if positions is not None and targets is None:
         raise InputError(
@@ -218,8 +216,9 @@ def _over_data(
             "The highest columns of many examples have no mean: give targets=, or answers to the data set, and leave top_k out."
         )
     if targets is None and side.answers is None:
-        raise InputError("This data set holds no answers, so say what is followed: targets=['red', 'blue'].")
+        raise InputError("This data set holds no answers, so say what is followed, such as targets=('red', 'blue').")
     read_tower = lens_tower(model, tower)
+    targets = per_example(plain(targets), len(side))
 
     def read(batch: Batch, rows: list[int]) -> LensResult:
         own = answers_of(batch) if targets is None else of_batch(targets, rows, len(side))
@@ -256,7 +255,8 @@ def _check_options(
 ) -> None:
     if (targets is None) == (top_k is None):
         raise InputError(
-            "Give either targets=, the words, classes or numbers to follow (['red', 'blue']), or top_k=, how many of the highest to name (5)."
+            "Give either targets=, the word, class or number to follow ('red'; several by name, {'red': 'red', 'blue': 'blue'}), or top_k=, how many "
+            "of the highest to name (5)."
         )
     if top_k is not None and (not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 1):
         raise InputError(f"top_k is a whole number from 1, not {top_k!r}.")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.files import replacing
-from circuitvision.model.positions import Positions, PositionsLike, warn_of_empty
+from circuitvision.model.positions import Positions, PositionsLike, in_every_example, warn_of_empty
 from circuitvision.model.tokens import KINDS, TokenMap
 from circuitvision.provenance import describe, with_provenance, without_dates
 from circuitvision.readout.probes.streaming import Batch, Reading
@@ -29,7 +29,7 @@ from circuitvision.readout.probes.streaming import Batch, Reading
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
 
-ByTower = PositionsLike | Mapping[str, PositionsLike]
+ByTower = PositionsLike | Positions | Mapping[str, PositionsLike | Positions]
 """Positions, or a mapping from towers to positions."""
 _FORMAT, _META = "circuitvision.collected/1", "circuitvision_json"
 _BESIDE = ("examples", "labels", "groups", "at")
@@ -92,16 +92,23 @@ def chosen_at_site(tokens: TokenMap, dropped: int, positions: ByTower, examples:
     return mask
 
 
-def check_count(found: int | None, wanted: int | None, positions: ByTower) -> None:
-    """Raise InputError if a data set of ``found`` examples does not have ``wanted``, or the positions given one by one are not as many."""
+def positions_for(found: int | None, wanted: int | None, positions: ByTower) -> ByTower:
+    """The positions for a data set of ``found`` examples; a list of numbers that may be meant as one per example warns, once.
+
+    Raises:
+        InputError: the data set does not have ``wanted`` examples, or positions given one by one are not as many.
+    """
     if found is None:
-        return
+        return positions
     if wanted is not None and found != wanted:
         raise InputError(f"The data set has {found} examples and there are {wanted} labels; give one per example.")
     for own in positions.values() if isinstance(positions, Mapping) else (positions,):
         given = Positions.of(own).n_examples
         if given not in (None, found):
             raise InputError(f"There are positions of {given} examples for {found}; give one, or one row, per example.")
+    if isinstance(positions, Mapping):
+        return {tower: in_every_example(own, found) for tower, own in positions.items()}
+    return in_every_example(positions, found)
 
 
 def _whole(kinds: set[str]) -> str:
@@ -264,14 +271,14 @@ def collect(
         return picked.cpu()
 
     reading = Reading(model, dataset, names, reduce, batch_size=batch_size, description="collect")
-    check_count(reading.total, _wanted(labels, count), positions)
+    positions = positions_for(reading.total, _wanted(labels, count), positions)
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     beside = _Beside(labels, reading.data)
     for batch, found in reading:
         for name, value in found.items():
             parts[name].append(value)
         beside.add(batch, places)
-    check_count(reading.count, _wanted(labels, count), positions)
+    positions = positions_for(reading.count, _wanted(labels, count), positions)
     label = position_label(positions)
     how = f"collect(positions={label}{', per_position' if per_position else ''})"
     vectors = {name: torch.cat(values) for name, values in parts.items()}
