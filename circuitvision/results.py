@@ -22,6 +22,7 @@ import dataclasses
 import html
 import importlib
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,7 @@ class Result:
     where there is one, is the last.
 
     Raises:
-        InputError: the axes do not describe the shape of ``values``, or ``example`` is not the last.
+        InputError: the axes do not describe the shape of ``values``, ``example`` is not the last, or another axis has a label twice.
     """
 
     values: Tensor
@@ -86,6 +87,7 @@ class Result:
             )
         if EXAMPLE in axes and list(axes)[-1] != EXAMPLE:
             raise InputError(f"{type(self).__name__}: the axis of examples is the last, not of {', '.join(axes)}.")
+        check_labels(axes)
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "provenance", as_builtin(dict(self.provenance)))
 
@@ -489,6 +491,15 @@ def _counted_on(parts: Sequence[Result]) -> list[list[int]]:
         found.append([numbers[label] for label in part.axes[EXAMPLE]])
         total += len(numbers)
     return found
+
+
+def check_labels(axes: Mapping[str, Sequence[Any]]) -> None:
+    """Raise InputError for a label that stands twice on an axis: it would name two entries. An example may have several rows."""
+    for name, labels in axes.items():
+        seen = Counter(map(repr, labels))
+        if name != EXAMPLE and len(seen) < len(labels):
+            twice = next(label for label, count in seen.items() if count > 1)
+            raise InputError(f"The axis {name!r} has the label {twice} twice; every label names one entry.")
 
 
 def component_name(axes: Sequence[str], labels: Sequence[Any], tower: str = "") -> str:

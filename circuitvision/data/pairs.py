@@ -175,14 +175,16 @@ class Pairs(Columns):
         return made
 
     @classmethod
-    def from_folder(cls, folder: Any, table: str = "pairs.csv", *, columns: Mapping[str, str] | None = None) -> Pairs:
+    def from_folder(
+        cls, folder: Any, table: str = "pairs.csv", *, columns: Mapping[str, str | None] | None = None
+    ) -> Pairs:
         """Pairs from a folder of pictures and a CSV or JSONL table, one row per pair; see :func:`circuitvision.data.reading.from_folder`."""
         from circuitvision.data.reading import from_folder
 
         return from_folder(folder, table, columns)
 
     @classmethod
-    def from_dataset(cls, dataset: Any, *, columns: Mapping[str, str] | None = None) -> Pairs:
+    def from_dataset(cls, dataset: Any, *, columns: Mapping[str, str | None] | None = None) -> Pairs:
         """Pairs from a Hugging Face data set, or any sequence of mappings; see :func:`circuitvision.data.reading.from_dataset`."""
         from circuitvision.data.reading import from_dataset
 
