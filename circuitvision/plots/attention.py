@@ -49,7 +49,7 @@ def summary(result: AttentionSummary, *, span: str | None = None, title: str | N
     grids = {name: mean[..., number] for number, name in enumerate(names)}
     figure = kit.heat(
         grids, ("layer", result.axes["layer"]), ("head", result.axes["head"]), unit="nats" if nats else "share", limit=top, below_zero=False,
-        share=not nats, marked=dict.fromkeys(names, result.unread),
+        share=not nats, marked=dict.fromkeys(names, result.dead_layers),
     )  # fmt: skip
     if span is not None:
         names = [span]
@@ -99,7 +99,7 @@ def _keys(count: float) -> str:
 
 
 def _unread(result: Any) -> list[str]:
-    return [f"{name}{' (unread)' if name in result.unread else ''}" for name in result.axes["layer"]]
+    return [f"{name}{' (unread)' if name in result.dead_layers else ''}" for name in result.axes["layer"]]
 
 
 def spans(result: AttentionSummary, *, title: str | None = None) -> kit.Figure:
@@ -197,7 +197,7 @@ def _distance_found(result: DistanceProfile, means: Tensor, alike: Tensor) -> st
     if not bool(torch.isfinite(of_layer).any()):
         return f"No patch of the {result.tower} tower looks at patches"
     names = result.axes["layer"]
-    read = torch.tensor([math.nan if name in result.unread else 0.0 for name in names]).double()
+    read = torch.tensor([math.nan if name in result.dead_layers else 0.0 for name in names]).double()
     of_layer = of_layer + read if bool(torch.isfinite(of_layer + read).any()) else of_layer
     near, far = int(of_layer.nan_to_num(math.inf).argmin()), int(of_layer.nan_to_num(-math.inf).argmax())
     low, high = f"{of_layer[near]:.1f}", f"{of_layer[far]:.1f}"
@@ -222,7 +222,7 @@ def offsets(result: PositionPattern, *, count: int = 6, title: str | None = None
     names = [
         style.titled(
             head_name(result.axes["layer"][layer], result.axes["head"][head], result.tower),
-            f"{explained[index]:.0%} explained{', unread' if result.axes['layer'][layer] in result.unread else ''}",
+            f"{explained[index]:.0%} explained{', unread' if result.axes['layer'][layer] in result.dead_layers else ''}",
         )
         for index, (layer, head) in zip(order, pairs, strict=True)
     ]

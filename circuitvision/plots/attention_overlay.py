@@ -181,7 +181,7 @@ def contrast(
         r, c = divmod(int(grid.nan_to_num(-math.inf).argmax()), grid.shape[1])
         said = f"The question adds most attention at patch row {r}, column {c}"
         title = style.titled(
-            said, f"contrast {finite.max():.2g} there, median {finite.median():.2g}", f"λ = {result.lam:.2g}"
+            said, f"contrast {finite.max():.2g} there, median {finite.median():.2g}", f"λ = {result.epsilon:.2g}"
         )
     style.layout(figure, title or "No patch has a contrast", 460, margin={"l": 20, "b": 20})
     figure.update_xaxes(visible=False)

@@ -132,9 +132,9 @@ def _by_example(
     """Values ``[… example]`` of one batch and the names of the other axes: means over positions, then over the rows of an example."""
     names = list(result.axes)
     values = result.values.double()
-    owners = np.array(result.axes["example"], dtype=int)
+    examples = np.array(result.axes["example"], dtype=int)
     names.remove("example")
-    if len(owners) and int(owners.max()) >= len(batch):
+    if len(examples) and int(examples.max()) >= len(batch):
         raise InputError(
             "The rows of this tower are no examples of the data set (texts that images are compared with)."
         )
@@ -148,5 +148,5 @@ def _by_example(
         values = torch.where(mask.T, values, 0.0).sum(-2) / mask.sum(1).clamp(min=1)
         values = values.masked_fill(~mask.any(1), torch.nan)
     found = values.new_full((*values.shape[:-1], len(batch)), torch.nan)
-    found[..., list(dict.fromkeys(owners.tolist()))] = by_example(values, owners.tolist())
+    found[..., list(dict.fromkeys(examples.tolist()))] = by_example(values, examples.tolist())
     return found, names

@@ -263,9 +263,9 @@ def _shares(
     for layer in range(count):
         rest: list[Tensor] = []
         for branch in ("attn", "mlp"):
-            whole = share(stream.site(f"blocks.{layer}.hook_{branch}_out"))
+            total = share(stream.site(f"blocks.{layer}.hook_{branch}_out"))
             if by == "component" or (branch == "mlp" and not (by == "neuron" and layer in told_apart)):
-                shares[f"{tower} L{layer}.{branch}"] = whole
+                shares[f"{tower} L{layer}.{branch}"] = total
                 continue
             split = stream.head_shares if branch == "attn" else stream.neuron_shares
             parts, bias = split(layer, gradient)
@@ -273,8 +273,8 @@ def _shares(
                 name = head_name(layer, number, tower) if branch == "attn" else f"{tower} L{layer}N{number}"
                 shares[name] = value
             shares[f"{tower} L{layer}.{branch}.bias"] = bias
-            gap = whole - parts.sum(0) - bias
-            rest += [gap] if is_rest(stream, layer, branch, gap, parts.abs().sum(0) + bias.abs() + whole.abs()) else []
+            gap = total - parts.sum(0) - bias
+            rest += [gap] if is_rest(stream, layer, branch, gap, parts.abs().sum(0) + bias.abs() + total.abs()) else []
         between = rest_of_stream(stream, layer)
         rest += [] if between is None else [(between.to(gradient.dtype) * gradient).flatten(1).sum(-1)]
         if rest:

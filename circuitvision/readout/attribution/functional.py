@@ -319,23 +319,23 @@ def positions_read(
     rows, length = shape
     chunk = tower.spec.readout is not None and tower.spec.readout.pool == "chunk"
     start = length - int(tower.config_of_model.chunk_size) if chunk else 0
-    asked = Positions.of((start if chunk else "last") if position is None else position)
+    positions = Positions.of((start if chunk else "last") if position is None else position)
     behind = behind_cache(tower, cache, length)
     tokens = _map_of(tower, cache, rows, behind + length)
-    if asked.kind in ("ints", "slice") or tokens is None:
-        mask = _in_pass(tower, asked, rows, length, behind)
+    if positions.kind in ("ints", "slice") or tokens is None:
+        mask = _in_pass(tower, positions, rows, length, behind)
     else:
-        mask = asked.resolve(tokens)[:, behind:]
-        mask &= torch.from_numpy(tokens.present[:, behind:]) if asked.kind == "all" else torch.ones_like(mask)
-    if asked.kind in ("all", "there", "slice"):
+        mask = positions.resolve(tokens)[:, behind:]
+        mask &= torch.from_numpy(tokens.present[:, behind:]) if positions.kind == "all" else torch.ones_like(mask)
+    if positions.kind in ("all", "there", "slice"):
         mask[:, :start] = False
     read = mask.any(1)
-    if bool(mask[:, :start].any()) or (not asked.may_be_empty and not bool(read.all())) or not bool(read.any()):
+    if bool(mask[:, :start].any()) or (not positions.may_be_empty and not bool(read.all())) or not bool(read.any()):
         numbers = f"{behind + start}…{behind + length - 1}" + ", behind those of the cache" * bool(behind)
         raise InputError(
-            f"Position {asked.text!r} is outside the {length - start} positions that are read here ({numbers})."
+            f"Position {positions.text!r} is outside the {length - start} positions that are read here ({numbers})."
         )
-    warn_of_empty({asked.text: int((~read).sum())}, rows)
+    warn_of_empty({positions.text: int((~read).sum())}, rows)
     return mask
 
 
@@ -347,22 +347,24 @@ def _map_of(tower: Tower, cache: ActivationCache, rows: int, length: int) -> Tok
     return tokens if tokens.n_positions == length and tokens.n_rows == rows else None
 
 
-def _in_pass(tower: Tower, asked: Positions, rows: int, length: int, behind: int) -> Tensor:
+def _in_pass(tower: Tower, positions: Positions, rows: int, length: int, behind: int) -> Tensor:
     """Numbers, "last", a mask or all positions of one pass."""
     mask = torch.zeros(rows, length, dtype=torch.bool)
-    if asked.tower not in ("", tower.name):
-        raise InputError(f"The positions are of the {asked.tower} tower; select in {tower.name}.")
-    if asked.kind in ("all", "there"):
+    if positions.tower not in ("", tower.name):
+        raise InputError(f"The positions are of the {positions.tower} tower; select in {tower.name}.")
+    if positions.kind in ("all", "there"):
         return ~mask
-    if asked.kind == "mask" and asked.mask is not None and tuple(asked.mask.tensor.shape[-1:]) == (length,):
-        return asked.mask.tensor.cpu().expand(rows, length).clone()
-    if asked.kind not in ("ints", "slice", "last"):
+    if positions.kind == "mask" and positions.mask is not None and tuple(positions.mask.tensor.shape[-1:]) == (length,):
+        return positions.mask.tensor.cpu().expand(rows, length).clone()
+    if positions.kind not in ("ints", "slice", "last"):
         raise InputError(
-            f"What the positions of this pass are is not known, so {asked.text!r} names none of them; give a number, or 'last'."
+            f"What the positions of this pass are is not known, so {positions.text!r} names none of them; give a number, or 'last'."
         )
     total = behind + length
     numbers = (
-        range(total)[slice(*asked.bounds)] if asked.kind == "slice" else (*asked.ints, *[-1] * (asked.kind == "last"))
+        range(total)[slice(*positions.bounds)]
+        if positions.kind == "slice"
+        else (*positions.ints, *[-1] * (positions.kind == "last"))
     )
     for number in numbers:
         at = number + total if number < 0 else number

@@ -156,11 +156,11 @@ def logit_lens(
 
 
 def _averaged(
-    whole: LensResult, reader: LensReader, positions: PositionsLike | Mapping[str, PositionsLike]
+    lens: LensResult, reader: LensReader, positions: PositionsLike | Mapping[str, PositionsLike]
 ) -> LensResult:
     """The lens with the mean over each choice of positions in place of every position."""
-    tokens, at = reader.tokens, whole.axes["position"]
-    if tokens is None or (whole.kinds and GENERATED in whole.kinds[0]):
+    tokens, at = reader.tokens, lens.axes["position"]
+    if tokens is None or (lens.kinds and GENERATED in lens.kinds[0]):
         raise InputError(
             "What the positions of this pass are is not known, so none can be chosen; leave positions out."
         )
@@ -175,17 +175,17 @@ def _averaged(
             f"No position that is read here is one of {lost[0]!r} ({Positions.of(several[lost[0]]).text})."
         )
     count = tokens.n_examples
-    owners = whole.axes["example"]
-    warn_of_empty({name: len(without_any(mask, owners, count)) for name, mask in chosen.items()}, count)
+    examples = lens.axes["example"]
+    warn_of_empty({name: len(without_any(mask, examples, count)) for name, mask in chosen.items()}, count)
     # What lies outside a choice does not count, not even as a NaN.
-    means = [torch.where(own.T[:, None], whole.values, 0.0).sum(-3) / own.sum(-1) for own in chosen.values()]
+    means = [torch.where(own.T[:, None], lens.values, 0.0).sum(-3) / own.sum(-1) for own in chosen.values()]
     values = torch.stack(means, dim=-3)
-    labels, rows = list(chosen), len(owners)
+    labels, rows = list(chosen), len(examples)
     none = torch.zeros(0, dtype=torch.long)
     return replace(
-        whole,
+        lens,
         values=values,
-        axes={**whole.axes, "position": labels},
+        axes={**lens.axes, "position": labels},
         ids=none,
         ranks=none,
         places=torch.full((rows, len(labels), 4), -1),
@@ -193,7 +193,7 @@ def _averaged(
         words=[list(labels)] * rows,
         kinds=[list(labels)] * rows,
         provenance={
-            **whole.provenance,
+            **lens.provenance,
             "positions": plain_value({name: Positions.of(spec) for name, spec in several.items()}),
         },
     )
@@ -305,7 +305,7 @@ def _cached(
 
 
 def _recorded_sites(
-    cache: ActivationCache, read_tower: Tower, names: Sequence[str], asked: str | Sequence[str] | None
+    cache: ActivationCache, read_tower: Tower, names: Sequence[str], requested: str | Sequence[str] | None
 ) -> list[str]:
     """Those of the sites that the cache holds: of a kind or glob, layers that were not recorded are left out.
 
@@ -313,12 +313,12 @@ def _recorded_sites(
         InputError: it holds none of them, or not one that was named in full.
     """
     there = [name for name in names if held_as(cache, name)]
-    if not there and asked is None:
+    if not there and requested is None:
         raise InputError(
             f"The cache holds no residual stream of the {read_tower.name} tower; "
             f"run with names_filter=model.{read_tower.name}.stream_sites(), or with all sites."
         )
-    entries = {asked} if isinstance(asked, str) else set(asked or ())
+    entries = {requested} if isinstance(requested, str) else set(requested or ())
     full = [name for name in names if name in entries or name.removeprefix(f"{read_tower.name}.") in entries]
     lost = [name for name in full if name not in there] or ([] if there else list(names))
     if lost:
@@ -342,26 +342,26 @@ class _Part:
     def read(cls, reader: LensReader, name: str, measure: str, top_k: int | None) -> _Part:
         value = reader.site(name)
         per_head = value.movedim(2, 0) if value.ndim == 4 else value[None]
-        owners = reader.examples(value.shape[0])
+        examples = reader.examples(value.shape[0])
         heads, size = [], 0
         for vectors in per_head:
             blocks: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
             for rows, logits in reader.columns(vectors, name):
                 size = logits.shape[-1]
-                blocks.setdefault(rows.start or 0, []).append(_summary(reader, logits, owners[rows], measure, top_k))
+                blocks.setdefault(rows.start or 0, []).append(_summary(reader, logits, examples[rows], measure, top_k))
             by_row = [[torch.cat(kept, dim=1) for kept in zip(*found, strict=True)] for found in blocks.values()]
             heads.append([torch.cat(kept) for kept in zip(*by_row, strict=True)])
         pooled = None
         if value.ndim == 3 and value.shape[1] > 0:
-            whole = reader.pooled(value, name)
-            if whole is not None:
-                pooled = tuple(part[:, 0] for part in _summary(reader, whole[:, None], owners, measure, top_k))
+            output = reader.pooled(value, name)
+            if output is not None:
+                pooled = tuple(part[:, 0] for part in _summary(reader, output[:, None], examples, measure, top_k))
         values, ids, ranks = (torch.stack(column) for column in zip(*heads, strict=True))
         return cls(values, ids, ranks, pooled, size)  # type: ignore[arg-type]
 
 
 def _summary(
-    reader: LensReader, logits: Tensor, owners: Tensor, measure: str, top_k: int | None
+    reader: LensReader, logits: Tensor, examples: Tensor, measure: str, top_k: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is kept of the logits of some positions: values, highest columns, ranks of the targets."""
     scored = measured(logits, measure, reader.link)
@@ -370,14 +370,14 @@ def _summary(
         return best.values.cpu(), best.indices.cpu(), torch.zeros(*best.values.shape[:-1], 0, dtype=torch.long)
     reader.targets.check_columns(scored.shape[-1])
     values = reader.targets.read(
-        measured(logits, "logprob", reader.link) if reader.targets.aggregation == "joint" else scored, owners
+        measured(logits, "logprob", reader.link) if reader.targets.aggregation == "joint" else scored, examples
     )
     if reader.targets.aggregation == "joint" and measure == "prob":
         values = values.exp()
     # Counting in 32 bits: a sum of truth values makes a copy of all of them in the type it counts in.
     higher = [1 + (scored > values[..., i, None]).sum(-1, dtype=torch.int32) for i in range(values.shape[-1])]
     # What is not a number has no rank, and several columns together have none among single ones.
-    there = ~values.isnan() & reader.targets.ranked(owners)[:, None].to(values.device)
+    there = ~values.isnan() & reader.targets.ranked(examples)[:, None].to(values.device)
     ranks = torch.stack(higher, dim=-1).long().where(there, 0)
     return values.cpu(), best.indices.cpu(), ranks.cpu()
 
