@@ -2,8 +2,8 @@
 
 A tower speaks about one kind of thing (:func:`output_kind`): classes, tokens, the texts or images a dual encoder compares with, action
 dimensions, or nothing with a name. Targets are given in the grammar of answers (:mod:`circuitvision.answers`): one for all examples, a list with
-one per example, a mapping that names columns. Words are looked up among the class names, then in the tokenizer; a word of several tokens needs
-``aggregation``:
+one per example, a mapping that names columns (weights have no examples: there a list is several columns). Words are looked up among the class
+names, then in the tokenizer; a word of several tokens needs ``aggregation``:
 
 * ``"first"``: its first token;
 * ``"mean"``: the mean of the measure over its tokens;
