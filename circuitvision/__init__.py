@@ -88,6 +88,7 @@ _CLASSES = {
     "readout.attribution.bilinear": "BilinearAttribution",
     "readout.attribution.direct": "Attribution SourceAttribution",
     "readout.attribution.increase": "LogProbIncrease SourceIncrease",
+    "readout.attribution.sources": "OverSources",
     "readout.lens.result": "LensResult",
     "readout.lens.summaries": "LensSummaries LensSummary PositionDifference",
     "readout.lens.tuned": "TunedLens",

@@ -51,7 +51,12 @@ def plain_answer(answer: Any) -> Any:
     if isinstance(answer, Iterable):
         return [plain_answer(item) for item in answer]
     if isinstance(answer, bool) or not hasattr(answer, "__index__"):
-        raise InputError(f"An answer is an id (a whole number) or a word, not {answer!r}.")
+        actions = (
+            " An action is compared by cv.metrics.action_dim(number of the dimension)."
+            if isinstance(answer, float)
+            else ""
+        )
+        raise InputError(f"An answer is an id (a whole number) or a word, not {answer!r}.{actions}")
     return operator.index(answer)
 
 
@@ -81,7 +86,7 @@ def answer_ids(answer: Answer, model: Any) -> int | list[int] | Tensor:
     A word is looked up among the class names of the model's configuration, then in its tokenizer.
 
     Raises:
-        InputError: a word without an id of its own.
+        InputError: a word without an id of its own; None.
     """
     if isinstance(answer, Tensor):
         return answer
@@ -90,6 +95,8 @@ def answer_ids(answer: Answer, model: Any) -> int | list[int] | Tensor:
     found = plain_answer(answer)
     if isinstance(found, list):
         return [answer_ids(item, model) for item in found]  # type: ignore[misc]
+    if found is None:
+        raise InputError("An answer is None: leave out the examples that have none, or give theirs.")
     return int(found)
 
 
@@ -143,7 +150,8 @@ def _filled(items: list[list[int]]) -> list[list[int]]:
 def pick(
     values: Float[Tensor, "batch classes"], ids: Int[Tensor, "batch token"], combine: str
 ) -> Float[Tensor, " batch"]:
-    """The value of every row's answer; of several tokens the ``"mean"``, the ``"best"``, or the ``"joint"`` one, ``log Σ exp``.
+    """The value of every row's answer; of several tokens the ``"mean"``, the ``"best"``, or the ``"joint"`` one: the sum,
+    of log-probabilities.
 
     Raises:
         InputError: several tokens, and no word on how they become one number.
@@ -157,8 +165,9 @@ def pick(
     found = values.gather(1, ids.clamp(min=0))
     if combine == "mean":
         return found.masked_fill(ids < 0, torch.nan).nanmean(1)
-    found = found.masked_fill(ids < 0, -torch.inf)
-    return found.logsumexp(1) if combine == "joint" else found.max(1).values
+    if combine == "joint":
+        return found.masked_fill(ids < 0, 0.0).sum(1)
+    return found.masked_fill(ids < 0, -torch.inf).max(1).values
 
 
 def take(answer: Any, examples: Sequence[int], count: int) -> Any:
@@ -168,6 +177,18 @@ def take(answer: Any, examples: Sequence[int], count: int) -> Any:
     if isinstance(answer, list) and len(answer) == count > 1:
         return [answer[number] for number in examples]
     return answer
+
+
+def check_complete(data: Any, columns: Iterable[str] = ("answers", "foils")) -> None:
+    """Raise InputError where some examples of a data set lack what the others have, before anything runs."""
+    for column in columns:
+        held = getattr(data, column)
+        missing = [number for number, one in zip(data.numbers, held or (), strict=False) if one is None]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {len(held)} examples have no {column.removesuffix('s')} (the first is example {missing[0]}): leave them out, "
+                "data.at(numbers of the others)."
+            )
 
 
 def short(answer: Any) -> str:

@@ -7,13 +7,17 @@ gives the numbers without affirming anything. Figures, the command and the repor
 A share of a swing means something only where the swing does: below :data:`LEAST_SWING` of its unit, or below
 :data:`LEAST_GAP` of the two values' size, there is no percentage. A share beyond :data:`OVERSHOOT` is no restored
 answer, it is another one.
+
+Maps are held against controls of their own: a share of attention against looking at every visible key alike, the largest share that one of many
+heads gives a region against equal regions elsewhere in the picture, a map's peak against the spread of its cells, of which the largest of so many
+random ones would be this high. Not covered: intervals of maps of one example, and controls for titles that only give numbers ("adds most: +0.3").
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +29,12 @@ from circuitvision.statistics import wilson
 
 if TYPE_CHECKING:
     from circuitvision.circuits import AblationCheck, HeadImportance
+    from circuitvision.readout.attention.distance import DistanceProfile
     from circuitvision.readout.lens.result import LensResult
     from circuitvision.readout.probes.linear import ProbeResult
     from circuitvision.readout.relevance.curves import Curve
+    from circuitvision.readout.weights.agreement import ClassValueAgreement
+    from circuitvision.readout.weights.head_circuits import CompositionScores
 
 LEAST_SWING = {"logit": 0.1, "nat": 0.1, "logprob": 0.1, "prob": 0.01}
 LEAST_GAP = 0.01
@@ -42,10 +49,12 @@ ALONE = 0.1
 """How far above chance a share must be, at least, where one example shows it."""
 EXPLAINED = 0.25
 """How much more than by chance of a head's attention an offset must explain, at least; random position embeddings explain some of it."""
+NEARER, NEARER_ALONE = 0.1, 0.25
+"""How much nearer than by chance patches must look, at least, as a share of that distance; and where one example shows it."""
 NARROW = 0.5
 """Over what share of the keys that it can look at a head spreads its attention, at most, where it is said to be narrow."""
 OUTSTANDING = 2.0
-"""How many times the median value vector's value the strongest one's is, at least, where it is said to stand out."""
+"""How many times the usual value (of value vectors, contrasts, other places) the strongest one is, at least, where it is said to stand out."""
 NOT_ASKED = "the model does not give the answers asked about"
 
 
@@ -279,28 +288,163 @@ def beats_random(curve: Curve) -> Finding:
     count, interval = len(advantage.examples), _ends(advantage.interval())
     if interval is not None:
         return Finding("beats random", interval[0] > 0, float(advantage.mean()), "area", interval, count, 0.0)
-    own, random = curve.auc()[0], curve.auc("random")[:, 0]
-    beaten = int((own < random if curve.kind == "deletion" else own > random).sum())
-    return Finding("beats random", beaten == len(random) >= 19, beaten / len(random), "share", None, 1, 0.5)
+    beaten, drawn = curve.beaten, len(curve.random)
+    return Finding("beats random", beaten == drawn >= 19, beaten / drawn, "share", None, 1, 0.5)
+
+
+def ranks_at(tower: str, word: str, layers: Sequence[str], grids: torch.Tensor, margin: float, unit: str) -> Finding:
+    """Whether what a lens ranks first stands out where its value is highest: from the other patches (:func:`strongest_at`), and from what it ranks
+    second there, by ``margin`` (see :func:`ranks_first`; NaN where only one was kept).
+    """
+    found, first = strongest_at(tower, word, layers, grids, unit), ranks_first(tower, word, "", "", margin, unit)
+    told = bool(found.holds) and first.holds is not False
+    return replace(found, claim="ranks at", holds=told, reason=found.reason or first.reason)
+
+
+def points_at_classes(result: ClassValueAgreement) -> Finding:
+    """Whether the value vectors of the layer farthest above chance point at the classes more than any draw of random rows does, with p up to 0.05."""
+    _, middle, high = result.chance()
+    means = result.over_classes()
+    best = int((means - middle).argmax())
+    told = float(means[best]) > high and float(result.p[best]) <= 0.05
+    about = {"layer": str(result.axes["layer"][best]), "p": f"{float(result.p[best]):.2g}"}
+    reason = "" if told else "random rows do as much"
+    return Finding("points at classes", told, float(means[best]), chance=middle, reason=reason, about=about)
+
+
+def composes(result: CompositionScores) -> Finding:
+    """Whether the pair of heads with the highest composition score is above the highest of as many pairs of random heads (``chance``, Gaussian)."""
+    found = result.top(1)
+    if not found:
+        return Finding("composes", None, about={"kind": result.kind}, reason="no pair of heads has a score")
+    writer, reader, score = found[0]
+    about = {"kind": result.kind, "pair": f"{writer} → {reader}"}
+    if not result.random_mean:
+        return Finding("composes", None, score, about=about)
+    pairs = int(torch.isfinite(result.values).sum())
+    chance = result.random_sd * math.sqrt(2 * math.log(max(pairs, 2)))
+    reason = "" if score > chance else "random heads have as much"
+    return Finding("composes", score > chance, score, chance=chance, reason=reason, about=about)
+
+
+def agrees(measure: str, kind: str, layer: str, rate: float, chance: float) -> Finding:
+    """Whether active value vectors agree with the class (or the layer's answer) more often than by chance, by :data:`ALONE` at least, where they do
+    most.
+    """
+    told = None if rate != rate or chance != chance else rate - chance >= ALONE
+    reason = "it is hardly more than chance" if told is False else ""
+    about = {"measure": measure, "kind": kind, "layer": layer}
+    return Finding("agrees", told, rate, "share", chance=chance, reason=reason, about=about)
 
 
 # -- what maps of attention, weights and relevance show ------------------------------------------------------------------------------------------
 
 
 def attends(
-    head: str, to: str, share: float, chance: float | None = None, error: float = math.nan, n: int = 1, tests: int = 1
+    head: str,
+    to: str,
+    share: float | Sequence[float],
+    chance: float | None = None,
+    error: float = math.nan,
+    n: int = 1,
+    tests: int = 1,
+    claim: str = "attends",
+    elsewhere: torch.Tensor | None = None,
 ) -> Finding:
     """Whether a head gives a place more of its attention than looking at all keys alike would (``chance``), as the first of so many (``tests``):
     the interval is that much wider. Nothing is said to be more than chance where chance is not known.
+
+    Several shares are those of several passes, whose mean is the value. ``claim`` is "attends" of the head with the largest share, "attends too" of
+    any other, and "rolls out" of attention multiplied up to a layer. ``elsewhere`` are the largest shares that any head gives to equal regions
+    elsewhere: a share that is the largest of many heads must be :data:`OUTSTANDING` times as large, because some head of any model singles out some
+    patch.
     """
+    shares = [share] if isinstance(share, int | float) else list(share)
+    share = sum(shares) / len(shares)
+    said = percent(min(shares)), percent(max(shares))
+    about = {"head": head, "to": to, "said": said[0] if said[0] == said[1] else " to ".join(said)}
     interval = _around(share, error, tests)
     if share != share:
-        return Finding("attends", None, reason="it has no attention", about={"head": head, "to": to})
-    if chance is None:
-        return Finding("attends", None, share, "share", interval, n, about={"head": head, "to": to})
+        return Finding(claim, None, reason="it has no attention", about=about)
+    if chance is None or chance != chance:
+        return Finding(claim, None, share, "share", interval, n, about=about)
     enough = share - chance >= LEAST_SHARE and (interval[0] > chance if interval else share - chance >= ALONE)
     reason = "" if enough else "it is hardly more than chance"
-    return Finding("attends", enough, share, "share", interval, n, chance, reason, {"head": head, "to": to})
+    if enough and elsewhere is not None and share < OUTSTANDING * float(elsewhere.max()):
+        enough, reason = False, "other places get nearly as much"
+    return Finding(claim, enough, share, "share", interval, n, chance, reason, about)
+
+
+def differs(
+    head: str, to: str, shares: Sequence[float], heads: torch.Tensor, elsewhere: torch.Tensor | None = None
+) -> Finding:
+    """Whether a head gives a place more (or less) attention than the mean head: by :data:`ALONE` of it, and more than the largest of so many random
+    ones would (``chance``), by the spread of all ``heads``; of a region :data:`OUTSTANDING` times what any head differs by ``elsewhere``.
+    """
+    value = sum(shares) / len(shares)
+    chance = _largest_of(heads.flatten())
+    if elsewhere is not None:
+        chance = max(chance, OUTSTANDING * float(elsewhere.abs().max()))
+    told = abs(value) >= ALONE and abs(value) > chance
+    said = percent(min(map(abs, shares))), percent(max(map(abs, shares)))
+    about = {"head": head, "to": to, "said": said[0] if said[0] == said[1] else " to ".join(said)}
+    reason = "" if told else "the heads hardly differ"
+    return Finding("differs", told, value, "share", chance=chance, reason=reason, about=about)
+
+
+def looks_near(profile: DistanceProfile) -> Finding:
+    """Whether the patches of some layer look nearer than looking at all patches alike would: ``value`` is the mean distance in patches at the layer
+    where it is smallest beside that, in the mean over heads, ``chance`` what looking at all alike gives there.
+
+    The difference is asked for to be :data:`NEARER` of that, and its interval, wide enough for the first of so many layers, to leave 0 out; of one
+    example :data:`NEARER_ALONE`. Layers that nothing reads are passed over.
+    """
+    of_layers, tests = profile.over_heads(), len(profile.axes["layer"])
+    gap = Result(of_layers.values - profile.uniform_distance.double(), of_layers.axes)
+    means, chances = of_layers.mean(), profile.mean(quantity="uniform_distance")
+    unread = torch.tensor([name in profile.dead_layers for name in profile.axes["layer"]])
+    shares = (gap.mean() / chances).masked_fill(unread & ~unread.all(), math.nan).nan_to_num(math.inf)
+    at = int(shares.argmin())
+    if not math.isfinite(float(shares[at])):
+        return Finding("looks near", None, reason="no patch looks at patches", about={"tower": profile.tower})
+    value, chance, share = float(means[at]), float(chances[at]), -float(shares[at])
+    around = _around(float(gap.mean()[at]), float(gap.error()[at]), tests)
+    told = share >= NEARER_ALONE if around is None else share >= NEARER and around[1] < 0
+    about = {"tower": profile.tower, "layer": str(profile.axes["layer"][at])}
+    interval = None if around is None else (chance + around[0], chance + around[1])
+    reason = "" if told else "it is hardly nearer than chance"
+    return Finding("looks near", told, value, "patches", interval, len(profile.examples), chance, reason, about)
+
+
+def adds(grid: torch.Tensor) -> Finding:
+    """Whether a question adds attention somewhere: the largest contrast of a map stands out from its median (``chance``), see :func:`promotes`."""
+    finite, (row, column) = grid[torch.isfinite(grid)].double(), _peak(grid)
+    if not finite.numel():
+        return Finding("adds", None, reason="no patch has a contrast")
+    value, median = float(finite.max()), float(finite.median())
+    told = value >= OUTSTANDING * median and value - median > _largest_of(finite)
+    reason = "" if told else "others are nearly as large"
+    about = {"at": f"row {row}, column {column}"}
+    return Finding("adds", told, value, "times", chance=median, reason=reason, about=about)
+
+
+def strongest_at(tower: str, name: str, layers: Sequence[str], grids: torch.Tensor, unit: str) -> Finding:
+    """Whether what a lens says of a target stands out at a patch: ``grids`` is ``[layer row column]``. ``value`` is how much higher the highest value
+    is than the median patch of its layer (of probabilities the ratio): odds of :data:`ODDS` to one are asked for, and more than the largest of so
+    many draws would have.
+    """
+    layer, cell = divmod(_flat_peak(grids), grids[0].numel())
+    own = grids[layer].double()
+    row, column = divmod(cell, own.shape[-1])
+    about = {"tower": tower, "name": name, "at": f"{layers[layer]}, patch row {row}, column {column}"}
+    finite = own[torch.isfinite(own)]
+    top, median = float(own[row, column]), float(finite.median())
+    enough = ODDS if unit == "prob" else math.log(ODDS) if unit in LEAST_SWING else 0.0
+    value = (top / median if median > 0 else math.inf) if unit == "prob" else top - median
+    told = len(finite) > 1 and value >= enough and top - median > _largest_of(finite, len(grids))
+    reason = "" if told else "other patches are nearly as high"
+    shown = "times" if unit == "prob" else unit
+    return Finding("strongest at", told, value, shown, chance=median, reason=reason, about=about)
 
 
 def narrow(head: str, keys: float, of: float, relative: bool = False) -> Finding:
@@ -333,11 +477,7 @@ def promotes(vector: str, word: str, value: float, sizes: torch.Tensor) -> Findi
     median is ``chance``), and one half further from it, in robust standard deviations, than the largest of so many Gaussian draws lies.
     """
     median = sizes.double().median()
-    spread = (sizes - median).abs().median() / NormalDist().inv_cdf(0.75)
-    far = 1.5 * math.sqrt(2 * math.log(max(len(sizes), 2)))
-    told = (
-        value != 0 and abs(value) >= OUTSTANDING * float(median) and abs(value) - float(median) >= far * float(spread)
-    )
+    told = value != 0 and abs(value) >= OUTSTANDING * float(median) and abs(value) - float(median) >= _largest_of(sizes)
     about = {"vector": vector, "word": word}
     return Finding(
         "promotes", told, value, chance=float(median), reason="" if told else "others are nearly as strong", about=about
@@ -384,6 +524,24 @@ def ranks_first(tower: str, word: str, where: str, since: str, margin: float, un
     told = None if margin != margin else margin > 0 and margin >= floor
     reason = "the second is nearly as high" if told is False else ""
     return Finding("ranks first", told, margin, "times" if unit == "prob" else unit, reason=reason, about=about)
+
+
+def _largest_of(values: torch.Tensor, times: int = 1) -> float:
+    """How far from the median the largest of so many Gaussian draws with the values' robust standard deviation lies, and half as far again;
+    ``times`` as many draws.
+    """
+    values = values.double()
+    spread = float((values - values.median()).abs().median()) / NormalDist().inv_cdf(0.75)
+    return 1.5 * math.sqrt(2 * math.log(max(len(values) * times, 2))) * spread
+
+
+def _flat_peak(values: torch.Tensor) -> int:
+    """Where the largest number stands."""
+    return int(values.where(torch.isfinite(values), torch.full_like(values, -math.inf)).argmax())
+
+
+def _peak(grid: torch.Tensor) -> tuple[int, int]:
+    return divmod(_flat_peak(grid), grid.shape[-1])
 
 
 def _around(value: float, error: float, tests: int = 1) -> tuple[float, float] | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuitvision.errors import InputError
-from circuitvision.files import format_of
+from circuitvision.files import format_of, reading
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -72,19 +72,17 @@ def load(
     if kind in ("csv", "parquet"):
         import pandas as pd
 
-        return pd.read_csv(path) if kind == "csv" else pd.read_parquet(path)
+        with reading(path, "a table"):
+            return pd.read_csv(path) if kind == "csv" else pd.read_parquet(path)
     raise InputError(f"{path} is none of the files that circuitvision writes: {_READS}.")
 
 
 def _kind_of_tensors(path: Path) -> str:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged ({error}).") from error
-    told = metadata.get("format") or json.loads(metadata.get("circuitvision_json", "{}")).get("format", "")
+    with reading(path, "tensors of circuitvision"), safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        told = str(metadata.get("format") or json.loads(metadata.get("circuitvision_json", "{}")).get("format"))
     for name in ("result", "cache", "collected"):
         if told.startswith(f"circuitvision.{name}/"):
             return name
@@ -103,7 +101,7 @@ def _kind_of_text(path: Path) -> str:
     except json.JSONDecodeError:
         with path.open(encoding="utf-8") as file:
             return "edits" if any(line.startswith("format: circuitvision.edits/") for line in file) else ""
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, RecursionError):
         return ""
     if not isinstance(data, dict):
         return ""

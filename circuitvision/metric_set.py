@@ -35,6 +35,10 @@ class MetricSet:
             return metric
         several = isinstance(metric, Mapping | list | tuple)
         if isinstance(metric, list | tuple):
+            if any(hasattr(name, "site") for name in metric):
+                raise InputError(
+                    "These are edits, not metrics: edits come before the metric, as in sweep(inputs, edits, metric)."
+                )
             if not all(isinstance(name, str) for name in metric):
                 raise InputError("A list of metrics holds their names; metrics themselves need one: {'name': metric}.")
             if len(set(metric)) != len(metric):
@@ -85,6 +89,11 @@ class MetricSet:
     def compares(self) -> bool:
         """Whether some metric still lacks the run that it compares with."""
         return any(isinstance(metric, metrics.KL) and metric.reference is None for metric in self.members.values())
+
+    def asks(self) -> list[str]:
+        """Which columns of a data set ("answers", "foils") some metric takes what it was not given from."""
+        own = [metric for metric in self.members.values() if isinstance(metric, metrics.Metric)]
+        return sorted({f"{name}s" for metric in own for name in metric._answers if getattr(metric, name) is None})
 
     @property
     def reads_only(self) -> bool:

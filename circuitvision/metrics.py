@@ -30,7 +30,7 @@ from torch import Tensor
 
 from circuitvision.answers import Answer, answer_ids, contrast, ids_of_rows, pick, plain_answer, short, take
 from circuitvision.digests import NamedFunction, of_tensor
-from circuitvision.errors import InputError, nearest
+from circuitvision.errors import InputError
 from circuitvision.links import Link, divergence, link_of, log_probabilities, probabilities
 from circuitvision.storage import as_builtin, stored_as
 
@@ -46,7 +46,8 @@ class Metric:
     position: Position = "last"
     name: str = ""
     combine: str = ""
-    """How several tokens of an answer become one number: the ``"mean"`` of their logits, or their ``"joint"`` probability (any of them)."""
+    """How several tokens of an answer become one number: the ``"mean"`` over them, or their ``"joint"`` value, the sum of their log-probabilities, as
+    data sets and :mod:`circuitvision.readout.targets` say it."""
     link: Link | None = None
     """What turns the output into probabilities; None: what the output itself says (outputs of a wrapped model do), or else a softmax."""
     tokens: Any = field(default=None, repr=False, kw_only=True)
@@ -100,7 +101,7 @@ class Metric:
         """The same metric for some of ``count`` examples: its answers and positions per example are those examples'."""
         changes: dict[str, Any] = {name: take(getattr(self, name), examples, count) for name in self._answers}
         position = self.position
-        own = position.taken(examples) if hasattr(position, "taken") else take(position, examples, count)
+        own = position.taken(examples, count) if hasattr(position, "taken") else take(position, examples, count)
         return dataclasses.replace(self, position=own, **changes)
 
     def __call__(
@@ -128,9 +129,11 @@ class LogitDiff(Metric):
     _answers = ("answer", "foil")
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
-        """``logits[answer] - logits[foil]`` at the position, per example."""
+        """``logits[answer] - logits[foil]`` at the position, per example; of joint tokens log-probabilities."""
         rows, answer = self._chosen(logits, self.answer, inputs)
-        return pick(rows, answer, self.combine) - pick(rows, ids_of_rows(self.foil, rows), self.combine)
+        foil = ids_of_rows(self.foil, rows)
+        rows = log_probabilities(rows, self._link(logits)) if self.combine == "joint" else rows
+        return pick(rows, answer, self.combine) - pick(rows, foil, self.combine)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +180,10 @@ class Rank(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """1 plus how many classes score strictly higher than the answer, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
+        if self.combine == "joint" and answer.shape[1] > 1:
+            raise InputError(
+                "The joint value of several tokens has no rank among single classes: combine='first' or 'mean'."
+            )
         score = pick(rows, answer, self.combine)
         return 1.0 + (_without(rows, answer) > score[:, None]).sum(dim=-1).to(rows.dtype)
 
@@ -212,10 +219,11 @@ class KL(Metric):
 
     def take(self, examples: Sequence[int], count: int) -> KL:
         """The same metric for some of the examples of its reference."""
+        part = super().take(examples, count)
         if self.reference is None or len(self.reference) != count:
-            return self
+            return part
         rows = torch.as_tensor(list(examples), device=self.reference.device)
-        return dataclasses.replace(self, reference=self.reference[rows], position=take(self.position, examples, count))
+        return dataclasses.replace(part, reference=self.reference[rows])
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """The divergence of the output from the reference at the position, per example."""
@@ -367,7 +375,9 @@ def by_name(metric: Any) -> Any:
     if not isinstance(metric, str):
         return metric
     if metric not in NAMES:
-        raise InputError(f"There is no metric {metric!r}; did you mean {', '.join(nearest(metric, NAMES))}?")
+        if metric == "action_dim":
+            raise InputError("Which dimension? Give the metric itself in place of its name: cv.metrics.action_dim(0).")
+        raise InputError(f"There is no metric {metric!r}; the names are {', '.join(NAMES)}.")
     return NAMES[metric]()
 
 
@@ -531,13 +541,14 @@ def _one_each(
             raise InputError(f"A mask of positions is [{batch} {whole}] for this output, not {list(mask.shape)}.")
         mask = mask.expand(batch, whole)
     elif isinstance(asked.region, At):
-        if len(asked.region.numbers) != batch:
-            raise InputError(
-                f"There are positions of {len(asked.region.numbers)} examples, and the output has {batch}."
-            )
-        own = torch.tensor([0 if n is None else n for n in asked.region.numbers])
+        numbers = asked.region.numbers
+        if asked.examples is not None:
+            numbers = tuple(numbers[example] for example in asked.examples)
+        if len(numbers) != batch:
+            raise InputError(f"There are positions of {len(numbers)} examples, and the output has {batch}.")
+        own = torch.tensor([0 if n is None else n for n in numbers])
         _refuse_unknown_past(inputs, own)
-        empty = torch.tensor([n is None for n in asked.region.numbers])
+        empty = torch.tensor([n is None for n in numbers])
         warn_of_empty({asked.text: int(empty.sum())}, batch)
         return own, empty
     elif asked.is_named:

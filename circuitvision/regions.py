@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, warn
 from circuitvision.model.edits.values import TensorRef
 from circuitvision.model.regions import At, Box, HighNorm, Mask, Others, RandomLike, Region, Words, high_norm_mask
 
@@ -40,10 +40,13 @@ def box(boxes: Any, *, size: Any = None, image: int | None = 0, threshold: float
         threshold: a position belongs to a box if more than this share of what it reads lies inside; 0: if any of it does.
 
     Raises:
-        InputError: what is no box, or a share outside 0 … 1; where it is used, pictures of another size than the run's.
+        InputError: what is no box, boxes given as shares of the picture, or a share outside 0 … 1; where it is used, pictures of another size than
+            the run's. Boxes that reach outside pictures of known size get a warning.
     """
     found, shared = _boxes(boxes)
-    return Box(boxes=TensorRef(found), shared=shared, size=_sizes(size), image=image, threshold=_share(threshold))
+    sizes = _sizes(size)
+    _check_extent(found, sizes)
+    return Box(boxes=TensorRef(found), shared=shared, size=sizes, image=image, threshold=_share(threshold))
 
 
 def mask(masks: Any, *, size: Any = None, image: int | None = 0, threshold: float = 0.0) -> Region:
@@ -222,6 +225,27 @@ def _sizes(size: Any) -> tuple[tuple[int, int], ...] | None:
     if not found or min(map(min, found)) < 1:
         raise InputError(f"size is (height, width) in pixels, or one per example, not {size!r}.")
     return found
+
+
+def _check_extent(boxes: Tensor, sizes: tuple[tuple[int, int], ...] | None) -> None:
+    """Refuse boxes given as shares of the picture, and warn of those that reach more than a pixel outside pictures of known size."""
+    held = boxes[boxes.isfinite().all(-1)]
+    if len(held) and bool((held >= 0).all() and (held <= 1).all()) and bool((held % 1 != 0).any()):
+        raise InputError(
+            "All boxes lie between 0 and 1: those are shares of the picture; multiply them by its width (left, right) and height (top, bottom)."
+        )
+    if sizes is None or (len(sizes) not in (1, len(boxes)) and len(boxes) != 1):
+        return
+    height, width = torch.tensor(sizes, dtype=torch.float64).T[..., None]
+    left, top, right, bottom = boxes.unbind(-1)
+    over = torch.stack(torch.broadcast_tensors(-left, -top, right - width, bottom - height)).amax(0)
+    outside = (over > 1) & boxes.isfinite().all(-1)
+    if bool(outside.any()):
+        pictures = f"{sizes[0][0]} × {sizes[0][1]}" if len(set(sizes)) == 1 else "that size"
+        warn(
+            f"{int(outside.sum())} of {len(held)} boxes reach outside pictures of {pictures}, by up to {float(over[outside].max()):.0f} pixels: "
+            "boxes are (left, top, right, bottom) in pixels of the original picture, and size is (height, width)."
+        )
 
 
 def _boxes(boxes: Any) -> tuple[Tensor, bool]:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from circuitvision.digests import of_json, plain
 from circuitvision.errors import InputError, nearest
+from circuitvision.files import reading
 from circuitvision.provenance import hash_inputs, with_provenance, without_dates
 from circuitvision.statistics import bootstrap_interval, by_example, standard_error
 from circuitvision.storage import FORMAT, HELD, INPUTS, as_builtin, read, restored, stored, write, write_table
@@ -91,6 +92,8 @@ class Result:
 
     def __repr__(self) -> str:
         said = [getattr(self, field, None) for field in ("tower", "site", "measure")]
+        if "metric" not in self.axes:
+            said.append(self.provenance.get("metric"))
         where = ", ".join(word for word in said if isinstance(word, str) and word)
         axes = " × ".join(f"{name} {len(labels)}" for name, labels in self.axes.items())
         return f"{type(self).__name__}({where}{': ' if where else ''}{axes})"
@@ -162,7 +165,10 @@ class Result:
             return values
         named = getattr(self, group, None) if isinstance(group, str) else group
         if named is None:
-            raise InputError(f"A {type(self).__name__} has no field {group!r} that could group its examples.")
+            raise InputError(
+                f"A {type(self).__name__} has no field {group!r} that could group its examples: give one group per example (pairs.groups), a "
+                f"mapping, or the name of a field{_fields_of_examples(self)}."
+            )
         if isinstance(named, Mapping):
             missing = [example for example in examples if example not in named]
             if missing:
@@ -179,17 +185,18 @@ class Result:
         return by_example(values, own)
 
     @with_provenance
-    def take(self: ResultType, rows: int | Sequence[int]) -> ResultType:
-        """Some entries of the axis ``example`` alone, counted from 0, with all that belongs to them.
+    def take(self: ResultType, entries: int | Sequence[int]) -> ResultType:
+        """Some entries of the axis ``example`` alone, counted from 0, with all that belongs to them (of an example: :meth:`entries`).
 
         Raises:
             InputError: no examples, or no such entry.
         """
         count = len(self.axes[EXAMPLE]) if self.examples else 0
-        chosen = [self.row_number(rows)] if isinstance(rows, int) else [self.row_number(row) for row in rows]
+        asked = [entries] if isinstance(entries, int) else entries
+        chosen = [self._entry_number(entry) for entry in asked]
         if not chosen:
             raise InputError(f"take() needs at least one of the {count} entries.")
-        labels = [self.axes[EXAMPLE][row] for row in chosen]
+        labels = [self.axes[EXAMPLE][entry] for entry in chosen]
         kept = [self.examples.index(example) for example in dict.fromkeys(labels)]
         fields: dict[str, Any] = {}
         for name, value, dim in self._along_examples():
@@ -203,16 +210,23 @@ class Result:
         axes = {**self.axes, EXAMPLE: labels}
         return dataclasses.replace(self, axes=axes, **fields)
 
-    def row_number(self, row: int) -> int:
-        """The same number, if there is such an entry on the axis ``example``.
+    def entries(self, example: Any = None) -> list[int]:
+        """Where an example stands on its axis (None: the first): in several places, where it has several images, tiles or cameras.
 
         Raises:
-            InputError: no such entry.
+            InputError: no examples, or no such one.
         """
+        label = self.axes[EXAMPLE][self.index_of(EXAMPLE, self.examples[0] if example is None else example)]
+        return [number for number, own in enumerate(self.axes[EXAMPLE]) if own == label]
+
+    def _entry_number(self, entry: int) -> int:
+        """The same number, if there is such an entry on the axis ``example``; InputError if not."""
         count = len(self.axes.get(EXAMPLE, []))
-        if isinstance(row, bool) or not isinstance(row, int | np.integer) or not 0 <= row < count:
-            raise InputError(f"There is no row {row!r} in this {type(self).__name__}; it has {count}, counted from 0.")
-        return int(row)
+        if isinstance(entry, bool) or not isinstance(entry, int | np.integer) or not 0 <= entry < count:
+            raise InputError(
+                f"There is no entry {entry!r} in this {type(self).__name__}; it has {count}, counted from 0."
+            )
+        return int(entry)
 
     def _along_examples(self) -> list[tuple[str, Any, int]]:
         """The fields with an entry per label of ``example``, or per example, that are not empty: name, value, and dimension."""
@@ -258,6 +272,26 @@ class Result:
         frame = pd.DataFrame(values, columns=pd.Index([name or "value" for name in columns]))
         frame.insert(0, EXAMPLE, self.examples)
         return frame
+
+    def mean_frame(self, group: Groups = None, level: float = 0.95, *, quantity: str = "values") -> pd.DataFrame:
+        """One row per cell: a column for each axis, then ``mean``, ``error``, the ends ``low`` and ``high`` of the interval, and ``n``, how many
+        examples (groups) have a value there.
+
+        Raises:
+            InputError: as of :meth:`mean` and :meth:`interval`.
+        """
+        import pandas as pd
+
+        inner = {name: labels for name, labels in self.axes.items() if name != EXAMPLE}
+        low, high = self.interval(level, group, quantity=quantity).reshape(2, -1).numpy()
+        frame = pd.DataFrame(list(itertools.product(*inner.values())), columns=pd.Index(list(inner)))
+        return frame.assign(
+            mean=self.mean(group, quantity=quantity).flatten().numpy(),
+            error=self.error(group, quantity=quantity).flatten().numpy(),
+            low=low,
+            high=high,
+            n=(~self._units(group, quantity).isnan()).sum(-1).flatten().numpy(),
+        )
 
     def _long_frame(self) -> pd.DataFrame:
         """The long form; subclasses add columns."""
@@ -333,20 +367,21 @@ class Result:
         tensors, header = read(path)
         if header.get("format") != FORMAT:
             raise InputError(f"{path} is of format {header.get('format')!r}; this version reads {FORMAT!r}.")
-        if str(header.get("module", "")).startswith("circuitvision."):
-            importlib.import_module(header["module"])
-        found = Result._classes.get(header["class"], Result if header["class"] == "Result" else None)
-        if found is None:
-            raise InputError(f"{path} holds a {header['class']}; import the module that defines it before loading.")
-        if not issubclass(found, cls):
-            raise InputError(
-                f"{path} holds a {found.__name__}, not a {cls.__name__}; load it with {found.__name__}.load."
-            )
-        tensors = {name: tensor.to(getattr(torch, header["dtypes"][name])) for name, tensor in tensors.items()}
-        held = {name.removeprefix(HELD): t for name, t in tensors.items() if name.startswith(HELD)}
-        own: dict[str, Any] = {name: t for name, t in tensors.items() if not name.startswith((HELD, INPUTS))}
-        fields = {name: restored(value, held, objects or {}) for name, value in header["fields"].items()}
-        return found(**own, **fields)
+        with reading(path, "a result"):
+            if str(header.get("module", "")).startswith("circuitvision."):
+                importlib.import_module(header["module"])
+            found = Result._classes.get(header["class"], Result if header["class"] == "Result" else None)
+            if found is None:
+                raise InputError(f"{path} holds a {header['class']}; import the module that defines it before loading.")
+            if not issubclass(found, cls):
+                raise InputError(
+                    f"{path} holds a {found.__name__}, not a {cls.__name__}; load it with {found.__name__}.load."
+                )
+            tensors = {name: tensor.to(getattr(torch, header["dtypes"][name])) for name, tensor in tensors.items()}
+            held = {name.removeprefix(HELD): t for name, t in tensors.items() if name.startswith(HELD)}
+            own: dict[str, Any] = {name: t for name, t in tensors.items() if not name.startswith((HELD, INPUTS))}
+            fields = {name: restored(value, held, objects or {}) for name, value in header["fields"].items()}
+            return found(**own, **fields)
 
     # -- labels and notebooks ------------------------------------------------------------------------------------------------------------------
 
@@ -428,6 +463,16 @@ def component_name(axes: Sequence[str], labels: Sequence[Any], tower: str = "") 
     elif len(found) == 1:
         return str(labels[0])
     return ", ".join([*parts, *(f"{axis} {label}" for axis, label in found.items())])
+
+
+def _fields_of_examples(result: Result) -> str:
+    """The fields that hold one word or number per entry of the axis of examples, in brackets."""
+    count, found = len(result.axes[EXAMPLE]), []
+    for entry in dataclasses.fields(result):
+        value = getattr(result, entry.name)
+        if isinstance(value, list | tuple) and len(value) == count:
+            found.append(entry.name)
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _nearest_labels(label: Any, labels: list[Any], count: int = 5) -> str:

@@ -79,14 +79,61 @@ def _say_attends(found: Finding) -> str:
     head, to = found.about["head"], found.about["to"]
     if found.holds is False:
         kind = "layer" if head.startswith("Layer") else "head"
+        head = head.replace("Layer", "layer", 1)
         most = f"{percent(found.value)} beside {percent(found.chance or 0.0)}"
+        if found.reason.startswith("other places"):
+            return f"No head singles {to} out: at most {head}, {most} by chance, and other places get nearly as much"
         return f"No {kind} gives {to} much more attention than chance: at most {head}, {most}"
-    said = (
-        f"gives {percent(found.value)} of its attention to {to}"
-        if found.value == found.value
-        else "has no attention to show"
-    )
-    return f"{head} {said}"
+    return _say_attends_too(found)
+
+
+def _say_attends_too(found: Finding) -> str:
+    head = found.about["head"]
+    if found.value != found.value:
+        return f"{head} has no attention to show"
+    return f"{head} gives {found.about['said']} of its attention to {found.about['to']}"
+
+
+def _say_rolls_out(found: Finding) -> str:
+    layer, to = found.about["head"], found.about["to"]
+    if found.holds is False:
+        share, alike = found.about["said"], percent(found.chance or 0.0)
+        return (
+            f"No clear excess: rolled out to layer {layer}, {share} comes from {to}, where all keys alike give {alike}"
+        )
+    return f"Rolled out to layer {layer}, {found.about['said']} comes from {to}"
+
+
+def _say_differs(found: Finding) -> str:
+    head, to, said = found.about["head"], found.about["to"], found.about["said"]
+    way = "more" if found.value >= 0 else "less"
+    if found.holds:
+        return f"{head} gives {to} {said} {way} attention than the mean head"
+    return f"No clear difference from the mean head: {head}, {said} {way} attention to {to}"
+
+
+def _say_looks_near(found: Finding) -> str:
+    if found.holds is None:
+        return f"No patch of the {found.about['tower']} tower looks at patches"
+    where = f"patches look {found.value:.1f} patches far in layer {found.about['layer']}"
+    if found.holds:
+        return f"{where[0].upper()}{where[1:]}, where looking at all alike is {found.chance:.1f}"
+    return f"No layer looks much nearer than all patches alike: {where}, beside {found.chance:.1f}"
+
+
+def _say_adds(found: Finding) -> str:
+    if found.holds is None:
+        return "No patch has a contrast"
+    if found.holds:
+        return f"The question adds most attention at patch {found.about['at']}"
+    return f"No patch stands out in what the question adds; the highest is {found.about['at']}"
+
+
+def _say_strongest_at(found: Finding) -> str:
+    about = found.about
+    if found.holds:
+        return f"{about['tower']}: {about['name']} is strongest at {about['at']}"
+    return f"No patch stands out for {about['name']} ({about['tower']}); the highest is at {about['at']}"
 
 
 def _say_narrow(found: Finding) -> str:
@@ -147,8 +194,49 @@ def _say_on_object(found: Finding) -> str:
 
 def _say_ranks_first(found: Finding) -> str:
     about = found.about
-    said = f"At {about['where']!r} the {about['tower']} ranks {about['word']!r} first"
+    said = f"At {about['where']} the {about['tower']} ranks {about['word']!r} first"
     return f"{said}, by no more than {found.amount}" if found.holds is False else f"{said} {about['since']}"
+
+
+_AGREEING = {
+    "key_value_agreement": "promotes the true class",
+    "compositionality": "promotes what the layer answers",
+}
+
+
+def _say_points(found: Finding) -> str:
+    verb = "point at the classes" if found.holds else "point at the classes no more than random rows do"
+    beside = f"{found.value:.2f} beside {found.chance:.2f} by chance, p = {found.about['p']}"
+    return f"Layer {found.about['layer']}'s value vectors {verb}: {beside}"
+
+
+def _say_composes(found: Finding) -> str:
+    about = found.about
+    if "pair" not in about:
+        return "No pair of heads has a score"
+    score = f"{found.value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    if found.holds is False:
+        said = f"No pair stands out from random heads in {about['kind']}-composition"
+        return f"{said}; the first is {about['pair']}, {score}"
+    above = " above random heads" if found.holds else ""
+    return f"{about['pair']} composes most through {about['kind']}: {score}{above}"
+
+
+def _say_ranks_at(found: Finding) -> str:
+    about = found.about
+    if found.holds:
+        return f"The {about['tower']} ranks {about['name']!r} first, highest at {about['at']}"
+    return f"No patch stands out in what the {about['tower']} ranks first; the highest is {about['name']!r} at {about['at']}"
+
+
+def _say_agrees(found: Finding) -> str:
+    what = _AGREEING.get(found.about["measure"], "is above chance")
+    at = f"most at {found.about['kind']} of layer {found.about['layer']}: {found.value:.0%}, by chance {found.chance:.0%}"
+    return (
+        f"What is active {what}, {at}"
+        if found.holds
+        else f"No layer's active neurons show that what is active {what}; {at}"
+    )
 
 
 def _say_margin(found: Finding) -> str:
@@ -170,6 +258,12 @@ SENTENCES = {
     "past vision": _say_past,
     "carries": _say_carries,
     "attends": _say_attends,
+    "attends too": _say_attends_too,
+    "rolls out": _say_rolls_out,
+    "differs": _say_differs,
+    "looks near": _say_looks_near,
+    "adds": _say_adds,
+    "strongest at": _say_strongest_at,
     "narrow": _say_narrow,
     "peaks inside": _say_peaks,
     "explained": _say_explained,
@@ -178,6 +272,10 @@ SENTENCES = {
     "stands out": _say_stands_out,
     "on object": _say_on_object,
     "ranks first": _say_ranks_first,
+    "ranks at": _say_ranks_at,
+    "points at classes": _say_points,
+    "composes": _say_composes,
+    "agrees": _say_agrees,
     "leads": _say_margin,
     "readable": _say_margin,
     "beats random": _say_margin,

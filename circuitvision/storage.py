@@ -19,7 +19,7 @@ from torch import Tensor
 
 from circuitvision.digests import NamedFunction
 from circuitvision.errors import InputError
-from circuitvision.files import format_of, replacing
+from circuitvision.files import format_of, reading, replacing, write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,11 +103,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) 
         with replacing(path) as temporary, temporary.open("wb") as handle:
             np.savez_compressed(handle, **arrays)
     elif path.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        with replacing(path) as temporary:
-            save_file(copies, temporary, metadata={META: text})
+        write_tensors(path, tensors, {META: text})
     else:
         raise InputError(
             f"Results are saved as .npz or .safetensors, their values alone as .csv or .parquet, not "
@@ -122,24 +118,20 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         InputError: no file of a result, or a damaged one.
     """
     kind = format_of(path)
-    try:
+    if kind not in ("npz", "safetensors"):
+        raise InputError(
+            f"{path} is not a result saved by circuitvision: it is neither .npz nor .safetensors, or damaged."
+        )
+    with reading(path, "a result"):
         if kind == "npz":
-            with np.load(path, allow_pickle=False) as archive:
-                header = json.loads(bytes(archive[META]).decode())
-                return {name: torch.from_numpy(archive[name]) for name in archive.files if name != META}, header
-        if kind == "safetensors":
-            from safetensors import safe_open
+            with np.load(path, allow_pickle=False) as arrays:
+                header = dict(json.loads(bytes(arrays[META]).decode()))
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != META}, header
+        from safetensors import safe_open
 
-            with safe_open(path, framework="pt") as archive:
-                header = json.loads((archive.metadata() or {})[META])
-                return {name: archive.get_tensor(name) for name in archive.keys()}, header  # noqa: SIM118
-    except (KeyError, ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} is not a result saved by circuitvision ({error}).") from error
-    except Exception as error:  # safetensors and zipfile raise types of their own for damaged files
-        if type(error).__module__.split(".")[0] in ("safetensors", "zipfile", "builtins", "safetensors_rust"):
-            raise InputError(f"{path} is damaged or not a result file ({error}).") from error
-        raise
-    raise InputError(f"{path} is not a result saved by circuitvision: it is neither .npz nor .safetensors, or damaged.")
+        with safe_open(path, framework="pt") as archive:
+            header = dict(json.loads((archive.metadata() or {})[META]))
+            return {name: archive.get_tensor(name) for name in archive.keys()}, header  # noqa: SIM118
 
 
 def write_table(frame: pd.DataFrame, path: Path, provenance: Mapping[str, Any]) -> Path:

@@ -67,6 +67,7 @@ def tools_of(model: dict) -> list[set[str]]:
     return [{row["tool"] for row in study["rows"]} for study in model["studies"]]
 
 
+@pytest.mark.slow
 def test_sweeps_quick_compares_our_sweep_with_the_loop(tmp_path: Path) -> None:
     tools = ("--tools", "circuitvision", "plain-hooks")
     printed, found = run_quick("sweeps", tmp_path, "--shapes", "vit-small", *tools)
@@ -93,6 +94,7 @@ def test_sweeps_quick_runs_every_peer(tmp_path: Path) -> None:
     assert "pyvene" in models["llava-small"]["unable"]
 
 
+@pytest.mark.slow
 def test_prepared_quick_measures_a_step_in_every_way(tmp_path: Path) -> None:
     printed, found = run_quick("prepared", tmp_path, "--layers", "11", "--rounds", "2")
     assert list(found["models"]) == ["language", "llava"]

@@ -19,13 +19,15 @@ PAGE = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="
 
 @pytest.fixture
 def names() -> Iterator[dict[str, Any]]:
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    first, second = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     found: dict[str, Any] = {}
     try:
-        exec(block, found)
+        exec(first, found)
+        exec(second, found)
         yield found
     finally:
         FAMILIES.pop("LeafClassifier", None)
+        FAMILIES.pop("OwnViT", None)
 
 
 def test_a_head_of_ones_own(names: dict[str, Any]) -> None:
@@ -43,6 +45,26 @@ def test_a_head_of_ones_own(names: dict[str, Any]) -> None:
     lens = cv.readout.logit_lens(model, cache, targets={0: 0, 1: 1})
     torch.testing.assert_close(lens.values[-1, 0, :, 0], logits[0, :2].detach())
     assert len(model.sites()) == len({*model.sites()})
+
+
+def test_blocks_of_ones_own(names: dict[str, Any]) -> None:
+    model, pixels, stream = names["own"], names["pixels"], names["stream"]
+    expected = []
+    with torch.no_grad():
+        for layer in (0, 1):
+            for head in (0, 1):
+                kept = torch.ones(16)
+                kept[8 * head : 8 * head + 8] = 0
+                proj = model.module.blocks[layer].attn.proj
+                handle = proj.register_forward_pre_hook(lambda module, args, kept=kept: (args[0] * kept,))
+                expected.append(model.module(**pixels)["logits"][:, 0])
+                handle.remove()
+        torch.testing.assert_close(names["without"].values, torch.stack(expected), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            stream["vision.blocks.0.hook_resid_post"], stream["vision.blocks.1.hook_resid_pre"], rtol=0, atol=0
+        )
+        last = model.module.head(model.module.norm(stream["vision.blocks.1.hook_resid_post"])[:, 0])
+        torch.testing.assert_close(last, model.module(**pixels)["logits"])
 
 
 def test_every_pooling_rule_is_named() -> None:

@@ -40,7 +40,7 @@ def test_the_vision_lens_at_its_last_layer_is_the_language_lens_at_its_input(nam
     for row, example in enumerate(vision.axes["example"]):
         image = int(vision.places[row, 0, 0])
         torch.testing.assert_close(
-            vision.patch_grid(vision.axes["layer"][-1], row, image),
+            vision.patch_grid(vision.axes["layer"][-1], example, image),
             language.patch_grid("input", example, image),
             atol=1e-4,
             rtol=1e-3,
@@ -64,7 +64,7 @@ def test_tiles_are_told_apart():
     model, _, cache = run("llava-next-mistral")
     vision = logit_lens(model, cache, tower="vision", targets=[7])
     assert by_row(vision).shape[1] > len(set(vision.axes["example"]))
-    first, second = (vision.patch_grid(0, row, tile=int(vision.places[row, -1, 1])) for row in range(2))
+    first, second = (vision.patch_grid(0, tile=int(vision.places[row, -1, 1])) for row in range(2))
     assert first.shape == second.shape
     assert not torch.equal(first, second)
 

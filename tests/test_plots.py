@@ -141,7 +141,7 @@ def test_sweep_figure_shows_the_strongest_edits_and_says_the_finding():
     assert list(bars.x) == pytest.approx([-5.0, 1.25])
     # The standard error of two values is half their distance.
     assert list(bars.error_x.array) == pytest.approx([1.0, 0.25])
-    assert [row[0] for row in bars.customdata] == [labels[1], labels[0]]
+    assert [text.partition(" (±")[0] for text in bars.customdata] == [labels[1], labels[0]]
     assert list(figure.layout.yaxis.ticktext) == [
         f"ablate('language.blocks.{n}.attn.hook_z', …, heads=[{n}])" for n in (1, 0)
     ]

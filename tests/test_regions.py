@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -19,7 +20,8 @@ import circuitvision as cv
 from circuitvision import readout, regions
 from circuitvision.errors import InputError
 from circuitvision.model.positions import Positions
-from circuitvision.model.regions import Others, RandomLike, spans_of
+from circuitvision.model.regions import Others, RandomLike
+from circuitvision.model.words import spans_of
 from tests.readout.common import hooked
 
 # name of a tiny model -> the tower that is read, and how its inputs are made
@@ -370,6 +372,14 @@ def test_a_region_that_leaves_no_room_has_no_control():
         ("red circle", ["▁red", "▁cir", "cle"], [(0, 2)]),
         ("cle", ["▁cir", "cle"], []),
         ("circle", ["three", "circle", "top"], [(1, 1)]),
+        ("what", ["user", "Ġ", "<image>", "Ċ", "What", "Ġis"], [(4, 4)]),
+        ("dog", ["ĠA", "Ġdog", "âĢĻ", "s", "ĊĊ", "dogs"], [(1, 1)]),
+        ("café", ["Ġca", "fÃ", "©", "Ġcafe"], [(0, 2)]),
+        ("café", ["Ġle", "Ġcafé", "Ġnoir"], [(1, 1)]),
+        ("red circle", ["a", "red", "cir", "##cle", "."], [(1, 3)]),
+        ("cat", ["▁the", "\0", "cat"], [(2, 2)]),
+        ("the cat", ["▁the", "\0", "▁cat"], []),
+        ("the cat", ["the", "\0", "cat"], []),
     ],
 )
 def test_words_are_found_whole_in_subword_tokens(word: str, pieces: list[str], spans: list[tuple[int, int]]):
@@ -390,6 +400,15 @@ def test_words_stand_elsewhere_in_each_row():
     once = Positions.of(regions.words(chosen, which=-1)).resolve(tokens)
     assert once.sum(1).tolist() == [1, 1, 1]
     assert not bool((once & ~mask).any())
+
+
+def test_no_word_reaches_over_an_image():
+    tokens = run("llava left")[3]
+    kinds, text = np.array([["text", "text", "patch", "text", "text"]]), np.array([["▁a", "▁red", "", "circle", "s"]])
+    own = dataclasses.replace(tokens, kind=kinds, text=text, example=np.array([0]), n_examples=1)
+    for word, wanted in (("circles", [3, 4]), ("red", [1]), ("red circles", []), ("redcircles", []), ("circle", [])):
+        mask = regions.words(word).where(own, [0])
+        assert np.flatnonzero(mask[0]).tolist() == wanted, word
 
 
 def test_high_norm_tokens_are_those_with_a_high_norm():

@@ -15,10 +15,10 @@ FOLDER = Path(__file__).parents[1] / "tutorials"
 
 
 def _runs() -> list[Any]:
-    """The notebooks; the one that runs 500 pairs through two models takes a minute, and tests/studies runs its study on a few pairs."""
-    slow = {"a_study_that_continues": pytest.mark.slow}
+    """The notebooks; those that take longest on one thread run with the slow tests (one of each kind of model stays)."""
+    slow = ("a_study_that_continues", "interventions_are_values", "pixels_to_actions_in_pi0", "what_a_vit_sees")
     paths = sorted(FOLDER.glob("*.ipynb"))
-    return [pytest.param(path, id=path.stem, marks=slow.get(path.stem, ())) for path in paths]
+    return [pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in slow else ()) for path in paths]
 
 
 @pytest.mark.parametrize("path", _runs())

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from circuitvision import edits, metrics
+from circuitvision.answers import check_complete
 from circuitvision.data import Batch, Pairs, Side
 from circuitvision.errors import InputError, checked_seed
 from circuitvision.model.averages import Layout, Seen, Tally, check_one_thing
@@ -34,7 +35,7 @@ from circuitvision.model.data_means import data_means
 from circuitvision.model.edits.base import Edit, EditGroup, by_digest
 from circuitvision.model.names import Component, format_id, head_id, heads_of, parse_id, site_of, spelled
 from circuitvision.model.sites import SiteName
-from circuitvision.model.state import refuse_random
+from circuitvision.model.state import refuse_random, refuse_unwrapped
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
@@ -123,6 +124,7 @@ def ablation_check(
         InputError: dropout in training mode, no pairs, no heads, heads the model does not have or declares dead, too few
             other heads, pairs without answers and foils, or inputs whose positions do not line up.
     """
+    refuse_unwrapped(model)
     if not isinstance(pairs, Pairs):
         raise InputError(
             f"Give pairs, cv.data.Pairs(images, texts, corrupt_images=…, answers=…, foils=…), not a {type(pairs).__name__}; tensors made by hand go "
@@ -132,6 +134,7 @@ def ablation_check(
         raise InputError("An ablation check needs at least one pair and one head.")
     if pairs.answers is None or pairs.foils is None:
         raise InputError("An ablation check counts right answers: give answers= and foils= when the pairs are made.")
+    check_complete(pairs)
     refuse_random(model.module, "An ablation check")
     chosen = [format_id(node) for node in heads_of(heads, model.towers)]
     first = next(pairs[:1].batches(model, 1, None)).inputs
@@ -217,20 +220,28 @@ def _score(
     """Whether each pair of a batch is answered right on both inputs, and the margin of the right over the other answer, the mean of the two inputs:
     ``[pair]`` each."""
     assert batch.other is not None
-    answers, foils = torch.tensor(batch.answers), torch.tensor(batch.foils)
+    assert batch.answers is not None
+    assert batch.foils is not None
+    answers, foils = batch.answers, batch.foils
     correct, margins = [], []
     for inputs, answer, foil in ((batch.inputs, answers, foils), (batch.other, foils, answers)):
         logits = model.run(inputs, _ablations(model, inputs, names, means))
-        correct.append(metrics.at_position(logits, position, inputs).argmax(-1).cpu() == answer)
-        margins.append(metrics.logit_diff(answer, foil, position)(logits, inputs).detach().cpu().double())
+        highest = metrics.at_position(logits, position, inputs).argmax(-1).tolist()
+        # An answer of several tokens is given with any of them.
+        right = [top in (one if isinstance(one, list) else [one]) for top, one in zip(highest, answer, strict=True)]
+        correct.append(torch.tensor(right))
+        margin = metrics.logit_diff(position=position).bind(model, answer, foil, batch.combine)
+        margins.append(margin(logits, inputs).detach().cpu().double())
     return torch.stack(correct).all(0).double(), torch.stack(margins).mean(0)
 
 
 def _draw(others: Sequence[str], size: int, number: int, seed: int) -> list[list[str]]:
-    if math.comb(len(others), size) < number:
+    possible = math.comb(len(others), size)
+    if possible < number:
+        sets = "set" if possible == 1 else "sets"
+        way = f"there are {possible} {sets}: n_random={possible}" if possible else "check fewer heads"
         raise InputError(
-            f"{number} different random sets of {size} heads cannot be drawn from {len(others)} other live heads; "
-            "ask for fewer sets, or check fewer heads."
+            f"{number} different random sets of {size} of the {len(others)} other live heads cannot be drawn; {way}."
         )
     generator = np.random.default_rng(checked_seed(seed))
     found: dict[tuple[int, ...], list[str]] = {}

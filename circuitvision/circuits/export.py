@@ -18,7 +18,7 @@ import networkx as nx
 
 from circuitvision.circuits.schema import EDGE_DEFAULTS, GRAPH_DEFAULTS, NODE_DEFAULTS, validate
 from circuitvision.errors import InputError
-from circuitvision.files import replacing, write_text
+from circuitvision.files import reading, replacing, write_text
 
 
 def export(graph: nx.MultiDiGraph, path: str | Path) -> Path:
@@ -54,7 +54,7 @@ def load(path: str | Path) -> nx.MultiDiGraph:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
-    try:
+    with reading(path, "a circuit graph"):
         if path.suffix == ".json":
             read = nx.node_link_graph(
                 json.loads(path.read_text(encoding="utf-8")), directed=True, multigraph=True, edges="links"
@@ -66,11 +66,7 @@ def load(path: str | Path) -> nx.MultiDiGraph:
         graph = nx.MultiDiGraph(**_typed(GRAPH_DEFAULTS, read.graph))
         graph.add_nodes_from((node, _typed(NODE_DEFAULTS, data)) for node, data in read.nodes(data=True))
         graph.add_edges_from((a, b, data["slot"], _typed(EDGE_DEFAULTS, data)) for a, b, data in read.edges(data=True))
-    except InputError:
-        raise
-    except Exception as error:  # the XML, JSON and NetworkX readers each fail in their own way
-        raise InputError(f"{path} is not a circuit graph ({type(error).__name__}: {error}).") from error
-    validate(graph)
+        validate(graph)
     return graph
 
 

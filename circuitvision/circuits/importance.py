@@ -43,6 +43,7 @@ from circuitvision.errors import InputError
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.base import EditGroup, by_digest
 from circuitvision.model.names import NodeName, format_id, head_id, parse_id, site_of, spelled
+from circuitvision.model.state import refuse_unwrapped
 from circuitvision.model.sweeps.result import restored_error, restored_share
 from circuitvision.patching.activation import PatchingResult, activation_patch
 from circuitvision.patching.runs import Runs, two_runs
@@ -279,6 +280,7 @@ def head_importance(
     Raises:
         InputError: a metric that does not tell the two runs apart, or anything ``activation_patch`` refuses.
     """
+    refuse_unwrapped(model)
     given = {"clean": clean, "corrupt": corrupt, "mode": mode, "align": align, "example_batch": example_batch}
     options: dict[str, Any] = {"resume": resume, "progress": progress}
     names = list(model.towers) if towers is None else list(towers)

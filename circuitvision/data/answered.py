@@ -8,6 +8,7 @@ Not covered: sampled text, and answers of several tokens in sequence.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,10 +32,11 @@ def answered(pairs: Pairs, model: Any, metric: Any = None, size: int | None = No
     usable = [row for row in range(len(pairs)) if _readable(pairs, row, model)]
     _note(dropped, NO_TOKEN, [pairs.numbers[row] for row in range(len(pairs)) if row not in set(usable)])
     kept: list[int] = []
+    given: dict[str, dict[str, int]] = {}
     if usable:
-        kept = _told_apart(pairs[usable], model, metric, size, dropped)
+        kept, given = _told_apart(pairs[usable], model, metric, size, dropped)
     found = pairs[[row for row, number in enumerate(pairs.numbers) if number in set(kept)]]
-    tally = Tally(len(pairs), {reason: tuple(numbers) for reason, numbers in dropped.items() if numbers})
+    tally = Tally(len(pairs), {reason: tuple(numbers) for reason, numbers in dropped.items() if numbers}, given)
     if verbosity_level() != "quiet":
         print(tally)
     return found._with(tally=tally)
@@ -47,6 +49,8 @@ def _note(dropped: dict[str, list[int]], reason: str, numbers: Sequence[int]) ->
 def _readable(pairs: Pairs, row: int, model: Any) -> bool:
     """Whether answer and foil have ids in this model."""
     for held in (pairs.answers, pairs.foils):
+        if held is not None and held[row] is None:
+            return False
         if held is not None:
             try:
                 answer_ids(held[row], model, pairs.combine)
@@ -55,13 +59,17 @@ def _readable(pairs: Pairs, row: int, model: Any) -> bool:
     return True
 
 
-def _told_apart(pairs: Pairs, model: Any, metric: Any, size: int | None, dropped: dict[str, list[int]]) -> list[int]:
+def _told_apart(
+    pairs: Pairs, model: Any, metric: Any, size: int | None, dropped: dict[str, list[int]]
+) -> tuple[list[int], dict[str, dict[str, int]]]:
+    """The numbers of the pairs that are kept, and what the model gave on the others, by reason."""
     kept: list[int] = []
+    instead: dict[str, Counter[int]] = {CLEAN: Counter(), CORRUPT: Counter()}
     aligns = pairs.maps is None
     with torch.no_grad(), Progress(len(pairs), "answered", shown=len(pairs) > 1) as bar:
         for batch in pair_batches(pairs, model, size, None, 0):
             assert batch.other is not None
-            clean, corrupt = _right(model, batch, metric)
+            (clean, corrupt), tops = _right(model, batch, metric)
             fitting = fits(model.tokens(batch.inputs), model.tokens(batch.other)) if aligns else [True] * len(batch)
             for row, number in enumerate(batch.examples):
                 reason = (
@@ -77,12 +85,28 @@ def _told_apart(pairs: Pairs, model: Any, metric: Any, size: int | None, dropped
                     kept.append(number)
                 else:
                     _note(dropped, reason, [number])
+                    if tops is not None and reason in instead:
+                        instead[reason][tops[reason == CORRUPT][row]] += 1
             bar.advance(len(batch))
-    return kept
+    return kept, {
+        reason: {_word(model, top): count for top, count in tops.most_common()}
+        for reason, tops in instead.items()
+        if tops
+    }
 
 
-def _right(model: Any, batch: Batch, metric: Any) -> tuple[list[bool], list[bool]]:
-    """Whether each clean run gives its answer, and each corrupt run its foil (without foils: something else than the answer)."""
+def _word(model: Any, column: int) -> str:
+    """The class or token of a column of the output."""
+    if model.tokenizer is not None and not model.is_dual:
+        return str(model.tokenizer.convert_ids_to_tokens(column))
+    return str((getattr(model.config, "id2label", None) or {}).get(column, column))
+
+
+def _right(
+    model: Any, batch: Batch, metric: Any
+) -> tuple[tuple[list[bool], list[bool]], tuple[list[int], list[int]] | None]:
+    """Whether each clean run gives its answer, and each corrupt run its foil (without foils: something else than the answer); and what each gave,
+    without a metric."""
     outs = [model(batch.inputs), model(batch.other)]
     numbers = isinstance((batch.answers or [None])[0], float)
     if metric is None and numbers:
@@ -94,16 +118,19 @@ def _right(model: Any, batch: Batch, metric: Any) -> tuple[list[bool], list[bool
             _score(metric, model, batch, out, made) for out, made in zip(outs, (batch.inputs, batch.other), strict=True)
         )
         if not numbers:
-            return (clean > 0).tolist(), (corrupt < 0).tolist()
+            return ((clean > 0).tolist(), (corrupt < 0).tolist()), None
         answers, foils = torch.tensor(batch.answers), torch.tensor(batch.foils)
         nearer = [(score - answers).abs() < (score - foils).abs() for score in (clean, corrupt)]
-        return nearer[0].tolist(), (~nearer[1]).tolist()
+        return (nearer[0].tolist(), (~nearer[1]).tolist()), None
     clean, corrupt = (_given(out, made) for out, made in zip(outs, (batch.inputs, batch.other), strict=True))
     assert batch.answers is not None
-    first = [top in _set(answer) for top, answer in zip(clean.tolist(), batch.answers, strict=True)]
+    tops = (clean.tolist(), corrupt.tolist())
+    first = [top in _set(answer) for top, answer in zip(tops[0], batch.answers, strict=True)]
     if batch.foils is None:
-        return first, [top not in _set(answer) for top, answer in zip(corrupt.tolist(), batch.answers, strict=True)]
-    return first, [top in _set(foil) for top, foil in zip(corrupt.tolist(), batch.foils, strict=True)]
+        second = [top not in _set(answer) for top, answer in zip(tops[1], batch.answers, strict=True)]
+    else:
+        second = [top in _set(foil) for top, foil in zip(tops[1], batch.foils, strict=True)]
+    return (first, second), tops
 
 
 def _set(answer: Any) -> set[int]:

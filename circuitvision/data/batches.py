@@ -67,6 +67,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(
+            f"{name} {list(value.shape)}" if isinstance(value, Tensor) else name for name, value in self.inputs.items()
+        )
+        has = ["the corrupt side as other"] if self.other is not None else []
+        has += [name for name in ("answers", "foils", "groups", "boxes", "masks") if getattr(self, name) is not None]
+        return f"Batch({len(self)} examples: {shapes}{'; ' if has else ''}{', '.join(has)})"
+
     def matched(self, tower: str, value: Tensor, axes: Sequence[int] = (1,), dropped: int = 0) -> Tensor:
         """A value ``[row … pos …]`` of the other run, read at the positions that belong to this run's.
 

@@ -34,10 +34,12 @@ class Tally:
     Attributes:
         total: how many there were.
         dropped: the numbers of those left out, by reason.
+        given: what the model gave in place of the right answer, by reason: how many times, the commonest first.
     """
 
     total: int
     dropped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    given: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def kept(self) -> int:
@@ -50,8 +52,15 @@ class Tally:
         return {reason: len(numbers) for reason, numbers in self.dropped.items()}
 
     def __str__(self) -> str:
-        reasons = "; ".join(f"{count} {reason}" for reason, count in self.counts.items())
+        reasons = "; ".join(f"{count} {reason}{self._mostly(reason)}" for reason, count in self.counts.items())
         return f"{self.kept} of {self.total} pairs kept" + (f" (left out: {reasons})" if reasons else "")
+
+    def _mostly(self, reason: str) -> str:
+        """What the model gave most often where a pair was left out for this reason, in words."""
+        if reason.endswith("not one token"):
+            return " (combine='first' or 'joint' reads several)"
+        first = next(iter(self.given.get(reason, {}).items()), None)
+        return "" if first is None else f", mostly {first[0]!r} ({first[1]})"
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -178,7 +187,16 @@ class Pairs(Columns):
     def from_folder(
         cls, folder: Any, table: str = "pairs.csv", *, columns: Mapping[str, str | None] | None = None
     ) -> Pairs:
-        """Pairs from a folder of pictures and a CSV or JSONL table, one row per pair; see :func:`circuitvision.data.reading.from_folder`."""
+        """Pairs from a folder of pictures and a CSV or JSONL table, one row per pair; see :mod:`circuitvision.data.reading`.
+
+        Columns are called image, corrupt_image, text, corrupt_text, answer, foil (in a CSV answer_id, foil_id for ids), group, box, corrupt_box,
+        mask, corrupt_mask; what has no ``corrupt_`` column is the same on both sides. A box is four numbers in one cell: left, top, right, bottom.
+
+        Args:
+            folder: where the table is; pictures are named relative to it.
+            table: the file, .csv or .jsonl.
+            columns: our names to the table's, where it has others: ``{"image": "photo", "corrupt_image": "edited"}``; None: it has none.
+        """
         from circuitvision.data.reading import from_folder
 
         return from_folder(folder, table, columns)

@@ -33,17 +33,17 @@ import numpy as np
 
 from circuitvision.data.pairs import Pairs
 from circuitvision.data.sides import Stored, opened
-from circuitvision.errors import InputError, nearest
+from circuitvision.errors import InputError
 
 SHARED = {"answer": "answers", "foil": "foils", "group": "groups"}
 OF_A_SIDE = {"image": "images", "text": "texts", "box": "boxes", "mask": "masks"}
 _CLOSE = 0.8
 """From which share of common letters on a column's name is taken for a slip of one of ours."""
-NAMES = (*SHARED, "answer_id", "foil_id", *OF_A_SIDE, *(f"corrupt_{name}" for name in OF_A_SIDE))
+NAMES = (*(side + name for name in OF_A_SIDE for side in ("", "corrupt_")), *SHARED, "answer_id", "foil_id")
 
 
 def from_folder(folder: Any, table: str = "pairs.csv", columns: Mapping[str, str | None] | None = None) -> Pairs:
-    """Pairs from a folder with a table, see the module.
+    """Pairs from a folder with a table, see the module for its columns.
 
     Raises:
         InputError: no such file, another suffix, a slip in the name of a column, a row that cannot be read, a picture that is not there.
@@ -117,14 +117,18 @@ def _names(row: Mapping[str, Any], columns: Mapping[str, str | None] | None) -> 
         )
     for name, own in columns.items():
         if name not in NAMES:
-            raise InputError(f"columns names {name!r}; nearest: {', '.join(nearest(name, NAMES))}.")
+            turned = f" It is a column of the table: write columns={{{own!r}: {name!r}}}." if own in NAMES else ""
+            raise InputError(
+                f"columns maps our names to the table's, and {name!r} is none of ours: {', '.join(NAMES)}.{turned}"
+            )
         if own is not None and own not in row:
             raise InputError(f"The table has no column {own!r}; it has {', '.join(map(str, row))}.")
     found = {name: own for name in NAMES if (own := columns.get(name, name)) is not None and own in row}
     _check_slips(row, found, [name for name in NAMES if name not in found and name not in columns])
     if "image" not in found and "text" not in found:
         raise InputError(
-            f"The table has neither an image nor a text column, but {', '.join(map(str, row))}: say which are with columns={{'image': …}}."
+            f"The table has neither an image nor a text column, but {', '.join(map(str, row))}: say which are which with "
+            f"columns={{'image': …, 'corrupt_image': …}}. The names that are read: {', '.join(NAMES)}."
         )
     return found
 

@@ -238,6 +238,14 @@ class Columns:
         """Several data sets as one. Numbers of examples stay where they are all different (parts of one whole); else they count anew from 0."""
         raise NotImplementedError
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("images", "texts"):
+            of = "" if isinstance(self, Side) else ".clean"
+            raise AttributeError(
+                f"A {type(self).__name__} holds raw examples: [one.{name[:-1]} for one in data{of}.examples]."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __len__(self) -> int:
         return len(self.numbers)
 

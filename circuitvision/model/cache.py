@@ -22,7 +22,7 @@ from torch import Tensor
 
 from circuitvision.digests import plain
 from circuitvision.errors import InputError, UnknownSiteError, nearest
-from circuitvision.files import format_of, replacing
+from circuitvision.files import format_of, reading, write_tensors
 from circuitvision.model.names import head_name
 from circuitvision.model.norms import Norm
 from circuitvision.model.sites import DERIVED, SiteName, expand_short
@@ -242,8 +242,6 @@ class ActivationCache(Mapping[str, Any]):
         Raises:
             InputError: another suffix.
         """
-        from safetensors.torch import save_file
-
         path = Path(path)
         if path.suffix != ".safetensors":
             raise InputError(f"Caches are saved as .safetensors, not {path.suffix or 'without a suffix'!r}.")
@@ -252,19 +250,16 @@ class ActivationCache(Mapping[str, Any]):
         for name, value in self._values.items():
             if isinstance(value, list):
                 steps[name] = len(value)
-                flat.update(
-                    {f"{name}@{step}": part.detach().cpu().contiguous().clone() for step, part in enumerate(value)}
-                )
+                flat.update({f"{name}@{step}": part for step, part in enumerate(value)})
             else:
-                flat[name] = value.detach().cpu().contiguous().clone()
+                flat[name] = value
         metadata = {
             "format": CACHE_FORMAT,
             "steps": json.dumps(steps),
             "has_batch_dim": json.dumps(self.has_batch_dim),
             "edited": json.dumps(sorted(self.edited)),
         }
-        with replacing(path) as temporary:
-            save_file(flat, temporary, metadata=metadata)
+        write_tensors(path, flat, metadata)
         return path
 
     @classmethod
@@ -282,7 +277,7 @@ class ActivationCache(Mapping[str, Any]):
         if format_of(path) != "safetensors":
             raise InputError(f"{path} is no cache: caches are .safetensors files, and this is none, or a damaged one.")
         values: dict[str, Any] = {}
-        with safe_open(path, framework="pt") as file:
+        with reading(path, "a cache"), safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != CACHE_FORMAT:
                 raise InputError(f"{path} is no cache of format {CACHE_FORMAT!r}; cv.load(path) reads other files.")
@@ -292,8 +287,8 @@ class ActivationCache(Mapping[str, Any]):
                     values[name] = file.get_tensor(name)
             for name, count in steps.items():
                 values[name] = [file.get_tensor(f"{name}@{step}") for step in range(count)]
-        cache = cls(values, model, inputs, json.loads(metadata["has_batch_dim"]))
-        cache.edited = frozenset(json.loads(metadata["edited"]))
+            cache = cls(values, model, inputs, bool(json.loads(metadata["has_batch_dim"])))
+            cache.edited = frozenset(json.loads(metadata["edited"]))
         return cache
 
     # -- TransformerLens's methods, per tower ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from circuitvision.data.sides import OF_IMAGES, Side
 from circuitvision.digests import of_json, of_tensor, plain
 from circuitvision.errors import InputError
 from circuitvision.model.averages import Array, Draw, match
+from circuitvision.model.packing import ImageRun
 from circuitvision.model.tokens import TokenMap
 
 if TYPE_CHECKING:
@@ -66,14 +67,14 @@ def donors_of(
     """
     if model.is_dual:
         raise InputError("resampling from a data set is for models whose examples are rows; resample within the run")
-    own = [_content(inputs, maps, example) for example in range(_count(maps))]
+    own = [_content(model, inputs, maps, example) for example in range(_count(maps))]
     found: list[int] = []
     for example, content in enumerate(own):
         order = np.random.default_rng([seed, int(content[:15], 16)]).permutation(len(side))[:TRIES]
         for number in order.tolist():
             made = inputs_of(model, side[number])
             there = model.tokens(made)
-            if _content(made, there, 0) != content and _serves(maps, there, example, needed, from_end):
+            if _content(model, made, there, 0) != content and _serves(maps, there, example, needed, from_end):
                 found.append(number)
                 break
         else:
@@ -90,18 +91,19 @@ def _count(maps: Mapping[str, TokenMap]) -> int:
     return max(tokens.n_examples for tokens in maps.values())
 
 
-def _content(inputs: Mapping[str, Any], maps: Mapping[str, TokenMap], example: int) -> str:
-    """What one example of a run is, however far its prompt is filled up."""
+def _content(model: HookedModel, inputs: Mapping[str, Any], maps: Mapping[str, TokenMap], example: int) -> str:
+    """What one example of a run is, however far its prompt, and the tiles of its images, are filled up."""
     told: dict[str, Any] = {}
     mask = inputs.get("attention_mask")
-    pictures = next((tokens for tokens in maps.values() if tokens.tower.startswith("vision")), None)
+    run = ImageRun(model, inputs)
+    flat = run.pixels is not None and run.packing.flat_images
+    images = [image for image, owner in enumerate(run.owners) if owner == example] if flat else [example]
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or not value.ndim or name in ("attention_mask", "noise", "timestep"):
             continue
         if name in OF_IMAGES:
-            rows = [example] if pictures is None else np.flatnonzero(pictures.example == example).tolist()
-            rows = rows if pictures is not None and len(value) == pictures.n_rows else [example]
-            told[name] = of_tensor(value[rows])
+            tiled = flat and name == "pixel_values" and value.ndim == 5
+            told[name] = [of_tensor(value[image, : run.tiles[image]] if tiled else value[image]) for image in images]
         elif isinstance(mask, Tensor) and mask.ndim == 2 and value.shape[:2] == mask.shape:
             told[name] = of_tensor(value[example][mask[example].bool()])
         elif len(value) == _count(maps):

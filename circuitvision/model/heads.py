@@ -29,6 +29,7 @@ from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.links import Link
 from circuitvision.model.norms import frozen_norm
 from circuitvision.model.points import Call, PoolAttention, substitute
+from circuitvision.model.settings import entries
 from circuitvision.model.spec import Readout, require, resolve
 from circuitvision.model.weights import (
     attention_weights,
@@ -404,8 +405,7 @@ def link(tower: Tower) -> Link:
         return "softmax"
     if tower.family.output != "logits":
         return "none"
-    # Entries of the dictionary: attributes of a configuration take microseconds each, and every run asks.
-    config = vars(tower.config_of_model)
+    config = entries(tower.config_of_model)
     problem = config.get("problem_type")
     if problem is None and len(config.get("id2label") or ()) == 1:
         # transformers trains such a head by its squared error.

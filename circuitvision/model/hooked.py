@@ -42,6 +42,7 @@ from circuitvision.model.edits.binding import CompiledEdits, EditApplier, EditCo
 from circuitvision.model.gradients import Metric, with_gradients
 from circuitvision.model.hooks import Hook, HookEngine, HookPoint, Recorder, Registration
 from circuitvision.model.points import Point
+from circuitvision.model.settings import entries
 from circuitvision.model.sites import NamesFilter, SiteName, exact_names, matching
 from circuitvision.model.spec import family_of
 from circuitvision.model.text import TextTools
@@ -79,6 +80,11 @@ class HookedModel(TextTools):
         self.processor = processor
         self._base: Any = base_of(module)
         self.family = family_of(self._base)
+        if not hasattr(self._base, "config"):
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__} has no config, which says how many heads it has, how large pictures and patches are: give it one, such "
+                "as self.config = transformers.ViTConfig(…)."
+            )
         self.config: Any = self._base.config
         self.inner: nn.Module = getattr(self._base, "model", self._base)
         self.towers: dict[str, Tower] = {}
@@ -335,7 +341,7 @@ class HookedModel(TextTools):
     def _forward(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Tensor:
         if kwargs:
             input_checks.check_keywords(self, kwargs)
-        if getattr(self.config, "return_dict", True) is False:
+        if entries(self.config).get("return_dict") is False:
             raise InputError("model.config.return_dict is False, which takes the names off the output: set it to True.")
         with self._running(mapping):
             output = self.module(**mapping, **kwargs)
@@ -621,7 +627,9 @@ class HookedModel(TextTools):
         """
         module: Any = self.module
         if not hasattr(module, "generate") or self.family.suffix_kinds or "language" not in self.towers:
-            raise UnsupportedModelError(f"A {self.family.name} model does not generate text.")
+            raise UnsupportedModelError(
+                f"A {self.family.name} model does not generate text{_instead(self, 'sample_actions')}."
+            )
         named, kwargs = input_checks.split_keywords(self, kwargs)
         mapping = self._checked(inputs, named, generation.described)
         generation.check_cache(mapping, kwargs, hooked=bool(edits or self.engine.stack))
@@ -651,7 +659,9 @@ class HookedModel(TextTools):
         """
         module: Any = self.module
         if not hasattr(module, "sample_actions"):
-            raise UnsupportedModelError(f"A {self.family.name} model does not sample actions.")
+            raise UnsupportedModelError(
+                f"A {self.family.name} model does not sample actions{_instead(self, 'generate')}."
+            )
         named, kwargs = input_checks.split_keywords(self, kwargs)
         mapping = self._checked(inputs, named)
         binder = EditCompiler(self, mapping, "act", num_steps or self.config.num_inference_steps)
@@ -694,3 +704,8 @@ def _hook_entry(entry: Any) -> tuple[NamesFilter, Hook]:
 
 
 __all__ = ["HookPoint", "HookedModel", "UnknownSiteError"]
+
+
+def _instead(model: HookedModel, method: str) -> str:
+    """What to call in place of a method that a model does not have."""
+    return f"; model.{method}(inputs) is its own" if hasattr(model.module, method) else ""

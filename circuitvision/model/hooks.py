@@ -35,16 +35,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from circuitvision.errors import HookError
 from circuitvision.model import attention
 from circuitvision.model.memory import compact, match_memory_layout
 from circuitvision.model.points import Call, Callback, OwnOutput, Point
-from circuitvision.model.sites import SiteName
+from circuitvision.model.sites import EAGER_SITES, SiteName
 
 Hook = Callable[[Tensor, "HookPoint"], "Tensor | None"]
+Placed = tuple[Any, dict[int, bool], int]
+"""A torch hook in place: the module's table of hooks, its table of those that want keywords, and the key in both. Torch's own handles hold weak
+references to these tables, which costs a cached run more than its hooks do."""
 MOST_PLANS = 128
 """Plans kept at once; a sweep over single sites makes one per site."""
+_OWN_ATTENTION = (
+    " Scores, patterns and rotated queries and keys are seen where attention goes through transformers' attention functions (docs/families.md); if "
+    "this model computes it in a way of its own, ask for other sites: names_filter='**.hook_resid_*', for example."
+)
 
 
 def _nobody() -> None:
@@ -147,7 +155,7 @@ class HookEngine:
         self.points = {point.name: point for point in points}
         self.first_blocks = dict(first_blocks)
         self.stack: list[Registration] = []
-        self.handles: list[Any] = []
+        self.handles: list[Placed] = []
         self.fired: dict[str, int] = {}
         self.passes: dict[str, int] = {}
         self.in_run = False
@@ -290,19 +298,18 @@ class HookEngine:
             return
         hooks = self._hooks(plan)
         for module, hook in hooks.pre:
-            self.handles.append(_after_others(module, hook, pre=True))
+            self.handles.append(_placed(module._forward_pre_hooks, hook, module._forward_pre_hooks_with_kwargs))
         for module, hook in hooks.post:
-            self.handles.append(_after_others(module, hook))
+            self.handles.append(_placed(module._forward_hooks, hook, module._forward_hooks_with_kwargs))
         for tower in plan.counted:
-            handle = self.first_blocks[tower].register_forward_pre_hook(self._count_pass(tower), prepend=True)
-            self.handles.append(handle)
+            self.handles.append(_placed_first(self.first_blocks[tower], self._count_pass(tower)))
         for module, phase, _ in plan.calls:
             # Only attention that keeps a cache has a number in it.
             if phase == "attention" and getattr(module, "layer_idx", None) is not None:
                 slots = hooks.attention[id(module)].slots
                 self._slots.append(slots)
-                self.handles.append(module.register_forward_pre_hook(slots.look, prepend=True, with_kwargs=True))
-        self.handles.append(self.model.register_forward_pre_hook(self._begin_forward, prepend=True))
+                self.handles.append(_placed_first(module, slots.look, with_kwargs=True))
+        self.handles.append(_placed_first(self.model, self._begin_forward))
         if hooks.attention:
             self._switch = contextlib.ExitStack()
             self._switch.enter_context(self._attention.on(hooks.attention))
@@ -354,8 +361,9 @@ class HookEngine:
     def _detach(self) -> None:
         if not self.handles:
             return
-        for handle in self.handles:
-            handle.remove()
+        for hooks, with_kwargs, key in self.handles:
+            hooks.pop(key, None)
+            with_kwargs.pop(key, None)
         self.handles.clear()
         for slots in self._slots:
             slots.forget()
@@ -419,6 +427,7 @@ class HookEngine:
             if fired.get(name, 0) != passes.get(tower, 0) and name not in bypassed:
                 raise HookError(
                     f"{name} fired {fired.get(name, 0)} times in {passes.get(tower, 0)} passes of its tower; its edits cannot be trusted."
+                    + (_OWN_ATTENTION if SiteName.parse(name).site in EAGER_SITES else "")
                 )
         for registration in self.stack:
             for name in registration.exact:
@@ -469,7 +478,7 @@ class HookEngine:
         """``hook`` for points that are only recorded, and hold the first argument as it is: most of what a cached run does."""
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not args or type(args[0]) is not Tensor or module is not own or not self.acts():
+            if not args or type(args[0]) is not Tensor or module is not own or self._quiet:
                 return hook(module, args, kwargs)
             return self._read(names, args[0])
 
@@ -479,13 +488,15 @@ class HookEngine:
         """As :meth:`_pre_reader`, for points that hold the output as it is."""
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if type(output) is not Tensor or output.ndim == 4 or module is not own or not self.acts():
+            if type(output) is not Tensor or output.ndim == 4 or module is not own or self._quiet:
                 return hook(module, args, kwargs, output)
             return self._read(names, output)
 
         return read
 
     def _read(self, names: tuple[str, ...], value: Tensor) -> None:
+        if get_ident() != self._thread:
+            return
         fired, record = self.fired, self._reader.record
         for name in names:
             fired[name] = fired.get(name, 0) + 1
@@ -549,17 +560,35 @@ class HookEngine:
         return hooks
 
 
-def _after_others(module: nn.Module, hook: Callable[..., Any], pre: bool = False) -> Any:
-    """Register a hook before those of others, but after those of other wrappers."""
-    add = module.register_forward_pre_hook if pre else module.register_forward_hook
-    hooks: Any = module._forward_pre_hooks if pre else module._forward_hooks
+def _placed(hooks: Any, hook: Callable[..., Any], with_kwargs: dict[int, bool]) -> Placed:
+    """Put a hook before those of others, but after those of other wrappers."""
+    key = _next_key()
+    with_kwargs[key] = True
     if not hooks:
-        return add(hook, with_kwargs=True)
-    handle = add(hook, prepend=True, with_kwargs=True)
-    ours = [key for key in hooks if key != handle.id and getattr(hooks[key], "__module__", "") == __name__]
-    for key in reversed(ours):
-        hooks.move_to_end(key, last=False)
-    return handle
+        hooks[key] = hook
+        return hooks, with_kwargs, key
+    ours = [other for other in hooks if getattr(hooks[other], "__module__", "") == __name__]
+    hooks[key] = hook
+    for other in (key, *reversed(ours)):
+        hooks.move_to_end(other, last=False)
+    return hooks, with_kwargs, key
+
+
+def _placed_first(module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False) -> Placed:
+    """Put a hook before every other that runs before a module."""
+    key, hooks = _next_key(), module._forward_pre_hooks
+    hooks[key] = hook
+    hooks.move_to_end(key, last=False)  # type: ignore[attr-defined]
+    if with_kwargs:
+        module._forward_pre_hooks_with_kwargs[key] = True
+    return hooks, module._forward_pre_hooks_with_kwargs, key
+
+
+def _next_key() -> int:
+    """A number that no handle of torch has or will get."""
+    key = RemovableHandle.next_id
+    RemovableHandle.next_id = key + 1
+    return key
 
 
 def _run_hook(hook: Hook, value: Tensor, where: HookPoint, tracked: bool) -> tuple[Tensor, bool]:

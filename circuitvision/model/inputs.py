@@ -36,6 +36,11 @@ def as_mapping(model: HookedModel, inputs: Any) -> dict[str, Any]:
             )
         return {"pixel_values": as_tensor(model, "pixel_values", inputs)}
     refuse_cache(inputs)
+    if hasattr(inputs, "batches"):
+        raise InputError(
+            f"This takes the inputs of a run, not a whole data set ({type(inputs).__name__}): give those of its batches, "
+            "for batch in data.batches(model): … batch.inputs."
+        )
     if not isinstance(inputs, Mapping):
         raise InputError(
             f"Inputs must be a mapping of tensors, got {type(inputs).__name__}; model.inputs(images=…, text=…) makes one."
@@ -137,7 +142,8 @@ def check_names(model: HookedModel, names: Iterable[str]) -> None:
 
 
 def _reading_classes(model: HookedModel) -> tuple[type, ...]:
-    return tuple({type(part) for part in model.module.modules() if hasattr(part, "main_input_name")})
+    reading = {type(part) for part in model.module.modules() if hasattr(part, "main_input_name")}
+    return tuple({*reading, type(model._base)})
 
 
 @lru_cache(maxsize=256)

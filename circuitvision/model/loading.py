@@ -6,6 +6,7 @@ way to the processor, where the automatic one needs torchvision.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ def load_module(
     check_dtype(dtype)
     if is_adapter:
         return _with_adapter(str(folder), dtype, device, device_map, **kwargs)
+    if not looks_local and name in organism_names():
+        raise InputError(
+            f"{name} is an organism that ships with circuitvision: circuitvision.organisms.load({name!r})."
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(str(Path(name).expanduser()) if looks_local else name)
     except (OSError, ValueError) as error:
@@ -111,6 +116,11 @@ def _with_adapter(name: str, *args: Any, **kwargs: Any) -> nn.Module:
         )
     with match_verbosity():
         return peft.PeftModel.from_pretrained(load_module(base, *args, **kwargs), name).eval()
+
+
+def organism_names() -> list[str]:
+    """The names of what ships with the package, which no hub knows; looked up by name, for the core stands above the organisms."""
+    return list(importlib.import_module("circuitvision.organisms.registry").names())
 
 
 def _first_line(error: Exception) -> str:

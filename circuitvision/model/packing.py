@@ -195,6 +195,9 @@ class Packing:
     layout: ClassVar[str] = "[image, channel, height, width]"
     """The axes of ``pixel_values``, in words."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def tiles(self, run: ImageRun) -> list[int]:
         """How many rows of the vision tower each image takes."""
         assert run.pixels is not None

@@ -109,7 +109,11 @@ def _flat(images: Any) -> Iterator[Any]:
 
 
 def image_of(image: Any) -> Any:
-    """A picture that is a file or an address, loaded; any other as it is."""
+    """A picture that is a file or an address, loaded; any other as it is. Raises InputError for a data set."""
+    if hasattr(image, "batches"):
+        raise InputError(
+            "Give the pictures of the inputs, not a data set: those of one batch are [data.examples[row].images for row in rows]."
+        )
     if isinstance(image, Tensor):
         return image.detach().cpu()
     return load_image(str(image)) if isinstance(image, str) or hasattr(image, "__fspath__") else image

@@ -15,7 +15,6 @@ Not covered: options that were given to the processor call by call; regions in v
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -27,6 +26,7 @@ from torch import Tensor
 from circuitvision.digests import of_json, plain
 from circuitvision.errors import InputError
 from circuitvision.model.edits.values import TensorRef
+from circuitvision.model.words import in_a_row, spans_of
 
 if TYPE_CHECKING:
     from circuitvision.model.tokens import TokenMap
@@ -300,35 +300,13 @@ class Words(Region):
             )
         for row, example in enumerate(tokens.example):
             words = self.words[0] if self.shared else _own(self.words, examples[example], "words")
-            at = np.flatnonzero(texts[row])
-            spans = [span for word in words for span in spans_of(word, [str(tokens.text[row, n]) for n in at])]
-            spans = sorted(set(spans))
+            places, pieces = in_a_row(np.flatnonzero(texts[row]), tokens.text[row])
+            spans = sorted({span for word in words for span in spans_of(word, pieces)})
             if self.which is not None:
                 spans = spans[self.which : self.which + 1 or None]
             for first, last in spans:
-                found[row, at[first : last + 1]] = True
+                found[row, places[first : last + 1]] = True
         return found
-
-
-def spans_of(word: str, pieces: Sequence[str]) -> list[tuple[int, int]]:
-    """The first and last subword token of every place where a word stands in a text; upper case counts as lower."""
-    text, owner = "", []
-    for number, piece in enumerate(pieces):
-        shown = piece.replace("▁", " ").replace("Ġ", " ").replace("</w>", " ")
-        shown = shown[2:] if shown.startswith("##") else shown
-        text += shown
-        owner += [number] * len(shown)
-    # Markers of tokens may double a space.
-    body = r"\s+".join(re.escape(part) for part in word.split())
-    found = re.finditer(rf"(?<!\w){body}(?!\w)", text, flags=re.IGNORECASE)
-    spans = [(owner[match.start()], owner[match.end() - 1]) for match in found]
-    if spans or not any(pieces) or any(mark in piece for piece in pieces for mark in ("▁", "Ġ", "</w>", " ", "##")):
-        return spans
-    # A tokenizer without marks of spaces: every token is a word of its own.
-    parts = [piece.lower() for piece in pieces]
-    wanted = word.lower().split()
-    starts = range(len(parts) - len(wanted) + 1)
-    return [(start, start + len(wanted) - 1) for start in starts if parts[start : start + len(wanted)] == wanted]
 
 
 @dataclass(frozen=True, repr=False)

@@ -167,6 +167,12 @@ def expand_short(key: tuple[object, ...], sites: Iterable[str]) -> str:
     Raises UnknownSiteError if there is no such site, or if the short form fits several.
     """
     sites = list(sites)
+    towers = dict.fromkeys(SiteName.parse(name).tower for name in sites if not name.startswith("projector."))
+    if key[0] not in (*towers, "projector") and not (len(key) > 1 and isinstance(key[1], str)):
+        if len(towers) != 1:
+            forms = " or ".join(str((tower, *key)) for tower in towers)
+            raise UnknownSiteError(f"{key!r} names no tower; write {forms}.")
+        key = (*towers, *key)
     tower, short, *rest = key
     layer = rest[0] if rest else None
     part = rest[1] if len(rest) > 1 else None

@@ -47,7 +47,16 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Paths inside one pre-norm transformer block, relative to the block module."""
+    """Paths inside one pre-norm transformer block, relative to the block module.
+
+    Attributes:
+        ln1, ln2: the norms before attention and MLP.
+        attn, q, k, v, o: the attention module and its four projections.
+        mlp, mlp_in, mlp_out, mlp_gate: the MLP and its linear maps; a gate where there is one.
+        attn_add, mlp_add: what follows ``o`` and ``mlp_out`` before the sum (LayerScale, a norm).
+        rotary: whether queries and keys are rotated.
+        act: the activation, where the module fixes it whatever the config says.
+    """
 
     ln1: str
     attn: str
@@ -61,29 +70,35 @@ class BlockLayout:
     mlp_out: str
     mlp_gate: str | None = None
     attn_add: str | None = None
-    """The module whose output is what attention adds to the stream, where one follows the output projection (LayerScale, a sandwich norm)."""
     mlp_add: str | None = None
     rotary: bool = False
     act: str | None = None
-    """The activation, where the module fixes it whatever the config says."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Paths inside one transformer, relative to its root module."""
+    """Paths inside one transformer, relative to its root module.
+
+    Attributes:
+        blocks: the ModuleList or Sequential of its blocks.
+        block: the layout of a block, or a function that gives it for each.
+        final_norm: the norm behind the last block; None for none.
+        embed: the module whose output is the patch or token embedding, before positions are added.
+        embeddings: the module that adds the position embedding; None where there is none, or none of its own.
+        position: how it does that; ``position_weight`` is its table, relative to ``embeddings``.
+        prefix: kinds of the tokens before the patches; ``register`` is repeated ``num_register_tokens`` times.
+        attention: which positions see which.
+        image: whether it reads pictures.
+    """
 
     blocks: Path
     block: BlockLayout | Callable[[nn.Module], BlockLayout]
     final_norm: Path | None
     embed: Path
-    """The module whose output is the patch or token embedding, before positions are added."""
     embeddings: Path | None = None
-    """The module that adds the position embedding; None where positions are rotary only."""
     position: Literal["none", "table", "grid", "grid_always", "resized"] = "none"
     position_weight: str | None = None
-    """Where the position table is, relative to ``embeddings``."""
     prefix: tuple[str, ...] = ()
-    """Kinds of the tokens before the patches; ``register`` is repeated ``num_register_tokens`` times."""
     attention: Literal["causal", "bidirectional", "by_mask"] = "bidirectional"
     image: bool = False
 
@@ -111,7 +126,19 @@ class Readout:
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """One tower of a family: its name, where it is, and how it is read out."""
+    """One tower of a family: its name, where it is, and how it is read out.
+
+    Attributes:
+        name: as in ``vision.blocks.0.attn.hook_z``.
+        root: where it is in the module; "" is the module itself.
+        config: where its config is in the module's; "" is the whole.
+        readout: how its last residual becomes the output; None where another tower does that.
+        stack: its layout, where the ``model_type`` of its config names none.
+        feature_layers, feature_select: attributes of the config that say which hidden states leave it, and whether the class position does.
+        embed: the embedding module, where it is not inside the tower.
+        attention: who sees whom, where that is not as its stack says.
+        feeds_cache_only: whether it reaches the output only through keys and values.
+    """
 
     name: str
     root: Path = ""
@@ -119,20 +146,31 @@ class TowerSpec:
     readout: Readout | None = None
     stack: Stack | None = None
     feature_layers: str | None = None
-    """Config attribute that says which hidden states leave the tower, where it is not the last one."""
     feature_select: str | None = None
-    """Config attribute that says whether the CLS position is dropped ("default") or kept ("full")."""
     embed: Path | None = None
-    """Absolute path of the embedding module, where it is not inside the tower."""
     attention: Literal["causal", "bidirectional", "by_mask"] | None = None
-    """Who sees whom, where the family overrides what its stack does by itself."""
     feeds_cache_only: bool = False
-    """The tower reaches the output only through keys and values (PI0's prefix)."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture family: which classes it serves, its towers, and the tensor ``model(inputs)`` returns."""
+    """One architecture family: which classes it serves, its towers, and the tensor ``model(inputs)`` returns; ``docs/families.md`` has examples.
+
+    Attributes:
+        name: of the family.
+        classes: names of the module's class; subclasses are meant as well.
+        towers: in the order in which they run.
+        output: the entry of the forward's output that ``model(inputs)`` returns.
+        projector: where the module is that brings image features into the next tower.
+        packing: how images become rows of the vision tower and positions of prompts.
+        image_token: attributes of the config that may hold the id of the image token, the first that exists.
+        required: inputs without which the forward would draw random numbers or fail.
+        auto_class: the class of transformers that loads a checkpoint.
+        suffix_kinds: kinds of an action tower's positions: the first entries, the last one repeated.
+        processor: how to load a checkpoint's processor, where AutoProcessor cannot.
+        image_settings: settings of the image processor that its full processor forgets.
+        text_padding: how the text tower expects short prompts to be filled up.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -140,20 +178,13 @@ class Family:
     output: str
     projector: Path | None = None
     packing: Packing = field(default_factory=Packing)
-    """How images become rows of the vision tower and positions of prompts."""
     image_token: tuple[str, ...] = ()
-    """Config attributes that hold the image token id, the first that exists."""
     required: tuple[str, ...] = ()
-    """Inputs without which the forward would draw random numbers or fail."""
     auto_class: str = "AutoModel"
     suffix_kinds: tuple[str, ...] = ()
-    """Kinds of an action tower's positions: the first entries, the last one repeated."""
     processor: Callable[[str], Any] | None = None
-    """How to load the processor of a checkpoint, where AutoProcessor cannot."""
     image_settings: tuple[str, ...] = ()
-    """Settings of the image processor that its full processor forgets, passed with every call."""
     text_padding: Literal["longest", "max_length"] = "longest"
-    """How the text tower expects short prompts to be filled up."""
 
 
 FAMILIES: dict[str, Family] = {}
@@ -218,6 +249,10 @@ def _check_table(family: Family) -> None:
 
     need_tuple("classes", family.classes, str)
     need_tuple("towers", family.towers, TowerSpec)
+    for stack in (tower.stack for tower in family.towers if tower.stack is not None):
+        need_tuple("prefix", stack.prefix, str)
+        if not set(stack.prefix) <= set(KINDS):
+            raise InputError(f"{where}prefix={stack.prefix!r}; give kinds of positions: {', '.join(KINDS)}.")
     for readout in (tower.readout for tower in family.towers if tower.readout is not None):
         need_tuple("reads", readout.reads, str)
         if readout.pool not in POOLS:
@@ -310,6 +345,10 @@ def require(root: nn.Module, path: Path, what: str) -> nn.Module:
 def sub_config(config: object, path: str) -> object:
     """The nested config at a dotted path ("" is the config itself)."""
     for part in path.split(".") if path else ():
+        if not hasattr(config, part):
+            raise UnsupportedModelError(
+                f"A {type(config).__name__} has no {part!r}: the family's config={path!r} is wrong, or this is another kind of model."
+            )
         config = getattr(config, part)
     return config
 
@@ -321,7 +360,8 @@ def stack_for(spec: TowerSpec, config: object) -> Stack:
     model_type = getattr(config, "model_type", None)
     if model_type not in STACKS:
         raise UnsupportedModelError(
-            f"The {spec.name} tower is built from a config of type {model_type!r}, which no stack describes. Known: {', '.join(sorted(STACKS))}."
+            f"The {spec.name} tower is built from a config of type {model_type!r}, which no stack describes. Known: {', '.join(sorted(STACKS))}. "
+            "Blocks of one's own are described by a Stack: TowerSpec(stack=…) or circuitvision.register_stack, see docs/families.md."
         )
     return STACKS[model_type]
 

@@ -89,6 +89,14 @@ def _rates(part: nn.Module) -> Iterator[float]:
             yield value
 
 
+def refuse_unwrapped(model: Any) -> None:
+    """Raise InputError for anything but a wrapped model where an experiment takes one: it comes first, then the data."""
+    if not hasattr(model, "towers"):
+        raise InputError(
+            f"The model comes first, as in (model, pairs, …): give a wrapped model, cv.HookedModel(module, processor), not a {type(model).__name__}."
+        )
+
+
 def refuse_random(module: nn.Module, what: str) -> None:
     """Raise InputError if the same input gives another output each time: ``what`` compares runs."""
     source = random_part(module)

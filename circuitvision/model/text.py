@@ -35,6 +35,9 @@ class TextTools:
         """
         from circuitvision.model.inputs import seeded_noise
 
+        for name, meant in _MISNAMED.items():
+            if name in kwargs:
+                raise InputError(f"model.inputs has no {name}=; it is {meant}=.")
         made: dict[str, Any] = {}
         if images is not None or text is not None:
             made = self._process(images, text, {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)})
@@ -160,7 +163,9 @@ class TextTools:
         if self.tokenizer is None:
             if word in labels:
                 return int(labels[word])
-            raise InputError(f"{word!r} is no class of this model. Nearest: {', '.join(nearest(word, labels))}.")
+            raise InputError(
+                f"{word!r} is no class of this model. Nearest: {', '.join(nearest(word, labels))}; a class is its name or its number."
+            )
         candidates = [self.tokenizer.encode(form, add_special_tokens=False) for form in (" " + word, word)]
         unknown = self.tokenizer.unk_token_id
         for ids in candidates:
@@ -182,16 +187,28 @@ class TextTools:
         return [[str(piece) for piece in self.tokenizer.convert_ids_to_tokens(row)] for row in ids.tolist()]
 
     def to_str_tokens(self, what: Any) -> list[list[str]]:
-        """The text pieces of inputs, ids, or a text, by row; InputError without a tokenizer."""
+        """The text pieces of inputs, ids ``[row pos]`` or ``[pos]``, or a text, by row; InputError without a tokenizer."""
         if self.tokenizer is None:
             raise InputError("This model has no tokenizer.")
         if isinstance(what, Mapping):
             what = what["input_ids"]
         if isinstance(what, str):
             what = torch.tensor([self.tokenizer.encode(what)])
-        pieces = self.pieces(torch.as_tensor(what))
+        ids = torch.as_tensor(what)
+        pieces = self.pieces(ids.reshape(1, -1) if ids.ndim < 2 else ids)
         assert pieces is not None
         return pieces
+
+
+_MISNAMED = {
+    "image": "images",
+    "picture": "images",
+    "pictures": "images",
+    "texts": "text",
+    "prompt": "text",
+    "prompts": "text",
+}
+"""Words that a processor takes and drops, and what is meant."""
 
 
 def _check_text(text: Any) -> None:

@@ -210,6 +210,9 @@ class Tower:
             for layer, block in enumerate(blocks)
         ]
         self.final_norm = resolve(self.root, self.stack.final_norm)
+        if self.final_norm is None and self.spec.stack is not None and self.stack.final_norm is not None:
+            # Shipped stacks serve classes with and without one; one of somebody's own that is not there is a mistake.
+            require(self.root, self.stack.final_norm, f"final norm of the {self.name} tower")
         self.cfg = self._config()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -458,11 +461,11 @@ _STACKED = frozenset(
 )
 
 
-def resolve_list(root: nn.Module, path: Any, tower: str) -> nn.ModuleList:
-    """The list of blocks at ``path``; raises UnsupportedModelError if it is not a non-empty ModuleList."""
+def resolve_list(root: nn.Module, path: Any, tower: str) -> nn.ModuleList | nn.Sequential:
+    """The list of blocks at ``path``; raises UnsupportedModelError if it is no non-empty ModuleList or Sequential."""
     found = require(root, path, f"blocks of the {tower} tower")
-    if not isinstance(found, nn.ModuleList) or len(found) == 0:
+    if not isinstance(found, nn.ModuleList | nn.Sequential) or len(found) == 0:
         raise UnsupportedModelError(
-            f"The blocks of the {tower} tower are a {type(found).__name__}; a non-empty ModuleList was expected."
+            f"The blocks of the {tower} tower are a {type(found).__name__}; a non-empty ModuleList or Sequential was expected."
         )
     return found

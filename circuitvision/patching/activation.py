@@ -34,7 +34,7 @@ from circuitvision import edits
 from circuitvision.errors import InputError, warn
 from circuitvision.model.edits.base import EditGroup, by_digest
 from circuitvision.model.sites import SiteName
-from circuitvision.model.state import refuse_random
+from circuitvision.model.state import refuse_random, refuse_unwrapped
 from circuitvision.model.sweeps.result import restored_share
 from circuitvision.patching.runs import two_runs
 from circuitvision.provenance import describe, with_provenance
@@ -150,6 +150,7 @@ def activation_patch(
         InputError: dropout in training mode, runs that do not fit together, axes the site does not have, several kinds of site, an unknown mode.
         UnknownSiteError: ``sites`` matches nothing.
     """
+    refuse_unwrapped(model)
     refuse_random(model.module, "Patching")
     names = matching_sites(model, sites)
     _check_axes(names, axes)

@@ -18,7 +18,6 @@ from circuitvision.errors import InputError
 from circuitvision.model.names import head_name
 from circuitvision.plots import kit, patches, style
 from circuitvision.plots.attention_overlay import contrast, overlay, rollout
-from circuitvision.results import Result
 
 if TYPE_CHECKING:
     from circuitvision.readout.attention.distance import DistanceProfile, PositionPattern
@@ -70,28 +69,27 @@ def _found(result: AttentionSummary, mean: Tensor, error: Tensor, alike: Tensor,
             note = f"spread over {_keys(keys)} keys (exp of its entropy), of {_keys(of)} it can look at"
             return style.titled(str(findings.narrow(where, keys, of)), note)
         note = f"its entropy is {kit.percent(float(value))} of what looking at all visible keys alike has"
-        return style.titled(str(findings.narrow(where, float(value), 1.0, relative=True)), note, _rows(result))
+        return style.titled(str(findings.narrow(where, float(value), 1.0, relative=True)), note, _notes(result))
     flat = int((mean - alike[:, None]).nan_to_num(-math.inf).argmax())
     layer, head, panel = (int(index) for index in torch.unravel_index(torch.tensor(flat), mean.shape))
     share, chance, tests = float(mean[layer, head, panel]), float(alike[layer, panel]), mean[..., 0].numel()
     where, count = _head(result, layer, head), len(result.examples)
     if result.measure == "peak":
         told = findings.peaks_inside(where, share, chance, count, tests)
-        return style.titled(str(told), f"by chance {chance:.0%}", _rows(result))
+        return style.titled(str(told), f"by chance {chance:.0%}", _notes(result))
     told = findings.attends(
         where, kit.escaped(names[panel]), share, chance, float(error[layer, head, panel]), count, tests
     )
-    return style.titled(str(told), f"looking at all keys alike: {kit.percent(chance)}", _rows(result))
+    return style.titled(str(told), f"looking at all keys alike: {kit.percent(chance)}", _notes(result))
 
 
 def _head(result: Any, layer: int, head: int) -> str:
     return head_name(result.axes["layer"][layer], result.axes["head"][head], result.tower)
 
 
-def _rows(result: Any) -> str:
-    count = len(result.examples)
+def _notes(result: Any) -> str:
     queries = f"queries: {kit.escaped(result.queries)}" if result.queries and result.queries != "default" else ""
-    return "; ".join(part for part in (f"mean of {count} examples" if count > 1 else "1 example", queries) if part)
+    return "; ".join(part for part in (kit.over(result), queries) if part)
 
 
 def _keys(count: float) -> str:
@@ -103,7 +101,8 @@ def _unread(result: Any) -> list[str]:
 
 
 def spans(result: AttentionSummary, *, title: str | None = None) -> kit.Figure:
-    """Stacked bars: of each layer the share of attention that each span gets, averaged over heads and examples, and uniform attention below.
+    """Stacked bars: of each layer the share of attention that each span gets, averaged over heads and examples, and uniform attention (as the first
+    layer's heads could give it) below.
 
     What no span covers is "other". Raises InputError for a result without spans, and for spans that overlap.
     """
@@ -111,11 +110,10 @@ def spans(result: AttentionSummary, *, title: str | None = None) -> kit.Figure:
         raise InputError("Stacked bars show shares of spans: take a result of attention_mass.")
     names = [name for name in result.axes["span"] if name != _ALL]
     index = [result.axes["span"].index(name) for name in names]
-    axes = {"layer": result.axes["layer"], "span": names, "example": result.axes["example"]}
-    drawn = Result(result.values[:, :, index].double().nanmean(1), axes)
-    values, error = drawn.mean(), drawn.error()
-    alike = result.mean(quantity="uniform")[:, index].mean(0, keepdim=True)
-    rows = torch.cat([alike, values]).nan_to_num(0.0)
+    drawn = result.over_heads()
+    values, error = drawn.mean()[:, index], drawn.error()[:, index]
+    alike = drawn.mean(quantity="uniform")[:, index]
+    rows = torch.cat([alike[:1], values]).nan_to_num(0.0)
     if float(rows.sum(-1).max()) > 1.001:
         raise InputError(
             "These spans overlap: they get more than all of the attention. Stack spans without common keys."
@@ -136,10 +134,10 @@ def spans(result: AttentionSummary, *, title: str | None = None) -> kit.Figure:
     layer, span = divmod(int((values - alike).nan_to_num(-math.inf).argmax()), values.shape[1])
     told = findings.attends(
         f"Layer {result.axes['layer'][layer]} of the {result.tower} tower", kit.escaped(names[span]), float(values[layer, span]),
-        float(alike[0, span]), float(error[layer, span]), len(result.examples), len(values),
+        float(alike[layer, span]), float(error[layer, span]), len(result.examples), len(values),
     )  # fmt: skip
     notes = (
-        f"mean of {len(result.axes['head'])} heads, {_rows(result)}",
+        f"mean of {len(result.axes['head'])} heads, {_notes(result)}",
         "“all alike”: what a head gives that looks at every key alike",
     )
     heading = title or style.titled(str(told), *notes)
@@ -156,7 +154,8 @@ def distance(result: DistanceProfile, *, title: str | None = None) -> kit.Figure
     labels = result.axes["distance"]
     rings = sum(isinstance(label, int) for label in labels)
     values, means = result.mean(), result.mean(quantity="mean_distance")
-    alike, alike_mean = result.mean(quantity="uniform").mean(0).tolist(), result.mean(quantity="uniform_distance")
+    # What a head that looks at all alike gives depends on the mask, which layers share.
+    alike, alike_mean = result.mean(quantity="uniform")[0].tolist(), result.mean(quantity="uniform_distance")
     figure = kit.panels(1, 2, column_widths=[0.66, 0.34], horizontal_spacing=0.1)
     near, far = list(range(rings)), list(range(rings, len(labels)))
     for layer, (name, color) in enumerate(zip(result.axes["layer"], _ramp(len(values)), strict=True)):
@@ -181,7 +180,9 @@ def distance(result: DistanceProfile, *, title: str | None = None) -> kit.Figure
     mark = {"color": style.GREY, "size": 9, "symbol": "line-ew", "line": {"width": 2, "color": style.GREY}}
     kit.chance(figure, far, alike[rings:], "all alike", mode="markers", marker=mark, showlegend=False, row=1, col=1)
     kit.chance(figure, range(len(means)), alike_mean.tolist(), "all alike", showlegend=False, row=1, col=2)
-    heading = title or _distance_found(result, means, alike_mean)
+    told = findings.looks_near(result)
+    notes = (f"mean over heads of the {result.tower} tower", kit.over(result), "dashed: looking at all patches alike")
+    heading = title or style.titled(str(told), *notes)
     style.layout(figure, heading, 370, margin={"b": 100})
     kit.legend_below(figure, 54)
     figure.update_xaxes(**kit.axis(labels, f"{result.metric} distance in patches"), row=1, col=1)
@@ -190,23 +191,6 @@ def distance(result: DistanceProfile, *, title: str | None = None) -> kit.Figure
     figure.update_yaxes(title="mean distance", rangemode="tozero", row=1, col=2)
     figure.update_yaxes(gridcolor=style.FAINT, zeroline=False)
     return figure
-
-
-def _distance_found(result: DistanceProfile, means: Tensor, alike: Tensor) -> str:
-    of_layer = means.nanmean(-1)
-    if not bool(torch.isfinite(of_layer).any()):
-        return f"No patch of the {result.tower} tower looks at patches"
-    names = result.axes["layer"]
-    read = torch.tensor([math.nan if name in result.dead_layers else 0.0 for name in names]).double()
-    of_layer = of_layer + read if bool(torch.isfinite(of_layer + read).any()) else of_layer
-    near, far = int(of_layer.nan_to_num(math.inf).argmin()), int(of_layer.nan_to_num(-math.inf).argmax())
-    low, high = f"{of_layer[near]:.1f}", f"{of_layer[far]:.1f}"
-    text = f"Patches look {low} patches far in layer {names[near]} and {high} in layer {names[far]}"
-    if low == high:
-        text = f"Patches look {low} patches far in {'every layer' if len(names) > 1 else f'layer {names[0]}'}"
-    return style.titled(
-        text, f"mean over heads of the {result.tower} tower; looking at all patches alike: {alike.nanmean():.1f}"
-    )
 
 
 def offsets(result: PositionPattern, *, count: int = 6, title: str | None = None) -> kit.Figure:
@@ -230,8 +214,8 @@ def offsets(result: PositionPattern, *, count: int = 6, title: str | None = None
     rows, columns = result.axes["drow"], result.axes["dcol"]
     for column, (layer, head) in enumerate(pairs, start=1):
         grid = result.values[layer, head].double()
-        patches.add_map(
-            figure, grid.numpy(), 1, column, colorscale=style.sequential(), zmin=0, zmax=float(grid.nan_to_num(0.0).max()),
+        patches.draw(
+            figure, 1, column, grid, colorscale=style.sequential(), zmin=0, zmax=float(grid.nan_to_num(0.0).max()),
             showscale=False, x=columns, y=rows, hovertemplate="row %{y:+}, column %{x:+}<br>%{z:.1%}<extra></extra>",
         )  # fmt: skip
         figure.update_yaxes(range=[rows[-1] + 0.5, rows[0] - 0.5], row=1, col=column)

@@ -12,22 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from circuitvision import findings, regions
 from circuitvision.model.names import head_name
-from circuitvision.plots import kit, patches, style
-from circuitvision.plots.attention_parts import add_base, box_in_frame, color_range, frame_of, outline, shares_of
-from circuitvision.readout.patch_coords import extent_of
+from circuitvision.plots import _check_keywords, kit, patches, style
+from circuitvision.readout.patch_coords import PictureOf, extent_of, grid_of, picture_of
 
 if TYPE_CHECKING:
     from circuitvision.readout.attention.contrast import AttentionContrast
     from circuitvision.readout.attention.maps import AttentionMaps
     from circuitvision.readout.attention.rollout import AttentionRollout
 
-Box = tuple[float, float, float, float]
+Box = patches.Box
 _MOST_MAPS = 144
 _MOST_NUMBERS = 500_000
 """How many values the slider's maps hold together, so that a page with many steps opens at once."""
@@ -35,29 +33,23 @@ _MOST_NUMBERS = 500_000
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What an overlay shows: one row's maps ``[step layer head down across]``, and how much of each the image or box gets ``[step layer head]``."""
+    """What an overlay shows: one picture's maps ``[step layer head down across]``, and how much of each head's attention the image or box gets."""
 
     result: AttentionMaps
+    picture: PictureOf
     grids: Tensor
     strength: Tensor
+    """``[step layer head]``."""
+    alike: Tensor
+    """The share that looking at all visible keys alike would give, ``[step layer]``."""
     steps: list[Any]
     what: str
-    alike: float
-    """The share that looking at all visible keys alike would give."""
-    row: int
+    elsewhere: Tensor | None
+    """Of a box, the shares of equal boxes elsewhere, ``[layer head place]``."""
 
     @property
     def signed(self) -> bool:
         return self.result.measure == "difference"
-
-    @property
-    def beside(self) -> bool:
-        """Whether there is a grid of heads beside the map."""
-        return len(self.result.axes["head"]) > 1
-
-    @property
-    def top(self) -> float:
-        return float(self.strength.abs().nan_to_num(0.0).max())
 
     def shown(self) -> list[tuple[int, int]]:
         """Layers and heads behind the slider: the strongest, if there are too many."""
@@ -66,28 +58,24 @@ class _Drawn:
         order = size.flatten().argsort(descending=True, stable=True)[: min(_MOST_MAPS, max(room, 1))]
         return [divmod(index, size.shape[1]) for index in sorted(order.tolist())]
 
-    def at(self, place: tuple[int, int]) -> Tensor:
-        """One head's strength at every step."""
-        return self.strength[:, place[0], place[1]]
-
 
 def overlay(
     result: AttentionMaps,
     *,
     picture: Any = None,
-    row: int = 0,
-    image: int = 0,
+    example: Any = None,
+    image: int | None = None,
     tile: int | None = None,
     box: Box | None = None,
     step: int | None = None,
     title: str | None = None,
 ) -> kit.Figure:
-    """One row's attention over the image, with a slider over layers and heads that opens at the head with the most attention in the box (or image).
+    """One query's attention over an image, with a slider over layers and heads that opens at the head with the most attention in the box (or image).
 
     Args:
         result: maps of one query.
-        picture: what the row shows, ``[height width 3]`` of whole numbers 0 … 255 or a PIL image of any size; None: the map alone.
-        row, image, tile: which map is drawn.
+        picture: what the model saw, ``[height width 3]`` of whole numbers 0 … 255 or a PIL image of any size; None: the map alone.
+        example, image, tile: which map is drawn; None: the first.
         box: an object, (left, top, right, bottom) in pixels of the picture or as shares of it (without a picture in pixels as the token map
             counts them); also sets what the grid of heads shows.
         step: number of the pass, as in ``axes["step"]``; None: all that were kept, with a second slider.
@@ -98,59 +86,52 @@ def overlay(
     slider.
     """
     pixels = None if picture is None else patches.as_picture(picture)
-    result.grid(result.axes["layer"][0], result.axes["head"][0], row, image, tile, step)
-    frame = frame_of(result.places, result.frames, result.boxes, row, image, tile)
-    box = box_in_frame(frame, box, pixels)
-    drawn = _drawn(result, box, row, image, tile, step)
-    shown = drawn.shown()
-    opened = max(shown, key=lambda at: float(drawn.at(at).mean().nan_to_num(-math.inf)))
-    sizes = {"column_widths": [0.56, 0.44], "horizontal_spacing": 0.12} if drawn.beside else {}
-    figure = kit.panels(1, 2 if drawn.beside else 1, **sizes)
-    maps = [of_step[opened] for of_step in drawn.grids]
-    extent = extent_of(result.shares, result.places, row, image, tile)
-    add_base(figure, pixels, maps, signed=drawn.signed, extent=extent)
-    height, width = _size(maps[0], pixels, extent)
-    outline(figure, frame, box, height, width)
-    _mark_query(figure, result, row, image, _tile(result, row, image, tile), (height, width), maps[0].shape, extent)
-    if drawn.beside:
+    shown = picture_of(result, example, image, tile)
+    result.pass_values(step)  # raises if there is none
+    extent = extent_of(result, shown)
+    box = patches.as_shares(box, pixels, _frame(result, shown))
+    drawn = _drawn(result, box, shown, tile is not None, step)
+    heads = drawn.shown()
+    opened = max(heads, key=lambda at: float(drawn.strength[:, *at].mean().nan_to_num(-math.inf)))
+    beside = len(result.axes["head"]) > 1
+    sizes = {"column_widths": [0.56, 0.44], "horizontal_spacing": 0.12} if beside else {}
+    figure = kit.panels(1, 2 if beside else 1, **sizes)
+    _add_maps(figure, [of_step[opened] for of_step in drawn.grids], pixels, extent, signed=drawn.signed)
+    size = patches.size_of(drawn.grids[0, 0, 0], pixels, extent)
+    patches.mark(figure, box, size, 1, 1)
+    if result.query_places[shown.entry, :2].tolist() == list(shown[1:]):
+        query = _patch_box(result.query_places[shown.entry, 2:].tolist(), drawn.grids.shape[-2:], extent)
+        patches.mark(figure, query, size, 1, 1, label="query", middle=True)
+    if beside:
         _add_heads(figure, drawn, opened)
-    sliders = [_head_slider(figure, drawn, shown, opened, title)]
+    sliders = [_head_slider(figure, drawn, heads, opened, beside, title)]
     sliders += [_step_slider(figure, drawn)] if len(drawn.steps) > 1 else []
     below = 130 + 70 * (len(sliders) - 1)
     figure.update_layout(sliders=sliders)
     margins = {"l": 20, "r": 30, "b": below}
-    style.layout(figure, title or _heading(drawn, opened), 370 + below, margin=margins, showlegend=False)
+    style.layout(figure, title or _heading(drawn, opened, opened), 370 + below, margin=margins, showlegend=False)
     figure.update_xaxes(visible=False, row=1, col=1)
     figure.update_yaxes(visible=False, row=1, col=1)
     return figure
 
 
-def rollout(
-    result: AttentionRollout,
-    *,
-    query: Any = None,
-    picture: Any = None,
-    row: int = 0,
-    image: int = 0,
-    tile: int | None = None,
-    box: Box | None = None,
-    title: str | None = None,
-) -> kit.Figure:
+def rollout(result: AttentionRollout, *, query: Any = None, **keywords: Any) -> kit.Figure:
     """The rollout of one query over the image, with a slider over layers; None takes "cls" where there is one, else "last".
 
-    Other arguments as for :func:`overlay`.
+    Other keywords as for :func:`overlay`.
     """
     if query is None:
         query = "cls" if any("cls" in kinds for kinds in result.kinds) else "last"
-    return overlay(result.of(query), picture=picture, row=row, image=image, tile=tile, box=box, title=title)
+    _check_keywords(overlay, "AttentionRollout", keywords)
+    return overlay(result.of(query), **keywords)
 
 
 def contrast(
     result: AttentionContrast,
     *,
     picture: Any = None,
-    row: int = 0,
-    image: int = 0,
+    example: Any = None,
+    image: int | None = None,
     tile: int | None = None,
     box: Box | None = None,
     top_percent: float = 20.0,
@@ -161,87 +142,96 @@ def contrast(
 
     Arguments as for :func:`overlay` and :meth:`AttentionContrast.regions`.
     """
-    grid = result.grid(row, image, tile).double()
-    figure = kit.panels()
+    shown = picture_of(result, example, image, tile)
+    grid, frame, extent = result.grid(example, image, tile).double(), _frame(result, shown), extent_of(result, shown)
     pixels = None if picture is None else patches.as_picture(picture)
-    extent = extent_of(result.shares, result.places, row, image, tile)
-    add_base(figure, pixels, [grid], as_share=False, extent=extent)
-    frame = frame_of(result.places, result.frames, result.boxes, row, image, tile)
-    height, width = _size(grid, pixels, extent)
-    outline(figure, frame, box_in_frame(frame, box, pixels), height, width)
-    for number, region in enumerate(result.regions(top_percent, count, row=row, image=image, tile=tile), start=1):
-        outline(figure, frame, region.box, height, width, style.FOR)
-        left, top, _, _ = shares_of(frame, region.box)
-        figure.add_annotation(
-            x=left * width - 0.5, y=top * height - 0.5, xanchor="left", yanchor="top", text=f"{number}", showarrow=False,
-            font={"color": "#ffffff", "size": 13}, bgcolor=style.FOR, borderpad=2, row=1, col=1,
-        )  # fmt: skip
-    finite = grid[torch.isfinite(grid)]
-    if title is None and finite.numel():
-        r, c = divmod(int(grid.nan_to_num(-math.inf).argmax()), grid.shape[1])
-        said = f"The question adds most attention at patch row {r}, column {c}"
-        title = style.titled(
-            said, f"contrast {finite.max():.2g} there, median {finite.median():.2g}", f"λ = {result.epsilon:.2g}"
-        )
-    style.layout(figure, title or "No patch has a contrast", 460, margin={"l": 20, "b": 20})
-    figure.update_xaxes(visible=False)
-    figure.update_yaxes(visible=False)
-    return figure
+    figure = kit.panels()
+    _add_maps(figure, [grid], pixels, extent, share=False)
+    size = patches.size_of(grid, pixels, extent)
+    patches.mark(figure, patches.as_shares(box, pixels, frame), size, 1, 1)
+    found = result.regions(top_percent, count, example=example, image=image, tile=tile)
+    for number, region in enumerate(found, start=1):
+        patches.mark(figure, patches.as_shares(region.box, None, frame), size, 1, 1, style.FOR, str(number))
+    if title is None:
+        told = findings.adds(grid)
+        there = f"contrast {told.value:.2g} there, median {told.chance:.2g}" if told.holds is not None else ""
+        title = style.titled(str(told), there, f"λ = {result.epsilon:.2g}", kit.which(result, shown.entry))
+    style.layout(figure, title, 460, margin={"l": 20, "b": 20})
+    return kit.bare(figure, visible=False)
 
 
-def _drawn(result: AttentionMaps, box: Box | None, row: int, image: int, tile: int | None, step: int | None) -> _Drawn:
-    steps = result.axes.get("step", [None]) if step is None else [step]
-    layers, heads = result.axes["layer"], result.axes["head"]
-    grids = [
-        torch.stack(
-            [torch.stack([result.grid(layer, head, row, image, tile, number) for head in heads]) for layer in layers]
-        )
-        for number in steps
-    ]
-    found = [_strength(result, box, row, image, tile, number) for number in steps]
-    strength = torch.stack([one[0] for one in found])
-    return _Drawn(result, torch.stack(grids).double(), strength, steps, found[0][1], found[0][2], row)
-
-
-def _size(grid: Tensor, picture: np.ndarray[Any, Any] | None, extent: tuple[float, float]) -> tuple[float, float]:
-    """Height and width of the whole image in the units of the panel: pixels of the picture, or cells of the map."""
-    if picture is not None:
-        return picture.shape[0], picture.shape[1]
-    return grid.shape[0] / extent[0], grid.shape[1] / extent[1]
-
-
-def _tile(result: AttentionMaps, row: int, image: int, tile: int | None) -> int:
-    """The tile that is drawn: the first of the image, unless another one is named."""
-    if tile is not None:
-        return tile
-    return int(result.places[row, result.patches(image)[row], 1].min())
-
-
-def _strength(
-    result: AttentionMaps, box: Box | None, row: int, image: int, tile: int | None, step: int | None
-) -> tuple[Tensor, str, float]:
-    """How much of each head's attention the box, the image or the tile that is drawn gets, ``[layer head]``, what that is in words, and how much of
-    the visible keys it is.
-    """
-    tiles = result.places[row, :, 1]
-    inside = result.patches(image)[row]
-    several = len(set(tiles[inside].tolist())) > 1
-    shown = _tile(result, row, image, tile)
-    if box is not None:
-        inside, what = result.keys(regions.box(box, image=image))[row], "the box"
+def _frame(result: AttentionMaps | AttentionContrast, shown: PictureOf) -> Box:
+    """The pixels (left, top, right, bottom) that a picture covers, as the token map counts them."""
+    here = shown.here(result)
+    if result.frames.ndim == 3:
+        left, top, right, bottom = result.frames[shown.entry, here][0].tolist()
     else:
-        what = "this image"
-    if several and (box is None or tile is not None):
-        inside = inside & (tiles == shown)
-        what = f"{'the box in ' if box is not None else ''}tile {shown} of this image"
-    values = result.pass_values(step)[..., row].double()
-    visible = (values != 0).flatten(0, 1).any(0)
-    return values[..., inside].sum(-1), what, float((inside & visible).sum() / visible.sum().clamp_min(1))
+        # Made by hand: the patches' boxes alone are known.
+        boxes = result.boxes[shown.entry, here]
+        left, top, right, bottom = [*boxes[:, :2].amin(0).tolist(), *boxes[:, 2:].amax(0).tolist()]
+    return left, top, right, bottom
+
+
+def _patch_box(place: Sequence[int], shape: Sequence[int], extent: tuple[float, float]) -> Box:
+    """A patch as shares of the image."""
+    down, across = (share / cells for share, cells in zip(extent, shape, strict=True))
+    return place[1] * across, place[0] * down, (place[1] + 1) * across, (place[0] + 1) * down
+
+
+def _drawn(result: AttentionMaps, box: Box | None, shown: PictureOf, of_tile: bool, step: int | None) -> _Drawn:
+    """The maps of a picture, and how much of each head's attention the box, the image or the tile gets."""
+    steps = result.axes.get("step", [None]) if step is None else [step]
+    values = torch.stack([result.pass_values(number)[..., shown.entry] for number in steps])
+    inside, what = result.patches(shown.image), "this image"
+    tiles = result.places[..., 1]
+    if box is not None:
+        left, top, right, bottom = _frame(result, shown)
+        wide, high = right - left, bottom - top
+        pixels = (left + box[0] * wide, top + box[1] * high, left + box[2] * wide, top + box[3] * high)
+        inside, what = result.keys(regions.box(pixels, image=shown.image)), "the box"
+    several = len(set(tiles[shown.entry, result.patches(shown.image)[shown.entry]].tolist())) > 1
+    if several and (box is None or of_tile):
+        inside = inside & (tiles == shown.tile)
+        what = f"{'the box in ' if box is not None else ''}tile {shown.tile} of this image"
+    found = result.share_of(inside)
+    numbers = [result.axes["step"].index(number) for number in steps] if "step" in result.axes else [0]
+    share, alike = (held if "step" in result.axes else held[None] for held in (found.values, found.uniform))
+    grids = grid_of(result, values, shown).double()
+    elsewhere = None if box is None else result.share_elsewhere(inside, shown, steps)
+    share, alike = share[numbers, ..., shown.entry], alike[numbers, ..., shown.entry]
+    return _Drawn(result, shown, grids, share, alike, steps, what, elsewhere)
+
+
+def _add_maps(
+    figure: kit.Figure,
+    maps: Sequence[Tensor],
+    picture: patches.Pixels | None,
+    extent: tuple[float, float],
+    *,
+    signed: bool = False,
+    share: bool = True,
+) -> None:
+    """Picture (where given) and maps in the first panel, of which the first is seen; the maps are the last traces."""
+    scale = style.diverging() if signed else style.sequential(over_picture=picture is not None)
+    bar = kit.color_bar(tickformat=".2~%" if share else None, x=-0.02, xanchor="right", len=0.8)
+    if picture is not None:
+        patches.draw(figure, 1, 1, picture=picture)
+    for number, grid in enumerate(maps):
+        patches.draw(
+            figure, 1, 1, grid, extent=extent, over=picture, opacity=0.55, number=".2%" if share else ".3g", colorscale=scale, colorbar=bar,
+            visible=number == 0, **_limits(grid, signed),
+        )  # fmt: skip
+
+
+def _limits(grid: Tensor, signed: bool) -> dict[str, Any]:
+    """The limits of a map's colours: from nothing, or from as far below 0, to its largest value."""
+    top = max(float(grid.abs().nan_to_num(0.0).max()), 1e-9)
+    return {"zmin": -top if signed else 0.0, "zmax": top}
 
 
 def _add_heads(figure: kit.Figure, drawn: _Drawn, opened: tuple[int, int]) -> None:
     """The grid of heads of every step, of which the first is seen, with an outline around the head that is drawn."""
-    axes, top = drawn.result.axes, max(drawn.top, 1e-9)
+    axes, top = drawn.result.axes, max(float(drawn.strength.abs().nan_to_num(0.0).max()), 1e-9)
     room = drawn.strength[0].numel() <= kit.MOST_WORDS and len(axes["head"]) <= 16
     scale = style.legible(drawn.signed) if room else style.diverging() if drawn.signed else style.sequential()
     for number, grid in enumerate(drawn.strength):
@@ -250,13 +240,18 @@ def _add_heads(figure: kit.Figure, drawn: _Drawn, opened: tuple[int, int]) -> No
         low = -top if drawn.signed else 0.0
         kit.cells(figure, grid, scale, low, top, words=words, column=2, visible=number == 0, hovertemplate=hover)
     figure.add_shape(type="rect", line={"width": 3, "color": style.AGAINST}, **_around(opened), row=1, col=2)
-    measure = "above the mean head" if drawn.signed else "of attention"
+    measure = "above the mean" if drawn.signed else "of attention"
     figure.update_yaxes(**kit.axis(axes["layer"], "layer"), row=1, col=2)
     figure.update_xaxes(**kit.axis(axes["head"], f"head (share {measure} in {drawn.what})", room=16), row=1, col=2)
 
 
 def _head_slider(
-    figure: kit.Figure, drawn: _Drawn, shown: Sequence[tuple[int, int]], opened: tuple[int, int], title: str | None
+    figure: kit.Figure,
+    drawn: _Drawn,
+    shown: Sequence[tuple[int, int]],
+    opened: tuple[int, int],
+    beside: bool,
+    title: str | None,
 ) -> dict[str, Any]:
     maps = [
         number for number, found in enumerate(figure.data) if found.type == "heatmap" and found.xaxis in ("x", None)
@@ -266,10 +261,10 @@ def _head_slider(
     for at in shown:
         grids = [of_step[at] for of_step in drawn.grids]
         data: dict[str, Any] = {"z": [_plain(grid) for grid in grids]}
-        limits = [color_range(grid, drawn.signed) for grid in grids]
+        limits = [_limits(grid, drawn.signed) for grid in grids]
         data.update({name: [one[name] for one in limits] for name in limits[0]})
-        layout: dict[str, Any] = {} if title else {"title.text": style.broken(_heading(drawn, at))[0]}
-        if drawn.beside:
+        layout: dict[str, Any] = {} if title else {"title.text": style.broken(_heading(drawn, at, opened))[0]}
+        if beside:
             layout.update({f"shapes[{around}].{side}": value for side, value in _around(at).items()})
         entries.append({"method": "update", "label": _label(drawn.result, at), "args": [data, layout, maps]})
     return _slider(entries, list(shown).index(opened), 58)
@@ -310,57 +305,34 @@ def _label(result: AttentionMaps, at: tuple[int, int]) -> str:
     return head_name(layer, head, result.tower) if len(result.axes["head"]) > 1 else f"layer {layer}"
 
 
-def _heading(drawn: _Drawn, at: tuple[int, int]) -> str:
-    """What the map of one head says; of several steps, how far it goes from one to another."""
-    result, what, shares = drawn.result, drawn.what, drawn.at(at).tolist()
+def told(drawn: _Drawn, at: tuple[int, int], opened: tuple[int, int]) -> findings.Finding:
+    """The finding about one head's map; ``opened`` is the head that has most of all."""
+    result, shares, alike = drawn.result, drawn.strength[:, *at].tolist(), float(drawn.alike[:, at[0]].mean())
     layer, head = result.axes["layer"][at[0]], result.axes["head"][at[1]]
-    notes = ["" if result.query in ("", "default") else f"query: {kit.escaped(result.query)}"]
-    notes.append(style.which_row(drawn.row, len(result.axes["example"])))
-    if any(math.isnan(share) for share in shares):
-        return style.titled("This row has no attention to show", "no query of it counts", *notes)
-    where = head_name(layer, head, result.tower)
-    low, high = kit.percent(min(shares)), kit.percent(max(shares))
-    share = low if low == high else f"{low} to {high}"
-    several = f"over {len(shares)} steps; move the sliders for other heads and steps"
-    hint = several if len(shares) > 1 else "move the slider for other heads"
+    name, moved = head_name(layer, head, result.tower), drawn.elsewhere
+    if drawn.signed:
+        return findings.differs(name, drawn.what, shares, drawn.strength.mean(0), moved)
+    best = None if moved is None else moved.amax((0, 1))
     if result.measure == "rollout":
-        said, hint = f"Rolled out to layer {layer}, {share} comes from {what}", f"{result.tower} tower"
-    elif drawn.signed and len(shares) > 1:
-        said, hint = f"{where} gives {what} {share} more attention than the mean head", "sliders: heads, steps"
-    elif drawn.signed:
-        more = "more" if shares[0] >= 0 else "less"
-        said = f"{where} gives {what} {kit.percent(abs(shares[0]))} {more} attention than the mean head"
-    elif len(shares) > 1:
-        said = f"{where} gives {share} of its attention to {what}"
-    else:
-        told = findings.attends(where, what, shares[0])
-        said, hint = str(told), f"looking at all keys alike: {kit.percent(drawn.alike)}; {hint}"
-    return style.titled(said, hint, *notes)
+        return findings.attends(str(layer), drawn.what, shares, alike, claim="rolls out", elsewhere=best)
+    claim = "attends" if at == opened else "attends too"
+    return findings.attends(name, drawn.what, shares, alike, claim=claim, elsewhere=best)
+
+
+def _heading(drawn: _Drawn, at: tuple[int, int], opened: tuple[int, int]) -> str:
+    """What the map of one head says; of several steps, how far it goes from one to another."""
+    result, found = drawn.result, told(drawn, at, opened)
+    notes = ["" if result.query in ("", "default") else f"query: {kit.escaped(result.query)}"]
+    notes.append(kit.which(result, drawn.picture.entry))
+    if found.value != found.value:
+        return style.titled("This example has no attention to show", "no query of it counts", *notes)
+    chance = "" if found.chance is None or drawn.signed else f"looking at all keys alike: {kit.percent(found.chance)}"
+    several = f"over {len(drawn.steps)} steps; move the sliders for other heads and steps"
+    hint = several if len(drawn.steps) > 1 else "move the slider for other heads"
+    hint = f"{result.tower} tower" if result.measure == "rollout" else hint
+    return style.titled(str(found), chance, hint, *notes)
 
 
 def _around(at: tuple[int, int]) -> dict[str, float]:
     layer, head = at
     return {"x0": head - 0.5, "x1": head + 0.5, "y0": layer - 0.5, "y1": layer + 0.5}
-
-
-def _mark_query(
-    figure: kit.Figure,
-    result: AttentionMaps,
-    row: int,
-    image: int,
-    tile: int,
-    size: tuple[float, float],
-    grid: Sequence[int],
-    extent: tuple[float, float],
-) -> None:
-    place = result.query_places[row].tolist()
-    if place[2] < 0 or place[0] != image or place[1] != tile:
-        return
-    rows, columns = (cells / share for cells, share in zip(grid, extent, strict=True))
-    left, top = place[3] / columns, place[2] / rows
-    corners = (left, top, left + 1 / columns, top + 1 / rows)
-    patches.mark(figure, corners, size[0], size[1], 1, 1, style.AGAINST)
-    figure.add_annotation(
-        x=(left + 0.5 / columns) * size[1] - 0.5, y=(top + 0.5 / rows) * size[0] - 0.5, text="query", showarrow=False,
-        font={"color": "#ffffff", "size": 12}, bgcolor=style.AGAINST, borderpad=2, row=1, col=1,
-    )  # fmt: skip

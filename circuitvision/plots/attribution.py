@@ -17,8 +17,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.names import Component, component, head_name, is_component, spelled
 from circuitvision.plots import _check_keywords, kit, patches, style
 from circuitvision.plots.lens_text import plain
-from circuitvision.readout.patch_coords import extent_of, on_grid
-from circuitvision.results import Result
+from circuitvision.readout.patch_coords import extent_of, grid_of, picture_of
 
 if TYPE_CHECKING:
     from circuitvision.readout.attribution.bilinear import BilinearAttribution
@@ -40,17 +39,17 @@ def attribution(result: Attribution, view: str = "bars", **keywords: Any) -> kit
     return views[view](result, **keywords)
 
 
-def heads(result: Attribution, row: int | None = None, title: str | None = None) -> kit.Figure:
-    """Layers × heads of direct attribution, of one row or the mean over examples.
+def heads(result: Attribution, example: Any = None, title: str | None = None) -> kit.Figure:
+    """Layers × heads of direct attribution, of one example or the mean over examples.
 
     Raises:
-        InputError: no such row, or an attribution by component, which has no heads.
+        InputError: no such example, or an attribution by component, which has no heads.
     """
-    values = result.mean() if row is None else result.values[:, result.row_number(row)].double()
+    shown = result if example is None else result.take(result.entries(example))
     terms = [component(term) if is_component(term) else None for term in result.axes["term"]]
     found = {
         (term.layer, term.head): value
-        for term, value in zip(terms, values.tolist(), strict=True)
+        for term, value in zip(terms, shown.mean().tolist(), strict=True)
         if term is not None and term.kind == "head"
     }
     if not found:
@@ -62,28 +61,21 @@ def heads(result: Attribution, row: int | None = None, title: str | None = None)
     if title is None:
         best = max(found, key=lambda place: abs(found[place]) if not math.isnan(found[place]) else -1.0)
         verb = "adds" if found[best] >= 0 else "takes"
-        whole = result.mean(quantity="total") if row is None else result.total[row]
+        whole = float(shown.mean(quantity="total"))
         title = style.titled(
             f"{head_name(*best, result.tower)} {verb} most of all heads: {kit.signed(found[best])} of {direction}",
-            f"all terms, MLPs and biases included, add up to {kit.signed(float(whole))}", kit.over(result, row),
+            f"all terms, MLPs and biases included, add up to {kit.signed(whole)}", kit.over(result, example),
         )  # fmt: skip
-    return _heat(grid, ("layer", layers), ("head", across), title, "direct")
+    return kit.grid(grid, ("layer", layers), ("head", across), title, unit="direct")
 
 
 def bars(result: Attribution, count: int = 14, title: str | None = None) -> kit.Figure:
     """The ``count`` strongest terms as bars, the rest as one; mean over examples, whiskers are standard errors."""
-    mean, examples = result.mean(), len(result.examples)
-    order = mean.abs().nan_to_num(-1.0).argsort(descending=True)
-    shown, rest = order[:count], order[count:]
-    names = [result.axes["term"][index] for index in shown.tolist()]
-    parts = result.values.double()
-    parts = torch.cat([parts[shown], parts[rest].sum(0, keepdim=True)]) if len(rest) else parts[shown]
-    names += [f"{len(rest)} others"] if len(rest) else []
-    drawn = Result(parts, {"term": names, "example": result.axes["example"]})
-    heights, errors = drawn.mean().tolist(), drawn.error().tolist()
+    drawn, examples = result.gathered(count), len(result.examples)
+    names, heights, errors = drawn.axes["term"], drawn.mean().tolist(), drawn.error().tolist()
     total = float(result.mean(quantity="total"))
     direction = kit.direction(result.direction)
-    title = title or kit.nothing_found(mean, "term", f"adds anything to {direction}")
+    title = title or kit.nothing_found(result.mean(), "term", f"adds anything to {direction}")
     if title is None:
         part = heights[0] / total if total else 0.0
         share = f", {kit.percent(part)} of it" if 0 < part < 10 else ""
@@ -114,50 +106,42 @@ def ranked(result: Ranking, count: int = 14, title: str | None = None) -> kit.Fi
 
 def sources(
     result: SourceAttribution | SourceIncrease,
-    row: int = 0,
+    example: Any = None,
     heads: Sequence[Component] | None = None,
     picture: Any = None,
     box: patches.Box | None = None,
-    image: int = 0,
+    image: int | None = None,
     title: str | None = None,
     tile: int | None = None,
 ) -> kit.Figure:
-    """What the strongest heads (or those given, as ``(layer, head)`` or ``"L1H3"``) take from each image patch and word of one row.
+    """What the strongest heads (or those given, as ``(layer, head)`` or ``"L1H3"``) take from each image patch and word of one example.
 
-    ``picture`` is ``[height width 3]`` or a PIL image; ``box`` (left, top, right, bottom) in its pixels or as shares of it. ``tile=None`` is
-    the first tile there is of the image.
+    ``picture`` is ``[height width 3]`` or a PIL image; ``box`` (left, top, right, bottom) in its pixels or as shares of it. ``None`` is the first
+    example, image and tile.
 
     Raises:
-        InputError: no such row, image or tile, or no source position that is a patch.
+        InputError: no such example, image or tile, or no source position that is a patch.
     """
-    values, places = result.values[..., result.row_number(row)].double(), result.places[row]
-    strongest = _strongest(values, result.axes["layer"]) if heads is None else _given(heads, result)
-    if not bool((places[:, 2] >= 0).any()):
-        raise InputError("No source position of this row is an image patch; use to_frame() for words.")
+    if not bool((result.places[result.entries(example)[0], :, 2] >= 0).any()):
+        raise InputError("No source position of this example is an image patch; use to_frame() for words.")
+    at = picture_of(result, example, image, tile)
+    shown = result.strongest(entry=at.entry) if heads is None else _given(heads, result)
+    maps = [grid_of(result, result.taken(*head, at.entry), at) for head in shown]
     pixels = None if picture is None else patches.as_picture(picture)
-    box = patches.as_shares(box, pixels)
-    shares = [values[result.index_of("layer", layer), result.index_of("head", head)] for layer, head in strongest]
-    maps = [on_grid(share, places, image, tile) for share in shares]
     first = int(pixels is not None)
-    headings = ["image"] * first + [head_name(layer, head, result.tower) for layer, head in strongest]
+    headings = ["image"] * first + [head_name(*head, result.tower) for head in shown]
     figure = kit.panels(1, len(headings), column_titles=headings, horizontal_spacing=0.02)
+    options: dict[str, Any] = {"box": patches.as_shares(box, pixels), "extent": extent_of(result, at)}
     if pixels is not None:
-        patches.add_picture(figure, pixels, 1)
-        patches.mark(figure, box, pixels.shape[0], pixels.shape[1], 1, 1)
-    extent = extent_of(result.shares, result.places, row, image, tile)
-    for column, (grid, share) in enumerate(zip(maps, shares, strict=True), start=1 + first):
-        patches.add_map(figure, grid, 1, column)
-        patches.mark(figure, box, grid.shape[0], grid.shape[1], 1, column, extent=extent)
-        _add_word(figure, result, share, row, column)
-    title = title or style.titled(
-        _source_found(result, shares[0], strongest[0], row), style.which_row(row, len(result.axes["example"]))
-    )
-    style.layout(figure, title, int(90 + 640 / len(headings)), above=26, margin={"l": 10, "r": 40, "b": 50})
-    kit.bare(figure, visible=False)
-    limit = kit.largest(*maps)
-    bar = kit.color_bar(kit.direction(result.direction))
-    figure.update_layout(coloraxis={"colorscale": style.diverging(), "cmin": -limit, "cmax": limit, "colorbar": bar})
-    return figure
+        patches.draw(figure, 1, 1, picture=pixels, **options)
+    for column, (grid, head) in enumerate(zip(maps, shown, strict=True), start=1 + first):
+        patches.draw(figure, 1, column, grid, **options)
+        _add_word(figure, result, result.taken(*head, at.entry), at.entry, column)
+    title = title or style.titled(_source_found(result, shown[0], at.entry), kit.which(result, at.entry))
+    limit, margin = kit.largest(*maps), {"l": 10, "r": 40, "b": 50}
+    return patches.finish(
+        figure, title, int(90 + 640 / len(headings)), style.diverging(), -limit, limit, kit.direction(result.direction), above=26, margin=margin
+    )  # fmt: skip
 
 
 def _given(heads: Sequence[Component], result: SourceAttribution | SourceIncrease) -> list[tuple[int, int]]:
@@ -172,44 +156,42 @@ def _given(heads: Sequence[Component], result: SourceAttribution | SourceIncreas
     return [(node.layer, node.head) for node in found]
 
 
-def _strongest(values: torch.Tensor, layers: list[int], count: int = 4) -> list[tuple[int, int]]:
-    order = values.abs().sum(-1).flatten().nan_to_num(-1.0).argsort(descending=True)[:count].tolist()
-    return [(layers[at // values.shape[1]], at % values.shape[1]) for at in order]
-
-
-def _source_found(
-    result: SourceAttribution | SourceIncrease, share: torch.Tensor, head: tuple[int, int], row: int
-) -> str:
-    direction, places = kit.direction(result.direction), result.places[row]
-    nothing = kit.nothing_found(share, "source", f"of {head_name(*head, result.tower)} adds anything to {direction}")
+def _source_found(result: SourceAttribution | SourceIncrease, head: tuple[int, int], entry: int) -> str:
+    direction, taken, name = (
+        kit.direction(result.direction),
+        result.taken(*head, entry),
+        head_name(*head, result.tower),
+    )
+    nothing = kit.nothing_found(taken, "source", f"of {name} adds anything to {direction}")
     if nothing is not None:
         return nothing
     if hasattr(result, "answer"):
         # Increases do not add up over sources: the strongest is named instead of a sum.
-        at = int(share.abs().nan_to_num(-1.0).argmax())
-        source = "an image patch" if int(places[at, 2]) >= 0 else html.escape(repr(result.words[row][at]))
-        return f"What {head_name(*head, result.tower)} takes from {source} moves {direction} by {kit.signed(float(share[at]))} nats"
-    total, image = float(share.sum()), float(share[places[:, 2] >= 0].sum())
+        at = int(taken.abs().nan_to_num(-1.0).argmax())
+        patch = int(result.places[entry, at, 2]) >= 0
+        source = "an image patch" if patch else kit.escaped(repr(result.words[entry][at]))
+        return f"What {name} takes from {source} moves {direction} by {kit.signed(float(taken[at]))} nats"
+    total, image = result.sums(*head, entry)
     part = f"{kit.percent(image / total)} of it from image patches" if total else "nothing"
-    return f"{head_name(*head, result.tower)} adds {kit.signed(total)} to {direction}, {part}"
+    return f"{name} adds {kit.signed(total)} to {direction}, {part}"
 
 
 def _add_word(
-    figure: kit.Figure, result: SourceAttribution | SourceIncrease, share: torch.Tensor, row: int, column: int
+    figure: kit.Figure, result: SourceAttribution | SourceIncrease, taken: torch.Tensor, entry: int, column: int
 ) -> None:
     """Below a map, the word the head takes most from."""
-    words = [at for at in range(len(share)) if int(result.places[row, at, 2]) < 0]
-    if words:
-        best = max(words, key=lambda at: float(share[at].abs().nan_to_num(-1.0)))
-        word = plain(result.words[row][best]).strip() if result.words else ""
-        text = f"{html.escape(repr(word)) if word else f'position {best}'} {kit.signed(float(share[best]))}"
+    words = (result.places[entry, :, 2] < 0).nonzero().flatten()
+    if len(words):
+        best = int(words[taken[words].abs().nan_to_num(-1.0).argmax()])
+        word = plain(result.words[entry][best]).strip() if result.words else ""
+        text = f"{kit.escaped(repr(word)) if word else f'position {best}'} {kit.signed(float(taken[best]))}"
         patches.below(figure, text, 1, column)
 
 
-def increase(result: LogProbIncrease, row: int | None = None, title: str | None = None) -> kit.Figure:
-    """Layers × heads (parts, or the strongest neurons) of log-probability increase, of one row or the mean over examples."""
+def increase(result: LogProbIncrease, example: Any = None, title: str | None = None) -> kit.Figure:
+    """Layers × heads (parts, or the strongest neurons) of log-probability increase, of one example or the mean over examples."""
     inner = list(result.axes)[1]
-    values = result.mean() if row is None else result.values[..., result.row_number(row)].double()
+    values = (result if example is None else result.take(result.entries(example))).mean()
     labels = result.axes[inner]
     if inner == "neuron" and values.shape[1] > 24:
         keep = values.abs().nan_to_num(-1.0).max(0).values.argsort(descending=True)[:24].sort().values
@@ -219,38 +201,28 @@ def increase(result: LogProbIncrease, row: int | None = None, title: str | None 
     title = title or kit.nothing_found(values, inner, f"moves {answer}")
     where = f"{inner} {labels[best[1]]} of layer {result.axes['layer'][best[0]]}"
     title = title or f"{where} moves {answer} most: {kit.signed(float(values[best]))} nats"
-    return _heat(values, ("layer", result.axes["layer"]), (inner, labels), title, "nats")
+    return kit.grid(values, ("layer", result.axes["layer"]), (inner, labels), title, unit="nats")
 
 
-def bilinear(result: BilinearAttribution, image: int = 0, text: int = 0, title: str | None = None) -> kit.Figure:
-    """Terms of the image tower × terms of the text tower for one pair, or terms × prompts where the texts are not split.
+def bilinear(result: BilinearAttribution, example: Any = None, text: int = 0, title: str | None = None) -> kit.Figure:
+    """Terms of the image tower × terms of the text tower for one image (``example``) and text, or terms × prompts where the texts are not split.
 
     Raises:
-        InputError: no such image or text.
+        InputError: no such example or text.
     """
-    for name, number, axis in (("image", image, "example"), ("text", text, "text")):
-        if number not in range(len(result.axes[axis])):
-            raise InputError(f"There is no {name} {number}; this result has {len(result.axes[axis])}, counted from 0.")
+    entry, texts = result.entries(example)[0], result.axes["text"]
+    if text not in range(len(texts)):
+        raise InputError(f"There is no text {text}; this result has {len(texts)}, counted from 0.")
     whole = len(result.axes["text_term"]) == 1
-    values = (result.values[:, 0, :, image] if whole else result.values[:, :, text, image]).double()
-    across, name = (result.axes["text"], "prompt") if whole else (result.axes["text_term"], "text term")
+    values = (result.values[:, 0, :, entry] if whole else result.values[:, :, text, entry]).double()
+    across, name = (texts, "prompt") if whole else (result.axes["text_term"], "text term")
     best = divmod(int(values.abs().nan_to_num(-1.0).argmax()), values.shape[1])
     title = title or kit.nothing_found(values, "term" if whole else "pair of terms", "adds anything")
     if title is None:
-        first, second, value = (
-            result.axes["image_term"][best[0]],
-            html.escape(str(across[best[1]])),
-            kit.signed(float(values[best])),
-        )
-        said = f"{first} with {second} adds most: {value} of {kit.signed(float(result.total[text, image]))}"
+        first, second = result.axes["image_term"][best[0]], html.escape(str(across[best[1]]))
+        value = kit.signed(float(values[best]))
+        said = f"{first} with {second} adds most: {value} of {kit.signed(float(result.total[text, entry]))}"
         said = f"{first} moves {second!r} most: {value}" if whole else said
-        prompt = "" if whole else f", {html.escape(str(result.axes['text'][text]))!r}"
-        title = style.titled(
-            said, f"image {image} of {len(result.axes['example'])}{prompt} (image= and text= show others)"
-        )
-    return _heat(values, ("image term", result.axes["image_term"]), (name, across), title, "logit")
-
-
-def _heat(values: torch.Tensor, down: tuple[str, Any], across: tuple[str, Any], title: str, unit: str) -> kit.Figure:
-    figure = kit.heat({"": values}, down, across, unit=unit, listed=down[0] != "layer")
-    return kit.finish_heat(figure, title, len(values))
+        prompt = "" if whole else f"text {kit.escaped(repr(str(texts[text])))} (text= shows another)"
+        title = style.titled(said, kit.which(result, entry), prompt)
+    return kit.grid(values, ("image term", result.axes["image_term"]), (name, across), title, unit="logit", listed=True)

@@ -43,18 +43,11 @@ def curve(
         kit.chance(figure, shares, middle.tolist(), f"{len(lead.random)} random orders")
     for number, (one, name) in enumerate(zip(curves, names_of(curves), strict=True)):
         y = one.mean().tolist()
-        kit.line(figure, one.axes["share"], y, name, style.PALETTE[number % len(style.PALETTE)], mode="lines")
+        kit.line(figure, one.axes["share"], y, name, kit.color(number), mode="lines")
     if reverse and len(curves) == 1 and lead.reverse.numel():
         y = lead.mean(quantity="reverse").tolist()
-        kit.line(
-            figure,
-            shares,
-            y,
-            "reverse order",
-            style.AGAINST,
-            mode="lines",
-            line={"color": style.AGAINST, "width": 2, "dash": "dot"},
-        )
+        dotted = {"color": style.AGAINST, "width": 2, "dash": "dot"}
+        kit.line(figure, shares, y, "reverse order", style.AGAINST, mode="lines", line=dotted)
     verb, good = ("removed", "lower") if lead.kind == "deletion" else ("brought back", "higher")
     count = len(lead.examples)
     notes = (
@@ -89,16 +82,10 @@ def pointing(
         hovertemplate="%{y}: %{x:.1%}<extra></extra>",
     )  # fmt: skip
     chance = {"symbol": "line-ns", "size": 20, "line": {"width": 3, "color": style.GREY}}
-    kit.chance(
-        figure,
-        [game.chance_rate for game in games],
-        names,
-        mode="markers",
-        marker=chance,
-        hovertemplate="chance %{x:.1%}<extra></extra>",
-    )
+    by_chance = [game.chance_rate for game in games]
+    kit.chance(figure, by_chance, names, mode="markers", marker=chance, hovertemplate="chance %{x:.1%}<extra></extra>")
     best = max(range(len(games)), key=lambda number: rates[number])
-    count = int((~games[best].values.isnan()).sum())
+    count = games[best].counted
     where = f"points at the object in {rates[best]:.0%} of {count} pictures"
     if count == 1:
         where = f"{'points' if rates[best] else 'does not point'} at the object, one picture"
@@ -114,13 +101,11 @@ def _curve_found(curves: Sequence[Curve]) -> str:
     lead = max(curves, key=lambda one: float(one.advantage.mean()) if one.random.numel() else 0.0)
     way = f"{lead.kind.capitalize()} by {_plain(names_of(curves)[curves.index(lead)])}"
     if not lead.random.numel():
-        return f"{way} has an area of {float(lead.auc().nanmean()):.3g}"
+        return f"{way} has an area of {float(lead.area.mean()):.3g}"
     told = findings.beats_random(lead)
     if len(lead.examples) == 1:
-        own, random = lead.auc()[0], lead.auc("random")[:, 0]
-        beaten = int((own < random if lead.kind == "deletion" else own > random).sum())
-        return f"{way} beats {beaten} of {len(random)} random orders"
-    better, examples = float((lead.advantage.values > 0).double().mean()), len(lead.examples)
+        return f"{way} beats {lead.beaten} of {len(lead.random)} random orders"
+    better, examples = lead.better, len(lead.examples)
     if not told.holds:
         return f"{way} is no better than random orders can be ({better:.0%} of {examples} examples)"
     return f"{way} beats random orders in {better:.0%} of {examples} examples"

@@ -76,14 +76,11 @@ def _add_exemplar(
         raise InputError(
             f"There is no picture of example {example}; pictures are indexed by the number of the example."
         ) from error
-    picture = patches.as_picture(given)
-    patches.add_picture(figure, picture, row, column)
-    box = result.boxes[unit, rank]
-    if not bool(box.isnan().any()):
-        left, top, right, bottom = (float(edge) for edge in box)
-        patches.mark(figure, (left, top, right, bottom), picture.shape[0], picture.shape[1], row, column, style.FOR)
+    placed = not bool(result.boxes[unit, rank].isnan().any())
+    box: Any = tuple(result.boxes[unit, rank].tolist()) if placed else None
+    patches.draw(figure, row, column, picture=patches.as_picture(given), box=box, color=style.FOR)
     text = f"{float(result.values[unit, rank]):.2f}".replace("-", kit.MINUS)
-    if bool(box.isnan().any()) and result.tokens[unit][rank]:
+    if not placed and result.tokens[unit][rank]:
         text += f"<br>{html.escape(result.tokens[unit][rank])}"
     patches.below(figure, text, row, column, hovertext=f"example {example}, {result.tokens[unit][rank]}")
 

@@ -80,8 +80,8 @@ def ablation(result: AblationCheck, title: str | None = None) -> kit.Figure:
     )  # fmt: skip
     told = findings.carries(result)
     heads = f"{len(result.heads)} head{'s' if len(result.heads) != 1 else ''}"
-    others = f"without as many others {float(result.random.mean()):.0%}"
-    lead = f"Without {heads} {result.ablated:.0%} of pairs are right; {others}"
+    others = "" if told.chance is None else f"; without as many others {result.intact - told.chance:.0%}"
+    lead = f"Without {heads} {result.ablated:.0%} of pairs are right{others}"
     style.layout(
         figure, title or style.titled(lead, html.escape(told.reason)), 240, showlegend=False, margin={"l": 140}
     )

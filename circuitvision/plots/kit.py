@@ -18,18 +18,12 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
-from circuitvision.findings import percent
+from circuitvision.findings import percent as percent
 from circuitvision.plots import style
 from circuitvision.plots.figure import Figure
 
 if TYPE_CHECKING:
     from circuitvision.results import Result
-
-__all__ = [
-    "MINUS", "MOST_WORDS", "Figure", "add_bars", "axis", "band", "bare", "bars", "cells", "chance", "color_bar", "direction", "empty", "escaped",
-    "finish_heat", "finish_lines", "heat", "in_words", "largest", "layer_name", "legend_below", "line", "nothing_found", "number", "over", "panels",
-    "percent", "signed", "write",
-]  # fmt: skip
 
 MINUS = "\N{MINUS SIGN}"
 MOST_WORDS = 200
@@ -77,10 +71,23 @@ def nothing_found(values: Tensor, what: str, does: str) -> str | None:
     return None if bool(finite.any()) else f"No {what} {does}"
 
 
-def over(result: Result, row: int | None) -> str:
+def over(result: Result, example: Any = None) -> str:
     """A note: of which examples a figure shows the mean, or which one it shows."""
-    examples, rows = len(result.examples), len(result.axes["example"])
-    return f"mean of {examples} examples" if row is None and examples > 1 else f"row {row or 0} of {rows}"
+    count = len(result.examples)
+    if example is None:
+        return f"mean of {count} examples" if count > 1 else "one example"
+    return f"example {example} of {count}"
+
+
+def which(result: Result, entry: int, others: str = "example=") -> str:
+    """A note: which of several examples a figure shows, by its place on the axis; nothing where there is no choice."""
+    label, count = result.axes["example"][entry], len(result.examples)
+    return f"example {label} of {count} ({others} shows another)" if count > 1 else ""
+
+
+def color(number: int) -> str:
+    """The colour of the n-th line or group."""
+    return style.PALETTE[number % len(style.PALETTE)]
 
 
 # -- panels --------------------------------------------------------------------------------------------------------------------------------
@@ -201,8 +208,11 @@ def heat(
     share: bool = False,
     words: Mapping[str, Sequence[Sequence[str]]] | bool = True,
     marked: Mapping[str, Sequence[Any]] | None = None,
+    names: Mapping[str, Sequence[Sequence[str]]] | None = None,
     hover: str = "",
     listed: bool = False,
+    bar: str | None = None,
+    in_row: int = 0,
 ) -> Figure:
     """Heat maps side by side on one colour scale, a panel per name; without title and height, which :func:`finish_heat` adds.
 
@@ -215,51 +225,82 @@ def heat(
         share: whether values are written as percentages.
         words: what stands in the cells; True: the values, where there is room.
         marked: name → labels of ``down`` that carry "(unread)".
-        hover: what precedes the value.
+        names: name → what hovering calls each cell; by default its labels, or ``hover``, a template over them.
         listed: whether ``down`` is a list, read from the top, and no stack of layers.
+        bar: what stands at the colour bar (None: the unit).
+        in_row: how many panels of one size stand in a row (0: all, as wide as they have columns).
     """
-    tops = [max(grid.shape[1], 1) for grid in grids.values()]
-    figure = panels(
-        1, len(grids), subplot_titles=[escaped(name) for name in grids] if len(grids) > 1 else None,
-        column_widths=[top / sum(tops) for top in tops], horizontal_spacing=0.1 / max(len(grids) - 1, 1) if len(grids) > 1 else 0,
-    )  # fmt: skip
+    columns = min(len(grids), in_row or len(grids))
+    rows = math.ceil(len(grids) / columns)
+    figure = _heat_panels(grids, rows, columns, not in_row)
     limit = largest(*grids.values()) if limit is None else limit
     low = -limit if below_zero else 0.0
-    room = all(grid.numel() <= MOST_WORDS for grid in grids.values()) and sum(tops) <= _MOST_COLUMNS * 1.4
-    written = bool(words) and (words is not True or room)
     # One scale for all: opaque where words stand on it.
+    written = words is not False and (words is not True or _has_room(grids, columns))
     scale = style.legible(below_zero) if written else style.diverging() if below_zero else style.sequential()
     form = ".1%" if share else "+.4g" if below_zero else ".4g"
-    hover = hover or f"{down[0]} %{{customdata[0]}}, {across[0]} %{{customdata[1]}}"
-    for column, (name, grid) in enumerate(grids.items(), start=1):
-        names = [f"{label} (unread)" if label in (marked or {}).get(name, ()) else str(label) for label in down[1]][
-            : len(grid)
-        ]
-        heads = [str(label) for label in across[1]][: grid.shape[1]]
-        own = None if not written else in_words(grid, share) if words is True else words[name]  # type: ignore[index]
+    called = "%{customdata}" if names else hover or f"{down[0]} %{{customdata[0]}}, {across[0]} %{{customdata[1]}}"
+    decimals = min(decimals_of(grid) for grid in grids.values())
+    for number, (name, values) in enumerate(grids.items()):
+        row, column = number // columns + 1, number % columns + 1
+        unread = (marked or {}).get(name, ())
+        side = [f"{label} (unread)" if label in unread else str(label) for label in down[1]][: len(values)]
+        heads = [str(label) for label in across[1]][: values.shape[1]]
+        own = None if not written else in_words(values, share, decimals) if words is True else words[name]  # type: ignore[index]
         cells(
-            figure, grid, scale, low, limit, words=own, column=column, coloraxis="coloraxis",
-            customdata=[[[escaped(label), escaped(head)] for head in heads] for label in names],
-            hovertemplate=f"{hover}<br>%{{z:{form}}} {unit}<extra>{escaped(name)}</extra>",
+            figure, values, scale, low, limit, words=own, row=row, column=column, coloraxis="coloraxis",
+            customdata=names[name] if names else [[[escaped(label), escaped(head)] for head in heads] for label in side],
+            hovertemplate=f"{called}<br>%{{z:{form}}} {unit}<extra>{escaped(name)}</extra>",
         )  # fmt: skip
-        side = axis(names, down[0] if column == 1 else None, room=16 if len(names) > 32 else 32, automargin=True)
-        if listed:
-            side["range"] = side["range"][::-1]
-        figure.update_yaxes(**side, row=1, col=column)
-        figure.update_xaxes(**axis(heads, across[0], room=32 // len(grids), tickangle=0), row=1, col=column)
-    figure.update_layout(coloraxis={"colorbar": color_bar(unit.partition(" of ")[0], ".0%" if share else ".3~g")})
+        rising = axis(side, down[0] if column == 1 else None, room=(16 if len(side) > 32 else 32) if rows == 1 else 8)
+        rising["range"] = rising["range"][:: -1 if listed else 1]
+        rising["showticklabels"] = column == 1 or not in_row
+        below = axis(heads, across[0] if number + columns >= len(grids) else None, room=32 // columns, tickangle=0)
+        figure.update_yaxes(**rising, automargin=True, row=row, col=column)
+        figure.update_xaxes(**below, row=row, col=column)
+    bar = unit.partition(" of ")[0] if bar is None else bar
+    figure.update_layout(coloraxis={"colorbar": color_bar(bar, ".0%" if share else ".3~g")})
     return figure
 
 
-def finish_heat(figure: Figure, title: str, layers: int, above: int = 0, **more: Any) -> Figure:
-    """Title and height of heat maps of so many layers."""
-    above = above or (26 if len([a for a in figure.layout.annotations if a.yref == "paper"]) else 0)
-    return style.layout(figure, title, 70 + min(max(34 * layers, 110), 600), above=above, **more)
+def _heat_panels(grids: Mapping[str, Tensor], rows: int, columns: int, widths: bool) -> Figure:
+    """The panels of heat maps, one per name; ``widths``: as wide as they have columns."""
+    tops = [max(grid.shape[1], 1) for grid in grids.values()]
+    return panels(
+        rows, columns, subplot_titles=[escaped(name) for name in grids] if len(grids) > 1 else None, vertical_spacing=0.24 / rows,
+        column_widths=[top / sum(tops) for top in tops] if widths else None,
+        horizontal_spacing=(0.1 / max(columns - 1, 1) if widths else 0.08 / columns) if columns > 1 else 0,
+    )  # fmt: skip
 
 
-def in_words(grid: Tensor, share: bool = False) -> list[list[str]]:
+def _has_room(grids: Mapping[str, Tensor], columns: int) -> bool:
+    """Whether the cells of panels, so many in a row, are wide enough for words."""
+    widest = sum(sorted((grid.shape[1] for grid in grids.values()), reverse=True)[:columns])
+    return all(grid.numel() <= MOST_WORDS for grid in grids.values()) and widest <= _MOST_COLUMNS * 1.4
+
+
+def grid(
+    values: Tensor, down: tuple[str, Sequence[Any]], across: tuple[str, Sequence[Any]], title: str, **options: Any
+) -> Figure:
+    """One heat map with its title; options as for :func:`heat`."""
+    return finish_heat(heat({"": values}, down, across, **options), title, len(values))
+
+
+def finish_heat(figure: Figure, title: str, layers: int, rows: int = 1) -> Figure:
+    """Title and height of rows of heat maps of so many layers."""
+    tall = min(max(34 * layers, 110), 600 if rows == 1 else 300)
+    above = 26 if any(note.yref == "paper" for note in figure.layout.annotations) else 0
+    return style.layout(figure, title, 70 + rows * tall + (rows - 1) * 60, above=above)
+
+
+def decimals_of(grid: Tensor) -> int:
+    """As many decimals as give the largest value two digits."""
+    return max(0, 1 - math.floor(math.log10(largest(grid))))
+
+
+def in_words(grid: Tensor, share: bool = False, decimals: int | None = None) -> list[list[str]]:
     """Values as short words, with as many decimals as give the largest two digits; a dash where there is none."""
-    decimals = max(0, 1 - math.floor(math.log10(largest(grid))))
+    decimals = decimals_of(grid) if decimals is None else decimals
 
     def word(value: float) -> str:
         if value != value:
@@ -368,9 +409,9 @@ def band(
 
 
 def finish_lines(
-    figure: Figure, title: str, y: str, height: int = 330, *, x: str | None = None, share: bool = False, **more: Any
-) -> Figure:
-    """Title, axes and, of several lines, a legend below."""
+    figure: Figure, title: str, y: str, height: int = 330, *, x: str | None = None, share: bool = False, names: bool = False, **more: Any
+) -> Figure:  # fmt: skip
+    """Title, axes and, of several lines, a legend below; ``names``: what stands across are names, though they look like numbers."""
     style.layout(
         figure,
         title,
@@ -379,6 +420,6 @@ def finish_lines(
         **more,
     )
     figure.update_yaxes(title=y, tickformat=".0%" if share else None, gridcolor=style.FAINT, zerolinecolor=style.FAINT)
-    figure.update_xaxes(title=x, showgrid=False, zeroline=False)
+    figure.update_xaxes(title=x, showgrid=False, zeroline=False, type="category" if names else None)
     legend_below(figure)
     return figure

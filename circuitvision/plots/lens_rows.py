@@ -10,7 +10,7 @@ import numpy as np
 
 from circuitvision.plots import kit, patches, style
 from circuitvision.plots import lens_text as text
-from circuitvision.readout.patch_coords import extent_of
+from circuitvision.readout.patch_coords import extent_of, picture_of
 
 if TYPE_CHECKING:
     from circuitvision.readout.lens.result import LensResult
@@ -59,25 +59,16 @@ def lens_rows(
         }
         figure.add_annotation(text=row.title, textangle=-90, showarrow=False, font={"size": 14}, **where)
         if row.picture is not None:
-            pixels = patches.as_picture(row.picture)
-            patches.add_picture(figure, pixels, number)
-            patches.mark(figure, changed, pixels.shape[0], pixels.shape[1], number, 1)
+            patches.draw(figure, number, 1, picture=patches.as_picture(row.picture), box=changed)
         for column, (which, layer) in enumerate(shown, start=1 + pictured):
             lens = row.lenses[which]
-            grid = lens.patch_grid(layer)
-            patches.add_map(figure, grid, number, column)
-            extent = extent_of(lens.shares, lens.places, 0, 0)
-            patches.mark(figure, changed, grid.shape[0], grid.shape[1], number, column, extent=extent)
+            extent = extent_of(lens, picture_of(lens))
+            patches.draw(figure, number, column, lens.patch_grid(layer), box=changed, extent=extent)
             _add_last(figure, lens, layer, number, column, limit, colors)
-    style.layout(
-        figure, title, int(60 + len(rows) * (1060 / len(headings) + 46)), above=44, margin={"l": 34, "r": 30, "b": 36}
-    )
-    kit.bare(figure, visible=False)
     target = str(lenses[0].axes.get("target", ["top"])[0]).replace(" - ", f" {kit.MINUS} ")
-    bar = kit.color_bar(f"{target} ({lenses[0].measure})", x=1.01)
-    scale = style.diverging(*(colors or ()))
-    figure.update_layout(coloraxis={"colorscale": scale, "cmin": -limit, "cmax": limit, "colorbar": bar})
-    return figure
+    height, margin = int(60 + len(rows) * (820 / len(headings) + 56)), {"l": 34, "r": 30, "b": 36}
+    scale, bar = style.diverging(*(colors or ())), f"{target} ({lenses[0].measure})"
+    return patches.finish(figure, title, height, scale, -limit, limit, bar, above=44, margin=margin)
 
 
 def _add_last(
@@ -86,5 +77,5 @@ def _add_last(
     """Below a map, the reading at the last position, where that is a word and not a patch."""
     if lens.places[0, -1, 2] < 0:
         value = float(lens.values[lens.axes["layer"].index(layer), -1, 0, 0])
-        said = f"last word {value:+.1f}".replace("-", kit.MINUS)
+        said = f"last word<br>{value:+.1f}".replace("-", kit.MINUS)
         patches.below(figure, said, row, column, borderpad=3, **style.tint(value / limit, colors))

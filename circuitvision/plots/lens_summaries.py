@@ -22,7 +22,7 @@ def summary(result: LensSummary, title: str | None = None) -> kit.Figure:
     mean, error, count = drawn.mean(), drawn.error(), len(drawn.examples)
     figure = kit.Figure()
     for index, name in enumerate(lines):
-        color, own = style.PALETTE[index % len(style.PALETTE)], error[:, index].nan_to_num(0.0).tolist()
+        color, own = kit.color(index), error[:, index].nan_to_num(0.0).tolist()
         name = kit.escaped(name or result.measure)
         kit.line(figure, labels, mean[:, index].tolist(), name, color, errors=(own, own) if count > 1 else None)
     if result.chance == result.chance:
@@ -35,17 +35,13 @@ def summary(result: LensSummary, title: str | None = None) -> kit.Figure:
         of = f" of {kit.escaped(lines[0])}" if lines[0] else ""
         title = f"{result.tower}: {result.measure}{of} goes from {first} to {last}"
     figure.update_layout(showlegend=len(figure.data) > 1)
-    kit.finish_lines(figure, title, result.measure)
-    figure.update_xaxes(type="category")
-    return figure
+    return kit.finish_lines(figure, title, result.measure, names=True)
 
 
 def _lines(result: LensSummary) -> tuple[Result, list[str], list[str]]:
     """What is drawn, ``[layer line example]``, the names of layers (or sites), and of lines ("" for the only one)."""
+    result = result.over_positions()
     order, values = list(result.axes), result.values.double()
-    if "position" in order:
-        values = values.nanmean(order.index("position"))
-        order.remove("position")
     depth = order[0] if "layer" not in order else "layer"
     inner = [name for name in order if name not in (depth, "example")]
     values = values.permute([order.index(name) for name in (depth, *inner, "example")])
@@ -66,7 +62,6 @@ def tuned(result: TunedLens, title: str | None = None) -> kit.Figure:
     best = int((plain - own).argmax())
     ends = f"{float(own[best]):.2f} from the {result.tower} tower's output, the plain one {float(plain[best]):.2f}"
     said = f"At {labels[best]} the tuned lens is {ends}"
-    kit.finish_lines(figure, title or said, "KL to the output, nats")
+    kit.finish_lines(figure, title or said, "KL to the output, nats", names=True)
     figure.update_yaxes(rangemode="tozero")
-    figure.update_xaxes(type="category")
     return figure

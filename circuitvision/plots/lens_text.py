@@ -1,11 +1,13 @@
-"""What the figures of a lens call things: layers, targets, units, the words that stand highest; and which row and position are meant."""
+"""What the figures of a lens call things: layers, targets, units, the words that stand highest; and which example and position are meant."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 from circuitvision.errors import InputError
 from circuitvision.plots import kit
+from circuitvision.readout.patch_coords import entry_of
 
 if TYPE_CHECKING:
     from circuitvision.readout.lens.result import LensResult
@@ -42,9 +44,9 @@ def target_name(result: LensResult, index: int) -> str:
     return name.replace(" - ", f" {kit.MINUS} ")
 
 
-def highest(result: LensResult, layer: int, row: int, at: int) -> list[str]:
+def highest(result: LensResult, layer: int, entry: int, at: int) -> list[str]:
     """The names of the five highest columns at a place."""
-    return [plain(result.names.get(str(int(number)), str(int(number)))) for number in result.ids[layer, at, :5, row]]
+    return [plain(result.names.get(str(int(number)), str(int(number)))) for number in result.ids[layer, at, :5, entry]]
 
 
 def layers(result: LensResult, most: int | None = None) -> list[str | int]:
@@ -55,38 +57,46 @@ def layers(result: LensResult, most: int | None = None) -> list[str | int]:
     return [labels[round(i * (len(labels) - 1) / (most - 1))] for i in range(most)]
 
 
-def n_rows(result: LensResult) -> int:
-    """How many rows a lens has."""
-    return len(result.axes["example"])
+def entries(result: LensResult, example: Any, image: int | None, tile: int | None) -> list[int]:
+    """Where examples stand on their axis (one, several, or None: all), of one image or tile alone where it is named."""
+    asked = result.examples if example is None else example if isinstance(example, list | tuple | range) else [example]
+    if not asked:
+        raise InputError("Name at least one example.")
+    if image is None and tile is None:
+        return [entry for one in asked for entry in result.entries(one)]
+    return [entry_of(result, one, image, tile) for one in asked]
 
 
-def checked_row(result: LensResult, row: int | None) -> int:
-    """A row, by its number (None: the first).
+def margin(result: LensResult, layer: int, position: int, entry: int) -> float:
+    """How far the highest column of a lens by rank is above the second (of probabilities the ratio); NaN where a single one was kept."""
+    best = result.values[layer, position, :, entry].double()
+    if "rank" not in result.axes or len(best) < 2:
+        return math.nan
+    return float(best[0] / best[1]) if result.measure == "prob" else float(best[0] - best[1])
 
-    Raises:
-        InputError: there is no such row, or the lens has heads, which no view shows.
-    """
+
+def check_heads(result: LensResult) -> None:
+    """InputError for a lens with heads, which no view shows."""
     if "head" in result.axes:
         raise InputError(
             "Figures of a lens show one value per layer and position; read it at a site without heads. "
             "For heads see direct_attribution(…).plot(view='heads')."
         )
-    return 0 if row is None else result.row_number(row)
 
 
-def place_of(result: LensResult, position: int | str, row: int = 0) -> int:
-    """The index of a position by its label, or of a row's ``"last"`` that is no padding; InputError if it is not there."""
+def place_of(result: LensResult, position: int | str, entry: int = 0) -> int:
+    """The index of a position by its label, or of a prompt's ``"last"`` that is no padding; InputError if it is not there."""
     labels = result.axes["position"]
     if position == "last" and "last" not in labels:
-        kinds = result.kinds[row] if result.kinds else [""] * len(labels)
+        kinds = result.kinds[entry] if result.kinds else [""] * len(labels)
         return max((at for at, kind in enumerate(kinds) if kind != "padding"), default=len(labels) - 1)
     if position not in labels:
         raise InputError(f"There is no position {position!r}; this lens has {labels[0]} to {labels[-1]}, or 'last'.")
     return labels.index(position)
 
 
-def position_name(result: LensResult, row: int, at: int) -> str:
+def position_name(result: LensResult, entry: int, at: int) -> str:
     """What stands at a position: its word, or its label (a number, or the name of a region)."""
-    word = plain(result.words[row][at]) if result.words else ""
+    word = plain(result.words[entry][at]) if result.words else ""
     label = result.axes["position"][at]
     return word or (f"position {label}" if isinstance(label, int) else str(label))

@@ -19,12 +19,13 @@ from circuitvision.model.pictures import prepared
 from circuitvision.plots import kit, style
 
 Box = tuple[float, float, float, float]
+Pixels = np.ndarray[Any, Any]
 _LONGEST_WORD = 8
 _USUAL_WIDTH, _LETTER_WIDTH = 740, 0.7
 """Pixels of a figure on an ordinary page, and the width of a letter as a share of its size."""
 
 
-def as_picture(picture: Any) -> np.ndarray[Any, Any]:
+def as_picture(picture: Any) -> Pixels:
     """A picture as ``[height width 3]`` of bytes: whatever :mod:`circuitvision.model.pictures` reads, grey or coloured.
 
     Raises:
@@ -36,27 +37,41 @@ def as_picture(picture: Any) -> np.ndarray[Any, Any]:
     return np.asarray(found)
 
 
-def add_picture(figure: kit.Figure, picture: np.ndarray[Any, Any], row: int, column: int = 1) -> None:
-    """An image ``[height width 3]`` of whole numbers 0 … 255 (see :func:`as_picture`)."""
-    figure.add_trace(go.Image(z=picture, hoverinfo="skip"), row=row, col=column)
-    square(figure, picture.shape[0], row, column)
-
-
-def add_map(
+def draw(
     figure: kit.Figure,
-    grid: Any,
     row: int,
     column: int,
-    hover: Sequence[Sequence[str]] | None = None,
-    unit: str = "",
-    number: str = ".3g",
-    **heatmap: Any,
+    grid: Any = None,
+    picture: Pixels | None = None,
+    *,
+    over: Pixels | None = None,
+    box: Box | None = None,
+    extent: tuple[float, float] = (1.0, 1.0),
+    color: str = style.AGAINST,
+    opacity: float = 0.6,
+    **more: Any,
 ) -> None:
-    """A value per patch ``[rows columns]`` as coloured cells; on the figure's shared ``coloraxis`` unless the keywords say otherwise.
+    """One panel: a picture, a map of patches, or the map laid over the picture, with a box around an object.
 
-    ``hover`` is a line of text per patch, shown with its place and value. ``number`` is the format of the values.
+    ``over`` is a picture that the panel shows already. ``extent`` is how much of the picture's height and width the map covers, from the top left;
+    other keywords are those of the map's cells:
+    ``hover`` (a line of text per patch, shown with its place and value), ``unit``, ``number`` (the format of values), and Plotly's own.
     """
-    values = np.asarray(grid)
+    if picture is not None:
+        figure.add_trace(go.Image(z=picture, hoverinfo="skip"), row=row, col=column)
+    under = picture if picture is not None else over
+    if grid is not None:
+        values = np.asarray(grid)
+        place = {} if under is None else {"opacity": opacity, **_over(under, values.shape, extent)}
+        figure.add_trace(_cells(values, **place, **more), row=row, col=column)
+    square(figure, len(grid) if under is None else len(under), row, column)
+    mark(figure, box, size_of(grid, under, extent), row, column, color)
+
+
+def _cells(
+    values: Pixels, hover: Sequence[Sequence[str]] | None = None, unit: str = "", number: str = ".3g", **heatmap: Any
+) -> go.Heatmap:
+    """A value per patch ``[rows columns]`` as coloured cells; on the figure's shared ``coloraxis`` unless the keywords say otherwise."""
     rows, columns = values.shape
     lines = [
         [f"patch row {r}, column {c}" + (f"<br>{hover[r][c]}" if hover is not None else "") for c in range(columns)]
@@ -67,8 +82,14 @@ def add_map(
         "hovertemplate": "%{customdata}<br>%{z:" + number + "}" + (f" {unit}" if unit else "") + "<extra></extra>",
         **({} if "colorscale" in heatmap else {"coloraxis": "coloraxis"}), **heatmap,
     }  # fmt: skip
-    figure.add_trace(go.Heatmap(z=values, **options), row=row, col=column)
-    square(figure, rows, row, column)
+    return go.Heatmap(z=values, **options)
+
+
+def size_of(grid: Any, picture: Pixels | None, extent: tuple[float, float] = (1.0, 1.0)) -> tuple[float, float]:
+    """Height and width of the whole image in the units of a panel: pixels of the picture, or cells of the map."""
+    if picture is not None:
+        return picture.shape[0], picture.shape[1]
+    return len(grid) / extent[0], len(grid[0]) / extent[1]
 
 
 def add_words(figure: kit.Figure, grid: torch.Tensor, words: Sequence[Sequence[str]], scale: style.Scale, low: float, high: float,
@@ -86,24 +107,7 @@ def add_words(figure: kit.Figure, grid: torch.Tensor, words: Sequence[Sequence[s
     )
 
 
-def add_overlay(
-    figure: kit.Figure,
-    picture: np.ndarray[Any, Any],
-    grid: Any,
-    row: int,
-    column: int,
-    opacity: float = 0.6,
-    extent: tuple[float, float] = (1.0, 1.0),
-    **more: Any,
-) -> None:
-    """The picture with a patch map laid over it that covers ``extent`` of its height and width, from the top left."""
-    add_picture(figure, picture, row, column)
-    values = np.asarray(grid)
-    add_map(figure, values, row, column, opacity=opacity, **over(picture, values.shape, extent), **more)
-    square(figure, picture.shape[0], row, column)
-
-
-def over(picture: np.ndarray[Any, Any], shape: Sequence[int], extent: tuple[float, float]) -> dict[str, Any]:
+def _over(picture: Pixels, shape: Sequence[int], extent: tuple[float, float]) -> dict[str, Any]:
     """Where the cells of a map stand in the pixels of the picture; a gap between them would show as lines."""
     steps = [pixels * share / cells for pixels, cells, share in zip(picture.shape[:2], shape, extent, strict=True)]
     down, across = ((np.arange(n) + 0.5) * step - 0.5 for n, step in zip(shape, steps, strict=True))
@@ -119,11 +123,12 @@ def square(figure: kit.Figure, height: int, row: int, column: int) -> None:
     figure.update_xaxes(constrain="domain", row=row, col=column)
 
 
-def as_shares(box: Sequence[float] | None, picture: np.ndarray[Any, Any] | None) -> Box | None:
-    """A box as shares of the image: given so (nothing above 1), or in pixels of the picture.
+def as_shares(box: Sequence[float] | None, picture: Pixels | None, frame: Box | None = None) -> Box | None:
+    """A box as shares of the image: given so (nothing above 1), or in pixels of the picture; without one in those of ``frame``, the part (left, top,
+    right, bottom) of the model's image that is shown.
 
     Raises:
-        InputError: pixels without a picture, or corners in the wrong order.
+        InputError: pixels of neither, or corners in the wrong order.
     """
     if box is None:
         return None
@@ -132,33 +137,50 @@ def as_shares(box: Sequence[float] | None, picture: np.ndarray[Any, Any] | None)
         raise InputError(f"A box is (left, top, right, bottom) with left < right and top < bottom, not {tuple(box)}.")
     if max(left, top, right, bottom) <= 1.0:
         return left, top, right, bottom
-    if picture is None:
+    if picture is None and frame is None:
         raise InputError(
             f"The box {tuple(box)} is in pixels: give the picture as well, or the box as shares of the image."
         )
-    height, width = picture.shape[:2]
-    return left / width, top / height, right / width, bottom / height
+    x0, y0, x1, y1 = frame if picture is None and frame else (0.0, 0.0, picture.shape[1], picture.shape[0])  # type: ignore[union-attr]
+    return (left - x0) / (x1 - x0), (top - y0) / (y1 - y0), (right - x0) / (x1 - x0), (bottom - y0) / (y1 - y0)
 
 
 def mark(
     figure: kit.Figure,
     box: Box | None,
-    rows: float,
-    columns: float,
+    size: tuple[float, float],
     row: int,
     column: int,
     color: str = style.AGAINST,
-    extent: tuple[float, float] = (1.0, 1.0),
+    label: str = "",
+    middle: bool = False,
 ) -> None:
-    """Draw a box over a picture, or a map of ``rows`` × ``columns`` cells that cover ``extent`` of the image's height and width."""
+    """Draw a box over a panel whose whole image has this height and width (see :func:`size_of`), with a label in its corner or its middle."""
     if box is None:
         return
-    rows, columns = rows / extent[0], columns / extent[1]
-    x0, y0, x1, y1 = (edge * size - 0.5 for edge, size in zip(box, (columns, rows, columns, rows), strict=True))
-    figure.add_shape(type="rect", x0=x0, x1=x1, y0=y0, y1=y1, line={"width": 2, "color": color}, row=row, col=column)
+    height, width = size
+    x0, y0, x1, y1 = (edge * length - 0.5 for edge, length in zip(box, (width, height, width, height), strict=True))
+    where = {"row": row, "col": column}
+    figure.add_shape(type="rect", x0=x0, x1=x1, y0=y0, y1=y1, line={"width": 2, "color": color}, **where)
+    if label:
+        place = {"x": (x0 + x1) / 2, "y": (y0 + y1) / 2} if middle else {"x": x0, "y": y0, "xanchor": "left"}
+        look = {"font": {"color": "#ffffff", "size": style.SMALL}, "bgcolor": color, "borderpad": 2, "showarrow": False}
+        figure.add_annotation(text=label, yanchor="middle" if middle else "top", **place, **look, **where)
 
 
 def below(figure: kit.Figure, text: str, row: int, column: int, size: int = style.SMALL, **more: Any) -> None:
     """A line of text under a panel."""
     where = {"xref": "x domain", "yref": "y domain", "x": 0.5, "y": -0.04, "yanchor": "top"}
     figure.add_annotation(text=text, showarrow=False, font={"size": size}, **where, **more, row=row, col=column)
+
+
+def finish(
+    figure: kit.Figure, title: str, height: int, scale: style.Scale, low: float, high: float, bar: str, **more: Any
+) -> kit.Figure:
+    """Title, height and the one colour bar of maps that share their scale."""
+    style.layout(figure, title, height, **more)
+    kit.bare(figure, visible=False)
+    figure.update_layout(
+        coloraxis={"colorscale": scale, "cmin": low, "cmax": high, "colorbar": kit.color_bar(bar, x=1.01)}
+    )
+    return figure

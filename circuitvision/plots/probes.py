@@ -18,16 +18,9 @@ if TYPE_CHECKING:
     from circuitvision.readout.probes.structure import CKAResult, PCAResult
 
 _NAMED = {
-    "red": "#e62828",
-    "green": "#28b43c",
-    "blue": "#2850e6",
-    "yellow": "#f0dc28",
-    "cyan": "#32d2dc",
-    "orange": "#f58c1e",
-    "purple": "#9632c8",
-    "white": "#f5f5f5",
-    "black": "#111111",
-}
+    "red": "#e62828", "green": "#28b43c", "blue": "#2850e6", "yellow": "#f0dc28", "cyan": "#32d2dc", "orange": "#f58c1e", "purple": "#9632c8",
+    "white": "#f5f5f5", "black": "#111111",
+}  # fmt: skip
 """Labels that are colours are drawn in their colour."""
 _PANELS_PER_ROW = 4
 _ROOM = 0.12
@@ -45,7 +38,7 @@ def probe(result: ProbeResult | Mapping[str, ProbeResult], title: str | None = N
     results: dict[str, ProbeResult] = dict(result) if isinstance(result, Mapping) else {"held-out examples": result}
     figure = kit.Figure()
     for number, (name, own) in enumerate(results.items()):
-        color = style.PALETTE[number % len(style.PALETTE)]
+        color = kit.color(number)
         _add_control(figure, own, color if several else style.GREY, f"{name}: " if several else "", not several)
         errors = ((own.values - own.low).tolist(), (own.high - own.values).tolist())
         kit.line(figure, list(map(str, own.layers)), own.values.tolist(), html.escape(name), color, errors=errors)
@@ -59,16 +52,14 @@ def probe(result: ProbeResult | Mapping[str, ProbeResult], title: str | None = N
     share = bool(first.classes)
     figure.update_layout(showlegend=several)
     unit = "right on held-out examples" if share else "R² on held-out examples"
-    kit.finish_lines(figure, style.titled(heading, *notes), unit, x="layer", share=share)
+    kit.finish_lines(figure, style.titled(heading, *notes), unit, x="layer", share=share, names=True)
     figure.update_yaxes(range=[-0.03, 1.05] if share else None, zeroline=False)
-    figure.update_xaxes(type="category")
     return figure
 
 
 def _add_control(figure: kit.Figure, result: ProbeResult, color: str, name: str, named: bool) -> None:
-    layers, middle, sd = list(map(str, result.layers)), result.control, result.control_sd.nan_to_num(0.0)
-    low, high = middle - 2 * sd, middle + 2 * sd
-    if not bool(middle.isnan().all()):
+    layers, (low, high) = list(map(str, result.layers)), result.control_band
+    if not bool(low.isnan().all()):
         kit.band(figure, layers, low.tolist(), high.tolist(), color, f"{name}shuffled labels")
         if named:
             # Below the band, where the line of chance does not run; above both where there is no room.
@@ -126,34 +117,28 @@ def _place(layer: str) -> str:
 
 def decisions(result: DecisionLayers, title: str | None = None) -> kit.Figure:
     """How many examples settle at each layer, right and wrong where the right answers are known, and how many never settle."""
-    layers, count = list(map(str, result.layers[: len(result.layers) - result.k])), len(result.values)
-    known = len(result.target) == count
-    wrong = result.wrong if known else torch.zeros(count, dtype=torch.bool)
+    layers, never = list(map(str, result.layers[: len(result.layers) - result.k])), result.shares["never"]
+    known, count = len(result.target) == len(result.values), len(result.values)
+    groups = [("settles", result.settled(), style.AGAINST)]
+    if known:
+        groups = [("settles on the right answer", result.settled(wrong=False), style.AGAINST)]
+        groups += [("settles on a wrong answer", result.settled(wrong=True), style.FOR)]
     figure = kit.Figure()
-    groups = [("settles on the right answer" if known else "settles", result.stable & ~wrong, style.AGAINST)]
-    groups += [("settles on a wrong answer", wrong, style.FOR)] if known else []
-    for name, members, color in groups:
-        shares = torch.bincount(result.values[members], minlength=len(layers))[: len(layers)] / count
+    for name, shares, color in groups:
         figure.add_bar(x=layers, y=shares.tolist(), name=name, marker={"color": color, "line": {"width": 0}})
-    never = float((~result.stable).double().mean())
     figure.add_bar(x=["never"], y=[never], name="never settles", marker={"color": style.GREY, "line": {"width": 0}})
     figure.update_traces(hovertemplate="%{x}: %{y:.1%}<extra>%{fullData.name}</extra>")
     if title is None:
-        settled = result.values[result.stable]
-        middle = layers[int(settled.double().quantile(0.5, interpolation="lower"))] if len(settled) else ""
-        title = (
-            f"Half of the settled predictions are settled by {_place(middle)}" if middle else "No prediction settles"
-        )
-        title += f"; {result.stable_but_wrong:.0%} of the settled are wrong" if known and middle else ""
+        title = "No prediction settles"
+        if result.median is not None:
+            title = f"Half of the settled predictions are settled by {_place(layers[result.median])}"
+            title += f"; {result.stable_but_wrong:.0%} of the settled are wrong" if known else ""
         title += f"; {never:.0%} never settle"
     heading = style.titled(
         title, f"settled: the same prediction for {result.k + 1} layers in a row", f"{count} examples"
     )
-    kit.finish_lines(
-        figure, heading, "share of examples", 280, x="settles at layer", share=True, barmode="stack", bargap=0.35
-    )
-    figure.update_xaxes(type="category")
-    return figure
+    options: dict[str, Any] = {"share": True, "names": True, "barmode": "stack", "bargap": 0.35}
+    return kit.finish_lines(figure, heading, "share of examples", 280, x="settles at layer", **options)
 
 
 def components(result: PCAResult, title: str | None = None) -> kit.Figure:
@@ -179,9 +164,7 @@ def components(result: PCAResult, title: str | None = None) -> kit.Figure:
         down = own[1] if len(own) > 1 else torch.zeros_like(across)
         _add_points(figure, result, across, down, number // columns + 1, number % columns + 1, number == 0)
     height = int(66 + rows * (940 / columns if columns > 1 else 460) * 0.95)
-    style.layout(
-        figure, html.escape(title or _spread(result, layers, explained)), height, above=44, margin={"l": 20, "b": 60}
-    )
+    style.layout(figure, html.escape(title or _spread(result, layers)), height, above=44, margin={"l": 20, "b": 60})
     kit.bare(figure, showticklabels=False)
     figure.update_xaxes(zeroline=True, zerolinecolor=style.FAINT)
     figure.update_yaxes(zeroline=True, zerolinecolor=style.FAINT)
@@ -197,7 +180,7 @@ def _panel_title(layer: Any, shares: torch.Tensor) -> str:
     return style.titled(name, " + ".join(f"{share:.0%}" for share in shares[:2].tolist()))
 
 
-def _spread(result: PCAResult, layers: list[Any], explained: torch.Tensor) -> str:
+def _spread(result: PCAResult, layers: list[Any]) -> str:
     between = result.between.reshape(-1)
     kept = len(result.axes["component"])
     shown = f"the first {kept} components" if kept > 1 else "the first component"
@@ -207,7 +190,7 @@ def _spread(result: PCAResult, layers: list[Any], explained: torch.Tensor) -> st
             return f"{shown[0].upper()}{shown[1:]} do not show the {result.label_name}: it makes up {float(between[best]):.0%} at most"
         place = "" if layers[best] is None else f" {_after(layers[best])}"
         return f"The {result.label_name} makes up {float(between[best]):.0%} of {shown}{place}"
-    held = explained.sum(1).nan_to_num(-1)
+    held = result.held.reshape(-1).nan_to_num(-1)
     best = int(held.argmax())
     place = "" if layers[best] is None else f" {_after(layers[best])}"
     return f"{shown[0].upper()}{shown[1:]} hold {float(held[best]):.0%} of the variance{place}"
@@ -216,43 +199,24 @@ def _spread(result: PCAResult, layers: list[Any], explained: torch.Tensor) -> st
 def _add_points(
     figure: kit.Figure, result: PCAResult, across: torch.Tensor, down: torch.Tensor, row: int, column: int, first: bool
 ) -> None:
-    marker = {"size": 6, "opacity": 0.75, "line": {"width": 0.5, "color": style.GREY}}
-    where = {"row": row, "col": column}
-    numbers = [isinstance(label, float) for label in result.labels]
-    if not result.labels or all(numbers):
-        paint: dict[str, Any] = {"color": style.AGAINST}
-        if result.labels:
-            bar = {"title": html.escape(result.label_name), "thickness": 12, "outlinewidth": 0}
-            paint |= {"color": result.labels, "colorscale": "Viridis", "showscale": first, "colorbar": bar}
-        figure.add_scatter(
-            x=across.tolist(),
-            y=down.tolist(),
-            mode="markers",
-            marker={**marker, **paint},
-            text=result.labels or None,
-            showlegend=False,
-            hovertemplate="example %{pointNumber} %{text}<extra></extra>",
-            **where,
-        )
-        return
-    labels = sorted(set(result.labels), key=str)
+    """One layer's examples: a trace per label, or one whose colour is the label where these are numbers."""
+    numbers = all(isinstance(label, float) for label in result.labels)
+    labels = [None] if numbers else sorted(set(result.labels), key=str)
     named = all(str(label) in _NAMED for label in labels)
     for number, label in enumerate(labels):
-        own = torch.tensor([other == label for other in result.labels])
-        numbers_of = own.nonzero().flatten().tolist()
-        color = _NAMED[str(label)] if named else style.PALETTE[number % len(style.PALETTE)]
+        own = [n for n in range(len(across)) if numbers or result.labels[n] == label]
+        paint: dict[str, Any] = {"color": _NAMED[str(label)] if named else kit.color(number)}
+        if numbers:
+            paint = {"color": style.AGAINST}
+        if numbers and result.labels:
+            bar = kit.color_bar(html.escape(result.label_name))
+            paint = {"color": result.labels, "colorscale": "Viridis", "showscale": first, "colorbar": bar}
+        said = [f"{n} {result.labels[n]}" if result.labels else str(n) for n in own]
         figure.add_scatter(
-            x=across[own].tolist(),
-            y=down[own].tolist(),
-            mode="markers",
-            name=html.escape(str(label)),
-            legendgroup=str(label),
-            showlegend=first,
-            marker={**marker, "color": color},
-            customdata=numbers_of,
-            hovertemplate="example %{customdata}<extra>%{fullData.name}</extra>",
-            **where,
-        )
+            x=across[own].tolist(), y=down[own].tolist(), mode="markers", name=html.escape(str(label)), legendgroup=str(label),
+            showlegend=first and not numbers, marker={"size": 6, "opacity": 0.75, "line": {"width": 0.5, "color": style.GREY}, **paint},
+            customdata=list(map(html.escape, said)), hovertemplate="example %{customdata}<extra></extra>", row=row, col=column,
+        )  # fmt: skip
 
 
 def cka(result: CKAResult, title: str | None = None) -> kit.Figure:

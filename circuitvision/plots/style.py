@@ -43,9 +43,9 @@ def diverging(low: Color = _LOW, high: Color = _HIGH) -> Scale:
     return [[where, f"rgba({r},{g},{b},{alpha})"] for where, (r, g, b), alpha in stops]
 
 
-def sequential(over_picture: bool = False, high: Color = _HIGH) -> Scale:
+def sequential(over_picture: bool = False) -> Scale:
     """A colour scale to a colour from a faint grey, or over a picture from nothing."""
-    red, green, blue = high
+    red, green, blue = _HIGH
     lowest = f"rgba({red},{green},{blue},0)" if over_picture else "rgba(128,128,128,0.1)"
     return [[0.0, lowest], [0.3, f"rgba({red},{green},{blue},0.45)"], [1.0, f"rgba({red},{green},{blue},1)"]]
 
@@ -141,11 +141,6 @@ def titled(lead: str, *notes: str) -> str:
     """A title and, smaller below it, its notes; those that are empty are left out."""
     there = "; ".join(note for note in notes if note)
     return f"{lead}<br><span style='font-size:{SMALL}px'>{there}</span>" if there else lead
-
-
-def which_row(row: int, rows: int) -> str:
-    """A note for a title: which of several rows a figure shows; nothing where there is no choice."""
-    return f"row {row} of {rows} (row= shows another)" if rows > 1 else ""
 
 
 def layout(figure: go.Figure, title: str, height: int, *, above: int = 0, **more: Any) -> go.Figure:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,8 +21,6 @@ _LONGEST = 80
 MOST_PANELS = 12
 """How many heat maps a figure holds, and how many stand in a row."""
 PANELS_IN_ROW = 4
-_MOST_COLUMNS = 32
-"""Cells of a row of panels that have words in them, at most."""
 
 
 def sweep(result: SweepResult, title: str | None = None, count: int = 12, metric: str | None = None) -> kit.Figure:
@@ -55,7 +52,7 @@ def _heading(result: SweepResult, title: str | None, mean: torch.Tensor) -> str:
     if title is None:
         title = "No edit has a value"
         if best:
-            title = f"{_escape(spelled_cell(best[0][0]))} moves {metric} most: {_signed(best[0][1], kit.largest(mean))}{unit}"
+            title = f"{kit.escaped(spelled_cell(best[0][0]))} moves {metric} most: {_signed(best[0][1], kit.largest(mean))}{unit}"
     return style.titled(title, *_notes(result, int(result.done.sum())))
 
 
@@ -67,7 +64,7 @@ def _line(result: SweepResult, title: str | None) -> kit.Figure:
     figure = kit.Figure()
     kit.line(
         figure, map(str, entries), mean.tolist(), metric, style.FOR, errors=(spread, spread) if len(result.examples) > 1 else None,
-        customdata=[_escape(label) for label in result.labels], hovertemplate=f"%{{customdata}}<br>%{{y:+.4g}}{unit}<extra></extra>",
+        customdata=[kit.escaped(label) for label in result.labels], hovertemplate=f"%{{customdata}}<br>%{{y:+.4g}}{unit}<extra></extra>",
     )  # fmt: skip
     style.layout(figure, _heading(result, title, mean), 320, showlegend=False, margin={"l": 64})
     figure.update_xaxes(title=name, type="category", showgrid=False, zeroline=False)
@@ -77,42 +74,20 @@ def _line(result: SweepResult, title: str | None) -> kit.Figure:
 
 def _grid(result: SweepResult, title: str | None) -> kit.Figure:
     *lead, down, across = result.grid
-    mean = result.mean(quantity="effect")
-    grids = mean if lead else mean[None]
-    columns = min(len(grids), PANELS_IN_ROW)
-    rows = math.ceil(len(grids) / columns)
-    figure = kit.panels(
-        rows, columns, subplot_titles=[_escape(f"{lead[0]} {entry}") for entry in result.grid[lead[0]]] if lead else None,
-        horizontal_spacing=0.08 / columns, vertical_spacing=0.24 / rows,
+    mean, unit = result.mean(quantity="effect"), _names(result)[1]
+    panels = [f"{lead[0]} {entry}" for entry in result.grid[lead[0]]] if lead else [""]
+    size, width = mean.numel() // len(panels), mean.shape[-1]
+    labels = [kit.escaped(label) for label in result.labels]
+    names = {
+        name: [labels[at : at + width] for at in range(number * size, (number + 1) * size, width)]
+        for number, name in enumerate(panels)
+    }
+    figure = kit.heat(
+        dict(zip(panels, mean if lead else mean[None], strict=True)), (down, result.grid[down]), (across, result.grid[across]),
+        unit=unit.strip(), bar=f"change{f',{unit}' if unit else ''}", names=names, listed=down != "layer", in_row=PANELS_IN_ROW,
     )  # fmt: skip
-    height, width = grids.shape[1:]
-    names = [[_escape(name) for name in result.labels[at : at + width]] for at in range(0, mean.numel(), width)]
-    unit, limit = _names(result)[1], kit.largest(mean)
-    written = height * width <= kit.MOST_WORDS and columns * width <= _MOST_COLUMNS
-    scale = style.legible(signed=True) if written else style.diverging()
-    words = kit.in_words(grids.flatten(0, 1)) if written else None
-    side = kit.axis(result.grid[down], down, room=24 if rows == 1 else 8, automargin=True)
-    if down != "layer":
-        side["range"] = side["range"][::-1]
-    for number, grid in enumerate(grids):
-        own = slice(number * height, (number + 1) * height)
-        place = {"row": number // columns + 1, "column": number % columns + 1}
-        at = {"row": place["row"], "col": place["column"]}
-        kit.cells(
-            figure, grid, scale, -limit, limit, words=words and words[own], **place, coloraxis="coloraxis",
-            customdata=names[own], hovertemplate=f"%{{customdata}}<br>%{{z:+.4g}}{unit}<extra></extra>",
-        )  # fmt: skip
-        below = number + columns >= len(grids)
-        figure.update_xaxes(
-            **kit.axis(result.grid[across], across if below else None, room=32 // columns, tickangle=0), **at
-        )
-        outer = {} if place["column"] == 1 else {"title": None, "showticklabels": False}
-        figure.update_yaxes(**{**side, **outer}, **at)
-    figure.update_layout(coloraxis={"colorbar": kit.color_bar(f"change{f',{unit}' if unit else ''}")})
-    tall = min(max(34 * height, 110), 600 if rows == 1 else 300)
-    return style.layout(
-        figure, _heading(result, title, mean), 70 + rows * tall + (rows - 1) * 60, above=26 * bool(lead)
-    )
+    rows = math.ceil(len(panels) / PANELS_IN_ROW)
+    return kit.finish_heat(figure, _heading(result, title, mean), mean.shape[-2], rows)
 
 
 def _change(metric: str, unit: str) -> str:
@@ -121,8 +96,8 @@ def _change(metric: str, unit: str) -> str:
 
 def _names(result: SweepResult) -> tuple[str, str]:
     """The metric, and its unit with a space before it."""
-    units = _escape(str(result.provenance.get("metric_units") or ""))
-    return _escape(str(result.provenance.get("metric") or "the metric")), f" {units}" if units else ""
+    units = kit.escaped(str(result.provenance.get("metric_units") or ""))
+    return kit.escaped(str(result.provenance.get("metric") or "the metric")), f" {units}" if units else ""
 
 
 def _notes(result: SweepResult, shown: int) -> list[str]:
@@ -136,44 +111,29 @@ def _notes(result: SweepResult, shown: int) -> list[str]:
         notes.append(f"{count - there} without a value left out")
     notes.append(f"unedited {float(result.mean(quantity='clean')):.3g}".replace("-", "\N{MINUS SIGN}"))
     if result.interrupted:
-        notes.append(f"interrupted by {_escape(_middle(result.interrupted, _SHORT))}")
+        notes.append(f"interrupted by {kit.escaped(_middle(result.interrupted, _SHORT))}")
     return notes
 
 
 def _bars(result: SweepResult, title: str | None, count: int) -> kit.Figure:
     mean, error = (found.flatten() for found in (result.mean(quantity="effect"), result.error(quantity="effect")))
     there = torch.isfinite(mean).nonzero().flatten()
-    examples, means = len(result.examples), mean[there]
-    order = means.abs().argsort(descending=True, stable=True)[:count]
-    shown, values = there[order], means[order].tolist()
-    names = result.labels
-    labels = [names[index] for index in shown.tolist()]
-    short = [_escape(label) for label in shortened(labels)]
-    errors = error[shown].nan_to_num(0.0).tolist()
+    shown = there[mean[there].abs().argsort(descending=True, stable=True)[:count]]
+    values, errors = mean[shown].tolist(), error[shown].nan_to_num(0.0).tolist()
+    labels = [result.labels[index] for index in shown.tolist()]
+    short = [kit.escaped(label) for label in shortened(labels)]
     metric, unit = _names(result)
     written = [_signed(value, max(map(abs, values))) for value in values]
-    figure = kit.Figure()
-    kit.add_bars(figure, short, values, errors=errors)
-    figure.update_traces(
-        error_x={"visible": examples > 1}, customdata=[[_escape(label), error] for label, error in zip(labels, errors, strict=True)],
-        hovertemplate="%{customdata[0]}<br>%{x:+.4g}" + (" ± %{customdata[1]:.2g}" if examples > 1 else "") + f"{unit}<extra></extra>",
-    )  # fmt: skip
-    for row, text in enumerate(written):
-        figure.add_annotation(x=1, xref="paper", xanchor="left", xshift=10, y=row, text=text, showarrow=False)
     if title is None:
         title = f"No edit moves {metric}" if values else "No edit has a value"
         if any(values):
             title = f"{short[0]}<br>moves {metric} most: {written[0]}{unit}"
     heading = style.titled(title, *_notes(result, len(values)))
-    style.layout(
-        figure, heading, 70 + 28 * max(len(values), 1), showlegend=False, bargap=0.35, margin={"l": 10, "r": 75}
-    )
-    figure.update_xaxes(
-        title={"text": _change(metric, unit), "font": {"size": style.TEXT}}, rangemode="tozero", gridcolor=style.FAINT, zeroline=True,
-        zerolinecolor=style.GREY, zerolinewidth=1,
+    spread = [f" (± {one:.2g}{unit})" if len(result.examples) > 1 else "" for one in errors]
+    return kit.bars(
+        short, values, heading, _change(metric, unit), words=written, errors=errors if len(result.examples) > 1 else None,
+        hover=[kit.escaped(label) + more for label, more in zip(labels, spread, strict=True)],
     )  # fmt: skip
-    figure.update_yaxes(ticklabelstandoff=6)
-    return figure
 
 
 def shortened(labels: Sequence[str]) -> list[str]:
@@ -229,10 +189,6 @@ def _middle(label: str, width: int) -> str:
         return label
     tail = (width - 1) // 2
     return f"{label[: width - 1 - tail]}…{label[-tail:]}"
-
-
-def _escape(text: str) -> str:
-    return html.escape(text, quote=False)
 
 
 def _signed(value: float, largest: float) -> str:

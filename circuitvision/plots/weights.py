@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from circuitvision.readout.weights.head_circuits import CompositionScores, SingularVectors
     from circuitvision.readout.weights.value_vectors import ValueVectors
 
-_FINDINGS = {
-    "key_value_agreement": "What is active promotes the true class",
-    "compositionality": "What is active promotes what the layer answers",
-}
 _KINDS = {"patch": style.FOR, "cls": style.AGAINST, "text": style.AGAINST, "action": style.FOR}
 
 
@@ -69,10 +65,9 @@ def value_vectors(
 
 def class_value_agreement(result: ClassValueAgreement, title: str | None = None) -> kit.Figure:
     """Every class's agreement by layer, over the range that sets of random rows reach on average."""
-    layers, means, chance = result.axes["layer"], result.values.mean(-1), result.random.mean(-1)
-    high, middle = float(chance.max()), float(chance.mean())
+    layers, means, (low, middle, high) = result.axes["layer"], result.over_classes(), result.chance()
     figure = kit.Figure()
-    figure.add_hrect(y0=float(chance.min()), y1=high, fillcolor=style.FAINT, line_width=0)
+    figure.add_hrect(y0=low, y1=high, fillcolor=style.FAINT, line_width=0)
     figure.add_hline(y=middle, line={"color": style.GREY, "width": 1.5, "dash": "dash"})
     figure.add_scatter(
         x=[index for index in range(len(layers)) for _ in result.axes["class"]], y=result.values.flatten().tolist(), mode="markers",
@@ -81,11 +76,8 @@ def class_value_agreement(result: ClassValueAgreement, title: str | None = None)
     )  # fmt: skip
     mark = {"size": 12, "color": style.FOR, "symbol": "diamond"}
     kit.line(figure, range(len(layers)), means.tolist(), "mean of the classes", style.FOR, marker=mark)
-    best = int((means - middle).argmax())
-    verb = "point at the classes" if float(means[best]) > high else "point at the classes no more than random rows do"
-    beside = f"{float(means[best]):.2f} beside {middle:.2f} by chance, p = {float(result.p[best]):.2g}"
     note = f"{result.tower} tower, {result.component}; grey: the mean over classes of {len(result.random)} sets of random rows"
-    heading = style.titled(title or f"Layer {layers[best]}'s value vectors {verb}: {beside}", note)
+    heading = style.titled(title or str(findings.points_at_classes(result)), note)
     kit.finish_lines(figure, heading, "largest cosine")
     figure.update_xaxes(**kit.axis(layers, "layer"))
     return figure
@@ -101,10 +93,8 @@ def key_value_agreement(result: KeyValueAgreement, title: str | None = None) -> 
         kit.chance(figure, part["layer"].tolist(), part["chance"].tolist(), f"{kind}, by chance", color)
     if title is None:
         best = max(summary.to_dict("records"), key=lambda entry: entry["rate"] - entry["chance"])
-        rates = f"{best['rate']:.0%}, by chance {best['chance']:.0%}"
-        title = (
-            f"{_FINDINGS.get(result.measure, 'Above chance')}, most at {best['kind']} of layer {best['layer']}: {rates}"
-        )
+        told = findings.agrees(result.measure, best["kind"], str(best["layer"]), best["rate"], best["chance"])
+        title = str(told)
     note = f"{result.tower} tower, {'neurons' if result.component == 'mlp' else 'channels of heads'}; dashed: by chance"
     unit = "share of active keys" if result.measure == "compositionality" else "share of tokens"
     kit.finish_lines(figure, style.titled(title, note), unit, x="layer", share=True)
@@ -152,40 +142,20 @@ def composition(result: CompositionScores, title: str | None = None) -> kit.Figu
         return kit.empty("Composition needs heads of two layers", title)
     # The last layer writes to no other, the first reads from no other.
     grid = result.values[:-1, :, 1:].flatten(0, 1).flatten(1)
-    writers = [head_name(layer, head, result.tower) for layer in layers[:-1] for head in heads]
-    readers = [head_name(layer, head, result.tower) for layer in layers[1:] for head in heads]
+    # The tower stands in the note; labels with it would not fit side by side.
+    writers = [head_name(layer, head) for layer in layers[:-1] for head in heads]
+    readers = [head_name(layer, head) for layer in layers[1:] for head in heads]
     unit = "score" + (f" {kit.MINUS} chance" if result.random_mean else "")
-    figure = kit.heat(
-        {"": grid},
-        ("head that writes", writers),
-        ("head that reads", readers),
-        unit=unit,
-        words=False,
-        hover="%{customdata[0]} → %{customdata[1]}",
-    )
+    options: dict[str, Any] = {"unit": unit, "words": False, "hover": "%{customdata[0]} → %{customdata[1]}"}
+    figure = kit.heat({"": grid}, ("head that writes", writers), ("head that reads", readers), **options)
     figure.update_traces(hoverongaps=False)
     for edge in range(1, len(layers) - 1):
         figure.add_vline(x=edge * len(heads) - 0.5, line={"color": style.GREY, "width": 1})
         figure.add_hline(y=edge * len(heads) - 0.5, line={"color": style.GREY, "width": 1})
-    title = title or _composition_found(result, int(grid.isfinite().sum()))
+    title = title or str(findings.composes(result))
     chance = f"random heads: {result.random_mean:.3f} ± {result.random_sd:.3f}" if result.random_mean else ""
     return kit.finish_heat(
         figure, style.titled(title, f"{result.tower} tower, {result.kind}-composition", chance), len(writers)
-    )
-
-
-def _composition_found(result: CompositionScores, n_pairs: int) -> str:
-    """The strongest pair, unless as many pairs of random heads would have had one as strong."""
-    found = result.top(1)
-    if not found:
-        return "No pair of heads has a score"
-    pair, score = f"{found[0][0]} → {found[0][1]}", kit.signed(found[0][2])
-    # The largest of n Gaussian draws lies near this many standard deviations.
-    expected = result.random_sd * math.sqrt(2 * math.log(max(n_pairs, 2)))
-    if result.random_mean and found[0][2] <= expected:
-        return f"No pair stands out from random heads in {result.kind}-composition; the first is {pair}, {score}"
-    return f"{pair} composes most through {result.kind}: {score}" + (
-        " above random heads" if result.random_mean else ""
     )
 
 

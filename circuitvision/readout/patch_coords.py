@@ -8,13 +8,12 @@ shares of the picture the model read, because a patch grid need not cover all of
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
@@ -38,14 +37,64 @@ def shares_of(tokens: TokenMap, dropped: int = 0) -> Float[Tensor, "row pos 4"]:
     return torch.from_numpy(tokens.shares[:, dropped:].copy())
 
 
-def extent_of(shares: Tensor, places: Tensor, row: int, image: int, tile: int | None = None) -> tuple[float, float]:
-    """How much of the height and of the width of an image (or tile) its patch grid covers; (1, 1) where a result does not know."""
-    if shares.ndim != 3:
+class PictureOf(NamedTuple):
+    """One picture of a result: where its example stands on the axis ``example``, and which of its images and tiles it is."""
+
+    entry: int
+    image: int
+    tile: int
+
+    def here(self, result: Any) -> Bool[Tensor, " pos"]:
+        """Which positions are patches of the picture."""
+        return (result.places[self.entry] >= 0).all(-1) & (
+            result.places[self.entry, :, :2] == torch.tensor([self.image, self.tile])
+        ).all(-1)
+
+
+def picture_of(result: Any, example: Any = None, image: int | None = None, tile: int | None = None) -> PictureOf:
+    """Which picture of a result with ``places`` is meant; None: the first example, its first image, its first tile (the whole image, where a model
+    also reads it in parts). An example whose images or tiles are entries of their own is looked through for the one that is asked for.
+
+    Raises:
+        InputError: no such example, or no position of it is a patch of that image and tile.
+    """
+    for name, number in (("image", image), ("tile", tile)):
+        if number is not None and not hasattr(number, "__index__"):
+            raise InputError(
+                f"{name}= is the number of one of the example's {name}s, from 0, not a {type(number).__name__}; a picture to lay under is picture=."
+            )
+    entries = result.entries(example)
+    for entry in entries if result.places.ndim == 3 else ():
+        own = result.places[entry]
+        found = sorted({(which, part) for which, part, down, _ in own.tolist() if down >= 0})
+        fits = [(i, t) for i, t in found if image in (None, i) and tile in (None, t)]
+        if fits:
+            return PictureOf(entry, *fits[0])
+    which = ", ".join(f"{name} {number}" for name, number in (("image", image), ("tile", tile)) if number is not None)
+    raise InputError(
+        f"No position of example {result.axes['example'][entries[0]]} is a patch{f' of {which}' if which else ''} by itself; positions that mix "
+        "patches lie on no grid."
+    )
+
+
+def entry_of(result: Any, example: Any = None, image: int | None = None, tile: int | None = None) -> int:
+    """Where an example stands on its axis: the first place, or the one that holds an image or tile; InputError as of :func:`picture_of`."""
+    if image is None and tile is None:
+        return result.entries(example)[0]
+    return picture_of(result, example, image, tile).entry
+
+
+def extent_of(result: Any, picture: PictureOf) -> tuple[float, float]:
+    """How much of the height and of the width of a picture its patch grid covers; (1, 1) where a result does not know."""
+    if result.shares.ndim != 3:
         return 1.0, 1.0
-    here = (places[row, :, 0] == image) & (places[row, :, 2] >= 0)
-    here &= places[row, :, 1] == (int(places[row, here, 1].min()) if tile is None else tile)
-    across, down = shares[row, here, 2:].amax(0).tolist()
+    across, down = result.shares[picture.entry, picture.here(result), 2:].amax(0).tolist()
     return down, across
+
+
+def grid_of(result: Any, values: Float[Tensor, "*batch pos"], picture: PictureOf) -> Float[Tensor, "*batch row col"]:
+    """Values of one entry's positions on the patch grid of one of its pictures; see :func:`on_grid`."""
+    return on_grid(values, result.places[picture.entry], picture.image, picture.tile)
 
 
 def on_grid(
@@ -58,12 +107,6 @@ def on_grid(
     Raises:
         InputError: no position is a patch of that image and tile.
     """
-    try:
-        image = operator.index(image)
-    except TypeError as error:
-        raise InputError(
-            f"image= is the number of an image of the row, from 0, not a {type(image).__name__}; a picture to lay under is picture=."
-        ) from error
     here = (places[:, 0] == image) & (places[:, 2] >= 0)
     if bool(here.any()) and tile is None:
         tile = int(places[here, 1].min())

@@ -77,13 +77,15 @@ def edit_a_copy_of_the_keys(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(attention, "_rotated", rotated)
 
 
-def _appended(module: Any, hook: Any, pre: bool = False) -> Any:
-    return (module.register_forward_pre_hook if pre else module.register_forward_hook)(hook, with_kwargs=True)
+def _appended(table: Any, hook: Any, with_kwargs: dict[int, bool]) -> Any:
+    key = hooks._next_key()
+    table[key], with_kwargs[key] = hook, True
+    return table, with_kwargs, key
 
 
 def append_hooks(patch: pytest.MonkeyPatch) -> None:
     """Handles come after those of transformers, which has recorded the hidden state by then."""
-    patch.setattr(hooks, "_after_others", _appended)
+    patch.setattr(hooks, "_placed", _appended)
 
 
 def rebuild_everywhere(patch: pytest.MonkeyPatch) -> None:

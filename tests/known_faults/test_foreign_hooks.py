@@ -365,13 +365,14 @@ def test_functional_transforms_see_the_edits() -> None:
 
 def prepend(patch: pytest.MonkeyPatch) -> None:
     """Handles come before those of others."""
-    patch.setattr(
-        hooks,
-        "_after_others",
-        lambda module, hook, pre=False: (module.register_forward_pre_hook if pre else module.register_forward_hook)(
-            hook, prepend=True, with_kwargs=True
-        ),
-    )
+
+    def first(table: Any, hook: Any, with_kwargs: dict[int, bool]) -> Any:
+        key = hooks._next_key()
+        table[key], with_kwargs[key] = hook, True
+        table.move_to_end(key, last=False)
+        return table, with_kwargs, key
+
+    patch.setattr(hooks, "_placed", first)
 
 
 def write_through(patch: pytest.MonkeyPatch) -> None:

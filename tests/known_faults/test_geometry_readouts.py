@@ -15,7 +15,7 @@ from circuitvision import readout
 from circuitvision.errors import InputError
 from circuitvision.model.patches import PatchEmbedding
 from circuitvision.model.tokens import TokenMap
-from circuitvision.readout.patch_coords import extent_of
+from circuitvision.readout.patch_coords import extent_of, picture_of
 from circuitvision.readout.probes.strongest import box_shares
 from circuitvision.readout.relevance.attention import _read_by
 from circuitvision.readout.relevance.boxes import Boxes
@@ -127,7 +127,7 @@ def test_a_map_is_stretched_over_what_its_patches_read() -> None:
     assert torch.equal(whole[:24, :28], expected)
     assert whole[24:].isnan().all()
     assert whole[:, 28:].isnan().all()
-    figure = result.plot(row=1, picture=np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+    figure = result.plot(example=1, picture=np.zeros((HEIGHT, WIDTH, 3), np.uint8))
     heat = next(trace for trace in figure.data if trace.type == "heatmap")
     assert np.allclose(heat.x, np.arange(7) * PATCH[1] + PATCH[1] / 2 - 0.5)
     assert np.allclose(heat.y, np.arange(4) * PATCH[0] + PATCH[0] / 2 - 0.5)
@@ -137,7 +137,7 @@ def test_attention_is_drawn_over_what_its_patches_read() -> None:
     model, inputs = uneven()
     _, cache = model.run_with_cache(inputs)
     maps = readout.attention_maps(model, cache, query="cls")
-    assert extent_of(maps.shares, maps.places, 0, 0) == pytest.approx((24 / 25, 28 / 31))
+    assert extent_of(maps, picture_of(maps)) == pytest.approx((24 / 25, 28 / 31))
     figure = maps.plot(picture=np.zeros((HEIGHT, WIDTH, 3), np.uint8), box=(0, 0, WIDTH, HEIGHT))
     heat = next(trace for trace in figure.data if trace.type == "heatmap" and trace.opacity)
     assert np.allclose(heat.x, np.arange(7) * PATCH[1] + PATCH[1] / 2 - 0.5)

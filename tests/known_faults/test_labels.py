@@ -70,18 +70,18 @@ def test_rows_are_counted_and_layers_go_by_their_labels() -> None:
     one = found.take(1)
     assert torch.equal(by_row(one.take(0)), by_row(one))
     assert one.axes["example"] == [1]
-    assert torch.equal(one.patch_grid(0, row=0), found.patch_grid(0, row=1))
+    assert torch.equal(one.patch_grid(0), found.patch_grid(0, example=1))
     for call in (
         lambda: one.take(1),
-        lambda: one.patch_grid(0, row=1),
+        lambda: one.patch_grid(0, example=9),
         lambda: found.index(-1),
         lambda: found.take(-1),
     ):
         with pytest.raises(InputError, match="There is no"):
             call()
     assert one.plot() is not None
-    with pytest.raises(InputError, match="There is no row 1"):
-        one.plot(row=1)
+    with pytest.raises(InputError, match="There is no example 9"):
+        one.plot(example=9)
 
 
 def test_summaries_name_the_nearest_labels() -> None:

@@ -248,29 +248,19 @@ def test_without_the_refusal_a_sweep_says_zero(monkeypatch: pytest.MonkeyPatch) 
 # ---- families of one's own
 
 
-def test_a_family_registered_first_hides_no_shipped_one() -> None:
+def test_what_is_registered_first_hides_nothing_shipped_and_is_not_undone() -> None:
     code = (
         "from circuitvision.model.spec import *\n"
         "register_family(Family(name='mine', classes=('MyModel',), output='logits', towers=(TowerSpec('vision'),)))\n"
         "register_stack(Stack(blocks='layers', block=None, final_norm=None, embed='e'), 'mine')\n"
-        "from circuitvision.model import spec\n"
-        "assert 'ViTForImageClassification' in spec.FAMILIES and 'MyModel' in spec.FAMILIES\n"
-        "assert 'llama' in spec.STACKS and 'mine' in spec.STACKS and 'LayerNorm' in spec.NORMS\n"
-        "print('both')\n"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert found.stdout == "both\n", found.stderr
-
-
-def test_a_stack_registered_first_is_not_undone() -> None:
-    code = (
-        "from circuitvision.model.spec import *\n"
-        "mine = Stack(blocks='layers', block=None, final_norm=None, embed='mine')\n"
-        "register_stack(mine, 'llama')\n"
+        "llama = Stack(blocks='layers', block=None, final_norm=None, embed='mine')\n"
+        "register_stack(llama, 'llama')\n"
         "from circuitvision.model import spec\n"
         "spec.load_tables()\n"
-        "assert spec.STACKS['llama'] is mine\n"
-        "print('mine')\n"
+        "assert 'ViTForImageClassification' in spec.FAMILIES and 'MyModel' in spec.FAMILIES\n"
+        "assert 'mine' in spec.STACKS and 'LayerNorm' in spec.NORMS\n"
+        "assert spec.STACKS['llama'] is llama\n"
+        "print('all')\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert found.stdout == "mine\n", found.stderr
+    assert found.stdout == "all\n", found.stderr

@@ -71,7 +71,7 @@ def test_maps_are_the_rows_of_the_pattern_in_every_tower(case: Case):
         for row in range(tokens.n_rows):
             for key in seen[row].nonzero().flatten().tolist()[:3]:
                 image, tile, r, c = maps.places[row, key].tolist()
-                assert maps.grid(0, 1, row, image, tile)[r, c] == by_row(maps)[0, 1, row, key]
+                assert maps.grid(0, 1, maps.axes["example"][row], image, tile)[r, c] == by_row(maps)[0, 1, row, key]
 
 
 def test_a_patch_that_asks_is_remembered_with_its_place():
@@ -282,7 +282,7 @@ def test_a_question_stands_out_against_a_generic_one_in_a_trained_model():
     result = attention_contrast(*(attention_maps(model, cache, layers=[1, 2]) for cache in caches))
     hits = []
     for row, pair in enumerate(pairs):
-        left, top, right, bottom = result.regions(5.0, 1, row=row)[0].box
+        left, top, right, bottom = result.regions(5.0, 1, example=row)[0].box
         x0, y0, x1, y1 = pair.question.subject.box
         hits.append(left <= x0 and top <= y0 and right >= x1 and bottom >= y1)
     assert np.mean(hits) >= 0.9
@@ -491,5 +491,5 @@ def test_meaningless_contrasts_are_refused():
     for options in ({"top_percent": 0}, {"top_percent": 101}, {"count": 0}):
         with refuse("top_percent above 0"):
             result.regions(**options)
-    with refuse("no row 4"):
-        result.regions(row=4)
+    with refuse("no example 4"):
+        result.regions(example=4)

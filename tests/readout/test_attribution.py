@@ -298,7 +298,7 @@ def test_the_first_things_shown_are_the_strongest():
     at = pairs.axes["image_term"].index(image), pairs.axes["text_term"].index(text), 0, 0
     assert abs(float(by_row(pairs)[at])) == float(by_row(pairs)[:, :, 0, 0].abs().max())
     assert float(value) == pytest.approx(float(by_row(pairs)[at]), rel=1e-3)
-    for options in ({"image": 2}, {"text": 9}, {"image": -1}):
+    for options in ({"example": 2}, {"text": 9}, {"example": -1}):
         with pytest.raises(InputError, match="There is no"):
             pairs.plot(**options)
     model, _, cache = run("llava-clip-llama", everything=True)

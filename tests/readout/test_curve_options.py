@@ -165,8 +165,8 @@ def test_a_box_in_shares_needs_no_picture_and_rows_are_checked():
     assert "peaks beside the object" in result.plot(box=(0.0, 0.0, 0.5, 0.5)).layout.title.text
     with pytest.raises(InputError, match="in pixels: give the picture"):
         result.plot(box=(1, 1, 2, 2))
-    with pytest.raises(InputError, match="There is no row 1"):
-        result.plot(row=1)
+    with pytest.raises(InputError, match="There is no example 1"):
+        result.plot(example=1)
     with pytest.raises(InputError, match="does not take overlay="):
         result.plot(overlay=False, picture=np.zeros((4, 4, 3), dtype=np.uint8))
 

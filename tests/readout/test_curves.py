@@ -305,14 +305,14 @@ def test_masks_and_boxes_of_a_scene_agree():
         assert thing is not None
         box = regions.box(thing.box, size=(64, 64)).drawn(0)
         assert bool((box | ~torch.from_numpy(thing.mask)).all())
-        assert torch.equal(_on_object(box, 4, 4) > 0, _on_object(torch.from_numpy(thing.mask), 4, 4) > 0)
+        assert torch.equal(_on_object(box, (4, 4)) > 0, _on_object(torch.from_numpy(thing.mask), (4, 4)) > 0)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31))
 def test_cells_share_a_mask_out_exactly(down, across, high, wide, seed):
     mask = torch.rand(down * high, across * wide, generator=torch.Generator().manual_seed(seed)) > 0.5
-    shares = _on_object(mask, down, across)
+    shares = _on_object(mask, (down, across))
     expected = mask.view(down, high, across, wide).double().mean((1, 3))
     torch.testing.assert_close(shares, expected)
 
@@ -356,11 +356,11 @@ def test_results_are_saved_and_drawn(tmp_path):
     scene = drawn[0][0]
     drawing = found.plot(picture=scene.pixels, box=largest(scene).box, beside=[found])
     assert "2 of 2 maps peak on the object" in drawing.layout.title.text
-    assert "matters most" in found.plot(row=3).layout.title.text
+    assert "matters most" in found.plot(example=3).layout.title.text
     with pytest.raises(InputError, match="picture"):
         found.plot(box=largest(scene).box)
-    with pytest.raises(InputError, match="per row"):
-        found.plot(row=[0, 1], picture=[scene.pixels])
+    with pytest.raises(InputError, match="per example"):
+        found.plot(example=[0, 1], picture=[scene.pixels])
     curve = perturbation_curve(model, inputs, answer, found, steps=4, random_orders=3)
     again = Curve.load(curve.save(tmp_path / "curve.npz"))
     assert torch.equal(by_row(again, "random"), by_row(curve, "random"))

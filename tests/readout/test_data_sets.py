@@ -337,6 +337,158 @@ def test_shares_over_a_data_set_are_those_of_single_runs() -> None:
     assert found.provenance["dataset_sha256"] == data.digest
 
 
+WORDS = ["circle", "red", None, "shape", "circle"]
+"""A word of each prompt's own; the third example has none."""
+
+
+def at_words(data: Side) -> tuple[cv.HookedModel, torch.Tensor, list[int | None]]:
+    """The logits of every example at its own word, from runs of the bare module on single examples."""
+    model, rows, places = wrapped("llava-clip-llama"), [], []
+    for example, word in zip(data.examples, WORDS, strict=True):
+        inputs = model.inputs(images=[example.image], text=[example.text])
+        with torch.no_grad():
+            logits = model.module(**inputs).logits[0]
+        if word is None:
+            places.append(None)
+            rows.append(torch.full_like(logits[0], torch.nan))
+            continue
+        places.append(inputs["input_ids"][0].tolist().index(model.token(word)))
+        rows.append(logits[places[-1]])
+    return model, torch.stack(rows), places
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.filterwarnings("ignore")
+def test_positions_per_example_are_those_of_the_data_set(batch_size: int) -> None:
+    data = side(
+        "llava-clip-llama", texts=[TEXTS[n % 4] for n in range(5)], answers=[5, 6, 7, 8, 9], foils=[10, 11, 12, 13, 14]
+    )
+    model, logits, places = at_words(data)
+    rows = torch.arange(5)
+    wanted = logits[rows, torch.tensor(data.answers)] - logits[rows, torch.tensor(data.foils)]
+    still = cv.edits.scale("language.blocks.0.hook_mlp_out", 1.0)
+    for position in (cv.regions.at(places), cv.regions.words(WORDS)):
+        swept = model.sweep(
+            data, [still], cv.metrics.logit_diff(position=position), example_batch=batch_size, progress=False
+        )
+        shares = cv.readout.direct_attribution(model, data, tower="language", position=position, batch_size=batch_size)
+        read = cv.metrics.logit_diff(list(data.answers), list(data.foils), position=position)
+        of_metric = cv.readout.direct_attribution(model, data, read, tower="language", batch_size=batch_size)
+        for found in (swept.values[0], shares.values.sum(0), of_metric.values.sum(0)):
+            torch.testing.assert_close(found.double(), wanted, equal_nan=True, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_a_list_is_one_answer_per_example_in_batches_of_two(batch_size: int) -> None:
+    model, data = wrapped("vit"), side("vit", 4, answers=[0, 1, 2, 3])
+    with torch.no_grad():
+        wanted = model(model.inputs(images=[one.image for one in data.examples]))[range(4), range(4)]
+    for direction in (None, [0, 1, 2, 3], {"answer": [0, 1, 2, 3]}, {"answer": torch.arange(4)}):
+        found = cv.readout.direct_attribution(model, data, direction, batch_size=batch_size)
+        torch.testing.assert_close(found.values.sum(0), wanted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="two ways"):
+        cv.readout.direct_attribution(model, data[:2], [0, 1], batch_size=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_several_choices_of_positions_by_name_over_a_data_set(batch_size: int) -> None:
+    model, data = wrapped("llava-clip-llama"), side("llava-clip-llama")
+    region = cv.regions.box([(0, 0, 5, 5), None, (3, 3, 20, 20), (0, 0, 2, 2), (4, 4, 6, 6)], size=(64, 64))
+    several = {"object": region, "rest": cv.regions.others(region), "words": "text"}
+    site, targets = "language.blocks.*.hook_resid_post", [5, 6, 7, 8, 9]
+    with pytest.warns(UserWarning, match="object in 1, rest in 1"):
+        whole = cv.readout.logit_lens(
+            model, data, sites=site, targets=targets, positions=several, batch_size=batch_size
+        )
+    assert whole.axes["position"] == list(several)
+    assert list(whole.axes) == ["layer", "position", "target", "example"]
+    for number, name in enumerate(several):
+        alone = cv.readout.logit_lens(model, data, sites=site, targets=targets, positions=several[name], batch_size=5)
+        torch.testing.assert_close(whole.values[:, number], alone.values, equal_nan=True, **EXACT)
+
+
+def test_examples_without_an_answer_are_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped("llava-clip-llama")
+    data = side("llava-clip-llama", answers=[5, None, 7, 8, None], foils=[9] * 5)
+    pairs = Pairs.from_sides(data, data)
+    still = [cv.edits.scale("language.blocks.0.hook_mlp_out", 1.0)]
+    monkeypatch.setattr(type(model), "run_with_cache", lambda *args, **named: pytest.fail("it ran"))
+    for call in (
+        lambda: model.sweep(data, still, "logit_diff", progress=False),
+        lambda: model.sweep(data, still, {"prob": "prob", "first": lambda logits: logits[:, -1, 0]}, progress=False),
+        lambda: cv.patching.activation_patch(
+            model, pairs, "prob", sites="language.blocks.*.attn.hook_z", progress=False
+        ),
+        lambda: cv.circuits.head_importance(model, pairs, "logit_diff", progress=False),
+        lambda: cv.circuits.ablation_check(model, pairs, "language L1H0"),
+        lambda: cv.readout.logit_lens(model, data),
+        lambda: cv.readout.direct_attribution(model, data),
+    ):
+        with pytest.raises(InputError, match="2 of 5 examples have no answer"):
+            call()
+    monkeypatch.undo()
+    assert model.sweep(data, still, cv.metrics.prob(5), progress=False).values.isfinite().all()
+    assert len(pairs.answered(model)) == 0
+    with pytest.raises(InputError, match="None"):
+        model.sweep(data, still, cv.metrics.prob([5, None, 7, 8, 9]), progress=False)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("combine", ["mean", "joint"])
+def test_a_check_of_heads_with_answers_of_several_tokens(combine: str, batch_size: int) -> None:
+    """Right with any of the tokens; the margin is what the tokens become together."""
+    model = wrapped("vit")
+    images = [picture(number) for number in range(8)]
+    with torch.no_grad():
+        logits = model(model.inputs(images=images))
+    top = logits.argmax(-1).tolist()
+    other = [(number + 1) % logits.shape[1] for number in top]
+    third = [(number + 2) % logits.shape[1] for number in top]
+    answers: list[Any] = [[third[0], top[0]], top[1], [third[2], other[2]], [top[3], third[3]]]
+    foils: list[Any] = [[top[4], third[4]], top[5], top[6], [third[7], other[7]]]
+    pairs = Pairs(images[:4], corrupt_images=images[4:], answers=answers, foils=foils, combine=combine)
+    found = cv.circuits.ablation_check(model, pairs, "vision L0H0", n_random=1, batch_size=batch_size)
+    assert found.values[0].tolist() == [1.0, 1.0, 0.0, 0.0]
+    scores = logits.log_softmax(-1) if combine == "joint" else logits
+
+    def value(row: int, ids: Any) -> torch.Tensor:
+        own = scores[row, ids if isinstance(ids, list) else [ids]]
+        return own.sum() if combine == "joint" else own.mean()
+
+    both = [
+        (value(n, answers[n]) - value(n, foils[n]), value(n + 4, foils[n]) - value(n + 4, answers[n])) for n in range(4)
+    ]
+    torch.testing.assert_close(
+        found.logit_diff[0], torch.stack([torch.stack(one).mean() for one in both]), atol=1e-6, rtol=1e-6
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_divergence_at_positions_per_example_in_batches() -> None:
+    data = side("llava-clip-llama", texts=[TEXTS[n % 4] for n in range(5)])
+    model, logits, places = at_words(data)
+    halved = [cv.edits.scale("language.blocks.1.hook_mlp_out", 0.5)]
+    metric = cv.metrics.kl(position=cv.regions.at(places))
+    found = [model.sweep(data, halved, metric, example_batch=size, progress=False).values[0] for size in (1, 2, 5)]
+    for other in found[:2]:
+        torch.testing.assert_close(other, found[2], equal_nan=True, atol=1e-6, rtol=1e-5)
+    assert found[2].isnan().tolist() == logits.isnan().all(-1).tolist()
+
+
+def test_positions_of_another_number_of_examples_are_refused() -> None:
+    model, data = wrapped("llava-clip-llama"), side("llava-clip-llama", foils=[1] * 5, answers=[0] * 5)
+    seven = cv.regions.at([2] * 7)
+    still = [cv.edits.scale("language.blocks.0.hook_mlp_out", 1.0)]
+    for call in (
+        lambda: cv.readout.logit_lens(model, data, targets=[5], positions=seven),
+        lambda: cv.readout.direct_attribution(model, data, position=seven),
+        lambda: collect(model, data, "language.hook_input", positions=seven),
+        lambda: model.sweep(data, still, cv.metrics.logit_diff(position=seven), progress=False),
+    ):
+        with pytest.raises(InputError, match="7 examples for 5"):
+            call()
+
+
 def test_a_data_set_without_answers_wants_targets() -> None:
     model, data = wrapped("vit"), side("vit", answers=None)
     for read in (cv.readout.logit_lens, cv.readout.direct_attribution):
@@ -398,6 +550,29 @@ def test_draws_from_a_data_set_do_not_depend_on_the_batch(name: str, site: str, 
     assert not torch.allclose(drawn(batch, 4), whole)
     clean = cv.metrics.at_position(model(batch.inputs), "last", batch.inputs)
     assert bool(((whole - clean).abs().amax(1) > 1e-6).all())
+
+
+@pytest.mark.parametrize("name", ["llava-clip-llama", "llava-next-llama", "llava-onevision"])
+def test_no_example_of_several_images_is_its_own_donor(name: str) -> None:
+    """Images of an example stand elsewhere in every batch, and tiles are filled up to the most that an image of the batch has."""
+    from circuitvision import edits
+
+    sizes = [(40, 40), (90, 30), (25, 60), (40, 40), (64, 20), (30, 30), (50, 52), (40, 40), (33, 70)]
+    pictures = [picture(number).resize(size) for number, size in enumerate(sizes)]
+    images = [pictures[:2], pictures[2:3], pictures[3:6], pictures[6:7], pictures[7:]]
+    texts = ["<image> " * len(own) + "what color ?" for own in images]
+    model, data = wrapped(name), Side(images=images, texts=texts)
+    draw = [
+        edits.ablate("language.blocks.0.hook_resid_post", "resample", dataset=data, seed=seed, positions="last")
+        for seed in range(6)
+    ]
+    found = [
+        model.sweep(data, draw, cv.metrics.logprob(7), example_batch=size, progress=False).values for size in (1, 2, 5)
+    ]
+    for other in found[:2]:
+        torch.testing.assert_close(other, found[2], atol=1e-5, rtol=1e-5)
+    clean = model.sweep(data, [edits.scale("language.hook_input", 1.0)], cv.metrics.logprob(7), progress=False).values
+    assert float((found[2] - clean).abs().min()) > 1e-7
 
 
 def test_a_drawn_value_is_that_of_an_example_of_the_data_set() -> None:
@@ -482,3 +657,13 @@ def test_shares_at_a_position_of_each_example_do_not_depend_on_the_batch() -> No
     for number, position in enumerate(at):
         one = cv.readout.direct_attribution(model, data[number : number + 1], (3, 4), position=position)
         torch.testing.assert_close(found.values[..., number], one.values[..., 0], **EXACT)
+
+
+def test_contrasts_of_each_example_do_not_depend_on_the_batch() -> None:
+    model, data = wrapped("vit"), side("vit")
+    pairs = [(1, 2), (0, 3), (2, 1), (3, 4), (0, 1)]
+    for read, option in ((cv.readout.logit_lens, "targets"), (cv.readout.direct_attribution, "direction")):
+        found = read(model, data, batch_size=2, **{option: pairs})
+        for number, pair in enumerate(pairs):
+            one = read(model, data[number : number + 1], **{option: pair})
+            torch.testing.assert_close(found.values[..., number], one.values[..., 0], **EXACT)

@@ -118,24 +118,24 @@ def test_figures_of_one_row_of_several_say_which(llava):
     relevance = readout.gradient_times_activation(model, cache.inputs, metric)
     looks = readout.attention_maps(model, cache, tower="language", query="last")
     for result in (lens, sources, relevance, looks):
-        assert "row 0 of 2" in title(result.plot())
-        assert "row 1 of 2" in title(result.plot(row=1))
-    assert "row 1 of 2" in title(lens.plot(view="table", row=1))
+        assert "example 0 of 2" in title(result.plot())
+        assert "example 1 of 2" in title(result.plot(example=1))
+    assert "example 1 of 2" in title(lens.plot(view="table", example=1))
     assert "1 other target (target=)" in title(lens.plot())
     assert title(lens.plot(title="mine")) == "mine"
     table = dataclasses.replace(lens, step=3).plot(view="table")
     assert "the language tower in pass 3 ranks" in title(table)
     single, _, one = run("llava-clip-llama", everything=True, batch=1)
-    assert "row 0" not in title(readout.logit_lens(single, one, "language", targets=["red"]).plot())
+    assert "example 0" not in title(readout.logit_lens(single, one, "language", targets=["red"]).plot())
 
 
 def test_lines_and_pairs_say_what_they_are_of():
     model, _, cache = run("clip", everything=True)
     lens = readout.logit_lens(model, cache, "vision", targets={0: 0, 1: 1})
     assert "mean of 2 examples" in title(lens.plot(view="layers"))
-    assert "row 1 of 2" in title(lens.plot(view="layers", row=1))
+    assert "example 1 of 2" in title(lens.plot(view="layers", example=1))
     pairs = readout.bilinear_attribution(model, cache)
-    assert "image 1 of 2" in title(pairs.plot(image=1, text=0))
+    assert "example 1 of 2" in title(pairs.plot(example=1, text=0))
     assert str(pairs.axes["text"][2]) in title(pairs.plot(text=2))
 
 
@@ -157,13 +157,13 @@ def test_attribution_is_drawn_as_layers_by_heads_too(llava):
     for layer, row in enumerate(drawn.z):
         for head, value in enumerate(row):
             assert value == pytest.approx(float(found[f"L{layer}H{head}"].mean()), abs=1e-6)
-    (single,) = heat_maps(found.plot(view="heads", row=1))
+    (single,) = heat_maps(found.plot(view="heads", example=1))
     assert single.z[0][0] == pytest.approx(float(found["L0H0"][1]), abs=1e-6)
-    assert "row 1 of 2" in title(found.plot(view="heads", row=1))
+    assert "example 1 of 2" in title(found.plot(view="heads", example=1))
     with pytest.raises(InputError, match="choose one of bars, heads"):
         found.plot(view="grid")
-    with pytest.raises(InputError, match="no row 2"):
-        found.plot(view="heads", row=2)
+    with pytest.raises(InputError, match="no example 2"):
+        found.plot(view="heads", example=2)
     with pytest.raises(InputError, match="by='head'"):
         readout.direct_attribution(model, cache, ("red", "blue"), by="component").plot(view="heads")
 

@@ -172,7 +172,7 @@ def test_sources_are_drawn_over_the_image_and_kept_with_their_words(tmp_path):
     again = SourceIncrease.load(found.save(tmp_path / "sources.npz"))
     assert again.words == found.words
     assert len(again.words[0]) == again.places.shape[1] == by_row(again).shape[-1]
-    figure = again.plot(row=1, heads=[(1, 2)])
+    figure = again.plot(example=1, heads=[(1, 2)])
     grid = torch.as_tensor(figure.data[0].z)
     tokens = model.tokens(cache.inputs)["language"]
     patches = tokens.positions("patch")

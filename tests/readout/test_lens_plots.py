@@ -123,7 +123,7 @@ def test_every_other_result_has_its_figure():
     assert len(figure.data[0].y) == len(lens.axes["layer"])
     clip, scores, both = run("clip", everything=True)
     pairs = bilinear_attribution(clip, both)
-    (trace,) = heat_maps(pairs.plot(image=1, text=0))
+    (trace,) = heat_maps(pairs.plot(example=1, text=0))
     assert np.asarray(trace.z).sum() + pairs.bias == pytest.approx(float(scores[1, 0]), abs=1e-4)
     blank = TunedLens(torch.ones(2, 3), {"lens": ["plain", "tuned"], "layer": ["input", 0, 1]}, tower="vision")
     assert len(blank.plot().data) == 2
@@ -208,16 +208,19 @@ def test_rows_that_are_there_are_drawn_by_every_view_and_others_refused():
     _, _, cache = run("clip")
     model = cache.model
     words = logit_lens(model, cache, "text", targets={0: 0, 1: 1})
-    single, every = words.plot(row=1), words.plot()
+    single, every = words.plot(example=1), words.plot()
     assert list(single.data[0].y) == pytest.approx(by_row(words, "pooled")[:, 1, 0].tolist())
     assert list(every.data[0].y) == pytest.approx(by_row(words, "pooled")[..., 0].mean(1).tolist())
     for view in (None, "layers", "table"):
-        with pytest.raises(InputError, match="no row 9"):
-            words.plot(view=view, row=9)
-    with pytest.raises(InputError, match="no row 9"):
-        small([[1.0, 2.0]]).plot(row=9)
-    with pytest.raises(InputError, match="not both"):
-        words.plot(view="layers", row=0, rows=[1])
+        with pytest.raises(InputError, match="no example 9"):
+            words.plot(view=view, example=9)
+    with pytest.raises(InputError, match="no example 9"):
+        small([[1.0, 2.0]]).plot(example=9)
+    every_example = words.examples
+    both = words.plot(view="layers", example=every_example[::-1])
+    assert list(both.data[0].y) == pytest.approx(list(every.data[0].y))
+    with pytest.raises(InputError, match="at least one example"):
+        words.plot(view="layers", example=[])
 
 
 def test_a_lens_with_heads_is_refused_with_the_way_out():
@@ -266,8 +269,8 @@ def test_sources_show_the_tile_that_is_asked_for_and_scores_of_rows_name_no_list
         np.testing.assert_allclose(shown[np.isfinite(shown)], by_row(result)[1, 0, 0, where].numpy(), atol=1e-7)
     with pytest.raises(InputError, match="tile 7"):
         split.plot(tile=7)
-    with pytest.raises(InputError, match="no row 9"):
-        split.plot(row=9)
+    with pytest.raises(InputError, match="no example 9"):
+        split.plot(example=9)
     scores = log_prob_increase(model, cache, {"answer": out[:, -1].argmax(-1).tolist()})
     assert "{" not in title(scores.plot())
     assert title(replace(scores, values=scores.values * 0).plot()).startswith("No head moves log p(")
@@ -342,10 +345,10 @@ def test_notebooks_show_the_strongest_terms():
 @pytest.mark.parametrize(
     ("view", "wrong", "takes"),
     [
-        (None, {"pictur": 1}, r"'patches' does not take pictur=; it takes row, target, picture, box"),
+        (None, {"pictur": 1}, r"'patches' does not take pictur=; it takes example, target, picture, box"),
         ("patches", {"rows": [0]}, "rows=.*picture"),
-        ("table", {"picture": 1}, "'table' does not take picture=; it takes row, positions, target, title"),
-        ("layers", {"box": (0, 0, 1, 1)}, "'layers' does not take box=; it takes rows, title, position, row"),
+        ("table", {"picture": 1}, "'table' does not take picture=; it takes example, positions, target, title"),
+        ("layers", {"box": (0, 0, 1, 1)}, "'layers' does not take box=; it takes example, title, position, image"),
     ],
 )
 def test_every_view_lists_its_keywords(view, wrong, takes):
@@ -367,7 +370,7 @@ def test_the_title_of_a_lens_by_rank_says_the_word():
     values[:, 0, 0] = -1  # the class token is no patch
     at = int(values.argmax())
     word = result.names[str(int(by_row(result, "ids")[..., 0].flatten()[at]))]
-    assert f"ranks {word!r} first, highest at" in title(result.plot())
+    assert f"{word!r} at<br>layer" in title(result.plot()) or f"{word!r} first" in title(result.plot())
 
 
 def test_lines_at_the_last_word_of_every_row_leave_padding_out():
@@ -382,7 +385,7 @@ def test_lines_at_the_last_word_of_every_row_leave_padding_out():
         wanted = torch.stack([by_row(result)[:, row, last[row]] for row in range(2)]).double().mean(0)
         assert list(figure.data[1].y) == pytest.approx(wanted[:, 1].tolist())
         assert title(figure).startswith("At ")
-    one = result.plot(view="layers", position=4, row=1)
+    one = result.plot(view="layers", position=4, example=1)
     assert list(one.data[0].y) == pytest.approx(by_row(result)[:, 1, 4, 0].tolist())
 
 

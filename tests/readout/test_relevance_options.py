@@ -271,12 +271,12 @@ def test_the_strongest_positions_are_named():
     )
     assert result.top(2) == [("red", -2.0), ("dog", 1.0)]
     assert result.highlights() == {
-        "strongest in row 0": "red -2, dog +1, a +0.5",
+        "strongest in example 0": "red -2, dog +1, a +0.5",
         "largest completeness gap": "0.01",
     }
     assert "red -2, dog +1" in result._repr_html_()
-    for ask in (lambda: result.top(row=1), lambda: result.on_image(1)):
-        with pytest.raises(InputError, match="no row 1"):
+    for ask in (lambda: result.top(example=1), lambda: result.on_image(1)):
+        with pytest.raises(InputError, match="no example 1"):
             ask()
 
 

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import circuitvision as cv
 from circuitvision import edits
@@ -25,6 +28,7 @@ from circuitvision.model.sweeps import store
 from circuitvision.model.sweeps.store import Store
 from tests.sweeps import long_study
 from tests.sweeps.long_study import study
+from tests.zoo import case, shared_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,10 +130,18 @@ def other_inputs(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch, "randn", lambda *shape, **given: randn(*shape, **given) + 1)
 
 
+def other_order_of_metrics(patch: pytest.MonkeyPatch) -> None:
+    of = MetricSet.of
+    patch.setattr(
+        MetricSet, "of", lambda given: of(dict(reversed(given.items())) if isinstance(given, dict) else given)
+    )
+
+
 OTHERS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "weights": other_weights,
     "metrics": other_metric,
     "edits": other_edits,
+    "metrics ": other_order_of_metrics,
     "inputs": other_inputs,
 }
 
@@ -139,7 +151,7 @@ def check_refused(what: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     parts(folder)[0].unlink()
     OTHERS[what](monkeypatch)
     monkeypatch.setattr(MetricSet, "__call__", lambda *args: pytest.fail("it ran"))
-    with pytest.raises(InputError, match=what):
+    with pytest.raises(InputError, match=what.strip()):
         study(folder)
 
 
@@ -186,6 +198,81 @@ def test_damaged_and_foreign_parts_are_named(tmp_path: Path) -> None:
     manifest.write_text(json.dumps({**json.loads(held), "format": "circuitvision.sweep/99"}))
     with pytest.raises(InputError, match="format"):
         study(tmp_path / "study")
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], object]) -> None:
+    with safe_open(path, framework="pt") as archive:
+        header = json.loads(archive.metadata()["circuitvision_json"])
+        tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+    change(header, tensors)
+    save_file(
+        {n: t.contiguous() for n, t in tensors.items()}, path, metadata={"circuitvision_json": json.dumps(header)}
+    )
+
+
+@pytest.mark.parametrize("what", ["study", "batch", "examples", "groups", "plan", "values", "clean", "unedited"])
+def test_a_part_that_lacks_something_is_damaged(what: str, tmp_path: Path) -> None:
+    study(tmp_path / "study")
+    first = parts(tmp_path / "study")[0]
+    kept = first.read_bytes()
+
+    def cut(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        if what in tensors:
+            tensors[what] = tensors[what][..., :1]
+        else:
+            header[what] = []
+
+    for change in (lambda header, tensors: (header if what in header else tensors).pop(what), cut):
+        first.write_bytes(kept)
+        rewritten(first, change)
+        with pytest.raises(InputError, match=first.name):
+            study(tmp_path / "study")
+
+
+def test_a_folder_in_which_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = study(tmp_path / "study")
+
+    def refused(*args: object, **named: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "access", lambda *args, **named: False)
+    monkeypatch.setattr(store, "open_lock", refused)
+    monkeypatch.setattr(tempfile, "mkstemp", refused)
+    assert equal(study(tmp_path / "study"), whole)
+    monkeypatch.setattr(MetricSet, "__call__", lambda *args: pytest.fail("it ran"))
+    parts(tmp_path / "study")[0].unlink()
+    for folder in (tmp_path / "study", tmp_path / "new"):
+        with pytest.raises(InputError, match="another folder"):
+            study(folder)
+
+
+def test_a_study_begun_between_the_look_and_the_first_part_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    with Store(folder, {"edits": "other"}, True) as late:
+        study(folder)
+        held = [path.read_bytes() for path in parts(folder)]
+        with pytest.raises(InputError, match="meanwhile"):
+            late.begin({})
+    assert [path.read_bytes() for path in parts(folder)] == held
+    assert bool(study(folder).done.all())
+
+
+def test_examples_that_start_from_other_noise_are_another_study(tmp_path: Path) -> None:
+    model = cv.HookedModel(shared_model("pi0"))
+    given = case("pi0").inputs(model.module, batch=2, padding="right")
+    rows = [{n: v[row : row + 1] for n, v in given.items() if n not in ("noise", "timestep")} for row in range(2)]
+    data = cv.data.Side(inputs=[rows[0], rows[0], rows[1]])
+    still = [edits.scale("action.blocks.0.hook_mlp_out", 0.5)]
+
+    def run(part: cv.data.Side, folder: Path | None) -> torch.Tensor:
+        options = {"save_to": folder, "resume": folder is not None, "progress": False}
+        return model.sweep(part, still, cv.metrics.action_dim(0), **options).values
+
+    assert data[[0, 2]].digest == data[[1, 2]].digest
+    assert not torch.allclose(run(data[[0, 2]], None), run(data[[1, 2]], None))
+    run(data[[0, 2]], tmp_path / "study")
+    with pytest.raises(InputError, match="noise"):
+        run(data[[1, 2]], tmp_path / "study")
 
 
 def counted_twice(folder: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from circuitvision.digests import NamedFunction, name_of, of_tensor
 from circuitvision.errors import InputError
-from circuitvision.files import replacing
+from circuitvision.files import reading, write_tensors, write_text
 from circuitvision.model.edits.base import EDITS, Edit, EditGroup, by_digest, with_held
 from circuitvision.model.edits.values import Steps, TensorDigest, TensorRef, TensorRefMapping
 from circuitvision.model.positions import Positions
@@ -112,10 +112,8 @@ def parse(text: str, tensors: Mapping[str, Tensor], objects: Mapping[str, Any] |
 def save(path: str | Path, edits: Edit | Sequence[Edit | Sequence[Edit]]) -> Path:
     """Write edits to a ``.yaml`` or ``.json`` file, and the tensors they hold to the ``.safetensors`` file of the same name beside it.
 
-    Raises InputError for another suffix.
+    Raises InputError for another suffix, and where that file holds something else.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     tensors: Tensors = {}
     if path.suffix in (".yaml", ".yml"):
@@ -125,11 +123,23 @@ def save(path: str | Path, edits: Edit | Sequence[Edit | Sequence[Edit]]) -> Pat
     else:
         raise InputError(f"Edits are saved as .yaml or .json, not {path.suffix or 'without a suffix'!r}.")
     if tensors:
-        with replacing(path.with_suffix(".safetensors")) as temporary:
-            save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary)
-    with replacing(path) as temporary:
-        temporary.write_text(text)
-    return path
+        write_tensors(path.with_suffix(".safetensors"), _of_both(path) | tensors)
+    return write_text(path, text)
+
+
+def _of_both(path: Path) -> Tensors:
+    """The tensors that another text of edits of the same stem refers to, which the file beside them keeps."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    beside = path.with_suffix(".safetensors")
+    others = [path.with_suffix(suffix) for suffix in (".yaml", ".yml", ".json") if suffix != path.suffix]
+    if not beside.is_file() or not any(other.is_file() for other in others):
+        return {}
+    try:
+        return load_file(beside)
+    except SafetensorError:
+        return {}
 
 
 def load(path: str | Path, objects: Mapping[str, Any] | None = None) -> list[Any]:
@@ -140,7 +150,12 @@ def load(path: str | Path, objects: Mapping[str, Any] | None = None) -> list[Any
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
     beside = path.with_suffix(".safetensors")
-    return parse(path.read_text(), load_file(beside) if beside.is_file() else {}, objects)
+    tensors: Tensors = {}
+    if beside.is_file():
+        with reading(beside, "the tensors of these edits"):
+            tensors = load_file(beside)
+    with reading(path, "edits"):
+        return parse(path.read_text(encoding="utf-8"), tensors, objects)
 
 
 def _keep(value: TensorRef, tensors: Tensors) -> dict[str, Any]:

@@ -48,6 +48,9 @@ class Plan:
             also=tuple(map(str, others)),
         )
 
+    def __repr__(self) -> str:
+        return f"Plan({self})"
+
     def __str__(self) -> str:
         if not self.tower:
             return self.reason if self.reason == NOTHING else f"in full: {self.reason}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from circuitvision.digests import of_json
 from circuitvision.errors import InputError
-from circuitvision.files import replacing, write_text
+from circuitvision.files import make_folder, replacing, write_text
 from circuitvision.model.sweeps.plan import Plan, as_plain, from_plain
 
 FORMAT = "circuitvision.sweep/1"
@@ -58,15 +59,18 @@ class Store:
         self.digest = of_json(self.study)
         self.layout: dict[str, Any] = {}
         self._lock: IO[str] | None = None
+        self._known = False
+        """Whether the folder is this study's."""
 
     def __enter__(self) -> Store:
         """Look into the folder, and change nothing. Raises InputError for another study's, for a started one without ``resume``, and while another
-        process works in it."""
+        process works in it. A finished study is also read from a folder in which nothing can be written."""
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"save_to={str(self.folder)!r} is a file: give a folder.")
         manifest = self.folder / _MANIFEST
         if manifest.is_file():
             self._check(manifest)
+            self._known = True
             self._lock = _locked(self.folder / _LOCK)
         elif self.folder.is_dir() and any(self.folder.glob("part-*")):
             raise InputError(f"{self.folder} holds parts of a sweep and no {_MANIFEST}: give another folder.")
@@ -77,16 +81,21 @@ class Store:
 
         ``layout`` is how parts are cut, which every run in the folder keeps to.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = self._lock or _locked(self.folder / _LOCK)
-        manifest = self.folder / _MANIFEST
-        if not manifest.is_file():
-            write_text(
-                manifest,
-                json.dumps(
-                    {"format": FORMAT, "digest": self.digest, "study": self.study, "layout": dict(layout)}, indent=1
-                ),
+        make_folder(self.folder)
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            raise InputError(
+                f"Nothing can be written in {self.folder}, and the sweep is not finished: give another folder."
             )
+        manifest = self.folder / _MANIFEST
+        if not self._known:
+            self._lock = _locked(self.folder / _LOCK)
+            if manifest.is_file():
+                raise InputError(
+                    f"Another process began a study in {self.folder} meanwhile: wait for it and give resume=True, or give another folder."
+                )
+            told = {"format": FORMAT, "digest": self.digest, "study": self.study, "layout": dict(layout)}
+            write_text(manifest, json.dumps(told, indent=1))
+            self._known = True
 
     def __exit__(self, *error: object) -> None:
         if self._lock is not None:
@@ -133,14 +142,16 @@ class Store:
             with safe_open(path, framework="pt") as archive:
                 header = json.loads((archive.metadata() or {})[_META])
                 tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+            study, plan = header["study"], [from_plain(one) for one in header["plan"]]
+            others = {name.removeprefix("other."): t for name, t in tensors.items() if name.startswith("other.")}
+            own = {name: tensors[name] for name in ("values", "clean", "unedited")}
+            part = Part(header["batch"], header["examples"], header["groups"], plan=plan, others=others, **own)
+            _check_shapes(part)
         except Exception as error:
             raise InputError(f"{path} is damaged ({error}): delete it, and it is measured again.") from error
-        if header["study"] != self.digest:
+        if study != self.digest:
             raise InputError(f"{path} belongs to another study: take it out of the folder.")
-        others = {name.removeprefix("other."): t for name, t in tensors.items() if name.startswith("other.")}
-        plan = [from_plain(one) for one in header["plan"]]
-        own = {name: tensors[name] for name in ("values", "clean", "unedited")}
-        return Part(header["batch"], header["examples"], header["groups"], plan=plan, others=others, **own)
+        return part
 
     def write(self, part: Part) -> Path:
         """Keep a finished part."""
@@ -162,13 +173,38 @@ class Store:
         return path
 
 
+def _check_shapes(part: Part) -> None:
+    """Raise ValueError where the tensors of a part are not those of its groups and examples."""
+    metrics, groups, examples = part.values.shape
+    named = (len(part.groups), len(part.examples), len(part.plan))
+    if named != (groups, examples, groups) or not groups or not examples:
+        raise ValueError(f"{named[0]} edits of {named[1]} examples are named, and {groups} of {examples} measured")
+    wrong = [tuple(one.shape) for one in (part.clean, *part.others.values()) if one.shape != (metrics, examples)]
+    if wrong or part.unedited.shape != (groups, examples):
+        raise ValueError(
+            f"tensors of the shapes {[*wrong, tuple(part.unedited.shape)]} beside {tuple(part.values.shape)}"
+        )
+    numbers = [part.batch, *part.groups, *part.examples]
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError("batch, edits and examples are no numbers")
+
+
+def open_lock(path: Path) -> IO[str]:
+    """The lock file, made where there is none."""
+    return path.open("a", encoding="utf-8")
+
+
 def _locked(path: Path) -> IO[str] | None:
     """The lock file, held by this process until it is closed or the process ends; None where files cannot be locked."""
     try:
         import fcntl
     except ImportError:
         return None
-    handle = path.open("a", encoding="utf-8")
+    try:
+        handle = open_lock(path)
+    except OSError:
+        # Nothing can be written here, by this process at least: reading needs no lock, and what writes says so.
+        return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

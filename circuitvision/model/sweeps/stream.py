@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from circuitvision import provenance
+from circuitvision.answers import check_complete
 from circuitvision.digests import plain
 from circuitvision.errors import InputError
 from circuitvision.links import marked
@@ -72,6 +73,7 @@ class DataStudy(Study):
         self.check_batch: Callable[[Mapping[str, Any]], None] | None = None
         """Looks at the inputs of each batch before it runs."""
         super().__init__(model, self.side, edits, metric, axes, options)
+        check_complete(self.side, self.metrics.asks())
         found = {edit_source for group in self.groups for edit in group if (edit_source := _side_of(edit))}
         sides = [one.side for one in found]
         others = [one for one in sides if one is not self.side]
@@ -108,6 +110,13 @@ class DataStudy(Study):
             *([] if self.source is None else [self.source.digest, plain(self.align), plain(self.maps)]),
         ]
         return provenance.of_json(told)
+
+    def told(self) -> dict[str, Any]:
+        found = super().told()
+        if "noise" in getattr(self.model.family, "required", ()):
+            # Noise that a model starts from is drawn by the numbers of the examples, which say nothing of what they hold.
+            found["noise"] = list(self.side.numbers)
+        return found
 
     def _edits_told(self) -> Any:
         return [plain(self.make), len(self.groups)] if self.make is not None else plain(self.groups)

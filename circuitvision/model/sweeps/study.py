@@ -145,7 +145,8 @@ class Study:
             "model": of_json(state),
             "inputs": self._data_sha256(),
             "edits": of_json(self._edits_told()),
-            "metrics": of_json(plain(self.metrics)),
+            # Parts hold one row per metric, without names: their order belongs to the study.
+            "metrics": of_json([self.metrics.names, plain(self.metrics)]),
             "versions": {name: found for name, found in versions.items() if name != "python"},
         }
 

@@ -31,7 +31,7 @@ from circuitvision.model.regions import Area
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.maps import AttentionMaps
 from circuitvision.readout.attention.patterns import warn_undefined
-from circuitvision.readout.patch_coords import extent_of, on_grid
+from circuitvision.readout.patch_coords import PictureOf, extent_of, grid_of, picture_of
 from circuitvision.results import Result
 
 
@@ -55,33 +55,34 @@ class AttentionContrast(Result):
     _per_example: ClassVar[dict[str, int]] = {"places": 0, "boxes": 0, "shares": 0, "frames": 0}
 
     def highlights(self) -> dict[str, str]:
-        """The strongest areas of the first row's first image."""
+        """The strongest areas of the first example's first image."""
         if not bool(torch.isfinite(self.values[:, 0]).any()):
             return {}
-        image = int(self.places[0, self.places[0, :, 2] >= 0, 0].min())
         return {
             f"region {number}": f"{len(area.patches)} patches, box {tuple(round(edge) for edge in area.box)}"
-            for number, area in enumerate(self.regions(row=0, image=image), start=1)
+            for number, area in enumerate(self.regions(), start=1)
         }
 
-    def grid(self, row: int = 0, image: int = 0, tile: int | None = None) -> Float[Tensor, "grid_row grid_col"]:
-        """One image's contrast on its patch grid; InputError for a row or image that is not there."""
-        number = self.row_number(row)
-        return on_grid(self.values[:, number], self.places[number], image, tile)
+    def grid(
+        self, example: Any = None, image: int | None = None, tile: int | None = None
+    ) -> Float[Tensor, "grid_row grid_col"]:
+        """One image's contrast on its patch grid (None: the first); InputError for an example, image or tile that is not there."""
+        picture = picture_of(self, example, image, tile)
+        return grid_of(self, self.values[:, picture.entry], picture)
 
     def regions(
         self,
         top_percent: float = 20.0,
         count: int = 3,
         *,
-        row: int = 0,
-        image: int = 0,
+        example: Any = None,
+        image: int | None = None,
         tile: int | None = None,
         diagonal: bool = False,
     ) -> list[Area]:
         """The connected areas among the ``top_percent`` of patches with the highest contrast, those with the largest sum (``mass``) first.
 
-        Each is a region of the tower's positions in this row's example, with its ``box``, ``mass`` and ``patches``. At least one patch is kept, and
+        Each is a region of the tower's positions in this example, with its ``box``, ``mass`` and ``patches``. At least one patch is kept, and
         patches equal to the last one kept are kept as well. Patches are neighbours along rows and columns, with ``diagonal`` at corners too.
 
         Raises:
@@ -91,7 +92,8 @@ class AttentionContrast(Result):
             raise InputError(
                 f"regions takes a top_percent above 0 and up to 100, and a count from 1 on, not {top_percent} and {count}."
             )
-        grid = self.grid(row, image, tile)
+        picture = picture_of(self, example, image, tile)
+        grid = grid_of(self, self.values[:, picture.entry], picture)
         finite = grid[torch.isfinite(grid)]
         if not finite.numel():
             return []
@@ -103,7 +105,7 @@ class AttentionContrast(Result):
         graph.add_edges_from(
             ((r, c), (r + dr, c + dc)) for r, c in marked for dr, dc in steps if (r + dr, c + dc) in marked
         )
-        found = [self._area(grid, sorted(part), row, image, tile) for part in nx.connected_components(graph)]
+        found = [self._area(grid, sorted(part), picture) for part in nx.connected_components(graph)]
         return sorted(found, key=lambda area: (-area.mass, area.patches))[:count]
 
     def focus(
@@ -112,8 +114,8 @@ class AttentionContrast(Result):
         top_percent: float = 20.0,
         count: int = 3,
         *,
-        row: int = 0,
-        image: int = 0,
+        example: Any = None,
+        image: int | None = None,
         tile: int | None = None,
         fill: int = 0,
     ) -> np.ndarray[Any, Any]:
@@ -126,14 +128,14 @@ class AttentionContrast(Result):
         Raises:
             InputError: as :meth:`regions`; a picture of another kind, or without an area.
         """
-        found = self.regions(top_percent, count, row=row, image=image, tile=tile)
+        found = self.regions(top_percent, count, example=example, image=image, tile=tile)
         if not found:
-            raise InputError(f"Image {image} of row {row} has no contrast, so no region to look at.")
+            raise InputError("This image has no contrast, so no region to look at.")
         pixels = np.array(picture.convert("RGB") if hasattr(picture, "convert") else picture)
         if pixels.ndim != 3 or pixels.shape[-1] != 3:
             raise InputError(f"A picture is [height, width, 3] or a PIL image; this one is {list(pixels.shape)}.")
-        rows, columns = self.grid(row, image, tile).shape
-        extent = extent_of(self.shares, self.places, row, image, tile)
+        rows, columns = self.grid(example, image, tile).shape
+        extent = extent_of(self, picture_of(self, example, image, tile))
         marked = np.zeros((rows, columns), dtype=bool)
         marked[tuple(np.array([patch for area in found for patch in area.patches]).T)] = True
         # Every pixel belongs to the patch that holds its middle; those past the last patch to none, which is the extra row and column.
@@ -146,11 +148,9 @@ class AttentionContrast(Result):
         (top, bottom), (left, right) = (np.flatnonzero(kept.any(axis))[[0, -1]] for axis in (1, 0))
         return pixels[top : bottom + 1, left : right + 1]
 
-    def _area(self, grid: Tensor, patches: Sequence[tuple[int, int]], row: int, image: int, tile: int | None) -> Area:
-        number = self.row_number(row)
+    def _area(self, grid: Tensor, patches: Sequence[tuple[int, int]], picture: PictureOf) -> Area:
+        number, here = picture.entry, picture.here(self)
         places, boxes = self.places[number], self.boxes[number]
-        here = (places[:, 0] == image) & (places[:, 2] >= 0)
-        here &= places[:, 1] == (int(places[here, 1].min()) if tile is None else tile)
         inside = here.clone()
         inside[here] = torch.tensor([tuple(place) in set(patches) for place in places[here, 2:].tolist()])
         # Patches of padding have no pixels.

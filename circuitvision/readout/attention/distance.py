@@ -56,6 +56,11 @@ class DistanceProfile(Result):
 
     _per_example: ClassVar[dict[str, int]] = {"mean_distance": -1, "uniform": -1, "uniform_distance": -1}
 
+    def over_heads(self) -> Result:
+        """The mean distance of each layer, ``[layer example]``: the mean over heads that have one."""
+        axes = {name: self.axes[name] for name in ("layer", "example")}
+        return Result(self.mean_distance.double().nanmean(1), axes, self.provenance)
+
     def highlights(self) -> dict[str, str]:
         """The heads that look nearest and farthest, in means over examples."""
         means = self.mean(quantity="mean_distance")
@@ -103,8 +108,7 @@ def distance_profile(
     uniform_means: list[Tensor] = []
     for number, (pattern, counted) in enumerate(patterns.each(queries)):
         there = _patch_queries(patterns, queries, number, places).any(0)
-        seen = patterns.visible(pattern).to(pattern.dtype)
-        alike = (seen / seen.sum(-1, keepdim=True).clamp_min(1))[:, None]
+        alike = patterns.alike(pattern)[:, None]
         for source, profile, mean in ((pattern, values, means), (alike, uniform, uniform_means)):
             shares, average = _profile(source, counted, distance[:, there], bins[:, there], len(labels) + 1)
             profile.append(shares[..., :-1].transpose(-1, -2))

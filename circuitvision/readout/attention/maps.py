@@ -12,7 +12,7 @@ Sources: attention minus the mean over heads and layers, NOTICE (Golovanevsky et
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,11 +29,10 @@ from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import PatchSets, TokenMap, Views
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.cache import patterns_in, read
-from circuitvision.readout.attention.mass import AttentionSummary
+from circuitvision.readout.attention.mass import AttentionSummary, mean_over
 from circuitvision.readout.attention.patterns import KeyBlock, Patterns, described, keys_of, mean_query, warn_undefined
-from circuitvision.readout.patch_coords import on_grid, places_of
+from circuitvision.readout.patch_coords import PictureOf, grid_of, picture_of, places_of
 from circuitvision.results import Result
-from circuitvision.statistics import by_example
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -46,7 +45,8 @@ class AttentionMaps(Result):
     ``places`` ``[row key 4]`` is image, tile, patch row and patch column of every key (−1 where it is no patch), ``boxes`` ``[row key 4]`` its
     pixels (NaN likewise), ``shares`` where it lies in the image or tile that the model read (as shares of it), ``frames`` the pixels that this
     image or tile covers, ``kinds`` its kind. Of a key that mixes patches only the image and the box are known.
-    ``query_places`` ``[row 4]`` is the place of the query where it is a single patch. A row is an entry of ``example``.
+    ``query_places`` ``[row 4]`` is the place of the query where it is a single patch. A row is an entry of ``example``. ``uniform`` (the same as
+    ``values`` without ``head``) is what looking at every visible key alike would give.
     """
 
     tower: str = ""
@@ -61,6 +61,7 @@ class AttentionMaps(Result):
     blocks: list[list[Any]] = field(default_factory=list)
     """Which positions the keys are: ``[tower, first key, first position, count]`` for each tower they are of."""
     query_places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    uniform: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     _per_example: ClassVar[dict[str, int]] = {
         "places": 0,
@@ -69,15 +70,15 @@ class AttentionMaps(Result):
         "frames": 0,
         "kinds": 0,
         "query_places": 0,
+        "uniform": -1,
     }
 
     def highlights(self) -> dict[str, str]:
         """The query, and the heads that give most of its attention to image patches (of the first pass, in means over examples)."""
         found = {"query": self.query or "default", "shows": self.measure}
         if self.measure == "attention" and bool(self.patches().any()):
-            patches = self.patches().T.double()
-            share = (self.pass_values(self.axes.get("step", [None])[0]).double() * patches).sum(-2)
-            share = by_example(share, self.axes["example"]).nanmean(-1)
+            share = self.share_of(self.patches()).mean()
+            share = share[0] if "step" in self.axes else share
             for flat in share.nan_to_num(-1.0).flatten().argsort(descending=True)[:3].tolist():
                 layer, head = divmod(flat, share.shape[1])
                 name = head_name(self.axes["layer"][layer], self.axes["head"][head], self.tower)
@@ -96,15 +97,21 @@ class AttentionMaps(Result):
         return self.values[0 if step is None else self.index_of("step", step)]
 
     def grid(
-        self, layer: Any, head: Any, row: int = 0, image: int = 0, tile: int | None = None, step: int | None = None
+        self,
+        layer: Any,
+        head: Any,
+        example: Any = None,
+        image: int | None = None,
+        tile: int | None = None,
+        step: int | None = None,
     ) -> Float[Tensor, "grid_row grid_col"]:
-        """One head's map on the patch grid of an image; InputError for a layer, head, image or pass that is not there.
+        """One head's map on the patch grid of an example's image (None: the first); InputError for what is not there.
 
         ``step`` is the number of a pass, as in :meth:`pass_values`.
         """
-        number = self.row_number(row)
+        picture = picture_of(self, example, image, tile)
         values = self.pass_values(step)[self.index_of("layer", layer), self.index_of("head", head)]
-        return on_grid(values[..., number], self.places[number], image, tile)
+        return grid_of(self, values[..., picture.entry], picture)
 
     def patches(self, image: int | None = None) -> Bool[Tensor, "row key"]:
         """Which keys are patches (of one image)."""
@@ -128,6 +135,29 @@ class AttentionMaps(Result):
             raise InputError(f"{described(where)!r} holds no key of these maps.")
         return torch.from_numpy(found)
 
+    def share_of(self, keys: Bool[Tensor, "row key"]) -> AttentionSummary:
+        """How much of its attention each head gives to some keys together, ``[layer head example]`` (behind ``step``, where there are passes).
+
+        ``uniform`` is what looking at every visible key alike would give them; NaN of maps that do not know it.
+        """
+        axes = {name: labels for name, labels in self.axes.items() if name != "key"}
+        alike = self.values[..., 0, :, :] * float("nan") if not self.uniform.numel() else self.uniform
+        shares = [torch.where(keys.T, one.double(), 0.0).sum(-2) for one in (self.values, alike)]
+        return AttentionSummary(shares[0], axes, self.provenance, self.tower, "mass", self.query, shares[1])
+
+    def share_elsewhere(
+        self, keys: Bool[Tensor, "row key"], picture: PictureOf, steps: Sequence[int] | None = None
+    ) -> Float[Tensor, "layer head place"]:
+        """How much of its attention each head gives to the same patches of a picture when they are moved to every other place of its grid (around its
+        edges): what the share of a region, found as the largest of many heads, is held against. Of several passes (``steps``: all) the mean.
+        """
+        passes = [self.pass_values(step)[..., picture.entry] for step in steps or self.axes.get("step", [None])]
+        grids = grid_of(self, torch.stack(passes).double().mean(0), picture).nan_to_num(0.0)
+        inside = grid_of(self, keys[picture.entry].double(), picture).nan_to_num(0.0)
+        rows, columns = inside.shape
+        moved = [inside.roll((r, c), (0, 1)) for r in range(rows) for c in range(columns) if (r, c) != (0, 0)]
+        return grids.flatten(-2) @ torch.stack([one.flatten() for one in moved or [inside * 0]]).T
+
     @with_provenance
     def head_contrast(self) -> AttentionMaps:
         """Each head's attention minus the mean over all heads and layers of these maps: what sets it apart, key by key (NOTICE).
@@ -146,7 +176,13 @@ class AttentionMaps(Result):
             **self.provenance,
             "method": f"head_contrast of {self.provenance.get('method', 'attention_maps')}",
         }
-        return dataclasses.replace(self, values=self.values - mean, measure="difference", provenance=provenance)
+        return dataclasses.replace(
+            self,
+            values=self.values - mean,
+            measure="difference",
+            provenance=provenance,
+            uniform=torch.zeros_like(self.uniform),
+        )
 
     @with_provenance
     def peak_in(
@@ -255,12 +291,14 @@ def attention_maps(
     kept = [torch.from_numpy((one.key_kind != GENERATED).all(0)) for one in passes]
     if len({int(mask.sum()) for mask in kept}) > 1:
         raise InputError("These passes look at different numbers of the prompt's keys; choose steps one by one.")
-    values = []
+    values, uniform = [], []
     for one, mask in zip(passes, kept, strict=True):
-        layers_of_pass = [
-            mean_query(pattern, counted)[..., mask].movedim(0, -1) for pattern, counted in one.each(query)
-        ]
-        values.append(torch.stack(layers_of_pass))
+        of_pass, alike = [], []
+        for pattern, counted in one.each(query):
+            of_pass.append(mean_query(pattern, counted)[..., mask].movedim(0, -1))
+            alike.append(mean_over(one.alike(pattern), counted)[..., mask].movedim(0, -1))
+        values.append(torch.stack(of_pass))
+        uniform.append(torch.stack(alike))
     stacked = torch.stack(values) if several else values[0]
     warn_undefined(stacked, "a row has no query that counts")
     mask = kept[0]
@@ -279,6 +317,7 @@ def attention_maps(
         kinds=first.key_kind[:, mask.numpy()].tolist(),
         blocks=blocks_of(first),
         query_places=_query_places(first, query),
+        uniform=torch.stack(uniform) if several else uniform[0],
     )
 
 

@@ -17,6 +17,7 @@ Sources: mass per modality, "Beyond Semantics" (arXiv 2503.17349); entropy over 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -77,6 +78,13 @@ class AttentionSummary(Result):
                 value, uniform = (shown.format(float(x)) for x in (values[layer, head, number], alike[layer, number]))
                 found[str(span)] = f"{where}: {value} (all keys alike: {uniform})"
         return found
+
+    @with_provenance
+    def over_heads(self) -> AttentionSummary:
+        """The mean over heads that have a value, as a result without the axis ``head``."""
+        axes = {key: labels for key, labels in self.axes.items() if key != "head"}
+        values = self.values.double().nanmean(list(self.axes).index("head"))
+        return dataclasses.replace(self, values=values, axes=axes)
 
     @with_provenance
     def span(self, name: str) -> AttentionSummary:
@@ -141,8 +149,7 @@ def attention_mass(
     for pattern, counted in patterns.each(queries):
         mass = mean_query(pattern, counted) @ members.to(pattern.dtype)
         values.append(mass.masked_fill(absent[:, None], float("nan")).movedim(0, -1))
-        seen = patterns.visible(pattern).to(pattern.dtype)
-        alike = seen @ members.to(pattern.dtype) / seen.sum(-1, keepdim=True)
+        alike = patterns.alike(pattern) @ members.to(pattern.dtype)
         uniform.append(mean_over(alike, counted).masked_fill(absent, float("nan")).movedim(0, -1))
     stacked = torch.stack(values)
     warn_undefined(stacked.masked_fill(absent.T, 0.0), _NO_QUERY)

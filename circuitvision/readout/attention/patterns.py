@@ -191,6 +191,11 @@ class Patterns:
         """The keys that a query can see: those that are no padding and that some head of the layer gives more than 0."""
         return (pattern.amax(1) > 0) & torch.from_numpy(present(self.key_kind))[:, None]
 
+    def alike(self, pattern: Float[Tensor, "row head query key"]) -> Float[Tensor, "row query key"]:
+        """The attention of a head that looks at every key it can see alike."""
+        seen = self.visible(pattern).to(pattern.dtype)
+        return seen / seen.sum(-1, keepdim=True).clamp_min(1)
+
     def axes(self, n_heads: int) -> dict[str, list[Any]]:
         """The axes that results share: layer and head, before those of their own and :attr:`example`."""
         return {"layer": self.layers, "head": list(range(n_heads))}

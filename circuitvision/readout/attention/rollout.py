@@ -28,7 +28,7 @@ from circuitvision.model.tokens import TokenMap, present
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.attention.cache import read
 from circuitvision.readout.attention.maps import AttentionMaps, blocks_from, blocks_of, single_places
-from circuitvision.readout.attention.patterns import described, keys_of, mean_query, warn_undefined
+from circuitvision.readout.attention.patterns import Patterns, described, keys_of, mean_query, warn_undefined
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ _FUSIONS = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1), "min": lamb
 class AttentionRollout(Result):
     """Attention multiplied up over layers: ``values`` is ``[layer query key example]``, the product of all layers up to and with that one.
 
-    Rows sum to 1; rows of padding that nothing reads are NaN. :meth:`of` takes one query's row as maps that lie over the image.
+    Rows sum to 1; rows of padding that nothing reads are NaN. ``uniform``, of the same shape, is the rollout of heads that look at every visible key
+    alike. :meth:`of` takes one query's row as maps that lie over the image.
     """
 
     tower: str = ""
@@ -51,8 +52,16 @@ class AttentionRollout(Result):
     frames: Tensor = field(default_factory=lambda: torch.zeros(0))
     kinds: list[list[str]] = field(default_factory=list)
     blocks: list[list[Any]] = field(default_factory=list)
+    uniform: Tensor = field(default_factory=lambda: torch.zeros(0))
 
-    _per_example: ClassVar[dict[str, int]] = {"places": 0, "boxes": 0, "shares": 0, "frames": 0, "kinds": 0}
+    _per_example: ClassVar[dict[str, int]] = {
+        "places": 0,
+        "boxes": 0,
+        "shares": 0,
+        "frames": 0,
+        "kinds": 0,
+        "uniform": -1,
+    }
 
     @with_provenance
     def of(self, query: PositionsLike, tokens: Mapping[str, TokenMap] | None = None) -> AttentionMaps:
@@ -69,11 +78,15 @@ class AttentionRollout(Result):
         )
         if not bool(counted.any()):
             raise InputError(f"query={described(query)!r} leaves no position that is not padding.")
-        values = mean_query(self.values.nan_to_num(0.0).movedim(-1, 0), counted).movedim(0, -1)[:, None]
+        values, uniform = (
+            mean_query(held.nan_to_num(0.0).movedim(-1, 0), counted).movedim(0, -1) if held.numel() else held
+            for held in (self.values, self.uniform)
+        )
         axes = {"layer": self.axes["layer"], "head": ["rollout"], "key": self.axes["key"]}
         axes["example"] = self.axes["example"]
         return AttentionMaps(
-            values=values,
+            values=values[:, None],
+            uniform=uniform,
             axes=axes,
             provenance={**self.provenance, "query": described(query)},
             tower=self.tower,
@@ -127,21 +140,12 @@ def rollout(
     if steps != list(range(steps[0], steps[0] + len(steps))):
         raise InputError(f"Layers {steps} do not follow on each other; cache them all, or name a range with layers=.")
     real = torch.from_numpy(patterns.real)
-    depths: list[Tensor] = []
-    for number in range(len(steps)):
-        pattern = patterns.layer(number)
-        fused = _FUSIONS[head_fusion](pattern)
-        if discard:
-            fused = _without_weakest(fused, patterns.visible(pattern), discard)
-        step_matrix = _mixed(fused, residual)
-        # Nothing real looks at padding; its own rows stay as they are.
-        step_matrix = torch.where(real[..., None], step_matrix, torch.eye(real.shape[1], dtype=fused.dtype))
-        depths.append(step_matrix @ depths[-1] if depths else step_matrix)
-    stacked = torch.stack(depths)
+    stacked, uniform = _multiplied(patterns, real, head_fusion, discard, residual)
     warn_undefined(stacked[:, real], "no attention is left in a row; take residual > 0 or another head_fusion")
     positions = list(range(patterns.own.n_positions))
     return AttentionRollout(
         values=stacked.masked_fill(~real[None, :, :, None], float("nan")).movedim(1, -1),
+        uniform=uniform.masked_fill(~real[None, :, :, None], float("nan")).movedim(1, -1),
         axes={"layer": steps, "query": positions, "key": positions, "example": patterns.example},
         provenance=patterns.provenance(f"rollout(residual={residual}, {head_fusion}, discard={discard})", "all"),
         tower=patterns.tower,
@@ -152,6 +156,25 @@ def rollout(
         kinds=patterns.key_kind.tolist(),
         blocks=blocks_of(patterns),
     )
+
+
+def _multiplied(
+    patterns: Patterns, real: Bool[Tensor, "row pos"], head_fusion: str, discard: float, residual: float
+) -> tuple[Float[Tensor, "layer row query key"], Float[Tensor, "layer row query key"]]:
+    """The products of the layers' mixtures, of the model's attention and of uniform attention."""
+    depths: list[Tensor] = []
+    alike: list[Tensor] = []
+    for number in range(len(patterns.layers)):
+        pattern = patterns.layer(number)
+        fused = _FUSIONS[head_fusion](pattern)
+        if discard:
+            fused = _without_weakest(fused, patterns.visible(pattern), discard)
+        for found, source in ((depths, fused), (alike, patterns.alike(pattern))):
+            step_matrix = _mixed(source, residual)
+            # Nothing real looks at padding; its own rows stay as they are.
+            step_matrix = torch.where(real[..., None], step_matrix, torch.eye(real.shape[1], dtype=fused.dtype))
+            found.append(step_matrix @ found[-1] if found else step_matrix)
+    return torch.stack(depths), torch.stack(alike)
 
 
 def _without_weakest(

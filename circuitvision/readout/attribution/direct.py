@@ -32,8 +32,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from circuitvision.answers import check_complete
 from circuitvision.data import Batch, Side
 from circuitvision.errors import InputError
+from circuitvision.metrics import Metric
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.names import component, head_name, is_component, spelled
 from circuitvision.model.positions import in_every_example
@@ -46,16 +48,15 @@ from circuitvision.readout.attribution.rest import (
     rest_of_stream,
     spacing,
 )
+from circuitvision.readout.attribution.sources import OverSources
 from circuitvision.readout.attribution.terms import SPLITS, Stream
 from circuitvision.readout.over_data import DataReading, answers_of, of_batch, over_data, side_of
-from circuitvision.readout.patch_coords import named_positions, places_of, shares_of
+from circuitvision.readout.patch_coords import places_of, shares_of
 from circuitvision.readout.recorded import check_hooked, chosen_layers, examples_of, tokens_of
 from circuitvision.results import Result
 from circuitvision.statistics import by_example
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
@@ -100,6 +101,18 @@ class Attribution(Result):
         order = mean.abs().argsort(descending=True)[:count].tolist()
         return [(self.axes["term"][index], float(mean[index])) for index in order]
 
+    @with_provenance
+    def gathered(self, count: int) -> Attribution:
+        """The ``count`` terms with the largest mean share in size, and the sum of all others as one term; together they add up to the total."""
+        order = self.mean().abs().nan_to_num(-1.0).argsort(descending=True)
+        shown, rest = order[:count], order[count:]
+        names, values = [self.axes["term"][index] for index in shown.tolist()], self.values.double()
+        parts = [values[shown]]
+        if len(rest):
+            names.append(f"{len(rest)} others")
+            parts.append(values[rest].sum(0, keepdim=True))
+        return replace(self, values=torch.cat(parts), axes={**self.axes, "term": names})
+
     def __getitem__(self, term: str) -> Tensor:
         """One term's share ``[example]``; heads, neurons, MLPs and attention layers in any spelling, and without the tower."""
         return self.values[self.index_of("term", self._label(term))]
@@ -114,7 +127,7 @@ class Attribution(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class SourceAttribution(Result):
+class SourceAttribution(OverSources):
     """What each head takes from each position: ``values [layer head position example]``; the sum over positions is the head's share.
 
     Positions count keys: cached ones of another tower first, where there are any. ``places`` are theirs in the image (-1 elsewhere), ``kinds``
@@ -129,10 +142,6 @@ class SourceAttribution(Result):
     shares: Tensor = field(default_factory=_none)
 
     _per_example: ClassVar[dict[str, int]] = {"places": 0, "words": 0, "kinds": 0, "shares": 0}
-
-    def _long_frame(self) -> pd.DataFrame:
-        """One row per value, with the ``token`` at each position."""
-        return named_positions(self, super()._long_frame(), self.words)
 
     def highlights(self) -> dict[str, str]:
         """The heads that take most, and how much of it from image patches; mean over examples."""
@@ -231,6 +240,8 @@ def _over_data(
     options: Mapping[str, Any],
 ) -> DataReading:
     """The shares of every example of a data set."""
+    if direction is None:
+        check_complete(side)
     if direction is None and side.answers is None:
         raise InputError(
             "This data set holds no answers, so say what is explained: an answer 'red' or ('red', 'blue')."
@@ -240,13 +251,20 @@ def _over_data(
     where = in_every_example(position, count)
 
     def read(batch: Batch, rows: list[int]) -> Attribution:
-        own: Any = answers_of(batch) if direction is None else of_batch(direction, rows, count)
+        own: Any = direction
+        if direction is None:
+            own = answers_of(batch)
+        elif isinstance(direction, Metric):
+            own = direction.take(rows, count)
+        else:
+            own = of_batch(direction, rows, count)
         at = None if where is None else where.taken(rows, count)
         found = direct_attribution(model, batch.inputs, own, tower, position=at, **options)
         assert isinstance(found, Attribution)
         return found
 
-    return over_data(model, side, read, batch_size=batch_size, method=f"direct_attribution(by={options['by']})")
+    method = f"direct_attribution(by={options['by']})"
+    return over_data(model, side, read, positions=where, batch_size=batch_size, method=method)
 
 
 def _shares(

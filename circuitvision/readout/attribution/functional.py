@@ -93,7 +93,7 @@ def functional(
         value = _value(chosen, rows, _read(tower, cache, resid, chosen, index))
         (gradient,) = torch.autograd.grad(value.sum(), resid)
     value = value.detach()
-    _warn_unless_finite(tower, value)
+    _warn_unless_finite(tower, value if index is None else value[index.any(1)])
     capped = value
     reader = reader_of(tower).spec.readout
     if reader is not None and reader.finish == "softcap":
@@ -227,7 +227,8 @@ def _read(
     if index is None:
         out = Reading(tower, cache, reference=resid.detach().to(dtype), **options).output(resid.to(dtype))
         return (out.T if output_kind(tower) == "images" and chosen.against is None else out)[:, None]
-    there = index.any(0).nonzero().flatten()
+    # Where no row has a position, one is read for the shape of what is then NaN.
+    there = index.any(0).nonzero().flatten() if bool(index.any()) else torch.zeros(1, dtype=torch.long)
     picked = resid[:, there].to(dtype)
     if reader_of(tower) is not tower:
         tower, picked = reader_of(tower), _projected(tower, picked)
@@ -311,7 +312,8 @@ def positions_read(
 ) -> Bool[Tensor, "row pos"]:
     """The positions read, whose mean is taken where there are several: by default the last of a row, for actions the first of the chunk.
 
-    Positions are the tower's; in a later pass of ``generate`` those of the pass. A row in which a region is empty has none.
+    Positions are the tower's; in a later pass of ``generate`` those of the pass. A row in which a region is empty has none; in
+    a run of some examples of a data set all may be so.
 
     Raises:
         InputError: positions of another tower or run, or outside what is read.
@@ -330,12 +332,15 @@ def positions_read(
     if positions.kind in ("all", "there", "slice"):
         mask[:, :start] = False
     read = mask.any(1)
-    if bool(mask[:, :start].any()) or (not positions.may_be_empty and not bool(read.all())) or not bool(read.any()):
+    of_data = positions.examples is not None
+    none = not bool(read.all() if not positions.may_be_empty else of_data or read.any())
+    if bool(mask[:, :start].any()) or none:
         numbers = f"{behind + start}…{behind + length - 1}" + ", behind those of the cache" * bool(behind)
         raise InputError(
             f"Position {positions.text!r} is outside the {length - start} positions that are read here ({numbers})."
         )
-    warn_of_empty({positions.text: int((~read).sum())}, rows)
+    if not of_data:
+        warn_of_empty({positions.text: int((~read).sum())}, rows)
     return mask
 
 

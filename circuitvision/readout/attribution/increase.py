@@ -29,16 +29,14 @@ from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.attribution.direct import attribution_tower, cached_for, sources_of
 from circuitvision.readout.attribution.functional import positions_read
 from circuitvision.readout.attribution.rest import check_head_reads_stream, check_sources, spacing
+from circuitvision.readout.attribution.sources import OverSources
 from circuitvision.readout.attribution.terms import Stream
-from circuitvision.readout.patch_coords import named_positions
 from circuitvision.readout.ranks import rank_components
 from circuitvision.readout.recorded import chosen_layers, examples_of
 from circuitvision.readout.targets import Targets, names_of, output_kind, plain, reader_of, resolve_targets
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
@@ -60,7 +58,7 @@ class LogProbIncrease(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class SourceIncrease(LogProbIncrease):
+class SourceIncrease(OverSources, LogProbIncrease):
     """``values`` in nats, of what each head takes from each position: ``[layer head position example]``; they do not add up to the head's.
 
     ``places`` are those of the positions in the image (-1 elsewhere), ``words`` their tokens.
@@ -77,10 +75,6 @@ class SourceIncrease(LogProbIncrease):
     def direction(self) -> str:
         """What the values are of."""
         return f"log p({self.answer})"
-
-    def _long_frame(self) -> pd.DataFrame:
-        """One row per value, with the ``token`` at each position."""
-        return named_positions(self, super()._long_frame(), self.words)
 
     def highlights(self) -> dict[str, str]:
         """The sources that move the answer most, in nats, mean over examples."""

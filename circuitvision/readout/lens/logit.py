@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitvision.answers import contrast
+from circuitvision.answers import check_complete, contrast
 from circuitvision.data import Batch, Side
 from circuitvision.digests import plain as plain_value
 from circuitvision.errors import InputError
@@ -92,8 +92,8 @@ def logit_lens(
     """Read the answer off any site of a tower: ``lens(h) = head(norm(h))`` at every position.
 
     Over a data set (a :class:`~circuitvision.data.Side`, or ``Pairs`` for their clean side) one value per example is kept, the mean over
-    ``positions`` (by default the class token or all patches of image towers, the last position of others); its answers and foils are the targets
-    unless others are given.
+    ``positions`` (by default the class token or all patches of image towers, the last position of others), or one for each of several by name; its
+    answers and foils are the targets unless others are given.
 
     Args:
         model: the hooked model.
@@ -217,8 +217,11 @@ def _over_data(
         )
     if targets is None and side.answers is None:
         raise InputError("This data set holds no answers, so say what is followed, such as targets=('red', 'blue').")
+    if targets is None:
+        check_complete(side)
     read_tower = lens_tower(model, tower)
-    targets = per_example(plain(targets), len(side))
+    targets, foil = contrast(plain(targets), None)
+    targets = per_example(targets, len(side)) if foil is None else (targets, foil)
 
     def read(batch: Batch, rows: list[int]) -> LensResult:
         own = answers_of(batch) if targets is None else of_batch(targets, rows, len(side))

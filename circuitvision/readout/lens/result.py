@@ -14,7 +14,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.tokens import ABSENT
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.lens.summaries import LensSummaries
-from circuitvision.readout.patch_coords import named_positions, on_grid
+from circuitvision.readout.patch_coords import grid_of, named_positions, picture_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +67,7 @@ class LensResult(LensSummaries):
         return frame
 
     def highlights(self) -> dict[str, str]:
-        """What stands highest in the first rows at the last layer: of the pooled output, or else of the last position that is no padding."""
+        """What stands highest in the first entries at the last layer: of the pooled output, or else of the last position that is no padding."""
         if "head" in self.axes or not self.ids.numel() or self.columns == "actions":
             return {}
         found = {}
@@ -77,7 +77,7 @@ class LensResult(LensSummaries):
             best = self.pooled_ids[-1, :, row] if self.pooled_ids.numel() else self.ids[-1, at, :, row]
             where = "" if self.pooled_ids.numel() else f" at position {self.axes['position'][at]}"
             words = [self.names.get(str(int(number)), str(int(number))) for number in best[:3]]
-            found[f"row {row}, highest{where}"] = ", ".join(words)
+            found[f"example {self.axes['example'][row]}, highest{where}"] = ", ".join(words)
         return found
 
     @property
@@ -121,22 +121,20 @@ class LensResult(LensSummaries):
         return self.index_of(axis, label)
 
     def patch_grid(
-        self, layer: Any, row: int = 0, image: int = 0, tile: int | None = None, target: Any = None
+        self, layer: Any, example: Any = None, image: int | None = None, tile: int | None = None, target: Any = None
     ) -> Tensor:
         """One layer's values of a target (by label or place; None: the first) on the patch grid of an image: ``[rows columns]``.
 
-        NaN where a patch has no position.
-
-        ``tile=None`` takes the first tile there is (the whole image, where a model also reads it in parts).
+        NaN where a patch has no position. ``None`` is the first example, image and tile (the whole image, where a model also reads it in parts).
 
         Raises:
-            InputError: the row has no patch of that image and tile, or the lens has heads.
+            InputError: no such example, image or tile, or the lens has heads.
         """
         if "head" in self.axes:
             raise InputError("This lens has a head axis; read a site without heads to lay it over an image.")
-        number = self.row_number(row)
+        picture = picture_of(self, example, image, tile)
         index = 0 if target is None else self.target(target)
-        return on_grid(self.values[self.index(layer), :, index, number], self.places[number], image, tile)
+        return grid_of(self, self.values[self.index(layer), :, index, picture.entry], picture)
 
     def index(self, layer: Any) -> int:
         """The index of a layer or site on the first axis."""

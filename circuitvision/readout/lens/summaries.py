@@ -19,7 +19,7 @@ with attention and never with the MLP; here all are compared.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,13 @@ class LensSummary(Result):
     measure: str = ""
     chance: float = float("nan")
     tower: str = ""
+
+    def over_positions(self) -> LensSummary:
+        """The mean over positions that have a value, as a result without the axis ``position``."""
+        if "position" not in self.axes:
+            return self
+        axes = {name: labels for name, labels in self.axes.items() if name != "position"}
+        return replace(self, values=self.values.double().nanmean(list(self.axes).index("position")), axes=axes)
 
     def highlights(self) -> dict[str, str]:
         """The measure at the first and at the last layer, the mean over everything else, beside chance."""

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.files import replacing
+from circuitvision.files import reading, write_tensors
 from circuitvision.model.positions import Positions, PositionsLike, in_every_example, warn_of_empty
 from circuitvision.model.tokens import KINDS, TokenMap
 from circuitvision.provenance import describe, with_provenance, without_dates
@@ -170,8 +170,6 @@ class Collected(Mapping[str, Tensor]):
         Raises:
             InputError: another suffix.
         """
-        from safetensors.torch import save_file
-
         path = Path(path)
         if path.suffix != ".safetensors":
             raise InputError(f"Collected vectors are saved as .safetensors, not {path.suffix or 'without a suffix'!r}.")
@@ -180,8 +178,7 @@ class Collected(Mapping[str, Tensor]):
             header = json.dumps({"format": _FORMAT, "sites": list(self), **told})
         except TypeError as error:
             raise InputError(f"Labels and groups are saved as words and numbers: {error}.") from error
-        with replacing(path) as temporary:
-            save_file({site: x.contiguous().clone() for site, x in self.items()}, temporary, metadata={_META: header})
+        write_tensors(path, self, {_META: header})
         return path
 
     @classmethod
@@ -196,17 +193,14 @@ class Collected(Mapping[str, Tensor]):
         path = Path(path)
         if not path.is_file():
             raise InputError(f"There is no file {path}.")
-        try:
-            with safe_open(path, framework="pt") as handle:
-                header = json.loads((handle.metadata() or {}).get(_META, "{}"))
-                vectors = {site: handle.get_tensor(site) for site in header.get("sites", [])}
-        except Exception as error:
-            raise InputError(f"{path} holds no collected vectors: {error}") from error
-        if header.get("format") != _FORMAT:
-            raise InputError(f"{path} holds no collected vectors; those are what Collected.save writes.")
-        beside = {name: header.get(name, []) for name in _BESIDE}
-        beside["at"] = [tuple(one) for one in beside["at"]]
-        return cls(vectors, header["positions"], header["provenance"], **beside)
+        with reading(path, "collected vectors"), safe_open(path, framework="pt") as handle:
+            header = json.loads((handle.metadata() or {}).get(_META, "{}"))
+            if header.get("format") != _FORMAT:
+                raise InputError(f"{path} holds no collected vectors; those are what Collected.save writes.")
+            vectors = {site: handle.get_tensor(site) for site in header["sites"]}
+            beside = {name: list(header.get(name, [])) for name in _BESIDE}
+            beside["at"] = [tuple(one) for one in beside["at"]]
+            return cls(vectors, header["positions"], header["provenance"], **beside)
 
     def __repr__(self) -> str:
         shapes = sorted({tuple(vector.shape) for vector in self.vectors.values()})

@@ -74,6 +74,18 @@ class DecisionLayers(Result):
         """Share of the settled examples whose last prediction is another one; NaN if none settled."""
         return float((self.stable & (self.decided != self.final)).double().sum() / self.stable.sum())
 
+    def settled(self, wrong: bool | None = None) -> Float[Tensor, " anchor"]:
+        """Share of all examples that settle at each anchor where they can; on a wrong prediction (a right one) alone, where that is asked."""
+        members = self.stable if wrong is None else self.wrong if wrong else self.stable & ~self.wrong
+        anchors = len(self.layers) - self.k
+        return torch.bincount(self.values[members], minlength=anchors)[:anchors].double() / len(self.values)
+
+    @property
+    def median(self) -> int | None:
+        """The anchor by which half of the settled examples have settled; None if none has."""
+        settled = self.values[self.stable].double()
+        return int(settled.quantile(0.5, interpolation="lower")) if len(settled) else None
+
     @property
     def cumulative(self) -> Float[Tensor, " layer"]:
         """Share of all examples that have settled at or before each anchor; ends at the share that ever settles."""

@@ -81,6 +81,12 @@ class ProbeResult(Result):
         return self.shuffled.std(1) if self.shuffled.shape[1] > 1 else torch.full_like(self.values, torch.nan)
 
     @property
+    def control_band(self) -> Float[Tensor, "end site"]:
+        """The control and two standard deviations to either side of it: low end, high end (the control alone, where there is one shuffling)."""
+        spread = 2 * self.control_sd.nan_to_num(0.0)
+        return torch.stack([self.control - spread, self.control + spread])
+
+    @property
     def selectivity(self) -> Float[Tensor, " site"]:
         """Score on the true labels minus that on shuffled ones (Hewitt and Liang 2019); NaN without shuffles."""
         return self.values - self.control

@@ -54,6 +54,11 @@ class PCAResult(Result):
 
     _per_example: ClassVar[dict[str, int]] = {"labels": 0}
 
+    @property
+    def held(self) -> Tensor:
+        """The share of the variance that all components kept hold together, of a stream ``[layer]``."""
+        return self.explained.sum(-1)
+
     def transform(self, x: Float[Tensor, "example feature"], layer: Any = None) -> Float[Tensor, "example component"]:
         """Scores of other activations: ``(x − center) @ components.T``; ``layer`` names the layer of a stream.
 

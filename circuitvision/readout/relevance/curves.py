@@ -101,6 +101,11 @@ class Curve(Result):
         return torch.trapezoid(curve, self.shares, dim=-2)
 
     @property
+    def area(self) -> Result:
+        """:meth:`auc` of the map's own order, ``[example]``, with a mean and an interval."""
+        return Result(self.auc(), {"example": self.axes["example"]}, self.provenance)
+
+    @property
     def advantage(self) -> Result:
         """How much better than random orders, ``[example]``: the difference in area to their mean, positive where the map's order is the better one.
 
@@ -109,6 +114,18 @@ class Curve(Result):
         difference = self.auc("random").mean(0) - self.auc() if self.random.numel() else self.auc() * math.nan
         values = difference if self.kind == "deletion" else -difference
         return Result(values, {"example": self.axes["example"]}, self.provenance)
+
+    @property
+    def beaten(self) -> int:
+        """How many random orders the map's own is better than, of the first example."""
+        own, random = self.auc()[0], self.auc("random")[:, 0]
+        return int((own < random if self.kind == "deletion" else own > random).sum())
+
+    @property
+    def better(self) -> float:
+        """Share of the examples in which the map's order is better than random ones on average."""
+        advantage = self.advantage
+        return float(Result((advantage.values > 0).double(), advantage.axes).mean())
 
     def random_band(self, level: float = 0.9) -> Float[Tensor, "3 share"]:
         """The middle ``level`` of the random orders' mean curves over examples: low end, mean over orders, high end."""

@@ -49,6 +49,11 @@ class PointingGame(Result):
         }
 
     @property
+    def counted(self) -> int:
+        """How many examples have a hit or a miss."""
+        return int((~self.values.isnan()).sum())
+
+    @property
     def rate(self) -> float:
         """Share of the examples whose maximum lies on the object."""
         return float(self.mean())
@@ -70,7 +75,7 @@ class PointingGame(Result):
         """Low and high end of Wilson's interval of :attr:`rate`; with ``group``, or of another quantity, of a bootstrap as of every result."""
         if group is not None or quantity != "values":
             return super().interval(level, group, draws, seed, quantity=quantity)
-        return wilson(self.mean(), int((~self.values.isnan()).sum()), level)
+        return wilson(self.mean(), self.counted, level)
 
 
 @with_provenance
@@ -101,17 +106,16 @@ def pointing_game(
         raise InputError(f"relevance is a Relevance with places in the image, not {type(relevance).__name__}.")
     if not 0 <= overlap < 1 or not 0 <= tolerance < math.inf:
         raise InputError(f"overlap={overlap} is a share from 0 to below 1, tolerance={tolerance} pixels from 0 on.")
-    rows = _first_rows(relevance, image)
-    drawn = _drawn(masks, len(rows), tolerance)
+    examples = sorted(relevance.examples)
+    grids = [relevance.on_image(example, image, tile) for example in examples]
+    drawn = _drawn(masks, len(examples), tolerance)
     hits, chances = [], []
-    for row, mask in zip(rows, drawn, strict=True):
+    for example, grid, mask in zip(examples, grids, drawn, strict=True):
         if mask is None:
             hits.append(float("nan"))
             chances.append(float("nan"))
             continue
-        grid = relevance.on_image(row, image, tile)
-        extent = (1.0, 1.0) if relevance.of_pixels else relevance.extent(row, image, tile)
-        on = _on_object(mask, grid.shape[0], grid.shape[1], extent) > overlap
+        on = _on_object(mask, (grid.shape[0], grid.shape[1]), relevance.extent(example, image, tile)) > overlap
         there = ~grid.isnan()
         best = there & (grid == grid[there].max()) if bool(there.any()) else there
         hits.append(float(on[best].double().mean()) if bool(best.any()) else float("nan"))
@@ -170,24 +174,14 @@ def _grown(mask: Bool[Tensor, "height width"], by: float) -> Bool[Tensor, "heigh
     return grown
 
 
-def _first_rows(relevance: Relevance, image: int | None) -> list[int]:
-    """The row of each example that holds the image asked for."""
-    rows: dict[int, int] = {}
-    for row, example in enumerate(relevance.axes["example"]):
-        numbers = relevance.places[row, relevance.places[row, :, 2] >= 0, 0]
-        if len(numbers) and (image is None or bool((numbers == image).any())):
-            rows.setdefault(example, row)
-    missing = sorted(set(relevance.axes["example"]) - set(rows))
-    if missing or not rows:
-        raise InputError(f"Example {missing[0] if missing else 0} has no patch of image {image}.")
-    return [rows[example] for example in sorted(rows)]
-
-
 def _on_object(
-    mask: Bool[Tensor, "height width"], down: int, across: int, extent: tuple[float, float] = (1.0, 1.0)
+    mask: Bool[Tensor, "height width"], cells: tuple[int, int], extent: tuple[float, float] = (1.0, 1.0)
 ) -> Float[Tensor, "down across"]:
     """The share of each cell's pixels that are on the object; cells cover ``extent`` of the picture's height and width."""
-    height, width = (max(1, round(size * share)) for size, share in zip(mask.shape, extent, strict=True))
+    (down, across), (height, width) = (
+        cells,
+        (max(1, round(s * part)) for s, part in zip(mask.shape, extent, strict=True)),
+    )
     # What lies past the last patch is in no cell.
     mask = mask[:height, :width]
     # Every pixel of the mask belongs to the cell that holds its middle, whatever the two resolutions are.

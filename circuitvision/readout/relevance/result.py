@@ -7,8 +7,9 @@ laid over masks without the model.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from torch import Tensor
 from circuitvision.errors import InputError, warn
 from circuitvision.model.edits.base import EditGroup
 from circuitvision.provenance import with_provenance
-from circuitvision.readout.patch_coords import extent_of, named_positions, on_grid
+from circuitvision.readout.patch_coords import entry_of, extent_of, grid_of, named_positions, picture_of
 from circuitvision.readout.relevance.variables import PIXELS
 from circuitvision.results import Result
 
@@ -78,50 +79,68 @@ class Relevance(Result):
             return self.on_patches().values
         return self.values if self.values.ndim == 2 else self.values.sum(-2)
 
-    def top(self, count: int = 10, row: int = 0) -> list[tuple[str, float]]:
-        """The labels of a row's ``count`` largest values in size, and the values; pixels are summed over patches.
+    def top(self, count: int = 10, example: Any = None, image: int | None = None) -> list[tuple[str, float]]:
+        """The labels of an example's ``count`` largest values in size, and the values; pixels are summed over patches.
+
+        ``None`` is the first example; of a vision tower with an entry for every image, its first or the one that holds ``image``.
 
         Raises:
-            InputError: no such row.
+            InputError: no such example or image.
         """
-        self._check(row)
-        values = self.per_position[:, row].nan_to_num(0.0)
+        entry = entry_of(self, example, image)
+        values = self.per_position[:, entry].nan_to_num(0.0)
         order = values.abs().argsort(descending=True, stable=True)[:count].tolist()
-        return [(self.labels[row][number], float(values[number])) for number in order]
+        return [(self.labels[entry][number], float(values[number])) for number in order]
 
     def _long_frame(self) -> pd.DataFrame:
         """One row per value, with the ``token`` at each position."""
         return named_positions(self, super()._long_frame(), self.labels)
 
     def highlights(self) -> dict[str, str]:
-        """The strongest positions of the first row, and what the values should add up to."""
+        """The strongest positions of the first example, and what the values should add up to."""
         if not self.labels or not self.values.numel():
             return {}
-        row = 0
-        found = {f"strongest in row {row}": ", ".join(f"{label} {value:+.3g}" for label, value in self.top(5, row))}
+        first = self.axes["example"][0]
+        found = {f"strongest in example {first}": ", ".join(f"{label} {value:+.3g}" for label, value in self.top(5))}
         if self.completeness_gap.numel():
             worst = self.completeness_gap.abs().max()
             found["largest completeness gap"] = f"{float(worst):.2g}"
         return found
 
-    def _check(self, row: int) -> None:
-        self.row_number(row)
-
-    def on_image(self, row: int = 0, image: int | None = None, tile: int | None = None) -> Float[Tensor, "down across"]:
-        """One row's values on the patch grid of one of its images (``None``: its first), or its pixels; NaN where nothing was measured.
+    def on_image(
+        self, example: Any = None, image: int | None = None, tile: int | None = None
+    ) -> Float[Tensor, "down across"]:
+        """One example's values on the patch grid of one of its images (``None``: the first), or its pixels; NaN where nothing was measured.
 
         Raises:
-            InputError: no such row, or no position of it is a patch of that image and tile.
+            InputError: no such example, or no position of it is a patch of that image and tile.
         """
-        self._check(row)
-        if not self.of_pixels:
-            return on_grid(self.per_position[:, row], self.places[row], self._image(row, image), tile)
-        on_grid(torch.zeros(self.places.shape[1]), self.places[row], self._image(row, image), tile)
-        return self.values[..., row]
+        picture = picture_of(self, example, image, tile)
+        if self.of_pixels:
+            return self.values[..., picture.entry]
+        return grid_of(self, self.per_position[:, picture.entry], picture)
+
+    def peak_in(
+        self,
+        box: tuple[float, float, float, float],
+        example: Any = None,
+        image: int | None = None,
+        tile: int | None = None,
+    ) -> tuple[bool, float]:
+        """Whether a cell of :meth:`on_image` with the largest value touches a box (left, top, right, bottom, as shares of the image), and the
+        share of cells that do: chance. Of several cells with that value (a region removed whole) one is enough.
+        """
+        grid, (down, across) = self.on_image(example, image, tile), self.extent(example, image, tile)
+        sizes = (grid.shape[1] / across, grid.shape[0] / down) * 2
+        left, top, right, bottom = (edge * size for edge, size in zip(box, sizes, strict=True))
+        rows, columns = torch.arange(grid.shape[0])[:, None], torch.arange(grid.shape[1])
+        touched = (left < columns + 1) & (columns < right) & (top < rows + 1) & (rows < bottom)
+        peaks = grid == grid.nan_to_num(-math.inf).max()
+        return bool((peaks & touched).any()), float(touched.double().mean())
 
     def per_pixel(
         self,
-        row: int = 0,
+        example: Any = None,
         size: tuple[int, int] = (224, 224),
         image: int | None = None,
         tile: int | None = None,
@@ -130,8 +149,7 @@ class Relevance(Result):
         """The map of :meth:`on_image` scaled to ``size`` (height, width): every pixel has its patch's value, or with ``smooth`` one interpolated
         between patches. For showing and for masks; the values no longer add up to the metric.
         """
-        grid = self.on_image(row, image, tile)
-        extent = (1.0, 1.0) if self.of_pixels else self.extent(row, image, tile)
+        grid, extent = self.on_image(example, image, tile), self.extent(example, image, tile)
         # Pixels past the last patch belong to none.
         covered = [round(edge * share) for edge, share in zip(size, extent, strict=True)]
         how = {"mode": "bilinear", "align_corners": False} if smooth else {"mode": "nearest-exact"}
@@ -139,9 +157,9 @@ class Relevance(Result):
         found[: covered[0], : covered[1]] = torch.nn.functional.interpolate(grid[None, None], covered, **how)[0, 0]
         return found
 
-    def extent(self, row: int = 0, image: int | None = None, tile: int | None = None) -> tuple[float, float]:
-        """How much of the height and of the width of a row's image its patch grid covers."""
-        return extent_of(self.shares, self.places, row, self._image(row, image), tile)
+    def extent(self, example: Any = None, image: int | None = None, tile: int | None = None) -> tuple[float, float]:
+        """How much of the height and of the width of an example's image its map covers; all of it, where the values are of pixels."""
+        return (1.0, 1.0) if self.of_pixels else extent_of(self, picture_of(self, example, image, tile))
 
     @with_provenance
     def on_patches(self) -> Relevance:
@@ -168,7 +186,3 @@ class Relevance(Result):
         values[here] = found.to(values.dtype)
         axes = {"position": list(range(values.shape[1])), "example": self.axes["example"]}
         return dataclasses.replace(self, values=values.T, axes=axes, site=f"{PIXELS} of patches")
-
-    def _image(self, row: int, image: int | None) -> int:
-        numbers = self.places[row, self.places[row, :, 2] >= 0, 0]
-        return image if image is not None else int(numbers.min()) if len(numbers) else 0

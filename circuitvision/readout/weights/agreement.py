@@ -73,10 +73,18 @@ class ClassValueAgreement(Result):
         """One row per layer: agreement averaged over classes, that of random rows (and the largest mean of a draw), and p."""
         import pandas as pd
 
-        means = self.random.mean(-1)
-        random = {"random": float(means.mean()), "random_max": float(means.max())}
-        agreement = self.values.mean(-1).tolist()
+        _, middle, most = self.chance()
+        random, agreement = {"random": middle, "random_max": most}, self.over_classes().tolist()
         return pd.DataFrame({"layer": self.axes["layer"], "agreement": agreement, **random, "p": self.p.tolist()})
+
+    def over_classes(self) -> Float[Tensor, " layer"]:
+        """The mean over classes."""
+        return self.values.mean(-1)
+
+    def chance(self) -> tuple[float, float, float]:
+        """The mean over classes of random rows: that of the lowest draw, of all, and of the highest draw."""
+        means = self.random.mean(-1)
+        return float(means.min()), float(means.mean()), float(means.max())
 
     def against(self, other: ClassValueAgreement) -> Float[Tensor, " layer"]:
         """The one-sided p, per layer, that agreement here exceeds that of another model. Raises InputError for other layers or classes."""
