@@ -104,7 +104,7 @@ def readers(model: cv.HookedModel, cache: cv.ActivationCache) -> dict[str, Calla
 
     return {
         "the product alone": product,
-        "circuitvision, two targets with ranks": lambda: cv.readout.logit_lens(model, cache, targets=targets.tolist()),
+        "circuitvision, two targets with ranks": lambda: cv.readout.logit_lens(model, cache, targets={17: 17, 99: 99}),
         "circuitvision, ten highest": lambda: cv.readout.logit_lens(model, cache, top_k=10),
         "layer by layer": loop,
         "all logits": everything,

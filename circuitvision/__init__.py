@@ -56,7 +56,7 @@ _CLASSES = {
     "data.scenes": "MinimalPair Scene SceneObject",
     "data.sides": "Example Side",
     "digests": "NamedFunction",
-    "errors": "CircuitVisionError HookError InputError UnknownSiteError UnsupportedModelError",
+    "errors": "CircuitVisionError HookError InputError UnknownAttributeError UnknownExampleError UnknownSiteError UnsupportedModelError",
     "interop.transformer_lens_view": "TowerView",
     "metrics": "Accuracy ActionDim KL LogProb LogitDiff Metric Prob Rank",
     "model.averages": "Layout",
@@ -145,7 +145,9 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"circuitvision.{_HOMES[name]}"), name)
     if name in _ROOMS:
         return importlib.import_module(f"circuitvision.{name}")
-    raise AttributeError(f"module 'circuitvision' has no attribute {name!r}")
+    from circuitvision.errors import UnknownAttributeError
+
+    raise UnknownAttributeError(f"module 'circuitvision' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,8 @@
 """The exceptions of circuitvision: one class per kind of mistake, each message naming the fix.
 
-All derive from :class:`CircuitVisionError`, so a study can catch one type. Those that a caller could already expect from Python's own
-vocabulary (a bad value, an unknown key) also derive from that built-in type.
+All derive from :class:`CircuitVisionError`, so a study can catch one type. What a caller can put right is an :class:`InputError`; a model that no
+family describes is an :class:`UnsupportedModelError`. Those that a caller could already expect from Python's own vocabulary (a bad value, an unknown
+key, attribute or number) also derive from that built-in type.
 """
 
 from __future__ import annotations
@@ -22,19 +23,27 @@ class UnsupportedModelError(CircuitVisionError):
     """The model's class, or its structure, is not one a family table entry describes."""
 
 
-class UnknownSiteError(CircuitVisionError, KeyError):
+class InputError(CircuitVisionError, ValueError):
+    """What was given does not fit: image size, image tokens, mask length, unknown words."""
+
+
+class UnknownSiteError(InputError, KeyError):
     """A site name or glob matches nothing in this model."""
 
     def __str__(self) -> str:  # KeyError would print the repr of the message
         return str(self.args[0]) if self.args else ""
 
 
-class HookError(CircuitVisionError):
+class UnknownAttributeError(InputError, AttributeError):
+    """A model, a tower or the package has no attribute of that name."""
+
+
+class UnknownExampleError(InputError, IndexError):
+    """The number of an example outside a data set; ends an iteration by number, as Python's own lists do."""
+
+
+class HookError(InputError):
     """A hook broke the contract of its site: shape, dtype, device, in-place change, or a site that did not fire once per pass."""
-
-
-class InputError(CircuitVisionError, ValueError):
-    """Inputs do not fit the model: image size, image tokens, mask length, unknown words."""
 
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep

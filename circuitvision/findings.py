@@ -402,7 +402,7 @@ def looks_near(profile: DistanceProfile) -> Finding:
     of_layers, tests = profile.over_heads(), len(profile.axes["layer"])
     gap = Result(of_layers.values - profile.uniform_distance.double(), of_layers.axes)
     means, chances = of_layers.mean(), profile.mean(quantity="uniform_distance")
-    unread = torch.tensor([name in profile.unread for name in profile.axes["layer"]])
+    unread = torch.tensor([name in profile.dead_layers for name in profile.axes["layer"]])
     shares = (gap.mean() / chances).masked_fill(unread & ~unread.all(), math.nan).nan_to_num(math.inf)
     at = int(shares.argmin())
     if not math.isfinite(float(shares[at])):

@@ -294,10 +294,9 @@ def _lenses(model: Any, inputs: Mapping[str, Any], case: Case) -> list[LensResul
     names = [name for tower in ("vision", "language") for name in model.towers[tower].stream_sites()]
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs, names_filter=names)
-    found = [
-        logit_lens(model, cache, tower=tower, targets=[case.answer, case.foil]) for tower in ("vision", "language")
-    ]
-    return [lens.contrast(case.answer, case.foil) for lens in found if isinstance(lens, LensResult)]
+    contrast = (case.answer, case.foil)
+    found = [logit_lens(model, cache, tower=tower, targets=contrast) for tower in ("vision", "language")]
+    return [lens for lens in found if isinstance(lens, LensResult)]
 
 
 def _check(model: Any, pairs: list[QuestionPair], importance: HeadImportance, seed: int) -> AblationCheck:

@@ -22,6 +22,7 @@ import dataclasses
 import html
 import importlib
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +48,6 @@ ResultType = TypeVar("ResultType", bound="Result")
 Groups = str | Mapping[Any, Any] | Sequence[Any] | Tensor | None
 """What groups examples: a field of the result, a mapping of examples to groups, or one group per row or per example."""
 EXAMPLE = "example"
-_SAME = ("model_id", "weights_sha256", "config_sha256", "metric", "metric_units", "method")
-"""What parts of one result share of where they come from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class Result:
     where there is one, is the last.
 
     Raises:
-        InputError: the axes do not describe the shape of ``values``, or ``example`` is not the last.
+        InputError: the axes do not describe the shape of ``values``, ``example`` is not the last, or another axis has a label twice.
     """
 
     values: Tensor
@@ -87,6 +86,7 @@ class Result:
             )
         if EXAMPLE in axes and list(axes)[-1] != EXAMPLE:
             raise InputError(f"{type(self).__name__}: the axis of examples is the last, not of {', '.join(axes)}.")
+        check_labels(axes)
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "provenance", as_builtin(dict(self.provenance)))
 
@@ -245,38 +245,9 @@ class Result:
         Raises:
             InputError: nothing to join; parts of other classes, models, methods, metrics, axes or settings; the same data twice.
         """
-        parts = list(results)
-        if not parts:
-            raise InputError("There is nothing to join; give at least one result.")
-        first = parts[0]
-        for part in parts:
-            if not isinstance(part, cls) or type(part) is not type(first):
-                raise InputError(f"A {type(first).__name__} and a {type(part).__name__} cannot be joined.")
-            part.examples  # noqa: B018 (raises where there are none)
-            _check_alike(first, part)
-        labels = [part.axes[EXAMPLE] for part in parts]
-        if len(set().union(*map(set, labels))) < sum(len(set(own)) for own in labels):
-            _check_no_repeats(parts)
-            labels = _counted_on(parts)
-        names = {name for part in parts for name, _, _ in part._along_examples()}
-        fields = _joined(parts)
-        for name, dim in {"values": -1, **first._per_example}.items():
-            pieces = [getattr(part, name) for part in parts]
-            if name in names and isinstance(pieces[0], Tensor):
-                fields[name] = torch.cat(pieces, dim=dim)
-            elif name in names:
-                fields[name] = [entry for piece in pieces for entry in piece]
-        shared = {
-            key: value
-            for key, value in first.provenance.items()
-            if all(part.provenance.get(key) == value for part in parts)
-        }
-        return dataclasses.replace(
-            first,
-            axes={**first.axes, EXAMPLE: [label for own in labels for label in own]},
-            provenance={**shared, "parts": [part.provenance for part in parts]},
-            **fields,
-        )
+        from circuitvision.joining import joined
+
+        return joined(cls, list(results))
 
     # -- tables and files ----------------------------------------------------------------------------------------------------------------------
 
@@ -466,64 +437,13 @@ class Result:
 # -- parts ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _joins(value: Any) -> bool:
-    """Whether a field holds objects that know how those of several parts become one."""
-    return isinstance(value, list) and bool(value) and hasattr(type(value[0]), "concat")
-
-
-def _joined(parts: Sequence[Result]) -> dict[str, Any]:
-    """The fields of which every part has its own, though they say the same: edits that read the part's own data."""
-    fields = {entry.name: [getattr(part, entry.name) for part in parts] for entry in dataclasses.fields(parts[0])}
-    return {name: type(own[0][0]).concat(own) for name, own in fields.items() if all(map(_joins, own))}
-
-
-def _check_alike(first: Result, other: Result) -> None:
-    """InputError unless two results differ in their examples alone."""
-    for axis in dict.fromkeys([*first.axes, *other.axes]):
-        if axis != EXAMPLE and first.axes.get(axis) != other.axes.get(axis):
-            raise InputError(
-                f"The parts differ in the axis {axis!r}: {_shown(first.axes.get(axis))} and {_shown(other.axes.get(axis))}."
-            )
-    if list(first.axes) != list(other.axes):
-        raise InputError(f"The parts have their axes in another order: {list(first.axes)} and {list(other.axes)}.")
-    for key in _SAME:
-        if first.provenance.get(key) != other.provenance.get(key):
-            raise InputError(
-                f"The parts differ in {key}: {first.provenance.get(key)!r} and {other.provenance.get(key)!r}."
-            )
-    for entry in dataclasses.fields(first):
-        if entry.name in ("values", "axes", "provenance", *first._per_example):
-            continue
-        one, two = getattr(first, entry.name), getattr(other, entry.name)
-        if _joins(one) and _joins(two):
-            continue
-        if of_json(plain(one)) != of_json(plain(two)):
-            raise InputError(f"The parts differ in {entry.name}: {_shown(one)} and {_shown(two)}.")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-def _check_no_repeats(parts: Sequence[Result]) -> None:
-    """InputError where parts with the same numbers were measured on the same data."""
-    seen: set[str] = set()
-    for part in parts:
-        data = str(part.provenance.get("dataset_sha256") or "")
-        if data and data in seen:
-            raise InputError("Two of the parts are measurements of the same examples, which would count twice.")
-        seen.add(data)
-
-
-def _counted_on(parts: Sequence[Result]) -> list[list[int]]:
-    """New numbers for the examples of every part, each part's after those of the part before."""
-    found, total = [], 0
-    for part in parts:
-        numbers = {example: total + number for number, example in enumerate(part.examples)}
-        found.append([numbers[label] for label in part.axes[EXAMPLE]])
-        total += len(numbers)
-    return found
+def check_labels(axes: Mapping[str, Sequence[Any]]) -> None:
+    """Raise InputError for a label that stands twice on an axis: it would name two entries. An example may have several rows."""
+    for name, labels in axes.items():
+        seen = Counter(map(repr, labels))
+        if name != EXAMPLE and len(seen) < len(labels):
+            twice = next(label for label, count in seen.items() if count > 1)
+            raise InputError(f"The axis {name!r} has the label {twice} twice; every label names one entry.")
 
 
 def component_name(axes: Sequence[str], labels: Sequence[Any], tower: str = "") -> str:

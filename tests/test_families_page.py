@@ -43,7 +43,7 @@ def test_a_head_of_ones_own(names: dict[str, Any]) -> None:
         handle.remove()
         torch.testing.assert_close(model.run(inputs, edits.ablate("L1H0")), expected)
         assert not torch.equal(expected, logits)
-    lens = cv.readout.logit_lens(model, cache, targets=[0, 1])
+    lens = cv.readout.logit_lens(model, cache, targets={0: 0, 1: 1})
     torch.testing.assert_close(lens.values[-1, 0, :, 0], logits[0, :2].detach())
     assert len(model.sites()) == len({*model.sites()})
 

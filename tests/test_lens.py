@@ -27,7 +27,7 @@ def run(name: str):
 @pytest.mark.parametrize("name", VLMS)
 def test_the_language_lens_at_the_last_layer_is_the_models_output(name):
     model, logits, cache = run(name)
-    result = logit_lens(model, cache, tower="language", targets=[7, 9])
+    result = logit_lens(model, cache, tower="language", targets={7: 7, 9: 9})
     torch.testing.assert_close(by_row(result)[-1], logits[..., [7, 9]], atol=1e-5, rtol=1e-4)
     assert result.axes["layer"] == ["input", *range(model.language.cfg.n_layers)]
 
@@ -71,7 +71,7 @@ def test_tiles_are_told_apart():
 
 def test_measures_and_top_k_agree_with_each_other():
     model, _, cache = run("paligemma2")
-    everything = list(range(model.language.W_U.shape[1] if hasattr(model.language, "W_U") else 0))
+    everything = {token: token for token in range(model.language.W_U.shape[1])}
     probabilities = by_row(logit_lens(model, cache, targets=everything, measure="prob"))
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(probabilities.shape[:-1]), atol=1e-4, rtol=0)
     logs = by_row(logit_lens(model, cache, targets=[7], measure="logprob"))
@@ -83,7 +83,7 @@ def test_measures_and_top_k_agree_with_each_other():
 
 def test_pooled_read_outs_have_one_value_per_row_beside_those_of_the_positions():
     model, logits, cache = run("vit")
-    result = logit_lens(model, cache, tower="vision", targets=[0, 1])
+    result = logit_lens(model, cache, tower="vision", targets={0: 0, 1: 1})
     assert torch.equal(by_row(result, "pooled")[-1], logits[:, :2])
     torch.testing.assert_close(by_row(result)[-1, :, 0], logits[:, :2], atol=1e-5, rtol=1e-4)
     assert by_row(result).shape[2] == model.vision.cfg.n_prefix + 16
@@ -91,7 +91,7 @@ def test_pooled_read_outs_have_one_value_per_row_beside_those_of_the_positions()
 
 def test_contrast_and_files(tmp_path):
     model, _, cache = run("llava-clip-llama")
-    result = logit_lens(model, cache, targets=["red", "blue"])
+    result = logit_lens(model, cache, targets={"red": "red", "blue": "blue"})
     difference = result.contrast("red", "blue")
     torch.testing.assert_close(by_row(difference)[..., 0], by_row(result)[..., 0] - by_row(result)[..., 1])
     again = LensResult.load(difference.save(tmp_path / "lens.npz"))

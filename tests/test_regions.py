@@ -142,7 +142,7 @@ def probed(name: str, spec: Any) -> Tensor:
 
 def lensed(name: str, spec: Any) -> Tensor:
     model, _, tower, _ = run(name)
-    return readout.logit_lens(model, cached(name), tower, targets=[1, 2], positions={"it": spec}).values
+    return readout.logit_lens(model, cached(name), tower, targets={1: 1, 2: 2}, positions={"it": spec}).values
 
 
 def attributed(name: str, spec: Any) -> Tensor:

@@ -157,3 +157,11 @@ def test_input_hash_depends_on_values_names_and_order():
     assert provenance.hash_inputs(a, b) != provenance.hash_inputs(b, a)
     assert provenance.hash_inputs(a) == provenance.hash_inputs({"x": torch.zeros(2)})
     assert provenance.hash_inputs(a) != provenance.hash_inputs({"y": torch.zeros(2)})
+
+
+def test_a_label_that_names_two_entries_is_refused() -> None:
+    for axes in ({"layer": ["a", "b", "a"]}, {"layer": [0, 1, 0]}):
+        with pytest.raises(InputError, match=r"'layer' has the label .* twice"):
+            Result(torch.zeros(3), axes)
+    assert Result(torch.zeros(3), {"layer": [1, "1", 1.0]}).axes["layer"] == [1, "1", 1.0]
+    assert Result(torch.zeros(3), {"example": [4, 4, 5]}).examples == [4, 5]

@@ -184,7 +184,9 @@ class Pairs(Columns):
         return made
 
     @classmethod
-    def from_folder(cls, folder: Any, table: str = "pairs.csv", *, columns: Mapping[str, str] | None = None) -> Pairs:
+    def from_folder(
+        cls, folder: Any, table: str = "pairs.csv", *, columns: Mapping[str, str | None] | None = None
+    ) -> Pairs:
         """Pairs from a folder of pictures and a CSV or JSONL table, one row per pair; see :mod:`circuitvision.data.reading`.
 
         Columns are called image, corrupt_image, text, corrupt_text, answer, foil (in a CSV answer_id, foil_id for ids), group, box, corrupt_box,
@@ -193,14 +195,14 @@ class Pairs(Columns):
         Args:
             folder: where the table is; pictures are named relative to it.
             table: the file, .csv or .jsonl.
-            columns: our names to the table's, where it has others: ``{"image": "photo", "corrupt_image": "edited"}``.
+            columns: our names to the table's, where it has others: ``{"image": "photo", "corrupt_image": "edited"}``; None: it has none.
         """
         from circuitvision.data.reading import from_folder
 
         return from_folder(folder, table, columns)
 
     @classmethod
-    def from_dataset(cls, dataset: Any, *, columns: Mapping[str, str] | None = None) -> Pairs:
+    def from_dataset(cls, dataset: Any, *, columns: Mapping[str, str | None] | None = None) -> Pairs:
         """Pairs from a Hugging Face data set, or any sequence of mappings; see :func:`circuitvision.data.reading.from_dataset`."""
         from circuitvision.data.reading import from_dataset
 

@@ -11,7 +11,8 @@ A table has one row per pair, and these columns (``columns={"image": "photo"}`` 
 ``mask``, ``corrupt_mask``              pictures of one channel, above 0 inside
 ======================================  ====================================================================================================
 
-Pictures are opened when they are needed. Columns of other names are left alone.
+Pictures are opened when they are needed. Columns of other names are left alone; one whose name is close to one of ours that the table lacks
+(``corupt_image``) is taken for a slip and refused, unless ``columns={"corrupt_image": None}`` says that there is none.
 
 Not covered: pictures inside archives, and data sets that stream (they have no length).
 """
@@ -19,6 +20,7 @@ Not covered: pictures inside archives, and data sets that stream (they have no l
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import operator
@@ -35,14 +37,16 @@ from circuitvision.errors import InputError
 
 SHARED = {"answer": "answers", "foil": "foils", "group": "groups"}
 OF_A_SIDE = {"image": "images", "text": "texts", "box": "boxes", "mask": "masks"}
+_CLOSE = 0.8
+"""From which share of common letters on a column's name is taken for a slip of one of ours."""
 NAMES = (*(side + name for name in OF_A_SIDE for side in ("", "corrupt_")), *SHARED, "answer_id", "foil_id")
 
 
-def from_folder(folder: Any, table: str = "pairs.csv", columns: Mapping[str, str] | None = None) -> Pairs:
+def from_folder(folder: Any, table: str = "pairs.csv", columns: Mapping[str, str | None] | None = None) -> Pairs:
     """Pairs from a folder with a table, see the module for its columns.
 
     Raises:
-        InputError: no such file, another suffix, a row that cannot be read, a picture that is not there.
+        InputError: no such file, another suffix, a slip in the name of a column, a row that cannot be read, a picture that is not there.
     """
     path = Path(folder).expanduser() / table
     if not path.is_file():
@@ -52,7 +56,7 @@ def from_folder(folder: Any, table: str = "pairs.csv", columns: Mapping[str, str
         raise InputError(f"{path.name} is no table that is read here: give a .csv or .jsonl file.")
     if not rows:
         raise InputError(f"{path} holds no row.")
-    names = _names(rows[0], columns)
+    names = _names({name: None for row in rows for name in row}, columns)
     found = {
         name: [_cell(row, own, path.name, number) for number, row in enumerate(rows, 1)] for name, own in names.items()
     }
@@ -68,11 +72,11 @@ def from_folder(folder: Any, table: str = "pairs.csv", columns: Mapping[str, str
     return _pairs(found)
 
 
-def from_dataset(dataset: Any, columns: Mapping[str, str] | None = None) -> Pairs:
+def from_dataset(dataset: Any, columns: Mapping[str, str | None] | None = None) -> Pairs:
     """Pairs from a data set with a length whose items are mappings, see the module; its pictures are fetched when they are needed.
 
     Raises:
-        InputError: a data set without a length, or without the columns named.
+        InputError: a data set without a length, without the columns named, or with a slip in the name of one.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise InputError(
@@ -104,7 +108,7 @@ def from_dataset(dataset: Any, columns: Mapping[str, str] | None = None) -> Pair
     return _pairs(found)
 
 
-def _names(row: Mapping[str, Any], columns: Mapping[str, str] | None) -> dict[str, str]:
+def _names(row: Mapping[str, Any], columns: Mapping[str, str | None] | None) -> dict[str, str]:
     """Our name of every column that is read, and the table's."""
     columns = {} if columns is None else columns
     if not isinstance(columns, Mapping):
@@ -117,15 +121,28 @@ def _names(row: Mapping[str, Any], columns: Mapping[str, str] | None) -> dict[st
             raise InputError(
                 f"columns maps our names to the table's, and {name!r} is none of ours: {', '.join(NAMES)}.{turned}"
             )
-        if own not in row:
+        if own is not None and own not in row:
             raise InputError(f"The table has no column {own!r}; it has {', '.join(map(str, row))}.")
-    found = {name: columns.get(name, name) for name in NAMES if columns.get(name, name) in row}
+    found = {name: own for name in NAMES if (own := columns.get(name, name)) is not None and own in row}
+    _check_slips(row, found, [name for name in NAMES if name not in found and name not in columns])
     if "image" not in found and "text" not in found:
         raise InputError(
             f"The table has neither an image nor a text column, but {', '.join(map(str, row))}: say which are which with "
             f"columns={{'image': …, 'corrupt_image': …}}. The names that are read: {', '.join(NAMES)}."
         )
     return found
+
+
+def _check_slips(row: Mapping[str, Any], found: Mapping[str, str], lacking: Sequence[str]) -> None:
+    """Raise InputError for a column that is not read and whose name is close to one that the table lacks."""
+    lacking = [name for name in lacking if name.removesuffix("_id") not in found]
+    for own in row:
+        meant = difflib.get_close_matches(own, lacking, n=1, cutoff=_CLOSE) if isinstance(own, str) else []
+        if meant and own not in found.values():
+            raise InputError(
+                f"The table has a column {own!r} and no {meant[0]!r}: if it is that, rename it or say columns={{{meant[0]!r}: {own!r}}}; if it is "
+                f"something else, columns={{{meant[0]!r}: None}}."
+            )
 
 
 def _csv(path: Path) -> list[dict[str, Any]]:

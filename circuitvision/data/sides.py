@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from circuitvision.digests import of_json, plain
-from circuitvision.errors import InputError, checked_seed
+from circuitvision.errors import InputError, UnknownExampleError, checked_seed
 
 if TYPE_CHECKING:
     import pandas
@@ -298,7 +298,7 @@ def _rows(index: Any, count: int) -> list[int]:
     outside = [row for row in asked if not -count <= row < count]
     if outside:
         # The end of an iteration by number.
-        raise IndexError(f"Example {outside[0]} is outside the {count} examples.")
+        raise UnknownExampleError(f"Example {outside[0]} is outside the {count} examples.")
     return [row % count for row in asked]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from circuitvision.errors import UnsupportedModelError
+from circuitvision.errors import UnknownAttributeError, UnsupportedModelError
 from circuitvision.model.tower import Block
 
 
@@ -37,7 +37,7 @@ class AttentionView:
     def __getattr__(self, name: str) -> Tensor:
         if name in ("W_Q", "W_K", "W_V", "b_Q", "b_K", "b_V"):
             return getattr(self._block, name).detach()
-        raise AttributeError(f"The attention of a block has no {name!r}.")
+        raise UnknownAttributeError(f"The attention of a block has no {name!r}.")
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
@@ -59,7 +59,7 @@ class MLPView:
     def __getattr__(self, name: str) -> Tensor:
         if name in ("W_in", "W_gate", "b_in"):
             return getattr(self._block, name).detach()
-        raise AttributeError(f"The MLP of a block has no {name!r}.")
+        raise UnknownAttributeError(f"The MLP of a block has no {name!r}.")
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:

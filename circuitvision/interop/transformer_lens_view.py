@@ -35,7 +35,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.errors import InputError, UnknownAttributeError, UnsupportedModelError
 from circuitvision.interop.examples import Examples
 from circuitvision.interop.lens_blocks import BlockView
 from circuitvision.model import heads
@@ -308,7 +308,7 @@ class TowerView:
             return torch.stack([getattr(block.mlp, name) for block in self.blocks])
         if name.startswith(("W_", "b_")):
             return getattr(self.tower, name)
-        raise AttributeError(f"The view of the {self.__dict__['tower'].name} tower has no attribute {name!r}.")
+        raise UnknownAttributeError(f"The view of the {self.__dict__['tower'].name} tower has no attribute {name!r}.")
 
     def __repr__(self) -> str:
         return f"TowerView({self.tower!r}, {len(self.names)} sites)"

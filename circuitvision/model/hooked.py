@@ -24,7 +24,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from circuitvision import metrics, provenance
-from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError, warn
+from circuitvision.errors import (
+    HookError,
+    InputError,
+    UnknownAttributeError,
+    UnknownSiteError,
+    UnsupportedModelError,
+    warn,
+)
 from circuitvision.links import Link, marked
 from circuitvision.model import dead, generation, heads, layout, loading, state, stream
 from circuitvision.model import inputs as input_checks
@@ -173,7 +180,9 @@ class HookedModel(TextTools):
         if name in towers:
             self._follow()
             return towers[name]
-        raise AttributeError(f"HookedModel has no attribute {name!r}; towers of this model: {', '.join(towers)}.")
+        raise UnknownAttributeError(
+            f"HookedModel has no attribute {name!r}; towers of this model: {', '.join(towers)}."
+        )
 
     def sites(self, glob: NamesFilter = "**") -> list[str]:
         """Names of all sites that a name, glob, list or predicate selects, in forward order; UnknownSiteError if there is none.

@@ -3,7 +3,7 @@
 ``Positions.of`` reads every spelling: None (all), numbers (negative ones count from the end of the prompt), several numbers, slices and ranges,
 ``"last"`` (the last that is not padding), ``"all"`` (all that hold something), kinds, selections of a token map, booleans ``[pos]``, ``[row pos]`` or
 ``[example pos]``, functions of a token map that return one of these, and regions (:mod:`circuitvision.regions`). ``(tower, one of these)`` says whose
-positions they are. A list of numbers means all of them in every row; one per example is ``cv.regions.at(numbers)``.
+positions they are. A list (or a set) of numbers means all of them in every row; one per example is ``cv.regions.at(numbers)``.
 
 ``positions.resolve(tokens)`` is the booleans ``[row pos]`` of one run: what everything else reads. Edits meet a run pass by pass, and choose entries
 of a site's own axis (``choose``).
@@ -154,6 +154,8 @@ class Positions:
             spec = tensor.flatten().tolist()
         if callable(spec):
             return cls("function", function=spec)
+        if isinstance(spec, set | frozenset):
+            spec = sorted(spec)
         return cls._of_several(tuple(spec) if isinstance(spec, Iterable) else (spec,), spec)
 
     @classmethod
@@ -536,6 +538,24 @@ def without_any(mask: Bool[Tensor, "row pos"], example: Iterable[int], count: in
     there = torch.zeros(count, dtype=torch.bool)
     there[owners] = True
     return (there & ~has).nonzero().flatten().tolist()
+
+
+def in_every_example(spec: PositionsLike | Positions, count: int) -> Positions | None:
+    """Positions of ``count`` examples as a value (None as None), where a list of numbers may be meant as one per example.
+
+    A list of as many different numbers as there are examples warns: it names all of them in every example. A set says that without a warning.
+    """
+    if spec is None or isinstance(spec, Positions):
+        return spec
+    found = Positions.of(spec)
+    ordered = isinstance(spec, list | tuple | np.ndarray | Tensor) and found.kind == "ints"
+    if ordered and len(found.ints) == count > 1 and len(set(found.ints)) > 1:
+        numbers = ", ".join(map(str, found.ints))
+        warn(
+            f"positions=[{numbers:.60}] of {count} examples names all of these positions in every example, which the set {{{numbers:.60}}} says "
+            f"without this warning; one position per example is cv.regions.at([{numbers:.60}])."
+        )
+    return found
 
 
 def warn_of_empty(empty: Mapping[str, int], count: int) -> None:

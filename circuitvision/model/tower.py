@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.errors import InputError, UnknownAttributeError, UnsupportedModelError
 from circuitvision.model import branches, heads
 from circuitvision.model.branches import BRANCHES, Branch
 from circuitvision.model.flow import Connector
@@ -116,7 +116,7 @@ class Block:
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
         """Gate weights of a gated MLP; AttributeError for a plain one."""
         if not self.has("mlp_gate"):
-            raise AttributeError(f"The {self.tower.name} tower has no gated MLP, so it has no W_gate.")
+            raise UnknownAttributeError(f"The {self.tower.name} tower has no gated MLP, so it has no W_gate.")
         return self._weight("mlp_gate")
 
     @property
@@ -356,7 +356,7 @@ class Tower:
     def __getattr__(self, name: str) -> Tensor:
         if name in _STACKED:
             return self._stacked(name)
-        raise AttributeError(f"Tower has no attribute {name!r}.")
+        raise UnknownAttributeError(f"Tower has no attribute {name!r}.")
 
     @property
     def W_E(self) -> Float[Tensor, "n_in d_model"]:
@@ -370,7 +370,7 @@ class Tower:
     def W_pos(self) -> Float[Tensor, "pos d_model"]:
         """The learned position table (copy); AttributeError where positions are rotary."""
         if self.stack.position_weight is None:
-            raise AttributeError(f"The {self.name} tower has no learned position embedding.")
+            raise UnknownAttributeError(f"The {self.name} tower has no learned position embedding.")
         embeddings, name = require(self.root, self.stack.embeddings or "", "embeddings"), self.stack.position_weight
         table = getattr(embeddings, name)
         with self.hooks_disabled(), torch.no_grad():
@@ -382,7 +382,7 @@ class Tower:
         found = heads.unembedding(self)
         kinds = (kind, "tied") if kind == "W_U" else (kind,)
         if found is None or found[1] not in kinds:
-            raise AttributeError(
+            raise UnknownAttributeError(
                 f"The {self.name} tower of {self.family.name} has no {kind}; tower.readout says how it reaches the output."
             )
         with self.hooks_disabled(), torch.no_grad():

@@ -48,7 +48,7 @@ def summary(result: AttentionSummary, *, span: str | None = None, title: str | N
     grids = {name: mean[..., number] for number, name in enumerate(names)}
     figure = kit.heat(
         grids, ("layer", result.axes["layer"]), ("head", result.axes["head"]), unit="nats" if nats else "share", limit=top, below_zero=False,
-        share=not nats, marked=dict.fromkeys(names, result.unread),
+        share=not nats, marked=dict.fromkeys(names, result.dead_layers),
     )  # fmt: skip
     if span is not None:
         names = [span]
@@ -97,7 +97,7 @@ def _keys(count: float) -> str:
 
 
 def _unread(result: Any) -> list[str]:
-    return [f"{name}{' (unread)' if name in result.unread else ''}" for name in result.axes["layer"]]
+    return [f"{name}{' (unread)' if name in result.dead_layers else ''}" for name in result.axes["layer"]]
 
 
 def spans(result: AttentionSummary, *, title: str | None = None) -> kit.Figure:
@@ -206,7 +206,7 @@ def offsets(result: PositionPattern, *, count: int = 6, title: str | None = None
     names = [
         style.titled(
             head_name(result.axes["layer"][layer], result.axes["head"][head], result.tower),
-            f"{explained[index]:.0%} explained{', unread' if result.axes['layer'][layer] in result.unread else ''}",
+            f"{explained[index]:.0%} explained{', unread' if result.axes['layer'][layer] in result.dead_layers else ''}",
         )
         for index, (layer, head) in zip(order, pairs, strict=True)
     ]

@@ -155,7 +155,7 @@ def contrast(
     if title is None:
         told = findings.adds(grid)
         there = f"contrast {told.value:.2g} there, median {told.chance:.2g}" if told.holds is not None else ""
-        title = style.titled(str(told), there, f"λ = {result.lam:.2g}", kit.which(result, shown.entry))
+        title = style.titled(str(told), there, f"λ = {result.epsilon:.2g}", kit.which(result, shown.entry))
     style.layout(figure, title, 460, margin={"l": 20, "b": 20})
     return kit.bare(figure, visible=False)
 

@@ -24,7 +24,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.positions import warn_of_empty, without_any
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe
-from circuitvision.readout.probes.collected import check_count, chosen_at_site, position_label
+from circuitvision.readout.probes.collected import chosen_at_site, position_label, positions_for
 from circuitvision.results import Result
 from circuitvision.statistics import by_example
 
@@ -60,9 +60,17 @@ def answers_of(batch: Batch) -> dict[str, Any] | None:
 
 
 def of_batch(value: Any, rows: Sequence[int], count: int) -> Any:
-    """What is given for a whole data set, for the examples at some of its places: what has one entry per example is cut, alone or in a mapping."""
+    """What is given for a whole data set, for the examples at some of its places: lists have one entry per example, alone, in a pair or a mapping.
+
+    Raises:
+        InputError: a list of another length, which a batch might fit by accident.
+    """
     if isinstance(value, Mapping):
         return {name: of_batch(one, rows, count) for name, one in value.items()}
+    if isinstance(value, tuple):
+        return tuple(of_batch(one, rows, count) for one in value)
+    if isinstance(value, list) and len(value) not in (1, count):
+        raise InputError(f"A list has one entry per example, and {value!r:.60} has {len(value)} for {count} examples.")
     return value if isinstance(value, Tensor) and value.is_floating_point() else take(value, rows, count)
 
 
@@ -90,7 +98,7 @@ def over_data(
         InputError: no example; an example without such a position, or positions given one by one for another number of examples; rows that are
         no examples.
     """
-    check_count(len(data), None, positions)
+    positions = positions_for(len(data), None, positions)
     parts: list[Tensor] = []
     empty: dict[str, int] = {}
     axes: dict[str, list[Any]] = {}
@@ -135,8 +143,8 @@ def _by_example(
     choice of positions is empty."""
     axes = {name: list(labels) for name, labels in result.axes.items() if name != "example"}
     values, empty = result.values.double(), {}
-    owners = np.array(result.axes["example"], dtype=int)
-    if len(owners) and int(owners.max()) >= len(batch):
+    examples = np.array(result.axes["example"], dtype=int)
+    if len(examples) and int(examples.max()) >= len(batch):
         raise InputError(
             "The rows of this tower are no examples of the data set (texts that images are compared with)."
         )
@@ -150,11 +158,11 @@ def _by_example(
             # What is not chosen does not count, not even as a NaN.
             mean = torch.where(mask.T, values, 0.0).sum(-2) / mask.sum(1).clamp(min=1)
             means.append(mean.masked_fill(~mask.any(1), torch.nan))
-            empty[name] = len(without_any(mask.cpu(), owners.tolist(), len(batch)))
+            empty[name] = len(without_any(mask.cpu(), examples.tolist(), len(batch)))
         axes |= {"position": list(empty)}
         if not several:
             axes.pop("position")
         values = torch.stack(means, axis) if several else means[0]
     found = values.new_full((*values.shape[:-1], len(batch)), torch.nan)
-    found[..., list(dict.fromkeys(owners.tolist()))] = by_example(values, owners.tolist())
+    found[..., list(dict.fromkeys(examples.tolist()))] = by_example(values, examples.tolist())
     return found, axes, empty

@@ -70,9 +70,9 @@ def pass_number(cache: ActivationCache, name: str, step: int | None) -> int | No
     if step is None:
         return None
     stored = held_as(cache, name) or name
-    whole = cache[stored]
-    several = isinstance(whole, list) or whole.ndim == cache.one_pass(stored, step).ndim + int(cache.has_batch_dim)
-    return step % len(whole) if several else None
+    value = cache[stored]
+    several = isinstance(value, list) or value.ndim == cache.one_pass(stored, step).ndim + int(cache.has_batch_dim)
+    return step % len(value) if several else None
 
 
 def tokens_of(cache: ActivationCache, tower: str) -> TokenMap:
@@ -109,11 +109,11 @@ def real_queries(tower: Any, tokens: TokenMap) -> Bool[np.ndarray, "row pos"]:
 def examples_of(cache: ActivationCache, tower: str, rows: int) -> tuple[Int[Tensor, " row"], int]:
     """Which example each row of a tower belongs to, and how many examples there are."""
     tokens = cache.model.tokens(cache.inputs).get(tower) if cache.model is not None and cache.inputs else None
-    owners = torch.arange(rows) if tokens is None or tokens.n_rows != rows else torch.as_tensor(tokens.example)
+    examples = torch.arange(rows) if tokens is None or tokens.n_rows != rows else torch.as_tensor(tokens.example)
     ids = cache.inputs.get("input_ids", cache.inputs.get("inputs_embeds"))
     dual = cache.model is not None and "text" in cache.model.towers
-    count = int(owners.max()) + 1 if ids is None or dual else int(ids.shape[0])
-    return owners, max(count, int(owners.max()) + 1)
+    count = int(examples.max()) + 1 if ids is None or dual else int(ids.shape[0])
+    return examples, max(count, int(examples.max()) + 1)
 
 
 def chosen_layers(layers: int | Sequence[int] | None, count: int) -> list[int]:
@@ -125,8 +125,8 @@ def chosen_layers(layers: int | Sequence[int] | None, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
     try:
-        asked = [layers] if hasattr(layers, "__index__") else list(layers)  # type: ignore[arg-type]
-        found = [None if isinstance(layer, bool) else operator.index(layer) for layer in asked]
+        requested = [layers] if hasattr(layers, "__index__") else list(layers)  # type: ignore[arg-type]
+        found = [None if isinstance(layer, bool) else operator.index(layer) for layer in requested]
     except TypeError:
         found = []
     numbers = [layer + count if layer < 0 else layer for layer in found if layer is not None]

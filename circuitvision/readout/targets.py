@@ -1,8 +1,9 @@
 """Targets: what a read-out is read for, and how words, classes, prompts, dimensions and directions become columns of it.
 
 A tower speaks about one kind of thing (:func:`output_kind`): classes, tokens, the texts or images a dual encoder compares with, action
-dimensions, or nothing with a name. Words are looked up among the class names, then in the tokenizer; a word of several tokens needs
-``aggregation``:
+dimensions, or nothing with a name. Targets are given in the grammar of answers (:mod:`circuitvision.answers`): one for all examples, a list with
+one per example, a mapping that names columns (weights have no examples: there a list is several columns). Words are looked up among the class
+names, then in the tokenizer; a word of several tokens needs ``aggregation``:
 
 * ``"first"``: its first token;
 * ``"mean"``: the mean of the measure over its tokens;
@@ -12,13 +13,13 @@ dimensions, or nothing with a name. Words are looked up among the class names, t
   run the model with the word appended.
 
 A dual encoder's prompts are strings: its text tower runs on them alone, and images are read against their embeddings. Not covered: sentences as
-targets of a language model.
+targets of a language model, several ids as one target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -128,13 +129,16 @@ def _warn_of_unknown(tokenizer: Any, prompts: Sequence[str]) -> None:
 class Targets:
     """Columns of a read-out by name: ids ``[target example token]`` (-1 where there is none), or embeddings or directions that make the columns.
 
-    The example axis has length 1 where every example has the same targets.
+    The example axis has length 1 where every example has the same targets. ``columns`` are the names of the columns that ``against`` makes;
+    ``listed`` holds the entries of a list of several, until :meth:`check` has met the run's examples.
     """
 
     labels: list[Any]
     ids: Int[Tensor, "target example token"]
     aggregation: str = "first"
-    against: Float[Tensor, "target width"] | None = None
+    against: Float[Tensor, "column width"] | None = None
+    columns: list[Any] = field(default_factory=list)
+    listed: list[Any] = field(default_factory=list)
 
     def read(
         self, measured: Float[Tensor, "row pos n_out"], example: Int[Tensor, " row"]
@@ -162,12 +166,37 @@ class Targets:
             raise InputError(f"There is no column {int(self.ids.max())}: this read-out has {size}, from 0.")
 
     def check(self, examples: int) -> None:
-        """Raises InputError unless there is one target for all examples, or one each."""
+        """Raises InputError unless there is one target for all examples, or one each; see :func:`per_example`."""
+        per_example(self.listed, examples)
         if self.ids.shape[1] not in (1, examples):
             raise InputError(
                 f"There are {examples} examples and targets for {self.ids.shape[1]}; give one per example. "
                 "A difference of two that is the same for all examples is a tuple, ('red', 'blue')."
             )
+
+
+def per_example(targets: Any, examples: int) -> Any:
+    """Targets for ``examples`` examples: a list as the column of answers it is, everything else as it is.
+
+    A list whose entries all differ could be meant as columns, and warns with both spellings.
+
+    Raises:
+        InputError: a list of neither one entry nor one per example.
+    """
+    if not isinstance(targets, list) or len(targets) < 2:
+        return targets
+    columns = "{" + ", ".join(f"{item!r}: {item!r}" for item in targets[:2]) + ", …" * (len(targets) > 2) + "}"
+    if len(targets) != examples:
+        raise InputError(
+            f"A list has one target per example, and there are {len(targets)} for {examples} examples. Columns that are the same for all examples "
+            f"are named by a mapping, {columns}; the difference of two is a tuple, ('red', 'blue')."
+        )
+    if len(set(map(repr, targets))) == examples and not any(isinstance(item, tuple) for item in targets):
+        warn(
+            f"targets={targets!r:.60} of {examples} examples has one target per example, which {{'answer': [...]}} says without this warning; "
+            f"columns that are the same for all examples are named, {columns}."
+        )
+    return {"answer": targets}
 
 
 def plain(targets: Any) -> Any:
@@ -203,9 +232,9 @@ def resolve_targets(
 ) -> Targets:
     """Targets by name, id, prompt, dimension or direction as columns of a tower's read-out.
 
-    ``targets`` is a list of them (or one), the same for all examples; a mapping of a name to one per example
-    (``{"answer": ["red", "blue"]}``); or a float tensor of embeddings or directions ``[target width]``. ``own_columns`` says that the caller
-    brings a read-out of its own, whose columns have numbers only.
+    ``targets`` is one, for all examples; a list with one per example; a mapping of names to either (``{"red": "red", "answer": ["blue", "red"]}``);
+    or a float tensor of embeddings or directions ``[target width]``. ``own_columns`` says that the caller brings a read-out of its own, whose columns
+    have numbers only.
 
     Raises:
         InputError: no such class, word or column, a word of several tokens without ``aggregation``, an empty or too long prompt, a tower without a
@@ -222,30 +251,36 @@ def resolve_targets(
             f"The {tower.name} tower of this {tower.family.name} model has no read-out, so it has no classes or words. Give targets as a tensor of "
             f"directions [target {tower.cfg.d_model}], or a read-out of your own: readout=fn(resid [row pos d_model]) -> [row pos n_out]."
         )
-    if isinstance(targets, Mapping):
-        rows = [list(answers) if not isinstance(answers, str | int) else [answers] for answers in targets.values()]
-        labels: list[Any] = list(targets)
-    else:
-        flat = [targets] if isinstance(targets, str | int) else list(targets)
-        rows, labels = [[target] for target in flat], flat
+    rows, labels, listed = _listed(targets)
     if not rows or any(not row for row in rows):
         raise InputError("Give at least one target.")
-    if kind == "texts" and all(isinstance(item, str) for row in rows for item in row):
-        if isinstance(targets, Mapping):
-            raise InputError("Prompts are the same for all images: give a list of strings.")
-        ids = torch.arange(len(labels)).view(-1, 1, 1)
-        return Targets(labels, ids, "first", prompt_embeddings(model, labels))
     examples = max(len(row) for row in rows)
     if any(len(row) not in (1, examples) for row in rows):
         raise InputError(f"Targets per example need one per example each; got {[len(row) for row in rows]}.")
-    found = [[_ids(model, tower, kind, item, aggregation) for item in row] for row in rows]
+    items = [item for row in rows for item in row]
+    prompts: list[str] = []
+    if kind == "texts" and all(isinstance(item, str) for item in items):
+        prompts = list(dict.fromkeys(items))
+        found = [[[prompts.index(item)] for item in row] for row in rows]
+    else:
+        found = [[_ids(model, tower, kind, item, aggregation) for item in row] for row in rows]
     width = max(len(ids) for row in found for ids in row)
     table = torch.full((len(rows), examples, width), -1, dtype=torch.long)
     for index, row in enumerate(found):
         for example in range(examples):
             chosen = row[example if len(row) > 1 else 0]
             table[index, example, : len(chosen)] = torch.tensor(chosen)
-    return Targets(labels, table, aggregation or "first")
+    if prompts:
+        return Targets(labels, table, "first", prompt_embeddings(model, prompts), prompts, listed)
+    return Targets(labels, table, aggregation or "first", listed=listed)
+
+
+def _listed(targets: Any) -> tuple[list[list[Any]], list[Any], list[Any]]:
+    """The entries of every column, the columns' labels, and the entries of a bare list of several."""
+    if isinstance(targets, Mapping):
+        return [[own] if isinstance(own, str | int) else list(own) for own in targets.values()], list(targets), []
+    items = [targets] if isinstance(targets, str | int) else list(targets)
+    return ([items], ["answer"], items) if len(items) > 1 else ([[item] for item in items], items, [])
 
 
 def _directions(tower: Tower, kind: str, targets: Tensor) -> Targets:
@@ -260,7 +295,7 @@ def _directions(tower: Tower, kind: str, targets: Tensor) -> Targets:
             )
         # Embeddings of a dual encoder are compared by cosine, whatever their length.
         targets = targets / targets.pow(2).sum(-1, keepdim=True).sqrt()
-    return Targets(labels, torch.arange(len(labels)).view(-1, 1, 1), "first", targets)
+    return Targets(labels, torch.arange(len(labels)).view(-1, 1, 1), "first", targets, labels)
 
 
 def _ids(model: HookedModel, tower: Tower, kind: str, target: Any, aggregation: str | None) -> list[int]:
@@ -317,7 +352,7 @@ def word_ids(model: HookedModel, word: str, aggregation: str | None = None) -> l
 def names_of(model: HookedModel, tower: Tower, ids: Sequence[int], targets: Targets | None = None) -> dict[str, str]:
     """The word, class or prompt of columns of a read-out, by the number as text (JSON has no other keys)."""
     if targets is not None and targets.against is not None:
-        return {str(number): str(targets.labels[number]) for number in ids}
+        return {str(number): str(targets.columns[number]) for number in ids}
     kind = output_kind(tower)
     if kind == "classes":
         known = getattr(model.config, "id2label", None) or {}

@@ -159,7 +159,7 @@ def test_readouts_and_methods_take_arrays_as_inputs() -> None:
         "deletion": lambda make: perturbation_curve(
             model, make(inputs), metric, legrad(model, inputs, metric), random_orders=1, steps=2
         ),
-        "logit_lens": lambda make: logit_lens(model, model.run_with_cache(make(inputs))[1], targets=[0, 1]),
+        "logit_lens": lambda make: logit_lens(model, model.run_with_cache(make(inputs))[1], targets={0: 0, 1: 1}),
         "attention_maps": lambda make: attention_maps(model, model.run_with_cache(make(inputs))[1], tower="vision"),
         "mean over a data set": lambda make: model.run(
             make(inputs), edits.ablate("vision.blocks.1.hook_mlp_out", "mean", dataset=[make(other), make(inputs)])

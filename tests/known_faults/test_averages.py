@@ -404,7 +404,7 @@ def summaries(model: cv.HookedModel, inputs: dict[str, Any]) -> dict[str, Tensor
         _, cache = model.run_with_cache(inputs, names_filter="language.**")
     sites = ["language.blocks.0.hook_resid_post", SITE]
     vectors = cv.readout.collect(model, inputs, sites, positions="all")
-    lens = cv.readout.logit_lens(model, cache, targets=[6, 9])
+    lens = cv.readout.logit_lens(model, cache, targets={6: 6, 9: 9})
     found = {
         "mass": cv.readout.attention_mass(model, cache, tower="language", queries="all").values,
         "uniform": cv.readout.attention_mass(model, cache, tower="language", queries="all").uniform,

@@ -149,7 +149,7 @@ def test_a_cut_picture_keeps_what_the_regions_read() -> None:
     model, inputs = uneven()
     _, cache = model.run_with_cache(inputs)
     maps = readout.attention_maps(model, cache, query="cls")
-    contrast = readout.attention_contrast(maps, maps, lam=1.0)
+    contrast = readout.attention_contrast(maps, maps, epsilon=1.0)
     values = torch.full_like(by_row(contrast), 0.0)
     values[:, (contrast.places[0, :, 2] == 3) & (contrast.places[0, :, 3] == 6)] = 1.0
     one = contrast.__class__(**{**vars(contrast), "values": values.T})

@@ -100,7 +100,7 @@ def test_no_title_affirms_anything_of_an_untrained_classifier():
     pixels = np.random.default_rng(0).integers(0, 255, (12, 64, 64, 3)).astype(np.uint8)
     inputs = model.inputs(images=[Image.fromarray(image) for image in pixels])
     labels = list(range(module.config.num_labels))
-    lens = logit_lens(model, inputs, targets=labels)
+    lens = logit_lens(model, inputs, targets={label: label for label in labels})
     told = findings.leads(targets_of(by_row(lens, "pooled")), lens.measure)
     answer = int(model(inputs)[0].argmax())
     scores = torch.randn(12, model.tokens(inputs)["vision"].n_positions)

@@ -21,7 +21,8 @@ def lens(targets: Any, name: str = "vit") -> tuple[LensResult, torch.Tensor]:
     model, inputs = cv.HookedModel(module), case(name).inputs(module, batch=2)
     with torch.no_grad():
         logits, cache = model.run_with_cache(inputs)
-        return cv.readout.logit_lens(model, cache, targets=targets), logits
+        named = {target: target for target in targets}
+        return cv.readout.logit_lens(model, cache, targets=named), logits
 
 
 def check_contrast() -> None:

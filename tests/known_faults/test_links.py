@@ -73,7 +73,7 @@ def check_multi_label(kind: str) -> None:
         torch.testing.assert_close(found.values[0], edited[:, 1].sigmoid())
         torch.testing.assert_close(found.clean, bare[:, 1].sigmoid())
     for measure, truth in (("prob", bare.sigmoid()), ("logprob", bare.sigmoid().log())):
-        lens = cv.readout.logit_lens(model, inputs, targets=[0, 4], measure=measure)
+        lens = cv.readout.logit_lens(model, inputs, targets={0: 0, 4: 4}, measure=measure)
         torch.testing.assert_close(lens.pooled[-1].T, truth[:, [0, 4]])
         best = cv.readout.logit_lens(model, inputs, top_k=2, measure=measure)
         torch.testing.assert_close(best.pooled[-1].T, truth.topk(2).values)

@@ -94,7 +94,7 @@ def test_everything_is_what_it_is_in_memory(name: str, way: str, tmp_path: Path)
     for read in (
         lambda own, held: cv.readout.direct_attribution(own, held, (0, 1), by="neuron").values,
         lambda own, held: cv.readout.value_vectors(own.towers[last], top_k=2).values,
-        lambda own, held: cv.readout.logit_lens(own, held, targets=[0, 1]).values,
+        lambda own, held: cv.readout.logit_lens(own, held, targets={0: 0, 1: 1}).values,
         lambda own, held: held.apply_ln_to_stack(held.decompose_resid(last), last, layer=0, bias=True),
     ):
         assert torch.equal(read(model, cache), read(plain, clean))

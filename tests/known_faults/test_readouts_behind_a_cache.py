@@ -56,7 +56,7 @@ def test_positions_of_a_second_turn(name: str) -> None:
     for outside in (0, width - 1, width + NEW):
         with pytest.raises(InputError, match="behind those of the cache"):
             readout.direct_attribution(model, second(), (3, 4), position=outside)
-    lens = readout.logit_lens(model, second(), targets=[3, 4])
+    lens = readout.logit_lens(model, second(), targets={3: 3, 4: 4})
     assert lens.axes["position"] == list(range(width, width + NEW))
     assert lens.kinds == [["text"] * 4, ["text", "text", "padding", "padding"]]
     near(by_row(lens)[-1, ..., 0], logits[..., 3], 1e-6)

@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(folder: Path, header: str, cells: str, encoding: str = "utf-8", **columns: str) -> Pairs:
+def read(folder: Path, header: str, cells: str, encoding: str = "utf-8", **columns: str | None) -> Pairs:
     text = f"image,corrupt_image,{header}\na.png,b.png,{cells}\n"
     (folder / "pairs.csv").write_bytes(text.encode(encoding))
     return Pairs.from_folder(folder, columns=columns or None)
@@ -75,3 +75,28 @@ def test_an_example_without_a_mask_has_none() -> None:
     assert masks is not None
     assert masks[1] is None
     assert (masks[0] == np.eye(4, dtype=bool)).all()
+
+
+def test_a_slip_in_the_name_of_a_column_is_refused(folder: Path) -> None:
+    for slip, meant in (("corupt_txt", "corrupt_text"), ("anwser", "answer"), ("corrupt_masks", "corrupt_mask")):
+        with pytest.raises(InputError, match=f"'{slip}' and no '{meant}'.*'{meant}': '{slip}'.*'{meant}': None"):
+            read(folder, slip, "word")
+    assert read(folder, "anwser", "word", answer="anwser").answers == ("word",)
+    assert read(folder, "anwser", "word", answer=None).answers is None
+    for kept in ("answers", "image2", "corrupt_image_b"):
+        assert read(folder, f"answer,{kept}", "word,more").answers == ("word",)
+    for kept in ("caption", "scene_id", "test", "corruption", "label"):
+        assert read(folder, kept, "word").answers is None
+
+
+def test_a_slip_in_any_row_is_refused(folder: Path) -> None:
+    rows = [{"text": "a", "answer": "x"}, {"text": "b", "answer": "y", "corupt_text": "c"}]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="'corupt_text' and no 'corrupt_text'"):
+        Pairs.from_folder(folder, "pairs.jsonl")
+    rows[1]["corrupt_text"] = rows[1].pop("corupt_text")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"Row 1 .*corrupt_text"):
+        Pairs.from_folder(folder, "pairs.jsonl")
+    with pytest.raises(InputError, match="'corupt_text' and no"):
+        Pairs.from_dataset([{"text": "a", "corupt_text": "b"}])

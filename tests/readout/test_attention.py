@@ -197,7 +197,7 @@ def test_default_queries_are_the_last_word_or_all_that_reach_the_output():
     torch.testing.assert_close(by_row(by_default)[-1], by_row(by_cls)[-1])
     torch.testing.assert_close(by_row(by_default)[0], by_row(attention_mass(cache.model, cache, queries="all"))[0])
     assert not torch.allclose(by_row(by_default)[0], by_row(by_cls)[0])
-    assert attention_mass(cache.model, cache, queries="patch").unread == [2]
+    assert attention_mass(cache.model, cache, queries="patch").dead_layers == [2]
     model, inputs, cache = run("clip", "right")
     tokens = model.tokens(inputs)["text"]
     assert attention_mass(model, cache).tower == "vision"
@@ -357,9 +357,9 @@ def test_unread_layers_are_left_out_unless_asked_for():
     _, _, cache = run("llava-clip-llama")
     result = attention_mass(cache.model, cache, tower="vision")
     assert result.axes["layer"] == [0, 1]
-    assert result.unread == []
+    assert result.dead_layers == []
     asked = attention_mass(cache.model, cache, tower="vision", layers=[0, 2])
-    assert (asked.axes["layer"], asked.unread) == ([0, 2], [2])
+    assert (asked.axes["layer"], asked.dead_layers) == ([0, 2], [2])
     assert attention_mass(cache.model, cache, tower="vision", layers=-1).axes["layer"] == [2]
 
 

@@ -180,7 +180,7 @@ def test_the_peak_of_a_planted_head_lies_where_it_was_planted():
 
 def test_a_query_contrasted_with_itself_is_one_everywhere():
     maps = made(random_shares(3, 2, 2, 20), prefix=3)
-    result = attention_contrast(maps, maps, lam=0.0)
+    result = attention_contrast(maps, maps, epsilon=0.0)
     torch.testing.assert_close(by_row(result)[:, 3:19], torch.ones(2, 16))
     assert torch.isnan(by_row(result)[:, [0, 1, 2, 19]]).all()
     torch.testing.assert_close(result.grid(), torch.ones(4, 4))
@@ -190,25 +190,25 @@ def test_the_contrast_is_the_weighted_mean_of_ratios():
     question, generic = torch.full((2, 2, 2, 1, 16), 0.02), torch.full((2, 2, 1, 16), 0.02)
     question[0, 0, :, 0, 5] = torch.tensor([0.04, 0.08])  # head mean 0.06
     question[1, 1, :, 0, 5] = 0.1
-    result = attention_contrast(made(question), made(generic), lam=0.02)
+    result = attention_contrast(made(question), made(generic), epsilon=0.02)
     # Step 1: layers (0.06, 0.02) over 0.04; step 2: (0.02, 0.1) over 0.04; weights 1/3 and 2/3.
     expected = (1.5 + 0.5) / 2 / 3 + 2 * (0.5 + 2.5) / 2 / 3
     assert float(by_row(result)[0, 5]) == pytest.approx(expected)
     assert float(by_row(result)[0, 4]) == pytest.approx(0.5)
     assert float(
-        by_row(attention_contrast(made(question), made(generic), lam=0.02, weights=[1, 0]))[0, 5]
+        by_row(attention_contrast(made(question), made(generic), epsilon=0.02, weights=[1, 0]))[0, 5]
     ) == pytest.approx(1)
     assert float(
-        by_row(attention_contrast(made(question), made(generic), lam=0.02, layers=[1]))[0, 5]
+        by_row(attention_contrast(made(question), made(generic), epsilon=0.02, layers=[1]))[0, 5]
     ) == pytest.approx(0.5 / 3 + 2.5 * 2 / 3)
     by_default = attention_contrast(made(question), made(generic))
-    assert by_default.lam == pytest.approx(0.02)
+    assert by_default.epsilon == pytest.approx(0.02)
     torch.testing.assert_close(by_row(by_default), by_row(result))
 
 
 def test_patches_are_matched_by_place_when_prompts_differ_in_length():
     question, generic = random_shares(1, 2, 1, 18), random_shares(1, 3, 1, 21)
-    result = attention_contrast(made(question, prefix=2), made(generic, prefix=4), lam=0.01)
+    result = attention_contrast(made(question, prefix=2), made(generic, prefix=4), epsilon=0.01)
     expected = question.mean(1)[0, 0, 2:] / (generic.mean(1)[0, 0, 4:20] + 0.01)
     torch.testing.assert_close(by_row(result)[0, 2:], expected)
 
@@ -216,8 +216,8 @@ def test_patches_are_matched_by_place_when_prompts_differ_in_length():
 def test_a_patch_that_the_generic_query_ignores_has_no_contrast():
     generic = random_shares(1, 1, 1, 16)
     generic[..., 3] = 0.0
-    with pytest.warns(UserWarning, match="take lam > 0"):
-        result = attention_contrast(made(random_shares(1, 2, 1, 16)), made(generic), lam=0.0)
+    with pytest.warns(UserWarning, match="take epsilon > 0"):
+        result = attention_contrast(made(random_shares(1, 2, 1, 16)), made(generic), epsilon=0.0)
     assert torch.isnan(by_row(result)[0]).nonzero().flatten().tolist() == [3]
     assert len(result.regions(100.0)) > 0
 
@@ -463,8 +463,8 @@ def test_meaningless_maps_peaks_and_rollouts_are_refused():
 def test_meaningless_contrasts_are_refused():
     maps = made(random_shares(2, 2, 1, 16))
     several = made(random_shares(3, 2, 2, 1, 16))
-    with refuse("lam=-1"):
-        attention_contrast(maps, maps, lam=-1)
+    with refuse("epsilon=-1"):
+        attention_contrast(maps, maps, epsilon=-1)
     with refuse("There is no layer|hold layers"):
         attention_contrast(maps, maps, layers=[5])
     with refuse("There is no layer|hold layers"):

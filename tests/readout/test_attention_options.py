@@ -218,7 +218,7 @@ def test_what_is_neither_inputs_nor_a_cache_is_refused():
         (lambda c: attention_mass(c.model, c, layers=[True]), "has layers 0 to 2"),
         (lambda c: attention_maps(c.model, c, steps=0.5), "outside the 1 passes"),
         (
-            lambda c: attention_contrast(attention_maps(c.model, c), attention_maps(c.model, c), lam="x"),
+            lambda c: attention_contrast(attention_maps(c.model, c), attention_maps(c.model, c), epsilon="x"),
             "makes no sense",
         ),
         (

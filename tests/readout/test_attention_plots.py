@@ -75,7 +75,7 @@ def test_a_row_without_a_query_is_said_to_have_none():
 
 
 def test_unread_layers_are_marked_and_missing_values_are_dashes():
-    gaps = dataclasses.replace(mass(unread=[1]), values=mass().values.clone())
+    gaps = dataclasses.replace(mass(dead_layers=[1]), values=mass().values.clone())
     by_row(gaps)[0, 1] = float("nan")
     figure = gaps.plot()
     assert list(figure.layout.yaxis.ticktext) == ["0", "1 (unread)"]
@@ -422,7 +422,7 @@ def test_the_contrast_shows_its_regions_and_the_object():
         {"row": [0], "key": list(range(16))},
         places=maps.places,
         boxes=maps.boxes,
-        lam=0.1,
+        epsilon=0.1,
     )
     figure = result.plot(box=(16, 8, 24, 16), top_percent=12.5)
     np.testing.assert_allclose(heat_maps(figure)[0], grid)

@@ -164,7 +164,7 @@ def test_a_share_is_what_is_lost_when_its_own_term_is_taken_out_of_the_stream(na
 def test_patches_behind_a_linear_projector_are_split_as_the_lens_reads_them(name):
     model, _, cache = run(name, torch.float64, everything=True)
     patches = model.tokens(cache.inputs)["vision"].select("patch")
-    lens = by_row(logit_lens(model, cache, "vision", sites="resid_post", targets=[7, 11]))[-1].double()
+    lens = by_row(logit_lens(model, cache, "vision", sites="resid_post", targets={7: 7, 11: 11}))[-1].double()
     wanted = lens[..., 0] - lens[..., 1]
     for position, said in ((3, wanted[:, 3]), (patches, wanted.mean(1))):
         found = direct_attribution(model, cache, (7, 11), "vision", position=position)
@@ -332,7 +332,7 @@ def test_prompts_take_the_place_of_the_runs_texts():
 @pytest.mark.parametrize(
     ("name", "direction", "options", "message"),
     [
-        ("vit", (0, 1, 2), {}, "pair"),
+        ("vit", (0, 1, 2), {}, "tuple of two"),
         ("vit", "walrus", {}, "no class"),
         ("vit", (0, 1), {"by": "layer"}, "split by"),
         ("vit", (0, 1), {"by": "neuron", "layers": [99]}, "layers of 0 to"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -286,9 +287,9 @@ def test_a_check_of_heads_does_not_depend_on_the_batch(monkeypatch: pytest.Monke
     [
         ("vit", "vision", None, None),
         ("llava-clip-llama", "language", None, None),
-        ("llava-clip-llama", "language", "text", ["red", "blue"]),
+        ("llava-clip-llama", "language", "text", {"red": "red", "blue": "blue"}),
         ("llava-clip-llama", "vision", "patch", {"answer": [3, 4, 5, 6, 7]}),
-        ("llava-next-mistral", "vision", "patch", [3, 4]),
+        ("llava-next-mistral", "vision", "patch", {3: 3, 4: 4}),
     ],
 )
 def test_a_lens_over_a_data_set_is_that_of_single_runs(name: str, tower: str, positions: Any, targets: Any) -> None:
@@ -304,7 +305,7 @@ def test_a_lens_over_a_data_set_is_that_of_single_runs(name: str, tower: str, po
         own = targets
         if targets is None:
             own = {"answer": batch.answers, "foil": batch.foils}
-        elif isinstance(targets, dict):
+        elif "answer" in targets:
             own = {"answer": targets["answer"][number : number + 1]}
         lens = cv.readout.logit_lens(model, batch.inputs, tower, targets=own)
         tokens = model.tokens(batch.inputs)[tower]
@@ -592,3 +593,77 @@ def test_a_drawn_value_is_that_of_an_example_of_the_data_set() -> None:
         model.run(inputs, edits.ablate(site, "resample", dataset=data[:1]))
     with pytest.raises(InputError, match="raw"):
         edits.ablate(site, "resample", dataset=[inputs])
+
+
+# -- lists ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_that_fits_a_batch_by_accident_is_refused() -> None:
+    model, data = wrapped("vit"), side("vit", answers=[1, 2, 3, 1, 2])
+    with pytest.raises(InputError, match="2 for 5 examples"):
+        cv.readout.logit_lens(model, data, targets=[1, 2], batch_size=2)
+    with pytest.raises(InputError, match="2 for 5 examples"):
+        cv.readout.direct_attribution(model, data, [1, 2], batch_size=2)
+    for read, option in ((cv.readout.logit_lens, "targets"), (cv.readout.direct_attribution, "direction")):
+        own = read(model, data, batch_size=2)
+        given = read(model, data, batch_size=2, **{option: [1, 2, 3, 1, 2]})
+        torch.testing.assert_close(given.values, own.values, **EXACT)
+
+
+def said_of(call: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(one.message) for one in caught if "every example" in str(one.message)]
+
+
+def test_numbers_that_may_be_one_per_example_are_announced_once() -> None:
+    model, data = wrapped("llava-clip-llama"), side("llava-clip-llama", answers=[3, 4, 5, 6, 7])
+    site = "language.blocks.0.hook_resid_post"
+    reads = {
+        "collect": lambda at: collect(model, data, site, positions=at, batch_size=2),
+        "by tower": lambda at: collect(model, data, site, positions={"language": at}, batch_size=2),
+        "probe": lambda at: cv.readout.linear_probe(
+            model, data, [0, 1, 0, 1, 1], sites=site, positions=at, test_share=0.4, shuffles=0, penalty=1.0
+        ),
+        "examples": lambda at: cv.readout.max_activating_examples(model, data, site, positions=at, units=[0]),
+        "shares": lambda at: cv.readout.direct_attribution(model, data, position=at, batch_size=2),
+    }
+    for name, read in reads.items():
+        (message,) = said_of(lambda read=read: read([1, 2, 3, 4, 5]))
+        assert all(spelling in message for spelling in ("{1, 2, 3, 4, 5}", "cv.regions.at([1, 2, 3, 4, 5])")), name
+        for at in ({1, 2, 3, 4, 5}, cv.regions.at([1, 2, 3, 4, 5]), range(1, 6), [3] * 5, [1, 2], 3):
+            assert not said_of(lambda read=read, at=at: read(at)), (name, at)
+    listed, shared = (collect(model, data, site, positions=at) for at in ([1, 2, 3, 4, 5], {5, 4, 3, 2, 1}))
+    assert torch.equal(listed[site], shared[site])
+    assert listed.positions == shared.positions
+    each = collect(model, data, site, positions=cv.regions.at([1, 2, 3, 4, 5]))
+    for number in range(5):
+        one = collect(model, data[number : number + 1], site, positions=number + 1)
+        torch.testing.assert_close(each[site][number], one[site][0], **EXACT)
+
+
+def test_a_run_announces_numbers_that_may_be_one_per_row() -> None:
+    model, data = wrapped("llava-clip-llama"), side("llava-clip-llama")
+    inputs = next(iter(data[:2].batches(model, 2))).inputs
+    assert len(said_of(lambda: cv.readout.direct_attribution(model, inputs, (3, 4), position=[5, 6]))) == 1
+    assert not said_of(lambda: cv.readout.direct_attribution(model, inputs, (3, 4), position={5, 6}))
+
+
+def test_shares_at_a_position_of_each_example_do_not_depend_on_the_batch() -> None:
+    model, data = wrapped("llava-clip-llama"), side("llava-clip-llama")
+    at = [8, 9, 10, 9, 8]
+    found = cv.readout.direct_attribution(model, data, (3, 4), position=cv.regions.at(at), batch_size=2)
+    for number, position in enumerate(at):
+        one = cv.readout.direct_attribution(model, data[number : number + 1], (3, 4), position=position)
+        torch.testing.assert_close(found.values[..., number], one.values[..., 0], **EXACT)
+
+
+def test_contrasts_of_each_example_do_not_depend_on_the_batch() -> None:
+    model, data = wrapped("vit"), side("vit")
+    pairs = [(1, 2), (0, 3), (2, 1), (3, 4), (0, 1)]
+    for read, option in ((cv.readout.logit_lens, "targets"), (cv.readout.direct_attribution, "direction")):
+        found = read(model, data, batch_size=2, **{option: pairs})
+        for number, pair in enumerate(pairs):
+            one = read(model, data[number : number + 1], **{option: pair})
+            torch.testing.assert_close(found.values[..., number], one.values[..., 0], **EXACT)

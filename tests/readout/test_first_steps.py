@@ -112,7 +112,7 @@ def test_components_that_nothing_spreads_in_are_told_by_site():
 
 def test_figures_of_one_row_of_several_say_which(llava):
     model, _, cache = llava
-    lens = readout.logit_lens(model, cache, "language", targets=["red", "blue"])
+    lens = readout.logit_lens(model, cache, "language", targets={"red": "red", "blue": "blue"})
     sources = readout.source_attribution(model, cache, ("red", "blue"))
     metric = cv.metrics.logit_diff("red", "blue")
     relevance = readout.gradient_times_activation(model, cache.inputs, metric)
@@ -131,7 +131,7 @@ def test_figures_of_one_row_of_several_say_which(llava):
 
 def test_lines_and_pairs_say_what_they_are_of():
     model, _, cache = run("clip", everything=True)
-    lens = readout.logit_lens(model, cache, "vision", targets=[0, 1])
+    lens = readout.logit_lens(model, cache, "vision", targets={0: 0, 1: 1})
     assert "mean of 2 examples" in title(lens.plot(view="layers"))
     assert "example 1 of 2" in title(lens.plot(view="layers", example=1))
     pairs = readout.bilinear_attribution(model, cache)

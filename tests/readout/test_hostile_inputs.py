@@ -167,13 +167,13 @@ def test_a_mean_over_positions_leaves_padding_out():
 
 def test_labels_of_targets_come_before_their_places():
     model, _, cache = run("llava-clip-llama")
-    result = logit_lens(model, cache, targets=[7, 3])
+    result = logit_lens(model, cache, targets={7: 7, 3: 3})
     assert result.target(3) == 1
     for absent in (0, 1):
         with pytest.raises(InputError, match="There is no target"):
             result.target(absent)
     assert torch.equal(result.patch_grid(0), result.patch_grid(0, target=7))
-    both = logit_lens(model, cache, targets=[1, 0])
+    both = logit_lens(model, cache, targets={1: 1, 0: 0})
     assert torch.equal(both.patch_grid(0, target=0), both.patch_grid(0, target=both.axes["target"][1]))
     heads = logit_lens(model, run("llava-clip-llama", everything=True)[2], targets=[1], sites="attn.hook_result")
     with pytest.raises(InputError, match="head axis"):
@@ -204,10 +204,10 @@ def test_summaries_compare_like_with_like():
 
 def test_siglips_probabilities_are_of_pairs():
     model, out, cache = run("siglip")
-    result = logit_lens(model, cache, "vision", targets=[0, 1], measure="prob")
+    result = logit_lens(model, cache, "vision", targets={0: 0, 1: 1}, measure="prob")
     torch.testing.assert_close(by_row(result, "pooled")[-1], out[:, :2].sigmoid(), atol=1e-5, rtol=1e-4)
     clip, scores, both = run("clip")
-    soft = logit_lens(clip, both, "vision", targets=[0, 1], measure="prob")
+    soft = logit_lens(clip, both, "vision", targets={0: 0, 1: 1}, measure="prob")
     torch.testing.assert_close(by_row(soft, "pooled")[-1], scores.softmax(-1)[:, :2], atol=1e-5, rtol=1e-4)
 
 
@@ -238,8 +238,8 @@ def test_caches_of_inference_mode_are_attributed(name):
 
 def test_numbers_of_numpy_and_torch_are_numbers():
     model, _, cache = run("vit")
-    wanted = by_row(logit_lens(model, cache, "vision", targets=[1, 2]))
-    for targets in (np.array([1, 2]), torch.tensor([1, 2]), [np.int64(1), torch.tensor(2)]):
+    wanted = by_row(logit_lens(model, cache, "vision", targets={"answer": [1, 1]}))
+    for targets in (np.array([1, 1]), torch.tensor([1, 1]), [np.int64(1), torch.tensor(1)]):
         assert torch.equal(by_row(logit_lens(model, cache, "vision", targets=targets)), wanted)
     one = by_row(direct_attribution(model, cache, 1))
     for direction in (np.int64(1), torch.tensor(1)):
@@ -331,8 +331,8 @@ def test_a_model_on_a_gpu_reads_as_on_the_cpu_from_caches_on_either(name):
         _, there = far.run_with_cache(inputs, "**")
     for recorded in (there, there.to("cpu")):
         for norm in ("own", "frozen"):
-            near = by_row(logit_lens(model, cache, tower, targets=[0, 1], norm=norm))
-            found = by_row(logit_lens(far, recorded, tower, targets=[0, 1], norm=norm))
+            near = by_row(logit_lens(model, cache, tower, targets={0: 0, 1: 1}, norm=norm))
+            found = by_row(logit_lens(far, recorded, tower, targets={0: 0, 1: 1}, norm=norm))
             torch.testing.assert_close(found, near, atol=1e-3, rtol=1e-3)
         shares = by_row(direct_attribution(far, recorded, (0, 1), tower))
         torch.testing.assert_close(

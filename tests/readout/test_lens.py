@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_at_the_last_layer_the_lens_is_the_models_own_output(name, norm):
         feeds = tower.reader is tower and not tower.feeds_cache
         if not feeds or kind in ("hidden", "embedding"):
             continue
-        result = logit_lens(model, cache, tower_name, targets=[0, 1], norm=norm)
+        result = logit_lens(model, cache, tower_name, targets={0: 0, 1: 1}, norm=norm)
         wanted = (out.T if tower_name == "text" else out)[..., :2]
         found = by_row(result, "pooled")[-1] if wanted.ndim == 2 else by_row(result)[-1][:, -wanted.shape[1] :]
         close = (
@@ -40,14 +41,16 @@ def test_at_the_last_layer_the_lens_is_the_models_own_output(name, norm):
             else {"atol": 3e-6, "rtol": 1e-5}
         )
         torch.testing.assert_close(found, wanted, **close)
-        earlier = logit_lens(model, cache, tower_name, targets=[0, 1], norm=norm, sites=f"{tower_name}.hook_input")
+        earlier = logit_lens(
+            model, cache, tower_name, targets={0: 0, 1: 1}, norm=norm, sites=f"{tower_name}.hook_input"
+        )
         assert not torch.allclose(by_row(earlier)[0], by_row(result)[-1], atol=1e-2)
 
 
 @pytest.mark.parametrize("name", [name for name in READ if "language" in run(name)[0].towers])
 def test_the_vision_lens_at_the_feature_layer_is_the_projectors_output_read_as_tokens(name):
     model, _, cache = run(name)
-    everything = logit_lens(model, cache, "vision", targets=[3, 5])
+    everything = logit_lens(model, cache, "vision", targets={3: 3, 5: 5})
     projected = cache["projector.hook_out"]
     read = model.language.readout(
         projected.reshape(len(everything.axes["example"]), -1, projected.shape[-1]), context=cache
@@ -66,7 +69,7 @@ def test_what_positions_say_adds_up_to_what_the_pooling_makes_of_them():
         "dinov2-registers": lambda v, n, b: v[:, 0] + v[:, n:].mean(1) - b,
     }.items():
         model, _, cache = run(name)
-        result = logit_lens(model, cache, "vision", targets=[0, 1, 2])
+        result = logit_lens(model, cache, "vision", targets={0: 0, 1: 1, 2: 2})
         bias = (
             getattr(model.module.classifier, "bias", torch.zeros(3))[:3].detach() if name.startswith("dinov2") else None
         )
@@ -77,7 +80,7 @@ def test_what_positions_say_adds_up_to_what_the_pooling_makes_of_them():
 
 def test_a_pooling_head_reads_a_position_as_an_image_of_that_position_alone():
     model, _, cache = run("siglip")
-    result = logit_lens(model, cache, "vision", targets=[0, 1])
+    result = logit_lens(model, cache, "vision", targets={0: 0, 1: 1})
     resid = cache["vision.blocks.0.hook_resid_post"]
     alone = model.vision.readout(resid[:, 4:5], context=cache)
     torch.testing.assert_close(by_row(result)[1][:, 4], alone[:, :2], atol=1e-5, rtol=1e-4)
@@ -89,14 +92,16 @@ def test_a_frozen_lens_is_linear_and_its_parts_add_up(name):
     model, _, cache = run(name, torch.float64)
     tower = "vision" if "language" not in model.towers else list(model.towers)[-1]
     sites = ["hook_input", "blocks.*.hook_attn_out", "blocks.*.hook_mlp_out", "blocks.*.hook_resid_post"]
-    read = logit_lens(model, cache, tower, targets=[0, 1], norm="frozen", sites=[f"{tower}.{site}" for site in sites])
+    read = logit_lens(
+        model, cache, tower, targets={0: 0, 1: 1}, norm="frozen", sites=[f"{tower}.{site}" for site in sites]
+    )
     names = read.axes["site"]
     parts = [index for index, site in enumerate(names) if not site.endswith("resid_post")]
     count = model.towers[tower].cfg.n_layers
     zero = cv.ActivationCache({key: value.clone() for key, value in cache.items()}, model, cache.inputs)
     zero._values[f"{tower}.blocks.0.hook_attn_out"].zero_()
     offset = by_row(
-        logit_lens(model, zero, tower, targets=[0, 1], norm="frozen", sites=f"{tower}.blocks.0.hook_attn_out")
+        logit_lens(model, zero, tower, targets={0: 0, 1: 1}, norm="frozen", sites=f"{tower}.blocks.0.hook_attn_out")
     )[0]
     whole = by_row(read)[names.index(f"blocks.{count - 1}.hook_resid_post")]
     cap = getattr(model.towers[tower].config, "final_logit_softcapping", None)
@@ -135,9 +140,9 @@ def test_branches_and_heads_are_read_with_their_own_statistics():
 def test_small_pieces_give_what_one_piece_gives(name, monkeypatch):
     model, _, cache = run(name)
     for tower in model.towers:
-        whole = logit_lens(model, cache, tower, targets=[0, 1], measure="logprob")
+        whole = logit_lens(model, cache, tower, targets={0: 0, 1: 1}, measure="logprob")
         monkeypatch.setattr(lens_module, "CHUNK_BYTES", 1)
-        pieces = logit_lens(model, cache, tower, targets=[0, 1], measure="logprob")
+        pieces = logit_lens(model, cache, tower, targets={0: 0, 1: 1}, measure="logprob")
         monkeypatch.undo()
         torch.testing.assert_close(by_row(pieces), by_row(whole), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(by_row(pieces, "pooled"), by_row(whole, "pooled"))
@@ -207,10 +212,10 @@ def test_clip_reads_images_against_prompts():
     inputs = model.inputs(images=[scene.image] * 2, text=prompts)
     with torch.no_grad():
         logits, cache = model.run_with_cache(inputs)
-    by_prompt = logit_lens(model, cache, "vision", targets=prompts)
+    by_prompt = logit_lens(model, cache, "vision", targets={prompt: prompt for prompt in prompts})
     torch.testing.assert_close(by_row(by_prompt, "pooled")[-1], logits, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(
-        by_row(logit_lens(model, cache, "vision", targets=[0, 1, 2])), by_row(by_prompt), atol=1e-4, rtol=1e-4
+        by_row(logit_lens(model, cache, "vision", targets={0: 0, 1: 1, 2: 2})), by_row(by_prompt), atol=1e-4, rtol=1e-4
     )
     assert by_prompt.names["1"] == "a blue square"
     embedded = prompt_embeddings(model, prompts)
@@ -244,7 +249,7 @@ def test_a_tower_without_a_read_out_asks_for_a_direction_or_a_callable():
     result = logit_lens(model, cache, "vision", targets=directions)
     wanted = model.vision.final_norm(cache["vision.blocks.1.hook_resid_post"]) @ directions.T
     torch.testing.assert_close(by_row(result)[2], wanted)
-    own = logit_lens(model, cache, "vision", targets=[0, 1], readout=lambda resid: resid @ directions.T)
+    own = logit_lens(model, cache, "vision", targets={0: 0, 1: 1}, readout=lambda resid: resid @ directions.T)
     torch.testing.assert_close(by_row(own)[2], cache["vision.blocks.1.hook_resid_post"] @ directions.T)
     assert by_row(logit_lens(model, cache, "vision", top_k=2, readout=lambda resid: resid), "ids").shape[-1] == 2
 
@@ -311,7 +316,7 @@ def test_passes_of_a_denoising_run_are_read_one_at_a_time():
 
 def test_results_are_saved_whole_and_cut_by_row(tmp_path):
     model, _, cache = run("clip")
-    result = logit_lens(model, cache, "vision", targets=[0, 1], measure="prob")
+    result = logit_lens(model, cache, "vision", targets={0: 0, 1: 1}, measure="prob")
     again = LensResult.load(result.save(tmp_path / "lens.safetensors"))
     assert torch.equal(by_row(again, "pooled"), by_row(result, "pooled"))
     assert again.names == result.names
@@ -382,11 +387,11 @@ def test_directions_of_another_width_are_refused():
 
 def test_a_tuple_is_a_contrast_of_two_targets():
     model, _, cache = run("vit")
-    both = logit_lens(model, cache, "vision", targets=[0, 3])
+    both = logit_lens(model, cache, "vision", targets={0: 0, 3: 3})
     found = logit_lens(model, cache, "vision", targets=(0, 3))
     assert torch.equal(by_row(found), by_row(both.contrast(0, 3)))
     assert len(found.axes["target"]) == 1
-    with pytest.raises(InputError, match="contrast of two"):
+    with pytest.raises(InputError, match="tuple of two"):
         logit_lens(model, cache, "vision", targets=(0, 1, 2))
 
 
@@ -397,3 +402,39 @@ def test_a_tower_names_the_sites_of_its_stream():
     vlm, *_ = run("llava-clip-llama")
     assert all(not vlm.is_dead(name) for name in vlm.vision.stream_sites())
     assert len(vlm.vision.stream_sites()) <= vlm.vision.cfg.n_layers
+
+
+def test_a_list_is_one_target_per_example_and_a_mapping_names_columns():
+    model, out, cache = run("vit")
+    named = logit_lens(model, cache, "vision", targets={"first": 2, "each": [1, 3]})
+    assert named.axes["target"] == ["first", "each"]
+    wanted = torch.stack([out[:, 2], torch.stack([out[0, 1], out[1, 3]])], -1)
+    torch.testing.assert_close(by_row(named, "pooled")[-1], wanted, atol=1e-5, rtol=1e-5)
+    with pytest.warns(UserWarning, match=r"\{'answer': \[...\]\}.*\{1: 1, 3: 3\}"):
+        each = logit_lens(model, cache, "vision", targets=[1, 3])
+    assert each.axes["target"] == ["answer"]
+    assert torch.equal(each.values[..., 0, :], named.values[..., 1, :])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alike = logit_lens(model, cache, "vision", targets=[2, 2])
+        one = logit_lens(model, cache, "vision", targets=[2])
+    assert torch.equal(alike.values, one.values)
+    assert one.axes["target"] == [2]
+    with pytest.raises(InputError, match=r"3 for 2 examples.*\{1: 1, 2: 2, …\}.*tuple"):
+        logit_lens(model, cache, "vision", targets=[1, 2, 3])
+    contrasts = logit_lens(model, cache, "vision", targets=[(1, 2), (3, 0)])
+    wanted = torch.stack([out[0, 1] - out[0, 2], out[1, 3] - out[1, 0]])
+    torch.testing.assert_close(by_row(contrasts, "pooled")[-1, :, 0], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_are_targets_like_any_others():
+    model = cv.organisms.load("shapes-clip")
+    rng = np.random.default_rng(0)
+    inputs = model.inputs(images=[cv.data.scenes.sample_scene(rng).image for _ in range(2)], text=["a red circle"])
+    named = {"round": "a red circle", "square": "a blue square"}
+    both = logit_lens(model, inputs, "vision", targets=named)
+    assert both.axes["target"] == ["round", "square"]
+    assert both.names["1"] == "a blue square"
+    each = logit_lens(model, inputs, "vision", targets={"own": ["a blue square", "a red circle"]})
+    torch.testing.assert_close(each.values[..., 0, 0], both.values[..., 1, 0])
+    torch.testing.assert_close(each.values[..., 0, 1], both.values[..., 0, 1])

@@ -43,7 +43,8 @@ def parts_of(model, cache, tower: str, **options) -> tuple[torch.Tensor, torch.T
 def test_behind_a_projector_the_frozen_lens_is_the_plain_one_where_the_patches_leave(name):
     model, _, cache = run(name)
     own, frozen, bare = (
-        by_row(logit_lens(model, cache, "vision", targets=[3, 5], norm=norm)) for norm in ("own", "frozen", "none")
+        by_row(logit_lens(model, cache, "vision", targets={3: 3, 5: 5}, norm=norm))
+        for norm in ("own", "frozen", "none")
     )
     torch.testing.assert_close(frozen[-1], own[-1], atol=3e-5, rtol=1e-4)
     for other in (own, bare):
@@ -54,7 +55,7 @@ def test_behind_a_projector_the_frozen_lens_is_the_plain_one_where_the_patches_l
 def test_shares_of_a_patch_add_up_through_a_linear_projector_and_a_pooling_head(name):
     """In float64: input, attentions and MLPs, each read by the frozen lens, are the frozen lens of the stream at every position."""
     model, _, cache = run(name, torch.float64)
-    found, wanted = parts_of(model, cache, "vision", targets=[0, 1])
+    found, wanted = parts_of(model, cache, "vision", targets={0: 0, 1: 1})
     torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-10)
 
 
@@ -69,7 +70,7 @@ def test_behind_an_mlp_both_norms_are_held_and_the_activation_is_not():
         norm = inner.language_model.norm
         scale = (there.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
         wanted = model.module.lm_head(here / scale * norm.weight)[..., [3, 5]]
-    found = by_row(logit_lens(model, cache, "vision", targets=[3, 5], norm="frozen"))[1]
+    found = by_row(logit_lens(model, cache, "vision", targets={3: 3, 5: 5}, norm="frozen"))[1]
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
 
 
@@ -119,7 +120,7 @@ def test_a_pooling_head_keeps_what_follows_its_attention(name):
         text = text / text.norm(dim=-1, keepdim=True)
         embedding = (alone(held) + rest) / own.norm(dim=-1, keepdim=True)
         wanted = embedding @ text.T * module.logit_scale.exp() + module.logit_bias
-    found = by_row(logit_lens(model, cache, "vision", targets=[0, 1], norm="frozen"))[0]
+    found = by_row(logit_lens(model, cache, "vision", targets={0: 0, 1: 1}, norm="frozen"))[0]
     torch.testing.assert_close(found, wanted[..., :2], atol=1e-6, rtol=1e-6)
 
 
@@ -183,8 +184,8 @@ def test_logits_and_probabilities_are_the_models_own_bit_for_bit(name, padding, 
         assert not bool(inputs["attention_mask"].bool().all())
         with torch.no_grad():
             logits = module(**inputs).logits.float()
-        assert torch.equal(by_row(logit_lens(model, inputs, targets=[3, 5]))[-1], logits[..., [3, 5]])
-        shares = by_row(logit_lens(model, inputs, targets=[3, 5], measure="prob"))[-1]
+        assert torch.equal(by_row(logit_lens(model, inputs, targets={3: 3, 5: 5}))[-1], logits[..., [3, 5]])
+        shares = by_row(logit_lens(model, inputs, targets={3: 3, 5: 5}, measure="prob"))[-1]
         assert torch.equal(shares, logits.softmax(-1)[..., [3, 5]])
 
 
@@ -215,7 +216,7 @@ def test_no_tensor_holds_more_logits_than_a_piece_however_many_rows(norm, batch,
     vocabulary = model.language.W_U.shape[1]
     monkeypatch.setattr(lens_module, "CHUNK_BYTES", 4 * vocabulary * 3)
     monkeypatch.setattr("circuitvision.readout.lens.logit.describe", lambda *given, **named: {})
-    for options in ({"targets": [1, 2], "measure": "prob"}, {"top_k": 3}):
+    for options in ({"targets": {1: 1, 2: 2}, "measure": "prob"}, {"top_k": 3}):
         with Largest(vocabulary) as watch:
             result = logit_lens(model, cache, norm=norm, **options)
             if "targets" in options:
@@ -341,7 +342,7 @@ def test_hooks_fire_while_a_piece_is_looked_at():
 def test_padding_without_numbers_does_not_count_and_a_place_that_does_is_not_hidden():
     model = run("llava-clip-llama")[0]
     inputs = case("llava-clip-llama").inputs(model.module, batch=2, padding="left")
-    result = logit_lens(model, inputs, targets=[3, 4])
+    result = logit_lens(model, inputs, targets={3: 3, 4: 4})
     padding = torch.tensor([[kind == "padding" for kind in row] for row in result.kinds])
     assert bool(padding.any())
     for name in ("values", "ranks"):
@@ -383,8 +384,8 @@ def test_a_result_says_what_it_found():
 
 def test_a_mean_is_over_the_pieces_that_a_word_has():
     model, _, cache = run("llava-clip-llama")
-    both = by_row(logit_lens(model, cache, targets=["red", "red blue"], aggregation="mean"))
-    single = by_row(logit_lens(model, cache, targets=["red", "blue"]))
+    both = by_row(logit_lens(model, cache, targets={"red": "red", "red blue": "red blue"}, aggregation="mean"))
+    single = by_row(logit_lens(model, cache, targets={"red": "red", "blue": "blue"}))
     torch.testing.assert_close(both[..., 0], single[..., 0])
     torch.testing.assert_close(both[..., 1], single.mean(-1), atol=1e-5, rtol=1e-5)
 

@@ -32,7 +32,7 @@ def heat_maps(figure):
 
 def test_patches_show_the_grid_of_every_layer_and_name_the_highest():
     model, _, cache = run("llava-clip-llama")
-    result = logit_lens(model, cache, targets=["red", "blue"])
+    result = logit_lens(model, cache, targets={"red": "red", "blue": "blue"})
     figure = result.plot(target="blue")
     maps = heat_maps(figure)
     assert len(maps) == len(result.axes["layer"])
@@ -85,7 +85,7 @@ def test_the_table_names_tokens_and_says_from_where_on_the_answer_stands():
 
 def test_lines_follow_the_pooled_output():
     model, out, cache = run("vit")
-    result = logit_lens(model, cache, "vision", targets=[0, 1, 2])
+    result = logit_lens(model, cache, "vision", targets={0: 0, 1: 1, 2: 2})
     figure = result.plot(view="layers")
     assert [trace.y[-1] for trace in figure.data] == pytest.approx(out[:, :3].double().mean(0).tolist())
     language, _, other = run("llava-clip-llama")
@@ -207,7 +207,7 @@ def test_targets_go_by_their_label_first():
 def test_rows_that_are_there_are_drawn_by_every_view_and_others_refused():
     _, _, cache = run("clip")
     model = cache.model
-    words = logit_lens(model, cache, "text", targets=[0, 1])
+    words = logit_lens(model, cache, "text", targets={0: 0, 1: 1})
     single, every = words.plot(example=1), words.plot()
     assert list(single.data[0].y) == pytest.approx(by_row(words, "pooled")[:, 1, 0].tolist())
     assert list(every.data[0].y) == pytest.approx(by_row(words, "pooled")[..., 0].mean(1).tolist())
@@ -225,7 +225,7 @@ def test_rows_that_are_there_are_drawn_by_every_view_and_others_refused():
 
 def test_a_lens_with_heads_is_refused_with_the_way_out():
     model, _, cache = run("vit", everything=True)
-    result = logit_lens(model, cache, "vision", targets=[0, 1], sites=["vision.blocks.*.attn.hook_result"])
+    result = logit_lens(model, cache, "vision", targets={0: 0, 1: 1}, sites=["vision.blocks.*.attn.hook_result"])
     assert "head" in result.axes
     for view in (None, "patches", "table", "layers"):
         with pytest.raises(InputError, match="without heads"):
@@ -306,7 +306,7 @@ def test_the_table_of_a_classifier_is_about_the_class_token():
 
 def test_actions_are_numbers_and_a_pass_is_named():
     model, velocity, cache = run("pi0")
-    figure = logit_lens(model, cache, "action", targets=[0, 1]).plot(view="table")
+    figure = logit_lens(model, cache, "action", targets={0: 0, 1: 1}).plot(view="table")
     (trace,) = heat_maps(figure)
     assert float(trace.text[-1][-1].replace("\N{MINUS SIGN}", "-")) == pytest.approx(
         float(velocity[0, -1, 0]), rel=0.01
@@ -324,7 +324,8 @@ def test_long_names_are_cut_in_cells_and_whole_when_hovered():
     model = cv.organisms.load("shapes-clip")
     scene = cv.data.scenes.sample_scene(np.random.default_rng(0))
     prompts = ["red triangle and blue square", "blue square and red triangle"]
-    lens = logit_lens(model, model.inputs(images=[scene.image], text=prompts), "vision", targets=prompts)
+    named = {prompt: prompt for prompt in prompts}
+    lens = logit_lens(model, model.inputs(images=[scene.image], text=prompts), "vision", targets=named)
     (trace,) = heat_maps(lens.plot(view="table"))
     assert max(len(cell) for line in trace.text for cell in line) <= 22
     assert any(prompts[0] in cell for line in trace.customdata for cell in line)
@@ -376,7 +377,7 @@ def test_lines_at_the_last_word_of_every_row_leave_padding_out():
     model = run("llava-clip-llama")[0]
     for padding in ("left", "right"):
         inputs = case("llava-clip-llama").inputs(model.module, batch=2, padding=padding)
-        result = logit_lens(model, inputs, targets=[3, 5])
+        result = logit_lens(model, inputs, targets={3: 3, 5: 5})
         at = inputs["attention_mask"].flip(1).argmax(1)
         last = inputs["attention_mask"].shape[1] - 1 - at
         assert len(set(last.tolist())) == (1 if padding == "left" else 2)

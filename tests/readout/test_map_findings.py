@@ -44,7 +44,7 @@ def profile(means: list[list[float]], alike: float = 4.0, examples: int = 1, spr
         (profile([[4.0], [3.2]]), False, "1", 3.2),
         (profile([[4.0], [3.2]], examples=12, spread=0.2), True, "1", 3.2),
         (profile([[4.0], [3.2]], examples=12, spread=2.0), False, "1", 3.2),
-        (profile([[1.0], [2.0]], unread=[0]), True, "1", 2.0),
+        (profile([[1.0], [2.0]], dead_layers=[0]), True, "1", 2.0),
         (profile([[8.0], [9.0]]), False, "0", 8.0),
     ],
 )
@@ -243,7 +243,7 @@ def test_no_map_of_an_untrained_model_is_affirmed(seed):
     inputs = model.inputs(images=[scene.image for scene in scenes])
     _, cache = model.run_with_cache(inputs)
     maps = attention_maps(model, cache)
-    lens = logit_lens(model, cache, "vision", targets=[0, 1])
+    lens = logit_lens(model, cache, "vision", targets={0: 0, 1: 1})
     contrast = attention_contrast(
         attention_maps(model, cache, query="cls"), attention_maps(model, cache, query="patch")
     )

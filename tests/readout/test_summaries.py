@@ -18,7 +18,8 @@ from tests.readout.layouts import by_row, of_rows
 def lens_of(logits: torch.Tensor, targets: list[int]) -> LensResult:
     """A lens whose columns are these at every position of a model."""
     model, _, cache = run("vit")
-    return logit_lens(model, cache, "vision", targets=targets, readout=lambda h: logits.expand(*h.shape[:2], -1))
+    named = {number: number for number in targets}
+    return logit_lens(model, cache, "vision", targets=named, readout=lambda h: logits.expand(*h.shape[:2], -1))
 
 
 def test_the_best_is_1_the_worst_is_one_over_k_and_a_random_order_is_in_the_middle():
@@ -123,7 +124,7 @@ def test_summaries_refuse_what_they_cannot_read():
 def test_top_k_by_hand_on_the_patches_of_an_object():
     model, out, cache = run("vit")
     size = out.shape[-1]
-    result = logit_lens(model, cache, "vision", targets=[0, 3])
+    result = logit_lens(model, cache, "vision", targets={0: 0, 3: 3})
     inside = torch.zeros(2, by_row(result).shape[2], dtype=torch.bool)
     inside[0, [2, 3]] = inside[1, [5, 9, 11]] = True
     found = result.top_k_rate(2, inside)
@@ -175,7 +176,7 @@ def test_patches_of_an_object_are_selected_by_its_box_in_either_tower():
     inputs = model.inputs(images=[pair.clean.image], text=[pair.prompt])
     left, top, right, bottom = pair.clean.boxes[0]
     for tower in ("language", "vision"):
-        result = logit_lens(model, inputs, tower, targets=["red", "blue"])
+        result = logit_lens(model, inputs, tower, targets={"red": "red", "blue": "blue"})
         chosen = model.tokens(inputs)[tower].image(0).box(left, top, right, bottom)
         numbers = [result.axes["position"].index(number) for number in chosen.positions(0)]
         assert 0 < len(numbers) < 16

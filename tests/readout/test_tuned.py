@@ -30,9 +30,9 @@ def test_an_untrained_one_is_the_plain_lens():
         weight=torch.zeros(5, width, width),
         bias=torch.zeros(5, width),
     )
-    plain = logit_lens(model, cache, "vision", targets=[0, 1])
+    plain = logit_lens(model, cache, "vision", targets={0: 0, 1: 1})
     assert torch.equal(
-        by_row(logit_lens(model, cache, "vision", targets=[0, 1], norm="tuned", tuned=blank)), by_row(plain)
+        by_row(logit_lens(model, cache, "vision", targets={0: 0, 1: 1}, norm="tuned", tuned=blank)), by_row(plain)
     )
 
 

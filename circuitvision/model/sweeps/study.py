@@ -29,6 +29,7 @@ from circuitvision.model.sweeps.result import SweepResult, labels
 from circuitvision.model.sweeps.run import GroupRunner, Task
 from circuitvision.model.sweeps.store import Part, Store, joined, orderly_stop
 from circuitvision.progress import Progress
+from circuitvision.results import check_labels
 from circuitvision.storage import as_builtin
 
 if TYPE_CHECKING:
@@ -289,6 +290,7 @@ def _checked_axes(axes: Mapping[str, Sequence[Any]] | None, count: int) -> dict[
     if math.prod(map(len, found.values())) != count:
         sizes = " × ".join(f"{len(entries)} {name}" for name, entries in found.items())
         raise InputError(f"The axes describe {sizes}, but there are {count} edits; the last axis varies fastest.")
+    check_labels(found)
     return found
 
 

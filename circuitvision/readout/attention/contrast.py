@@ -44,7 +44,7 @@ class AttentionContrast(Result):
     """
 
     tower: str = ""
-    lam: float = 0.0
+    epsilon: float = 0.0
     layers: list[Any] = field(default_factory=list)
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     boxes: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -179,7 +179,7 @@ def attention_contrast(
     question: AttentionMaps,
     generic: AttentionMaps,
     *,
-    lam: float | None = None,
+    epsilon: float | None = None,
     layers: int | Iterable[Any] | None = None,
     weights: Sequence[float] | None = None,
 ) -> AttentionContrast:
@@ -190,15 +190,15 @@ def attention_contrast(
     Args:
         question: maps of the run with the question (:func:`attention_maps`; with ``steps="decode"`` those of the generated words).
         generic: maps of a run with a generic instruction about the same image. One pass serves all steps of the question.
-        lam: λ; None: the mean of ``A_G`` over patches, layers, steps and rows. With 0, a patch that the generic query ignores is NaN, with a
-            warning.
+        epsilon: λ; None: the mean of ``A_G`` over patches, layers, steps and rows. With 0, a patch that the generic query ignores is NaN, with
+            a warning.
         layers: those fused (the paper takes 20 to 25 of 32); None: all that the maps hold.
         weights: one per step; None: 1, 2, 3, … as in the paper.
 
     Raises:
         InputError: maps of different towers, images, rows, layers or numbers of steps; weights that do not fit; a negative λ.
     """
-    _check(question, generic, lam)
+    _check(question, generic, epsilon)
     chosen = question.axes["layer"] if layers is None else list(layers) if isinstance(layers, Iterable) else [layers]
     a_q, a_g = _mean_head(question, chosen, "question"), _mean_head(generic, chosen, "generic")
     if a_g.shape[0] not in (1, a_q.shape[0]):
@@ -208,25 +208,25 @@ def attention_contrast(
     patch = (question.places[..., 2] >= 0).T
     matched = _matched(question, generic).T
     a_g = a_g.gather(-2, matched.expand(*a_g.shape[:2], *matched.shape))
-    floor = float(a_g[..., patch].mean()) if lam is None else float(lam)
+    floor = float(a_g[..., patch].mean()) if epsilon is None else float(epsilon)
     step_weights = _step_weights(weights, a_q.shape[0]).to(a_q.dtype)
     bottom = a_g + floor
     ratio = torch.where(bottom > 0, a_q / bottom, float("nan")).mean(1)
     fused = torch.einsum("skr,s->kr", ratio, step_weights)
-    warn_undefined(fused[patch], "the generic query gives a patch no attention; take lam > 0")
-    method = f"attention_contrast(lam={floor:g}, layers={chosen})"
+    warn_undefined(fused[patch], "the generic query gives a patch no attention; take epsilon > 0")
+    method = f"attention_contrast(epsilon={floor:g}, layers={chosen})"
     same = ("tower", "places", "boxes", "shares", "frames", "blocks")
     return AttentionContrast(
         values=fused.masked_fill(~patch, float("nan")),
         axes={"key": question.axes["key"], "example": question.axes["example"]},
         provenance={**question.provenance, "method": method, "generic": generic.provenance},
-        lam=floor,
+        epsilon=floor,
         layers=list(chosen),
         **{name: getattr(question, name) for name in same},
     )
 
 
-def _check(question: AttentionMaps, generic: AttentionMaps, lam: float | None) -> None:
+def _check(question: AttentionMaps, generic: AttentionMaps, epsilon: float | None) -> None:
     for name, maps in (("question", question), ("generic", generic)):
         if not isinstance(maps, AttentionMaps):
             raise InputError(f"{name} is a result of attention_maps, not {type(maps).__name__}.")
@@ -236,8 +236,8 @@ def _check(question: AttentionMaps, generic: AttentionMaps, lam: float | None) -
             raise InputError(f"No key of {name} is an image patch, so there is nothing to contrast.")
     if question.tower != generic.tower:
         raise InputError(f"question is of the {question.tower} tower, generic of {generic.tower}; read the same one.")
-    if lam is not None and not (isinstance(lam, Real) and math.isfinite(lam) and lam >= 0):
-        raise InputError(f"lam={lam!r} makes no sense; give a number from 0 on.")
+    if epsilon is not None and not (isinstance(epsilon, Real) and math.isfinite(epsilon) and epsilon >= 0):
+        raise InputError(f"epsilon={epsilon!r} makes no sense; give a number from 0 on.")
 
 
 def _mean_head(maps: AttentionMaps, layers: Sequence[Any], name: str) -> Float[Tensor, "step layer key example"]:
@@ -265,7 +265,7 @@ def _matched(question: AttentionMaps, generic: AttentionMaps) -> Tensor:
 
 
 def _step_weights(weights: Sequence[float] | None, steps: int) -> Tensor:
-    given = torch.arange(1, steps + 1) if weights is None else torch.as_tensor(weights)
-    if given.shape != (steps,) or not bool((given >= 0).all()) or not bool(given.sum() > 0):
+    found = torch.arange(1, steps + 1) if weights is None else torch.as_tensor(weights)
+    if found.shape != (steps,) or not bool((found >= 0).all()) or not bool(found.sum() > 0):
         raise InputError(f"weights={weights!r}: give {steps} numbers from 0 on, not all 0, one per step.")
-    return given.double() / given.sum()
+    return found.double() / found.sum()

@@ -52,7 +52,7 @@ class DistanceProfile(Result):
     mean_distance: Tensor = field(default_factory=lambda: torch.zeros(0))
     uniform: Tensor = field(default_factory=lambda: torch.zeros(0))
     uniform_distance: Tensor = field(default_factory=lambda: torch.zeros(0))
-    unread: list[Any] = field(default_factory=list)
+    dead_layers: list[Any] = field(default_factory=list)
 
     _per_example: ClassVar[dict[str, int]] = {"mean_distance": -1, "uniform": -1, "uniform_distance": -1}
 
@@ -124,7 +124,7 @@ def distance_profile(
         mean_distance=stacked,
         uniform=torch.stack(uniform)[:, 0],
         uniform_distance=torch.stack(uniform_means)[:, 0],
-        unread=patterns.unread(queries),
+        dead_layers=patterns.dead_layers(queries),
     )
 
 
@@ -190,7 +190,7 @@ class PositionPattern(Result):
     explained: Tensor = field(default_factory=lambda: torch.zeros(0))
     chance: Tensor = field(default_factory=lambda: torch.zeros(0))
     counts: Tensor = field(default_factory=lambda: torch.zeros(0))
-    unread: list[Any] = field(default_factory=list)
+    dead_layers: list[Any] = field(default_factory=list)
 
     def highlights(self) -> dict[str, str]:
         """The head that offsets explain best."""
@@ -249,7 +249,7 @@ def position_pattern(
         explained=torch.stack(explained),
         chance=torch.tensor(chance),
         counts=torch.stack(counts),
-        unread=patterns.unread(queries),
+        dead_layers=patterns.dead_layers(queries),
     )
 
 
@@ -290,7 +290,7 @@ def _together(places: Int[Tensor, "row pos 4"]) -> Bool[Tensor, "row query key"]
 def _patch_queries(
     patterns: Patterns, queries: PositionsLike, number: int, places: Tensor
 ) -> Bool[Tensor, "row query"]:
-    asked = torch.from_numpy(patterns.queries(queries, number))
-    if bool((asked & (places[..., 2] < 0)).any()):
+    selected = torch.from_numpy(patterns.queries(queries, number))
+    if bool((selected & (places[..., 2] < 0)).any()):
         raise InputError("Only patches have a distance to patches; choose queries among them, e.g. queries='patch'.")
-    return asked
+    return selected

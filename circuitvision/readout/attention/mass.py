@@ -48,7 +48,7 @@ _NO_QUERY = "a row has no query that counts (padding never counts)"
 class AttentionSummary(Result):
     """A number per head: ``values`` is ``[layer head span example]`` for masses, ``[layer head example]`` otherwise.
 
-    ``uniform`` (the same without ``head``) is what a head gives that looks at every key it can see alike. ``unread`` names the layers where no
+    ``uniform`` (the same without ``head``) is what a head gives that looks at every key it can see alike. ``dead_layers`` names the layers where no
     counted query can reach the output: attention there changes nothing.
     """
 
@@ -57,7 +57,7 @@ class AttentionSummary(Result):
     """"mass" (share of attention), "entropy" (nats), "relative entropy" (share of the largest there could be) or "peak" (share of peaks)."""
     queries: str = ""
     uniform: Tensor = field(default_factory=lambda: torch.zeros(0))
-    unread: list[Any] = field(default_factory=list)
+    dead_layers: list[Any] = field(default_factory=list)
 
     _per_example: ClassVar[dict[str, int]] = {"uniform": -1}
 
@@ -99,7 +99,7 @@ class AttentionSummary(Result):
             self.measure,
             self.queries,
             self.uniform[..., index, :],
-            self.unread,
+            self.dead_layers,
         )
 
 
@@ -258,5 +258,5 @@ def _summary(
         measure=measure,
         queries=described(queries),
         uniform=uniform,
-        unread=patterns.unread(queries),
+        dead_layers=patterns.dead_layers(queries),
     )

@@ -174,8 +174,8 @@ class Patterns:
     @property
     def real(self) -> np.ndarray:
         """The queries of this pass that can count at all, ``[row query]``."""
-        whole = self.query_kind.shape == self.own.kind.shape and GENERATED not in self.query_kind
-        return real_queries(self.model.towers[self.tower], self.own) if whole else present(self.query_kind)
+        full = self.query_kind.shape == self.own.kind.shape and GENERATED not in self.query_kind
+        return real_queries(self.model.towers[self.tower], self.own) if full else present(self.query_kind)
 
     def _live(self, number: int) -> np.ndarray | None:
         """The queries whose attention in this layer can reach the output; None where that hangs on inputs that are not known."""
@@ -206,7 +206,7 @@ class Patterns:
         text = f"{method}, tower={self.tower}, queries={described(queries)}"
         return describe(self.model, method=text, inputs=inputs)
 
-    def unread(self, queries: PositionsLike) -> list[Any]:
+    def dead_layers(self, queries: PositionsLike) -> list[Any]:
         """Those layers whose counted queries cannot reach the output, whatever their attention."""
         found = []
         for number, layer in enumerate(self.layers):

@@ -38,9 +38,9 @@ from circuitvision.errors import InputError
 from circuitvision.metrics import Metric
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.names import component, head_name, is_component, spelled
-from circuitvision.model.positions import Positions
+from circuitvision.model.positions import in_every_example
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.attribution.functional import LinearReadout, check_readings, functional
+from circuitvision.readout.attribution.functional import LinearReadout, direction_of, functional
 from circuitvision.readout.attribution.rest import (
     check_head_reads_stream,
     check_sources,
@@ -185,8 +185,9 @@ def direct_attribution(
         tower: by default the last tower with a head (the action tower, the language tower, the classifier).
         by: "component" (attention and MLP of every layer), "head", or "neuron" (heads, and every neuron of ``layers``).
         layers: whose neurons are told apart; all by default.
-        position: where the output is read: "last" (default of text), a number, one per row, "mean", or a selection, whose mean is read; for
-            actions the step of the chunk. Read-outs that pool have no choice, patches of a vision tower behind a projector no default.
+        position: where the output is read: "last" (default of text), a number, or several positions, whose mean is read (see
+            :mod:`circuitvision.model.positions`; one per example is ``cv.regions.at(numbers)``); for actions the step of the chunk. Read-outs that
+            pool have no choice, patches of a vision tower behind a projector no default.
         aggregation: for a word of several tokens, "first" or "mean".
         step: which pass of a cache of several.
         batch_size: of a data set, how many examples run at once; None: by memory.
@@ -201,11 +202,10 @@ def direct_attribution(
         options = {
             "by": by,
             "layers": layers,
-            "position": position,
             "aggregation": aggregation or side.combine,
             "step": step,
         }
-        return _over_data(model, side, direction, tower, batch_size, options)
+        return _over_data(model, side, direction, tower, position, batch_size, options)
     if direction is None:
         raise InputError("Say what is explained: an answer 'red', a contrast ('red', 'blue'), or a tensor [d_model].")
     read_tower = attribution_tower(model, tower)
@@ -235,38 +235,36 @@ def _over_data(
     side: Side,
     direction: Any,
     tower: str | None,
+    position: Any,
     batch_size: int | None,
     options: Mapping[str, Any],
 ) -> DataReading:
     """The shares of every example of a data set."""
     if direction is None:
         check_complete(side)
-    check_readings(direction, len(side))
-    asked = None if options["position"] is None else Positions.of(options["position"])
     if direction is None and side.answers is None:
         raise InputError(
             "This data set holds no answers, so say what is explained: an answer 'red' or ('red', 'blue')."
         )
+    count = len(side)
+    direction = direction_of(direction, count)
+    where = in_every_example(position, count)
 
     def read(batch: Batch, rows: list[int]) -> Attribution:
         own: Any = direction
         if direction is None:
             own = answers_of(batch)
         elif isinstance(direction, Metric):
-            own = direction.take(rows, len(side))
-        elif isinstance(direction, tuple):
-            own = tuple(of_batch(part, rows, len(side)) for part in direction)
+            own = direction.take(rows, count)
         else:
-            own = of_batch(direction, rows, len(side))
-            # A list has one answer per example, also where two of them run together.
-            own = {"answer": own} if isinstance(own, list) else own
-        where = None if asked is None else asked.taken(rows, len(side))
-        found = direct_attribution(model, batch.inputs, own, tower, **{**options, "position": where})
+            own = of_batch(direction, rows, count)
+        at = None if where is None else where.taken(rows, count)
+        found = direct_attribution(model, batch.inputs, own, tower, position=at, **options)
         assert isinstance(found, Attribution)
         return found
 
     method = f"direct_attribution(by={options['by']})"
-    return over_data(model, side, read, positions=options["position"], batch_size=batch_size, method=method)
+    return over_data(model, side, read, positions=where, batch_size=batch_size, method=method)
 
 
 def _shares(
@@ -283,9 +281,9 @@ def _shares(
     for layer in range(count):
         rest: list[Tensor] = []
         for branch in ("attn", "mlp"):
-            whole = share(stream.site(f"blocks.{layer}.hook_{branch}_out"))
+            total = share(stream.site(f"blocks.{layer}.hook_{branch}_out"))
             if by == "component" or (branch == "mlp" and not (by == "neuron" and layer in told_apart)):
-                shares[f"{tower} L{layer}.{branch}"] = whole
+                shares[f"{tower} L{layer}.{branch}"] = total
                 continue
             split = stream.head_shares if branch == "attn" else stream.neuron_shares
             parts, bias = split(layer, gradient)
@@ -293,8 +291,8 @@ def _shares(
                 name = head_name(layer, number, tower) if branch == "attn" else f"{tower} L{layer}N{number}"
                 shares[name] = value
             shares[f"{tower} L{layer}.{branch}.bias"] = bias
-            gap = whole - parts.sum(0) - bias
-            rest += [gap] if is_rest(stream, layer, branch, gap, parts.abs().sum(0) + bias.abs() + whole.abs()) else []
+            gap = total - parts.sum(0) - bias
+            rest += [gap] if is_rest(stream, layer, branch, gap, parts.abs().sum(0) + bias.abs() + total.abs()) else []
         between = rest_of_stream(stream, layer)
         rest += [] if between is None else [(between.to(gradient.dtype) * gradient).flatten(1).sum(-1)]
         if rest:

@@ -18,16 +18,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision import metrics
+from circuitvision.answers import contrast
 from circuitvision.errors import InputError, warn
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading
 from circuitvision.model.norms import frozen_norm
-from circuitvision.model.positions import Positions, warn_of_empty
+from circuitvision.model.positions import Positions, in_every_example, warn_of_empty
 from circuitvision.readout.recorded import behind_cache, examples_of, tokens_of
 from circuitvision.readout.targets import (
     Targets,
@@ -73,15 +75,15 @@ def functional(
         InputError: a direction that does not fit the tower, no position where one is needed.
     """
     final = final.detach().to(torch.promote_types(final.dtype, torch.float32))
-    given, direction = direction, direction if isinstance(direction, metrics.Metric) else plain(direction)
+    rows, examples = examples_of(cache, tower.name, final.shape[0])
+    position = in_every_example(position, examples)
+    direction = direction_of(direction, examples)
     if isinstance(direction, Tensor) and not _is_embedding(tower, direction):
         return _stream_direction(tower, cache, final, direction, position)
     position = _position_of(tower, direction, position)
     _check_readable(tower, position)
     chosen, label = _columns(model, tower, direction, aggregation)
-    rows, examples = examples_of(cache, tower.name, final.shape[0])
     chosen.check(examples)
-    check_readings(given, examples)
     index = None if _pools(tower) else positions_read(tower, cache, position, final.shape[:2])
     # Inference tensors cannot be tracked; a copy made here can.
     with torch.inference_mode(False), torch.enable_grad(), tower.hooks_disabled():
@@ -99,13 +101,26 @@ def functional(
     return LinearReadout(gradient, constant, value, label, capped)
 
 
-def check_readings(direction: Any, examples: int) -> None:
-    """Raise InputError for a list that may be one answer for each of two examples, or a contrast."""
-    if isinstance(direction, list) and len(direction) == examples == 2 and direction[0] != direction[1]:
+def direction_of(direction: Any, examples: int) -> Any:
+    """A direction of ``examples`` examples; a list as the answers, or answers and foils, of each.
+
+    Raises:
+        InputError: a list that may be meant as a contrast.
+    """
+    if isinstance(direction, metrics.Metric) or not isinstance(direction, list | np.ndarray | np.generic | Tensor):
+        return direction if isinstance(direction, metrics.Metric) else plain(direction)
+    found, listed = plain(direction), isinstance(direction, list)
+    if not isinstance(found, list):
+        return found
+    answer, foil = contrast(found, None)
+    if foil is not None:
+        return {"answer": answer, "foil": foil}
+    if listed and len(found) == examples == 2 and found[0] != found[1]:
         raise InputError(
-            f"{direction} with two examples can be read in two ways. The difference of the two answers is a tuple, ({direction[0]!r}, "
-            f"{direction[1]!r}); one answer per example is {{'answer': {direction}}}."
+            f"{found} with two examples can be read in two ways. The difference of the two answers is a tuple, ({found[0]!r}, {found[1]!r}); one "
+            f"answer per example is {{'answer': {found}}}."
         )
+    return {"answer": found}
 
 
 def _is_embedding(tower: Tower, direction: Tensor) -> bool:
@@ -137,13 +152,15 @@ def _columns(model: HookedModel, tower: Tower, direction: Any, aggregation: str 
             raise InputError("A direction is one embedding, [d_shared].")
         return chosen, "embedding"
     answer, foil, label = _answers(direction)
-    named = _named(_from_end(answer, tower), _from_end(foil, tower))
+    answer, foil = _from_end(answer, tower), _from_end(foil, tower)
+    named = {"answer": _listed(answer)} | ({} if foil is None else {"foil": _listed(foil)})
     chosen = resolve_targets(model, tower, named, aggregation=aggregation)
     if chosen.aggregation == "joint":
         raise InputError("A joint probability is not linear in the logits; choose aggregation='first' or 'mean'.")
-    if not isinstance(direction, metrics.Metric) and isinstance(named, list):
-        names = names_of(model, tower, [item for item in named if isinstance(item, int)])
-        label = " - ".join(names.get(str(item), str(item)) for item in named)
+    single = [item for item in (answer, foil) if isinstance(item, str | int)]
+    if not isinstance(direction, metrics.Metric) and len(single) == len(named):
+        names = names_of(model, tower, [item for item in single if isinstance(item, int)])
+        label = " - ".join(names.get(str(item), str(item)) for item in single)
     return chosen, label
 
 
@@ -245,21 +262,13 @@ def _answers(direction: Any) -> tuple[Any, Any, str]:
         foil = direction.get("foil")
         return direction["answer"], foil, "answer" if foil is None else "answer - foil"
     if isinstance(direction, tuple):
-        if len(direction) != 2:
-            raise InputError(f"A pair is (answer, foil); this one has {len(direction)} entries.")
-        return direction[0], direction[1], f"{direction[0]} - {direction[1]}"
-    if isinstance(direction, str | int | list):
+        answer, foil = contrast(direction, None)
+        return answer, foil, f"{answer} - {foil}"
+    if isinstance(direction, str | int):
         return direction, None, str(direction)
     raise InputError(
         f"A direction is an answer, a pair (answer, foil), a mapping, a metric or a tensor, not {direction!r}."
     )
-
-
-def _named(answer: Any, foil: Any) -> Any:
-    if isinstance(answer, str | int) and (foil is None or isinstance(foil, str | int)):
-        return [answer] if foil is None else [answer, foil]
-    named = {"answer": _listed(answer)}
-    return named if foil is None else {**named, "foil": _listed(foil)}
 
 
 def _listed(answers: Any) -> list[Any]:
@@ -310,26 +319,26 @@ def positions_read(
     rows, length = shape
     chunk = tower.spec.readout is not None and tower.spec.readout.pool == "chunk"
     start = length - int(tower.config_of_model.chunk_size) if chunk else 0
-    asked = Positions.of((start if chunk else "last") if position is None else position)
+    positions = Positions.of((start if chunk else "last") if position is None else position)
     behind = behind_cache(tower, cache, length)
     tokens = _map_of(tower, cache, rows, behind + length)
-    if asked.kind in ("ints", "slice") or tokens is None:
-        mask = _in_pass(tower, asked, rows, length, behind)
+    if positions.kind in ("ints", "slice") or tokens is None:
+        mask = _in_pass(tower, positions, rows, length, behind)
     else:
-        mask = asked.resolve(tokens)[:, behind:]
-        mask &= torch.from_numpy(tokens.present[:, behind:]) if asked.kind == "all" else torch.ones_like(mask)
-    if asked.kind in ("all", "there", "slice"):
+        mask = positions.resolve(tokens)[:, behind:]
+        mask &= torch.from_numpy(tokens.present[:, behind:]) if positions.kind == "all" else torch.ones_like(mask)
+    if positions.kind in ("all", "there", "slice"):
         mask[:, :start] = False
     read = mask.any(1)
-    of_data = asked.examples is not None
-    none = not bool(read.all() if not asked.may_be_empty else of_data or read.any())
+    of_data = positions.examples is not None
+    none = not bool(read.all() if not positions.may_be_empty else of_data or read.any())
     if bool(mask[:, :start].any()) or none:
         numbers = f"{behind + start}…{behind + length - 1}" + ", behind those of the cache" * bool(behind)
         raise InputError(
-            f"Position {asked.text!r} is outside the {length - start} positions that are read here ({numbers})."
+            f"Position {positions.text!r} is outside the {length - start} positions that are read here ({numbers})."
         )
     if not of_data:
-        warn_of_empty({asked.text: int((~read).sum())}, rows)
+        warn_of_empty({positions.text: int((~read).sum())}, rows)
     return mask
 
 
@@ -341,22 +350,24 @@ def _map_of(tower: Tower, cache: ActivationCache, rows: int, length: int) -> Tok
     return tokens if tokens.n_positions == length and tokens.n_rows == rows else None
 
 
-def _in_pass(tower: Tower, asked: Positions, rows: int, length: int, behind: int) -> Tensor:
+def _in_pass(tower: Tower, positions: Positions, rows: int, length: int, behind: int) -> Tensor:
     """Numbers, "last", a mask or all positions of one pass."""
     mask = torch.zeros(rows, length, dtype=torch.bool)
-    if asked.tower not in ("", tower.name):
-        raise InputError(f"The positions are of the {asked.tower} tower; select in {tower.name}.")
-    if asked.kind in ("all", "there"):
+    if positions.tower not in ("", tower.name):
+        raise InputError(f"The positions are of the {positions.tower} tower; select in {tower.name}.")
+    if positions.kind in ("all", "there"):
         return ~mask
-    if asked.kind == "mask" and asked.mask is not None and tuple(asked.mask.tensor.shape[-1:]) == (length,):
-        return asked.mask.tensor.cpu().expand(rows, length).clone()
-    if asked.kind not in ("ints", "slice", "last"):
+    if positions.kind == "mask" and positions.mask is not None and tuple(positions.mask.tensor.shape[-1:]) == (length,):
+        return positions.mask.tensor.cpu().expand(rows, length).clone()
+    if positions.kind not in ("ints", "slice", "last"):
         raise InputError(
-            f"What the positions of this pass are is not known, so {asked.text!r} names none of them; give a number, or 'last'."
+            f"What the positions of this pass are is not known, so {positions.text!r} names none of them; give a number, or 'last'."
         )
     total = behind + length
     numbers = (
-        range(total)[slice(*asked.bounds)] if asked.kind == "slice" else (*asked.ints, *[-1] * (asked.kind == "last"))
+        range(total)[slice(*positions.bounds)]
+        if positions.kind == "slice"
+        else (*positions.ints, *[-1] * (positions.kind == "last"))
     )
     for number in numbers:
         at = number + total if number < 0 else number

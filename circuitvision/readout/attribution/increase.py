@@ -157,7 +157,7 @@ def _where(read_tower: Tower, stream: Stream, final: Tensor, position: Any) -> I
     default = 0 if read_tower.stack.image else "last"
     mask = positions_read(read_tower, stream.cache, default if position is None else position, final.shape[:2])
     if not bool((mask.sum(-1) == 1).all()):
-        raise InputError("The score is taken at one position of each row.")
+        raise InputError("The score is taken at one position of each row; one per example is cv.regions.at(numbers).")
     return mask.int().argmax(-1).to(final.device)
 
 

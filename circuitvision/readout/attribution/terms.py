@@ -66,21 +66,21 @@ class Stream:
 
     def input_parts(self) -> dict[str, Tensor]:
         """What enters block 0: patches, positions and prefix tokens where they are simply added, one part otherwise."""
-        whole = self.site("hook_input")
+        total = self.site("hook_input")
         names = [f"{self.tower.name}.{site}" for site in ("hook_embed", "hook_pos_embed")]
         if not self.tower.stack.image or any(name not in self.cache for name in names):
-            return {"input": whole}
+            return {"input": total}
         embed, table = self.site("hook_embed"), self.site("hook_pos_embed")
-        if table.ndim != 3 or table.shape[1] != whole.shape[1] or embed.shape[0] != whole.shape[0]:
-            return {"input": whole}
-        patches = torch.zeros_like(whole)
+        if table.ndim != 3 or table.shape[1] != total.shape[1] or embed.shape[0] != total.shape[0]:
+            return {"input": total}
+        patches = torch.zeros_like(total)
         patches[:, -embed.shape[1] :] = embed
-        positions = table.expand_as(whole).clone()
-        rest = whole - patches - positions
-        n_prefix = whole.shape[1] - embed.shape[1]
-        rounding = max(1e-5, 4 * torch.finfo(whole.dtype).eps)
-        if float(rest[:, n_prefix:].abs().amax()) > rounding * float(whole.abs().amax()):
-            return {"input": whole}
+        positions = table.expand_as(total).clone()
+        rest = total - patches - positions
+        n_prefix = total.shape[1] - embed.shape[1]
+        rounding = max(1e-5, 4 * torch.finfo(total.dtype).eps)
+        if float(rest[:, n_prefix:].abs().amax()) > rounding * float(total.abs().amax()):
+            return {"input": total}
         # Rounding at the patches stays with them, so that the parts add up to the input.
         patches[:, n_prefix:] += rest[:, n_prefix:]
         rest[:, n_prefix:] = 0

@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitvision.answers import check_complete
+from circuitvision.answers import check_complete, contrast
 from circuitvision.data import Batch, Side
 from circuitvision.digests import plain as plain_value
 from circuitvision.errors import InputError
@@ -56,7 +56,7 @@ from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.over_data import DataReading, answers_of, of_batch, over_data, side_of
 from circuitvision.readout.patch_coords import places_of, shares_of
 from circuitvision.readout.recorded import behind_cache, check_hooked, held_as, inputs_of
-from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, plain, resolve_targets
+from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, per_example, plain, resolve_targets
 
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
@@ -102,9 +102,9 @@ def logit_lens(
         sites: kinds ("resid_post", "attn_out", "attn.hook_result", …), names or globs; by default the residual stream, where it can reach the
             output.
         norm: "own", "frozen", "none" or "tuned", see the module.
-        targets: words, class names, prompts (for the images of a dual encoder), numbers of columns or action dimensions, the same for all
-            examples; a tuple ``("red", "blue")``, the first minus the second; ``{"answer": [one per example]}``; or a float tensor of embeddings
-            or directions ``[target width]``.
+        targets: a word, class name, prompt (for the images of a dual encoder), number of a column or action dimension, the same for all
+            examples; a list of those with one per example; a tuple ``("red", "blue")``, the first minus the second; a mapping that names columns,
+            ``{"red": "red", "answer": [one per example]}``; or a float tensor of embeddings or directions ``[target width]``.
         top_k: instead of targets, keep the highest values at every position and whose they are (all columns, where there are fewer).
         measure: ``"logit"``, ``"logprob"`` (nats) or ``"prob"``. Read-outs that are no distribution (actions, directions) have logits only.
         aggregation: how to read a word of several tokens: "first", "mean" or "joint", see :mod:`circuitvision.readout.targets`.
@@ -125,18 +125,15 @@ def logit_lens(
     shared["step"] = step
     if side is not None:
         return _over_data(model, side, tower, targets, top_k, aggregation, positions, batch_size, shared)
-    if isinstance(targets, tuple):
-        if len(targets) != 2:
-            raise InputError(
-                f"A tuple is a contrast of two targets, ('red', 'blue'), not of {len(targets)}; several are a list."
-            )
-        answer, foil = plain(targets)
+    targets, foil = contrast(plain(targets), None)
+    if foil is not None:
+        alike = not isinstance(targets, str | int) or not isinstance(foil, str | int) or targets == foil
+        first, second = ("answer", "foil") if alike else (targets, foil)
         shared |= {"top_k": top_k, "aggregation": aggregation, "positions": positions}
-        both = logit_lens(model, cache, tower, targets=[answer, foil], **shared)
+        both = logit_lens(model, cache, tower, targets={first: targets, second: foil}, **shared)
         assert isinstance(both, LensResult)
-        return both.contrast(answer, foil)
+        return both.contrast(first, second)
     read_tower = lens_tower(model, tower)
-    targets = plain(targets)
     _check_options(read_tower, norm, targets, top_k, measure, tuned, readout, step)
     if positions is not None and targets is None:
         raise InputError(
@@ -159,11 +156,11 @@ def logit_lens(
 
 
 def _averaged(
-    whole: LensResult, reader: LensReader, positions: PositionsLike | Mapping[str, PositionsLike]
+    lens: LensResult, reader: LensReader, positions: PositionsLike | Mapping[str, PositionsLike]
 ) -> LensResult:
     """The lens with the mean over each choice of positions in place of every position."""
-    tokens, at = reader.tokens, whole.axes["position"]
-    if tokens is None or (whole.kinds and GENERATED in whole.kinds[0]):
+    tokens, at = reader.tokens, lens.axes["position"]
+    if tokens is None or (lens.kinds and GENERATED in lens.kinds[0]):
         raise InputError(
             "What the positions of this pass are is not known, so none can be chosen; leave positions out."
         )
@@ -178,17 +175,17 @@ def _averaged(
             f"No position that is read here is one of {lost[0]!r} ({Positions.of(several[lost[0]]).text})."
         )
     count = tokens.n_examples
-    owners = whole.axes["example"]
-    warn_of_empty({name: len(without_any(mask, owners, count)) for name, mask in chosen.items()}, count)
+    examples = lens.axes["example"]
+    warn_of_empty({name: len(without_any(mask, examples, count)) for name, mask in chosen.items()}, count)
     # What lies outside a choice does not count, not even as a NaN.
-    means = [torch.where(own.T[:, None], whole.values, 0.0).sum(-3) / own.sum(-1) for own in chosen.values()]
+    means = [torch.where(own.T[:, None], lens.values, 0.0).sum(-3) / own.sum(-1) for own in chosen.values()]
     values = torch.stack(means, dim=-3)
-    labels, rows = list(chosen), len(owners)
+    labels, rows = list(chosen), len(examples)
     none = torch.zeros(0, dtype=torch.long)
     return replace(
-        whole,
+        lens,
         values=values,
-        axes={**whole.axes, "position": labels},
+        axes={**lens.axes, "position": labels},
         ids=none,
         ranks=none,
         places=torch.full((rows, len(labels), 4), -1),
@@ -196,7 +193,7 @@ def _averaged(
         words=[list(labels)] * rows,
         kinds=[list(labels)] * rows,
         provenance={
-            **whole.provenance,
+            **lens.provenance,
             "positions": plain_value({name: Positions.of(spec) for name, spec in several.items()}),
         },
     )
@@ -219,15 +216,15 @@ def _over_data(
             "The highest columns of many examples have no mean: give targets=, or answers to the data set, and leave top_k out."
         )
     if targets is None and side.answers is None:
-        raise InputError("This data set holds no answers, so say what is followed: targets=['red', 'blue'].")
+        raise InputError("This data set holds no answers, so say what is followed, such as targets=('red', 'blue').")
     if targets is None:
         check_complete(side)
     read_tower = lens_tower(model, tower)
+    targets, foil = contrast(plain(targets), None)
+    targets = per_example(targets, len(side)) if foil is None else (targets, foil)
 
     def read(batch: Batch, rows: list[int]) -> LensResult:
-        own = answers_of(batch) if targets is None else targets
-        if isinstance(targets, Mapping):
-            own = of_batch(targets, rows, len(side))
+        own = answers_of(batch) if targets is None else of_batch(targets, rows, len(side))
         found = logit_lens(
             model, batch.inputs, read_tower.name, targets=own, aggregation=aggregation or side.combine, **options
         )
@@ -261,7 +258,8 @@ def _check_options(
 ) -> None:
     if (targets is None) == (top_k is None):
         raise InputError(
-            "Give either targets=, the words, classes or numbers to follow (['red', 'blue']), or top_k=, how many of the highest to name (5)."
+            "Give either targets=, the word, class or number to follow ('red'; several by name, {'red': 'red', 'blue': 'blue'}), or top_k=, how many "
+            "of the highest to name (5)."
         )
     if top_k is not None and (not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 1):
         raise InputError(f"top_k is a whole number from 1, not {top_k!r}.")
@@ -310,7 +308,7 @@ def _cached(
 
 
 def _recorded_sites(
-    cache: ActivationCache, read_tower: Tower, names: Sequence[str], asked: str | Sequence[str] | None
+    cache: ActivationCache, read_tower: Tower, names: Sequence[str], requested: str | Sequence[str] | None
 ) -> list[str]:
     """Those of the sites that the cache holds: of a kind or glob, layers that were not recorded are left out.
 
@@ -318,12 +316,12 @@ def _recorded_sites(
         InputError: it holds none of them, or not one that was named in full.
     """
     there = [name for name in names if held_as(cache, name)]
-    if not there and asked is None:
+    if not there and requested is None:
         raise InputError(
             f"The cache holds no residual stream of the {read_tower.name} tower; "
             f"run with names_filter=model.{read_tower.name}.stream_sites(), or with all sites."
         )
-    entries = {asked} if isinstance(asked, str) else set(asked or ())
+    entries = {requested} if isinstance(requested, str) else set(requested or ())
     full = [name for name in names if name in entries or name.removeprefix(f"{read_tower.name}.") in entries]
     lost = [name for name in full if name not in there] or ([] if there else list(names))
     if lost:
@@ -347,26 +345,26 @@ class _Part:
     def read(cls, reader: LensReader, name: str, measure: str, top_k: int | None) -> _Part:
         value = reader.site(name)
         per_head = value.movedim(2, 0) if value.ndim == 4 else value[None]
-        owners = reader.examples(value.shape[0])
+        examples = reader.examples(value.shape[0])
         heads, size = [], 0
         for vectors in per_head:
             blocks: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
             for rows, logits in reader.columns(vectors, name):
                 size = logits.shape[-1]
-                blocks.setdefault(rows.start or 0, []).append(_summary(reader, logits, owners[rows], measure, top_k))
+                blocks.setdefault(rows.start or 0, []).append(_summary(reader, logits, examples[rows], measure, top_k))
             by_row = [[torch.cat(kept, dim=1) for kept in zip(*found, strict=True)] for found in blocks.values()]
             heads.append([torch.cat(kept) for kept in zip(*by_row, strict=True)])
         pooled = None
         if value.ndim == 3 and value.shape[1] > 0:
-            whole = reader.pooled(value, name)
-            if whole is not None:
-                pooled = tuple(part[:, 0] for part in _summary(reader, whole[:, None], owners, measure, top_k))
+            output = reader.pooled(value, name)
+            if output is not None:
+                pooled = tuple(part[:, 0] for part in _summary(reader, output[:, None], examples, measure, top_k))
         values, ids, ranks = (torch.stack(column) for column in zip(*heads, strict=True))
         return cls(values, ids, ranks, pooled, size)  # type: ignore[arg-type]
 
 
 def _summary(
-    reader: LensReader, logits: Tensor, owners: Tensor, measure: str, top_k: int | None
+    reader: LensReader, logits: Tensor, examples: Tensor, measure: str, top_k: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is kept of the logits of some positions: values, highest columns, ranks of the targets."""
     scored = measured(logits, measure, reader.link)
@@ -375,14 +373,14 @@ def _summary(
         return best.values.cpu(), best.indices.cpu(), torch.zeros(*best.values.shape[:-1], 0, dtype=torch.long)
     reader.targets.check_columns(scored.shape[-1])
     values = reader.targets.read(
-        measured(logits, "logprob", reader.link) if reader.targets.aggregation == "joint" else scored, owners
+        measured(logits, "logprob", reader.link) if reader.targets.aggregation == "joint" else scored, examples
     )
     if reader.targets.aggregation == "joint" and measure == "prob":
         values = values.exp()
     # Counting in 32 bits: a sum of truth values makes a copy of all of them in the type it counts in.
     higher = [1 + (scored > values[..., i, None]).sum(-1, dtype=torch.int32) for i in range(values.shape[-1])]
     # What is not a number has no rank, and several columns together have none among single ones.
-    there = ~values.isnan() & reader.targets.ranked(owners)[:, None].to(values.device)
+    there = ~values.isnan() & reader.targets.ranked(examples)[:, None].to(values.device)
     ranks = torch.stack(higher, dim=-1).long().where(there, 0)
     return values.cpu(), best.indices.cpu(), ranks.cpu()
 

@@ -189,11 +189,11 @@ class LensReader:
         with torch.no_grad(), self.tower.hooks_disabled():
             return through_projector(self.tower, self.tower.spec.readout, value, self.cache, has_prefix, reading)
 
-    def _frozen(self, rows: slice, start: int, piece: Tensor, whole: Tensor) -> Tensor | None:
+    def _frozen(self, rows: slice, start: int, piece: Tensor, value: Tensor) -> Tensor | None:
         """The reference at the positions of a piece: the site may lack the reference's first positions."""
         if self.reference is None:
             return None
-        first = self.reference.shape[1] - whole.shape[1] + start
+        first = self.reference.shape[1] - value.shape[1] + start
         return self.reference[rows, first : first + piece.shape[1]]
 
     def missing(self, value: Float[Tensor, "row pos width"]) -> int:
@@ -215,10 +215,10 @@ class LensReader:
             InputError: targets per example that are not one per example.
         """
         if self._examples is None or len(self._examples) != rows:
-            owners, count = examples_of(self.cache, self.tower.name, rows)
+            examples, count = examples_of(self.cache, self.tower.name, rows)
             if self.targets is not None:
                 self.targets.check(count)
-            self._examples = owners
+            self._examples = examples
         return self._examples
 
     _examples: Tensor | None = None

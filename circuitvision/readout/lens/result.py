@@ -93,7 +93,7 @@ class LensResult(LensSummaries):
         """
         if "target" not in self.axes:
             raise InputError(
-                "A contrast is between two targets; this lens was read with top_k=. Read it with targets=[answer, foil]."
+                "A contrast is between two targets; this lens was read with top_k=. Read it with targets=(answer, foil)."
             )
         first, second = self.target(answer), self.target(foil)
         pooled = self.pooled[..., first, :] - self.pooled[..., second, :] if self.pooled.numel() else self.pooled

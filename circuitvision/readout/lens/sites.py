@@ -39,12 +39,12 @@ def ordered_sites(model: HookedModel, tower: str, sites: str | Sequence[str]) ->
     Raises:
         UnknownSiteError: nothing of that name in the tower. InputError: a site of another tower, or one that holds no vectors of the stream.
     """
-    asked = [sites] if isinstance(sites, str) else list(sites) if isinstance(sites, Sequence) else [sites]
-    if not all(isinstance(entry, str) for entry in asked):
+    requested = [sites] if isinstance(sites, str) else list(sites) if isinstance(sites, Sequence) else [sites]
+    if not all(isinstance(entry, str) for entry in requested):
         raise InputError(f"Sites are kinds, names or globs, such as 'attn_out'; got {sites!r}.")
     known = model.sites(f"{tower}.**")
     chosen: set[str] = set()
-    for entry in asked:
+    for entry in requested:
         forms = [entry, f"{tower}.{entry}", f"{tower}.blocks.*.{entry}", f"{tower}.blocks.*.hook_{entry}"]
         forms += [f"{tower}.blocks.*.attn.hook_{entry}", f"{tower}.hook_{entry}"]
         found: list[str] = []

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.files import reading, write_tensors
-from circuitvision.model.positions import Positions, PositionsLike, warn_of_empty
+from circuitvision.model.positions import Positions, PositionsLike, in_every_example, warn_of_empty
 from circuitvision.model.tokens import KINDS, TokenMap
 from circuitvision.provenance import describe, with_provenance, without_dates
 from circuitvision.readout.probes.streaming import Batch, Reading
@@ -29,7 +29,7 @@ from circuitvision.readout.probes.streaming import Batch, Reading
 if TYPE_CHECKING:
     from circuitvision.model.hooked import HookedModel
 
-ByTower = PositionsLike | Mapping[str, PositionsLike]
+ByTower = PositionsLike | Positions | Mapping[str, PositionsLike | Positions]
 """Positions, or a mapping from towers to positions."""
 _FORMAT, _META = "circuitvision.collected/1", "circuitvision_json"
 _BESIDE = ("examples", "labels", "groups", "at")
@@ -47,19 +47,19 @@ def chosen(tokens: TokenMap, positions: ByTower, examples: range, dropped: int =
     Raises:
         InputError: not understood; a padding position; an example without a position that every example must have (a number, a kind).
     """
-    asked = _of_tower(positions, tokens, dropped)
-    mask = asked.taken(examples).resolve(tokens)
+    selected = _of_tower(positions, tokens, dropped)
+    mask = selected.taken(examples).resolve(tokens)
     there = torch.from_numpy(tokens.present)
     mask &= there.any(1, keepdim=True)
     if bool((mask & ~there).any()):
-        raise InputError(f"Positions {asked.text} are padding in some row of the {tokens.tower} tower; take 'last'.")
+        raise InputError(f"Positions {selected.text} are padding in some row of the {tokens.tower} tower; take 'last'.")
     served = torch.zeros(len(examples), dtype=torch.bool)
     served[torch.from_numpy(tokens.example[mask.any(1).numpy()])] = True
-    if not asked.may_be_empty and not bool(served.all()):
+    if not selected.may_be_empty and not bool(served.all()):
         kinds = ", ".join(kind for kind in KINDS if (tokens.kind == kind).any())
         example = examples[int((~served).nonzero()[0])]
         raise InputError(
-            f"Example {example} has none of the positions {asked.text} in the {tokens.tower} tower; its kinds: {kinds}."
+            f"Example {example} has none of the positions {selected.text} in the {tokens.tower} tower; its kinds: {kinds}."
         )
     return mask
 
@@ -83,25 +83,32 @@ def chosen_at_site(tokens: TokenMap, dropped: int, positions: ByTower, examples:
     """
     mask = chosen(tokens, positions, examples, dropped)
     if bool(mask[:, :dropped].any()):
-        asked = _of_tower(positions, tokens, dropped)
-        if asked.kind not in ("all", "there"):
+        selected = _of_tower(positions, tokens, dropped)
+        if selected.kind not in ("all", "there"):
             raise InputError(
-                f"The site lacks the first {dropped} positions of the {tokens.tower} tower, and {asked.text} names one of them."
+                f"The site lacks the first {dropped} positions of the {tokens.tower} tower, and {selected.text} names one of them."
             )
         mask[:, :dropped] = False
     return mask
 
 
-def check_count(found: int | None, wanted: int | None, positions: ByTower) -> None:
-    """Raise InputError if a data set of ``found`` examples does not have ``wanted``, or the positions given one by one are not as many."""
+def positions_for(found: int | None, wanted: int | None, positions: ByTower) -> ByTower:
+    """The positions for a data set of ``found`` examples; a list of numbers that may be meant as one per example warns, once.
+
+    Raises:
+        InputError: the data set does not have ``wanted`` examples, or positions given one by one are not as many.
+    """
     if found is None:
-        return
+        return positions
     if wanted is not None and found != wanted:
         raise InputError(f"The data set has {found} examples and there are {wanted} labels; give one per example.")
     for own in positions.values() if isinstance(positions, Mapping) else (positions,):
-        given = Positions.of(own).n_examples
-        if given not in (None, found):
-            raise InputError(f"There are positions of {given} examples for {found}; give one, or one row, per example.")
+        count = Positions.of(own).n_examples
+        if count not in (None, found):
+            raise InputError(f"There are positions of {count} examples for {found}; give one, or one row, per example.")
+    if isinstance(positions, Mapping):
+        return {tower: in_every_example(own, found) for tower, own in positions.items()}
+    return in_every_example(positions, found)
 
 
 def _whole(kinds: set[str]) -> str:
@@ -258,14 +265,14 @@ def collect(
         return picked.cpu()
 
     reading = Reading(model, dataset, names, reduce, batch_size=batch_size, description="collect")
-    check_count(reading.total, _wanted(labels, count), positions)
+    positions = positions_for(reading.total, _wanted(labels, count), positions)
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     beside = _Beside(labels, reading.data)
     for batch, found in reading:
         for name, value in found.items():
             parts[name].append(value)
         beside.add(batch, places)
-    check_count(reading.count, _wanted(labels, count), positions)
+    positions = positions_for(reading.count, _wanted(labels, count), positions)
     label = position_label(positions)
     how = f"collect(positions={label}{', per_position' if per_position else ''})"
     vectors = {name: torch.cat(values) for name, values in parts.items()}
@@ -296,7 +303,7 @@ class _Beside:
     """What stands beside every vector: its example, label and group."""
 
     def __init__(self, labels: Any, data: Any) -> None:
-        self.given = None if labels is None or callable(labels) else [_plain(one) for one in labels]
+        self.own = None if labels is None or callable(labels) else [_plain(one) for one in labels]
         self.data = data
         self.examples: list[int] = []
         self.labels: list[Any] = []
@@ -306,7 +313,7 @@ class _Beside:
     def add(self, batch: Batch, places: Mapping[str, _Places]) -> None:
         """Note one batch."""
         first = next(iter(places.values()), None)
-        owners = np.arange(len(batch.examples)) if first is None else first.example
+        index = np.arange(len(batch.examples)) if first is None else first.example
         if first is not None:
             same = all(np.array_equal(first.at, other.at) for other in places.values())
             if not same:
@@ -314,18 +321,18 @@ class _Beside:
                     "The sites have different positions, so one label cannot stand for all: collect them apart."
                 )
             starts = np.full(len(batch.examples), np.iinfo(int).max)
-            np.minimum.at(starts, owners, first.at[:, 0])
-            self.at += list(zip((first.at[:, 0] - starts[owners]).tolist(), first.at[:, 1].tolist(), strict=True))
-        where = [batch.examples[int(one)] for one in owners]
-        self.examples += [batch.numbers[int(one)] for one in owners]
+            np.minimum.at(starts, index, first.at[:, 0])
+            self.at += list(zip((first.at[:, 0] - starts[index]).tolist(), first.at[:, 1].tolist(), strict=True))
+        where = [batch.examples[int(one)] for one in index]
+        self.examples += [batch.numbers[int(one)] for one in index]
         groups = None if self.data is None or self.data.groups is None else self.data.groups
         self.groups += [
-            batch.numbers[int(one)] if groups is None else groups[at] for one, at in zip(owners, where, strict=True)
+            batch.numbers[int(one)] if groups is None else groups[at] for one, at in zip(index, where, strict=True)
         ]
         if first is not None and first.labels is not None:
             self.labels += first.labels
-        elif self.given is not None:
-            self.labels += [self.given[at] for at in where]
+        elif self.own is not None:
+            self.labels += [self.own[at] for at in where]
         elif self.data is not None and self.data.answers is not None:
             self.labels += [self.data.answers[at] for at in where]
 
@@ -393,16 +400,16 @@ def _missing(label: Any) -> bool:
 def _vectors(site: str, value: Tensor, positions: ByTower, batch: Batch) -> Float[Tensor, "example feature"]:
     tokens, dropped = batch.layout(site, value)
     exact = value if value.dtype == torch.float64 else value.float()
-    owner = torch.from_numpy(tokens.example)
+    example = torch.from_numpy(tokens.example)
     if dropped is None:
         rows = torch.from_numpy(tokens.present.any(1))
-        picked, owner = exact[rows.to(value.device)], owner[rows]
-        if len(owner.unique()) < len(batch.examples):
+        picked, example = exact[rows.to(value.device)], example[rows]
+        if len(example.unique()) < len(batch.examples):
             raise InputError(f"An example has nothing in the {tokens.tower} tower, so {site} says nothing of it.")
     else:
         mask = chosen_at_site(tokens, dropped, positions, batch.examples)
         picked = exact[mask[:, dropped:].to(value.device)]
-        owner = owner[mask.nonzero()[:, 0]]
-    flat, owner = picked.flatten(1), owner.to(value.device)
-    sums = flat.new_zeros(len(batch.examples), flat.shape[1]).index_add_(0, owner, flat)
-    return sums / torch.bincount(owner, minlength=len(batch.examples)).to(flat)[:, None]
+        example = example[mask.nonzero()[:, 0]]
+    flat, example = picked.flatten(1), example.to(value.device)
+    sums = flat.new_zeros(len(batch.examples), flat.shape[1]).index_add_(0, example, flat)
+    return sums / torch.bincount(example, minlength=len(batch.examples)).to(flat)[:, None]

@@ -26,7 +26,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.sites import SiteName
 from circuitvision.progress import track
 from circuitvision.provenance import with_provenance
-from circuitvision.readout.probes.collected import ByTower, Collected, check_count, collect
+from circuitvision.readout.probes.collected import ByTower, Collected, collect, positions_for
 from circuitvision.readout.probes.decisions import DecisionLayers, decision_layer
 from circuitvision.readout.probes.fitting import CHOOSING, best_penalty, fit, raw, score, standardiser
 from circuitvision.readout.probes.splitting import Plan, Split, Targets, bootstrapped
@@ -215,7 +215,7 @@ def linear_probe(
         plan.warn_if_few(max(value.shape[1] for value in vectors.values()))
         return _probed(vectors, plan, label_name)
     names = _stream(model, tower, data) if sites is None else model.sites(sites)
-    check_count(Reading(model, data, names, lambda *_: None).total, count, positions)
+    positions = positions_for(Reading(model, data, names, lambda *_: None).total, count, positions)
     plan = Plan.of(labels, test_share, folds, groups, held_out, shuffles, penalty, seed)
     if sites is None:
         plan.warn_if_few(model.towers[SiteName.parse(names[0]).tower].cfg.d_model)

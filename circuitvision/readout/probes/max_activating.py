@@ -28,7 +28,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError, warn
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.probes.collected import ByTower, check_count, position_label
+from circuitvision.readout.probes.collected import ByTower, position_label, positions_for
 from circuitvision.readout.probes.splitting import is_whole, numbered
 from circuitvision.readout.probes.streaming import Reading
 from circuitvision.readout.probes.strongest import Best, Sums, UnitReader, Units
@@ -224,9 +224,9 @@ def max_activating_examples(
     reader = UnitReader(kept, pool, positions, threshold, start, codes, len(classes), top_k)
     reading = Reading(model, dataset, kept.sites, reader, batch_size=batch_size, description="max activating examples")
     labelled = None if codes is None else len(codes)
-    check_count(reading.total, labelled, positions)
+    positions = positions_for(reading.total, labelled, positions)
     best, sums, interrupted = _streamed(reading, kept.sites, top_k)
-    check_count(None if interrupted else sums.count, labelled, positions)
+    positions_for(None if interrupted else sums.count, labelled, positions)
     settings = f"pool={pool}, positions={position_label(positions)}, top_k={top_k}, units={kept.kind}"
     return _index(
         best,

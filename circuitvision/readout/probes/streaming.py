@@ -130,12 +130,12 @@ class Reading:
                 raise InputError("The data set holds no example.")
             return
         self._hashes, self._first, self._items = hashlib.sha256(), "", 0
-        whole = isinstance(dataset, (Mapping, Tensor))
-        if not whole and not isinstance(dataset, Iterable) and not hasattr(dataset, "__getitem__"):
+        single = isinstance(dataset, (Mapping, Tensor))
+        if not single and not isinstance(dataset, Iterable) and not hasattr(dataset, "__getitem__"):
             raise InputError(
                 f"A data set is model inputs, or a sequence or iterable of them, not {type(dataset).__name__}."
             )
-        self.items: Iterable[Any] = [dataset] if whole else dataset
+        self.items: Iterable[Any] = [dataset] if single else dataset
         if isinstance(self.items, (list, tuple)):
             self.total = sum(n_examples(model, as_mapping(model, item), self.side) for item in self.items)
             if self.total == 0:

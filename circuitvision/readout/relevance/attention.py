@@ -228,10 +228,10 @@ def _patterns(model: Any, inputs: Mapping[str, Any], tower: str, layers: int | S
             )
         return [name]
     count = model.towers[tower].cfg.n_layers
-    asked = list(layers) if isinstance(layers, Iterable) else list(range(count)) if layers is None else [layers]
-    if any(isinstance(layer, bool) or not isinstance(layer, Integral) for layer in asked):
+    requested = list(layers) if isinstance(layers, Iterable) else list(range(count)) if layers is None else [layers]
+    if any(isinstance(layer, bool) or not isinstance(layer, Integral) for layer in requested):
         raise InputError(f"layers={layers!r} is not understood: the {tower} tower has layers 0 to {count - 1}.")
-    numbers = list(dict.fromkeys(int(layer) + count if layer < 0 else int(layer) for layer in asked))
+    numbers = list(dict.fromkeys(int(layer) + count if layer < 0 else int(layer) for layer in requested))
     names = [f"{tower}.blocks.{layer}.attn.hook_pattern" for layer in numbers]
     live = [
         name

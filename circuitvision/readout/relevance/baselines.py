@@ -80,8 +80,8 @@ def start_of(variable: AttributionInput, baseline: Baseline, needed: Bool[Tensor
 
 
 def _mean_of_others(variable: AttributionInput, needed: Tensor | None) -> Tensor:
-    value, owner = variable.value, _owners(variable)
-    if len(owner.unique()) == 1:
+    value, example = variable.value, _example_of_row(variable)
+    if len(example.unique()) == 1:
         raise InputError(
             "The mean over the other examples of the run needs another one. Give the inputs of a data set as baseline, 'zero', or 'own' (which keeps "
             "what an average keeps)."
@@ -90,11 +90,11 @@ def _mean_of_others(variable: AttributionInput, needed: Tensor | None) -> Tensor
         _check_aligned(variable, [variable.place], needed)
     counted = _counted(variable.model, variable.inputs, value, variable.place, variable.site)
     sums = torch.where(counted, value, 0.0).to(wide_type(value))
-    mean, others = _without_own(sums, counted, owner.to(value.device))
+    mean, others = _without_own(sums, counted, example.to(value.device))
     return _where_there(mean.to(value), others > 0, variable, needed, "other example of the run")
 
 
-def _owners(variable: AttributionInput) -> Tensor:
+def _example_of_row(variable: AttributionInput) -> Tensor:
     """The example of every row of the values: of pixels, of every picture."""
     example = torch.from_numpy(variable.place.tokens.example)
     if variable.site != PIXELS:
@@ -104,11 +104,11 @@ def _owners(variable: AttributionInput) -> Tensor:
     return torch.zeros(len(variable.value), dtype=example.dtype).index_copy(0, rows // parts, example)
 
 
-def _without_own(sums: Tensor, counted: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+def _without_own(sums: Tensor, counted: Tensor, example: Tensor) -> tuple[Tensor, Tensor]:
     """The mean over the rows of other examples, and over how many."""
-    count = int(owner.max()) + 1
+    count = int(example.max()) + 1
     own, rows = (
-        part.new_zeros(count, *part.shape[1:]).index_add_(0, owner, part)[owner] for part in (sums, counted.long())
+        part.new_zeros(count, *part.shape[1:]).index_add_(0, example, part)[example] for part in (sums, counted.long())
     )
     others = counted.long().sum(0, keepdim=True) - rows
     return (sums.sum(0, keepdim=True) - own) / others.clamp_min(1), others
@@ -235,15 +235,15 @@ def _blurred(value: Float[Tensor, "*picture channel height width"]) -> Tensor:
 
 def _broadcast(baseline: float | Tensor | np.ndarray, value: Tensor) -> Tensor:
     try:
-        given = torch.as_tensor(baseline, dtype=value.dtype, device=value.device).detach().expand_as(value)
+        broadcast = torch.as_tensor(baseline, dtype=value.dtype, device=value.device).detach().expand_as(value)
     except (RuntimeError, TypeError, ValueError) as error:
         shape = tuple(np.shape(baseline))
         raise InputError(
             f"A baseline of shape {shape} does not broadcast to the values, {tuple(value.shape)}."
         ) from error
-    if not bool(given.isfinite().all()):
+    if not bool(broadcast.isfinite().all()):
         raise InputError("The baseline holds values that are no numbers (NaN or infinite).")
-    return given
+    return broadcast
 
 
 def short_repr(baseline: Baseline) -> str:

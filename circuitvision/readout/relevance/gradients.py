@@ -138,8 +138,8 @@ def integrated_gradients(
 
 
 def _check_rule(rule: str, steps: int, steps_at_once: int | None) -> None:
-    whole = [steps, steps if steps_at_once is None else steps_at_once]
-    if rule not in ("gauss-legendre", "midpoint") or not all(isinstance(n, Integral) and n >= 1 for n in whole):
+    counts = [steps, steps if steps_at_once is None else steps_at_once]
+    if rule not in ("gauss-legendre", "midpoint") or not all(isinstance(n, Integral) and n >= 1 for n in counts):
         raise InputError(
             f"rule={rule!r} with steps={steps!r} and steps_at_once={steps_at_once!r} is not understood: 'gauss-legendre' or 'midpoint', and whole "
             "numbers from 1 on."

@@ -93,7 +93,7 @@ def occlusion(
         masks = _regions(where, regions)
         setting = f"{len(masks)} regions"
     alone = rows_serve_all(model, where.tokens.tower)
-    removed = torch.stack([torch.from_numpy(mask) for whole in masks for mask in _apart(whole, alone)])
+    removed = torch.stack([torch.from_numpy(mask) for full in masks for mask in _apart(full, alone)])
     source = start_of(place, baseline, removed.any(0))
     swept = model.sweep(
         place.inputs,
