@@ -104,8 +104,7 @@ def _word_id(word: str, model: Any) -> int:
     labels = getattr(getattr(model.module, "config", None), "label2id", None) or {}
     if word in labels:
         return int(labels[word])
-    towers = getattr(model, "towers", {})
-    if "text" in towers and "language" not in towers:
+    if getattr(model, "is_dual", False):
         raise InputError(
             f"This model's output has one column per caption, so {word!r} has no id; give the caption's column."
         )

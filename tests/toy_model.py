@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from circuitvision import metrics
 from circuitvision.edits import Edit
 from circuitvision.model import HookPoint
+from circuitvision.model.flow import Connector, Flow
 from circuitvision.model.positions import PositionWindow
 
 
 class ToyModel:
     family, is_dual = "toy", False
+    flow = Flow(("vision", "language"), (Connector(("vision",), "language"),))
     device, dtype, tokenizer = torch.device("cpu"), torch.float64, None
     engine = SimpleNamespace(stack=[], active=list)
 

@@ -132,7 +132,7 @@ class TowerView:
         Raises InputError for inputs that do not run this tower.
         """
         if isinstance(inputs, Tensor):
-            if list(self.model.towers) != ["vision"]:
+            if not all(tower.stack.image for tower in self.model.towers.values()):
                 raise InputError(
                     "One tensor is not all this model reads; give the mapping that model.inputs(images=…, text=…) makes."
                 )

@@ -14,8 +14,10 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.axes import past_length
 from circuitvision.model.cache import ActivationCache
+from circuitvision.model.hooked import HookedModel
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
+from circuitvision.model.tower import Tower
 
 _DERIVED_FROM = {
     "attn.hook_result": "attn.hook_z",
@@ -24,6 +26,19 @@ _DERIVED_FROM = {
     "hook_k_input": "hook_resid_pre",
     "hook_v_input": "hook_resid_pre",
 }
+
+
+def chosen_tower(model: HookedModel, tower: str | None) -> Tower:
+    """The tower named, or the one whose head gives the output.
+
+    Raises:
+        InputError: no wrapped model, no such tower.
+    """
+    check_hooked(model)
+    name = model.flow.answer if tower is None else tower
+    if name not in model.towers:
+        raise InputError(f"This model has no tower {name!r}; its towers are {', '.join(model.towers)}.")
+    return model.towers[name]
 
 
 def check_hooked(model: Any) -> None:
@@ -111,7 +126,7 @@ def examples_of(cache: ActivationCache, tower: str, rows: int) -> tuple[Int[Tens
     tokens = cache.model.tokens(cache.inputs).get(tower) if cache.model is not None and cache.inputs else None
     examples = torch.arange(rows) if tokens is None or tokens.n_rows != rows else torch.as_tensor(tokens.example)
     ids = cache.inputs.get("input_ids", cache.inputs.get("inputs_embeds"))
-    dual = cache.model is not None and "text" in cache.model.towers
+    dual = cache.model is not None and cache.model.is_dual
     count = int(examples.max()) + 1 if ids is None or dual else int(ids.shape[0])
     return examples, max(count, int(examples.max()) + 1)
 

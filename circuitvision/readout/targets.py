@@ -82,7 +82,7 @@ def prompt_embeddings(model: HookedModel, prompts: Sequence[str]) -> Float[Tenso
         features.
     """
     module: Any = model.module
-    if "text" not in model.towers or not hasattr(module, "get_text_features"):
+    if not model.is_dual or not hasattr(module, "get_text_features"):
         raise UnsupportedModelError(f"A {model.family.name} model has no text tower that embeds prompts.")
     if isinstance(prompts, str) or not prompts:
         raise InputError("Give a list of prompts, such as ['a photo of a cat', 'a photo of a dog'].")

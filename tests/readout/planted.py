@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import circuitvision as cv
-from circuitvision.model.tower import norm_spec
+from circuitvision.model.spec import norm_spec
 from tests.zoo import case, shared_model
 
 

@@ -111,7 +111,8 @@ def test_heads_that_look_alike_have_the_entropy_and_mass_of_the_keys_they_see(ca
             torch.testing.assert_close(
                 by_row(entropy), by_row(entropy, "uniform")[:, None].expand(-1, heads, -1), equal_nan=True
             )
-            if tower == "action" or "sliding" in case.tags:
+            # MetaCLIP 2 reads texts at their first end, which stands amid some of these texts.
+            if tower == "action" or "sliding" in case.tags or (case.name, tower) == ("metaclip2", "text"):
                 continue
             # By default the last position, or every position of a tower without order, sees all that is no padding.
             real = torch.from_numpy(tokens.present)

@@ -8,7 +8,7 @@ import torch
 import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.model.heads import Reading
-from circuitvision.model.tower import norm_spec
+from circuitvision.model.spec import norm_spec
 from circuitvision.readout.attribution import terms as terms_module
 from circuitvision.readout.attribution.bilinear import bilinear_attribution
 from circuitvision.readout.attribution.direct import Attribution, direct_attribution, source_attribution

@@ -10,7 +10,7 @@ from transformer_lens.utilities.matrix import composition_scores as peer_scores
 
 import circuitvision as cv
 from circuitvision.errors import InputError
-from circuitvision.model.tower import norm_spec
+from circuitvision.model.spec import norm_spec
 from circuitvision.readout.weights.head_circuits import (
     CompositionScores,
     SingularVectors,

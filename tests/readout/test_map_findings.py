@@ -20,7 +20,10 @@ from circuitvision.readout.weights.head_circuits import CompositionScores
 from tests.readout.test_attention import run
 from tests.readout.test_attention_maps import made
 
-NOISE = torch.Generator().manual_seed(0)
+
+def noise_of(seed: int = 0) -> torch.Generator:
+    """Draws of its own for each test, whatever ran before."""
+    return torch.Generator().manual_seed(seed)
 
 
 def profile(means: list[list[float]], alike: float = 4.0, examples: int = 1, spread: float = 0.0, **more):
@@ -87,17 +90,17 @@ def test_a_box_is_singled_out_where_no_equal_place_gets_nearly_as_much(monkeypat
 
 
 def test_a_head_differs_from_the_mean_head_where_it_stands_out_from_all():
-    others = 0.05 * torch.randn(4, 8, generator=NOISE)
+    others = 0.05 * torch.randn(4, 8, generator=noise_of(1))
     others[2, 3] = 0.6
     assert findings.differs("h", "the box", [0.6], others).holds
     assert not findings.differs("h", "the box", [0.08], others * 0 + torch.eye(8)[:4] * 0.08).holds
     assert not findings.differs("h", "the box", [0.6], others, torch.tensor([0.1, 0.4])).holds
-    wild = torch.randn(4, 8, generator=NOISE)
+    wild = torch.randn(4, 8, generator=noise_of(2))
     assert not findings.differs("h", "the box", [float(wild.max())], wild).holds
 
 
 def test_a_question_adds_where_one_patch_stands_out():
-    grid = 1 + 0.1 * torch.randn(6, 6, generator=NOISE)
+    grid = 1 + 0.1 * torch.randn(6, 6, generator=noise_of(3))
     assert findings.adds(grid).holds is False
     grid[4, 1] = 9.0
     found = findings.adds(grid)
@@ -106,7 +109,7 @@ def test_a_question_adds_where_one_patch_stands_out():
 
 
 def test_a_target_stands_out_at_a_patch_of_its_own_layer():
-    noise = torch.randn(3, 6, 6, generator=NOISE)
+    noise = torch.randn(3, 6, 6, generator=noise_of(4))
     grids, names = noise.clone(), ["input", "layer 0", "layer 1"]
     assert not findings.strongest_at("vision", "red", names, grids, "logit").holds
     # A layer that is higher everywhere is no patch that stands out.
@@ -123,11 +126,11 @@ def test_a_target_stands_out_at_a_patch_of_its_own_layer():
 
 
 def test_a_word_is_first_at_a_patch_where_it_leads_and_the_patch_stands_out():
-    grids = torch.randn(1, 6, 6, generator=NOISE)
+    grids = torch.randn(1, 6, 6, generator=noise_of(5))
     grids[0, 2, 2] = 12.0
     asked = [findings.ranks_at("t", "red", ["input"], grids, margin, "logit").holds for margin in (5.0, 0.1, math.nan)]
     assert asked == [True, False, True]
-    assert not findings.ranks_at("t", "red", ["input"], torch.randn(1, 6, 6, generator=NOISE), 5.0, "logit").holds
+    assert not findings.ranks_at("t", "red", ["input"], torch.randn(1, 6, 6, generator=noise_of(6)), 5.0, "logit").holds
 
 
 def test_agreement_is_affirmed_above_chance_alone():
@@ -200,7 +203,7 @@ def test_heads_are_averaged_by_the_result():
 
 
 def test_a_region_is_moved_to_every_other_place():
-    values = torch.rand(1, 2, 1, 16, generator=NOISE)
+    values = torch.rand(1, 2, 1, 16, generator=noise_of(7))
     maps = made(values)
     keys = maps.keys(cv.regions.box((0.0, 0.0, 8.0, 8.0)))
     moved = maps.share_elsewhere(keys, picture_of(maps))
@@ -214,7 +217,7 @@ def test_a_region_is_moved_to_every_other_place():
 
 
 def test_examples_go_by_their_label_and_pictures_by_image_and_tile():
-    maps = made(torch.rand(2, 2, 4, 16, generator=NOISE))
+    maps = made(torch.rand(2, 2, 4, 16, generator=noise_of(8)))
     maps.places[:, :, 0] = torch.tensor([0, 1, 0, 1])[:, None]
     maps = dataclasses.replace(maps, axes={**maps.axes, "example": [7, 7, 3, 3]})
     assert [tuple(picture_of(maps, 7, image)) for image in (None, 0, 1)] == [(0, 0, 0), (0, 0, 0), (1, 1, 0)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.families.action_tokens import action_bins
-from circuitvision.model.tower import norm_spec
+from circuitvision.model.spec import norm_spec
 from circuitvision.readout.weights.rows import written_rows
 from circuitvision.readout.weights.unembedding import unembedding_matrix
 from circuitvision.readout.weights.value_vectors import ValueVectors, value_vectors

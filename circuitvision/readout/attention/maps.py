@@ -135,6 +135,7 @@ class AttentionMaps(Result):
             raise InputError(f"{described(where)!r} holds no key of these maps.")
         return torch.from_numpy(found)
 
+    @with_provenance
     def share_of(self, keys: Bool[Tensor, "row key"]) -> AttentionSummary:
         """How much of its attention each head gives to some keys together, ``[layer head example]`` (behind ``step``, where there are passes).
 

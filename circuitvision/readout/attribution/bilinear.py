@@ -22,9 +22,10 @@ from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading
 from circuitvision.model.weights import parameter
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.attribution.direct import attribution_tower, cached_for
+from circuitvision.readout.attribution.direct import cached_for
 from circuitvision.readout.attribution.rest import check_head_reads_stream
 from circuitvision.readout.attribution.terms import Stream
+from circuitvision.readout.recorded import chosen_tower
 from circuitvision.readout.targets import output_kind, prompt_embeddings
 from circuitvision.results import Result
 
@@ -80,7 +81,7 @@ def bilinear_attribution(
     Raises:
         InputError: no dual encoder, a cache without what is needed, another ``by``.
     """
-    attribution_tower(model, None)
+    chosen_tower(model, None)
     kinds = [output_kind(tower) for tower in model.towers.values()]
     if kinds != ["texts", "images"]:
         raise InputError(f"A bilinear form needs two towers that are compared; a {model.family.name} model has none.")

@@ -52,7 +52,7 @@ from circuitvision.readout.attribution.sources import OverSources
 from circuitvision.readout.attribution.terms import SPLITS, Stream
 from circuitvision.readout.over_data import DataReading, answers_of, of_batch, over_data, side_of
 from circuitvision.readout.patch_coords import places_of, shares_of
-from circuitvision.readout.recorded import check_hooked, chosen_layers, examples_of, tokens_of
+from circuitvision.readout.recorded import chosen_layers, chosen_tower, examples_of, tokens_of
 from circuitvision.results import Result
 from circuitvision.statistics import by_example
 
@@ -208,7 +208,7 @@ def direct_attribution(
         return _over_data(model, side, direction, tower, position, batch_size, options)
     if direction is None:
         raise InputError("Say what is explained: an answer 'red', a contrast ('red', 'blue'), or a tensor [d_model].")
-    read_tower = attribution_tower(model, tower)
+    read_tower = chosen_tower(model, tower)
     stream = Stream(read_tower, cached_for(model, cache, read_tower, by), step=step)
     check_head_reads_stream(stream)
     found = functional(
@@ -320,7 +320,7 @@ def source_attribution(
     Raises:
         InputError: as there, or a cache without patterns.
     """
-    read_tower = attribution_tower(model, tower)
+    read_tower = chosen_tower(model, tower)
     stream = Stream(read_tower, cached_for(model, cache, read_tower, "source"), step=step)
     check_head_reads_stream(stream)
     found = functional(
@@ -380,21 +380,6 @@ def sources_of(
         words = [row + [f"generated {number}" for number in range(1, more + 1)] for row in words]
         kinds = [row + ["generated"] * more for row in kinds]
     return places, shares, words, kinds
-
-
-def attribution_tower(model: HookedModel, tower: str | None) -> Tower:
-    """The tower named, or the last one whose head gives the output.
-
-    Raises:
-        InputError: no wrapped model, no such tower.
-    """
-    check_hooked(model)
-    if tower is None:
-        towers = list(model.towers)
-        tower = "vision" if "text" in towers else towers[-1]
-    if tower not in model.towers:
-        raise InputError(f"This model has no tower {tower!r}; its towers are {', '.join(model.towers)}.")
-    return model.towers[tower]
 
 
 def cached_for(

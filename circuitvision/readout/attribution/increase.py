@@ -26,13 +26,13 @@ from circuitvision.model.cache import ActivationCache
 from circuitvision.model.heads import Reading, link
 from circuitvision.model.names import head_name
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.attribution.direct import attribution_tower, cached_for, sources_of
+from circuitvision.readout.attribution.direct import cached_for, sources_of
 from circuitvision.readout.attribution.functional import positions_read
 from circuitvision.readout.attribution.rest import check_head_reads_stream, check_sources, spacing
 from circuitvision.readout.attribution.sources import OverSources
 from circuitvision.readout.attribution.terms import Stream
 from circuitvision.readout.ranks import rank_components
-from circuitvision.readout.recorded import chosen_layers, examples_of
+from circuitvision.readout.recorded import chosen_layers, chosen_tower, examples_of
 from circuitvision.readout.targets import Targets, names_of, output_kind, plain, resolve_targets
 from circuitvision.results import Result
 
@@ -120,7 +120,7 @@ def log_prob_increase(
     """
     if by not in _KINDS:
         raise InputError(f"Scores are by {', '.join(_KINDS)}, not by {by!r}.")
-    read_tower = attribution_tower(model, tower)
+    read_tower = chosen_tower(model, tower)
     _check(read_tower)
     chosen = _answer(model, read_tower, answer, aggregation)
     stream = Stream(read_tower, cached_for(model, cache, read_tower, by), step=step)

@@ -55,7 +55,7 @@ from circuitvision.readout.lens.sites import ordered_sites
 from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.over_data import DataReading, answers_of, of_batch, over_data, side_of
 from circuitvision.readout.patch_coords import places_of, shares_of
-from circuitvision.readout.recorded import behind_cache, check_hooked, held_as, inputs_of
+from circuitvision.readout.recorded import behind_cache, chosen_tower, held_as, inputs_of
 from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, per_example, plain, resolve_targets
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def logit_lens(
         both = logit_lens(model, cache, tower, targets={first: targets, second: foil}, **shared)
         assert isinstance(both, LensResult)
         return both.contrast(first, second)
-    read_tower = lens_tower(model, tower)
+    read_tower = chosen_tower(model, tower)
     _check_options(read_tower, norm, targets, top_k, measure, tuned, readout, step)
     if positions is not None and targets is None:
         raise InputError(
@@ -219,7 +219,7 @@ def _over_data(
         raise InputError("This data set holds no answers, so say what is followed, such as targets=('red', 'blue').")
     if targets is None:
         check_complete(side)
-    read_tower = lens_tower(model, tower)
+    read_tower = chosen_tower(model, tower)
     targets, foil = contrast(plain(targets), None)
     targets = per_example(targets, len(side)) if foil is None else (targets, foil)
 
@@ -234,16 +234,6 @@ def _over_data(
     told = {"tower": read_tower.name, **{name: value for name, value in options.items() if isinstance(value, str)}}
     method = f"logit_lens({', '.join(f'{name}={value}' for name, value in told.items())})"
     return over_data(model, side, read, positions=positions, batch_size=batch_size, method=method)
-
-
-def lens_tower(model: HookedModel, tower: str | None) -> Tower:
-    """The tower named, or the language tower, or the only one; InputError if the model has none of that name or is not hooked."""
-    check_hooked(model)
-    if tower is None:
-        tower = "language" if "language" in model.towers else next(iter(model.towers))
-    if tower not in model.towers:
-        raise InputError(f"This model has no tower {tower!r}; its towers are {', '.join(model.towers)}.")
-    return model.towers[tower]
 
 
 def _check_options(

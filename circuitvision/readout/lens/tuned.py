@@ -32,7 +32,7 @@ from circuitvision.model.positions import Positions, PositionsLike
 from circuitvision.model.sites import SiteName
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.recorded import inputs_of
+from circuitvision.readout.recorded import chosen_tower, inputs_of
 from circuitvision.readout.targets import output_kind
 from circuitvision.results import Result
 
@@ -123,9 +123,7 @@ class TunedLens(Result):
         Raises:
             InputError: a tower without a head, a vision tower behind a projector, too few positions, no such kind.
         """
-        from circuitvision.readout.lens.logit import lens_tower
-
-        read_tower = lens_tower(model, tower)
+        read_tower = chosen_tower(model, tower)
         data = _checked(read_tower, dataset, held_out, steps, learning_rate, batch)
         # Inference tensors cannot be tracked, whoever calls.
         with torch.inference_mode(False):

@@ -210,7 +210,7 @@ def _side(model: HookedModel, sites: Sequence[str]) -> str | None:
     if not model.is_dual:
         return None
     towers = {SiteName.parse(site).tower for site in sites}
-    return "both" if len(towers) > 1 else "images" if "vision" in towers else "texts"
+    return "both" if len(towers) > 1 else "images" if model.towers[next(iter(towers))].stack.image else "texts"
 
 
 def n_examples(model: HookedModel, inputs: Mapping[str, Any], side: str | None = None) -> int:

@@ -36,9 +36,8 @@ from circuitvision.model.cache import ActivationCache
 from circuitvision.model.tokens import ABSENT, TokenMap
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.lens.logit import lens_tower
 from circuitvision.readout.patch_coords import places_of
-from circuitvision.readout.recorded import chosen_layers, recorded, tokens_of
+from circuitvision.readout.recorded import chosen_layers, chosen_tower, recorded, tokens_of
 from circuitvision.readout.weights.rows import at_once, projections, written_rows
 from circuitvision.readout.weights.unembedding import Unembedding, model_of, unembedding_matrix
 from circuitvision.results import Result
@@ -247,7 +246,7 @@ def key_value_agreement(
     Raises:
         InputError: labels that do not fit the examples, sites that the cache lacks, counts below 1, a pass of other positions.
     """
-    read = lens_tower(model, tower)
+    read = chosen_tower(model, tower)
     if component not in _SITES or n_keys < 1 or n_values < 1:
         raise InputError(
             f"component={component!r} must be 'mlp' or 'ov', n_keys={n_keys} and n_values={n_values} at least 1."

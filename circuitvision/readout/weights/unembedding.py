@@ -185,10 +185,7 @@ def _projected(tower: Tower, gain: bool) -> Tensor:
             f"The {tower.name} tower is read through {type(projector).__name__}, which is not linear; give a matrix= "
             f"[{tower.cfg.d_model}, n_out] of your own, or read activations with the logit lens."
         )
-    reader = tower.siblings.get("language")
-    if reader is None:
-        raise InputError(f"No language tower reads the {tower.name} tower; give a matrix= of your own.")
-    inner = unembedding_matrix(reader, gain=gain).matrix
+    inner = unembedding_matrix(tower.reader, gain=gain).matrix
     return wide(_linear(tower, found)).to(inner) @ inner
 
 
