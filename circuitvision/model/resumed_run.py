@@ -256,7 +256,7 @@ class ResumedRun:
                 elif name == "past_key_values":
                     value = None
                 if name != "cache_position" and not (first and name == "attention_mask"):
-                    value = _rows(value, copies)
+                    value = _rows(value, copies, axes=3 if name == "position_embeddings" else 1)
                 changed[name] = value
             # Some encoders pass the mask by position; nothing else they pass so is a tensor.
             if any(isinstance(value, Tensor) and value.ndim != 4 for value in args[1:]):
@@ -284,11 +284,11 @@ def _suffix(value: Any, first: int, length: int) -> Any:
     return value[:, first:]
 
 
-def _rows(value: Any, copies: int) -> Any:
-    """Repeat what differs from row to row; what is shared by all rows broadcasts."""
+def _rows(value: Any, copies: int, axes: int = 1) -> Any:
+    """Repeat what differs from row to row; what is shared by all rows (one row, or fewer than so many axes: none for rows) broadcasts."""
     if isinstance(value, tuple):
-        return tuple(_rows(item, copies) for item in value)
-    if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] > 1:
+        return tuple(_rows(item, copies, axes) for item in value)
+    if isinstance(value, Tensor) and value.ndim >= axes and value.shape[0] > 1:
         return repeated(value, copies)
     return value
 
