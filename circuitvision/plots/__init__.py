@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _FIGURES = {
     "Attribution": ("attribution", "attribution"),
     "BilinearAttribution": ("attribution", "bilinear"),
+    "DataReading": ("over_data", "reading"),
     "LensSummary": ("lens_summaries", "summary"),
     "LogProbIncrease": ("attribution", "increase"),
     "Ranking": ("attribution", "ranked"),

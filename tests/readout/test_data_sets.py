@@ -667,3 +667,33 @@ def test_contrasts_of_each_example_do_not_depend_on_the_batch() -> None:
         for number, pair in enumerate(pairs):
             one = read(model, data[number : number + 1], **{option: pair})
             torch.testing.assert_close(found.values[..., number], one.values[..., 0], **EXACT)
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_reading_of_a_data_set_is_drawn_with_its_means_and_intervals() -> None:
+    model, data = wrapped("llava-clip-llama"), side("llava-clip-llama", foils=[5] * 5)
+    lens = cv.readout.logit_lens(model, data, "language", positions={"image": "patch", "end": "last"})
+    mean, (low, high) = lens.mean(), lens.interval()
+    lines = [trace for trace in lens.plot().data if trace.name == "foil"]
+    assert len(lines) == 2
+    for place, trace in enumerate(lines):
+        np.testing.assert_allclose(trace.y, mean[:, place, 1])
+        np.testing.assert_allclose(trace.error_y.array, (high - mean)[:, place, 1].clamp(min=0))
+        np.testing.assert_allclose(trace.error_y.arrayminus, (mean - low)[:, place, 1].clamp(min=0))
+    terms = cv.readout.direct_attribution(model, data)
+    drawn = [value for trace in terms.plot(count=3).data for value in trace.x]
+    assert drawn == pytest.approx(sorted(terms.mean().tolist(), key=abs, reverse=True)[:3])
+
+
+def test_a_term_is_affirmed_only_where_its_interval_leaves_zero_out() -> None:
+    def title(values: list[list[float]]) -> str:
+        axes: dict[str, list[Any]] = {"term": ["a", "b"], "example": list(range(8))}
+        reading = cv.DataReading(torch.tensor(values, dtype=torch.float64), axes, {}, tower="t", measure="m")
+        return reading.plot().layout.title.text
+
+    small = [0.1, -0.1] * 4
+    assert title([[3.0, 3.1, 2.9, 3.2, 3.0, 3.1, 2.8, 3.0], small]).startswith("a adds most")
+    assert title([small, [-3.0, -3.1, -2.9, -3.2, -3.0, -3.1, -2.8, -3.0]]).startswith("b takes most")
+    assert title([[-9.0, 9.0] * 4, small]).startswith("No term")
