@@ -107,6 +107,7 @@ def ablation_check(
     seed: int = 0,
     position: metrics.Position = "last",
     batch_size: int | None = None,
+    progress: bool = True,
 ) -> AblationCheck:
     """Mean-ablate ``heads`` together over all pairs, and ``n_random`` disjoint sets of as many live heads.
 
@@ -119,6 +120,7 @@ def ablation_check(
         seed: of the draws.
         position: where the answer is read.
         batch_size: how many pairs run at once; None: by memory.
+        progress: whether to show it.
 
     Raises:
         InputError: dropout in training mode, no pairs, no heads, heads the model does not have or declares dead, too few
@@ -147,7 +149,7 @@ def ablation_check(
     conditions |= {f"random {number + 1}": draw for number, draw in enumerate(draws)}
     sites = sorted({_site(name) for names in conditions.values() for name in names})
     parts = []
-    with torch.no_grad(), Progress(len(pairs) * len(conditions), "ablating") as bar:
+    with torch.no_grad(), Progress(len(pairs) * len(conditions), "ablating", progress) as bar:
         means = _means(model, pairs if reference is None else reference, sites)
         for batch in pairs.batches(model, batch_size, None):
             scored = []

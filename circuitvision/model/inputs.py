@@ -105,6 +105,11 @@ def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
             f"{' and '.join(missing)} missing: the model would draw them at random, and no two runs could be compared. "
             "model.inputs(…, seed=0) fills them."
         )
+    lacking = [name for name in ("pixel_values", "input_ids") if inputs.get(name) is None] if model.is_dual else []
+    if len(lacking) == 1:
+        raise InputError(
+            f"{lacking[0]} is missing: a {model.family.name} model compares images with texts, so a run takes both: model.inputs(images=…, text=…)."
+        )
     if not any(isinstance(value, Tensor) for value in inputs.values()):
         raise InputError("The inputs hold no tensor; model.inputs(images=…, text=…) makes them.")
     check_keywords(model, inputs)

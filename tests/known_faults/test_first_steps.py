@@ -20,6 +20,8 @@ from circuitvision.data import Pairs
 from circuitvision.errors import HookError, InputError, UnknownSiteError, UnsupportedModelError
 from circuitvision.metric_set import MetricSet
 from circuitvision.results import Result
+from tests.zoo import case
+from tests.zoo.images import picture
 
 QUESTION = "USER: <image> what color is the circle ? ASSISTANT:"
 
@@ -406,3 +408,20 @@ def test_help_describes_every_entry_of_a_table(table: Any) -> None:
     entries = {entry.name for entry in dataclasses.fields(table)}
     assert entries - described <= {"position_weight"}
     assert described <= entries
+
+
+def test_a_run_of_one_half_of_a_dual_encoder_names_the_other() -> None:
+    tiny = case("clip")
+    model = cv.HookedModel(tiny.build().eval())
+    inputs = tiny.inputs(model.module, batch=1)
+    for name in ("pixel_values", "input_ids"):
+        with pytest.raises(InputError, match=f"{name} is missing.*takes both"):
+            model({key: value for key, value in inputs.items() if key != name})
+
+
+def test_relevance_of_a_data_set_names_its_batches() -> None:
+    model = cv.HookedModel(case("vit").build().eval())
+    data = cv.data.Side(images=[picture(0)], answers=[0])
+    for read in (cv.readout.gradient_times_activation, cv.readout.occlusion):
+        with pytest.raises(InputError, match="batches"):
+            read(model, data, "logit_diff")

@@ -144,8 +144,8 @@ class AttributionInput:
     def __init__(self, model: HookedModel, inputs: Mapping[str, Any], metric: Any, site: str) -> None:
         refuse_random(model.module, "Relevance")
         self.model, self.site = model, site
-        self.metric = metrics.bind(metric, model)
         self.inputs = usable(model, inputs)
+        self.metric = metrics.bind(metric, model)
         if site == PIXELS:
             self.value = pixels_of(self.inputs)
             names = []
