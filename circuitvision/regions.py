@@ -172,7 +172,7 @@ def high_norm(
             raise InputError("This cache does not know its model and inputs; set cache.model and cache.inputs.")
         maps = source.model.tokens(source.inputs) if tokens is None else tokens
         held = source.model.positions(site, source.inputs)
-        tower = "vision" if tower not in source.model.towers else tower
+        tower = source.model.flow.tower_of(tower)
     else:
         norms, maps = torch.as_tensor(source).detach().cpu(), tokens
     if norms.ndim != 2 or not norms.is_floating_point():
