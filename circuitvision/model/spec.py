@@ -122,8 +122,9 @@ class TowerSpec:
     config: str = ""
     readout: Readout | None = None
     stack: Stack | None = None
-    feature_layers: str | None = None
-    """Config attribute that says which hidden states leave the tower, where it is not the last one."""
+    feature_layers: str | int | tuple[int, ...] | None = None
+    """Which hidden states leave the tower, where it is not the last one: the config attribute that says it, or their numbers, where the code
+    fixes them (0 is what enters block 0, −2 what leaves the second-to-last block)."""
     feature_select: str | None = None
     """Config attribute that says whether the CLS position is dropped ("default") or kept ("full")."""
     runs: Runs = "once"
@@ -157,6 +158,8 @@ class Family:
     """Kinds of an action tower's positions: the first entries, the last one repeated."""
     processor: Callable[[str], Any] | None = None
     """How to load the processor of a checkpoint, where AutoProcessor cannot."""
+    own_class: Callable[[], Any] | None = None
+    """The class, where transformers ships none: it loads every checkpoint whose ``model_type`` is that of its ``config_class``."""
     image_settings: tuple[str, ...] = ()
     """Settings of the image processor that its full processor forgets, passed with every call."""
     text_padding: Literal["longest", "max_length"] = "longest"

@@ -41,7 +41,7 @@ class TextTools:
             kwargs = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
         made.pop("labels", None)
         made.update(kwargs)
-        made = {name: self._placed(value) for name, value in made.items()}
+        made = self.family.packing.laid_out(self, {name: self._placed(value) for name, value in made.items()})
         if "noise" in self.family.required and ("noise" not in made or "timestep" not in made):
             if "state" not in made:
                 raise InputError(
@@ -147,7 +147,8 @@ class TextTools:
         token, tokenizer = self.image_token_id, self.tokenizer
         if token is None or tokenizer is None:
             return None
-        return str(tokenizer.convert_ids_to_tokens(token))
+        found = tokenizer.convert_ids_to_tokens(token)
+        return None if found is None else str(found)
 
     def token(self, word: str | int) -> int:
         """The id of a word: one token of the vocabulary, or a class name of a classifier; an int is returned as it is.
