@@ -290,11 +290,10 @@ class Inserted(Packing):
     def laid_out(self, model: HookedModel, inputs: dict[str, Any]) -> dict[str, Any]:
         """With image tokens where the model puts patches. Raises InputError for other inputs that count positions without them."""
         ids, pixels = inputs.get("input_ids"), inputs.get("pixel_values")
-        if (
-            not isinstance(ids, Tensor)
-            or not isinstance(pixels, Tensor)
-            or bool(torch.eq(ids, model.image_token_id or 0).any())
-        ):
+        if not isinstance(ids, Tensor) or not isinstance(pixels, Tensor):
+            return inputs
+        # Ids elsewhere than the model is are refused later.
+        if ids.device != model.device or bool(torch.eq(ids, model.image_token_id or 0).any()):
             return inputs
         if inputs.get("position_ids") is not None or inputs.get("past_key_values") is not None:
             name = "position_ids" if inputs.get("position_ids") is not None else "past_key_values"

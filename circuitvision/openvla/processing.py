@@ -47,15 +47,13 @@ class OpenVLAImageProcessor:
     ) -> None:
         if image_resize_strategy != "resize-naive":
             raise InputError(f"Pictures are resized as 'resize-naive' alone, not as {image_resize_strategy!r}.")
-        self.size = size
+        self.size, self.resample = size, Image.Resampling.BICUBIC
         self.means, self.deviations = [list(one) for one in means], [list(one) for one in deviations]
 
-    def resize(self, image: np.ndarray, size: Any = None, **kwargs: Any) -> np.ndarray:
-        """A picture ``[channel, height, width]`` at the model's size."""
-        side = self.size if size is None else size
-        made = Image.fromarray(np.moveaxis(image, 0, -1).astype(np.uint8)).resize(
-            (side, side), Image.Resampling.BICUBIC
-        )
+    def resize(self, image: np.ndarray, size: int) -> np.ndarray:
+        """A picture ``[channel, height, width]`` as a square of this size."""
+        picture = Image.fromarray(np.moveaxis(image, 0, -1).astype(np.uint8))
+        made = picture.resize((size, size), self.resample)
         return np.moveaxis(np.asarray(made), -1, 0)
 
     def __call__(
@@ -71,7 +69,7 @@ class OpenVLAImageProcessor:
         if isinstance(image, (list, tuple)):
             raise InputError(f"An OpenVLA sees one picture per prompt, not {len(image)}.")
         array = _channels_first(image)
-        pixels = torch.from_numpy(np.array(self.resize(array))).float()
+        pixels = torch.from_numpy(np.array(self.resize(array, self.size))).float()
         if rescale:
             pixels = pixels.div(255)
         if not normalise:
