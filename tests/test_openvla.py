@@ -27,17 +27,11 @@ from tests.zoo.text import BOS, tokenizer
 FIXTURE = Path(__file__).parent / "fixtures" / "openvla_tiny.npz"
 """A tiny OpenVLA with released names, two inputs, and what the released code (openvla/openvla at c8f03f48) computes for them."""
 BINS = slice(31744, 32000)
-SIZES: dict[str, Any] = {
-    "vision_config": {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14},
-    "vision_2_config": {
-        "hidden_size": 16,
-        "intermediate_size": 59,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "patch_size": 14,
-    },
+HEADS: dict[str, Any] = {
+    "vision_config": {"num_attention_heads": 2},
+    "vision_2_config": {"num_attention_heads": 2},
 }
-"""The released config names timm's big backbones; the fixture's are small."""
+"""The released config names timm's big backbones; the fixture's are small, and weights do not show heads."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +55,7 @@ def write_folder(folder: Path, stored: dict[str, Any], **changes: Any) -> Path:
         "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction",
     }
     config = {**json.loads(str(stored["config"])), "architectures": ["OpenVLAForActionPrediction"], "auto_map": remote}
-    (folder / "config.json").write_text(json.dumps({**config, **SIZES, **changes}))
+    (folder / "config.json").write_text(json.dumps({**config, **HEADS, **changes}))
     return folder
 
 
@@ -185,9 +179,16 @@ def test_weights_that_are_no_released_ones_are_refused(stored: dict[str, Any], t
         cv.HookedModel.from_pretrained(tmp_path)
 
 
-def test_sizes_that_the_config_does_not_say_are_asked_for(stored: dict[str, Any], tmp_path: Path) -> None:
+def test_heads_that_nothing_says_are_asked_for(stored: dict[str, Any], tmp_path: Path) -> None:
     write_folder(tmp_path, stored, vision_config=None, vision_2_config=None)
-    with pytest.raises(InputError, match="vision_config"):
+    with pytest.raises(InputError, match=r"3 blocks of 24.*vision_config=\{'num_attention_heads'"):
+        cv.HookedModel.from_pretrained(tmp_path)
+    module = openvla.OpenVLAForActionPrediction.from_pretrained(tmp_path, **HEADS)
+    with torch.no_grad():
+        logits = module(**fixture_inputs(stored, 0)).logits
+    torch.testing.assert_close(logits[:, -1], torch.from_numpy(stored["out0.logits_last"]), rtol=0, atol=1e-5)
+    write_folder(tmp_path, stored, image_sizes=[28, 28])
+    with pytest.raises(InputError, match=r"position_embedding.*image_sizes"):
         cv.HookedModel.from_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="vit_huge"):
         openvla.OpenVLAConfig(timm_model_ids=("vit_huge", "vit_so400m_patch14_siglip_224"))

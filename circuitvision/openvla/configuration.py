@@ -33,7 +33,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 }
 """Sizes of timm's models, by the start of their ids."""
 
-_TIMM_IDS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
+TIMM_IDS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
 # timm computes the exact GELU and adds 1e-6 to variances; its SigLIP here has no pooling head.
 _DINO: dict[str, Any] = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}
 _SIGLIP: dict[str, Any] = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "vision_use_head": False}
@@ -63,7 +63,7 @@ class OpenVLAConfig(PretrainedConfig):
         vision_2_config: Any = None,
         norm_stats: Mapping[str, Any] | None = None,
         n_action_bins: int = 256,
-        timm_model_ids: Sequence[str] = _TIMM_IDS,
+        timm_model_ids: Sequence[str] = TIMM_IDS,
         timm_override_act_layers: Sequence[str | None] = (None, None),
         image_sizes: Sequence[int] = (224, 224),
         image_resize_strategy: str = "resize-naive",
@@ -100,8 +100,8 @@ class OpenVLAConfig(PretrainedConfig):
             entries["hidden_act"] = override
         if "hidden_size" not in entries:
             name = self.timm_model_ids[index]
-            sizes = next((sizes for start, sizes in BACKBONES.items() if name.startswith(start)), None)
-            if sizes is None:
+            sizes = backbone(name)
+            if not sizes:
                 raise UnsupportedModelError(
                     f"The sizes of the vision backbone {name!r} are not known; known: {', '.join(BACKBONES)}. Say them in the config, as "
                     f"vision{'_2' * index}_config={{'hidden_size': …, 'num_hidden_layers': …, 'num_attention_heads': …, 'patch_size': …}}."
@@ -119,6 +119,11 @@ class OpenVLAConfig(PretrainedConfig):
         """How many prompt positions the picture takes."""
         config = self.vision_config
         return (config.image_size // config.patch_size) ** 2
+
+
+def backbone(name: str) -> dict[str, Any]:
+    """The sizes of a timm model by its id; none for an unknown one."""
+    return next((sizes for start, sizes in BACKBONES.items() if name.startswith(start)), {})
 
 
 def _config(kind: Any, given: Any) -> Any:

@@ -38,6 +38,8 @@ _TOWERS = (
     ("vision_backbone.fused_featurizer.", "vision_2.", "encoder.layers", "self_attn"),
 )
 """Released prefix, our prefix, path of the blocks, name of the attention."""
+RELEASED = tuple(entry[0] for entry in _TOWERS)
+"""Released prefixes of the two backbones."""
 MASK_TOKEN = "vision.embeddings.mask_token"
 _UNREAD = "vision_backbone.fused_featurizer.attn_pool."
 _CLASS, _POSITIONS = "vision.embeddings.cls_token", "vision.embeddings.position_embeddings"

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature
+from transformers import AutoTokenizer, BatchFeature, LlamaConfig
 
 from circuitvision.errors import InputError
 from circuitvision.openvla.actions import SPACE
@@ -175,9 +175,9 @@ class OpenVLAProcessor:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> OpenVLAProcessor:
         """The processor of a released folder, or of its name on the Hub."""
-        from circuitvision.openvla.checkpoints import local, read_config
+        from circuitvision.openvla.checkpoints import local
 
         place = local(folder)
         # Beside a config that points to remote code, the tokenizer must not ask that config what it is.
-        tokenizer = AutoTokenizer.from_pretrained(place, config=read_config(place).text_config)
+        tokenizer = AutoTokenizer.from_pretrained(place, config=LlamaConfig())
         return cls(OpenVLAImageProcessor.from_pretrained(place), tokenizer)
