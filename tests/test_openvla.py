@@ -605,3 +605,60 @@ def test_answers_at_the_last_position_are_read_from_prompts_that_do_not_name_pat
     last = model.tokens(inputs)["language"].last()
     rows = torch.stack([logits[row, position] for row, position in enumerate(last)])
     torch.testing.assert_close(swept.clean, rows[:, 5] - rows[:, 6], rtol=1e-9, atol=1e-10)
+
+
+# ---- actions as words and as numbers
+
+
+def test_tokens_that_say_actions_have_words(model: cv.HookedModel) -> None:
+    wrapped = cv.HookedModel(model.module, case("openvla").processor())  # type: ignore[misc]
+    bins = actions.ActionTokens.of(model.config)
+    for one in (model, wrapped):
+        values = bins.values(bins.ids)
+        for number, value in zip(bins.ids, values, strict=True):
+            found = one.token(f"action {value:+.3f}")
+            assert found == number or bins.values(found) == value
+        assert one.token("action 1") == bins.of_values(0.99)
+        with pytest.raises(InputError, match="from -1 to 1"):
+            one.token("action 7")
+        with pytest.raises(InputError, match="from -1 to 1"):
+            one.token("action left")
+    ids = torch.tensor([[bins.ids[0], bins.ids[-1], 7]])
+    assert wrapped.to_str_tokens(ids) == [["action +0.933", "action -0.933", ":"]]
+    inputs = openvla_inputs(model, 2, dtype=torch.float64)
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(inputs)
+    lens = cv.readout.logit_lens(model, cache, tower="language", targets=["action 0.5", "action -0.5"])
+    difference = logits[:, -1, bins.of_values(0.5)] - logits[:, -1, bins.of_values(-0.5)]
+    found = cv.metrics.logit_diff("action 0.5", "action -0.5").bind(model)(logits, inputs)
+    torch.testing.assert_close(found, difference)
+    assert lens.values.isfinite().all()
+    value_vectors = cv.readout.value_vectors(model.language, 4)
+    said = cv.families.action_bins(value_vectors.ids, model.config.n_words, n_bins=16)
+    assert bool(said.isfinite().any())
+
+
+def test_an_action_dimension_is_the_mean_over_bins_where_the_prompt_has_come_to_it(model: cv.HookedModel) -> None:
+    inputs = openvla_inputs(model, 3, dtype=torch.float64, padding="left", named=False)
+    bins = actions.ActionTokens.of(model.config)
+    first, end = bins.ids[0], bins.ids[-1] + 1
+    # Prompts of this zoo are words, and the last sixteen words are the bins: none at the end of these.
+    inputs["input_ids"][:, -1] = 7
+    spoken = torch.tensor([[first + 3, first + 9]]).expand(3, 2)
+    both = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], spoken], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(3, 2, dtype=torch.long)], 1),
+    }
+    with torch.no_grad():
+        logits = model(both)
+    for dim in range(3):
+        metric = cv.metrics.action_dim(dim)
+        rows = logits[:, -3 + dim, first:end].softmax(-1)
+        expected = rows @ torch.tensor(bins.values(range(first, end)))
+        swept = model.sweep(both, [edits.ablate("vision_2.blocks.0.hook_mlp_out")], metric, progress=False)
+        torch.testing.assert_close(swept.clean, expected, rtol=1e-8, atol=1e-10)
+    with pytest.raises(InputError, match="behind 1 action tokens"):
+        model.sweep(inputs, [edits.ablate("vision.blocks.0.hook_mlp_out")], cv.metrics.action_dim(1), progress=False)
+    written = dict(cv.metrics.action_dim(1).bind(model).__provenance__())
+    assert "bins" not in written

@@ -23,6 +23,14 @@ def load_processor(name: str) -> Any:
     return OpenVLAProcessor.from_pretrained(name)
 
 
+def action_values(config: Any) -> dict[int, float]:
+    """The bins of actions, by id."""
+    from circuitvision.openvla import ActionTokens
+
+    tokens = ActionTokens.of(config)
+    return dict(zip(tokens.ids, tokens.values(tokens.ids).tolist(), strict=True))
+
+
 register_family(
     Family(
         name="openvla",
@@ -33,6 +41,7 @@ register_family(
         image_token=("image_token_id",),
         processor=load_processor,
         own_class=own_class,
+        action_values=action_values,
         towers=(
             TowerSpec(
                 "vision", root="vision", config="vision_config", readout=Readout(normed=False), feature_layers=-2

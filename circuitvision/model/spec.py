@@ -16,7 +16,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path as FilePath
@@ -160,6 +160,8 @@ class Family:
     """How to load the processor of a checkpoint, where AutoProcessor cannot."""
     own_class: Callable[[], Any] | None = None
     """The class, where transformers ships none: it loads every checkpoint whose ``model_type`` is that of its ``config_class``."""
+    action_values: Callable[[Any], Mapping[int, float]] | None = None
+    """Of a config: the ids of the output head that say an action, with the (normalised) value that each says."""
     image_settings: tuple[str, ...] = ()
     """Settings of the image processor that its full processor forgets, passed with every call."""
     text_padding: Literal["longest", "max_length"] = "longest"
