@@ -230,8 +230,10 @@ def test_prompts_and_images_must_agree(case: Case, checked: Any) -> None:
     model, inputs = checked(case.name)
     ids, token = inputs["input_ids"], model.image_token_id
     text_only = torch.where(ids == token, torch.full_like(ids, 9), ids)
-    with pytest.raises(InputError, match="image token"):
-        model({**inputs, "input_ids": text_only})
+    if case.family != "openvla":
+        # There the model puts the patches into prompts that do not name them.
+        with pytest.raises(InputError, match="image token"):
+            model({**inputs, "input_ids": text_only})
     without = {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_sizes")}
     with pytest.raises(InputError, match="pixel_values"):
         model(without)

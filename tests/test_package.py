@@ -25,6 +25,7 @@ ROOMS = [
     "results",
     "data",
     "metrics",
+    "openvla",
     "model",
     "families",
     "readout",

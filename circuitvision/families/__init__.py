@@ -5,10 +5,10 @@ What such a file is made of is here as well, for a family of one's own: ``docs/f
 
 from __future__ import annotations
 
-from circuitvision.families import clip, deit, dinov2, dinov3, llava, paligemma, pi0, siglip, stacks, vit
+from circuitvision.families import clip, deit, dinov2, dinov3, llava, openvla, paligemma, pi0, siglip, stacks, vit
 from circuitvision.families.action_tokens import action_bins
 from circuitvision.model.flow import Connector
-from circuitvision.model.packing import AnyRes, Cameras, Flat, Packing, Patches
+from circuitvision.model.packing import AnyRes, Cameras, Flat, Inserted, Packing, Patches
 from circuitvision.model.spec import (
     FAMILIES,
     BlockLayout,
@@ -28,6 +28,7 @@ __all__ = [
     "Connector",
     "Family",
     "Flat",
+    "Inserted",
     "NormSpec",
     "Packing",
     "Patches",
@@ -40,6 +41,7 @@ __all__ = [
     "dinov2",
     "dinov3",
     "llava",
+    "openvla",
     "paligemma",
     "pi0",
     "register_family",

@@ -488,7 +488,11 @@ class HookedModel(TextTools):
         lost = [name for name in forward if name in exact and self.is_dead(name, inputs)]
         if lost:
             spec = self.towers[SiteName.parse(lost[0]).tower].spec
-            unless = f", unless the call sets {spec.feature_layers}" if inputs is None and spec.feature_layers else ""
+            unless = (
+                f", unless the call sets {spec.feature_layers}"
+                if inputs is None and isinstance(spec.feature_layers, str)
+                else ""
+            )
             warn(f"{lost[0]} cannot reach the output of this model, so editing it changes nothing{unless}.")
         return Registration(forward=forward, backward=backward, exact=frozenset(exact))
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 def as_mapping(model: HookedModel, inputs: Any) -> dict[str, Any]:
     """The inputs as keyword arguments of the model; a single tensor or array is taken as images where the model reads nothing else.
 
+    Prompts name every position that the model computes (:meth:`Packing.laid_out`).
     Arrays become tensors on the model's device, floats in its dtype; tensors stay as they are.
     """
     if isinstance(inputs, (Tensor, np.ndarray)):
@@ -45,7 +46,8 @@ def as_mapping(model: HookedModel, inputs: Any) -> dict[str, Any]:
         raise InputError(
             f"Inputs must be a mapping of tensors, got {type(inputs).__name__}; model.inputs(images=…, text=…) makes one."
         )
-    return {name: as_tensor(model, name, value) for name, value in inputs.items()}
+    made = {name: as_tensor(model, name, value) for name, value in inputs.items()}
+    return model.family.packing.laid_out(model, made)
 
 
 def as_tensor(model: HookedModel, name: str, value: Any) -> Any:
@@ -214,7 +216,7 @@ def _check_settings(model: HookedModel, inputs: Mapping[str, Any]) -> None:
     """Settings of the call that say which features leave a tower are ones that the projector can read."""
     for tower in model.towers.values():
         layers, select = tower.spec.feature_layers, tower.spec.feature_select
-        if layers is not None and inputs.get(layers) is not None:
+        if isinstance(layers, str) and inputs.get(layers) is not None:
             given, built = tower.feature_layers_in(inputs), tower.feature_layers_in()
             if len(given) != len(built):
                 raise InputError(
@@ -297,18 +299,22 @@ def _check_lengths(model: HookedModel, inputs: Mapping[str, Any]) -> None:
 
 def _check_images(model: HookedModel, run: ImageRun, pixels: Tensor) -> None:
     model.family.packing.check(run)
-    tower = run.tower
-    if tower.stack.position == "resized":
-        return
+    towers = [tower for tower in model.towers.values() if tower.stack.image]
+    if run.tower.stack.position != "resized":
+        channels = run.packing.channels(towers)
+        if pixels.shape[-3] != channels:
+            raise InputError(
+                f"pixel_values has {pixels.shape[-3]} channels, the model reads {channels}; its layout is {run.packing.layout}."
+            )
+    for tower in towers:
+        _check_size(model, tower, run, (int(pixels.shape[-2]), int(pixels.shape[-1])))
+
+
+def _check_size(model: HookedModel, tower: Tower, run: ImageRun, size: tuple[int, int]) -> None:
+    """Raise InputError for pictures of a size that a tower has no positions for."""
     config: Any = tower.config
-    channels = getattr(config, "num_channels", 3)
-    if pixels.shape[-3] != channels:
-        raise InputError(
-            f"pixel_values has {pixels.shape[-3]} channels, the model reads {channels}; its layout is {run.packing.layout}."
-        )
-    size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
     expected = pair(getattr(config, "image_size", size))
-    if tower.stack.position == "rotary":
+    if tower.stack.position in ("rotary", "resized"):
         return
     always = tower.stack.position == "grid_always"
     if always or run.inputs.get("interpolate_pos_encoding"):

@@ -7,6 +7,7 @@ way to the processor, where the automatic one needs torchvision.
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,12 @@ def load_module(
         raise InputError(
             f"{name} is an organism that ships with circuitvision: circuitvision.organisms.load({name!r})."
         )
+    place = str(folder) if looks_local else name
+    own = _own_class(place)
+    if own is not None:
+        return _loaded(own, place, dtype, device, device_map, **kwargs)
     try:
-        config = transformers.AutoConfig.from_pretrained(str(Path(name).expanduser()) if looks_local else name)
+        config = transformers.AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
         if not looks_local and _holds_adapter(name):
             return _with_adapter(name, dtype, device, device_map, **kwargs)
@@ -72,16 +77,36 @@ def load_module(
         raise InputError(
             f"{class_name} is no class of transformers: load it yourself and wrap it, HookedModel({class_name}.from_pretrained({name!r}))."
         )
+    return _loaded(loader, place, dtype, device, device_map, **kwargs)
+
+
+def _own_class(place: str) -> Any:
+    """The class of this package that reads a checkpoint, where transformers ships none; None for others. Remote code is never asked for."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(place, "config.json")
+        model_type = json.loads(Path(str(found)).read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    own = {family.own_class for family in FAMILIES.values() if family.own_class is not None}
+    return next((cls for cls in (make() for make in own) if cls.config_class.model_type == model_type), None)
+
+
+def _loaded(
+    loader: Any, place: str, dtype: Any, device: torch.device | str | None, device_map: Any, **kwargs: Any
+) -> nn.Module:
+    """What a class loads from a checkpoint, in eval mode."""
     options = {
         key: value for key, value in {"dtype": dtype, "device_map": device_map, **kwargs}.items() if value is not None
     }
     try:
         with match_verbosity():
-            module = loader.from_pretrained(str(Path(name).expanduser()) if looks_local else name, **options)
+            module = loader.from_pretrained(place, **options)
     except Exception as error:
         # A missing, cut off or foreign file of weights, a missing package: safetensors raises a type of its own.
         if isinstance(error, (OSError, ImportError, RuntimeError)) or "safetensors" in type(error).__module__:
-            raise InputError(f"The weights of {name} could not be loaded: {_first_line(error)}") from error
+            raise InputError(f"The weights of {place} could not be loaded: {_first_line(error)}") from error
         raise
     if device is not None:
         module = module.to(device)

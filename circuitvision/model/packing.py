@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -245,6 +245,14 @@ class Packing:
         """What token maps call a row: 0 is the whole image, tiles count from 1."""
         return tile
 
+    def laid_out(self, model: HookedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs with prompts that name every position the model computes; as they are where prompts always do."""
+        return inputs
+
+    def channels(self, towers: Sequence[Tower]) -> int:
+        """How many channels ``pixel_values`` has for these image towers."""
+        return int(getattr(towers[0].config, "num_channels", 3))
+
     def check(self, run: ImageRun) -> None:
         """Raise InputError for pixels and settings that cannot be packed."""
         assert run.pixels is not None
@@ -270,6 +278,39 @@ class Packing:
                 f"The prompts hold {sum(found)} image tokens, {len(run.tiles)} image(s) make {sum(expected)}{where}: "
                 f"repeat {name} once per patch token (the processor does), and give as many images as the prompts name."
             )
+
+
+class Inserted(Packing):
+    """One picture per example, with the channels of every image tower one after the other; the model puts its patches into the prompt by itself.
+
+    Where, its ``with_image_positions(input_ids, attention_mask, pixel_values)`` says: ids and mask with an image token for every patch, which it
+    reads as well. Runs are described in that form, so that ids, masks and what the model computes have the same positions.
+    """
+
+    fills_embeddings = False
+    layout = "[example, channel (those of all image towers), height, width]"
+
+    def laid_out(self, model: HookedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+        """With image tokens where the model puts patches. Raises InputError for other inputs that count positions without them."""
+        ids, pixels = inputs.get("input_ids"), inputs.get("pixel_values")
+        if not isinstance(ids, Tensor) or not isinstance(pixels, Tensor):
+            return inputs
+        # Ids elsewhere than the model is are refused later.
+        if ids.device != model.device or bool(torch.eq(ids, model.image_token_id or 0).any()):
+            return inputs
+        if inputs.get("position_ids") is not None or inputs.get("past_key_values") is not None:
+            name = "position_ids" if inputs.get("position_ids") is not None else "past_key_values"
+            raise InputError(
+                f"{name} counts the patches too: give it with prompts that name them, ids, mask = "
+                "model.module.with_image_positions(input_ids, attention_mask, pixel_values)."
+            )
+        inner: Any = model.inner
+        made, mask = inner.with_image_positions(ids, inputs.get("attention_mask"), pixels)
+        return {**inputs, "input_ids": made, **({} if mask is None else {"attention_mask": mask})}
+
+    def channels(self, towers: Sequence[Tower]) -> int:
+        """Those of all image towers."""
+        return sum(int(getattr(tower.config, "num_channels", 3)) for tower in towers)
 
 
 class Patches(Packing):

@@ -16,7 +16,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path as FilePath
@@ -138,7 +138,9 @@ class TowerSpec:
         config: where its config is in the module's; "" is the whole.
         readout: how its last residual becomes the output; None where another tower does that.
         stack: its layout, where the ``model_type`` of its config names none.
-        feature_layers, feature_select: attributes of the config that say which hidden states leave it, and whether the class position does.
+        feature_layers: which hidden states leave it, where it is not the last one: the attribute of its config that says it, or their numbers, where
+            the code fixes them (0 is what enters block 0, −2 what leaves the second-to-last block).
+        feature_select: the attribute of the config that says whether the class position leaves it.
         embed: the embedding module, where it is not inside the tower.
         attention: who sees whom, where that is not as its stack says.
         n_heads, n_kv_heads: how many there are, or what its config calls that (the first name it has; without a second one, as many as heads).
@@ -150,7 +152,7 @@ class TowerSpec:
     config: str = ""
     readout: Readout | None = None
     stack: Stack | None = None
-    feature_layers: str | None = None
+    feature_layers: str | int | tuple[int, ...] | None = None
     feature_select: str | None = None
     runs: Runs = "once"
     n_heads: str | tuple[str, ...] | int = "num_attention_heads"
@@ -176,6 +178,8 @@ class Family:
         auto_class: the class of transformers that loads a checkpoint.
         suffix_kinds: kinds of an action tower's positions: the first entries, the last one repeated.
         processor: how to load a checkpoint's processor, where AutoProcessor cannot.
+        own_class: the class, where transformers ships none: it loads every checkpoint whose ``model_type`` is that of its ``config_class``.
+        action_values: of a config: the ids of the output head that say an action, with the (normalised) value that each says.
         image_settings: settings of the image processor that its full processor forgets.
         text_padding: how the text tower expects short prompts to be filled up.
     """
@@ -192,6 +196,8 @@ class Family:
     auto_class: str = "AutoModel"
     suffix_kinds: tuple[str, ...] = ()
     processor: Callable[[str], Any] | None = None
+    own_class: Callable[[], Any] | None = None
+    action_values: Callable[[Any], Mapping[int, float]] | None = None
     image_settings: tuple[str, ...] = ()
     text_padding: Literal["longest", "max_length"] = "longest"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from circuitvision.errors import InputError, nearest
 from circuitvision.model import pictures
+
+ACTION = "action "
+"""How the words of tokens that say an action begin."""
 
 
 class TextTools:
@@ -44,7 +47,7 @@ class TextTools:
             kwargs = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
         made.pop("labels", None)
         made.update(kwargs)
-        made = {name: self._placed(value) for name, value in made.items()}
+        made = self.family.packing.laid_out(self, {name: self._placed(value) for name, value in made.items()})
         if "noise" in self.family.required and ("noise" not in made or "timestep" not in made):
             if "state" not in made:
                 raise InputError(
@@ -150,15 +153,20 @@ class TextTools:
         token, tokenizer = self.image_token_id, self.tokenizer
         if token is None or tokenizer is None:
             return None
-        return str(tokenizer.convert_ids_to_tokens(token))
+        found = tokenizer.convert_ids_to_tokens(token)
+        return None if found is None else str(found)
 
     def token(self, word: str | int) -> int:
         """The id of a word: one token of the vocabulary, or a class name of a classifier; an int is returned as it is.
 
-        Raises InputError if the word takes several tokens, or is unknown.
+        Where tokens say actions, ``"action 0.5"`` is the one whose (normalised) value is nearest. Raises InputError if the word takes several tokens,
+        or is unknown.
         """
         if isinstance(word, int):
             return word
+        values = self.action_values
+        if values and word.startswith(ACTION):
+            return _nearest_action(word, values)
         labels = getattr(self.config, "label2id", None) or {}
         if self.tokenizer is None:
             if word in labels:
@@ -180,11 +188,25 @@ class TextTools:
             f"{word!r} takes {len(pieces)} tokens ({' '.join(pieces)}); name a one-token word, or give the id of the piece you mean."
         )
 
+    @property
+    def action_values(self) -> Mapping[int, float]:
+        """The ids that say an action, with the normalised value of each; none where tokens are words alone."""
+        return {} if self.family.action_values is None else self.family.action_values(self.config)
+
+    def words(self, ids: Sequence[int]) -> list[str | None]:
+        """The text piece of every id, ``"action +0.498"`` of one that says an action; None for those that have none."""
+        actions = self.action_values
+        pieces = [None] * len(ids) if self.tokenizer is None else self.tokenizer.convert_ids_to_tokens(list(ids))
+        return [
+            f"{ACTION}{actions[number]:+.3f}" if number in actions else piece
+            for number, piece in zip(ids, pieces, strict=True)
+        ]
+
     def pieces(self, ids: Tensor) -> list[list[str]] | None:
         """The text piece of every id, by row; None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        return [[str(piece) for piece in self.tokenizer.convert_ids_to_tokens(row)] for row in ids.tolist()]
+        return [[str(piece) for piece in self.words(row)] for row in ids.tolist()]
 
     def to_str_tokens(self, what: Any) -> list[list[str]]:
         """The text pieces of inputs, ids ``[row pos]`` or ``[pos]``, or a text, by row; InputError without a tokenizer."""
@@ -209,6 +231,17 @@ _MISNAMED = {
     "prompts": "text",
 }
 """Words that a processor takes and drops, and what is meant."""
+
+
+def _nearest_action(word: str, values: Mapping[int, float]) -> int:
+    try:
+        value = float(word.removeprefix(ACTION))
+    except ValueError:
+        value = float("nan")
+    if not -1.0 <= value <= 1.0:
+        raise InputError(f"{word!r} is no action: give a number from -1 to 1, as in 'action 0.5'.")
+    # Two ids may say the same; the one that training uses is the last.
+    return min(sorted(values, reverse=True), key=lambda number: abs(values[number] - value))
 
 
 def _check_text(text: Any) -> None:

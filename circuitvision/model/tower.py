@@ -242,9 +242,10 @@ class Tower:
         Raises InputError if the call names a hidden state that does not exist.
         """
         count = self.cfg.n_layers
-        if self.spec.feature_layers is None:
+        named = self.spec.feature_layers
+        if named is None:
             return [count]
-        return hidden_states(setting(self.module, inputs, self.spec.feature_layers), count + 1)
+        return hidden_states(setting(self.module, inputs, named) if isinstance(named, str) else named, count + 1)
 
     def n_dropped_in(self, inputs: Mapping[str, Any] | None = None) -> int:
         """How many first positions are left out on the way to the connector in a run: of a family without a setting for it, those of no patch."""

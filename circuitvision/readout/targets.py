@@ -357,9 +357,9 @@ def names_of(model: HookedModel, tower: Tower, ids: Sequence[int], targets: Targ
     if kind == "classes":
         known = getattr(model.config, "id2label", None) or {}
         return {str(number): str(known.get(number, number)) for number in ids}
-    if kind == "tokens" and model.tokenizer is not None:
+    if kind == "tokens" and (model.tokenizer is not None or model.action_values):
         # A head may be wider than the vocabulary.
-        tokens = [model.tokenizer.convert_ids_to_tokens(number) for number in ids]
+        tokens = model.words([int(number) for number in ids])
         return {str(number): str(number if token is None else token) for number, token in zip(ids, tokens, strict=True)}
     word = {"actions": "dim ", "texts": "text ", "images": "image "}.get(kind, "")
     return {str(number): f"{word}{number}" for number in ids}

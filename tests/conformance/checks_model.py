@@ -148,7 +148,7 @@ def weights_are_the_modules_own(setting: Setting) -> None:
         assert setting.case.name.startswith("siglip2") or tower.cfg.grid == shape.grid, f"{name}.cfg.grid"
         _weights_of_blocks(name, tower)
         fixed = "interpolate_pos_encoding" not in inputs and "rotary_vision" not in setting.case.tags
-        if name == "text" or (name == "vision" and fixed):
+        if name == "text" or (tower.stack.image and fixed):
             positions = cache[f"{name}.hook_pos_embed"]
             table = tower.W_pos
             if (
@@ -200,7 +200,7 @@ def _unembedding(setting: Setting, name: str, tower: Any, cache: Any, out: Tenso
     try:
         w_u = tower.W_U
     except AttributeError:
-        assert name in ("vision", "text"), f"{name} has no W_U"
+        assert name in ("vision", "vision_2", "text"), f"{name} has no W_U"
         assert "classifier" not in setting.case.tags or setting.case.name == "deit-teacher", f"{name} has no W_U"
         return
     if f"{name}.hook_readout" not in cache:
@@ -219,12 +219,12 @@ def readout_of_the_last_layer_is_the_output(setting: Setting) -> None:
     with torch.no_grad():
         out, cache = model.run_with_cache(inputs)
         for name, tower in model.towers.items():
-            if name == "vision" and "projector.hook_out" in cache:
+            if tower.stack.image and "projector.hook_out" in cache:
                 last = max(tower.feature_layers_in(inputs))
-                resid = cache[f"vision.blocks.{last - 1}.hook_resid_post"]
+                resid = cache[f"{name}.blocks.{last - 1}.hook_resid_post"]
                 target = cache["projector.hook_out"]
-                close(tower.readout(resid, context=cache).reshape(target.shape), target, "vision read-out", 1e-5)
-                other = cache[f"vision.blocks.{last - 2}.hook_resid_post"]
+                close(tower.readout(resid, context=cache).reshape(target.shape), target, f"{name} read-out", 1e-5)
+                other = cache[f"{name}.blocks.{last - 2}.hook_resid_post"]
                 assert not torch.allclose(tower.readout(other, context=cache).reshape(target.shape), target)
                 continue
             resid = cache[f"{name}.blocks.{tower.cfg.n_layers - 1}.hook_resid_post"]

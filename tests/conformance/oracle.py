@@ -61,7 +61,7 @@ def block_sites(case: Case, tower: str) -> list[str]:
 def tower_sites(case: Case, tower: str) -> list[str]:
     """Sites outside the blocks."""
     sites = ["hook_embed", "hook_input", "ln_final.hook_scale", "ln_final.hook_normalized"]
-    if tower in ("vision", "text") and "rotary_vision" not in case.tags:
+    if tower in ("vision", "vision_2", "text") and "rotary_vision" not in case.tags:
         sites += ["hook_pos_embed"]
     pooled = tower == "vision" and "dual" in case.tags and "pooling_head" in case.tags
     if pooled:

@@ -90,17 +90,17 @@ def held(case: Case, site: str, count: int) -> list[int] | None:
     tower = site.partition(".")[0]
     if tower == "projector":
         drops = "class_token" in case.tags and "full_features" not in case.tags
-        return list(range(1 if drops else 0, count))
+        return list(range(SHAPES[case.name]["vision"].n_prefix if drops else 0, count))
     if ".pool." in site:
         return list(range(count)) if name in ("hook_k", "hook_v") else None
-    if name == "hook_embed" and tower == "vision":
-        return list(range(SHAPES[case.name]["vision"].n_prefix, count))
+    if name == "hook_embed" and tower.startswith("vision"):
+        return list(range(SHAPES[case.name][tower].n_prefix, count))
     if name == "hook_readout":
         if tower == "language":
             return list(range(count))
         # The state comes first; the head reads the chunk of actions behind it.
         return list(range(1, count)) if tower == "action" else None
-    if site.startswith("vision.ln_final"):
+    if site.startswith(("vision.ln_final", "vision_2.ln_final")):
         reads_last = "language" not in case.towers or case.family in ("paligemma", "pi0")
         pools_first = case.family in ("clip", "clip_vision_model", "metaclip_2")
         return list(range(count)) if reads_last and not pools_first else None
@@ -112,8 +112,7 @@ def place_of(model: cv.HookedModel, site: str) -> tuple[nn.Module, str, int] | N
     tower_name, _, rest = site.partition(".")
     base: Any = model.module
     if tower_name == "projector":
-        inner = base.model
-        projector = getattr(inner, "multi_modal_projector", None) or inner.vlm.multi_modal_projector
+        projector = next(part for name, part in base.named_modules() if name.endswith("projector"))
         return projector, "pre" if rest == "hook_in" else "post", 0
     tower = model.towers[tower_name]
     if not rest.startswith("blocks."):

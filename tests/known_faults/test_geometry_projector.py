@@ -38,7 +38,7 @@ def entering(
 ) -> tuple[torch.Tensor, torch.Size]:
     """What enters the language tower `[row pos width]` when one feature of the projector's output is moved by 1, and the projector's shape."""
     module = model.module
-    projector = next(part for name, part in module.named_modules() if name.endswith("multi_modal_projector"))
+    projector = next(part for name, part in module.named_modules() if name.endswith("projector"))
     language: Any = model.language.root
     shape: list[torch.Size] = []
 

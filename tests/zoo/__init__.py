@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import anyres, dual, llava, paligemma, pi0, vision  # noqa: F401  (each import fills the table)
+from . import anyres, dual, llava, openvla, paligemma, pi0, vision  # noqa: F401  (each import fills the table)
 from .expected import SHAPES, Shape
 from .registry import (
     CASES,

@@ -52,6 +52,13 @@ PI0 = {
 }
 
 
+OPENVLA = {
+    "vision": Shape(3, 3, 3, 24, 8, 72, (3, 3), 3),
+    "vision_2": Shape(4, 5, 5, 20, 4, 36, (3, 3)),
+    "language": Shape(3, 4, 2, 32, 6, 48),
+}
+
+
 def _vlm(vision: Shape, language: Shape) -> dict[str, Shape]:
     return {"vision": vision, "language": language}
 
@@ -100,6 +107,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
     "paligemma": _vlm(PALIGEMMA, GEMMA),
     "paligemma2": _vlm(PALIGEMMA, GEMMA2),
     "paligemma2-sliding": _vlm(PALIGEMMA, GEMMA2),
+    "openvla": OPENVLA,
     "pi0": PI0,
     "pi0-outside": PI0,
 }

@@ -155,11 +155,11 @@ def _moved(slope: Tensor, pattern: Tensor) -> Float[Tensor, "row query key"]:
 def _reader(model: Any, inputs: Mapping[str, Any], tower: str) -> str | None:
     """The tower that takes over positions of this one: as its own patches, or as keys from the cache."""
     maps = model.tokens(inputs)
-    if model.is_dual:
-        return None
-    for name in list(model.towers)[list(model.towers).index(tower) + 1 :]:
-        patches = model.towers[tower].stack.image and name in maps and bool((maps[name].kind == "patch").any())
-        if patches or model.towers[tower].feeds_cache:
+    for connector in model.flow.connectors:
+        name = connector.target
+        if tower not in connector.sources or name not in maps:
+            continue
+        if connector.via == "cache" or bool((maps[name].kind == "patch").any()):
             return name
     return None
 
@@ -175,9 +175,10 @@ def _read_by(model: Any, inputs: Mapping[str, Any], metric: Any, tower: str, rea
     sets, first = maps[-1].patches, found.shape[1] - maps[-1].n_positions
     weights = torch.zeros(own.n_rows, own.n_positions, dtype=found.dtype)
     shares = found[sets.row, sets.position + first] * torch.from_numpy(sets.weight).to(found.dtype)
-    return weights.index_put_(
-        (torch.from_numpy(sets.source_row), torch.from_numpy(sets.source_position)), shares, accumulate=True
-    )
+    # Patches are said as positions of the first image tower; another one has its own count of prefix tokens before them.
+    prefix = {name: one.cfg.n_prefix for name, one in model.towers.items() if one.stack.image}
+    at = torch.from_numpy(sets.source_position) + prefix[tower] - next(iter(prefix.values()))
+    return weights.index_put_((torch.from_numpy(sets.source_row), at), shares, accumulate=True)
 
 
 def _relevance_rollout(shares: Sequence[Float[Tensor, "row query key"]]) -> Float[Tensor, "row query key"]:
