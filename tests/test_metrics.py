@@ -21,7 +21,8 @@ def vocabulary_model(
         return words[word]
 
     config = SimpleNamespace(label2id=labels or {})
-    return SimpleNamespace(module=SimpleNamespace(config=config), towers=dict.fromkeys(towers), token=token)
+    module = SimpleNamespace(config=config)
+    return SimpleNamespace(module=module, towers=dict.fromkeys(towers), is_dual="text" in towers, token=token)
 
 
 @pytest.fixture
