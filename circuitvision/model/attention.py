@@ -47,8 +47,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from circuitvision.errors import HookError
+from circuitvision.model.settings import entries
 
 NAME = "circuitvision"
+_IMPLEMENTATION = "_attn_implementation_internal"
+"""The entry of a config that says which attention function its modules call."""
 FUSED = "circuitvision_fused"
 """The name under which modules keep their sdpa kernel while taps are in place."""
 Callback = Callable[[Tensor], "tuple[Tensor, bool]"]
@@ -201,7 +204,7 @@ def _elsewhere(config: Any) -> str | None:
     switched = _SWITCHED.get(id(config))
     if switched is None:
         # Switched back since the name was looked up.
-        current = getattr(config, "_attn_implementation_internal", NAME)
+        current = getattr(config, _IMPLEMENTATION, NAME)
         return None if current in (NAME, FUSED) else current
     thread, before = switched
     return None if thread == get_ident() else before or "eager"
@@ -341,7 +344,7 @@ class AttentionBackend:
         if not self._holders:
             self._holders = [module for module in self.model.modules() if hasattr(module, "config")]
         configs = {id(holder.config): holder.config for holder in self._holders}
-        return [config for config in configs.values() if hasattr(config, "_attn_implementation_internal")]
+        return [config for config in configs.values() if _IMPLEMENTATION in entries(config)]
 
     @contextlib.contextmanager
     def _implementations(self, choose: Callable[[str], str]) -> Iterator[None]:
@@ -355,16 +358,16 @@ class AttentionBackend:
                 raise HookError(
                     "Another thread hooks the attention of this model. Use one thread at a time, or give each a copy of the model."
                 )
-            before = [(config, config._attn_implementation_internal, _SWITCHED.get(id(config))) for config in configs]
+            before = [(config, entries(config)[_IMPLEMENTATION], _SWITCHED.get(id(config))) for config in configs]
             for config, implementation, switched in before:
                 _SWITCHED[id(config)] = switched or (thread, implementation)
-                config._attn_implementation_internal = choose(implementation)
+                entries(config)[_IMPLEMENTATION] = choose(implementation)
         try:
             yield
         finally:
             with _LOCK:
                 for config, implementation, switched in before:
-                    config._attn_implementation_internal = implementation
+                    entries(config)[_IMPLEMENTATION] = implementation
                     if switched is None:
                         del _SWITCHED[id(config)]
                     else:

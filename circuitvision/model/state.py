@@ -32,6 +32,7 @@ class ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._parts: list[dict[str, Any]] = []
+        self._drawing: list[dict[str, Any]] = []
         self._warned = False
         self.renew()
 
@@ -42,13 +43,15 @@ class ModuleState:
     def renew(self) -> None:
         """Look again which parts the module has: adapters may have been added."""
         # Attributes of a module are several times slower to ask for than entries of its dictionary.
-        self._parts = [vars(part) for part in self.module.modules() if "training" in vars(part)]
+        parts = [part for part in self.module.modules() if "training" in vars(part)]
+        self._parts = [vars(part) for part in parts]
+        self._drawing = [vars(part) for part in parts if _may_draw(part)]
 
     def check(self, hooked: bool) -> None:
         """Raise where hooks would give wrong numbers; warn, once, where the same input gives another output each time."""
         if hooked and any(map(contains, self._parts, repeat(_COMPILED))):
             refuse_wrappers(self.module)
-        if not any(map(_in_training, self._parts)):
+        if not any(map(_in_training, self._drawing)):
             self._warned = False
             return
         if hooked and torch.is_grad_enabled():
@@ -70,6 +73,11 @@ class ModuleState:
                     "its gradients would be wrong. Call model.module.gradient_checkpointing_disable() or model.eval(), or run under "
                     "torch.no_grad()."
                 )
+
+
+def _may_draw(part: nn.Module) -> bool:
+    """Whether a module's training mode can matter: it has a rate of dropping, be it 0 now, or can run its blocks again in the backward pass."""
+    return hasattr(part, "p") or hasattr(part, "gradient_checkpointing") or any("drop" in name for name in vars(part))
 
 
 def random_part(module: nn.Module) -> str:

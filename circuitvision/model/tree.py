@@ -10,7 +10,7 @@ Adapters whose effect is no property of the modules are refused: prompts add pos
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from operator import is_
+from operator import eq
 from typing import Any
 
 from torch import nn
@@ -25,26 +25,24 @@ class ModuleTree:
     """Where the ``wanted`` modules, and every module on the way to them, sit under ``root``."""
 
     def __init__(self, root: nn.Module, wanted: Iterable[nn.Module]) -> None:
-        self._parents: list[dict[str, nn.Module | None]] = []
-        self._names: list[str] = []
-        self._children: list[nn.Module] = []
+        self._tables: list[dict[str, nn.Module | None]] = []
+        self._found: list[dict[str, nn.Module | None]] = []
         self._wanted = {id(module) for module in wanted}
         self._walk(root)
         del self._wanted
 
     def _walk(self, parent: nn.Module) -> bool:
-        carries = id(parent) in self._wanted
-        for name, child in parent._modules.items():
-            if child is not None and self._walk(child):
-                self._parents.append(parent._modules)
-                self._names.append(name)
-                self._children.append(child)
-                carries = True
-        return carries
+        # Every child is walked: what carries a site may lie deeper in any of them.
+        carry = [child is not None and self._walk(child) for child in parent._modules.values()]
+        if any(carry):
+            self._tables.append(parent._modules)
+            self._found.append(dict(parent._modules))
+        return any(carry) or id(parent) in self._wanted
 
     def intact(self) -> bool:
-        """Whether every one of them is still where it was."""
-        return all(map(is_, map(dict.get, self._parents, self._names), self._children))
+        """Whether every one of them, and what stands beside it, is still where it was."""
+        # Modules are equal only to themselves, and tables are compared faster than their entries are looked up.
+        return all(map(eq, self._tables, self._found))
 
 
 def base_of(module: nn.Module) -> Any:
