@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def test_a_class_token_with_a_position_is_saved_as_their_sum(folder: Path, tmp_p
     module = openvla.OpenVLAForActionPrediction.from_pretrained(folder)
     embeddings: Any = module.vision.embeddings
     with torch.no_grad():
-        embeddings.position_embeddings[:, 0] = 0.5
+        embeddings.position_embeddings[:, 0] = torch.randn(24, generator=torch.Generator().manual_seed(0))
     module.save_pretrained(tmp_path)
     again = openvla.OpenVLAForActionPrediction.from_pretrained(tmp_path)
     pixels = torch.randn(1, 6, 224, 224)
@@ -590,6 +591,11 @@ def test_lenses_and_attribution_run_or_say_why_not(model: cv.HookedModel) -> Non
         for tower in ("vision", "vision_2", "language"):
             lens = cv.readout.logit_lens(model, cache, tower=tower, targets=[5, 6])
             assert lens.values.isfinite().all()
+        for tower, last in (("vision", 1), ("vision_2", 2)):
+            read = model.towers[tower].readout(cache[f"{tower}.blocks.{last}.hook_resid_post"], context=cache)
+            torch.testing.assert_close(read, cache["projector.hook_out"])
+            assert model.is_dead(f"{tower}.blocks.{last + 1}.hook_mlp_out")
+            assert not model.is_dead(f"{tower}.blocks.{last}.hook_mlp_out")
         attributed = cv.readout.direct_attribution(model, cache, (5, 6))
     assert attributed.values.isfinite().all()
     difference = logits[:, -1, 5] - logits[:, -1, 6]
@@ -605,6 +611,31 @@ def test_answers_at_the_last_position_are_read_from_prompts_that_do_not_name_pat
     last = model.tokens(inputs)["language"].last()
     rows = torch.stack([logits[row, position] for row, position in enumerate(last)])
     torch.testing.assert_close(swept.clean, rows[:, 5] - rows[:, 6], rtol=1e-9, atol=1e-10)
+
+
+def test_pairs_of_prompts_that_do_not_name_patches_run_in_batches(model: cv.HookedModel) -> None:
+    def examples(seed: int) -> list[dict[str, Tensor]]:
+        made = openvla_inputs(model, 3, seed, torch.float64, "left", named=False)
+        rows = [{name: value[row, None] for name, value in made.items()} for row in range(3)]
+        real = [row["attention_mask"][0].bool() for row in rows]
+        return [
+            {name: value if name == "pixel_values" else value[:, keep] for name, value in row.items()}
+            for row, keep in zip(rows, real, strict=True)
+        ]
+
+    clean, corrupt = examples(0), examples(1)
+    pairs = cv.data.Pairs(inputs=clean, corrupt_inputs=corrupt, answers=[5, 6, 7], foils=[8, 9, 8])
+    sites = ["vision_2.blocks.1.hook_mlp_out", "language.blocks.1.attn.hook_z"]
+    swept = model.sweep(pairs, [edits.replace(site, pairs.corrupt) for site in sites], "logit_diff", progress=False)
+    with torch.no_grad():
+        for row in range(3):
+            answer, foil = pairs.clean.answers[row], pairs.clean.foils[row]
+            for number, site in enumerate(sites):
+                _, cache = model.run_with_cache(corrupt[row], site)
+                logits = model.run(clean[row], [edits.replace(site, cache)])[0, -1]
+                torch.testing.assert_close(
+                    swept.values[number, row], logits[answer] - logits[foil], rtol=1e-5, atol=1e-5
+                )
 
 
 # ---- actions as words and as numbers
@@ -662,3 +693,37 @@ def test_an_action_dimension_is_the_mean_over_bins_where_the_prompt_has_come_to_
         model.sweep(inputs, [edits.ablate("vision.blocks.0.hook_mlp_out")], cv.metrics.action_dim(1), progress=False)
     written = dict(cv.metrics.action_dim(1).bind(model).__provenance__())
     assert "bins" not in written
+
+
+def test_methods_take_prompts_that_do_not_name_patches(model: cv.HookedModel) -> None:
+    clean, corrupt = (openvla_inputs(model, 3, seed, torch.float64, "right", named=False) for seed in (0, 1))
+    named = [openvla_inputs(model, 3, seed, torch.float64, "right") for seed in (0, 1)]
+    metric, sites = cv.metrics.logit_diff(5, 6), "vision_2.blocks.*.attn.hook_z"
+
+    def patched(clean: Any, corrupt: Any) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = cv.patching.activation_patch(
+                model, metric=metric, clean=clean, corrupt=corrupt, sites=sites, progress=False
+            )
+        return found.values
+
+    torch.testing.assert_close(patched(clean, corrupt), patched(*named), rtol=0, atol=0, equal_nan=True)
+    for method in (cv.readout.occlusion, cv.readout.chefer_relevance):
+        found = (
+            method(model, clean, metric, tower="vision_2")
+            if method is cv.readout.chefer_relevance
+            else method(model, clean, metric)
+        )
+        assert found.values[-9:].isfinite().all()
+    relevance = cv.readout.legrad(model, clean, lambda out: out.flatten(1).sum(1), tower="vision_2", score="output")
+    assert relevance.values.shape == (9, 3)
+    with torch.no_grad():
+        fresh = cv.readout.logit_lens(model, clean, tower="vision_2", targets=[5])
+        _, cache = model.run_with_cache(clean)
+        kept = cv.readout.logit_lens(model, cache, tower="vision_2", targets=[5])
+    # Patterns, which the cache holds, are those of eager attention.
+    torch.testing.assert_close(fresh.values, kept.values, rtol=1e-4, atol=1e-5)
+    # A tower's own read-out has positions of patches, not the output's: a metric of the output cannot read it.
+    with pytest.raises(InputError, match="read-out has the shape"):
+        cv.readout.legrad(model, clean, metric, tower="vision_2")

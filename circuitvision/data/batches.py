@@ -255,7 +255,10 @@ def joined(model: Any, parts: Sequence[Mapping[str, Any] | None]) -> dict[str, A
         InputError: parts that hold different things.
     """
     given = [{name: _placed(model, value) for name, value in (part or {}).items()} for part in parts]
-    given = [model.family.packing.laid_out(model, part) for part in given]
+    packing = getattr(model.family, "packing", None)
+    if packing is not None:
+        # Metrics read prompts that name every position.
+        given = [packing.laid_out(model, part) for part in given]
     if any(part.keys() != given[0].keys() for part in given):
         raise InputError("Examples made by hand hold different inputs; give each of them the same names.")
     dual = model.is_dual

@@ -16,7 +16,7 @@ from torch import Tensor
 from circuitvision.errors import InputError, nearest
 from circuitvision.model.axes import new_positions, past_length
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.packing import ImageRun
+from circuitvision.model.packing import ImageRun, laid_out
 from circuitvision.model.patches import pair
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def as_mapping(model: HookedModel, inputs: Any) -> dict[str, Any]:
         raise InputError(
             f"Inputs must be a mapping of tensors, got {type(inputs).__name__}; model.inputs(images=…, text=…) makes one."
         )
-    made = {name: as_tensor(model, name, value) for name, value in inputs.items()}
-    return model.family.packing.laid_out(model, made)
+    return laid_out(model, {name: as_tensor(model, name, value) for name, value in inputs.items()})
 
 
 def as_tensor(model: HookedModel, name: str, value: Any) -> Any:

@@ -41,6 +41,12 @@ def _hands_on(model: HookedModel, name: str) -> bool:
     return any(name in names for names in code.co_consts if isinstance(names, tuple))
 
 
+def laid_out(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs whose prompts name every position that the model computes: image tokens where it puts patches into prompts by itself."""
+    packing = getattr(model.family, "packing", None)
+    return dict(inputs) if packing is None else packing.laid_out(model, dict(inputs))
+
+
 @dataclass(frozen=True, eq=False)
 class ImageTokens:
     """The prompt positions of one image, counted from 0: entry ``i`` says that ``position[i]`` holds ``weight[i]`` of position

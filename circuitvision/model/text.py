@@ -11,6 +11,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError, nearest
 from circuitvision.model import pictures
+from circuitvision.model.packing import laid_out
 
 ACTION = "action "
 """How the words of tokens that say an action begin."""
@@ -44,7 +45,7 @@ class TextTools:
             kwargs = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
         made.pop("labels", None)
         made.update(kwargs)
-        made = self.family.packing.laid_out(self, {name: self._placed(value) for name, value in made.items()})
+        made = laid_out(self, {name: self._placed(value) for name, value in made.items()})
         if "noise" in self.family.required and ("noise" not in made or "timestep" not in made):
             if "state" not in made:
                 raise InputError(

@@ -342,6 +342,13 @@ class Tower:
             f"{self.name}.hook_input" if hidden_state == 0 else f"{self.name}.blocks.{hidden_state - 1}.hook_resid_post"
         )
 
+    def read_sites(self, inputs: Mapping[str, Any] | None = None) -> list[str]:
+        """The sites of the hidden states that a read-out of this tower may take from a run: its feature layers, and those of towers that its
+        connector reads beside it."""
+        names = (self.name,) if self.connector is None else self.connector.sources
+        towers = [self.siblings[name] for name in names]
+        return [tower.residual_name(layer) for tower in towers for layer in tower.feature_layers_in(inputs)]
+
     def readout(self, resid: Float[Tensor, "row pos d_model"], context: ActivationCache | None = None) -> Tensor:
         """The family's output computed from a residual stream of this tower (final norm, pooling rule, head, in the family's order).
 

@@ -223,8 +223,8 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         out = parent.generate(input_ids=whole, **({} if mask is None else {"attention_mask": mask}), **kwargs)
         sequences = out if isinstance(out, Tensor) else out.sequences
         # Beams and several samples of a prompt are rows of their own.
-        new = torch.arange(sequences.shape[1], device=ids.device) >= whole.shape[1]
-        text = sequences[(sequences != self.config.image_token_id) | new].view(len(sequences), -1)
+        prompts, new = sequences[:, : whole.shape[1]], sequences[:, whole.shape[1] :]
+        text = torch.cat([prompts[prompts != self.config.image_token_id].view(len(sequences), -1), new], dim=1)
         if isinstance(out, Tensor):
             return text
         out.sequences = text

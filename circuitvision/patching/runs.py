@@ -13,6 +13,7 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.base import Edit
+from circuitvision.model.packing import laid_out
 
 Groups = Sequence[tuple[Edit, ...]]
 
@@ -79,6 +80,7 @@ def two_runs(
         raise InputError("No metric was given: a metric, its name ('logit_diff'), or a mapping of several.")
     given = MetricSet.of(metric)
     if pairs is None and clean is not None and corrupt is not None:
+        clean, corrupt = laid_out(model, clean), laid_out(model, corrupt)
         check_same_shapes(clean, corrupt)
         return InputRuns(model, given.bind(model), clean, corrupt, mode)
     if pairs is None or clean is not None or corrupt is not None:

@@ -297,7 +297,7 @@ def _cached(
     """The cache given, or that of a run recording the sites and what their reading depends on."""
     if isinstance(cache, ActivationCache):
         return cache
-    needed = [*names, *(read_tower.residual_name(layer) for layer in read_tower.feature_layers_in(inputs_of(cache)))]
+    needed = [*names, *read_tower.read_sites(inputs_of(cache))]
     if output_kind(read_tower) in ("texts", "images"):
         needed += [f"{name}.hook_readout" for name in model.towers]
     with torch.no_grad():

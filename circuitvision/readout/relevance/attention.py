@@ -282,9 +282,9 @@ def _of_layers(
     def stream(resid: Tensor, hook: HookPoint) -> None:
         streams[hook.name] = resid
 
-    # What read-outs may need besides the residual: the other tower's embedding, and other feature layers.
+    # What read-outs may need besides the residual: the other tower's embedding, and feature layers.
     beside = [name for name in model.sites() if name.endswith(".hook_readout")]
-    beside += [model.towers[tower].residual_name(layer) for layer in model.towers[tower].feature_layers_in(inputs)]
+    beside += model.towers[tower].read_sites(inputs)
     hooks = [*((name, start) for name in names), *((name, stream) for name in posts)]
     check_gradients(model.module)
     with differentiating(), model.hooks(fwd_hooks=hooks):
