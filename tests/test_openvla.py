@@ -256,6 +256,30 @@ def test_edits_change_actions_as_they_change_logits() -> None:
         assert torch.equal(model.run(inputs, [edit])[:, -1].argmax(-1), steered[:, -3])
 
 
+def test_actions_of_a_batch_are_those_of_its_rows() -> None:
+    model = cv.HookedModel(case("openvla").build())
+    inputs = openvla_inputs(model, 3, padding="left", named=False)
+    together = openvla.predict_action(model, inputs, "desk")
+    assert together.shape == (3, 3)
+    for row in range(3):
+        real = inputs["attention_mask"][row].bool()
+        alone = {"input_ids": inputs["input_ids"][row, real][None], "pixel_values": inputs["pixel_values"][row, None]}
+        np.testing.assert_array_equal(openvla.predict_action(model.module, alone, "desk")[0], together[row])
+    with pytest.raises(InputError, match="left"):
+        openvla.predict_action(model, openvla_inputs(model, 3, padding="right", named=False), "desk")
+    with pytest.raises(InputError, match="wrapped"):
+        openvla.predict_action(model.module, inputs, "desk", edits=[edits.ablate("vision.hook_input")])
+
+
+def test_prompts_that_end_differently_are_refused(released: cv.HookedModel, stored: dict[str, Any]) -> None:
+    one = fixture_inputs(stored, 0)
+    two = {name: torch.cat([value, value]) for name, value in one.items()}
+    two["input_ids"] = two["input_ids"].clone()
+    two["input_ids"][1, -1] = 7
+    with pytest.raises(InputError, match="29871"):
+        openvla.predict_action(released, two)
+
+
 # ---- the processor
 
 
@@ -460,17 +484,23 @@ def test_a_run_that_continues_a_cache_is_the_whole_run(model: cv.HookedModel) ->
 # ---- edits against hooks written by hand
 
 
-def parts(module: Any) -> Iterator[tuple[str, nn.Module, bool, int]]:
+IN_PLACE = 2
+"""The input of a norm that the skip path reads as well: it is written where it stands."""
+
+
+def parts(module: Any) -> Iterator[tuple[str, nn.Module, int, int]]:
     """Site, module, whether the module's input is the site (else its output), and heads of its last axis (0: none)."""
     towers = {
         "vision": (module.vision.encoder.layer, "norm2", "attention", "o_proj", 3, 3),
         "vision_2": (module.vision_2.encoder.layers, "layer_norm2", "self_attn", "out_proj", 5, 5),
         "language": (module.language_model.model.layers, "post_attention_layernorm", "self_attn", "o_proj", 4, 2),
     }
-    for tower, (blocks, _ln2, attention, out, heads, kv) in towers.items():
+    for tower, (blocks, ln2, attention, out, heads, kv) in towers.items():
         block, prefix = blocks[1], f"{tower}.blocks.1"
         own = getattr(block, attention)
+        yield f"{tower}.hook_input", blocks[0], True, 0
         yield f"{prefix}.hook_resid_pre", block, True, 0
+        yield f"{prefix}.hook_resid_mid", getattr(block, ln2), IN_PLACE, 0
         yield f"{prefix}.hook_resid_post", block, False, 0
         yield f"{prefix}.attn.hook_q", own.q_proj, False, heads
         yield f"{prefix}.attn.hook_k", own.k_proj, False, kv
@@ -481,19 +511,22 @@ def parts(module: Any) -> Iterator[tuple[str, nn.Module, bool, int]]:
         yield f"{prefix}.hook_mlp_out", block.layer_scale2 if scale else block.mlp, False, 0
         down = block.mlp.down_proj if tower == "language" else block.mlp.fc2
         yield f"{prefix}.mlp.hook_post", down, True, 0
+        first = block.mlp.gate_proj if tower == "language" else block.mlp.fc1
+        yield f"{prefix}.mlp.hook_pre", first, False, 0
+    yield "vision.hook_embed", module.vision.embeddings.patch_embeddings, False, 0
+    yield "language.hook_embed", module.get_input_embeddings(), False, 0
+    yield "language.blocks.1.mlp.hook_pre_linear", module.language_model.model.layers[1].mlp.up_proj, False, 0
     yield "projector.hook_in", module.projector, True, 0
     yield "projector.hook_out", module.projector, False, 0
     yield "language.hook_readout", module.language_model.lm_head, True, 0
 
 
-def scaled_by_hand(
-    module: Any, inputs: dict[str, Any], part: nn.Module, enters: bool, heads: int, place: Any
-) -> Tensor:
+def scaled_by_hand(module: Any, inputs: dict[str, Any], part: nn.Module, enters: int, heads: int, place: Any) -> Tensor:
     """Logits where a value is scaled by −1.7 at one position, and in the last head alone where there are heads."""
     position, head = place
 
     def scale(value: Tensor) -> Tensor:
-        value = value.clone()
+        value = value if enters == IN_PLACE else value.clone()
         chosen = value[:, position].unflatten(-1, (heads, -1))[:, head] if heads else value[:, position]
         chosen *= -1.7
         return value
@@ -527,9 +560,12 @@ def test_edits_in_all_towers_equal_hooks_by_hand_in_runs_and_sweeps(model: cv.Ho
         plain = model(inputs)
     for site, part, enters, heads in parts(model.module):
         tower = site.partition(".")[0]
-        # The first tower's positions are the projector's; its class and register tokens are left out on the way there.
         row = {"vision": 4, "vision_2": 3, "language": 6, "projector": 5}[tower]
-        own = row - 3 if tower == "projector" else row
+        # Two registers and the class token are left out on the way to the projector, and not there yet in an embedding.
+        own = row - 3 if tower == "projector" or site == "vision.hook_embed" else row
+        if site == "language.hook_embed":
+            # A position of text: patches take the place of what is looked up there.
+            row = own = plain.shape[1] - 2
         if site == "language.hook_readout":
             row = own = plain.shape[1] - 1
         head = heads - 1 if heads else None
