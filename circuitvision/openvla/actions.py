@@ -131,7 +131,7 @@ def predict_action(
     wrapped = hasattr(model, "towers")
     if edits and not wrapped:
         raise InputError("Edits act in a wrapped model: predict_action(cv.HookedModel(module), …, edits=…).")
-    given = ended(inputs)
+    given = ended(inputs, config)
     if wrapped:
         kwargs["edits"] = edits
         out = model.generate(given, max_new_tokens=count, min_new_tokens=count, do_sample=False, **kwargs)
@@ -140,20 +140,18 @@ def predict_action(
     return decode_actions(out[:, -count:], config, unnorm_key)
 
 
-def ended(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs whose prompts all end with the empty piece before the first action: added where none of them does.
+def ended(inputs: Mapping[str, Any], config: OpenVLAConfig) -> dict[str, Any]:
+    """Inputs whose prompts all end with the empty piece before the first action: added where none of them does (a small vocabulary has none).
 
     Raises:
         InputError: some do and some do not, or they are filled up on the right.
     """
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    width = ids.shape[1]
-    last = torch.full((len(ids),), width - 1, device=ids.device)
-    if mask is not None:
-        last = width - 1 - mask.bool().flip(1).int().argmax(1)
-    if len(ids) > 1 and bool((last != width - 1).any()):
+    if mask is not None and not bool(mask[:, -1].bool().all()):
         raise InputError("Prompts that generate are filled up on the left; these have padding behind them.")
-    there = ids.gather(1, last[:, None])[:, 0] == SPACE
+    if config.n_words <= SPACE:
+        return dict(inputs)
+    there = ids[:, -1] == SPACE
     if bool(there.all()):
         return dict(inputs)
     if bool(there.any()):
