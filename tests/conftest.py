@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, settings
 from torch import nn
 
 from circuitvision import progress
-from circuitvision.model import attention
+from circuitvision.model import attention, spec
 from circuitvision.model.spec import FAMILIES, NORMS, STACKS, load_tables
 from tests.zoo import Case, saved_folder, shared_model
 from tests.zoo.registry import BUILT, fingerprint
@@ -115,6 +115,14 @@ def _seeds() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Families, stacks and norms that a test registers are gone afterwards."""
+    spec.load_tables()
+    for name in ("FAMILIES", "STACKS", "NORMS"):
+        monkeypatch.setattr(spec, name, dict(getattr(spec, name)))
 
 
 @pytest.fixture

@@ -76,3 +76,42 @@ def test_heads_of_a_run_of_another_size_are_swept_exactly() -> None:
         loop = torch.stack([model.run(inputs, [head])[:, 0, 0] for head in heads])
     torch.testing.assert_close(swept.values, loop, rtol=1e-10, atol=1e-12)
     assert not any(plan.in_full for plan in swept.plan)
+
+
+def test_coordinates_that_are_drawn_in_training_mode_are_noticed() -> None:
+    module = case("dinov3").build().train()
+    model = cv.HookedModel(module)
+    inputs = {"pixel_values": torch.randn(1, 3, 20, 20)}
+    with pytest.warns(UserWarning, match="rope_embeddings draws random numbers"):
+        assert not torch.equal(model(inputs), model(inputs))
+    with pytest.raises(cv.errors.InputError, match="rope_embeddings"):
+        model.sweep(inputs, [cv.edits.ablate("L0H0")], lambda out: out[:, 0, 0], progress=False)
+    module.config.pos_embed_rescale = None
+    assert torch.equal(model(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("size", [(3, 3), (4, 40), (40, 4)])
+def test_an_image_smaller_than_a_patch_is_refused(size: tuple[int, int]) -> None:
+    model = cv.HookedModel(case("dinov3").build().eval())
+    with pytest.raises(cv.errors.InputError, match="smaller than one patch"):
+        model({"pixel_values": torch.randn(1, 3, *size)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(20, 20), (11, 37)])
+def test_heads_in_half_precision_equal_hooks(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    module = case("dinov3-gated").build().to(dtype).eval()
+    model = cv.HookedModel(module)
+    inputs = {"pixel_values": torch.randn(2, 3, *size).to(dtype)}
+
+    def without(part: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        kept = args[0].clone()
+        kept[:, :, 8:16] = 0
+        return (kept,)
+
+    with torch.no_grad():
+        handle = module.model.layer[1].attention.o_proj.register_forward_pre_hook(without)
+        expected = module(**inputs).last_hidden_state
+        handle.remove()
+        assert torch.equal(model.run(inputs, [cv.edits.ablate("L1H1")]), expected)
+        assert not torch.equal(model(inputs), expected)

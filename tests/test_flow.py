@@ -22,6 +22,8 @@ PREFIX = Flow(
 )
 DUAL = Flow(("vision", "text"), (), "vision")
 
+pytestmark = pytest.mark.usefixtures("tables")
+
 
 def test_what_reaches_what() -> None:
     assert EYES.stages == ("vision", "vision_2", "projector", "language")
@@ -55,15 +57,43 @@ def test_every_shipped_tower_reaches_the_answer_or_is_compared() -> None:
         assert all(flow.is_dual or one == flow.answer or flow.reaches(one, flow.answer) for one in flow.stages)
 
 
+@pytest.mark.parametrize(
+    ("connectors", "answer", "says"),
+    [
+        ((Connector("vision", "language", "p"),), "", "sources is a tuple"),  # type: ignore[arg-type]
+        ((Connector((), "language", "p"),), "", "sources is a tuple"),
+        ((Connector(("visoin",), "language", "p"),), "", "'visoin' is no tower"),
+        ((Connector(("vision",), "langage", "p"),), "", "'langage' is no tower"),
+        ((Connector(("language",), "vision", "p"),), "", "does not run after"),
+        ((Connector(("vision",), "language"),), "", "path is missing"),
+        ((Connector(("vision",), "language", "p", name="vision_2"),), "", "'vision_2' is taken"),
+        (
+            (Connector(("vision",), "language", "p"), Connector(("vision_2",), "language", "q")),
+            "",
+            "'projector' is taken",
+        ),
+        (
+            (Connector(("vision",), "language", "p"), Connector(("vision",), "language", "q", name="r")),
+            "",
+            "vision is read by another",
+        ),
+        ((Connector(("vision",), "language", "p", via="cache"),), "", "without a module"),
+        ((Connector(("vision", "vision_2"), "language", via="cache"),), "", "one source"),
+        ((Connector(("vision",), "language", "p", via="steam"),), "", "neither"),  # type: ignore[arg-type]
+        ((), "lang", "answer='lang' is no tower"),
+    ],
+)
+def test_connectors_that_cannot_be_are_refused(connectors: Any, answer: str, says: str) -> None:
+    with pytest.raises(cv.errors.InputError, match=says):
+        Flow(EYES.towers, connectors, answer)
+
+
+def test_a_table_with_a_wrong_connector_names_its_family(tables: None) -> None:
+    with pytest.raises(cv.errors.InputError, match=r"two_eyes family.*no_such.* is no tower"):
+        two_eyes("no_such")
+
+
 # ---- two backbones
-
-
-@pytest.fixture(autouse=True)
-def tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone afterwards."""
-    spec.load_tables()
-    for name in ("FAMILIES", "STACKS", "NORMS"):
-        monkeypatch.setattr(spec, name, dict(getattr(spec, name)))
 
 
 @pytest.fixture

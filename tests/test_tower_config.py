@@ -15,6 +15,8 @@ from circuitvision.model import spec
 from circuitvision.model.spec import Family, Readout, TowerSpec
 from tests.zoo import case
 
+pytestmark = pytest.mark.usefixtures("tables")
+
 
 class Own(nn.Module):
     """A ViT under a class name of its own."""
@@ -26,14 +28,6 @@ class Own(nn.Module):
 
     def forward(self, pixel_values: Any) -> Any:
         return self.inner(pixel_values)
-
-
-@pytest.fixture(autouse=True)
-def tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone afterwards."""
-    spec.load_tables()
-    for name in ("FAMILIES", "STACKS", "NORMS"):
-        monkeypatch.setattr(spec, name, dict(getattr(spec, name)))
 
 
 def wrapped(tower: dict[str, Any], **block: Any) -> cv.HookedModel:

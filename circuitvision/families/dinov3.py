@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from circuitvision.model.spec import Family, TowerSpec, register_family
+from circuitvision.model.spec import DRAWS, Family, TowerSpec, register_family
 
 _MODES = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers of the filters that torch has."""
@@ -62,6 +62,9 @@ def load_processor(name: str) -> Any:
     own = str(settings.get("image_processor_type", "")).startswith("DINOv3")
     return _processor_class().from_pretrained(name) if own else AutoImageProcessor.from_pretrained(name)
 
+
+# The coordinates of patches are shifted, jittered and rescaled while it is trained.
+DRAWS["DINOv3ViTRopePositionEmbedding"] = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 
 register_family(
     Family(

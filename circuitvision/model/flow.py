@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from circuitvision.errors import InputError
+
 Path = str | tuple[str, ...]
 
 
@@ -32,12 +34,48 @@ class Connector:
 
 
 class Flow:
-    """The graph of one family's towers (in the order in which they run) and connectors."""
+    """The graph of one family's towers (in the order in which they run) and connectors.
+
+    Raises:
+        InputError: connectors that contradict the towers or each other.
+    """
 
     def __init__(self, towers: Sequence[str], connectors: Sequence[Connector], answer: str = "") -> None:
         self.towers, self.connectors = tuple(towers), tuple(connectors)
         self.answer = answer or self.towers[-1]
         """The tower whose head gives the model's output."""
+        if self.answer not in self.towers:
+            raise InputError(f"answer={answer!r} is no tower; the towers are {', '.join(self.towers)}.")
+        for number, connector in enumerate(self.connectors):
+            problem = self._problem(connector, self.connectors[:number])
+            if problem:
+                raise InputError(f"{connector!r}: {problem}.")
+
+    def _problem(self, connector: Connector, before: Sequence[Connector]) -> str:
+        """What is wrong with a connector, in words; "" if nothing is."""
+        if not isinstance(connector.sources, tuple) or not connector.sources:
+            return "sources is a tuple of towers, one alone is written ('vision',)"
+        unknown = [name for name in (*connector.sources, connector.target) if name not in self.towers]
+        if unknown:
+            return f"{unknown[0]!r} is no tower; the towers are {', '.join(self.towers)}"
+        if max(map(self.towers.index, connector.sources)) >= self.towers.index(connector.target):
+            return f"{connector.target} does not run after {' and '.join(connector.sources)}: towers are listed in the order in which they run"
+        if connector.via == "cache":
+            return (
+                "keys and values are read from one source, without a module"
+                if connector.path or len(connector.sources) > 1
+                else ""
+            )
+        if connector.via != "stream":
+            return f"via={connector.via!r} is neither 'stream' nor 'cache'"
+        if not connector.path:
+            return "path is missing, the module that makes the target's entries of what the sources give"
+        if connector.name in (*self.towers, *(one.name for one in before if one.via == "stream")):
+            return f"the name {connector.name!r} is taken: give it another one, name=…"
+        twice = [
+            name for name in connector.sources if any(one.via == "stream" and name in one.sources for one in before)
+        ]
+        return f"{twice[0]} is read by another connector already" if twice else ""
 
     @property
     def is_dual(self) -> bool:

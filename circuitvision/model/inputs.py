@@ -313,7 +313,14 @@ def _check_size(model: HookedModel, tower: Tower, run: ImageRun, size: tuple[int
     """Raise InputError for pictures of a size that a tower has no positions for."""
     config: Any = tower.config
     expected = pair(getattr(config, "image_size", size))
-    if tower.stack.position in ("rotary", "resized"):
+    if tower.stack.position == "resized":
+        return
+    assert tower.patch_embedding is not None
+    if min(tower.patch_embedding.grid(*size)) < 1:
+        raise InputError(
+            f"The image is {size[0]}x{size[1]} pixels, smaller than one patch ({tower.cfg.patch_size}) of the {tower.name} tower: give a larger one."
+        )
+    if tower.stack.position == "rotary":
         return
     always = tower.stack.position == "grid_always"
     if always or run.inputs.get("interpolate_pos_encoding"):

@@ -215,6 +215,8 @@ FAMILIES: dict[str, Family] = {}
 """Class name of a Hugging Face module -> its family."""
 STACKS: dict[str, Stack] = {}
 """model_type of a (sub-)config -> the stack it builds."""
+DRAWS: dict[str, tuple[str, ...]] = {}
+"""Class name of a module -> the entries of its config that make it draw random numbers in training mode, unless they are None."""
 NORMS: dict[str, NormSpec] = {}
 """Class name of a normalisation module -> how it computes."""
 
@@ -287,6 +289,11 @@ def _check_table(family: Family) -> None:
 
     need_tuple("classes", family.classes, str)
     need_tuple("towers", family.towers, TowerSpec)
+    need_tuple("connectors", family.connectors, Connector)
+    try:
+        _ = family.flow
+    except InputError as error:
+        raise InputError(f"{where}{error}") from None
     for stack in (tower.stack for tower in family.towers if tower.stack is not None):
         need_tuple("prefix", stack.prefix, str)
         if not set(stack.prefix) <= set(KINDS):

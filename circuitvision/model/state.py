@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from circuitvision.errors import HookError, InputError, UnsupportedModelError, warn
+from circuitvision.model.spec import DRAWS
 
 _COMPILED = "_compiled_call_impl"
 _in_training = itemgetter("training")
@@ -76,16 +77,22 @@ class ModuleState:
 
 
 def _may_draw(part: nn.Module) -> bool:
-    """Whether a module's training mode can matter: it has a rate of dropping, be it 0 now, or can run its blocks again in the backward pass."""
-    return hasattr(part, "p") or hasattr(part, "gradient_checkpointing") or any("drop" in name for name in vars(part))
+    """Whether a module's training mode can matter: it may draw, be its rate 0 now, or can run its blocks again in the backward pass."""
+    known = hasattr(part, "p") or hasattr(part, "gradient_checkpointing") or type(part).__name__ in DRAWS
+    return known or any("drop" in name for name in vars(part))
 
 
 def random_part(module: nn.Module) -> str:
-    """The first part that draws random numbers in the module's present state, "" if none does: any rate of dropping that is not zero."""
+    """The first part that draws random numbers in the module's present state, "" if none does: a rate of dropping above 0, or what a family says."""
     for name, part in module.named_modules():
-        if part.training and any(rate > 0 for rate in _rates(part)):
+        if part.training and (any(rate > 0 for rate in _rates(part)) or _draws(part)):
             return name or type(part).__name__
     return ""
+
+
+def _draws(part: nn.Module) -> bool:
+    names = DRAWS.get(type(part).__name__, ())
+    return any(getattr(part.config, name, None) is not None for name in names)
 
 
 def _rates(part: nn.Module) -> Iterator[float]:

@@ -35,13 +35,7 @@ from tests.zoo import Case, parametrize, shared_model
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
-
-@pytest.fixture(autouse=True)
-def tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone afterwards."""
-    spec.load_tables()
-    for name in ("FAMILIES", "STACKS", "NORMS"):
-        monkeypatch.setattr(spec, name, dict(getattr(spec, name)))
+pytestmark = pytest.mark.usefixtures("tables")
 
 
 # ---- writers between blocks
