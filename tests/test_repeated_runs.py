@@ -125,3 +125,18 @@ def test_a_hook_between_two_cached_runs_leaves_no_trace() -> None:
         _, after = model.run_with_cache(inputs, site)
     assert torch.equal(before[site], after[site])
     assert not model.engine.handles
+
+
+def test_torch_tables_are_as_before_a_run() -> None:
+    model, inputs = wrapped(VIT)
+
+    def tables() -> list[int]:
+        names = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+        return [len(getattr(part, name)) for part in model.module.modules() for name in names]
+
+    before = tables()
+    with torch.no_grad():
+        for _ in range(2):
+            model.run_with_cache(inputs, "**")
+            model.run_with_hooks(inputs, fwd_hooks=[("**.hook_resid_*", lambda value, hook: value * 2)])
+    assert tables() == before

@@ -172,6 +172,28 @@ def test_hooks_put_there_by_another_thread_are_its_own() -> None:
         assert torch.equal(model(inputs), clean)
 
 
+@pytest.mark.parametrize("site", ["vision.blocks.1.hook_resid_post", "vision.blocks.1.hook_resid_mid"])
+def test_a_cache_holds_nothing_of_a_call_in_another_thread(site: str) -> None:
+    model, inputs, _ = wrapped("vit")
+    other = {name: value + 1 for name, value in inputs.items()}
+    called: list[bool] = []
+
+    def call(module: Any, args: Any) -> None:
+        if not called:
+            called.append(True)
+            elsewhere(lambda: model.module(**other))
+
+    with torch.no_grad():
+        _, alone = model.run_with_cache(inputs, site)
+        handle = model.module.vit.layers[0].register_forward_pre_hook(call)
+        try:
+            _, cache = model.run_with_cache(inputs, site)
+        finally:
+            handle.remove()
+    assert called
+    assert torch.equal(cache[site], alone[site])
+
+
 def test_a_second_wrapper_in_another_thread_may_not_switch_the_attention() -> None:
     model, inputs, _ = wrapped("vit")
     second = cv.HookedModel(model.module)
