@@ -25,7 +25,7 @@ from circuitvision.model.positions import PositionWindow
 
 class ToyModel:
     family, is_dual = "toy", False
-    flow = Flow(("vision", "language"), (Connector(("vision",), "language"),))
+    flow = Flow(("vision", "language"), (Connector(("vision",), "language", "projector"),))
     device, dtype, tokenizer = torch.device("cpu"), torch.float64, None
     engine = SimpleNamespace(stack=[], active=list)
 
