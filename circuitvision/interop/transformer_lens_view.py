@@ -321,7 +321,7 @@ def _has_meaning(tower: Tower, full: str) -> bool:
         readout = tower.spec.readout
         after_pooling = readout is not None and readout.normed and not readout.norm_first
         return site.site not in OURS_ALONE and not (after_pooling and site.site.startswith("ln_final"))
-    return site.site != "attn.hook_result" or tower.blocks[site.layer].branch("attn").last is None
+    return site.site != "attn.hook_result" or not tower.blocks[site.layer].attn.layout.then
 
 
 def _their_name(full: str) -> str:
@@ -377,7 +377,7 @@ def _config(model: HookedModel, tower: Tower) -> TransformerLensConfig:
     config: Any = tower.config
     head = _head(tower)
     n_grid = None if c.grid is None else c.n_prefix + c.grid[0] * c.grid[1]
-    norm: Any = tower.blocks[0].part("ln1")
+    norm: Any = tower.blocks[0].attn.norm
     return TransformerLensConfig(
         d_model=c.d_model,
         d_head=c.d_head,
@@ -393,7 +393,7 @@ def _config(model: HookedModel, tower: Tower) -> TransformerLensConfig:
         final_rms=c.norm == "RMSNorm",
         normalization_type="RMS" if c.norm == "RMSNorm" else "LN",
         positional_embedding_type="rotary" if c.rotary else "standard",
-        eps=float(getattr(computing(norm), norm_spec(norm).eps)),
+        eps=0.0 if norm is None else float(getattr(computing(norm), norm_spec(norm).eps)),
         act_fn=c.act,
         default_prepend_bos=False,
         dtype=model.dtype,

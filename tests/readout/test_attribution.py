@@ -15,6 +15,7 @@ from circuitvision.readout.attribution.direct import Attribution, direct_attribu
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.targets import output_kind
 from circuitvision.readout.weights.unembedding import linear_projector
+from tests.parts import has_part, module_of
 from tests.readout.common import NAMES, outputs_at, run
 from tests.readout.layouts import by_row
 from tests.zoo import case
@@ -37,7 +38,8 @@ def requests(model, dtype):
 def tolerance(model, tower, dtype, by):
     """Float64 holds as long as the model's own norms do not round to float32 between the terms (sandwich norms do)."""
     rounds = (
-        any(block.has("attn_add") for block in model.towers[tower].blocks) and model.towers[tower].cfg.norm == "RMSNorm"
+        any(has_part(block, "attn_add") for block in model.towers[tower].blocks)
+        and model.towers[tower].cfg.norm == "RMSNorm"
     )
     return 1e-6 if rounds and by != "component" and dtype == torch.float64 else EXACT[dtype]
 
@@ -132,9 +134,9 @@ def test_a_share_is_what_is_lost_when_its_own_term_is_taken_out_of_the_stream(na
         block, base = tower.blocks[layer], f"{tower_name}.blocks.{layer}"
 
         def written(vector, add, norm, block=block, base=base):
-            if not block.has(add):
+            if not has_part(block, add):
                 return vector
-            module = block.part(add)
+            module = module_of(block, add)
             if hasattr(module, "lambda1"):
                 return vector * module.lambda1.detach()
             gain = norm_spec(module).offset + module.weight.detach()

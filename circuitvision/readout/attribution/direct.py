@@ -280,9 +280,10 @@ def _shares(
     told_apart = set(chosen_layers(layers, count))
     for layer in range(count):
         rest: list[Tensor] = []
-        for branch in ("attn", "mlp"):
-            total = share(stream.site(f"blocks.{layer}.hook_{branch}_out"))
-            if by == "component" or (branch == "mlp" and not (by == "neuron" and layer in told_apart)):
+        for branch, site in stream.added(layer).items():
+            total = share(stream.site(site))
+            splits = branch == "attn" or (branch == "mlp" and by == "neuron" and layer in told_apart)
+            if by == "component" or not splits:
                 shares[f"{tower} L{layer}.{branch}"] = total
                 continue
             split = stream.head_shares if branch == "attn" else stream.neuron_shares
@@ -394,11 +395,12 @@ def cached_for(
         if cache.model is not None and cache.model.module is not model.module:
             raise InputError("The cache is of another model than the one given; record it with this model.")
         return cache
-    parts = ["hook_attn_out", "hook_mlp_out", "hook_resid_*"]
+    parts = ["hook_resid_*"]
     parts += ["attn.hook_z"] if by != "component" else []
     parts += ["mlp.hook_post"] if by == "neuron" else []
     parts += ["attn.hook_v", "attn.hook_pattern"] if by == "source" else []
     names = [f"{read_tower.name}.hook_*", *(f"{read_tower.name}.blocks.*.{part}" for part in parts)]
+    names += [f"{read_tower.name}.{site}" for n in range(read_tower.cfg.n_layers) for site in read_tower.added_in(n)]
     names += [f"{name}.hook_readout" for name in model.towers if f"{name}.hook_readout" in model.sites()]
     if by == "source":
         names += [f"{t.name}.blocks.*.attn.hook_v" for t in read_tower.siblings.values() if t.feeds_cache]

@@ -128,9 +128,11 @@ def log_prob_increase(
     scorer = _Scorer(read_tower, stream, chosen, stream.final, _where(read_tower, stream, stream.final, position))
     numbers = chosen_layers(layers, stream.end)
     with torch.no_grad(), read_tower.hooks_disabled():
+        _check_alike(read_tower, numbers)
         values = torch.stack([scorer.layer(layer, by) for layer in numbers])
     inner = {"component": "part", "source": "head"}.get(by, by)
-    parts = ["attn", "mlp"] if by == "component" else list(range(values.shape[1]))
+    branches: list[Any] = [branch.name for branch in read_tower.blocks[numbers[0]].branches]
+    parts = branches if by == "component" else list(range(values.shape[1]))
     axes: dict[str, list[Any]] = {"layer": numbers, inner: parts}
     examples = examples_of(stream.cache, read_tower.name, values.shape[2])[0].tolist()
     method = f"log_prob_increase(tower={read_tower.name}, by={by}, answer={answer})"
@@ -198,6 +200,16 @@ def _answer(model: HookedModel, read_tower: Tower, answer: Any, aggregation: str
     return resolve_targets(model, read_tower, named, aggregation=aggregation)
 
 
+def _check_alike(read_tower: Tower, layers: Sequence[int]) -> None:
+    """Raise InputError for layers whose blocks have different branches: their scores do not fit into one table."""
+    kinds = {layer: [branch.name for branch in read_tower.blocks[layer].branches] for layer in layers}
+    other = next((layer for layer in layers if kinds[layer] != kinds[layers[0]]), None)
+    if other is not None:
+        raise InputError(
+            f"Blocks {layers[0]} and {other} of the {read_tower.name} tower have different branches; choose with layers=."
+        )
+
+
 def _check(read_tower: Tower) -> None:
     readout = read_tower.spec.readout
     if (
@@ -260,15 +272,21 @@ class _Scorer:
         """The scores of one layer."""
         stream = self.stream
         pre = self.at(stream.site(f"blocks.{layer}.hook_resid_pre"))
+        block = stream.tower.blocks[layer]
         if by == "component":
-            mid = self.at(stream.site(f"blocks.{layer}.hook_resid_mid"))
-            attn = self.score(pre, self.at(stream.site(f"blocks.{layer}.hook_attn_out"))[None])
-            return torch.cat([attn, self.score(mid, self.at(stream.site(f"blocks.{layer}.hook_mlp_out"))[None])])
+            return torch.cat(
+                [
+                    self.score(
+                        self.at(stream.site(f"blocks.{layer}.{branch.stream}")),
+                        self.at(stream.site(f"blocks.{layer}.{branch.added}"))[None],
+                    )
+                    for branch in block.branches
+                ]
+            )
         if by == "head":
             return self.score(pre, stream.head_vectors(layer, self.rows, self.where))
         if by == "neuron":
-            mid = self.at(stream.site(f"blocks.{layer}.hook_resid_mid"))
-            return self.neurons(layer, mid)
+            return self.neurons(layer, self.at(stream.site(f"blocks.{layer}.{block.mlp.stream}")))
         sources = stream.source_vectors(layer, self.rows, self.where)
         written = stream.head_vectors(layer, self.rows, self.where)
         check_sources(sources.movedim(1, -1).flatten(1, 2), written.flatten(1), layer, spacing(pre))
