@@ -35,7 +35,8 @@ from circuitvision.model.sites import NamesFilter, SiteName, matching
 from circuitvision.model.spec import resolve
 
 if TYPE_CHECKING:
-    from circuitvision.model import HookedModel, Tower
+    from circuitvision.hooked import HookedModel
+    from circuitvision.model import Tower
     from circuitvision.model.tower import Block
 
 ON_BLOCK = ("ln1", "attn", "ln2", "mlp")

@@ -31,9 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from circuitvision.model.attention import PrefixKV
-from circuitvision.model.dead import last_live_block
-from circuitvision.model.replay import (
+from circuitvision.incremental.replay import (
     BaseRun,
     CannotResume,
     ForeignHookDetector,
@@ -42,11 +40,13 @@ from circuitvision.model.replay import (
     tensors_in,
     tensors_of,
 )
-from circuitvision.model.resumed_run import UNREAD, ResumedRun, embeddings_of
-from circuitvision.model.routes import EMBED, ResumePlan, ResumePoint
+from circuitvision.incremental.resumed_run import UNREAD, ResumedRun, embeddings_of
+from circuitvision.incremental.routes import EMBED, ResumePlan, ResumePoint
+from circuitvision.model.attention import PrefixKV
+from circuitvision.model.dead import last_live_block
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tokens import TokenMap
     from circuitvision.model.tower import Block
 

@@ -23,7 +23,7 @@ from circuitvision.model.positions import PositionWindow
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 PARTS = ("block", "o", "attn", "mlp_out", "mlp", "post")
 """Where inside a block a run resumes: the whole block; its output projection; after attention; the MLP's output map; after the MLP; after the
