@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from circuitvision import circuits, data, edits, interop, metrics, organisms, patching, plots, readout, regions
+    from circuitvision.hooked import HookedModel
     from circuitvision.loading import load
-    from circuitvision.model import ActivationCache, HookedModel, HookPoint, TokenMap, Tower
+    from circuitvision.model import ActivationCache, HookPoint, TokenMap, Tower
     from circuitvision.model.picture_boxes import boxes_in_pictures
     from circuitvision.model.spec import register_family, register_stack
     from circuitvision.progress import set_verbosity
@@ -27,6 +28,7 @@ _ROOMS = (
     "edits",
     "errors",
     "families",
+    "incremental",
     "interop",
     "metrics",
     "model",
@@ -58,6 +60,10 @@ _CLASSES = {
     "data.sides": "Example Side",
     "digests": "NamedFunction",
     "errors": "CircuitVisionError HookError InputError UnknownAttributeError UnknownExampleError UnknownSiteError UnsupportedModelError",
+    "hooked": "HookedModel",
+    "incremental.prepared": "PreparedRun",
+    "incremental.sweeps.plan": "Plan",
+    "incremental.sweeps.result": "SweepResult",
     "interop.transformer_lens_view": "TowerView",
     "metrics": "Accuracy ActionDim KL LogProb LogitDiff Metric Prob Rank",
     "model.averages": "Layout",
@@ -65,23 +71,23 @@ _CLASSES = {
     "model.edits.base": "Edit EditGroup",
     "model.edits.values": "SideSource TensorRef",
     "model.flow": "Connector Flow",
-    "model.hooked": "HookedModel",
     "model.hooks": "HookPoint",
     "model.names": "NodeName",
     "model.packing": "AnyRes Cameras Flat ImageTokens Inserted Packing Patches",
     "model.patches": "Frame PatchEmbedding",
     "model.positions": "Positions",
-    "model.prepared": "PreparedRun",
     "model.regions": "Area HighNorm Region",
     "model.selection": "Selection",
     "model.slots": "SlotGradients",
-    "model.block_layout": "BlockLayout",
     "model.spec": "Family NormSpec Readout Stack TowerSpec",
-    "model.sweeps.plan": "Plan",
-    "model.sweeps.result": "SweepResult",
+    "model.block_layout": "BlockLayout",
     "model.tokens": "TokenMap",
     "model.tower": "Tower",
     "model.tower_config": "TowerConfig",
+    "openvla.actions": "ActionTokens",
+    "openvla.configuration": "OpenVLAConfig",
+    "openvla.modeling": "OpenVLAForActionPrediction",
+    "openvla.processing": "OpenVLAImageProcessor OpenVLAProcessor",
     "patching.activation": "PatchingResult",
     "plots.figure": "Figure",
     "readout.attention.contrast": "AttentionContrast",
@@ -97,10 +103,6 @@ _CLASSES = {
     "readout.lens.summaries": "LensSummaries LensSummary PositionDifference",
     "readout.lens.tuned": "TunedLens",
     "readout.over_data": "DataReading",
-    "openvla.actions": "ActionTokens",
-    "openvla.configuration": "OpenVLAConfig",
-    "openvla.modeling": "OpenVLAForActionPrediction",
-    "openvla.processing": "OpenVLAImageProcessor OpenVLAProcessor",
     "readout.probes.collected": "Collected",
     "readout.probes.decisions": "DecisionLayers",
     "readout.probes.linear": "ProbeResult",

@@ -18,7 +18,7 @@ from circuitvision.errors import InputError
 from circuitvision.files import format_of, reading
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 _READS = "results, caches, collected vectors, edits, graphs and tables"
 

@@ -25,7 +25,7 @@ from circuitvision.model.points import Call, Point, SavedInput
 from circuitvision.model.sites import NamesFilter, matching
 
 if TYPE_CHECKING:
-    from circuitvision.model import HookedModel
+    from circuitvision.hooked import HookedModel
 
 OWN_STATE = ("_sites", "_stations")
 """What our envoys carry beyond nnsight's own state; it never travels."""

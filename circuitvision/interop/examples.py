@@ -28,7 +28,8 @@ from circuitvision.errors import InputError
 from circuitvision.model.packing import ImageRun
 
 if TYPE_CHECKING:
-    from circuitvision.model import HookedModel, Tower
+    from circuitvision.hooked import HookedModel
+    from circuitvision.model import Tower
 
 PER_IMAGE = ("pixel_values", "image_sizes", "pixel_attention_mask", "spatial_shapes")
 """Inputs with one entry per image, which an example may have several of."""

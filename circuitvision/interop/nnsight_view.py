@@ -37,7 +37,8 @@ from circuitvision.model.sites import NamesFilter, SiteName, matching
 from circuitvision.model.spec import resolve
 
 if TYPE_CHECKING:
-    from circuitvision.model import HookedModel, Tower
+    from circuitvision.hooked import HookedModel
+    from circuitvision.model import Tower
     from circuitvision.model.block import Block
 
 ATTENTION_REASON = (

@@ -36,10 +36,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from circuitvision.errors import InputError, UnknownAttributeError, UnsupportedModelError
+from circuitvision.hooked import HookedModel
 from circuitvision.interop.examples import Examples
 from circuitvision.interop.lens_blocks import BlockView
 from circuitvision.model import heads
-from circuitvision.model.hooked import HookedModel
 from circuitvision.model.hooks import HookPoint
 from circuitvision.model.sites import NamesFilter, SiteName, matching
 from circuitvision.model.spec import norm_spec

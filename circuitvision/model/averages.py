@@ -30,7 +30,7 @@ from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import ABSENT, KINDS, TokenMap, present
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 Array = np.ndarray
 Average = str | tuple[str, ...] | Positions

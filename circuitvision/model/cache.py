@@ -28,7 +28,7 @@ from circuitvision.model.norms import Norm
 from circuitvision.model.sites import SiteName, expand_short
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
 

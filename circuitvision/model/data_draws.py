@@ -25,7 +25,7 @@ from circuitvision.model.packing import ImageRun
 from circuitvision.model.tokens import TokenMap
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 TRIES = 32
 """How many other examples are tried for each."""

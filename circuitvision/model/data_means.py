@@ -23,7 +23,7 @@ from circuitvision.progress import Progress
 from circuitvision.provenance import hash_weights
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 MOST = 256
 """How many means of a model are kept."""

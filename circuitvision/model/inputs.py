@@ -20,7 +20,7 @@ from circuitvision.model.packing import ImageRun, laid_out
 from circuitvision.model.patches import pair
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
 

@@ -28,7 +28,7 @@ from circuitvision.model.patches import Array, Frame, PatchEmbedding
 from circuitvision.model.settings import setting
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
 _AT_ONCE = 512

@@ -25,7 +25,7 @@ from circuitvision.model.packing import ImageRun
 from circuitvision.model.patches import Array, Frame, union
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 _PICTURE = -1.0
 """Marks what is picture: no processor pads with a negative level."""

@@ -27,7 +27,7 @@ from circuitvision.model.patches import Array, Frame, union
 from circuitvision.model.selection import Selection
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
 KINDS = (

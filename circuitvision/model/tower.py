@@ -40,8 +40,8 @@ from circuitvision.model.weights import (
 )
 
 if TYPE_CHECKING:
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.cache import ActivationCache
-    from circuitvision.model.hooked import HookedModel
 
 
 def _nobody() -> None:

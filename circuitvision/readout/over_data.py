@@ -29,7 +29,7 @@ from circuitvision.results import Result
 from circuitvision.statistics import by_example
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 
 @dataclass(frozen=True, eq=False)

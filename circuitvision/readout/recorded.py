@@ -12,9 +12,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
+from circuitvision.hooked import HookedModel
 from circuitvision.model.axes import past_length
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.hooked import HookedModel
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
 from circuitvision.model.tower import Tower

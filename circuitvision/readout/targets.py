@@ -32,7 +32,7 @@ from circuitvision.model import heads
 from circuitvision.model.weights import out_width
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
 AGGREGATIONS = ("first", "mean", "joint")

@@ -22,9 +22,9 @@ from peft import (
 from torch import Tensor, nn
 
 import circuitvision as cv
-from circuitvision import edits
+from circuitvision import edits, hooked
 from circuitvision.errors import InputError, UnsupportedModelError
-from circuitvision.model import hooked, tower, tree, weights
+from circuitvision.model import tower, tree, weights
 from circuitvision.model.sites import matches
 from tests.parts import has_part, module_of
 from tests.zoo import case, shared_model

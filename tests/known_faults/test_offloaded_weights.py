@@ -13,8 +13,9 @@ from accelerate import cpu_offload, disk_offload
 from torch import Tensor, nn
 
 import circuitvision as cv
+from circuitvision import hooked
 from circuitvision.errors import UnsupportedModelError
-from circuitvision.model import hooked, weights
+from circuitvision.model import weights
 from tests.parts import module_of
 from tests.zoo import case, shared_model
 

@@ -17,9 +17,9 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError, UnknownSiteError
-from circuitvision.model import resume, resumed_run
+from circuitvision.incremental import resume, resumed_run
+from circuitvision.incremental.replay import BaseRun
 from circuitvision.model.edits.binding import EditApplier
-from circuitvision.model.replay import BaseRun
 from tests.parts import module_of
 from tests.sweeps.drawing import inputs_of, metric, model_of, sweeps
 from tests.sweeps.test_engine import counted

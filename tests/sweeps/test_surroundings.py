@@ -33,9 +33,7 @@ def steered(model: cv.HookedModel, site: str, **where: Any) -> edits.Edit:
     return edits.steer(site, direction, **where)
 
 
-def compare(
-    model: cv.HookedModel, given: dict[str, Any], groups: list[Any], measure: Any = metric
-) -> cv.model.SweepResult:
+def compare(model: cv.HookedModel, given: dict[str, Any], groups: list[Any], measure: Any = metric) -> cv.SweepResult:
     """The result of a sweep that equals the loop."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

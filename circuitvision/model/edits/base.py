@@ -30,7 +30,7 @@ from circuitvision.model.positions import ALL_POSITIONS, Chosen, Positions, Posi
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.hooks import HookPoint
 
 EDITS: dict[str, type[Edit]] = {}

@@ -33,7 +33,7 @@ from circuitvision.model.positions import UNBOUNDED, PositionWindow
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.hooks import Hook, HookPoint
     from circuitvision.model.tokens import TokenMap
 

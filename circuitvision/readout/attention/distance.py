@@ -34,7 +34,7 @@ from circuitvision.readout.attention.patterns import Patterns, warn_undefined
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,7 +35,7 @@ from circuitvision.readout.patch_coords import PictureOf, grid_of, picture_of, p
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 
 @dataclass(frozen=True, eq=False)

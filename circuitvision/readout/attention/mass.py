@@ -39,7 +39,7 @@ from circuitvision.readout.attention.patterns import EVERYTHING, Patterns, descr
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 _NO_QUERY = "a row has no query that counts (padding never counts)"
 

@@ -30,7 +30,7 @@ from circuitvision.readout.targets import output_kind, prompt_embeddings
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
 

@@ -43,7 +43,7 @@ from circuitvision.readout.targets import (
 from circuitvision.readout.weights.unembedding import linear_projector
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tokens import TokenMap
     from circuitvision.model.tower import Tower
 

@@ -37,7 +37,7 @@ from circuitvision.readout.targets import Targets, names_of, output_kind, plain,
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
 _KINDS = ("component", "head", "neuron", "source")

@@ -59,7 +59,7 @@ from circuitvision.readout.recorded import behind_cache, chosen_tower, held_as, 
 from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, per_example, plain, resolve_targets
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
 NORMS = ("own", "frozen", "none", "tuned")

@@ -22,7 +22,7 @@ from circuitvision.readout.recorded import examples_of, held_as, pass_number, re
 from circuitvision.readout.targets import Targets, output_kind, output_size
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
     from circuitvision.readout.lens.tuned import TunedLens
 

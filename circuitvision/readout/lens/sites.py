@@ -9,7 +9,7 @@ from circuitvision.errors import InputError, UnknownSiteError, nearest
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 _HEAD = "holds vectors of a head's own width; read attn.hook_result, each head's share of the stream (through W_O)"
 _NEURONS = "holds neurons; value_vectors says what each writes, direct_attribution(…, by='neuron') what it did"

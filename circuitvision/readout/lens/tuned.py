@@ -37,7 +37,7 @@ from circuitvision.readout.targets import output_kind
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
     from circuitvision.readout.lens.reader import LensReader
 

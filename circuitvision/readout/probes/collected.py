@@ -27,7 +27,7 @@ from circuitvision.provenance import describe, with_provenance, without_dates
 from circuitvision.readout.probes.streaming import Batch, Reading
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 ByTower = PositionsLike | Positions | Mapping[str, PositionsLike | Positions]
 """Positions, or a mapping from towers to positions."""

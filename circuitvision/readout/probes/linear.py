@@ -38,7 +38,7 @@ from circuitvision.statistics import wilson
 if TYPE_CHECKING:
     import pandas as pd
 
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 
 @dataclass(frozen=True, eq=False)

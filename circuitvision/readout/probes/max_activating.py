@@ -37,7 +37,7 @@ from circuitvision.results import Result
 if TYPE_CHECKING:
     import pandas as pd
 
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 _POOLS = ("max", "mean")
 

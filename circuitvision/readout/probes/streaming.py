@@ -36,7 +36,7 @@ from circuitvision.progress import Progress
 from circuitvision.provenance import hash_inputs
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 _OF_IMAGES = ("pixel_values", "image_sizes", "pixel_attention_mask", "spatial_shapes")
 _OF_TEXTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")

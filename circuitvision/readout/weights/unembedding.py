@@ -37,7 +37,7 @@ from circuitvision.model.weights import attention_weights, embedding_weight, lin
 from circuitvision.readout.targets import names_of, output_kind, prompt_embeddings, word_ids
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 _PARTS = {
     "cls+mean_patch": ("cls", "patch"),

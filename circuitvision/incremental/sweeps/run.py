@@ -19,24 +19,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import CircuitVisionError, InputError, warn
-from circuitvision.links import marked
-from circuitvision.metric_set import MetricSet
-from circuitvision.model.edits.binding import CompiledEdits, EditCompiler, Group
-from circuitvision.model.prepared import run_batch
-from circuitvision.model.replay import CannotResume, rows_of_group
-from circuitvision.model.resume import Resumer, blocked_by
-from circuitvision.model.routes import (
+from circuitvision.incremental.prepared import run_batch
+from circuitvision.incremental.replay import CannotResume, rows_of_group
+from circuitvision.incremental.resume import Resumer, blocked_by
+from circuitvision.incremental.routes import (
     ResumePlan,
     is_unedited,
     lowest_position,
     route_of,
 )
+from circuitvision.incremental.sweeps.batches import LARGE_SHARE, count_fitting, free_memory, size_of_route
+from circuitvision.incremental.sweeps.plan import NOTHING, Plan
+from circuitvision.links import marked
+from circuitvision.metric_set import MetricSet
+from circuitvision.model.edits.binding import CompiledEdits, EditCompiler, Group
 from circuitvision.model.state import refuse_random
-from circuitvision.model.sweeps.batches import LARGE_SHARE, count_fitting, free_memory, size_of_route
-from circuitvision.model.sweeps.plan import NOTHING, Plan
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 
 @dataclass(eq=False)

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from circuitvision.incremental.replay import CannotResume, Overrides, fresh, is_plain, repeated
+from circuitvision.incremental.routes import EMBED, ResumePlan, ResumePoint, reached_through_cache
 from circuitvision.model.attention import PrefixKV
 from circuitvision.model.branches import AttentionBranch
 from circuitvision.model.dead import CACHE_SIDE, last_live_block
-from circuitvision.model.replay import CannotResume, Overrides, fresh, is_plain, repeated
-from circuitvision.model.routes import EMBED, ResumePlan, ResumePoint, reached_through_cache
 from circuitvision.model.sites import SiteName
 from circuitvision.model.spec import resolve
 
 if TYPE_CHECKING:
+    from circuitvision.incremental.resume import Resumer
     from circuitvision.model.block import Block
-    from circuitvision.model.resume import Resumer
     from circuitvision.model.tower import Tower
 
 PER_POSITION = ("attention_mask", "position_embeddings", "position_ids", "cache_position", "past_key_values")

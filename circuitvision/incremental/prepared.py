@@ -28,14 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from circuitvision.errors import CircuitVisionError, InputError, warn
-from circuitvision.links import marked
-from circuitvision.model.edits.base import Edit
-from circuitvision.model.edits.binding import CompiledEdits, EditApplier, EditCompiler, as_groups
-from circuitvision.model.hooks import Registration
-from circuitvision.model.names import is_component, site_of
-from circuitvision.model.replay import CannotResume, rows_of_group, tensors_in
-from circuitvision.model.resume import Resumer, blocked_by
-from circuitvision.model.routes import (
+from circuitvision.incremental.replay import CannotResume, rows_of_group, tensors_in
+from circuitvision.incremental.resume import Resumer, blocked_by
+from circuitvision.incremental.routes import (
     ResumePlan,
     is_unedited,
     lowest_position,
@@ -43,11 +38,16 @@ from circuitvision.model.routes import (
     route_of,
     start_of,
 )
+from circuitvision.links import marked
+from circuitvision.model.edits.base import Edit
+from circuitvision.model.edits.binding import CompiledEdits, EditApplier, EditCompiler, as_groups
+from circuitvision.model.hooks import Registration
+from circuitvision.model.names import is_component, site_of
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 FAILURES = (MemoryError, RuntimeError, ValueError, TypeError, IndexError)
 """What a model raises where it is called in a way that is not understood; memory that runs out is told apart."""

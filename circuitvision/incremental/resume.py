@@ -31,9 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from circuitvision.model.attention import PrefixKV
-from circuitvision.model.dead import last_live_block
-from circuitvision.model.replay import (
+from circuitvision.incremental.replay import (
     BaseRun,
     CannotResume,
     ForeignHookDetector,
@@ -42,12 +40,14 @@ from circuitvision.model.replay import (
     tensors_in,
     tensors_of,
 )
-from circuitvision.model.resumed_run import ResumedRun, embeddings_of, unread_parts
-from circuitvision.model.routes import EMBED, ResumePlan, ResumePoint
+from circuitvision.incremental.resumed_run import ResumedRun, embeddings_of, unread_parts
+from circuitvision.incremental.routes import EMBED, ResumePlan, ResumePoint
+from circuitvision.model.attention import PrefixKV
+from circuitvision.model.dead import last_live_block
 
 if TYPE_CHECKING:
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.block import Block
-    from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tokens import TokenMap
 
 FREE_POOLS = ("none", "cls", "cls+distillation", "cls+mean_patch", "mean_patch")

@@ -53,8 +53,8 @@ from circuitvision.model.tree import ModuleTree, base_of
 from circuitvision.model.weights import check_gradients, main_device, main_dtype
 
 if TYPE_CHECKING:
-    from circuitvision.model.prepared import PreparedRun
-    from circuitvision.model.sweeps.result import SweepResult
+    from circuitvision.incremental.prepared import PreparedRun
+    from circuitvision.incremental.sweeps.result import SweepResult
 
 HookList = Sequence[tuple[Any, Hook]]
 
@@ -562,7 +562,7 @@ class HookedModel(TextTools):
 
     @contextlib.contextmanager
     def prepared(self, inputs: Any, start: Any) -> Iterator[PreparedRun]:
-        """Runs under edits that compute only what lies behind a place, exact, with gradients: :class:`circuitvision.model.prepared.PreparedRun`.
+        """Runs under edits that compute only what lies behind a place, exact, with gradients: :class:`circuitvision.PreparedRun`.
 
         ``with model.prepared(inputs, start=("language", 20)) as run: logits = run([edit])``. The unedited run is recorded once; each call costs what
         lies behind ``start``, the earliest place where an edit may act: a site or component, a layer ``(tower, number)`` (its input; a number alone
@@ -572,7 +572,7 @@ class HookedModel(TextTools):
         Raises InputError or UnknownSiteError for a start that is not there; InputError in training mode with dropout, and from a call whose edits act
         before ``start``.
         """
-        from circuitvision.model.prepared import PreparedRun
+        from circuitvision.incremental.prepared import PreparedRun
 
         run = PreparedRun(self, self._checked(inputs), start)
         try:
@@ -612,17 +612,17 @@ class HookedModel(TextTools):
         batch, as many each time.
 
         ``save_to`` is a folder in which every finished batch is kept: whatever ends the run, the same call with ``resume=True`` runs the rest only,
-        to the same bits (see :mod:`circuitvision.model.sweeps.store`).
+        to the same bits (see :mod:`circuitvision.incremental.sweeps.store`).
 
         An example in which all masks and selections of a group are empty was not edited: it is NaN, with a warning, so that means leave it out
         (``empty="clean"``: its unedited metric). Raises InputError or UnknownSiteError, naming the edit, before anything runs; InputError in
         training mode with dropout, and for a folder that holds another study.
         """
-        from circuitvision.model.sweeps.study import Options, Study
+        from circuitvision.incremental.sweeps.study import Options, Study
 
         options = Options(batch_size, partial, empty, progress, save_to, resume)
         if hasattr(inputs, "batches"):
-            from circuitvision.model.sweeps.stream import DataStudy
+            from circuitvision.incremental.sweeps.stream import DataStudy
 
             return DataStudy(self, inputs, edits_or_groups, metric, axes, options, example_batch, align).result()
         return Study(self, self._checked(inputs), edits_or_groups, metric, axes, options).result()

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from circuitvision.incremental.routes import ResumePlan, rows_serve_all
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import EditCompiler
-from circuitvision.model.routes import ResumePlan, rows_serve_all
 
 POSITIONS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
 """How many positions an automatic batch computes: what keeps the device busy."""

@@ -23,6 +23,7 @@ from circuitvision import provenance
 from circuitvision.answers import check_complete
 from circuitvision.digests import plain
 from circuitvision.errors import InputError
+from circuitvision.incremental.sweeps.study import Chunk, Options, Study
 from circuitvision.links import marked
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.axes import axis_of, tower_of
@@ -30,11 +31,10 @@ from circuitvision.model.edits.base import Edit, taken
 from circuitvision.model.edits.binding import Group, as_groups
 from circuitvision.model.edits.values import SideSource, TensorRef, TensorRefMapping
 from circuitvision.model.sites import SiteName
-from circuitvision.model.sweeps.study import Chunk, Options, Study
 
 if TYPE_CHECKING:
     from circuitvision.data.batches import Batch
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 
 class DataStudy(Study):

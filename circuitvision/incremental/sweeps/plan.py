@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from circuitvision.model.routes import CONNECTOR, END, WHOLE, ResumePlan, ResumePoint
+from circuitvision.incremental.routes import CONNECTOR, END, WHOLE, ResumePlan, ResumePoint
 from circuitvision.storage import as_builtin, stored_as
 
 NOTHING = "nothing changes"

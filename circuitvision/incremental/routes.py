@@ -25,7 +25,7 @@ from circuitvision.model.positions import PositionWindow
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 WHOLE, END = 0, 10_000
 """Where inside a block a run resumes: the whole block, or behind it. Between them each branch has two places: before its output projection
