@@ -65,6 +65,32 @@ class _Gate(torch.autograd.Function):
         return (torch.zeros_like(grads[0]) if edited is None else grads[0] * edited), None
 
 
+def _fired_beside(fire: Callback, stream: Tensor) -> tuple[Tensor, bool, Tensor]:
+    """A copy of the stream behind the hooks of a slot, whether it may differ, and at which entries ``[… 1]`` it does.
+
+    The unedited stream has its gradient already, through the norm; only an edited copy takes the norm's place in the backward pass.
+    """
+    holder: dict[str, Tensor] = {}
+    tracked = torch.is_grad_enabled() and stream.requires_grad
+    value, changed = fire(_Gate.apply(stream, holder) if tracked else stream)
+    edited = (value != stream).any(-1, keepdim=True) if changed else torch.zeros(())
+    if changed and bool(edited.any()):
+        holder["edited"] = edited
+    return value, changed, edited
+
+
+def _read_of(out: Tensor, value: Tensor, edited: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """``out`` where a slot was not edited, ``function(value)`` where it was; the slot has its gradient either way."""
+    if torch.is_grad_enabled() and value.requires_grad:
+        out = _Beside.apply(out, value, function)
+    return torch.where(edited, function(value), out) if bool(edited.any()) else out
+
+
+def _apart(value: Tensor) -> Tensor:
+    """A tensor of its own where gradients are followed: what is subtracted again must not take its gradient away."""
+    return value.clone() if torch.is_grad_enabled() and value.requires_grad else value
+
+
 @dataclass(eq=False)
 class ProjectionOutput(Output):
     """What one projection writes: the output of its module, or its share of a fused one."""
@@ -124,21 +150,13 @@ class HeadInput(Point):
         stash = self.companions[0]
         resid = stash.kept[id(stash.module)]
         per_head = resid.unsqueeze(-2).expand(*resid.shape[:-1], self.n_heads, resid.shape[-1])
-        # The unedited stream has its gradient already, through the norm; only an edited copy takes the norm's place in the backward pass.
-        holder: dict[str, Tensor] = {}
-        tracked = torch.is_grad_enabled() and per_head.requires_grad
-        value, changed = fire(_Gate.apply(per_head, holder) if tracked else per_head)
-        if not changed:
-            return
-        edited = (value != per_head).any(-1, keepdim=True)
         before = call.tensor()
         out = split_heads(self.projection.take(before), self.n_heads)
-        if torch.is_grad_enabled() and value.requires_grad:
-            out = _Beside.apply(out, value, self.projected)
-        if bool(edited.any()):
-            holder["edited"] = edited
-            out = torch.where(edited, self.projected(value), out)
-        call.set_tensor(self.projection.put(before, merge_heads(out, self.n_heads)))
+        value, changed, edited = _fired_beside(fire, per_head)
+        if changed:
+            call.set_tensor(
+                self.projection.put(before, merge_heads(_read_of(out, value, edited, self.projected), self.n_heads))
+            )
 
     def projected(self, value: Tensor) -> Tensor:
         """Norm and projection of one stream per head: ``row pos head d_head``."""
@@ -165,12 +183,9 @@ class ReadInput(Point):
     def apply(self, call: Call, fire: Callback) -> None:
         stash = self.companions[0]
         stream = stash.kept[id(stash.module)]
-        value, changed = fire(stream.clone() if torch.is_grad_enabled() and stream.requires_grad else stream)
-        if not changed:
-            return
-        before = call.input()
-        edited = (value != stream).any(-1, keepdim=True)
-        call.set_input(rebuilt_where(edited, before, stash.module.forward(value.contiguous())))
+        value, changed, edited = _fired_beside(fire, stream)
+        if changed:
+            call.set_input(_read_of(call.input(), value, edited, lambda own: stash.module.forward(own.contiguous())))
 
 
 @dataclass(eq=False)
@@ -208,7 +223,7 @@ class GatedOutput(Point):
 
     def apply(self, call: Call, fire: Callback) -> None:
         before = self.gates(call.tensor())
-        value, changed = fire(before)
+        value, changed = fire(_apart(before))
         if changed:
             arrival = self.companions[0]
             arrival.kept[id(arrival)] = value - before
@@ -235,6 +250,6 @@ class Between(Point):
         saved = self.companions[0]
         entering = call.input()
         before = entering - saved.kept.pop(id(saved.module))
-        value, changed = fire(before)
+        value, changed = fire(_apart(before))
         if changed:
             call.set_input(match_memory_layout(entering + (value - before), entering))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from circuitvision.errors import UnsupportedModelError
+from circuitvision.model.block_points import Between
 from circuitvision.model.layout_of_blocks import block_points, norm_points
 from circuitvision.model.points import (
     POOL_SITES,
@@ -56,6 +57,9 @@ def _refuse_shared(points: list[Point]) -> None:
     """Raise UnsupportedModelError where one module serves two towers or two layers: a call of it does not say for which."""
     seen: dict[tuple[int, str], tuple[str, int | None, SiteName]] = {}
     for point in points:
+        if isinstance(point, Between):
+            # It says what lies before its module, of the block before.
+            continue
         name = SiteName.parse(point.name)
         layer = name.layer
         if name.site == "hook_input":
