@@ -1,4 +1,4 @@
-"""Blocks of every shape a table can describe: each site read and written as the same weights multiplied by hand say, in runs, gradients and sweeps."""
+"""Blocks of every shape a table can describe: sites, gradients, sweeps and sums as the same weights multiplied by hand say."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def test_every_site_reads_and_writes_as_by_hand(shape: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_sweep_is_the_loop_and_resumes(shape: str) -> None:
-    module, model, inputs = built(shape)
+    _module, model, inputs = built(shape)
     with torch.no_grad():
-        out, cache = model.run_with_cache(inputs)
+        _out, cache = model.run_with_cache(inputs)
         sites = [site for site in model.sites("vision.blocks.**") if not site.endswith("hook_scale")]
         groups: list[Any] = [edits.replace(site, cache[site] * 1.2 + 0.1, positions=[1, 3]) for site in sites]
         groups += [[groups[3], groups[-2]], [groups[0], groups[5]]]
@@ -169,7 +169,7 @@ def _weights() -> list[str]:
 
 @pytest.mark.parametrize("shape", ["fused", "fused_groups", "flat", "parallel_shared"])
 def test_weights_of_fused_projections(shape: str) -> None:
-    module, model, inputs = built(shape)
+    module, model, _inputs = built(shape)
     for layer, block in enumerate(model.vision.blocks):
         attn: Any = module.blocks[layer].attn
         for letter, n_heads in (("q", 4), ("k", 2), ("v", 2)):
