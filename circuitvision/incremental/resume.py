@@ -86,8 +86,8 @@ class Resumer:
         self.model, self.inputs, self.tokens, self.eager = model, dict(inputs), tokens, eager
         self.order = model.flow.stages
         self.dual = model.is_dual
-        self.by_cache = any(tower.feeds_cache for tower in model.towers.values())
-        """Whether a tower reads another one's keys and values."""
+        self.by_cache = not model.flow.only_streams
+        """Whether a tower reads another one's keys and values, or attends to it."""
         self._reach: dict[tuple[str, int], Tensor | None] = {}
         self.clean: BaseRun | None = None
 

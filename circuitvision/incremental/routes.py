@@ -86,8 +86,8 @@ class ResumePlan:
 
     starts: tuple[ResumePoint, ...]
     eager: bool
-    later: ResumePoint | None = None
-    """The first edit in a tower that the first edited one reaches only through its keys and values."""
+    later: tuple[ResumePoint, ...] = ()
+    """The first edit in each tower behind the first edited one, where towers read more of each other than their streams."""
 
     def start_in(self, tower: str) -> ResumePoint | None:
         """The start in a tower; None where the tower is not where the edits begin."""
@@ -160,10 +160,12 @@ def _plan(
 ) -> ResumePlan:
     """The plan that resumes in the towers of ``starts`` that no other of them reaches."""
     first = model.flow.first_of(starts)
-    later = None
-    if len(first) == 1 and model.flow.feeds_cache(first[0]):
-        later = min((here for here in edited if here.tower != first[0]), default=None)
-    return ResumePlan(tuple(starts[tower] for tower in first), eager, later)
+    later: dict[str, ResumePoint] = {}
+    if len(first) == 1 and not model.flow.only_streams:
+        for here in edited:
+            if here.tower != first[0]:
+                later[here.tower] = min(here, later.get(here.tower, here))
+    return ResumePlan(tuple(starts[tower] for tower in first), eager, tuple(sorted(later.values())))
 
 
 def plan_behind(model: HookedModel, starts: Collection[ResumePoint], groups: Sequence[CompiledEdits]) -> ResumePlan:
@@ -215,10 +217,29 @@ def is_unedited(model: HookedModel, site: str, plan: ResumePlan, writes: Iterabl
 def reached_through_cache(route: ResumePlan, model: HookedModel, tower: str) -> int:
     """The first block of ``tower`` that is edited, or reads changed keys or values of a tower before it; 0 where everything before it changed."""
     start = route.starts[0]
-    if len(route.starts) > 1 or model.flow.cache_of(tower) != start.tower:
+    if len(route.starts) > 1:
         return 0
-    reached = max(start.layer, 0) if start.is_whole else start.layer + 1
-    return reached if route.later is None else min(reached, max(route.later.layer, 0))
+    if model.flow.cache_of(tower) == start.tower:
+        reached = max(start.layer, 0) if start.is_whole else start.layer + 1
+    elif _only_attends(model.flow, tower, start.tower):
+        crossed = [
+            n for other in model.towers[tower].crossed_towers for n in model.towers[tower].layers_that_see(other)
+        ]
+        reached = min(crossed)
+    else:
+        return 0
+    return min([reached, *(max(here.layer, 0) for here in route.later if here.tower == tower)])
+
+
+def _only_attends(flow: Flow, tower: str, start: str) -> bool:
+    """Whether what changed in a tower or connector reaches another tower through cross-attention alone."""
+    into = [one for one in flow.connectors if one.target == tower]
+    changed = [
+        one
+        for one in into
+        if one.name == start or any(name == start or flow.reaches(start, name) for name in one.sources)
+    ]
+    return bool(changed) and all(one.via == "cross" for one in changed)
 
 
 def lowest_position(binder: EditCompiler, group: CompiledEdits, tower: str) -> int:

@@ -45,6 +45,12 @@ def refuse_unread(family: Family, towers: dict[str, Tower]) -> None:
     """Raise UnsupportedModelError for towers whose output the table leads nowhere: their effects would come out as zero."""
     flow = family.flow
     for name, tower in towers.items():
+        for other in tower.crossed_towers:
+            if not any(one.via == "cross" and other in one.sources and one.target == name for one in flow.connectors):
+                raise UnsupportedModelError(
+                    f"Blocks of the {name} tower attend to the {other} tower (Attention(keys_of={other!r})), and the family {family.name!r} has "
+                    f"no connector that says so: Connector(({other!r},), {name!r}, via='cross')."
+                )
         compared = flow.is_dual and tower.spec.readout is not None and tower.spec.readout.finish == "contrast"
         if name != flow.answer and not compared and not flow.reaches(name, flow.answer):
             raise UnsupportedModelError(

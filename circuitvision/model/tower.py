@@ -144,6 +144,8 @@ class Tower:
 
     def n_dropped_in(self, inputs: Mapping[str, Any] | None = None) -> int:
         """How many first positions are left out on the way to the connector in a run: of a family without a setting for it, those of no patch."""
+        if self.connector is None or self.connector.via == "cross":
+            return 0
         select = self.spec.feature_select
         return self.cfg.n_prefix if select is None else int(setting(self.module, inputs, select) == "default")
 
@@ -183,10 +185,19 @@ class Tower:
         return found
 
     @property
+    def crossed_towers(self) -> list[str]:
+        """The towers that its blocks attend to beside itself (cross-attention)."""
+        found = [attention.core.keys_of for block in self.blocks for attention in block.attentions]
+        return [name for name in dict.fromkeys(found) if name]
+
+    def layers_that_see(self, tower: str) -> list[int]:
+        """The blocks with an attention whose keys are another tower's positions; "" for this tower's own."""
+        return [n for n, block in enumerate(self.blocks) if any(one.core.keys_of == tower for one in block.attentions)]
+
+    @property
     def reads_beside_stream(self) -> bool:
         """Whether its blocks are given more of other towers than their stream: keys and values, or what is written between them."""
-        crossed = any(attention.core.keys_of for block in self.blocks for attention in block.attentions)
-        return crossed or bool(self.stack.writers)
+        return bool(self.crossed_towers or self.stack.writers)
 
     def added_in(self, layer: int) -> list[str]:
         """The sites of everything that is added to the stream in a block and behind it, without the tower's name."""
