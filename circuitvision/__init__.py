@@ -83,6 +83,7 @@ _CLASSES = {
     "model.tokens": "TokenMap",
     "model.tower": "Tower",
     "model.tower_config": "TowerConfig",
+    "model.wrapped": "Wrapped",
     "openvla.actions": "ActionTokens",
     "openvla.configuration": "OpenVLAConfig",
     "openvla.modeling": "OpenVLAForActionPrediction",

@@ -23,7 +23,7 @@ from circuitvision.model.positions import PositionWindow
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 PARTS = ("block", "o", "attn", "mlp_out", "mlp", "post")
 """Where inside a block a run resumes: the whole block; its output projection; after attention; the MLP's output map; after the MLP; after the
@@ -75,7 +75,7 @@ class ResumePlan:
         return next((start for start in self.starts if start.tower == tower), None)
 
 
-def start_of(model: HookedModel, site: str) -> ResumePoint:
+def start_of(model: Wrapped, site: str) -> ResumePoint:
     """The first place that an edit of ``site`` can change."""
     name = SiteName.parse(site)
     if name.tower not in model.towers:
@@ -92,7 +92,7 @@ def start_of(model: HookedModel, site: str) -> ResumePoint:
     return ResumePoint(name.tower, name.layer, PARTS.index(_part(model, name)))
 
 
-def _part(model: HookedModel, name: SiteName) -> str:
+def _part(model: Wrapped, name: SiteName) -> str:
     assert name.layer is not None
     block = model.towers[name.tower].blocks[name.layer]
     if name.site in ("attn.hook_z", "attn.hook_result"):
@@ -112,12 +112,12 @@ def _part(model: HookedModel, name: SiteName) -> str:
     return "post" if name.site == "hook_resid_post" else "block"
 
 
-def rows_serve_all(model: HookedModel, tower: str) -> bool:
+def rows_serve_all(model: Wrapped, tower: str) -> bool:
     """Whether every example's output depends on every row of a tower: the texts that a dual encoder compares its images with."""
     return model.is_dual and tower in model.towers and not model.towers[tower].stack.image
 
 
-def route_of(model: HookedModel, group: CompiledEdits) -> ResumePlan:
+def route_of(model: Wrapped, group: CompiledEdits) -> ResumePlan:
     """The route of a bound group."""
     starts: dict[str, ResumePoint] = {}
     for site in group.sites:
@@ -128,9 +128,7 @@ def route_of(model: HookedModel, group: CompiledEdits) -> ResumePlan:
     return _plan(model, starts, starts.values(), eager)
 
 
-def _plan(
-    model: HookedModel, starts: Mapping[str, ResumePoint], edited: Iterable[ResumePoint], eager: bool
-) -> ResumePlan:
+def _plan(model: Wrapped, starts: Mapping[str, ResumePoint], edited: Iterable[ResumePoint], eager: bool) -> ResumePlan:
     """The plan that resumes in the towers of ``starts`` that no other of them reaches."""
     first = model.flow.first_of(starts)
     later = None
@@ -139,7 +137,7 @@ def _plan(
     return ResumePlan(tuple(starts[tower] for tower in first), eager, later)
 
 
-def plan_behind(model: HookedModel, starts: Collection[ResumePoint], groups: Sequence[CompiledEdits]) -> ResumePlan:
+def plan_behind(model: Wrapped, starts: Collection[ResumePoint], groups: Sequence[CompiledEdits]) -> ResumePlan:
     """The plan that runs several groups in one batch from the latest of the given starts that is behind none of their edits.
 
     Raises InputError, naming the edit, for a site before every start.
@@ -171,7 +169,7 @@ def _is_behind(here: ResumePoint, start: ResumePoint, flow: Flow) -> bool:
     return start <= here if here.tower == start.tower else flow.reaches(start.tower, here.tower)
 
 
-def is_unedited(model: HookedModel, site: str, plan: ResumePlan, writes: Iterable[str]) -> bool:
+def is_unedited(model: Wrapped, site: str, plan: ResumePlan, writes: Iterable[str]) -> bool:
     """Whether a site, in a run that resumes by a plan, has its unedited value and is not computed again; ``writes`` are the edited sites."""
     here = start_of(model, site)
     start = plan.start_in(here.tower)
@@ -185,7 +183,7 @@ def is_unedited(model: HookedModel, site: str, plan: ResumePlan, writes: Iterabl
     return here < start or (entering and order_of[site] < first)
 
 
-def reached_through_cache(route: ResumePlan, model: HookedModel, tower: str) -> int:
+def reached_through_cache(route: ResumePlan, model: Wrapped, tower: str) -> int:
     """The first block of ``tower`` that is edited, or reads changed keys or values of a tower before it; 0 where everything before it changed."""
     start = route.starts[0]
     if len(route.starts) > 1 or model.flow.cache_of(tower) != start.tower:
@@ -200,7 +198,7 @@ def lowest_position(binder: EditCompiler, group: CompiledEdits, tower: str) -> i
     for site, edits in group.writes.items():
         if SiteName.parse(site).tower != tower:
             continue
-        window = binder.window(site)
+        window = binder.windows.of(site)
         for edit in edits:
             found = 0 if window is None else _lowest(edit, window)
             lowest = found if lowest is None else min(lowest, found)

@@ -27,9 +27,9 @@ from circuitvision.errors import InputError
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
     from circuitvision.model.tokens import TokenMap
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Axis:
 ALL = Axis()
 
 
-def tower_of(model: HookedModel, name: SiteName) -> str:
+def tower_of(model: Wrapped, name: SiteName) -> str:
     """The tower whose positions a site's are: its own, or the one that a projector reads."""
     return model.flow.tower_of(name.tower)
 
@@ -173,12 +173,12 @@ def new_positions(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return new
 
 
-def prefix_of(model: HookedModel, name: str) -> str:
+def prefix_of(model: Wrapped, name: str) -> str:
     """The tower whose cached keys and values a tower sees before its own; "" if there is none."""
     return model.flow.cache_of(name)
 
 
-def positions_of(model: HookedModel, site: str, inputs: Mapping[str, Any]) -> list[int]:
+def positions_of(model: Wrapped, site: str, inputs: Mapping[str, Any]) -> list[int]:
     """The positions of its tower that a site holds in one run; empty where it has none."""
     name = SiteName.parse(site)
     tokens = model.tokens(inputs).get(tower_of(model, name))
