@@ -71,7 +71,7 @@ _CLASSES = {
     "model.edits.base": "Edit EditGroup",
     "model.edits.values": "SideSource TensorRef",
     "model.flow": "Connector Flow",
-    "model.hooks": "HookPoint",
+    "model.registrations": "HookPoint",
     "model.names": "NodeName",
     "model.packing": "AnyRes Cameras Flat ImageTokens Inserted Packing Patches",
     "model.patches": "Frame PatchEmbedding",

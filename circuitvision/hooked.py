@@ -28,7 +28,7 @@ from circuitvision.model.edits.applying import edited
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import EditCompiler, as_groups
 from circuitvision.model.gradients import Metric, with_gradients
-from circuitvision.model.hooks import Hook, HookPoint, Recorder, Registration
+from circuitvision.model.registrations import Hook, HookPoint, Recorder, Registration
 from circuitvision.model.sites import NamesFilter, SiteName, exact_names
 from circuitvision.model.weights import check_gradients
 from circuitvision.model.wrapped import RunLog, Wrapped

@@ -42,8 +42,8 @@ from circuitvision.links import marked
 from circuitvision.model.edits.applying import EditApplier, edited
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import CompiledEdits, EditCompiler, as_groups
-from circuitvision.model.hooks import Registration
 from circuitvision.model.names import is_component, site_of
+from circuitvision.model.registrations import Registration
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
 

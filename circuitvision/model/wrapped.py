@@ -29,8 +29,9 @@ from circuitvision.model import inputs as input_checks
 from circuitvision.model.axes import positions_of
 from circuitvision.model.cache import collected
 from circuitvision.model.flow import Flow
-from circuitvision.model.hooks import HookEngine, Recorder, Registration
+from circuitvision.model.hooks import HookEngine
 from circuitvision.model.points import Point
+from circuitvision.model.registrations import Recorder, Registration
 from circuitvision.model.settings import entries
 from circuitvision.model.sites import NamesFilter, SiteName, matching
 from circuitvision.model.spec import family_of

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from circuitvision.model.edits.base import naming
 from circuitvision.model.edits.binding import CompiledEdits, EditCompiler
-from circuitvision.model.hooks import Registration
 from circuitvision.model.positions import UNBOUNDED, PositionWindow
+from circuitvision.model.registrations import Registration
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooks import Hook, HookPoint
+    from circuitvision.model.registrations import Hook, HookPoint
 
 
 class EditApplier:

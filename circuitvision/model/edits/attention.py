@@ -27,7 +27,7 @@ from circuitvision.model.positions import ALL_POSITIONS, Positions, PositionWind
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooks import HookPoint
+    from circuitvision.model.registrations import HookPoint
     from circuitvision.model.tower import Tower
     from circuitvision.model.wrapped import Wrapped
 

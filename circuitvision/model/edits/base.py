@@ -31,7 +31,7 @@ from circuitvision.model.positions import ALL_POSITIONS, Chosen, Positions, Posi
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooks import HookPoint
+    from circuitvision.model.registrations import HookPoint
     from circuitvision.model.wrapped import Wrapped
 
 EDITS: dict[str, type[Edit]] = {}

@@ -25,7 +25,7 @@ from circuitvision.model.positions import PositionWindow
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooks import HookPoint
+    from circuitvision.model.registrations import HookPoint
     from circuitvision.model.wrapped import Wrapped
 
 

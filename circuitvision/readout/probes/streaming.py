@@ -27,9 +27,9 @@ from circuitvision.data import Pairs, Side
 from circuitvision.data.batches import compared_batches
 from circuitvision.errors import InputError
 from circuitvision.model.flow import Flow
-from circuitvision.model.hooks import Recorder, Registration
 from circuitvision.model.inputs import as_mapping
 from circuitvision.model.packing import ImageRun
+from circuitvision.model.registrations import Recorder, Registration
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
 from circuitvision.progress import Progress
