@@ -397,4 +397,4 @@ def test_a_recording_of_one_run_knows_its_inputs_and_of_several_does_not():
         model(inputs)
     assert not two.inputs
     model(inputs)
-    assert model._recorded_inputs is None
+    assert model._log is None

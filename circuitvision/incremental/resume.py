@@ -46,9 +46,9 @@ from circuitvision.model.attention import PrefixKV
 from circuitvision.model.dead import last_live_block
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
     from circuitvision.model.block import Block
     from circuitvision.model.tokens import TokenMap
+    from circuitvision.model.wrapped import Wrapped
 
 FREE_POOLS = ("none", "cls", "cls+distillation", "cls+mean_patch", "mean_patch")
 """Pooling rules that need nothing but the stream itself."""
@@ -56,7 +56,7 @@ _HARMLESS = ("NoneType", "AlignDevicesHook", "SequentialHook")
 """What accelerate may have put on a module: hooks that move tensors between devices change no value."""
 
 
-def blocked_by(model: HookedModel, modules: Collection[nn.Module] | None = None) -> str:
+def blocked_by(model: Wrapped, modules: Collection[nn.Module] | None = None) -> str:
     """Why no run of a model can be resumed in its present state; "" if they can. ``modules`` are the model's, where they were listed already."""
     if model.engine.stack:
         return "other hooks are active, whose effect may be anywhere"
@@ -80,9 +80,7 @@ def _is_replaced(module: nn.Module) -> bool:
 class Resumer:
     """Records one unedited run of a model, and resumes it."""
 
-    def __init__(
-        self, model: HookedModel, inputs: Mapping[str, Any], tokens: Mapping[str, TokenMap], eager: bool
-    ) -> None:
+    def __init__(self, model: Wrapped, inputs: Mapping[str, Any], tokens: Mapping[str, TokenMap], eager: bool) -> None:
         self.model, self.inputs, self.tokens, self.eager = model, dict(inputs), tokens, eager
         self.order = model.flow.stages
         self.dual = model.is_dual
@@ -110,11 +108,7 @@ class Resumer:
                 for block in self.model.towers[name].blocks[layer:]:
                     clean.prefix_kv |= {id(attention.module): PrefixKV() for attention in block.attentions}
             with self._recording(), self._kernels(clean.prefix_kv):
-                cache: Mapping[str, Any] = {}
-                if sites:
-                    clean.output, cache = self.model.run_with_cache(self.inputs, names_filter=sites)
-                else:
-                    clean.output = self.model(self.inputs)
+                clean.output, values = self.model._values_at(self.inputs, sites)
         finally:
             overrides.restore()
             watch.close()
@@ -123,7 +117,7 @@ class Resumer:
         for tensor in tensors_of(clean):
             clean.versions.setdefault(id(tensor), tensor._version)
         self.clean = clean
-        return {site: cache[site] for site in sites}
+        return values
 
     @contextlib.contextmanager
     def _kernels(self, prefix_kv: Mapping[int, PrefixKV]) -> Iterator[None]:

@@ -25,7 +25,7 @@ from circuitvision.model.positions import PositionWindow
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 WHOLE, END = 0, 10_000
 """Where inside a block a run resumes: the whole block, or behind it. Between them each branch has two places: before its output projection
@@ -94,7 +94,7 @@ class ResumePlan:
         return next((start for start in self.starts if start.tower == tower), None)
 
 
-def start_of(model: HookedModel, site: str) -> ResumePoint:
+def start_of(model: Wrapped, site: str) -> ResumePoint:
     """The first place that an edit of ``site`` can change."""
     name = SiteName.parse(site)
     if name.tower not in model.towers:
@@ -139,12 +139,12 @@ def _part(block: Block, site: str) -> tuple[int, str]:
     raise UnknownSiteError(f"{block.prefix}.{site} belongs to no branch of its block.")
 
 
-def rows_serve_all(model: HookedModel, tower: str) -> bool:
+def rows_serve_all(model: Wrapped, tower: str) -> bool:
     """Whether every example's output depends on every row of a tower: the texts that a dual encoder compares its images with."""
     return model.is_dual and tower in model.towers and not model.towers[tower].stack.image
 
 
-def route_of(model: HookedModel, group: CompiledEdits) -> ResumePlan:
+def route_of(model: Wrapped, group: CompiledEdits) -> ResumePlan:
     """The route of a bound group."""
     starts: dict[str, ResumePoint] = {}
     for site in group.sites:
@@ -155,9 +155,7 @@ def route_of(model: HookedModel, group: CompiledEdits) -> ResumePlan:
     return _plan(model, starts, starts.values(), eager)
 
 
-def _plan(
-    model: HookedModel, starts: Mapping[str, ResumePoint], edited: Iterable[ResumePoint], eager: bool
-) -> ResumePlan:
+def _plan(model: Wrapped, starts: Mapping[str, ResumePoint], edited: Iterable[ResumePoint], eager: bool) -> ResumePlan:
     """The plan that resumes in the towers of ``starts`` that no other of them reaches."""
     first = model.flow.first_of(starts)
     later: dict[str, ResumePoint] = {}
@@ -168,7 +166,7 @@ def _plan(
     return ResumePlan(tuple(starts[tower] for tower in first), eager, tuple(sorted(later.values())))
 
 
-def plan_behind(model: HookedModel, starts: Collection[ResumePoint], groups: Sequence[CompiledEdits]) -> ResumePlan:
+def plan_behind(model: Wrapped, starts: Collection[ResumePoint], groups: Sequence[CompiledEdits]) -> ResumePlan:
     """The plan that runs several groups in one batch from the latest of the given starts that is behind none of their edits.
 
     Raises InputError, naming the edit, for a site before every start.
@@ -200,7 +198,7 @@ def _is_behind(here: ResumePoint, start: ResumePoint, flow: Flow) -> bool:
     return start <= here if here.tower == start.tower else flow.reaches(start.tower, here.tower)
 
 
-def is_unedited(model: HookedModel, site: str, plan: ResumePlan, writes: Iterable[str]) -> bool:
+def is_unedited(model: Wrapped, site: str, plan: ResumePlan, writes: Iterable[str]) -> bool:
     """Whether a site, in a run that resumes by a plan, has its unedited value and is not computed again; ``writes`` are the edited sites."""
     here = start_of(model, site)
     start = plan.start_in(here.tower)
@@ -214,7 +212,7 @@ def is_unedited(model: HookedModel, site: str, plan: ResumePlan, writes: Iterabl
     return here < start or (entering and order_of[site] < first)
 
 
-def reached_through_cache(route: ResumePlan, model: HookedModel, tower: str) -> int:
+def reached_through_cache(route: ResumePlan, model: Wrapped, tower: str) -> int:
     """The first block of ``tower`` that is edited, or reads changed keys or values of a tower before it; 0 where everything before it changed."""
     start = route.starts[0]
     if len(route.starts) > 1:
@@ -248,7 +246,7 @@ def lowest_position(binder: EditCompiler, group: CompiledEdits, tower: str) -> i
     for site, edits in group.writes.items():
         if SiteName.parse(site).tower != tower:
             continue
-        window = binder.window(site)
+        window = binder.windows.of(site)
         for edit in edits:
             found = 0 if window is None else _lowest(edit, window)
             lowest = found if lowest is None else min(lowest, found)

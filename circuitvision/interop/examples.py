@@ -28,8 +28,8 @@ from circuitvision.errors import InputError
 from circuitvision.model.packing import ImageRun
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
     from circuitvision.model import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 PER_IMAGE = ("pixel_values", "image_sizes", "pixel_attention_mask", "spatial_shapes")
 """Inputs with one entry per image, which an example may have several of."""
@@ -48,7 +48,7 @@ class Batch:
 class Examples:
     """The inputs a view has seen, by example number; they stay in memory as long as the view does."""
 
-    def __init__(self, model: HookedModel, tower: Tower) -> None:
+    def __init__(self, model: Wrapped, tower: Tower) -> None:
         self.model, self.tower = model, tower
         self.batches: list[Batch] = []
         readout = tower.spec.readout

@@ -37,9 +37,9 @@ from circuitvision.model.sites import NamesFilter, SiteName, matching
 from circuitvision.model.spec import resolve
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
     from circuitvision.model import Tower
     from circuitvision.model.block import Block
+    from circuitvision.model.wrapped import Wrapped
 
 ATTENTION_REASON = (
     "it exists only inside eager attention, which a trace cannot switch on; use model.run_with_cache or run_with_hooks"
@@ -53,7 +53,7 @@ RECORDED_REASON = (
 )
 
 
-def nnsight(model: HookedModel, *, portable: bool = False) -> Any:
+def nnsight(model: Wrapped, *, portable: bool = False) -> Any:
     """An NNsight over ``model.module`` under our names: ``nn.vision.blocks[2].attn.hook_z``, ``nn.projector.hook_out``.
 
     ``nn.sites(glob)`` lists the sites. One trace reads them in the order of the pass, which is that of the list within a tower; a language tower's
@@ -76,7 +76,7 @@ def nnsight(model: HookedModel, *, portable: bool = False) -> Any:
     return build(model, nnsight_names(model), portable)
 
 
-def nnsight_names(model: HookedModel) -> dict[str, list[str]]:
+def nnsight_names(model: Wrapped) -> dict[str, list[str]]:
     """The aliases of a model, as nnsight's ``rename`` takes them: native path -> names.
 
     They serve any nnsight wrapper of the same architecture, one on a server among them:
@@ -105,7 +105,7 @@ def nnsight_names(model: HookedModel) -> dict[str, list[str]]:
     return names
 
 
-def nnsight_places(model: HookedModel, names_filter: NamesFilter = "**") -> dict[str, Place]:
+def nnsight_places(model: Wrapped, names_filter: NamesFilter = "**") -> dict[str, Place]:
     """The portable sites: name -> the plain tuple that :func:`~circuitvision.interop.portable.read` and ``write`` take.
 
     Raises UnknownSiteError if the filter selects no portable site.
@@ -123,13 +123,13 @@ def _place(point: Point, paths: dict[int, str]) -> Place:
     return paths[id(point.module)], _SIDES[type(point)], n_heads, keyword
 
 
-def offered(model: HookedModel) -> dict[str, Point]:
+def offered(model: Wrapped) -> dict[str, Point]:
     """The sites a trace can read and write, with their points, in forward order."""
     points = {name: point for name, point in model.engine.points.items() if reason(model, name) is None}
     return {name: point.as_output() if isinstance(point, StreamInput) else point for name, point in points.items()}
 
 
-def reason(model: HookedModel, name: str) -> str | None:
+def reason(model: Wrapped, name: str) -> str | None:
     """Why a trace cannot offer a site of the model; None if it can. Raises UnknownSiteError for a name the model does not have."""
     point = model.engine.points.get(name)
     if point is None:
@@ -145,7 +145,7 @@ def reason(model: HookedModel, name: str) -> str | None:
     return RECORDED_REASON if enters and tower is not None and 0 in tower.feature_layers_in() else None
 
 
-def hosts(model: HookedModel) -> dict[str, nn.Module]:
+def hosts(model: Wrapped) -> dict[str, nn.Module]:
     """The module whose envoy carries the sites under each prefix: ``vision.blocks.2.attn`` -> the attention module of that block."""
     found: dict[str, nn.Module] = {}
     for name, point in model.engine.points.items():
@@ -168,7 +168,7 @@ def _host(tower: Tower, name: str, point: Point) -> nn.Module:
     return on_block.get(part, point.module)
 
 
-def _base(model: HookedModel) -> nn.Module:
+def _base(model: Wrapped) -> nn.Module:
     """The module the table's paths start from; an adapter's wrapper is not part of them."""
     return next(iter(model.towers.values())).module
 

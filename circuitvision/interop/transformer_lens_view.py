@@ -40,7 +40,7 @@ from circuitvision.hooked import HookedModel
 from circuitvision.interop.examples import Examples
 from circuitvision.interop.lens_blocks import BlockView
 from circuitvision.model import heads
-from circuitvision.model.hooks import HookPoint
+from circuitvision.model.registrations import HookPoint
 from circuitvision.model.sites import NamesFilter, SiteName, matching
 from circuitvision.model.spec import norm_spec
 from circuitvision.model.tower import Tower

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.hooks import HookPoint
+from circuitvision.model.registrations import HookPoint
 from circuitvision.model.tokens import TokenMap
 from circuitvision.model.tower import Tower
 from circuitvision.model.tower_config import TowerConfig

@@ -28,9 +28,9 @@ from circuitvision.errors import InputError
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
     from circuitvision.model.tokens import TokenMap
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Axis:
 ALL = Axis()
 
 
-def tower_of(model: HookedModel, name: SiteName) -> str:
+def tower_of(model: Wrapped, name: SiteName) -> str:
     """The tower whose positions a site's are: its own, the one that a projector reads, or that cross-attention makes keys and values of."""
     if name.layer is not None and name.branch and name.tower in model.towers and name.counts_key_heads:
         crossed = crossed_tower(model, name)
@@ -82,7 +82,7 @@ def tower_of(model: HookedModel, name: SiteName) -> str:
     return model.flow.tower_of(name.tower)
 
 
-def crossed_tower(model: HookedModel, name: SiteName) -> str:
+def crossed_tower(model: Wrapped, name: SiteName) -> str:
     """The tower whose positions are the keys of a site's branch (cross-attention); "" for a branch that looks at its own tower."""
     if name.layer is None or name.tower not in model.towers:
         return ""
@@ -188,12 +188,12 @@ def new_positions(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return new
 
 
-def prefix_of(model: HookedModel, name: str) -> str:
+def prefix_of(model: Wrapped, name: str) -> str:
     """The tower whose cached keys and values a tower sees before its own; "" if there is none."""
     return model.flow.cache_of(name)
 
 
-def positions_of(model: HookedModel, site: str, inputs: Mapping[str, Any]) -> list[int]:
+def positions_of(model: Wrapped, site: str, inputs: Mapping[str, Any]) -> list[int]:
     """The positions of its tower that a site holds in one run; empty where it has none."""
     name = SiteName.parse(site)
     tokens = model.tokens(inputs).get(tower_of(model, name))

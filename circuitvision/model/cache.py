@@ -28,8 +28,8 @@ from circuitvision.model.norms import Norm
 from circuitvision.model.sites import SiteName, expand_short
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
 CACHE_FORMAT = "circuitvision.cache/1"
@@ -46,7 +46,7 @@ class Recipe:
     """Versions of the input tensors."""
 
     @classmethod
-    def of(cls, model: HookedModel, inputs: Mapping[str, Any], names: Sequence[str], **given: Any) -> Recipe:
+    def of(cls, model: Wrapped, inputs: Mapping[str, Any], names: Sequence[str], **given: Any) -> Recipe:
         """Look at a run that is about to be recorded; what can change later is read now."""
         settings = {name: plain(value) for name, value in given.items() if value}
         settings |= {name: plain(value) for name, value in inputs.items() if not isinstance(value, Tensor)}
@@ -80,7 +80,7 @@ class ActivationCache(Mapping[str, Any]):
     def __init__(
         self,
         values: dict[str, Any],
-        model: HookedModel | None = None,
+        model: Wrapped | None = None,
         inputs: Mapping[str, Any] | None = None,
         has_batch_dim: bool = True,
         recipe: Recipe | None = None,
@@ -256,7 +256,7 @@ class ActivationCache(Mapping[str, Any]):
 
     @classmethod
     def load(
-        cls, path: str | Path, model: HookedModel | None = None, inputs: Mapping[str, Any] | None = None
+        cls, path: str | Path, model: Wrapped | None = None, inputs: Mapping[str, Any] | None = None
     ) -> ActivationCache:
         """Read what :meth:`save` wrote; ``model`` and ``inputs`` give back derived sites and read-outs.
 

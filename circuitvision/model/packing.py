@@ -28,14 +28,14 @@ from circuitvision.model.patches import Array, Frame, PatchEmbedding
 from circuitvision.model.settings import setting
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 _AT_ONCE = 512
 """How many patches are told apart in one call of a packing function that mixes them freely."""
 
 
-def _hands_on(model: HookedModel, name: str) -> bool:
+def _hands_on(model: Wrapped, name: str) -> bool:
     """Whether the model's forward gives a keyword to any function it calls: some versions take one and forget it."""
     code = inspect.unwrap(type(model.inner).forward).__code__
     return any(name in names for names in code.co_consts if isinstance(names, tuple))
@@ -68,7 +68,7 @@ class ImageRun:
     Raises InputError where the inputs do not say how the images are packed.
     """
 
-    def __init__(self, model: HookedModel, inputs: Mapping[str, Any], tower: str = "") -> None:
+    def __init__(self, model: Wrapped, inputs: Mapping[str, Any], tower: str = "") -> None:
         self.model, self.inputs = model, inputs
         self._tower = tower
         self.packing: Packing = model.family.packing
@@ -251,7 +251,7 @@ class Packing:
         """What token maps call a row: 0 is the whole image, tiles count from 1."""
         return tile
 
-    def laid_out(self, model: HookedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    def laid_out(self, model: Wrapped, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs with prompts that name every position the model computes; as they are where prompts always do."""
         return inputs
 
@@ -296,7 +296,7 @@ class Inserted(Packing):
     fills_embeddings = False
     layout = "[example, channel (those of all image towers), height, width]"
 
-    def laid_out(self, model: HookedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    def laid_out(self, model: Wrapped, inputs: dict[str, Any]) -> dict[str, Any]:
         """With image tokens where the model puts patches. Raises InputError for other inputs that count positions without them."""
         ids, pixels = inputs.get("input_ids"), inputs.get("pixel_values")
         if not isinstance(ids, Tensor) or not isinstance(pixels, Tensor):

@@ -27,8 +27,8 @@ from circuitvision.model.patches import Array, Frame, union
 from circuitvision.model.selection import Selection
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 KINDS = (
     "cls",
@@ -336,7 +336,7 @@ class _Builder:
         return TokenMap(**vars(self))
 
 
-def token_maps(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
+def token_maps(model: Wrapped, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
     """The token map of every tower that these inputs run; in a run that continues a cache, what the cache holds is of kind "unknown"."""
     maps: dict[str, TokenMap] = {}
     given, inputs = inputs, new_positions(inputs)
@@ -410,7 +410,7 @@ def _vision_map(run: ImageRun) -> TokenMap:
     return build.done()
 
 
-def _text_map(model: HookedModel, tower: Tower, run: ImageRun, pictures: TokenMap | None) -> TokenMap:
+def _text_map(model: Wrapped, tower: Tower, run: ImageRun, pictures: TokenMap | None) -> TokenMap:
     ids = run.inputs.get("input_ids")
     read: Tensor = run.inputs["inputs_embeds"] if ids is None else ids
     build = _Builder(tower.name, *read.shape[:2])
@@ -469,7 +469,7 @@ def _describe(build: _Builder) -> None:
     build.tile.reshape(-1)[mixed] = -1
 
 
-def _action_map(model: HookedModel, tower: Tower, inputs: Mapping[str, Any]) -> TokenMap:
+def _action_map(model: Wrapped, tower: Tower, inputs: Mapping[str, Any]) -> TokenMap:
     rows = int(inputs["state"].shape[0])
     kinds = list(model.family.suffix_kinds)
     length = int(model.config.chunk_size) + len(kinds) - 1

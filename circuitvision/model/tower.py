@@ -40,8 +40,8 @@ from circuitvision.model.weights import (
 )
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
     from circuitvision.model.cache import ActivationCache
+    from circuitvision.model.wrapped import Wrapped
 
 
 def _nobody() -> None:
@@ -65,7 +65,7 @@ class Tower:
         self.find()
         self.hooks_disabled: Callable[[], AbstractContextManager[None]] = nullcontext
         """Keeps hooks from firing while modules are called for a read-out alone; set by the wrapper."""
-        self.owner: Callable[[], HookedModel | None] = _nobody
+        self.owner: Callable[[], Wrapped | None] = _nobody
         """The wrapped model this tower belongs to; set by the wrapper, which a tower does not keep alive."""
 
     def find(self) -> None:

@@ -12,15 +12,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.hooked import HookedModel
 from circuitvision.model.axes import past_length
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
 from circuitvision.model.tower import Tower
+from circuitvision.model.wrapped import Wrapped
 
 
-def chosen_tower(model: HookedModel, tower: str | None) -> Tower:
+def chosen_tower(model: Wrapped, tower: str | None) -> Tower:
     """The tower named, or the one whose head gives the output.
 
     Raises:

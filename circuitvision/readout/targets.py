@@ -32,8 +32,8 @@ from circuitvision.model import heads
 from circuitvision.model.weights import out_width
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 AGGREGATIONS = ("first", "mean", "joint")
 MEASURES = ("logit", "logprob", "prob")
@@ -74,7 +74,7 @@ def output_size(tower: Tower) -> int | None:
     return out_width(head)
 
 
-def prompt_embeddings(model: HookedModel, prompts: Sequence[str]) -> Float[Tensor, "prompt d_shared"]:
+def prompt_embeddings(model: Wrapped, prompts: Sequence[str]) -> Float[Tensor, "prompt d_shared"]:
     """Unit embeddings of text prompts by a dual encoder's own text tower.
 
     Raises:
@@ -228,7 +228,7 @@ def shared_width(tower: Tower) -> int:
 
 
 def resolve_targets(
-    model: HookedModel, tower: Tower, targets: Any, *, aggregation: str | None = None, own_columns: bool = False
+    model: Wrapped, tower: Tower, targets: Any, *, aggregation: str | None = None, own_columns: bool = False
 ) -> Targets:
     """Targets by name, id, prompt, dimension or direction as columns of a tower's read-out.
 
@@ -298,7 +298,7 @@ def _directions(tower: Tower, kind: str, targets: Tensor) -> Targets:
     return Targets(labels, torch.arange(len(labels)).view(-1, 1, 1), "first", targets, labels)
 
 
-def _ids(model: HookedModel, tower: Tower, kind: str, target: Any, aggregation: str | None) -> list[int]:
+def _ids(model: Wrapped, tower: Tower, kind: str, target: Any, aggregation: str | None) -> list[int]:
     if isinstance(target, int) and not isinstance(target, bool):
         size = None if kind == "columns" else output_size(tower)
         if target < 0 or (size is not None and target >= size):
@@ -320,7 +320,7 @@ def _singular(kind: str) -> str:
     return {"classes": "class"}.get(kind, kind.removesuffix("s"))
 
 
-def word_ids(model: HookedModel, word: str, aggregation: str | None = None) -> list[int]:
+def word_ids(model: Wrapped, word: str, aggregation: str | None = None) -> list[int]:
     """The ids of a class name or word: one, or with ``aggregation`` as many as it takes (``"first"``: the first).
 
     Raises:
@@ -349,7 +349,7 @@ def word_ids(model: HookedModel, word: str, aggregation: str | None = None) -> l
     return ids[:1] if aggregation == "first" else ids
 
 
-def names_of(model: HookedModel, tower: Tower, ids: Sequence[int], targets: Targets | None = None) -> dict[str, str]:
+def names_of(model: Wrapped, tower: Tower, ids: Sequence[int], targets: Targets | None = None) -> dict[str, str]:
     """The word, class or prompt of columns of a read-out, by the number as text (JSON has no other keys)."""
     if targets is not None and targets.against is not None:
         return {str(number): str(targets.columns[number]) for number in ids}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuitvision.model import attention, block_points, heads, hooks, points
+from circuitvision.model import attention, block_points, heads, hooks, points, torch_hooks
 from circuitvision.model.branches import AttentionBranch
 from circuitvision.model.weights import linear_weight
 from tests.conformance import setting as settings
@@ -29,18 +29,18 @@ def swap_heads(patch: pytest.MonkeyPatch) -> None:
 
 def ignore_edits(patch: pytest.MonkeyPatch) -> None:
     """What a hook returns is thrown away."""
-    run = hooks._run_hook
+    run = hooks.run_hook
 
     def ignoring(hook: Any, value: Tensor, where: Any, tracked: bool) -> tuple[Tensor, bool]:
         run(hook, value, where, tracked)
         return value, tracked
 
-    patch.setattr(hooks, "_run_hook", ignoring)
+    patch.setattr(hooks, "run_hook", ignoring)
 
 
 def drop_position_zero(patch: pytest.MonkeyPatch) -> None:
     """Edits of position 0 are lost."""
-    run = hooks._run_hook
+    run = hooks.run_hook
 
     def dropping(hook: Any, value: Tensor, where: Any, tracked: bool) -> tuple[Tensor, bool]:
         returned, changed = run(hook, value, where, tracked)
@@ -49,7 +49,7 @@ def drop_position_zero(patch: pytest.MonkeyPatch) -> None:
             returned = torch.cat([value.narrow(axis, 0, 1), returned.narrow(axis, 1, returned.shape[axis] - 1)], axis)
         return returned, changed
 
-    patch.setattr(hooks, "_run_hook", dropping)
+    patch.setattr(hooks, "run_hook", dropping)
 
 
 def replace_the_norm_input_only(patch: pytest.MonkeyPatch) -> None:
@@ -78,14 +78,14 @@ def edit_a_copy_of_the_keys(patch: pytest.MonkeyPatch) -> None:
 
 
 def _appended(table: Any, hook: Any, with_kwargs: dict[int, bool]) -> Any:
-    key = hooks._next_key()
+    key = torch_hooks.next_key()
     table[key], with_kwargs[key] = hook, True
     return table, with_kwargs, key
 
 
 def append_hooks(patch: pytest.MonkeyPatch) -> None:
     """Handles come after those of transformers, which has recorded the hidden state by then."""
-    patch.setattr(hooks, "_placed", _appended)
+    patch.setattr(hooks, "placed", _appended)
 
 
 def rebuild_everywhere(patch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def forget_in_place_changes(patch: pytest.MonkeyPatch) -> None:
         returned = hook(value, where)
         return (value, True) if returned is None else (returned, True)
 
-    patch.setattr(hooks, "_run_hook", lenient)
+    patch.setattr(hooks, "run_hook", lenient)
 
 
 def never_count(patch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import HookError, InputError, UnsupportedModelError
-from circuitvision.model import hooks, points
+from circuitvision.model import hooks, points, torch_hooks
 from tests.parts import module_of
 from tests.zoo import CASES, primary, shared_model
 
@@ -368,12 +368,12 @@ def prepend(patch: pytest.MonkeyPatch) -> None:
     """Handles come before those of others."""
 
     def first(table: Any, hook: Any, with_kwargs: dict[int, bool]) -> Any:
-        key = hooks._next_key()
+        key = torch_hooks.next_key()
         table[key], with_kwargs[key] = hook, True
         table.move_to_end(key, last=False)
         return table, with_kwargs, key
 
-    patch.setattr(hooks, "_placed", first)
+    patch.setattr(hooks, "placed", first)
 
 
 def write_through(patch: pytest.MonkeyPatch) -> None:

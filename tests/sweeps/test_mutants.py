@@ -15,7 +15,7 @@ from circuitvision import edits
 from circuitvision.incremental import resume, resumed_run, routes
 from circuitvision.incremental.sweeps import run
 from circuitvision.model import attention
-from circuitvision.model.edits.binding import EditApplier
+from circuitvision.model.edits.applying import EditApplier
 from circuitvision.model.positions import Positions
 from tests.sweeps.drawing import inputs_of, metric, model_of
 

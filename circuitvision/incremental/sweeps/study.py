@@ -33,7 +33,7 @@ from circuitvision.results import check_labels
 from circuitvision.storage import as_builtin
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Study:
 
     def __init__(
         self,
-        model: HookedModel,
+        model: Wrapped,
         inputs: Any,
         edits: Any,
         metric: Any,

@@ -27,9 +27,9 @@ from circuitvision.model.positions import ALL_POSITIONS, Positions, PositionWind
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
-    from circuitvision.model.hooks import HookPoint
+    from circuitvision.model.registrations import HookPoint
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,7 +42,7 @@ class AttentionEdit(Edit):
     allows_patterns: ClassVar[bool] = True
     positions_name: ClassVar[str] = "queries"
 
-    def sites(self, model: HookedModel) -> list[str]:
+    def sites(self, model: Wrapped) -> list[str]:
         if self.site not in model.towers:
             raise InputError(f"there is no tower {self.site!r}; this model has {', '.join(model.towers)}")
         stage = "attn_scores" if self.renormalise else "pattern"
@@ -82,9 +82,7 @@ class AttentionEdit(Edit):
     def _strength(self) -> list[str]:
         return []
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         if window is None:
             return
@@ -265,7 +263,7 @@ class DeleteTokens(AttentionEdit):
         shown = [] if self.start == 0 else [f"start={self.start}"]
         return [*shown, "reindex=True"] if self.reindex else shown
 
-    def sites(self, model: HookedModel) -> list[str]:
+    def sites(self, model: Wrapped) -> list[str]:
         names = super().sites(model)
         count = model.towers[self.site].cfg.n_layers
         if not 0 <= self.start <= count:
@@ -280,7 +278,7 @@ class DeleteTokens(AttentionEdit):
             raise InputError(f"start={self.start} is behind the last layer, where no position looks at another")
         return names
 
-    def _averaged(self, model: HookedModel) -> list[str]:
+    def _averaged(self, model: Wrapped) -> list[str]:
         """The site whose mean over positions is read, where there is one."""
         tower = model.towers[self.site]
         readout = tower.spec.readout
@@ -293,9 +291,7 @@ class DeleteTokens(AttentionEdit):
     def does_nothing(self) -> bool:
         return self.positions.kind == "ints" and not self.positions.ints
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         window = None if window is None else window.of_all()
         super().check(model, site, window, n_heads, grows)
         tower = model.towers[self.site]
@@ -373,7 +369,7 @@ class DeleteTokens(AttentionEdit):
             raise InputError(f"{self!r}: nothing is left to look at, at {hook.name}.")
         return value.masked_fill(seen & region, torch.finfo(value.dtype).min)
 
-    def change_inputs(self, model: HookedModel, inputs: Mapping[str, Any], window: PositionWindow) -> dict[str, Any]:
+    def change_inputs(self, model: Wrapped, inputs: Mapping[str, Any], window: PositionWindow) -> dict[str, Any]:
         """With ``reindex``: the inputs with positions counted over the remaining tokens."""
         if not self.reindex:
             return dict(inputs)

@@ -43,9 +43,9 @@ from circuitvision.readout.targets import (
 from circuitvision.readout.weights.unembedding import linear_projector
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
     from circuitvision.model.tokens import TokenMap
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LinearReadout:
 
 
 def functional(
-    model: HookedModel,
+    model: Wrapped,
     tower: Tower,
     cache: ActivationCache,
     final: Float[Tensor, "row pos d_model"],
@@ -144,7 +144,7 @@ def _check_readable(tower: Tower, position: Any) -> None:
         )
 
 
-def _columns(model: HookedModel, tower: Tower, direction: Any, aggregation: str | None) -> tuple[Targets, str]:
+def _columns(model: Wrapped, tower: Tower, direction: Any, aggregation: str | None) -> tuple[Targets, str]:
     """The columns of the read-out that a direction is made of, one or the two of a difference, and what it is called."""
     if isinstance(direction, Tensor):
         chosen = resolve_targets(model, tower, direction)

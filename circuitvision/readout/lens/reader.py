@@ -22,8 +22,8 @@ from circuitvision.readout.recorded import examples_of, held_as, pass_number, re
 from circuitvision.readout.targets import Targets, output_kind, output_size
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
     from circuitvision.readout.lens.tuned import TunedLens
 
 CHUNK_BYTES = 16 * 2**20
@@ -35,7 +35,7 @@ class LensReader:
 
     def __init__(
         self,
-        model: HookedModel,
+        model: Wrapped,
         tower: Tower,
         cache: ActivationCache,
         norm: str = "own",

@@ -27,16 +27,16 @@ from circuitvision.data import Pairs, Side
 from circuitvision.data.batches import compared_batches
 from circuitvision.errors import InputError
 from circuitvision.model.flow import Flow
-from circuitvision.model.hooks import Recorder, Registration
 from circuitvision.model.inputs import as_mapping
 from circuitvision.model.packing import ImageRun
+from circuitvision.model.registrations import Recorder, Registration
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
 from circuitvision.progress import Progress
 from circuitvision.provenance import hash_inputs
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 _OF_IMAGES = ("pixel_values", "image_sizes", "pixel_attention_mask", "spatial_shapes")
 _OF_TEXTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
@@ -107,7 +107,7 @@ class Reading:
 
     def __init__(
         self,
-        model: HookedModel,
+        model: Wrapped,
         dataset: Any,
         sites: Sequence[str],
         reduce: Callable[[str, Tensor, Batch], Any],
@@ -205,7 +205,7 @@ class Reading:
 # -- cutting and joining inputs ------------------------------------------------------------------------------------------------------------
 
 
-def _side(model: HookedModel, sites: Sequence[str]) -> str | None:
+def _side(model: Wrapped, sites: Sequence[str]) -> str | None:
     """Whose rows are the examples of a dual encoder: "images", "texts" or "both"; None for other models."""
     if not model.is_dual:
         return None
@@ -213,7 +213,7 @@ def _side(model: HookedModel, sites: Sequence[str]) -> str | None:
     return "both" if len(towers) > 1 else "images" if model.towers[next(iter(towers))].stack.image else "texts"
 
 
-def n_examples(model: HookedModel, inputs: Mapping[str, Any], side: str | None = None) -> int:
+def n_examples(model: Wrapped, inputs: Mapping[str, Any], side: str | None = None) -> int:
     """How many examples an input mapping holds: prompts, or images where there are none; ``side`` chooses in dual encoders.
 
     Raises:
@@ -228,7 +228,7 @@ def n_examples(model: HookedModel, inputs: Mapping[str, Any], side: str | None =
     return counts[-1] if side == "images" else counts[0]
 
 
-def _cut(model: HookedModel, inputs: Mapping[str, Any], side: str | None, first: int, last: int) -> dict[str, Any]:
+def _cut(model: Wrapped, inputs: Mapping[str, Any], side: str | None, first: int, last: int) -> dict[str, Any]:
     """The examples ``first`` … ``last − 1`` of an input mapping."""
     size = n_examples(model, inputs, side)
     images = range(first, last)
@@ -256,7 +256,7 @@ def _cut(model: HookedModel, inputs: Mapping[str, Any], side: str | None, first:
 
 
 def _joined(
-    pieces: Iterable[dict[str, Any]], model: HookedModel, side: str | None, batch_size: int
+    pieces: Iterable[dict[str, Any]], model: Wrapped, side: str | None, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     """Neighbouring pieces that fit together as one batch of up to ``batch_size`` examples."""
     waiting: list[dict[str, Any]] = []

@@ -37,7 +37,7 @@ from circuitvision.model.weights import attention_weights, embedding_weight, lin
 from circuitvision.readout.targets import names_of, output_kind, prompt_embeddings, word_ids
 
 if TYPE_CHECKING:
-    from circuitvision.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 _PARTS = {
     "cls+mean_patch": ("cls", "patch"),
@@ -103,7 +103,7 @@ def unembedding_matrix(
     return Unembedding(weight.contiguous(), *_labels(called, tower, model, weight.shape[1]), gain, chosen)
 
 
-def model_of(tower: Tower) -> HookedModel:
+def model_of(tower: Tower) -> Wrapped:
     """The wrapped model of a tower; raises InputError if nothing holds it any more."""
     if not hasattr(tower, "owner"):
         raise InputError(f"Give a tower, such as model.vision or model.language, not a {type(tower).__name__}.")
@@ -214,9 +214,7 @@ def _value_path(tower: Tower, readout: Readout, part: str | None) -> Tensor:
     return wide(weight.detach().chunk(3)[2].T) @ wide(out.detach().T)
 
 
-def _read_as(
-    tower: Tower, model: HookedModel, weight: Tensor, prompts: Prompts | None
-) -> tuple[Tensor, list[str] | None]:
+def _read_as(tower: Tower, model: Wrapped, weight: Tensor, prompts: Prompts | None) -> tuple[Tensor, list[str] | None]:
     """The head's columns as they are, or the shared space read by prompts, which then name them."""
     kind = output_kind(tower)
     if kind not in ("texts", "images", "embedding") and prompts is not None:
@@ -244,7 +242,7 @@ def _read_as(
 
 
 def _labels(
-    names: list[str] | None, tower: Tower, model: HookedModel, n_out: int
+    names: list[str] | None, tower: Tower, model: Wrapped, n_out: int
 ) -> tuple[Callable[[int], str], Callable[[Sequence[int | str]], list[int]]]:
     """How columns are named and found: by ``names``, or as the tower's own outputs are."""
 
