@@ -33,7 +33,7 @@ from circuitvision.errors import (
     warn,
 )
 from circuitvision.links import Link, marked
-from circuitvision.model import dead, generation, heads, layout, loading, state, stream
+from circuitvision.model import dead, generation, layout, loading, state, stream
 from circuitvision.model import inputs as input_checks
 from circuitvision.model.axes import positions_of
 from circuitvision.model.cache import ActivationCache, Recipe, collected
@@ -369,7 +369,7 @@ class HookedModel(TextTools):
     @property
     def link(self) -> Link:
         """What turns the output into probabilities: ``"softmax"``, ``"sigmoid"`` (every column is a yes or no of its own) or ``"none"``."""
-        return heads.link(self.towers[self.flow.answer])
+        return self.towers[self.flow.answer].output_head.link
 
     def run_with_cache(
         self,
