@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import circuitvision as cv
 from circuitvision.errors import InputError, UnknownAttributeError
 from circuitvision.model.columns import Columns
 from circuitvision.model.norms import Norm
 from circuitvision.model.output_head import OutputHead
 from tests.readout.common import NAMES, run
+from tests.zoo import case
 
 Check = Callable[[str], None]
 EXACT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
@@ -157,6 +160,19 @@ def test_several_tokens_are_the_mean_of_theirs_and_have_no_joint_weight() -> Non
     torch.testing.assert_close(found.weight()[:, 0], torch.stack([(table[3] + table[5]) / 2, table[4]]), **EXACT)
     with pytest.raises(InputError, match="joint"):
         Columns(["a b"], ids[:1], head, "joint").weight()
+
+
+def test_names_outlive_the_variable_that_held_the_wrapper() -> None:
+    module = case("vit").build()
+    found = _named(module)
+    gc.collect()
+    assert found.label(1) == module.config.id2label[1]
+    assert found.find([module.config.id2label[2]]) == [2]
+
+
+def _named(module: nn.Module) -> cv.Unembedding:
+    model = cv.HookedModel(module)
+    return cv.readout.unembedding_matrix(model.vision)
 
 
 # -- gradients -----------------------------------------------------------------------------------------------------------------------------

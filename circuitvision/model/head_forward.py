@@ -104,8 +104,8 @@ class HeadForward:
         return self.against is not None and not self.compares
 
     @property
-    def headless(self) -> bool:
-        """Whether its columns are directions of the normed stream, so that no head reads it."""
+    def along_stream(self) -> bool:
+        """Whether its columns are directions of the normed stream, so that its module reads nothing."""
         return self.directed and self.kind != "embedding"
 
     @property
@@ -222,7 +222,7 @@ class HeadForward:
         Raises:
             UnsupportedModelError: a tower without a head of its own.
         """
-        if self.headless:
+        if self.along_stream:
             assert self.against is not None
             return self.normed(resid, reference) @ self.against.to(resid).T
         if self.tower.connector is not None or self.kind == "hidden":

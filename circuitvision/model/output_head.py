@@ -177,7 +177,7 @@ class OutputHead(HeadForward):
                 return self._weight(self.module)[:, columns]
             if self.against is None:
                 weight = upcast(self._linear(part, gain, columns))
-            elif self.headless:
+            elif self.along_stream:
                 weight = upcast(self.against[columns].T)
             else:
                 weight = upcast(self._linear(part, gain, slice(None)))
@@ -196,7 +196,7 @@ class OutputHead(HeadForward):
 
     def bias(self, columns: slice | Tensor = slice(None)) -> Float[Tensor, " n_out"] | None:
         """What the head adds to ``x W`` (of two heads the mean), in its precision; None where it adds nothing."""
-        if self.table.head is None or self.headless:
+        if self.table.head is None or self.along_stream:
             return None
         heads = [self.module, *([self._second_head] if self.table.second_head is not None else [])]
         with self.tower.hooks_disabled(), torch.no_grad():

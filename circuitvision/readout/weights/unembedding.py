@@ -125,6 +125,7 @@ def _labels(
     names: Sequence[str] | None, head: OutputHead, n_out: int
 ) -> tuple[Callable[[int], str], Callable[[Sequence[int | str]], list[int]]]:
     """How columns are named and found: by ``names``, or as the tower's own outputs are."""
+    model = head.model  # Held by the names, because a tower alone does not keep its wrapper.
 
     def label(column: int) -> str:
         return head.names([int(column)])[str(int(column))] if names is None else names[column]
@@ -133,7 +134,7 @@ def _labels(
         if not isinstance(target, str):
             column = column_number(target)
         elif names is None and head.kind in ("classes", "tokens"):
-            column = word_ids(head.model, target)[0]
+            column = word_ids(model, target)[0]
         else:
             known = names or [label(number) for number in range(n_out)]
             if target not in known:
