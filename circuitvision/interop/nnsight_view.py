@@ -177,12 +177,11 @@ def _tower_aliases(tower: Tower, paths: dict[int, str]) -> Iterator[tuple[str, s
     root = paths[id(tower.root)]
     if root:
         yield root, tower.name
-    readout = tower.spec.readout
     parts = {
         "blocks": resolve(tower.root, tower.stack.blocks),
         "embed": None if tower.spec.embed is not None else resolve(tower.root, tower.stack.embed),
         "ln_final": tower.final_norm,
-        "pool": None if readout is None else resolve(tower.module, readout.pool_module),
+        "pool": resolve(tower.module, tower.output_head.table.pool_module),
     }
     for alias, module in parts.items():
         path = "" if module is None else paths[id(module)]

@@ -117,17 +117,16 @@ def axis_of(
 
 def _norms_positions(tower: Tower) -> bool:
     """Whether the final norm runs on every position, before any pooling."""
-    readout = tower.spec.readout
-    return readout is None or (readout.normed and readout.norm_first)
+    table = tower.output_head.table
+    return table.normed and table.norm_first
 
 
 def _head_axis(tower: Tower, tokens: TokenMap, settings: Mapping[str, Any], generating: bool, site: str) -> Axis:
-    readout = tower.spec.readout
-    assert readout is not None
-    if readout.pool == "chunk":
-        reads = torch.from_numpy(tokens.kind == readout.reads[0]).all(0)
+    table = tower.output_head.table
+    if table.pool == "chunk":
+        reads = torch.from_numpy(tokens.kind == table.reads[0]).all(0)
         return Axis(reads.nonzero().flatten().tolist(), site=site)
-    if readout.pool != "none":
+    if table.pool != "none":
         return Axis(absent="they are pooled before it", site=site)
     held = _from_past(tower, tokens, settings)
     computed = range(tokens.n_positions) if held is None else held

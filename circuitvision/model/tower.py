@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from circuitvision.errors import InputError, UnknownAttributeError, UnsupportedModelError
-from circuitvision.model import branches, heads
+from circuitvision.errors import UnknownAttributeError, UnsupportedModelError
+from circuitvision.model import branches
 from circuitvision.model.block import Block
 from circuitvision.model.flow import Connector
+from circuitvision.model.output_head import OutputHead, model_of
 from circuitvision.model.patches import PatchEmbedding
 from circuitvision.model.settings import hidden_states, setting
 from circuitvision.model.slots import SlotGradients, slot_sites
@@ -32,10 +33,7 @@ from circuitvision.model.spec import (
 from circuitvision.model.tower_config import measured, number_of_heads
 from circuitvision.model.weights import (
     embedding_weight,
-    linear_bias,
-    linear_weight,
     main_dtype,
-    out_width,
     parameter,
 )
 
@@ -165,9 +163,7 @@ class Tower:
 
         ``inputs`` matter where a call can say which layers those are (``vision_feature_layer``).
         """
-        model = self.owner()
-        if model is None:
-            raise InputError("The wrapped model of this tower is gone; keep it in a variable: model = HookedModel(…).")
+        model = model_of(self)
         names = [
             f"{self.name}.hook_input",
             *(f"{self.name}.blocks.{n}.hook_resid_post" for n in range(self.cfg.n_layers)),
@@ -226,7 +222,12 @@ class Tower:
         Raises InputError if ``context`` is missing there, UnsupportedModelError for a tower without a read-out.
         """
         with self.hooks_disabled():
-            return heads.read_out(self, resid, context)
+            return self.output_head.in_run(context).read(resid)
+
+    @property
+    def output_head(self) -> OutputHead:
+        """What turns the residual stream into the family's output: its columns and their weights, and reads of a run (``in_run``)."""
+        return OutputHead(self)
 
     # -- what branches add -------------------------------------------------------------------------------------------------------------------
 
@@ -319,37 +320,22 @@ class Tower:
                 return embedding_weight(table, self.dtype).detach().clone()
             return parameter(embeddings, name)[0].detach().clone()
 
-    def _head_weight(self, kind: str) -> Tensor:
-        found = heads.unembedding(self)
-        kinds = (kind, "tied") if kind == "W_U" else (kind,)
-        if found is None or found[1] not in kinds:
-            raise UnknownAttributeError(
-                f"The {self.name} tower of {self.family.name} has no {kind}; tower.readout says how it reaches the output."
-            )
-        with self.hooks_disabled(), torch.no_grad():
-            if found[1] == "tied":
-                return embedding_weight(found[0], self.dtype).detach().T.clone()
-            return linear_weight(found[0], self.dtype)[0].detach().clone()
-
     @property
     def W_U(self) -> Float[Tensor, "d_model n_out"]:
         """The unembedding: classifier, language-model head or action head (copy); AttributeError where the tower has none."""
-        return self._head_weight("W_U")
+        return self.output_head.matrix("W_U").clone()
 
     @property
     def b_U(self) -> Float[Tensor, " n_out"]:
         """The bias of the unembedding, zeros where it has none."""
-        found = heads.unembedding(self)
-        if found is None or found[1] == "tied":
-            return self.W_U.new_zeros(self.W_U.shape[1])
-        with self.hooks_disabled(), torch.no_grad():
-            bias = linear_bias(found[0], self.dtype)
-        return self.W_U.new_zeros(out_width(found[0])) if bias is None else bias.detach().clone()
+        head = self.output_head
+        bias = None if head.weight_name is None else head.bias()
+        return self.W_U.new_zeros(self.W_U.shape[1]) if bias is None else bias.clone()
 
     @property
     def W_proj(self) -> Float[Tensor, "d_model d_shared"]:
         """The projection into the space shared with the other tower (CLIP, SigLIP text); AttributeError elsewhere."""
-        return self._head_weight("W_proj")
+        return self.output_head.matrix("W_proj").clone()
 
     def __repr__(self) -> str:
         c = self.cfg

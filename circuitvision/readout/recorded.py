@@ -111,7 +111,7 @@ def behind_cache(tower: Any, cache: ActivationCache, length: int) -> int:
 def real_queries(tower: Any, tokens: TokenMap) -> Bool[np.ndarray, "row pos"]:
     """The positions whose attention counts: no padding, but the last one where the family reads it whatever stands there (SigLIP's texts)."""
     real = tokens.present
-    if tower.spec.readout is not None and tower.spec.readout.pool == "last":
+    if tower.output_head.table.pool == "last":
         real[:, -1] = True
     return real
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuitvision.model import attention, block_points, heads, hooks, points, torch_hooks
+from circuitvision.model import attention, block_points, head_forward, hooks, points, torch_hooks
 from circuitvision.model.branches import AttentionBranch
 from circuitvision.model.weights import linear_weight
 from tests.conformance import setting as settings
@@ -134,8 +134,8 @@ def never_count(patch: pytest.MonkeyPatch) -> None:
 
 def normalise_twice(patch: pytest.MonkeyPatch) -> None:
     """A read-out that applies the final norm to what it has normalised already."""
-    right = heads.Reading._norm
-    patch.setattr(heads.Reading, "_norm", lambda self, resid, ref: right(self, right(self, resid, ref), ref))
+    right = head_forward.HeadForward._norm
+    patch.setattr(head_forward.HeadForward, "_norm", lambda self, resid, ref: right(self, right(self, resid, ref), ref))
 
 
 MUTANTS: list[tuple[Mutate, str, str]] = [

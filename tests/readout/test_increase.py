@@ -41,9 +41,7 @@ def test_the_definition_on_a_model(name, tower):
     final = cache[f"{tower}.blocks.{owner.cfg.n_layers - 1}.hook_resid_post"][:, position]
 
     def logits(vector):
-        from circuitvision.model.heads import Reading
-
-        reading = Reading(owner, cache, norm="frozen", reference=final[:, None])
+        reading = owner.output_head.in_run(cache, norm="frozen", reference=final[:, None])
         return reading.positions(vector[:, None], 1, final[:, None])[:, 0]
 
     answer = torch.tensor([3, 3])

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import circuitvision as cv
 from circuitvision.errors import InputError
-from circuitvision.readout.lens import reader as lens_module
+from circuitvision.readout.lens import run as lens_module
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.patch_coords import on_grid
 from tests.parts import module_of
@@ -328,7 +328,7 @@ def test_a_joint_value_has_no_rank_among_single_columns():
 
 def test_hooks_fire_while_a_piece_is_looked_at():
     model, _, cache = run("vit")
-    reader = lens_module.LensReader(model, model.vision, cache)
+    reader = lens_module.LensRun(model, model.vision, cache)
     pieces = reader.columns(cache["vision.hook_input"])
     next(pieces)
     fired = []

@@ -281,11 +281,11 @@ class DeleteTokens(AttentionEdit):
     def _averaged(self, model: Wrapped) -> list[str]:
         """The site whose mean over positions is read, where there is one."""
         tower = model.towers[self.site]
-        readout = tower.spec.readout
-        if readout is None or "mean" not in readout.pool:
+        table = tower.output_head.table
+        if "mean" not in table.pool:
             return []
         last = f"{self.site}.blocks.{tower.cfg.n_layers - 1}.hook_resid_post"
-        return [f"{self.site}.ln_final.hook_normalized" if readout.normed else last]
+        return [f"{self.site}.ln_final.hook_normalized" if table.normed else last]
 
     @property
     def does_nothing(self) -> bool:

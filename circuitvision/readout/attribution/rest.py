@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.heads import Reading
 from circuitvision.model.sites import SiteName
 from circuitvision.readout.recorded import held_as, recorded
 
@@ -64,7 +63,7 @@ def check_head_reads_stream(stream: Stream) -> None:
         return
     read = recorded(stream.cache, name, stream.step).to(stream.final.device)
     with torch.no_grad(), tower.hooks_disabled():
-        expected = Reading(tower, stream.cache)._pooled(stream.final, None)
+        expected = tower.output_head.in_run(stream.cache).pooled(stream.final)
     if expected.shape != read.shape:
         return
     wide = torch.promote_types(read.dtype, torch.float32)
