@@ -63,7 +63,7 @@ def model_of(tower: Tower) -> Wrapped:
     model = tower.owner()
     if model is None:
         raise InputError(
-            "The wrapped model of this tower is gone; keep it in a variable: model = Wrapped(…), then model.vision."
+            "The wrapped model of this tower is gone; keep it in a variable: model = HookedModel(…), then model.vision."
         )
     return model
 
