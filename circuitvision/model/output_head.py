@@ -32,8 +32,8 @@ from circuitvision.model.spec import require
 from circuitvision.model.weights import attention_weights, embedding_weight, linear_bias, linear_weight, out_width
 
 if TYPE_CHECKING:
-    from circuitvision.model.wrapped import Wrapped
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 WEIGHTS = ("W_U", "W_proj")
 _PARTS = {
