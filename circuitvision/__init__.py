@@ -41,6 +41,7 @@ _ROOMS = (
 )
 _FUNCTIONS = {
     "boxes_in_pictures": "model.picture_boxes",
+    "check_model": "checking",
     "load": "loading",
     "register_family": "model.spec",
     "register_stack": "model.spec",
@@ -48,6 +49,7 @@ _FUNCTIONS = {
     "show": "showing",
 }
 _CLASSES = {
+    "checking": "ModelCheck",
     "circuits.ablation": "AblationCheck",
     "circuits.importance": "HeadImportance",
     "data.batches": "Batch",
@@ -134,6 +136,7 @@ __all__ = [
     "TokenMap",
     "Tower",
     "boxes_in_pictures",
+    "check_model",
     "circuits",
     "data",
     "edits",
