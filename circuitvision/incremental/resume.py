@@ -40,14 +40,14 @@ from circuitvision.incremental.replay import (
     tensors_in,
     tensors_of,
 )
-from circuitvision.incremental.resumed_run import UNREAD, ResumedRun, embeddings_of
+from circuitvision.incremental.resumed_run import ResumedRun, embeddings_of, unread_parts
 from circuitvision.incremental.routes import EMBED, ResumePlan, ResumePoint
 from circuitvision.model.attention import PrefixKV
 from circuitvision.model.dead import last_live_block
 
 if TYPE_CHECKING:
+    from circuitvision.model.block import Block
     from circuitvision.model.tokens import TokenMap
-    from circuitvision.model.tower import Block
     from circuitvision.model.wrapped import Wrapped
 
 FREE_POOLS = ("none", "cls", "cls+distillation", "cls+mean_patch", "mean_patch")
@@ -84,8 +84,8 @@ class Resumer:
         self.model, self.inputs, self.tokens, self.eager = model, dict(inputs), tokens, eager
         self.order = model.flow.stages
         self.dual = model.is_dual
-        self.by_cache = any(tower.feeds_cache for tower in model.towers.values())
-        """Whether a tower reads another one's keys and values."""
+        self.by_cache = not model.flow.only_streams
+        """Whether a tower reads another one's keys and values, or attends to it."""
         self._reach: dict[tuple[str, int], Tensor | None] = {}
         self.clean: BaseRun | None = None
 
@@ -106,7 +106,7 @@ class Resumer:
                 self._record_tower(overrides, clean, name, starts)
             for name, layer in taps_from.items():
                 for block in self.model.towers[name].blocks[layer:]:
-                    clean.prefix_kv[id(block.part("attn"))] = PrefixKV()
+                    clean.prefix_kv |= {id(attention.module): PrefixKV() for attention in block.attentions}
             with self._recording(), self._kernels(clean.prefix_kv):
                 clean.output, values = self.model._values_at(self.inputs, sites)
         finally:
@@ -155,19 +155,18 @@ class Resumer:
                 self._keep(overrides, clean, block.module)
                 clean.completing.add(id(block.module))
         if feeds:
-            for part in UNREAD:
-                self._keep(overrides, clean, tower.blocks[live].part(part))
+            for module in unread_parts(tower.blocks[live]):
+                self._keep(overrides, clean, module)
 
     def _record_start(self, overrides: Overrides, clean: BaseRun, start: ResumePoint) -> None:
         if start.tower not in self.model.towers or start.layer == EMBED:
             return
         block = self.model.towers[start.tower].blocks[start.layer]
-        if start.name in ("o", "attn", "mlp_out", "mlp"):
-            self._keep(overrides, clean, block.part("attn"))
-        if start.name in ("o", "mlp_out"):
-            self._keep(overrides, clean, block.part("o" if start.name == "o" else "mlp_out"), argument=True)
-        if start.name in ("mlp_out", "mlp"):
-            self._keep(overrides, clean, block.part("mlp"))
+        for branch in block.branches[: start.branch + 1]:
+            self._keep(overrides, clean, branch.module)
+            resumes_here = start.at_output and branch.number == start.branch
+            if resumes_here or not branch.holds_output:
+                self._keep(overrides, clean, branch.output, argument=resumes_here)
 
     @staticmethod
     def _keep(
@@ -235,22 +234,29 @@ class Resumer:
         real = torch.from_numpy(self.tokens[tower].kind != "padding")
         seen: dict[Any, Tensor] = {}
         for block in self.model.towers[tower].blocks[layer:]:
-            tap = self.clean.prefix_kv.get(id(block.part("attn")))
-            if tap is None or tap.key is None:
-                return None
-            key = id(tap.mask) if tap.mask is not None else tap.causal
-            if key not in seen:
-                farthest = tap.farthest(real)
-                if farthest is None:
+            for attention in block.attentions:
+                tap = self.clean.prefix_kv.get(id(attention.module))
+                if tap is None or tap.key is None:
                     return None
-                seen[key] = farthest
+                key = id(tap.mask) if tap.mask is not None else tap.causal
+                if key not in seen:
+                    farthest = tap.farthest(real)
+                    if farthest is None:
+                        return None
+                    seen[key] = farthest
         return torch.stack(list(seen.values())).amax(0).cummax(0).values
 
     def can_slice(self, tower: str) -> bool:
         """Whether a tower's blocks may run on a suffix of the positions."""
         if tower not in self.model.towers:
             return False
-        return self.model.flow.is_last(tower) and not self.by_cache and not self.model.towers[tower].stack.image
+        found = self.model.towers[tower]
+        return (
+            self.model.flow.is_last(tower)
+            and not self.by_cache
+            and not found.stack.image
+            and not found.reads_beside_stream
+        )
 
     def sliced_tower(self, route: ResumePlan) -> str:
         """The tower of which a route may compute a suffix of the positions; "" if none."""
@@ -264,6 +270,8 @@ class Resumer:
             return False
         (start,) = route.starts
         if not self.model.flow.is_last(start.tower) or self.by_cache or start.layer == EMBED:
+            return False
+        if not start.is_connector and self.model.towers[start.tower].reads_beside_stream:
             return False
         if {"pixel_attention_mask", "spatial_shapes", "labels", "past_key_values"} & self.inputs.keys():
             return False

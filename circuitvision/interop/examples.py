@@ -51,8 +51,7 @@ class Examples:
     def __init__(self, model: Wrapped, tower: Tower) -> None:
         self.model, self.tower = model, tower
         self.batches: list[Batch] = []
-        readout = tower.spec.readout
-        self.paired = readout is not None and readout.finish == "contrast"
+        self.paired = tower.output_head.compares
 
     def tokens(self, inputs: Mapping[str, Any]) -> Int[Tensor, "example pos"]:
         """Handles of the examples in ``inputs``; the same tensors get the same handles again.

@@ -5,6 +5,7 @@ of keys and values holds included). Most sites hold all of them. Those that do n
 
 * a projector holds what its vision tower hands on: all positions, or all but the first where the family drops the class token;
 * an image tower's ``hook_embed`` has no prefix tokens yet;
+* keys and values of cross-attention are those of another tower's positions;
 * an output head reads what the family pools, the last positions (``logits_to_keep``, which ``generate`` sets to 1), or the last ones of a chunk;
 * a pooled site, and the one query of attention pooling, is no position at all;
 * a run that continues a cache (``past_key_values``) computes the positions behind it.
@@ -73,8 +74,20 @@ ALL = Axis()
 
 
 def tower_of(model: Wrapped, name: SiteName) -> str:
-    """The tower whose positions a site's are: its own, or the one that a projector reads."""
+    """The tower whose positions a site's are: its own, the one that a projector reads, or that cross-attention makes keys and values of."""
+    if name.layer is not None and name.branch and name.tower in model.towers and name.counts_key_heads:
+        crossed = crossed_tower(model, name)
+        if crossed:
+            return crossed
     return model.flow.tower_of(name.tower)
+
+
+def crossed_tower(model: Wrapped, name: SiteName) -> str:
+    """The tower whose positions are the keys of a site's branch (cross-attention); "" for a branch that looks at its own tower."""
+    if name.layer is None or name.tower not in model.towers:
+        return ""
+    block = model.towers[name.tower].blocks[name.layer]
+    return next((branch.core.keys_of for branch in block.attentions if branch.name == name.branch), "")
 
 
 def axis_of(
@@ -82,6 +95,8 @@ def axis_of(
 ) -> Axis:
     """The axis of a site in a run with these inputs and settings; ``generating`` where the head reads the last position alone."""
     count, site = tokens.n_positions, str(name)
+    if name.tower != tower.name and name.layer is not None:
+        return Axis(site=site)
     if name.tower != tower.name:
         dropped = tower.n_dropped_in(settings)
         return Axis(range(dropped, count), site=site) if dropped else Axis(site=site)
@@ -102,17 +117,16 @@ def axis_of(
 
 def _norms_positions(tower: Tower) -> bool:
     """Whether the final norm runs on every position, before any pooling."""
-    readout = tower.spec.readout
-    return readout is None or (readout.normed and readout.norm_first)
+    table = tower.output_head.table
+    return table.normed and table.norm_first
 
 
 def _head_axis(tower: Tower, tokens: TokenMap, settings: Mapping[str, Any], generating: bool, site: str) -> Axis:
-    readout = tower.spec.readout
-    assert readout is not None
-    if readout.pool == "chunk":
-        reads = torch.from_numpy(tokens.kind == readout.reads[0]).all(0)
+    table = tower.output_head.table
+    if table.pool == "chunk":
+        reads = torch.from_numpy(tokens.kind == table.reads[0]).all(0)
         return Axis(reads.nonzero().flatten().tolist(), site=site)
-    if readout.pool != "none":
+    if table.pool != "none":
         return Axis(absent="they are pooled before it", site=site)
     held = _from_past(tower, tokens, settings)
     computed = range(tokens.n_positions) if held is None else held

@@ -31,9 +31,9 @@ from circuitvision.errors import HookError
 from circuitvision.model import attention
 from circuitvision.model.flow import Flow
 from circuitvision.model.memory import match_memory_layout
-from circuitvision.model.points import Call, Callback, OwnOutput, Point
+from circuitvision.model.points import Call, Callback, Point
 from circuitvision.model.registrations import HookPoint, Recorder, Registration, checked, run_hook
-from circuitvision.model.sites import EAGER_SITES, SiteName
+from circuitvision.model.sites import SiteName
 from circuitvision.model.torch_hooks import Placed, placed, placed_first
 
 MOST_PLANS = 128
@@ -255,7 +255,7 @@ class HookEngine:
         only_reads = all(registration.only_reads for registration in self.stack)
         hooks = _Hooks([], [], {})
         for module, phase, planned in plan.calls:
-            points = [point for point in planned if not isinstance(point, OwnOutput) or self._touched(point.name)]
+            points = [point for point in planned if not point.for_edits or self._touched(point.name)]
             if not points:
                 continue
             fires = [(point, fire_of(point)) for point in points]
@@ -353,7 +353,7 @@ class HookEngine:
             if fired.get(name, 0) != passes.get(tower, 0) and name not in bypassed:
                 raise HookError(
                     f"{name} fired {fired.get(name, 0)} times in {passes.get(tower, 0)} passes of its tower; its edits cannot be trusted."
-                    + (_OWN_ATTENTION if SiteName.parse(name).site in EAGER_SITES else "")
+                    + (_OWN_ATTENTION if SiteName.parse(name).is_eager else "")
                 )
         for registration in self.stack:
             for name in registration.exact:

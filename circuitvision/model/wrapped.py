@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from circuitvision import provenance
 from circuitvision.errors import HookError, InputError, UnknownAttributeError, UnsupportedModelError
 from circuitvision.links import Link, marked
-from circuitvision.model import dead, heads, layout, loading, state, stream
+from circuitvision.model import dead, layout, loading, state, stream
 from circuitvision.model import inputs as input_checks
 from circuitvision.model.axes import positions_of
 from circuitvision.model.cache import collected
@@ -237,7 +237,7 @@ class Wrapped(TextTools):
     @property
     def link(self) -> Link:
         """What turns the output into probabilities: ``"softmax"``, ``"sigmoid"`` (every column is a yes or no of its own) or ``"none"``."""
-        return heads.link(self.towers[self.flow.answer])
+        return self.towers[self.flow.answer].output_head.link
 
     def __provenance__(self) -> dict[str, Any]:
         return {"model": provenance.model_id(self.module), "weights_sha256": provenance.hash_weights(self.module)}

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuitvision.model import attention, heads, hooks, points, torch_hooks
-from circuitvision.model.branches import Branch
+from circuitvision.model import attention, block_points, head_forward, hooks, points, torch_hooks
+from circuitvision.model.branches import AttentionBranch
 from circuitvision.model.weights import linear_weight
 from tests.conformance import setting as settings
 from tests.conformance.promises import PROMISES, setting_for
@@ -22,9 +22,9 @@ Mutate = Callable[[pytest.MonkeyPatch], None]
 
 def swap_heads(patch: pytest.MonkeyPatch) -> None:
     """Heads are read, and written back, in reverse."""
-    split, merge = points._heads, points._merge
-    patch.setattr(points, "_heads", lambda v, n: split(v, n) if n is None else split(v, n).flip(-2))
-    patch.setattr(points, "_merge", lambda v, n: merge(v, n) if n is None else merge(v.flip(-2), n))
+    split, merge = points.split_heads, points.merge_heads
+    patch.setattr(points, "split_heads", lambda v, n: split(v, n) if n is None else split(v, n).flip(-2))
+    patch.setattr(points, "merge_heads", lambda v, n: merge(v, n) if n is None else merge(v.flip(-2), n))
 
 
 def ignore_edits(patch: pytest.MonkeyPatch) -> None:
@@ -105,13 +105,13 @@ def double_the_gradient(patch: pytest.MonkeyPatch) -> None:
 
 def reverse_the_heads_of_results(patch: pytest.MonkeyPatch) -> None:
     """Head results are derived with the heads of W_O in reverse."""
-    right = Branch.head_results
-    patch.setattr(Branch, "head_results", lambda branch, z: right(branch, z).flip(-2))
-    patch.setattr(points.HeadResult, "apply", _reversed_results)
+    right = AttentionBranch.head_results
+    patch.setattr(AttentionBranch, "head_results", lambda branch, z: right(branch, z).flip(-2))
+    patch.setattr(block_points.HeadResult, "apply", _reversed_results)
 
 
 def _reversed_results(self: Any, call: Any, fire: Any) -> None:
-    z = points._heads(call.input(), self.n_heads)
+    z = points.split_heads(call.input(), self.n_heads)
     weight, _ = linear_weight(call.module, z.dtype, z.device)
     w_o = weight.reshape(self.n_heads, -1, weight.shape[-1]).flip(0)
     fire(torch.einsum("...hd,hdm->...hm", z, w_o))
@@ -134,8 +134,8 @@ def never_count(patch: pytest.MonkeyPatch) -> None:
 
 def normalise_twice(patch: pytest.MonkeyPatch) -> None:
     """A read-out that applies the final norm to what it has normalised already."""
-    right = heads.Reading._norm
-    patch.setattr(heads.Reading, "_norm", lambda self, resid, ref: right(self, right(self, resid, ref), ref))
+    right = head_forward.HeadForward._norm
+    patch.setattr(head_forward.HeadForward, "_norm", lambda self, resid, ref: right(self, right(self, resid, ref), ref))
 
 
 MUTANTS: list[tuple[Mutate, str, str]] = [

@@ -16,6 +16,7 @@ from circuitvision import edits
 from circuitvision.errors import InputError
 from circuitvision.incremental.resume import Resumer
 from circuitvision.incremental.sweeps.plan import Plan
+from tests.parts import module_of
 from tests.sweeps.drawing import metric
 from tests.zoo import CASES, case, parametrize, shared_model
 
@@ -44,7 +45,7 @@ def counted(model: cv.HookedModel, part: str = "q") -> Iterator[dict[str, list[t
             def note(module: nn.Module, args: Any, key: str = f"{name}.{block.layer}") -> None:
                 seen.setdefault(key, []).append(tuple(args[0].shape))
 
-            handles.append(block.part(part).register_forward_pre_hook(note))
+            handles.append(module_of(block, part).register_forward_pre_hook(note))
     try:
         yield seen
     finally:

@@ -53,7 +53,24 @@ class AttentionEdit(Edit):
         for layer in chosen:
             if not isinstance(layer, int) or not -count <= layer < count:
                 raise InputError(f"layer {layer} is outside the {count} layers of the {self.site} tower")
-        return [f"{self.site}.blocks.{layer}.attn.hook_{stage}" for layer in sorted({int(n) % count for n in chosen})]
+        return self._sites_of(model.towers[self.site], sorted({int(n) % count for n in chosen}), stage)
+
+    def _sites_of(self, tower: Tower, layers: Sequence[int], stage: str) -> list[str]:
+        """The sites in blocks whose attention looks at the tower that the keys are of: another one where blocks attend across."""
+        across = self.keys.tower if self.keys.tower in tower.crossed_towers else ""
+        found = {
+            layer: f"{tower.name}.blocks.{layer}.{attention.name}.hook_{stage}"
+            for layer in layers
+            for attention in tower.blocks[layer].attentions
+            if attention.core.keys_of == across
+        }
+        without = [layer for layer in layers if layer not in found]
+        if without and (self.layers is not None or not found):
+            raise InputError(
+                f"block {without[0]} of the {tower.name} tower does not look at the {across or tower.name} tower; those that do are "
+                f"{', '.join(map(str, tower.layers_that_see(across))) or 'none'}"
+            )
+        return list(found.values())
 
     def _shown(self) -> list[str]:
         shown = [] if self.keys.kind == "all" else [f"keys={short_repr(self.keys.plain)}"]
@@ -70,7 +87,7 @@ class AttentionEdit(Edit):
         if window is None:
             return
         prefix = window.prefix
-        if prefix is not None and self.keys.tower == prefix.tower:
+        if prefix is not None and (window.crossed or self.keys.tower == prefix.tower):
             self.keys.check(prefix, 0)
         elif self.keys.tower not in ("", window.tower):
             raise InputError(f"the {window.tower} tower cannot look at positions of the {self.keys.tower} tower")
@@ -114,6 +131,8 @@ class AttentionEdit(Edit):
         if everything:
             return torch.ones(1, n_keys, dtype=torch.bool, device=device)
         prefix = window.prefix
+        if window.crossed and prefix is not None:
+            return _mask(self.keys, prefix, rows, device)
         # A pooling's one query looks at every position. Elsewhere keys end with the last query's own; sliding windows have dropped the first ones.
         behind = n_keys if window.axis.absent else window.first + window.length
         n_prefix = 0 if prefix is None else prefix.length
@@ -262,11 +281,11 @@ class DeleteTokens(AttentionEdit):
     def _averaged(self, model: Wrapped) -> list[str]:
         """The site whose mean over positions is read, where there is one."""
         tower = model.towers[self.site]
-        readout = tower.spec.readout
-        if readout is None or "mean" not in readout.pool:
+        table = tower.output_head.table
+        if "mean" not in table.pool:
             return []
         last = f"{self.site}.blocks.{tower.cfg.n_layers - 1}.hook_resid_post"
-        return [f"{self.site}.ln_final.hook_normalized" if readout.normed else last]
+        return [f"{self.site}.ln_final.hook_normalized" if table.normed else last]
 
     @property
     def does_nothing(self) -> bool:
@@ -278,6 +297,11 @@ class DeleteTokens(AttentionEdit):
         tower = model.towers[self.site]
         self._check_reach(tower, site, window, grows)
         counted = not (tower.stack.image or tower.feeds_cache or tower.spec.runs == "per_denoising_step")
+        if model.flow.crossed_by(self.site) is not None:
+            raise InputError(
+                f"positions of the {self.site} tower are looked at by another tower's cross-attention, which deletes nothing: hide them there "
+                f"with block_attention(TOWER, keys=({self.site!r}, positions))"
+            )
         if self.reindex and not counted:
             raise InputError(
                 f"positions of the {self.site} tower cannot be counted anew; leave reindex=False: tokens keep their positions"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.axes import axis_of, prefix_of, tower_of
+from circuitvision.model.axes import axis_of, crossed_tower, prefix_of, tower_of
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.positions import UNBOUNDED, PositionWindow
 from circuitvision.model.sites import SiteName
@@ -63,11 +63,17 @@ class RunWindows:
             return None
         length = tokens.n_positions
         axis = axis_of(self.model.towers[tower], name, tokens, self.settings, self.mode == "generate")
-        prefix = self.maps.get(prefix_of(self.model, tower))
+        crossed = crossed_tower(self.model, name) if name.is_pattern else ""
+        prefix = self.maps.get(crossed or prefix_of(self.model, tower))
+        if crossed and prefix is not None and prefix.n_rows != tokens.n_rows:
+            raise InputError(
+                f"{name}: the {crossed} tower runs {prefix.n_rows} rows for {tokens.n_rows} of the {tower} tower, so its keys are several rows' "
+                "positions side by side, which edits cannot tell apart: give one image for each example"
+            )
         before = None
         if prefix is not None:
             before = PositionWindow(prefix.tower, prefix.n_rows, 0, prefix.n_positions, prefix.n_positions, prefix)
-        return PositionWindow(tower, tokens.n_rows, 0, length, length, tokens, axis, before)
+        return PositionWindow(tower, tokens.n_rows, 0, length, length, tokens, axis, before, bool(crossed))
 
     def passing(self, hook: HookPoint, value: Tensor, rows: int, first: int) -> PositionWindow:
         """The window of one pass, for ``value`` of one group."""
