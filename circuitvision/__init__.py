@@ -68,7 +68,7 @@ _CLASSES = {
     "model.hooked": "HookedModel",
     "model.hooks": "HookPoint",
     "model.names": "NodeName",
-    "model.packing": "AnyRes Cameras Flat ImageTokens Inserted Packing Patches",
+    "model.packing": "AnyRes Cameras Flat ImageTokens Inserted Packed Packing Patches",
     "model.patches": "Frame PatchEmbedding",
     "model.positions": "Positions",
     "model.prepared": "PreparedRun",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from circuitvision.families import clip, deit, dinov2, dinov3, llava, openvla, paligemma, pi0, siglip, stacks, vit
 from circuitvision.families.action_tokens import action_bins
 from circuitvision.model.flow import Connector
-from circuitvision.model.packing import AnyRes, Cameras, Flat, Inserted, Packing, Patches
+from circuitvision.model.packing import AnyRes, Cameras, Flat, Inserted, Packed, Packing, Patches
 from circuitvision.model.spec import (
     FAMILIES,
     BlockLayout,
@@ -30,6 +30,7 @@ __all__ = [
     "Flat",
     "Inserted",
     "NormSpec",
+    "Packed",
     "Packing",
     "Patches",
     "Readout",

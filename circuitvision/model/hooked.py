@@ -42,6 +42,7 @@ from circuitvision.model.edits.binding import CompiledEdits, EditApplier, EditCo
 from circuitvision.model.flow import Flow
 from circuitvision.model.gradients import Metric, with_gradients
 from circuitvision.model.hooks import Hook, HookEngine, HookPoint, Recorder, Registration
+from circuitvision.model.packing import ImageRun
 from circuitvision.model.points import Point
 from circuitvision.model.settings import entries
 from circuitvision.model.sites import NamesFilter, SiteName, exact_names, matching
@@ -110,6 +111,9 @@ class HookedModel(TextTools):
         self._follow()
         self._state.check(hooked=True)
 
+    def _row_lengths(self, inputs: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+        return self.family.packing.sequences(ImageRun(self, inputs))
+
     def _points(self) -> tuple[list[Point], dict[str, nn.Module]]:
         points = layout.points_of(self._base, self.family, self.towers)
         first_blocks = {name: tower.blocks[0].module for name, tower in self.towers.items()}
@@ -128,6 +132,11 @@ class HookedModel(TextTools):
 
     def _own_towers(self) -> None:
         self.engine.before_run = weakref.WeakMethod(self._before_run)
+        if self.family.packing.in_sequence:
+            self.engine.sequences.lengths_of = weakref.WeakMethod(self._row_lengths)
+            images = [name for name, tower in self.towers.items() if tower.stack.image]
+            connectors = [one.name for one in self.flow.modules if set(one.sources) & set(images)]
+            self.engine.sequences.stages = frozenset((*images, *connectors))
         self._first_parameter = _first_parameter(self.module)
         for tower in self.towers.values():
             tower.owner = weakref.ref(self)

@@ -41,6 +41,7 @@ from circuitvision.errors import HookError
 from circuitvision.model import attention
 from circuitvision.model.flow import Flow
 from circuitvision.model.memory import compact, match_memory_layout
+from circuitvision.model.packing.sequences import Sequences
 from circuitvision.model.points import Call, Callback, OwnOutput, Point
 from circuitvision.model.sites import EAGER_SITES, SiteName
 
@@ -173,6 +174,7 @@ class HookEngine:
         self.before_run: Callable[[], Callable[[], None] | None] = _nobody
         """Gives what is called before a run whose sites were asked for, and raises where hooks would give wrong numbers; set by the wrapper."""
         self._slots: list[attention.Slots] = []
+        self.sequences = Sequences()
 
     def __getstate__(self) -> dict[str, Any]:
         # Made hooks belong to this engine, and so does the stack of those who put them there; a copy has none.
@@ -192,6 +194,7 @@ class HookEngine:
             "_reader": Recorder(),
             "_lock": None,
             "before_run": _nobody,
+            "sequences": Sequences(),
             "in_run": False,
         }
 
@@ -311,7 +314,7 @@ class HookEngine:
                 slots = hooks.attention[id(module)].slots
                 self._slots.append(slots)
                 self.handles.append(_placed_first(module, slots.look, with_kwargs=True))
-        self.handles.append(_placed_first(self.model, self._begin_forward))
+        self.handles.append(_placed_first(self.model, self._begin_forward, with_kwargs=True))
         if hooks.attention:
             self._switch = contextlib.ExitStack()
             self._switch.enter_context(self._attention.on(hooks.attention))
@@ -334,8 +337,8 @@ class HookEngine:
             points = [point for point in planned if not isinstance(point, OwnOutput) or self._touched(point.name)]
             if not points:
                 continue
-            fires = [(point, fire_of(point)) for point in points]
-            whole = one_recorder and all(point.whole for point in points)
+            fires = [(point, self.sequences.by_rows(point.name, fire_of(point))) for point in points]
+            whole = one_recorder and all(point.whole and not self.sequences.holds(point.name) for point in points)
             names = tuple(point.name for point in points)
             if phase == "pre":
                 hook = self._pre_hook(module, fires)
@@ -439,7 +442,9 @@ class HookEngine:
                         f"{name} did not fire: the {tower} tower did not run. Does the input hold what this tower reads?"
                     )
 
-    def _begin_forward(self, module: nn.Module, args: Any) -> None:
+    def _begin_forward(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if self.acts():
+            self.sequences.begin(kwargs)
         if self.acts() and not self.in_run:
             before = self.before_run()
             if before is not None:

@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
@@ -175,8 +176,9 @@ class Family:
         packing: how images become rows of the vision tower and positions of prompts.
         image_token: attributes of the config that may hold the id of the image token, the first that exists.
         required: inputs without which the forward would draw random numbers or fail.
+        drawn: fills them in for inputs that lack them, of the config, the inputs and a generator; what it needs that is missing is an InputError.
         auto_class: the class of transformers that loads a checkpoint.
-        suffix_kinds: kinds of an action tower's positions: the first entries, the last one repeated.
+        suffix_kinds: of a config: the kinds of an action tower's positions.
         processor: how to load a checkpoint's processor, where AutoProcessor cannot.
         own_class: the class, where transformers ships none: it loads every checkpoint whose ``model_type`` is that of its ``config_class``.
         action_values: of a config: the ids of the output head that say an action, with the (normalised) value that each says.
@@ -194,7 +196,8 @@ class Family:
     image_token: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     auto_class: str = "AutoModel"
-    suffix_kinds: tuple[str, ...] = ()
+    drawn: Callable[[Any, Mapping[str, Any], torch.Generator], Mapping[str, torch.Tensor]] | None = None
+    suffix_kinds: Callable[[Any], Sequence[str]] | None = None
     processor: Callable[[str], Any] | None = None
     own_class: Callable[[], Any] | None = None
     action_values: Callable[[Any], Mapping[int, float]] | None = None

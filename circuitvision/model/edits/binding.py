@@ -23,7 +23,7 @@ from torch import Tensor
 from circuitvision.data.sides import Side
 from circuitvision.errors import CircuitVisionError, InputError, warn
 from circuitvision.model.averages import Draw, Layout, Seen, Tally, check_aligned, check_kinds, check_one_thing, draw
-from circuitvision.model.axes import axis_of, past_length, prefix_of, tower_of
+from circuitvision.model.axes import axis_of, map_of, past_length, prefix_of, tower_of
 from circuitvision.model.edits.attention import DeleteTokens
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.meeting import meets, rows_without_selection
@@ -124,12 +124,14 @@ class EditCompiler:
         return self._windows[site]
 
     def _window(self, name: SiteName) -> PositionWindow | None:
-        tower = tower_of(self.model, name)
+        tower = map_of(self.model, name)
         tokens = self.maps.get(tower)
         if tokens is None:
             return None
         length = tokens.n_positions
-        axis = axis_of(self.model.towers[tower], name, tokens, self.settings, self.mode == "generate")
+        axis = axis_of(
+            self.model.towers[tower_of(self.model, name)], name, tokens, self.settings, self.mode == "generate"
+        )
         prefix = self.maps.get(prefix_of(self.model, tower))
         before = None
         if prefix is not None:
@@ -383,11 +385,12 @@ class EditCompiler:
         self, site: str, window: PositionWindow, parts: Sequence[tuple[dict[str, Any], dict[str, TokenMap]]]
     ) -> list[Layout]:
         """The layouts of a site in the inputs that a mean goes over."""
-        name, tower = SiteName.parse(site), self.model.towers[window.tower]
+        name, own = SiteName.parse(site), window.tower
+        tower = self.model.towers[tower_of(self.model, name)]
         return [
-            Layout.of_tokens(maps[tower.name], axis_of(tower, name, maps[tower.name], inputs).held)
+            Layout.of_tokens(maps[own], axis_of(tower, name, maps[own], inputs).held)
             for inputs, maps in parts
-            if tower.name in maps
+            if own in maps
         ]
 
     def _give_data_draws(self, edits: Sequence[Ablate]) -> None:
