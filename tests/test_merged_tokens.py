@@ -12,7 +12,7 @@ from torch import Tensor
 
 import circuitvision as cv
 from circuitvision import edits
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.model import packing
 from tests import synthetic
 from tests.conformance.promises import EXACT, PROMISES
@@ -297,3 +297,29 @@ def test_a_prompt_with_a_token_per_patch_is_refused() -> None:
     _, model, inputs = exact(synthetic.Merging)
     with pytest.raises(InputError, match="24 image tokens"):
         model({**inputs, **synthetic.prompts([[24]])})
+
+
+# ---- read-outs
+
+
+def test_the_lens_of_the_tower_reads_merged_positions() -> None:
+    """What the connector makes of a layer, read by the language model's head: labels are those of the positions behind the merge."""
+    module, model, inputs = exact(synthetic.Merging, batch=2)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs)
+        lens = cv.readout.logit_lens(model, cache, "vision", targets={3: 3, 4: 4})
+        stream = cache["vision", "resid_post", 0]
+        merged = module.language_model.norm(module.merger(module.eye.norm(stream)))
+        expected = module.lm_head(merged)[..., 3].T
+        box = cv.readout.logit_lens(model, cache, "vision", targets={3: 3}, positions=cv.regions.box((6, 8, 17, 9)))
+        torch.testing.assert_close(
+            model.vision.readout(cache["vision", "resid_post", 1], cache), cache["projector.hook_out"]
+        )
+    torch.testing.assert_close(lens.values[1, :, 0].double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(box.values[1, 0, 0].double(), expected[3:].mean(0), rtol=1e-6, atol=1e-6)
+    assert lens.axes["position"] == list(range(6))
+    assert lens.words[0] == ["[patches]"] * 6
+    assert lens.shares[0, 4].tolist() == pytest.approx([8 / 24, 0.5, 16 / 24, 1.0])
+    for call in (lambda: cv.readout.unembedding_matrix(model.vision), lambda: model.vision.connector_module):
+        with pytest.raises((InputError, UnsupportedModelError), match="merges patches"):
+            call()

@@ -9,18 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import HookError, InputError
-from circuitvision.model import packing
+from circuitvision.families import Family, Readout, TowerSpec
+from circuitvision.model import packing, spec
 from circuitvision.model.packing import sequences
 from tests import synthetic
 from tests.conformance.promises import EXACT, PROMISES
 from tests.conformance.setting import Setting
 from tests.synthetic import GRIDS, MERGE, PATCH
 from tests.test_merged_tokens import FIRST, HELD, by_hand, changed_positions, exact, in_zoo  # noqa: F401
+from tests.zoo.weights import randomise
 
 pytestmark = pytest.mark.usefixtures("tables")
 LENGTHS = [rows * columns for rows, columns in GRIDS]
@@ -326,6 +329,62 @@ def test_generation_and_copies_of_the_wrapper() -> None:
         assert model(text).shape == (1, 3, synthetic.VOCABULARY)
 
 
+# ---- a tower by itself
+
+
+class PackedEye(PreTrainedModel):
+    config_class = synthetic.EyeConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.eye, self.head = synthetic.Eye(config, True), nn.Linear(synthetic.WIDTH, 5)
+        self.post_init()
+
+    def forward(self, pixel_values: Any = None, image_grid_thw: Any = None, **_: Any) -> Any:
+        grids = [(int(rows), int(columns)) for _, rows, columns in image_grid_thw.tolist()]
+        parts = self.eye(pixel_values, grids).split([rows * columns for rows, columns in grids])
+        return {"logits": self.head(torch.stack([part.mean(0) for part in parts]))}
+
+
+def register_eye(readout: Readout | None) -> None:
+    spec.register_family(
+        Family(
+            name="packed_eye",
+            classes=("PackedEye",),
+            output="logits",
+            packing=packing.Packed(merge=MERGE),
+            towers=(TowerSpec("vision", root="eye", stack=synthetic.STACK, readout=readout),),
+        )
+    )
+
+
+def test_a_tower_by_itself_is_swept_image_by_image() -> None:
+    """A classifier that pools every image for itself: an example is an image."""
+    register_eye(None)
+    model = cv.HookedModel(randomise(PackedEye(synthetic.EyeConfig()), "eye").double().eval())
+    given = synthetic.packed_inputs(None, batch=4, dtype=torch.float64)
+    inputs = {name: given[name] for name in ("pixel_values", "image_grid_thw")}
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[:, 2]
+
+    groups = [edits.ablate(f"L{layer}H{head}") for layer in (0, 1) for head in range(3)]
+    groups.append(edits.ablate("vision.blocks.1.hook_resid_pre", positions=model.tokens(inputs)["vision"].last()))
+    with torch.no_grad():
+        swept = model.sweep(inputs, groups, metric, progress=False)
+        naive = torch.stack([metric(model.run(inputs, group)) for group in groups])
+        alone = model.family.packing.take(model, inputs, [2])
+        one = model.sweep(alone, groups[:6], metric, progress=False)
+    torch.testing.assert_close(swept.values, naive, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(one.values[:, 0], naive[:6, 2], rtol=1e-8, atol=1e-10)
+    assert not any(plan.in_full for plan in swept.plan), swept.plan
+
+
+def test_pooling_of_a_sequence_is_refused_when_the_table_is_registered() -> None:
+    with pytest.raises(InputError, match="is not covered"):
+        register_eye(Readout(pool="mean"))
+
+
 # ---- what is refused
 
 
@@ -382,3 +441,30 @@ def test_grids_that_do_not_fit_are_refused_before_the_run(change: dict[str, Any]
     with pytest.raises(InputError, match=says):
         model(given)
     assert synthetic.SIZE[0] == PATCH * 4
+
+
+# ---- read-outs
+
+
+def test_the_tower_is_read_image_by_image() -> None:
+    module, model, inputs = two_prompts()
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs)
+        last = cache["vision", "resid_post", 1]
+        torch.testing.assert_close(model.vision.readout(last, cache), cache["projector.hook_out"])
+        lens = cv.readout.logit_lens(model, cache, "vision", targets={3: 3})
+        head = module.lm_head(module.language_model.norm(module.merger(alone(module, inputs, 2))))
+        torch.testing.assert_close(lens.values[2, :3, 0, 2].double(), head[:, 3], rtol=1e-6, atol=1e-6)
+        with pytest.raises(InputError, match="context=cache"):
+            model.vision.readout(last)
+    assert lens.kinds[2] == ["patch"] * 3 + ["padding"] * 3
+
+
+def test_sites_of_a_sequence_are_not_those_of_a_module_alone() -> None:
+    """nnsight reads modules as they are, so sites that are rows here are not offered there; those of the language tower are."""
+    from circuitvision.interop.nnsight_view import nnsight_places
+
+    _, model, _ = two_prompts()
+    offered = nnsight_places(model)
+    assert "language.blocks.0.attn.hook_z" in offered
+    assert not [name for name in offered if name.startswith(("vision.", "projector."))]

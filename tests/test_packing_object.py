@@ -12,8 +12,8 @@ from torch import Tensor
 
 import circuitvision as cv
 from circuitvision.errors import InputError
-from circuitvision.families import Flat, Packed
-from circuitvision.model.packing import ImageRun
+from circuitvision.families import AnyRes, Flat, Packed, Packing
+from circuitvision.model.packing import ImageRun, base, batching
 from circuitvision.model.packing.base import Compared
 from tests import synthetic
 from tests.zoo import CASES, Case, cases, shared_model
@@ -140,6 +140,41 @@ def test_tiles_of_all_images_one_after_the_other_go_with_their_image(case: Case)
             count for example in examples for count, owner in zip(tiles, run.owners, strict=True) if owner == example
         ]
         equal(found, flat(packing.take(model, inputs, examples), counts))
+
+
+# ---- mutants
+
+
+def in_order(self: Any, run: Any, name: str, value: Any) -> range:
+    return range(len(value))
+
+
+MUTANTS = {
+    "images counted as examples": (Packing, "image_entries", in_order, "Packing"),
+    "tiles counted as images": (AnyRes, "owners", lambda self, run: [0] * len(run.tiles), "llava-next-mistral"),
+    "copies of an example side by side": (
+        batching,
+        "repeated",
+        lambda value, entries, copies: value if entries is None else value.repeat_interleave(copies, entries.axis),
+        "paligemma",
+    ),
+    "examples in their order, whatever was asked": (
+        batching.Entries,
+        "of",
+        lambda self, examples: [entry for entry, owner in enumerate(self.owners) if owner in examples],
+        "vit",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, attribute, wrong, case = MUTANTS[name]
+    monkeypatch.setattr(base if owner is batching else owner, attribute, wrong)
+    monkeypatch.setattr(Packed, "image_entries", in_order) if case == "Packing" else None
+    chosen = synthetic.CASES[case] if case in synthetic.CASES else CASES[case]
+    with pytest.raises((AssertionError, InputError)):
+        test_what_is_taken_apart_joins_and_copies_are_joined_inputs(chosen)
 
 
 # ---- what cannot be taken apart

@@ -338,7 +338,8 @@ def through_projector(
             )
         last = _held(context, other.residual_name(max(other.feature_layers_in(context.inputs)))).to(resid)
         parts += _features(other, other.spec.readout or Readout(), last, context)
-    return tower.connector_module(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
+    joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+    return tower.connected(joined, None if context is None else context.inputs)
 
 
 def _features(

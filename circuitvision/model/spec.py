@@ -297,6 +297,12 @@ def _check_table(family: Family) -> None:
         _ = family.flow
     except InputError as error:
         raise InputError(f"{where}{error}") from None
+    answer = next((tower for tower in family.towers if tower.name == family.flow.answer), None)
+    if family.packing.in_sequence and not family.connectors and answer is not None and answer.readout is not None:
+        raise InputError(
+            f"{where}packing={family.packing!r} runs all images in one sequence, and a head that reads it image by image is not covered: leave the "
+            f"readout of {answer.name} out (edits and sweeps need none)."
+        )
     for stack in (tower.stack for tower in family.towers if tower.stack is not None):
         need_tuple("prefix", stack.prefix, str)
         if not set(stack.prefix) <= set(KINDS):

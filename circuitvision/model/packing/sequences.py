@@ -77,6 +77,18 @@ def _there(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor
     return there, entry
 
 
+def as_rows(sequence: Tensor, lengths: Sequence[int], fill: float = 0.0) -> Tensor:
+    """A sequence ``[position …]`` as rows ``[row pos …]``."""
+    there, entry = _there(lengths, sequence.device)
+    mask = there.view(*there.shape, *[1] * (sequence.ndim - 1))
+    return torch.where(mask, sequence[entry], torch.full((), fill, dtype=sequence.dtype, device=sequence.device))
+
+
+def as_sequence(rows: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Rows ``[row pos …]`` as a sequence ``[position …]``, without what fills them up."""
+    return rows[_there(lengths, rows.device)[0]]
+
+
 def _split(name: SiteName, value: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Back]:
     axes, total = 4 if name.has_heads else 3, sum(lengths)
     batched = value.ndim == axes
@@ -86,11 +98,8 @@ def _split(name: SiteName, value: Tensor, lengths: Sequence[int]) -> tuple[Tenso
             f"{name} is {list(value.shape)}, and the images of this run take {total} positions {list(lengths)} in one sequence: the packing of this "
             "family does not say what the tower computes."
         )
-    there, entry = _there(lengths, value.device)
-    fill = 1.0 if name.stage == "hook_scale" else 0.0
-    mask = there.view(*there.shape, *[1] * (sequence.ndim - 1))
-    rows = torch.where(mask, sequence[entry], torch.full((), fill, dtype=value.dtype, device=value.device))
-    return rows, lambda new: new[there][None] if batched else new[there]
+    rows = as_rows(sequence, lengths, 1.0 if name.stage == "hook_scale" else 0.0)
+    return rows, lambda new: as_sequence(new, lengths)[None] if batched else as_sequence(new, lengths)
 
 
 def _split_pattern(name: SiteName, value: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Back]:

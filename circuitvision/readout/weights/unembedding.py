@@ -191,6 +191,8 @@ def _projected(tower: Tower, gain: bool) -> Tensor:
 
 def linear_projector(tower: Tower) -> nn.Module | None:
     """The one linear map that a vision tower's projector is made of, if it is made of one."""
+    if tower.family.packing.merges("hook_out"):
+        return None
     maps = _maps(tower.connector_module)
     return maps[0] if len(maps) == 1 and hasattr(maps[0], "in_features") else None
 
