@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from circuitvision.families import BlockLayout, Connector, Family, Flat, Packed, Readout, Stack, TowerSpec
-from circuitvision.model import spec
+from circuitvision.model import block_layout, spec
 from tests.zoo import Case
 from tests.zoo.weights import randomise
 
@@ -230,16 +230,12 @@ class Packing(Synthetic):
 
 
 BLOCK = BlockLayout(
-    ln1="norm1",
-    attn="attn",
-    q="attn.q",
-    k="attn.k",
-    v="attn.v",
-    o="attn.o",
-    ln2="norm2",
-    mlp="mlp",
-    mlp_in="mlp.up",
-    mlp_out="mlp.down",
+    (
+        block_layout.Branch(
+            block_layout.Attention("attn", q="attn.q", k="attn.k", v="attn.v", o="attn.o"), norm="norm1"
+        ),
+        block_layout.Branch(block_layout.MLP("mlp", fc_in="mlp.up", fc_out="mlp.down"), norm="norm2"),
+    )
 )
 STACK = Stack(blocks="blocks", block=BLOCK, final_norm="norm", embed="patches", image=True)
 PACKINGS = {

@@ -28,7 +28,8 @@ from circuitvision.errors import InputError
 from circuitvision.model.packing.base import Compared
 
 if TYPE_CHECKING:
-    from circuitvision.model import HookedModel, Tower
+    from circuitvision.model import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,10 @@ class Batch:
 class Examples:
     """The inputs a view has seen, by example number; they stay in memory as long as the view does."""
 
-    def __init__(self, model: HookedModel, tower: Tower) -> None:
+    def __init__(self, model: Wrapped, tower: Tower) -> None:
         self.model, self.tower = model, tower
         self.batches: list[Batch] = []
-        readout = tower.spec.readout
-        self.paired = readout is not None and readout.finish == "contrast"
+        self.paired = tower.output_head.compares
         self.compared: Compared = "images" if tower.stack.image else "texts"
 
     def tokens(self, inputs: Mapping[str, Any]) -> Int[Tensor, "example pos"]:

@@ -30,7 +30,7 @@ from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import ABSENT, KINDS, TokenMap, present
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 Array = np.ndarray
 Average = str | tuple[str, ...] | Positions
@@ -82,7 +82,7 @@ class Layout:
     @classmethod
     def of(
         cls,
-        model: HookedModel,
+        model: Wrapped,
         maps: Mapping[str, TokenMap],
         site: str,
         shape: Sequence[int],

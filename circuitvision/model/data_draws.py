@@ -25,7 +25,7 @@ from circuitvision.model.packing import ImageRun
 from circuitvision.model.tokens import TokenMap
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 TRIES = 32
 """How many other examples are tried for each."""
@@ -52,7 +52,7 @@ class Donors:
 
 
 def donors_of(
-    model: HookedModel,
+    model: Wrapped,
     side: Side,
     inputs: Mapping[str, Any],
     maps: Mapping[str, TokenMap],
@@ -91,7 +91,7 @@ def _count(maps: Mapping[str, TokenMap]) -> int:
     return max(tokens.n_examples for tokens in maps.values())
 
 
-def _content(model: HookedModel, inputs: Mapping[str, Any], maps: Mapping[str, TokenMap], example: int) -> str:
+def _content(model: Wrapped, inputs: Mapping[str, Any], maps: Mapping[str, TokenMap], example: int) -> str:
     """What one example of a run is, however far its prompt, and the tiles of its images, are filled up."""
     told: dict[str, Any] = {}
     mask = inputs.get("attention_mask")

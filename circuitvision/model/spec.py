@@ -1,12 +1,12 @@
 """What a family file may say: where the parts of an architecture live, and nothing else.
 
-A *block layout* names the sub-modules of one transformer block, a *stack* names the parts of one transformer (embeddings, blocks, final norm), and
-a *family* says which stacks a Hugging Face class holds under which tower names, what its output is and what its heads read. Everything that
-hooks, reads, edits or documents a model derives from these tables: a method never asks which family it was given.
+A *block layout* (``block_layout.py``) names the parts of one transformer block, a *stack* those of one transformer (embeddings, blocks, final
+norm), and a *family* says which stacks a Hugging Face class holds under which tower names, what its output is and what its heads read. Everything
+that hooks, reads, edits or documents a model derives from these tables: a method never asks which family it was given.
 
 Paths are dotted attribute paths. A tuple of paths means "the first that exists", for layouts that moved between transformers versions.
 
-Not covered: fused qkv projections, post-norm blocks, packed sequences, stacks whose residual additions are bare parameters.
+Not covered: stacks whose streams are several (hyper-connections).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.model.block_layout import Layout, Writer
 from circuitvision.model.flow import Connector, Flow, Path
 from circuitvision.model.packing import Packing
 from circuitvision.model.weights import computing
@@ -49,42 +50,12 @@ class NormSpec:
 
 
 @dataclass(frozen=True)
-class BlockLayout:
-    """Paths inside one pre-norm transformer block, relative to the block module.
-
-    Attributes:
-        ln1, ln2: the norms before attention and MLP.
-        attn, q, k, v, o: the attention module and its four projections.
-        mlp, mlp_in, mlp_out, mlp_gate: the MLP and its linear maps; a gate where there is one.
-        attn_add, mlp_add: what follows ``o`` and ``mlp_out`` before the sum (LayerScale, a norm).
-        rotary: whether queries and keys are rotated.
-        act: the activation, where the module fixes it whatever the config says.
-    """
-
-    ln1: str
-    attn: str
-    q: str
-    k: str
-    v: str
-    o: str
-    ln2: str
-    mlp: str
-    mlp_in: str
-    mlp_out: str
-    mlp_gate: str | None = None
-    attn_add: str | None = None
-    mlp_add: str | None = None
-    rotary: bool = False
-    act: str | None = None
-
-
-@dataclass(frozen=True)
 class Stack:
     """Paths inside one transformer, relative to its root module.
 
     Attributes:
         blocks: the ModuleList or Sequential of its blocks.
-        block: the layout of a block, or a function that gives it for each.
+        block: the layout of a block, or a function that gives it for each (kinds of blocks may differ by layer).
         final_norm: the norm behind the last block; None for none.
         embed: the module whose output is the patch or token embedding, before positions are added.
         embeddings: the module that adds the position embedding; None where there is none, or none of its own.
@@ -94,10 +65,11 @@ class Stack:
         prefix: kinds of the tokens before the patches; ``register`` is repeated ``num_register_tokens`` times.
         attention: which positions see which.
         image: whether it reads pictures.
+        writers: what the tower's own code adds to the stream between blocks.
     """
 
     blocks: Path
-    block: BlockLayout | Callable[[nn.Module], BlockLayout]
+    block: Layout
     final_norm: Path | None
     embed: Path
     embeddings: Path | None = None
@@ -106,6 +78,7 @@ class Stack:
     prefix: tuple[str, ...] = ()
     attention: Literal["causal", "bidirectional", "by_mask"] = "bidirectional"
     image: bool = False
+    writers: tuple[Writer, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ ACTION = "action "
 
 
 class TextTools:
-    """Mixed into HookedModel: everything that goes through the processor or tokenizer."""
+    """Mixed into Wrapped: everything that goes through the processor or tokenizer."""
 
     processor: Any
     config: Any

@@ -27,8 +27,8 @@ from circuitvision.model.patches import Array, Frame, union
 from circuitvision.model.selection import Selection
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 KINDS = (
     "cls",
@@ -336,7 +336,7 @@ class _Builder:
         return TokenMap(**vars(self))
 
 
-def token_maps(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
+def token_maps(model: Wrapped, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
     """The token map of every tower that these inputs run; in a run that continues a cache, what the cache holds is of kind "unknown"."""
     maps: dict[str, TokenMap] = {}
     given, inputs = inputs, new_positions(inputs)
@@ -434,7 +434,7 @@ def _connector_map(run: ImageRun, pictures: TokenMap) -> dict[str, TokenMap]:
     return {connector.name: build.done()}
 
 
-def _text_map(model: HookedModel, tower: Tower, run: ImageRun, pictures: TokenMap | None) -> TokenMap:
+def _text_map(model: Wrapped, tower: Tower, run: ImageRun, pictures: TokenMap | None) -> TokenMap:
     ids = run.inputs.get("input_ids")
     read: Tensor = run.inputs["inputs_embeds"] if ids is None else ids
     build = _Builder(tower.name, *read.shape[:2])
@@ -504,7 +504,7 @@ def _describe(build: _Builder) -> None:
     build.tile.reshape(-1)[mixed] = -1
 
 
-def _action_map(model: HookedModel, tower: Tower, inputs: Mapping[str, Any]) -> TokenMap:
+def _action_map(model: Wrapped, tower: Tower, inputs: Mapping[str, Any]) -> TokenMap:
     assert model.family.suffix_kinds is not None
     kinds = model.family.suffix_kinds(model.config)
     build = _Builder(tower.name, model.family.packing.n_examples(model, inputs), len(kinds))

@@ -13,8 +13,10 @@ from accelerate import cpu_offload, disk_offload
 from torch import Tensor, nn
 
 import circuitvision as cv
+from circuitvision import hooked
 from circuitvision.errors import UnsupportedModelError
-from circuitvision.model import hooked, weights
+from circuitvision.model import weights
+from tests.parts import module_of
 from tests.zoo import case, shared_model
 
 WAYS = ("cpu_offload", "disk_offload", "device_map")
@@ -50,7 +52,7 @@ def same_weights(model: cv.HookedModel, name: str) -> None:
                 continue
             assert torch.equal(getattr(owner, attribute), expected), f"{key} {attribute}"
         path = next(
-            path for path, part in plain.module.named_modules() if part is plain.towers[key].blocks[0].part("o")
+            path for path, part in plain.module.named_modules() if part is module_of(plain.towers[key].blocks[0], "o")
         )
         found = owner.W_O[0].flatten(0, 1).T
         assert torch.equal(found, inside[f"{path}.weight"])

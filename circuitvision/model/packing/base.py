@@ -25,8 +25,8 @@ from circuitvision.model.packing.run import ImageRun, ImageTokens
 from circuitvision.model.patches import Array, Frame
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
 Compared = Literal["both", "images", "texts"]
@@ -115,7 +115,7 @@ class Packing:
         """What token maps call a row: 0 is the whole image, tiles count from 1."""
         return tile
 
-    def laid_out(self, model: HookedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    def laid_out(self, model: Wrapped, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs with prompts that name every position the model computes; as they are where prompts always do."""
         return inputs
 
@@ -164,7 +164,7 @@ class Packing:
         """Whether an input belongs to a side of a model that compares two towers."""
         return compared == "both" or (name in self.of_images) == (compared == "images")
 
-    def n_examples(self, model: HookedModel, inputs: Mapping[str, Any], compared: Compared = "both") -> int:
+    def n_examples(self, model: Wrapped, inputs: Mapping[str, Any], compared: Compared = "both") -> int:
         """How many examples inputs hold: prompts, or images where there are none; in a dual encoder those of a side.
 
         Raises InputError where there are neither, and where both sides are asked for and differ.
@@ -214,7 +214,7 @@ class Packing:
         return Entries(owners, axis)
 
     def take(
-        self, model: HookedModel, inputs: Mapping[str, Any], examples: Sequence[int], compared: Compared = "both"
+        self, model: Wrapped, inputs: Mapping[str, Any], examples: Sequence[int], compared: Compared = "both"
     ) -> dict[str, Any]:
         """The inputs of some examples, in the order given; one may be asked for several times. What holds no image of them is left out.
 
@@ -225,15 +225,13 @@ class Packing:
         return {name: value for name, value in found.items() if value is not None or inputs[name] is None}
 
     def repeat(
-        self, model: HookedModel, inputs: Mapping[str, Any], copies: int, compared: Compared = "both"
+        self, model: Wrapped, inputs: Mapping[str, Any], copies: int, compared: Compared = "both"
     ) -> dict[str, Any]:
         """The inputs of all examples ``copies`` times, one copy after the other. Raises InputError for inputs that cannot be repeated."""
         cuts = self._cuts(model, inputs, compared)
         return {name: repeated(value, cuts[name], copies) for name, value in inputs.items()}
 
-    def join(
-        self, model: HookedModel, parts: Sequence[Mapping[str, Any]], compared: Compared = "both"
-    ) -> dict[str, Any]:
+    def join(self, model: Wrapped, parts: Sequence[Mapping[str, Any]], compared: Compared = "both") -> dict[str, Any]:
         """Several inputs as those of one run, in their order; what all examples share must be the same in all of them.
 
         Raises InputError for inputs that do not go together.
@@ -243,7 +241,7 @@ class Packing:
         cuts = self._cuts(model, parts[0], compared)
         return {name: joined(name, [part[name] for part in parts], cut) for name, cut in cuts.items()}
 
-    def _cuts(self, model: HookedModel, inputs: Mapping[str, Any], compared: Compared) -> dict[str, Entries | None]:
+    def _cuts(self, model: Wrapped, inputs: Mapping[str, Any], compared: Compared) -> dict[str, Entries | None]:
         run = ImageRun(model, inputs)
         whole = {name for name in inputs if model.is_dual and not self.is_on(name, compared)}
         return {name: None if name in whole else self.entries(run, name, value) for name, value in inputs.items()}

@@ -12,9 +12,9 @@ from circuitvision.errors import InputError
 from circuitvision.model.patches import pair
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
     from circuitvision.model.packing.run import ImageRun
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
 def check_pictures(run: ImageRun) -> None:
@@ -32,7 +32,7 @@ def check_pictures(run: ImageRun) -> None:
         _check_size(model, tower, run, (int(pixels.shape[-2]), int(pixels.shape[-1])))
 
 
-def _check_size(model: HookedModel, tower: Tower, run: ImageRun, size: tuple[int, int]) -> None:
+def _check_size(model: Wrapped, tower: Tower, run: ImageRun, size: tuple[int, int]) -> None:
     """Raise InputError for pictures of a size that a tower has no positions for."""
     config: Any = tower.config
     expected = pair(getattr(config, "image_size", size))

@@ -22,12 +22,12 @@ from circuitvision.model.patches import Array, PatchEmbedding
 from circuitvision.model.settings import setting
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
     from circuitvision.model.packing.base import Packing
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
-def _hands_on(model: HookedModel, name: str) -> bool:
+def _hands_on(model: Wrapped, name: str) -> bool:
     """Whether the model's forward gives a keyword to any function it calls: some versions take one and forget it."""
     code = inspect.unwrap(type(model.inner).forward).__code__
     return any(name in names for names in code.co_consts if isinstance(names, tuple))
@@ -60,7 +60,7 @@ class ImageRun:
     Raises InputError where the inputs do not say how the images are packed.
     """
 
-    def __init__(self, model: HookedModel, inputs: Mapping[str, Any], tower: str = "") -> None:
+    def __init__(self, model: Wrapped, inputs: Mapping[str, Any], tower: str = "") -> None:
         self.model, self.inputs = model, inputs
         self._tower = tower
         self.packing: Packing = model.family.packing

@@ -15,8 +15,8 @@ from circuitvision.model.packing.run import ImageRun, ImageTokens
 from circuitvision.model.patches import Array
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
 class Inserted(Packing):
@@ -29,7 +29,7 @@ class Inserted(Packing):
     fills_embeddings = False
     layout = "[example, channel (those of all image towers), height, width]"
 
-    def laid_out(self, model: HookedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    def laid_out(self, model: Wrapped, inputs: dict[str, Any]) -> dict[str, Any]:
         """With image tokens where the model puts patches. Raises InputError for other inputs that count positions without them."""
         ids, pixels = inputs.get("input_ids"), inputs.get("pixel_values")
         if not isinstance(ids, Tensor) or not isinstance(pixels, Tensor):

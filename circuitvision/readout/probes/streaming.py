@@ -27,16 +27,16 @@ from circuitvision.data import Pairs, Side
 from circuitvision.data.batches import compared_batches
 from circuitvision.errors import InputError
 from circuitvision.model.axes import map_of
-from circuitvision.model.hooks import Recorder, Registration
 from circuitvision.model.inputs import as_mapping
 from circuitvision.model.packing.base import Compared
+from circuitvision.model.registrations import Recorder, Registration
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
 from circuitvision.progress import Progress
 from circuitvision.provenance import hash_inputs
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 OTHER: dict[str, Compared] = {"images": "texts", "texts": "images"}
 
@@ -67,7 +67,7 @@ class Batch:
     inputs: dict[str, Any]
     examples: range
     tokens: dict[str, TokenMap]
-    model: HookedModel
+    model: Wrapped
     data: DataBatch | None = None
 
     @property
@@ -106,7 +106,7 @@ class Reading:
 
     def __init__(
         self,
-        model: HookedModel,
+        model: Wrapped,
         dataset: Any,
         sites: Sequence[str],
         reduce: Callable[[str, Tensor, Batch], Any],
@@ -204,7 +204,7 @@ class Reading:
 # -- cutting and joining inputs ------------------------------------------------------------------------------------------------------------
 
 
-def _side(model: HookedModel, sites: Sequence[str]) -> Compared:
+def _side(model: Wrapped, sites: Sequence[str]) -> Compared:
     """Whose rows are the examples: in a dual encoder "images", "texts" or "both"."""
     towers = {SiteName.parse(site).tower for site in sites}
     if not model.is_dual or len(towers) > 1:
@@ -212,12 +212,12 @@ def _side(model: HookedModel, sites: Sequence[str]) -> Compared:
     return "images" if model.towers[next(iter(towers))].stack.image else "texts"
 
 
-def n_examples(model: HookedModel, inputs: Mapping[str, Any], side: Compared = "both") -> int:
+def n_examples(model: Wrapped, inputs: Mapping[str, Any], side: Compared = "both") -> int:
     """How many examples an input mapping holds, see :meth:`Packing.n_examples`."""
     return model.family.packing.n_examples(model, inputs, side)
 
 
-def _cut(model: HookedModel, inputs: Mapping[str, Any], side: Compared, first: int, last: int) -> dict[str, Any]:
+def _cut(model: Wrapped, inputs: Mapping[str, Any], side: Compared, first: int, last: int) -> dict[str, Any]:
     """The examples ``first`` … ``last − 1`` of an input mapping; of a dual encoder's other side the first row, which cannot reach them."""
     packing = model.family.packing
     found = packing.take(model, inputs, range(first, last), side)
@@ -226,7 +226,7 @@ def _cut(model: HookedModel, inputs: Mapping[str, Any], side: Compared, first: i
 
 
 def _joined(
-    pieces: Iterable[dict[str, Any]], model: HookedModel, side: Compared, batch_size: int
+    pieces: Iterable[dict[str, Any]], model: Wrapped, side: Compared, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     """Neighbouring pieces that fit together as one batch of up to ``batch_size`` examples."""
     waiting: list[dict[str, Any]] = []
@@ -257,7 +257,7 @@ def _fit(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return True
 
 
-def _join(pieces: Sequence[dict[str, Any]], model: HookedModel, side: Compared) -> dict[str, Any]:
+def _join(pieces: Sequence[dict[str, Any]], model: Wrapped, side: Compared) -> dict[str, Any]:
     if len(pieces) == 1:
         return pieces[0]
     packing = model.family.packing

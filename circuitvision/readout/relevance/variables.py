@@ -35,7 +35,7 @@ from circuitvision.model.state import refuse_random
 from circuitvision.model.weights import check_gradients
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tokens import TokenMap
 
 PIXELS = "pixels"

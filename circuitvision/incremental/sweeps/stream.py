@@ -23,6 +23,7 @@ from circuitvision import provenance
 from circuitvision.answers import check_complete
 from circuitvision.digests import plain
 from circuitvision.errors import InputError
+from circuitvision.incremental.sweeps.study import Chunk, Options, Study
 from circuitvision.links import marked
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.axes import axis_of, map_of, tower_of
@@ -30,11 +31,10 @@ from circuitvision.model.edits.base import Edit, taken
 from circuitvision.model.edits.binding import Group, as_groups
 from circuitvision.model.edits.values import SideSource, TensorRef, TensorRefMapping
 from circuitvision.model.sites import SiteName
-from circuitvision.model.sweeps.study import Chunk, Options, Study
 
 if TYPE_CHECKING:
     from circuitvision.data.batches import Batch
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 
 class DataStudy(Study):
@@ -48,7 +48,7 @@ class DataStudy(Study):
 
     def __init__(
         self,
-        model: HookedModel,
+        model: Wrapped,
         data: Any,
         edits: Any,
         metric: Any,
@@ -195,13 +195,13 @@ class DataStudy(Study):
         of_source = side is self.source
         if not wanted and not of_source:
             return {}
-        output, cache = self.model.run_with_cache(inputs, names_filter=wanted)
+        output, found = self.model._values_at(inputs, wanted)
         if of_source:
             output = marked(output, self.model.link)
             if self.against_source:
                 chunk.metrics = chunk.metrics.against(output)
             chunk.others["source"] = lambda metrics: metrics(output, inputs)
-        values = {name: self._laid(batch, name, cache[name]) if of_source else cache[name] for name in wanted}
+        values = {name: self._laid(batch, name, value) if of_source else value for name, value in found.items()}
         return {(id(side), name): TensorRef.of(value) for name, value in values.items()}
 
     def _filled(self, edit: Edit, held: Mapping[tuple[int, str], TensorRef]) -> Edit:
