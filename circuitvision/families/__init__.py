@@ -9,7 +9,7 @@ from circuitvision.families import clip, deit, dinov2, dinov3, llava, openvla, p
 from circuitvision.families.action_tokens import action_bins
 from circuitvision.model.block_layout import MLP, Attention, BlockLayout, Branch, Fused, Gate, Module, Writer
 from circuitvision.model.flow import Connector
-from circuitvision.model.packing import AnyRes, Cameras, Flat, Inserted, Packing, Patches
+from circuitvision.model.packing import AnyRes, Cameras, Flat, Inserted, Packed, Packing, Patches
 from circuitvision.model.spec import (
     FAMILIES,
     Family,
@@ -36,6 +36,7 @@ __all__ = [
     "Inserted",
     "Module",
     "NormSpec",
+    "Packed",
     "Packing",
     "Patches",
     "Readout",

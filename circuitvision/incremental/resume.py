@@ -275,6 +275,9 @@ class Resumer:
             return False
         if {"pixel_attention_mask", "spatial_shapes", "labels", "past_key_values"} & self.inputs.keys():
             return False
+        if self.model.family.packing.in_sequence and self.model.towers[start.tower].stack.image:
+            # What keeps the images of a sequence apart is made of the inputs.
+            return False
         readout = self.model.towers[start.tower].spec.readout
         return readout is None or readout.pool in FREE_POOLS
 

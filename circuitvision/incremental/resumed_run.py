@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from circuitvision.errors import InputError
 from circuitvision.incremental.replay import CannotResume, Overrides, fresh, is_plain, repeated
 from circuitvision.incremental.routes import EMBED, ResumePlan, ResumePoint, reached_through_cache
 from circuitvision.model.attention import PrefixKV
 from circuitvision.model.branches import AttentionBranch
 from circuitvision.model.dead import CACHE_SIDE, last_live_block
+from circuitvision.model.packing.base import Compared
 from circuitvision.model.sites import SiteName
 from circuitvision.model.spec import resolve
 
@@ -51,22 +53,12 @@ class ResumedRun:
         given = self.owner.inputs
         if self.late or self.copies == 1:
             return dict(given)
-        edited = [start.tower for start in self.route.starts]
-        out = dict(given)
-        for name, value in given.items():
-            if self.owner.dual and not any(_belongs(name, self.model.towers[tower]) for tower in edited):
-                continue
-            if isinstance(value, Tensor) and value.ndim > 0:
-                if not self._is_shared(name, value):
-                    out[name] = value.repeat(self.copies, *([1] * (value.ndim - 1)))
-            elif isinstance(value, (list, tuple)) and name.startswith(("pixel", "image", "batch_num")):
-                out[name] = type(value)(list(value) * self.copies)
-        return out
-
-    def _is_shared(self, name: str, value: Tensor) -> bool:
-        """Whether one row of an input serves all examples."""
-        counted = name.startswith(("position_ids", "attention_mask", "token_type_ids"))
-        return name == "cache_position" or (counted and value.shape[0] == 1 and self.clean.output.shape[0] > 1)
+        image = {self.model.towers[start.tower].stack.image for start in self.route.starts if self.owner.dual}
+        edited: Compared = "both" if len(image) != 1 else "images" if True in image else "texts"
+        try:
+            return self.model.family.packing.repeat(self.model, given, self.copies, edited)
+        except InputError as error:
+            raise CannotResume(str(error)) from None
 
     def prefix_kv(self) -> dict[int, PrefixKV]:
         """Attention that finds the unedited keys and values of the positions before the suffix."""
@@ -299,9 +291,3 @@ def _rows(value: Any, copies: int, axes: int = 1) -> Any:
     if isinstance(value, Tensor) and value.ndim >= axes and value.shape[0] > 1:
         return repeated(value, copies)
     return value
-
-
-def _belongs(name: str, tower: Tower) -> bool:
-    """Whether an input of a dual encoder belongs to a tower."""
-    images = name.startswith(("pixel", "spatial", "image"))
-    return images == tower.stack.image

@@ -140,6 +140,8 @@ def reason(model: Wrapped, name: str) -> str | None:
         return ATTENTION_REASON
     if isinstance(point, (Between, GatedOutput, ReadInput)):
         return LATER_REASON
+    if model.engine.sequences.holds(name):
+        return "its module computes all images in one sequence, which is no site [row pos …]; use model.hooks"
     tower = model.towers.get(SiteName.parse(name).tower)
     enters = point.phase == "pre" and tower is not None and point.module is tower.blocks[0].module
     return RECORDED_REASON if enters and tower is not None and 0 in tower.feature_layers_in() else None

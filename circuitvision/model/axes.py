@@ -82,6 +82,12 @@ def tower_of(model: Wrapped, name: SiteName) -> str:
     return model.flow.tower_of(name.tower)
 
 
+def map_of(model: Wrapped, name: SiteName) -> str:
+    """The token map of a site's positions: that of its tower, or a connector's own, where it merges patches."""
+    own = name.tower not in model.towers and model.family.packing.merges(name.site)
+    return name.tower if own else tower_of(model, name)
+
+
 def crossed_tower(model: Wrapped, name: SiteName) -> str:
     """The tower whose positions are the keys of a site's branch (cross-attention); "" for a branch that looks at its own tower."""
     if name.layer is None or name.tower not in model.towers:
@@ -95,7 +101,7 @@ def axis_of(
 ) -> Axis:
     """The axis of a site in a run with these inputs and settings; ``generating`` where the head reads the last position alone."""
     count, site = tokens.n_positions, str(name)
-    if name.tower != tower.name and name.layer is not None:
+    if name.tower != tower.name and (name.layer is not None or name.tower == tokens.tower):
         return Axis(site=site)
     if name.tower != tower.name:
         dropped = tower.n_dropped_in(settings)
@@ -195,10 +201,10 @@ def prefix_of(model: Wrapped, name: str) -> str:
 def positions_of(model: Wrapped, site: str, inputs: Mapping[str, Any]) -> list[int]:
     """The positions of its tower that a site holds in one run; empty where it has none."""
     name = SiteName.parse(site)
-    tokens = model.tokens(inputs).get(tower_of(model, name))
+    tokens = model.tokens(inputs).get(map_of(model, name))
     if tokens is None:
         return []
-    axis = axis_of(model.towers[tokens.tower], name, tokens, inputs)
+    axis = axis_of(model.towers[tower_of(model, name)], name, tokens, inputs)
     if axis.absent:
         return []
     return list(range(tokens.n_positions)) if axis.held is None else list(axis.held)

@@ -310,7 +310,8 @@ class HeadForward:
             other = tower.siblings[source]
             last = other.residual_name(max(other.feature_layers_in(self.context.inputs)))
             parts += other.output_head.in_run(self.context)._features(_of_run(self.context, last).to(resid))
-        return tower.connector_module(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
+        joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return tower.connected(joined, None if self.context is None else self.context.inputs)
 
     def _features(self, resid: Tensor, has_prefix: bool = True) -> list[Tensor]:
         """What the tower gives to its connector, by feature layer."""

@@ -31,6 +31,7 @@ from circuitvision.errors import HookError
 from circuitvision.model import attention
 from circuitvision.model.flow import Flow
 from circuitvision.model.memory import match_memory_layout
+from circuitvision.model.packing.sequences import Sequences
 from circuitvision.model.points import Call, Callback, Point
 from circuitvision.model.registrations import HookPoint, Recorder, Registration, checked, run_hook
 from circuitvision.model.sites import SiteName
@@ -97,6 +98,7 @@ class HookEngine:
         self.before_run: Callable[[], Callable[[], None] | None] = _nobody
         """Gives what is called before a run whose sites were asked for, and raises where hooks would give wrong numbers; set by the wrapper."""
         self._slots: list[attention.Slots] = []
+        self.sequences = Sequences()
 
     def __getstate__(self) -> dict[str, Any]:
         # Made hooks belong to this engine, and so does the stack of those who put them there; a copy has none.
@@ -116,6 +118,7 @@ class HookEngine:
             "_reader": Recorder(),
             "_lock": None,
             "before_run": _nobody,
+            "sequences": Sequences(),
             "in_run": False,
         }
 
@@ -235,7 +238,7 @@ class HookEngine:
                 slots = hooks.attention[id(module)].slots
                 self._slots.append(slots)
                 self.handles.append(placed_first(module, slots.look, with_kwargs=True))
-        self.handles.append(placed_first(self.model, self._begin_forward))
+        self.handles.append(placed_first(self.model, self._begin_forward, with_kwargs=True))
         if hooks.attention:
             self._switch = contextlib.ExitStack()
             self._switch.enter_context(self._attention.on(hooks.attention))
@@ -258,8 +261,8 @@ class HookEngine:
             points = [point for point in planned if not point.for_edits or self._touched(point.name)]
             if not points:
                 continue
-            fires = [(point, fire_of(point)) for point in points]
-            whole = one_recorder and all(point.whole for point in points)
+            fires = [(point, self.sequences.by_rows(point.name, fire_of(point))) for point in points]
+            whole = one_recorder and all(point.whole and not self.sequences.holds(point.name) for point in points)
             names = tuple(point.name for point in points)
             if phase == "pre":
                 hook = self._pre_hook(module, fires)
@@ -363,7 +366,9 @@ class HookEngine:
                         f"{name} did not fire: the {tower} tower did not run. Does the input hold what this tower reads?"
                     )
 
-    def _begin_forward(self, module: nn.Module, args: Any) -> None:
+    def _begin_forward(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if self.acts():
+            self.sequences.begin(kwargs)
         if self.acts() and not self.in_run:
             before = self.before_run()
             if before is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import weakref
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -17,10 +16,8 @@ from circuitvision.errors import InputError, nearest
 from circuitvision.model.axes import new_positions, past_length
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.packing import ImageRun, laid_out
-from circuitvision.model.patches import pair
 
 if TYPE_CHECKING:
-    from circuitvision.model.tower import Tower
     from circuitvision.model.wrapped import Wrapped
 
 
@@ -121,7 +118,7 @@ def check(model: Wrapped, inputs: Mapping[str, Any]) -> None:
     # What a cache holds was checked when it was filled.
     run = ImageRun(model, new_positions(inputs))
     if run.pixels is not None:
-        _check_images(model, run, run.pixels)
+        run.packing.check(run)
     _check_image_tokens(model, run)
 
 
@@ -294,59 +291,6 @@ def _check_lengths(model: Wrapped, inputs: Mapping[str, Any]) -> None:
                 )
 
 
-def _check_images(model: Wrapped, run: ImageRun, pixels: Tensor) -> None:
-    model.family.packing.check(run)
-    towers = [tower for tower in model.towers.values() if tower.stack.image]
-    if run.tower.stack.position != "resized":
-        channels = run.packing.channels(towers)
-        if pixels.shape[-3] != channels:
-            raise InputError(
-                f"pixel_values has {pixels.shape[-3]} channels, the model reads {channels}; its layout is {run.packing.layout}."
-            )
-    for tower in towers:
-        _check_size(model, tower, run, (int(pixels.shape[-2]), int(pixels.shape[-1])))
-
-
-def _check_size(model: Wrapped, tower: Tower, run: ImageRun, size: tuple[int, int]) -> None:
-    """Raise InputError for pictures of a size that a tower has no positions for."""
-    config: Any = tower.config
-    expected = pair(getattr(config, "image_size", size))
-    if tower.stack.position == "resized":
-        return
-    assert tower.patch_embedding is not None
-    if min(tower.patch_embedding.grid(*size)) < 1:
-        raise InputError(
-            f"The image is {size[0]}x{size[1]} pixels, smaller than one patch ({tower.cfg.patch_size}) of the {tower.name} tower: give a larger one."
-        )
-    if tower.stack.position == "rotary":
-        return
-    always = tower.stack.position == "grid_always"
-    if always or run.inputs.get("interpolate_pos_encoding"):
-        _check_interpolation(tower, size, expected, always)
-    elif size != expected:
-        hint = "" if model.image_token_id is not None else ", or pass interpolate_pos_encoding=True"
-        raise InputError(
-            f"The image is {size[0]}x{size[1]} pixels, the model reads {expected[0]}x{expected[1]}: resize it (model.inputs does){hint}."
-        )
-
-
-def _check_interpolation(tower: Tower, size: tuple[int, int], expected: tuple[int, int], always: bool) -> None:
-    """Raise InputError where the position table cannot be stretched to a picture of this size."""
-    assert tower.patch_embedding is not None
-    rows, columns = tower.patch_embedding.grid(*size)
-    table = tower.cfg.grid or (rows, columns)
-    count = table[0] * table[1]
-    as_it_is = always and rows * columns == count and size[0] == size[1]
-    stretched = math.isqrt(count) ** 2 == count and (always or isinstance(tower.config.patch_size, int))
-    if as_it_is or stretched:
-        return
-    raise InputError(
-        f"This tower's position table ({table[0]}x{table[1]} patches of {tower.cfg.patch_size}) cannot be stretched to a picture of "
-        f"{size[0]}x{size[1]} pixels: transformers stretches square tables of square patches only. Resize the picture to "
-        f"{expected[0]}x{expected[1]} and leave interpolate_pos_encoding out."
-    )
-
-
 def _check_image_tokens(model: Wrapped, run: ImageRun) -> None:
     placeholders = run.placeholders
     if placeholders is None:
@@ -362,11 +306,9 @@ def _check_image_tokens(model: Wrapped, run: ImageRun) -> None:
         run.packing.check_tokens(run)
 
 
-def seeded_noise(model: Wrapped, inputs: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
-    """The noise and timestep of one flow-matching evaluation at ``t = 1``, drawn from ``seed`` on the CPU so that every device agrees."""
-    state: Tensor = inputs["state"]
-    config: Any = model.config
-    generator = torch.Generator().manual_seed(seed)
-    shape = (state.shape[0], int(config.chunk_size), int(config.max_action_dim))
-    noise = torch.randn(shape, generator=generator).to(model.device, state.dtype)
-    return {"noise": noise, "timestep": torch.ones(state.shape[0], device=model.device)}
+def drawn(model: Wrapped, inputs: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The inputs with what the model would draw at random, drawn from ``seed``; as they are where it draws nothing, or all is given."""
+    draw = model.family.drawn
+    if draw is None or all(name in inputs for name in model.family.required):
+        return dict(inputs)
+    return {**draw(model.config, inputs, torch.Generator().manual_seed(seed)), **inputs}

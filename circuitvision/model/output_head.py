@@ -231,6 +231,8 @@ class OutputHead(HeadForward):
     @property
     def linear_projector(self) -> nn.Module | None:
         """The one linear map that the tower's projector is made of, if it is made of one."""
+        if self.tower.family.packing.merges("hook_out"):
+            return None
         maps = _maps(self.tower.connector_module)
         return maps[0] if len(maps) == 1 and hasattr(maps[0], "in_features") else None
 

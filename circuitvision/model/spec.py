@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
@@ -148,8 +149,9 @@ class Family:
         packing: how images become rows of the vision tower and positions of prompts.
         image_token: attributes of the config that may hold the id of the image token, the first that exists.
         required: inputs without which the forward would draw random numbers or fail.
+        drawn: fills them in for inputs that lack them, of the config, the inputs and a generator; what it needs that is missing is an InputError.
         auto_class: the class of transformers that loads a checkpoint.
-        suffix_kinds: kinds of an action tower's positions: the first entries, the last one repeated.
+        suffix_kinds: of a config: the kinds of an action tower's positions.
         processor: how to load a checkpoint's processor, where AutoProcessor cannot.
         own_class: the class, where transformers ships none: it loads every checkpoint whose ``model_type`` is that of its ``config_class``.
         action_values: of a config: the ids of the output head that say an action, with the (normalised) value that each says.
@@ -167,7 +169,8 @@ class Family:
     image_token: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     auto_class: str = "AutoModel"
-    suffix_kinds: tuple[str, ...] = ()
+    drawn: Callable[[Any, Mapping[str, Any], torch.Generator], Mapping[str, torch.Tensor]] | None = None
+    suffix_kinds: Callable[[Any], Sequence[str]] | None = None
     processor: Callable[[str], Any] | None = None
     own_class: Callable[[], Any] | None = None
     action_values: Callable[[Any], Mapping[int, float]] | None = None
@@ -267,6 +270,12 @@ def _check_table(family: Family) -> None:
         _ = family.flow
     except InputError as error:
         raise InputError(f"{where}{error}") from None
+    answer = next((tower for tower in family.towers if tower.name == family.flow.answer), None)
+    if family.packing.in_sequence and not family.connectors and answer is not None and answer.readout is not None:
+        raise InputError(
+            f"{where}packing={family.packing!r} runs all images in one sequence, and a head that reads it image by image is not covered: leave the "
+            f"readout of {answer.name} out (edits and sweeps need none)."
+        )
     for stack in (tower.stack for tower in family.towers if tower.stack is not None):
         need_tuple("prefix", stack.prefix, str)
         if not set(stack.prefix) <= set(KINDS):

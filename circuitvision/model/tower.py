@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from circuitvision.errors import UnknownAttributeError, UnsupportedModelError
+from circuitvision.errors import InputError, UnknownAttributeError, UnsupportedModelError
 from circuitvision.model import branches
 from circuitvision.model.block import Block
 from circuitvision.model.flow import Connector
 from circuitvision.model.output_head import OutputHead, model_of
+from circuitvision.model.packing.run import ImageRun
+from circuitvision.model.packing.sequences import as_rows, as_sequence
 from circuitvision.model.patches import PatchEmbedding
 from circuitvision.model.settings import hidden_states, setting
 from circuitvision.model.slots import SlotGradients, slot_sites
@@ -113,9 +115,37 @@ class Tower:
 
     @property
     def connector_module(self) -> nn.Module:
-        """The module of that connector (a projector). Raises UnsupportedModelError if there is none."""
+        """The module of that connector (a projector), as a map of single positions.
+
+        Raises UnsupportedModelError if there is none, or if it merges positions.
+        """
         connector = self.connector
+        if connector is not None and self.family.packing.merges("hook_out"):
+            raise UnsupportedModelError(
+                f"{connector.name} merges patches of the {self.name} tower, so it is no map of single positions: read what it makes of them at "
+                f"{connector.name}.hook_out, or with the logit lens."
+            )
         return require(self.module, (connector and connector.path) or "", "projector")
+
+    def connected(
+        self, value: Float[Tensor, "row pos width"], inputs: Mapping[str, Any] | None
+    ) -> Float[Tensor, "row pos_out d_model"]:
+        """What the connector's module makes of what its sources give, all positions of every row.
+
+        Raises InputError where the rows are one sequence, and no ``inputs`` say how long each is.
+        """
+        connector, owner = self.connector, self.owner()
+        assert connector is not None
+        module = require(self.module, connector.path or "", "projector")
+        if not self.family.packing.in_sequence:
+            return module(value)
+        if owner is None or not inputs:
+            raise InputError(
+                f"{connector.name} reads all images in one sequence; give context=cache, whose inputs say how long each is."
+            )
+        lengths = self.family.packing.sequences(ImageRun(owner, inputs))
+        entering, leaving = (lengths[f"{connector.name}.{site}"] for site in ("hook_in", "hook_out"))
+        return as_rows(module(as_sequence(value, entering)), leaving)
 
     @property
     def reader(self) -> Tower:

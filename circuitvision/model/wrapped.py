@@ -30,6 +30,7 @@ from circuitvision.model.axes import positions_of
 from circuitvision.model.cache import collected
 from circuitvision.model.flow import Flow
 from circuitvision.model.hooks import HookEngine
+from circuitvision.model.packing import ImageRun
 from circuitvision.model.points import Point
 from circuitvision.model.registrations import Recorder, Registration
 from circuitvision.model.settings import entries
@@ -94,6 +95,9 @@ class Wrapped(TextTools):
         self._follow()
         self._state.check(hooked=True)
 
+    def _row_lengths(self, inputs: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+        return self.family.packing.sequences(ImageRun(self, inputs))
+
     def _points(self) -> tuple[list[Point], dict[str, nn.Module]]:
         points = layout.points_of(self._base, self.family, self.towers)
         first_blocks = {name: tower.blocks[0].module for name, tower in self.towers.items()}
@@ -112,6 +116,11 @@ class Wrapped(TextTools):
 
     def _own_towers(self) -> None:
         self.engine.before_run = weakref.WeakMethod(self._before_run)
+        if self.family.packing.in_sequence:
+            self.engine.sequences.lengths_of = weakref.WeakMethod(self._row_lengths)
+            images = [name for name, tower in self.towers.items() if tower.stack.image]
+            connectors = [one.name for one in self.flow.modules if set(one.sources) & set(images)]
+            self.engine.sequences.stages = frozenset((*images, *connectors))
         self._first_parameter = _first_parameter(self.module)
         for tower in self.towers.values():
             tower.owner = weakref.ref(self)

@@ -26,7 +26,7 @@ from circuitvision.errors import InputError
 from circuitvision.incremental.sweeps.study import Chunk, Options, Study
 from circuitvision.links import marked
 from circuitvision.metric_set import MetricSet
-from circuitvision.model.axes import axis_of, tower_of
+from circuitvision.model.axes import axis_of, map_of, tower_of
 from circuitvision.model.edits.base import Edit, taken
 from circuitvision.model.edits.binding import Group, as_groups
 from circuitvision.model.edits.values import SideSource, TensorRef, TensorRefMapping
@@ -113,7 +113,7 @@ class DataStudy(Study):
 
     def told(self) -> dict[str, Any]:
         found = super().told()
-        if "noise" in getattr(self.model.family, "required", ()):
+        if self.model.family.drawn is not None:
             # Noise that a model starts from is drawn by the numbers of the examples, which say nothing of what they hold.
             found["noise"] = list(self.side.numbers)
         return found
@@ -216,11 +216,11 @@ class DataStudy(Study):
     def _laid(self, batch: Batch, site: str, value: Tensor) -> Tensor:
         """The values of the other run at this run's positions."""
         name = SiteName.parse(site)
-        tower = tower_of(self.model, name)
+        tower = map_of(self.model, name)
         tokens = self.model.tokens(batch.inputs).get(tower)
         if tokens is None or tower not in batch.maps:
             return value
-        axis = axis_of(self.model.towers[tower], name, tokens, batch.inputs)
+        axis = axis_of(self.model.towers[tower_of(self.model, name)], name, tokens, batch.inputs)
         if axis.absent and not name.is_pattern:
             return value
         held = list(range(tokens.n_positions)) if axis.held is None else list(axis.held)

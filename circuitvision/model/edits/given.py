@@ -16,7 +16,7 @@ from torch import Tensor
 from circuitvision.data.sides import Side
 from circuitvision.errors import InputError
 from circuitvision.model.averages import Draw, Layout, Seen, Tally, check_aligned, check_kinds, check_one_thing, draw
-from circuitvision.model.axes import axis_of
+from circuitvision.model.axes import axis_of, tower_of
 from circuitvision.model.edits.base import Edit, naming
 from circuitvision.model.edits.values import TensorRefMapping
 from circuitvision.model.edits.windows import RunWindows
@@ -87,11 +87,12 @@ class GivenValues:
         self, site: str, window: PositionWindow, parts: Sequence[tuple[dict[str, Any], dict[str, TokenMap]]]
     ) -> list[Layout]:
         """The layouts of a site in the inputs that a mean goes over."""
-        name, tower = SiteName.parse(site), self.model.towers[window.tower]
+        name, own = SiteName.parse(site), window.tower
+        tower = self.model.towers[tower_of(self.model, name)]
         return [
-            Layout.of_tokens(maps[tower.name], axis_of(tower, name, maps[tower.name], inputs).held)
+            Layout.of_tokens(maps[own], axis_of(tower, name, maps[own], inputs).held)
             for inputs, maps in parts
-            if tower.name in maps
+            if own in maps
         ]
 
     def _give_data_draws(self, edits: Sequence[Ablate]) -> None:

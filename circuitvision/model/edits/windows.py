@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.axes import axis_of, crossed_tower, prefix_of, tower_of
+from circuitvision.model.axes import axis_of, crossed_tower, map_of, prefix_of, tower_of
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.positions import UNBOUNDED, PositionWindow
 from circuitvision.model.sites import SiteName
@@ -57,12 +57,14 @@ class RunWindows:
         return self._windows[site]
 
     def _made(self, name: SiteName) -> PositionWindow | None:
-        tower = tower_of(self.model, name)
+        tower = map_of(self.model, name)
         tokens = self.maps.get(tower)
         if tokens is None:
             return None
         length = tokens.n_positions
-        axis = axis_of(self.model.towers[tower], name, tokens, self.settings, self.mode == "generate")
+        axis = axis_of(
+            self.model.towers[tower_of(self.model, name)], name, tokens, self.settings, self.mode == "generate"
+        )
         crossed = crossed_tower(self.model, name) if name.is_pattern else ""
         prefix = self.maps.get(crossed or prefix_of(self.model, tower))
         if crossed and prefix is not None and prefix.n_rows != tokens.n_rows:

@@ -59,6 +59,7 @@ from circuitvision.readout.recorded import behind_cache, chosen_tower, held_as, 
 
 if TYPE_CHECKING:
     from circuitvision.hooked import HookedModel
+    from circuitvision.model.tokens import TokenMap
     from circuitvision.model.tower import Tower
 
 NORMS = ("own", "frozen", "none", "tuned")
@@ -155,7 +156,7 @@ def logit_lens(
 
 def _averaged(lens: LensResult, reader: LensRun, positions: PositionsLike | Mapping[str, PositionsLike]) -> LensResult:
     """The lens with the mean over each choice of positions in place of every position."""
-    tokens, at = reader.tokens, lens.axes["position"]
+    tokens, at = _tokens(reader), lens.axes["position"]
     if tokens is None or (lens.kinds and GENERATED in lens.kinds[0]):
         raise InputError(
             "What the positions of this pass are is not known, so none can be chosen; leave positions out."
@@ -436,9 +437,17 @@ def _labels(tower: str, names: Sequence[str]) -> tuple[str, list[Any]]:
     return "site", [name.removeprefix(f"{tower}.") for name in names]
 
 
+def _tokens(reader: LensRun) -> TokenMap | None:
+    """What the positions that are read are: the tower's, or those behind a connector that merges them."""
+    connector = reader.tower.connector
+    if connector is None or not reader.cache.inputs or not reader.model.family.packing.merges("hook_out"):
+        return reader.tokens
+    return reader.model.tokens(reader.cache.inputs)[connector.name]
+
+
 def _shares(reader: LensRun, places: Tensor) -> Tensor:
     """Where the patches among the positions kept lie in their picture."""
-    tokens = reader.tokens
+    tokens = _tokens(reader)
     if tokens is None or not bool((places >= 0).any()):
         return torch.full(places.shape, float("nan"), dtype=torch.float64)
     return shares_of(tokens, tokens.n_positions - places.shape[1])
@@ -452,7 +461,7 @@ def _where(
     A site or projector without the first positions lacks the tower's prefix; a run behind a cache what the cache holds; a later pass of a text
     tower holds what it generated.
     """
-    tokens = reader.tokens
+    tokens = _tokens(reader)
     if tokens is None or tokens.n_rows != rows or length > tokens.n_positions:
         nowhere = torch.full((rows, length, 4), -1)
         blank = [[""] * length for _ in range(rows)]
