@@ -14,6 +14,7 @@ import html
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -156,7 +157,7 @@ def _output(trial: _Trial) -> str:
     model = trial.model
     bare = model.module(**trial.inputs)
     name = model.family.output
-    expected = bare.get(name) if isinstance(bare, Mapping) else getattr(bare, name)
+    expected: Any = bare.get(name) if isinstance(bare, Mapping) else getattr(bare, name)
     if trial.far(trial.output, expected):
         return f"model(inputs) is not what the module returns as {name!r}"
     return f"a run that records is another run: {name} differs" if trial.far(trial.eager, trial.output) else ""
@@ -216,10 +217,7 @@ def _positions(trial: _Trial) -> str:
         for word, mask in groups.items():
             if not bool(mask.any()):
                 continue
-            where = mask.to(trial.cache[site].device)[..., None]
-            out = model.run_with_hooks(
-                trial.inputs, [(site, lambda value, hook, where=where: torch.where(where, value * 1.5 + 1.0, value))]
-            )
+            out = model.run_with_hooks(trial.inputs, [(site, partial(_moved, mask))])
             changed = bool(((out - trial.output).abs() > 0).any())
             if changed != (word == "read"):
                 kinds = ", ".join(sorted(set(maps[name].kind[mask.numpy()].tolist())))
@@ -229,6 +227,10 @@ def _positions(trial: _Trial) -> str:
                     f"{'the output' if changed else 'nothing'}: see Readout(pool=, reads=) and Stack(prefix=)"
                 )
     return ""
+
+
+def _moved(mask: Tensor, value: Tensor, hook: Any) -> Tensor:
+    return torch.where(mask.to(value.device)[..., None], value * 1.5 + 1.0, value)
 
 
 def _masks(trial: _Trial) -> str:
