@@ -20,11 +20,12 @@ from circuitvision import metrics
 from circuitvision.edits import Edit
 from circuitvision.model import HookPoint
 from circuitvision.model.flow import Connector, Flow
+from circuitvision.model.packing import Packing
 from circuitvision.model.positions import PositionWindow
 
 
 class ToyModel:
-    family, is_dual = "toy", False
+    family, is_dual = SimpleNamespace(name="toy", packing=Packing()), False
     flow = Flow(("vision", "language"), (Connector(("vision",), "language", "projector"),))
     device, dtype, tokenizer = torch.device("cpu"), torch.float64, None
     engine = SimpleNamespace(stack=[], active=list)
@@ -34,7 +35,11 @@ class ToyModel:
         self.leak, self.gate = leak, gate
         self.module = nn.Linear(1, 1)
         self.towers = {
-            name: SimpleNamespace(cfg=SimpleNamespace(n_layers=w.shape[0], n_heads=w.shape[1], grid=None), dead=())
+            name: SimpleNamespace(
+                stack=SimpleNamespace(image=False),
+                cfg=SimpleNamespace(n_layers=w.shape[0], n_heads=w.shape[1], grid=None),
+                dead=(),
+            )
             for name, w in self.weights.items()
         }
         self.runs = 0
