@@ -41,6 +41,7 @@ _ROOMS = (
 )
 _FUNCTIONS = {
     "boxes_in_pictures": "model.picture_boxes",
+    "check_model": "checking",
     "load": "loading",
     "register_family": "model.spec",
     "register_stack": "model.spec",
@@ -48,6 +49,7 @@ _FUNCTIONS = {
     "show": "showing",
 }
 _CLASSES = {
+    "checking": "ModelCheck",
     "circuits.ablation": "AblationCheck",
     "circuits.importance": "HeadImportance",
     "data.batches": "Batch",
@@ -75,6 +77,7 @@ _CLASSES = {
     "model.head_forward": "HeadForward",
     "model.registrations": "HookPoint",
     "model.names": "NodeName",
+    "model.norms": "Identity",
     "model.output_head": "LinearReadout OutputHead",
     "model.packing": "AnyRes Cameras Flat ImageRun ImageTokens Inserted Packed Packing Patches",
     "model.packing.batching": "Entries",
@@ -84,7 +87,7 @@ _CLASSES = {
     "model.selection": "Selection",
     "model.slots": "SlotGradients",
     "model.spec": "Family NormSpec Readout Stack TowerSpec",
-    "model.block_layout": "BlockLayout",
+    "model.block_layout": "Attention BlockLayout Branch Fused Gate MLP Module Writer",
     "model.tokens": "TokenMap",
     "model.tower": "Tower",
     "model.tower_config": "TowerConfig",
@@ -135,6 +138,7 @@ __all__ = [
     "TokenMap",
     "Tower",
     "boxes_in_pictures",
+    "check_model",
     "circuits",
     "data",
     "edits",

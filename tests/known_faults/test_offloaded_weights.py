@@ -13,9 +13,8 @@ from accelerate import cpu_offload, disk_offload
 from torch import Tensor, nn
 
 import circuitvision as cv
-from circuitvision import hooked
 from circuitvision.errors import UnsupportedModelError
-from circuitvision.model import weights
+from circuitvision.model import weights, wrapped
 from tests.parts import module_of
 from tests.zoo import case, shared_model
 
@@ -149,5 +148,5 @@ def test_mutant_weights_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch,
 def test_mutant_the_first_parameter_says_where_the_model_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = cv.HookedModel(offloaded("vit", "cpu_offload", tmp_path))
     inputs = case("vit").inputs(shared_model("vit"), batch=1)
-    monkeypatch.setattr(hooked, "main_device", lambda module: next(module.parameters()).device)
+    monkeypatch.setattr(wrapped, "main_device", lambda module: next(module.parameters()).device)
     assert caught(lambda: model(inputs))
