@@ -22,10 +22,19 @@ from circuitvision.model import HookPoint
 from circuitvision.model.flow import Connector, Flow
 from circuitvision.model.packing import Packing
 from circuitvision.model.positions import PositionWindow
+from circuitvision.model.spec import Family, TowerSpec
+
+
+class Rows(Packing):
+    """Every input has a row for each example."""
+
+    def _count(self, run: Any, compared: Any) -> int:
+        return len(next(iter(run.inputs.values())))
 
 
 class ToyModel:
-    family, is_dual = SimpleNamespace(name="toy", packing=Packing()), False
+    family = Family("toy", ("Toy",), (TowerSpec("vision"), TowerSpec("language")), output="logits", packing=Rows())
+    is_dual = False
     flow = Flow(("vision", "language"), (Connector(("vision",), "language", "projector"),))
     device, dtype, tokenizer = torch.device("cpu"), torch.float64, None
     engine = SimpleNamespace(stack=[], active=list)

@@ -68,10 +68,9 @@ class HeadImportance(Result):
     Everything else is of the first metric. ``selected`` lists the ids of the heads that edges were measured for, strongest first;
     ``together`` ``[example]`` is the change of the metric with all of them patched at once, and :attr:`joint` its share. ``connectors`` and
     ``inputs`` map the ids of connectors and of vision towers' inputs to their site, effect and share. ``edges`` is a list of
-    ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the output. ``dead`` lists sites
-    that cannot reach the output.
-    ``modalities`` says what the positions of each tower are. ``edits`` are the groups that were run, with values by digest: single heads, then the other nodes, all selected
-    heads together, and the edges' runs. ``groups`` says which examples belong together, where the data does.
+    ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the output. ``dead`` lists sites that cannot reach the output.
+    ``modalities`` says what the positions of each tower are. ``edits`` are the groups that were run, with values by digest: single heads, then the
+    other nodes, all selected heads together, and the edges' runs. ``groups`` says which examples belong together, where the data does.
     """
 
     base: Tensor = field(default_factory=lambda: torch.zeros(0))
