@@ -32,6 +32,7 @@ ROOMS = [
     "patching",
     "circuits",
     "organisms",
+    "steering",
     "plots",
     "quickstart",
     "cli",
