@@ -43,7 +43,7 @@ def response(result: SteeringResponse, title: str | None = None) -> kit.Figure:
         kit.over(result), f"R² {float(result.r_squared[0]):.2f}" if len(scales) > 2 else "", "whiskers 95 %",
         f"unsteered {float(result.mean(quantity='base')):.2g}".replace("-", kit.MINUS),
     )  # fmt: skip
-    heading = style.titled(title or _capital(str(claims.steers(result))), *filter(None, notes))
+    heading = style.titled(title or str(claims.steers(result)), *filter(None, notes))
     metric = kit.escaped(str(result.provenance.get("metric") or "metric"))
     across = f"{place[0]}, {unit}" if unit else place[0]
     return kit.finish_lines(figure, heading, f"change of {metric}", 340, x=across)
@@ -207,8 +207,3 @@ def _points(
 
 def _layer(label: int | str) -> str:
     return "all layers" if label == "all" else str(label)
-
-
-def _capital(text: str) -> str:
-    """A sentence that may begin with a quotation mark."""
-    return text if text[:1] != "“" else f"“{text[1:2].upper()}{text[2:]}"

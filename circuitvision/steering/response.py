@@ -127,7 +127,7 @@ class SteeringResponse(Result):
             "slope": f"{self.slope:+.3g} per unit of scale",
             "R²": f"{float(self.r_squared[0]):.2f}",
             "p (random sets)": f"{self.p_value:.3g}",
-            "saturation": f"{self.saturation():.3g}",
+            "saturation": f"{flat:.3g}" if (flat := self.saturation()) == flat else "not reached",
         }
 
     def _away(self) -> Tensor:
@@ -184,7 +184,7 @@ def steering_response(
     sets = [neurons, *(random_neurons(tower, neurons, n_random, seed=seed, match=match) if random is None else random)]
     measure = metric_of_actions(metric)
     pieces = list(parts(model, data, example_batch, seed))
-    natural = [_natural(model, pieces, one, run) for one in (sets if units == "deviation" else sets[:1])]
+    natural = _natural(model, pieces, sets if units == "deviation" else sets[:1], run)
     base = [_measured(measure, run(model, part.inputs, []), part) for part in pieces]
     values = torch.empty(len(sets), len(scales), sum(map(len, base)), dtype=base[0].dtype)
     for number, one in enumerate(track(sets, "steering") if progress else sets):
@@ -248,22 +248,22 @@ def _value(scale: float, method: str, units: str, natural: tuple[Tensor, Tensor]
     return mean + scale * spread if method == "overwrite" else scale * spread
 
 
-def _natural(model: Any, pieces: Sequence[Part], neurons: NeuronSet, run: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the neurons' own values over everything but padding, in the order of the set."""
-    sums = torch.zeros(3, len(neurons), dtype=torch.float64)
-    where = {place: number for number, place in enumerate(neurons)}
+def _natural(model: Any, pieces: Sequence[Part], sets: Sequence[NeuronSet], run: Policy) -> list[tuple[Tensor, Tensor]]:
+    """Mean and standard deviation of the neurons' own values over everything but padding, of every set in its order."""
+    sites = {layer: site for one in sets for layer, site in one.sites.items()}
+    moments = {layer: torch.zeros(3, sets[0].d_mlp, dtype=torch.float64) for layer in sites}
     for part in pieces:
-        tokens = model.tokens(part.inputs)[neurons.tower]
-        there = torch.from_numpy(tokens.kind != "padding")
-        with model.record(list(neurons.sites.values())) as cache:
+        there = torch.from_numpy(model.tokens(part.inputs)[sets[0].tower].kind != "padding")
+        with model.record(list(sites.values())) as cache:
             run(model, part.inputs, [])
-        for layer, own in neurons.layers.items():
-            at = [where[layer, one] for one in own]
-            for value in cache[neurons.sites[layer]]:
-                held = value[..., own].detach().cpu().double()
-                held = held[there] if held.shape[:-1] == there.shape else held.flatten(0, -2)
-                moments = torch.stack([torch.full((len(own),), float(len(held))), held.sum(0), held.square().sum(0)])
-                sums[:, at] += moments.double()
-    count, total, square = sums
-    mean = total / count
-    return mean, (square / count - mean.square()).clamp(min=0).sqrt()
+        for layer, site in sites.items():
+            for value in cache[site]:
+                own = value.detach().cpu().double()
+                own = own[there] if own.shape[:-1] == there.shape else own.flatten(0, -2)
+                moments[layer] += torch.stack([torch.full_like(own[0], len(own)), own.sum(0), own.square().sum(0)])
+    found = []
+    for one in sets:
+        count, total, square = torch.stack([moments[layer][:, neuron] for layer, neuron in one], 1)
+        mean = total / count
+        found.append((mean, (square / count - mean.square()).clamp(min=0).sqrt()))
+    return found
