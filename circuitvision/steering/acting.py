@@ -19,6 +19,7 @@ from torch import Tensor
 
 from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.model.edits.base import taken
+from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random, refuse_unwrapped
 
 if TYPE_CHECKING:
@@ -99,6 +100,12 @@ def parts(model: Any, data: Any, size: int | None = None, seed: int = 0) -> Iter
         raise InputError(
             f"A policy acts on inputs (model.inputs(…)) or on a data set (cv.data.Side), not a {type(data).__name__}."
         )
+
+
+def passes(recorded: Tensor | Sequence[Tensor], site: str) -> list[Tensor]:
+    """What was recorded at a site, one value per pass of its tower; a policy may run the model once, which has no axis of passes."""
+    several = not isinstance(recorded, Tensor) or recorded.ndim > (4 if SiteName.parse(site).has_heads else 3)
+    return list(recorded) if several else [recorded]  # type: ignore[list-item]
 
 
 def n_examples(inputs: Mapping[str, Any]) -> int:

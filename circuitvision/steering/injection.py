@@ -34,7 +34,7 @@ from circuitvision.patching.runs import check_same_shapes, inverse_maps
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
-from circuitvision.steering.acting import Part, Policy, parts, policy_of
+from circuitvision.steering.acting import Part, Policy, parts, passes, policy_of
 
 ALL = "all"
 STAGES = {"kv": ("attn.hook_k", "attn.hook_v"), "resid": ("hook_resid_pre",)}
@@ -207,8 +207,8 @@ class _Injection:
             self.source = run(model, source, [])
         self.unedited = run(model, base, [])
         # What is said in tokens differs from run to run: only the prompt's pass belongs together.
-        passes = 1 if tower == model.family.tower_that_runs("per_token") else None
-        self.held = {site: list(cache[site])[:passes] for own in self.sites.values() for site in own}
+        shared = 1 if tower == model.family.tower_that_runs("per_token") else None
+        self.held = {site: passes(cache[site], site)[:shared] for own in self.sites.values() for site in own}
         self.passes = max(map(len, self.held.values()))
 
     def measure(

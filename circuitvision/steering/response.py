@@ -31,7 +31,7 @@ from circuitvision.errors import InputError
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
-from circuitvision.steering.acting import Part, Policy, parts, policy_of
+from circuitvision.steering.acting import Part, Policy, parts, passes, policy_of
 from circuitvision.steering.neurons import METHODS, NeuronSet, random_neurons
 
 CHOSEN = "chosen"
@@ -156,7 +156,7 @@ def steering_response(
     seed: int = 0,
     progress: bool = True,
 ) -> SteeringResponse:
-    """Steer by a set of neurons and by random ones, at every scale, and measure how far the actions move.
+    """Steer by a set of neurons and by random ones, at every scale, and measure how far the actions move: ``(1 + n_random) · len(scales)`` runs.
 
     Args:
         model: the hooked model, a policy.
@@ -257,7 +257,7 @@ def _natural(model: Any, pieces: Sequence[Part], sets: Sequence[NeuronSet], run:
         with model.record(list(sites.values())) as cache:
             run(model, part.inputs, [])
         for layer, site in sites.items():
-            for value in cache[site]:
+            for value in passes(cache[site], site):
                 own = value.detach().cpu().double()
                 own = own[there] if own.shape[:-1] == there.shape else own.flatten(0, -2)
                 moments[layer] += torch.stack([torch.full_like(own[0], len(own)), own.sum(0), own.square().sum(0)])

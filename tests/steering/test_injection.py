@@ -183,6 +183,16 @@ def test_pairs_are_the_inputs_of_both_sides_in_batches(policy: cv.HookedModel) -
     torch.testing.assert_close(by_hand.at("image", 1).values, expected, rtol=0, atol=1e-6)
 
 
+def test_a_policy_may_be_a_single_run(policy: cv.HookedModel, sides: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """The velocity of one pass in place of the denoised actions: nothing counts passes there."""
+    source, base = ({name: value[:12] for name, value in one.items()} for one in sides)
+    found = inject(
+        policy, source=source, base=base, layers=["all"], progress=False, policy=lambda model, one, group: model.run(one, group)
+    )  # fmt: skip
+    torch.testing.assert_close(found.values[0, 0, 0], torch.ones(12, dtype=torch.float64), rtol=0, atol=1e-4)
+    assert float(found.residual.max()) < 1e-4
+
+
 def test_pooled_weighs_by_how_far_the_trajectories_lie_apart(of_layers: InjectionResult) -> None:
     weight = (of_layers.source - of_layers.base).flatten(0, 1).square().sum(0)
     expected = (of_layers.values[0, 2, 0] * weight).sum() / weight.sum()

@@ -10,7 +10,9 @@ import torch
 
 import circuitvision as cv
 from circuitvision.data import reach
+from circuitvision.errors import InputError
 from circuitvision.openvla import ActionTokens, predict_action
+from circuitvision.openvla.actions import unnormalise
 from circuitvision.steering import (
     NeuronSet,
     act,
@@ -54,26 +56,26 @@ def test_it_acts_as_predict_action_does(openvla: cv.HookedModel, inputs: dict[st
 def test_neurons_that_promote_an_action_bin_are_overwritten_at_the_prompt_and_at_every_decoding_step(
     openvla: cv.HookedModel, inputs: dict[str, Any]
 ) -> None:
-    """With a large enough value every dimension says the bin that the value vectors promote; only then are they edited in every pass."""
-    tower = openvla.language
-    highest = max(ActionTokens.of(openvla.config).ids, key=lambda one: openvla.action_values[one])
-    chosen = promoting_neurons(tower, [highest], 6, against=[min(ActionTokens.of(openvla.config).ids)], layers=2)
-    passes: list[tuple[int, ...]] = []
-    group = chosen.edits(1e4)
-    watch = cv.edits.apply(group[-1].site, lambda value, hook: passes.append(tuple(value[..., chosen.places[0][1]].unique().tolist())))  # fmt: skip
-    steered = policy(openvla, inputs, [*group, watch])
-    assert passes == [(1e4,)] * 3
-    only_prompt = policy(openvla, inputs, chosen.edits(1e4, steps="prefill"))
-    plain = policy(openvla, inputs, [])
-    # One answer whatever the picture and the dimension: the highest bin, in the units of the data set.
-    words = (rows := tower.blocks[2].W_out.detach()[[neuron for _, neuron in chosen]].sum(0)) @ tower.W_U.detach()
-    assert rows.ndim == 1
-    says = int((rows * openvla.module.language_model.model.norm.weight.detach() @ tower.W_U.detach()).argmax())
-    expected = ActionTokens.of(openvla.config).values(torch.tensor([says] * 3).numpy())
-    assert np.array_equal(steered.numpy()[:, 0], np.tile(cv.openvla.actions.unnormalise(expected, openvla.config, KEY), (4, 1)))  # fmt: skip
-    assert torch.equal(only_prompt[:, 0, 0], steered[:, 0, 0])
-    assert not torch.equal(steered, plain)
-    assert words.shape == (tower.W_U.shape[1],)
+    """With a large value all dimensions say the one token that the neurons' vectors promote behind the norm; the edit is there in every pass."""
+    tower, tokens = openvla.language, ActionTokens.of(openvla.config)
+    highest = max(tokens.ids, key=lambda one: openvla.action_values[one])
+    chosen = promoting_neurons(tower, [highest], 6, against=[min(tokens.ids)], layers=2)
+    (edit,) = chosen.edits(1e4)
+    values: list[set[float]] = []
+    first = chosen.places[0][1]
+    watch = cv.edits.apply(edit.site, lambda value, hook: values.append(set(value[..., first].flatten().tolist())))
+    steered = policy(openvla, inputs, [edit, watch])
+    assert values == [{1e4}] * 3
+    norm = openvla.module.language_model.model.norm.weight.detach()
+    written = tower.blocks[2].W_out.detach()[[neuron for _, neuron in chosen]].sum(0) * norm
+    says = int((written @ tower.W_U.detach()).argmax())
+    expected = unnormalise(tokens.values([says] * 3), openvla.config, KEY)
+    assert np.array_equal(steered.numpy()[:, 0], np.tile(expected, (4, 1)))
+    # At the prompt alone the first dimension is steered, and the others follow as they would.
+    prompt = policy(openvla, inputs, chosen.edits(1e4, steps="prefill"))
+    assert torch.equal(prompt[..., 0], steered[..., 0])
+    assert not torch.equal(prompt, steered)
+    assert not torch.equal(steered, policy(openvla, inputs, []))
 
 
 def test_the_response_has_every_set_and_own_values_move_nothing(
@@ -138,3 +140,9 @@ def test_episodes_run_with_a_policys_own_eyes_and_hands(openvla: cv.HookedModel,
     )  # fmt: skip
     assert found.values.shape == (2, 2, 4)
     assert seen == [4] * 4
+
+
+def test_prompts_filled_up_on_the_right_are_refused(openvla: cv.HookedModel) -> None:
+    padded = openvla_inputs(openvla, 3, padding="right", dtype=torch.float64)
+    with pytest.raises(InputError, match="left"):
+        policy(openvla, padded, [])

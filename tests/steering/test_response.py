@@ -78,6 +78,17 @@ def test_the_response_of_a_clipped_policy_saturates_where_it_is_clipped(
     assert shuffled.saturation() == 100.0
 
 
+@pytest.mark.parametrize(
+    ("effect", "expected"),
+    [([0.0, 1.0, 1.0, 1.0], 1.0), ([0.0, 1.0, 1.0, 2.0], None), ([0.0, 1.0, 2.0, 2.05], 2.0), ([0.0] * 4, None)],
+)
+def test_a_curve_is_saturated_where_it_stays_flat(effect: list[float], expected: float | None) -> None:
+    """A plateau that it leaves again is none."""
+    axes = {"set": ["chosen"], "scale": [0.0, 1.0, 2.0, 3.0], "example": [0]}
+    found = SteeringResponse(torch.tensor(effect).view(1, 4, 1), axes, base=torch.zeros(1)).saturation()
+    assert found == expected if expected is not None else found != found
+
+
 def test_a_neurons_own_value_changes_nothing(policy: cv.HookedModel, boards: reach.ReachScenes) -> None:
     """Factor 1, and nothing added, are the unedited run bit for bit."""
     chosen = promoting_neurons(policy.action, [0], 6)
@@ -98,6 +109,11 @@ def test_deviations_count_from_each_neurons_own_mean(policy: cv.HookedModel, boa
     torch.testing.assert_close(found.natural_std, held.std(0, correction=0), rtol=1e-4, atol=1e-6)
     expected = float((found.natural_std * torch.tensor([3.0, 6.0], dtype=torch.float64)).sum())
     assert found.slope == pytest.approx(expected, rel=1e-4)
+    # At scale 0 every neuron has its natural mean.
+    with torch.no_grad():
+        own = policy.run_with_cache(inputs, SITE)[1][SITE][:, 1][:, [2, 5]].double()
+    moved = ((found.natural_mean - own) * torch.tensor([3.0, 6.0], dtype=torch.float64)).sum(1)
+    torch.testing.assert_close(found.values[0, 0], moved, rtol=1e-4, atol=1e-4)
     plain = measured(policy, boards, scales=[0.0, 1.0])
     torch.testing.assert_close(plain.deviations()[0], -found.natural_mean / found.natural_std, rtol=1e-5, atol=1e-5)
     assert torch.equal(found.deviations(), torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64))
