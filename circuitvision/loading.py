@@ -18,7 +18,7 @@ from circuitvision.errors import InputError
 from circuitvision.files import format_of, reading
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 _READS = "results, caches, collected vectors, edits, graphs and tables"
 
@@ -26,7 +26,7 @@ _READS = "results, caches, collected vectors, edits, graphs and tables"
 def load(
     path: str | Path,
     *,
-    model: HookedModel | None = None,
+    model: Wrapped | None = None,
     inputs: Mapping[str, Any] | None = None,
     objects: Mapping[str, Any] | None = None,
 ) -> Any:

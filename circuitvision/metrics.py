@@ -47,7 +47,7 @@ class Metric:
     name: str = ""
     combine: str = ""
     """How several tokens of an answer become one number: the ``"mean"`` over them, or their ``"joint"`` value, the sum of their log-probabilities, as
-    data sets and :mod:`circuitvision.readout.targets` say it."""
+    data sets and :mod:`circuitvision.model.columns` say it."""
     link: Link | None = None
     """What turns the output into probabilities; None: what the output itself says (outputs of a wrapped model do), or else a softmax."""
     tokens: Any = field(default=None, repr=False, kw_only=True)

@@ -231,7 +231,7 @@ def _open(image: str | Path | Image.Image) -> Image.Image:
 def load_model(model: str | Path | Any, **options: Any) -> Any:
     """A wrapped model from the name of an organism, the name or folder of a checkpoint, or itself."""
     from circuitvision import organisms
-    from circuitvision.model import HookedModel
+    from circuitvision.hooked import HookedModel
 
     if not isinstance(model, str | Path):
         return model

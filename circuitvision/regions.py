@@ -156,6 +156,7 @@ def high_norm(
     Raises:
         InputError: a cache without the site or its inputs, norms of another shape, a site without positions.
     """
+    from circuitvision.model.axes import map_of
     from circuitvision.model.cache import ActivationCache
     from circuitvision.model.sites import SiteName
 
@@ -172,7 +173,7 @@ def high_norm(
             raise InputError("This cache does not know its model and inputs; set cache.model and cache.inputs.")
         maps = source.model.tokens(source.inputs) if tokens is None else tokens
         held = source.model.positions(site, source.inputs)
-        tower = source.model.flow.tower_of(tower)
+        tower = map_of(source.model, SiteName.parse(site))
     else:
         norms, maps = torch.as_tensor(source).detach().cpu(), tokens
     if norms.ndim != 2 or not norms.is_floating_point():

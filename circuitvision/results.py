@@ -369,7 +369,8 @@ class Result:
             raise InputError(f"{path} is of format {header.get('format')!r}; this version reads {FORMAT!r}.")
         with reading(path, "a result"):
             if str(header.get("module", "")).startswith("circuitvision."):
-                importlib.import_module(header["module"])
+                # By its name: a class may be at home in another module than when the file was written.
+                getattr(importlib.import_module("circuitvision"), header["class"], None)
             found = Result._classes.get(header["class"], Result if header["class"] == "Result" else None)
             if found is None:
                 raise InputError(f"{path} holds a {header['class']}; import the module that defines it before loading.")

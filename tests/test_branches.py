@@ -12,8 +12,9 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision.errors import InputError, UnknownSiteError, UnsupportedModelError
 from circuitvision.model import norms, slots
-from circuitvision.model.branches import Branch
+from circuitvision.model.branches import Branch, MLPBranch, ProjectedBranch
 from circuitvision.model.weights import linear_weight
+from tests.parts import module_of
 from tests.zoo import CASES, Case, parametrize, shared_model
 
 KINDS = ["vit", "dinov2", "llava-clip-llama", "paligemma2", "pi0"]
@@ -143,12 +144,12 @@ def test_what_is_no_part_of_a_branch_is_refused() -> None:
 
 def test_a_norm_that_no_table_describes_is_not_taken_for_a_scale() -> None:
     with pytest.raises(UnsupportedModelError, match="NORMS"):
-        norms.following(torch.nn.RMSNorm(6)).linear(torch.randn(2, 3, 6))
+        norms.following(torch.nn.Identity(), [torch.nn.RMSNorm(6)]).linear(torch.randn(2, 3, 6))
     scale = torch.nn.Module()
     scale.register_parameter("factor", torch.nn.Parameter(torch.arange(1.0, 7.0)))
     scale.forward = lambda value: value * scale.factor  # type: ignore[method-assign]
     value = torch.randn(2, 3, 6)
-    torch.testing.assert_close(norms.following(scale).linear(value), value * torch.arange(1.0, 7.0))
+    torch.testing.assert_close(norms.following(scale, [scale]).linear(value), value * torch.arange(1.0, 7.0))
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -157,7 +158,7 @@ def test_the_transpose_of_a_held_norm_is_its_gradient(centred: bool) -> None:
     if centred:
         module: torch.nn.Module = torch.nn.LayerNorm(7).double()
     else:
-        module = double("paligemma2")[0].language.blocks[0].part("ln1")
+        module = module_of(double("paligemma2")[0].language.blocks[0], "ln1")
     width = next(module.parameters()).numel()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
@@ -171,13 +172,17 @@ def test_the_transpose_of_a_held_norm_is_its_gradient(centred: bool) -> None:
 def forget_the_norm(patch: pytest.MonkeyPatch) -> None:
     """A norm behind a branch is left out."""
     right = norms.following
-    patch.setattr("circuitvision.model.branches.following", lambda module: _none_if(right(module), norms.Norm))
+    patch.setattr(
+        "circuitvision.model.branches.following", lambda block, then: _none_if(right(block, then), norms.Norm)
+    )
 
 
 def forget_the_scale(patch: pytest.MonkeyPatch) -> None:
     """LayerScale is left out."""
     right = norms.following
-    patch.setattr("circuitvision.model.branches.following", lambda module: _none_if(right(module), norms.Scale))
+    patch.setattr(
+        "circuitvision.model.branches.following", lambda block, then: _none_if(right(block, then), norms.Scale)
+    )
 
 
 def _none_if(found: Any, kind: type) -> Any:
@@ -197,7 +202,7 @@ def forget_the_bias(patch: pytest.MonkeyPatch) -> None:
         own = linear_weight(branch.output)[1]
         return like.new_zeros(branch.block.tower.cfg.d_model) if own is None else own
 
-    patch.setattr(Branch, "bias", bias)
+    patch.setattr(ProjectedBranch, "bias", bias)
 
 
 @pytest.mark.parametrize(
@@ -267,24 +272,26 @@ def sum_groups_twice(patch: pytest.MonkeyPatch) -> None:
     """A key or value head's gradient is counted once for every query head that it serves."""
     right = slots.SlotGradients._per_head
 
-    def per_head(block: Any, part: str, gradient: Tensor, normed: Tensor, stream: Tensor) -> Tensor:
-        group = block.tower.cfg.n_heads // gradient.shape[-2]
-        return group * right(block, part, gradient, normed, stream)
+    cfg = double("llava-clip-llama")[0].language.cfg
+
+    def per_head(projection: Any, gradient: Tensor, normed: Tensor, stream: Tensor) -> Tensor:
+        group = cfg.n_heads // cfg.n_kv_heads if gradient.shape[-2] == cfg.n_kv_heads else 1
+        return group * right(projection, gradient, normed, stream)
 
     patch.setattr(slots.SlotGradients, "_per_head", staticmethod(per_head))
 
 
 def forget_the_gate(patch: pytest.MonkeyPatch) -> None:
     """Gated MLPs are read as plain ones."""
-    patch.setattr(slots, "slot_at", lambda block, site: slots.SLOTS[site])
+    patch.setattr(MLPBranch, "inputs", property(lambda branch: {"mlp.hook_pre_linear": branch.fc_in}))
 
 
 def take_the_norm_for_linear(patch: pytest.MonkeyPatch) -> None:
     """The norm's denominator is taken for a constant."""
 
-    def per_head(block: Any, part: str, gradient: Tensor, normed: Tensor, stream: Tensor) -> Tensor:
-        norm = norms.Norm(block.part("ln1"))
-        weight = linear_weight(block.part(part))[0].detach().unflatten(1, (gradient.shape[-2], -1))
+    def per_head(projection: Any, gradient: Tensor, normed: Tensor, stream: Tensor) -> Tensor:
+        norm = norms.Norm(double("llava-clip-llama")[0].vision.blocks[0].attn.norm)
+        weight = projection.weight_and_bias()[0].detach().unflatten(1, (gradient.shape[-2], -1))
         entering = torch.einsum("...hd,mhd->...hm", gradient, weight)
         return norm.transposed(entering, norm.denominator(stream.detach()).unsqueeze(-2))
 
@@ -347,5 +354,5 @@ def test_slots_keep_one_tensor_at_a_time() -> None:
     for _ in found.values():
         pass
     assert {id(value) for value in cache.values()} == before
-    tensors = [value for value in vars(found).values() if isinstance(value, (Tensor, dict))]
+    tensors = [value for value in vars(found).values() if isinstance(value, Tensor)]
     assert not tensors, "nothing computed is kept"

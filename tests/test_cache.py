@@ -14,6 +14,7 @@ import circuitvision as cv
 from circuitvision.errors import UnknownSiteError
 from circuitvision.model.cache import ActivationCache
 from tests.conformance.setting import Setting, close, same
+from tests.parts import module_of
 from tests.zoo import CASES, Case, case, cases, parametrize, shared_model
 
 
@@ -181,7 +182,7 @@ def test_frozen_norm_of_the_whole_stream_is_the_norm() -> None:
                 normed = cache.apply_ln_to_stack(resid[None], tower_name, layer=1, mlp_input=part == "ln2", bias=True)[
                     0
                 ]
-                close(normed, tower.blocks[1].part(part).forward(resid), part, 1e-5)
+                close(normed, module_of(tower.blocks[1], part).forward(resid), part, 1e-5)
             close(
                 cache.accumulated_resid(tower_name, apply_ln=True)[-1],
                 cache.apply_ln_to_stack(final[None], tower_name)[0],
@@ -396,4 +397,4 @@ def test_a_recording_of_one_run_knows_its_inputs_and_of_several_does_not():
         model(inputs)
     assert not two.inputs
     model(inputs)
-    assert model._recorded_inputs is None
+    assert model._log is None

@@ -84,5 +84,34 @@ def test_two_backbones(names: dict[str, Any]) -> None:
     assert len({round(float(value), 6) for value in torch.stack(expected)}) == 6
 
 
+def test_a_packing_of_ones_own(names: dict[str, Any]) -> None:
+    """The corner is patch 0 of a row, and, mirrored, the last of the first four; painting its pixels changes these two positions."""
+    model, shown, module = names["ways"], names["shown"], names["ways"].module
+    tokens = model.tokens(shown)["language"]
+    assert tokens.in_box(0, 0, 8, 8, row=1) == [1, 20]
+    assert tokens.patches.of(1, 20) == [(3, 0, 0, 1.0)]
+    assert model.tokens(shown)["vision"].example.tolist() == [0, 0, 1, 1]
+    block = module.language_model.layers[0]
+
+    def blank(part: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.index_fill(1, torch.tensor([1, 20]), 0.0)
+
+    with torch.no_grad():
+        handle = block.register_forward_hook(blank)
+        expected = module(**shown)["logits"]
+        handle.remove()
+        torch.testing.assert_close(names["edited"], expected)
+        torch.testing.assert_close(model(names["second"]), model(shown)[1:])
+        painted = {**shown, "pixel_values": shown["pixel_values"].clone()}
+        painted["pixel_values"][1, :, :8, :8] += 1.0
+        silent = [("vision.blocks.*.hook_attn_out", lambda value, hook: torch.zeros_like(value))]
+        with model.hooks(silent):
+            seen = [
+                model.run_with_cache(one, "language.hook_input")[1]["language.hook_input"] for one in (shown, painted)
+            ]
+    changed = (seen[0] != seen[1]).any(-1).nonzero().tolist()
+    assert changed == [[1, 1], [1, 20]]
+
+
 def test_every_pooling_rule_is_named() -> None:
     assert all(f"`{rule}`" in PAGE for rule in POOLS)

@@ -27,6 +27,8 @@ ROOMS = [
     "metrics",
     "openvla",
     "model",
+    "incremental",
+    "hooked",
     "families",
     "readout",
     "patching",
@@ -109,7 +111,7 @@ def test_annotated_shapes_hold() -> None:
     """Every jaxtyping annotation of the core is checked by beartype while a vision-language and a dual model run."""
     code = """
 from jaxtyping import install_import_hook
-with install_import_hook(["circuitvision.model", "circuitvision.metrics"], "beartype.beartype"):
+with install_import_hook(["circuitvision.model", "circuitvision.incremental", "circuitvision.hooked", "circuitvision.metrics"], "beartype.beartype"):
     import circuitvision as cv
     cv.HookedModel, cv.metrics
 import torch

@@ -13,9 +13,9 @@ from PIL import Image
 from circuitvision import edits
 from circuitvision.circuits import AblationCheck, head_importance
 from circuitvision.errors import InputError
+from circuitvision.incremental.sweeps.result import SweepResult
 from circuitvision.metrics import logit_diff
 from circuitvision.model.edits.base import EditGroup
-from circuitvision.model.sweeps.result import SweepResult
 from circuitvision.patching import activation_patch
 from circuitvision.plots import graph, lens_rows, report, style, sweeps
 from circuitvision.readout.lens.result import LensResult

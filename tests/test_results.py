@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from circuitvision import files, provenance
 from circuitvision.errors import InputError
 from circuitvision.results import Result
-from circuitvision.storage import as_builtin
+from circuitvision.storage import as_builtin, read, write
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +91,19 @@ def test_load_as_a_narrower_class_is_checked(tmp_path):
     assert type(Result.load(path)) is Result
     with pytest.raises(InputError, match="holds a Result"):
         TwoTensors.load(path)
+
+
+def test_a_file_names_a_class_that_may_have_moved(tmp_path):
+    """What was saved while its class stood in another module is read, also where neither module was imported before."""
+    path = Result(torch.zeros(1), {"x": [0]}).save(tmp_path / "r.npz")
+    tensors, header = read(path)
+    write(path, tensors, {**header, "module": "circuitvision.model.gone", "class": "ValueVectors"})
+    code = f"import circuitvision as cv; print(type(cv.Result.load({str(path)!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "ValueVectors", done.stderr[-2000:]
+    write(path, tensors, {**header, "module": "circuitvision.model.gone", "class": "NoSuchResult"})
+    with pytest.raises(InputError, match="NoSuchResult"):
+        Result.load(path)
 
 
 def test_an_object_array_is_never_unpickled(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import circuitvision as cv
-from circuitvision.model import heads
+from circuitvision.model import pooling
 from tests.zoo import case
 
 
@@ -20,7 +20,7 @@ def ends(name: str) -> tuple[cv.HookedModel, dict[str, torch.Tensor], torch.Tens
         expected = module.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
         expected = getattr(expected, "pooler_output", expected)
         last = cache["text.blocks.1.hook_resid_post"]
-        at = heads.eos_positions(model.text, inputs)
+        at = pooling.eos_positions(model.text, inputs)
         read = module.text_projection(module.text_model.final_layer_norm(last)[torch.arange(len(at)), at])
     return model, inputs, expected, read
 
@@ -32,7 +32,7 @@ def test_texts_are_read_where_the_model_reads_them(name: str) -> None:
 
 
 def test_the_rule_of_clip_is_wrong_for_metaclip_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "eos_positions", lambda tower, inputs: inputs["input_ids"].argmax(-1))
+    monkeypatch.setattr(pooling, "eos_positions", lambda tower, inputs: inputs["input_ids"].argmax(-1))
     _, _, expected, read = ends("metaclip2")
     assert (read - expected).norm() > 0.5 * expected.norm()
 

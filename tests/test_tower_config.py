@@ -12,6 +12,7 @@ import circuitvision as cv
 from circuitvision.errors import UnsupportedModelError
 from circuitvision.families.stacks import VIT, VIT_BLOCK
 from circuitvision.model import spec
+from circuitvision.model.block_layout import BlockLayout
 from circuitvision.model.spec import Family, Readout, TowerSpec
 from tests.zoo import case
 
@@ -30,8 +31,12 @@ class Own(nn.Module):
         return self.inner(pixel_values)
 
 
-def wrapped(tower: dict[str, Any], **block: Any) -> cv.HookedModel:
-    stack = replace(VIT, block=replace(VIT_BLOCK, **block))
+def wrapped(tower: dict[str, Any], **parts: str) -> cv.HookedModel:
+    attn, mlp = (
+        replace(branch, core=replace(branch.core, **{k: v for k, v in parts.items() if hasattr(branch.core, k)}))
+        for branch in VIT_BLOCK.branches
+    )
+    stack = replace(VIT, block=BlockLayout((attn, mlp)))
     reads = Readout(pool="cls", head="inner.classifier", reads=("cls",))
     one = TowerSpec("vision", root="inner.vit", stack=stack, readout=reads, **tower)
     spec.register_family(Family(name="own", classes=("Own",), output="logits", towers=(one,)))
@@ -43,8 +48,8 @@ def wrapped(tower: dict[str, Any], **block: Any) -> cv.HookedModel:
     [
         ("q", "mlp.fc2", "q='mlp.fc2'.*reads 40 features, expected 24"),
         ("k", "mlp.fc1", "k='mlp.fc1'.*writes 40 features, expected 24 .4 key and value heads of 6"),
-        ("mlp_in", "mlp.fc2", "mlp_in='mlp.fc2'.*reads 40 features, expected 24"),
-        ("mlp_out", "attention.o_proj", "mlp_out='attention.o_proj'.*reads 24 features, expected 40"),
+        ("fc_in", "mlp.fc2", "fc_in='mlp.fc2'.*reads 40 features, expected 24"),
+        ("fc_out", "attention.o_proj", "fc_out='attention.o_proj'.*reads 24 features, expected 40"),
         ("o", "mlp.fc1", "o='mlp.fc1'.*writes 40 features, expected 24"),
     ],
 )
@@ -77,7 +82,7 @@ def test_heads_are_a_number_a_name_or_names(n_heads: Any) -> None:
 def test_a_block_of_another_shape_is_refused() -> None:
     module = case("vit").build()
     module.vit.layers[2].mlp.fc1 = nn.Linear(24, 48)
-    with pytest.raises(UnsupportedModelError, match=r"block 2 .*mlp_in='mlp.fc1'.*writes 48 features, expected 40"):
+    with pytest.raises(UnsupportedModelError, match=r"block 2 .*fc_in='mlp.fc1'.*writes 48 features, expected 40"):
         cv.HookedModel(module)
 
 

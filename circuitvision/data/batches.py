@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitvision.data.sides import OF_IMAGES, Example, Side, same_as
+from circuitvision.data.sides import Example, Side
 from circuitvision.digests import of_json, of_tensor, plain
 from circuitvision.errors import InputError
 
@@ -111,7 +111,9 @@ def compared_batches(side: Side, model: Any, size: int | None, compared: str) ->
         raise InputError("The data set holds no example.")
     first = side.examples[0]
     if compared == "images":
-        beside = side._with(examples=tuple(one.compared_with(first) for one in side.examples))
+        beside = side._with(
+            examples=tuple(one.compared_with(first, model.family.packing.of_images) for one in side.examples)
+        )
         yield from side_batches(beside, model, size, 0)
         return
     texts = [one.text if isinstance(one.text, str) else (one.text or ("",))[0] for one in side.examples]
@@ -177,13 +179,14 @@ def _key(example: Example, model: Any) -> str:
         return of_json(plain([texts, example.image is None, fixed, sorted(example.settings)]))
     held: dict[str, Any] = {}
     filled = _fills(example.tensors) and not model.is_dual
+    of_images = model.family.packing.of_images
     for name, value in example.tensors.items():
         if not isinstance(value, (Tensor, np.ndarray)) or not value.ndim:
             held[name] = plain(value)
-        elif model.is_dual and name not in OF_IMAGES:
+        elif model.is_dual and name not in of_images:
             held[name] = of_tensor(torch.as_tensor(value))
         else:
-            shape = value.shape[1:] if name in OF_IMAGES or not filled else value.shape[2:]
+            shape = value.shape[1:] if name in of_images or not filled else value.shape[2:]
             held[name] = [str(value.dtype), list(shape)]
     return of_json([held, fixed])
 
@@ -219,12 +222,15 @@ def inputs_of(model: Any, side: Side, seed: int = 0) -> dict[str, Any]:
         if examples[0].tensors is not None
         else _processed(model, examples)
     )
-    if "noise" in getattr(model.family, "required", ()) and "state" in made:
-        rows = range(len(made["state"]))
-        drawn = [model.inputs(state=made["state"][row : row + 1], seed=seed + side.numbers[row]) for row in rows]
-        for name in ("noise", "timestep"):
-            if name not in examples[0].settings and name not in (examples[0].tensors or ()):
-                made[name] = torch.cat([one[name] for one in drawn])
+    given = {*examples[0].settings, *(examples[0].tensors or ())}
+    random = [name for name in model.family.required if name not in given]
+    if random and model.family.drawn is not None:
+        without = {name: value for name, value in made.items() if name not in random}
+        drawn = [
+            model.inputs(**model.family.packing.take(model, without, [row]), seed=seed + number)
+            for row, number in enumerate(side.numbers)
+        ]
+        made |= {name: torch.cat([one[name] for one in drawn]) for name in random}
     return made
 
 
@@ -246,7 +252,7 @@ def _processed(model: Any, examples: Sequence[Example]) -> dict[str, Any]:
         return joined(model, [_processed(model, [one]) for one in examples])
     settings = {name: _stacked([one.settings[name] for one in examples]) for name in first.settings}
     made = model.inputs(images=images, text=text, **settings)
-    return made if model.is_dual else to_the_right(made)
+    return made if model.is_dual else to_the_right(model, made)
 
 
 def _stacked(values: Sequence[Any]) -> Any:
@@ -262,32 +268,18 @@ def joined(model: Any, parts: Sequence[Mapping[str, Any] | None]) -> dict[str, A
     Raises:
         InputError: parts that hold different things.
     """
-    given = [{name: _placed(model, value) for name, value in (part or {}).items()} for part in parts]
-    packing = getattr(model.family, "packing", None)
-    if packing is not None:
-        # Metrics read prompts that name every position.
-        given = [packing.laid_out(model, part) for part in given]
+    packing = model.family.packing
+    # Metrics read prompts that name every position.
+    given = [
+        packing.laid_out(model, {name: _placed(model, value) for name, value in (part or {}).items()}) for part in parts
+    ]
     if any(part.keys() != given[0].keys() for part in given):
         raise InputError("Examples made by hand hold different inputs; give each of them the same names.")
-    dual = model.is_dual
-    if not dual and all(_fills(part) for part in given):
-        given = [to_the_right(part) for part in given]
+    if not model.is_dual and all(_fills(part) for part in given):
+        given = [to_the_right(model, part) for part in given]
         width = max(part["attention_mask"].shape[1] for part in given)
         given = [filled(model, part, width) for part in given]
-    out: dict[str, Any] = {}
-    for name, first in given[0].items():
-        values = [part[name] for part in given]
-        if isinstance(first, Tensor) and first.ndim and not (dual and name not in OF_IMAGES):
-            if any(value.shape[1:] != first.shape[1:] for value in values):
-                raise InputError(
-                    f"{name} has the shapes {[tuple(value.shape) for value in values]}, which do not join."
-                )
-            out[name] = torch.cat(values)
-        elif all(same_as(first, value) for value in values):
-            out[name] = first
-        else:
-            raise InputError(f"{name} differs between examples, and one run has one; make data sets of the two.")
-    return out
+    return packing.join(model, given, "images")
 
 
 def _placed(model: Any, value: Any) -> Any:
@@ -304,17 +296,20 @@ def _fills(inputs: Mapping[str, Any]) -> bool:
     return read is not None and (mask is None or mask.ndim == 2) and inputs.get("past_key_values") is None
 
 
-def _along_text(inputs: Mapping[str, Any]) -> list[str]:
+def _along_text(model: Any, inputs: Mapping[str, Any]) -> list[str]:
     """The inputs that have the positions of the prompt as their second axis."""
     shape = inputs["attention_mask"].shape
     return [
         name
         for name, value in inputs.items()
-        if isinstance(value, Tensor) and name not in OF_IMAGES and value.shape[:2] == shape and value.ndim <= 3
+        if isinstance(value, Tensor)
+        and name not in model.family.packing.of_images
+        and value.shape[:2] == shape
+        and value.ndim <= 3
     ]
 
 
-def to_the_right(inputs: dict[str, Any]) -> dict[str, Any]:
+def to_the_right(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """Prompts with what fills them up behind them, and no longer than the longest; inputs without a prompt as they are."""
     if not _fills(inputs):
         return inputs
@@ -329,7 +324,7 @@ def to_the_right(inputs: dict[str, Any]) -> dict[str, Any]:
         return made
     width = mask.shape[1]
     index = (torch.arange(width, device=mask.device) + first[:, None]) % width
-    for name in _along_text(made):
+    for name in _along_text(model, made):
         value = made[name]
         moved = value.take_along_dim(index.view(*index.shape, *[1] * (value.ndim - 2)).to(value.device), 1)
         made[name] = moved[:, :length]
@@ -342,7 +337,7 @@ def filled(model: Any, inputs: dict[str, Any], width: int) -> dict[str, Any]:
     if more <= 0:
         return inputs
     made = dict(inputs)
-    for name in _along_text(inputs):
+    for name in _along_text(model, inputs):
         value = inputs[name]
         blank = value.new_zeros(len(value), more, *value.shape[2:])
         made[name] = torch.cat([value, blank + _pad_id(model) if name == "input_ids" else blank], 1)
@@ -363,7 +358,7 @@ def together(model: Any, sides: Sequence[Side], seed: int = 0) -> list[dict[str,
     made = [inputs_of(model, side, seed) for side in sides]
     if model.is_dual or not all(_fills(inputs) for inputs in made):
         return made
-    made = [to_the_right(inputs) for inputs in made]
+    made = [to_the_right(model, inputs) for inputs in made]
     width = max(inputs["attention_mask"].shape[1] for inputs in made)
     return [filled(model, inputs, width) for inputs in made]
 

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from circuitvision.data.batches import Batch
     from circuitvision.model.regions import Region
 
-OF_IMAGES = ("pixel_values", "image_sizes", "pixel_attention_mask", "spatial_shapes")
-"""Inputs with one entry per image."""
 COMBINE = ("first", "mean", "joint")
 """How several tokens of one answer are read."""
 ColumnsType = TypeVar("ColumnsType", bound="Columns")
@@ -68,12 +66,12 @@ class Example:
     tensors: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def compared_with(self, other: Example) -> Example:
-        """This image beside the texts of another example (dual encoders)."""
+    def compared_with(self, other: Example, of_images: Sequence[str]) -> Example:
+        """This image beside the texts of another example (dual encoders); ``of_images`` are the names of inputs that hold images."""
         if self.tensors is None or other.tensors is None:
             return Example(self.image, other.text, None, self.settings)
-        texts = {name: value for name, value in other.tensors.items() if name not in OF_IMAGES}
-        return Example(tensors={**{name: v for name, v in self.tensors.items() if name in OF_IMAGES}, **texts})
+        texts = {name: value for name, value in other.tensors.items() if name not in of_images}
+        return Example(tensors={**{name: v for name, v in self.tensors.items() if name in of_images}, **texts})
 
     @property
     def pictures(self) -> Any:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from circuitvision.families import clip, deit, dinov2, dinov3, llava, openvla, paligemma, pi0, siglip, stacks, vit
 from circuitvision.families.action_tokens import action_bins
+from circuitvision.model.block_layout import MLP, Attention, BlockLayout, Branch, Fused, Gate, Module, Writer
 from circuitvision.model.flow import Connector
-from circuitvision.model.packing import AnyRes, Cameras, Flat, Inserted, Packing, Patches
+from circuitvision.model.packing import AnyRes, Cameras, Flat, Inserted, Packed, Packing, Patches
 from circuitvision.model.spec import (
     FAMILIES,
-    BlockLayout,
     Family,
     NormSpec,
     Readout,
@@ -22,19 +22,27 @@ from circuitvision.model.spec import (
 )
 
 __all__ = [
+    "MLP",
     "AnyRes",
+    "Attention",
     "BlockLayout",
+    "Branch",
     "Cameras",
     "Connector",
     "Family",
     "Flat",
+    "Fused",
+    "Gate",
     "Inserted",
+    "Module",
     "NormSpec",
+    "Packed",
     "Packing",
     "Patches",
     "Readout",
     "Stack",
     "TowerSpec",
+    "Writer",
     "action_bins",
     "clip",
     "deit",

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError
 from circuitvision.model.flow import Connector
 from circuitvision.model.packing import Cameras
 from circuitvision.model.spec import Family, Readout, TowerSpec, register_family, saved_settings
@@ -20,6 +25,28 @@ def load_processor(name: str) -> Any:
     return PI0Processor(image_processor=images, tokenizer=AutoTokenizer.from_pretrained(name), **saved_settings(name))
 
 
+def drawn(config: Any, inputs: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+    """The noise and timestep of one flow-matching evaluation at ``t = 1``, drawn on the CPU so that every device agrees.
+
+    Raises:
+        InputError: the robot's state is missing.
+    """
+    state = inputs.get("state")
+    if state is None:
+        raise InputError(
+            "This model reads the robot's state; give state=array [batch, state_dim], which the processor normalises, "
+            "or a tensor that is normalised already."
+        )
+    shape = (state.shape[0], int(config.chunk_size), int(config.max_action_dim))
+    noise = torch.randn(shape, generator=generator).to(state.device, state.dtype)
+    return {"noise": noise, "timestep": torch.ones(state.shape[0], device=state.device)}
+
+
+def suffix_kinds(config: Any) -> tuple[str, ...]:
+    """The state, and one position for each action of the chunk."""
+    return ("state", *["action"] * int(config.chunk_size))
+
+
 register_family(
     Family(
         name="pi0",
@@ -34,7 +61,8 @@ register_family(
         image_token=("vlm_config.image_token_id", "vlm_config.image_token_index"),
         required=("noise", "timestep"),
         processor=load_processor,
-        suffix_kinds=("state", "action"),
+        drawn=drawn,
+        suffix_kinds=suffix_kinds,
         towers=(
             TowerSpec(
                 "vision",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
-from circuitvision.model.spec import NORMS, BlockLayout, NormSpec, Stack, register_stack
+from circuitvision.model.block_layout import MLP, Attention, BlockLayout, Branch
+from circuitvision.model.spec import NORMS, NormSpec, Stack, register_stack
 
 NORMS.update(
     {
@@ -21,46 +21,42 @@ NORMS.update(
 )
 
 
-def _separate(attention: str, output: str) -> dict[str, Any]:
-    """The attention module at ``attention``, with projections of the names all these models use."""
-    return {"attn": attention, "o": f"{attention}.{output}", **{part: f"{attention}.{part}_proj" for part in "qkv"}}
+def _attention(module: str, output: str, rotary: bool = False) -> Attention:
+    """The attention module at a path, with projections of the names all these models use."""
+    q, k, v = (f"{module}.{part}_proj" for part in "qkv")
+    return Attention(module, q=q, k=k, v=v, o=f"{module}.{output}", rotary=rotary)
 
 
-_TWO_LAYERS: dict[str, Any] = {"mlp": "mlp", "mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2"}
-_GATED: dict[str, Any] = {
-    "mlp": "mlp",
-    "mlp_gate": "mlp.gate_proj",
-    "mlp_in": "mlp.up_proj",
-    "mlp_out": "mlp.down_proj",
-}
+def _block(attention: Attention, ln1: str, mlp: MLP, ln2: str, attn_then: str = "", mlp_then: str = "") -> BlockLayout:
+    """A pre-norm block; ``attn_then`` and ``mlp_then`` are what follows its branches."""
+    return BlockLayout(
+        (
+            Branch(attention, norm=ln1, then=(attn_then,) if attn_then else ()),
+            Branch(mlp, norm=ln2, then=(mlp_then,) if mlp_then else ()),
+        )
+    )
 
-VIT_BLOCK = BlockLayout(
-    ln1="layernorm_before", **_separate("attention", "o_proj"), ln2="layernorm_after", **_TWO_LAYERS
-)
-CLIP_BLOCK = BlockLayout(ln1="layer_norm1", **_separate("self_attn", "out_proj"), ln2="layer_norm2", **_TWO_LAYERS)
-DINOV2_BLOCK = BlockLayout(
-    ln1="norm1",
-    **_separate("attention", "o_proj"),
-    attn_add="layer_scale1",
-    ln2="norm2",
-    **_TWO_LAYERS,
-    mlp_add="layer_scale2",
-)
-DINOV2_GATED_BLOCK = replace(DINOV2_BLOCK, **_GATED, act="silu")
-LLAMA_BLOCK = BlockLayout(
-    ln1="input_layernorm",
-    **_separate("self_attn", "o_proj"),
-    ln2="post_attention_layernorm",
-    **_GATED,
-    rotary=True,
-)
-DINOV3_BLOCK = replace(DINOV2_BLOCK, mlp_in="mlp.up_proj", mlp_out="mlp.down_proj", rotary=True)
-DINOV3_GATED_BLOCK = replace(DINOV3_BLOCK, mlp_gate="mlp.gate_proj")
-GEMMA2_BLOCK = replace(
-    LLAMA_BLOCK,
-    ln2="pre_feedforward_layernorm",
-    attn_add="post_attention_layernorm",
-    mlp_add="post_feedforward_layernorm",
+
+_TWO_LAYERS = MLP("mlp", fc_in="mlp.fc1", fc_out="mlp.fc2")
+_UP_DOWN = MLP("mlp", fc_in="mlp.up_proj", fc_out="mlp.down_proj")
+_GATED = replace(_UP_DOWN, gate="mlp.gate_proj")
+_LLAMA_ATTENTION = _attention("self_attn", "o_proj", rotary=True)
+_SCALES = ("layer_scale1", "layer_scale2")
+
+VIT_BLOCK = _block(_attention("attention", "o_proj"), "layernorm_before", _TWO_LAYERS, "layernorm_after")
+CLIP_BLOCK = _block(_attention("self_attn", "out_proj"), "layer_norm1", _TWO_LAYERS, "layer_norm2")
+DINOV2_BLOCK = _block(_attention("attention", "o_proj"), "norm1", _TWO_LAYERS, "norm2", *_SCALES)
+DINOV2_GATED_BLOCK = _block(_attention("attention", "o_proj"), "norm1", replace(_GATED, act="silu"), "norm2", *_SCALES)
+DINOV3_BLOCK = _block(_attention("attention", "o_proj", rotary=True), "norm1", _UP_DOWN, "norm2", *_SCALES)
+DINOV3_GATED_BLOCK = _block(_attention("attention", "o_proj", rotary=True), "norm1", _GATED, "norm2", *_SCALES)
+LLAMA_BLOCK = _block(_LLAMA_ATTENTION, "input_layernorm", _GATED, "post_attention_layernorm")
+GEMMA2_BLOCK = _block(
+    _LLAMA_ATTENTION,
+    "input_layernorm",
+    _GATED,
+    "pre_feedforward_layernorm",
+    "post_attention_layernorm",
+    "post_feedforward_layernorm",
 )
 
 

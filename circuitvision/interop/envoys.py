@@ -25,7 +25,7 @@ from circuitvision.model.points import Call, Point, SavedInput
 from circuitvision.model.sites import NamesFilter, matching
 
 if TYPE_CHECKING:
-    from circuitvision.model import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 OWN_STATE = ("_sites", "_stations")
 """What our envoys carry beyond nnsight's own state; it never travels."""
@@ -34,7 +34,7 @@ OWN_STATE = ("_sites", "_stations")
 class Sites:
     """What the envoys of one view share: the stations by site name, and the module calls in progress."""
 
-    def __init__(self, model: HookedModel, portable: bool) -> None:
+    def __init__(self, model: Wrapped, portable: bool) -> None:
         self.model = model
         self.portable = portable
         self.stations: dict[str, SiteIO] = {}
@@ -279,7 +279,7 @@ class HookedNNsight(SiteEnvoy, NNsight):
         return nnsight_view.reason(self._sites.model, site)
 
 
-def build(model: HookedModel, names: dict[str, list[str]], portable: bool) -> HookedNNsight:
+def build(model: Wrapped, names: dict[str, list[str]], portable: bool) -> HookedNNsight:
     """The view of a model: nnsight's tree over its module, and the stations of every offered site on their envoys."""
     root = HookedNNsight(model.module, rename=names, envoys=SiteEnvoy)
     sites = Sites(model, portable)

@@ -25,13 +25,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.packing import ImageRun
+from circuitvision.model.packing.base import Compared
 
 if TYPE_CHECKING:
-    from circuitvision.model import HookedModel, Tower
-
-PER_IMAGE = ("pixel_values", "image_sizes", "pixel_attention_mask", "spatial_shapes")
-"""Inputs with one entry per image, which an example may have several of."""
+    from circuitvision.model import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,11 @@ class Batch:
 class Examples:
     """The inputs a view has seen, by example number; they stay in memory as long as the view does."""
 
-    def __init__(self, model: HookedModel, tower: Tower) -> None:
+    def __init__(self, model: Wrapped, tower: Tower) -> None:
         self.model, self.tower = model, tower
         self.batches: list[Batch] = []
-        readout = tower.spec.readout
-        self.paired = readout is not None and readout.finish == "contrast"
+        self.paired = tower.output_head.compares
+        self.compared: Compared = "images" if tower.stack.image else "texts"
 
     def tokens(self, inputs: Mapping[str, Any]) -> Int[Tensor, "example pos"]:
         """Handles of the examples in ``inputs``; the same tensors get the same handles again.
@@ -115,47 +113,16 @@ class Examples:
     def _take(self, batch: Batch, index: list[int]) -> dict[str, Any]:
         if index == list(range(batch.count)):
             return batch.inputs
-        return {key: self._rows(batch, key, value, index) for key, value in batch.inputs.items()}
-
-    def _rows(self, batch: Batch, key: str, value: Any, index: list[int]) -> Any:
-        if self.paired and (key in PER_IMAGE) != self.tower.stack.image:
-            return value
-        if not isinstance(value, (Tensor, list)) or (isinstance(value, Tensor) and value.ndim == 0):
-            return value
-        if len(value) != batch.count and key in PER_IMAGE:
-            owners = ImageRun(self.model, batch.inputs).owners
-            index = [image for example in index for image, owner in enumerate(owners) if owner == example]
-        elif len(value) != batch.count:
-            raise InputError(
-                f"{key} has {len(value)} entries for {batch.count} examples, so no single example can be taken out. "
-                "Run these inputs whole."
-            )
-        return value[index] if isinstance(value, Tensor) else [value[i] for i in index]
+        return self.model.family.packing.take(self.model, batch.inputs, index, self.compared)
 
     def _joined(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        if any(part.keys() != parts[0].keys() for part in parts):
-            raise InputError("These tokens come from batches with different inputs; make one batch of all examples.")
-        return {key: self._together(key, [part[key] for part in parts]) for key in parts[0]}
-
-    def _together(self, key: str, values: list[Any]) -> Any:
-        first = values[0]
-        fixed = self.paired and (key in PER_IMAGE) != self.tower.stack.image
-        if fixed or not isinstance(first, Tensor) or first.ndim == 0:
-            if all(_equal(first, value) for value in values):
-                return first
-            raise InputError(f"{key} differs between the batches these tokens come from; run each batch by itself.")
-        if any(value.shape[1:] != first.shape[1:] for value in values):
+        try:
+            return self.model.family.packing.join(self.model, parts, self.compared)
+        except InputError as error:
             raise InputError(
-                f"{key} has another shape in each of the batches these tokens come from; make one batch of all examples."
-            )
-        return torch.cat(values)
+                f"These tokens come from several batches, which do not run as one; make one batch of all examples. {error}"
+            ) from None
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    return type(one) is type(other) and one == other

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import UnknownAttributeError, UnsupportedModelError
-from circuitvision.model.tower import Block
+from circuitvision.model.block import Block
 
 
 def _as_added(block: Block, branch: str, value: Tensor, what: str) -> Tensor:
@@ -77,11 +77,17 @@ class BlockView:
 
     def __init__(self, block: Block) -> None:
         self.attn, self.mlp = AttentionView(block), MLPView(block)
-        self.ln1: nn.Module = block.part("ln1")
-        self.ln2: nn.Module = block.part("ln2")
-        self.submodules: dict[str, Any] = {"ln1": self.ln1, "attn": self.attn, "ln2": self.ln2, "mlp": self.mlp}
+        self.submodules: dict[str, Any] = {"attn": self.attn, "mlp": self.mlp}
         self.hook_aliases = {"hook_attn_out": "attn.hook_out", "hook_mlp_out": "mlp.hook_out"}
         for branch in block.branches:
-            if branch.last is not None and branch.then.normed:
-                self.submodules[branch.names.norm] = branch.last
-                self.hook_aliases[branch.names.added] = f"{branch.names.norm}.hook_out"
+            if branch.norm is not None:
+                self.submodules[branch.norm_name] = branch.norm
+            if branch.post_norm is not None:
+                self.submodules[branch.post_name] = branch.post_norm
+                self.hook_aliases[branch.added] = f"{branch.post_name}.hook_out"
+
+    def __getattr__(self, name: str) -> nn.Module:
+        found: Any = self.__dict__.get("submodules", {}).get(name)
+        if found is None:
+            raise UnknownAttributeError(f"This block has no {name!r}.")
+        return found

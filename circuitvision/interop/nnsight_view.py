@@ -30,18 +30,22 @@ from torch import nn
 
 from circuitvision.errors import UnknownSiteError, nearest
 from circuitvision.interop.portable import Place
+from circuitvision.model.block_layout import MLP, Attention
+from circuitvision.model.block_points import Between, GatedOutput, ReadInput
 from circuitvision.model.points import AttentionStage, BranchInput, Input, Output, Point, SharedInput, StreamInput
 from circuitvision.model.sites import NamesFilter, SiteName, matching
 from circuitvision.model.spec import resolve
 
 if TYPE_CHECKING:
-    from circuitvision.model import HookedModel, Tower
-    from circuitvision.model.tower import Block
+    from circuitvision.model import Tower
+    from circuitvision.model.block import Block
+    from circuitvision.model.wrapped import Wrapped
 
-ON_BLOCK = ("ln1", "attn", "ln2", "mlp")
-"""Parts that are named directly on their block; the others are named on the part that holds them."""
 ATTENTION_REASON = (
     "it exists only inside eager attention, which a trace cannot switch on; use model.run_with_cache or run_with_hooks"
+)
+LATER_REASON = (
+    "it is read at one module and written at another, which a trace cannot tie together; use model.run_with_hooks"
 )
 RECORDED_REASON = (
     "transformers records the input of block 0 for the projector before nnsight sees it, so an edit would be lost "
@@ -49,7 +53,7 @@ RECORDED_REASON = (
 )
 
 
-def nnsight(model: HookedModel, *, portable: bool = False) -> Any:
+def nnsight(model: Wrapped, *, portable: bool = False) -> Any:
     """An NNsight over ``model.module`` under our names: ``nn.vision.blocks[2].attn.hook_z``, ``nn.projector.hook_out``.
 
     ``nn.sites(glob)`` lists the sites. One trace reads them in the order of the pass, which is that of the list within a tower; a language tower's
@@ -72,7 +76,7 @@ def nnsight(model: HookedModel, *, portable: bool = False) -> Any:
     return build(model, nnsight_names(model), portable)
 
 
-def nnsight_names(model: HookedModel) -> dict[str, list[str]]:
+def nnsight_names(model: Wrapped) -> dict[str, list[str]]:
     """The aliases of a model, as nnsight's ``rename`` takes them: native path -> names.
 
     They serve any nnsight wrapper of the same architecture, one on a server among them:
@@ -101,7 +105,7 @@ def nnsight_names(model: HookedModel) -> dict[str, list[str]]:
     return names
 
 
-def nnsight_places(model: HookedModel, names_filter: NamesFilter = "**") -> dict[str, Place]:
+def nnsight_places(model: Wrapped, names_filter: NamesFilter = "**") -> dict[str, Place]:
     """The portable sites: name -> the plain tuple that :func:`~circuitvision.interop.portable.read` and ``write`` take.
 
     Raises UnknownSiteError if the filter selects no portable site.
@@ -119,13 +123,13 @@ def _place(point: Point, paths: dict[int, str]) -> Place:
     return paths[id(point.module)], _SIDES[type(point)], n_heads, keyword
 
 
-def offered(model: HookedModel) -> dict[str, Point]:
+def offered(model: Wrapped) -> dict[str, Point]:
     """The sites a trace can read and write, with their points, in forward order."""
     points = {name: point for name, point in model.engine.points.items() if reason(model, name) is None}
     return {name: point.as_output() if isinstance(point, StreamInput) else point for name, point in points.items()}
 
 
-def reason(model: HookedModel, name: str) -> str | None:
+def reason(model: Wrapped, name: str) -> str | None:
     """Why a trace cannot offer a site of the model; None if it can. Raises UnknownSiteError for a name the model does not have."""
     point = model.engine.points.get(name)
     if point is None:
@@ -134,12 +138,16 @@ def reason(model: HookedModel, name: str) -> str | None:
         )
     if isinstance(point, AttentionStage):
         return ATTENTION_REASON
+    if isinstance(point, (Between, GatedOutput, ReadInput)):
+        return LATER_REASON
+    if model.engine.sequences.holds(name):
+        return "its module computes all images in one sequence, which is no site [row pos …]; use model.hooks"
     tower = model.towers.get(SiteName.parse(name).tower)
     enters = point.phase == "pre" and tower is not None and point.module is tower.blocks[0].module
     return RECORDED_REASON if enters and tower is not None and 0 in tower.feature_layers_in() else None
 
 
-def hosts(model: HookedModel) -> dict[str, nn.Module]:
+def hosts(model: Wrapped) -> dict[str, nn.Module]:
     """The module whose envoy carries the sites under each prefix: ``vision.blocks.2.attn`` -> the attention module of that block."""
     found: dict[str, nn.Module] = {}
     for name, point in model.engine.points.items():
@@ -158,10 +166,11 @@ def _host(tower: Tower, name: str, point: Point) -> nn.Module:
     block = tower.blocks[site.layer]
     if not part:
         return block.module
-    return block.part(part) if part in ON_BLOCK else point.module
+    on_block = {path: module for path, module, _ in _on_block(block)}
+    return on_block.get(part, point.module)
 
 
-def _base(model: HookedModel) -> nn.Module:
+def _base(model: Wrapped) -> nn.Module:
     """The module the table's paths start from; an adapter's wrapper is not part of them."""
     return next(iter(model.towers.values())).module
 
@@ -170,12 +179,11 @@ def _tower_aliases(tower: Tower, paths: dict[int, str]) -> Iterator[tuple[str, s
     root = paths[id(tower.root)]
     if root:
         yield root, tower.name
-    readout = tower.spec.readout
     parts = {
         "blocks": resolve(tower.root, tower.stack.blocks),
         "embed": None if tower.spec.embed is not None else resolve(tower.root, tower.stack.embed),
         "ln_final": tower.final_norm,
-        "pool": None if readout is None else resolve(tower.module, readout.pool_module),
+        "pool": resolve(tower.module, tower.output_head.table.pool_module),
     }
     for alias, module in parts.items():
         path = "" if module is None else paths[id(module)]
@@ -187,17 +195,40 @@ def _tower_aliases(tower: Tower, paths: dict[int, str]) -> Iterator[tuple[str, s
 
 def _block_aliases(block: Block) -> Iterator[tuple[str, str]]:
     """Paths relative to the block, and what each part is called: ``self_attn.out_proj`` -> ``self_attn.o``."""
-    layout = block.layout
-    for part in ON_BLOCK:
-        yield getattr(layout, part), part
-    for part in ("q", "k", "v", "o", "mlp_in", "mlp_out", "mlp_gate"):
-        if block.has(part):
-            holder, _, _ = getattr(layout, part).rpartition(".")
-            yield getattr(layout, part), f"{holder}.{part}" if holder else part
+    for name, _, path in _on_block(block):
+        yield path, name
     for branch in block.branches:
-        part = branch.names.then
-        if block.has(part):
-            yield getattr(layout, part), branch.names.norm if branch.then.normed else part
+        for alias, path in _inside(branch):
+            holder, _, _ = path.rpartition(".")
+            yield path, f"{holder}.{alias}" if holder else alias
+        for part in branch.layout.then:
+            if isinstance(part, str):
+                module = resolve(block.module, part)
+                yield part, branch.post_name if module is branch.post_norm else f"{branch.name}_add"
+
+
+def _on_block(block: Block) -> Iterator[tuple[str, nn.Module, str]]:
+    """Parts that are named directly on their block, with their modules and paths; the others are named on the part that holds them."""
+    for branch in block.branches:
+        if branch.norm is not None and not branch.shares_norm:
+            yield branch.norm_name, branch.norm, branch.layout.norm or ""
+        if branch.sum_norm is not None:
+            yield f"ln{branch.number + 1}", branch.sum_norm, branch.layout.sum_norm or ""
+        yield branch.name, branch.module, branch.core.module
+
+
+def _inside(branch: Branch) -> Iterator[tuple[str, str]]:
+    """Names and paths of the projections of a branch."""
+    core = branch.core
+    if isinstance(core, Attention):
+        yield from ((letter, getattr(core, letter)) for letter in "qkv" if getattr(core, letter))
+        if core.qkv is not None:
+            yield "qkv", core.qkv.path
+        yield "o", core.o
+    elif isinstance(core, MLP):
+        yield from ((f"mlp_{part}", path) for part, path in (("in", core.fc_in), ("out", core.fc_out)) if path)
+        if core.gate or core.fused:
+            yield "mlp_gate", core.gate or (core.fused.path if core.fused else "")
 
 
 def _add(names: dict[str, list[str]], key: str, alias: str) -> None:

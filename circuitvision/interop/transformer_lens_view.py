@@ -36,11 +36,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from circuitvision.errors import InputError, UnknownAttributeError, UnsupportedModelError
+from circuitvision.hooked import HookedModel
 from circuitvision.interop.examples import Examples
 from circuitvision.interop.lens_blocks import BlockView
-from circuitvision.model import heads
-from circuitvision.model.hooked import HookedModel
-from circuitvision.model.hooks import HookPoint
+from circuitvision.model.registrations import HookPoint
 from circuitvision.model.sites import NamesFilter, SiteName, matching
 from circuitvision.model.spec import norm_spec
 from circuitvision.model.tower import Tower
@@ -284,8 +283,7 @@ class TowerView:
         ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
         directions = self.W_U[:, torch.as_tensor(ids, device=self.model.device)].movedim(0, -1)
         norm: Any = self.tower.final_norm
-        readout = self.tower.spec.readout
-        if norm is None or readout is None or not readout.normed:
+        if norm is None or not self.tower.output_head.table.normed:
             return directions
         gain, _ = norm_weights(norm)
         return directions if gain is None else directions * (norm_spec(norm).offset + gain.detach())
@@ -318,10 +316,10 @@ def _has_meaning(tower: Tower, full: str) -> bool:
     """Whether TransformerLens's tools would take this site for what it is."""
     site = SiteName.parse(full)
     if site.layer is None:
-        readout = tower.spec.readout
-        after_pooling = readout is not None and readout.normed and not readout.norm_first
+        table = tower.output_head.table
+        after_pooling = table.normed and not table.norm_first
         return site.site not in OURS_ALONE and not (after_pooling and site.site.startswith("ln_final"))
-    return site.site != "attn.hook_result" or tower.blocks[site.layer].branch("attn").last is None
+    return site.site != "attn.hook_result" or not tower.blocks[site.layer].attn.layout.then
 
 
 def _their_name(full: str) -> str:
@@ -356,18 +354,18 @@ def _check_return_type(return_type: str | None) -> None:
 
 def _head(tower: Tower) -> Any:
     """The module that reads single positions of this tower as outputs, or None: a projection into a shared space is none."""
-    found = heads.unembedding(tower)
-    if found is None or found[1] == "W_proj":
+    head = tower.output_head
+    if head.weight_name != "W_U" or head.module is None:
         return None
-    return found[0] if in_width(found[0]) == tower.cfg.d_model else None
+    return head.module if in_width(head.module) == tower.cfg.d_model else None
 
 
 def _reads_positions(tower: Tower) -> bool:
     """Whether the output is exactly the head on the normed stream, at the positions that are read: what a logit lens takes for granted."""
-    readout = tower.spec.readout
-    if readout is None or readout.head is None or _head(tower) is None or tower.final_norm is None:
+    table = tower.output_head.table
+    if table.head is None or _head(tower) is None or tower.final_norm is None:
         return False
-    return readout.finish == "none" and readout.normed and readout.norm_first
+    return table.finish == "none" and table.normed and table.norm_first
 
 
 def _config(model: HookedModel, tower: Tower) -> TransformerLensConfig:
@@ -377,7 +375,7 @@ def _config(model: HookedModel, tower: Tower) -> TransformerLensConfig:
     config: Any = tower.config
     head = _head(tower)
     n_grid = None if c.grid is None else c.n_prefix + c.grid[0] * c.grid[1]
-    norm: Any = tower.blocks[0].part("ln1")
+    norm: Any = tower.blocks[0].attn.norm
     return TransformerLensConfig(
         d_model=c.d_model,
         d_head=c.d_head,
@@ -393,7 +391,7 @@ def _config(model: HookedModel, tower: Tower) -> TransformerLensConfig:
         final_rms=c.norm == "RMSNorm",
         normalization_type="RMS" if c.norm == "RMSNorm" else "LN",
         positional_embedding_type="rotary" if c.rotary else "standard",
-        eps=float(getattr(computing(norm), norm_spec(norm).eps)),
+        eps=0.0 if norm is None else float(getattr(computing(norm), norm_spec(norm).eps)),
         act_fn=c.act,
         default_prepend_bos=False,
         dtype=model.dtype,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.axes import axis_of, tower_of
+from circuitvision.model.axes import axis_of, map_of, tower_of
 from circuitvision.model.edits.values import TensorRef
 from circuitvision.model.positions import Positions
 from circuitvision.model.regions import Region
@@ -30,7 +30,7 @@ from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import ABSENT, KINDS, TokenMap, present
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 Array = np.ndarray
 Average = str | tuple[str, ...] | Positions
@@ -82,7 +82,7 @@ class Layout:
     @classmethod
     def of(
         cls,
-        model: HookedModel,
+        model: Wrapped,
         maps: Mapping[str, TokenMap],
         site: str,
         shape: Sequence[int],
@@ -91,14 +91,14 @@ class Layout:
         """The layout of values of a shape in a run with these settings; where no token map fits, every entry counts and every row is an example."""
         name = SiteName.parse(site)
         has_positions = len(shape) == (4 if name.has_heads else 3)
-        owner = tower_of(model, name)
+        owner = map_of(model, name)
         tokens = maps.get(owner)
         if tokens is None or tokens.n_rows != shape[0]:
             there = np.ones(tuple(shape[: 1 + has_positions]), dtype=bool)
             return cls(owner, np.arange(shape[0]), there, unit=np.zeros((shape[0], 2), dtype=int))
         if not has_positions:
             return cls(owner, tokens.example, _rows_there(tokens), unit=_units(tokens))
-        axis = axis_of(model.towers[owner], name, tokens, settings)
+        axis = axis_of(model.towers[tower_of(model, name)], name, tokens, settings)
         if axis.absent or axis.count(tokens.n_positions) != shape[1]:
             there = np.repeat(_rows_there(tokens)[:, None], shape[1], axis=1)
             return cls(owner, tokens.example, there, unit=_units(tokens))

@@ -5,6 +5,7 @@ of keys and values holds included). Most sites hold all of them. Those that do n
 
 * a projector holds what its vision tower hands on: all positions, or all but the first where the family drops the class token;
 * an image tower's ``hook_embed`` has no prefix tokens yet;
+* keys and values of cross-attention are those of another tower's positions;
 * an output head reads what the family pools, the last positions (``logits_to_keep``, which ``generate`` sets to 1), or the last ones of a chunk;
 * a pooled site, and the one query of attention pooling, is no position at all;
 * a run that continues a cache (``past_key_values``) computes the positions behind it.
@@ -27,9 +28,9 @@ from circuitvision.errors import InputError
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tokens import TokenMap
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,27 @@ class Axis:
 ALL = Axis()
 
 
-def tower_of(model: HookedModel, name: SiteName) -> str:
-    """The tower whose positions a site's are: its own, or the one that a projector reads."""
+def tower_of(model: Wrapped, name: SiteName) -> str:
+    """The tower whose positions a site's are: its own, the one that a projector reads, or that cross-attention makes keys and values of."""
+    if name.layer is not None and name.branch and name.tower in model.towers and name.counts_key_heads:
+        crossed = crossed_tower(model, name)
+        if crossed:
+            return crossed
     return model.flow.tower_of(name.tower)
+
+
+def map_of(model: Wrapped, name: SiteName) -> str:
+    """The token map of a site's positions: that of its tower, or a connector's own, where it merges patches."""
+    own = name.tower not in model.towers and model.family.packing.merges(name.site)
+    return name.tower if own else tower_of(model, name)
+
+
+def crossed_tower(model: Wrapped, name: SiteName) -> str:
+    """The tower whose positions are the keys of a site's branch (cross-attention); "" for a branch that looks at its own tower."""
+    if name.layer is None or name.tower not in model.towers:
+        return ""
+    block = model.towers[name.tower].blocks[name.layer]
+    return next((branch.core.keys_of for branch in block.attentions if branch.name == name.branch), "")
 
 
 def axis_of(
@@ -82,6 +101,8 @@ def axis_of(
 ) -> Axis:
     """The axis of a site in a run with these inputs and settings; ``generating`` where the head reads the last position alone."""
     count, site = tokens.n_positions, str(name)
+    if name.tower != tower.name and (name.layer is not None or name.tower == tokens.tower):
+        return Axis(site=site)
     if name.tower != tower.name:
         dropped = tower.n_dropped_in(settings)
         return Axis(range(dropped, count), site=site) if dropped else Axis(site=site)
@@ -102,17 +123,16 @@ def axis_of(
 
 def _norms_positions(tower: Tower) -> bool:
     """Whether the final norm runs on every position, before any pooling."""
-    readout = tower.spec.readout
-    return readout is None or (readout.normed and readout.norm_first)
+    table = tower.output_head.table
+    return table.normed and table.norm_first
 
 
 def _head_axis(tower: Tower, tokens: TokenMap, settings: Mapping[str, Any], generating: bool, site: str) -> Axis:
-    readout = tower.spec.readout
-    assert readout is not None
-    if readout.pool == "chunk":
-        reads = torch.from_numpy(tokens.kind == readout.reads[0]).all(0)
+    table = tower.output_head.table
+    if table.pool == "chunk":
+        reads = torch.from_numpy(tokens.kind == table.reads[0]).all(0)
         return Axis(reads.nonzero().flatten().tolist(), site=site)
-    if readout.pool != "none":
+    if table.pool != "none":
         return Axis(absent="they are pooled before it", site=site)
     held = _from_past(tower, tokens, settings)
     computed = range(tokens.n_positions) if held is None else held
@@ -173,18 +193,18 @@ def new_positions(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return new
 
 
-def prefix_of(model: HookedModel, name: str) -> str:
+def prefix_of(model: Wrapped, name: str) -> str:
     """The tower whose cached keys and values a tower sees before its own; "" if there is none."""
     return model.flow.cache_of(name)
 
 
-def positions_of(model: HookedModel, site: str, inputs: Mapping[str, Any]) -> list[int]:
+def positions_of(model: Wrapped, site: str, inputs: Mapping[str, Any]) -> list[int]:
     """The positions of its tower that a site holds in one run; empty where it has none."""
     name = SiteName.parse(site)
-    tokens = model.tokens(inputs).get(tower_of(model, name))
+    tokens = model.tokens(inputs).get(map_of(model, name))
     if tokens is None:
         return []
-    axis = axis_of(model.towers[tokens.tower], name, tokens, inputs)
+    axis = axis_of(model.towers[tower_of(model, name)], name, tokens, inputs)
     if axis.absent:
         return []
     return list(range(tokens.n_positions)) if axis.held is None else list(axis.held)

@@ -25,11 +25,11 @@ from circuitvision.errors import InputError, UnknownSiteError, nearest
 from circuitvision.files import format_of, reading, write_tensors
 from circuitvision.model.names import head_name
 from circuitvision.model.norms import Norm
-from circuitvision.model.sites import DERIVED, SiteName, expand_short
+from circuitvision.model.sites import SiteName, expand_short
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
 CACHE_FORMAT = "circuitvision.cache/1"
@@ -46,7 +46,7 @@ class Recipe:
     """Versions of the input tensors."""
 
     @classmethod
-    def of(cls, model: HookedModel, inputs: Mapping[str, Any], names: Sequence[str], **given: Any) -> Recipe:
+    def of(cls, model: Wrapped, inputs: Mapping[str, Any], names: Sequence[str], **given: Any) -> Recipe:
         """Look at a run that is about to be recorded; what can change later is read now."""
         settings = {name: plain(value) for name, value in given.items() if value}
         settings |= {name: plain(value) for name, value in inputs.items() if not isinstance(value, Tensor)}
@@ -80,7 +80,7 @@ class ActivationCache(Mapping[str, Any]):
     def __init__(
         self,
         values: dict[str, Any],
-        model: HookedModel | None = None,
+        model: Wrapped | None = None,
         inputs: Mapping[str, Any] | None = None,
         has_batch_dim: bool = True,
         recipe: Recipe | None = None,
@@ -118,7 +118,7 @@ class ActivationCache(Mapping[str, Any]):
         if name in self._values:
             return self._values[name]
         site = SiteName.parse(name)
-        if site.site in DERIVED and self.model is not None and name in self.model.sites():
+        if site.is_derived and self.model is not None and name in self.model.sites():
             return self._derive(site)
         near = ", ".join(nearest(str(name), self._values))
         raise UnknownSiteError(f"{name!r} is not in this cache. Nearest: {near}. Was it asked for in names_filter?")
@@ -157,26 +157,18 @@ class ActivationCache(Mapping[str, Any]):
         names = list(self._values)
         if self.model is not None:
             names += [
-                name for name in self.model.sites() if SiteName.parse(name).site in DERIVED and name not in self._values
+                name for name in self.model.sites() if SiteName.parse(name).is_derived and name not in self._values
             ]
         return names
 
     def _derive(self, site: SiteName) -> Any:
         assert self.model is not None
-        tower, block = self.model.towers[site.tower], f"{site.tower}.blocks.{site.layer}"
-        if site.site == "hook_mlp_in":
-            return self[f"{block}.hook_resid_mid"]
-        if site.site == "attn.hook_result":
-            z = self[f"{block}.attn.hook_z"]
-            assert site.layer is not None
-            if isinstance(z, list):
-                return [tower.head_results(part, site.layer) for part in z]
-            return tower.head_results(z, site.layer)
-        n_heads = tower.cfg.n_heads if site.site == "hook_q_input" else tower.cfg.n_kv_heads
-        resid = self[f"{block}.hook_resid_pre"]
-        if isinstance(resid, list):
-            return [part.unsqueeze(-2).expand(*part.shape[:-1], n_heads, part.shape[-1]) for part in resid]
-        return resid.unsqueeze(-2).expand(*resid.shape[:-1], n_heads, resid.shape[-1])
+        assert site.layer is not None
+        tower = self.model.towers[site.tower]
+        source, of = tower.blocks[site.layer].derived(site.site)
+        value = self[source]
+        with tower.hooks_disabled():
+            return [of(part) for part in value] if isinstance(value, list) else of(value)
 
     def one_pass(self, name: str, step: int | None = None) -> Tensor:
         """A site as ``[row …]``, of one pass, whatever recorded it.
@@ -264,7 +256,7 @@ class ActivationCache(Mapping[str, Any]):
 
     @classmethod
     def load(
-        cls, path: str | Path, model: HookedModel | None = None, inputs: Mapping[str, Any] | None = None
+        cls, path: str | Path, model: Wrapped | None = None, inputs: Mapping[str, Any] | None = None
     ) -> ActivationCache:
         """Read what :meth:`save` wrote; ``model`` and ``inputs`` give back derived sites and read-outs.
 
@@ -303,21 +295,40 @@ class ActivationCache(Mapping[str, Any]):
     def decompose_resid(
         self, tower: str, layer: int | None = None, mlp_input: bool = False, return_labels: bool = False
     ) -> Any:
-        """The additive parts of the stream before ``layer`` (None: after the last): input, then attention and MLP of each block.
+        """The additive parts of the stream before ``layer`` (None: after the last): input, then what the branches of each block add.
 
-        Shape ``[component row pos d_model]``; the sum over components is ``resid_pre[layer]`` (with ``mlp_input``: ``resid_mid[layer]``).
+        Shape ``[component row pos d_model]``; the sum over components is ``resid_pre[layer]`` (with ``mlp_input``: what the MLP of ``layer``
+        reads). In post-norm blocks the parts pass the norms of later sums as well, at the denominators of this run.
         """
-        n_layers = self._tower(tower).cfg.n_layers
-        layer = n_layers if layer is None else layer
+        owner = self._tower(tower)
+        layer = owner.cfg.n_layers if layer is None else layer
         labels, parts = ["input"], [self[f"{tower}.hook_input"]]
-        for index in range(layer + int(mlp_input and layer < n_layers)):
-            labels.append(f"{index}_attn_out")
-            parts.append(self[f"{tower}.blocks.{index}.hook_attn_out"])
-            if index < layer:
-                labels.append(f"{index}_mlp_out")
-                parts.append(self[f"{tower}.blocks.{index}.hook_mlp_out"])
+        for block in owner.blocks[: layer + int(mlp_input)]:
+            before = block.branches if block.layer < layer else block.branches_before(block.branch("mlp"))
+            for branch in before:
+                labels.append(f"{block.layer}_{branch.name}_out")
+                parts.append(self[f"{block.prefix}.{branch.added}"])
+                if branch.sum_norm is not None:
+                    parts, offset = self._through_sum_norm(
+                        owner, branch.sum_norm, f"{block.prefix}.ln{branch.number + 1}", parts
+                    )
+                    labels += [f"{block.layer}_ln{branch.number + 1}_bias"] if len(offset) else []
+                    parts += offset
+            for site in owner.writers.get(block.layer, ()) if block.layer < layer else ():
+                labels.append(f"{block.layer}_{site.rpartition('.')[2].removeprefix('hook_')}")
+                parts.append(self[f"{tower}.{site}"])
         stack = torch.stack(parts)
         return (stack, labels) if return_labels else stack
+
+    def _through_sum_norm(
+        self, tower: Tower, module: Any, name: str, parts: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The parts of a sum behind the norm that the sum passes, its denominator held; and what the norm's bias adds."""
+        norm, scale = Norm(module), self[f"{name}.hook_scale"]
+        with tower.hooks_disabled():
+            bias = norm.bias(parts[0])
+            behind = [norm.linear(part, scale) for part in parts]
+            return behind, [] if bias is None else [bias.expand_as(parts[0])]
 
     def accumulated_resid(
         self,
@@ -328,15 +339,18 @@ class ActivationCache(Mapping[str, Any]):
         return_labels: bool = False,
     ) -> Any:
         """The stream itself before each block up to ``layer`` (None: and after the last), ``[component row pos d_model]``."""
-        n_layers = self._tower(tower).cfg.n_layers
+        owner = self._tower(tower)
+        n_layers = owner.cfg.n_layers
         layer = n_layers if layer is None else layer
         labels, parts = [], []
         for index in range(min(layer, n_layers - 1) + 1):
             labels.append(f"{index}_pre")
             parts.append(self[f"{tower}.blocks.{index}.hook_resid_pre"])
-            if incl_mid and index < layer:
-                labels.append(f"{index}_mid")
-                parts.append(self[f"{tower}.blocks.{index}.hook_resid_mid"])
+            streams = dict.fromkeys(branch.stream for branch in owner.blocks[index].branches[1:])
+            for site in streams if incl_mid and index < layer else ():
+                if site != "hook_resid_pre":
+                    labels.append(f"{index}_{site.removeprefix('hook_resid_')}")
+                    parts.append(self[f"{tower}.blocks.{index}.{site}"])
         if layer >= n_layers:
             labels.append("final_post")
             parts.append(self[f"{tower}.blocks.{n_layers - 1}.hook_resid_post"])
@@ -377,8 +391,8 @@ class ActivationCache(Mapping[str, Any]):
         if layer is None:
             norm, name = owner.final_norm, f"{tower}.ln_final"
         else:
-            part = "ln2" if mlp_input else "ln1"
-            norm, name = owner.blocks[layer].part(part), f"{tower}.blocks.{layer}.{part}"
+            branch = owner.blocks[layer].branch("mlp" if mlp_input else "attn")
+            norm, name = branch.norm, f"{tower}.blocks.{layer}.{branch.norm_name}"
         if norm is None:
             return stack
         scale = self[f"{name}.hook_scale"]

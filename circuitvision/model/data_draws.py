@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from circuitvision.data.batches import inputs_of
-from circuitvision.data.sides import OF_IMAGES, Side
+from circuitvision.data.sides import Side
 from circuitvision.digests import of_json, of_tensor, plain
 from circuitvision.errors import InputError
 from circuitvision.model.averages import Array, Draw, match
@@ -25,7 +25,7 @@ from circuitvision.model.packing import ImageRun
 from circuitvision.model.tokens import TokenMap
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 TRIES = 32
 """How many other examples are tried for each."""
@@ -52,7 +52,7 @@ class Donors:
 
 
 def donors_of(
-    model: HookedModel,
+    model: Wrapped,
     side: Side,
     inputs: Mapping[str, Any],
     maps: Mapping[str, TokenMap],
@@ -91,19 +91,16 @@ def _count(maps: Mapping[str, TokenMap]) -> int:
     return max(tokens.n_examples for tokens in maps.values())
 
 
-def _content(model: HookedModel, inputs: Mapping[str, Any], maps: Mapping[str, TokenMap], example: int) -> str:
+def _content(model: Wrapped, inputs: Mapping[str, Any], maps: Mapping[str, TokenMap], example: int) -> str:
     """What one example of a run is, however far its prompt, and the tiles of its images, are filled up."""
     told: dict[str, Any] = {}
     mask = inputs.get("attention_mask")
     run = ImageRun(model, inputs)
-    flat = run.pixels is not None and run.packing.flat_images
-    images = [image for image, owner in enumerate(run.owners) if owner == example] if flat else [example]
     for name, value in inputs.items():
-        if not isinstance(value, Tensor) or not value.ndim or name in ("attention_mask", "noise", "timestep"):
+        if not isinstance(value, Tensor) or not value.ndim or name in ("attention_mask", *model.family.required):
             continue
-        if name in OF_IMAGES:
-            tiled = flat and name == "pixel_values" and value.ndim == 5
-            told[name] = [of_tensor(value[image, : run.tiles[image]] if tiled else value[image]) for image in images]
+        if name in run.packing.of_images:
+            told[name] = [of_tensor(one) for one in run.packing.content(run, name, value, example)]
         elif isinstance(mask, Tensor) and mask.ndim == 2 and value.shape[:2] == mask.shape:
             told[name] = of_tensor(value[example][mask[example].bool()])
         elif len(value) == _count(maps):

@@ -23,7 +23,7 @@ from circuitvision.progress import Progress
 from circuitvision.provenance import hash_weights
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 MOST = 256
 """How many means of a model are kept."""
@@ -32,7 +32,7 @@ _known: WeakKeyDictionary[Any, OrderedDict[Any, tuple[Tally, Seen]]] = WeakKeyDi
 
 
 def data_means(
-    model: HookedModel,
+    model: Wrapped,
     side: Side,
     keys: Sequence[Key],
     clean: Callable[[Mapping[str, Any], Sequence[str]], Mapping[str, Tensor]],
@@ -74,7 +74,7 @@ def data_means(
     return found | made
 
 
-def _note(model: HookedModel, seen: Seen, site: str, maps: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+def _note(model: Wrapped, seen: Seen, site: str, maps: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
     name = SiteName.parse(site)
     tower = model.towers.get(name.tower)
     if tower is None or name.tower not in maps:

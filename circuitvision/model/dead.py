@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitvision.model.heads import eos_positions
+from circuitvision.model.pooling import eos_positions
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def is_dead(tower: Tower, name: str, inputs: Mapping[str, Any] | None = None) ->
             return not (site.layer == live + 1 and site.site == "hook_resid_pre")
         return tower.feeds_cache and site.layer == live and site.site not in CACHE_SIDE
     if site.site.startswith("ln_final"):
-        unused = tower.spec.readout is not None and not tower.spec.readout.normed
+        unused = not tower.output_head.table.normed
         return unused or tower.feeds_cache or live < tower.cfg.n_layers - 1
     return False
 
@@ -70,9 +70,7 @@ def dead_positions(tower: Tower, name: str, tokens: TokenMap, inputs: Mapping[st
         if site.site == "hook_embed":
             return _under_images(tower, tokens, after_eos)
         if site.site.startswith("ln_final"):
-            return (
-                _unread(tower, tokens, inputs) if tower.spec.readout is None or tower.spec.readout.norm_first else None
-            )
+            return _unread(tower, tokens, inputs) if tower.output_head.table.norm_first else None
         return after_eos if site.site in ("hook_pos_embed", "hook_input") else None
     live = last_live_block(tower, inputs)
     final = (site.layer == live and site.site not in CACHE_SIDE) or (
@@ -98,8 +96,7 @@ def _under_images(tower: Tower, tokens: TokenMap, after_eos: Tensor | None) -> T
 
 
 def _after_eos(tower: Tower, inputs: Mapping[str, Any]) -> Tensor | None:
-    readout = tower.spec.readout
-    if readout is None or readout.pool not in ("eos", "first_eos") or tower.cfg.attention != "causal":
+    if tower.output_head.table.pool not in ("eos", "first_eos") or tower.cfg.attention != "causal":
         return None
     end = eos_positions(tower, inputs).cpu()
     return torch.arange(inputs["input_ids"].shape[1])[None] > end[:, None]

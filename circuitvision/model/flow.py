@@ -1,11 +1,12 @@
 """How the towers of a model feed each other: a graph of towers and connectors.
 
 A :class:`Connector` takes what one or several towers give and hands it to another tower: as entries of its stream, through a module
-(``via="stream"``: a projector), or block by block as keys and values (``via="cache"``: PI0's prefix, which its action expert reads). A family lists
-its connectors; a :class:`Flow` answers what follows from the list: the order in which things run, what a change can reach, whose keys a tower
+(``via="stream"``: a projector), as what keys and values of some of its blocks are made of (``via="cross"``: cross-attention, through a module or
+not), or block by block as keys and values themselves (``via="cache"``: PI0's prefix, which its action expert reads). A family lists its
+connectors; a :class:`Flow` answers what follows from the list: the order in which things run, what a change can reach, whose keys a tower
 sees. Towers without a connector between them do not feed each other: a dual encoder compares what both give.
 
-Not covered: cross-attention to another tower, and circles (a tower that feeds itself at the next step).
+Not covered: circles (a tower that feeds itself at the next step).
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ class Connector:
     sources: tuple[str, ...]
     target: str
     path: Path | None = None
-    """The module that makes the target's entries of what the sources give; None where the target reads keys and values."""
+    """The module that makes of what the sources give what the target reads; None where it reads their keys and values, or their stream."""
     name: str = "projector"
     """Prefix of its sites, ``{name}.hook_in`` and ``{name}.hook_out``."""
-    via: Literal["stream", "cache"] = "stream"
+    via: Literal["stream", "cross", "cache"] = "stream"
 
 
 class Flow:
@@ -66,15 +67,15 @@ class Flow:
                 if connector.path or len(connector.sources) > 1
                 else ""
             )
-        if connector.via != "stream":
-            return f"via={connector.via!r} is neither 'stream' nor 'cache'"
+        if connector.via not in ("stream", "cross"):
+            return f"via={connector.via!r} is neither 'stream' nor 'cross' nor 'cache'"
+        if not connector.path and (connector.via == "stream" or len(connector.sources) > 1):
+            return "path is missing, the module that makes of what the sources give what the target reads"
         if not connector.path:
-            return "path is missing, the module that makes the target's entries of what the sources give"
-        if connector.name in (*self.towers, *(one.name for one in before if one.via == "stream")):
+            return ""
+        if connector.name in (*self.towers, *(one.name for one in before if one.path)):
             return f"the name {connector.name!r} is taken: give it another one, name=…"
-        twice = [
-            name for name in connector.sources if any(one.via == "stream" and name in one.sources for one in before)
-        ]
+        twice = [name for name in connector.sources if any(one.path and name in one.sources for one in before)]
         return f"{twice[0]} is read by another connector already" if twice else ""
 
     @property
@@ -94,7 +95,7 @@ class Flow:
     @cached_property
     def modules(self) -> tuple[Connector, ...]:
         """The connectors that are modules, with sites of their own."""
-        return tuple(one for one in self.connectors if one.via == "stream")
+        return tuple(one for one in self.connectors if one.path)
 
     def connector(self, name: str) -> Connector | None:
         """The connector whose sites begin with a name; None for a tower's."""
@@ -114,7 +115,16 @@ class Flow:
 
     def is_fed(self, tower: str) -> bool:
         """Whether entries of a tower's stream are made of what others give."""
-        return any(one.target == tower for one in self.modules)
+        return any(one.target == tower and one.via == "stream" for one in self.connectors)
+
+    def crossed_by(self, tower: str) -> Connector | None:
+        """The connector through which blocks of other towers attend to a tower; None if there is none."""
+        return next((one for one in self.connectors if one.via == "cross" and tower in one.sources), None)
+
+    @property
+    def only_streams(self) -> bool:
+        """Whether towers feed each other through their streams alone."""
+        return all(one.via == "stream" for one in self.connectors)
 
     def is_last(self, tower: str) -> bool:
         """Whether a stage is a tower that feeds no other one."""
@@ -128,9 +138,7 @@ class Flow:
             if connector is not None:
                 after = [connector.target]
             else:
-                after = [
-                    one.name if one.via == "stream" else one.target for one in self.connectors if stage in one.sources
-                ]
+                after = [one.name if one.path else one.target for one in self.connectors if stage in one.sources]
             reached[stage] = frozenset(after).union(*(reached[one] for one in after))
         return reached
 

@@ -2,17 +2,9 @@
 
 A *registration* is what one ``with model.hooks(...)`` (or one cached run) asks for. All registrations of a model form a stack: outer ones fire first,
 so an inner cache sees edited values. For every module that carries an asked-for site there is one torch handle; it runs the points of that
-module in order, and each point runs its chain of hooks.
-
-Rules every chain enforces:
-
-* a hook gets its own tensor and may keep it; changing it in place without returning it raises, because the change would be lost;
-* a returned tensor must have the shape, dtype and device of the site;
-* a recorder gets the value that continues through the model: detached, unless it was asked to keep the graph;
-* every asked-for site fires once per pass of its tower; a site that does not is an error at the end of the run, never silence.
-
-Order. Handles come before the torch hooks of others, which see edited values: transformers records hidden states with hooks, LLaVA's projector reads
-that record, and an edit made after the recording would be lost. They come after those of other wrappers, whose edits they see.
+module in order, and each point runs its chain of hooks. Every asked-for site fires once per pass of its tower; a site that does not is an error at
+the end of the run, never silence. What a hook may answer is in ``registrations.py``, where a handle stands among those of others in
+``torch_hooks.py``.
 
 Threads. Torch hooks fire in whatever thread calls the module. Ours act only in the thread that put them there; the module called from another thread
 is the bare model, and the wrapper called from there raises HookError rather than leave out hooks that someone may count on. A module that was copied
@@ -28,26 +20,23 @@ import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from circuitvision.errors import HookError
 from circuitvision.model import attention
 from circuitvision.model.flow import Flow
-from circuitvision.model.memory import compact, match_memory_layout
-from circuitvision.model.points import Call, Callback, OwnOutput, Point
-from circuitvision.model.sites import EAGER_SITES, SiteName
+from circuitvision.model.memory import match_memory_layout
+from circuitvision.model.packing.sequences import Sequences
+from circuitvision.model.points import Call, Callback, Point
+from circuitvision.model.registrations import HookPoint, Recorder, Registration, checked, run_hook
+from circuitvision.model.sites import SiteName
+from circuitvision.model.torch_hooks import Placed, placed, placed_first
 
-Hook = Callable[[Tensor, "HookPoint"], "Tensor | None"]
-Placed = tuple[Any, dict[int, bool], int]
-"""A torch hook in place: the module's table of hooks, its table of those that want keywords, and the key in both. Torch's own handles hold weak
-references to these tables, which costs a cached run more than its hooks do."""
 MOST_PLANS = 128
 """Plans kept at once; a sweep over single sites makes one per site."""
 _OWN_ATTENTION = (
@@ -58,70 +47,6 @@ _OWN_ATTENTION = (
 
 def _nobody() -> None:
     return None
-
-
-@dataclass(frozen=True)
-class HookPoint:
-    """What a hook is told about the place it was called from."""
-
-    name: str
-    """Full site name, e.g. ``vision.blocks.3.attn.hook_z``."""
-    tower: str
-    layer: int | None
-    site: str
-    """The name without tower and layer, e.g. ``attn.hook_z``."""
-    step: int = 0
-    """Number of the pass of this site in the current run: 0, then 1, 2, … in ``generate`` and ``sample_actions``."""
-
-
-class Recorder:
-    """Stores the value of each site it is given, one entry per pass.
-
-    ``keeps_graph``: values stay on the autograd path. ``needs_grad``: they do, and values that require no gradient are made to.
-    """
-
-    def __init__(
-        self, device: torch.device | str | None = None, needs_grad: bool = False, keeps_graph: bool = False
-    ) -> None:
-        self.values: dict[str, list[Tensor]] = {}
-        self.device = device
-        self.needs_grad = needs_grad
-        self.keeps_graph = keeps_graph or needs_grad
-
-    def record(self, name: str, value: Tensor) -> None:
-        """Keep ``value`` (moved to the recorder's device) as the next pass of site ``name``."""
-        kept = value if self.device is None else value.to(self.device)
-        if not self.keeps_graph:
-            # A copy of a view would leave the autograd path.
-            kept = compact(kept)
-        self.values.setdefault(name, []).append(kept)
-
-
-@dataclass(eq=False)
-class Registration:
-    """One set of hooks: forward hooks, backward hooks or a recorder, by full site name. ``exact`` names must fire."""
-
-    forward: Mapping[str, list[Hook]] = field(default_factory=dict)
-    backward: Mapping[str, list[Hook]] = field(default_factory=dict)
-    recorder: Recorder | None = None
-    recorded: frozenset[str] = frozenset()
-    exact: frozenset[str] = frozenset()
-
-    @cached_property
-    def names(self) -> frozenset[str]:
-        """Every site this registration asks for."""
-        return self.recorded.union(self.forward, self.backward)
-
-    @property
-    def only_reads(self) -> bool:
-        """Whether it can change nothing: a recorder of detached values, and no hook."""
-        return self.recorder is not None and not (self.recorder.keeps_graph or self.forward or self.backward)
-
-    def touches(self, name: str) -> bool:
-        """Whether it may put another tensor in the place of this site's value: by a hook, or to follow its gradient."""
-        recorder = self.recorder
-        followed = recorder is not None and recorder.keeps_graph and name in self.recorded
-        return followed or name in self.forward or name in self.backward
 
 
 @dataclass(frozen=True)
@@ -173,6 +98,7 @@ class HookEngine:
         self.before_run: Callable[[], Callable[[], None] | None] = _nobody
         """Gives what is called before a run whose sites were asked for, and raises where hooks would give wrong numbers; set by the wrapper."""
         self._slots: list[attention.Slots] = []
+        self.sequences = Sequences()
 
     def __getstate__(self) -> dict[str, Any]:
         # Made hooks belong to this engine, and so does the stack of those who put them there; a copy has none.
@@ -192,6 +118,7 @@ class HookEngine:
             "_reader": Recorder(),
             "_lock": None,
             "before_run": _nobody,
+            "sequences": Sequences(),
             "in_run": False,
         }
 
@@ -300,18 +227,18 @@ class HookEngine:
             return
         hooks = self._hooks(plan)
         for module, hook in hooks.pre:
-            self.handles.append(_placed(module._forward_pre_hooks, hook, module._forward_pre_hooks_with_kwargs))
+            self.handles.append(placed(module._forward_pre_hooks, hook, module._forward_pre_hooks_with_kwargs))
         for module, hook in hooks.post:
-            self.handles.append(_placed(module._forward_hooks, hook, module._forward_hooks_with_kwargs))
+            self.handles.append(placed(module._forward_hooks, hook, module._forward_hooks_with_kwargs))
         for tower in plan.counted:
-            self.handles.append(_placed_first(self.first_blocks[tower], self._count_pass(tower)))
+            self.handles.append(placed_first(self.first_blocks[tower], self._count_pass(tower)))
         for module, phase, _ in plan.calls:
             # Only attention that keeps a cache has a number in it.
             if phase == "attention" and getattr(module, "layer_idx", None) is not None:
                 slots = hooks.attention[id(module)].slots
                 self._slots.append(slots)
-                self.handles.append(_placed_first(module, slots.look, with_kwargs=True))
-        self.handles.append(_placed_first(self.model, self._begin_forward))
+                self.handles.append(placed_first(module, slots.look, with_kwargs=True))
+        self.handles.append(placed_first(self.model, self._begin_forward, with_kwargs=True))
         if hooks.attention:
             self._switch = contextlib.ExitStack()
             self._switch.enter_context(self._attention.on(hooks.attention))
@@ -331,11 +258,11 @@ class HookEngine:
         only_reads = all(registration.only_reads for registration in self.stack)
         hooks = _Hooks([], [], {})
         for module, phase, planned in plan.calls:
-            points = [point for point in planned if not isinstance(point, OwnOutput) or self._touched(point.name)]
+            points = [point for point in planned if not point.for_edits or self._touched(point.name)]
             if not points:
                 continue
-            fires = [(point, fire_of(point)) for point in points]
-            whole = one_recorder and all(point.whole for point in points)
+            fires = [(point, self.sequences.by_rows(point.name, fire_of(point))) for point in points]
+            whole = one_recorder and all(point.whole and not self.sequences.holds(point.name) for point in points)
             names = tuple(point.name for point in points)
             if phase == "pre":
                 hook = self._pre_hook(module, fires)
@@ -429,7 +356,7 @@ class HookEngine:
             if fired.get(name, 0) != passes.get(tower, 0) and name not in bypassed:
                 raise HookError(
                     f"{name} fired {fired.get(name, 0)} times in {passes.get(tower, 0)} passes of its tower; its edits cannot be trusted."
-                    + (_OWN_ATTENTION if SiteName.parse(name).site in EAGER_SITES else "")
+                    + (_OWN_ATTENTION if SiteName.parse(name).is_eager else "")
                 )
         for registration in self.stack:
             for name in registration.exact:
@@ -439,7 +366,9 @@ class HookEngine:
                         f"{name} did not fire: the {tower} tower did not run. Does the input hold what this tower reads?"
                     )
 
-    def _begin_forward(self, module: nn.Module, args: Any) -> None:
+    def _begin_forward(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if self.acts():
+            self.sequences.begin(kwargs)
         if self.acts() and not self.in_run:
             before = self.before_run()
             if before is not None:
@@ -533,12 +462,12 @@ class HookEngine:
                 if isinstance(hook, Recorder):
                     hook.record(point.name, value)
                     continue
-                value, edited = _run_hook(hook, value, where, tracked)
+                value, edited = run_hook(hook, value, where, tracked)
                 changed = changed or edited
             if changed and not in_place:
                 value = match_memory_layout(value, layout)
             for hook in backward:
-                value.register_hook(lambda grad, hook=hook: _checked(hook(grad, where), grad, where))
+                value.register_hook(lambda grad, hook=hook: checked(hook(grad, where), grad, where))
             return value, changed
 
         return fire
@@ -560,76 +489,3 @@ class HookEngine:
         if registration.recorder is not None and name in registration.recorded:
             hooks.append(registration.recorder)
         return hooks
-
-
-def _placed(hooks: Any, hook: Callable[..., Any], with_kwargs: dict[int, bool]) -> Placed:
-    """Put a hook before those of others, but after those of other wrappers."""
-    key = _next_key()
-    with_kwargs[key] = True
-    if not hooks:
-        hooks[key] = hook
-        return hooks, with_kwargs, key
-    ours = [other for other in hooks if getattr(hooks[other], "__module__", "") == __name__]
-    hooks[key] = hook
-    for other in (key, *reversed(ours)):
-        hooks.move_to_end(other, last=False)
-    return hooks, with_kwargs, key
-
-
-def _placed_first(module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False) -> Placed:
-    """Put a hook before every other that runs before a module."""
-    key, hooks = _next_key(), module._forward_pre_hooks
-    hooks[key] = hook
-    hooks.move_to_end(key, last=False)  # type: ignore[attr-defined]
-    if with_kwargs:
-        module._forward_pre_hooks_with_kwargs[key] = True
-    return hooks, module._forward_pre_hooks_with_kwargs, key
-
-
-def _next_key() -> int:
-    """A number that no handle of torch has or will get."""
-    key = RemovableHandle.next_id
-    RemovableHandle.next_id = key + 1
-    return key
-
-
-def _run_hook(hook: Hook, value: Tensor, where: HookPoint, tracked: bool) -> tuple[Tensor, bool]:
-    handed = value.clone()
-    version = None if handed.is_inference() else handed._version
-    returned = hook(handed, where)
-    if torch._C._functorch.is_functorch_wrapped_tensor(handed):
-        # Batched tensors count no versions and compare to no bool, so whatever comes back may be changed.
-        touched = returned is not None
-    elif version is None:
-        touched = not torch.equal(handed, value)
-    else:
-        touched = handed._version != version
-    if returned is None:
-        if touched:
-            raise HookError(
-                f"The hook at {where.name} changed its tensor in place and returned None; return the tensor."
-            )
-        return (handed, False) if tracked else (value, False)
-    returned = _checked(returned, handed, where)
-    if returned is handed and not touched:
-        return (handed, False) if tracked else (value, False)
-    return returned, True
-
-
-def _checked(returned: Any, expected: Tensor, where: HookPoint) -> Any:
-    """The hook's answer, or HookError if it is not a tensor of the site's shape, dtype and device."""
-    if returned is None:
-        return None
-    if not isinstance(returned, Tensor):
-        raise HookError(f"The hook at {where.name} returned {type(returned).__name__}; return a tensor or None.")
-    if returned.shape != expected.shape:
-        raise HookError(
-            f"The hook at {where.name} returned shape {tuple(returned.shape)}; the site has shape {tuple(expected.shape)}."
-        )
-    if returned.dtype != expected.dtype:
-        raise HookError(f"The hook at {where.name} returned {returned.dtype}; convert it with .to({expected.dtype}).")
-    if returned.device != expected.device:
-        raise HookError(
-            f"The hook at {where.name} returned a tensor on {returned.device}; move it with .to('{expected.device}')."
-        )
-    return returned

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import weakref
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -17,14 +16,12 @@ from circuitvision.errors import InputError, nearest
 from circuitvision.model.axes import new_positions, past_length
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.packing import ImageRun, laid_out
-from circuitvision.model.patches import pair
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
-    from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
-def as_mapping(model: HookedModel, inputs: Any) -> dict[str, Any]:
+def as_mapping(model: Wrapped, inputs: Any) -> dict[str, Any]:
     """The inputs as keyword arguments of the model; a single tensor or array is taken as images where the model reads nothing else.
 
     Prompts name every position that the model computes (:meth:`Packing.laid_out`).
@@ -49,7 +46,7 @@ def as_mapping(model: HookedModel, inputs: Any) -> dict[str, Any]:
     return laid_out(model, {name: as_tensor(model, name, value) for name, value in inputs.items()})
 
 
-def as_tensor(model: HookedModel, name: str, value: Any) -> Any:
+def as_tensor(model: Wrapped, name: str, value: Any) -> Any:
     """An array as a tensor for this model; anything else as it is. Raises InputError for lists of numbers or tensors among the inputs."""
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biuf":
@@ -85,7 +82,7 @@ def with_keywords(inputs: Mapping[str, Any], keywords: Mapping[str, Any]) -> dic
     return {**inputs, **keywords}
 
 
-def split_keywords(model: HookedModel, keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_keywords(model: Wrapped, keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keywords of ``generate`` or ``sample_actions``: those that the forward pass reads, and the others."""
     known = _named_inputs(_reading_classes(model))
     named = {name: value for name, value in keywords.items() if name in known}
@@ -98,7 +95,7 @@ def refuse_cache(inputs: Any) -> None:
         raise InputError("This is a cache, and inputs are wanted; those of its run are cache.inputs.")
 
 
-def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
+def check(model: Wrapped, inputs: Mapping[str, Any]) -> None:
     """Raise InputError if these inputs cannot be what the model reads."""
     missing = [name for name in model.family.required if inputs.get(name) is None]
     if missing:
@@ -121,11 +118,11 @@ def check(model: HookedModel, inputs: Mapping[str, Any]) -> None:
     # What a cache holds was checked when it was filled.
     run = ImageRun(model, new_positions(inputs))
     if run.pixels is not None:
-        _check_images(model, run, run.pixels)
+        run.packing.check(run)
     _check_image_tokens(model, run)
 
 
-def check_keywords(model: HookedModel, keywords: Mapping[str, Any]) -> None:
+def check_keywords(model: Wrapped, keywords: Mapping[str, Any]) -> None:
     """Raise InputError for a keyword that nothing in the model reads, or that takes the names off its output."""
     check_names(model, keywords)
     if keywords.get("return_dict") is False:
@@ -138,7 +135,7 @@ EVERYWHERE = ("use_cache", "return_dict", "output_attentions", "output_hidden_st
 """Keywords that transformers takes from any call, whatever the signature says."""
 
 
-def check_names(model: HookedModel, names: Iterable[str]) -> None:
+def check_names(model: Wrapped, names: Iterable[str]) -> None:
     """Raise InputError for a keyword that nothing in the model reads: transformers would swallow it in silence."""
     known = _named_inputs(_reading_classes(model))
     for name in names:
@@ -147,7 +144,7 @@ def check_names(model: HookedModel, names: Iterable[str]) -> None:
             raise InputError(f"Nothing in this model reads {name!r}. Nearest: {near}.")
 
 
-def _reading_classes(model: HookedModel) -> tuple[type, ...]:
+def _reading_classes(model: Wrapped) -> tuple[type, ...]:
     reading = {type(part) for part in model.module.modules() if hasattr(part, "main_input_name")}
     return tuple({*reading, type(model._base)})
 
@@ -183,7 +180,7 @@ class Checked:
         # Another process, or a copy, has not seen these tensors.
         return Checked, ()
 
-    def keep(self, model: HookedModel, inputs: Mapping[str, Any]) -> None:
+    def keep(self, model: Wrapped, inputs: Mapping[str, Any]) -> None:
         """Remember these inputs; only if every value shows whether it was changed since."""
         seen: dict[str, tuple[Any, Any]] = {}
         self._kept = None, {}
@@ -196,7 +193,7 @@ class Checked:
                 return
         self._kept = model.device, seen
 
-    def holds(self, model: HookedModel, inputs: Mapping[str, Any]) -> bool:
+    def holds(self, model: Wrapped, inputs: Mapping[str, Any]) -> bool:
         """Whether these are the remembered inputs."""
         device, seen = self._kept
         if device is None or inputs.keys() != seen.keys():
@@ -211,7 +208,7 @@ class Checked:
         return model.device == device
 
 
-def _check_settings(model: HookedModel, inputs: Mapping[str, Any]) -> None:
+def _check_settings(model: Wrapped, inputs: Mapping[str, Any]) -> None:
     """Settings of the call that say which features leave a tower are ones that the projector can read."""
     for tower in model.towers.values():
         layers, select = tower.spec.feature_layers, tower.spec.feature_select
@@ -225,7 +222,7 @@ def _check_settings(model: HookedModel, inputs: Mapping[str, Any]) -> None:
             raise InputError(f"{select}={inputs[select]!r} is not understood: 'default' (no class token) or 'full'.")
 
 
-def bypassed_sites(model: HookedModel, inputs: Mapping[str, Any]) -> frozenset[str]:
+def bypassed_sites(model: Wrapped, inputs: Mapping[str, Any]) -> frozenset[str]:
     """Sites that these inputs leave out: with ``inputs_embeds`` no token is looked up. Raises InputError if one of them is asked for by name."""
     if inputs.get("inputs_embeds") is None or inputs.get("input_ids") is not None:
         return frozenset()
@@ -237,7 +234,7 @@ def bypassed_sites(model: HookedModel, inputs: Mapping[str, Any]) -> frozenset[s
     return sites
 
 
-def _check_devices(model: HookedModel, inputs: Mapping[str, Any]) -> None:
+def _check_devices(model: Wrapped, inputs: Mapping[str, Any]) -> None:
     if hasattr(model.module, "hf_device_map"):
         return
     device = model.device
@@ -246,7 +243,7 @@ def _check_devices(model: HookedModel, inputs: Mapping[str, Any]) -> None:
             raise InputError(f"{name} is on {value.device}, the model on {device}; move it with .to('{device}').")
 
 
-def _check_mask(model: HookedModel, inputs: Mapping[str, Any]) -> None:
+def _check_mask(model: Wrapped, inputs: Mapping[str, Any]) -> None:
     mask = inputs.get("attention_mask")
     for name in ("input_ids", "inputs_embeds"):
         read = inputs.get(name)
@@ -254,9 +251,7 @@ def _check_mask(model: HookedModel, inputs: Mapping[str, Any]) -> None:
             _check_mask_of(model, inputs, name, read.shape[:2], mask)
 
 
-def _check_mask_of(
-    model: HookedModel, inputs: Mapping[str, Any], name: str, shape: tuple[int, ...], mask: Tensor
-) -> None:
+def _check_mask_of(model: Wrapped, inputs: Mapping[str, Any], name: str, shape: tuple[int, ...], mask: Tensor) -> None:
     if mask.ndim == 4 and mask.dtype == torch.bool:
         _check_boolean(model)
     if mask.ndim != 2 or mask.shape == shape:
@@ -272,7 +267,7 @@ def _cached(inputs: Mapping[str, Any]) -> int:
     return int(inputs["past_key_values"].get_seq_length())
 
 
-def _check_boolean(model: HookedModel) -> None:
+def _check_boolean(model: Wrapped) -> None:
     """Raise InputError where a boolean mask [row, head, query, key] would be added to scores as zeros and ones."""
     for tower in model.towers.values():
         implementation = getattr(tower.config, "_attn_implementation", None)
@@ -283,7 +278,7 @@ def _check_boolean(model: HookedModel) -> None:
             )
 
 
-def _check_lengths(model: HookedModel, inputs: Mapping[str, Any]) -> None:
+def _check_lengths(model: Wrapped, inputs: Mapping[str, Any]) -> None:
     """Texts fit the table of positions, where there is one."""
     ids = inputs.get("input_ids")
     for tower in model.towers.values():
@@ -296,60 +291,7 @@ def _check_lengths(model: HookedModel, inputs: Mapping[str, Any]) -> None:
                 )
 
 
-def _check_images(model: HookedModel, run: ImageRun, pixels: Tensor) -> None:
-    model.family.packing.check(run)
-    towers = [tower for tower in model.towers.values() if tower.stack.image]
-    if run.tower.stack.position != "resized":
-        channels = run.packing.channels(towers)
-        if pixels.shape[-3] != channels:
-            raise InputError(
-                f"pixel_values has {pixels.shape[-3]} channels, the model reads {channels}; its layout is {run.packing.layout}."
-            )
-    for tower in towers:
-        _check_size(model, tower, run, (int(pixels.shape[-2]), int(pixels.shape[-1])))
-
-
-def _check_size(model: HookedModel, tower: Tower, run: ImageRun, size: tuple[int, int]) -> None:
-    """Raise InputError for pictures of a size that a tower has no positions for."""
-    config: Any = tower.config
-    expected = pair(getattr(config, "image_size", size))
-    if tower.stack.position == "resized":
-        return
-    assert tower.patch_embedding is not None
-    if min(tower.patch_embedding.grid(*size)) < 1:
-        raise InputError(
-            f"The image is {size[0]}x{size[1]} pixels, smaller than one patch ({tower.cfg.patch_size}) of the {tower.name} tower: give a larger one."
-        )
-    if tower.stack.position == "rotary":
-        return
-    always = tower.stack.position == "grid_always"
-    if always or run.inputs.get("interpolate_pos_encoding"):
-        _check_interpolation(tower, size, expected, always)
-    elif size != expected:
-        hint = "" if model.image_token_id is not None else ", or pass interpolate_pos_encoding=True"
-        raise InputError(
-            f"The image is {size[0]}x{size[1]} pixels, the model reads {expected[0]}x{expected[1]}: resize it (model.inputs does){hint}."
-        )
-
-
-def _check_interpolation(tower: Tower, size: tuple[int, int], expected: tuple[int, int], always: bool) -> None:
-    """Raise InputError where the position table cannot be stretched to a picture of this size."""
-    assert tower.patch_embedding is not None
-    rows, columns = tower.patch_embedding.grid(*size)
-    table = tower.cfg.grid or (rows, columns)
-    count = table[0] * table[1]
-    as_it_is = always and rows * columns == count and size[0] == size[1]
-    stretched = math.isqrt(count) ** 2 == count and (always or isinstance(tower.config.patch_size, int))
-    if as_it_is or stretched:
-        return
-    raise InputError(
-        f"This tower's position table ({table[0]}x{table[1]} patches of {tower.cfg.patch_size}) cannot be stretched to a picture of "
-        f"{size[0]}x{size[1]} pixels: transformers stretches square tables of square patches only. Resize the picture to "
-        f"{expected[0]}x{expected[1]} and leave interpolate_pos_encoding out."
-    )
-
-
-def _check_image_tokens(model: HookedModel, run: ImageRun) -> None:
+def _check_image_tokens(model: Wrapped, run: ImageRun) -> None:
     placeholders = run.placeholders
     if placeholders is None:
         return
@@ -364,11 +306,9 @@ def _check_image_tokens(model: HookedModel, run: ImageRun) -> None:
         run.packing.check_tokens(run)
 
 
-def seeded_noise(model: HookedModel, inputs: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
-    """The noise and timestep of one flow-matching evaluation at ``t = 1``, drawn from ``seed`` on the CPU so that every device agrees."""
-    state: Tensor = inputs["state"]
-    config: Any = model.config
-    generator = torch.Generator().manual_seed(seed)
-    shape = (state.shape[0], int(config.chunk_size), int(config.max_action_dim))
-    noise = torch.randn(shape, generator=generator).to(model.device, state.dtype)
-    return {"noise": noise, "timestep": torch.ones(state.shape[0], device=model.device)}
+def drawn(model: Wrapped, inputs: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The inputs with what the model would draw at random, drawn from ``seed``; as they are where it draws nothing, or all is given."""
+    draw = model.family.drawn
+    if draw is None or all(name in inputs for name in model.family.required):
+        return dict(inputs)
+    return {**draw(model.config, inputs, torch.Generator().manual_seed(seed)), **inputs}

@@ -11,29 +11,20 @@ from collections.abc import Iterator
 from torch import nn
 
 from circuitvision.errors import UnsupportedModelError
-from circuitvision.model.branches import Branch
+from circuitvision.model.block_points import Between
+from circuitvision.model.layout_of_blocks import block_points, norm_points
 from circuitvision.model.points import (
     POOL_SITES,
-    AttentionStage,
-    BranchInput,
-    HeadInput,
-    HeadResult,
     Input,
     Lookup,
-    NormNormalized,
-    NormScale,
     Output,
-    OwnOutput,
     Point,
     PoolAttention,
     PositionEmbedding,
-    SavedInput,
-    SharedInput,
-    StreamInput,
 )
 from circuitvision.model.sites import SiteName
-from circuitvision.model.spec import Family, norm_spec, require, resolve
-from circuitvision.model.tower import Block, Tower
+from circuitvision.model.spec import Family, require, resolve
+from circuitvision.model.tower import Tower
 
 
 def points_of(module: nn.Module, family: Family, towers: dict[str, Tower]) -> list[Point]:
@@ -54,6 +45,12 @@ def refuse_unread(family: Family, towers: dict[str, Tower]) -> None:
     """Raise UnsupportedModelError for towers whose output the table leads nowhere: their effects would come out as zero."""
     flow = family.flow
     for name, tower in towers.items():
+        for other in tower.crossed_towers:
+            if not any(one.via == "cross" and other in one.sources and one.target == name for one in flow.connectors):
+                raise UnsupportedModelError(
+                    f"Blocks of the {name} tower attend to the {other} tower (Attention(keys_of={other!r})), and the family {family.name!r} has "
+                    f"no connector that says so: Connector(({other!r},), {name!r}, via='cross')."
+                )
         compared = flow.is_dual and tower.spec.readout is not None and tower.spec.readout.finish == "contrast"
         if name != flow.answer and not compared and not flow.reaches(name, flow.answer):
             raise UnsupportedModelError(
@@ -66,6 +63,9 @@ def _refuse_shared(points: list[Point]) -> None:
     """Raise UnsupportedModelError where one module serves two towers or two layers: a call of it does not say for which."""
     seen: dict[tuple[int, str], tuple[str, int | None, SiteName]] = {}
     for point in points:
+        if isinstance(point, Between):
+            # It says what lies before its module, of the block before.
+            continue
         name = SiteName.parse(point.name)
         layer = name.layer
         if name.site == "hook_input":
@@ -99,9 +99,9 @@ def _tower_points(tower: Tower) -> Iterator[Point]:
         )
     yield Input(f"{name}.hook_input", tower.blocks[0].module, "pre", order=0)
     for block in tower.blocks:
-        yield from _block_points(tower, block)
+        yield from block_points(block)
     if tower.final_norm is not None:
-        yield from _norm_points(f"{name}.ln_final", tower.final_norm)
+        yield from norm_points(f"{name}.ln_final", tower.final_norm)
     yield from _head_points(tower)
 
 
@@ -119,60 +119,3 @@ def _head_points(tower: Tower) -> Iterator[Point]:
         yield Input(f"{name}.hook_readout", head, "pre", keyword="input")
     elif pool is not None:
         yield Output(f"{name}.hook_readout", pool, "post")
-
-
-def _norm_points(prefix: str, norm: nn.Module) -> Iterator[Point]:
-    spec = norm_spec(norm)
-    yield NormScale(f"{prefix}.hook_scale", norm, "post", order=0, spec=spec)
-    yield NormNormalized(f"{prefix}.hook_normalized", norm, "post", order=1, spec=spec)
-
-
-def _block_points(tower: Tower, block: Block) -> Iterator[Point]:
-    prefix = f"{tower.name}.blocks.{block.layer}"
-    if block.layer == 0:
-        yield Input(f"{prefix}.hook_resid_pre", block.module, "pre", order=1)
-    else:
-        own = OwnOutput(f"{prefix}.hook_resid_pre", tower.blocks[block.layer - 1].module, "post", order=2)
-        yield StreamInput(f"{prefix}.hook_resid_pre", block.module, "pre", order=1, companions=(own,))
-    yield from _attention_points(tower, block, prefix)
-    ln2 = block.part("ln2")
-    yield SharedInput(f"{prefix}.hook_resid_mid", ln2, "pre", order=0)
-    yield BranchInput(f"{prefix}.hook_mlp_in", ln2, "pre", order=1)
-    yield from _norm_points(f"{prefix}.ln2", ln2)
-    if block.has("mlp_gate"):
-        yield Output(f"{prefix}.mlp.hook_pre", block.part("mlp_gate"), "post")
-        yield Output(f"{prefix}.mlp.hook_pre_linear", block.part("mlp_in"), "post")
-    else:
-        yield Output(f"{prefix}.mlp.hook_pre", block.part("mlp_in"), "post")
-    yield Input(f"{prefix}.mlp.hook_post", block.part("mlp_out"), "pre", keyword="input")
-    yield from _branch_points(block.branch("mlp"), prefix, block.part("mlp"))
-    yield Output(f"{prefix}.hook_resid_post", block.module, "post", order=0)
-
-
-def _attention_points(tower: Tower, block: Block, prefix: str) -> Iterator[Point]:
-    cfg = tower.cfg
-    ln1, attn = block.part("ln1"), block.part("attn")
-    yield from _norm_points(f"{prefix}.ln1", ln1)
-    stash = SavedInput(f"{prefix}.ln1", ln1, "pre", order=-1)
-    for letter, n_heads in (("q", cfg.n_heads), ("k", cfg.n_kv_heads), ("v", cfg.n_kv_heads)):
-        projection = block.part(letter)
-        yield HeadInput(
-            f"{prefix}.hook_{letter}_input", projection, "post", order=0, n_heads=n_heads, companions=(stash,)
-        )
-        yield Output(f"{prefix}.attn.hook_{letter}", projection, "post", order=1, n_heads=n_heads)
-    if cfg.rotary:
-        yield AttentionStage(f"{prefix}.attn.hook_rot_q", attn, "attention")
-        yield AttentionStage(f"{prefix}.attn.hook_rot_k", attn, "attention", in_place=True)
-    yield AttentionStage(f"{prefix}.attn.hook_attn_scores", attn, "attention")
-    yield AttentionStage(f"{prefix}.attn.hook_pattern", attn, "attention")
-    out = block.part("o")
-    yield Input(f"{prefix}.attn.hook_z", out, "pre", n_heads=cfg.n_heads, keyword="input")
-    yield HeadResult(f"{prefix}.attn.hook_result", out, "post", order=0, n_heads=cfg.n_heads)
-    yield from _branch_points(block.branch("attn"), prefix, out)
-
-
-def _branch_points(branch: Branch, prefix: str, own: nn.Module) -> Iterator[Point]:
-    """What a branch adds to the stream: the output of its ``own`` module, or of what follows it."""
-    if branch.last is not None and branch.then.normed:
-        yield from _norm_points(f"{prefix}.{branch.names.norm}", branch.last)
-    yield Output(f"{prefix}.{branch.names.added}", branch.last or own, "post", order=2)

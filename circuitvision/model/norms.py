@@ -2,7 +2,8 @@
 
 A norm computes ``out = gain · centre(x) / denominator(x) + bias``. With the denominator held it is affine in ``x``, so parts that add up to ``x``
 go through it one by one and add up again, the bias aside. A scale (LayerScale) is ``out = gain · x``; its gain is measured, so nothing here
-knows what the module calls its parameter. :class:`Identity` stands where nothing follows.
+knows what the module calls its parameter. A gate is a parameter of the block itself. :class:`Identity` stands where nothing follows, a
+:class:`Chain` for several.
 
 Held maps are computed in float32 at least and returned in the precision of what they are given.
 
@@ -11,6 +12,7 @@ Not covered: norms over several axes, norms whose statistics are buffers (BatchN
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import UnsupportedModelError
+from circuitvision.model.block_layout import Gate
 from circuitvision.model.spec import is_norm, norm_spec
-from circuitvision.model.weights import computing, main_device, main_dtype, norm_weights
+from circuitvision.model.weights import computing, main_device, main_dtype, norm_weights, parameter
 
 
 def upcast(value: Tensor) -> Tensor:
@@ -150,11 +153,93 @@ class Norm(Identity):
         return (out if bias is None else out + bias).to(value.dtype)
 
 
-def following(module: nn.Module | None) -> Identity:
-    """What a module that follows a branch does; the identity for None."""
-    if module is None:
-        return Identity()
-    return Norm(module) if is_norm(module) else Scale(module)
+class Gated(Identity):
+    """A parameter that the block multiplies a branch with, ``λ · value`` or ``tanh(λ) · value``."""
+
+    def __init__(self, block: nn.Module, gate: Gate) -> None:
+        self.block, self.gate = block, gate
+
+    def factor(self, like: Tensor) -> Tensor:
+        """What the branch is multiplied with."""
+        holder = self.block
+        *parents, name = self.gate.parameter.split(".")
+        for parent in parents:
+            holder = getattr(holder, parent)
+        value = parameter(holder, name)
+        return (value.tanh() if self.gate.tanh else value).to(like.device)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return self.factor(value) * value
+
+    def gained(self, value: Tensor) -> Tensor:
+        wide = upcast(value)
+        return (wide * self.factor(wide).to(wide)).to(value.dtype)
+
+    def linear(self, value: Tensor, denominator: Tensor | None = None) -> Tensor:
+        return self.gained(value)
+
+    def transposed(self, gradient: Tensor, denominator: Tensor | None = None) -> Tensor:
+        return self.gained(gradient)
+
+
+class Chain(Identity):
+    """Several maps, one after the other; one of them at most is a norm, whose denominator is the chain's."""
+
+    def __init__(self, maps: Sequence[Identity]) -> None:
+        self.maps = tuple(maps)
+        norms = [number for number, one in enumerate(maps) if one.normed]
+        if len(norms) > 1:
+            raise UnsupportedModelError("Two norms follow one branch; one of them at most can be held.")
+        self.norm = norms[0] if norms else None
+        self.normed = bool(norms)  # type: ignore[misc]
+
+    def __call__(self, value: Tensor) -> Tensor:
+        for one in self.maps:
+            value = one(value)
+        return value
+
+    def gained(self, value: Tensor) -> Tensor:
+        for one in self.maps if self.norm is None else self.maps[self.norm :]:
+            value = one.gained(value)
+        return value
+
+    def denominator(self, value: Tensor) -> Tensor | None:
+        if self.norm is None:
+            return None
+        for one in self.maps[: self.norm]:
+            value = one(value)
+        return self.maps[self.norm].denominator(value)
+
+    def linear(self, value: Tensor, denominator: Tensor | None = None) -> Tensor:
+        for one in self.maps:
+            value = one.linear(value, denominator if one.normed else None)
+        return value
+
+    def transposed(self, gradient: Tensor, denominator: Tensor | None = None) -> Tensor:
+        for one in reversed(self.maps):
+            gradient = one.transposed(gradient, denominator if one.normed else None)
+        return gradient
+
+    def bias(self, like: Tensor) -> Tensor | None:
+        if self.norm is None:
+            return None
+        bias = self.maps[self.norm].bias(like)
+        if bias is None:
+            return None
+        for one in self.maps[self.norm + 1 :]:
+            bias = one.linear(bias)
+        return bias
+
+
+def following(block: nn.Module, then: Sequence[nn.Module | Gate]) -> Identity:
+    """What follows a branch of a block does: modules (norms or scales) and gates, in order."""
+    maps: list[Identity] = []
+    for one in then:
+        if isinstance(one, Gate):
+            maps.append(Gated(block, one))
+        else:
+            maps.append(Norm(one) if is_norm(one) else Scale(one))
+    return maps[0] if len(maps) == 1 else Chain(maps) if maps else Identity()
 
 
 def frozen_norm(norm: nn.Module, value: Tensor, reference: Tensor) -> Tensor:

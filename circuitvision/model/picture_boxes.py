@@ -25,14 +25,14 @@ from circuitvision.model.packing import ImageRun
 from circuitvision.model.patches import Array, Frame, union
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 _PICTURE = -1.0
 """Marks what is picture: no processor pads with a negative level."""
 
 
 def boxes_in_pictures(
-    model: HookedModel, images: Any, inputs: Mapping[str, Any], tower: str = "vision", **options: Any
+    model: Wrapped, images: Any, inputs: Mapping[str, Any], tower: str = "vision", **options: Any
 ) -> Float[np.ndarray, "row pos 4"]:
     """The pixels (left, top, right, bottom) of the original pictures that every position of a tower reads, NaN where it reads none.
 
@@ -59,7 +59,7 @@ def boxes_in_pictures(
     return union(boxes, sets.row * shape[1] + sets.position, shape[0] * shape[1]).reshape(*shape, 4)
 
 
-def picture_frames(model: HookedModel, images: Any, inputs: Mapping[str, Any], **options: Any) -> list[Frame | None]:
+def picture_frames(model: Wrapped, images: Any, inputs: Mapping[str, Any], **options: Any) -> list[Frame | None]:
     """Where the pixels of every row of the vision tower lie in its original picture; None where it shows nothing of one.
 
     Raises:

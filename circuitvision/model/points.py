@@ -31,8 +31,6 @@ from circuitvision.model.weights import (
     attention_weights,
     computing,
     embedding_weight,
-    is_plain_linear,
-    linear_weight,
     norm_weights,
     present,
 )
@@ -96,38 +94,6 @@ def substitute(actual: Tensor, rebuilt: Tensor) -> Tensor:
     return _Substitute.apply(actual.detach(), rebuilt.to(actual.dtype))
 
 
-class _Beside(torch.autograd.Function):
-    """Forward: the bits of ``actual``. Backward: the gradient goes to ``actual`` and, through ``function``, to ``value``; to no weight twice."""
-
-    @staticmethod
-    def forward(ctx: Any, actual: Tensor, value: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(value)
-        ctx.function = function
-        return actual.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (value,) = ctx.saved_tensors
-        with torch.enable_grad():
-            value = value.detach().requires_grad_(True)
-            (through,) = torch.autograd.grad(ctx.function(value), value, grads[0])
-        return grads[0], through, None
-
-
-class _Gate(torch.autograd.Function):
-    """The identity; backward, only what ``holder["edited"]`` selects passes (nothing without it)."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, holder: dict[str, Tensor]) -> Tensor:
-        ctx.holder = holder
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        edited = ctx.holder.get("edited")
-        return (torch.zeros_like(grads[0]) if edited is None else grads[0] * edited), None
-
-
 def rebuilt_where(changed: Tensor, actual: Tensor, rebuilt: Tensor) -> Tensor:
     """``rebuilt`` where a derived value was changed, the bits of ``actual`` elsewhere: an edit of one position rounds no other one differently."""
     kept = substitute(actual, rebuilt)
@@ -148,6 +114,8 @@ class Point:
     order: int = 0
     derived = False
     in_place = False
+    for_edits = False
+    """Whether it is there for the edits of another point alone, and not needed where values are only read."""
 
     @property
     def whole(self) -> bool:
@@ -176,11 +144,13 @@ class SavedInput(Point):
         self.kept[id(self.module)] = call.input()
 
 
-def _heads(value: Tensor, n_heads: int | None) -> Tensor:
+def split_heads(value: Tensor, n_heads: int | None) -> Tensor:
+    """The last axis as heads; as it is without a number of them."""
     return value if n_heads is None else value.unflatten(-1, (n_heads, -1))
 
 
-def _merge(value: Tensor, n_heads: int | None) -> Tensor:
+def merge_heads(value: Tensor, n_heads: int | None) -> Tensor:
+    """The inverse of :func:`split_heads`."""
     return value if n_heads is None else value.flatten(-2)
 
 
@@ -196,9 +166,9 @@ class Input(Point):
         return self.n_heads is None
 
     def apply(self, call: Call, fire: Callback) -> None:
-        value, changed = fire(_heads(call.input(self.keyword), self.n_heads))
+        value, changed = fire(split_heads(call.input(self.keyword), self.n_heads))
         if changed:
-            call.set_input(_merge(value, self.n_heads), self.keyword)
+            call.set_input(merge_heads(value, self.n_heads), self.keyword)
 
 
 @dataclass(eq=False)
@@ -225,10 +195,10 @@ class Output(Point):
     def apply(self, call: Call, fire: Callback) -> None:
         out = call.tensor()
         grid = out.shape[-2:] if out.ndim == 4 else None
-        value = rearrange(out, "b d h w -> b (h w) d") if grid else _heads(out, self.n_heads)
+        value = rearrange(out, "b d h w -> b (h w) d") if grid else split_heads(out, self.n_heads)
         value, changed = fire(value)
         if changed:
-            merged = rearrange(value, "b (h w) d -> b d h w", h=grid[0]) if grid else _merge(value, self.n_heads)
+            merged = rearrange(value, "b (h w) d -> b d h w", h=grid[0]) if grid else merge_heads(value, self.n_heads)
             call.set_tensor(merged)
 
 
@@ -272,6 +242,7 @@ class OwnOutput(Point):
     """Puts a copy in the place of what a module returns, so that the :class:`StreamInput` behind it may be written in place; not a site."""
 
     kept: dict[int, Tensor] = field(default_factory=dict)
+    for_edits = True
 
     def apply(self, call: Call, fire: Callback) -> None:
         value = call.tensor()
@@ -308,17 +279,41 @@ class StreamInput(Point):
         return Output(self.name, self.companions[0].module, "post", order=1)
 
 
+@dataclass(frozen=True)
+class HeadAxis:
+    """How a norm of queries, keys or values sees their heads: apart (before or behind the positions), or side by side in the last axis."""
+
+    n_heads: int
+    apart: bool
+    first: bool
+
+    def shown(self, value: Tensor) -> Tensor:
+        """``[row pos head …]``; a scale that all heads share has one head."""
+        if not self.apart:
+            return split_heads(value, self.n_heads) if value.shape[-1] > 1 else value.unsqueeze(-2)
+        return value.transpose(1, 2) if self.first else value
+
+    def restored(self, value: Tensor) -> Tensor:
+        """The inverse of :meth:`shown`."""
+        if not self.apart:
+            return value.flatten(-2)
+        return value.transpose(1, 2) if self.first else value
+
+
 @dataclass(eq=False)
 class NormScale(Point):
     """The denominator of a norm: ``sqrt(mean(centred²) + eps)``; an edit divides by the new value instead."""
 
     spec: NormSpec = field(default_factory=lambda: NormSpec("eps"))
+    heads: HeadAxis | None = None
     derived = True
 
     def apply(self, call: Call, fire: Callback) -> None:
         _, scale = norm_parts(call, self.spec)
-        value, changed = fire(scale)
+        shown = scale if self.heads is None else self.heads.shown(scale)
+        value, changed = fire(shown)
         if changed:
+            value = value if self.heads is None else self.heads.restored(value)
             call.memo["scale"] = value
             call.memo.pop("normalized", None)
             rebuild_norm(call, self.spec, value != scale)
@@ -329,12 +324,14 @@ class NormNormalized(Point):
     """The normalised value before gain and bias; an edit goes through the norm's own gain and bias."""
 
     spec: NormSpec = field(default_factory=lambda: NormSpec("eps"))
+    heads: HeadAxis | None = None
     derived = True
 
     def apply(self, call: Call, fire: Callback) -> None:
         before = normalized(call, self.spec)
-        value, changed = fire(before)
+        value, changed = fire(before if self.heads is None else self.heads.shown(before))
         if changed:
+            value = value if self.heads is None else self.heads.restored(value)
             call.memo["normalized"] = value
             rebuild_norm(call, self.spec, (value != before).any(-1, keepdim=True))
 
@@ -377,69 +374,6 @@ def rebuild_norm(call: Call, spec: NormSpec, changed: Tensor) -> None:
     call.memo["changed"] = changed = call.memo.get("changed", torch.zeros_like(changed)) | changed
     original = call.memo.setdefault("original", call.tensor())
     call.set_tensor(rebuilt_where(changed, original, apply_gain(call.module, spec, normalized(call, spec))))
-
-
-@dataclass(eq=False)
-class HeadResult(Point):
-    """Each head's share of the output projection: ``z_h W_O^h``, without the bias."""
-
-    n_heads: int = 1
-    derived = True
-
-    def apply(self, call: Call, fire: Callback) -> None:
-        z = _heads(call.input(), self.n_heads)
-        weight, bias = linear_weight(call.module, z.dtype, z.device)
-        w_o = rearrange(weight, "(h d) m -> h d m", h=self.n_heads)
-        result = torch.einsum("...hd,hdm->...hm", z, w_o)
-        value, changed = fire(result)
-        if changed:
-            rebuilt = value.sum(-2) if bias is None else value.sum(-2) + bias
-            if not is_plain_linear(call.module):
-                # A layer that rounds its input keeps its own output where nothing was edited, and near it where little was.
-                whole = result.sum(-2) if bias is None else result.sum(-2) + bias
-                rebuilt = rebuilt + (call.tensor() - whole).detach()
-            edited = (value != result).flatten(-2).any(-1, keepdim=True)
-            call.set_tensor(rebuilt_where(edited, call.tensor(), rebuilt))
-
-
-@dataclass(eq=False)
-class HeadInput(Point):
-    """What one head's query, key or value reads of the residual stream, before the norm: ``row pos head d_model``.
-
-    Sits on the projection; its companion keeps the input of the norm between the stream and the projection. An edit replaces the
-    whole path from the stream to the projection, so an edit of ``ln1`` in the same run does not reach the heads edited here.
-    """
-
-    n_heads: int = 1
-    companions: tuple[SavedInput, ...] = ()
-    derived = True
-
-    def apply(self, call: Call, fire: Callback) -> None:
-        stash = self.companions[0]
-        resid = stash.kept[id(stash.module)]
-        per_head = resid.unsqueeze(-2).expand(*resid.shape[:-1], self.n_heads, resid.shape[-1])
-        # The unedited stream has its gradient already, through the norm; only an edited copy takes the norm's place in the backward pass.
-        holder: dict[str, Tensor] = {}
-        tracked = torch.is_grad_enabled() and per_head.requires_grad
-        value, changed = fire(_Gate.apply(per_head, holder) if tracked else per_head)
-        if not changed:
-            return
-        edited = (value != per_head).any(-1, keepdim=True)
-        out = _heads(call.tensor(), self.n_heads)
-        if torch.is_grad_enabled() and value.requires_grad:
-            out = _Beside.apply(out, value, self.projected)
-        if bool(edited.any()):
-            holder["edited"] = edited
-            out = torch.where(edited, self.projected(value), out)
-        call.set_tensor(_merge(out, self.n_heads))
-
-    def projected(self, value: Tensor) -> Tensor:
-        """Norm and projection of one stream per head: ``row pos head d_head``."""
-        normed = self.companions[0].module.forward(value.contiguous())
-        weight, bias = linear_weight(self.module, normed.dtype, normed.device)
-        w = rearrange(weight, "m (h d) -> h m d", h=self.n_heads)
-        out = torch.einsum("...hm,hmd->...hd", normed, w)
-        return out if bias is None else out + rearrange(bias, "(h d) -> h d", h=self.n_heads)
 
 
 @dataclass(eq=False)
@@ -513,7 +447,7 @@ class PoolAttention(Point):
             if later not in ("hook_k", "hook_v") or self.stage not in ("hook_q", "hook_k"):
                 call.memo.pop(later, None)
         module: Any = call.module
-        z = _merge(self.stage_value(call, "hook_z"), module.num_heads)
+        z = merge_heads(self.stage_value(call, "hook_z"), module.num_heads)
         _, _, weight, bias = attention_weights(module)
         rebuilt = nn.functional.linear(z, weight, bias)
         original = call.memo.setdefault("original", call.tensor())
@@ -533,7 +467,7 @@ class PoolAttention(Point):
             source = call.args[index] if len(call.args) > index else call.kwargs[("query", "key", "value")[index]]
             weight, bias, _, _ = attention_weights(module)
             own = None if bias is None else bias.chunk(3)[index]
-            value = _heads(nn.functional.linear(source, weight.chunk(3)[index], own), module.num_heads)
+            value = split_heads(nn.functional.linear(source, weight.chunk(3)[index], own), module.num_heads)
         elif stage == "hook_attn_scores":
             q, k = self.stage_value(call, "hook_q"), self.stage_value(call, "hook_k")
             value = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5

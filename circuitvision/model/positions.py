@@ -78,6 +78,8 @@ class PositionWindow:
     """Which of the tower's positions the site holds."""
     prefix: PositionWindow | None = None
     """The positions of another tower whose cached keys come before this one's own."""
+    crossed: bool = False
+    """Whether the keys are those of ``prefix`` alone: cross-attention."""
 
     @property
     def columns(self) -> Tensor | None:

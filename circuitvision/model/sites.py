@@ -14,16 +14,13 @@ from functools import lru_cache
 
 from circuitvision.errors import UnknownSiteError, nearest
 
-DERIVED = ("attn.hook_result", "hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in")
-"""Sites that follow exactly from others: a cache computes them when they are read."""
-
-PATTERN_SITES = ("attn.hook_attn_scores", "attn.hook_pattern")
-"""Sites of shape ``[row head query key]``."""
-EAGER_SITES = (*PATTERN_SITES, "attn.hook_rot_q", "attn.hook_rot_k")
-"""Sites that exist only inside eager attention: a run that asks for them is the model's eager run."""
+_DERIVED = ("hook_result", "hook_q_input", "hook_k_input", "hook_v_input")
+_PATTERNS = ("hook_attn_scores", "hook_pattern")
+_EAGER = (*_PATTERNS, "hook_rot_q", "hook_rot_k")
 _PER_HEAD = frozenset(
     f"hook_{stage}" for stage in ("q", "k", "v", "rot_q", "rot_k", "z", "result", "q_input", "k_input", "v_input")
 )
+_HEAD_NORM = re.compile(r"\b[qkv]_norm\.")
 _KEY_HEADS = ("hook_k", "hook_v", "hook_rot_k", "hook_k_input", "hook_v_input")
 _POOLED = ("hook_readout", "ln_final.hook_scale", "ln_final.hook_normalized")
 
@@ -54,17 +51,31 @@ class SiteName:
     @property
     def has_heads(self) -> bool:
         """Whether the site has a head axis."""
-        return self.is_pattern or self.stage in _PER_HEAD
+        return self.is_pattern or self.stage in _PER_HEAD or bool(_HEAD_NORM.search(self.site))
 
     @property
     def is_pattern(self) -> bool:
         """Whether the site is ``[row head query key]``: scores and patterns."""
-        return self.site.removeprefix("pool.") in PATTERN_SITES
+        return self.stage in _PATTERNS
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether its value follows exactly from others, so that a cache computes it when it is read: shares of heads, what slots read."""
+        return self.layer is not None and (
+            self.stage in _DERIVED or re.fullmatch(r"hook_\w+_in", self.site) is not None
+        )
+
+    @property
+    def branch(self) -> str:
+        """The branch of a block whose attention holds it, as in ``cross_attn.hook_z``; "" for sites of no branch."""
+        return self.site.partition(".")[0] if self.layer is not None and "." in self.site else ""
 
     @property
     def counts_key_heads(self) -> bool:
         """Whether the head axis counts key/value heads, of which there may be fewer."""
-        return self.stage in _KEY_HEADS and not self.site.startswith("pool.")
+        return (
+            self.stage in _KEY_HEADS or "k_norm." in self.site or "v_norm." in self.site
+        ) and not self.site.startswith("pool.")
 
     @property
     def may_be_pooled(self) -> bool:
@@ -74,7 +85,7 @@ class SiteName:
     @property
     def is_eager(self) -> bool:
         """Whether reading or writing the site switches the run to eager attention."""
-        return self.layer is not None and self.site in EAGER_SITES
+        return self.layer is not None and self.stage in _EAGER
 
     def __str__(self) -> str:
         return f"{self.tower}.{self.site}" if self.layer is None else f"{self.tower}.blocks.{self.layer}.{self.site}"
@@ -104,7 +115,7 @@ def matching(names_filter: NamesFilter, sites: Iterable[str]) -> list[str]:
     """
     sites = list(sites)
     if names_filter is None:
-        return [name for name in sites if SiteName.parse(name).site not in DERIVED]
+        return [name for name in sites if not SiteName.parse(name).is_derived]
     if callable(names_filter):
         chosen = [name for name in sites if names_filter(name)]
         if not chosen:

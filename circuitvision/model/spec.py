@@ -1,12 +1,12 @@
 """What a family file may say: where the parts of an architecture live, and nothing else.
 
-A *block layout* names the sub-modules of one transformer block, a *stack* names the parts of one transformer (embeddings, blocks, final norm), and
-a *family* says which stacks a Hugging Face class holds under which tower names, what its output is and what its heads read. Everything that
-hooks, reads, edits or documents a model derives from these tables: a method never asks which family it was given.
+A *block layout* (``block_layout.py``) names the parts of one transformer block, a *stack* those of one transformer (embeddings, blocks, final
+norm), and a *family* says which stacks a Hugging Face class holds under which tower names, what its output is and what its heads read. Everything
+that hooks, reads, edits or documents a model derives from these tables: a method never asks which family it was given.
 
 Paths are dotted attribute paths. A tuple of paths means "the first that exists", for layouts that moved between transformers versions.
 
-Not covered: fused qkv projections, post-norm blocks, packed sequences, stacks whose residual additions are bare parameters.
+Not covered: stacks whose streams are several (hyper-connections).
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.model.block_layout import Layout, Writer
 from circuitvision.model.flow import Connector, Flow, Path
 from circuitvision.model.packing import Packing
 from circuitvision.model.weights import computing
@@ -48,42 +50,12 @@ class NormSpec:
 
 
 @dataclass(frozen=True)
-class BlockLayout:
-    """Paths inside one pre-norm transformer block, relative to the block module.
-
-    Attributes:
-        ln1, ln2: the norms before attention and MLP.
-        attn, q, k, v, o: the attention module and its four projections.
-        mlp, mlp_in, mlp_out, mlp_gate: the MLP and its linear maps; a gate where there is one.
-        attn_add, mlp_add: what follows ``o`` and ``mlp_out`` before the sum (LayerScale, a norm).
-        rotary: whether queries and keys are rotated.
-        act: the activation, where the module fixes it whatever the config says.
-    """
-
-    ln1: str
-    attn: str
-    q: str
-    k: str
-    v: str
-    o: str
-    ln2: str
-    mlp: str
-    mlp_in: str
-    mlp_out: str
-    mlp_gate: str | None = None
-    attn_add: str | None = None
-    mlp_add: str | None = None
-    rotary: bool = False
-    act: str | None = None
-
-
-@dataclass(frozen=True)
 class Stack:
     """Paths inside one transformer, relative to its root module.
 
     Attributes:
         blocks: the ModuleList or Sequential of its blocks.
-        block: the layout of a block, or a function that gives it for each.
+        block: the layout of a block, or a function that gives it for each (kinds of blocks may differ by layer).
         final_norm: the norm behind the last block; None for none.
         embed: the module whose output is the patch or token embedding, before positions are added.
         embeddings: the module that adds the position embedding; None where there is none, or none of its own.
@@ -93,10 +65,11 @@ class Stack:
         prefix: kinds of the tokens before the patches; ``register`` is repeated ``num_register_tokens`` times.
         attention: which positions see which.
         image: whether it reads pictures.
+        writers: what the tower's own code adds to the stream between blocks.
     """
 
     blocks: Path
-    block: BlockLayout | Callable[[nn.Module], BlockLayout]
+    block: Layout
     final_norm: Path | None
     embed: Path
     embeddings: Path | None = None
@@ -105,6 +78,7 @@ class Stack:
     prefix: tuple[str, ...] = ()
     attention: Literal["causal", "bidirectional", "by_mask"] = "bidirectional"
     image: bool = False
+    writers: tuple[Writer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,8 +149,9 @@ class Family:
         packing: how images become rows of the vision tower and positions of prompts.
         image_token: attributes of the config that may hold the id of the image token, the first that exists.
         required: inputs without which the forward would draw random numbers or fail.
+        drawn: fills them in for inputs that lack them, of the config, the inputs and a generator; what it needs that is missing is an InputError.
         auto_class: the class of transformers that loads a checkpoint.
-        suffix_kinds: kinds of an action tower's positions: the first entries, the last one repeated.
+        suffix_kinds: of a config: the kinds of an action tower's positions.
         processor: how to load a checkpoint's processor, where AutoProcessor cannot.
         own_class: the class, where transformers ships none: it loads every checkpoint whose ``model_type`` is that of its ``config_class``.
         action_values: of a config: the ids of the output head that say an action, with the (normalised) value that each says.
@@ -196,7 +171,8 @@ class Family:
     image_token: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     auto_class: str = "AutoModel"
-    suffix_kinds: tuple[str, ...] = ()
+    drawn: Callable[[Any, Mapping[str, Any], torch.Generator], Mapping[str, torch.Tensor]] | None = None
+    suffix_kinds: Callable[[Any], Sequence[str]] | None = None
     processor: Callable[[str], Any] | None = None
     own_class: Callable[[], Any] | None = None
     action_values: Callable[[Any], Mapping[int, float]] | None = None
@@ -297,6 +273,12 @@ def _check_table(family: Family) -> None:
         _ = family.flow
     except InputError as error:
         raise InputError(f"{where}{error}") from None
+    answer = next((tower for tower in family.towers if tower.name == family.flow.answer), None)
+    if family.packing.in_sequence and not family.connectors and answer is not None and answer.readout is not None:
+        raise InputError(
+            f"{where}packing={family.packing!r} runs all images in one sequence, and a head that reads it image by image is not covered: leave the "
+            f"readout of {answer.name} out (edits and sweeps need none)."
+        )
     for stack in (tower.stack for tower in family.towers if tower.stack is not None):
         need_tuple("prefix", stack.prefix, str)
         if not set(stack.prefix) <= set(KINDS):

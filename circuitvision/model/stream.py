@@ -1,7 +1,7 @@
 """Whether each block reads what the block before it left: the identity that the names of the stream, decompositions and sweeps rest on.
 
-Some models add to the stream between two blocks (Qwen3-VL's deepstack). No table of modules tells, so the first run with each set of inputs is
-watched.
+Some models add to the stream between two blocks (Qwen3-VL's deepstack). Where the table of a stack does not say so (``Stack.writers``), sums would
+not add up, so the first run with each set of inputs is watched.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def watched(towers: Mapping[str, Tower]) -> Iterator[None]:
     try:
         for tower in towers.values():
             for before, block in zip(tower.blocks, tower.blocks[1:], strict=False):
-                handles += _watch(tower.name, before.layer, before.module, block.module)
+                if before.layer not in tower.writers:
+                    handles += _watch(tower.name, before.layer, before.module, block.module)
         yield
     finally:
         for handle in handles:
@@ -48,7 +49,8 @@ def _watch(tower: str, layer: int, before: nn.Module, after: nn.Module) -> list[
         ):
             raise UnsupportedModelError(
                 f"Something changes the stream of the {tower} tower between blocks {layer} and {layer + 1} (as deepstack does): block {layer + 1} "
-                f"does not read resid_post of block {layer}, so sums over the stream and sweeps would be wrong. Such models are not supported."
+                f"does not read resid_post of block {layer}, so sums over the stream and sweeps would be wrong. Say it in the family's table: "
+                f"Stack(writers=(Writer('hook_deepstack', ({layer},)),))."
             )
 
     # What hooks of others change belongs to the blocks: only what the model itself does between them counts.

@@ -18,7 +18,7 @@ ACTION = "action "
 
 
 class TextTools:
-    """Mixed into HookedModel: everything that goes through the processor or tokenizer."""
+    """Mixed into Wrapped: everything that goes through the processor or tokenizer."""
 
     processor: Any
     config: Any
@@ -37,7 +37,7 @@ class TextTools:
         that a processor adds are left out: nothing here is trained. Raises InputError without a processor, for what is no picture that the model
         reads, and if the prompts do not hold an image token for each image.
         """
-        from circuitvision.model.inputs import seeded_noise
+        from circuitvision.model.inputs import drawn
 
         for name, meant in _MISNAMED.items():
             if name in kwargs:
@@ -49,14 +49,7 @@ class TextTools:
         made.pop("labels", None)
         made.update(kwargs)
         made = laid_out(self, {name: self._placed(value) for name, value in made.items()})
-        if "noise" in self.family.required and ("noise" not in made or "timestep" not in made):
-            if "state" not in made:
-                raise InputError(
-                    "This model reads the robot's state; give state=array [batch, state_dim], which the processor normalises, "
-                    "or a tensor that is normalised already."
-                )
-            made = {**seeded_noise(self, made, seed), **made}  # type: ignore[arg-type]
-        return made
+        return drawn(self, made, seed)  # type: ignore[arg-type]
 
     def _placed(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

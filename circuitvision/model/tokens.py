@@ -22,13 +22,13 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.axes import new_positions, past_length
-from circuitvision.model.packing import ImageRun
+from circuitvision.model.packing import ImageRun, ImageTokens
 from circuitvision.model.patches import Array, Frame, union
 from circuitvision.model.selection import Selection
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 KINDS = (
     "cls",
@@ -336,7 +336,7 @@ class _Builder:
         return TokenMap(**vars(self))
 
 
-def token_maps(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
+def token_maps(model: Wrapped, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
     """The token map of every tower that these inputs run; in a run that continues a cache, what the cache holds is of kind "unknown"."""
     maps: dict[str, TokenMap] = {}
     given, inputs = inputs, new_positions(inputs)
@@ -348,6 +348,7 @@ def token_maps(model: HookedModel, inputs: Mapping[str, Any]) -> dict[str, Token
         if tower.stack.image:
             if pictures is not None:
                 maps[name] = pictures if name == run.tower.name else _vision_map(ImageRun(model, inputs, name))
+                maps.update(_connector_map(run, pictures) if name == run.tower.name else {})
         elif tower.spec.runs == "per_denoising_step":
             maps[name] = _action_map(model, tower, inputs)
         elif inputs.get("input_ids") is not None or inputs.get("inputs_embeds") is not None:
@@ -397,9 +398,14 @@ def _vision_map(run: ImageRun) -> TokenMap:
             build.kind[row, n_prefix:end] = "patch"
             if not run.present[image]:
                 build.kind[row] = "dropped"
-            r, c = np.divmod(np.arange(n_rows * n_cols), n_cols)
+            order = run.packing.order(run, row)
+            r, c = np.divmod(order, n_cols)
             build.patch_row[row, n_prefix:end], build.patch_col[row, n_prefix:end] = r, c
-            pixels, frame, size = run.pixel_boxes(row), run.packing.frame(run, image, tile), run.packing.size(run, row)
+            pixels, frame, size = (
+                run.pixel_boxes(row)[order],
+                run.packing.frame(run, image, tile),
+                run.packing.size(run, row),
+            )
             build.box[row, n_prefix:end] = frame.boxes(pixels)
             views.append((*number, (n_rows, n_cols), size, frame.area(*size), frame.size))
             at = np.arange(n_prefix, end)
@@ -410,7 +416,25 @@ def _vision_map(run: ImageRun) -> TokenMap:
     return build.done()
 
 
-def _text_map(model: HookedModel, tower: Tower, run: ImageRun, pictures: TokenMap | None) -> TokenMap:
+def _connector_map(run: ImageRun, pictures: TokenMap) -> dict[str, TokenMap]:
+    """The positions behind a connector that merges patches, which are not the tower's: a row for each of the tower's."""
+    connector = run.model.flow.connector_of(run.tower.name)
+    if connector is None or not run.packing.merges("hook_out"):
+        return {}
+    build = _Builder(connector.name, run.n_rows, max(map(len, run.tokens)))
+    build.example, build.views = pictures.example, pictures.views
+    of_pictures = pictures.patches.by_position(pictures.kind.shape)
+    parts: list[Any] = []
+    for row, number, there, tokens in zip(run.firsts, run.numbers, run.present, run.tokens, strict=True):
+        build.image_number[row, : len(tokens)] = number
+        build.kind[row] = "padding" if there else "dropped"
+        _place(build, tokens, pictures, of_pictures, row, np.arange(len(tokens)), parts)
+    build.patches = PatchSets.joined(parts)
+    _describe(build)
+    return {connector.name: build.done()}
+
+
+def _text_map(model: Wrapped, tower: Tower, run: ImageRun, pictures: TokenMap | None) -> TokenMap:
     ids = run.inputs.get("input_ids")
     read: Tensor = run.inputs["inputs_embeds"] if ids is None else ids
     build = _Builder(tower.name, *read.shape[:2])
@@ -433,26 +457,37 @@ def _place_images(build: _Builder, run: ImageRun, pictures: TokenMap) -> None:
     free = [row.nonzero().flatten().numpy() for row in run.placeholders.cpu()]
     used = [0] * len(free)
     of_pictures = pictures.patches.by_position(pictures.kind.shape)
-    parts = []
+    parts: list[Any] = []
     for example, number, tokens in zip(run.owners, run.numbers, run.tokens, strict=True):
         slots = free[example][used[example] : used[example] + len(tokens)]
         used[example] += len(tokens)
         build.image_number[example, slots] = number
         build.text[example, slots] = ""
         build.kind[example, slots[tokens.newline[: len(slots)]]] = "newline"
-        held = tokens.position < len(slots)
-        slot, row, at = slots[tokens.position[held]], tokens.source_row[held], tokens.source_position[held]
-        build.kind[example, slot] = pictures.kind[row, at]
-        build.tile[example, slot] = pictures.tile[row, at]
-        entry = of_pictures[row, at]
-        # A class position among the features is no patch.
-        there = entry >= 0
-        several = PatchSets.taken(pictures.patches, entry[there])
-        parts.append(
-            (np.full(there.sum(), example), slot[there], *several[2:6], tokens.weight[held][there], *several[7:])
-        )
+        _place(build, tokens, pictures, of_pictures, example, slots, parts)
     build.patches, build.views = PatchSets.joined(parts), pictures.views
     _describe(build)
+
+
+def _place(
+    build: _Builder,
+    tokens: ImageTokens,
+    pictures: TokenMap,
+    of_pictures: Array,
+    own: int,
+    slots: Array,
+    parts: list[Any],
+) -> None:
+    """Say what the positions of one image hold, at ``slots`` of row ``own``; the patches are added to ``parts``."""
+    held = tokens.position < len(slots)
+    slot, row, at = slots[tokens.position[held]], tokens.source_row[held], tokens.source_position[held]
+    build.kind[own, slot] = pictures.kind[row, at]
+    build.tile[own, slot] = pictures.tile[row, at]
+    entry = of_pictures[row, at]
+    # A class position among the features is no patch.
+    there = entry >= 0
+    several = PatchSets.taken(pictures.patches, entry[there])
+    parts.append((np.full(there.sum(), own), slot[there], *several[2:6], tokens.weight[held][there], *several[7:]))
 
 
 def _describe(build: _Builder) -> None:
@@ -469,10 +504,9 @@ def _describe(build: _Builder) -> None:
     build.tile.reshape(-1)[mixed] = -1
 
 
-def _action_map(model: HookedModel, tower: Tower, inputs: Mapping[str, Any]) -> TokenMap:
-    rows = int(inputs["state"].shape[0])
-    kinds = list(model.family.suffix_kinds)
-    length = int(model.config.chunk_size) + len(kinds) - 1
-    build = _Builder(tower.name, rows, length)
-    build.kind[:] = kinds + [kinds[-1]] * (length - len(kinds))
+def _action_map(model: Wrapped, tower: Tower, inputs: Mapping[str, Any]) -> TokenMap:
+    assert model.family.suffix_kinds is not None
+    kinds = model.family.suffix_kinds(model.config)
+    build = _Builder(tower.name, model.family.packing.n_examples(model, inputs), len(kinds))
+    build.kind[:] = list(kinds)
     return build.done()

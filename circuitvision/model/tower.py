@@ -11,19 +11,20 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import InputError, UnknownAttributeError, UnsupportedModelError
-from circuitvision.model import branches, heads
-from circuitvision.model.branches import BRANCHES, Branch
+from circuitvision.model import branches
+from circuitvision.model.block import Block
 from circuitvision.model.flow import Connector
+from circuitvision.model.output_head import OutputHead, model_of
+from circuitvision.model.packing.run import ImageRun
+from circuitvision.model.packing.sequences import as_rows, as_sequence
 from circuitvision.model.patches import PatchEmbedding
 from circuitvision.model.settings import hidden_states, setting
 from circuitvision.model.slots import SlotGradients, slot_sites
 from circuitvision.model.spec import (
-    BlockLayout,
     Family,
     TowerSpec,
     require,
@@ -31,128 +32,20 @@ from circuitvision.model.spec import (
     stack_for,
     sub_config,
 )
-from circuitvision.model.tower_config import measured
+from circuitvision.model.tower_config import measured, number_of_heads
 from circuitvision.model.weights import (
     embedding_weight,
-    linear_bias,
-    linear_weight,
-    main_device,
     main_dtype,
-    out_width,
     parameter,
 )
 
 if TYPE_CHECKING:
     from circuitvision.model.cache import ActivationCache
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 
 def _nobody() -> None:
     return None
-
-
-class Block:
-    """One transformer block of a tower: its modules, and live views of its weights."""
-
-    def __init__(self, tower: Tower, layer: int, module: nn.Module, layout: BlockLayout) -> None:
-        self.tower, self.layer, self.module, self.layout = tower, layer, module, layout
-
-    def part(self, name: str) -> nn.Module:
-        """The sub-module that the layout calls ``name`` ("q", "ln1", "mlp_out", …)."""
-        return require(self.module, getattr(self.layout, name), f"{name} in block {self.layer}")
-
-    def has(self, name: str) -> bool:
-        """Whether the layout names such a part."""
-        return getattr(self.layout, name) is not None
-
-    def branch(self, name: str) -> Branch:
-        """The block's "attn" or "mlp" branch, from its output projection to the stream."""
-        return Branch(self, name)
-
-    @property
-    def branches(self) -> list[Branch]:
-        """Both branches, attention first."""
-        return [self.branch(name) for name in BRANCHES]
-
-    def _weight(self, part: str) -> Tensor:
-        return linear_weight(self.part(part), self.tower.dtype)[0]
-
-    def _bias(self, part: str, shape: tuple[int, ...]) -> Tensor:
-        module = self.part(part)
-        bias = linear_bias(module, self.tower.dtype)
-        if bias is None:
-            return torch.zeros(shape, dtype=self.tower.dtype, device=main_device(module))
-        return bias.view(shape)
-
-    def _per_head(self, part: str, n_heads: int) -> Tensor:
-        return rearrange(self._weight(part), "m (h d) -> h m d", h=n_heads)
-
-    @property
-    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
-        """Query weights of each head."""
-        return self._per_head("q", self.tower.cfg.n_heads)
-
-    @property
-    def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
-        """Key weights of each key/value head."""
-        return self._per_head("k", self.tower.cfg.n_kv_heads)
-
-    @property
-    def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
-        """Value weights of each key/value head."""
-        return self._per_head("v", self.tower.cfg.n_kv_heads)
-
-    @property
-    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
-        """Output weights of each head, before LayerScale or a post norm."""
-        return rearrange(self._weight("o"), "(h d) m -> h d m", h=self.tower.cfg.n_heads)
-
-    @property
-    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
-        """Input weights of the MLP (gated: of the linear branch)."""
-        return self._weight("mlp_in")
-
-    @property
-    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
-        """Gate weights of a gated MLP; AttributeError for a plain one."""
-        if not self.has("mlp_gate"):
-            raise UnknownAttributeError(f"The {self.tower.name} tower has no gated MLP, so it has no W_gate.")
-        return self._weight("mlp_gate")
-
-    @property
-    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
-        """Output weights of the MLP: row ``i`` is what neuron ``i`` writes (before LayerScale or a post norm)."""
-        return self._weight("mlp_out")
-
-    @property
-    def b_Q(self) -> Float[Tensor, "head d_head"]:
-        """Query biases."""
-        return self._bias("q", (self.tower.cfg.n_heads, self.tower.cfg.d_head))
-
-    @property
-    def b_K(self) -> Float[Tensor, "kv_head d_head"]:
-        """Key biases."""
-        return self._bias("k", (self.tower.cfg.n_kv_heads, self.tower.cfg.d_head))
-
-    @property
-    def b_V(self) -> Float[Tensor, "kv_head d_head"]:
-        """Value biases."""
-        return self._bias("v", (self.tower.cfg.n_kv_heads, self.tower.cfg.d_head))
-
-    @property
-    def b_O(self) -> Float[Tensor, " d_model"]:
-        """Output bias of attention."""
-        return self._bias("o", (self.tower.cfg.d_model,))
-
-    @property
-    def b_in(self) -> Float[Tensor, " d_mlp"]:
-        """Input bias of the MLP."""
-        return self._bias("mlp_in", (self.tower.cfg.d_mlp,))
-
-    @property
-    def b_out(self) -> Float[Tensor, " d_model"]:
-        """Output bias of the MLP."""
-        return self._bias("mlp_out", (self.tower.cfg.d_model,))
 
 
 class Tower:
@@ -172,12 +65,14 @@ class Tower:
         self.find()
         self.hooks_disabled: Callable[[], AbstractContextManager[None]] = nullcontext
         """Keeps hooks from firing while modules are called for a read-out alone; set by the wrapper."""
-        self.owner: Callable[[], HookedModel | None] = _nobody
+        self.owner: Callable[[], Wrapped | None] = _nobody
         """The wrapped model this tower belongs to; set by the wrapper, which a tower does not keep alive."""
 
     def find(self) -> None:
         """Look up the tower's modules, when the model is wrapped and whenever one of them was replaced."""
         self.root = require(self.module, self.spec.root, f"{self.name} tower")
+        self.n_heads = number_of_heads(self)
+        """How many heads queries have, and keys and values."""
         blocks = resolve_list(self.root, self.stack.blocks, self.name)
         layout = self.stack.block
         self.blocks = [
@@ -220,9 +115,37 @@ class Tower:
 
     @property
     def connector_module(self) -> nn.Module:
-        """The module of that connector (a projector). Raises UnsupportedModelError if there is none."""
+        """The module of that connector (a projector), as a map of single positions.
+
+        Raises UnsupportedModelError if there is none, or if it merges positions.
+        """
         connector = self.connector
+        if connector is not None and self.family.packing.merges("hook_out"):
+            raise UnsupportedModelError(
+                f"{connector.name} merges patches of the {self.name} tower, so it is no map of single positions: read what it makes of them at "
+                f"{connector.name}.hook_out, or with the logit lens."
+            )
         return require(self.module, (connector and connector.path) or "", "projector")
+
+    def connected(
+        self, value: Float[Tensor, "row pos width"], inputs: Mapping[str, Any] | None
+    ) -> Float[Tensor, "row pos_out d_model"]:
+        """What the connector's module makes of what its sources give, all positions of every row.
+
+        Raises InputError where the rows are one sequence, and no ``inputs`` say how long each is.
+        """
+        connector, owner = self.connector, self.owner()
+        assert connector is not None
+        module = require(self.module, connector.path or "", "projector")
+        if not self.family.packing.in_sequence:
+            return module(value)
+        if owner is None or not inputs:
+            raise InputError(
+                f"{connector.name} reads all images in one sequence; give context=cache, whose inputs say how long each is."
+            )
+        lengths = self.family.packing.sequences(ImageRun(owner, inputs))
+        entering, leaving = (lengths[f"{connector.name}.{site}"] for site in ("hook_in", "hook_out"))
+        return as_rows(module(as_sequence(value, entering)), leaving)
 
     @property
     def reader(self) -> Tower:
@@ -249,6 +172,8 @@ class Tower:
 
     def n_dropped_in(self, inputs: Mapping[str, Any] | None = None) -> int:
         """How many first positions are left out on the way to the connector in a run: of a family without a setting for it, those of no patch."""
+        if self.connector is None or self.connector.via == "cross":
+            return 0
         select = self.spec.feature_select
         return self.cfg.n_prefix if select is None else int(setting(self.module, inputs, select) == "default")
 
@@ -268,15 +193,42 @@ class Tower:
 
         ``inputs`` matter where a call can say which layers those are (``vision_feature_layer``).
         """
-        model = self.owner()
-        if model is None:
-            raise InputError("The wrapped model of this tower is gone; keep it in a variable: model = HookedModel(…).")
+        model = model_of(self)
         names = [
             f"{self.name}.hook_input",
             *(f"{self.name}.blocks.{n}.hook_resid_post" for n in range(self.cfg.n_layers)),
         ]
         offered = set(model.sites(f"{self.name}.**"))
         return [name for name in names if name in offered and not model.is_dead(name, inputs)]
+
+    @property
+    def writers(self) -> dict[int, list[str]]:
+        """Sites of what the tower's code adds to the stream behind a block, by the block's number."""
+        found: dict[int, list[str]] = {}
+        for writer in self.stack.writers:
+            for layer in writer.layers_in(self.config):
+                found.setdefault(layer, []).append(f"blocks.{layer}.{writer.site}")
+        return found
+
+    @property
+    def crossed_towers(self) -> list[str]:
+        """The towers that its blocks attend to beside itself (cross-attention)."""
+        found = [attention.core.keys_of for block in self.blocks for attention in block.attentions]
+        return [name for name in dict.fromkeys(found) if name]
+
+    def layers_that_see(self, tower: str) -> list[int]:
+        """The blocks with an attention whose keys are another tower's positions; "" for this tower's own."""
+        return [n for n, block in enumerate(self.blocks) if any(one.core.keys_of == tower for one in block.attentions)]
+
+    @property
+    def reads_beside_stream(self) -> bool:
+        """Whether its blocks are given more of other towers than their stream: keys and values, or what is written between them."""
+        return bool(self.crossed_towers or self.stack.writers)
+
+    def added_in(self, layer: int) -> list[str]:
+        """The sites of everything that is added to the stream in a block and behind it, without the tower's name."""
+        own = [f"blocks.{layer}.{branch.added}" for branch in self.blocks[layer].branches]
+        return [*own, *self.writers.get(layer, [])]
 
     def residual_name(self, hidden_state: int) -> str:
         """The site of a hidden state: 0 is ``hook_input``, ``l + 1`` is ``blocks.l.hook_resid_post``."""
@@ -300,14 +252,19 @@ class Tower:
         Raises InputError if ``context`` is missing there, UnsupportedModelError for a tower without a read-out.
         """
         with self.hooks_disabled():
-            return heads.read_out(self, resid, context)
+            return self.output_head.in_run(context).read(resid)
+
+    @property
+    def output_head(self) -> OutputHead:
+        """What turns the residual stream into the family's output: its columns and their weights, and reads of a run (``in_run``)."""
+        return OutputHead(self)
 
     # -- what branches add -------------------------------------------------------------------------------------------------------------------
 
     def head_results(self, z: Float[Tensor, "... head d_head"], layer: int) -> Float[Tensor, "... head d_model"]:
         """``z_h W_O^h`` for every head of one layer: before the output bias, and before what follows the branch (see :meth:`written`)."""
         with self.hooks_disabled():
-            return self.blocks[layer].branch("attn").head_results(z)
+            return self.blocks[layer].attn.head_results(z)
 
     def written(
         self, site: str, value: Tensor, frozen: ActivationCache | None = None, step: int | None = None
@@ -320,8 +277,8 @@ class Tower:
         ``written(site, z, frozen=cache).sum(-2) + written_bias(site, frozen=cache) = hook_attn_out``.
 
         Args:
-            site: ``blocks.L.`` and ``attn.hook_z``, ``attn.hook_result``, ``mlp.hook_post``, ``hook_attn_out``, ``hook_mlp_out``, or the
-                ``hook_normalized`` of a norm behind a branch; with or without the tower's name.
+            site: ``blocks.L.`` and ``attn.hook_z``, ``attn.hook_result``, ``mlp.hook_post``, ``hook_attn_out``, ``hook_mlp_out`` (or those of
+                another branch), or the ``hook_normalized`` of a norm behind a branch; with or without the tower's name.
             value: in the shape of the site; of all heads.
             frozen: the run whose denominators hold. It needs ``ln1_post.hook_scale`` or ``attn.hook_z`` (of MLPs, ``ln2_post.hook_scale``
                 or ``mlp.hook_post``) where a norm follows, nothing otherwise.
@@ -358,6 +315,13 @@ class Tower:
     # -- weights ---------------------------------------------------------------------------------------------------------------------------
 
     def _stacked(self, name: str) -> Tensor:
+        branch = "mlp" if name.lower()[2:] in ("in", "out", "gate") else "attn"
+        without = [block.layer for block in self.blocks if not block.has(branch)]
+        if without:
+            raise UnknownAttributeError(
+                f"Block {without[0]} of the {self.name} tower has no {branch}, so there is no {name} of all layers; take "
+                f"tower.blocks[layer].{name} of those that have."
+            )
         with self.hooks_disabled(), torch.no_grad():
             return torch.stack([getattr(block, name).detach() for block in self.blocks])
 
@@ -386,37 +350,22 @@ class Tower:
                 return embedding_weight(table, self.dtype).detach().clone()
             return parameter(embeddings, name)[0].detach().clone()
 
-    def _head_weight(self, kind: str) -> Tensor:
-        found = heads.unembedding(self)
-        kinds = (kind, "tied") if kind == "W_U" else (kind,)
-        if found is None or found[1] not in kinds:
-            raise UnknownAttributeError(
-                f"The {self.name} tower of {self.family.name} has no {kind}; tower.readout says how it reaches the output."
-            )
-        with self.hooks_disabled(), torch.no_grad():
-            if found[1] == "tied":
-                return embedding_weight(found[0], self.dtype).detach().T.clone()
-            return linear_weight(found[0], self.dtype)[0].detach().clone()
-
     @property
     def W_U(self) -> Float[Tensor, "d_model n_out"]:
         """The unembedding: classifier, language-model head or action head (copy); AttributeError where the tower has none."""
-        return self._head_weight("W_U")
+        return self.output_head.matrix("W_U").clone()
 
     @property
     def b_U(self) -> Float[Tensor, " n_out"]:
         """The bias of the unembedding, zeros where it has none."""
-        found = heads.unembedding(self)
-        if found is None or found[1] == "tied":
-            return self.W_U.new_zeros(self.W_U.shape[1])
-        with self.hooks_disabled(), torch.no_grad():
-            bias = linear_bias(found[0], self.dtype)
-        return self.W_U.new_zeros(out_width(found[0])) if bias is None else bias.detach().clone()
+        head = self.output_head
+        bias = None if head.weight_name is None else head.bias()
+        return self.W_U.new_zeros(self.W_U.shape[1]) if bias is None else bias.clone()
 
     @property
     def W_proj(self) -> Float[Tensor, "d_model d_shared"]:
         """The projection into the space shared with the other tower (CLIP, SigLIP text); AttributeError elsewhere."""
-        return self._head_weight("W_proj")
+        return self.output_head.matrix("W_proj").clone()
 
     def __repr__(self) -> str:
         c = self.cfg

@@ -4,7 +4,7 @@ Widths come from the weights: what projections read is the stream, what they wri
 tells; it is read from the configuration, and from the attention module where that says how wide a head is. A table that names the wrong part, or a
 configuration that means something else by a name, is refused when the model is wrapped, with what was expected and what was found.
 
-Not covered: blocks of one tower that differ in shape from layer to layer, which are refused.
+Not covered: branches of one name that differ in shape from layer to layer, which are refused.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mode
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from circuitvision.errors import UnsupportedModelError
+from circuitvision.model.branches import AttentionBranch, Branch, MLPBranch
 from circuitvision.model.patches import pair
 from circuitvision.model.spec import norm_spec
 from circuitvision.model.weights import in_width, out_width
 
 if TYPE_CHECKING:
-    from circuitvision.model.tower import Block, Tower
+    from circuitvision.model.block import Block
+    from circuitvision.model.tower import Tower
+
+Kind = TypeVar("Kind", bound=Branch)
 
 
 @dataclass(frozen=True)
@@ -54,38 +58,61 @@ def measured(tower: Tower) -> TowerConfig:
     Raises:
         UnsupportedModelError: the table, the configuration and the weights contradict each other.
     """
-    config, block = tower.config, tower.blocks[0]
-    n_heads = _number(tower, tower.spec.n_heads, None)
-    n_kv = _number(tower, tower.spec.n_kv_heads, n_heads)
-    width = out_width(block.part("q"))
-    if width % n_heads:
-        raise _contradiction(tower, block, "q", "writes", width, f"a multiple of {n_heads} heads")
+    config = tower.config
+    attn = _first(tower, AttentionBranch)
+    mlp = _first(tower, MLPBranch)
+    n_heads, n_kv = tower.n_heads
+    if attn is None:
+        raise UnsupportedModelError(f"No block of the {tower.name} tower has an Attention among its branches.")
+    width, count = attn.d_head_of()
+    if width % count:
+        raise _contradiction(attn, "qkv" if attn.core.qkv else "q", "writes", width, f"a multiple of {count} heads")
     grid, patch = _grid(tower)
+    norms = [branch.norm or branch.sum_norm or branch.post_norm for block in tower.blocks for branch in block.branches]
+    norm = next((one for one in norms if one is not None), tower.final_norm)
     cfg = TowerConfig(
         n_layers=len(tower.blocks),
         n_heads=n_heads,
         n_kv_heads=n_kv,
-        d_model=_stream_width(block),
-        d_head=width // n_heads,
-        d_mlp=out_width(block.part("mlp_in")),
+        d_model=_stream_width(tower),
+        d_head=width // count,
+        d_mlp=0 if mlp is None else mlp.fc_in.out_width,
         grid=grid,
         patch_size=patch,
         n_prefix=len(tower.prefix_kinds),
         attention=tower.spec.attention or tower.stack.attention,
-        act=block.layout.act or str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)),
-        norm="LayerNorm" if norm_spec(block.part("ln1")).centred else "RMSNorm",
-        gated_mlp=block.has("mlp_gate"),
-        rotary=block.layout.rotary,
+        act=(mlp and mlp.core.act)
+        or str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)),
+        norm="" if norm is None else "LayerNorm" if norm_spec(norm).centred else "RMSNorm",
+        gated_mlp=mlp is not None and mlp.core.is_gated,
+        rotary=attn.core.rotary,
     )
     for block in tower.blocks:
-        _check(tower, block, cfg)
+        _check(block, cfg)
     return cfg
 
 
-def _stream_width(block: Block) -> int:
+def number_of_heads(tower: Tower) -> tuple[int, int]:
+    """How many heads queries have, and keys and values, by the table and the configuration."""
+    n_heads = _number(tower, tower.spec.n_heads, None)
+    return n_heads, _number(tower, tower.spec.n_kv_heads, n_heads)
+
+
+def _first(tower: Tower, kind: type[Kind]) -> Kind | None:
+    """The first branch of a kind in a tower; None if there is none."""
+    return next((branch for block in tower.blocks for branch in block.branches if isinstance(branch, kind)), None)
+
+
+def _stream_width(tower: Tower) -> int:
     """What most parts read or write, so that the one that differs is blamed."""
-    reads = [in_width(block.part(part)) for part in ("q", "k", "v", "mlp_in")]
-    return mode([*reads, *(out_width(block.part(part)) for part in ("o", "mlp_out"))])
+    widths: list[int] = []
+    for branch in tower.blocks[0].branches:
+        if isinstance(branch, AttentionBranch):
+            widths += [branch.projection(letter).in_width for letter in branch.letters]
+            widths.append(branch.out.out_width)
+        elif isinstance(branch, MLPBranch):
+            widths += [branch.fc_in.in_width, branch.out.out_width]
+    return mode(widths)
 
 
 def _number(tower: Tower, name: str | tuple[str, ...] | int, default: int | None) -> int:
@@ -105,48 +132,69 @@ def _number(tower: Tower, name: str | tuple[str, ...] | int, default: int | None
     return default
 
 
-def _check(tower: Tower, block: Block, cfg: TowerConfig) -> None:
+def _check(block: Block, cfg: TowerConfig) -> None:
     """Raise UnsupportedModelError for a part that does not have the shape that the others give it."""
-    for part, side, expected, why in _expected(block, cfg):
-        module = block.part(part)
-        found = in_width(module) if side == "reads" else out_width(module)
-        if found != expected:
-            raise _contradiction(tower, block, part, side, found, f"{expected} ({why})")
-    own: Any = getattr(block.part("attn"), "head_dim", None)
-    if isinstance(own, int) and own != cfg.d_head:
-        raise UnsupportedModelError(
-            f"Block {block.layer} of the {tower.name} tower says that a head is {own} wide, and {cfg.n_heads} heads of its query projection are "
-            f"{cfg.d_head}: the table of the {tower.family.name} family takes n_heads from {tower.spec.n_heads!r}. Give TowerSpec(n_heads=…)."
-        )
+    for branch in block.branches:
+        for part, side, found, expected, why in _shapes(branch, cfg):
+            if found != expected:
+                raise _contradiction(branch, part, side, found, f"{expected} ({why})")
+    for attn in block.attentions:
+        own: Any = getattr(attn.module, "head_dim", None)
+        if isinstance(own, int) and own != cfg.d_head:
+            tower = block.tower
+            raise UnsupportedModelError(
+                f"Block {block.layer} of the {tower.name} tower says that a head is {own} wide, and {cfg.n_heads} heads of its query projection "
+                f"are {cfg.d_head}: the table of the {tower.family.name} family takes n_heads from {tower.spec.n_heads!r}. Give "
+                "TowerSpec(n_heads=…)."
+            )
 
 
-def _expected(block: Block, cfg: TowerConfig) -> Iterator[tuple[str, str, int, str]]:
-    """Part, what it does, how many features, and why."""
-    queries, keys = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
-    of_keys = f"{cfg.n_kv_heads} key and value heads of {cfg.d_head}"
+def _shapes(branch: Branch, cfg: TowerConfig) -> Iterator[tuple[str, str, int, int, str]]:
+    """Part, what it does, how many features it has, how many it should have, and why."""
     stream = f"the stream is {cfg.d_model} wide"
-    yield "q", "writes", queries, f"{cfg.n_heads} heads of {cfg.d_head}"
-    for part in ("k", "v"):
-        yield part, "writes", keys, of_keys
-    for part in ("q", "k", "v", "mlp_in"):
-        yield part, "reads", cfg.d_model, stream
-    yield "o", "reads", queries, f"{cfg.n_heads} heads of {cfg.d_head}"
-    yield "mlp_in", "writes", cfg.d_mlp, "as in block 0"
-    yield "mlp_out", "reads", cfg.d_mlp, "what mlp_in writes"
-    for part in ("o", "mlp_out"):
-        yield part, "writes", cfg.d_model, stream
-    if block.has("mlp_gate"):
-        yield "mlp_gate", "writes", cfg.d_mlp, "what mlp_in writes"
+    if isinstance(branch, AttentionBranch):
+        yield from _attention_shapes(branch, cfg)
+        yield "o", "writes", branch.out.out_width, cfg.d_model, stream
+    elif isinstance(branch, MLPBranch):
+        inner = "as in block 0"
+        yield "fc_in", "reads", branch.fc_in.in_width, cfg.d_model, stream
+        yield "fc_in", "writes", branch.fc_in.out_width, cfg.d_mlp, inner
+        yield "fc_out", "reads", branch.out.in_width, cfg.d_mlp, "what fc_in writes"
+        yield "fc_out", "writes", branch.out.out_width, cfg.d_model, stream
+        if branch.gate is not None:
+            yield "gate", "writes", branch.gate.out_width, cfg.d_mlp, "what fc_in writes"
 
 
-def _contradiction(
-    tower: Tower, block: Block, part: str, side: str, found: int, expected: str
-) -> UnsupportedModelError:
-    path = getattr(block.layout, part)
+def _attention_shapes(branch: AttentionBranch, cfg: TowerConfig) -> Iterator[tuple[str, str, int, int, str]]:
+    queries, keys = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
+    of_queries, of_keys = (
+        f"{cfg.n_heads} heads of {cfg.d_head}",
+        f"{cfg.n_kv_heads} key and value heads of {cfg.d_head}",
+    )
+    stream = f"the stream is {cfg.d_model} wide"
+    source = branch.source
+    read = cfg.d_model if source is None else source.cfg.d_model
+    why = stream if source is None else f"the stream of {source.name} is {read} wide"
+    if branch.core.qkv is not None:
+        module = branch.projection("q").module
+        yield "qkv", "writes", out_width(module), queries + 2 * keys, f"{of_queries}, and {of_keys} twice"
+        yield "qkv", "reads", in_width(module), cfg.d_model, stream
+    else:
+        yield "q", "writes", branch.projection("q").out_width, queries, of_queries
+        for letter in "kv":
+            yield letter, "writes", branch.projection(letter).out_width, keys, of_keys
+        yield "q", "reads", branch.projection("q").in_width, cfg.d_model, stream
+        for letter in "kv":
+            yield letter, "reads", branch.projection(letter).in_width, read, why
+    yield "o", "reads", branch.out.in_width, queries, of_queries
+
+
+def _contradiction(branch: Branch, part: str, side: str, found: int, expected: str) -> UnsupportedModelError:
+    block = branch.block
+    path = getattr(branch.core, part, None) or getattr(branch.core, "fused", None)
     return UnsupportedModelError(
-        f"The table of the {tower.family.name} family does not fit block {block.layer} of the {tower.name} tower: {part}={path!r} "
-        f"({type(block.part(part)).__name__}) {side} {found} features, expected {expected}. Is it another part, or does the config mean "
-        "something else by its names?"
+        f"The table of the {block.tower.family.name} family does not fit block {block.layer} of the {block.tower.name} tower: {part}={path!r} of "
+        f"{branch.name} {side} {found} features, expected {expected}. Is it another part, or does the config mean something else by its names?"
     )
 
 

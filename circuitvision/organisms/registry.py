@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from circuitvision.errors import InputError, checked_seed, nearest
 
 if TYPE_CHECKING:
-    from circuitvision.model import HookedModel
+    from circuitvision.hooked import HookedModel
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def load(name: str, **options: Any) -> HookedModel:
         InputError: unknown name, or the weights are missing.
     """
     folder = path(name)
-    from circuitvision.model import HookedModel
+    from circuitvision.hooked import HookedModel
 
     return HookedModel.from_pretrained(folder, **options)
 

@@ -32,10 +32,10 @@ from torch import Tensor
 
 from circuitvision import edits
 from circuitvision.errors import InputError, warn
+from circuitvision.incremental.sweeps.result import restored_share
 from circuitvision.model.edits.base import EditGroup, by_digest
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random, refuse_unwrapped
-from circuitvision.model.sweeps.result import restored_share
 from circuitvision.patching.runs import two_runs
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result

@@ -165,8 +165,8 @@ class PairRuns(Runs):
 
     def measure(self, groups: Groups, **options: Any) -> Measured:
         """One sweep over the data set."""
-        from circuitvision.model.sweeps.stream import DataStudy
-        from circuitvision.model.sweeps.study import Options
+        from circuitvision.incremental.sweeps.stream import DataStudy
+        from circuitvision.incremental.sweeps.study import Options
 
         study = DataStudy(
             self.model,

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from circuitvision.errors import InputError
-from circuitvision.model.sweeps.result import spelled_cell
+from circuitvision.incremental.sweeps.result import spelled_cell
 from circuitvision.plots import kit, style
 
 if TYPE_CHECKING:
-    from circuitvision.model.sweeps.result import SweepResult
+    from circuitvision.incremental.sweeps.result import SweepResult
 
 _SHORT = 60
 """Characters of a label beside its bar, and how many there may be where fewer do not tell two labels apart."""

@@ -2,14 +2,15 @@
 
 ``lens`` (the logit lens and its summaries), ``attribution`` (terms of the stream), ``weights`` (value vectors, circuits of heads), ``attention``,
 ``relevance`` (of pixels and tokens, with curves that check it), ``probes`` (probes, components, examples of largest activation). What they share:
-``targets`` (words, classes, prompts, directions), ``patch_coords`` (where positions lie in the image), ``recorded`` (reading caches), ``over_data``
-(reads of data sets), ``ranks``. Everything public is named here; the classes of results are public in ``circuitvision`` itself.
+``patch_coords`` (where positions lie in the image), ``recorded`` (reading caches), ``over_data`` (reads of data sets), ``ranks``; and a tower's
+``output_head``. Everything public is named here; the classes of results are public in ``circuitvision`` itself.
 
 Reads are called ``(model, inputs_or_cache, …)``, weights ``(tower, …)``, experiments ``(model, inputs, metric, …)``.
 """
 
 from __future__ import annotations
 
+from circuitvision.model.columns import prompt_embeddings
 from circuitvision.readout.attention.contrast import attention_contrast
 from circuitvision.readout.attention.distance import distance_profile, position_pattern
 from circuitvision.readout.attention.maps import attention_maps
@@ -31,7 +32,6 @@ from circuitvision.readout.relevance.curves import perturbation_curve
 from circuitvision.readout.relevance.gradients import gradient_times_activation, integrated_gradients
 from circuitvision.readout.relevance.pointing import pointing_game
 from circuitvision.readout.relevance.removal import occlusion
-from circuitvision.readout.targets import prompt_embeddings
 from circuitvision.readout.weights.agreement import class_value_agreement, key_value_agreement
 from circuitvision.readout.weights.head_circuits import composition_scores, ov_circuit, qk_circuit, singular_vectors
 from circuitvision.readout.weights.unembedding import unembedding_matrix

@@ -29,7 +29,7 @@ from circuitvision.results import Result
 from circuitvision.statistics import by_example
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ def of_batch(value: Any, rows: Sequence[int], count: int) -> Any:
 
 
 def over_data(
-    model: HookedModel,
+    model: Wrapped,
     data: Side,
     read: Callable[[Batch, list[int]], Result],
     *,
@@ -137,7 +137,7 @@ def _lost(parts: Sequence[Tensor]) -> int:
 
 
 def _by_example(
-    model: HookedModel, result: Result, batch: Batch, rows: list[int], positions: Any
+    model: Wrapped, result: Result, batch: Batch, rows: list[int], positions: Any
 ) -> tuple[Tensor, dict[str, list[Any]], dict[str, int]]:
     """Values ``[… example]`` of one batch: means over positions, then over the rows of an example; with the other axes, and in how many examples each
     choice of positions is empty."""

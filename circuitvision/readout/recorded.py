@@ -14,21 +14,13 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.model.axes import past_length
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.hooked import HookedModel
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
 from circuitvision.model.tower import Tower
-
-_DERIVED_FROM = {
-    "attn.hook_result": "attn.hook_z",
-    "hook_mlp_in": "hook_resid_mid",
-    "hook_q_input": "hook_resid_pre",
-    "hook_k_input": "hook_resid_pre",
-    "hook_v_input": "hook_resid_pre",
-}
+from circuitvision.model.wrapped import Wrapped
 
 
-def chosen_tower(model: HookedModel, tower: str | None) -> Tower:
+def chosen_tower(model: Wrapped, tower: str | None) -> Tower:
     """The tower named, or the one whose head gives the output.
 
     Raises:
@@ -56,11 +48,14 @@ def inputs_of(source: Any) -> Mapping[str, Any]:
 
 def held_as(cache: ActivationCache, name: str) -> str | None:
     """The stored site that a site is, or is derived from; None if the cache holds neither. Nothing is computed."""
-    stored, site = set(cache), SiteName.parse(name).site
+    stored, site = set(cache), SiteName.parse(name)
     if name in stored:
         return name
-    source = name.removesuffix(site) + _DERIVED_FROM.get(site, "?")
-    return source if cache.model is not None and source in stored else None
+    if cache.model is None or not site.is_derived or name not in cache.model.engine.points:
+        return None
+    assert site.layer is not None
+    source, _ = cache.model.towers[site.tower].blocks[site.layer].derived(site.site)
+    return source if source in stored else None
 
 
 def recorded(cache: ActivationCache, name: str, step: int | None = None) -> Tensor:
@@ -116,7 +111,7 @@ def behind_cache(tower: Any, cache: ActivationCache, length: int) -> int:
 def real_queries(tower: Any, tokens: TokenMap) -> Bool[np.ndarray, "row pos"]:
     """The positions whose attention counts: no padding, but the last one where the family reads it whatever stands there (SigLIP's texts)."""
     real = tokens.present
-    if tower.spec.readout is not None and tower.spec.readout.pool == "last":
+    if tower.output_head.table.pool == "last":
         real[:, -1] = True
     return real
 

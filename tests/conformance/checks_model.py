@@ -25,6 +25,7 @@ from tests.conformance.setting import (
     real_rows,
     same,
 )
+from tests.parts import module_of
 from tests.zoo import SHAPES
 
 
@@ -166,7 +167,7 @@ def weights_are_the_modules_own(setting: Setting) -> None:
 def _weights_of_blocks(name: str, tower: Any) -> None:
     for block in tower.blocks:
         for letter, heads in (("q", tower.cfg.n_heads), ("k", tower.cfg.n_kv_heads), ("v", tower.cfg.n_kv_heads)):
-            linear: Any = block.part(letter)
+            linear: Any = module_of(block, letter)
             live, stacked = getattr(block, f"W_{letter.upper()}"), getattr(tower, f"W_{letter.upper()}")
             bias = getattr(tower, f"b_{letter.upper()}")
             for head in range(heads):
@@ -175,15 +176,17 @@ def _weights_of_blocks(name: str, tower: Any) -> None:
                 same(stacked[block.layer, head], linear.weight[rows].detach().T, f"{name} stacked W_{letter}")
                 if linear.bias is not None:
                     same(bias[block.layer, head], linear.bias[rows].detach(), f"{name} b_{letter}")
-        out: Any = block.part("o")
+        out: Any = module_of(block, "o")
         for head in range(tower.cfg.n_heads):
             columns = slice(head * tower.cfg.d_head, (head + 1) * tower.cfg.d_head)
             same(tower.W_O[block.layer, head], out.weight[:, columns].detach().T, f"{name} W_O of head {head}")
-        mlp_in, mlp_out = block.part("mlp_in"), block.part("mlp_out")
+        mlp_in, mlp_out = module_of(block, "mlp_in"), module_of(block, "mlp_out")
         same(tower.W_in[block.layer], mlp_in.weight.detach().T, f"{name} W_in")  # type: ignore[union-attr, operator]
         same(tower.W_out[block.layer], mlp_out.weight.detach().T, f"{name} W_out")  # type: ignore[union-attr, operator]
-        assert block.W_Q.untyped_storage().data_ptr() == block.part("q").weight.untyped_storage().data_ptr(), "not live"
-    assert tower.W_Q.untyped_storage().data_ptr() != tower.blocks[0].part("q").weight.untyped_storage().data_ptr()
+        assert block.W_Q.untyped_storage().data_ptr() == module_of(block, "q").weight.untyped_storage().data_ptr(), (
+            "not live"
+        )
+    assert tower.W_Q.untyped_storage().data_ptr() != module_of(tower.blocks[0], "q").weight.untyped_storage().data_ptr()
 
 
 def _token_embedding(name: str, tower: Any, inputs: dict[str, Any], cache: Any, image_token: int | None) -> None:

@@ -27,6 +27,7 @@ from tests.conformance.setting import (
     stem,
     vision_of,
 )
+from tests.parts import module_of
 
 LIVE_BATCH = 8
 
@@ -278,7 +279,7 @@ def sites_fire_once_per_pass(setting: Setting) -> None:
             fired - Counter(model.sites())
         ) or "some site did not fire"
         for name, tower in model.towers.items():
-            mlp, site = tower.blocks[-1].part("mlp"), f"{name}.blocks.{tower.cfg.n_layers - 1}.mlp.hook_post"
+            mlp, site = module_of(tower.blocks[-1], "mlp"), f"{name}.blocks.{tower.cfg.n_layers - 1}.mlp.hook_post"
             original = mlp.forward
             for replacement in (lambda x, f=original: f(x) + 0 * f(x), lambda x: torch.zeros_like(x)):
                 mlp.forward = replacement  # type: ignore[method-assign]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import circuitvision as cv
+from tests.parts import has_part, module_of
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Structure:
         resid = cache[f"{p}.hook_resid_pre"]
         before = f"{name}.hook_input" if block.layer == 0 else f"{name}.blocks.{block.layer - 1}.hook_resid_post"
         yield Equation(f"{p}.hook_resid_pre", cache[before], exact=True)
-        ln1 = block.part("ln1")
+        ln1 = module_of(block, "ln1")
         yield from norm_equations(f"{p}.ln1", ln1, resid, cache)
         entering = gained(ln1, cache[f"{p}.ln1.hook_normalized"])
         for letter, weight, bias in (
@@ -146,10 +147,10 @@ class Structure:
         self, p: str, block: Any, add: str, norm_name: str, site: str, summed: Tensor, cache: Any
     ) -> Iterator[Equation]:
         """What a branch adds: itself, times LayerScale, or through a norm of its own."""
-        if not block.has(add):
+        if not has_part(block, add):
             yield Equation(f"{p}.{site}", summed)
             return
-        module: Any = block.part(add)
+        module: Any = module_of(block, add)
         if hasattr(module, "lambda1"):
             yield Equation(f"{p}.{site}", summed * module.lambda1)
             return
@@ -160,14 +161,14 @@ class Structure:
         p = f"{name}.blocks.{block.layer}"
         mid = cache[f"{p}.hook_resid_mid"]
         yield Equation(f"{p}.hook_mlp_in", mid, exact=True)
-        ln2 = block.part("ln2")
+        ln2 = module_of(block, "ln2")
         yield from norm_equations(f"{p}.ln2", ln2, cache[f"{p}.hook_mlp_in"], cache)
         entering = gained(ln2, cache[f"{p}.ln2.hook_normalized"])
         pre = cache[f"{p}.mlp.hook_pre"]
         act = activation(tower.cfg.act, pre)
         linear = entering @ block.W_in + block.b_in
         if tower.cfg.gated_mlp:
-            gate_bias = getattr(block.part("mlp_gate"), "bias", None)
+            gate_bias = getattr(module_of(block, "mlp_gate"), "bias", None)
             gate = entering @ block.W_gate
             yield Equation(f"{p}.mlp.hook_pre", gate if gate_bias is None else gate + gate_bias)
             yield Equation(f"{p}.mlp.hook_pre_linear", linear)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuitvision.model import attention, heads, hooks, points
-from circuitvision.model.branches import Branch
+from circuitvision.model import attention, block_points, head_forward, hooks, points, torch_hooks
+from circuitvision.model.branches import AttentionBranch
 from circuitvision.model.weights import linear_weight
 from tests.conformance import setting as settings
 from tests.conformance.promises import PROMISES, setting_for
@@ -22,25 +22,25 @@ Mutate = Callable[[pytest.MonkeyPatch], None]
 
 def swap_heads(patch: pytest.MonkeyPatch) -> None:
     """Heads are read, and written back, in reverse."""
-    split, merge = points._heads, points._merge
-    patch.setattr(points, "_heads", lambda v, n: split(v, n) if n is None else split(v, n).flip(-2))
-    patch.setattr(points, "_merge", lambda v, n: merge(v, n) if n is None else merge(v.flip(-2), n))
+    split, merge = points.split_heads, points.merge_heads
+    patch.setattr(points, "split_heads", lambda v, n: split(v, n) if n is None else split(v, n).flip(-2))
+    patch.setattr(points, "merge_heads", lambda v, n: merge(v, n) if n is None else merge(v.flip(-2), n))
 
 
 def ignore_edits(patch: pytest.MonkeyPatch) -> None:
     """What a hook returns is thrown away."""
-    run = hooks._run_hook
+    run = hooks.run_hook
 
     def ignoring(hook: Any, value: Tensor, where: Any, tracked: bool) -> tuple[Tensor, bool]:
         run(hook, value, where, tracked)
         return value, tracked
 
-    patch.setattr(hooks, "_run_hook", ignoring)
+    patch.setattr(hooks, "run_hook", ignoring)
 
 
 def drop_position_zero(patch: pytest.MonkeyPatch) -> None:
     """Edits of position 0 are lost."""
-    run = hooks._run_hook
+    run = hooks.run_hook
 
     def dropping(hook: Any, value: Tensor, where: Any, tracked: bool) -> tuple[Tensor, bool]:
         returned, changed = run(hook, value, where, tracked)
@@ -49,7 +49,7 @@ def drop_position_zero(patch: pytest.MonkeyPatch) -> None:
             returned = torch.cat([value.narrow(axis, 0, 1), returned.narrow(axis, 1, returned.shape[axis] - 1)], axis)
         return returned, changed
 
-    patch.setattr(hooks, "_run_hook", dropping)
+    patch.setattr(hooks, "run_hook", dropping)
 
 
 def replace_the_norm_input_only(patch: pytest.MonkeyPatch) -> None:
@@ -78,14 +78,14 @@ def edit_a_copy_of_the_keys(patch: pytest.MonkeyPatch) -> None:
 
 
 def _appended(table: Any, hook: Any, with_kwargs: dict[int, bool]) -> Any:
-    key = hooks._next_key()
+    key = torch_hooks.next_key()
     table[key], with_kwargs[key] = hook, True
     return table, with_kwargs, key
 
 
 def append_hooks(patch: pytest.MonkeyPatch) -> None:
     """Handles come after those of transformers, which has recorded the hidden state by then."""
-    patch.setattr(hooks, "_placed", _appended)
+    patch.setattr(hooks, "placed", _appended)
 
 
 def rebuild_everywhere(patch: pytest.MonkeyPatch) -> None:
@@ -105,13 +105,13 @@ def double_the_gradient(patch: pytest.MonkeyPatch) -> None:
 
 def reverse_the_heads_of_results(patch: pytest.MonkeyPatch) -> None:
     """Head results are derived with the heads of W_O in reverse."""
-    right = Branch.head_results
-    patch.setattr(Branch, "head_results", lambda branch, z: right(branch, z).flip(-2))
-    patch.setattr(points.HeadResult, "apply", _reversed_results)
+    right = AttentionBranch.head_results
+    patch.setattr(AttentionBranch, "head_results", lambda branch, z: right(branch, z).flip(-2))
+    patch.setattr(block_points.HeadResult, "apply", _reversed_results)
 
 
 def _reversed_results(self: Any, call: Any, fire: Any) -> None:
-    z = points._heads(call.input(), self.n_heads)
+    z = points.split_heads(call.input(), self.n_heads)
     weight, _ = linear_weight(call.module, z.dtype, z.device)
     w_o = weight.reshape(self.n_heads, -1, weight.shape[-1]).flip(0)
     fire(torch.einsum("...hd,hdm->...hm", z, w_o))
@@ -124,7 +124,7 @@ def forget_in_place_changes(patch: pytest.MonkeyPatch) -> None:
         returned = hook(value, where)
         return (value, True) if returned is None else (returned, True)
 
-    patch.setattr(hooks, "_run_hook", lenient)
+    patch.setattr(hooks, "run_hook", lenient)
 
 
 def never_count(patch: pytest.MonkeyPatch) -> None:
@@ -134,8 +134,8 @@ def never_count(patch: pytest.MonkeyPatch) -> None:
 
 def normalise_twice(patch: pytest.MonkeyPatch) -> None:
     """A read-out that applies the final norm to what it has normalised already."""
-    right = heads.Reading._norm
-    patch.setattr(heads.Reading, "_norm", lambda self, resid, ref: right(self, right(self, resid, ref), ref))
+    right = head_forward.HeadForward._norm
+    patch.setattr(head_forward.HeadForward, "_norm", lambda self, resid, ref: right(self, right(self, resid, ref), ref))
 
 
 MUTANTS: list[tuple[Mutate, str, str]] = [

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import circuitvision as cv
+from tests.parts import module_of
 from tests.zoo import case, primary, shared_model
 
 FAMILIES = ("vit", "dinov2", "clip", "llava-clip-llama", "paligemma", "pi0")
@@ -60,7 +61,7 @@ def bare(model: cv.HookedModel, inputs: dict[str, Any]) -> Tensor:
 
 def part(model: cv.HookedModel, tower: str, layer: int, name: str) -> nn.Module:
     """A module of a block: "q", "v", "o", "attn", "ln2", "mlp_in", "mlp_out"."""
-    return model.towers[tower].blocks[layer].part(name)
+    return module_of(model.towers[tower].blocks[layer], name)
 
 
 def block(model: cv.HookedModel, tower: str, layer: int) -> nn.Module:

@@ -11,6 +11,7 @@ import circuitvision as cv
 from circuitvision import interop
 from circuitvision.errors import UnsupportedModelError
 from tests.interop.common import wrapped
+from tests.parts import has_part, module_of
 from tests.zoo import Case, parametrize
 
 WITH_UNEMBEDDING = [
@@ -49,14 +50,14 @@ def test_stacks_agree_with_ours_in_every_tower(case: Case) -> None:
         assert labels[:2] == ["embed", "0_attn_out"]
         whole = ours[f"{tower}.blocks.{n_layers - 1}.hook_resid_post"]
         assert torch.allclose(theirs.decompose_resid().sum(0), whole, atol=1e-4)
-        if hasattr(model.towers[tower].blocks[0].part("o"), "weight") and not _sandwich(model, tower):
+        if hasattr(module_of(model.towers[tower].blocks[0], "o"), "weight") and not _sandwich(model, tower):
             assert torch.allclose(theirs.stack_head_results(), ours.stack_head_results(tower), atol=1e-5)
             assert torch.allclose(theirs.get_full_resid_decomposition().sum(0), whole, atol=1e-4)
 
 
 def _sandwich(model: cv.HookedModel, tower: str) -> bool:
     block = model.towers[tower].blocks[0]
-    return block.has("attn_add") and hasattr(block.part("attn_add"), "eps")
+    return has_part(block, "attn_add") and hasattr(module_of(block, "attn_add"), "eps")
 
 
 @pytest.mark.parametrize(("name", "tower"), WITH_UNEMBEDDING)

@@ -18,6 +18,7 @@ from circuitvision.interop.nnsight_view import RECORDED_REASON
 from circuitvision.model.points import AttentionStage
 from tests.conformance.setting import noise, one_layer_each, same
 from tests.interop.common import MAIN, adding, host, pass_order, wrapped
+from tests.parts import module_of
 from tests.zoo import CASES, Case, parametrize, shared_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot reach the output")
@@ -87,8 +88,8 @@ def test_everything_but_the_inside_of_attention_is_offered(case: Case) -> None:
 def test_names_read_like_ours() -> None:
     model, inputs = wrapped("llava-clip-llama")
     nn = interop.nnsight(model)
-    assert nn.vision.blocks[1].attn.o._module is model.vision.blocks[1].part("o")
-    assert nn.language.blocks[-1].mlp.mlp_gate._module is model.language.blocks[-1].part("mlp_gate")
+    assert nn.vision.blocks[1].attn.o._module is module_of(model.vision.blocks[1], "o")
+    assert nn.language.blocks[-1].mlp.mlp_gate._module is module_of(model.language.blocks[-1], "mlp_gate")
     assert nn.vision.ln_final._module is model.vision.final_norm
     assert "hook_z" in dir(nn.vision.blocks[0].attn)
     with torch.no_grad():
@@ -331,4 +332,4 @@ def test_aliases_are_bound_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nn = interop.nnsight(model)
-    assert nn.language.blocks[0].ln1_post._module is model.language.blocks[0].part("attn_add")
+    assert nn.language.blocks[0].ln1_post._module is module_of(model.language.blocks[0], "attn_add")

@@ -11,6 +11,7 @@ from circuitvision.errors import InputError, UnknownSiteError
 from circuitvision.interop.portable import read, write
 from tests.conformance.setting import noise, same
 from tests.interop.common import MAIN, adding, wrapped
+from tests.parts import module_of
 from tests.zoo import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot reach the output")
@@ -156,4 +157,4 @@ def test_aliases_fit_nnsights_own_wrapper() -> None:
         with wrapper.trace(**inputs):
             value = read(wrapper, place).save()
     same(value, cache["vision", "z", 1], "z")
-    assert wrapper.vision.blocks[1].attn.o._module is model.vision.blocks[1].part("o")
+    assert wrapper.vision.blocks[1].attn.o._module is module_of(model.vision.blocks[1], "o")

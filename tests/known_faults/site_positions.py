@@ -21,6 +21,7 @@ import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
 from tests.edits.common import inputs_of, torch_hooks, wrapped
+from tests.parts import module_of
 from tests.zoo import SHAPES, Case, primary
 
 VALUE = 0.4
@@ -129,7 +130,7 @@ def place_of(model: cv.HookedModel, site: str) -> tuple[nn.Module, str, int] | N
     }
     if name in table:
         part, phase, heads = table[name]
-        return block.part(part), phase, heads
+        return module_of(block, part), phase, heads
     if name == "hook_resid_post":
         return block.module, "post", 0
     if name == "hook_resid_pre":

@@ -22,10 +22,11 @@ from peft import (
 from torch import Tensor, nn
 
 import circuitvision as cv
-from circuitvision import edits
+from circuitvision import edits, hooked
 from circuitvision.errors import InputError, UnsupportedModelError
-from circuitvision.model import hooked, tower, tree, weights
+from circuitvision.model import tower, tree, weights
 from circuitvision.model.sites import matches
+from tests.parts import has_part, module_of
 from tests.zoo import case, shared_model
 
 PARTS = {"q": "W_Q", "k": "W_K", "v": "W_V", "o": "W_O", "mlp_in": "W_in", "mlp_gate": "W_gate", "mlp_out": "W_out"}
@@ -95,9 +96,8 @@ def check(model: cv.HookedModel, inputs: dict[str, Any]) -> None:
     for owner in model.towers.values():
         for block in owner.blocks:
             for part in PARTS:
-                if block.has(part):
-                    path = getattr(block.layout, part)
-                    layers[owner.name, block.layer, part] = block.module.get_submodule(path)
+                if has_part(block, part):
+                    layers[owner.name, block.layer, part] = module_of(block, part)
 
     def keep(place: tuple[str, int, str]) -> Any:
         return lambda module, args, output: seen.update({place: (args[0], output)})

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import circuitvision as cv
 from circuitvision.model import cache as caches
-from circuitvision.model import gradients, hooks
+from circuitvision.model import gradients, registrations
 from circuitvision.model.sites import SiteName
 from tests.zoo import CASES, Case, case, parametrize, shared_model
 
@@ -170,7 +170,7 @@ def test_a_cache_on_the_graph_can_be_copied() -> None:
 
 def keep_views(patch: pytest.MonkeyPatch) -> None:
     """What is recorded stays a view."""
-    patch.setattr(hooks, "compact", lambda value: value)
+    patch.setattr(registrations, "compact", lambda value: value)
 
 
 def keep_graphs(patch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def keep_graphs(patch: pytest.MonkeyPatch) -> None:
     def record(self: Any, name: str, value: Tensor) -> None:
         self.values.setdefault(name, []).append(value)
 
-    patch.setattr(hooks.Recorder, "record", record)
+    patch.setattr(registrations.Recorder, "record", record)
 
 
 def keep_views_of_gradients(patch: pytest.MonkeyPatch) -> None:

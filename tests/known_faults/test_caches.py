@@ -17,6 +17,7 @@ from circuitvision.errors import InputError
 from circuitvision.model import attention
 from tests.edits.common import apart, fresh, inputs_of, near, same, wrap
 from tests.known_faults.raw_attention import scores_by_hand
+from tests.parts import module_of
 
 FULL, SLIDING, MIXED = "llava-clip-llama", "llava-clip-mistral-sliding", "llava-siglip-qwen2"
 NEW = 6
@@ -39,7 +40,7 @@ def setting(name: str, padding: str = "left") -> tuple[cv.HookedModel, dict[str,
         config.sliding_window, config.layer_types = 5, ["full_attention", "sliding_attention"]
         model.language.root.has_sliding_layers = True  # type: ignore[assignment]
         for layer, block in enumerate(model.language.blocks):
-            attn: Any = block.part("attn")
+            attn: Any = module_of(block, "attn")
             attn.sliding_window = 5 if layer else None
             block.module.attention_type = config.layer_types[layer]  # type: ignore[assignment]
     inputs = inputs_of(name, model, padding=padding)
@@ -182,7 +183,7 @@ def test_keys_are_those_of_attention_by_hand(name: str, more: dict[str, Any], sa
     else:
         keys[:, [n - 3, n, n + 1]] = True
     passes: dict[int, int] = {}
-    attention_class = type(model.language.blocks[0].part("attn"))
+    attention_class = type(module_of(model.language.blocks[0], "attn"))
 
     def fn(module: nn.Module, pattern: Tensor) -> Tensor:
         if module.__class__ is not attention_class:

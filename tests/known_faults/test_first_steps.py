@@ -330,9 +330,9 @@ class OwnViT(nn.Module):
 
 
 def described(**changes: Any) -> Any:
-    parts = cv.BlockLayout(
-        "norm1", "attn", "attn.q", "attn.k", "attn.v", "attn.proj", "norm2", "mlp", "mlp.fc1", "mlp.fc2"
-    )
+    attention = cv.families.Attention("attn", q="attn.q", k="attn.k", v="attn.v", o="attn.proj")
+    mlp = cv.families.MLP("mlp", fc_in="mlp.fc1", fc_out="mlp.fc2")
+    parts = cv.BlockLayout((cv.families.Branch(attention, norm="norm1"), cv.families.Branch(mlp, norm="norm2")))
     given: dict[str, Any] = {"blocks": "blocks", "block": parts, "final_norm": "norm", "embed": "patch_embed"}
     stack = cv.Stack(**{**given, "prefix": ("cls",), "image": True, **changes})
     readout = cv.families.Readout(pool="cls", head="head", reads=("cls",))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import HookError, InputError, UnsupportedModelError
-from circuitvision.model import hooks, points
+from circuitvision.model import hooks, points, torch_hooks
+from tests.parts import module_of
 from tests.zoo import CASES, primary, shared_model
 
 NAMES = ["vit", "dinov2", "llava-clip-llama", "clip", "paligemma2"]
@@ -172,7 +173,7 @@ def test_sweeps_under_hooks_of_others_equal_full_runs(kind: str) -> None:
 def test_sweeps_see_what_acts_on_positions_without_a_hook_of_the_module(kind: str) -> None:
     """A run of the last positions alone would meet a hook on all modules, or a replaced forward, that counts from the first."""
     model, inputs = wrapped("llava-clip-llama")
-    mlp = model.language.blocks[1].part("mlp")
+    mlp = module_of(model.language.blocks[1], "mlp")
 
     def first(out: Tensor) -> Tensor:
         out = out.clone()
@@ -367,12 +368,12 @@ def prepend(patch: pytest.MonkeyPatch) -> None:
     """Handles come before those of others."""
 
     def first(table: Any, hook: Any, with_kwargs: dict[int, bool]) -> Any:
-        key = hooks._next_key()
+        key = torch_hooks.next_key()
         table[key], with_kwargs[key] = hook, True
         table.move_to_end(key, last=False)
         return table, with_kwargs, key
 
-    patch.setattr(hooks, "_placed", first)
+    patch.setattr(hooks, "placed", first)
 
 
 def write_through(patch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import torch
 import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.model import packing
+from circuitvision.model.packing import any_resolution
 from circuitvision.model.tokens import PatchSets
 from tests.zoo import CASES, case, shared_model
 from tests.zoo.llava import SIGLIP_TOWER, build_config, qwen2
@@ -339,7 +340,7 @@ def rounded(self: Any, run: Any) -> list[packing.ImageTokens]:
     """Patch numbers pushed through the packing function, and rounded."""
     out = []
     for image, (tiles, first) in enumerate(zip(run.tiles, run.firsts, strict=True)):
-        one = packing._OneImage(run, image)
+        one = any_resolution._OneImage(run, image)
         numbers = self._packed(
             one, lambda t, f: torch.arange(t * f).view(t, f, 1), torch.full((1,), -1.0, dtype=torch.float64)
         )[0][:, 0]
@@ -372,7 +373,7 @@ def test_mutant_that_finds_every_camera_present(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_mutant_that_reads_the_config_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "setting", lambda model, inputs, name: getattr(model.config, name))
+    monkeypatch.setattr(packing.run, "setting", lambda model, inputs, name: getattr(model.config, name))
     with pytest.raises((AssertionError, InputError)):
         test_settings_given_with_the_call_pack_the_prompt()
 

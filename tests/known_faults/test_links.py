@@ -85,8 +85,7 @@ def test_every_label_of_a_multi_label_head_is_a_question_of_its_own(kind: str) -
 
 
 def test_assuming_a_softmax_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("circuitvision.model.heads.link", lambda tower: "softmax")
-    monkeypatch.setattr("circuitvision.readout.lens.reader.link", lambda tower: "softmax")
+    monkeypatch.setattr("circuitvision.model.output_head.OutputHead.link", "softmax")
     with pytest.raises(AssertionError):
         check_multi_label("vit")
 

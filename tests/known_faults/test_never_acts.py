@@ -17,6 +17,7 @@ from circuitvision.model.edits.attention import DeleteTokens
 from circuitvision.model.edits.binding import EditCompiler
 from circuitvision.model.edits.writes import Permute
 from tests.edits.common import apart, block, fresh, inputs_of, near, run_and_see, same, wrap, wrapped
+from tests.parts import module_of
 
 SITE = "language.blocks.0.hook_resid_post"
 
@@ -274,7 +275,7 @@ def test_a_window_longer_than_the_prompt_is_no_obstacle() -> None:
     model = wrap(module)
     inputs = inputs_of("llava-clip-mistral-sliding", model)
     for layer in model.language.blocks:
-        attn: Any = layer.part("attn")
+        attn: Any = module_of(layer, "attn")
         attn.sliding_window = 200
     n = inputs["input_ids"].shape[1]
     kept = [p for p in range(n) if p != n - 3]

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import circuitvision as cv
-from circuitvision import edits
-from circuitvision.model import hooked
+from circuitvision import edits, hooked
 from tests.zoo import CASES, primary, shared_model
 
 accelerate = pytest.importorskip("accelerate")

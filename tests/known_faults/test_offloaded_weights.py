@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import circuitvision as cv
 from circuitvision.errors import UnsupportedModelError
-from circuitvision.model import hooked, weights
+from circuitvision.model import weights, wrapped
+from tests.parts import module_of
 from tests.zoo import case, shared_model
 
 WAYS = ("cpu_offload", "disk_offload", "device_map")
@@ -50,7 +51,7 @@ def same_weights(model: cv.HookedModel, name: str) -> None:
                 continue
             assert torch.equal(getattr(owner, attribute), expected), f"{key} {attribute}"
         path = next(
-            path for path, part in plain.module.named_modules() if part is plain.towers[key].blocks[0].part("o")
+            path for path, part in plain.module.named_modules() if part is module_of(plain.towers[key].blocks[0], "o")
         )
         found = owner.W_O[0].flatten(0, 1).T
         assert torch.equal(found, inside[f"{path}.weight"])
@@ -147,5 +148,5 @@ def test_mutant_weights_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch,
 def test_mutant_the_first_parameter_says_where_the_model_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = cv.HookedModel(offloaded("vit", "cpu_offload", tmp_path))
     inputs = case("vit").inputs(shared_model("vit"), batch=1)
-    monkeypatch.setattr(hooked, "main_device", lambda module: next(module.parameters()).device)
+    monkeypatch.setattr(wrapped, "main_device", lambda module: next(module.parameters()).device)
     assert caught(lambda: model(inputs))

@@ -16,6 +16,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.edits.attention import AttentionEdit
 from tests.edits.common import apart, fresh, inputs_of, near, wrap
 from tests.known_faults.raw_attention import hidden, scores_by_hand
+from tests.parts import module_of
 
 CHUNK = 5
 """A state and four actions."""
@@ -35,8 +36,8 @@ def by_hand(
     of_pattern: bool = False,
 ) -> Tensor:
     """A run whose action expert has its scores changed at ``where`` ``[row, query, key]``, keys of the prefix first."""
-    experts = {id(block.part("attn")) for block in model.towers["action"].blocks}
-    attention = type(model.towers["action"].blocks[0].part("attn"))
+    experts = {id(module_of(block, "attn")) for block in model.towers["action"].blocks}
+    attention = type(module_of(model.towers["action"].blocks[0], "attn"))
 
     def fn(module: nn.Module, scores: Tensor) -> Tensor:
         return change(scores, where[:, None]) if id(module) in experts else scores

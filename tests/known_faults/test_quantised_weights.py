@@ -16,6 +16,7 @@ import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import UnsupportedModelError
 from circuitvision.model import points, tower, weights
+from tests.parts import has_part, module_of
 from tests.zoo import case, shared_model
 
 KINDS = ("nf4", "fp4", "int8", "dynamic", "torchao")
@@ -78,8 +79,8 @@ def check_weights(model: cv.HookedModel, kind: str) -> None:
     for owner in model.towers.values():
         for block in owner.blocks:
             for part, name in PARTS.items():
-                if block.has(part):
-                    expected = dequantised(block.part(part), kind)
+                if has_part(block, part):
+                    expected = dequantised(module_of(block, part), kind)
                     found = flat(getattr(owner, name)[block.layer], part)
                     assert found.is_floating_point()
                     # An 8-bit layer of bitsandbytes computes in float16.
@@ -127,13 +128,13 @@ def test_results_values_and_attributions_are_those_of_the_layer(name: str, kind:
     inputs = case(name).inputs(model.module, batch=2)
     owner = list(model.towers.values())[-1]
     seen: list[Tensor] = []
-    handle = owner.blocks[0].part("o").register_forward_hook(lambda module, args, out: seen.append(out))
+    handle = module_of(owner.blocks[0], "o").register_forward_hook(lambda module, args, out: seen.append(out))
     with torch.no_grad():
         out, cache = model.run_with_cache(inputs, "**")
     handle.remove()
     result = cache[owner.name, "result", 0]
     assert torch.allclose(result.sum(-2) + owner.b_O[0], seen[0], atol=1e-5)
-    rows = dequantised(owner.blocks[-1].part("mlp_out"), kind)
+    rows = dequantised(module_of(owner.blocks[-1], "mlp_out"), kind)
     vectors = cv.readout.value_vectors(owner, layers=owner.cfg.n_layers - 1, top_k=1)
     expected = (rows @ cv.readout.unembedding_matrix(owner, gain=False).matrix).max(-1).values
     assert torch.allclose(vectors.values.flatten(), expected, atol=1e-5)
@@ -170,8 +171,8 @@ def test_small_edits_of_results_have_small_effects(kind: str) -> None:
         name = "vision.blocks.0.hook_attn_out"
         assert (edited[name] - cache[name]).abs().max() < 1e-4
         gone = model.run(inputs, [edits.ablate(site, heads=[1])])
-        handle = (
-            model.vision.blocks[0].part("o").register_forward_hook(lambda module, args, out: out - cache[site][:, :, 1])
+        handle = module_of(model.vision.blocks[0], "o").register_forward_hook(
+            lambda module, args, out: out - cache[site][:, :, 1]
         )
         expected = model.module(**inputs).logits
         handle.remove()
@@ -310,7 +311,7 @@ def test_what_is_no_linear_map_or_has_no_data_is_refused() -> None:
 def test_plain_layers_are_not_copied() -> None:
     model = cv.HookedModel(copy.deepcopy(shared_model("vit")))
     block = model.vision.blocks[0]
-    stored: Any = block.part("q")
+    stored: Any = module_of(block, "q")
     assert block.W_Q.untyped_storage().data_ptr() == stored.weight.untyped_storage().data_ptr()
     assert block.W_Q.requires_grad
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
-from circuitvision.model.sweeps.result import SweepResult
+from circuitvision.incremental.sweeps.result import SweepResult
 from circuitvision.patching.activation import activation_patch
 from circuitvision.results import Result
 from tests.zoo import case, shared_model
@@ -158,7 +158,7 @@ def test_axes_in_another_order_are_refused_with_the_right_one() -> None:
 
 
 def test_believing_the_axes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("circuitvision.model.sweeps.study.check_axes", lambda *_: None)
+    monkeypatch.setattr("circuitvision.incremental.sweeps.study.check_axes", lambda *_: None)
     with pytest.raises(pytest.fail.Exception):
         check_order()
 

@@ -18,8 +18,8 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
+from circuitvision.incremental.sweeps import run, study
 from circuitvision.model.positions import Positions
-from circuitvision.model.sweeps import run, study
 from circuitvision.readout import ranks
 from circuitvision.results import Result
 from circuitvision.statistics import by_example, standard_error

@@ -17,7 +17,8 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import HookError
-from circuitvision.model import attention, hooks, replay
+from circuitvision.incremental import replay
+from circuitvision.model import attention, hooks
 from tests.zoo import CASES, primary, shared_model
 
 NAMES = ["vit", "llava-clip-llama"]

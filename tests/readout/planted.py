@@ -9,6 +9,7 @@ from torch import Tensor
 
 import circuitvision as cv
 from circuitvision.model.spec import norm_spec
+from tests.parts import has_part, module_of
 from tests.zoo import case, shared_model
 
 
@@ -36,12 +37,12 @@ def options_for(tower) -> dict:
 def plant(tower, layer: int, neuron: int, direction: Tensor) -> None:
     """Make one neuron write ``direction`` to the stream (up to the denominator of a norm that may follow)."""
     block = tower.blocks[layer]
-    if block.has("mlp_add"):
-        after = block.part("mlp_add")
+    if has_part(block, "mlp_add"):
+        after = module_of(block, "mlp_add")
         gain = after.lambda1 if hasattr(after, "lambda1") else norm_spec(after).offset + after.weight
         direction = direction / gain
     with torch.no_grad():
-        block.part("mlp_out").weight[:, neuron] = direction.to(block.part("mlp_out").weight)
+        module_of(block, "mlp_out").weight[:, neuron] = direction.to(module_of(block, "mlp_out").weight)
 
 
 def denominator(norm, x: Tensor) -> Tensor:

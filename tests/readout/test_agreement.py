@@ -21,6 +21,7 @@ from circuitvision.readout.weights.agreement import (
 )
 from circuitvision.readout.weights.rows import projections, written_rows
 from circuitvision.readout.weights.unembedding import unembedding_matrix
+from tests.parts import module_of
 from tests.readout.layouts import by_row
 from tests.readout.planted import hooked, plant, run
 from tests.zoo import case
@@ -57,7 +58,7 @@ def test_random_weights_agree_as_much_as_random_rows_do():
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for block in model.vision.blocks:
-            weight = block.part("mlp_out").weight
+            weight = module_of(block, "mlp_out").weight
             weight.copy_(torch.randn(weight.shape, generator=generator) * torch.rand(1, weight.shape[1]) * 9)
     result = class_value_agreement(model.vision, draws=200)
     low, high = by_row(result, "random").mean(-1).quantile(torch.tensor([0.002, 0.998])).tolist()
@@ -123,7 +124,7 @@ def test_a_neuron_that_is_always_on_and_promotes_a_class_agrees_with_that_class_
     # Promotes this class and for none of the others.
     plant(tower, 1, 5, 100 * torch.linalg.pinv(matrix)[target])
     with torch.no_grad():
-        tower.blocks[1].part("mlp_in").bias[5] = 50.0
+        module_of(tower.blocks[1], "mlp_in").bias[5] = 50.0
     cache = run(model, "vit")
     n_classes = matrix.shape[1]
     options = {"layers": [1], "n_keys": 1, "n_values": 1}

@@ -20,6 +20,7 @@ from circuitvision.model.cache import ActivationCache
 from circuitvision.readout import attention_entropy, attention_mass, distance_profile, position_pattern
 from circuitvision.readout.attention.distance import DistanceProfile, PositionPattern
 from circuitvision.readout.attention.mass import AttentionSummary
+from tests.parts import module_of
 from tests.readout.layouts import by_row
 from tests.zoo import CASES, Case, case, parametrize, shared_model
 
@@ -61,7 +62,7 @@ def without_queries(entry: Case) -> torch.nn.Module:
     module = copy.deepcopy(shared_model(entry.name))
     for tower in cv.HookedModel(module).towers.values():
         for block in tower.blocks:
-            projection: Any = block.part("q")
+            projection: Any = module_of(block, "q")
             with torch.no_grad():
                 projection.weight.zero_()
                 if projection.bias is not None:

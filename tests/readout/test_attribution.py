@@ -7,14 +7,12 @@ import torch
 
 import circuitvision as cv
 from circuitvision.errors import InputError
-from circuitvision.model.heads import Reading
 from circuitvision.model.spec import norm_spec
 from circuitvision.readout.attribution import terms as terms_module
 from circuitvision.readout.attribution.bilinear import bilinear_attribution
 from circuitvision.readout.attribution.direct import Attribution, direct_attribution, source_attribution
 from circuitvision.readout.lens.logit import logit_lens
-from circuitvision.readout.targets import output_kind
-from circuitvision.readout.weights.unembedding import linear_projector
+from tests.parts import has_part, module_of
 from tests.readout.common import NAMES, outputs_at, run
 from tests.readout.layouts import by_row
 from tests.zoo import case
@@ -25,9 +23,9 @@ EXACT = {torch.float32: 3e-6, torch.float64: 1e-11}
 def requests(model, dtype):
     """For every tower: a direction of its output where it has one, of its stream otherwise."""
     for name, tower in model.towers.items():
-        if tower.reader is not tower and linear_projector(tower) is not None:
+        if tower.reader is not tower and tower.output_head.linear_projector is not None:
             yield name, (0, 1), {"position": 1}
-        elif output_kind(tower) == "hidden" or tower.reader is not tower:
+        elif tower.output_head.kind == "hidden" or tower.reader is not tower:
             direction = torch.randn(tower.cfg.d_model, generator=torch.Generator().manual_seed(1), dtype=dtype)
             yield name, direction, {"position": 1}
         else:
@@ -37,7 +35,8 @@ def requests(model, dtype):
 def tolerance(model, tower, dtype, by):
     """Float64 holds as long as the model's own norms do not round to float32 between the terms (sandwich norms do)."""
     rounds = (
-        any(block.has("attn_add") for block in model.towers[tower].blocks) and model.towers[tower].cfg.norm == "RMSNorm"
+        any(has_part(block, "attn_add") for block in model.towers[tower].blocks)
+        and model.towers[tower].cfg.norm == "RMSNorm"
     )
     return 1e-6 if rounds and by != "component" and dtype == torch.float64 else EXACT[dtype]
 
@@ -100,16 +99,14 @@ def frozen_output(model, cache, tower, direction, options):
     final = stream.final
     if isinstance(direction, torch.Tensor):
         return final, lambda resid: resid[:, options["position"]] @ direction
-    readout, pooled = tower.spec.readout, output_kind(tower) not in ("tokens", "actions")
-    reading = Reading(tower, cache, norm="frozen", reference=final, capped=False)
+    readout, pooled = tower.spec.readout, tower.output_head.kind not in ("tokens", "actions")
+    reading = tower.output_head.in_run(cache, norm="frozen", reference=final, capped=False)
     last = torch.as_tensor(model.tokens(cache.inputs)[tower.name].last())
     position = {"chunk": -int(getattr(tower.config_of_model, "chunk_size", 0))}.get(readout.pool, last)
 
     def value(resid):
-        out = (
-            reading.output(resid) if pooled else reading.positions(resid, 0, final)[torch.arange(len(resid)), position]
-        )
-        out = out.T if output_kind(tower) == "images" else out
+        out = reading.read(resid) if pooled else reading.positions(resid, 0, final)[torch.arange(len(resid)), position]
+        out = out.T if tower.output_head.kind == "images" else out
         return out[:, direction[0]] - out[:, direction[1]]
 
     return final, value
@@ -132,9 +129,9 @@ def test_a_share_is_what_is_lost_when_its_own_term_is_taken_out_of_the_stream(na
         block, base = tower.blocks[layer], f"{tower_name}.blocks.{layer}"
 
         def written(vector, add, norm, block=block, base=base):
-            if not block.has(add):
+            if not has_part(block, add):
                 return vector
-            module = block.part(add)
+            module = module_of(block, add)
             if hasattr(module, "lambda1"):
                 return vector * module.lambda1.detach()
             gain = norm_spec(module).offset + module.weight.detach()

@@ -21,6 +21,7 @@ from circuitvision.readout import integrated_gradients, occlusion, perturbation_
 from circuitvision.readout.relevance.curves import Curve
 from circuitvision.readout.relevance.pointing import PointingGame, _on_object
 from circuitvision.readout.relevance.result import Relevance
+from tests.parts import module_of
 from tests.readout.layouts import by_row, of_rows
 from tests.zoo import case, shared_model
 
@@ -34,7 +35,7 @@ def additive() -> tuple[cv.HookedModel, dict[str, Tensor], Tensor]:
     model = cv.HookedModel(module)
     with torch.no_grad():
         for block in model.vision.blocks:
-            for part in (block.part("o"), block.part("mlp_out")):
+            for part in (module_of(block, "o"), module_of(block, "mlp_out")):
                 part.weight.zero_()
                 part.bias.zero_()
     inputs = case("vit-headless").inputs(module, batch=3, dtype=torch.float64)

@@ -21,6 +21,7 @@ from circuitvision.readout.weights.head_circuits import (
     singular_vectors,
 )
 from circuitvision.readout.weights.unembedding import unembedding_matrix
+from tests.parts import module_of
 from tests.readout.planted import close, hooked
 from tests.zoo import Case, parametrize, shared_model
 
@@ -55,7 +56,7 @@ def test_heads_write_pattern_times_stream_times_ov(case: Case):
             pattern, resid = cache[f"{name}.attn.hook_pattern"], cache[f"{name}.hook_resid_pre"]
             if pattern.shape[-1] != resid.shape[1]:
                 continue  # keys of another tower's cache come first
-            norm = tower.blocks[layer].part("ln1")
+            norm = module_of(tower.blocks[layer], "ln1")
             with torch.no_grad():
                 x, base = norm(resid), norm(0 * resid)
             spec = norm_spec(norm)
@@ -83,8 +84,8 @@ def test_scores_of_a_position_with_itself_follow_from_qk(case: Case):
         for tower in model.towers.values():
             for block in tower.blocks:
                 for part in ("q", "k"):
-                    if block.part(part).bias is not None:
-                        block.part(part).bias.zero_()
+                    if module_of(block, part).bias is not None:
+                        module_of(block, part).bias.zero_()
     cache = recorded(case, model)
     for tower in model.towers.values():
         for layer in range(tower.cfg.n_layers):
@@ -94,7 +95,7 @@ def test_scores_of_a_position_with_itself_follow_from_qk(case: Case):
             scores, resid = cache[f"{name}.attn.hook_attn_scores"], cache[f"{name}.hook_resid_pre"]
             if scores.shape[-1] != resid.shape[1]:
                 continue
-            norm = tower.blocks[layer].part("ln1")
+            norm = module_of(tower.blocks[layer], "ln1")
             with torch.no_grad():
                 x = norm(resid)
             for head in range(tower.cfg.n_heads):
@@ -124,7 +125,7 @@ def test_written_circuits_include_what_follows_the_output_projection():
     model = hooked("dinov2", double=True)
     tower = model.vision
     plain, written = ov_circuit(tower, 1, 2), ov_circuit(tower, 1, 2, written=True)
-    torch.testing.assert_close(written.AB, plain.AB * tower.blocks[1].part("attn_add").lambda1)
+    torch.testing.assert_close(written.AB, plain.AB * module_of(tower.blocks[1], "attn_add").lambda1)
 
 
 def test_the_full_circuit_goes_from_tokens_to_outputs():
@@ -135,7 +136,7 @@ def test_the_full_circuit_goes_from_tokens_to_outputs():
     torch.testing.assert_close(found.AB, dense)
     assert found.mdim == tower.cfg.d_head
     gained = ov_circuit(tower, 1, 2, tokens=True).AB
-    gain = 1 + tower.blocks[1].part("ln1").weight
+    gain = 1 + module_of(tower.blocks[1], "ln1").weight
     torch.testing.assert_close(
         gained, (tower.W_E * gain) @ tower.W_V[1, 0] @ tower.W_O[1, 2] @ unembedding_matrix(tower).matrix
     )
@@ -276,9 +277,9 @@ def test_a_head_built_to_read_another_has_the_highest_score(tmp_path):
     with torch.no_grad():
         # Head 1 of layer 2 reads, as value, exactly the subspace that head 3 of layer 0 writes to.
         basis = torch.linalg.qr(tower.W_O[0, 3].T)[0]
-        ln1 = tower.blocks[2].part("ln1")
+        ln1 = module_of(tower.blocks[2], "ln1")
         ln1.weight.fill_(1.0)
-        tower.blocks[2].part("v").weight[width : 2 * width] = basis.T
+        module_of(tower.blocks[2], "v").weight[width : 2 * width] = basis.T
     found = composition_scores(tower, "V")
     assert found.top(1)[0][:2] == ("vision L0H3", "vision L2H1")
     # The whole of what is written is read: only how evenly keeps the score from 1 / sqrt(d_head).
@@ -305,7 +306,7 @@ def test_chosen_layers_and_heads_of_zeros():
     assert some.top(1)[0][0].startswith("vision L0")
     assert some.top(1)[0][1].startswith("vision L2")
     with torch.no_grad():
-        tower.blocks[0].part("o").weight[:, : tower.cfg.d_head] = 0
+        module_of(tower.blocks[0], "o").weight[:, : tower.cfg.d_head] = 0
     dead = composition_scores(tower, "K", above_random=False)
     assert dead.values[0, 0].isnan().all()
     assert dead.values[0, 1, 1:].isfinite().all()

@@ -293,7 +293,7 @@ def test_sites_of_different_shapes_and_read_outs_of_another_form_are_refused():
 
 
 def test_unknown_words_of_a_prompt_are_announced():
-    from circuitvision.readout.targets import prompt_embeddings
+    from circuitvision.readout import prompt_embeddings
 
     model = cv.organisms.load("shapes-clip")
     with pytest.warns(UserWarning, match="'zebra' in 'purple zebra'"):

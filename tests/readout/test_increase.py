@@ -12,6 +12,7 @@ import circuitvision as cv
 from circuitvision.errors import InputError
 from circuitvision.readout.attribution.direct import direct_attribution
 from circuitvision.readout.attribution.increase import SourceIncrease, increase, log_prob_increase
+from tests.parts import has_part
 from tests.readout.common import run
 from tests.readout.layouts import by_row
 from tests.zoo import case, shared_model
@@ -40,9 +41,7 @@ def test_the_definition_on_a_model(name, tower):
     final = cache[f"{tower}.blocks.{owner.cfg.n_layers - 1}.hook_resid_post"][:, position]
 
     def logits(vector):
-        from circuitvision.model.heads import Reading
-
-        reading = Reading(owner, cache, norm="frozen", reference=final[:, None])
+        reading = owner.output_head.in_run(cache, norm="frozen", reference=final[:, None])
         return reading.positions(vector[:, None], 1, final[:, None])[:, 0]
 
     answer = torch.tensor([3, 3])
@@ -61,7 +60,7 @@ def test_the_definition_on_a_model(name, tower):
     )
     heads = log_prob_increase(model, cache, 3, tower)
     assert by_row(heads).shape == (owner.cfg.n_layers, owner.cfg.n_heads, 2)
-    if not owner.blocks[0].has("attn_add"):
+    if not has_part(owner.blocks[0], "attn_add"):
         result = cache[f"{tower}.blocks.{layer}.attn.hook_result"][:, position]
         torch.testing.assert_close(by_row(heads)[layer, 0], score(pre, result[:, 0]))
         neurons = log_prob_increase(model, cache, 3, tower, by="neuron", layers=[layer])

@@ -11,10 +11,11 @@ import torch
 
 import circuitvision as cv
 from circuitvision.errors import InputError, UnknownSiteError
-from circuitvision.readout.lens import reader as lens_module
+from circuitvision.model.output_head import OutputHead
+from circuitvision.readout import prompt_embeddings
+from circuitvision.readout.lens import run as lens_module
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.lens.result import LensResult
-from circuitvision.readout.targets import output_kind, prompt_embeddings
 from tests.readout.common import NAMES, run
 from tests.readout.layouts import by_row
 from tests.zoo import case, shared_model
@@ -28,7 +29,7 @@ def test_at_the_last_layer_the_lens_is_the_models_own_output(name, norm):
     """Every tower that feeds the output: pooled where the family pools, at its positions where it does not."""
     model, out, cache = run(name)
     for tower_name, tower in model.towers.items():
-        kind = output_kind(tower)
+        kind = tower.output_head.kind
         feeds = tower.reader is tower and not tower.feeds_cache
         if not feeds or kind in ("hidden", "embedding"):
             continue
@@ -151,14 +152,14 @@ def test_small_pieces_give_what_one_piece_gives(name, monkeypatch):
 def test_nothing_of_the_size_of_all_logits_is_ever_made(monkeypatch):
     model, _, cache = run("llava-clip-llama")
     largest = []
-    piece = lens_module.LensReader._piece
+    piece = OutputHead.positions
 
     def watched(self, *arguments):
         out = piece(self, *arguments)
         largest.append(out.numel() * 4)
         return out
 
-    monkeypatch.setattr(lens_module.LensReader, "_piece", watched)
+    monkeypatch.setattr(OutputHead, "positions", watched)
     monkeypatch.setattr(lens_module, "CHUNK_BYTES", 1024)
     result = logit_lens(model, cache, targets=[1])
     assert max(largest) <= 1024

@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 import circuitvision as cv
 from circuitvision.errors import InputError
-from circuitvision.readout.lens import reader as lens_module
+from circuitvision.readout.lens import run as lens_module
 from circuitvision.readout.lens.logit import logit_lens
 from circuitvision.readout.patch_coords import on_grid
+from tests.parts import module_of
 from tests.readout.common import NAMES, run
 from tests.readout.layouts import by_row
 from tests.zoo import case, shared_model
@@ -140,7 +141,7 @@ def test_heads_are_read_as_they_are_added_to_the_stream(name, tower):
         block = owner.blocks[layer]
         bias = block.b_O.detach()
         if name == "dinov2":
-            bias = bias * block.part("attn_add").lambda1.detach()
+            bias = bias * module_of(block, "attn_add").lambda1.detach()
         wanted = by_row(whole)[whole.axes["layer"].index(layer)] - bias @ directions.T
         torch.testing.assert_close(by_row(heads)[at].sum(0), wanted, atol=1e-6, rtol=1e-6)
 
@@ -238,13 +239,13 @@ def test_reading_in_small_pieces_gives_the_same(monkeypatch):
 
 
 def test_heads_are_computed_once(monkeypatch):
-    from circuitvision.model.branches import Branch
+    from circuitvision.model.branches import AttentionBranch
 
     model, _, cache = run("vit", everything=True)
     calls = []
-    made = Branch.head_results
+    made = AttentionBranch.head_results
     stored = {name: value for name, value in cache.items() if not name.endswith("hook_result")}
-    monkeypatch.setattr(Branch, "head_results", lambda *given: calls.append(1) or made(*given))
+    monkeypatch.setattr(AttentionBranch, "head_results", lambda *given: calls.append(1) or made(*given))
     logit_lens(model, cv.ActivationCache(stored, model, cache.inputs), "vision", targets=[0], sites="attn.hook_result")
     assert len(calls) == model.vision.cfg.n_layers
 
@@ -327,7 +328,7 @@ def test_a_joint_value_has_no_rank_among_single_columns():
 
 def test_hooks_fire_while_a_piece_is_looked_at():
     model, _, cache = run("vit")
-    reader = lens_module.LensReader(model, model.vision, cache)
+    reader = lens_module.LensRun(model, model.vision, cache)
     pieces = reader.columns(cache["vision.hook_input"])
     next(pieces)
     fired = []

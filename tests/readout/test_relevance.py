@@ -13,6 +13,7 @@ from circuitvision import edits
 from circuitvision.errors import InputError
 from circuitvision.readout import chefer_relevance, gradient_times_activation, integrated_gradients, legrad, occlusion
 from circuitvision.readout.relevance.result import Relevance
+from tests.parts import module_of
 from tests.readout.layouts import by_row
 from tests.readout.relevance_models import TOWERS, inputs_of, metric, model_of
 from tests.zoo import case, shared_model
@@ -179,7 +180,7 @@ def test_a_head_whose_output_nobody_reads_is_irrelevant(site):
     model = cv.HookedModel(module)
     width = model.vision.cfg.d_head
     with torch.no_grad():
-        model.vision.blocks[0].part("o").weight[:, width : 2 * width] = 0
+        module_of(model.vision.blocks[0], "o").weight[:, width : 2 * width] = 0
     result = gradient_times_activation(model, inputs_of("vit"), metric, site=f"vision.blocks.0.attn.{site}")
     assert list(result.axes) == ["position", "head", "example"]
     assert float(by_row(result)[..., 1].abs().max()) == 0.0

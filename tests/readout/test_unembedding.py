@@ -10,6 +10,7 @@ import circuitvision as cv
 from circuitvision.model.norms import Norm
 from circuitvision.readout.weights.unembedding import unembedding_matrix
 from circuitvision.readout.weights.value_vectors import value_vectors
+from tests.parts import module_of
 from tests.readout.planted import close, denominator, hooked, options_for, uncapped
 from tests.zoo import CASES
 
@@ -46,7 +47,10 @@ def test_with_gain_the_matrix_is_the_read_out_up_to_the_denominator_and_a_consta
 
 
 def test_a_norm_is_its_linear_part_over_its_denominator_plus_its_bias():
-    for module, width in ((torch.nn.LayerNorm(9), 9), (hooked("paligemma2").language.blocks[0].part("mlp_add"), 24)):
+    for module, width in (
+        (torch.nn.LayerNorm(9), 9),
+        (module_of(hooked("paligemma2").language.blocks[0], "mlp_add"), 24),
+    ):
         module = module.double()
         with torch.no_grad():
             for parameter in module.parameters():

@@ -17,6 +17,7 @@ from circuitvision.model.spec import norm_spec
 from circuitvision.readout.weights.rows import written_rows
 from circuitvision.readout.weights.unembedding import unembedding_matrix
 from circuitvision.readout.weights.value_vectors import ValueVectors, value_vectors
+from tests.parts import has_part, module_of
 from tests.readout.planted import close, hooked, options_for, plant
 from tests.zoo import Case, parametrize, shared_model
 
@@ -88,7 +89,7 @@ def test_the_lowest_outputs_are_the_highest_of_the_opposite_vector():
     lowest = value_vectors(model.vision, 3, largest=False)
     with torch.no_grad():
         for block in model.vision.blocks:
-            block.part("mlp_out").weight.neg_()
+            module_of(block, "mlp_out").weight.neg_()
     highest = value_vectors(model.vision, 3)
     assert torch.equal(lowest.ids, highest.ids)
     torch.testing.assert_close(lowest.values, -highest.values)
@@ -119,7 +120,7 @@ def test_value_vectors_add_up_to_what_the_layer_writes(case: Case):
                     continue
                 keys = cache[f"{name}.{key}"]
                 keys = keys if of == "mlp" else keys.flatten(-2)
-                after = block.part(add) if block.has(add) else None
+                after = module_of(block, add) if has_part(block, add) else None
                 if after is not None:
                     gain = after.lambda1 if hasattr(after, "lambda1") else norm_spec(after).offset + after.weight
                     bias = bias * gain
@@ -181,7 +182,7 @@ def test_flat_indices_count_layers_then_rows(layer, head, channel):
 def test_dead_vectors_have_no_cosine_and_do_not_win_a_ranking():
     model = hooked("vit")
     with torch.no_grad():
-        model.vision.blocks[0].part("mlp_out").weight[:, 2] = 0
+        module_of(model.vision.blocks[0], "mlp_out").weight[:, 2] = 0
         model.module.classifier.weight[1] = 0
     result = value_vectors(model.vision, 2, measure="cosine")
     assert result.values[0, 2].isnan().all()

@@ -110,7 +110,7 @@ def test_clusters_find_planted_groups_and_their_words(policy: cv.HookedModel) ->
         for layer in range(2):
             columns = torch.stack([embedding[model.token(word)] for word in words])[group[layer]]
             noise = 0.1 * torch.randn(columns.shape, generator=generator) * columns.norm(dim=-1, keepdim=True) / 8
-            tower.blocks[layer].part("mlp").down_proj.weight.copy_((columns + noise).T)
+            model.module.model.vlm.language_model.layers[layer].mlp.down_proj.weight.copy_((columns + noise).T)
     for on in ("tokens", "vectors"):
         found = value_vector_clusters(tower, 4, on=on, top_k=3, draws=2)
         assert found.axes["layer"] == [0, 1]
@@ -130,7 +130,7 @@ def test_random_value_vectors_have_no_cohesive_cluster() -> None:
     model = cv.organisms.load("reach-pi0")
     with torch.no_grad():
         for layer in range(3):
-            weight = model.language.blocks[layer].part("mlp").down_proj.weight
+            weight = model.module.model.vlm.language_model.layers[layer].mlp.down_proj.weight
             weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(layer)))
     found = value_vector_clusters(model.language, 6, draws=8)
     assert int(found.cohesive.sum()) <= 1

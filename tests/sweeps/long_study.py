@@ -31,7 +31,7 @@ def slow(logits: Tensor) -> Tensor:
     return logits[:, 0] - logits[:, 1]
 
 
-def study(folder: Path | None, **options: Any) -> cv.model.SweepResult:
+def study(folder: Path | None, **options: Any) -> cv.SweepResult:
     """All heads of all blocks, at three strengths, two metrics."""
     inputs = {"pixel_values": torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
     listed = [

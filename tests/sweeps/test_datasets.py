@@ -14,7 +14,7 @@ from circuitvision.circuits import head_importance
 from circuitvision.data import Pairs
 from circuitvision.data.batches import Batch
 from circuitvision.errors import InputError
-from circuitvision.model.sweeps import stream
+from circuitvision.incremental.sweeps import stream
 from circuitvision.patching import activation_patch
 from tests.sweeps.drawing import model_of
 from tests.zoo import CASES

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
-from circuitvision.model.resume import Resumer
-from circuitvision.model.sweeps.plan import Plan
+from circuitvision.incremental.resume import Resumer
+from circuitvision.incremental.sweeps.plan import Plan
+from tests.parts import module_of
 from tests.sweeps.drawing import metric
 from tests.zoo import CASES, case, parametrize, shared_model
 
@@ -44,7 +45,7 @@ def counted(model: cv.HookedModel, part: str = "q") -> Iterator[dict[str, list[t
             def note(module: nn.Module, args: Any, key: str = f"{name}.{block.layer}") -> None:
                 seen.setdefault(key, []).append(tuple(args[0].shape))
 
-            handles.append(block.part(part).register_forward_pre_hook(note))
+            handles.append(module_of(block, part).register_forward_pre_hook(note))
     try:
         yield seen
     finally:
@@ -312,7 +313,7 @@ def test_results_name_their_edits_and_survive_a_file(tmp_path: Any) -> None:
     assert result.axes["edit"] == [repr(same), f"{same!r} #2", "no edit"]
     assert str(result.plan[2]) == "nothing changes"
     torch.testing.assert_close(result.values[2], result.clean, rtol=0, atol=0)
-    again = cv.model.SweepResult.load(result.save(tmp_path / "sweep.npz"))
+    again = cv.SweepResult.load(result.save(tmp_path / "sweep.npz"))
     assert again.axes == result.axes
     assert again.plan == result.plan
     assert torch.equal(again.clean, result.clean)
@@ -335,7 +336,7 @@ def test_axes_arrange_the_edits_as_a_grid(tmp_path: Any) -> None:
     frame = grid.to_frame()
     assert list(frame.columns) == ["layer", "head", "example", "value", "clean", "effect"]
     assert abs(frame["effect"].to_numpy() - grid.effect.flatten().numpy()).max() < 1e-5
-    again = cv.model.SweepResult.load(grid.save(tmp_path / "grid.safetensors"))
+    again = cv.SweepResult.load(grid.save(tmp_path / "grid.safetensors"))
     assert again.done.shape == (len(layers), len(heads))
     with pytest.raises(InputError, match="axes describe"):
         model.sweep(inputs, listed[1:], metric, axes={"layer": layers, "head": heads}, progress=False)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from circuitvision import edits
-from circuitvision.model import attention, resume, resumed_run, routes
-from circuitvision.model.edits.binding import EditApplier
+from circuitvision.incremental import resume, resumed_run, routes
+from circuitvision.incremental.sweeps import run
+from circuitvision.model import attention
+from circuitvision.model.edits.applying import EditApplier
 from circuitvision.model.positions import Positions
-from circuitvision.model.sweeps import run
 from tests.sweeps.drawing import inputs_of, metric, model_of
 
 FAMILIES = ("vit", "dinov2", "llava-clip-llama", "clip", "paligemma", "pi0")

@@ -17,9 +17,10 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError, UnknownSiteError
-from circuitvision.model import resume, resumed_run
-from circuitvision.model.edits.binding import EditApplier
-from circuitvision.model.replay import BaseRun
+from circuitvision.incremental import resume, resumed_run
+from circuitvision.incremental.replay import BaseRun
+from circuitvision.model.edits.applying import EditApplier
+from tests.parts import module_of
 from tests.sweeps.drawing import inputs_of, metric, model_of, sweeps
 from tests.sweeps.test_engine import counted
 from tests.zoo import case
@@ -370,18 +371,18 @@ def test_what_was_recorded_must_stay_true(llava: Any) -> None:
         late = steered(model, "language.blocks.1.hook_resid_post", positions=-1)
         run([late])
         assert "positions" in run.plan
-        model.language.blocks[1].part("mlp_in").weight.mul_(1.1)
+        module_of(model.language.blocks[1], "mlp_in").weight.mul_(1.1)
         for one in (edit, late):
             torch.testing.assert_close(run([one]), model.run(inputs, [one]), rtol=0, atol=0)
             assert run.plan.startswith("from")
         # A torch hook that comes later makes it record anew.
-        handle = model.language.blocks[0].part("mlp_in").register_forward_hook(lambda m, a, out: out * 0.5)
+        handle = module_of(model.language.blocks[0], "mlp_in").register_forward_hook(lambda m, a, out: out * 0.5)
         try:
             torch.testing.assert_close(run([edit]), model.run(inputs, [edit]), rtol=0, atol=0)
         finally:
             handle.remove()
         torch.testing.assert_close(run([edit]), model.run(inputs, [edit]), rtol=0, atol=0)
-        model.language.blocks[0].part("mlp_in").weight.mul_(1.1)
+        module_of(model.language.blocks[0], "mlp_in").weight.mul_(1.1)
         with pytest.raises(InputError, match="Weights"):
             run([edit])
     with model.prepared(inputs, start) as run:
@@ -414,7 +415,7 @@ def test_training_mode_with_dropout_is_refused(llava: Any) -> None:
     model, inputs = llava
     model.language.config.attention_dropout = 0.5
     for block in model.language.blocks:
-        block.part("attn").attention_dropout = 0.5
+        module_of(block, "attn").attention_dropout = 0.5
     model.train()
     with pytest.raises(InputError, match=r"model\.eval"), model.prepared(inputs, 0):
         pass

@@ -12,9 +12,9 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision import edits, metric_set, metrics
 from circuitvision.errors import InputError
+from circuitvision.incremental.resume import Resumer
+from circuitvision.incremental.sweeps.plan import Plan
 from circuitvision.metric_set import MetricSet
-from circuitvision.model.resume import Resumer
-from circuitvision.model.sweeps.plan import Plan
 from tests.sweeps.drawing import inputs_of, model_of
 
 NAMES = ("logit_diff", "prob", "logprob", "rank", "accuracy", "kl", "own")
@@ -135,7 +135,7 @@ def test_a_result_of_several_metrics_survives_a_file_and_runs_again(tmp_path: An
     found = model.sweep(
         inputs, groups(model, "vision"), metric, axes={"layer": (0, 1), "head": (0, 1, 2)}, progress=False
     )
-    again = cv.model.SweepResult.load(found.save(tmp_path / "s.npz"))
+    again = cv.SweepResult.load(found.save(tmp_path / "s.npz"))
     assert torch.equal(again.values, found.values)
     assert again.plan == found.plan
     assert isinstance(again.plan[0], Plan)

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
+from circuitvision.incremental.sweeps import store
+from circuitvision.incremental.sweeps.store import Store
 from circuitvision.metric_set import MetricSet
-from circuitvision.model.sweeps import store
-from circuitvision.model.sweeps.store import Store
 from tests.sweeps import long_study
 from tests.sweeps.long_study import study
 from tests.zoo import case, shared_model
@@ -33,7 +33,7 @@ from tests.zoo import case, shared_model
 ROOT = Path(__file__).parents[2]
 
 
-def equal(one: cv.model.SweepResult, two: cv.model.SweepResult) -> bool:
+def equal(one: cv.SweepResult, two: cv.SweepResult) -> bool:
     tensors = [(one.values, two.values), (one.clean, two.clean), (one.done, two.done)]
     return all(torch.equal(*both) for both in tensors) and one.plan == two.plan and one.axes == two.axes
 
@@ -74,7 +74,7 @@ def test_a_study_that_is_killed_again_and_again_ends_with_the_bits_of_one_that_n
     assert equal(found.of("accuracy"), study(None).of("accuracy"))
 
 
-def measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[cv.model.SweepResult, int]:
+def measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[cv.SweepResult, int]:
     """A continued study, and how many metrics of runs it computed."""
     calls: list[int] = []
     original = MetricSet.__call__

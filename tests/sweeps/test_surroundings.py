@@ -14,6 +14,7 @@ from torch import Tensor
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import InputError
+from tests.parts import module_of
 from tests.sweeps.drawing import inputs_of, metric, model_of, source_of
 from tests.zoo import shared_model
 
@@ -32,9 +33,7 @@ def steered(model: cv.HookedModel, site: str, **where: Any) -> edits.Edit:
     return edits.steer(site, direction, **where)
 
 
-def compare(
-    model: cv.HookedModel, given: dict[str, Any], groups: list[Any], measure: Any = metric
-) -> cv.model.SweepResult:
+def compare(model: cv.HookedModel, given: dict[str, Any], groups: list[Any], measure: Any = metric) -> cv.SweepResult:
     """The result of a sweep that equals the loop."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -62,7 +61,7 @@ def test_hooks_of_others_that_change_the_run(what: str) -> None:
     model, given = fresh("llava-clip-llama"), inputs("llava-clip-llama")
     tower, layer, *part = place.split(".")
     block = model.towers[tower].blocks[int(layer)]
-    module = block.part(part[0]) if part else block.module
+    module = module_of(block, part[0]) if part else block.module
     handle = (module.register_forward_pre_hook if before else module.register_forward_hook)(hook)
     groups = [
         [edits.ablate("vision.blocks.0.attn.hook_z", heads=0)],

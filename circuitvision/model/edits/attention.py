@@ -27,9 +27,9 @@ from circuitvision.model.positions import ALL_POSITIONS, Positions, PositionWind
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
-    from circuitvision.model.hooks import HookPoint
+    from circuitvision.model.registrations import HookPoint
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,7 +42,7 @@ class AttentionEdit(Edit):
     allows_patterns: ClassVar[bool] = True
     positions_name: ClassVar[str] = "queries"
 
-    def sites(self, model: HookedModel) -> list[str]:
+    def sites(self, model: Wrapped) -> list[str]:
         if self.site not in model.towers:
             raise InputError(f"there is no tower {self.site!r}; this model has {', '.join(model.towers)}")
         stage = "attn_scores" if self.renormalise else "pattern"
@@ -53,7 +53,24 @@ class AttentionEdit(Edit):
         for layer in chosen:
             if not isinstance(layer, int) or not -count <= layer < count:
                 raise InputError(f"layer {layer} is outside the {count} layers of the {self.site} tower")
-        return [f"{self.site}.blocks.{layer}.attn.hook_{stage}" for layer in sorted({int(n) % count for n in chosen})]
+        return self._sites_of(model.towers[self.site], sorted({int(n) % count for n in chosen}), stage)
+
+    def _sites_of(self, tower: Tower, layers: Sequence[int], stage: str) -> list[str]:
+        """The sites in blocks whose attention looks at the tower that the keys are of: another one where blocks attend across."""
+        across = self.keys.tower if self.keys.tower in tower.crossed_towers else ""
+        found = {
+            layer: f"{tower.name}.blocks.{layer}.{attention.name}.hook_{stage}"
+            for layer in layers
+            for attention in tower.blocks[layer].attentions
+            if attention.core.keys_of == across
+        }
+        without = [layer for layer in layers if layer not in found]
+        if without and (self.layers is not None or not found):
+            raise InputError(
+                f"block {without[0]} of the {tower.name} tower does not look at the {across or tower.name} tower; those that do are "
+                f"{', '.join(map(str, tower.layers_that_see(across))) or 'none'}"
+            )
+        return list(found.values())
 
     def _shown(self) -> list[str]:
         shown = [] if self.keys.kind == "all" else [f"keys={short_repr(self.keys.plain)}"]
@@ -65,14 +82,12 @@ class AttentionEdit(Edit):
     def _strength(self) -> list[str]:
         return []
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         if window is None:
             return
         prefix = window.prefix
-        if prefix is not None and self.keys.tower == prefix.tower:
+        if prefix is not None and (window.crossed or self.keys.tower == prefix.tower):
             self.keys.check(prefix, 0)
         elif self.keys.tower not in ("", window.tower):
             raise InputError(f"the {window.tower} tower cannot look at positions of the {self.keys.tower} tower")
@@ -116,6 +131,8 @@ class AttentionEdit(Edit):
         if everything:
             return torch.ones(1, n_keys, dtype=torch.bool, device=device)
         prefix = window.prefix
+        if window.crossed and prefix is not None:
+            return _mask(self.keys, prefix, rows, device)
         # A pooling's one query looks at every position. Elsewhere keys end with the last query's own; sliding windows have dropped the first ones.
         behind = n_keys if window.axis.absent else window.first + window.length
         n_prefix = 0 if prefix is None else prefix.length
@@ -246,7 +263,7 @@ class DeleteTokens(AttentionEdit):
         shown = [] if self.start == 0 else [f"start={self.start}"]
         return [*shown, "reindex=True"] if self.reindex else shown
 
-    def sites(self, model: HookedModel) -> list[str]:
+    def sites(self, model: Wrapped) -> list[str]:
         names = super().sites(model)
         count = model.towers[self.site].cfg.n_layers
         if not 0 <= self.start <= count:
@@ -261,27 +278,30 @@ class DeleteTokens(AttentionEdit):
             raise InputError(f"start={self.start} is behind the last layer, where no position looks at another")
         return names
 
-    def _averaged(self, model: HookedModel) -> list[str]:
+    def _averaged(self, model: Wrapped) -> list[str]:
         """The site whose mean over positions is read, where there is one."""
         tower = model.towers[self.site]
-        readout = tower.spec.readout
-        if readout is None or "mean" not in readout.pool:
+        table = tower.output_head.table
+        if "mean" not in table.pool:
             return []
         last = f"{self.site}.blocks.{tower.cfg.n_layers - 1}.hook_resid_post"
-        return [f"{self.site}.ln_final.hook_normalized" if readout.normed else last]
+        return [f"{self.site}.ln_final.hook_normalized" if table.normed else last]
 
     @property
     def does_nothing(self) -> bool:
         return self.positions.kind == "ints" and not self.positions.ints
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         window = None if window is None else window.of_all()
         super().check(model, site, window, n_heads, grows)
         tower = model.towers[self.site]
         self._check_reach(tower, site, window, grows)
         counted = not (tower.stack.image or tower.feeds_cache or tower.spec.runs == "per_denoising_step")
+        if model.flow.crossed_by(self.site) is not None:
+            raise InputError(
+                f"positions of the {self.site} tower are looked at by another tower's cross-attention, which deletes nothing: hide them there "
+                f"with block_attention(TOWER, keys=({self.site!r}, positions))"
+            )
         if self.reindex and not counted:
             raise InputError(
                 f"positions of the {self.site} tower cannot be counted anew; leave reindex=False: tokens keep their positions"
@@ -349,7 +369,7 @@ class DeleteTokens(AttentionEdit):
             raise InputError(f"{self!r}: nothing is left to look at, at {hook.name}.")
         return value.masked_fill(seen & region, torch.finfo(value.dtype).min)
 
-    def change_inputs(self, model: HookedModel, inputs: Mapping[str, Any], window: PositionWindow) -> dict[str, Any]:
+    def change_inputs(self, model: Wrapped, inputs: Mapping[str, Any], window: PositionWindow) -> dict[str, Any]:
         """With ``reindex``: the inputs with positions counted over the remaining tokens."""
         if not self.reindex:
             return dict(inputs)

@@ -91,7 +91,7 @@ def _named(binder: EditCompiler, edit: Edit) -> dict[str, set[Any] | None]:
     names = edit.sites(binder.model)
     parsed = [SiteName.parse(name) for name in names]
     layers = {site.layer for site in parsed if site.layer is not None}
-    window = binder.window(names[0])
+    window = binder.windows.of(names[0])
     length = None if window is None else window.prompt
     towers = {site.tower for site in parsed}
     positions = _counted(edit.positions.ints, length) if edit.positions.kind == "ints" else None

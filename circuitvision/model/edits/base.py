@@ -7,16 +7,17 @@ the same edit acts in a whole run, in a decoding step, on the suffix of a resume
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import CircuitVisionError, InputError
 from circuitvision.model.edits.values import (
     ALL_STEPS,
     SideSource,
@@ -30,8 +31,8 @@ from circuitvision.model.positions import ALL_POSITIONS, Chosen, Positions, Posi
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
-    from circuitvision.model.hooks import HookPoint
+    from circuitvision.model.registrations import HookPoint
+    from circuitvision.model.wrapped import Wrapped
 
 EDITS: dict[str, type[Edit]] = {}
 """Name of a kind of edit -> its class; files name kinds so."""
@@ -117,7 +118,7 @@ class Edit:
 
     # -- what it is ------------------------------------------------------------------------------------------------------------------------
 
-    def sites(self, model: HookedModel) -> list[str]:
+    def sites(self, model: Wrapped) -> list[str]:
         """The sites of a model that this edit changes; UnknownSiteError if there is none."""
         return model.sites(self.site)
 
@@ -166,9 +167,7 @@ class Edit:
         """A site whose value, in the edited run itself, this edit needs later in the same pass."""
         return None
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         """Raise InputError if this edit cannot act at ``site``.
 
         ``window`` is None where the shape is known only when the run gets there; ``grows`` is how many positions later passes add.
@@ -368,3 +367,13 @@ def _index(chosen: Chosen, heads: Chosen, first: int, axis: int) -> tuple[Any, .
     if isinstance(chosen, Tensor) and isinstance(heads, Tensor):
         chosen, heads = (chosen[:, None], heads) if axis == 1 else (chosen, heads[:, None])
     return (slice(None), chosen, heads) if axis == 1 else (slice(None), heads, chosen)
+
+
+@contextlib.contextmanager
+def naming(edit: Edit) -> Iterator[None]:
+    """Errors name the edit."""
+    try:
+        yield
+    except CircuitVisionError as error:
+        text = str(error)
+        raise type(error)(text if repr(edit) in text else f"{edit!r}: {text.rstrip('.')}.") from error

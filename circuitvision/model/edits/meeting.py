@@ -35,7 +35,7 @@ def key_window(edit: Edit, window: PositionWindow) -> tuple[Positions, PositionW
     if not isinstance(edit, AttentionEdit):
         return None
     keys = edit.positions if isinstance(edit, DeleteTokens) else edit.keys
-    foreign = window.prefix is not None and keys.tower == window.prefix.tower
+    foreign = window.prefix is not None and (window.crossed or keys.tower == window.prefix.tower)
     return keys, window.prefix if foreign and window.prefix is not None else window.of_all()
 
 

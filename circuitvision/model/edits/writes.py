@@ -25,15 +25,15 @@ from circuitvision.model.positions import PositionWindow
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
-    from circuitvision.model.hooks import HookPoint
+    from circuitvision.model.registrations import HookPoint
+    from circuitvision.model.wrapped import Wrapped
 
 
 def _tensor(value: Any) -> Any:
     return value.tensor if isinstance(value, TensorRef) else value
 
 
-def _check_fits(value: Any, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None) -> None:
+def _check_fits(value: Any, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None) -> None:
     """Raise InputError if a source cannot broadcast to a site's rows, positions, heads and coordinates."""
     source = _tensor(value)
     if not isinstance(source, Tensor) or source.ndim == 0:
@@ -78,7 +78,7 @@ class _Sourced(Edit):
             return self.source.get(site)
         return self.source
 
-    def sites(self, model: HookedModel) -> list[str]:
+    def sites(self, model: Wrapped) -> list[str]:
         names = super().sites(model)
         if isinstance(self.source, TensorRefMapping):
             missing = [name for name in names if self.source.get(name) is None]
@@ -86,9 +86,7 @@ class _Sourced(Edit):
                 raise InputError(f"its source does not hold {missing[0]}; ask for it when the cache is made.")
         return names
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         if isinstance(self.source, NamedFunction):
             raise InputError(
@@ -140,9 +138,7 @@ class Ablate(_Sourced):
             return given.get((self, site)) if given else None
         return super().source_at(site, given)
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         if isinstance(self.dataset, NamedFunction):
             raise InputError(
@@ -191,9 +187,7 @@ class Steer(Edit):
     def does_nothing(self) -> bool:
         return not isinstance(self.scale, TensorRef) and float(self.scale) == 0.0
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         _check_fits(self.direction, model, site, window, n_heads)
         _check_fits(self.scale, model, site, window, n_heads)
@@ -227,9 +221,7 @@ class Scale(Edit):
     def does_nothing(self) -> bool:
         return self.clip is None and not isinstance(self.factor, TensorRef) and float(self.factor) == 1.0
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         _check_fits(self.factor, model, site, window, n_heads)
 
@@ -264,9 +256,7 @@ class Overwrite(Edit):
     def does_nothing(self) -> bool:
         return not self.neurons
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         if isinstance(self.dictionary, NamedFunction):
             raise InputError(
@@ -302,7 +292,7 @@ class Overwrite(Edit):
                 raise InputError(f"neuron {neuron} is outside the {count} {what}")
 
 
-def width_of(model: HookedModel, site: str) -> int | None:
+def width_of(model: Wrapped, site: str) -> int | None:
     """Size of a site's last axis, where the tower's configuration says it."""
     name = SiteName.parse(site)
     if name.tower not in model.towers or name.is_pattern:
@@ -324,9 +314,7 @@ class Project(_Sourced):
     kind = "project"
     basis: TensorRef | None = None
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         assert self.basis is not None
         width, given = width_of(model, site), self.basis.tensor.shape[0]
@@ -354,9 +342,7 @@ class Freeze(Edit):
     def captured(self) -> str | None:
         return self.at
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         names = model.sites()
         if self.at not in names:
@@ -388,9 +374,7 @@ class Permute(Edit):
     def does_nothing(self) -> bool:
         return self.order == tuple(range(len(self.order)))
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         if window is None:
             return
@@ -435,9 +419,7 @@ class Renormalise(Edit):
     kind = "renormalise"
     norm: Any = 1.0
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         _check_fits(self.norm, model, site, window, n_heads)
 
@@ -458,9 +440,7 @@ class Apply(Edit):
     def _shown(self) -> list[str]:
         return [getattr(self.fn, "__name__", repr(self.fn))]
 
-    def check(
-        self, model: HookedModel, site: str, window: PositionWindow | None, n_heads: int | None, grows: int
-    ) -> None:
+    def check(self, model: Wrapped, site: str, window: PositionWindow | None, n_heads: int | None, grows: int) -> None:
         super().check(model, site, window, n_heads, grows)
         if isinstance(self.fn, NamedFunction):
             self.fn.resolve()

@@ -34,7 +34,7 @@ from circuitvision.readout.attention.patterns import Patterns, warn_undefined
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ class DistanceProfile(Result):
 
 @with_provenance
 def distance_profile(
-    model: HookedModel,
+    model: Wrapped,
     cache: ActivationCache | Mapping[str, Any],
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,
@@ -204,7 +204,7 @@ class PositionPattern(Result):
 
 @with_provenance
 def position_pattern(
-    model: HookedModel,
+    model: Wrapped,
     cache: ActivationCache | Mapping[str, Any],
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,

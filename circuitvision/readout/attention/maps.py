@@ -35,7 +35,7 @@ from circuitvision.readout.patch_coords import PictureOf, grid_of, picture_of, p
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +263,7 @@ def _map_of(held: Any, tower: str, start: int, first: int, count: int) -> TokenM
 
 @with_provenance
 def attention_maps(
-    model: HookedModel,
+    model: Wrapped,
     cache: ActivationCache | Mapping[str, Any],
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,
@@ -323,7 +323,7 @@ def attention_maps(
 
 
 def _first_pass(
-    model: HookedModel,
+    model: Wrapped,
     cache: ActivationCache,
     tokens: Mapping[str, TokenMap] | TokenMap | None,
     tower: str | None,

@@ -39,7 +39,7 @@ from circuitvision.readout.attention.patterns import EVERYTHING, Patterns, descr
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 _NO_QUERY = "a row has no query that counts (padding never counts)"
 
@@ -105,7 +105,7 @@ class AttentionSummary(Result):
 
 @with_provenance
 def attention_mass(
-    model: HookedModel,
+    model: Wrapped,
     cache: ActivationCache | Mapping[str, Any],
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,
@@ -158,7 +158,7 @@ def attention_mass(
 
 @with_provenance
 def attention_entropy(
-    model: HookedModel,
+    model: Wrapped,
     cache: ActivationCache | Mapping[str, Any],
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,

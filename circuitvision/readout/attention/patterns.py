@@ -182,7 +182,7 @@ class Patterns:
         if GENERATED in self.query_kind:
             return np.ones(self.query_kind.shape, dtype=bool)
         tower = self.model.towers[self.tower]
-        if not self.inputs and tower.spec.readout is not None and tower.spec.readout.pool in ("eos", "first_eos"):
+        if not self.inputs and tower.output_head.table.pool in ("eos", "first_eos"):
             return None
         dead = dead_positions(tower, self.sites[number], self.own, self.inputs)
         return np.ones(self.query_kind.shape, dtype=bool) if dead is None else ~dead.numpy()

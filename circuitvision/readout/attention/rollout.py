@@ -32,7 +32,7 @@ from circuitvision.readout.attention.patterns import Patterns, described, keys_o
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 _FUSIONS = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1), "min": lambda a: a.amin(1)}
 
@@ -104,7 +104,7 @@ class AttentionRollout(Result):
 
 @with_provenance
 def rollout(
-    model: HookedModel,
+    model: Wrapped,
     cache: ActivationCache | Mapping[str, Any],
     tokens: Mapping[str, TokenMap] | TokenMap | None = None,
     *,

@@ -19,18 +19,17 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.heads import Reading
+from circuitvision.model.columns import prompt_embeddings
 from circuitvision.model.weights import parameter
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.attribution.direct import cached_for
 from circuitvision.readout.attribution.rest import check_head_reads_stream
 from circuitvision.readout.attribution.terms import Stream
 from circuitvision.readout.recorded import chosen_tower
-from circuitvision.readout.targets import output_kind, prompt_embeddings
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
 
@@ -82,7 +81,7 @@ def bilinear_attribution(
         InputError: no dual encoder, a cache without what is needed, another ``by``.
     """
     chosen_tower(model, None)
-    kinds = [output_kind(tower) for tower in model.towers.values()]
+    kinds = [tower.output_head.kind for tower in model.towers.values()]
     if kinds != ["texts", "images"]:
         raise InputError(f"A bilinear form needs two towers that are compared; a {model.family.name} model has none.")
     if by not in ("component", "head"):
@@ -126,12 +125,13 @@ def embedding_terms(
     stream = Stream(tower, cache)
     check_head_reads_stream(stream)
     final = stream.final
-    reading = Reading(tower, cache, norm="frozen", reference=final)
+    head = tower.output_head.in_run(cache)
+    frozen = head.in_run(cache, norm="frozen", reference=final)
     with tower.hooks_disabled():
-        length = Reading(tower, cache).embedding(final).pow(2).sum(-1, keepdim=True).sqrt()
+        length = head.embedding(final).pow(2).sum(-1, keepdim=True).sqrt()
 
         def embedded(resid: Tensor) -> Tensor:
-            return reading.embedding(resid) / length
+            return frozen.embedding(resid) / length
 
         constant = embedded(torch.zeros_like(final))
         labels, parts = [], []

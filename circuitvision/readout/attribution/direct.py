@@ -2,7 +2,7 @@
 
 ``Σ terms + bias = value``: the value of a logit, a difference, a class, a prompt or an action dimension, before a soft cap, with the
 statistics of the final norm (and of an embedding's length, a pooling head's pattern and MLP) held at their values in this run. See
-:mod:`circuitvision.readout.attribution.terms` for the terms and :mod:`circuitvision.readout.attribution.functional` for the direction. A
+:mod:`circuitvision.readout.attribution.terms` for the terms and :mod:`circuitvision.readout.attribution.direction` for the direction. A
 term's direct effect is not its importance: what it does through later layers is left out, and terms cancel. Even in the last layer, ablating a
 term moves the statistics of the final norm too, which often takes back most of the effect.
 
@@ -38,9 +38,10 @@ from circuitvision.errors import InputError
 from circuitvision.metrics import Metric
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.names import component, head_name, is_component, spelled
+from circuitvision.model.output_head import LinearReadout
 from circuitvision.model.positions import in_every_example
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.attribution.functional import LinearReadout, direction_of, functional
+from circuitvision.readout.attribution.direction import direction_of, linear_readout
 from circuitvision.readout.attribution.rest import (
     check_head_reads_stream,
     check_sources,
@@ -57,7 +58,7 @@ from circuitvision.results import Result
 from circuitvision.statistics import by_example
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
 
@@ -211,9 +212,8 @@ def direct_attribution(
     read_tower = chosen_tower(model, tower)
     stream = Stream(read_tower, cached_for(model, cache, read_tower, by), step=step)
     check_head_reads_stream(stream)
-    found = functional(
-        model, read_tower, stream.cache, stream.final, direction, position=position, aggregation=aggregation
-    )
+    where: dict[str, Any] = {"position": position, "aggregation": aggregation}
+    found = linear_readout(read_tower, stream.cache, stream.final, direction, **where)
     labels, shares = _shares(stream, found, by, layers)
     return Attribution(
         values=torch.stack([*shares, found.constant]).cpu(),
@@ -280,9 +280,10 @@ def _shares(
     told_apart = set(chosen_layers(layers, count))
     for layer in range(count):
         rest: list[Tensor] = []
-        for branch in ("attn", "mlp"):
-            total = share(stream.site(f"blocks.{layer}.hook_{branch}_out"))
-            if by == "component" or (branch == "mlp" and not (by == "neuron" and layer in told_apart)):
+        for branch, site in stream.added(layer).items():
+            total = share(stream.site(site))
+            splits = branch == "attn" or (branch == "mlp" and by == "neuron" and layer in told_apart)
+            if by == "component" or not splits:
                 shares[f"{tower} L{layer}.{branch}"] = total
                 continue
             split = stream.head_shares if branch == "attn" else stream.neuron_shares
@@ -323,9 +324,8 @@ def source_attribution(
     read_tower = chosen_tower(model, tower)
     stream = Stream(read_tower, cached_for(model, cache, read_tower, "source"), step=step)
     check_head_reads_stream(stream)
-    found = functional(
-        model, read_tower, stream.cache, stream.final, direction, position=position, aggregation=aggregation
-    )
+    where: dict[str, Any] = {"position": position, "aggregation": aggregation}
+    found = linear_readout(read_tower, stream.cache, stream.final, direction, **where)
     chosen = chosen_layers(layers, stream.end)
     there, gradient = stream.reading(found.gradient)
     values = torch.stack([_sources(there, layer, gradient) for layer in chosen])
@@ -394,11 +394,12 @@ def cached_for(
         if cache.model is not None and cache.model.module is not model.module:
             raise InputError("The cache is of another model than the one given; record it with this model.")
         return cache
-    parts = ["hook_attn_out", "hook_mlp_out", "hook_resid_*"]
+    parts = ["hook_resid_*"]
     parts += ["attn.hook_z"] if by != "component" else []
     parts += ["mlp.hook_post"] if by == "neuron" else []
     parts += ["attn.hook_v", "attn.hook_pattern"] if by == "source" else []
     names = [f"{read_tower.name}.hook_*", *(f"{read_tower.name}.blocks.*.{part}" for part in parts)]
+    names += [f"{read_tower.name}.{site}" for n in range(read_tower.cfg.n_layers) for site in read_tower.added_in(n)]
     names += [f"{name}.hook_readout" for name in model.towers if f"{name}.hook_readout" in model.sites()]
     if by == "source":
         names += [f"{t.name}.blocks.*.attn.hook_v" for t in read_tower.siblings.values() if t.feeds_cache]

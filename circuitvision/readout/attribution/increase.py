@@ -23,21 +23,20 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.links import Link, log_probabilities
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.heads import Reading, link
+from circuitvision.model.columns import Columns, plain
 from circuitvision.model.names import head_name
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.attribution.direct import cached_for, sources_of
-from circuitvision.readout.attribution.functional import positions_read
+from circuitvision.readout.attribution.direction import positions_read
 from circuitvision.readout.attribution.rest import check_head_reads_stream, check_sources, spacing
 from circuitvision.readout.attribution.sources import OverSources
 from circuitvision.readout.attribution.terms import Stream
 from circuitvision.readout.ranks import rank_components
 from circuitvision.readout.recorded import chosen_layers, chosen_tower, examples_of
-from circuitvision.readout.targets import Targets, names_of, output_kind, plain, resolve_targets
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
 _KINDS = ("component", "head", "neuron", "source")
@@ -122,20 +121,22 @@ def log_prob_increase(
         raise InputError(f"Scores are by {', '.join(_KINDS)}, not by {by!r}.")
     read_tower = chosen_tower(model, tower)
     _check(read_tower)
-    chosen = _answer(model, read_tower, answer, aggregation)
+    chosen = _answer(read_tower, answer, aggregation)
     stream = Stream(read_tower, cached_for(model, cache, read_tower, by), step=step)
     check_head_reads_stream(stream)
     scorer = _Scorer(read_tower, stream, chosen, stream.final, _where(read_tower, stream, stream.final, position))
     numbers = chosen_layers(layers, stream.end)
     with torch.no_grad(), read_tower.hooks_disabled():
+        _check_alike(read_tower, numbers)
         values = torch.stack([scorer.layer(layer, by) for layer in numbers])
     inner = {"component": "part", "source": "head"}.get(by, by)
-    parts = ["attn", "mlp"] if by == "component" else list(range(values.shape[1]))
+    branches: list[Any] = [branch.name for branch in read_tower.blocks[numbers[0]].branches]
+    parts = branches if by == "component" else list(range(values.shape[1]))
     axes: dict[str, list[Any]] = {"layer": numbers, inner: parts}
     examples = examples_of(stream.cache, read_tower.name, values.shape[2])[0].tolist()
     method = f"log_prob_increase(tower={read_tower.name}, by={by}, answer={answer})"
     provenance = describe(model, method=method, inputs=(stream.cache.inputs,))
-    named = _called(model, read_tower, chosen, answer)
+    named = _called(chosen, answer)
     if by != "source":
         return LogProbIncrease(values.cpu(), {**axes, "example": examples}, provenance, read_tower.name, named)
     axes |= {"position": list(range(values.shape[3])), "example": examples}
@@ -144,12 +145,12 @@ def log_prob_increase(
     return SourceIncrease(values, axes, provenance, read_tower.name, named, places, words, kinds, shares)
 
 
-def _called(model: HookedModel, read_tower: Tower, chosen: Targets, answer: Any) -> str:
+def _called(chosen: Columns, answer: Any) -> str:
     """The answer by name; a number by the word or class it stands for."""
     if isinstance(answer, str):
         return answer
     number = int(chosen.ids[0, 0, 0])
-    return names_of(model, read_tower, [number])[str(number)] if chosen.ids.shape[1] == 1 else "each row's answer"
+    return chosen.head.names([number])[str(number)] if chosen.ids.shape[1] == 1 else "each row's answer"
 
 
 def _where(read_tower: Tower, stream: Stream, final: Tensor, position: Any) -> Int[Tensor, " row"]:
@@ -175,7 +176,7 @@ def increase(
     return (said - after.logsumexp(-1)) - (was - before.logsumexp(-1))
 
 
-def _answer(model: HookedModel, read_tower: Tower, answer: Any, aggregation: str | None) -> Targets:
+def _answer(read_tower: Tower, answer: Any, aggregation: str | None) -> Columns:
     """One answer for all examples, or one each.
 
     Raises:
@@ -195,23 +196,29 @@ def _answer(model: HookedModel, read_tower: Tower, answer: Any, aggregation: str
     named = {"answer": answer} if isinstance(answer, list) else answer
     if isinstance(named, Mapping) and len(named) != 1:
         raise InputError("Give one answer: a word, class or id, or one per example.")
-    return resolve_targets(model, read_tower, named, aggregation=aggregation)
+    return read_tower.output_head.columns(named, aggregation=aggregation)
+
+
+def _check_alike(read_tower: Tower, layers: Sequence[int]) -> None:
+    """Raise InputError for layers whose blocks have different branches: their scores do not fit into one table."""
+    kinds = {layer: [branch.name for branch in read_tower.blocks[layer].branches] for layer in layers}
+    other = next((layer for layer in layers if kinds[layer] != kinds[layers[0]]), None)
+    if other is not None:
+        raise InputError(
+            f"Blocks {layers[0]} and {other} of the {read_tower.name} tower have different branches; choose with layers=."
+        )
 
 
 def _check(read_tower: Tower) -> None:
-    readout = read_tower.spec.readout
-    if (
-        output_kind(read_tower) not in ("tokens", "classes")
-        or read_tower.reader is not read_tower
-        or link(read_tower) == "none"
-    ):
+    head = read_tower.output_head
+    if head.kind not in ("tokens", "classes") or read_tower.reader is not read_tower or head.link == "none":
         raise InputError(
             f"What the {read_tower.name} tower says is no distribution over words or classes; use direct_attribution."
         )
-    assert readout is not None
-    if readout.pool not in ("none", "cls"):
+    if head.table.pool not in ("none", "cls"):
         raise InputError(
-            f"The {read_tower.name} tower's output is pooled over positions ({readout.pool}), so no single vector makes it; use direct_attribution."
+            f"The {read_tower.name} tower's output is pooled over positions ({head.table.pool}), so no single vector makes it; use "
+            "direct_attribution."
         )
 
 
@@ -222,9 +229,9 @@ class _Scorer:
     added up in the stream first, small vectors would be lost in a half-precision ``x``.
     """
 
-    def __init__(self, read_tower: Tower, stream: Stream, chosen: Targets, final: Tensor, where: Tensor) -> None:
-        self.read_tower, self.stream, self.where = read_tower, stream, where
-        self.link = link(read_tower)
+    def __init__(self, read_tower: Tower, stream: Stream, chosen: Columns, final: Tensor, where: Tensor) -> None:
+        self.stream, self.where, self.head = stream, where, read_tower.output_head.in_run(stream.cache)
+        self.link = self.head.link
         self.rows = torch.arange(final.shape[0], device=final.device)
         self.dtype = read_tower.dtype
         self.scale = final[self.rows, where][:, None].to(self.dtype)
@@ -239,14 +246,14 @@ class _Scorer:
 
     def logits(self, vectors: Float[Tensor, "row n d_model"]) -> Float[Tensor, "row n n_out"]:
         """The read-out of vectors with the run's denominator, before a soft cap, in float32 at least."""
-        reading = Reading(self.read_tower, self.stream.cache, norm="frozen", reference=self.scale, capped=False)
+        head = self.head.in_run(self.stream.cache, norm="frozen", reference=self.scale, capped=False)
         vectors = vectors.to(self.dtype)
-        out = reading.positions(vectors, 1, self.scale.expand_as(vectors))
+        out = head.positions(vectors, 1, self.scale.expand_as(vectors))
         return out if out.dtype == torch.float64 else out.float()
 
     def score(self, x: Float[Tensor, "row d_model"], vectors: Float[Tensor, "n row d_model"]) -> Float[Tensor, "n row"]:
         """The increase of each vector at ``x``."""
-        cap = Reading(self.read_tower, self.stream.cache).cap
+        cap = self.head.cap
         before, offset = self.logits(x[:, None]), self.logits(torch.zeros_like(x[:, None]))
         found = []
         width = max(1, _VECTORS // len(self.rows))
@@ -260,15 +267,21 @@ class _Scorer:
         """The scores of one layer."""
         stream = self.stream
         pre = self.at(stream.site(f"blocks.{layer}.hook_resid_pre"))
+        block = stream.tower.blocks[layer]
         if by == "component":
-            mid = self.at(stream.site(f"blocks.{layer}.hook_resid_mid"))
-            attn = self.score(pre, self.at(stream.site(f"blocks.{layer}.hook_attn_out"))[None])
-            return torch.cat([attn, self.score(mid, self.at(stream.site(f"blocks.{layer}.hook_mlp_out"))[None])])
+            return torch.cat(
+                [
+                    self.score(
+                        self.at(stream.site(f"blocks.{layer}.{branch.stream}")),
+                        self.at(stream.site(f"blocks.{layer}.{branch.added}"))[None],
+                    )
+                    for branch in block.branches
+                ]
+            )
         if by == "head":
             return self.score(pre, stream.head_vectors(layer, self.rows, self.where))
         if by == "neuron":
-            mid = self.at(stream.site(f"blocks.{layer}.hook_resid_mid"))
-            return self.neurons(layer, mid)
+            return self.neurons(layer, self.at(stream.site(f"blocks.{layer}.{block.mlp.stream}")))
         sources = stream.source_vectors(layer, self.rows, self.where)
         written = stream.head_vectors(layer, self.rows, self.where)
         check_sources(sources.movedim(1, -1).flatten(1, 2), written.flatten(1), layer, spacing(pre))

@@ -4,7 +4,7 @@ A split promises that its terms add up to the value explained. In a run as the m
 attention's and no MLP's: it becomes a term of its own, ``L{layer}.rest``, so that the sum still holds (of an edit inside a recording that began
 before it, the block after). What is changed behind the final residual (``ln_final``, ``hook_readout``) has no term: there the split is refused.
 
-Bounds are those of rounding, element by element: twice the spacing of the stream's numbers for its two additions.
+Bounds are those of rounding, element by element: the spacing of the stream's numbers for each of its additions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.model.heads import Reading
 from circuitvision.model.sites import SiteName
 from circuitvision.readout.recorded import held_as, recorded
 
@@ -36,19 +35,19 @@ def spacing(value: Tensor) -> float:
 def rest_of_stream(stream: Stream, layer: int) -> Float[Tensor, "row here d_model"] | None:
     """What a block's output holds beyond its input, attention and MLP; None where that is rounding, or where the cache does not hold all of them."""
     before = "hook_input" if layer == 0 else f"blocks.{layer - 1}.hook_resid_post"
-    names = [f"blocks.{layer}.hook_resid_post", before]
-    names += [f"blocks.{layer}.{site}" for site in ("hook_attn_out", "hook_mlp_out")]
+    names = [f"blocks.{layer}.hook_resid_post", before, *stream.tower.writers.get(layer - 1, ())]
+    names += [f"blocks.{layer}.{branch.added}" for branch in stream.tower.blocks[layer].branches]
     if not all(held_as(stream.cache, f"{stream.tower.name}.{name}") for name in names):
         return None
     after, *parts = (stream.site(name)[:, stream.here] for name in names)
-    found = after - parts[0] - parts[1] - parts[2]
-    bound = 2 * spacing(after) * (after.abs() + sum(part.abs() for part in parts))
+    found = after - sum(parts)
+    bound = (len(parts) - 1) * spacing(after) * (after.abs() + sum(part.abs() for part in parts))
     return found if bool((found.abs() > bound).any()) else None
 
 
 def is_rest(stream: Stream, layer: int, branch: str, gap: Float[Tensor, " row"], sizes: Float[Tensor, " row"]) -> bool:
     """Whether what a branch wrote differs from the sum of its shares by more than the rounding of a matrix product, and of a norm after it."""
-    rounds = torch.float32 if stream.tower.blocks[layer].branch(branch).last is not None else torch.float64
+    rounds = torch.float32 if stream.tower.blocks[layer].branch(branch).layout.then else torch.float64
     eps = max(spacing(stream.final), torch.finfo(rounds).eps)
     return bool((gap.abs() > min(512 * eps, 0.02) * sizes).any())
 
@@ -64,7 +63,7 @@ def check_head_reads_stream(stream: Stream) -> None:
         return
     read = recorded(stream.cache, name, stream.step).to(stream.final.device)
     with torch.no_grad(), tower.hooks_disabled():
-        expected = Reading(tower, stream.cache)._pooled(stream.final, None)
+        expected = tower.output_head.in_run(stream.cache).pooled(stream.final)
     if expected.shape != read.shape:
         return
     wide = torch.promote_types(read.dtype, torch.float32)

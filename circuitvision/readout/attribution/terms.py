@@ -1,6 +1,7 @@
 """Terms: everything that is added up in a residual stream, with a name each.
 
-The stream after layer ``l`` is what entered block 0 plus what every attention and MLP wrote: ``resid = input + Σ attn_out + Σ mlp_out``.
+The stream after layer ``l`` is what entered block 0 plus what every branch wrote: ``resid = input + Σ attn_out + Σ mlp_out``, and what further
+branches and the tower's own code added.
 Attention's share splits into heads and an output bias, ``attn_out = T(Σ_h z_h W_O^h + b_O)``, and an MLP's into neurons and a bias, ``mlp_out
 = T(Σ_i post_i W_out[i] + b_out)``, where ``T`` is the identity, a LayerScale, or a sandwich norm whose denominator is held at its value in
 this run: linear, so that shares add up. The input splits into patch embedding, position embedding and prefix tokens where the tower just adds
@@ -20,15 +21,16 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.model.cache import ActivationCache
 from circuitvision.model.names import head_name
-from circuitvision.model.weights import is_plain_linear, linear_weight, main_device
+from circuitvision.model.weights import is_plain_linear, main_device
 from circuitvision.readout.attribution.rest import is_rest, rest_of_stream
 from circuitvision.readout.recorded import recorded
 
 if TYPE_CHECKING:
-    from circuitvision.model.tower import Block, Tower
+    from circuitvision.model.block import Block
+    from circuitvision.model.tower import Tower
 
 SPLITS = ("component", "head", "neuron")
 
@@ -39,6 +41,11 @@ class Stream:
     def __init__(self, tower: Tower, cache: ActivationCache, end: int | None = None, step: int | None = None) -> None:
         self.tower, self.cache, self.step = tower, cache, step
         self.end = max(tower.feature_layers_in(cache.inputs)) if end is None else end
+        if not all(block.sums for block in tower.blocks[: self.end]):
+            raise UnsupportedModelError(
+                f"Blocks of the {tower.name} tower normalise the sum of their branches (post-norm), so its stream is no sum of what they added. "
+                "Measure effects by edits (model.sweep), or split the stream at a run's denominators with cache.decompose_resid."
+            )
         self.here: Tensor | slice = slice(None)
 
     def reading(self, gradient: Float[Tensor, "row pos d_model"]) -> tuple[Stream, Float[Tensor, "row here d_model"]]:
@@ -112,10 +119,8 @@ class Stream:
         """What each head of one block adds to the stream, the output bias left out."""
         z = self.site(f"blocks.{layer}.attn.hook_z")
         with torch.no_grad(), self.tower.hooks_disabled():
-            return (
-                self.tower.blocks[layer]
-                .branch("attn")
-                .share("attn.hook_z", z, self.denominator(layer, "attn", (slice(None),)))
+            return self.tower.blocks[layer].attn.share(
+                "attn.hook_z", z, self.denominator(layer, "attn", (slice(None),))
             )
 
     def attention_bias(self, layer: int) -> Float[Tensor, "row pos d_model"]:
@@ -123,7 +128,7 @@ class Stream:
         out = self.site(f"blocks.{layer}.hook_attn_out")
         with torch.no_grad(), self.tower.hooks_disabled():
             held = self.denominator(layer, "attn", (slice(None),))
-            return self.tower.blocks[layer].branch("attn").bias(out, held).expand_as(out)
+            return self.tower.blocks[layer].attn.bias(out, held).expand_as(out)
 
     def vectors(self, by: str = "component") -> Iterator[tuple[str, Float[Tensor, "row pos d_model"]]]:
         """Every term as a tensor; they add up to :attr:`final`. ``by="neuron"`` is not offered: it would not fit into memory."""
@@ -132,11 +137,12 @@ class Stream:
         tower = self.tower.name
         yield from self.input_parts().items()
         for layer in range(self.end):
-            out = self.site(f"blocks.{layer}.hook_attn_out")
             rest = rest_of_stream(self, layer)
-            if by == "component":
-                yield f"{tower} L{layer}.attn", out
-            else:
+            for part, site in self.added(layer).items():
+                out = self.site(site)
+                if by == "component" or part != "attn":
+                    yield f"{tower} L{layer}.{part}", out
+                    continue
                 results, bias = self.heads(layer), self.attention_bias(layer)
                 for head in range(results.shape[2]):
                     yield head_name(layer, head, tower), results[:, :, head]
@@ -146,9 +152,15 @@ class Stream:
                     rest, gap = gap if rest is None else gap + rest, torch.zeros_like(gap)
                 # Rounding stays with the bias, so that the terms add up to the stream.
                 yield f"{tower} L{layer}.attn.bias", bias + gap
-            yield f"{tower} L{layer}.mlp", self.site(f"blocks.{layer}.hook_mlp_out")
             if rest is not None:
                 yield f"{tower} L{layer}.rest", rest
+
+    def added(self, layer: int) -> dict[str, str]:
+        """The sites of everything that is added in a block, and behind it up to the end of this stream, by the last word of their terms."""
+        sites = self.tower.added_in(layer)
+        behind = set(self.tower.writers.get(layer, ())) if layer + 1 >= self.end else set()
+        words = {site: site.rpartition("hook_")[2].removesuffix("_out") for site in sites if site not in behind}
+        return {word: site for site, word in words.items()}
 
     # -- scalar shares, of a gradient at the positions read ---------------------------------------------------------------------------------------
 
@@ -160,7 +172,7 @@ class Stream:
         # In two steps: all three at once would hold every head's vector at every position.
         per_head = torch.einsum("bphd,bphd->hb", z, torch.einsum("bpm,hdm->bphd", pulled, w_o))
         written = constant if bias is None else constant + (pulled @ bias).sum(-1)
-        if not is_plain_linear(self.tower.blocks[layer].part("o")):
+        if not is_plain_linear(self.tower.blocks[layer].attn.output):
             # What a layer makes of rounding its input belongs to no head.
             written = self._rest(f"blocks.{layer}.hook_attn_out", gradient, per_head)
         return per_head, written
@@ -189,7 +201,7 @@ class Stream:
         w_o, _ = self._output(self.tower.blocks[layer], pattern)
         values = values.repeat_interleave(w_o.shape[0] // values.shape[2], dim=2)
         held = self.denominator(layer, "attn", (rows, where))
-        then = self.tower.blocks[layer].branch("attn").then
+        then = self.tower.blocks[layer].attn.then
         # A head at a time: with all heads at once only the sources of one row would fit into memory at real sizes.
         with torch.no_grad(), self.tower.hooks_disabled():
             written = [
@@ -203,19 +215,19 @@ class Stream:
         z = self.site(f"blocks.{layer}.attn.hook_z")[rows, where]
         held = self.denominator(layer, "attn", (rows, where))
         with torch.no_grad(), self.tower.hooks_disabled():
-            return self.tower.blocks[layer].branch("attn").share("attn.hook_z", z, held).movedim(1, 0)
+            return self.tower.blocks[layer].attn.share("attn.hook_z", z, held).movedim(1, 0)
 
     def neuron_vectors(
         self, layer: int, post: Float[Tensor, "row d_mlp"], which: range, where: Tensor
     ) -> Float[Tensor, "neuron row d_model"]:
         """``T(post_i W_out[i])`` at one position of every row, of some neurons."""
-        weight, _ = linear_weight(self.tower.blocks[layer].part("mlp_out"), post.dtype, post.device)
+        weight, _ = self.tower.blocks[layer].mlp.out.weight_and_bias(post.dtype, post.device)
         chosen = torch.arange(which.start, which.stop, device=post.device)
         written = post[:, chosen].T[..., None] * weight.detach()[chosen][:, None]
         rows = torch.arange(post.shape[0], device=post.device)
         held = self.denominator(layer, "mlp", (rows, where))
         with torch.no_grad(), self.tower.hooks_disabled():
-            return self.tower.blocks[layer].branch("mlp").then.linear(written, held)
+            return self.tower.blocks[layer].mlp.then.linear(written, held)
 
     def _all_values(
         self, layer: int, pattern: Float[Tensor, "row ... key"]
@@ -225,17 +237,19 @@ class Stream:
         The cache was filled by another tower's prefix, or by earlier passes of this one. Sources that a sliding window has left behind get nothing.
         """
         name, keys = f"blocks.{layer}.attn.hook_v", pattern.shape[-1]
-        own = self.site(name)
+        attn = self.tower.blocks[layer].attn
+        own = attn.normed_heads("v", self.site(name))
         if own.shape[1] == keys:
             return pattern, own
         feeder = next((t for t in self.tower.siblings.values() if t.feeds_cache), None)
         if feeder is not None:
             # The prefix ran once, whichever denoising step is looked at.
-            earlier = [Stream(feeder, self.cache, step=0).site(name)]
+            earlier = [feeder.blocks[layer].attn.normed_heads("v", Stream(feeder, self.cache, step=0).site(name))]
         else:
             passes = self.cache[f"{self.tower.name}.{name}"]
             number = 0 if self.step is None else self.step % len(passes)
-            earlier = [Stream(self.tower, self.cache, step=index).site(name) for index in range(number)]
+            steps = [Stream(self.tower, self.cache, step=index).site(name) for index in range(number)]
+            earlier = [attn.normed_heads("v", values) for values in steps]
         values = torch.cat([*earlier, own], dim=1)
         if values.shape[1] < keys:
             raise InputError(
@@ -247,14 +261,14 @@ class Stream:
         """``post_i g·T(W_out[i])`` of every neuron, summed over the positions read, and the share of the MLP's bias."""
         pulled, constant = self.adjoint(layer, "mlp", gradient)
         post = self.site(f"blocks.{layer}.mlp.hook_post")[:, self.here].to(gradient.dtype)
-        weight, bias = linear_weight(self.tower.blocks[layer].part("mlp_out"), gradient.dtype, gradient.device)
+        weight, bias = self.tower.blocks[layer].mlp.out.weight_and_bias(gradient.dtype, gradient.device)
         wanted = pulled @ weight.detach().to(gradient.dtype).T
         shares = torch.einsum("bpf,bpf->fb", post, wanted)
-        if not is_plain_linear(self.tower.blocks[layer].part("mlp_out")):
+        if not is_plain_linear(self.tower.blocks[layer].mlp.output):
             return shares, self._rest(f"blocks.{layer}.hook_mlp_out", gradient, shares)
         return shares, constant if bias is None else constant + (pulled @ bias.detach().to(gradient.dtype)).sum(-1)
 
     def _output(self, block: Block, like: Tensor) -> tuple[Float[Tensor, "head d_head d_model"], Any]:
-        weight, bias = linear_weight(block.part("o"), like.dtype, like.device)
+        weight, bias = block.attn.out.weight_and_bias(like.dtype, like.device)
         w_o = rearrange(weight.detach().to(like.dtype), "(h d) m -> h d m", h=self.tower.cfg.n_heads)
         return w_o, None if bias is None else bias.detach().to(like.dtype)

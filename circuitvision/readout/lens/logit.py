@@ -1,6 +1,6 @@
 """The logit lens: what a tower would answer at any of its sites, at every position, in the tower's own vocabulary.
 
-A vector of width d_model goes through the tower's read-out as if it were the final residual stream (see :mod:`circuitvision.model.heads` for
+A vector of width d_model goes through the tower's read-out as if it were the final residual stream (see :mod:`circuitvision.model.head_forward` for
 what that means at positions that the family does not pool). ``norm`` says what the final norm does to it:
 
 * ``"own"``: its own statistics (the usual lens; of a branch's output too, as in Vilas et al.);
@@ -45,21 +45,21 @@ from circuitvision.data import Batch, Side
 from circuitvision.digests import plain as plain_value
 from circuitvision.errors import InputError
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.heads import link
+from circuitvision.model.columns import MEASURES, Columns, named_pair, per_example, plain
 from circuitvision.model.positions import GENERATED, Positions, PositionsLike, warn_of_empty, without_any
 from circuitvision.model.sites import SiteName
 from circuitvision.provenance import describe, with_provenance
-from circuitvision.readout.lens.reader import LensReader, measured
 from circuitvision.readout.lens.result import LensResult
+from circuitvision.readout.lens.run import LensRun, measured
 from circuitvision.readout.lens.sites import ordered_sites
 from circuitvision.readout.lens.tuned import TunedLens
 from circuitvision.readout.over_data import DataReading, answers_of, of_batch, over_data, side_of
 from circuitvision.readout.patch_coords import places_of, shares_of
 from circuitvision.readout.recorded import behind_cache, chosen_tower, held_as, inputs_of
-from circuitvision.readout.targets import MEASURES, Targets, names_of, output_kind, per_example, plain, resolve_targets
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
+    from circuitvision.model.tokens import TokenMap
     from circuitvision.model.tower import Tower
 
 NORMS = ("own", "frozen", "none", "tuned")
@@ -107,7 +107,7 @@ def logit_lens(
             ``{"red": "red", "answer": [one per example]}``; or a float tensor of embeddings or directions ``[target width]``.
         top_k: instead of targets, keep the highest values at every position and whose they are (all columns, where there are fewer).
         measure: ``"logit"``, ``"logprob"`` (nats) or ``"prob"``. Read-outs that are no distribution (actions, directions) have logits only.
-        aggregation: how to read a word of several tokens: "first", "mean" or "joint", see :mod:`circuitvision.readout.targets`.
+        aggregation: how to read a word of several tokens: "first", "mean" or "joint", see :mod:`circuitvision.model.columns`.
         readout: a read-out of your own, ``fn(resid [row pos d_model]) -> [row pos n_out]``, for towers without one.
         tuned: the trained maps for ``norm="tuned"``.
         positions: which positions are read, by default each for itself. Of others the mean over them is read (of values, with ``targets``): one
@@ -127,26 +127,25 @@ def logit_lens(
         return _over_data(model, side, tower, targets, top_k, aggregation, positions, batch_size, shared)
     targets, foil = contrast(plain(targets), None)
     if foil is not None:
-        alike = not isinstance(targets, str | int) or not isinstance(foil, str | int) or targets == foil
-        first, second = ("answer", "foil") if alike else (targets, foil)
+        pair = named_pair(targets, foil)
         shared |= {"top_k": top_k, "aggregation": aggregation, "positions": positions}
-        both = logit_lens(model, cache, tower, targets={first: targets, second: foil}, **shared)
+        both = logit_lens(model, cache, tower, targets=pair, **shared)
         assert isinstance(both, LensResult)
-        return both.contrast(first, second)
+        return both.contrast(*pair)
     read_tower = chosen_tower(model, tower)
     _check_options(read_tower, norm, targets, top_k, measure, tuned, readout, step)
     if positions is not None and targets is None:
         raise InputError(
             "positions= averages the values of targets=; the highest columns have no mean, so leave it out with top_k=."
         )
-    chosen = None if targets is None else _chosen(model, read_tower, targets, aggregation, measure, readout is not None)
+    chosen = None if targets is None else _chosen(read_tower, targets, aggregation, measure, readout is not None)
     names = read_tower.stream_sites(inputs_of(cache)) if sites is None else ordered_sites(model, read_tower.name, sites)
-    if targets is None and readout is None and output_kind(read_tower) == "hidden":
-        resolve_targets(model, read_tower, ["?"])
+    if targets is None and readout is None and read_tower.output_head.kind == "hidden":
+        read_tower.output_head.columns(["?"])
     found = _cached(model, cache, read_tower, names, norm)
     names = _recorded_sites(found, read_tower, names, sites)
     with torch.no_grad():
-        reader = LensReader(model, read_tower, found, norm, chosen, readout, tuned, step)
+        reader = LensRun(model, read_tower, found, norm, chosen, readout, tuned, step)
         shapes = {name: reader.shape(name) for name in names}
         if len(set(shapes.values())) > 1:
             raise InputError(f"Sites of different shapes are read apart; these have {shapes}.")
@@ -155,11 +154,9 @@ def logit_lens(
     return result if positions is None else _averaged(result, reader, positions)
 
 
-def _averaged(
-    lens: LensResult, reader: LensReader, positions: PositionsLike | Mapping[str, PositionsLike]
-) -> LensResult:
+def _averaged(lens: LensResult, reader: LensRun, positions: PositionsLike | Mapping[str, PositionsLike]) -> LensResult:
     """The lens with the mean over each choice of positions in place of every position."""
-    tokens, at = reader.tokens, lens.axes["position"]
+    tokens, at = _tokens(reader), lens.axes["position"]
     if tokens is None or (lens.kinds and GENERATED in lens.kinds[0]):
         raise InputError(
             "What the positions of this pass are is not known, so none can be chosen; leave positions out."
@@ -269,16 +266,14 @@ def _check_options(
         raise InputError(
             "A read-out of your own is given the vectors as they are, and freezes its norm itself: leave norm= out."
         )
-    unnamed = readout is None and link(read_tower) == "none"
-    directions = isinstance(targets, Tensor) and output_kind(read_tower) not in ("texts", "images")
+    unnamed = readout is None and read_tower.output_head.link == "none"
+    directions = isinstance(targets, Tensor) and not read_tower.output_head.compares
     if measure != "logit" and (unnamed or directions):
         raise InputError(f"What the {read_tower.name} tower says here is no distribution; use measure='logit'.")
 
 
-def _chosen(
-    model: HookedModel, read_tower: Tower, targets: Any, aggregation: str | None, measure: str, own_columns: bool
-) -> Targets:
-    chosen = resolve_targets(model, read_tower, targets, aggregation=aggregation, own_columns=own_columns)
+def _chosen(read_tower: Tower, targets: Any, aggregation: str | None, measure: str, own_columns: bool) -> Columns:
+    chosen = read_tower.output_head.columns(targets, aggregation=aggregation, own_columns=own_columns)
     if chosen.aggregation == "joint" and measure == "logit":
         raise InputError("aggregation='joint' adds log-probabilities; use measure='logprob' or 'prob'.")
     return chosen
@@ -291,7 +286,7 @@ def _cached(
     if isinstance(cache, ActivationCache):
         return cache
     needed = [*names, *read_tower.read_sites(inputs_of(cache))]
-    if output_kind(read_tower) in ("texts", "images"):
+    if read_tower.output_head.compares:
         needed += [f"{name}.hook_readout" for name in model.towers]
     with torch.no_grad():
         return model.run_with_cache(cache, names_filter=list(dict.fromkeys(needed)))[1]
@@ -332,7 +327,7 @@ class _Part:
     size: int
 
     @classmethod
-    def read(cls, reader: LensReader, name: str, measure: str, top_k: int | None) -> _Part:
+    def read(cls, reader: LensRun, name: str, measure: str, top_k: int | None) -> _Part:
         value = reader.site(name)
         per_head = value.movedim(2, 0) if value.ndim == 4 else value[None]
         examples = reader.examples(value.shape[0])
@@ -354,7 +349,7 @@ class _Part:
 
 
 def _summary(
-    reader: LensReader, logits: Tensor, examples: Tensor, measure: str, top_k: int | None
+    reader: LensRun, logits: Tensor, examples: Tensor, measure: str, top_k: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is kept of the logits of some positions: values, highest columns, ranks of the targets."""
     scored = measured(logits, measure, reader.link)
@@ -376,7 +371,7 @@ def _summary(
 
 
 def _result(
-    model: HookedModel, reader: LensReader, names: Sequence[str], parts: Sequence[_Part], measure: str, norm: str
+    model: HookedModel, reader: LensRun, names: Sequence[str], parts: Sequence[_Part], measure: str, norm: str
 ) -> LensResult:
     axis, labels = _labels(reader.tower.name, names)
     values, ids, ranks = (torch.stack([getattr(part, what) for part in parts]) for what in ("values", "ids", "ranks"))
@@ -417,11 +412,11 @@ def _result(
         step=step,
         names={str(n): str(n) for n in unique}
         if reader.kind == "columns"
-        else names_of(model, reader.tower, unique, targets),
+        else reader.tower.output_head.names(unique, targets),
     )
 
 
-def _method(reader: LensReader, measure: str, norm: str, step: int | None) -> str:
+def _method(reader: LensRun, measure: str, norm: str, step: int | None) -> str:
     options = {"tower": reader.tower.name, "norm": norm, "measure": measure}
     if step is not None:
         options["step"] = str(step)
@@ -442,23 +437,31 @@ def _labels(tower: str, names: Sequence[str]) -> tuple[str, list[Any]]:
     return "site", [name.removeprefix(f"{tower}.") for name in names]
 
 
-def _shares(reader: LensReader, places: Tensor) -> Tensor:
+def _tokens(reader: LensRun) -> TokenMap | None:
+    """What the positions that are read are: the tower's, or those behind a connector that merges them."""
+    connector = reader.tower.connector
+    if connector is None or not reader.cache.inputs or not reader.model.family.packing.merges("hook_out"):
+        return reader.tokens
+    return reader.model.tokens(reader.cache.inputs)[connector.name]
+
+
+def _shares(reader: LensRun, places: Tensor) -> Tensor:
     """Where the patches among the positions kept lie in their picture."""
-    tokens = reader.tokens
+    tokens = _tokens(reader)
     if tokens is None or not bool((places >= 0).any()):
         return torch.full(places.shape, float("nan"), dtype=torch.float64)
     return shares_of(tokens, tokens.n_positions - places.shape[1])
 
 
 def _where(
-    reader: LensReader, rows: int, length: int, step: int | None
+    reader: LensRun, rows: int, length: int, step: int | None
 ) -> tuple[Tensor, list[int], list[Any], list[list[str]], list[list[str]]]:
     """Places, examples, numbers, words and kinds of the positions kept.
 
     A site or projector without the first positions lacks the tower's prefix; a run behind a cache what the cache holds; a later pass of a text
     tower holds what it generated.
     """
-    tokens = reader.tokens
+    tokens = _tokens(reader)
     if tokens is None or tokens.n_rows != rows or length > tokens.n_positions:
         nowhere = torch.full((rows, length, 4), -1)
         blank = [[""] * length for _ in range(rows)]

@@ -9,7 +9,7 @@ from circuitvision.errors import InputError, UnknownSiteError, nearest
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 _HEAD = "holds vectors of a head's own width; read attn.hook_result, each head's share of the stream (through W_O)"
 _NEURONS = "holds neurons; value_vectors says what each writes, direct_attribution(…, by='neuron') what it did"
@@ -33,7 +33,7 @@ _NO_VECTORS = {
 """Sites, by how their names within a block or tower begin, that hold no vectors of the stream, and what reads them instead."""
 
 
-def ordered_sites(model: HookedModel, tower: str, sites: str | Sequence[str]) -> list[str]:
+def ordered_sites(model: Wrapped, tower: str, sites: str | Sequence[str]) -> list[str]:
     """The sites of a tower that kinds ("resid_post", "attn_out", "attn.hook_result"), names or globs select, in the order of a forward pass.
 
     Raises:

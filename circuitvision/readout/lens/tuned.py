@@ -32,14 +32,13 @@ from circuitvision.model.positions import Positions, PositionsLike
 from circuitvision.model.sites import SiteName
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance
+from circuitvision.readout.lens.run import LensRun
 from circuitvision.readout.recorded import chosen_tower, inputs_of
-from circuitvision.readout.targets import output_kind
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
-    from circuitvision.readout.lens.reader import LensReader
 
 
 def _nothing() -> Tensor:
@@ -157,7 +156,7 @@ def _checked(
     read_tower: Tower, dataset: Any, held_out: float, steps: int, learning_rate: float, batch: int
 ) -> list[Mapping[str, Any]]:
     """The dataset as a list of inputs; InputError for what cannot be trained on, or with."""
-    if output_kind(read_tower) in ("hidden", "embedding") or read_tower.connector is not None:
+    if read_tower.output_head.kind in ("hidden", "embedding") or read_tower.connector is not None:
         raise InputError(
             f"The {read_tower.name} tower's own head gives no prediction to train on. Train on a tower that the output is read from."
         )
@@ -172,7 +171,7 @@ def _checked(
     data = [dataset] if isinstance(dataset, Mapping) else list(dataset)
     if not data:
         raise InputError("Give inputs to train on: those of one run, or a list of them.")
-    if output_kind(read_tower) in ("texts", "images") and len(data) > 1:
+    if read_tower.output_head.compares and len(data) > 1:
         raise InputError(
             "A dual encoder's columns are the texts of the run: give the inputs of one run, with all images."
         )
@@ -183,7 +182,7 @@ def _checked(
 class _Seen:
     """What a lens is trained on: residuals ``[position d_model]`` of every layer, their positions' numbers and examples."""
 
-    reader: LensReader
+    reader: LensRun
     residuals: list[Tensor]
     numbers: Int[Tensor, " position"]
     examples: Int[Tensor, " position"]
@@ -198,12 +197,8 @@ class _Seen:
         cls, model: HookedModel, data: Sequence[Mapping[str, Any]], read_tower: Tower, positions: PositionsLike
     ) -> _Seen:
         """Run the model on all inputs and keep the residuals at the positions chosen."""
-        from circuitvision.readout.lens.reader import LensReader
-
         names = read_tower.stream_sites(inputs_of(data[0]))
-        needed = names + [
-            f"{name}.hook_readout" for name in model.towers if output_kind(read_tower) in ("texts", "images")
-        ]
+        needed = names + [f"{name}.hook_readout" for name in model.towers if read_tower.output_head.compares]
         residuals: list[list[Tensor]] = [[] for _ in names]
         numbers: list[Tensor] = []
         examples: list[Tensor] = []
@@ -218,7 +213,7 @@ class _Seen:
             numbers.append(torch.arange(mask.shape[1]).expand(mask.shape)[mask])
             before = int(examples[-1].max()) + 1 if examples else 0
             examples.append(before + torch.as_tensor(tokens.example)[:, None].expand(mask.shape)[mask])
-            reader = reader or LensReader(model, read_tower, cache)
+            reader = reader or LensRun(model, read_tower, cache)
         assert reader is not None
         return cls(reader, [torch.cat(kept) for kept in residuals], torch.cat(numbers), torch.cat(examples))
 
@@ -246,9 +241,8 @@ def _mask(tokens: Any, read_tower: Tower, positions: PositionsLike) -> Tensor:
     if positions is not None:
         mask = Positions.of(positions).resolve(tokens) & torch.from_numpy(tokens.present)
     else:
-        assert read_tower.spec.readout is not None
         there = {str(kind) for kind in set(tokens.kind.flatten())}
-        kinds = [kind for kind in read_tower.spec.readout.reads if kind in there]
+        kinds = [kind for kind in read_tower.output_head.table.reads if kind in there]
         mask = tokens.mask(kinds) if kinds else torch.from_numpy(tokens.present)
     if not bool(mask.any()):
         raise InputError(

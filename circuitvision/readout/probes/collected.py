@@ -27,7 +27,7 @@ from circuitvision.provenance import describe, with_provenance, without_dates
 from circuitvision.readout.probes.streaming import Batch, Reading
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 ByTower = PositionsLike | Positions | Mapping[str, PositionsLike | Positions]
 """Positions, or a mapping from towers to positions."""
@@ -222,7 +222,7 @@ class Collected(Mapping[str, Tensor]):
 
 @with_provenance
 def collect(
-    model: HookedModel,
+    model: Wrapped,
     dataset: Any,
     sites: str | Sequence[str],
     *,

@@ -38,7 +38,7 @@ from circuitvision.statistics import wilson
 if TYPE_CHECKING:
     import pandas as pd
 
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +154,7 @@ class ProbeResult(Result):
 
 @with_provenance
 def linear_probe(
-    model: HookedModel | None,
+    model: Wrapped | None,
     data: Any,
     labels: Sequence[Any] | Tensor | np.ndarray | None = None,
     *,
@@ -225,7 +225,7 @@ def linear_probe(
     return _probed(_checked(collected, count), plan, label_name)
 
 
-def _stream(model: HookedModel, tower: str | None, data: Any) -> list[str]:
+def _stream(model: Wrapped, tower: str | None, data: Any) -> list[str]:
     """The stream of the tower named, or of the only one; InputError where there are several."""
     if tower is None and len(model.towers) == 1:
         (tower,) = model.towers

@@ -37,7 +37,7 @@ from circuitvision.results import Result
 if TYPE_CHECKING:
     import pandas as pd
 
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 _POOLS = ("max", "mean")
 
@@ -179,7 +179,7 @@ class MaxActivatingExamples(Result):
 
 @with_provenance
 def max_activating_examples(
-    model: HookedModel,
+    model: Wrapped,
     dataset: Any,
     site: str | Sequence[str],
     *,

@@ -26,20 +26,19 @@ from circuitvision.data import Batch as DataBatch
 from circuitvision.data import Pairs, Side
 from circuitvision.data.batches import compared_batches
 from circuitvision.errors import InputError
-from circuitvision.model.flow import Flow
-from circuitvision.model.hooks import Recorder, Registration
+from circuitvision.model.axes import map_of
 from circuitvision.model.inputs import as_mapping
-from circuitvision.model.packing import ImageRun
+from circuitvision.model.packing.base import Compared
+from circuitvision.model.registrations import Recorder, Registration
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
 from circuitvision.progress import Progress
 from circuitvision.provenance import hash_inputs
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
-_OF_IMAGES = ("pixel_values", "image_sizes", "pixel_attention_mask", "spatial_shapes")
-_OF_TEXTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+OTHER: dict[str, Compared] = {"images": "texts", "texts": "images"}
 
 
 class _Enough(Exception):
@@ -68,7 +67,7 @@ class Batch:
     inputs: dict[str, Any]
     examples: range
     tokens: dict[str, TokenMap]
-    flow: Flow
+    model: Wrapped
     data: DataBatch | None = None
 
     @property
@@ -83,7 +82,7 @@ class Batch:
             InputError: the site's rows or positions are not those of its tower.
         """
         name = SiteName.parse(site)
-        tokens = self.tokens.get(self.flow.tower_of(name.tower))
+        tokens = self.tokens.get(map_of(self.model, name))
         if name.is_pattern:
             raise InputError(f"{site} holds a number per query and key; read attn.hook_z, or a site of the stream.")
         if tokens is None or value.shape[0] != tokens.n_rows:
@@ -107,7 +106,7 @@ class Reading:
 
     def __init__(
         self,
-        model: HookedModel,
+        model: Wrapped,
         dataset: Any,
         sites: Sequence[str],
         reduce: Callable[[str, Tensor, Batch], Any],
@@ -163,7 +162,7 @@ class Reading:
                 yield inputs, n_examples(self.model, inputs, self.side), None
             return
         made = self.data.batches(self.model, self.batch_size)
-        if self.side is not None:
+        if self.model.is_dual:
             made = compared_batches(self.data, self.model, self.batch_size, self.side)
         for batch in made:
             yield batch.inputs, len(batch), batch
@@ -173,7 +172,7 @@ class Reading:
             mapping = as_mapping(self.model, item)
             self._note(hash_inputs(mapping))
             size = n_examples(self.model, mapping, self.side)
-            if size <= self.batch_size and self.side is None:
+            if size <= self.batch_size and not self.model.is_dual:
                 yield mapping
                 continue
             for first in range(0, size, self.batch_size):
@@ -189,7 +188,7 @@ class Reading:
     ) -> tuple[Batch, dict[str, Any]]:
         device = self.model.device
         inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
-        batch = Batch(inputs, examples, self.model.tokens(inputs), self.model.flow, data)
+        batch = Batch(inputs, examples, self.model.tokens(inputs), self.model, data)
         found: dict[str, Any] = {}
 
         def read(site: str, value: Tensor) -> None:
@@ -205,58 +204,29 @@ class Reading:
 # -- cutting and joining inputs ------------------------------------------------------------------------------------------------------------
 
 
-def _side(model: HookedModel, sites: Sequence[str]) -> str | None:
-    """Whose rows are the examples of a dual encoder: "images", "texts" or "both"; None for other models."""
-    if not model.is_dual:
-        return None
+def _side(model: Wrapped, sites: Sequence[str]) -> Compared:
+    """Whose rows are the examples: in a dual encoder "images", "texts" or "both"."""
     towers = {SiteName.parse(site).tower for site in sites}
-    return "both" if len(towers) > 1 else "images" if model.towers[next(iter(towers))].stack.image else "texts"
+    if not model.is_dual or len(towers) > 1:
+        return "both"
+    return "images" if model.towers[next(iter(towers))].stack.image else "texts"
 
 
-def n_examples(model: HookedModel, inputs: Mapping[str, Any], side: str | None = None) -> int:
-    """How many examples an input mapping holds: prompts, or images where there are none; ``side`` chooses in dual encoders.
-
-    Raises:
-        InputError: neither is there; or both sides of a dual encoder are asked for and have different lengths.
-    """
-    texts, images = inputs.get("input_ids", inputs.get("inputs_embeds")), inputs.get("pixel_values")
-    counts = [len(part) for part in (texts, images) if isinstance(part, Tensor)]
-    if not counts:
-        raise InputError("An example needs pixel_values or input_ids; model.inputs(images=…, text=…) makes them.")
-    if side == "both" and len(set(counts)) > 1:
-        raise InputError(f"{counts[1]} images and {counts[0]} texts are no examples of both; pair them one to one.")
-    return counts[-1] if side == "images" else counts[0]
+def n_examples(model: Wrapped, inputs: Mapping[str, Any], side: Compared = "both") -> int:
+    """How many examples an input mapping holds, see :meth:`Packing.n_examples`."""
+    return model.family.packing.n_examples(model, inputs, side)
 
 
-def _cut(model: HookedModel, inputs: Mapping[str, Any], side: str | None, first: int, last: int) -> dict[str, Any]:
-    """The examples ``first`` … ``last − 1`` of an input mapping."""
-    size = n_examples(model, inputs, side)
-    images = range(first, last)
-    if side is None and model.family.packing.flat_images and inputs.get("pixel_values") is not None:
-        owners = ImageRun(model, inputs).owners
-        held = [image for image, owner in enumerate(owners) if first <= owner < last]
-        images = range(held[0], held[-1] + 1) if held else range(0)
-    own_rows = {"images": _OF_IMAGES, "texts": _OF_TEXTS}.get(side or "", (*_OF_IMAGES, *_OF_TEXTS))
-    found: dict[str, Any] = {}
-    for name, value in inputs.items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            found[name] = value
-        elif name in _OF_IMAGES + _OF_TEXTS and name not in own_rows:
-            found[name] = value[:1]
-        elif name in _OF_IMAGES and model.family.packing.flat_images:
-            found[name] = value[images.start : images.stop] if images else None
-        elif len(value) != size:
-            raise InputError(
-                f"{name} has {len(value)} rows for {size} examples, so the data set cannot be cut into batches; "
-                "give a sequence of inputs, one mapping per example."
-            )
-        else:
-            found[name] = value[first:last]
-    return {name: value for name, value in found.items() if value is not None}
+def _cut(model: Wrapped, inputs: Mapping[str, Any], side: Compared, first: int, last: int) -> dict[str, Any]:
+    """The examples ``first`` … ``last − 1`` of an input mapping; of a dual encoder's other side the first row, which cannot reach them."""
+    packing = model.family.packing
+    found = packing.take(model, inputs, range(first, last), side)
+    beside = OTHER.get(side)
+    return found if beside is None else packing.take(model, found, [0], beside)
 
 
 def _joined(
-    pieces: Iterable[dict[str, Any]], model: HookedModel, side: str | None, batch_size: int
+    pieces: Iterable[dict[str, Any]], model: Wrapped, side: Compared, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     """Neighbouring pieces that fit together as one batch of up to ``batch_size`` examples."""
     waiting: list[dict[str, Any]] = []
@@ -264,12 +234,12 @@ def _joined(
     for piece in pieces:
         size = n_examples(model, piece, side)
         if waiting and (held + size > batch_size or not _fit(waiting[0], piece)):
-            yield _join(waiting, side)
+            yield _join(waiting, model, side)
             waiting, held = [], 0
         waiting.append(piece)
         held += size
     if waiting:
-        yield _join(waiting, side)
+        yield _join(waiting, model, side)
 
 
 def _fit(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
@@ -287,11 +257,10 @@ def _fit(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return True
 
 
-def _join(pieces: Sequence[dict[str, Any]], side: str | None) -> dict[str, Any]:
+def _join(pieces: Sequence[dict[str, Any]], model: Wrapped, side: Compared) -> dict[str, Any]:
     if len(pieces) == 1:
         return pieces[0]
-    once = {"images": _OF_TEXTS, "texts": _OF_IMAGES}.get(side or "", ())
-    return {
-        name: torch.cat([piece[name] for piece in pieces]) if isinstance(value, Tensor) and name not in once else value
-        for name, value in pieces[0].items()
-    }
+    packing = model.family.packing
+    # The other side of a dual encoder runs with the rows of the first piece.
+    beside = {name: v for name, v in pieces[0].items() if model.is_dual and not packing.is_on(name, side)}
+    return packing.join(model, [{**piece, **beside} for piece in pieces], side)

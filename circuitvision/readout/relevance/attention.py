@@ -30,7 +30,7 @@ from torch import Tensor
 
 from circuitvision import metrics
 from circuitvision.errors import InputError
-from circuitvision.model.hooks import HookPoint
+from circuitvision.model.registrations import HookPoint
 from circuitvision.model.tokens import TokenMap
 from circuitvision.model.weights import check_gradients
 from circuitvision.provenance import describe, with_provenance

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from circuitvision import edits
 from circuitvision.errors import InputError, warn
-from circuitvision.model.routes import rows_serve_all
+from circuitvision.incremental.routes import rows_serve_all
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.relevance.baselines import Baseline, short_repr, start_of

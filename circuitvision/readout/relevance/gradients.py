@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from circuitvision.errors import InputError, warn
+from circuitvision.incremental.routes import rows_serve_all
 from circuitvision.model.positions import Positions, PositionsLike, warn_of_empty, without_any
-from circuitvision.model.routes import rows_serve_all
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.patch_coords import places_of, shares_of

@@ -27,9 +27,9 @@ import torch
 
 from circuitvision import edits
 from circuitvision.errors import InputError
+from circuitvision.incremental.routes import rows_serve_all
 from circuitvision.model.positions import Positions, PositionsLike, warn_of_empty, without_any
 from circuitvision.model.regions import Region
-from circuitvision.model.routes import rows_serve_all
 from circuitvision.model.selection import Selection
 from circuitvision.model.tokens import KINDS, present
 from circuitvision.provenance import with_provenance

@@ -26,6 +26,7 @@ from circuitvision import metrics
 from circuitvision.errors import InputError
 from circuitvision.links import marked
 from circuitvision.model.averages import Layout
+from circuitvision.model.axes import map_of, tower_of
 from circuitvision.model.inputs import as_mapping
 from circuitvision.model.packing import ImageRun
 from circuitvision.model.positions import Positions
@@ -34,7 +35,7 @@ from circuitvision.model.state import refuse_random
 from circuitvision.model.weights import check_gradients
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tokens import TokenMap
 
 PIXELS = "pixels"
@@ -118,9 +119,9 @@ def place_of(model: HookedModel, inputs: Mapping[str, Any], site: str, shape: Se
     if site == PIXELS:
         return Place(model.tokens(inputs)[image_tower(model)], 0)
     name = SiteName.parse(site)
-    tower = name.tower if name.tower in model.towers else image_tower(model)
+    tower = map_of(model, name)
     tokens = model.tokens(inputs)[tower]
-    prefix = model.towers[tower].cfg.n_prefix
+    prefix = model.towers[tower_of(model, name)].cfg.n_prefix
     dropped = tokens.n_positions - shape[1] if len(shape) > 2 else -1
     pooled = name.is_pattern or name.site.startswith("pool.") or shape[0] != tokens.n_rows
     if pooled or dropped not in (0, prefix):
@@ -198,11 +199,8 @@ class AttributionInput:
 
     def _repeated(self, copies: int) -> dict[str, Any]:
         if copies not in self._copies:
-            self._copies = {1: self.inputs}
-            self._copies[copies] = {
-                name: torch.cat([value] * copies) if isinstance(value, Tensor) and value.ndim else value
-                for name, value in self.inputs.items()
-            }
+            packing = self.model.family.packing
+            self._copies = {1: self.inputs, copies: packing.repeat(self.model, self.inputs, copies)}
         return self._copies[copies]
 
     def _blocks(self, logits: Tensor, copies: int) -> Iterator[Tensor]:

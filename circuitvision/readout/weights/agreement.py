@@ -33,19 +33,20 @@ from torch import Tensor
 
 from circuitvision.errors import InputError, warn
 from circuitvision.model.cache import ActivationCache
+from circuitvision.model.output_head import model_of
 from circuitvision.model.tokens import ABSENT, TokenMap
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.patch_coords import places_of
 from circuitvision.readout.recorded import chosen_layers, chosen_tower, recorded, tokens_of
 from circuitvision.readout.weights.rows import at_once, projections, written_rows
-from circuitvision.readout.weights.unembedding import Unembedding, model_of, unembedding_matrix
+from circuitvision.readout.weights.unembedding import Unembedding, unembedding_matrix
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
     from circuitvision.model.tower import Tower
 
 _SITES = {"mlp": ("mlp.hook_post", "hook_mlp_out"), "ov": ("attn.hook_z", "hook_attn_out")}

@@ -31,17 +31,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.model.names import Component, head_name, heads_of
+from circuitvision.model.norms import Norm, upcast
+from circuitvision.model.output_head import model_of
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.recorded import chosen_layers
-from circuitvision.readout.weights.unembedding import Unembedding, before_norm, model_of, unembedding_matrix, wide
+from circuitvision.readout.weights.unembedding import Unembedding, unembedding_matrix
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
 
+    from circuitvision.model.block import Block
     from circuitvision.model.tower import Tower
 
 _KINDS = ("Q", "K", "V")
@@ -146,7 +149,7 @@ def ov_circuit(
     if not tokens:
         return circuit
     outputs = unembedding or unembedding_matrix(tower, gain=gain)
-    return (wide(tower.W_E).to(outputs.matrix.device) @ circuit) @ outputs.matrix
+    return (upcast(tower.W_E).to(outputs.matrix.device) @ circuit) @ outputs.matrix
 
 
 def qk_circuit(
@@ -223,7 +226,7 @@ def _svd(matrix: FactoredMatrix | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``U``, ``S`` and ``V`` (not its transpose) of a factored or dense matrix."""
     if not isinstance(matrix, Tensor):
         return matrix.svd()
-    left, values, right = torch.linalg.svd(wide(matrix), full_matrices=False)
+    left, values, right = torch.linalg.svd(upcast(matrix), full_matrices=False)
     return left, values, right.mT
 
 
@@ -332,25 +335,37 @@ def _unit(factor: Float[Tensor, "head ..."]) -> Float[Tensor, "head ..."]:
 def _ov(tower: Tower, layer: int, gain: bool, written: bool) -> tuple[Tensor, Tensor]:
     block = tower.blocks[layer]
     with torch.no_grad(), tower.hooks_disabled():
-        value, output = wide(block.W_V.detach()), wide(block.W_O.detach())
+        value, output = upcast(block.W_V.detach()), upcast(block.W_O.detach())
         value = _behind_norm(tower, layer, value) if gain else value
-        return value, block.branch("attn").then.linear(output) if written else output
+        _check_bilinear(block, "v")
+        return value, block.attn.then.linear(output) if written else output
 
 
 def _qk(tower: Tower, layer: int, gain: bool) -> tuple[Tensor, Tensor]:
     block = tower.blocks[layer]
     with torch.no_grad(), tower.hooks_disabled():
-        query, key = wide(block.W_Q.detach()), wide(block.W_K.detach())
+        _check_bilinear(block, "qk")
+        query, key = upcast(block.W_Q.detach()), upcast(block.W_K.detach())
         return (_behind_norm(tower, layer, query), _behind_norm(tower, layer, key)) if gain else (query, key)
 
 
 def _behind_norm(tower: Tower, layer: int, weight: Float[Tensor, "head d_model d_head"]) -> Tensor:
-    norm = tower.blocks[layer].part("ln1")
-    return torch.stack([before_norm(norm, part) for part in weight])
+    norm = tower.blocks[layer].attn.norm
+    return weight if norm is None else torch.stack([Norm(norm).transposed(part.T).T for part in weight])
+
+
+def _check_bilinear(block: Block, letters: str) -> None:
+    """Raise UnsupportedModelError where queries and keys, or values, pass a norm: no product of weights says what heads compute then."""
+    normed = [letter for letter in letters if block.attn.head_norm(letter) is not None]
+    if normed:
+        raise UnsupportedModelError(
+            f"Block {block.layer} of the {block.tower.name} tower normalises {' and '.join(f'{letter}' for letter in normed)} of every head, so "
+            "its QK or OV circuit is no product of weights. Compare runs instead: attn.hook_attn_scores, attn.hook_result."
+        )
 
 
 def _score_scale(tower: Tower, layer: int) -> float:
-    attention: Any = tower.blocks[layer].part("attn")
+    attention: Any = tower.blocks[layer].attn.module
     found = getattr(attention, "scaling", None)
     found = getattr(attention, "scale", None) if found is None else found
     return float(tower.cfg.d_head**-0.5 if found is None else found)

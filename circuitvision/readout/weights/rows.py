@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.readout.weights.unembedding import wide
+from circuitvision.model.norms import upcast
 
 if TYPE_CHECKING:
     from circuitvision.model.tower import Tower
@@ -30,9 +30,9 @@ def written_rows(tower: Tower, layer: int, component: str = "mlp") -> Float[Tens
         elif component == "ov":
             rows = block.W_O.flatten(0, 1)
         else:
-            values = wide(block.W_V).repeat_interleave(tower.cfg.n_heads // tower.cfg.n_kv_heads, dim=0)
-            rows = (values @ wide(block.W_O)).flatten(0, 1)
-        return block.branch(_branch(component)).then.linear(wide(rows.detach()))
+            values = upcast(block.W_V).repeat_interleave(tower.cfg.n_heads // tower.cfg.n_kv_heads, dim=0)
+            rows = (values @ upcast(block.W_O)).flatten(0, 1)
+        return block.branch(_branch(component)).then.linear(upcast(rows.detach()))
 
 
 def is_normed(tower: Tower, component: str) -> bool:

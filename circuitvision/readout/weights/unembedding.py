@@ -1,19 +1,8 @@
-"""What a direction of a tower's residual stream says about the output: the linear part of the tower's read-out as one matrix.
+"""What a direction of a tower's residual stream says about the output: ``OutputHead.matrix`` with named columns.
 
-A row vector ``w`` of the stream, written where the read-out looks, moves the output by ``w @ matrix``, up to the positive number by which
-the final norm divides at that position: that number depends on the rest of the stream, so what is compared here are directions, not
-effects. Biases, a soft cap, a logit scale and a logit bias are left out: they do not depend on ``w`` or do not change its ranking.
-
-* *gain*: with ``gain=True`` the final norm's own linear part is in the matrix: centring for a LayerNorm, then multiplication by the gain
-  (``offset + weight``). With ``gain=False`` it is the bare head. A tower whose read-out applies no norm is the same with both.
-* *dual encoders* have one column per prompt: ``W_proj @ e`` for the unit-length embedding ``e`` of a text, the cosine similarity times the
-  length of the image's embedding, before the logit scale.
-* *vision towers of a VLM* go on through the projector into the language tower's unembedding, if the projector is linear; the gain then means
-  both norms, the vision tower's and the language tower's.
-* *parts*: where a head reads two positions, ``part`` says which one ``w`` is written to: ``"cls"`` or ``"patch"`` (every patch at once) of a
-  head on the class token and the mean patch; ``"cls"``, ``"distillation"``, or ``"mean"`` (both at once) where two heads are averaged. An
-  attention-pooling head is not linear; ``part="value_path"`` takes its value and output projections, all heads attending to the position,
-  without its MLP.
+What is compared here are directions, not effects: by what the final norm divides depends on the rest of the stream (see
+:mod:`circuitvision.model.output_head`, also for parts and the gain of norms). Dual encoders have one column per prompt, ``W_proj @ e`` for the
+unit-length embedding ``e`` of a text, before the logit scale; vision towers of a VLM go on through the projector into the language tower's words.
 
 Not covered: projectors with a non-linearity, for which a matrix of one's own can be given.
 """
@@ -23,27 +12,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitvision.errors import InputError, nearest
-from circuitvision.model.norms import Norm
-from circuitvision.model.spec import Readout, require
+from circuitvision.model.columns import prompt_embeddings, word_ids
+from circuitvision.model.norms import upcast
+from circuitvision.model.output_head import OutputHead, model_of
 from circuitvision.model.tower import Tower
-from circuitvision.model.weights import attention_weights, embedding_weight, linear_weight
-from circuitvision.readout.targets import names_of, output_kind, prompt_embeddings, word_ids
 
-if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
-
-_PARTS = {
-    "cls+mean_patch": ("cls", "patch"),
-    "cls+distillation": ("mean", "cls", "distillation"),
-    "attention": ("value_path",),
-}
 Prompts = Sequence[str] | Tensor
 
 
@@ -85,34 +65,22 @@ def unembedding_matrix(
         InputError: a tower without a linear read-out, a dual encoder without prompts, prompts elsewhere, a part that is
         not there, a matrix of the wrong shape.
     """
-    model = model_of(tower)
-    with torch.no_grad(), tower.hooks_disabled():
-        called: list[str] | None
-        if matrix is not None:
-            weight, chosen = wide(matrix.detach()).to(model.device), ""
-            if weight.ndim != 2 or weight.shape[0] != tower.cfg.d_model:
-                raise InputError(f"matrix has shape {tuple(weight.shape)}; it must be [{tower.cfg.d_model}, n_out].")
-            called = [str(column) for column in range(weight.shape[1])] if names is None else list(names)
-            if len(called) != weight.shape[1]:
-                raise InputError(f"{len(called)} names were given for the {weight.shape[1]} columns of matrix.")
-        else:
-            weight, chosen = _head(tower, gain, part)
-            weight, called = _read_as(tower, model, wide(weight), prompts)
-        if gain:
-            weight = _through_final_norm(tower, weight)
-    return Unembedding(weight.contiguous(), *_labels(called, tower, model, weight.shape[1]), gain, chosen)
-
-
-def model_of(tower: Tower) -> HookedModel:
-    """The wrapped model of a tower; raises InputError if nothing holds it any more."""
-    if not hasattr(tower, "owner"):
-        raise InputError(f"Give a tower, such as model.vision or model.language, not a {type(tower).__name__}.")
-    model = tower.owner()
-    if model is None:
-        raise InputError(
-            "The wrapped model of this tower is gone; keep it in a variable: model = HookedModel(…), then model.vision."
-        )
-    return model
+    device, head = model_of(tower).device, tower.output_head
+    called: Sequence[str] | None
+    if matrix is not None:
+        weight, chosen = upcast(matrix.detach()).to(device), ""
+        if weight.ndim != 2 or weight.shape[0] != tower.cfg.d_model:
+            raise InputError(f"matrix has shape {tuple(weight.shape)}; it must be [{tower.cfg.d_model}, n_out].")
+        called = [str(column) for column in range(weight.shape[1])] if names is None else list(names)
+        if len(called) != weight.shape[1]:
+            raise InputError(f"{len(called)} names were given for the {weight.shape[1]} columns of matrix.")
+        with torch.no_grad(), tower.hooks_disabled():
+            weight = head.before_norm(weight) if gain else weight
+    else:
+        chosen = head.part(part)
+        head, called = _read_as(head, prompts)
+        weight = torch.cat([chunk for _, chunk in head.chunks(part=part, gain=gain)], dim=1)
+    return Unembedding(weight.contiguous(), *_labels(called, head, weight.shape[1]), gain, chosen)
 
 
 def column_number(target: Any) -> int:
@@ -125,136 +93,47 @@ def column_number(target: Any) -> int:
     raise InputError(f"{target!r} is no output: outputs are whole numbers or names.")
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if that is what it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def before_norm(module: nn.Module, weight: Float[Tensor, "d_model n_out"]) -> Float[Tensor, "d_model n_out"]:
-    """The matrix that reads a stream before a norm as ``weight`` reads it behind: centred for a LayerNorm, times the gain; not divided."""
-    return Norm(module).transposed(weight.T).T
-
-
-def _through_final_norm(tower: Tower, weight: Tensor) -> Tensor:
-    readout = tower.spec.readout
-    if tower.final_norm is None or (readout is not None and not readout.normed):
-        return weight
-    return before_norm(tower.final_norm, weight)
-
-
-def _head(tower: Tower, gain: bool, part: str | None) -> tuple[Tensor, str]:
-    """The head's weight and the part that was chosen."""
-    readout = tower.spec.readout
-    offered = _PARTS.get(readout.pool, ()) if readout is not None else ()
-    if part is not None and part not in offered:
-        there = f"its parts are {', '.join(offered)}" if offered else "it has no parts"
-        raise InputError(f"part={part!r} is none of the {tower.name} tower's head; {there}.")
-    if readout is None:
-        raise InputError(f"The {tower.name} tower has no head; give a matrix= [{tower.cfg.d_model}, n_out].")
-    if tower.connector is not None:
-        return _projected(tower, gain), ""
-    if readout.pool == "attention":
-        return _value_path(tower, readout, part), part or ""
-    if readout.second_head is not None:
-        both = [
-            _linear(tower, require(tower.module, path or "", "head")) for path in (readout.head, readout.second_head)
-        ]
-        part = part or offered[0]
-        return (both[0] + both[1]) / 2 if part == "mean" else both[part == "distillation"] / 2, part
-    if readout.head is not None:
-        weight = _linear(tower, require(tower.module, readout.head, "head"))
-        if not offered:
-            return weight, ""
-        part = part or offered[0]
-        return weight.chunk(len(offered))[offered.index(part)], part
-    if readout.tied_lens is not None:
-        table = require(tower.module, readout.tied_lens, "tied embedding")
-        return embedding_weight(table, tower.dtype).detach().T, ""
-    raise InputError(f"The {tower.name} tower has no head; give a matrix= [{tower.cfg.d_model}, n_out].")
-
-
-def _linear(tower: Tower, module: nn.Module) -> Tensor:
-    return linear_weight(module, tower.dtype)[0].detach()
-
-
-def _projected(tower: Tower, gain: bool) -> Tensor:
-    found = linear_projector(tower)
-    if found is None:
-        projector = tower.connector_module
+def _read_as(head: OutputHead, prompts: Prompts | None) -> tuple[OutputHead, Sequence[str] | None]:
+    """The head as it is, or the shared space read by prompts, which then name the columns."""
+    name = head.tower.name
+    if not (head.compares or head.kind == "embedding") and prompts is not None:
         raise InputError(
-            f"The {tower.name} tower is read through {type(projector).__name__}, which is not linear; give a matrix= "
-            f"[{tower.cfg.d_model}, n_out] of your own, or read activations with the logit lens."
-        )
-    inner = unembedding_matrix(tower.reader, gain=gain).matrix
-    return wide(_linear(tower, found)).to(inner) @ inner
-
-
-def linear_projector(tower: Tower) -> nn.Module | None:
-    """The one linear map that a vision tower's projector is made of, if it is made of one."""
-    maps = _maps(tower.connector_module)
-    return maps[0] if len(maps) == 1 and hasattr(maps[0], "in_features") else None
-
-
-def _maps(module: nn.Module) -> list[nn.Module]:
-    """The modules that map something: linear maps whole (an adapter's parts are inside), leaves otherwise."""
-    children = list(module.children())
-    if hasattr(module, "in_features") or not children:
-        return [module]
-    return [found for child in children for found in _maps(child)]
-
-
-def _value_path(tower: Tower, readout: Readout, part: str | None) -> Tensor:
-    if part is None:
-        raise InputError(
-            f"The {tower.name} tower is read by attention pooling and an MLP, which are not linear; part='value_path' takes "
-            "the pooling's value and output projections alone, or give a matrix= of your own."
-        )
-    pool = require(tower.module, readout.pool_module or "", "pooling head")
-    weight, _, out, _ = attention_weights(require(pool, "attention", "attention of the pooling head"))
-    return wide(weight.detach().chunk(3)[2].T) @ wide(out.detach().T)
-
-
-def _read_as(
-    tower: Tower, model: HookedModel, weight: Tensor, prompts: Prompts | None
-) -> tuple[Tensor, list[str] | None]:
-    """The head's columns as they are, or the shared space read by prompts, which then name them."""
-    kind = output_kind(tower)
-    if kind not in ("texts", "images", "embedding") and prompts is not None:
-        raise InputError(
-            f"The {tower.name} tower of {tower.family.name} does not end in a space shared with text; leave prompts out."
+            f"The {name} tower of {head.tower.family.name} does not end in a space shared with text; leave prompts out."
         )
     if prompts is None:
-        if kind in ("texts", "images"):
+        if head.compares:
             raise InputError(
-                f"The {tower.name} tower ends in a space shared with the other one; give prompts=['a red circle', …] to read it."
+                f"The {name} tower ends in a space shared with the other one; give prompts=['a red circle', …] to read it."
             )
-        return weight, None
+        return head, None
     if isinstance(prompts, Tensor):
         embeddings, names = prompts, [f"prompt {number}" for number in range(len(prompts))]
     elif isinstance(prompts, str):
         raise InputError(f"prompts is a list of texts; write [{prompts!r}].")
     else:
-        embeddings, names = prompt_embeddings(model, prompts), list(prompts)
-    if embeddings.ndim != 2 or embeddings.shape[1] != weight.shape[1]:
+        embeddings, names = prompt_embeddings(head.model, prompts), list(prompts)
+    if embeddings.ndim != 2 or embeddings.shape[1] != head.width:
         raise InputError(
-            f"Embeddings of prompts have shape {tuple(embeddings.shape)}; they must be [prompt, {weight.shape[1]}]."
+            f"Embeddings of prompts have shape {tuple(embeddings.shape)}; they must be [prompt, {head.width}]."
         )
-    units = nn.functional.normalize(wide(embeddings.detach()).to(weight), dim=-1)
-    return weight @ units.T, names
+    dtype = torch.promote_types(head.tower.dtype, torch.float32)
+    units = nn.functional.normalize(embeddings.detach().to(head.model.device, dtype), dim=-1)
+    return head.in_run(None, against=units), names
 
 
 def _labels(
-    names: list[str] | None, tower: Tower, model: HookedModel, n_out: int
+    names: Sequence[str] | None, head: OutputHead, n_out: int
 ) -> tuple[Callable[[int], str], Callable[[Sequence[int | str]], list[int]]]:
     """How columns are named and found: by ``names``, or as the tower's own outputs are."""
+    model = head.model  # Held by the names, because a tower alone does not keep its wrapper.
 
     def label(column: int) -> str:
-        return names_of(model, tower, [int(column)])[str(int(column))] if names is None else names[column]
+        return head.names([int(column)])[str(int(column))] if names is None else names[column]
 
     def one(target: int | str) -> int:
         if not isinstance(target, str):
             column = column_number(target)
-        elif names is None and output_kind(tower) in ("classes", "tokens"):
+        elif names is None and head.kind in ("classes", "tokens"):
             column = word_ids(model, target)[0]
         else:
             known = names or [label(number) for number in range(n_out)]
@@ -262,7 +141,7 @@ def _labels(
                 raise InputError(f"{target!r} is no output here; nearest: {', '.join(nearest(target, known))}.")
             column = known.index(target)
         if not 0 <= column < n_out:
-            raise InputError(f"Output {column} is outside the {n_out} outputs of the {tower.name} tower.")
+            raise InputError(f"Output {column} is outside the {n_out} outputs of the {head.tower.name} tower.")
         return column
 
     def find(targets: Sequence[int | str]) -> list[int]:

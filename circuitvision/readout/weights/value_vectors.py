@@ -33,11 +33,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError, warn
+from circuitvision.model.output_head import model_of
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.recorded import chosen_layers
 from circuitvision.readout.weights.rows import is_normed, projections, written_rows
-from circuitvision.readout.weights.unembedding import Prompts, Unembedding, column_number, model_of, unembedding_matrix
+from circuitvision.readout.weights.unembedding import Prompts, Unembedding, column_number, unembedding_matrix
 from circuitvision.results import Result
 
 if TYPE_CHECKING:

@@ -19,21 +19,21 @@ from torch import Tensor
 from circuitvision import provenance
 from circuitvision.digests import of_json, plain
 from circuitvision.errors import InputError, warn
+from circuitvision.incremental.sweeps.batches import unedited_examples
+from circuitvision.incremental.sweeps.plan import Plan
+from circuitvision.incremental.sweeps.result import SweepResult, labels
+from circuitvision.incremental.sweeps.run import GroupRunner, Task
+from circuitvision.incremental.sweeps.store import Part, Store, joined, orderly_stop
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.axes import check_axes
 from circuitvision.model.edits.base import EditGroup, settled
 from circuitvision.model.edits.binding import Group, as_groups
-from circuitvision.model.sweeps.batches import unedited_examples
-from circuitvision.model.sweeps.plan import Plan
-from circuitvision.model.sweeps.result import SweepResult, labels
-from circuitvision.model.sweeps.run import GroupRunner, Task
-from circuitvision.model.sweeps.store import Part, Store, joined, orderly_stop
 from circuitvision.progress import Progress
 from circuitvision.results import check_labels
 from circuitvision.storage import as_builtin
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Study:
 
     def __init__(
         self,
-        model: HookedModel,
+        model: Wrapped,
         inputs: Any,
         edits: Any,
         metric: Any,

@@ -27,7 +27,7 @@ from torch import Tensor
 from circuitvision.digests import of_json
 from circuitvision.errors import InputError
 from circuitvision.files import make_folder, replacing, write_text
-from circuitvision.model.sweeps.plan import Plan, as_plain, from_plain
+from circuitvision.incremental.sweeps.plan import Plan, as_plain, from_plain
 
 FORMAT = "circuitvision.sweep/1"
 _MANIFEST, _LOCK, _META = "manifest.json", ".lock", "circuitvision_json"

@@ -31,9 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from circuitvision.model.attention import PrefixKV
-from circuitvision.model.dead import last_live_block
-from circuitvision.model.replay import (
+from circuitvision.incremental.replay import (
     BaseRun,
     CannotResume,
     ForeignHookDetector,
@@ -42,13 +40,15 @@ from circuitvision.model.replay import (
     tensors_in,
     tensors_of,
 )
-from circuitvision.model.resumed_run import UNREAD, ResumedRun, embeddings_of
-from circuitvision.model.routes import EMBED, ResumePlan, ResumePoint
+from circuitvision.incremental.resumed_run import ResumedRun, embeddings_of, unread_parts
+from circuitvision.incremental.routes import EMBED, ResumePlan, ResumePoint
+from circuitvision.model.attention import PrefixKV
+from circuitvision.model.dead import last_live_block
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.block import Block
     from circuitvision.model.tokens import TokenMap
-    from circuitvision.model.tower import Block
+    from circuitvision.model.wrapped import Wrapped
 
 FREE_POOLS = ("none", "cls", "cls+distillation", "cls+mean_patch", "mean_patch")
 """Pooling rules that need nothing but the stream itself."""
@@ -56,7 +56,7 @@ _HARMLESS = ("NoneType", "AlignDevicesHook", "SequentialHook")
 """What accelerate may have put on a module: hooks that move tensors between devices change no value."""
 
 
-def blocked_by(model: HookedModel, modules: Collection[nn.Module] | None = None) -> str:
+def blocked_by(model: Wrapped, modules: Collection[nn.Module] | None = None) -> str:
     """Why no run of a model can be resumed in its present state; "" if they can. ``modules`` are the model's, where they were listed already."""
     if model.engine.stack:
         return "other hooks are active, whose effect may be anywhere"
@@ -80,14 +80,12 @@ def _is_replaced(module: nn.Module) -> bool:
 class Resumer:
     """Records one unedited run of a model, and resumes it."""
 
-    def __init__(
-        self, model: HookedModel, inputs: Mapping[str, Any], tokens: Mapping[str, TokenMap], eager: bool
-    ) -> None:
+    def __init__(self, model: Wrapped, inputs: Mapping[str, Any], tokens: Mapping[str, TokenMap], eager: bool) -> None:
         self.model, self.inputs, self.tokens, self.eager = model, dict(inputs), tokens, eager
         self.order = model.flow.stages
         self.dual = model.is_dual
-        self.by_cache = any(tower.feeds_cache for tower in model.towers.values())
-        """Whether a tower reads another one's keys and values."""
+        self.by_cache = not model.flow.only_streams
+        """Whether a tower reads another one's keys and values, or attends to it."""
         self._reach: dict[tuple[str, int], Tensor | None] = {}
         self.clean: BaseRun | None = None
 
@@ -108,13 +106,9 @@ class Resumer:
                 self._record_tower(overrides, clean, name, starts)
             for name, layer in taps_from.items():
                 for block in self.model.towers[name].blocks[layer:]:
-                    clean.prefix_kv[id(block.part("attn"))] = PrefixKV()
+                    clean.prefix_kv |= {id(attention.module): PrefixKV() for attention in block.attentions}
             with self._recording(), self._kernels(clean.prefix_kv):
-                cache: Mapping[str, Any] = {}
-                if sites:
-                    clean.output, cache = self.model.run_with_cache(self.inputs, names_filter=sites)
-                else:
-                    clean.output = self.model(self.inputs)
+                clean.output, values = self.model._values_at(self.inputs, sites)
         finally:
             overrides.restore()
             watch.close()
@@ -123,7 +117,7 @@ class Resumer:
         for tensor in tensors_of(clean):
             clean.versions.setdefault(id(tensor), tensor._version)
         self.clean = clean
-        return {site: cache[site] for site in sites}
+        return values
 
     @contextlib.contextmanager
     def _kernels(self, prefix_kv: Mapping[int, PrefixKV]) -> Iterator[None]:
@@ -161,19 +155,18 @@ class Resumer:
                 self._keep(overrides, clean, block.module)
                 clean.completing.add(id(block.module))
         if feeds:
-            for part in UNREAD:
-                self._keep(overrides, clean, tower.blocks[live].part(part))
+            for module in unread_parts(tower.blocks[live]):
+                self._keep(overrides, clean, module)
 
     def _record_start(self, overrides: Overrides, clean: BaseRun, start: ResumePoint) -> None:
         if start.tower not in self.model.towers or start.layer == EMBED:
             return
         block = self.model.towers[start.tower].blocks[start.layer]
-        if start.name in ("o", "attn", "mlp_out", "mlp"):
-            self._keep(overrides, clean, block.part("attn"))
-        if start.name in ("o", "mlp_out"):
-            self._keep(overrides, clean, block.part("o" if start.name == "o" else "mlp_out"), argument=True)
-        if start.name in ("mlp_out", "mlp"):
-            self._keep(overrides, clean, block.part("mlp"))
+        for branch in block.branches[: start.branch + 1]:
+            self._keep(overrides, clean, branch.module)
+            resumes_here = start.at_output and branch.number == start.branch
+            if resumes_here or not branch.holds_output:
+                self._keep(overrides, clean, branch.output, argument=resumes_here)
 
     @staticmethod
     def _keep(
@@ -241,22 +234,29 @@ class Resumer:
         real = torch.from_numpy(self.tokens[tower].kind != "padding")
         seen: dict[Any, Tensor] = {}
         for block in self.model.towers[tower].blocks[layer:]:
-            tap = self.clean.prefix_kv.get(id(block.part("attn")))
-            if tap is None or tap.key is None:
-                return None
-            key = id(tap.mask) if tap.mask is not None else tap.causal
-            if key not in seen:
-                farthest = tap.farthest(real)
-                if farthest is None:
+            for attention in block.attentions:
+                tap = self.clean.prefix_kv.get(id(attention.module))
+                if tap is None or tap.key is None:
                     return None
-                seen[key] = farthest
+                key = id(tap.mask) if tap.mask is not None else tap.causal
+                if key not in seen:
+                    farthest = tap.farthest(real)
+                    if farthest is None:
+                        return None
+                    seen[key] = farthest
         return torch.stack(list(seen.values())).amax(0).cummax(0).values
 
     def can_slice(self, tower: str) -> bool:
         """Whether a tower's blocks may run on a suffix of the positions."""
         if tower not in self.model.towers:
             return False
-        return self.model.flow.is_last(tower) and not self.by_cache and not self.model.towers[tower].stack.image
+        found = self.model.towers[tower]
+        return (
+            self.model.flow.is_last(tower)
+            and not self.by_cache
+            and not found.stack.image
+            and not found.reads_beside_stream
+        )
 
     def sliced_tower(self, route: ResumePlan) -> str:
         """The tower of which a route may compute a suffix of the positions; "" if none."""
@@ -271,7 +271,12 @@ class Resumer:
         (start,) = route.starts
         if not self.model.flow.is_last(start.tower) or self.by_cache or start.layer == EMBED:
             return False
+        if not start.is_connector and self.model.towers[start.tower].reads_beside_stream:
+            return False
         if {"pixel_attention_mask", "spatial_shapes", "labels", "past_key_values"} & self.inputs.keys():
+            return False
+        if self.model.family.packing.in_sequence and self.model.towers[start.tower].stack.image:
+            # What keeps the images of a sequence apart is made of the inputs.
             return False
         readout = self.model.towers[start.tower].spec.readout
         return readout is None or readout.pool in FREE_POOLS

@@ -1,13 +1,8 @@
-"""From a direction of the output to a direction at every position of the stream.
+"""What a direction of the output is, where it is read, and what it is at every position of the stream (:meth:`OutputHead.gradient`).
 
-With all statistics held at their values in this run (norm denominators, the length of an embedding, the pattern and MLP of a pooling head, no
-soft cap), a read-out is affine in the final residual: ``output·direction = Σ_pos gradient[pos]·resid[pos] + constant``. The gradient is exact,
-not an approximation, and holds whatever the family pools: one position, a mean, CLS beside the mean patch, attention pooling. What a term of
-the stream contributes is its inner product with the gradient; the contributions and the constant (biases of norm and head) add up to the
-output.
-
-A vision tower behind a projector of one linear map (PaliGemma, PI0) is read as the lens reads it: what the patches at ``position`` say in the
-language tower's words, both norms held.
+What a term of the stream contributes is its inner product with that gradient; contributions and constant (biases of norm and head) add up to the
+output, whatever the family pools. A vision tower behind a projector of one linear map (PaliGemma, PI0) is read as the lens reads it: what the patches
+at ``position`` say in the language tower's words, both norms held.
 
 Not covered: towers behind a projector of more than one layer (give a direction of the stream).
 """
@@ -15,7 +10,7 @@ Not covered: towers behind a projector of more than one layer (give a direction 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,40 +22,18 @@ from circuitvision import metrics
 from circuitvision.answers import contrast
 from circuitvision.errors import InputError, warn
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.heads import Reading
-from circuitvision.model.norms import frozen_norm
+from circuitvision.model.columns import Columns, plain
+from circuitvision.model.output_head import LinearReadout
 from circuitvision.model.positions import Positions, in_every_example, warn_of_empty
 from circuitvision.readout.recorded import behind_cache, examples_of, tokens_of
-from circuitvision.readout.targets import (
-    Targets,
-    names_of,
-    output_kind,
-    output_size,
-    plain,
-    resolve_targets,
-    shared_width,
-)
-from circuitvision.readout.weights.unembedding import linear_projector
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.output_head import OutputHead
     from circuitvision.model.tokens import TokenMap
     from circuitvision.model.tower import Tower
 
 
-@dataclass(frozen=True)
-class LinearReadout:
-    """``value = Σ_pos gradient·resid + constant`` per row, and in words what it is. ``capped`` is the value under the family's soft cap, if any."""
-
-    gradient: Float[Tensor, "row pos d_model"]
-    constant: Float[Tensor, " row"]
-    value: Float[Tensor, " row"]
-    label: str
-    capped: Float[Tensor, " row"]
-
-
-def functional(
-    model: HookedModel,
+def linear_readout(
     tower: Tower,
     cache: ActivationCache,
     final: Float[Tensor, "row pos d_model"],
@@ -69,7 +42,7 @@ def functional(
     position: Any = None,
     aggregation: str | None = None,
 ) -> LinearReadout:
-    """The functional of a direction (see :func:`direct_attribution` for its forms) at the final residual of a run.
+    """A direction (see :func:`direct_attribution` for its forms) as a linear function of the final residual of a run.
 
     Raises:
         InputError: a direction that does not fit the tower, no position where one is needed.
@@ -78,27 +51,17 @@ def functional(
     rows, examples = examples_of(cache, tower.name, final.shape[0])
     position = in_every_example(position, examples)
     direction = direction_of(direction, examples)
-    if isinstance(direction, Tensor) and not _is_embedding(tower, direction):
+    head = tower.output_head.in_run(cache)
+    if isinstance(direction, Tensor) and not (head.compares and direction.shape[-1:] == (head.width,)):
         return _stream_direction(tower, cache, final, direction, position)
     position = _position_of(tower, direction, position)
     _check_readable(tower, position)
-    chosen, label = _columns(model, tower, direction, aggregation)
+    chosen, label = _columns(head, direction, aggregation)
     chosen.check(examples)
-    index = None if _pools(tower) else positions_read(tower, cache, position, final.shape[:2])
-    # Inference tensors cannot be tracked; a copy made here can.
-    with torch.inference_mode(False), torch.enable_grad(), tower.hooks_disabled():
-        resid = final.clone().requires_grad_(True)
-        value = _value(chosen, rows, _read(tower, cache, resid, chosen, index))
-        (gradient,) = torch.autograd.grad(value.sum(), resid)
-    value = value.detach()
-    _warn_unless_finite(tower, value if index is None else value[index.any(1)])
-    capped = value
-    reader = tower.reader.spec.readout
-    if reader is not None and reader.finish == "softcap":
-        with torch.no_grad(), tower.hooks_disabled():
-            capped = _value(chosen, rows, _read(tower, cache, final, chosen, index, capped=True))
-    constant = value - (gradient * final).flatten(1).sum(-1)
-    return LinearReadout(gradient, constant, value, label, capped)
+    index = None if head.pools else positions_read(tower, cache, position, final.shape[:2])
+    found = head.gradient(chosen, final, index, examples=rows)
+    _warn_unless_finite(tower, found.value if index is None else found.value[index.any(1)])
+    return replace(found, label=label)
 
 
 def direction_of(direction: Any, examples: int) -> Any:
@@ -123,20 +86,15 @@ def direction_of(direction: Any, examples: int) -> Any:
     return {"answer": found}
 
 
-def _is_embedding(tower: Tower, direction: Tensor) -> bool:
-    compares = output_kind(tower) in ("texts", "images")
-    return compares and direction.ndim > 0 and direction.shape[-1] == shared_width(tower)
-
-
 def _check_readable(tower: Tower, position: Any) -> None:
     """Raises InputError where no position can be read, or none is given where the model does not choose one."""
-    behind = tower.reader is not tower
-    if output_kind(tower) == "hidden" or (behind and linear_projector(tower) is None):
+    head, behind = tower.output_head, tower.reader is not tower
+    if head.kind == "hidden" or (behind and head.linear_projector is None):
         raise InputError(
             f"The {tower.name} tower has no read-out that is affine in its stream; give a direction of the stream: a tensor "
             f"[{tower.cfg.d_model}] or one per row."
         )
-    if _pools(tower) and position is not None:
+    if head.pools and position is not None:
         raise InputError(f"The {tower.name} tower's output is pooled by the model; leave position= out.")
     if behind and position is None:
         raise InputError(
@@ -144,22 +102,19 @@ def _check_readable(tower: Tower, position: Any) -> None:
         )
 
 
-def _columns(model: HookedModel, tower: Tower, direction: Any, aggregation: str | None) -> tuple[Targets, str]:
+def _columns(head: OutputHead, direction: Any, aggregation: str | None) -> tuple[Columns, str]:
     """The columns of the read-out that a direction is made of, one or the two of a difference, and what it is called."""
     if isinstance(direction, Tensor):
-        chosen = resolve_targets(model, tower, direction)
+        chosen = head.columns(direction)
         if len(chosen.labels) != 1:
             raise InputError("A direction is one embedding, [d_shared].")
         return chosen, "embedding"
     answer, foil, label = _answers(direction)
-    answer, foil = _from_end(answer, tower), _from_end(foil, tower)
-    named = {"answer": _listed(answer)} | ({} if foil is None else {"foil": _listed(foil)})
-    chosen = resolve_targets(model, tower, named, aggregation=aggregation)
-    if chosen.aggregation == "joint":
-        raise InputError("A joint probability is not linear in the logits; choose aggregation='first' or 'mean'.")
+    answer, foil = _from_end(answer, head), _from_end(foil, head)
     single = [item for item in (answer, foil) if isinstance(item, str | int)]
-    if not isinstance(direction, metrics.Metric) and len(single) == len(named):
-        names = names_of(model, tower, [item for item in single if isinstance(item, int)])
+    chosen = head.columns({"answer": answer} if foil is None else (answer, foil), aggregation=aggregation)
+    if not isinstance(direction, metrics.Metric) and len(single) == len(chosen.labels):
+        names = head.names([item for item in single if isinstance(item, int)])
         label = " - ".join(names.get(str(item), str(item)) for item in single)
     return chosen, label
 
@@ -171,14 +126,6 @@ def _warn_unless_finite(tower: Tower, value: Tensor) -> None:
             f"What the {tower.name} tower says is not finite in {lost} of {len(value)} rows of this run, and so are the shares there. Eager "
             "attention in float64 makes NaN of left padding: pad on the right, or use float32."
         )
-
-
-def _value(chosen: Targets, rows: Tensor, logits: Float[Tensor, "row 1 n_out"]) -> Float[Tensor, " row"]:
-    """The answer's logit, or the difference of two, in float32 at least."""
-    chosen.check_columns(logits.shape[-1])
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    values = chosen.read(wide, rows.to(logits.device))[..., 0, :]
-    return values[:, 0] - values[:, 1] if values.shape[1] == 2 else values[:, 0]
 
 
 def _position_of(tower: Tower, direction: Any, position: Any) -> Any:
@@ -203,47 +150,12 @@ def _position_of(tower: Tower, direction: Any, position: Any) -> Any:
     return own
 
 
-def _from_end(answer: Any, tower: Tower) -> Any:
+def _from_end(answer: Any, head: OutputHead) -> Any:
     """A negative action dimension counted from the end, as metrics count it."""
-    size = output_size(tower)
-    if output_kind(tower) == "actions" and isinstance(answer, int) and size is not None and -size <= answer < 0:
+    size = head.size
+    if head.kind == "actions" and isinstance(answer, int) and size is not None and -size <= answer < 0:
         return answer + size
     return answer
-
-
-def _pools(tower: Tower) -> bool:
-    readout = tower.spec.readout
-    return readout is not None and readout.pool not in ("none", "chunk")
-
-
-def _read(
-    tower: Tower, cache: ActivationCache, resid: Tensor, chosen: Targets, index: Tensor | None, capped: bool = False
-) -> Float[Tensor, "row 1 n_out"]:
-    """The frozen read-out: pooled, or the mean over the positions ``index`` (bool ``[row pos]``) of what each says."""
-    dtype = tower.dtype
-    options: dict[str, Any] = {"norm": "frozen", "against": chosen.against, "capped": capped}
-    if index is None:
-        out = Reading(tower, cache, reference=resid.detach().to(dtype), **options).output(resid.to(dtype))
-        return (out.T if output_kind(tower) == "images" and chosen.against is None else out)[:, None]
-    # Where no row has a position, one is read for the shape of what is then NaN.
-    there = index.any(0).nonzero().flatten() if bool(index.any()) else torch.zeros(1, dtype=torch.long)
-    picked = resid[:, there].to(dtype)
-    if tower.reader is not tower:
-        tower, picked = tower.reader, _projected(tower, picked)
-    reading = Reading(tower, cache, reference=picked.detach(), **options)
-    out = reading.positions(picked, 0, picked.detach())
-    share = index[:, there].to(out)
-    return torch.einsum("bp,bpk->bk", share / share.sum(-1, keepdim=True), out)[:, None]
-
-
-def _projected(tower: Tower, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_reader"]:
-    """What a projector of one linear map makes of patches, the norm before it held."""
-    normed = tower.spec.readout is not None and tower.spec.readout.normed and tower.final_norm is not None
-    if normed:
-        assert tower.final_norm is not None
-        resid = frozen_norm(tower.final_norm, resid, resid.detach())
-    projector = tower.connector_module
-    return projector(resid)
 
 
 def _answers(direction: Any) -> tuple[Any, Any, str]:
@@ -271,20 +183,6 @@ def _answers(direction: Any) -> tuple[Any, Any, str]:
     )
 
 
-def _listed(answers: Any) -> list[Any]:
-    if isinstance(answers, str | int):
-        return [answers]
-    if isinstance(answers, Tensor):
-        raise InputError(
-            "A direction as a tensor of numbers with a fraction is [d_model] (or an embedding); ids are whole numbers."
-        )
-    if not isinstance(answers, list | tuple):
-        raise InputError(
-            f"An answer is a word, class, prompt or number, or a list with one per example, not {answers!r}."
-        )
-    return list(answers)
-
-
 def _stream_direction(
     tower: Tower, cache: ActivationCache, final: Tensor, direction: Tensor, position: Any
 ) -> LinearReadout:
@@ -302,7 +200,7 @@ def _stream_direction(
     direction = direction.detach().to(final).expand(final.shape[0], -1)
     gradient = share[..., None] * direction[:, None]
     value = (gradient * final).flatten(1).sum(-1)
-    return LinearReadout(gradient, torch.zeros_like(value), value, "direction", value)
+    return LinearReadout(gradient, torch.zeros_like(value), value, value, "direction")
 
 
 def positions_read(
@@ -317,7 +215,7 @@ def positions_read(
         InputError: positions of another tower or run, or outside what is read.
     """
     rows, length = shape
-    chunk = tower.spec.readout is not None and tower.spec.readout.pool == "chunk"
+    chunk = tower.output_head.table.pool == "chunk"
     start = length - int(tower.config_of_model.chunk_size) if chunk else 0
     positions = Positions.of((start if chunk else "last") if position is None else position)
     behind = behind_cache(tower, cache, length)

@@ -1,21 +1,17 @@
 """HookedModel: a Hugging Face vision, vision-language or action model with every internal activation under one standard name.
 
-The wrapper holds the module untouched: same class, same state_dict, same outputs bit for bit, usable with generate, save_pretrained, adapters and
-device maps. Torch hooks exist only while a run asks for sites, and are gone afterwards, also when it raises. Nothing is folded, ever: what is
-read is what the model computes.
+What a model is, and one forward pass of it, is in ``model/wrapped.py``; here is what is done with it: caches, hooks, edits, sweeps, generation.
 
-The module's state is looked at in every run (``state.py``): compiled modules and gradient checkpointing under hooks are refused, dropout in training
-mode is told of. Hooks act in the thread that put them in place (``hooks.py``).
+Torch hooks exist only while a run asks for sites, and are gone afterwards, also when it raises. They act in the thread that put them in place
+(``model/hooks.py``). Nothing is folded, ever: what is read is what the model computes.
 
-Not covered: two wrappers hooking the attention of one module at the same time.
+Not covered: what :mod:`circuitvision.model.wrapped` and :mod:`circuitvision.model.hooks` leave out.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,37 +20,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from circuitvision import metrics, provenance
-from circuitvision.errors import (
-    HookError,
-    InputError,
-    UnknownAttributeError,
-    UnknownSiteError,
-    UnsupportedModelError,
-    warn,
-)
-from circuitvision.links import Link, marked
-from circuitvision.model import dead, generation, heads, layout, loading, state, stream
+from circuitvision.errors import HookError, InputError, UnsupportedModelError, warn
+from circuitvision.model import generation, loading, state
 from circuitvision.model import inputs as input_checks
-from circuitvision.model.axes import positions_of
 from circuitvision.model.cache import ActivationCache, Recipe, collected
+from circuitvision.model.edits.applying import edited
 from circuitvision.model.edits.base import Edit
-from circuitvision.model.edits.binding import CompiledEdits, EditApplier, EditCompiler, as_groups
-from circuitvision.model.flow import Flow
+from circuitvision.model.edits.binding import EditCompiler, as_groups
 from circuitvision.model.gradients import Metric, with_gradients
-from circuitvision.model.hooks import Hook, HookEngine, HookPoint, Recorder, Registration
-from circuitvision.model.points import Point
-from circuitvision.model.settings import entries
-from circuitvision.model.sites import NamesFilter, SiteName, exact_names, matching
-from circuitvision.model.spec import family_of
-from circuitvision.model.text import TextTools
-from circuitvision.model.tokens import TokenMap, token_maps
-from circuitvision.model.tower import Tower
-from circuitvision.model.tree import ModuleTree, base_of
-from circuitvision.model.weights import check_gradients, main_device, main_dtype
+from circuitvision.model.registrations import Hook, HookPoint, Recorder, Registration
+from circuitvision.model.sites import NamesFilter, SiteName, exact_names
+from circuitvision.model.weights import check_gradients
+from circuitvision.model.wrapped import RunLog, Wrapped
 
 if TYPE_CHECKING:
-    from circuitvision.model.prepared import PreparedRun
-    from circuitvision.model.sweeps.result import SweepResult
+    from circuitvision.incremental.prepared import PreparedRun
+    from circuitvision.incremental.sweeps.result import SweepResult
 
 HookList = Sequence[tuple[Any, Hook]]
 
@@ -67,7 +48,7 @@ class _Stop(Exception):
         self.value = value
 
 
-class HookedModel(TextTools):
+class HookedModel(Wrapped):
     """A wrapped model: ``model(inputs)``, ``run_with_cache``, ``run_with_hooks``, ``hooks``, ``generate``, towers, sites and tokens.
 
     ``copy.deepcopy`` copies the module too; hooks of :meth:`add_hook` act in the copy, those of ``with`` blocks do not.
@@ -75,86 +56,17 @@ class HookedModel(TextTools):
     """
 
     def __init__(self, module: nn.Module, processor: Any = None) -> None:
-        loading.refuse_no_module(module)
-        state.refuse_wrappers(module)
-        self.module: Any = module
-        self.processor = processor
-        self._base: Any = base_of(module)
-        self.family = family_of(self._base)
-        if not hasattr(self._base, "config"):
-            raise UnsupportedModelError(
-                f"{type(self._base).__name__} has no config, which says how many heads it has, how large pictures and patches are: give it one, such "
-                "as self.config = transformers.ViTConfig(…)."
-            )
-        self.config: Any = self._base.config
-        self.inner: nn.Module = getattr(self._base, "model", self._base)
-        self.towers: dict[str, Tower] = {}
-        for spec in self.family.towers:
-            self.towers[spec.name] = Tower(self._base, self.config, self.family, spec, self.towers)
-        layout.refuse_unread(self.family, self.towers)
-        self.engine = HookEngine(module, *self._points(), self.family.flow)
-        for tower in self.towers.values():
-            tower.hooks_disabled = self.engine.suspension
-        self._own_towers()
+        super().__init__(module, processor)
         self._persistent: list[Registration] = []
-        self._matches: dict[Any, list[str]] = {}
-        self._passes_recorded = False
-        self._recorded_inputs: list[dict[str, Any]] | None = None
-        self._edited_sites: frozenset[str] = frozenset()
-        self._checked_inputs = input_checks.Checked()
-        self._state = state.ModuleState(module)
-        self._seen_streams: set[frozenset[str]] = set()
-        self._watch_stream = True
-
-    def _before_run(self) -> None:
-        self._follow()
-        self._state.check(hooked=True)
-
-    def _points(self) -> tuple[list[Point], dict[str, nn.Module]]:
-        points = layout.points_of(self._base, self.family, self.towers)
-        first_blocks = {name: tower.blocks[0].module for name, tower in self.towers.items()}
-        self._tree = ModuleTree(self._base, [*(point.module for point in points), *first_blocks.values()])
-        return points, first_blocks
-
-    def _follow(self) -> None:
-        """Find towers and sites again if a module that carries one was replaced since: an adapter was added, or taken out."""
-        if self._tree.intact():
-            return
-        for tower in self.towers.values():
-            tower.find()
-        self.engine.renew(*self._points())
-        self._state.renew()
-        self._matches.clear()
-
-    def _own_towers(self) -> None:
-        self.engine.before_run = weakref.WeakMethod(self._before_run)
-        self._first_parameter = _first_parameter(self.module)
-        for tower in self.towers.values():
-            tower.owner = weakref.ref(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy's towers belong to the copy.
-        self.__dict__.update(state)
-        self._own_towers()
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.engine.stack:
-            raise HookError(
-                "Hooks are in place, and they cannot be pickled: leave their with block, or call reset_hooks()."
-            )
-        return self.__dict__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HookedModel:
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        with self.engine.detached():
-            twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in self._to_copy().items()})
+        twin = super().__deepcopy__(memo)
         for registration in self._persistent:
             twin._put(Registration(registration.forward, registration.backward, exact=registration.exact))
         return twin
 
     def _to_copy(self) -> dict[str, Any]:
-        return {**self.__dict__, "_persistent": [], "_recorded_inputs": None, "_passes_recorded": False}
+        return {**super()._to_copy(), "_persistent": []}
 
     @classmethod
     def from_pretrained(
@@ -173,92 +85,6 @@ class HookedModel(TextTools):
         module = loading.load_module(name_or_folder, dtype, device, device_map, **kwargs)
         return cls(module, loading.load_processor(name_or_folder, module))
 
-    # -- what is there -----------------------------------------------------------------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Tower:
-        towers = self.__dict__.get("towers", {})
-        if name in towers:
-            self._follow()
-            return towers[name]
-        raise UnknownAttributeError(
-            f"HookedModel has no attribute {name!r}; towers of this model: {', '.join(towers)}."
-        )
-
-    def sites(self, glob: NamesFilter = "**") -> list[str]:
-        """Names of all sites that a name, glob, list or predicate selects, in forward order; UnknownSiteError if there is none.
-
-        ``*`` stays inside one dotted part, ``**`` crosses dots.
-        """
-        return list(self._match(glob))
-
-    def _match(self, names_filter: NamesFilter) -> list[str]:
-        if isinstance(names_filter, (str, type(None))):
-            if names_filter not in self._matches:
-                self._matches[names_filter] = matching(names_filter, self.engine.points)
-            return self._matches[names_filter]
-        return matching(names_filter, self.engine.points)
-
-    def is_dead(self, site: str, inputs: Mapping[str, Any] | None = None) -> bool:
-        """Whether nothing written at this site can reach the output of a run with ``inputs``.
-
-        Without them, of a run that leaves its settings (``vision_feature_layer``) to the configuration.
-        """
-        name = SiteName.parse(self._match(site)[0])
-        return name.tower in self.towers and dead.is_dead(self.towers[name.tower], site, inputs)
-
-    def dead_positions(self, site: str, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Which positions of a site cannot reach the output in this run: bool ``[row pos]`` (queries, for patterns); None if all can."""
-        name = SiteName.parse(self._match(site)[0])
-        if name.tower not in self.towers:
-            return None
-        inputs = input_checks.as_mapping(self, inputs)
-        tokens = self.tokens(inputs)[name.tower]
-        return dead.dead_positions(self.towers[name.tower], site, tokens, inputs)
-
-    def tokens(self, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
-        """What every position of every tower is in this run: kind, image, patch row and column, pixel box, text piece."""
-        return token_maps(self, input_checks.as_mapping(self, inputs))
-
-    def positions(self, site: str, inputs: Mapping[str, Any]) -> list[int]:
-        """Which positions of its tower a site holds in this run, in the order of the site's own axis; none where it is pooled.
-
-        A projector holds those that its vision tower hands on, an image tower's ``hook_embed`` the patches, an output head what it reads.
-        """
-        return positions_of(self, self._match(site)[0], inputs)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model reads its inputs: the device of its first parameter that is in memory, or the one its parameters are fetched to."""
-        parameters, name = self._first_parameter
-        first = parameters.get(name)
-        return main_device(self.module) if first is None or first.is_meta else first.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision the model computes in: the dtype of its first parameter that is not quantised."""
-        return main_dtype(self.module)
-
-    def to(self, *args: Any, **kwargs: Any) -> HookedModel:
-        """Move or convert the wrapped module, as ``nn.Module.to``; returns the wrapper. Raises InputError for a GPU that is not there."""
-        for device in (*args, kwargs.get("device")):
-            loading.check_device(device)
-        self.module.to(*args, **kwargs)
-        return self
-
-    def eval(self) -> HookedModel:
-        """Put the wrapped module into eval mode; returns the wrapper."""
-        self.module.eval()
-        return self
-
-    def train(self, mode: bool = True) -> HookedModel:
-        """Put the wrapped module into train mode; returns the wrapper."""
-        self.module.train(mode)
-        return self
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The module's parameters."""
-        return self.module.parameters()
-
     def unwrap(self) -> nn.Module:
         """The module as it was, without any handle of ours; transformers' own capture hooks stay."""
         self.reset_hooks()
@@ -266,110 +92,7 @@ class HookedModel(TextTools):
             self.engine.pop(registration)
         return self.module
 
-    def __provenance__(self) -> dict[str, Any]:
-        return {"model": provenance.model_id(self.module), "weights_sha256": provenance.hash_weights(self.module)}
-
-    def __repr__(self) -> str:
-        towers = "\n  ".join(repr(tower) for tower in self.towers.values())
-        return f"HookedModel({type(self.module).__name__}, {self.dtype}, {self.device})\n  {towers}\n  {len(self.engine.points)} sites"
-
-    def _repr_html_(self) -> str:
-        header = "".join(
-            f"<th>{h}</th>"
-            for h in ("tower", "layers", "heads (kv)", "d_model", "d_head", "d_mlp", "grid", "attention")
-        )
-        rows = ""
-        for name, tower in self.towers.items():
-            c = tower.cfg
-            grid = f"{c.grid[0]}×{c.grid[1]} + {c.n_prefix}" if c.grid else "–"
-            cells = (name, c.n_layers, f"{c.n_heads} ({c.n_kv_heads})", c.d_model, c.d_head, c.d_mlp, grid, c.attention)
-            rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-        title = f"<b>HookedModel</b> {type(self.module).__name__}, {len(self.engine.points)} sites"
-        return f"{title}<table><tr>{header}</tr>{rows}</table>"
-
-    # -- running -----------------------------------------------------------------------------------------------------------------------------
-
-    def __call__(self, inputs: Any, **kwargs: Any) -> Tensor:
-        """One forward pass; returns the family's natural output tensor (logits, logits per image, velocity, last hidden state).
-
-        Raises InputError if the inputs cannot be what the model reads.
-        """
-        return self._forward(self._checked(inputs, kwargs), {})
-
-    def _checked(
-        self,
-        given: Any,
-        kwargs: Mapping[str, Any] | None = None,
-        read: Callable[[dict[str, Any]], dict[str, Any]] = dict,
-    ) -> dict[str, Any]:
-        """The inputs of a run, keywords of its call among them: what is asked about the run is asked of these."""
-        self.engine.check_thread()
-        self._follow()
-        mapping = input_checks.with_keywords(input_checks.as_mapping(self, given), kwargs or {})
-        if not self._checked_inputs.holds(self, mapping):
-            input_checks.check(self, read(mapping))
-            self._checked_inputs.keep(self, mapping)
-            self._state.renew()
-            self._watch_stream = frozenset(mapping) not in self._seen_streams
-        return mapping
-
-    def _ran(self, mapping: Mapping[str, Any]) -> None:
-        """Remember the inputs of a run, and the sites that may be edited in it, for the cache that records it."""
-        if self._recorded_inputs is not None:
-            self._recorded_inputs.append(dict(mapping))
-        self._edited_sites |= self._hooked_sites()
-
-    def _hooked_sites(self) -> frozenset[str]:
-        return frozenset().union(*(registration.forward for registration in self.engine.stack))
-
-    @contextlib.contextmanager
-    def _running(self, mapping: Mapping[str, Any]) -> Iterator[None]:
-        """One run of the module, in whatever way it is called: its state is looked at, its passes are counted."""
-        if self.module is not self.engine.model:
-            state.refuse_wrappers(self.module)
-        self._state.check(hooked=bool(self.engine.stack))
-        self._ran(mapping)
-        watch = stream.watched(self.towers) if self._watch_stream else contextlib.nullcontext()
-        with self.engine.run(self._bypassed(mapping)), watch:
-            yield
-        if self._watch_stream:
-            self._watch_stream = False
-            self._seen_streams.add(frozenset(mapping))
-
-    def _bypassed(self, mapping: Mapping[str, Any]) -> frozenset[str]:
-        return input_checks.bypassed_sites(self, mapping)
-
-    def _forward(self, mapping: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Tensor:
-        if kwargs:
-            input_checks.check_keywords(self, kwargs)
-        if entries(self.config).get("return_dict") is False:
-            raise InputError("model.config.return_dict is False, which takes the names off the output: set it to True.")
-        with self._running(mapping):
-            output = self.module(**mapping, **kwargs)
-        name = self.family.output
-        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if not isinstance(found, Tensor):
-            held = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
-            raise UnsupportedModelError(
-                f"The forward of {type(self.module).__name__} returns no tensor {name!r}, which the table of the {self.family.name} family calls "
-                f"its output, but {held}."
-            )
-        return found if self.link == "softmax" else marked(found, self.link)
-
-    @property
-    def flow(self) -> Flow:
-        """How the towers feed each other."""
-        return self.family.flow
-
-    @property
-    def is_dual(self) -> bool:
-        """Whether the model compares what its towers make of images and of texts, which do not feed each other (CLIP, SigLIP)."""
-        return self.flow.is_dual
-
-    @property
-    def link(self) -> Link:
-        """What turns the output into probabilities: ``"softmax"``, ``"sigmoid"`` (every column is a yes or no of its own) or ``"none"``."""
-        return heads.link(self.towers[self.flow.answer])
+    # -- caches --------------------------------------------------------------------------------------------------------------------------------
 
     def run_with_cache(
         self,
@@ -451,6 +174,8 @@ class HookedModel(TextTools):
             return stopped.value
         raise HookError(f"The run never reached {site}.")
 
+    # -- hooks ---------------------------------------------------------------------------------------------------------------------------------
+
     def run_with_hooks(self, inputs: Any, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any) -> Tensor:
         """One forward pass with hooks; returns the output. ``fwd_hooks`` and ``bwd_hooks`` are ``[(name or glob, fn)]``.
 
@@ -522,20 +247,22 @@ class HookedModel(TextTools):
         """
         recorder = Recorder(device, keeps_graph=keep_graph)
         cache = ActivationCache({}, self)
-        self._passes_recorded, self._recorded_inputs, self._edited_sites = False, [], frozenset()
+        self._log = log = RunLog()
         names = self._match(names_filter)
         try:
             with self.engine.registered(Registration(recorder=recorder, recorded=frozenset(names))):
                 yield cache
         finally:
-            runs, self._recorded_inputs = self._recorded_inputs or [], None
+            self._log = None
         ordered = {name: recorder.values[name] for name in names if name in recorder.values}
-        cache._values.update(collected(ordered, multi_pass=self._passes_recorded))
-        cache.edited = self._edited_sites
-        if runs and names and not ordered:
+        cache._values.update(collected(ordered, multi_pass=log.several_passes))
+        cache.edited = log.edited
+        if log.inputs and names and not ordered:
             _warn_empty(names_filter)
-        if len(runs) == 1:
-            cache.inputs = runs[0]
+        if len(log.inputs) == 1:
+            cache.inputs = log.inputs[0]
+
+    # -- edits ---------------------------------------------------------------------------------------------------------------------------------
 
     def run(self, inputs: Any, edits: Edit | Sequence[Edit] = (), **kwargs: Any) -> Tensor:
         """One forward pass under edits, see :mod:`circuitvision.edits`; returns the output.
@@ -548,21 +275,12 @@ class HookedModel(TextTools):
         mapping = self._checked(inputs, kwargs)
         binder = EditCompiler(self, mapping)
         (bound,) = binder.bind(_one_group(edits))
-        with self._edited(binder, bound):
+        with edited(binder, bound):
             return self._forward(mapping if bound.inputs is None else bound.inputs, {})
 
     @contextlib.contextmanager
-    def _edited(self, binder: EditCompiler, bound: CompiledEdits) -> Iterator[None]:
-        forward = EditApplier(binder, [bound]).hooks()
-        if not forward:
-            yield
-            return
-        with self.engine.registered(Registration(forward=forward, exact=frozenset(bound.sites))):
-            yield
-
-    @contextlib.contextmanager
     def prepared(self, inputs: Any, start: Any) -> Iterator[PreparedRun]:
-        """Runs under edits that compute only what lies behind a place, exact, with gradients: :class:`circuitvision.model.prepared.PreparedRun`.
+        """Runs under edits that compute only what lies behind a place, exact, with gradients: :class:`circuitvision.PreparedRun`.
 
         ``with model.prepared(inputs, start=("language", 20)) as run: logits = run([edit])``. The unedited run is recorded once; each call costs what
         lies behind ``start``, the earliest place where an edit may act: a site or component, a layer ``(tower, number)`` (its input; a number alone
@@ -572,7 +290,7 @@ class HookedModel(TextTools):
         Raises InputError or UnknownSiteError for a start that is not there; InputError in training mode with dropout, and from a call whose edits act
         before ``start``.
         """
-        from circuitvision.model.prepared import PreparedRun
+        from circuitvision.incremental.prepared import PreparedRun
 
         run = PreparedRun(self, self._checked(inputs), start)
         try:
@@ -612,17 +330,17 @@ class HookedModel(TextTools):
         batch, as many each time.
 
         ``save_to`` is a folder in which every finished batch is kept: whatever ends the run, the same call with ``resume=True`` runs the rest only,
-        to the same bits (see :mod:`circuitvision.model.sweeps.store`).
+        to the same bits (see :mod:`circuitvision.incremental.sweeps.store`).
 
         An example in which all masks and selections of a group are empty was not edited: it is NaN, with a warning, so that means leave it out
         (``empty="clean"``: its unedited metric). Raises InputError or UnknownSiteError, naming the edit, before anything runs; InputError in
         training mode with dropout, and for a folder that holds another study.
         """
-        from circuitvision.model.sweeps.study import Options, Study
+        from circuitvision.incremental.sweeps.study import Options, Study
 
         options = Options(batch_size, partial, empty, progress, save_to, resume)
         if hasattr(inputs, "batches"):
-            from circuitvision.model.sweeps.stream import DataStudy
+            from circuitvision.incremental.sweeps.stream import DataStudy
 
             return DataStudy(self, inputs, edits_or_groups, metric, axes, options, example_batch, align).result()
         return Study(self, self._checked(inputs), edits_or_groups, metric, axes, options).result()
@@ -652,8 +370,7 @@ class HookedModel(TextTools):
         if bound.writes or self.engine.stack:
             # Compiled decoding steps, which caches of fixed size ask for on a GPU, would not run hooks that come and go.
             kwargs.setdefault("disable_compile", True)
-        self._passes_recorded = True
-        with self._edited(binder, bound), self._running(mapping):
+        with edited(binder, bound), self._running(mapping, several_passes=True):
             out = module.generate(**mapping, **kwargs)
         if bound.writes and growing in self.engine.passes:
             binder.warn_unmet(bound, self.engine.passes[growing])
@@ -678,26 +395,12 @@ class HookedModel(TextTools):
         binder = EditCompiler(self, mapping, "act", num_steps or self.config.num_inference_steps)
         (bound,) = binder.bind(_one_group(edits))
         mapping.pop("timestep", None)
-        self._passes_recorded = True
-        with self._edited(binder, bound), self._running(mapping):
+        with edited(binder, bound), self._running(mapping, several_passes=True):
             return module.sample_actions(**mapping, num_steps=num_steps, **kwargs)
 
 
 def _warn_empty(names_filter: NamesFilter) -> None:
     warn(f"The cache is empty: no site of {names_filter!r} ran with these inputs (a vision tower needs pixel_values).")
-
-
-def _first_parameter(module: nn.Module) -> tuple[dict[str, Any], str]:
-    """Where a module keeps its first parameter: asking for it is cheaper than looking for it again in every run."""
-    return next(
-        (
-            (part._parameters, name)
-            for part in module.modules()
-            for name, value in part._parameters.items()
-            if value is not None
-        ),
-        ({}, ""),
-    )
 
 
 def _one_group(edits: Edit | Sequence[Edit]) -> list[tuple[Edit, ...]]:
@@ -712,9 +415,6 @@ def _hook_entry(entry: Any) -> tuple[NamesFilter, Hook]:
     if not (isinstance(entry, tuple) and len(entry) == 2 and callable(entry[1])):
         raise HookError(f"A hook is a pair (site name or glob, function), got {entry!r}.")
     return entry
-
-
-__all__ = ["HookPoint", "HookedModel", "UnknownSiteError"]
 
 
 def _instead(model: HookedModel, method: str) -> str:

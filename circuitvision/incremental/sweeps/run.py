@@ -19,24 +19,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import CircuitVisionError, InputError, warn
-from circuitvision.links import marked
-from circuitvision.metric_set import MetricSet
-from circuitvision.model.edits.binding import CompiledEdits, EditCompiler, Group
-from circuitvision.model.prepared import run_batch
-from circuitvision.model.replay import CannotResume, rows_of_group
-from circuitvision.model.resume import Resumer, blocked_by
-from circuitvision.model.routes import (
+from circuitvision.incremental.prepared import run_batch
+from circuitvision.incremental.replay import CannotResume, rows_of_group
+from circuitvision.incremental.resume import Resumer, blocked_by
+from circuitvision.incremental.routes import (
     ResumePlan,
     is_unedited,
     lowest_position,
     route_of,
 )
+from circuitvision.incremental.sweeps.batches import LARGE_SHARE, count_fitting, free_memory, size_of_route
+from circuitvision.incremental.sweeps.plan import NOTHING, Plan
+from circuitvision.links import marked
+from circuitvision.metric_set import MetricSet
+from circuitvision.model.edits.applying import edited
+from circuitvision.model.edits.binding import CompiledEdits, EditCompiler, Group
 from circuitvision.model.state import refuse_random
-from circuitvision.model.sweeps.batches import LARGE_SHARE, count_fitting, free_memory, size_of_route
-from circuitvision.model.sweeps.plan import NOTHING, Plan
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 
 @dataclass(eq=False)
@@ -55,7 +56,7 @@ class GroupRunner:
 
     def __init__(
         self,
-        model: HookedModel,
+        model: Wrapped,
         inputs: dict[str, Any],
         groups: Sequence[Group],
         metrics: MetricSet,
@@ -88,7 +89,7 @@ class GroupRunner:
         needed = max((math.prod(size_of_route(self.binder, route)) for route in routes), default=0)
         free = free_memory(self.model.device)
         if free is not None and needed > LARGE_SHARE * free:
-            count = max((tokens.n_examples for tokens in self.binder.maps.values()), default=0)
+            count = max((tokens.n_examples for tokens in self.binder.windows.maps.values()), default=0)
             warn(
                 f"One run of these {count} examples may keep about {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} GiB that are free. The memory of "
                 "a sweep grows with its examples: give a data set (cv.data.Pairs), which is run in batches, or fewer of them at once."
@@ -131,7 +132,7 @@ class GroupRunner:
         return self._evaluate(self.logits.clone())
 
     def _record(self, eager: bool, tasks: Sequence[Task]) -> None:
-        resumer = Resumer(self.model, self.inputs, self.binder.maps, eager)
+        resumer = Resumer(self.model, self.inputs, self.binder.windows.maps, eager)
         starts = {start for task in tasks if task.route for start in task.route.starts}
         prefix_kv: dict[str, int] = {}
         for task in tasks:
@@ -234,7 +235,7 @@ class GroupRunner:
             assert self.logits is not None
             return self._evaluate(self.logits.clone())
         inputs = self.inputs if task.bound.inputs is None else task.bound.inputs
-        with self.model._edited(self.binder, task.bound):
+        with edited(self.binder, task.bound):
             logits = self.model._forward(inputs, {})
         return self._evaluate(logits)
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from circuitvision.incremental.routes import ResumePlan, rows_serve_all
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import EditCompiler
-from circuitvision.model.routes import ResumePlan, rows_serve_all
 
 POSITIONS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
 """How many positions an automatic batch computes: what keeps the device busy."""
@@ -46,7 +46,7 @@ def count_fitting(device: torch.device, size: tuple[int, int, int], firsts: Sequ
 def size_of_route(binder: EditCompiler, route: ResumePlan) -> tuple[int, int, int]:
     """Rows, positions and bytes per position of the largest tower a route computes."""
     found = []
-    model, maps = binder.model, binder.maps
+    model, maps = binder.model, binder.windows.maps
     starts = [start.tower for start in route.starts]
     for name, tower in model.towers.items():
         # A connector costs no more than the tower it reads.
@@ -77,7 +77,7 @@ def unedited_examples(binder: EditCompiler, group: Sequence[Edit]) -> Tensor | N
         if not chosen:
             return None
         for name in edit.sites(binder.model):
-            window = binder.window(name)
+            window = binder.windows.of(name)
             if window is None or window.tokens is None or rows_serve_all(binder.model, window.tower):
                 return None
             acts = torch.ones(window.rows, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""How one lens reads vectors of a tower: which columns, with which norm, a few positions at a time."""
+"""The run that a lens reads: its sites as vectors of the stream, and what the tower's output head makes of them, a few positions at a time."""
 
 from __future__ import annotations
 
@@ -14,70 +14,44 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.links import Link, log_probabilities, probabilities
 from circuitvision.model.cache import ActivationCache
-from circuitvision.model.heads import Reading, link, through_projector, unembedding
+from circuitvision.model.columns import Columns
+from circuitvision.model.norms import upcast
 from circuitvision.model.sites import SiteName
 from circuitvision.model.tokens import TokenMap
 from circuitvision.model.weights import main_device
 from circuitvision.readout.recorded import examples_of, held_as, pass_number, recorded
-from circuitvision.readout.targets import Targets, output_kind, output_size
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
     from circuitvision.model.tower import Tower
+    from circuitvision.model.wrapped import Wrapped
     from circuitvision.readout.lens.tuned import TunedLens
 
 CHUNK_BYTES = 16 * 2**20
 """Logits held at once."""
 
 
-class LensReader:
-    """How one lens reads vectors of one tower: which columns, which norm, in which pieces."""
+class LensRun:
+    """One recorded run of one tower, read by its output head with one norm, for targets or all columns."""
 
     def __init__(
         self,
-        model: HookedModel,
+        model: Wrapped,
         tower: Tower,
         cache: ActivationCache,
         norm: str = "own",
-        targets: Targets | None = None,
+        targets: Columns | None = None,
         readout: Callable[[Tensor], Tensor] | None = None,
         tuned: TunedLens | None = None,
         step: int | None = None,
     ) -> None:
         self.model, self.tower, self.cache = model, tower, cache
         self.targets, self.custom, self.tuned, self.step = targets, readout, tuned, step
-        self.kind = "columns" if readout is not None else output_kind(tower)
-        against = None if targets is None else targets.against
-        self.directions = against if self.kind in ("hidden", "embedding") or self._wide(against) else None
-        self._check_width()
-        self.projects = tower.reader is not tower and self.directions is None
+        self.kind = "columns" if readout is not None else tower.output_head.kind
+        against = None if targets is None or readout is not None else targets.against
         norm = "own" if norm == "tuned" else norm
         final = self._final() if norm == "frozen" else None
-        self.own = Reading(tower, cache, norm=norm, reference=final)
-        self.reference = final
-        if final is not None and self.projects:
-            # What the norm behind the projector has at the patch that the run projected.
-            self.reference = self._projected(final, True, Reading(tower, cache))
-        self.reading = Reading(
-            tower.reader,
-            cache,
-            norm=norm,
-            reference=self.reference,
-            against=None if self.directions is not None else against,
-        )
-
-    def _check_width(self) -> None:
-        if self.directions is None:
-            return
-        wanted = self.tower.cfg.d_model if self.kind != "embedding" else output_size(self.tower)
-        if self.directions.shape[1] != wanted:
-            raise InputError(
-                f"Directions of the {self.tower.name} tower are [target {wanted}], not {tuple(self.directions.shape)}."
-            )
-
-    def _wide(self, against: Tensor | None) -> bool:
-        """Whether the targets are directions of the stream itself, in a tower whose columns have names of their own."""
-        return against is not None and self.kind in ("classes", "tokens", "actions")
+        self.own = tower.output_head.in_run(cache, norm=norm, reference=final, against=against)
+        self.head = self.own.reader()
 
     # -- what is read ------------------------------------------------------------------------------------------------------------------------
 
@@ -129,8 +103,8 @@ class LensReader:
             yield slice(None), self._own_columns(value)
             return
         missing = self.missing(value)
-        if self.projects:
-            value = self._projected(value, not missing, self.own)
+        with torch.no_grad(), self.tower.hooks_disabled():
+            value = self.own.projected(value, has_prefix=not missing)
         rows, width = self._at_once(value)
         for first in range(0, value.shape[0], rows):
             mine = slice(first, first + rows)
@@ -138,7 +112,7 @@ class LensReader:
                 piece = value[mine, start : start + width]
                 # Hooks are quiet while a piece is read, and no longer: what is done with it may run the model.
                 with self.tower.hooks_disabled():
-                    found = self._piece(piece, start + missing, self._frozen(mine, start, piece, value))
+                    found = self.head.positions(piece, start + missing, self._frozen(mine, start, piece, value))
                 yield mine, found
 
     def _carried(self, value: Tensor, name: str | None) -> Tensor:
@@ -168,33 +142,27 @@ class LensReader:
             for role in roles.unique().tolist():
                 mine = (roles == role).nonzero().flatten()
                 order.append(mine)
-                found.append(self._piece(values[mine.to(values.device), None].to(self._dtype()), int(role), None)[:, 0])
+                vectors = values[mine.to(values.device), None].to(self.tower.dtype)
+                found.append(self.head.positions(vectors, int(role))[:, 0])
         back = torch.cat(order).argsort()
         return torch.cat(found)[back.to(values.device)]
 
     def pooled(self, value: Float[Tensor, "row pos d_model"], name: str | None = None) -> Tensor | None:
         """The family's pooled output ``[row n_out]``; None where it does not pool, or where the vector is not read by its head."""
-        readout = self.tower.spec.readout
-        pools = readout is not None and readout.pool not in ("none", "chunk")
-        if not pools or self.custom is not None or self.directions is not None or self.missing(value):
+        if not self.own.pools or self.custom is not None or self.own.directed or self.missing(value):
             return None
         with self.tower.hooks_disabled():
-            out = self.reading.output(self._carried(value, name))
-        return out.T if self.kind == "images" and self.reading.against is None else out
+            return self.own.logits(self._carried(value, name))
 
     # -- how it is read ----------------------------------------------------------------------------------------------------------------------
 
-    def _projected(self, value: Tensor, has_prefix: bool, reading: Reading) -> Tensor:
-        assert self.tower.spec.readout is not None
-        with torch.no_grad(), self.tower.hooks_disabled():
-            return through_projector(self.tower, self.tower.spec.readout, value, self.cache, has_prefix, reading)
-
     def _frozen(self, rows: slice, start: int, piece: Tensor, value: Tensor) -> Tensor | None:
         """The reference at the positions of a piece: the site may lack the reference's first positions."""
-        if self.reference is None:
+        reference = self.head.reference
+        if reference is None:
             return None
-        first = self.reference.shape[1] - value.shape[1] + start
-        return self.reference[rows, first : first + piece.shape[1]]
+        first = reference.shape[1] - value.shape[1] + start
+        return reference[rows, first : first + piece.shape[1]]
 
     def missing(self, value: Float[Tensor, "row pos width"]) -> int:
         """How many of the tower's first positions a site does not have: patch embeddings have no CLS, action embeddings no state."""
@@ -223,32 +191,20 @@ class LensReader:
 
     _examples: Tensor | None = None
 
-    def _piece(self, piece: Tensor, start: int, frozen: Tensor | None) -> Tensor:
-        if self.directions is not None and self.kind != "embedding":
-            return self.own.normed(piece, frozen) @ self.directions.to(piece).T
-        out = self.reading.positions(piece, start, frozen)
-        return out if self.directions is None else out @ self.directions.to(out).T
-
     @property
     def link(self) -> Link:
         """What turns the columns into probabilities; a read-out of the user's own is taken to be one of several classes."""
-        return "softmax" if self.custom is not None else link(self.tower)
+        return "softmax" if self.custom is not None else self.own.link
 
     def _moved(self, value: Tensor) -> Tensor:
         """A value where the head is, in the model's precision: a cache may have been recorded on another device, or converted."""
-        found = unembedding(self.tower.reader)
-        device = value.device if found is None or self.custom is not None else main_device(found[0])
-        return value.to(device, self._dtype())
-
-    def _dtype(self) -> torch.dtype:
-        return self.tower.dtype
+        module = None if self.custom is not None else self.tower.reader.output_head.module
+        return value.to(value.device if module is None else main_device(module), self.tower.dtype)
 
     @property
     def vectors_at_once(self) -> int:
         """How many vectors are read at once, so that their logits stay within ``CHUNK_BYTES``."""
-        named = self.directions if self.directions is not None else self.reading.against
-        size = len(named) if named is not None else output_size(self.tower) or 1024
-        return max(1, CHUNK_BYTES // (4 * size))
+        return max(1, CHUNK_BYTES // (4 * (self.own.size or 1024)))
 
     def _at_once(self, value: Tensor) -> tuple[int, int]:
         """How many rows, and how many positions of each, are read at once."""
@@ -258,7 +214,7 @@ class LensReader:
 
 def measured(logits: Tensor, measure: str, link: Link = "softmax") -> Tensor:
     """Logits as they are, log-probabilities or probabilities under the head's link; in float32 at least."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = upcast(logits)
     if measure == "logit":
         return wide
     return log_probabilities(wide, link) if measure == "logprob" else probabilities(wide, link)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from circuitvision.model.routes import CONNECTOR, PARTS, ResumePlan, ResumePoint
+from circuitvision.incremental.routes import CONNECTOR, END, WHOLE, ResumePlan, ResumePoint
 from circuitvision.storage import as_builtin, stored_as
 
 NOTHING = "nothing changes"
@@ -16,8 +16,8 @@ NOTHING = "nothing changes"
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a group's run was resumed: from ``part`` (``"block"``, ``"attn"``, ``"mlp"`` …) of block ``layer`` of ``tower`` on, for the positions
-    from ``first`` on; ``layer`` -1 are the embeddings, None a tower without blocks (the projector).
+    """Where a group's run was resumed: from ``part`` ("" for all, "after attention's pattern", "attn", "mlp", …, "its end") of block ``layer`` of
+    ``tower`` on, for the positions from ``first`` on; ``layer`` -1 are the embeddings, None a tower without blocks (the projector).
 
     ``also`` names the places of other towers that the group edits as well. Where nothing could be resumed ``tower`` is empty, and ``reason`` says
     why: the whole model was run, or nothing at all (:data:`NOTHING`).
@@ -43,7 +43,7 @@ class Plan:
         return cls(
             start.tower,
             layer,
-            PARTS[start.part] if layer is not None else "",
+            "" if layer is None else "its end" if start.is_end else start.place,
             first,
             also=tuple(map(str, others)),
         )
@@ -54,9 +54,8 @@ class Plan:
     def __str__(self) -> str:
         if not self.tower:
             return self.reason if self.reason == NOTHING else f"in full: {self.reason}"
-        start = ResumePoint(
-            self.tower, CONNECTOR if self.layer is None else self.layer, PARTS.index(self.part or "block")
-        )
+        layer, part = CONNECTOR if self.layer is None else self.layer, END if self.part == "its end" else WHOLE
+        start = ResumePoint(self.tower, layer, part, self.part)
         where = ", ".join([str(start), *self.also])
         return f"from {where}{f', positions {self.first}…' if self.first else ''}"
 

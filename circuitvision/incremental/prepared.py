@@ -28,14 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from circuitvision.errors import CircuitVisionError, InputError, warn
-from circuitvision.links import marked
-from circuitvision.model.edits.base import Edit
-from circuitvision.model.edits.binding import CompiledEdits, EditApplier, EditCompiler, as_groups
-from circuitvision.model.hooks import Registration
-from circuitvision.model.names import is_component, site_of
-from circuitvision.model.replay import CannotResume, rows_of_group, tensors_in
-from circuitvision.model.resume import Resumer, blocked_by
-from circuitvision.model.routes import (
+from circuitvision.incremental.replay import CannotResume, rows_of_group, tensors_in
+from circuitvision.incremental.resume import Resumer, blocked_by
+from circuitvision.incremental.routes import (
     ResumePlan,
     is_unedited,
     lowest_position,
@@ -43,11 +38,17 @@ from circuitvision.model.routes import (
     route_of,
     start_of,
 )
+from circuitvision.links import marked
+from circuitvision.model.edits.applying import EditApplier, edited
+from circuitvision.model.edits.base import Edit
+from circuitvision.model.edits.binding import CompiledEdits, EditCompiler, as_groups
+from circuitvision.model.names import is_component, site_of
+from circuitvision.model.registrations import Registration
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 FAILURES = (MemoryError, RuntimeError, ValueError, TypeError, IndexError)
 """What a model raises where it is called in a way that is not understood; memory that runs out is told apart."""
@@ -99,7 +100,7 @@ class PreparedRun:
     ``output`` is the unedited output; ``starts`` are the recorded places; ``plan`` says what the last call computed.
     """
 
-    def __init__(self, model: HookedModel, inputs: Mapping[str, Any], start: Any) -> None:
+    def __init__(self, model: Wrapped, inputs: Mapping[str, Any], start: Any) -> None:
         refuse_random(model.module, "A prepared run")
         if inputs.get("past_key_values") is not None:
             raise InputError("The inputs hold past_key_values, which every run would extend: leave them out.")
@@ -217,7 +218,7 @@ class PreparedRun:
 
     def _in_full(self, group: CompiledEdits) -> Tensor:
         compiler = self._check_open()
-        with self._model._edited(compiler, group):
+        with edited(compiler, group):
             return self._model._forward(self._inputs if group.inputs is None else group.inputs, {})
 
     def _resumed(self, groups: Sequence[CompiledEdits], eager: bool) -> Tensor:
@@ -258,7 +259,7 @@ class PreparedRun:
         if eager in self._refused:
             raise CannotResume(self._refused[eager])
         if eager not in self._resumers:
-            resumer = Resumer(self._model, self._inputs, self._check_open().maps, eager)
+            resumer = Resumer(self._model, self._inputs, self._check_open().windows.maps, eager)
             taps = {
                 start.tower: min(max(s.layer, 0) for s in self.starts if s.tower == start.tower)
                 for start in self.starts
@@ -281,8 +282,7 @@ class PreparedRun:
         missing = sorted(sites - self._recorded[eager].keys())
         if missing:
             with torch.no_grad(), self._resumers[eager]._kernels({}):
-                _, cache = self._model.run_with_cache(self._inputs, names_filter=missing)
-            self._recorded[eager].update({site: cache[site] for site in missing})
+                self._recorded[eager].update(self._model._values_at(self._inputs, missing)[1])
 
     # -- checks ----------------------------------------------------------------------------------------------------------------------------
 
@@ -310,7 +310,7 @@ class PreparedRun:
     def _refuse_absent(self, compiler: EditCompiler) -> None:
         for start in self.starts:
             tower = compiler.model.flow.tower_of(start.tower)
-            if tower not in compiler.maps:
+            if tower not in compiler.windows.maps:
                 raise InputError(f"start is in the {tower} tower, which does not run: the inputs hold no pixel_values.")
 
 
@@ -342,7 +342,7 @@ def _groups(given: Any) -> tuple[list[tuple[Edit, ...]], bool]:
     return as_groups(listed), False
 
 
-def _sites_of(model: HookedModel, start: Any) -> list[str]:
+def _sites_of(model: Wrapped, start: Any) -> list[str]:
     """The sites that ``start`` names: a site, glob or component, a layer ``(tower, number)``, or several of these in a list."""
     if isinstance(start, (list, set, frozenset)):
         found = [site for one in start for site in _sites_of(model, one)]
@@ -362,7 +362,7 @@ def _sites_of(model: HookedModel, start: Any) -> list[str]:
     return model.sites(start)
 
 
-def _input_of_layer(model: HookedModel, tower: str, layer: Any) -> str:
+def _input_of_layer(model: Wrapped, tower: str, layer: Any) -> str:
     if tower not in model.towers:
         raise InputError(f"start names the tower {tower!r}; this model has {', '.join(model.towers)}.")
     count = model.towers[tower].cfg.n_layers

@@ -11,10 +11,12 @@ Not covered: what the output reads. A route goes forward from the edit only; val
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, UnknownSiteError
+from circuitvision.model.block import Block
+from circuitvision.model.branches import AttentionBranch, Branch
 from circuitvision.model.edits.attention import AttentionEdit, DeleteTokens
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import CompiledEdits, EditCompiler
@@ -23,11 +25,11 @@ from circuitvision.model.positions import PositionWindow
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
-PARTS = ("block", "o", "attn", "mlp_out", "mlp", "post")
-"""Where inside a block a run resumes: the whole block; its output projection; after attention; the MLP's output map; after the MLP; after the
-block."""
+WHOLE, END = 0, 10_000
+"""Where inside a block a run resumes: the whole block, or behind it. Between them each branch has two places: before its output projection
+(:func:`_before_output`) and behind its core (:func:`_behind_core`)."""
 EMBED = -1
 """The block number of what comes before block 0: embeddings."""
 CONNECTOR = -2
@@ -36,16 +38,33 @@ CONNECTOR = -2
 
 @dataclass(frozen=True, order=True)
 class ResumePoint:
-    """The first place of one tower that can differ: parts of ``layer`` from ``PARTS[part]`` on."""
+    """The first place of one tower that can differ: the parts of ``layer`` from a place in it on."""
 
     tower: str
     layer: int
-    part: int
+    part: int = WHOLE
+    place: str = field(default="", compare=False)
+    """The place inside the block, in words."""
 
     @property
-    def name(self) -> str:
-        """The part's name."""
-        return PARTS[self.part]
+    def is_whole(self) -> bool:
+        """Whether all of the block can differ."""
+        return self.part == WHOLE
+
+    @property
+    def is_end(self) -> bool:
+        """Whether nothing inside the block can differ."""
+        return self.part == END
+
+    @property
+    def branch(self) -> int:
+        """The number of the branch inside or behind which it is; −1 for none."""
+        return -1 if self.is_end else (self.part + 1) // 2 - 1
+
+    @property
+    def at_output(self) -> bool:
+        """Whether it is before the output projection of that branch, not behind its core."""
+        return not self.is_end and self.part % 2 == 1
 
     @property
     def is_connector(self) -> bool:
@@ -57,8 +76,8 @@ class ResumePoint:
             return f"the {self.tower}"
         if self.layer < 0:
             return f"the embeddings of {self.tower}"
-        after = {"block": "", "o": " (after attention's pattern)", "post": " (its end)"}
-        return f"{self.tower} block {self.layer}{after.get(self.name, f' ({self.name})')}"
+        place = "its end" if self.is_end else self.place
+        return f"{self.tower} block {self.layer}{f' ({place})' if place else ''}"
 
 
 @dataclass(frozen=True)
@@ -67,57 +86,65 @@ class ResumePlan:
 
     starts: tuple[ResumePoint, ...]
     eager: bool
-    later: ResumePoint | None = None
-    """The first edit in a tower that the first edited one reaches only through its keys and values."""
+    later: tuple[ResumePoint, ...] = ()
+    """The first edit in each tower behind the first edited one, where towers read more of each other than their streams."""
 
     def start_in(self, tower: str) -> ResumePoint | None:
         """The start in a tower; None where the tower is not where the edits begin."""
         return next((start for start in self.starts if start.tower == tower), None)
 
 
-def start_of(model: HookedModel, site: str) -> ResumePoint:
+def start_of(model: Wrapped, site: str) -> ResumePoint:
     """The first place that an edit of ``site`` can change."""
     name = SiteName.parse(site)
     if name.tower not in model.towers:
-        return ResumePoint(name.tower, CONNECTOR, PARTS.index("block" if name.site == "hook_in" else "post"))
+        return ResumePoint(name.tower, CONNECTOR, WHOLE if name.site == "hook_in" else END)
     tower = model.towers[name.tower]
     if name.layer is None:
         if name.site in ("hook_embed", "hook_pos_embed"):
-            return ResumePoint(name.tower, EMBED, 0)
+            return ResumePoint(name.tower, EMBED)
         if name.site == "hook_input":
-            return ResumePoint(name.tower, 0, 0)
-        return ResumePoint(name.tower, tower.cfg.n_layers - 1, PARTS.index("post"))
+            return ResumePoint(name.tower, 0)
+        return ResumePoint(name.tower, tower.cfg.n_layers - 1, END)
     if name.site == "hook_resid_pre" and name.layer > 0:
-        return ResumePoint(name.tower, name.layer - 1, PARTS.index("post"))
-    return ResumePoint(name.tower, name.layer, PARTS.index(_part(model, name)))
+        return ResumePoint(name.tower, name.layer - 1, END)
+    return ResumePoint(name.tower, name.layer, *_part(tower.blocks[name.layer], name.site))
 
 
-def _part(model: HookedModel, name: SiteName) -> str:
-    assert name.layer is not None
-    block = model.towers[name.tower].blocks[name.layer]
-    if name.site in ("attn.hook_z", "attn.hook_result"):
-        return "o"
-    if name.site == "hook_attn_out":
-        return "o" if block.branch("attn").last is None else "attn"
-    if name.site in ("hook_resid_mid", "hook_mlp_in", "mlp.hook_pre", "mlp.hook_pre_linear"):
-        return "attn"
-    if name.site.startswith(("ln1_post", "ln2.")):
-        return "attn"
-    if name.site == "mlp.hook_post":
-        return "mlp_out"
-    if name.site == "hook_mlp_out":
-        return "mlp_out" if block.branch("mlp").last is None else "mlp"
-    if name.site.startswith("ln2_post"):
-        return "mlp"
-    return "post" if name.site == "hook_resid_post" else "block"
+def _before_output(branch: Branch) -> tuple[int, str]:
+    words = f"after {'attention' if branch.name == 'attn' else branch.name}'s pattern"
+    return 1 + 2 * branch.number, words if isinstance(branch, AttentionBranch) else f"{branch.name}_out"
 
 
-def rows_serve_all(model: HookedModel, tower: str) -> bool:
+def _behind_core(branch: Branch | None) -> tuple[int, str]:
+    return (WHOLE, "") if branch is None else (2 + 2 * branch.number, branch.name)
+
+
+def _part(block: Block, site: str) -> tuple[int, str]:
+    """The place in a block from which on an edit of a site can change it."""
+    if site == "hook_resid_post" or f"blocks.{block.layer}.{site}" in block.tower.writers.get(block.layer, ()):
+        return END, ""
+    for branch in block.branches:
+        before = block.branches[branch.number - 1] if branch.number else None
+        if site in branch.inner_sites():
+            return _before_output(branch)
+        if site == branch.added:
+            return _before_output(branch) if branch.last is None and branch.inner else _behind_core(branch)
+        if site.startswith((f"{branch.post_name}.", *((f"ln{branch.number + 1}.",) if branch.layout.sum_norm else ()))):
+            return _behind_core(branch)
+        own = (f"{branch.name}.", f"{branch.norm_name}.")
+        slots = [branch.slot(letter) for letter in branch.letters] if isinstance(branch, AttentionBranch) else []
+        if site.startswith(own) or site in (branch.read_site, branch.stream, *slots):
+            return _behind_core(before)
+    raise UnknownSiteError(f"{block.prefix}.{site} belongs to no branch of its block.")
+
+
+def rows_serve_all(model: Wrapped, tower: str) -> bool:
     """Whether every example's output depends on every row of a tower: the texts that a dual encoder compares its images with."""
     return model.is_dual and tower in model.towers and not model.towers[tower].stack.image
 
 
-def route_of(model: HookedModel, group: CompiledEdits) -> ResumePlan:
+def route_of(model: Wrapped, group: CompiledEdits) -> ResumePlan:
     """The route of a bound group."""
     starts: dict[str, ResumePoint] = {}
     for site in group.sites:
@@ -128,18 +155,18 @@ def route_of(model: HookedModel, group: CompiledEdits) -> ResumePlan:
     return _plan(model, starts, starts.values(), eager)
 
 
-def _plan(
-    model: HookedModel, starts: Mapping[str, ResumePoint], edited: Iterable[ResumePoint], eager: bool
-) -> ResumePlan:
+def _plan(model: Wrapped, starts: Mapping[str, ResumePoint], edited: Iterable[ResumePoint], eager: bool) -> ResumePlan:
     """The plan that resumes in the towers of ``starts`` that no other of them reaches."""
     first = model.flow.first_of(starts)
-    later = None
-    if len(first) == 1 and model.flow.feeds_cache(first[0]):
-        later = min((here for here in edited if here.tower != first[0]), default=None)
-    return ResumePlan(tuple(starts[tower] for tower in first), eager, later)
+    later: dict[str, ResumePoint] = {}
+    if len(first) == 1 and not model.flow.only_streams:
+        for here in edited:
+            if here.tower != first[0]:
+                later[here.tower] = min(here, later.get(here.tower, here))
+    return ResumePlan(tuple(starts[tower] for tower in first), eager, tuple(sorted(later.values())))
 
 
-def plan_behind(model: HookedModel, starts: Collection[ResumePoint], groups: Sequence[CompiledEdits]) -> ResumePlan:
+def plan_behind(model: Wrapped, starts: Collection[ResumePoint], groups: Sequence[CompiledEdits]) -> ResumePlan:
     """The plan that runs several groups in one batch from the latest of the given starts that is behind none of their edits.
 
     Raises InputError, naming the edit, for a site before every start.
@@ -171,7 +198,7 @@ def _is_behind(here: ResumePoint, start: ResumePoint, flow: Flow) -> bool:
     return start <= here if here.tower == start.tower else flow.reaches(start.tower, here.tower)
 
 
-def is_unedited(model: HookedModel, site: str, plan: ResumePlan, writes: Iterable[str]) -> bool:
+def is_unedited(model: Wrapped, site: str, plan: ResumePlan, writes: Iterable[str]) -> bool:
     """Whether a site, in a run that resumes by a plan, has its unedited value and is not computed again; ``writes`` are the edited sites."""
     here = start_of(model, site)
     start = plan.start_in(here.tower)
@@ -180,18 +207,37 @@ def is_unedited(model: HookedModel, site: str, plan: ResumePlan, writes: Iterabl
         return apart or (not here.is_connector and here.layer < reached_through_cache(plan, model, here.tower))
     # A value that enters the place where the run resumes is not computed again.
     order_of = {name: number for number, name in enumerate(model.engine.points)}
-    entering = here == start and here.name != "block"
+    entering = here == start and not here.is_whole
     first = min(map(order_of.__getitem__, writes), default=0)
     return here < start or (entering and order_of[site] < first)
 
 
-def reached_through_cache(route: ResumePlan, model: HookedModel, tower: str) -> int:
+def reached_through_cache(route: ResumePlan, model: Wrapped, tower: str) -> int:
     """The first block of ``tower`` that is edited, or reads changed keys or values of a tower before it; 0 where everything before it changed."""
     start = route.starts[0]
-    if len(route.starts) > 1 or model.flow.cache_of(tower) != start.tower:
+    if len(route.starts) > 1:
         return 0
-    reached = max(start.layer, 0) if start.name == "block" else start.layer + 1
-    return reached if route.later is None else min(reached, max(route.later.layer, 0))
+    if model.flow.cache_of(tower) == start.tower:
+        reached = max(start.layer, 0) if start.is_whole else start.layer + 1
+    elif _only_attends(model.flow, tower, start.tower):
+        crossed = [
+            n for other in model.towers[tower].crossed_towers for n in model.towers[tower].layers_that_see(other)
+        ]
+        reached = min(crossed)
+    else:
+        return 0
+    return min([reached, *(max(here.layer, 0) for here in route.later if here.tower == tower)])
+
+
+def _only_attends(flow: Flow, tower: str, start: str) -> bool:
+    """Whether what changed in a tower or connector reaches another tower through cross-attention alone."""
+    into = [one for one in flow.connectors if one.target == tower]
+    changed = [
+        one
+        for one in into
+        if one.name == start or any(name == start or flow.reaches(start, name) for name in one.sources)
+    ]
+    return bool(changed) and all(one.via == "cross" for one in changed)
 
 
 def lowest_position(binder: EditCompiler, group: CompiledEdits, tower: str) -> int:
@@ -200,7 +246,7 @@ def lowest_position(binder: EditCompiler, group: CompiledEdits, tower: str) -> i
     for site, edits in group.writes.items():
         if SiteName.parse(site).tower != tower:
             continue
-        window = binder.window(site)
+        window = binder.windows.of(site)
         for edit in edits:
             found = 0 if window is None else _lowest(edit, window)
             lowest = found if lowest is None else min(lowest, found)

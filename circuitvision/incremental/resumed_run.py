@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from circuitvision.errors import InputError
+from circuitvision.incremental.replay import CannotResume, Overrides, fresh, is_plain, repeated
+from circuitvision.incremental.routes import EMBED, ResumePlan, ResumePoint, reached_through_cache
 from circuitvision.model.attention import PrefixKV
+from circuitvision.model.branches import AttentionBranch
 from circuitvision.model.dead import CACHE_SIDE, last_live_block
-from circuitvision.model.replay import CannotResume, Overrides, fresh, is_plain, repeated
-from circuitvision.model.routes import EMBED, PARTS, ResumePlan, ResumePoint, reached_through_cache
+from circuitvision.model.packing.base import Compared
 from circuitvision.model.sites import SiteName
 from circuitvision.model.spec import resolve
 
 if TYPE_CHECKING:
-    from circuitvision.model.resume import Resumer
-    from circuitvision.model.tower import Block, Tower
+    from circuitvision.incremental.resume import Resumer
+    from circuitvision.model.block import Block
+    from circuitvision.model.tower import Tower
 
-UNREAD = ("o", "mlp")
-"""Parts of a block that act through the stream alone: nothing reads them in the last block of a tower that is read through its keys and values."""
 PER_POSITION = ("attention_mask", "position_embeddings", "position_ids", "cache_position", "past_key_values")
 """What blocks are called with besides the stream, as far as it differs between positions or rows."""
 
@@ -28,6 +30,12 @@ PER_POSITION = ("attention_mask", "position_embeddings", "position_ids", "cache_
 def embeddings_of(tower: Tower) -> nn.Module | None:
     """The module that makes an image tower's first stream; for other towers it costs nothing and is not kept."""
     return resolve(tower.root, tower.stack.embeddings) if tower.stack.image else None
+
+
+def unread_parts(block: Block) -> list[nn.Module]:
+    """The modules of a block that act through the stream alone: nothing reads them in the last block of a tower that is read through its keys and
+    values."""
+    return [branch.output if isinstance(branch, AttentionBranch) else branch.module for branch in block.branches]
 
 
 class ResumedRun:
@@ -45,22 +53,12 @@ class ResumedRun:
         given = self.owner.inputs
         if self.late or self.copies == 1:
             return dict(given)
-        edited = [start.tower for start in self.route.starts]
-        out = dict(given)
-        for name, value in given.items():
-            if self.owner.dual and not any(_belongs(name, self.model.towers[tower]) for tower in edited):
-                continue
-            if isinstance(value, Tensor) and value.ndim > 0:
-                if not self._is_shared(name, value):
-                    out[name] = value.repeat(self.copies, *([1] * (value.ndim - 1)))
-            elif isinstance(value, (list, tuple)) and name.startswith(("pixel", "image", "batch_num")):
-                out[name] = type(value)(list(value) * self.copies)
-        return out
-
-    def _is_shared(self, name: str, value: Tensor) -> bool:
-        """Whether one row of an input serves all examples."""
-        counted = name.startswith(("position_ids", "attention_mask", "token_type_ids"))
-        return name == "cache_position" or (counted and value.shape[0] == 1 and self.clean.output.shape[0] > 1)
+        image = {self.model.towers[start.tower].stack.image for start in self.route.starts if self.owner.dual}
+        edited: Compared = "both" if len(image) != 1 else "images" if True in image else "texts"
+        try:
+            return self.model.family.packing.repeat(self.model, given, self.copies, edited)
+        except InputError as error:
+            raise CannotResume(str(error)) from None
 
     def prefix_kv(self) -> dict[int, PrefixKV]:
         """Attention that finds the unedited keys and values of the positions before the suffix."""
@@ -70,8 +68,9 @@ class ResumedRun:
         blocks = self.model.towers[self.sliced].blocks[0 if start is None else max(start.layer, 0) :]
         out = {}
         for block in blocks:
-            tap = self.clean.prefix_kv[id(block.part("attn"))]
-            out[id(block.part("attn"))] = tap.resumed(self.first, self.copies)
+            for attention in block.attentions:
+                tap = self.clean.prefix_kv[id(attention.module)]
+                out[id(attention.module)] = tap.resumed(self.first, self.copies)
         return out
 
     # -- handing back ----------------------------------------------------------------------------------------------------------------------
@@ -153,12 +152,12 @@ class ResumedRun:
                 self._hand_back(overrides, block.module, self.copies)
         edited = any(name.layer == live and name.site not in CACHE_SIDE for name in asked)
         if tower.feeds_cache and layer < live and not edited:
-            for part in UNREAD:
-                self._hand_back(overrides, tower.blocks[live].part(part), self.copies)
+            for module in unread_parts(tower.blocks[live]):
+                self._hand_back(overrides, module, self.copies)
 
     def _start(self, overrides: Overrides, start: ResumePoint) -> None:
         if start.is_connector:
-            if start.name == "post":
+            if start.is_end:
                 self._hand_back(overrides, self.owner.connector(start.tower), self.copies)
             return
         tower = self.model.towers[start.tower]
@@ -175,26 +174,27 @@ class ResumedRun:
             self._hand_back(overrides, block.module, copies, block=block if feeds else None)
         self._unread(overrides, tower, start.layer)
         block = tower.blocks[start.layer]
-        if start.name == "post":
+        if start.is_end:
             self._hand_back(overrides, block.module, self.copies, self._first_in(tower), block if feeds else None)
             self._slice(overrides, tower, start.layer + 1, entering=False)
         else:
             self._slice(overrides, tower, start.layer)
-            if start.name != "block":
+            if not start.is_whole:
                 self._inside(overrides, tower, block, start)
 
     def _first_in(self, tower: Tower) -> int:
         return self.first if tower.name == self.sliced else 0
 
     def _inside(self, overrides: Overrides, tower: Tower, block: Block, start: ResumePoint) -> None:
-        """Resume inside a block: attention, and perhaps the MLP, hand back; or only their last linear map runs."""
-        attn, first = block.part("attn"), self._first_in(tower)
-        feeds = tower.feeds_cache
-        resumes_at_o = start.name == "o"
-        self._replay(overrides, attn, block.part("o") if resumes_at_o else None, first, block if feeds else None)
-        if PARTS.index(start.name) >= PARTS.index("mlp_out"):
-            last = block.part("mlp_out") if start.name == "mlp_out" else None
-            self._replay(overrides, block.part("mlp"), last, first, None)
+        """Resume inside a block: its first branches hand back what they returned; of the last one, perhaps only the output projection runs."""
+        first = self._first_in(tower)
+        for branch in block.branches[: start.branch + 1]:
+            resumes_here = start.at_output and branch.number == start.branch
+            filled = block if tower.feeds_cache and isinstance(branch, AttentionBranch) else None
+            last = branch.output if resumes_here and branch.holds_output else None
+            self._replay(overrides, branch.module, last, first, filled)
+            if not branch.holds_output and not resumes_here:
+                self._replay(overrides, branch.output, None, first, None)
 
     def _replay(
         self, overrides: Overrides, module: nn.Module, last: nn.Module | None, first: int, block: Block | None
@@ -291,9 +291,3 @@ def _rows(value: Any, copies: int, axes: int = 1) -> Any:
     if isinstance(value, Tensor) and value.ndim >= axes and value.shape[0] > 1:
         return repeated(value, copies)
     return value
-
-
-def _belongs(name: str, tower: Tower) -> bool:
-    """Whether an input of a dual encoder belongs to a tower."""
-    images = name.startswith(("pixel", "spatial", "image"))
-    return images == tower.stack.image

@@ -1,9 +1,9 @@
-"""Targets: what a read-out is read for, and how words, classes, prompts, dimensions and directions become columns of it.
+"""Columns of an output head: how words, classes, prompts, dimensions and directions become columns of what it gives.
 
-A tower speaks about one kind of thing (:func:`output_kind`): classes, tokens, the texts or images a dual encoder compares with, action
+A head speaks about one kind of thing (``OutputHead.kind``): classes, tokens, the texts or images a dual encoder compares with, action
 dimensions, or nothing with a name. Targets are given in the grammar of answers (:mod:`circuitvision.answers`): one for all examples, a list with
-one per example, a mapping that names columns (weights have no examples: there a list is several columns). Words are looked up among the class
-names, then in the tokenizer; a word of several tokens needs ``aggregation``:
+one per example, a tuple for a difference, a mapping that names columns (weights have no examples: there a list is several columns). Words are looked
+up among the class names, then in the tokenizer; a word of several tokens needs ``aggregation``:
 
 * ``"first"``: its first token;
 * ``"mean"``: the mean of the measure over its tokens;
@@ -27,54 +27,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuitvision.answers import contrast
 from circuitvision.errors import InputError, UnsupportedModelError, warn
-from circuitvision.model import heads
-from circuitvision.model.weights import out_width
+from circuitvision.model.norms import upcast
 
 if TYPE_CHECKING:
-    from circuitvision.model.hooked import HookedModel
-    from circuitvision.model.tower import Tower
+    from circuitvision.model.output_head import OutputHead
+    from circuitvision.model.wrapped import Wrapped
 
 AGGREGATIONS = ("first", "mean", "joint")
 MEASURES = ("logit", "logprob", "prob")
 
 
-def output_kind(tower: Tower) -> str:
-    """What the columns of a tower's read-out are: "classes", "tokens", "texts", "images", "actions", "embedding", or "hidden" without a head.
-
-    The vision tower of a vision-language model speaks in tokens: its read-out ends in the space that the language tower reads.
-    """
-    readout = tower.spec.readout
-    if readout is None:
-        return "hidden"
-    if tower.connector is not None:
-        return output_kind(tower.reader)
-    if readout.finish == "contrast":
-        return "texts" if tower.stack.image else "images"
-    if readout.head is None and readout.tied_lens is None:
-        return "hidden"
-    if readout.pool == "chunk":
-        return "actions"
-    if not tower.stack.image:
-        return "tokens"
-    return "classes" if tower.family.output == "logits" else "embedding"
-
-
-def output_size(tower: Tower) -> int | None:
-    """The number of columns of a tower's read-out; None where it depends on the run, or where there is no head."""
-    if output_kind(tower) in ("texts", "images", "hidden"):
-        return None
-    reader = tower.reader
-    found = heads.unembedding(reader)
-    head: Any = found[0] if found is not None else None
-    if head is None:
-        readout = reader.spec.readout
-        assert readout is not None
-        head = heads.resolve(reader.module, readout.head)
-    return out_width(head)
-
-
-def prompt_embeddings(model: HookedModel, prompts: Sequence[str]) -> Float[Tensor, "prompt d_shared"]:
+def prompt_embeddings(model: Wrapped, prompts: Sequence[str]) -> Float[Tensor, "prompt d_shared"]:
     """Unit embeddings of text prompts by a dual encoder's own text tower.
 
     Raises:
@@ -126,19 +91,64 @@ def _warn_of_unknown(tokenizer: Any, prompts: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Targets:
-    """Columns of a read-out by name: ids ``[target example token]`` (-1 where there is none), or embeddings or directions that make the columns.
+class Columns:
+    """Columns of an output head by name: ids ``[target example token]`` (-1 where there is none), or vectors that make them (``against``).
 
-    The example axis has length 1 where every example has the same targets. ``columns`` are the names of the columns that ``against`` makes;
-    ``listed`` holds the entries of a list of several, until :meth:`check` has met the run's examples.
+    The example axis has length 1 where every example has the same targets. ``names`` are those of the columns that ``against`` makes; ``listed``
+    holds the entries of a list of several, until :meth:`check` has met the run's examples. Of a ``difference`` the second target is taken away.
     """
 
     labels: list[Any]
     ids: Int[Tensor, "target example token"]
+    head: OutputHead
     aggregation: str = "first"
     against: Float[Tensor, "column width"] | None = None
-    columns: list[Any] = field(default_factory=list)
+    names: list[Any] = field(default_factory=list)
     listed: list[Any] = field(default_factory=list)
+    difference: bool = False
+
+    def weight(self, part: str | None = None, *, gain: bool = False) -> Float[Tensor, "target example d_model"]:
+        """What each target reads of a vector ``x`` of the stream, by :meth:`OutputHead.matrix`: its logit is ``x · weight + bias``, of a dual encoder
+        the cosine times the embedding's length.
+
+        Raises InputError for a joint probability and for columns that are the run's own (texts by number), which have no weight.
+        """
+        if self.against is None and self.head.compares:
+            raise InputError(
+                f"The {self.head.kind} of a run have no weights; give prompts, or embeddings [target d_shared]."
+            )
+        found = self._read_by.matrix(part, gain=gain, columns=self.ids.clamp(min=0).flatten()).T
+        return self._combined(found.unflatten(0, self.ids.shape))
+
+    def bias(self) -> Float[Tensor, "target example"]:
+        """What the head adds to each target, whatever it reads."""
+        bias = self._read_by.bias(self.ids.clamp(min=0).flatten())
+        found = torch.zeros(self.ids.numel()) if bias is None else upcast(bias)
+        return self._combined(found.unflatten(0, self.ids.shape)[..., None])[..., 0]
+
+    @property
+    def _read_by(self) -> OutputHead:
+        return self.head if self.against is None else self.head.in_run(None, against=self.against)
+
+    def _combined(self, values: Float[Tensor, "target example token width"]) -> Tensor:
+        self._check_linear()
+        there = (self.ids >= 0).to(values)[..., None]
+        found = (values * there).sum(-2) / there.sum(-2)
+        return found[:1] - found[1:] if self.difference else found
+
+    def value(self, logits: Float[Tensor, "row 1 n_out"], example: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        """The first target's logit, or that minus the second's, in float32 at least.
+
+        Raises InputError if a target is beyond the columns, or a joint probability.
+        """
+        self._check_linear()
+        self.check_columns(logits.shape[-1])
+        values = self.read(upcast(logits), example.to(logits.device))[..., 0, :]
+        return values[:, 0] - values[:, 1] if self.difference else values[:, 0]
+
+    def _check_linear(self) -> None:
+        if self.aggregation == "joint":
+            raise InputError("A joint probability is not linear in the logits; choose aggregation='first' or 'mean'.")
 
     def read(
         self, measured: Float[Tensor, "row pos n_out"], example: Int[Tensor, " row"]
@@ -221,37 +231,21 @@ def plain(targets: Any) -> Any:
     return targets
 
 
-def shared_width(tower: Tower) -> int:
-    """The width of the space in which a dual encoder compares its towers."""
-    found = heads.unembedding(tower)
-    return tower.cfg.d_model if found is None else out_width(found[0])
-
-
-def resolve_targets(
-    model: HookedModel, tower: Tower, targets: Any, *, aggregation: str | None = None, own_columns: bool = False
-) -> Targets:
-    """Targets by name, id, prompt, dimension or direction as columns of a tower's read-out.
-
-    ``targets`` is one, for all examples; a list with one per example; a mapping of names to either (``{"red": "red", "answer": ["blue", "red"]}``);
-    or a float tensor of embeddings or directions ``[target width]``. ``own_columns`` says that the caller brings a read-out of its own, whose columns
-    have numbers only.
-
-    Raises:
-        InputError: no such class, word or column, a word of several tokens without ``aggregation``, an empty or too long prompt, a tower without a
-        head.
-    """
+def resolved(head: OutputHead, targets: Any, aggregation: str | None, own_columns: bool = False) -> Columns:
+    """Targets by name, id, prompt, dimension or direction as columns; see :meth:`OutputHead.columns`."""
     if aggregation is not None and aggregation not in AGGREGATIONS:
         raise InputError(f"Unknown aggregation {aggregation!r}; choose 'first', 'mean' or 'joint'.")
     targets = plain(targets)
-    kind = "columns" if own_columns else output_kind(tower)
+    tower, kind = head.tower, "columns" if own_columns else head.kind
     if isinstance(targets, Tensor) and targets.is_floating_point():
-        return _directions(tower, kind, targets)
+        return _directions(head, kind, targets)
     if kind == "hidden":
         raise InputError(
             f"The {tower.name} tower of this {tower.family.name} model has no read-out, so it has no classes or words. Give targets as a tensor of "
             f"directions [target {tower.cfg.d_model}], or a read-out of your own: readout=fn(resid [row pos d_model]) -> [row pos n_out]."
         )
-    rows, labels, listed = _listed(targets)
+    difference = isinstance(targets, tuple)
+    rows, labels, listed = _listed(named_pair(*contrast(targets, None)) if difference else targets)
     if not rows or any(not row for row in rows):
         raise InputError("Give at least one target.")
     examples = max(len(row) for row in rows)
@@ -263,44 +257,58 @@ def resolve_targets(
         prompts = list(dict.fromkeys(items))
         found = [[[prompts.index(item)] for item in row] for row in rows]
     else:
-        found = [[_ids(model, tower, kind, item, aggregation) for item in row] for row in rows]
+        found = [[_ids(head, kind, item, aggregation) for item in row] for row in rows]
     width = max(len(ids) for row in found for ids in row)
     table = torch.full((len(rows), examples, width), -1, dtype=torch.long)
     for index, row in enumerate(found):
         for example in range(examples):
             chosen = row[example if len(row) > 1 else 0]
             table[index, example, : len(chosen)] = torch.tensor(chosen)
-    if prompts:
-        return Targets(labels, table, "first", prompt_embeddings(model, prompts), prompts, listed)
-    return Targets(labels, table, aggregation or "first", listed=listed)
+    found_against = prompt_embeddings(head.model, prompts) if prompts else None
+    how = "first" if prompts else aggregation or "first"
+    return Columns(labels, table, head, how, found_against, prompts, listed, difference)
+
+
+def named_pair(first: Any, second: Any) -> dict[Any, Any]:
+    """The two targets of a difference by their names, or as answer and foil."""
+    alike = not isinstance(first, str | int) or not isinstance(second, str | int) or first == second
+    return dict(zip(("answer", "foil") if alike else (first, second), (first, second), strict=True))
 
 
 def _listed(targets: Any) -> tuple[list[list[Any]], list[Any], list[Any]]:
     """The entries of every column, the columns' labels, and the entries of a bare list of several."""
     if isinstance(targets, Mapping):
+        wrong = [own for own in targets.values() if not isinstance(own, str | int | list | tuple)]
+        if wrong:
+            raise InputError(
+                f"A target is a word, class, prompt or number, or a list with one per example, not {wrong[0]!r}."
+            )
         return [[own] if isinstance(own, str | int) else list(own) for own in targets.values()], list(targets), []
     items = [targets] if isinstance(targets, str | int) else list(targets)
     return ([items], ["answer"], items) if len(items) > 1 else ([[item] for item in items], items, [])
 
 
-def _directions(tower: Tower, kind: str, targets: Tensor) -> Targets:
+def _directions(head: OutputHead, kind: str, targets: Tensor) -> Columns:
     targets = targets[None] if targets.ndim == 1 else targets
     if targets.ndim != 2 or len(targets) == 0:
         raise InputError(f"Directions or embeddings are [target width]; got {tuple(targets.shape)}.")
-    labels = [f"direction {index}" for index in range(len(targets))]
+    labels, name = [f"direction {index}" for index in range(len(targets))], head.tower.name
+    wanted = {"texts": head.width, "images": head.width, "embedding": head.size, "columns": None}
+    width = wanted.get(kind, head.tower.cfg.d_model)
+    if width is not None and targets.shape[1] != width:
+        what = (
+            f"Embeddings that the {name} tower is compared with" if head.compares else f"Directions of the {name} tower"
+        )
+        raise InputError(f"{what} are [target {width}], not {tuple(targets.shape)}.")
     if kind in ("texts", "images"):
-        if targets.shape[1] != shared_width(tower):
-            raise InputError(
-                f"Embeddings that the {tower.name} tower is compared with are [target {shared_width(tower)}], not {tuple(targets.shape)}."
-            )
         # Embeddings of a dual encoder are compared by cosine, whatever their length.
         targets = targets / targets.pow(2).sum(-1, keepdim=True).sqrt()
-    return Targets(labels, torch.arange(len(labels)).view(-1, 1, 1), "first", targets, labels)
+    return Columns(labels, torch.arange(len(labels)).view(-1, 1, 1), head, "first", targets, labels)
 
 
-def _ids(model: HookedModel, tower: Tower, kind: str, target: Any, aggregation: str | None) -> list[int]:
+def _ids(head: OutputHead, kind: str, target: Any, aggregation: str | None) -> list[int]:
     if isinstance(target, int) and not isinstance(target, bool):
-        size = None if kind == "columns" else output_size(tower)
+        size = None if kind == "columns" else head.size
         if target < 0 or (size is not None and target >= size):
             raise InputError(f"There is no {_singular(kind)} {target}: this read-out has {size} {kind}, from 0.")
         return [target]
@@ -308,19 +316,19 @@ def _ids(model: HookedModel, tower: Tower, kind: str, target: Any, aggregation: 
         raise InputError(f"A target is a word, a number or a direction, not {target!r}.")
     if kind in ("images", "actions", "embedding", "columns"):
         raise InputError(
-            f"{target!r} is a word, and the {tower.name} tower is read in {kind}; give the number of the {_singular(kind)}"
+            f"{target!r} is a word, and the {head.tower.name} tower is read in {kind}; give the number of the {_singular(kind)}"
             + (", or embeddings [target d_shared]." if kind in ("images", "embedding") else ".")
         )
     if kind == "texts":
         raise InputError("Give prompts only, or numbers of the run's texts only.")
-    return word_ids(model, target, aggregation)
+    return word_ids(head.model, target, aggregation)
 
 
 def _singular(kind: str) -> str:
     return {"classes": "class"}.get(kind, kind.removesuffix("s"))
 
 
-def word_ids(model: HookedModel, word: str, aggregation: str | None = None) -> list[int]:
+def word_ids(model: Wrapped, word: str, aggregation: str | None = None) -> list[int]:
     """The ids of a class name or word: one, or with ``aggregation`` as many as it takes (``"first"``: the first).
 
     Raises:
@@ -347,19 +355,3 @@ def word_ids(model: HookedModel, word: str, aggregation: str | None = None) -> l
             "(the sum of their log-probabilities), or give the id of the token you mean."
         )
     return ids[:1] if aggregation == "first" else ids
-
-
-def names_of(model: HookedModel, tower: Tower, ids: Sequence[int], targets: Targets | None = None) -> dict[str, str]:
-    """The word, class or prompt of columns of a read-out, by the number as text (JSON has no other keys)."""
-    if targets is not None and targets.against is not None:
-        return {str(number): str(targets.columns[number]) for number in ids}
-    kind = output_kind(tower)
-    if kind == "classes":
-        known = getattr(model.config, "id2label", None) or {}
-        return {str(number): str(known.get(number, number)) for number in ids}
-    if kind == "tokens" and (model.tokenizer is not None or model.action_values):
-        # A head may be wider than the vocabulary.
-        tokens = model.words([int(number) for number in ids])
-        return {str(number): str(number if token is None else token) for number, token in zip(ids, tokens, strict=True)}
-    word = {"actions": "dim ", "texts": "text ", "images": "image "}.get(kind, "")
-    return {str(number): f"{word}{number}" for number in ids}

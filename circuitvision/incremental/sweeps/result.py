@@ -15,15 +15,15 @@ from torch import Tensor
 
 from circuitvision.digests import NamedFunction
 from circuitvision.errors import InputError
+from circuitvision.incremental.sweeps.plan import Plan
 from circuitvision.model.edits.base import EditGroup
-from circuitvision.model.sweeps.plan import Plan
 from circuitvision.results import Result
 from circuitvision.statistics import standard_error
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.hooked import HookedModel
 
 
 ROUNDING = 1e-5

@@ -23,18 +23,18 @@ from circuitvision import provenance
 from circuitvision.answers import check_complete
 from circuitvision.digests import plain
 from circuitvision.errors import InputError
+from circuitvision.incremental.sweeps.study import Chunk, Options, Study
 from circuitvision.links import marked
 from circuitvision.metric_set import MetricSet
-from circuitvision.model.axes import axis_of, tower_of
+from circuitvision.model.axes import axis_of, map_of, tower_of
 from circuitvision.model.edits.base import Edit, taken
 from circuitvision.model.edits.binding import Group, as_groups
 from circuitvision.model.edits.values import SideSource, TensorRef, TensorRefMapping
 from circuitvision.model.sites import SiteName
-from circuitvision.model.sweeps.study import Chunk, Options, Study
 
 if TYPE_CHECKING:
     from circuitvision.data.batches import Batch
-    from circuitvision.model.hooked import HookedModel
+    from circuitvision.model.wrapped import Wrapped
 
 
 class DataStudy(Study):
@@ -48,7 +48,7 @@ class DataStudy(Study):
 
     def __init__(
         self,
-        model: HookedModel,
+        model: Wrapped,
         data: Any,
         edits: Any,
         metric: Any,
@@ -113,7 +113,7 @@ class DataStudy(Study):
 
     def told(self) -> dict[str, Any]:
         found = super().told()
-        if "noise" in getattr(self.model.family, "required", ()):
+        if self.model.family.drawn is not None:
             # Noise that a model starts from is drawn by the numbers of the examples, which say nothing of what they hold.
             found["noise"] = list(self.side.numbers)
         return found
@@ -195,13 +195,13 @@ class DataStudy(Study):
         of_source = side is self.source
         if not wanted and not of_source:
             return {}
-        output, cache = self.model.run_with_cache(inputs, names_filter=wanted)
+        output, found = self.model._values_at(inputs, wanted)
         if of_source:
             output = marked(output, self.model.link)
             if self.against_source:
                 chunk.metrics = chunk.metrics.against(output)
             chunk.others["source"] = lambda metrics: metrics(output, inputs)
-        values = {name: self._laid(batch, name, cache[name]) if of_source else cache[name] for name in wanted}
+        values = {name: self._laid(batch, name, value) if of_source else value for name, value in found.items()}
         return {(id(side), name): TensorRef.of(value) for name, value in values.items()}
 
     def _filled(self, edit: Edit, held: Mapping[tuple[int, str], TensorRef]) -> Edit:
@@ -216,11 +216,11 @@ class DataStudy(Study):
     def _laid(self, batch: Batch, site: str, value: Tensor) -> Tensor:
         """The values of the other run at this run's positions."""
         name = SiteName.parse(site)
-        tower = tower_of(self.model, name)
+        tower = map_of(self.model, name)
         tokens = self.model.tokens(batch.inputs).get(tower)
         if tokens is None or tower not in batch.maps:
             return value
-        axis = axis_of(self.model.towers[tower], name, tokens, batch.inputs)
+        axis = axis_of(self.model.towers[tower_of(self.model, name)], name, tokens, batch.inputs)
         if axis.absent and not name.is_pattern:
             return value
         held = list(range(tokens.n_positions)) if axis.held is None else list(axis.held)
