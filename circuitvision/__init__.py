@@ -9,7 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuitvision import circuits, data, edits, interop, metrics, organisms, patching, plots, readout, regions
+    from circuitvision import (
+        circuits,
+        data,
+        edits,
+        interop,
+        metrics,
+        organisms,
+        patching,
+        plots,
+        readout,
+        regions,
+        steering,
+    )
     from circuitvision.hooked import HookedModel
     from circuitvision.loading import load
     from circuitvision.model import ActivationCache, HookPoint, TokenMap, Tower
@@ -38,6 +50,7 @@ _ROOMS = (
     "plots",
     "readout",
     "regions",
+    "steering",
 )
 _FUNCTIONS = {
     "boxes_in_pictures": "model.picture_boxes",
@@ -126,6 +139,12 @@ _CLASSES = {
     "readout.weights.unembedding": "Unembedding",
     "readout.weights.value_vectors": "ValueVectors",
     "results": "Result",
+    "steering.clusters": "ValueVectorClusters",
+    "steering.injection": "InjectionResult Transfer",
+    "steering.neurons": "NeuronSet",
+    "steering.prompts": "PromptConditions",
+    "steering.response": "SteeringResponse",
+    "steering.rollouts": "ClosedLoop",
 }
 """Every class that a public function takes or returns, by the module where it is at home."""
 _HOMES = {**_FUNCTIONS, **{name: home for home, names in _CLASSES.items() for name in names.split()}}
@@ -154,6 +173,7 @@ __all__ = [
     "register_stack",
     "set_verbosity",
     "show",
+    "steering",
 ]
 
 

@@ -239,6 +239,40 @@ def _say_agrees(found: Finding) -> str:
     )
 
 
+def _say_steers(found: Finding) -> str:
+    about = found.about
+    said = f"{found.value:+.2g}".replace("-", "\N{MINUS SIGN}")
+    moved = f"{about['set']} moves {about['metric']} by {said} per {about['unit']}"
+    beside = "" if found.chance is None else f", {about['draws']} random sets by {found.chance:.2g} at most"
+    if found.holds is not False:
+        return f"{moved}{beside}"
+    return f"No clear steering by {about['set']}: {said} per {about['unit']}{beside} ({found.reason})"
+
+
+def _say_injects(found: Finding) -> str:
+    about = found.about
+    beside = "" if found.chance is None else f", {about['control']} {_two_digits(found.chance)}"
+    if found.holds:
+        return f"{_capital(about['region'])} carries the source run over: β {_two_digits(found.value)}{beside}"
+    return f"No region clearly carries the source run over: {about['region']} has β {_two_digits(found.value)}{beside}"
+
+
+def _say_listens(found: Finding) -> str:
+    about = found.about
+    said = f"β {about['of right']} under “{about['right']}”, {about['of other']} under “{about['other']}”"
+    return f"It goes where the prompt says: {said}" if found.holds else f"It does not follow the prompt: {said}"
+
+
+def _say_succeeds(found: Finding) -> str:
+    about = found.about
+    said = f"“{about['condition']}” succeeds in {percent(found.value)} of episodes, “{about['control']}” in {percent(found.chance or 0.0)}"
+    return said if found.holds else f"No clear difference in success: {said}"
+
+
+def _two_digits(value: float) -> str:
+    return f"{0.0 if abs(value) < 0.005 else value:.2f}".replace("-", "\N{MINUS SIGN}")
+
+
 def _say_margin(found: Finding) -> str:
     return found.amount
 
@@ -279,4 +313,8 @@ SENTENCES = {
     "leads": _say_margin,
     "readable": _say_margin,
     "beats random": _say_margin,
+    "steers": _say_steers,
+    "injects": _say_injects,
+    "listens": _say_listens,
+    "succeeds": _say_succeeds,
 }

@@ -54,3 +54,13 @@ def test_steering_moves_the_output(names: dict[str, Any]) -> None:
     plain = model(inputs)
     for recipe in (names["vista"], names["vti"], [names["adaptvis"]]):
         assert not torch.allclose(model.run(inputs, recipe), plain)
+
+
+def test_a_policy_is_steered_injected_and_told(names: dict[str, Any]) -> None:
+    assert names["response"].slope > 0
+    assert float(names["injected"].mean()[:, 0].min()) > 0.95
+    beta = dict(zip(names["heard"].axes["condition"], names["heard"].mean().tolist(), strict=True))
+    assert beta["right"] > 0.9 > 0.1 > beta["other object"]
+    rate = names["episodes"].success_rate
+    assert rate[0] > 0.9
+    assert rate[1] < rate[0]

@@ -34,6 +34,7 @@ ROOMS = [
     "patching",
     "circuits",
     "organisms",
+    "steering",
     "plots",
     "quickstart",
     "cli",

@@ -16,7 +16,13 @@ FOLDER = Path(__file__).parents[1] / "tutorials"
 
 def _runs() -> list[Any]:
     """The notebooks; those that take longest on one thread run with the slow tests (one of each kind of model stays)."""
-    slow = ("a_study_that_continues", "interventions_are_values", "pixels_to_actions_in_pi0", "what_a_vit_sees")
+    slow = (
+        "a_study_that_continues",
+        "interventions_are_values",
+        "pixels_to_actions_in_pi0",
+        "steering_a_robots_words",
+        "what_a_vit_sees",
+    )
     paths = sorted(FOLDER.glob("*.ipynb"))
     return [pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in slow else ()) for path in paths]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from circuitvision.data.batches import Batch
 from circuitvision.data.captions import Caption, Retrieval, sample_retrievals, true_captions
-from circuitvision.data.generated import caption_pairs, largest_pairs, question_pairs, reach_pairs
+from circuitvision.data.generated import caption_pairs, largest_pairs, question_pairs, reach_pairs, reach_side
 from circuitvision.data.pairs import Pairs, Tally
 from circuitvision.data.questions import (
     Question,
@@ -64,6 +64,7 @@ __all__ = [
     "prompt",
     "question_pairs",
     "reach_pairs",
+    "reach_side",
     "render",
     "sample_largest",
     "sample_question_pairs",

@@ -17,6 +17,7 @@ from circuitvision.data.captions import Caption, true_captions
 from circuitvision.data.pairs import Pairs
 from circuitvision.data.questions import QuestionPair, largest, sample_largest, sample_question_pairs
 from circuitvision.data.scenes import MinimalPair, Scene, SceneObject, minimal_pair, sample_scene
+from circuitvision.data.sides import Side
 from circuitvision.errors import InputError, checked_seed
 
 ATTRIBUTES = ("color", "shape")
@@ -174,6 +175,17 @@ def reach_pairs(
         boxes=boxes[0],
         corrupt_boxes=boxes[1],
         records=records,
+    )
+
+
+def reach_side(scenes: reach.ReachScenes, texts: Sequence[str] | None = None) -> Side:
+    """Boards of the grid world as a data set, with their instructions or with ``texts``; boxes are the goals'."""
+    shown = [scenes.scene(row) for row in range(len(scenes))]
+    return Side(
+        [[scene.image] for scene in shown],
+        scenes.instructions() if texts is None else list(texts),
+        settings={"state": scenes.gripper},
+        boxes=[scene.goal.box for scene in shown],
     )
 
 

@@ -326,6 +326,24 @@ def minimal_pairs(scenes: ReachScenes, change: str, seed: int | np.random.Genera
     return replace(scenes, colors=colors)
 
 
+def prompts(scenes: ReachScenes, seed: int | np.random.Generator = 0) -> dict[str, list[str]]:
+    """What one might say of each scene in place of its instruction: prompt conditions for a policy that may not listen.
+
+    ``"right"`` names the goal, ``"empty"`` nothing, ``"negated"`` is "reach not <goal>", ``"other object"`` names another object of the scene (that
+    of ``minimal_pairs(scenes, "goal", seed)``) and ``"absent object"`` a colour that no object has (left out where every colour is there).
+    """
+    found = {
+        "right": scenes.instructions(),
+        "empty": [""] * len(scenes),
+        "negated": [f"reach not {COLOR_NAMES[color]}" for color in scenes.goal],
+        "other object": minimal_pairs(scenes, "goal", seed).instructions(),
+    }
+    if scenes.board.n_objects < len(COLORS):
+        absent = [next(color for color in range(len(COLORS)) if color not in own) for own in scenes.colors.tolist()]
+        found["absent object"] = [f"reach {COLOR_NAMES[color]}" for color in absent]
+    return found
+
+
 def contrast_pairs(
     count: int, seed: int, change: str = "goal", split: str | None = "test", board: Board | None = None
 ) -> tuple[ReachScenes, ReachScenes]:

@@ -31,6 +31,15 @@ def action_values(config: Any) -> dict[int, float]:
     return dict(zip(tokens.ids, tokens.values(tokens.ids).tolist(), strict=True))
 
 
+def act(model: Any, inputs: Any, edits: Any, **options: Any) -> Any:
+    """Greedy actions as a chunk of one step, in the units of a data set (``unnorm_key=``, where the model knows several)."""
+    import torch
+
+    from circuitvision.openvla import predict_action
+
+    return torch.from_numpy(predict_action(model, inputs, edits=edits, **options))[:, None]
+
+
 register_family(
     Family(
         name="openvla",
@@ -42,6 +51,7 @@ register_family(
         processor=load_processor,
         own_class=own_class,
         action_values=action_values,
+        act=act,
         towers=(
             TowerSpec(
                 "vision", root="vision", config="vision_config", readout=Readout(normed=False), feature_layers=-2

@@ -155,6 +155,8 @@ class Family:
         processor: how to load a checkpoint's processor, where AutoProcessor cannot.
         own_class: the class, where transformers ships none: it loads every checkpoint whose ``model_type`` is that of its ``config_class``.
         action_values: of a config: the ids of the output head that say an action, with the (normalised) value that each says.
+        act: the actions ``[example step dim]`` of a wrapped model for inputs under edits, ``act(model, inputs, edits, **options)``, where it says
+            them in tokens; models that sample actions need none.
         image_settings: settings of the image processor that its full processor forgets.
         text_padding: how the text tower expects short prompts to be filled up.
     """
@@ -174,6 +176,7 @@ class Family:
     processor: Callable[[str], Any] | None = None
     own_class: Callable[[], Any] | None = None
     action_values: Callable[[Any], Mapping[int, float]] | None = None
+    act: Callable[..., Any] | None = None
     image_settings: tuple[str, ...] = ()
     text_padding: Literal["longest", "max_length"] = "longest"
 

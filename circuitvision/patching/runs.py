@@ -179,7 +179,7 @@ class PairRuns(Runs):
             self.align,
             source=self.origin,
             against_source=self.mode == "denoise",
-            maps=_inverse(self.pairs.maps) if self.mode == "denoise" else None,
+            maps=inverse_maps(self.pairs.maps) if self.mode == "denoise" else None,
         )
         study.check_batch = self._check_positions if self.fixed_positions else None
         swept = study.result()
@@ -202,7 +202,7 @@ class PairRuns(Runs):
         return {"dataset_sha256": self.pairs.digest, "examples": len(self.pairs)}
 
 
-def _inverse(maps: Any) -> Any:
+def inverse_maps(maps: Any) -> Any:
     """Position maps the other way round: for every corrupt position the clean one that takes its values."""
     return None if maps is None else [None if own is None else _turned(own) for own in maps]
 

@@ -46,6 +46,11 @@ _FIGURES = {
     "AblationCheck": ("heads", "ablation"),
     "LensResult": ("lens", "lens"),
     "SweepResult": ("sweeps", "sweep"),
+    "ClosedLoop": ("steering", "closed_loop"),
+    "InjectionResult": ("steering", "injection"),
+    "PromptConditions": ("steering", "conditions"),
+    "SteeringResponse": ("steering", "response"),
+    "ValueVectorClusters": ("steering", "clusters"),
 }
 
 
