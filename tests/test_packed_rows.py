@@ -475,3 +475,9 @@ def test_sites_of_a_sequence_are_not_those_of_a_module_alone() -> None:
     offered = nnsight_places(model)
     assert "language.blocks.0.attn.hook_z" in offered
     assert not [name for name in offered if name.startswith(("vision.", "projector."))]
+
+
+@pytest.mark.parametrize("cls", synthetic.CLASSES, ids=lambda cls: cls.__name__)
+def test_the_check_of_a_table_finds_nothing_wrong(cls: type[synthetic.Synthetic]) -> None:
+    _, model, inputs = exact(cls, batch=2, images_per_prompt=2)
+    assert cv.check_model(model, inputs, progress=False).ok
