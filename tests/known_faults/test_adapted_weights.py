@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import circuitvision as cv
 from circuitvision import edits, hooked
 from circuitvision.errors import InputError, UnsupportedModelError
-from circuitvision.model import tower, tree, weights
+from circuitvision.model import projections, tower, tree, weights
 from circuitvision.model.sites import matches
 from tests.parts import has_part, module_of
 from tests.zoo import case, shared_model
@@ -447,8 +447,8 @@ def test_mutant_sites_are_found_again_only_when_asked_for(monkeypatch: pytest.Mo
 
 
 def test_mutant_the_layer_inside_the_adapter_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = tower.linear_weight
-    monkeypatch.setattr(tower, "linear_weight", lambda module, *rest: original(weights.base_layer(module), *rest))
+    original = projections.linear_weight
+    monkeypatch.setattr(projections, "linear_weight", lambda module, *rest: original(weights.base_layer(module), *rest))
     assert caught(test_before_wrapping_after_it_disabled_and_merged, "vit", "all linear")
 
 

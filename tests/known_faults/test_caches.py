@@ -109,7 +109,8 @@ def check_cache(name: str, padding: str, implementation: str, growing: dict[str,
             with pytest.raises(type(broken)):
                 generated(model, inputs, group, cache_implementation=implementation)
         else:
-            same(generated(model, inputs, group, cache_implementation=implementation), growing[label])
+            # Empty slots behind the tokens make kernels add in another order.
+            near(generated(model, inputs, group, cache_implementation=implementation), growing[label], 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

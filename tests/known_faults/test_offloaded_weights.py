@@ -98,7 +98,8 @@ def test_everything_is_what_it_is_in_memory(name: str, way: str, tmp_path: Path)
         lambda own, held: cv.readout.logit_lens(own, held, targets={0: 0, 1: 1}).values,
         lambda own, held: held.apply_ln_to_stack(held.decompose_resid(last), last, layer=0, bias=True),
     ):
-        assert torch.equal(read(model, cache), read(plain, clean))
+        # Kernels round by where a tensor lies in memory, which loading decides.
+        torch.testing.assert_close(read(model, cache), read(plain, clean), rtol=1e-5, atol=1e-6)
     assert [path for path, value in module.named_parameters() if value.is_meta] == empty
 
 

@@ -81,7 +81,7 @@ def test_a_mutant_is_noticed(name: str, site: str, fault: str, monkeypatch: pyte
     else:
         whole = axes.axis_of
         monkeypatch.setattr(
-            "circuitvision.model.edits.binding.axis_of",
+            "circuitvision.model.edits.windows.axis_of",
             lambda *args: axes.Axis(site=whole(*args).site) if whole(*args).absent else whole(*args),
         )
     assert mutated(found)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import circuitvision as cv
 from circuitvision import edits
 from circuitvision.errors import UnsupportedModelError
-from circuitvision.model import points, tower, weights
+from circuitvision.model import block_points, projections, weights
 from tests.parts import has_part, module_of
 from tests.zoo import case, shared_model
 
@@ -326,7 +326,7 @@ def test_mutant_reading_the_stored_tensor(monkeypatch: pytest.MonkeyPatch) -> No
         return raw.repeat(1 + need // len(raw))[:need].view(module.in_features, module.out_features), module.bias
 
     assert not caught(lambda: check_weights(model, "nf4"))
-    monkeypatch.setattr(tower, "linear_weight", stored)
+    monkeypatch.setattr(projections, "linear_weight", stored)
     assert caught(lambda: check_weights(model, "nf4"))
 
 
@@ -340,5 +340,5 @@ def test_mutant_subtracting_the_bias(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_mutant_rebuilding_from_the_weight_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of small edits notices an output rebuilt from the dequantised weight."""
-    monkeypatch.setattr(points, "is_plain_linear", lambda module: True)
+    monkeypatch.setattr(block_points, "is_plain_linear", lambda module: True)
     assert caught(lambda: test_small_edits_of_results_have_small_effects("dynamic"))

@@ -247,12 +247,12 @@ def test_answers_of_some_examples() -> None:
 
 
 def test_plans_print_what_was_run() -> None:
-    assert str(Plan("vision", 2, "block")) == "from vision block 2"
+    assert str(Plan("vision", 2)) == "from vision block 2"
     assert str(Plan("language", 1, "attn", 7)) == "from language block 1 (attn), positions 7…"
     assert str(Plan("projector")) == "from the projector"
-    assert str(Plan("text", -1, "block", also=("vision block 0",))) == "from the embeddings of text, vision block 0"
+    assert str(Plan("text", -1, also=("vision block 0",))) == "from the embeddings of text, vision block 0"
     assert str(Plan(reason="x")) == "in full: x"
-    assert [Plan(reason="x").in_full, Plan(reason="nothing changes").in_full, Plan("vision", 0, "o").in_full] == [
+    assert [Plan(reason="x").in_full, Plan(reason="nothing changes").in_full, Plan("vision", 0, "attn").in_full] == [
         True,
         False,
         False,

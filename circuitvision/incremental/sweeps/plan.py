@@ -60,6 +60,10 @@ class Plan:
         return f"from {where}{f', positions {self.first}…' if self.first else ''}"
 
 
+_FORMER = {"block": "", "o": "after attention's pattern", "post": "its end"}
+"""What files of earlier versions call the parts of a block."""
+
+
 def as_plain(plan: Plan) -> dict[str, Any]:
     """A plan as JSON."""
     return as_builtin(dataclasses.asdict(plan))
@@ -67,7 +71,8 @@ def as_plain(plan: Plan) -> dict[str, Any]:
 
 def from_plain(data: Mapping[str, Any]) -> Plan:
     """The plan that :func:`as_plain` described."""
-    return Plan(**{**data, "also": tuple(data["also"])})
+    part = _FORMER.get(data["part"], data["part"])
+    return Plan(**{**data, "part": part, "also": tuple(data["also"])})
 
 
 stored_as("plan", Plan, lambda plan, tensors, sources: as_plain(plan), lambda data, tensors, objects: from_plain(data))
