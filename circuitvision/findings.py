@@ -153,12 +153,13 @@ def past_vision(result: HeadImportance, asked: Finding | None = None) -> Finding
     """The share of the image's effect that reaches the projector without passing a selected vision head; holds where no single vision head moves
     :data:`LEAST_SHARE`.
     """
-    shares = [abs(share) for name, share, _ in result.ranking() if parse_id(name).tower == "vision"]
-    past = sum(e["score"] for e in result.edges if (e["sender"], e["receiver"]) == ("v.input", "x.projector"))
+    images = {parse_id(name).tower for name in result.inputs}
+    shares = [abs(share) for name, share, _ in result.ranking() if parse_id(name).tower in images]
+    past = sum(e["score"] for e in result.edges if e["sender"] in result.inputs and e["receiver"] in result.connectors)
     whole = swing(result)
     value = past / whole.value if has_shares(result) else math.nan
     told = bool(whole.holds) and (asked is None or bool(asked.holds)) and bool(shares) and max(shares) < LEAST_SHARE
-    frozen = sum(parse_id(name).tower == "vision" for name in result.selected)
+    frozen = sum(parse_id(name).tower in images for name in result.selected)
     return Finding("past vision", told, value, "share", None, result.n_examples, about={"heads": str(frozen)})
 
 

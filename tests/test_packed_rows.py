@@ -380,6 +380,13 @@ def test_a_tower_by_itself_is_swept_image_by_image() -> None:
     assert not any(plan.in_full for plan in swept.plan), swept.plan
 
 
+def test_mutant_that_repeats_the_sequence_inside_the_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What keeps images apart knows nothing of the copies."""
+    monkeypatch.setattr(packing.Packed, "rows_alone", True)
+    with pytest.raises(HookError, match=r"180, 3, 4.*60 positions"):
+        test_a_tower_by_itself_is_swept_image_by_image()
+
+
 def test_pooling_of_a_sequence_is_refused_when_the_table_is_registered() -> None:
     with pytest.raises(InputError, match="is not covered"):
         register_eye(Readout(pool="mean"))

@@ -20,11 +20,21 @@ from circuitvision import metrics
 from circuitvision.edits import Edit
 from circuitvision.model import HookPoint
 from circuitvision.model.flow import Connector, Flow
+from circuitvision.model.packing import Packing
 from circuitvision.model.positions import PositionWindow
+from circuitvision.model.spec import Family, TowerSpec
+
+
+class Rows(Packing):
+    """Every input has a row for each example."""
+
+    def _count(self, run: Any, compared: Any) -> int:
+        return len(next(iter(run.inputs.values())))
 
 
 class ToyModel:
-    family, is_dual = "toy", False
+    family = Family("toy", ("Toy",), (TowerSpec("vision"), TowerSpec("language")), output="logits", packing=Rows())
+    is_dual = False
     flow = Flow(("vision", "language"), (Connector(("vision",), "language", "projector"),))
     device, dtype, tokenizer = torch.device("cpu"), torch.float64, None
     engine = SimpleNamespace(stack=[], active=list)
@@ -34,7 +44,11 @@ class ToyModel:
         self.leak, self.gate = leak, gate
         self.module = nn.Linear(1, 1)
         self.towers = {
-            name: SimpleNamespace(cfg=SimpleNamespace(n_layers=w.shape[0], n_heads=w.shape[1], grid=None), dead=())
+            name: SimpleNamespace(
+                stack=SimpleNamespace(image=False),
+                cfg=SimpleNamespace(n_layers=w.shape[0], n_heads=w.shape[1], grid=None),
+                dead=(),
+            )
             for name, w in self.weights.items()
         }
         self.runs = 0

@@ -55,7 +55,6 @@ ANSWER = "answer"
 ROUNDING = 3e-6
 """Share of the metric's size that float32 runs of different batches may differ by."""
 _COPIED = ("model_id", "weights_sha256", "dataset_sha256", "metric", "metric_units", "method", "dtype", "created")
-_MODALITY = {"vision": "image", "vision_2": "image", "action": "action"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +68,9 @@ class HeadImportance(Result):
     Everything else is of the first metric. ``selected`` lists the ids of the heads that edges were measured for, strongest first;
     ``together`` ``[example]`` is the change of the metric with all of them patched at once, and :attr:`joint` its share. ``connectors`` and
     ``inputs`` map the ids of connectors and of vision towers' inputs to their site, effect and share. ``edges`` is a list of
-    ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the output. ``dead`` lists sites
-    that cannot reach the output. ``edits`` are the groups that were run, with values by digest: single heads, then the other nodes, all selected
-    heads together, and the edges' runs. ``groups`` says which examples belong together, where the data does.
+    ``{"sender", "receiver", "score", "se"}``, receiver ``"answer"`` for the output. ``dead`` lists sites that cannot reach the output.
+    ``modalities`` says what the positions of each tower are. ``edits`` are the groups that were run, with values by digest: single heads, then the
+    other nodes, all selected heads together, and the edges' runs. ``groups`` says which examples belong together, where the data does.
     """
 
     base: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -79,6 +78,7 @@ class HeadImportance(Result):
     selected: list[str] = field(default_factory=list)
     together: Tensor = field(default_factory=lambda: torch.zeros(0))
     connectors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    modalities: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     edges: list[dict[str, Any]] = field(default_factory=list)
     mode: str = "denoise"
@@ -227,7 +227,7 @@ class HeadImportance(Result):
                 score=effect,
                 influence=share,
                 in_circuit=name in self.selected,
-                modality=_MODALITY.get(node.tower, "text"),
+                modality=self.modalities.get(node.tower, "text"),
                 hook_out=_site(name),
             )
         for name, entry in {**self.inputs, **self.connectors}.items():
@@ -322,7 +322,8 @@ def head_importance(
         inputs={freezer.ids[site]: wholes[freezer.ids[site]] for site in freezer.inputs},
         edges=edges,
         mode=mode,
-        answer_tower=names[-1],
+        answer_tower=model.flow.answer if model.flow.answer in names else names[-1],
+        modalities={name: _modality(model.towers[name]) for name in names},
         dead=[site for result in patched.values() for site in result.dead],
         edits=[*(group for result in patched.values() for group in result.edits), *freezer.groups],
         groups=first.groups,
@@ -381,8 +382,21 @@ def connector_sites(model: Any) -> list[str]:
 
 
 def input_sites(model: Any) -> list[str]:
-    """What enters block 0 of each vision tower: all that the tower knows of the image."""
-    return [f"{tower}.hook_input" for tower in model.towers if tower.startswith("vision") and _offers(model, tower)]
+    """What enters block 0 of each tower that reads pictures: all that the tower knows of the image."""
+    return [
+        f"{name}.hook_input" for name, tower in model.towers.items() if _reads_images(tower) and _offers(model, name)
+    ]
+
+
+def _reads_images(tower: Any) -> bool:
+    return bool(getattr(getattr(tower, "stack", None), "image", False))
+
+
+def _modality(tower: Any) -> str:
+    """What the positions of a tower are: "image", "text" or "action"."""
+    if _reads_images(tower):
+        return "image"
+    return "action" if getattr(getattr(tower, "spec", None), "runs", "") == "per_denoising_step" else "text"
 
 
 def _offers(model: Any, tower: str) -> bool:
@@ -394,10 +408,10 @@ def _connector_id(site: str) -> str:
 
 
 def _edges(freezer: _Freezer, selected: Mapping[str, float]) -> list[dict[str, Any]]:
-    nodes = sorted(selected, key=lambda name: _depth(name, freezer))
-    # Connectors come after every head of the vision towers and before all others.
-    cut = sum(parse_id(name).tower.startswith("vision") for name in nodes)
-    nodes[cut:cut] = freezer.connectors
+    stages = freezer.model.flow.stages
+    # A connector comes where it runs: behind every head of the towers that it reads.
+    behind = {site: (stages.index(site.split(".")[0]), 0, 0) for site in freezer.connectors}
+    nodes = sorted([*selected, *freezer.connectors], key=lambda name: behind.get(name) or _depth(name, freezer))
     nodes[:0] = freezer.inputs
     cells: list[tuple[str, str, list[str]]] = []
     for number, sender in enumerate(nodes):
@@ -429,7 +443,7 @@ def _edge(freezer: _Freezer, sender: str, receiver: str, scores: Tensor) -> dict
 
 def _depth(name: str, freezer: _Freezer) -> tuple[int, int, int]:
     node = parse_id(name)
-    return list(freezer.model.towers).index(node.tower), node.layer, node.head
+    return freezer.model.flow.stages.index(node.tower), node.layer, node.head
 
 
 def _same_depth(sender: str, receiver: str, freezer: _Freezer) -> bool:

@@ -273,10 +273,9 @@ class Resumer:
             return False
         if not start.is_connector and self.model.towers[start.tower].reads_beside_stream:
             return False
-        if {"pixel_attention_mask", "spatial_shapes", "labels", "past_key_values"} & self.inputs.keys():
+        if {"labels", "past_key_values"} & self.inputs.keys():
             return False
-        if self.model.family.packing.in_sequence and self.model.towers[start.tower].stack.image:
-            # What keeps the images of a sequence apart is made of the inputs.
+        if self.model.towers[start.tower].stack.image and not self.model.family.packing.rows_alone:
             return False
         readout = self.model.towers[start.tower].spec.readout
         return readout is None or readout.pool in FREE_POOLS

@@ -4,6 +4,7 @@ Positions are said in one way everywhere: as positions of the tower whose token 
 of keys and values holds included). Most sites hold all of them. Those that do not:
 
 * a projector holds what its vision tower hands on: all positions, or all but the first where the family drops the class token;
+* a connector that merges patches has positions of its own, and a token map that names them (:func:`map_of`);
 * an image tower's ``hook_embed`` has no prefix tokens yet;
 * keys and values of cross-attention are those of another tower's positions;
 * an output head reads what the family pools, the last positions (``logits_to_keep``, which ``generate`` sets to 1), or the last ones of a chunk;

@@ -2,7 +2,8 @@
 
 A :class:`TokenMap` describes the rows of one tower in one run. Rows of a vision tower are images, tiles or cameras, not examples: ``example``
 says which example a row belongs to. A position holds a weighted *set* of patches (:class:`PatchSets`): one in most models, several where tiles are
-interpolated. What the model's packing does is measured on the packing function itself, see :mod:`circuitvision.model.packing`.
+interpolated, or where a connector merges patches, whose positions then have a map of their own. What the model's packing
+does is measured on the packing function itself, see :mod:`circuitvision.model.packing`.
 
 Pixel boxes are (left, top, right, bottom): in the pixels of the tensor the tower reads, or, for tiled images, in the pixels of the original image.
 They hold the pixels that are read and no others, and end where the picture ends: patches of padding have none. Of other images,

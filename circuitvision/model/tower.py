@@ -172,7 +172,7 @@ class Tower:
 
     def n_dropped_in(self, inputs: Mapping[str, Any] | None = None) -> int:
         """How many first positions are left out on the way to the connector in a run: of a family without a setting for it, those of no patch."""
-        if self.connector is None or self.connector.via == "cross":
+        if self.connector is not None and self.connector.via == "cross":
             return 0
         select = self.spec.feature_select
         return self.cfg.n_prefix if select is None else int(setting(self.module, inputs, select) == "default")

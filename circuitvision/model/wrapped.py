@@ -190,7 +190,10 @@ class Wrapped(TextTools):
         return dead.dead_positions(self.towers[name.tower], site, tokens, inputs)
 
     def tokens(self, inputs: Mapping[str, Any]) -> dict[str, TokenMap]:
-        """What every position of every tower is in this run: kind, image, patch row and column, pixel box, text piece."""
+        """What every position of every tower is in this run: kind, image, patch row and column, pixel box, text piece.
+
+        A connector that merges patches has positions of its own, under its name (``projector``).
+        """
         return token_maps(self, input_checks.as_mapping(self, inputs))
 
     def positions(self, site: str, inputs: Mapping[str, Any]) -> list[int]:

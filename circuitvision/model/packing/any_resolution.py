@@ -31,13 +31,14 @@ _AT_ONCE = 512
 class AnyRes(Flat):
     """An image is a thumbnail and tiles of the picture, packed by the model's ``pack_image_features``."""
 
-    def __init__(self) -> None:
-        super().__init__()
-
     beside = ("image_sizes",)
     per_example = ("batch_num_images",)
     dims = (4, 5)
     layout = "[image, tile, channel, height, width]"
+
+    def __init__(self) -> None:
+        # The model's own function packs tiles, merged or not.
+        super().__init__()
 
     def tiles(self, run: ImageRun) -> list[int]:
         """As the model counts them; an image among several of its prompt may be left whole."""

@@ -50,6 +50,8 @@ class Packing:
     """Inputs that must stand beside ``pixel_values``."""
     dims: ClassVar[tuple[int, ...]] = (4,)
     """How many axes ``pixel_values`` may have."""
+    rows_alone: ClassVar[bool] = True
+    """Whether a row of an image tower is computed from its stream alone: no mask or shape that is made of the inputs says what it is."""
     in_sequence: ClassVar[bool] = False
     """Whether the image towers compute the positions of all rows in one sequence, without an axis of rows."""
     layout: ClassVar[str] = "[image, channel, height, width]"

@@ -56,6 +56,7 @@ class Patches(Packing):
     """Pictures of any grid, cut into flattened patches and filled up to one length (SigLIP 2)."""
 
     beside = ("pixel_attention_mask", "spatial_shapes")
+    rows_alone = False
     dims = (3,)
     layout = "[image, patch, values]"
 
@@ -176,7 +177,7 @@ class Packed(Flat):
     Not covered: several frames, patches in an order of windows.
     """
 
-    in_sequence = True
+    in_sequence, rows_alone = True, False
     dims = (2,)
     layout = "[patch of all images, values]"
 
