@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from circuitvision.loading import load
     from circuitvision.model import ActivationCache, HookPoint, TokenMap, Tower
     from circuitvision.model.picture_boxes import boxes_in_pictures
-    from circuitvision.model.spec import register_family, register_stack
+    from circuitvision.model.spec import register_family, register_norm, register_stack
     from circuitvision.progress import set_verbosity
     from circuitvision.results import Result
     from circuitvision.showing import show
@@ -57,6 +57,7 @@ _FUNCTIONS = {
     "check_model": "checking",
     "load": "loading",
     "register_family": "model.spec",
+    "register_norm": "model.spec",
     "register_stack": "model.spec",
     "set_verbosity": "progress",
     "show": "showing",
@@ -170,6 +171,7 @@ __all__ = [
     "readout",
     "regions",
     "register_family",
+    "register_norm",
     "register_stack",
     "set_verbosity",
     "show",

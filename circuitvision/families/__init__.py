@@ -18,6 +18,7 @@ from circuitvision.model.spec import (
     Stack,
     TowerSpec,
     register_family,
+    register_norm,
     register_stack,
 )
 
@@ -53,6 +54,7 @@ __all__ = [
     "paligemma",
     "pi0",
     "register_family",
+    "register_norm",
     "register_stack",
     "siglip",
     "stacks",

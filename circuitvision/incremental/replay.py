@@ -141,7 +141,8 @@ def _stamps(value: Any) -> list[Any]:
 
 
 def repeated(value: Any, copies: int) -> Any:
-    """A tensor, or every tensor of a structure, repeated along its rows; a single row is only expanded."""
+    """A tensor, or every tensor of a structure, repeated along its rows; a single row is only expanded, and left where others have several: it is
+    shared by all."""
     if copies == 1 or value is None:
         return value
     if isinstance(value, Tensor):
@@ -151,7 +152,9 @@ def repeated(value: Any, copies: int) -> Any:
             return value.expand(copies, *value.shape[1:])
         return value.repeat(copies, *([1] * (value.ndim - 1)))
     if isinstance(value, (tuple, list)):
-        return type(value)(repeated(item, copies) for item in value)
+        rows = [item.shape[0] if isinstance(item, Tensor) and item.ndim else 0 for item in value]
+        shared = [own == 1 < max(rows, default=0) for own in rows]
+        return type(value)(item if one else repeated(item, copies) for item, one in zip(value, shared, strict=True))
     if isinstance(value, Mapping):
         return type(value)(**{name: repeated(item, copies) for name, item in value.items()})
     raise CannotResume(f"a module returned a {type(value).__name__}, which cannot be repeated")

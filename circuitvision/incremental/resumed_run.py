@@ -35,7 +35,7 @@ def embeddings_of(tower: Tower) -> nn.Module | None:
 def unread_parts(block: Block) -> list[nn.Module]:
     """The modules of a block that act through the stream alone: nothing reads them in the last block of a tower that is read through its keys and
     values."""
-    return [branch.output if isinstance(branch, AttentionBranch) else branch.module for branch in block.branches]
+    return [branch.returned_by for branch in block.branches]
 
 
 class ResumedRun:
@@ -207,15 +207,16 @@ class ResumedRun:
             if self.clean.results[id(last)] is not kept:
                 raise CannotResume(f"{type(module).__name__} changes what its last map returns")
             argument = repeated(self.clean.arguments[id(last)][:, first:], self.copies)
-        fixed = None if last is not None else repeated(kept[:, first:], self.copies)
-        rest = (None,) * (len(result) - 1) if isinstance(result, tuple) else None
+        # What attention returns beside its output may be read: T5's later blocks take the position bias of the first one.
+        beside = tuple(_queries(value, first) for value in result[1:]) if isinstance(result, tuple) else ()
+        fixed, *rest = repeated((kept[:, first:], *beside), self.copies)
         cached = None if block is None else self.clean.cached.get(id(block.module))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if cached is not None and block is not None:
                 self._fill_cache(kwargs, cached, block.layer, self.copies)
             out = fixed if last is None else last(argument)
-            return out if rest is None else (out, *rest)
+            return (out, *rest) if isinstance(result, tuple) else out
 
         overrides.forward(module, lambda original: forward)
 
@@ -272,6 +273,15 @@ class ResumedRun:
             return args, {**changed, "hidden_states": stream}
 
         return hook
+
+
+def _queries(value: Any, first: int) -> Any:
+    """What a module returned beside its output, ``[row head query key]``, for the queries from ``first`` on."""
+    if not first or not isinstance(value, Tensor):
+        return value
+    if value.ndim != 4:
+        raise CannotResume(f"a module returns a tensor of shape {tuple(value.shape)} beside its output")
+    return value[:, :, first:]
 
 
 def _suffix(value: Any, first: int, length: int) -> Any:

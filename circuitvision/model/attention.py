@@ -135,6 +135,8 @@ class PrefixKV:
     value: Tensor | None = None
     mask: Tensor | None = None
     causal: bool = False
+    biased: bool = False
+    """Whether the kernel is given a bias of the scores, made for all positions at once."""
     first: int = 0
     copies: int = 1
 
@@ -149,6 +151,7 @@ class PrefixKV:
         if self.first == 0:
             causal = kwargs.get("is_causal")
             self.causal = mask is None and bool(getattr(module, "is_causal", False) if causal is None else causal)
+            self.biased = kwargs.get("position_bias") is not None
             self.key, self.value, self.mask = key, value, mask
             return key, value, mask, kwargs
         assert self.key is not None
@@ -180,7 +183,7 @@ class PrefixKV:
         """The last key that each position can see, over all rows, −1 where the position is padding in every row; None if the mask does not tell."""
         assert self.key is not None
         length = real.shape[1]
-        if self.key.shape[2] != length:
+        if self.biased or self.key.shape[2] != length:
             return None
         if self.mask is None:
             return torch.arange(length) if self.causal else torch.full((length,), length - 1)

@@ -120,6 +120,11 @@ class Branch:
         return self.module
 
     @property
+    def returned_by(self) -> nn.Module:
+        """The module that returns what the core computes: the whole of it, where that holds the output projection."""
+        return self.module if self.holds_output else self.output
+
+    @property
     def _then(self) -> list[nn.Module | Gate]:
         return [one if isinstance(one, Gate) else self._module(one, "then") for one in self.layout.then]
 
@@ -267,6 +272,10 @@ class AttentionBranch(ProjectedBranch):
     @property
     def output(self) -> nn.Module:
         return self._module(self.core.o, "o")
+
+    @property
+    def returned_by(self) -> nn.Module:
+        return self.output
 
     @property
     def source(self) -> Tower | None:

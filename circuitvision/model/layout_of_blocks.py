@@ -141,7 +141,7 @@ def _added_points(block: Block, branch: Branch) -> Iterator[Point]:
     if branch.post_norm is not None:
         yield from norm_points(f"{block.prefix}.{branch.post_name}", branch.post_norm)
     name = f"{block.prefix}.{branch.added}"
-    module = branch.last or (branch.output if isinstance(branch, AttentionBranch) else branch.module)
+    module = branch.last or branch.returned_by
     if branch.is_gated:
         yield GatedOutput(
             name, module, "post", order=2, gates=branch.gates, companions=(_arrival(block, branch, name),)

@@ -95,7 +95,7 @@ class Scale(Identity):
             found, expected = module.forward(probe[None, None])[0, 0].float(), (gain * probe).float()
             if float((found - expected).norm()) > 0.01 * float(expected.norm()):
                 raise UnsupportedModelError(
-                    f"{type(module).__name__} follows a branch and is neither a norm that a family file describes (circuitvision.model.spec.NORMS) "
+                    f"{type(module).__name__} follows a branch and is neither a norm that is described (circuitvision.register_norm) "
                     "nor a scale of each coordinate."
                 )
         return gain

@@ -207,7 +207,8 @@ def norm_spec(module: nn.Module) -> NormSpec:
         if cls.__name__ in NORMS:
             return NORMS[cls.__name__]
     raise UnsupportedModelError(
-        f"{type(module).__name__} is a norm that no family file describes; known: {', '.join(NORMS)}."
+        f"{type(module).__name__} is a norm that nobody described: circuitvision.register_norm(NormSpec(…), {type(module).__name__!r}). Known: "
+        f"{', '.join(NORMS)}."
     )
 
 
@@ -299,6 +300,15 @@ def register_stack(stack: Stack, *model_types: str) -> Stack:
     for model_type in model_types:
         STACKS[model_type] = stack
     return stack
+
+
+def register_norm(norm: NormSpec, *classes: str) -> NormSpec:
+    """Say how normalisation modules compute, by the names of their classes; InputError for what is no description of one."""
+    load_tables()
+    if not isinstance(norm, NormSpec) or not classes or not all(isinstance(name, str) for name in classes):
+        raise InputError('A norm is registered by the names of its classes: register_norm(NormSpec("eps"), "MyNorm").')
+    NORMS.update(dict.fromkeys(classes, norm))
+    return norm
 
 
 def family_of(module: nn.Module) -> Family:

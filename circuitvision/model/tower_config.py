@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from circuitvision.errors import UnsupportedModelError
 from circuitvision.model.branches import AttentionBranch, Branch, MLPBranch
 from circuitvision.model.patches import pair
-from circuitvision.model.spec import norm_spec
+from circuitvision.model.spec import norm_spec, require
 from circuitvision.model.weights import in_width, out_width
 
 if TYPE_CHECKING:
@@ -172,9 +172,7 @@ def _attention_shapes(branch: AttentionBranch, cfg: TowerConfig) -> Iterator[tup
         f"{cfg.n_kv_heads} key and value heads of {cfg.d_head}",
     )
     stream = f"the stream is {cfg.d_model} wide"
-    source = branch.source
-    read = cfg.d_model if source is None else source.cfg.d_model
-    why = stream if source is None else f"the stream of {source.name} is {read} wide"
+    read, why = _keys_width(branch, cfg)
     if branch.core.qkv is not None:
         module = branch.projection("q").module
         yield "qkv", "writes", out_width(module), queries + 2 * keys, f"{of_queries}, and {of_keys} twice"
@@ -187,6 +185,23 @@ def _attention_shapes(branch: AttentionBranch, cfg: TowerConfig) -> Iterator[tup
         for letter in "kv":
             yield letter, "reads", branch.projection(letter).in_width, read, why
     yield "o", "reads", branch.out.in_width, queries, of_queries
+
+
+def _keys_width(branch: AttentionBranch, cfg: TowerConfig) -> tuple[int, str]:
+    """How many features keys and values are made of, and why: of the block's own stream, another tower's, or what a projector makes of that."""
+    source, tower = branch.source, branch.block.tower
+    if source is None:
+        return cfg.d_model, f"the stream is {cfg.d_model} wide"
+    connector = tower.family.flow.crossed_by(source.name)
+    if connector is None or connector.path is None:
+        return source.cfg.d_model, f"the stream of {source.name} is {source.cfg.d_model} wide"
+    projector: Any = require(tower.module, connector.path, connector.name)
+    width = getattr(projector, "out_features", None)
+    if isinstance(width, int):
+        return width, f"what {connector.name} writes"
+    # A projector of several modules does not say what it writes: all that read it must agree.
+    alike = (one for block in tower.blocks for one in block.attentions if one.core.keys_of == source.name)
+    return next(alike).projection("k").in_width, f"as the first block reads of {connector.name}"
 
 
 def _contradiction(branch: Branch, part: str, side: str, found: int, expected: str) -> UnsupportedModelError:

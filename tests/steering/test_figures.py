@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import circuitvision as cv
 from circuitvision.errors import InputError
+from circuitvision.results import Result
 from circuitvision.steering import ClosedLoop, InjectionResult, PromptConditions, SteeringResponse, ValueVectorClusters
 from circuitvision.steering.claims import injects, listens, steers, succeeds
 
@@ -118,3 +122,20 @@ def test_clusters_stand_beside_random_vectors() -> None:
     assert title(figure).startswith("1 of 2")
     assert "&lt;b&gt;" in figure.layout.yaxis.ticktext[0]
     assert found.search(["red"]) == [1]
+
+
+@pytest.mark.parametrize(
+    "found", [response(0.5, 0.1), injection(0.9, 0.0), loop(1.0, 0.4)], ids=lambda one: type(one).__name__
+)
+def test_results_are_saved_taken_apart_and_joined(found: Result, tmp_path: Path) -> None:
+    again = cv.load(found.save(tmp_path / "result.npz"))
+    assert type(again) is type(found)
+    assert torch.equal(again.values, found.values)
+    first, second = found.take([0, 1, 2]), found.take(range(3, len(found.examples)))
+    whole = type(found).concat([first, second])
+    assert torch.equal(whole.values, found.values)
+    for name in found._per_example:
+        if getattr(found, name).numel():
+            assert torch.equal(getattr(whole, name), getattr(found, name))
+    assert len(found.to_frame()) == found.values.numel()
+    assert "<table" in found._repr_html_()
