@@ -86,6 +86,7 @@ class InjectionResult(Result):
 
     _per_example: ClassVar[dict[str, int]] = {"residual": -1, "override": -1, "source": -1, "base": -1}
 
+    @with_provenance
     def at(self, region: str | None = None, layer: Any = ALL, step: Any = ALL) -> Result:
         """β of one injection as a result over examples: a region (None: the first), a layer, a step.
 

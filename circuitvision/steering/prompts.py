@@ -55,6 +55,7 @@ class PromptConditions(Result):
         frame["first prompt"] = self.texts
         return frame
 
+    @with_provenance
     def difference(self, condition: str, other: str) -> Result:
         """β under one condition minus β under another, per example. Raises InputError for a condition that is not there."""
         one, two = (self.values[self.index_of("condition", name)] for name in (condition, other))

@@ -51,6 +51,7 @@ class ClosedLoop(Result):
         """Low and high end ``[2 condition]`` of Wilson's interval of :attr:`success_rate`."""
         return wilson(self.success_rate, len(self.examples), level)
 
+    @with_provenance
     def reached(self, cells: Int[np.ndarray, "example 2"] | Tensor) -> Result:
         """Whether each episode ends on a cell of its own, ``[condition example]``; rows of −1 are no cell."""
         wanted = torch.as_tensor(cells).double()
@@ -60,6 +61,7 @@ class ClosedLoop(Result):
         axes = {"condition": self.axes["condition"], "example": self.axes["example"]}
         return Result(found, axes, self.provenance)
 
+    @with_provenance
     def beside(self, condition: str) -> Result:
         """How much further each condition goes than this one, ``[condition dim example]``: paired differences of displacement."""
         own = self.values[self.index_of("condition", condition)]

@@ -477,6 +477,7 @@ def test_every_public_function_that_returns_a_result_describes_its_call():
         "distance.py:DistanceProfile.over_heads",
         "gradients.py:.result_at",
         "over_data.py:.over_data",
+        "response.py:SteeringResponse.slopes",
         "result.py:SweepResult.of",
         "result.py:SweepResult.one",
         "result.py:SweepResult.rerun",
