@@ -126,7 +126,16 @@ def _place(point: Point, paths: dict[int, str]) -> Place:
 def offered(model: Wrapped) -> dict[str, Point]:
     """The sites a trace can read and write, with their points, in forward order."""
     points = {name: point for name, point in model.engine.points.items() if reason(model, name) is None}
-    return {name: point.as_output() if isinstance(point, StreamInput) else point for name, point in points.items()}
+    return {name: _served(model, point) for name, point in points.items()}
+
+
+def _served(model: Wrapped, point: Point) -> Point:
+    """The point without hooks of ours: what a block reads, where the block before leaves it, or at its own input where something is added between."""
+    if not isinstance(point, StreamInput):
+        return point
+    name = SiteName.parse(point.name)
+    written = (name.layer or 0) - 1 in model.towers[name.tower].writers
+    return Input(point.name, point.module, "pre") if written else point.as_output()
 
 
 def reason(model: Wrapped, name: str) -> str | None:

@@ -169,7 +169,7 @@ def clusters(result: ValueVectorClusters, title: str | None = None, count: int =
         for words, size in zip(result.words[:shown], result.sizes[:shown], strict=True)
     ]
     values = result.cohesion[:shown].nan_to_num(0.0).tolist()
-    held = f"{int(told.sum())} of {len(told)} clusters are more cohesive than any among random value vectors"
+    held = f"{int(told.sum())} of {len(told)} clusters {'is' if int(told.sum()) == 1 else 'are'} more cohesive than any among random value vectors"
     figure = kit.bars(
         names,
         values,
