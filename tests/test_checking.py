@@ -27,7 +27,7 @@ def test_shipped_tables_hold(name: str) -> None:
     model = cv.HookedModel(tiny.build().eval())
     found = cv.check_model(model, tiny.inputs(model.module, batch=2), progress=False)
     assert found.ok, str(found)
-    assert len(found.checks) == 8
+    assert len(found.checks) == 11
     assert found.to_frame()["ok"].all()
     assert "all hold" in repr(found)
 

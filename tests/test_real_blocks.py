@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 import circuitvision as cv
 from circuitvision import edits
+from circuitvision.families import BlockLayout, Fused, Gate, Writer, register_norm
+from circuitvision.model import spec
 from tests.real_blocks import LAYERS, Case, Place
 from tests.real_crossed_models import CASES as CROSSED
 from tests.real_text_models import TEXT, register_norms
@@ -213,5 +216,81 @@ def test_a_sweep_is_the_loop_and_resumes(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_right_table_holds(name: str) -> None:
     _, _, model, inputs = built(name)
-    found = cv.check_model(model, inputs, progress=False)
+    found = cv.check_model(model, inputs, layers=[1], progress=False)
     assert found.ok, str(found)
+
+
+def lying(number: int, core: dict[str, Any] | None = None, **entries: Any) -> Any:
+    """A change of one branch of a block's layout."""
+
+    def change(block: BlockLayout) -> BlockLayout:
+        branches = list(block.branches)
+        branches[number] = replace(branches[number], **entries)
+        branches[number] = replace(branches[number], core=replace(branches[number].core, **(core or {})))
+        return replace(block, branches=tuple(branches))
+
+    return change
+
+
+PACKED = "attention.query_key_value"
+LIES: dict[str, tuple[str, Any, str]] = {
+    "gate and input of a fused MLP": ("phi3", lying(1, {"fused": Fused("mlp.gate_up_proj", "in_gate")}), "parts"),
+    "gate and input": ("qwen3", lying(1, {"gate": "mlp.up_proj", "fc_in": "mlp.gate_proj"}), "parts"),
+    "order of packed projections": ("phi3", lying(0, {"qkv": Fused("self_attn.qkv_proj", "groups")}), "attention"),
+    "order of a fused projection": ("gpt_neox", lying(0, {"qkv": Fused(PACKED, "qkv")}), "attention"),
+    "queries and keys": ("internvl", lying(0, {"q": "attention.k_proj", "k": "attention.q_proj"}), "attention"),
+    "keys and values": ("internvl", lying(0, {"k": "attention.v_proj", "v": "attention.k_proj"}), "attention"),
+    "norms of heads": ("internvl", lying(0, {"q_norm": "attention.k_norm", "k_norm": "attention.q_norm"}), "parts"),
+    "no norm of heads": ("qwen3", lying(0, {"q_norm": "", "k_norm": ""}), "parts"),
+    "heads first": ("qwen3", lying(0, {"heads_first": True}), "parts"),
+    "heads not first": ("gemma3", lying(0, {"heads_first": False}), "parts"),
+    "no gate": ("internvl", lying(0, then=()), "stream"),
+    "another gate": ("internvl", lying(0, then=(Gate("lambda_2"),)), "stream"),
+    "no norm behind": ("gemma3", lying(0, then=()), "stream"),
+    "no norm before": ("qwen3", lying(0, norm=None), "parts"),
+    "another branch's norm": ("gpt_neox parallel", lying(0, norm="post_attention_layernorm"), "sites"),
+    "one behind the other": ("gpt_neox parallel", lambda block: replace(block, parallel=False), "parts"),
+    "side by side": ("gpt_neox", lambda block: replace(block, parallel=True), "parts"),
+    "no norm of the sum": ("bert", lying(1, sum_norm=None), "stream"),
+    "another activation": ("gpt_neox", lying(1, {"act": "relu"}), "parts"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_wrong_block_is_named(lie: str) -> None:
+    name, change, check = LIES[lie]
+    register_norms()
+    case = CASES[name]
+    case.register(change(case.stack.block))
+    found = cv.check_model(cv.HookedModel(case.module()), case.inputs(), layers=[0], progress=False)
+    assert check in [one.name for one in found.checks if not one.ok], str(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "entries"),
+    [
+        ("gemma3", "Gemma3RMSNorm", {"offset": 0.0}),
+        ("qwen3", "Qwen3RMSNorm", {"centred": True}),
+        ("cohere", "CohereLayerNorm", {"centred": False}),
+    ],
+)
+def test_a_wrong_norm_is_named(name: str, norm: str, entries: dict[str, Any]) -> None:
+    register_norms()
+    register_norm(replace(spec.NORMS[norm], **entries), norm)
+    CASES[name].register()
+    found = cv.check_model(cv.HookedModel(CASES[name].module()), CASES[name].inputs(), layers=[0], progress=False)
+    assert "norms" in [one.name for one in found.checks if not one.ok], str(found)
+
+
+@pytest.mark.parametrize("layers", [(), (0,)])
+def test_a_forgotten_writer_is_named(layers: tuple[int, ...]) -> None:
+    register_norms()
+    case = CASES["qwen3_vl"]
+    case.register(writers=(Writer("hook_deepstack", layers),) if layers else ())
+    found = cv.check_model(cv.HookedModel(case.module()), case.inputs(), progress=False)
+    assert "changes the stream" in found.checks[0].problem
+
+
+def test_a_norm_is_registered_by_names_of_classes() -> None:
+    with pytest.raises(cv.errors.InputError, match="names of its classes"):
+        register_norm(spec.NORMS["LayerNorm"])

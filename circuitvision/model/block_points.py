@@ -65,6 +65,15 @@ class _Gate(torch.autograd.Function):
         return (torch.zeros_like(grads[0]) if edited is None else grads[0] * edited), None
 
 
+def _kept_by(stash: SavedInput, name: str) -> Tensor:
+    """What a norm was given; HookError where it has not run before the part that reads it."""
+    if id(stash.module) not in stash.kept:
+        raise HookError(
+            f"{name}: {type(stash.module).__name__}, which the table names as the norm before it, has not run: is it another branch's norm?"
+        )
+    return stash.kept[id(stash.module)]
+
+
 def _fired_beside(fire: Callback, stream: Tensor) -> tuple[Tensor, bool, Tensor]:
     """A copy of the stream behind the hooks of a slot, whether it may differ, and at which entries ``[… 1]`` it does.
 
@@ -148,7 +157,7 @@ class HeadInput(Point):
     def apply(self, call: Call, fire: Callback) -> None:
         assert self.projection is not None
         stash = self.companions[0]
-        resid = stash.kept[id(stash.module)]
+        resid = _kept_by(stash, self.name)
         per_head = resid.unsqueeze(-2).expand(*resid.shape[:-1], self.n_heads, resid.shape[-1])
         before = call.tensor()
         out = split_heads(self.projection.take(before), self.n_heads)
@@ -182,7 +191,7 @@ class ReadInput(Point):
 
     def apply(self, call: Call, fire: Callback) -> None:
         stash = self.companions[0]
-        stream = stash.kept[id(stash.module)]
+        stream = _kept_by(stash, self.name)
         value, changed, edited = _fired_beside(fire, stream)
         if changed:
             call.set_input(_read_of(call.input(), value, edited, lambda own: stash.module.forward(own.contiguous())))
