@@ -54,7 +54,7 @@ _ROOMS = (
 )
 _FUNCTIONS = {
     "boxes_in_pictures": "model.picture_boxes",
-    "check_model": "checking",
+    "check_model": "checks.model",
     "load": "loading",
     "register_family": "model.spec",
     "register_norm": "model.spec",
@@ -63,7 +63,7 @@ _FUNCTIONS = {
     "show": "showing",
 }
 _CLASSES = {
-    "checking": "ModelCheck",
+    "checks.model": "ModelCheck",
     "circuits.ablation": "AblationCheck",
     "circuits.importance": "HeadImportance",
     "data.batches": "Batch",

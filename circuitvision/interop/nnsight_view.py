@@ -39,6 +39,7 @@ from circuitvision.model.spec import resolve
 if TYPE_CHECKING:
     from circuitvision.model import Tower
     from circuitvision.model.block import Block
+    from circuitvision.model.branches import Branch
     from circuitvision.model.wrapped import Wrapped
 
 ATTENTION_REASON = (

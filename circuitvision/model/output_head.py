@@ -32,6 +32,7 @@ from circuitvision.model.spec import require
 from circuitvision.model.weights import attention_weights, embedding_weight, linear_bias, linear_weight, out_width
 
 if TYPE_CHECKING:
+    from circuitvision.model.cache import ActivationCache
     from circuitvision.model.tower import Tower
     from circuitvision.model.wrapped import Wrapped
 
