@@ -202,7 +202,7 @@ MUTANTS: list[tuple[Mutate, str, str]] = [
     (forget_what_stands_between_blocks, "synthetic-deepstack", "2 stream sum"),
     (skip_norms_of_sums, "synthetic-post-norm", "2 stream sum"),
     (forget_gates, "synthetic-tanh-gates", "2 edits land"),
-    (drop_position_zero, "synthetic-third-writer", "2 edits land"),
+    (drop_position_zero, "synthetic-third-writer-gated", "2 edits land"),
     (replace_the_norm_input_only, "synthetic-third-writer-gated", "2 resid_mid"),
     (call_cross_attention_dead, "synthetic-cross", "1 edits reach"),
     (never_count, "synthetic-packing", "5 fires once"),
