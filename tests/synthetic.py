@@ -268,14 +268,14 @@ def build(cls: type[Synthetic]) -> Any:
     return randomise(cls(SyntheticConfig()), cls.__name__).eval()
 
 
-def prompts(counts: list[list[int]], padding: str | None = None) -> dict[str, Tensor]:
-    """Prompts that hold image tokens of so many positions for each image: ``[1, image…, 3, image…, 4, 5]``, filled up."""
+def prompts(counts: list[list[int]], padding: str | None = None, tail: bool = False) -> dict[str, Tensor]:
+    """Prompts that hold image tokens of so many positions for each image: ``[1, image…, 3, image…, 4, 5]``, filled up; ``tail`` makes them differ."""
     rows = []
     for number, images in enumerate(counts):
         row = [1, 7 + number]
         for count in images:
             row += [IMAGE] * count + [3]
-        rows.append([*row, 4, 5 + number])
+        rows.append([*row, 4, 5 + number, *[6] * (number if tail else 0)])
     width = max(map(len, rows))
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
     for number, row in enumerate(rows):
@@ -311,9 +311,9 @@ def merged_inputs(
     images_per_prompt: int = 1,
     image_size: Any = None,
 ) -> dict[str, Any]:
-    """Inputs of the merging models by hand."""
+    """Inputs of the merging models by hand; with padding, every prompt is longer than the one before it."""
     return {
-        **prompts([[6] * images_per_prompt] * batch, padding),
+        **prompts([[6] * images_per_prompt] * batch, padding, tail=padding is not None),
         "pixel_values": pictures(batch * images_per_prompt, seed, dtype),
     }
 
@@ -342,13 +342,21 @@ def packed_inputs(
     return {**prompts(per_prompt, padding), **packed(images)}
 
 
+def _case(cls: type[Synthetic], name: str, inputs: Any, *tags: str) -> Case:
+    return Case(
+        name,
+        name,
+        lambda: build(cls),
+        inputs,
+        ("vision", "language"),
+        tags=frozenset(("merged", "padding_left", "padding_right", "two_images", *tags)),
+        register=lambda: register(cls),
+    )
+
+
 CASES = {
-    "Merging": Case(
-        "synthetic-merging", "merging", lambda: build(Merging), merged_inputs, ("vision", "language"),
-    ),
-    "MergingBefore": Case(
-        "synthetic-merging-before", "mergingbefore", lambda: build(MergingBefore), merged_inputs, ("vision", "language"),
-    ),
-    "Packing": Case("synthetic-packing", "packing", lambda: build(Packing), packed_inputs, ("vision", "language")),
-}  # fmt: skip
+    "Merging": _case(Merging, "synthetic-merging", merged_inputs),
+    "MergingBefore": _case(MergingBefore, "synthetic-merging-before", merged_inputs, "merged_before"),
+    "Packing": _case(Packing, "synthetic-packing", packed_inputs, "packed_patches"),
+}
 CLASSES: tuple[type[Synthetic], ...] = (Merging, MergingBefore, Packing)

@@ -385,6 +385,34 @@ class Own(nn.Module):
         return {"logits": self.head(self.norm(x)[:, 0])}
 
 
+def by_hand(
+    module: Own, inputs: dict[str, Tensor], change: dict[str, Any] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and every site, with some sites changed by functions."""
+    values: dict[str, Tensor] = {}
+
+    def tap(site: str, value: Tensor) -> Tensor:
+        values[site] = value if change is None or site not in change else change[site](value)
+        return values[site]
+
+    with tapped(tap):
+        return module(**inputs)["logits"], values
+
+
+def inputs_by_hand(
+    model: Any,
+    batch: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    padding: str | None = None,
+    images_per_prompt: int = 1,
+    image_size: tuple[int, int] | None = None,
+) -> dict[str, Tensor]:
+    """Pictures of two by two patches."""
+    generator = torch.Generator().manual_seed(seed)
+    return {"pixel_values": torch.randn(batch, 3, 8, 8, dtype=torch.float64, generator=generator).to(dtype)}
+
+
 def layout_of(block: Any) -> BlockLayout:
     """What a family file would say of a block."""
     shape: Shape = block.shape

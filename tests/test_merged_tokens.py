@@ -1,4 +1,4 @@
-"""A connector that merges 2×2 patches into one prompt position: geometry, edits, sweeps and promises, against values worked out by hand."""
+"""A connector that merges 2×2 patches into one prompt position: geometry, edits and sweeps, against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from circuitvision import edits
 from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.model import packing
 from tests import synthetic
-from tests.conformance.promises import EXACT, PROMISES
-from tests.conformance.setting import Setting, bare_module, shared_model_untouched, warm_model
-from tests.zoo import CASES
 
 pytestmark = pytest.mark.usefixtures("tables")
 KINDS = [synthetic.Merging, synthetic.MergingBefore]
@@ -229,46 +226,7 @@ def test_a_sweep_is_the_loop_and_each_example_has_its_own_value(cls: type[synthe
     torch.testing.assert_close(apart, naive[kept], rtol=1e-6, atol=1e-8)
 
 
-# ---- promises
-
-
-@pytest.fixture
-def in_zoo(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """A synthetic model among those that conformance checks run on."""
-
-    def put(name: str) -> Any:
-        case = synthetic.CASES[name]
-        synthetic.register(next(cls for cls in synthetic.CLASSES if cls.__name__ == name))
-        monkeypatch.setitem(CASES, case.name, case)
-        for cached in (bare_module, shared_model_untouched, warm_model):
-            cached.cache_clear()
-        return case
-
-    return put
-
-
-HELD = (
-    "1 edits reach",
-    "2 equations",
-    "2 edits land",
-    "2 stream sum",
-    "2 resid_mid",
-    "3 unchanged",
-    "3 own tensor",
-    "4 gradients",
-    "4 grad mode",
-    "4 backward",
-    "5 fires once",
-    "bare output",
-    "first run",
-    "unwrap",
-)
-
-
-@pytest.mark.parametrize("promise", HELD)
-@pytest.mark.parametrize("name", ["Merging", "MergingBefore"])
-def test_promises_hold(name: str, promise: str, in_zoo: Callable[[str], Any]) -> None:
-    PROMISES[promise](Setting(in_zoo(name), torch.float64, grad=promise in EXACT))
+# ---- dead sites
 
 
 def test_embeddings_under_images_are_dead_and_nothing_else() -> None:

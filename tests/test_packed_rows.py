@@ -1,4 +1,4 @@
-"""Images of different sizes in one sequence without an axis of rows: geometry, edits, sweeps, promises, against values worked out by hand."""
+"""Images of different sizes in one sequence without an axis of rows: geometry, edits and sweeps, against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from circuitvision.families import Family, Readout, TowerSpec
 from circuitvision.model import packing, spec
 from circuitvision.model.packing import sequences
 from tests import synthetic
-from tests.conformance.promises import EXACT, PROMISES
-from tests.conformance.setting import Setting
 from tests.synthetic import GRIDS, MERGE, PATCH
-from tests.test_merged_tokens import FIRST, HELD, by_hand, changed_positions, exact, in_zoo  # noqa: F401
+from tests.test_merged_tokens import FIRST, by_hand, changed_positions, exact
 from tests.zoo.weights import randomise
 
 pytestmark = pytest.mark.usefixtures("tables")
@@ -293,13 +291,6 @@ def test_data_sets_and_gradients_of_packed_rows() -> None:
     assert not slope[2:].any()
     assert not slope[~there].any()
     assert (slope[:2][there[:2]].abs().sum(-1) > 0).all()
-
-
-@pytest.mark.parametrize("promise", HELD)
-def test_promises_hold(promise: str, in_zoo: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """With images of one size: the checks also write to cells that fill up shorter rows, where nothing is computed."""
-    monkeypatch.setattr(synthetic, "GRIDS", [(4, 4)])
-    PROMISES[promise](Setting(in_zoo("Packing"), torch.float64, grad=promise in EXACT))
 
 
 def test_what_is_written_to_cells_that_fill_up_is_dropped() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import circuitvision as cv
 from circuitvision import edits
-from tests.synthetic_blocks import SHAPES, Own, register, tapped
+from tests.synthetic_blocks import SHAPES, Own, by_hand, register
 
 pytestmark = pytest.mark.usefixtures("tables")
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -26,20 +26,6 @@ def built(shape: str) -> tuple[Own, cv.HookedModel, dict[str, Tensor]]:
         parameter.data += 0.3 * torch.randn_like(parameter)
     pixels = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     return module, cv.HookedModel(module), {"pixel_values": pixels}
-
-
-def by_hand(
-    module: Own, inputs: dict[str, Tensor], change: dict[str, Any] | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and every site, with some sites changed by functions."""
-    values: dict[str, Tensor] = {}
-
-    def tap(site: str, value: Tensor) -> Tensor:
-        values[site] = value if change is None or site not in change else change[site](value)
-        return values[site]
-
-    with tapped(tap):
-        return module(**inputs)["logits"], values
 
 
 def changed(value: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from circuitvision.incremental.replay import CannotResume, Overrides, fresh, is_
 from circuitvision.incremental.routes import EMBED, ResumePlan, ResumePoint, reached_through_cache
 from circuitvision.model.attention import PrefixKV
 from circuitvision.model.branches import AttentionBranch
-from circuitvision.model.dead import CACHE_SIDE, last_live_block
+from circuitvision.model.dead import last_live_block, through_keys
 from circuitvision.model.packing.base import Compared
 from circuitvision.model.sites import SiteName
 from circuitvision.model.spec import resolve
@@ -150,7 +150,7 @@ class ResumedRun:
         for block in tower.blocks[max(live, layer) + 1 :]:
             if not any(name.layer == block.layer for name in asked):
                 self._hand_back(overrides, block.module, self.copies)
-        edited = any(name.layer == live and name.site not in CACHE_SIDE for name in asked)
+        edited = any(name.layer == live and not through_keys(tower.blocks[live], name.site) for name in asked)
         if tower.feeds_cache and layer < live and not edited:
             for module in unread_parts(tower.blocks[live]):
                 self._hand_back(overrides, module, self.copies)

@@ -16,28 +16,62 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitvision.model.branches import AttentionBranch, Branch
 from circuitvision.model.pooling import eos_positions
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
+    from circuitvision.model.block import Block
     from circuitvision.model.tokens import TokenMap
     from circuitvision.model.tower import Tower
 
-CACHE_SIDE = (
-    "hook_resid_pre",
-    "hook_k_input",
-    "hook_v_input",
-    "ln1.hook_scale",
-    "ln1.hook_normalized",
-    "attn.hook_k",
-    "attn.hook_v",
-    "attn.hook_rot_k",
-)
-"""Sites of a block that act through keys and values as well: alive at every position."""
+
+def through_keys(block: Block, site: str) -> bool:
+    """Whether a site of a block acts through keys and values of the block's own stream as well: then every position of it is alive."""
+    own = [one for one in block.attentions if not one.core.keys_of]
+    before = block.branches_before(own[-1]) if own else []
+    return any(_feeds_keys(one, site) for one in own) or any(_is_part(one, site) for one in before)
 
 
-QUERY_SIDE = ("hook_q_input", "attn.hook_q", "attn.hook_rot_q", "attn.hook_attn_scores")
-"""Sites that only choose among keys: dead where a causal tower leaves a single key to choose."""
+def _feeds_keys(attention: AttentionBranch, site: str) -> bool:
+    """Whether keys or values of this attention are made of what a site holds."""
+    name = attention.name
+    alone = (
+        attention.stream,
+        attention.slot("k"),
+        attention.slot("v"),
+        *(f"{name}.hook_{of}" for of in ("k", "v", "rot_k")),
+    )
+    norms = [f"{name}.k_norm.", f"{name}.v_norm."]
+    # A norm that the stream is read through is before the keys; one of the sum (post-norm) bears the same name and is behind them.
+    norms += [f"{attention.norm_name}."] if attention.layout.norm else []
+    return site in alone or site.startswith(tuple(norms))
+
+
+def _is_part(branch: Branch, site: str) -> bool:
+    """Whether a site belongs to a branch: what it reads, its inside, what it adds, and the norms around it."""
+    norm = f"ln{branch.number + 1}"
+    alone = [branch.stream, branch.read_site, branch.added]
+    alone += [branch.slot(letter) for letter in branch.letters] if isinstance(branch, AttentionBranch) else []
+    return site in alone or site.startswith((f"{branch.name}.", f"{norm}.", f"{norm}_post."))
+
+
+def _chooses(block: Block, site: str) -> bool:
+    """Whether a site only chooses among keys of the block's own stream: dead where a causal tower leaves a single key to choose."""
+    for one in block.attentions:
+        alone = (one.slot("q"), *(f"{one.name}.hook_{of}" for of in ("q", "rot_q", "attn_scores")))
+        if not one.core.keys_of and (site in alone or site.startswith(f"{one.name}.q_norm.")):
+            return True
+    return False
+
+
+def _of_another_tower(block: Block, site: str) -> bool:
+    """Whether a site holds keys or values made of another tower's stream: its positions are that tower's, and any query may look at them."""
+    crossing = [one.name for one in block.attentions if one.core.keys_of]
+    return any(
+        site in (f"{name}.hook_k", f"{name}.hook_v") or site.startswith((f"{name}.k_norm.", f"{name}.v_norm."))
+        for name in crossing
+    )
 
 
 def last_live_block(tower: Tower, inputs: Mapping[str, Any] | None = None) -> int:
@@ -52,7 +86,7 @@ def is_dead(tower: Tower, name: str, inputs: Mapping[str, Any] | None = None) ->
     if site.layer is not None:
         if site.layer > live:
             return not (site.layer == live + 1 and site.site == "hook_resid_pre")
-        return tower.feeds_cache and site.layer == live and site.site not in CACHE_SIDE
+        return tower.feeds_cache and site.layer == live and not through_keys(tower.blocks[live], site.site)
     if site.site.startswith("ln_final"):
         unused = not tower.output_head.table.normed
         return unused or tower.feeds_cache or live < tower.cfg.n_layers - 1
@@ -73,11 +107,14 @@ def dead_positions(tower: Tower, name: str, tokens: TokenMap, inputs: Mapping[st
             return _unread(tower, tokens, inputs) if tower.output_head.table.norm_first else None
         return after_eos if site.site in ("hook_pos_embed", "hook_input") else None
     live = last_live_block(tower, inputs)
-    final = (site.layer == live and site.site not in CACHE_SIDE) or (
+    block = tower.blocks[site.layer]
+    if _of_another_tower(block, site.site):
+        return None
+    final = (site.layer == live and not through_keys(block, site.site)) or (
         site.layer == live + 1 and site.site == "hook_resid_pre"
     )
     unread = _unread(tower, tokens, inputs) if final else after_eos
-    if site.site in QUERY_SIDE and tower.cfg.attention == "causal":
+    if _chooses(block, site.site) and tower.cfg.attention == "causal":
         alone = _first_visible(tokens)
         return alone if unread is None else unread | alone
     return unread

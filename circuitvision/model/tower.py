@@ -132,10 +132,16 @@ class Tower:
     ) -> Float[Tensor, "row pos_out d_model"]:
         """What the connector's module makes of what its sources give, all positions of every row.
 
-        Raises InputError where the rows are one sequence, and no ``inputs`` say how long each is.
+        Raises InputError where the rows are one sequence, and no ``inputs`` say how long each is; UnsupportedModelError where the model's own code
+        merges patches on the way to the connector, which no table describes.
         """
         connector, owner = self.connector, self.owner()
         assert connector is not None
+        if self.family.packing.merges("hook_in"):
+            raise UnsupportedModelError(
+                f"The model's own code merges patches before {connector.name} reads them, so nothing but a run says what it makes of a stream of "
+                f"the {self.name} tower: read {connector.name}.hook_out, or a site behind it."
+            )
         module = require(self.module, connector.path or "", "projector")
         if not self.family.packing.in_sequence:
             return module(value)

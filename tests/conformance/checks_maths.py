@@ -10,23 +10,50 @@ import torch
 from torch import Tensor
 
 import circuitvision as cv
-from tests.conformance.equations import Structure
-from tests.conformance.setting import Setting, close, disturb, groups, needs_eager, nothing, one_layer_each, same
+from tests.conformance.cases import BY_HAND
+from tests.conformance.equations import Structure, norm_of
+from tests.conformance.oracle import expected_sites
+from tests.conformance.setting import (
+    Setting,
+    close,
+    disturb,
+    groups,
+    in_cells,
+    needs_eager,
+    nothing,
+    one_layer_each,
+    position_axis,
+    real_cells,
+    same,
+)
 
 TOLERANCE = {torch.float64: 2e-5}
 """Decoders take norms and softmaxes in float32 whatever the dtype of the weights."""
 
 
 def hold(
-    model: cv.HookedModel, setting: Setting, cache: Any, edited: Iterable[str] = (), tower: str = "", kind: str = ""
+    model: cv.HookedModel,
+    setting: Setting,
+    inputs: dict[str, Any],
+    cache: Any,
+    edited: Iterable[str] = (),
+    tower: str = "",
+    kind: str = "",
 ) -> None:
-    """Every equation holds in this cache (in one tower, if named), but for the definitions of the edited sites."""
+    """Every equation holds in this cache (in one tower, if named), but for the definitions of the edited sites.
+
+    Blocks that are written down by hand as well hold what the same weights give there, with the edited values in their place.
+    """
     skip = set(edited)
-    for equation in Structure(model, setting.case).equations(cache, tower, kind):
+    real = {name: real_cells(setting, model, inputs, name) for name in model.towers}
+    multiplied = hold_by_hand(model, setting, inputs, cache, skip, tower)
+    for equation in Structure(model, setting.case).equations(cache, tower, kind, multiplied):
         if equation.site in skip:
             continue
-        value, expected = cache[equation.site], equation.value
+        value, expected, cells = cache[equation.site], equation.value, real[equation.site.partition(".")[0]]
         what = f"{equation.site} with {kind or 'nothing'} edited"
+        if cells is not None and equation.where is None and position_axis(equation.site) == 1:
+            value, expected = value[cells], expected[cells]
         if equation.exact:
             same(value, expected, what)
             continue
@@ -35,12 +62,37 @@ def hold(
         close(value, expected, what, TOLERANCE.get(setting.dtype, 1e-4))
 
 
+def hold_by_hand(
+    model: cv.HookedModel, setting: Setting, inputs: dict[str, Any], cache: Any, edited: set[str], only: str
+) -> str:
+    """Compare every block site of the tower that is multiplied by hand, and return its name; "" where there is none."""
+    by_hand = BY_HAND.get(setting.case.name)
+    name = "" if by_hand is None else setting.case.towers[-1]
+    if by_hand is None or only not in ("", name):
+        return name
+    entry, first = f"{name}.hook_input", f"{name}.blocks.0.hook_resid_pre"
+    change = {
+        first if site == entry else site: lambda value, site=site: cache[site].to(value)
+        for site in edited
+        if site.startswith(f"{name}.")
+    }
+    _, values = by_hand(model.module, inputs, change)
+    assert set(values) == set(model.sites(f"{name}.blocks.**")), "a site is not multiplied by hand"
+    for site, expected in values.items():
+        visible = expected > torch.finfo(expected.dtype).min / 4
+        what = f"{site} with {sorted(edited)[:1] or 'nothing'} edited"
+        assert cache[site].shape == expected.shape, what
+        close(cache[site][visible], expected[visible], what, TOLERANCE.get(setting.dtype, 1e-4))
+    return name
+
+
 def sites_follow_from_those_before(setting: Setting) -> None:
     """resid_pre + attn_out = resid_mid, pattern @ v = z, post(Σ result + b_O) = attn_out, … in a clean run, from raw weights."""
     model = setting.model()
     with setting.mode():
-        _, cache = model.run_with_cache(setting.inputs(model), "**")
-        hold(model, setting, cache)
+        inputs = setting.inputs(model)
+        _, cache = model.run_with_cache(inputs, "**")
+        hold(model, setting, inputs, cache)
 
 
 def edits_land_where_they_were_made(setting: Setting) -> None:
@@ -53,9 +105,10 @@ def edits_land_where_they_were_made(setting: Setting) -> None:
         tower, kind = key.split(".")[0], key.split(".blocks.")[-1]
         watched = [f"{tower}.**"] + ["language.**"] * (tower == "action")
         written: dict[str, Tensor] = {}
+        real = in_cells(real_cells(setting, model, inputs, names[0]), names[0])
 
-        def edit(value: Tensor, hook: Any, written: dict[str, Tensor] = written) -> Tensor:
-            written[hook.name] = disturb(seed=1)(value, hook)
+        def edit(value: Tensor, hook: Any, written: dict[str, Tensor] = written, real: Any = real) -> Tensor:
+            written[hook.name] = disturb(seed=1, where=real)(value, hook)
             return written[hook.name].clone()
 
         with setting.mode(), warnings.catch_warnings():
@@ -64,49 +117,74 @@ def edits_land_where_they_were_made(setting: Setting) -> None:
                 _, cache = model.run_with_cache(inputs, watched)
             for name in names:
                 same(cache[name], written[name], f"{name} as edited")
-            hold(model, setting, cache, names, tower, kind)
+            hold(model, setting, inputs, cache, names, tower, kind)
 
 
 def inputs_and_writes_add_up_to_the_stream(setting: Setting) -> None:
-    """hook_input + every attn_out + every mlp_out = resid_post at every position, images and text alike."""
+    """hook_input + every attn_out, mlp_out and other write = resid_post at every position; a norm of the sum (post-norm) is passed on the way."""
     model = setting.model()
     with setting.mode():
         _, cache = model.run_with_cache(setting.inputs(model))
     for name, tower in model.towers.items():
         total = cache[f"{name}.hook_input"]
         for layer in range(tower.cfg.n_layers):
-            for site in ("hook_attn_out", "hook_mlp_out"):
-                total = total + cache[f"{name}.blocks.{layer}.{site}"]
+            norms = [branch.sum_norm for branch in tower.blocks[layer].branches]
+            for number, site in enumerate(tower.added_in(layer)):
+                total = total + cache[f"{name}.{site}"]
+                norm = norms[number] if number < len(norms) else None
+                total = total if norm is None else norm(total)
         same(total, cache[f"{name}.blocks.{tower.cfg.n_layers - 1}.hook_resid_post"], f"{name}: input and writes")
         parts = cache.decompose_resid(name)
         close(parts.sum(0), total, f"{name}: decompose_resid")
         stack = cache.accumulated_resid(name, incl_mid=True)
-        assert len(stack) == 2 * tower.cfg.n_layers + 1
+        n_mid = sum(site.startswith(f"{name}.") and "hook_resid_mid" in site for site in expected_sites(setting.case))
+        assert len(stack) == tower.cfg.n_layers + n_mid + 1
         close(stack[-1], total, f"{name}: accumulated_resid")
 
 
 def resid_mid_reaches_norm_and_skip_path(setting: Setting) -> None:
-    """An edit of resid_mid changes what ln2 reads and what the skip path carries, by the same bits, in either grad mode."""
+    """An edit between two branches changes what the next one reads and what the skip path carries, by the same bits, in either grad mode."""
     model = setting.model()
     inputs = setting.inputs(model)
     for name, tower in model.towers.items():
-        p = f"{name}.blocks.0"
-        outs = []
-        for grad in (False, True):
-            with torch.set_grad_enabled(grad), model.hooks([(f"{p}.hook_resid_mid", disturb())]):
+        seen: set[str] = set()
+        for block in tower.blocks:
+            for branch in block.branches:
+                if "hook_resid_mid" in branch.stream and (kind := f"{branch.name} {branch.number}") not in seen:
+                    seen.add(kind)
+                    _edit_between(setting, model, inputs, f"{name}.blocks.{block.layer}", block, branch)
+        assert seen, f"{name} has no stream between branches"
+
+
+def _edit_between(
+    setting: Setting, model: cv.HookedModel, inputs: dict[str, Any], p: str, block: Any, branch: Any
+) -> None:
+    site, later = f"{p}.{branch.stream}", block.branches[branch.number + 1 :]
+    behind = f"{p}.{later[0].stream if later else 'hook_resid_post'}"
+    if branch.sum_norm is not None:
+        behind = f"{p}.ln{branch.number + 1}.hook_in"
+    outs = []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            with model.hooks([(site, disturb())]):
                 out, cache = model.run_with_cache(inputs, f"{p}.*")
                 outs.append(out.detach())
-            with torch.set_grad_enabled(grad):
-                _, clean = model.run_with_cache(inputs, [f"{p}.*", f"{p}.ln2.*"])
-                with model.hooks([(f"{p}.hook_resid_mid", disturb())]):
-                    _, edited = model.run_with_cache(inputs, [f"{p}.*", f"{p}.ln2.*"])
-            mid = edited[f"{p}.hook_resid_mid"]
-            assert not torch.equal(mid, clean[f"{p}.hook_resid_mid"])
-            same(edited[f"{p}.hook_resid_post"], mid + edited[f"{p}.hook_mlp_out"], f"{p}: skip path")
-            x = mid - mid.mean(-1, keepdim=True) if tower.cfg.norm == "LayerNorm" else mid
-            close(edited[f"{p}.ln2.hook_normalized"] * edited[f"{p}.ln2.hook_scale"], x, f"{p}: ln2 input")
-            same(cache[f"{p}.hook_resid_mid"], mid, f"{p}: the same edit twice")
-        same(outs[0], outs[1], f"{p}: edited output without and with grad")
+                _, edited = model.run_with_cache(inputs, [f"{p}.*", f"{p}.ln*.*"])
+            _, clean = model.run_with_cache(inputs, f"{p}.*")
+        assert not torch.equal(edited[site], clean[site])
+        cells = real_cells(setting, model, inputs, site)
+        cells = torch.ones(clean[site].shape[:2], dtype=torch.bool) if cells is None else cells
+        carried = edited[site] + edited[f"{p}.{branch.added}"]
+        same(edited[behind][cells], carried[cells], f"{site}: skip path")
+        if branch.norm is None:
+            same(edited[f"{p}.{branch.read_site}"][cells], edited[site][cells], f"{site}: {branch.name}")
+        else:
+            _, x = norm_of(branch.norm, edited[site])
+            ln = f"{p}.{branch.norm_name}"
+            read = edited[f"{ln}.hook_normalized"] * edited[f"{ln}.hook_scale"]
+            close(read[cells], x[cells], f"{site}: {ln} input")
+        same(cache[site], edited[site], f"{site}: the same edit twice")
+    same(outs[0], outs[1], f"{site}: edited output without and with grad")
 
 
 def metric_of(out: Tensor) -> Tensor:

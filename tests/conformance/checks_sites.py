@@ -84,7 +84,7 @@ class Liveness:
 
     def examples(self, site: str) -> Tensor:
         """The example of every row of a site."""
-        return torch.from_numpy(self.tokens[vision_of(site)].example)
+        return torch.from_numpy(self.tokens[vision_of(site, self.tokens)].example)
 
     def declared(self, site: str, shape: torch.Size) -> Tensor:
         """Declared dead: bool [row pos] for this site's rows and positions."""
@@ -102,7 +102,7 @@ class Liveness:
         """Padding positions, and queries whose scores row has a single key (adding to it is adding a constant): bool [row pos]."""
         axis = position_axis(site)
         skip = torch.zeros(shape[0], shape[axis], dtype=torch.bool)
-        tower = vision_of(site)
+        tower = vision_of(site, self.tokens)
         if skip.shape == self.tokens[tower].kind.shape:
             skip |= torch.from_numpy(self.tokens[tower].kind == "padding")
         elif tower == "vision" and "spatial_shapes" in self.inputs:
@@ -117,7 +117,7 @@ def chosen_positions(live: Liveness, site: str, shape: torch.Size, dead: Tensor,
     if positions <= live.n_examples or live.setting.thorough:
         yield from range(positions)
         return
-    kinds = live.tokens[vision_of(site)].kind
+    kinds = live.tokens[vision_of(site, live.tokens)].kind
     classes: dict[Any, list[int]] = {}
     for position in range(positions):
         kind = kinds[0, position] if kinds.shape[1] == positions else ""

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.conformance.cases import SHAPES
+from tests.conformance.checks_model import image_token
 from tests.conformance.setting import Setting, close, disturb, same
-from tests.zoo import SHAPES
 
 
 def positions_are_what_the_map_says(setting: Setting) -> None:
@@ -18,18 +19,18 @@ def positions_are_what_the_map_says(setting: Setting) -> None:
     for options in _paddings(setting):
         inputs = setting.inputs(model, **options)
         maps = model.tokens(inputs)
-        assert set(maps) == set(setting.case.towers)
+        assert set(maps) == {*setting.case.towers, *(("projector",) if "merged" in setting.case.tags else ())}
         with torch.no_grad():
-            _, cache = model.run_with_cache(inputs, "*.hook_input")
+            _, cache = model.run_with_cache(inputs, ["*.hook_input", *["projector.hook_out"] * ("projector" in maps)])
         for name, tokens in maps.items():
-            entering = cache[f"{name}.hook_input"]
+            entering = cache["projector.hook_out" if name == "projector" else f"{name}.hook_input"]
             assert tokens.kind.shape == entering.shape[:2], (
                 f"{name}: map {tokens.kind.shape}, run {tuple(entering.shape)}"
             )
             assert len(tokens.example) == entering.shape[0]
         _check_vision(setting, inputs, maps["vision"])
         if "language" in maps:
-            _check_language(model, inputs, maps["language"])
+            _check_language(inputs, maps["language"], image_token(setting, model))
         elif "text" in maps and "attention_mask" in inputs:
             assert np.array_equal(maps["text"].kind == "padding", inputs["attention_mask"].numpy() == 0)
         if "action" in maps:
@@ -52,15 +53,17 @@ def _check_vision(setting: Setting, inputs: dict[str, Any], tokens: Any) -> None
             found = np.stack([tokens.patch_row[row], tokens.patch_col[row]], axis=1)[shape.n_prefix :]
             assert np.array_equal(found, expected), "patches are numbered row by row"
     else:
-        for row, (height, width) in enumerate(inputs["spatial_shapes"].tolist()):
+        grids = inputs["spatial_shapes"] if "spatial_shapes" in inputs else inputs["image_grid_thw"][:, 1:]
+        for row, (height, width) in enumerate(grids.tolist()):
             assert (tokens.kind[row] == "patch").sum() == height * width
             assert tokens.patch_row[row].max() == height - 1
             assert tokens.patch_col[row].max() == width - 1
 
 
-def _check_language(model: Any, inputs: dict[str, Any], tokens: Any) -> None:
-    ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()
-    image = ids == model.image_token_id
+def _check_language(inputs: dict[str, Any], tokens: Any, image_token: int | None) -> None:
+    ids = inputs["input_ids"].numpy()
+    mask = inputs["attention_mask"].numpy() if "attention_mask" in inputs else np.ones_like(ids)
+    image = ids == image_token
     assert np.array_equal(tokens.kind == "padding", mask == 0)
     assert np.array_equal(tokens.image_number >= 0, image), "image positions are those of the image token"
     assert np.array_equal(np.isin(tokens.kind, ["patch", "newline", "cls"]), image)
@@ -85,6 +88,9 @@ def patch_positions_carry_their_patch(setting: Setting) -> None:
         projected, entering = cache["projector.hook_out"], cache["language.hook_input"]
         vision, language = maps["vision"], maps["language"]
         projected = projected.reshape(vision.n_rows, -1, projected.shape[-1])
+        if "merged" in setting.case.tags:
+            _compare_merged(maps, projected, entering)
+            continue
         rows = {
             (int(vision.example[row]), int(vision.image_number[row, -1]), int(vision.tile[row, -1])): row
             for row in range(vision.n_rows)
@@ -93,6 +99,20 @@ def patch_positions_carry_their_patch(setting: Setting) -> None:
         for camera in (inputs["pixel_attention_mask"] == 0).nonzero().tolist() if setting.case.family == "pi0" else []:
             del rows[camera[0], camera[1], camera[1]]
         _compare_patches(setting, model, rows, projected, entering, language)
+
+
+def _compare_merged(maps: Any, projected: Tensor, entering: Tensor) -> None:
+    """The positions of an image in the prompt, in their order, are the real rows that leave the connector, with the same patches in them."""
+    vision, language, merged = maps["vision"], maps["language"], maps["projector"]
+    for row in range(vision.n_rows):
+        example, image = int(vision.example[row]), int(vision.image_number[row, 0])
+        places = np.flatnonzero(language.image_number[example] == image)
+        real = np.flatnonzero(merged.kind[row] != "padding")
+        assert len(places) == len(real) == (vision.kind[row] == "patch").sum() // 4
+        for place, index in zip(places, real, strict=True):
+            same(entering[example, place], projected[row, index], f"image {image} of {example}")
+            assert language.patches.of(example, place) == merged.patches.of(row, index)
+            assert np.array_equal(language.box[example, place], merged.box[row, index])
 
 
 def _compare_patches(

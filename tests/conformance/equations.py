@@ -68,10 +68,10 @@ class Structure:
     def __init__(self, model: cv.HookedModel, case: Any) -> None:
         self.model, self.case = model, case
 
-    def equations(self, cache: Any, only: str = "", edited: str = "") -> Iterator[Equation]:
-        """The equations of a run, of one tower if `only` names it; `edited` is the kind of site that was changed."""
+    def equations(self, cache: Any, only: str = "", edited: str = "", without: str = "") -> Iterator[Equation]:
+        """The equations of a run, of one tower if `only` names it, not of `without`; `edited` is the kind of site that was changed."""
         for name, tower in self.model.towers.items():
-            if only not in ("", name):
+            if only not in ("", name) or name == without:
                 continue
             for block in tower.blocks:
                 yield from self.attention_half(name, tower, block, cache, edited)

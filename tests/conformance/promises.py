@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from tests.conformance import checks_actions, checks_maths, checks_model, checks_sites, checks_tokens
+from tests.conformance.cases import in_tables
 from tests.conformance.setting import Setting
 from tests.zoo import Case
 
@@ -53,15 +54,26 @@ def applies(promise: str, case: Case) -> bool:
     pi0, vlm = case.family == "pi0", "language" in case.towers
     if promise in ("kv to action", "kv as weights", "denoising", "noise"):
         return pi0
-    if promise in ("kv reach", "padding"):
+    if promise == "kv reach":
         return "generates" in case.tags
+    if promise == "padding":
+        return vlm and not pi0 and "padding_left" in case.tags
+    if promise == "2 resid_mid":
+        # Parallel branches read what enters the block: there is no stream between them.
+        return not case.name.startswith("synthetic-parallel")
     if promise == "patch values":
-        return vlm and "resampled" not in case.tags
+        return vlm and not case.tags & {"resampled", "cross_attention"}
     if promise == "tiles":
         return "tiles" in case.tags
     if promise == "pixel boxes":
         return "tiles" not in case.tags and "packed_patches" not in case.tags
     return True
+
+
+def hold(promise: str, setting: Setting) -> None:
+    """Run a check with the case's family in the tables."""
+    with in_tables(setting.case):
+        PROMISES[promise](setting)
 
 
 def setting_for(promise: str, case: Case) -> Setting:

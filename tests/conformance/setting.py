@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import circuitvision as cv
-from tests.zoo import CASES, Case, primary
+from tests.conformance.cases import EVERY, case
+from tests.zoo import Case, primary
 
 HALF = (torch.bfloat16, torch.float16)
 ROUNDINGS = 4
@@ -35,16 +36,12 @@ def bare_module(name: str, dtype: torch.dtype) -> nn.Module:
 @cache
 def shared_model_untouched(name: str) -> nn.Module:
     """A build of the case kept apart from the ones tests run."""
-    from tests.zoo import case
-
     return case(name).build()
 
 
 @cache
 def warm_model(name: str, dtype: torch.dtype) -> cv.HookedModel:
     """A wrapped model that has run one forward; shared, so every check must leave it as it was."""
-    from tests.zoo import case
-
     module = copy.deepcopy(bare_module(name, dtype))
     with torch.no_grad():
         module(**case(name).inputs(module, dtype=dtype))
@@ -85,7 +82,7 @@ class Setting:
     @property
     def every_site(self) -> bool:
         """Whether to edit every layer: always in the slow product, else for the first case of each family."""
-        first = next(case for case in CASES.values() if case.family == self.case.family)
+        first = next(case for case in EVERY.values() if case.family == self.case.family)
         return self.thorough or first is self.case
 
     @contextmanager
@@ -157,6 +154,19 @@ def disturb(seed: int = 0, where: Callable[[Tensor], Tensor] | None = None) -> C
     return hook
 
 
+def in_cells(cells: Tensor | None, name: str) -> Callable[[Tensor], Tensor] | None:
+    """Where a value of a site is inside the real cells of its rows (of scores and patterns: queries and keys); None where there is nothing else."""
+    if cells is None:
+        return None
+
+    def where(value: Tensor) -> Tensor:
+        if position_axis(name) == 2:
+            return (cells[:, None, :, None] & cells[:, None, None]).expand_as(value)
+        return cells.view(*cells.shape, *[1] * (value.ndim - 2)).expand_as(value)
+
+    return where
+
+
 def nothing(value: Tensor, hook: Any) -> None:
     """A hook that only looks."""
 
@@ -178,10 +188,11 @@ def one_layer_each(model: cv.HookedModel) -> list[str]:
     return dead + [names[index % len(names)] for index, names in enumerate(alive) if names]
 
 
-def vision_of(name: str) -> str:
-    """The tower whose rows a site has: connectors have those of the vision tower."""
+def vision_of(name: str, tokens: Any) -> str:
+    """Which of the token maps has a site's rows: connectors have those of the vision tower, unless what leaves them has a map of its own."""
     tower = name.partition(".")[0]
-    return "vision" if tower == "projector" else tower
+    own = name == "projector.hook_out" and "projector" in tokens
+    return "vision" if tower == "projector" and not own else tower
 
 
 def real_rows(setting: Setting, inputs: dict[str, Any], output: Tensor) -> Tensor:
@@ -192,6 +203,14 @@ def real_rows(setting: Setting, inputs: dict[str, Any], output: Tensor) -> Tenso
     if mask is None or output.ndim != 3 or mask.shape != output.shape[:2]:
         return output
     return output[mask.bool()]
+
+
+def real_cells(setting: Setting, model: cv.HookedModel, inputs: dict[str, Any], site: str) -> Tensor | None:
+    """Where images of different sizes share a batch, the cells of a site's rows in which something is computed: bool [row pos]; else None."""
+    if not {"merged", "packed_patches"} <= setting.case.tags:
+        return None
+    tokens = model.tokens(inputs)
+    return torch.from_numpy(tokens[vision_of(site, tokens)].kind != "padding")
 
 
 def same(one: Tensor, other: Tensor, what: str) -> None:

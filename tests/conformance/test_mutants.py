@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from circuitvision.model import attention, block_points, head_forward, hooks, points, torch_hooks
+from circuitvision import HookedModel
+from circuitvision.model import attention, block_points, branches, cache, head_forward, hooks, points, torch_hooks
 from circuitvision.model.branches import AttentionBranch
 from circuitvision.model.weights import linear_weight
 from tests.conformance import setting as settings
-from tests.conformance.promises import PROMISES, setting_for
-from tests.zoo import CASES
+from tests.conformance.cases import EVERY
+from tests.conformance.promises import hold, setting_for
 
 Mutate = Callable[[pytest.MonkeyPatch], None]
 
@@ -129,13 +131,52 @@ def forget_in_place_changes(patch: pytest.MonkeyPatch) -> None:
 
 def never_count(patch: pytest.MonkeyPatch) -> None:
     """Nobody checks how often a site fired."""
-    patch.setattr(hooks.HookEngine, "_check_fired", lambda self: None)
+    patch.setattr(hooks.HookEngine, "_check_fired", lambda self, *given: None)
 
 
 def normalise_twice(patch: pytest.MonkeyPatch) -> None:
     """A read-out that applies the final norm to what it has normalised already."""
     right = head_forward.HeadForward._norm
     patch.setattr(head_forward.HeadForward, "_norm", lambda self, resid, ref: right(self, right(self, resid, ref), ref))
+
+
+def take_groups_for_plain(patch: pytest.MonkeyPatch) -> None:
+    """The columns of queries, keys and values that are fused by groups are taken as if all queries came first."""
+    right = branches.qkv_columns
+    patch.setattr(branches, "qkv_columns", lambda fused, *given: right(replace(fused, order="qkv"), *given))
+
+
+def forget_what_stands_between_blocks(patch: pytest.MonkeyPatch) -> None:
+    """What the tower's code writes between blocks is no part of the sum."""
+    patch.setattr(cache.ActivationCache, "decompose_resid", _without_writers(cache.ActivationCache.decompose_resid))
+
+
+def _without_writers(right: Any) -> Any:
+    def decompose(self: Any, *given: Any, **options: Any) -> Any:
+        stack, labels = right(self, *given, **options, return_labels=True)
+        return stack[[number for number, label in enumerate(labels) if "deepstack" not in label]]
+
+    return decompose
+
+
+def skip_norms_of_sums(patch: pytest.MonkeyPatch) -> None:
+    """Parts of a sum are taken as they are, whatever norm the sum passes."""
+    patch.setattr(cache.ActivationCache, "_through_sum_norm", lambda self, owner, module, name, parts: (parts, []))
+
+
+def forget_gates(patch: pytest.MonkeyPatch) -> None:
+    """What is added is the output of the last module, whatever the block multiplies it with."""
+    patch.setattr(branches.Branch, "is_gated", property(lambda self: False))
+
+
+def call_cross_attention_dead(patch: pytest.MonkeyPatch) -> None:
+    """Keys and values that another tower's stream is made into are said to reach nothing."""
+    right = HookedModel.is_dead
+    patch.setattr(
+        HookedModel,
+        "is_dead",
+        lambda self, site, *given: site.endswith("cross_attn.hook_k") or right(self, site, *given),
+    )
 
 
 MUTANTS: list[tuple[Mutate, str, str]] = [
@@ -155,6 +196,16 @@ MUTANTS: list[tuple[Mutate, str, str]] = [
     (forget_in_place_changes, "vit", "3 own tensor"),
     (never_count, "vit", "5 fires once"),
     (normalise_twice, "vit", "read-out"),
+    (swap_heads, "synthetic-cross", "2 equations"),
+    (take_groups_for_plain, "synthetic-fused-groups", "2 equations"),
+    (take_groups_for_plain, "synthetic-parallel-shared", "weights"),
+    (forget_what_stands_between_blocks, "synthetic-deepstack", "2 stream sum"),
+    (skip_norms_of_sums, "synthetic-post-norm", "2 stream sum"),
+    (forget_gates, "synthetic-tanh-gates", "2 edits land"),
+    (drop_position_zero, "synthetic-third-writer-gated", "2 edits land"),
+    (replace_the_norm_input_only, "synthetic-third-writer-gated", "2 resid_mid"),
+    (call_cross_attention_dead, "synthetic-cross", "1 edits reach"),
+    (never_count, "synthetic-packing", "5 fires once"),
 ]
 
 
@@ -170,6 +221,6 @@ def test_a_mutant_turns_its_promise_red(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pytest.raises(Exception):
-                PROMISES[promise](setting_for(promise, CASES[name]))
+                hold(promise, setting_for(promise, EVERY[name]))
     finally:
         settings.warm_model.cache_clear()

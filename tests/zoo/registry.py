@@ -55,6 +55,10 @@ TAGS: dict[str, str] = {
     "full_features": "every vision position enters the connector",
     "argmax_pooling": "CLIP text is pooled at the highest id, because eos_token_id is 2",
     "out_of_vocabulary_image": "the image token's id is outside the embedding table",
+    "merged": "blocks of patches become one prompt position, so the map of the connector's rows differs from the tower's",
+    "merged_before": "the model's own code merges them, before the connector",
+    "cross_attention": "the language tower attends to the vision tower; no prompt position holds an image",
+    "synthetic_blocks": "an image tower of tests/synthetic_blocks.py",
     "conversion_on_save": "saved parameter names differ from the module's own",
 }
 
@@ -80,6 +84,7 @@ class Case:
 
     `raw(batch, seed, images_per_prompt)` gives keyword arguments for the processor (PIL images, strings, ...).
     `unused` is a regular expression for the names of parameters that cannot influence the primary output.
+    `register` puts the family into the tables, where it is none of the package's.
     """
 
     name: str
@@ -91,6 +96,7 @@ class Case:
     raw: Callable[..., dict[str, Any]] | None = None
     tags: frozenset[str] = field(default_factory=frozenset)
     unused: str = "(?!)"
+    register: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         unknown = self.tags - TAGS.keys()
@@ -191,7 +197,7 @@ def loading_options(case: Case) -> dict[str, Any]:
 def primary(output: Any) -> Tensor:
     """The tensor that stands for a model output: logits, logits_per_image, image_embeds or last_hidden_state."""
     for name in ("logits", "logits_per_image", "image_embeds", "last_hidden_state"):
-        value = getattr(output, name, None)
+        value = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
         if value is not None:
             return value
     raise ValueError(f"no primary tensor in {type(output).__name__}")
