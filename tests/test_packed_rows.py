@@ -471,4 +471,5 @@ def test_sites_of_a_sequence_are_not_those_of_a_module_alone() -> None:
 @pytest.mark.parametrize("cls", synthetic.CLASSES, ids=lambda cls: cls.__name__)
 def test_the_check_of_a_table_finds_nothing_wrong(cls: type[synthetic.Synthetic]) -> None:
     _, model, inputs = exact(cls, batch=2, images_per_prompt=2)
-    assert cv.check_model(model, inputs, progress=False).ok
+    found = cv.check_model(model, inputs, progress=False)
+    assert found.ok, str(found)

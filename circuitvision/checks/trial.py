@@ -34,14 +34,27 @@ class Trial:
         """Whether two tensors differ by more than rounding."""
         if found.shape != expected.shape:
             return True
-        size = float(expected.abs().amax().clamp_min(1e-6))
+        size = float(expected.abs().nan_to_num(0.0).amax().clamp_min(1e-6))
         gap = (found.double() - expected.double()).abs().nan_to_num(0.0)
         return float(gap.amax()) > self.rounding * size
 
     def value(self, site: str) -> Tensor | None:
         """What a site held; None where the run did not pass it, or more than once."""
         found = self.cache.get(site)
-        return found if isinstance(found, Tensor) else None
+        if not isinstance(found, Tensor):
+            return None
+        filler = self._filler(SiteName.parse(site), found)
+        return found if filler is None else found.masked_fill(filler, torch.nan)
+
+    def _filler(self, name: SiteName, value: Tensor) -> Tensor | None:
+        """Cells that only fill up rows of images that a tower computes in one sequence: nothing is computed there."""
+        if not self.model.family.packing.in_sequence or name.tower not in self.model.towers or name.is_pattern:
+            return None
+        kinds = self.model.tokens(self.inputs)[name.tower].kind
+        if not self.model.towers[name.tower].stack.image or value.shape[:2] != kinds.shape:
+            return None
+        padding = torch.from_numpy(kinds == "padding").to(value.device)
+        return padding.view(*kinds.shape, *[1] * (value.ndim - 2))
 
     def blocks(self, tower: Tower) -> list[Block]:
         """The chosen blocks of a tower."""
