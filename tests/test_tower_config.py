@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import circuitvision as cv
-from circuitvision.errors import UnsupportedModelError
+from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.families.stacks import VIT, VIT_BLOCK
 from circuitvision.model import spec
-from circuitvision.model.block_layout import BlockLayout
+from circuitvision.model.block_layout import MLP, Attention, BlockLayout, Branch, Fused, Gate
 from circuitvision.model.spec import Family, Readout, TowerSpec
 from tests.zoo import case
 
@@ -90,3 +91,57 @@ def test_widths_are_the_modules_own_whatever_the_config_calls_them() -> None:
     module = case("vit").build()
     module.config.hidden_size = 999
     assert cv.HookedModel(module).vision.cfg.d_model == 24
+
+
+def own_family(stack: spec.Stack) -> cv.HookedModel:
+    tower = TowerSpec(
+        "vision", root="inner.vit", stack=stack, readout=Readout(pool="cls", head="inner.classifier", reads=("cls",))
+    )
+    cv.register_family(Family(name="own", classes=("Own",), output="logits", towers=(tower,)))
+    return cv.HookedModel(Own().eval())
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, r"Gate\('lamda'\) of attn is no parameter of ViTLayer; it holds lambda_1"),
+        (1.0, "is 1.0 and no parameter"),
+    ],
+)
+def test_a_gate_that_is_no_parameter_is_refused(
+    value: float | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attn, mlp = VIT_BLOCK.branches
+    build = Own.__init__
+
+    def with_gates(self: Own) -> None:
+        build(self)
+        for block in self.inner.vit.layers:
+            block.lambda_1 = nn.Parameter(torch.ones(1))
+            if value is not None:
+                block.lamda = value
+
+    monkeypatch.setattr(Own, "__init__", with_gates)
+    with pytest.raises(UnsupportedModelError, match=said):
+        own_family(replace(VIT, block=BlockLayout((replace(attn, then=(Gate("lamda"),)), mlp))))
+
+
+def test_a_position_table_that_is_not_there_is_refused_with_what_is() -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=r"position_weight, the name .* not 'positions'; it holds .*position_embeddings"
+    ):
+        own_family(replace(VIT, position_weight="positions"))
+
+
+def test_an_identity_in_the_place_of_a_norm_is_named() -> None:
+    with pytest.raises(UnsupportedModelError, match="An Identity stands where the table names a norm"):
+        spec.norm_spec(nn.Identity())
+
+
+def test_the_order_of_a_fused_map_is_one_that_there_is() -> None:
+    with pytest.raises(InputError, match="order is one of 'qkv', 'groups'"):
+        Fused("qkv", "heads")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="is the map of an attention"):
+        Branch(MLP("mlp", fc_out="out", fused=Fused("both")))
+    with pytest.raises(InputError, match="is the map of an MLP"):
+        Branch(Attention("attn", o="o", qkv=Fused("qkv", "gate_in")))

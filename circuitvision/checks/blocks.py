@@ -80,7 +80,10 @@ def _entering(trial: Trial, block: Block, branch: Branch) -> str:
         return ""
     entering, stream, *added = values
     if trial.far(torch.stack([entering, *added]).sum(0), stream):
-        return f"{branch.name} does not read what the branches before it add: are they side by side (BlockLayout(parallel=True))?"
+        return (
+            f"{branch.name} does not read what the branches before it add: are they side by side (BlockLayout(parallel=True)), or does something "
+            "stand between a branch and the sum (Branch(then=))?"
+        )
     return ""
 
 

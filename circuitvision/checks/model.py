@@ -143,7 +143,10 @@ def _stream(trial: Trial) -> str:
             expected = trial.cache[name if end is None else f"{tower.name}.blocks.{layer}.hook_resid_pre"]
             if trial.far(total, expected):
                 added = ", ".join(tower.added_in(layer - 1))
-                return f"what enters the {tower.name} tower and {added} do not add up to what leaves block {layer - 1}"
+                return (
+                    f"what enters the {tower.name} tower and {added} do not add up to what leaves block {layer - 1}: is a "
+                    "scale or a gate missing or another branch's (Branch(then=)), or a writer between blocks (Stack(writers=))?"
+                )
     return ""
 
 

@@ -22,6 +22,9 @@ from torch import nn
 
 from circuitvision.errors import InputError
 
+_OF_ATTENTION = ("qkv", "groups")
+_OF_MLP = ("gate_in", "in_gate")
+
 
 @dataclass(frozen=True)
 class Fused:
@@ -33,6 +36,13 @@ class Fused:
 
     path: str
     order: Literal["qkv", "groups", "gate_in", "in_gate"] = "qkv"
+
+    def __post_init__(self) -> None:
+        if self.order not in (*_OF_ATTENTION, *_OF_MLP):
+            raise InputError(
+                f"{self!r}: order is one of {', '.join(map(repr, _OF_ATTENTION))} of queries, keys and values, or of "
+                f"{', '.join(map(repr, _OF_MLP))} of a gated MLP."
+            )
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,10 @@ class Branch:
             raise InputError(f"{core!r}: give q, k and v, or qkv=Fused(…).")
         if isinstance(core, MLP) and bool(core.fused) == bool(core.fc_in):
             raise InputError(f"{core!r}: give fc_in (and gate), or fused=Fused(…, order='gate_in').")
+        if isinstance(core, Attention) and core.qkv and core.qkv.order not in _OF_ATTENTION:
+            raise InputError(f"{core.qkv!r} is the map of an MLP: of attention, order is 'qkv' or 'groups'.")
+        if isinstance(core, MLP) and core.fused and core.fused.order not in _OF_MLP:
+            raise InputError(f"{core.fused!r} is the map of an attention: of an MLP, order is 'gate_in' or 'in_gate'.")
 
 
 @dataclass(frozen=True)

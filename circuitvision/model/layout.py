@@ -88,6 +88,12 @@ def _tower_points(tower: Tower) -> Iterator[Point]:
     yield point(f"{name}.hook_embed", embed, "post")
     if stack.position not in ("none", "rotary"):
         adder = require(tower.root, stack.embeddings or "", "embeddings")
+        if tower.spec.stack is not None and getattr(adder, stack.position_weight or "", None) is None:
+            held = [*adder.named_parameters(recurse=False), *adder.named_children()]
+            raise UnsupportedModelError(
+                f"position={stack.position!r} of the {name} tower needs position_weight, the name of a parameter or module of {type(adder).__name__} "
+                f"(embeddings={stack.embeddings!r}), not {stack.position_weight!r}; it holds {', '.join(one for one, _ in held)}."
+            )
         n_inserted = sum(kind == "register" for kind in tower.prefix_kinds)
         yield PositionEmbedding(
             f"{name}.hook_pos_embed",

@@ -60,8 +60,8 @@ class Stack:
         embed: the module whose output is the patch or token embedding, before positions are added.
         embeddings: the module that adds the position embedding; None where there is none, or none of its own.
         position: how it does that: a table of texts, or of patches (stretched to other sizes on request or always, or resized to every image);
-            "rotary" where positions enter inside attention alone, and images may have any size. ``position_weight`` is the table, relative to
-            ``embeddings``.
+            "rotary" where positions enter inside attention alone, and images may have any size. ``position_weight`` is the table: the name of the
+            parameter or module (an ``nn.Embedding`` itself, without ``.weight``) that ``embeddings`` holds.
         prefix: kinds of the tokens before the patches; ``register`` is repeated ``num_register_tokens`` times.
         attention: which positions see which.
         image: whether it reads pictures.
@@ -206,6 +206,12 @@ def norm_spec(module: nn.Module) -> NormSpec:
     for cls in type(module).__mro__:
         if cls.__name__ in NORMS:
             return NORMS[cls.__name__]
+    if isinstance(module, nn.Identity):
+        # Some classes put one in the place of a norm that another setting of their config would have.
+        raise UnsupportedModelError(
+            "An Identity stands where the table names a norm, so nothing is normalised there: name none (norm=None, final_norm=None), or the "
+            "module that does normalise, wherever it is (a pooler)."
+        )
     raise UnsupportedModelError(
         f"{type(module).__name__} is a norm that nobody described: circuitvision.register_norm(NormSpec(…), {type(module).__name__!r}). Known: "
         f"{', '.join(NORMS)}."

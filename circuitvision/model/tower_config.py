@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from statistics import mode
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from torch import Tensor, nn
+
 from circuitvision.errors import UnsupportedModelError
+from circuitvision.model.block_layout import Gate
 from circuitvision.model.branches import AttentionBranch, Branch, MLPBranch
 from circuitvision.model.patches import pair
 from circuitvision.model.spec import norm_spec, require
@@ -135,6 +138,7 @@ def _number(tower: Tower, name: str | tuple[str, ...] | int, default: int | None
 def _check(block: Block, cfg: TowerConfig) -> None:
     """Raise UnsupportedModelError for a part that does not have the shape that the others give it."""
     for branch in block.branches:
+        _check_gates(branch)
         for part, side, found, expected, why in _shapes(branch, cfg):
             if found != expected:
                 raise _contradiction(branch, part, side, found, f"{expected} ({why})")
@@ -202,6 +206,26 @@ def _keys_width(branch: AttentionBranch, cfg: TowerConfig) -> tuple[int, str]:
     # A projector of several modules does not say what it writes: all that read it must agree.
     alike = (one for block in tower.blocks for one in block.attentions if one.core.keys_of == source.name)
     return next(alike).projection("k").in_width, f"as the first block reads of {connector.name}"
+
+
+def _check_gates(branch: Branch) -> None:
+    """Raise UnsupportedModelError for a gate that the block does not hold as a tensor."""
+    for gate in branch.layout.then:
+        if not isinstance(gate, Gate):
+            continue
+        where = f"{branch.block.prefix}: Gate({gate.parameter!r}) of {branch.name}"
+        path, _, name = gate.parameter.rpartition(".")
+        holder = require(branch.block.module, path, f"module of {where}")
+        value = getattr(holder, name, None)
+        if value is None:
+            names = [one for one, _ in holder.named_parameters(recurse=False)]
+            known = f"it holds {', '.join(names)}" if names else "it holds none of its own"
+            raise UnsupportedModelError(f"{where} is no parameter of {type(holder).__name__}; {known}.")
+        if not isinstance(value, Tensor | nn.Module):
+            raise UnsupportedModelError(
+                f"{where} is {value!r} and no parameter (a setting of the config leaves it out?): where it is 1, leave the gate out of the layout, "
+                "which may be a function of the block, Stack(block=function)."
+            )
 
 
 def _contradiction(branch: Branch, part: str, side: str, found: int, expected: str) -> UnsupportedModelError:

@@ -98,7 +98,8 @@ def parts(model: Any, data: Any, size: int | None = None, seed: int = 0) -> Iter
         yield Part(data, range(count), range(count), count, None)
     else:
         raise InputError(
-            f"A policy acts on inputs (model.inputs(…)) or on a data set (cv.data.Side), not a {type(data).__name__}."
+            f"A policy acts on inputs (model.inputs(…)) or on a data set (cv.data.Side; of boards cv.data.reach_side(boards)), not a "
+            f"{type(data).__name__}."
         )
 
 

@@ -142,7 +142,8 @@ def inject(
         source, base: in place of pairs, the inputs of the two runs, of the same shapes.
         tower: whose activations; None is the prefix (the tower whose keys and values an action tower reads, or the one that says tokens).
         what: ``"kv"`` keys and values, ``"resid"`` the residual stream that enters a layer, or the end of any site's name (``"hook_resid_post"``).
-        regions: name → positions of that tower, as of edits (None: all); one region ``"all"`` if left out.
+        regions: name → positions of that tower, as of edits (None: all); one region ``"all"`` if left out. They are looked up in the base run: a
+            word that only the source has is not there, and examples without any keep their action, which is β 0 (a warning counts them).
         layers: numbers, and ``"all"``; None is ``"all"`` and every layer alone.
         steps: denoising steps of a tower that runs once per step, and ``"all"``. A prefix runs once, as step 0.
         policy: in place of :func:`act`, a function ``(model, inputs, edits)`` that returns actions.

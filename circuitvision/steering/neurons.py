@@ -181,8 +181,8 @@ def promoting_neurons(
     Raises:
         InputError: an output that is not there, or more neurons than there are.
     """
-    if isinstance(targets, str) or not len(targets):
-        raise InputError(f"targets is a list of outputs, one at least, not {targets!r}.")
+    if isinstance(targets, str | int) or not len(targets):
+        raise InputError(f"targets is a list of outputs, one at least, such as [{targets!r}], not {targets!r}.")
     live = live_layers(tower, layers)
     asked = [*targets, *against]
     columns = list(dict.fromkeys(asked))

@@ -121,6 +121,10 @@ def closed_loop(
         UnsupportedModelError: a model that does not act.
     """
     policy_of(model, None)
+    if hasattr(starts, "batches"):
+        raise InputError(
+            f"An episode starts from a board (reach.sample_starts), not from a {type(starts).__name__} of inputs."
+        )
     texts = dict(texts or {})
     unknown = [name for name in texts if name not in conditions]
     if not conditions or unknown:

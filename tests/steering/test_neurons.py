@@ -150,3 +150,15 @@ def test_cohesion_is_the_mean_cosine_between_two_members(policy: cv.HookedModel)
         value_vector_clusters(policy.action, 5, on="words")
     with pytest.raises(InputError, match="n_clusters"):
         value_vector_clusters(policy.action, 1)
+
+
+def test_a_set_in_the_place_of_edits_and_a_target_in_the_place_of_a_list_say_what_is_meant(
+    policy: cv.HookedModel,
+) -> None:
+    inputs = policy.inputs(state=torch.zeros(1, 2), text=["reach red"], images=[[torch.zeros(3, 16, 16)]], seed=0)
+    chosen = NeuronSet.of(policy.action, [(0, 1), (2, 3)])
+    for given in (chosen, [chosen]):
+        with pytest.raises(InputError, match=r"A NeuronSet is no edit: .*neurons\.edits"):
+            policy.run(inputs, given)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"a list of outputs, one at least, such as \[1\]"):
+        promoting_neurons(policy.action, 1, 2)  # type: ignore[arg-type]

@@ -33,12 +33,21 @@ if TYPE_CHECKING:
 Group = tuple[Edit, ...]
 
 
+def _refuse_maker(given: Any) -> None:
+    """Raise InputError for what makes edits in the place of edits: a set of neurons iterates over its members, which are not what is wrong."""
+    if callable(getattr(given, "edits", None)):
+        kind = type(given).__name__
+        raise InputError(f"A {kind} is no edit: its edits(value) makes them, such as neurons.edits(4.0).")
+
+
 def as_groups(edits_or_groups: Any) -> list[Group]:
     """A sequence of edits and groups as groups; InputError for anything else."""
     if isinstance(edits_or_groups, Edit) or not isinstance(edits_or_groups, Iterable):
         raise InputError("Give a list of edits, or of groups of edits; each entry is one run.")
+    _refuse_maker(edits_or_groups)
     groups: list[Group] = []
     for entry in edits_or_groups:
+        _refuse_maker(entry)
         group = (
             (entry,)
             if isinstance(entry, Edit)
