@@ -88,6 +88,7 @@ def test_sites_hold_what_plain_hooks_see(name: str) -> None:
                 torch.testing.assert_close(cache[site], value, **CLOSE, msg=lambda text, site=site: f"{site}: {text}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_edits_do_what_plain_hooks_do(name: str) -> None:
     case, module, model, inputs = built(name)
@@ -101,6 +102,7 @@ def test_edits_do_what_plain_hooks_do(name: str) -> None:
                 assert (expected - clean).abs().max() > 1e-4, site
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_patterns_and_results(name: str) -> None:
     case, module, model, inputs = built(name)
@@ -142,6 +144,7 @@ def test_patterns_and_results(name: str) -> None:
                 torch.testing.assert_close(edited, expected, **CLOSE, msg=lambda text, stem=stem: f"{stem}: {text}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_of_what_branches_add(name: str) -> None:
     case, module, model, inputs = built(name)
@@ -166,6 +169,7 @@ def test_gradients_of_what_branches_add(name: str) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_weights_and_what_is_written(name: str) -> None:
     case, module, model, inputs = built(name)
