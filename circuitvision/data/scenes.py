@@ -79,9 +79,9 @@ class SceneObject:
     blob: int | None = None
 
     def __post_init__(self) -> None:
-        _check_name("color", self.color, [*COLORS, UNNAMED])
-        _check_name("shape", self.shape, [*SHAPES, BLOB])
-        _check_name("size", self.size, SIZES)
+        check_name("color", self.color, [*COLORS, UNNAMED])
+        check_name("shape", self.shape, [*SHAPES, BLOB])
+        check_name("size", self.size, SIZES)
         if not (0 <= self.row < GRID and 0 <= self.column < GRID):
             raise InputError(f"cell ({self.row}, {self.column}) is outside the {GRID} x {GRID} grid")
         if (self.color == UNNAMED) != (self.paint is not None):
@@ -191,7 +191,7 @@ class Scene:
 
     def _repr_png_(self) -> bytes:
         """The picture, enlarged without blur: what notebooks show."""
-        return _as_png([self])
+        return as_png([self.pixels])
 
 
 @dataclass(frozen=True)
@@ -206,13 +206,13 @@ class MinimalPair:
 
     def _repr_png_(self) -> bytes:
         """Both pictures side by side, clean first."""
-        return _as_png([self.clean, self.corrupt])
+        return as_png([self.clean.pixels, self.corrupt.pixels])
 
 
-def _as_png(scenes: Sequence[Scene], scale: int = 3) -> bytes:
-    """Pictures side by side as a PNG, every pixel enlarged to a square."""
-    gap = np.full((IMAGE_SIZE, 4, 3), 255, dtype=np.uint8)
-    row = np.concatenate([part for picture in render(scenes) for part in (gap, picture)][1:], axis=1)
+def as_png(pictures: Sequence[UInt8[np.ndarray, "height width channel"]], scale: int = 3) -> bytes:
+    """Pictures of one height side by side as a PNG, every pixel enlarged to a square."""
+    gap = np.full((pictures[0].shape[0], 4, 3), 255, dtype=np.uint8)
+    row = np.concatenate([part for picture in pictures for part in (gap, picture)][1:], axis=1)
     buffer = io.BytesIO()
     Image.fromarray(row.repeat(scale, 0).repeat(scale, 1)).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
@@ -309,7 +309,7 @@ def minimal_pair(
         InputError: no such attribute or object, the value is not a new one, or nothing is left to choose from.
     """
     rng = np.random.default_rng(checked_seed(rng))
-    _check_name("attribute", attribute, ["color", "shape", "size", "cell"])
+    check_name("attribute", attribute, ["color", "shape", "size", "cell"])
     if index is None:
         index = int(rng.integers(len(scene.objects)))
     if not 0 <= index < len(scene.objects):
@@ -341,7 +341,8 @@ def recolor(thing: SceneObject, rng: np.random.Generator) -> SceneObject:
     return replace(thing, color=UNNAMED, paint=_unnamed_paint(rng))
 
 
-def _check_name(kind: str, name: str, known: Iterable[str]) -> None:
+def check_name(kind: str, name: str, known: Iterable[str]) -> None:
+    """Refuse a name that is not known, with the nearest ones."""
     known = list(known)
     if name not in known:
         raise InputError(f"no {kind} is called {name!r}; nearest: {', '.join(nearest(str(name), known))}")

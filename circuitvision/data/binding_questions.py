@@ -1,0 +1,140 @@
+"""Questions about scenes of :mod:`circuitvision.data.binding`, each with the one word that answers it.
+
+Four kinds: the colour of a named shape, the shape of a named colour, colour or shape of the nearest object on one side of another
+(:meth:`~circuitvision.data.binding.Scene.neighbor`), and how many objects have a colour or a shape. The first three are asked where no two objects
+share a colour or a shape, counts in scenes where they may. A question is asked only where the picture determines the answer.
+
+Every word is one token of :func:`vocabulary`, split at blanks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from circuitvision.data.binding import (
+    ALL_PAIRS,
+    COLORS,
+    DIRECTIONS,
+    OBJECTS,
+    SHAPES,
+    TRAIN_PAIRS,
+    MinimalPair,
+    Pair,
+    Scene,
+    SceneObject,
+    minimal_pair,
+    place,
+    sample_scene,
+)
+from circuitvision.data.questions import prompt
+from circuitvision.errors import InputError, checked_seed
+
+KINDS: tuple[str, ...] = ("color", "shape", "relation", "count")
+NUMBERS: tuple[str, ...] = ("zero", "one", "two", "three")
+ANSWERS: tuple[str, ...] = (*COLORS, *SHAPES, *NUMBERS)
+PLURALS: dict[str, str] = {shape: shape + ("es" if shape.endswith("ch") else "s") for shape in SHAPES}
+WORDS = (
+    "USER:",
+    "ASSISTANT:",
+    "what",
+    "color",
+    "shape",
+    "is",
+    "the",
+    "object",
+    "of",
+    "how",
+    "many",
+    "objects",
+    "are",
+    "there",
+    "?",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its answer.
+
+    ``kind`` is one of :data:`KINDS`; ``subject`` is the object that the text names (of a count: one of those counted, None for none), ``holder`` the
+    one whose attribute is the answer: the subject itself, or its neighbour in a question about a relation.
+    """
+
+    kind: str
+    text: str
+    answer: str
+    subject: SceneObject | None
+    holder: SceneObject | None
+
+    @property
+    def prompt(self) -> str:
+        """The text for a LLaVA processor, image placeholder included."""
+        return prompt(self.text)
+
+
+def vocabulary() -> list[str]:
+    """Every word of every prompt and answer, each once, in a fixed order."""
+    return list(dict.fromkeys((*WORDS, *DIRECTIONS, *ANSWERS, *PLURALS.values())))
+
+
+def questions(scene: Scene, kinds: Sequence[str] = KINDS) -> list[Question]:
+    """Every question of the given kinds that the scene answers.
+
+    Counts ask for every colour and shape, those that the scene does not have included.
+
+    Raises:
+        InputError: no such kind.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise InputError(f"no kind of question is called {unknown[0]!r}; there are {', '.join(KINDS)}")
+    found: list[Question] = []
+    for thing in scene.objects:
+        color, shape = len(scene.find(color=thing.color)) == 1, len(scene.find(shape=thing.shape)) == 1
+        if "color" in kinds and shape:
+            found.append(Question("color", f"what color is the {thing.shape} ?", thing.color, thing, thing))
+        if "shape" in kinds and color:
+            found.append(Question("shape", f"what shape is the {thing.color} object ?", thing.shape, thing, thing))
+        if "relation" in kinds and color and shape:
+            found += _relations(scene, thing)
+    if "count" in kinds:
+        found += [_count(scene, attribute, value) for attribute in ("color", "shape") for value in _VALUES[attribute]]
+    return found
+
+
+_VALUES: dict[str, tuple[str, ...]] = {"color": tuple(COLORS), "shape": SHAPES}
+
+
+def _relations(scene: Scene, thing: SceneObject) -> list[Question]:
+    found = []
+    for direction in DIRECTIONS:
+        other = scene.neighbor(thing, direction)
+        if other is not None:
+            where = f"{direction} of" if direction in ("left", "right") else direction
+            for attribute in ("color", "shape"):
+                text = f"what {attribute} is {where} the {thing.color} {thing.shape} ?"
+                found.append(Question("relation", text, getattr(other, attribute), thing, other))
+    return found
+
+
+def _count(scene: Scene, attribute: str, value: str) -> Question:
+    there = scene.find(**{attribute: value})
+    what = f"{value} objects" if attribute == "color" else PLURALS[value]
+    one = there[0] if there else None
+    return Question("count", f"how many {what} are there ?", NUMBERS[len(there)], one, one)
+
+
+def count_scene(rng: np.random.Generator, subject: Pair, attribute: str, number: int, pairs: Sequence[Pair]) -> Scene:
+    """A scene with an object of the pair ``subject``, and with ``number`` objects, from 1 up, that have its colour or its shape.
+
+    The others that share the attribute, and those that do not, are drawn from ``pairs``.
+    """
+    which = ("color", "shape").index(attribute)
+    alike = [pair for pair in pairs if pair[which] == subject[which]]
+    unlike = [pair for pair in pairs if pair[which] != subject[which]]
+    drawn = [alike[int(rng.integers(len(alike)))] for _ in range(number - 1)]
+    drawn += [unlike[int(rng.integers(len(unlike)))] for _ in range(OBJECTS - number)]
+    return place(rng, [subject, *drawn])
