@@ -138,3 +138,114 @@ def count_scene(rng: np.random.Generator, subject: Pair, attribute: str, number:
     drawn = [alike[int(rng.integers(len(alike)))] for _ in range(number - 1)]
     drawn += [unlike[int(rng.integers(len(unlike)))] for _ in range(OBJECTS - number)]
     return place(rng, [subject, *drawn])
+
+
+@dataclass(frozen=True)
+class QuestionPair:
+    """One question about two scenes that differ in one attribute of one object, so that the answers differ.
+
+    ``answer`` is right for ``clean``, ``foil`` for ``corrupt``; ``changed`` is what was changed.
+    """
+
+    clean: Scene
+    corrupt: Scene
+    question: Question
+    answer: str
+    foil: str
+    changed: MinimalPair
+
+    @property
+    def prompt(self) -> str:
+        """The text for a LLaVA processor; the same for both scenes."""
+        return self.question.prompt
+
+
+def sample_questions(
+    count: int,
+    seed: int | np.random.Generator,
+    *,
+    kinds: Sequence[str] = KINDS,
+    subjects: Sequence[Pair] = ALL_PAIRS,
+    distractors: Sequence[Pair] = ALL_PAIRS,
+) -> list[tuple[Scene, Question]]:
+    """Draw scenes with one question each; kinds, subjects, and the answers of counts come up equally often.
+
+    Args:
+        subjects: the pairs of colour and shape that the questions are about. In every other question about a relation the subject is what the text
+            names, in the rest what holds the answer; of a count it is one of those counted, and for "zero" an object of the scene.
+        distractors: the pairs of the other objects.
+    """
+    rng = np.random.default_rng(checked_seed(seed))
+    turns = [list(subjects[number] for number in rng.permutation(len(subjects))) for _ in kinds]
+    found: list[tuple[Scene, Question]] = []
+    while len(found) < count:
+        number, turn = len(found) % len(kinds), len(found) // len(kinds)
+        subject = turns[number][turn % len(subjects)]
+        drawn = _draw(rng, kinds[number], subject, distractors, turn)
+        if drawn is not None:
+            found.append(drawn)
+    return found
+
+
+def _draw(
+    rng: np.random.Generator, kind: str, subject: Pair, distractors: Sequence[Pair], turn: int
+) -> tuple[Scene, Question] | None:
+    if kind == "count":
+        return _draw_count(rng, subject, distractors, turn)
+    scene = sample_scene(rng, pairs=distractors, subjects=(subject,))
+    possible = questions(scene, [kind])
+    role = "holder" if kind == "relation" and turn % 2 else "subject"
+    fitting = [question for question in possible if getattr(question, role).pair == subject]
+    return (scene, fitting[int(rng.integers(len(fitting)))]) if fitting else None
+
+
+def _draw_count(
+    rng: np.random.Generator, subject: Pair, distractors: Sequence[Pair], turn: int
+) -> tuple[Scene, Question]:
+    attribute, number = ("color", "shape")[turn // 4 % 2], turn % 4
+    if number:
+        scene = count_scene(rng, subject, attribute, number, distractors)
+        return scene, _count(scene, attribute, subject[attribute == "shape"])
+    scene = count_scene(rng, subject, attribute, int(rng.integers(1, OBJECTS + 1)), distractors)
+    absent = [value for value in _VALUES[attribute] if not scene.find(**{attribute: value})]
+    return scene, _count(scene, attribute, absent[int(rng.integers(len(absent)))])
+
+
+def sample_question_pairs(
+    count: int,
+    seed: int | np.random.Generator,
+    *,
+    kind: str = "color",
+    subjects: Sequence[Pair] = ALL_PAIRS,
+    distractors: Sequence[Pair] = ALL_PAIRS,
+) -> list[QuestionPair]:
+    """Draw minimal pairs with one question each whose answer the change flips.
+
+    What changes is the attribute asked about, of the object that holds the answer (of a count: the colour or shape of one that is counted). The
+    changed object has a pair of ``subjects`` or ``distractors`` again, and in both scenes the question has one answer.
+    """
+    rng = np.random.default_rng(checked_seed(seed))
+    found: list[QuestionPair] = []
+    while len(found) < count:
+        # A round of its own draws every answer of a count, of which "zero" has nothing to change.
+        drawn = sample_questions(
+            max(8, 2 * (count - len(found))), rng, kinds=[kind], subjects=subjects, distractors=distractors
+        )
+        pairs = [_flipped(scene, question, rng, {*subjects, *distractors}) for scene, question in drawn]
+        found += [pair for pair in pairs if pair is not None]
+    return found[:count]
+
+
+def _flipped(scene: Scene, question: Question, rng: np.random.Generator, pairs: set[Pair]) -> QuestionPair | None:
+    if question.holder is None:
+        return None
+    attribute = "color" if question.answer in COLORS or " objects " in question.text else "shape"
+    index = scene.objects.index(question.holder)
+    try:
+        changed = minimal_pair(
+            scene, rng, attribute=attribute, index=index, pairs=pairs, distinct=question.kind != "count"
+        )
+    except InputError:
+        return None
+    twin = [other for other in questions(changed.corrupt, [question.kind]) if other.text == question.text]
+    return QuestionPair(scene, changed.corrupt, question, question.answer, twin[0].answer, changed)

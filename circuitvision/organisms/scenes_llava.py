@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from circuitvision.data import binding
+from circuitvision.data import binding_questions as Q
 from circuitvision.data.binding import COLORS, DIRECTIONS, GRID, IMAGE_SIZE, PATCH, SHAPES, Scene
 from circuitvision.data.binding_questions import vocabulary
 from circuitvision.organisms.training import IMAGE, MEAN, STD, initialise, word_tokenizer
@@ -127,3 +128,115 @@ def patch_targets(scenes: list[Scene]) -> Tensor:
             known += [len(scene.find(color=thing.color)) - 1, len(scene.find(shape=thing.shape)) - 1]
             row[list(thing.patches)] = known
     return torch.from_numpy(found)
+
+
+QUESTIONS = 8
+
+
+class Stream:
+    """An endless stream of training batches: packed questions about pictures of trained pairs."""
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        processor: LlavaProcessor,
+        questions_per_image: int = QUESTIONS,
+        repeat: float = 0.3,
+    ) -> None:
+        self.rng, self.number, self.repeat = rng, questions_per_image, repeat
+        self.ids = processor.tokenizer.get_vocab()
+        self.head = [self.ids["USER:"], *[self.ids[IMAGE]] * (GRID * GRID)]
+        self.block = 11
+        self.length = len(self.head) + self.number * self.block
+        self.positions, self.mask = self._layout()
+        self._known: dict = {}
+
+    def scene(self):
+        rng = self.rng
+        if rng.random() < self.repeat:
+            subject = binding.TRAIN_PAIRS[int(rng.integers(len(binding.TRAIN_PAIRS)))]
+            scene = Q.count_scene(
+                rng, subject, ("color", "shape")[int(rng.integers(2))], int(rng.integers(1, 4)), binding.TRAIN_PAIRS
+            )
+            possible = Q.questions(scene, ["count"])
+            groups = [[q for q in possible if q.answer == n] for n in Q.NUMBERS]
+        else:
+            scene = binding.sample_scene(rng)
+            possible = Q.questions(scene, ["color", "shape", "relation"])
+            relations = [q for q in possible if q.kind == "relation"]
+            groups = [
+                [q for q in possible if q.kind == "color"],
+                [q for q in possible if q.kind == "shape"],
+                relations,
+                relations,
+            ]
+        groups = [g for g in groups if g]
+        chosen = []
+        for i in range(self.number):
+            g = groups[i % len(groups)]
+            chosen.append(g[int(rng.integers(len(g)))])
+        return scene, chosen
+
+    def batch(self, size: int):
+        scenes, rows, labels = [], [], []
+        for _ in range(size):
+            scene, chosen = self.scene()
+            row, label = list(self.head), [IGNORED] * len(self.head)
+            for question in chosen:
+                tokens, asked = self._tokens(question)
+                row += tokens
+                label += asked
+            scenes.append(scene)
+            rows.append(row)
+            labels.append(label)
+        return (
+            scenes,
+            {
+                "pixel_values": pixel_values(scenes),
+                "input_ids": torch.tensor(rows),
+                "position_ids": self.positions.expand(size, -1),
+                "attention_mask": self.mask.expand(size, 1, -1, -1),
+            },
+            torch.tensor(labels),
+        )
+
+    def _tokens(self, question):
+        key = question.text, question.answer
+        if key not in self._known:
+            words = question.prompt.split()[2:]
+            tokens = [self.ids[word] for word in (*words, question.answer)]
+            labels = [IGNORED] * (len(tokens) - 2) + [tokens[-1], self.ids["</s>"]]
+            missing = self.block - len(tokens)
+            assert missing >= 0, question.text
+            self._known[key] = tokens + [self.ids["<pad>"]] * missing, labels + [IGNORED] * missing
+        return self._known[key]
+
+    def _layout(self):
+        start = len(self.head)
+        owner = torch.cat([torch.zeros(start), 1 + torch.arange(self.number).repeat_interleave(self.block)])
+        within = torch.arange(self.block).repeat(self.number) + start
+        positions = torch.cat([torch.arange(start), within])[None]
+        causal = torch.ones(self.length, self.length, dtype=torch.bool).tril()
+        seen = causal & ((owner[None] == 0) | (owner[None] == owner[:, None]))
+        mask = torch.zeros(self.length, self.length).masked_fill(~seen, torch.finfo(torch.float32).min)
+        return positions, mask[None, None]
+
+
+@torch.no_grad()
+def answered_right(model, processor, asked, batch: int = 100):
+    """For every question whether the most likely token after the prompt is the answer."""
+    found = []
+    for start in range(0, len(asked), batch):
+        part = asked[start : start + batch]
+        inputs = processor(
+            images=[scene.image for scene, _ in part],
+            text=[question.prompt for _, question in part],
+            padding=True,
+            return_tensors="pt",
+        )
+        logits = model(**inputs).logits
+        last = inputs["attention_mask"].sum(1) - 1
+        said = logits[torch.arange(len(part)), last].argmax(-1)
+        answers = processor.tokenizer.convert_tokens_to_ids([question.answer for _, question in part])
+        found.append((said == torch.tensor(answers)).numpy())
+    return np.concatenate(found)
