@@ -10,7 +10,7 @@ Every word is one token of :func:`vocabulary`, split at blanks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from circuitvision.data.binding import (
     DIRECTIONS,
     OBJECTS,
     SHAPES,
-    TRAIN_PAIRS,
     MinimalPair,
     Pair,
     Scene,
@@ -176,7 +175,7 @@ def sample_questions(
         distractors: the pairs of the other objects.
     """
     rng = np.random.default_rng(checked_seed(seed))
-    turns = [list(subjects[number] for number in rng.permutation(len(subjects))) for _ in kinds]
+    turns = [[subjects[number] for number in rng.permutation(len(subjects))] for _ in kinds]
     found: list[tuple[Scene, Question]] = []
     while len(found) < count:
         number, turn = len(found) % len(kinds), len(found) // len(kinds)
@@ -249,3 +248,27 @@ def _flipped(scene: Scene, question: Question, rng: np.random.Generator, pairs: 
         return None
     twin = [other for other in questions(changed.corrupt, [question.kind]) if other.text == question.text]
     return QuestionPair(scene, changed.corrupt, question, question.answer, twin[0].answer, changed)
+
+
+def sample_large(
+    count: int,
+    rng: np.random.Generator | int,
+    *,
+    subjects: Sequence[Pair] = ALL_PAIRS,
+    distractors: Sequence[Pair] = ALL_PAIRS,
+) -> list[tuple[Scene, str]]:
+    """Draw scenes of one large object among small ones, with the large one's shape as the label: for classifiers.
+
+    Args:
+        subjects: the pairs the large object has, equally often.
+        distractors: the pairs of the small ones.
+    """
+    rng = np.random.default_rng(checked_seed(rng))
+    turns = rng.permutation(len(subjects)).tolist()
+    found = []
+    for turn in range(count):
+        subject = subjects[turns[turn % len(subjects)]]
+        scene = sample_scene(rng, pairs=distractors, subjects=(subject,))
+        sized = [replace(thing, size="large" if thing.pair == subject else "small") for thing in scene.objects]
+        found.append((Scene(tuple(sized)), subject[1]))
+    return found
