@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from circuitvision.data import binding, scenes
+from circuitvision.data import binding, binding_questions, questions, scenes
 from circuitvision.data.scenes import Pair, check_name
 
 
@@ -21,6 +21,7 @@ class World:
     """What can be drawn in one world, and which pairs of colour and shape are held out.
 
     ``captioned(rng, pairs=, subject=)`` draws a scene for captions: of ``pairs``, one object having ``subject`` where one is given.
+    ``sample_labelled(count, rng)`` draws scenes with the shape of their largest object.
     """
 
     colors: tuple[str, ...]
@@ -28,7 +29,10 @@ class World:
     all_pairs: tuple[Pair, ...]
     test_pairs: tuple[Pair, ...]
     train_pairs: tuple[Pair, ...]
+    minimal_pair: Callable[..., Any]
     captioned: Callable[..., Any]
+    sample_question_pairs: Callable[..., Any]
+    sample_labelled: Callable[..., Any]
 
 
 def _two_shapes(rng: np.random.Generator, **keywords: Any) -> scenes.Scene:
@@ -40,16 +44,31 @@ def _bound(rng: np.random.Generator, *, subject: Pair | None = None, **keywords:
     return binding.sample_scene(rng, subjects=subjects, **keywords)
 
 
-WORLDS: dict[str, World] = {
-    name: World(
+def _world(module: Any, **samplers: Callable[..., Any]) -> World:
+    return World(
         tuple(module.COLORS),
         module.SHAPES,
         module.ALL_PAIRS,
         module.TEST_PAIRS,
         module.TRAIN_PAIRS,
-        captioned=captioned,
+        module.minimal_pair,
+        **samplers,
     )
-    for name, module, captioned in (("shapes", scenes, _two_shapes), ("binding", binding, _bound))
+
+
+WORLDS: dict[str, World] = {
+    "shapes": _world(
+        scenes,
+        captioned=_two_shapes,
+        sample_question_pairs=questions.sample_question_pairs,
+        sample_labelled=questions.sample_largest,
+    ),
+    "binding": _world(
+        binding,
+        captioned=_bound,
+        sample_question_pairs=binding_questions.sample_question_pairs,
+        sample_labelled=binding_questions.sample_large,
+    ),
 }
 
 
