@@ -20,7 +20,6 @@ from circuitvision.data.binding import (
     DIRECTIONS,
     OBJECTS,
     SHAPES,
-    TRAIN_PAIRS,
     MinimalPair,
     Pair,
     Scene,

@@ -39,6 +39,7 @@ from circuitvision.data.scenes import (
     VALIDATION_PAIRS,
     Pair,
     Scene,
+    render,
     sample_scene,
 )
 from circuitvision.organisms.training import (
@@ -110,7 +111,7 @@ class Stream:
             also_true[row] = torch.tensor([text in known for text in texts])
             also_true[row, row] = False
         inputs = dict(self.tokenizer(texts, padding=True, return_tensors="pt"))
-        inputs["pixel_values"] = pixel_values(scenes)
+        inputs["pixel_values"] = pixel_values(render(scenes))
         return inputs, also_true
 
     def scene(self) -> Scene:

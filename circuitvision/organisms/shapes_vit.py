@@ -19,7 +19,17 @@ from torch import Tensor
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from circuitvision.data.questions import sample_largest
-from circuitvision.data.scenes import CELL, IMAGE_SIZE, SHAPES, TEST_PAIRS, TRAIN_PAIRS, VALIDATION_PAIRS, Pair, Scene
+from circuitvision.data.scenes import (
+    CELL,
+    IMAGE_SIZE,
+    SHAPES,
+    TEST_PAIRS,
+    TRAIN_PAIRS,
+    VALIDATION_PAIRS,
+    Pair,
+    Scene,
+    render,
+)
 from circuitvision.organisms.training import (
     MEAN,
     STD,
@@ -64,7 +74,7 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
 
         def loss() -> Float[Tensor, ""]:
             drawn = sample_largest(RECIPE.batch, rng, subjects=TRAIN_PAIRS, unnamed=UNNAMED_RATE, blobs=BLOB_RATE)
-            logits = model(pixel_values=pixel_values([scene for scene, _ in drawn])).logits
+            logits = model(pixel_values=pixel_values(render([scene for scene, _ in drawn]))).logits
             return torch.nn.functional.cross_entropy(logits, _labels(drawn))
 
         watched = sample_largest(500, seed + 2_000_003, subjects=VALIDATION_PAIRS)
