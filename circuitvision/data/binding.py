@@ -40,6 +40,7 @@ IMAGE_SIZE = PATCH * GRID
 SPAN = 2
 PLACES = GRID - SPAN + 1
 WINDOW = SPAN * PATCH
+ROOM = (GRID // SPAN) ** 2
 
 HALVES: dict[str, tuple[str, str]] = {
     "circle": ("arc", "arc"),
@@ -262,11 +263,15 @@ def sample_scene(
         distinct: no two objects share a colour or a shape.
 
     Raises:
-        InputError: the request cannot be met (more objects than find room, or than distinct colours or shapes).
+        InputError: the request cannot be met (more objects than find room, or than distinct colours or shapes; subjects that share one).
     """
     rng = np.random.default_rng(checked_seed(rng))
-    if not len(subjects) <= count or count < 1:
-        raise InputError(f"count={count} must be at least 1 and at least the number of subjects ({len(subjects)}).")
+    if not max(1, len(subjects)) <= count <= ROOM:
+        raise InputError(
+            f"count={count} must lie between 1 and {ROOM} objects, and be no less than the subjects ({len(subjects)})."
+        )
+    if distinct and any(len({pair[which] for pair in subjects}) < len(subjects) for which in (0, 1)):
+        raise InputError(f"The subjects {list(subjects)} share a colour or a shape: give others, or distinct=False.")
     chosen = _choose_pairs(rng, count, pairs, subjects, distinct)
     return Scene(tuple(_place(pair, cell, rng) for pair, cell in zip(chosen, _cells(rng, count), strict=True)))
 
@@ -353,6 +358,8 @@ def _choose_pairs(
         for _ in range(1000):
             if len(chosen) == count:
                 return chosen
+            if not pairs:
+                break
             candidate = pairs[int(rng.integers(len(pairs)))]
             clash = any(candidate[0] == pair[0] or candidate[1] == pair[1] for pair in chosen)
             if not (distinct and clash):
