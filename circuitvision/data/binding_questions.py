@@ -29,7 +29,7 @@ from circuitvision.data.binding import (
     sample_scene,
 )
 from circuitvision.data.questions import prompt
-from circuitvision.data.scenes import check_name
+from circuitvision.data.scenes import UNNAMED, check_name
 from circuitvision.errors import InputError, checked_seed
 
 KINDS: tuple[str, ...] = ("color", "shape", "relation", "count")
@@ -94,10 +94,11 @@ def questions(scene: Scene, kinds: Sequence[str] = KINDS) -> list[Question]:
         check_name("kind of question", kind, KINDS)
     found: list[Question] = []
     for thing in scene.objects:
-        color, shape = len(scene.find(color=thing.color)) == 1, len(scene.find(shape=thing.shape)) == 1
-        if "color" in kinds and shape:
+        color = thing.color != UNNAMED and len(scene.find(color=thing.color)) == 1
+        shape = thing.shape != UNNAMED and len(scene.find(shape=thing.shape)) == 1
+        if "color" in kinds and shape and thing.color != UNNAMED:
             found.append(Question("color", f"what color is the {thing.shape} ?", thing.color, thing, thing))
-        if "shape" in kinds and color:
+        if "shape" in kinds and color and thing.shape != UNNAMED:
             found.append(Question("shape", f"what shape is the {thing.color} object ?", thing.shape, thing, thing))
         if "relation" in kinds and color and shape:
             found += _relations(scene, thing)
@@ -116,6 +117,8 @@ def _relations(scene: Scene, thing: SceneObject) -> list[Question]:
         if other is not None:
             where = f"{direction} of" if direction in ("left", "right") else direction
             for attribute in ("color", "shape"):
+                if getattr(other, attribute) == UNNAMED:
+                    continue
                 text = f"what {attribute} is {where} the {thing.color} {thing.shape} ?"
                 found.append(Question("relation", text, getattr(other, attribute), thing, other))
     return found

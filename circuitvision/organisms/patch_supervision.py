@@ -1,8 +1,8 @@
 """The first stage of training on bound scenes: a vision tower learns what every patch of an object should know.
 
 A linear head reads every patch of every object: its object's colour and shape, colour and shape of the nearest object on each of the four sides, and
-how many others share its colour or its shape. What a patch cannot know (background, no neighbour on that side) is left out of the loss: a class
-"nothing there" would teach a model to see nothing in pairs it never saw. The head is thrown away when training ends.
+how many others share its colour or its shape. What a patch cannot know (background, no neighbour on that side, no name) is left out of the loss: a
+class "nothing there" would teach a model to see nothing in pairs it never saw. The head is thrown away when training ends.
 
 Learned position embeddings start as waves over rows and columns, so that patches near each other start alike; they train on from there.
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from circuitvision.data import binding
 from circuitvision.data.binding import COLORS, DIRECTIONS, GRID, SHAPES, Scene
+from circuitvision.data.scenes import UNNAMED
 
 IGNORED = -100
 PATCHES = GRID * GRID
@@ -35,8 +36,10 @@ PARTS: tuple[int, ...] = (
 OTHERS_WEIGHT = 0.3
 REPEATS = 0.3
 """The share of scenes in which colours and shapes may occur twice."""
-_COLOR = {name: number for number, name in enumerate(COLORS)}
-_SHAPE = {name: number for number, name in enumerate(SHAPES)}
+UNNAMED_RATE = 0.2
+"""How often a colour, and a shape, is one without a name."""
+_COLOR = {name: number for number, name in enumerate(COLORS)} | {UNNAMED: IGNORED}
+_SHAPE = {name: number for number, name in enumerate(SHAPES)} | {UNNAMED: IGNORED}
 
 
 class PatchHead(nn.Module):
@@ -61,9 +64,13 @@ def patch_targets(scenes: Sequence[Scene]) -> Int[Tensor, "scene patch part"]:
             for direction in DIRECTIONS:
                 other = scene.neighbor(thing, direction)
                 known += [IGNORED, IGNORED] if other is None else [_COLOR[other.color], _SHAPE[other.shape]]
-            known += [len(scene.find(color=thing.color)) - 1, len(scene.find(shape=thing.shape)) - 1]
+            known += [_others(scene, "color", thing.color), _others(scene, "shape", thing.shape)]
             row[list(thing.patches)] = known
     return torch.from_numpy(found)
+
+
+def _others(scene: Scene, attribute: str, value: str) -> int:
+    return IGNORED if value == UNNAMED else len(scene.find(**{attribute: value})) - 1
 
 
 def patch_loss(
@@ -85,8 +92,11 @@ def patch_loss(
 
 
 def training_scenes(rng: np.random.Generator, count: int, **keywords: Any) -> list[Scene]:
-    """Scenes of trained pairs, some of them with colours and shapes that occur twice."""
-    return [binding.sample_scene(rng, distinct=rng.random() >= REPEATS, **keywords) for _ in range(count)]
+    """Scenes of trained pairs, some with colours and shapes that occur twice, some with unnamed ones."""
+    return [
+        binding.sample_scene(rng, distinct=rng.random() >= REPEATS, unnamed=UNNAMED_RATE, **keywords)
+        for _ in range(count)
+    ]
 
 
 @torch.no_grad()
