@@ -94,33 +94,41 @@ def questions(scene: Scene, kinds: Sequence[str] = KINDS) -> list[Question]:
         check_name("kind of question", kind, KINDS)
     found: list[Question] = []
     for thing in scene.objects:
-        color = thing.color != UNNAMED and len(scene.find(color=thing.color)) == 1
-        shape = thing.shape != UNNAMED and len(scene.find(shape=thing.shape)) == 1
-        if "color" in kinds and shape and thing.color != UNNAMED:
+        names = _names(scene, thing)
+        if "color" in kinds and thing.shape in names and thing.color != UNNAMED:
             found.append(Question("color", f"what color is the {thing.shape} ?", thing.color, thing, thing))
-        if "shape" in kinds and color and thing.shape != UNNAMED:
+        if "shape" in kinds and f"{thing.color} object" in names and thing.shape != UNNAMED:
             found.append(Question("shape", f"what shape is the {thing.color} object ?", thing.shape, thing, thing))
-        if "relation" in kinds and color and shape:
-            found += _relations(scene, thing)
+        if "relation" in kinds:
+            found += [question for name in names for question in _relations(scene, thing, name)]
     if "count" in kinds:
         found += [_count(scene, attribute, value) for attribute in ("color", "shape") for value in _VALUES[attribute]]
     return found
 
 
+def _names(scene: Scene, thing: SceneObject) -> list[str]:
+    """The phrases that name this object and no other in the scene."""
+    color, shape = thing.color != UNNAMED, thing.shape != UNNAMED
+    found = []
+    if shape and len(scene.find(shape=thing.shape)) == 1:
+        found.append(thing.shape)
+    if color and len(scene.find(color=thing.color)) == 1:
+        found.append(f"{thing.color} object")
+    return [*found, f"{thing.color} {thing.shape}"] if found and color and shape else found
+
+
 _VALUES: dict[str, tuple[str, ...]] = {"color": tuple(COLORS), "shape": SHAPES}
 
 
-def _relations(scene: Scene, thing: SceneObject) -> list[Question]:
+def _relations(scene: Scene, thing: SceneObject, name: str) -> list[Question]:
     found = []
     for direction in DIRECTIONS:
         other = scene.neighbor(thing, direction)
-        if other is not None:
-            where = f"{direction} of" if direction in ("left", "right") else direction
-            for attribute in ("color", "shape"):
-                if getattr(other, attribute) == UNNAMED:
-                    continue
-                text = f"what {attribute} is {where} the {thing.color} {thing.shape} ?"
-                found.append(Question("relation", text, getattr(other, attribute), thing, other))
+        where = f"{direction} of" if direction in ("left", "right") else direction
+        for attribute in ("color", "shape"):
+            answer = UNNAMED if other is None else getattr(other, attribute)
+            if answer != UNNAMED:
+                found.append(Question("relation", f"what {attribute} is {where} the {name} ?", answer, thing, other))
     return found
 
 

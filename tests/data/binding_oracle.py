@@ -125,15 +125,17 @@ def answer(pixels: np.ndarray, question: str) -> str:
     if match := re.fullmatch(r"how many (\w+)( objects)? are there \?", question):
         name = match[1] if match[2] else {"arches": "arch"}.get(match[1], match[1].removesuffix("s"))
         return NUMBERS[sum(thing["color" if match[2] else "shape"] == name for thing in things)]
-    if match := re.fullmatch(r"what (color|shape) is (left|right|above|below)(?: of)? the (\w+) (\w+) \?", question):
-        (one,) = [thing for thing in things if (thing["color"], thing["shape"]) == (match[3], match[4])]
-        other = neighbor(things, one, match[2])
-        assert other is not None, question
-        return other[match[1]]
-    match = re.fullmatch(r"what (color|shape) is the (\w+)( object)? \?", question)
+    match = re.fullmatch(
+        r"what (color|shape) is (?:(left|right|above|below)(?: of)? )?the (?:(\w+) )?(\w+) \?", question
+    )
     assert match is not None, question
-    (one,) = [thing for thing in things if thing["color" if match[3] else "shape"] == match[2]]
-    return one[match[1]]
+    wanted = {"color": match[3], "shape": None if match[4] == "object" else match[4]}
+    (one,) = [
+        thing for thing in things if all(thing[key] == value for key, value in wanted.items() if value is not None)
+    ]
+    holder = one if match[2] is None else neighbor(things, one, match[2])
+    assert holder is not None, question
+    return holder[match[1]]
 
 
 def holds(pixels: np.ndarray, caption: str) -> bool:

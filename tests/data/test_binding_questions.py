@@ -38,9 +38,8 @@ def test_all_questions_about_a_scene_are_asked_and_no_other() -> None:
             for thing in things
         ]
         relations = sum(
-            2 * (binding_oracle.neighbor(things, thing, direction) is not None)
-            for thing, both in zip(things, once, strict=True)
-            if all(both)
+            2 * (sum(unique) + any(unique)) * (binding_oracle.neighbor(things, thing, direction) is not None)
+            for thing, unique in zip(things, once, strict=True)
             for direction in binding.DIRECTIONS
         )
         counts = Counter(question.kind for question in asked)
