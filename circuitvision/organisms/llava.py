@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -138,6 +138,10 @@ class PackedQuestions:
             "labels": torch.tensor(labels),
         }
 
+    def place(self, number: int, word: int) -> int:
+        """The position in a row of a word of question ``number``, counted from the question's first word."""
+        return len(self.head) + number * self.block + word
+
     def _block(self, question: Asked) -> tuple[list[int], list[int]]:
         """One question's tokens, padded to the block length, and the labels of the answer and of the end token after it."""
         key = question.prompt, question.answer
@@ -158,6 +162,26 @@ class PackedQuestions:
         seen: Bool[Tensor, "pos pos"] = causal & ((owner[None] == 0) | (owner[None] == owner[:, None]))
         mask = torch.zeros(self.length, self.length).masked_fill(~seen, torch.finfo(torch.float32).min)
         return positions, mask[None, None]
+
+
+@torch.no_grad()
+def attend_to_alike(language: nn.Module) -> None:
+    """Start every head of a Llama so that positions attend to those with like content and pass that content on.
+
+    The query map becomes the key map, and the output map the transposed value map, each plus half of what it was. So a word meets the patches whose
+    vectors lie along its own before anything is learned.
+
+    Reference: Trockman and Kolter 2023 (arXiv 2305.09828), who start all of W_Q W_K^T and W_V W_O near a multiple of the identity.
+    """
+    config = language.config
+    size, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    for layer in language.layers:
+        attention = layer.self_attn
+        for head in range(config.num_attention_heads):
+            mine, shared = (slice(number * size, (number + 1) * size) for number in (head, head // group))
+            query, output = attention.q_proj.weight, attention.o_proj.weight
+            query[mine] = 0.5 * query[mine] + attention.k_proj.weight[shared]
+            output[:, mine] = 0.5 * output[:, mine] + attention.v_proj.weight[shared].T
 
 
 @torch.no_grad()

@@ -3,9 +3,11 @@
 ``LlavaForConditionalGeneration`` with a CLIP vision tower of four layers, all live (feature layer -1), and a Llama of three layers with grouped
 queries. No patch of a scene (:mod:`circuitvision.data.binding`) tells colour and shape, so attention between patches must bring them together.
 
-Two stages. First the vision tower alone learns what every patch of an object should know (:mod:`circuitvision.organisms.patch_supervision`). Then the
-whole model answers questions, several in a row (:mod:`circuitvision.organisms.llava`), with two losses beside it: that of the first stage, and one
-that turns every object's projected patches towards the embeddings of the words for its colour and shape.
+Two stages, as LLaVA has them. First the vision tower learns what every patch of an object should know
+(:mod:`circuitvision.organisms.patch_supervision`), and the projector to turn an object's patches towards the embeddings of the words for its colour
+and shape. Then the vision tower stays as it is, and projector and language tower learn to answer questions, several in a row
+(:mod:`circuitvision.organisms.llava`): first about colour and shape alone, then of all kinds. Beside the answers, the last word of a name ("circle",
+"object") is asked after the second layer for all that the patches of the object know.
 
 Colours and shapes repeat only in scenes about which counts alone are asked: elsewhere they would give away which object is meant.
 """
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -48,6 +50,7 @@ from circuitvision.organisms import llava
 from circuitvision.organisms.llava import IGNORED, PackedQuestions, answered_right
 from circuitvision.organisms.patch_supervision import (
     PATCHES,
+    UNNAMED_RATE,
     PatchHead,
     own_right,
     patch_loss,
@@ -59,16 +62,20 @@ from circuitvision.organisms.training import Recipe, fit, initialise, pixel_valu
 
 WIDTH = 96
 VISION = Recipe(steps=2500, batch=64, rate=3e-3)
-RECIPE = Recipe(steps=3000, batch=16, rate=3e-3)
-VISION_SHARE = 0.3
-"""The vision tower's share of the learning rate in the second stage."""
-PATCH_WEIGHT = WORD_WEIGHT = 0.5
+RECIPE = Recipe(steps=5000, batch=16, rate=2e-3, decay=1.0)
+WORD_WEIGHT = 0.5
 WORD_SHARPNESS = 10.0
+NAME_WEIGHT = 0.3
+NAME_DEPTH = 2
+"""How many language layers have run where the last word of a name is asked what it knows."""
 QUESTIONS_PER_IMAGE = 8
+FIRST_STEPS = 400
+"""How many steps of the second stage ask for colours and shapes alone."""
 COUNT_RATE = 0.3
 """The share of pictures about which counts are asked."""
 LONGEST = 11
 """Words of the longest question with its answer."""
+Asked = tuple[Scene, list[Question]]
 
 
 def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -86,6 +93,7 @@ def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     initialise(model.model.vision_tower, RECIPE.initial)
     initialise(model.model.multi_modal_projector, RECIPE.initial)
     place_positions(model.model.vision_tower.embeddings.position_embedding.weight)
+    llava.attend_to_alike(model.model.language_model)
     return model, processor
 
 
@@ -93,50 +101,69 @@ class Stream:
     """An endless stream of training batches: packed questions about pictures of trained pairs."""
 
     def __init__(self, rng: np.random.Generator, processor: LlavaProcessor) -> None:
-        self.rng = rng
+        self.rng, self.batches = rng, 0
         self.rows = PackedQuestions(processor, patches=PATCHES, per_image=QUESTIONS_PER_IMAGE, block=LONGEST)
 
-    def batch(self, size: int) -> tuple[list[Scene], dict[str, Tensor]]:
-        """Scenes, and one batch about them for ``model.forward`` with its ``labels``."""
-        drawn = [self.scene() for _ in range(size)]
-        scenes = [scene for scene, _ in drawn]
-        return scenes, self.rows.batch(binding.render(scenes), [asked for _, asked in drawn])
+    def batch(self, size: int) -> tuple[list[Asked], dict[str, Tensor]]:
+        """Scenes with their questions, and one batch of them for ``model.forward`` with its ``labels``."""
+        self.batches += 1
+        drawn = [self.scene(first=self.batches <= FIRST_STEPS) for _ in range(size)]
+        return drawn, self.rows.batch(binding.render([scene for scene, _ in drawn]), [asked for _, asked in drawn])
 
-    def scene(self) -> tuple[Scene, list[Question]]:
+    def names(self, drawn: Sequence[Asked]) -> Int[Tensor, "name place"]:
+        """Where names of single objects end, as (row, position), and a patch of the object: [row, position, patch]."""
+        return torch.tensor(
+            [
+                (row, self.rows.place(number, question.text.split().index("?") - 1), question.subject.patches[0])
+                for row, (_, asked) in enumerate(drawn)
+                for number, question in enumerate(asked)
+                if question.kind != "count" and question.subject is not None
+            ]
+        ).view(-1, 3)
+
+    def scene(self, first: bool = False) -> Asked:
         """One training picture and the questions about it; no held-out pair occurs in it in any role.
 
-        Kinds take turns, a relation twice; of counts, the answers that the picture has do.
+        Kinds take turns, a relation twice (at ``first`` colour and shape alone); of counts, the answers that the picture has do.
         """
-        rng = self.rng
-        if rng.random() < COUNT_RATE:
-            subject = TRAIN_PAIRS[int(rng.integers(len(TRAIN_PAIRS)))]
-            attribute, number = ("color", "shape")[int(rng.integers(2))], int(rng.integers(1, binding.OBJECTS + 1))
-            scene = count_scene(rng, subject, attribute, number, TRAIN_PAIRS)
-            possible = questions(scene, ["count"])
-            groups = [[question for question in possible if question.answer == answer] for answer in NUMBERS]
-        else:
-            scene = binding.sample_scene(rng)
-            turns = ("color", "relation", "shape", "relation")
-            groups = [questions(scene, [kind]) for kind in turns]
+        if not first and self.rng.random() < COUNT_RATE:
+            return self._counted()
+        kinds = ("color", "shape") if first else ("color", "relation", "shape", "relation")
+        groups: list[list[Question]] = []
+        while not any(groups):
+            scene = binding.sample_scene(self.rng, unnamed=UNNAMED_RATE)
+            groups = [questions(scene, [kind]) for kind in kinds]
+        return scene, self._in_turn(groups)
+
+    def _counted(self) -> Asked:
+        subject = TRAIN_PAIRS[int(self.rng.integers(len(TRAIN_PAIRS)))]
+        attribute = ("color", "shape")[int(self.rng.integers(2))]
+        number = int(self.rng.integers(1, binding.OBJECTS + 1))
+        scene = count_scene(self.rng, subject, attribute, number, TRAIN_PAIRS)
+        possible = questions(scene, ["count"])
+        return scene, self._in_turn(
+            [[question for question in possible if question.answer == answer] for answer in NUMBERS]
+        )
+
+    def _in_turn(self, groups: list[list[Question]]) -> list[Question]:
         groups = [group for group in groups if group]
-        turns_taken = (groups[number % len(groups)] for number in range(QUESTIONS_PER_IMAGE))
-        return scene, [group[int(rng.integers(len(group)))] for group in turns_taken]
+        turns = (groups[number % len(groups)] for number in range(QUESTIONS_PER_IMAGE))
+        return [group[int(self.rng.integers(len(group)))] for group in turns]
 
 
 class Trained(nn.Module):
-    """The model and the head that reads its patches while it trains."""
+    """The model and the heads that read it while it trains: of patches after the vision tower, of names in the language tower."""
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
         super().__init__()
-        self.model, self.head = model, PatchHead(WIDTH)
+        self.model, self.patch_head, self.name_head = model, PatchHead(WIDTH), PatchHead(WIDTH)
         ids = processor.tokenizer.get_vocab()
         self.words = [torch.tensor([ids[word] for word in names]) for names in (COLORS, SHAPES)]
         self.projected: Float[Tensor, "scene patch width"] | None = None
-        self.features: Float[Tensor, "scene patch width"] | None = None
         model.model.multi_modal_projector.register_forward_hook(self._keep)
 
-    def _keep(self, _: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-        self.features, self.projected = given[0], made
+    def _keep(self, _: nn.Module, __: tuple[Tensor, ...], made: Tensor) -> None:
+        self.projected = made
 
     def patches(self, scenes: Sequence[Scene]) -> Float[Tensor, "scene patch width"]:
         """What the vision tower makes of every patch."""
@@ -144,19 +171,24 @@ class Trained(nn.Module):
         return self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, -PATCHES:]
 
     def vision_loss(self, scenes: Sequence[Scene]) -> Float[Tensor, ""]:
-        """The loss of the first stage."""
-        return patch_loss(self.head, self.patches(scenes), patch_targets(scenes))
+        """The loss of the first stage: patches and words."""
+        features, targets = self.patches(scenes), patch_targets(scenes)
+        self.model.model.multi_modal_projector(features)
+        return patch_loss(self.patch_head, features, targets) + WORD_WEIGHT * self._word_loss(targets)
 
-    def loss(self, scenes: Sequence[Scene], batch: dict[str, Tensor]) -> Float[Tensor, ""]:
-        """The loss of the second stage: answers, patches, and words."""
-        labels, targets = batch.pop("labels"), patch_targets(scenes)
-        logits = self.model(**batch).logits
-        answers = nn.functional.cross_entropy(logits[labels != IGNORED], labels[labels != IGNORED])
-        assert self.features is not None
-        patches = patch_loss(self.head, self.features.view(len(scenes), PATCHES, -1), targets)
-        return answers + PATCH_WEIGHT * patches + WORD_WEIGHT * self._word_loss(targets)
+    def loss(self, stream: Stream) -> Float[Tensor, ""]:
+        """The loss of the second stage: answers, names and words."""
+        drawn, batch = stream.batch(RECIPE.batch)
+        labels, targets = batch.pop("labels"), patch_targets([scene for scene, _ in drawn])
+        made = self.model(**batch, output_hidden_states=True)
+        answers = nn.functional.cross_entropy(made.logits[labels != IGNORED], labels[labels != IGNORED])
+        row, position, patch = stream.names(drawn).unbind(1)
+        names = patch_loss(
+            self.name_head, made.hidden_states[NAME_DEPTH][row, position][None], targets[row, patch][None], others=1.0
+        )
+        return answers + NAME_WEIGHT * names + WORD_WEIGHT * self._word_loss(targets)
 
-    def _word_loss(self, targets: Tensor) -> Float[Tensor, ""]:
+    def _word_loss(self, targets: Int[Tensor, "scene patch part"]) -> Float[Tensor, ""]:
         """How well the cosine of a projected patch with the word embeddings tells its object's colour and shape."""
         assert self.projected is not None
         patches = nn.functional.normalize(self.projected.view(len(targets), PATCHES, -1), dim=-1)
@@ -179,27 +211,32 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
     with reproducible(seed) as rng:
         model, processor = build()
         whole, stream = Trained(model, processor), Stream(rng, processor)
-        seen = nn.ModuleDict({"vision": model.model.vision_tower, "head": whole.head})
+        seen = (
+            model.model.vision_tower,
+            model.model.multi_modal_projector,
+            model.get_input_embeddings(),
+            whole.patch_head,
+        )
         watched_scenes = training_scenes(np.random.default_rng(seed + 2_000_003), 100, subjects=VALIDATION_PAIRS[:1])
         minutes = fit(
-            seen,
+            nn.ModuleList(seen),
             lambda: whole.vision_loss(training_scenes(rng, VISION.batch)),
             VISION,
             steps=steps,
             progress=progress,
             label=f"scenes-llava seed {seed}, vision",
-            check=lambda: own_right(whole.head, whole.patches, watched_scenes),
+            check=lambda: own_right(whole.patch_head, whole.patches, watched_scenes),
         )
+        model.model.vision_tower.requires_grad_(False)
         watched = _asked(400, seed + 2_000_003, VALIDATION_PAIRS)
         minutes += fit(
             whole,
-            lambda: whole.loss(*stream.batch(RECIPE.batch)),
+            lambda: whole.loss(stream),
             RECIPE,
             steps=steps,
             progress=progress,
             label=f"scenes-llava seed {seed}",
             check=lambda: float(answered_right(model, processor, watched).mean()),
-            slower={"model.model.vision_tower": VISION_SHARE, "head": VISION_SHARE},
         )
     spent = {"minutes": round(minutes, 2), "cpu_minutes": round((time.process_time() - started) / 60, 2)}
     write_folder(Path(out_dir), model, processor)

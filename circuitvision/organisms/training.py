@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +61,14 @@ def fit(
     label: str = "training",
     check: Callable[[], float] | None = None,
     check_every: int = 500,
-    slower: Mapping[str, float] | None = None,
 ) -> float:
     """Minimise ``loss`` over the model's parameters; returns the minutes it took.
 
-    ``loss`` draws its own next batch at every call. ``check`` is a score to show beside the loss while training; it steers nothing. ``slower`` gives
-    the parameters whose names start with its keys that share of the learning rate.
+    ``loss`` draws its own next batch at every call. ``check`` is a score to show beside the loss while training; it steers nothing. Parameters that
+    require no gradient stay as they are.
     """
     steps = recipe.steps if steps is None else steps
-    optimizer = torch.optim.AdamW(_groups(model, recipe, slower or {}), lr=recipe.rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(_groups(model, recipe), lr=recipe.rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.rate_factor(step, steps))
     model.train()
     started, smooth, checked = time.monotonic(), None, {}
@@ -90,15 +89,12 @@ def fit(
     return (time.monotonic() - started) / 60
 
 
-def _groups(model: torch.nn.Module, recipe: Recipe, slower: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The optimiser's parameter groups: matrices decay, others do not, each at its share of the rate."""
-    found: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        share = next((share for start, share in slower.items() if name.startswith(start)), 1.0)
-        found.setdefault((share, recipe.decay if parameter.ndim >= 2 else 0.0), []).append(parameter)
-    return [
-        {"params": held, "lr": recipe.rate * share, "weight_decay": decay} for (share, decay), held in found.items()
-    ]
+def _groups(model: torch.nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """The optimiser's parameter groups: matrices decay, others do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+    others = [parameter for parameter in trained if parameter.ndim < 2]
+    return [{"params": matrices, "weight_decay": recipe.decay}, {"params": others, "weight_decay": 0.0}]
 
 
 @torch.no_grad()
