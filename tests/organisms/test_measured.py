@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from circuitvision import HookedModel, edits, metrics
 from circuitvision.data import Pairs
 from circuitvision.data.binding import QUARTERS, TEST_PAIRS, TRAIN_PAIRS, SceneObject, render
-from circuitvision.data.binding_questions import KINDS, sample_question_pairs
+from circuitvision.data.binding_questions import KINDS, QuestionPair, sample_question_pairs
 from circuitvision.data.generated import of_questions
 from circuitvision.errors import InputError
 from circuitvision.organisms import measured, scenes_llava
@@ -23,7 +24,8 @@ from circuitvision.progress import verbosity
 
 @pytest.fixture(scope="module", autouse=True)
 def _quiet():
-    with verbosity("quiet"):
+    with verbosity("quiet"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few examples
         yield
 
 
@@ -48,24 +50,22 @@ def turned(model: HookedModel, kind: str, count: int = 6) -> drawing.Asked:
         metric = metrics.logit_diff().bind(model, batch.answers, batch.foils)
         with torch.no_grad():
             values.append(metric(model(batch.inputs), batch.inputs) - metric(model(batch.other), batch.other))
-    there = [
-        pair
-        if gap > 0
-        else replace(
-            pair,
-            clean=pair.corrupt,
-            corrupt=pair.clean,
-            changed=replace(
-                pair.changed,
-                clean=pair.corrupt,
-                corrupt=pair.clean,
-                before=pair.changed.after,
-                after=pair.changed.before,
-            ),
-        )
-        for pair, gap in zip(drawn, torch.cat(values).tolist(), strict=True)
-    ]
+    there = [pair if gap > 0 else _swapped(pair) for pair, gap in zip(drawn, torch.cat(values).tolist(), strict=True)]
     return drawing.Asked(of_questions(there), count)
+
+
+def _swapped(pair: QuestionPair) -> QuestionPair:
+    """Clean and corrupt in each other's place, with the same answer and foil."""
+    changed, question = pair.changed, pair.question
+    before, after = changed.before, changed.after
+    subject, holder = (after if thing == before else thing for thing in (question.subject, question.holder))
+    return replace(
+        pair,
+        clean=pair.corrupt,
+        corrupt=pair.clean,
+        question=replace(question, subject=subject, holder=holder),
+        changed=replace(changed, clean=pair.corrupt, corrupt=pair.clean, before=after, after=before),
+    )
 
 
 # -- the guess from the text, and the ablation ------------------------------------------------------------------------------------------------
@@ -212,14 +212,15 @@ def test_pairs_that_are_not_answered_leave_numbers_undefined_with_a_reason(model
 
 
 def test_all_of_the_clean_picture_restores_the_answer_and_what_is_alike_nothing(model) -> None:
-    found = regions.measure(model, {kind: turned(model, kind, 8) for kind in ("color", "shape", "relation")})["kinds"]
-    assert set(found) == {"color", "shape", "relation (color)", "relation (shape)"}
+    found = regions.measure(model, {kind: turned(model, kind, 8) for kind in ("shape", "relation")})["kinds"]
+    assert set(found) == {"shape", "relation (color)", "relation (shape)"}
     for name, told in found.items():
         own = {region: entry["restored"]["value"] for region, entry in told["regions"].items()}
         differs = {region: entry["differs"] for region, entry in told["regions"].items()}
         assert own["everything"] == pytest.approx(1, abs=1e-9)
         assert own["object"] == pytest.approx(1, abs=1e-9)
-        assert own["background"] == own["other objects"] == 0
+        assert own["background"] == pytest.approx(0, abs=1e-9)
+        assert own["other objects"] == pytest.approx(0, abs=1e-9)
         shown = "wedge" if "color" in name else "outline, all"
         assert own[shown] == pytest.approx(1, abs=1e-9)
         assert differs[shown] == 1
@@ -300,10 +301,13 @@ def test_followed_objects_have_the_pairs_asked_for_and_another_beside_them() -> 
 @pytest.fixture(scope="module")
 def found(model) -> dict:
     patch = pytest.MonkeyPatch()
-    patch.setattr(measured, "paired", lambda model, count, seed: {kind: turned(model, kind, count) for kind in KINDS})
+    nothing = dict.fromkeys(KINDS, drawing.Asked(None, 4))
+    patch.setattr(measured, "paired", lambda model, count, seed: nothing | {"shape": turned(model, "shape", count)})
+    patch.setattr(depth, "TOWERS", ("vision",))
+    patch.setattr(heads, "TOGETHER", (2,))
     try:
         return measured.measure(
-            model, pairs=4, questions=2, reference=8, texts=100, scenes=len(TRAIN_PAIRS), progress=False
+            model, pairs=6, questions=2, reference=8, texts=100, scenes=len(TRAIN_PAIRS), progress=False
         )
     finally:
         patch.undo()
@@ -321,7 +325,7 @@ def test_a_probe_reads_the_colour_where_it_is_shown_before_any_attention(found) 
     assert rows[start, "wedge", "color"]["probe"]["value"] > 0.6
     assert rows[start, "wedge", "shape"]["probe"]["value"] < 0.4
     assert rows[start, "other wedge", "color"]["probe"]["value"] < 0.4
-    assert len(rows) == 9 * 4 * 2
+    assert len(rows) == 5 * 4 * 2
     assert all(0 <= row[way]["low"] <= row[way]["high"] <= 1 for row in rows.values() for way in ("lens", "probe"))
 
 

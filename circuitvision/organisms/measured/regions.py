@@ -96,7 +96,8 @@ def _regions(model: Any, pairs: Any) -> dict[str, Any]:
     patches = {name: own for name, own in patches.items() if any(own)}
     places = {name: regions.box([boxes(one) for one in own]).named(name) for name, own in patches.items()}
     into = [(edits.replace(SITE, pairs.clean, positions=place),) for place in places.values()]
-    away = [(edits.replace(SITE, background(model), positions=place),) for place in places.values()]
+    blank = background(model)
+    away = [(edits.replace(SITE, blank, positions=place),) for place in places.values()]
     restored = model.sweep(pairs.corrupt, into, "logit_diff")
     removed = model.sweep(pairs.clean, away, ["logit_diff", "accuracy"])
     lost, right = removed.of("logit_diff"), removed.of("accuracy")
