@@ -94,17 +94,20 @@ def _positive(text: str) -> int:
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Patch every attention head of both towers between two images, and write circuit.graphml, circuit.json, heads.html, "
-        "lens.html and report.html. Without options: a small trained model and a pair of its own."
+        "Patch every attention head that the images reach between two images, and write circuit.graphml, circuit.json, heads.html, lens.html and "
+        "report.html. Without a case, an organism draws pairs of its own, explains the first, and checks its heads on the others. A model that "
+        "answers in words needs a prompt, an answer and a foil; a classifier the images alone; a dual encoder two captions as answer and foil."
     )
     parser.add_argument(
         "--model", default="shapes-llava", metavar="NAME_OR_FOLDER", help="organism, checkpoint name or folder"
     )
     parser.add_argument("--clean", metavar="IMAGE", help="image for which the answer is right")
     parser.add_argument("--corrupt", metavar="IMAGE", help="image of the same size for which the foil is right")
-    parser.add_argument("--prompt", metavar="TEXT", help="the question, with the model's image token")
-    parser.add_argument("--answer", metavar="WORD", help="one-piece word")
-    parser.add_argument("--foil", metavar="WORD", help="one-piece word")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="of models that answer in words: the question, with the image token"
+    )
+    parser.add_argument("--answer", metavar="TEXT", help="a one-piece word, a class (name or number), or a caption")
+    parser.add_argument("--foil", metavar="TEXT", help="likewise, what is right for the corrupt image")
     parser.add_argument(
         "--out", default="circuitvision-quickstart", metavar="DIR", help="folder for the files (%(default)s)"
     )
@@ -161,10 +164,12 @@ def _quickstart(options: argparse.Namespace) -> int:
             seed=options.seed,
             **loading,
         )
-    print(f"{found.case.prompt}\n")
+    case, (answer, foil) = found.case, found.case.names
+    if case.prompt:
+        print(f"{case.prompt}\n")
     for name, reading in found.readings.items():
-        shares = f"{found.case.answer} {reading.answer:.1%}, {found.case.foil} {reading.foil:.1%}"
-        print(f"  {name:<10}{shares:<28}{reading}")
+        shares = f"{answer} {reading.answer:.1%}, {foil} {reading.foil:.1%}"
+        print(f"  {name:<10}{shares:<28}  {reading}")
     for caution in found.cautions():
         print(f"\nCaution: {caution}")
     print(f"\n{found.finding(cautions=False)}\n")

@@ -97,7 +97,9 @@ class ToyModel:
         given = MetricSet.of(metric)
         values = torch.stack([given(self.run(inputs, group), inputs) for group in listed], 1)
         clean = given(self(inputs), inputs)
-        return SimpleNamespace(values=values if given.several else values[0], clean=clean if given.several else clean[0])
+        return SimpleNamespace(
+            values=values if given.several else values[0], clean=clean if given.several else clean[0]
+        )
 
     def run_with_hooks(self, inputs: dict[str, Tensor], fwd_hooks=()) -> Tensor:
         self.runs += 1

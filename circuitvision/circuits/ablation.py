@@ -224,14 +224,17 @@ def _score(
     position: metrics.Position,
     columns: Tensor | None,
 ) -> Float[Tensor, "condition what pair"]:
-    """Whether each pair of a batch is answered right on both inputs, and the margin of the right over the other answer, the mean of the two inputs."""
+    """Whether each pair of a batch is answered right on both inputs, and the margin of the right over the other answer, the mean of both inputs."""
     assert batch.other is not None
     found = []
-    for inputs, answers, foils in ((batch.inputs, batch.answers, batch.foils), (batch.other, batch.foils, batch.answers)):
+    for inputs, answers, foils in (
+        (batch.inputs, batch.answers, batch.foils),
+        (batch.other, batch.foils, batch.answers),
+    ):
         # An answer of several tokens is given with any of them.
         right = metrics.accuracy(position=position).bind(model, answers, combine=batch.combine)
         margin = metrics.logit_diff(position=position).bind(model, answers, foils, batch.combine)
-        both = {"right": right, "margin": margin}
+        both: dict[str, Any] = {"right": right, "margin": margin}
         if columns is not None:
             both = {name: _of_columns(metric, columns) for name, metric in both.items()}
         tokens = model.tokens(inputs)
@@ -258,7 +261,10 @@ def _batches(model: Any, pairs: Pairs, size: int | None) -> Iterator[tuple[Batch
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]
         this, other = (
-            model.inputs(images=[one.pictures for one in side.examples], text=[text for one in side.examples for text in one.text])
+            model.inputs(
+                images=[one.pictures for one in side.examples],
+                text=[text for one in side.examples for text in one.text or ()],
+            )
             for side in (part.clean, part.corrupt)
         )
         columns = torch.arange(len(part) * width).view(-1, width)

@@ -16,7 +16,7 @@ from circuitvision.data import reach
 from circuitvision.data.captions import Caption, true_captions
 from circuitvision.data.pairs import Pairs
 from circuitvision.data.questions import QuestionPair, largest, sample_largest, sample_question_pairs
-from circuitvision.data.scenes import MinimalPair, Scene, SceneObject, minimal_pair, sample_scene
+from circuitvision.data.scenes import MinimalPair, Pair, Scene, SceneObject, minimal_pair, sample_scene
 from circuitvision.data.sides import Side
 from circuitvision.errors import InputError, checked_seed
 
@@ -61,10 +61,13 @@ def of_questions(drawn: Sequence[QuestionPair]) -> Pairs:
     )
 
 
-def caption_pairs(count: int, seed: int, *, attribute: str = "color", **keywords: Any) -> Pairs:
+def caption_pairs(
+    count: int, seed: int, *, attribute: str = "color", subjects: Sequence[Pair] | None = None, **keywords: Any
+) -> Pairs:
     """Two pictures of two objects and two captions, of which each picture makes one true: the answer is the true caption's column, for dual encoders.
 
-    The true caption's place is drawn at random. ``keywords`` go to :func:`~circuitvision.data.sample_scene`.
+    The true caption's place is drawn at random. With ``subjects`` the object that changes has one of these pairs of colour and shape in the clean
+    picture, in turn. ``keywords`` go to :func:`~circuitvision.data.sample_scene`.
 
     Raises:
         InputError: another attribute than color and shape.
@@ -76,9 +79,11 @@ def caption_pairs(count: int, seed: int, *, attribute: str = "color", **keywords
     texts: list[tuple[str, str]] = []
     answers: list[int] = []
     while len(drawn) < count:
-        scene = sample_scene(rng, count=2, **keywords)
+        subject = None if subjects is None else subjects[len(drawn) % len(subjects)]
+        scene = sample_scene(rng, count=2, subject=subject, **keywords)
+        index = next((n for n, thing in enumerate(scene.objects) if thing.pair == subject), None)
         try:
-            pair = minimal_pair(scene, rng, attribute=attribute)
+            pair = minimal_pair(scene, rng, attribute=attribute, index=index)
         except InputError:
             continue
         beside = next(thing for thing in scene.objects if thing is not pair.before)
