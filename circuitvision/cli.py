@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from circuitvision.errors import CircuitVisionError
+from circuitvision.organisms.registry import DEFAULT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +100,7 @@ def _add_quickstart(parser: argparse.ArgumentParser) -> None:
         "answers in words needs a prompt, an answer and a foil; a classifier the images alone; a dual encoder two captions as answer and foil."
     )
     parser.add_argument(
-        "--model", default="shapes-llava", metavar="NAME_OR_FOLDER", help="organism, checkpoint name or folder"
+        "--model", default=DEFAULT, metavar="NAME_OR_FOLDER", help="organism, checkpoint name or folder (%(default)s)"
     )
     parser.add_argument("--clean", metavar="IMAGE", help="image for which the answer is right")
     parser.add_argument("--corrupt", metavar="IMAGE", help="image of the same size for which the foil is right")
@@ -126,7 +127,7 @@ def _add_sites(parser: argparse.ArgumentParser) -> None:
         "what",
         nargs="*",
         metavar="MODEL GLOB",
-        help="organism, checkpoint name or folder (shapes-llava); sites to list, for example 'vision.blocks.*.attn.*' (all)",
+        help=f"organism, checkpoint name or folder ({DEFAULT}); sites to list, for example 'vision.blocks.*.attn.*' (all)",
     )
     parser.add_argument("--model", metavar="MODEL", help="the model, where it does not come first")
     parser.set_defaults(run=_sites)
@@ -202,12 +203,12 @@ def _model_and_glob(what: Sequence[str], model: str | None) -> tuple[str, str]:
 
     given = [model, *what] if model is not None else list(what)
     if given and model is None and (is_glob(given[0]) or ".hook_" in given[0]):
-        given = ["shapes-llava", *given]
+        given = [DEFAULT, *given]
     if len(given) > 2:
         raise InputError(
             f"One model and one glob are wanted, and {' '.join(given)} are more; quote a glob: 'vision.**'."
         )
-    name, glob = [*given, *("shapes-llava", "**")[len(given) :]]
+    name, glob = [*given, *(DEFAULT, "**")[len(given) :]]
     return name, glob
 
 

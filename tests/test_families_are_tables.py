@@ -91,7 +91,7 @@ def test_the_main_job_goes_by_no_towers_and_no_organisms_name() -> None:
             words = set(re.findall(r"\w+", said_in_code(tree))) - (FIGURES if name.startswith("plots") else set())
             assert not words & TOWERS, name
     said = " ".join(said_in_code(tree) for _, tree in modules("quickstart"))
-    assert re.findall(r"[a-z]+-(?:llava|vit|clip|pi0)", said) == ["shapes-llava"]
+    assert not re.findall(r"[a-z]+-(?:llava|vit|clip|pi0)", said)
 
 
 @pytest.mark.parametrize(

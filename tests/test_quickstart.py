@@ -70,7 +70,7 @@ def test_a_saved_folder_gives_files_and_a_graph_across_towers(name, folder_of, i
 @pytest.mark.parametrize(
     ("name", "said", "kind"),
     [
-        ("dinov2", {"answer": "label 2"}, CLASSES),
+        ("dinov2", {"answer": "label 0"}, CLASSES),
         ("siglip", {"answer": "red circle", "foil": "blue circle"}, CAPTIONS),
         pytest.param("deit", {"answer": "0", "foil": 1}, CLASSES, marks=pytest.mark.slow),
         pytest.param("siglip2-classifier", {"answer": "LABEL_0", "foil": 1}, CLASSES, marks=pytest.mark.slow),
@@ -156,7 +156,7 @@ def test_classes_that_are_left_out_are_the_models_own_first_choices():
     pair = given_pair(model, {"clean": drawn[0], "corrupt": drawn[other], **nothing, "foil": f"label {5 - first[0]}"})
     assert (pair.answers, pair.foils) == ((first[0],), (5 - first[0],))
     alike = next(n for n, one in enumerate(first) if n and one == first[0])
-    with pytest.raises(InputError, match="both images"):
+    with pytest.raises(InputError, match="first choice"):
         given_pair(model, {"clean": drawn[0], "corrupt": drawn[alike], **nothing})
 
 
@@ -230,7 +230,9 @@ def test_without_arguments_the_shipped_model_gives_a_circuit_that_survives_its_c
     assert changed_box(found.case.clean, found.case.corrupt) is not None
 
 
-@pytest.mark.parametrize(("name", "kind"), [("shapes-vit", CLASSES), ("shapes-clip", CAPTIONS)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("shapes-vit", CLASSES), pytest.param("shapes-clip", CAPTIONS, marks=pytest.mark.slow)]
+)
 def test_the_shipped_classifier_and_dual_encoder_explain_pairs_of_their_own(name, kind, tmp_path):
     found = quickstart(name, out=tmp_path)
     assert found.case.kind is kind

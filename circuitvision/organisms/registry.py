@@ -64,6 +64,8 @@ TABLE: dict[str, Organism] = {
     ),
 }
 
+DEFAULT = "shapes-llava"
+"""The organism that is meant where none is named."""
 PACKAGE = Path(__file__).resolve().parent.parent
 
 

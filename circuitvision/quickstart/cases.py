@@ -147,7 +147,8 @@ def given_pair(model: Any, given: Given) -> Pairs:
         answer, foil = (_class_id(model, said, given[image]) for said, image in ((answer, "clean"), (foil, "corrupt")))
         if answer == foil and None in (given["answer"], given["foil"]):
             raise InputError(
-                f"The model's first choice is {_class_name(model, answer)!r} on both images: give answer and foil, two of its classes."
+                f"Answer and foil are both {_class_name(model, answer)!r} (what is left out is the model's first choice for its image): give answer "
+                "and foil, two of its classes."
             )
     if answer == foil:
         raise InputError(f"answer and foil are the same, {given['answer']!r}: give two {kind.plural} to tell apart.")

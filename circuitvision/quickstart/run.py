@@ -18,19 +18,19 @@ from circuitvision.circuits import AblationCheck, HeadImportance, ablation_check
 from circuitvision.data import Batch, Pairs
 from circuitvision.errors import InputError, checked_seed
 from circuitvision.links import Link, probabilities
+from circuitvision.organisms.registry import DEFAULT
 from circuitvision.plots.quickstart import write
 from circuitvision.quickstart.cases import CAPTIONS, PARTS, Case, case_of, given_pair, kind_of, opened, reached_towers
 from circuitvision.quickstart.result import Quickstart, Reading
 from circuitvision.readout import logit_lens
 from circuitvision.readout.lens.result import LensResult
 
-DEFAULT_MODEL = "shapes-llava"
 DEFAULT_OUT = "circuitvision-quickstart"
 CHECK_PAIRS = 200
 
 
 def quickstart(
-    model: str | Path | Any = DEFAULT_MODEL,
+    model: str | Path | Any = DEFAULT,
     *,
     clean: str | Path | Image.Image | None = None,
     corrupt: str | Path | Image.Image | None = None,
