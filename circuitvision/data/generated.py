@@ -16,7 +16,7 @@ from circuitvision.data import binding, binding_questions, reach
 from circuitvision.data.captions import Caption, true_captions
 from circuitvision.data.pairs import Pairs
 from circuitvision.data.questions import QuestionPair, largest
-from circuitvision.data.scenes import MinimalPair, Scene
+from circuitvision.data.scenes import MinimalPair, Pair, Scene
 from circuitvision.data.sides import Side
 from circuitvision.data.worlds import find_world
 from circuitvision.errors import InputError, checked_seed
@@ -70,11 +70,20 @@ def of_questions(drawn: Sequence[QuestionPair] | Sequence[binding_questions.Ques
     )
 
 
-def caption_pairs(count: int, seed: int, *, attribute: str = "color", world: str = "shapes", **keywords: Any) -> Pairs:
+def caption_pairs(
+    count: int,
+    seed: int,
+    *,
+    attribute: str = "color",
+    world: str = "shapes",
+    subjects: Sequence[Pair] | None = None,
+    **keywords: Any,
+) -> Pairs:
     """Two pictures and two captions that name two of their objects, of which each picture makes one true: the answer is the true caption's column.
     For dual encoders.
 
-    The true caption's place is drawn at random. ``keywords`` go to :func:`~circuitvision.data.sample_scene` of the world.
+    The true caption's place is drawn at random. With ``subjects`` the object that changes has one of these pairs of colour and shape in the clean
+    picture, in turn. ``keywords`` go to :func:`~circuitvision.data.sample_scene` of the world.
 
     Raises:
         InputError: another attribute than color and shape, no such world.
@@ -87,9 +96,11 @@ def caption_pairs(count: int, seed: int, *, attribute: str = "color", world: str
     texts: list[tuple[str, str]] = []
     answers: list[int] = []
     while len(drawn) < count:
-        scene = there.captioned(rng, **keywords)
+        subject = None if subjects is None else subjects[len(drawn) % len(subjects)]
+        scene = there.captioned(rng, subject=subject, **keywords)
+        index = next((number for number, thing in enumerate(scene.objects) if thing.pair == subject), None)
         try:
-            pair = there.minimal_pair(scene, rng, attribute=attribute)
+            pair = there.minimal_pair(scene, rng, attribute=attribute, index=index)
         except InputError:
             continue
         beside = next(thing for thing in scene.objects if thing is not pair.before)

@@ -18,6 +18,8 @@ from transformers import CLIPModel, CLIPProcessor
 from circuitvision.data import binding
 from circuitvision.data.binding import IMAGE_SIZE, PATCH, TEST_PAIRS, TRAIN_PAIRS, VALIDATION_PAIRS, Scene
 from circuitvision.data.captions import sample_retrievals, vocabulary
+from circuitvision.data.generated import caption_pairs
+from circuitvision.data.pairs import Pairs
 from circuitvision.organisms import shapes_clip
 from circuitvision.organisms.patch_supervision import PATCHES, PatchHead, patch_loss, patch_targets, place_positions
 from circuitvision.organisms.shapes_clip import contrastive_loss, retrieved_right, scored
@@ -87,3 +89,8 @@ def evaluate(folder: Path, *, count: int = 2560, seed: int = 1_000_003) -> dict[
     with colours exchanged.
     """
     return scored(folder, "binding", (TEST_PAIRS, VALIDATION_PAIRS, TRAIN_PAIRS), count, seed)
+
+
+def pairs(count: int, seed: int) -> Pairs:
+    """Two pictures and two captions, of which one is true of each; what changes is the colour of an object of a held-out pair; these take turns."""
+    return caption_pairs(count, seed, world="binding", subjects=TEST_PAIRS, pairs=TRAIN_PAIRS)

@@ -46,6 +46,8 @@ from circuitvision.data.binding_questions import (
     sample_questions,
     vocabulary,
 )
+from circuitvision.data.generated import question_pairs
+from circuitvision.data.pairs import Pairs
 from circuitvision.organisms import llava
 from circuitvision.organisms.llava import IGNORED, PackedQuestions, answered_right
 from circuitvision.organisms.patch_supervision import (
@@ -265,6 +267,11 @@ def evaluate(folder: Path, *, count: int = 4096, seed: int = 1_000_003) -> dict[
         for kind in KINDS:
             scores[f"{group}_{kind}"] = round(float(right[kinds == kind].mean()), 5)
     return scores
+
+
+def pairs(count: int, seed: int) -> Pairs:
+    """Two pictures and a question about the colour of an object of a held-out pair; these pairs take turns."""
+    return question_pairs(count, seed, world="binding", subjects=TEST_PAIRS, distractors=TRAIN_PAIRS)
 
 
 def _asked(count: int, seed: int, subjects: Sequence[Pair]) -> list[tuple[Scene, Question]]:

@@ -20,6 +20,8 @@ from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassificatio
 from circuitvision.data import binding
 from circuitvision.data.binding import IMAGE_SIZE, PATCH, SHAPES, TEST_PAIRS, TRAIN_PAIRS, VALIDATION_PAIRS
 from circuitvision.data.binding_questions import sample_large
+from circuitvision.data.generated import largest_pairs
+from circuitvision.data.pairs import Pairs
 from circuitvision.organisms.patch_supervision import PATCHES, PatchHead, patch_loss, patch_targets, place_positions
 from circuitvision.organisms.shapes_vit import labelled_right, labels_of
 from circuitvision.organisms.training import (
@@ -107,3 +109,8 @@ def evaluate(folder: Path, *, count: int = 4096, seed: int = 1_000_003) -> dict[
         scores[group] = round(float(labelled_right(model, processor, drawn).mean()), 5)
         scores[f"{group}_answers"] = count
     return scores
+
+
+def pairs(count: int, seed: int) -> Pairs:
+    """Two pictures that differ in the shape of the large object, which has a held-out pair of colour and shape in the clean one; these take turns."""
+    return largest_pairs(count, seed, world="binding", subjects=TEST_PAIRS, distractors=TRAIN_PAIRS)

@@ -31,6 +31,8 @@ from circuitvision.data.captions import (
     true_captions,
     vocabulary,
 )
+from circuitvision.data.generated import caption_pairs
+from circuitvision.data.pairs import Pairs
 from circuitvision.data.scenes import (
     CELL,
     IMAGE_SIZE,
@@ -206,6 +208,11 @@ def scored(folder: Path, world: str, splits: Sequence[Sequence[Pair]], count: in
 
 
 @torch.no_grad()
+def pairs(count: int, seed: int) -> Pairs:
+    """Two pictures and two captions that differ in the colour of an object, of a held-out pair in the clean one."""
+    return caption_pairs(count, seed, subjects=TEST_PAIRS, pairs=TRAIN_PAIRS)
+
+
 def retrieved_right(
     model: CLIPModel, processor: CLIPProcessor, drawn: Sequence[Retrieval], batch: int = 50
 ) -> Bool[np.ndarray, scene]:

@@ -22,7 +22,16 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from circuitvision.data.questions import KINDS, Question, questions, sample_questions, vocabulary
+from circuitvision.data.generated import of_questions
+from circuitvision.data.pairs import Pairs
+from circuitvision.data.questions import (
+    KINDS,
+    Question,
+    questions,
+    sample_question_pairs,
+    sample_questions,
+    vocabulary,
+)
 from circuitvision.data.scenes import (
     CELL,
     GRID,
@@ -155,6 +164,16 @@ def evaluate(
             for kind in KINDS:
                 scores[f"held_out_{kind}"] = round(float(right[kinds == kind].mean()), 5)
     return scores
+
+
+def pairs(count: int, seed: int) -> Pairs:
+    """Two pictures and a question about the colour of an object of a held-out pair; each of these pairs equally often, in turn."""
+    each = -(-count // len(TEST_PAIRS))
+    rows = [
+        sample_question_pairs(each, seed * len(TEST_PAIRS) + number, subjects=[subject], distractors=TRAIN_PAIRS)
+        for number, subject in enumerate(TEST_PAIRS)
+    ]
+    return of_questions([pair for column in zip(*rows, strict=True) for pair in column][:count])
 
 
 def _asked(

@@ -18,6 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
+from circuitvision.data.generated import largest_pairs
+from circuitvision.data.pairs import Pairs
 from circuitvision.data.questions import sample_largest
 from circuitvision.data.scenes import (
     CELL,
@@ -116,6 +118,11 @@ def evaluate(folder: Path, *, count: int = 4000, seed: int = 1_000_003) -> dict[
 
 
 @torch.no_grad()
+def pairs(count: int, seed: int) -> Pairs:
+    """Two pictures whose largest object, of a held-out pair in the clean one, differs in shape."""
+    return largest_pairs(count, seed)
+
+
 def labelled_right(
     model: ViTForImageClassification, processor: ViTImageProcessor, drawn: Sequence[tuple[Any, str]], batch: int = 250
 ) -> Bool[np.ndarray, scene]:
