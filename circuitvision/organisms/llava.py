@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -46,8 +46,8 @@ def build(
     image_size: int,
     patch_size: int,
     width: int,
-    vision: dict[str, int],
-    language: dict[str, int],
+    vision: dict[str, Any],
+    language: dict[str, Any],
     feature_layer: int,
     initial: float,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -165,7 +165,7 @@ class PackedQuestions:
 
 
 @torch.no_grad()
-def attend_to_alike(language: nn.Module) -> None:
+def attend_to_alike(language: Any) -> None:
     """Start every head of a Llama so that positions attend to those with like content and pass that content on.
 
     The query map becomes the key map, and the output map the transposed value map, each plus half of what it was. So a word meets the patches whose

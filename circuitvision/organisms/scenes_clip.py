@@ -55,18 +55,18 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
     with reproducible(seed) as rng:
         model, processor = build()
         stream = Stream(rng, processor)
-        whole = nn.ModuleDict({"model": model, "head": PatchHead(WIDTH)})
+        head = PatchHead(WIDTH)
 
         def loss() -> Float[Tensor, ""]:
             scenes, inputs, also_true = stream.drawn(RECIPE.batch)
             made = model(**inputs, output_hidden_states=True)
             features = made.vision_model_output.hidden_states[-1][:, -PATCHES:]
-            patches = patch_loss(whole["head"], features, patch_targets(scenes), others=0.0)
+            patches = patch_loss(head, features, patch_targets(scenes), others=0.0)
             return contrastive_loss(made.logits_per_image, also_true) + PATCH_WEIGHT * patches
 
         watched = sample_retrievals(300, seed + 2_000_003, world="binding", subjects=VALIDATION_PAIRS, with_subject=3)
         minutes = fit(
-            whole,
+            nn.ModuleList([model, head]),
             loss,
             RECIPE,
             steps=steps,

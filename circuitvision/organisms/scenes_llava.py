@@ -194,7 +194,8 @@ class Trained(nn.Module):
         """How well the cosine of a projected patch with the word embeddings tells its object's colour and shape."""
         assert self.projected is not None
         patches = nn.functional.normalize(self.projected.view(len(targets), PATCHES, -1), dim=-1)
-        table = nn.functional.normalize(self.model.get_input_embeddings().weight, dim=-1)
+        embeddings: Any = self.model.get_input_embeddings()
+        table = nn.functional.normalize(embeddings.weight, dim=-1)
         total = patches.new_zeros(())
         for part, words in enumerate(self.words):
             scores = WORD_SHARPNESS * patches @ table[words].T

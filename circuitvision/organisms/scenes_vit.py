@@ -67,18 +67,18 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
     started = time.process_time()
     with reproducible(seed) as rng:
         model, processor = build()
-        whole = nn.ModuleDict({"model": model, "head": PatchHead(WIDTH)})
+        head = PatchHead(WIDTH)
 
         def loss() -> Float[Tensor, ""]:
             drawn = sample_large(RECIPE.batch, rng, subjects=TRAIN_PAIRS, distractors=TRAIN_PAIRS)
             scenes = [scene for scene, _ in drawn]
             made = model(pixel_values(binding.render(scenes)), output_hidden_states=True)
-            patches = patch_loss(whole["head"], made.hidden_states[-1][:, -PATCHES:], patch_targets(scenes), others=0.0)
+            patches = patch_loss(head, made.hidden_states[-1][:, -PATCHES:], patch_targets(scenes), others=0.0)
             return nn.functional.cross_entropy(made.logits, labels_of(model, drawn)) + PATCH_WEIGHT * patches
 
         watched = sample_large(500, seed + 2_000_003, subjects=VALIDATION_PAIRS, distractors=TRAIN_PAIRS)
         minutes = fit(
-            whole,
+            nn.ModuleList([model, head]),
             loss,
             RECIPE,
             steps=steps,

@@ -137,4 +137,5 @@ def labelled_right(
 
 def labels_of(model: ViTForImageClassification, drawn: Sequence[tuple[Any, str]]) -> Int[Tensor, scene]:
     """The class of every scene's label."""
-    return torch.tensor([model.config.label2id[label] for _, label in drawn])
+    classes: Any = model.config.label2id
+    return torch.tensor([classes[label] for _, label in drawn])
