@@ -385,7 +385,7 @@ _VALUES: dict[str, list[Any]] = {
 def _changed(thing: SceneObject, attribute: str, value: Any) -> SceneObject:
     if attribute == "cell":
         return replace(thing, row=value[0], column=value[1])
-    named = {"color": {"paint": None}, "shape": {"outline": None}}.get(attribute, {})
+    named: dict[str, Any] = {"color": {"paint": None}, "shape": {"outline": None}}.get(attribute, {})
     return replace(thing, **{attribute: value}, **named)
 
 

@@ -28,6 +28,7 @@ class World:
     shapes: tuple[str, ...]
     all_pairs: tuple[Pair, ...]
     test_pairs: tuple[Pair, ...]
+    validation_pairs: tuple[Pair, ...]
     train_pairs: tuple[Pair, ...]
     minimal_pair: Callable[..., Any]
     captioned: Callable[..., Any]
@@ -50,6 +51,7 @@ def _world(module: Any, **samplers: Callable[..., Any]) -> World:
         module.SHAPES,
         module.ALL_PAIRS,
         module.TEST_PAIRS,
+        module.VALIDATION_PAIRS,
         module.TRAIN_PAIRS,
         module.minimal_pair,
         **samplers,

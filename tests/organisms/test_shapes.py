@@ -20,7 +20,7 @@ from circuitvision import organisms
 from circuitvision.data import captions, questions, scenes
 from circuitvision.organisms import llava as llava_room
 from circuitvision.organisms import registry, shapes_clip, shapes_llava, shapes_vit, training
-from circuitvision.organisms.shapes_cards import choose
+from circuitvision.organisms.cards import choose
 
 NAMES = ("shapes-vit", "shapes-clip", "shapes-llava")
 HELD_OUT = {*scenes.TEST_PAIRS, *scenes.VALIDATION_PAIRS}
