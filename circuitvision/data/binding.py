@@ -32,9 +32,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from PIL import Image
 
+<<<<<<< HEAD
 from circuitvision.data.scenes import BACKGROUND, COLORS, OUTLINE, UNNAMED, as_png, check_name, unnamed_paint
+=======
+from circuitvision.data.scenes import BACKGROUND, COLORS, OUTLINE, DrawnScene, MinimalPair, Pair, change_one, check_name
+>>>>>>> data
 from circuitvision.errors import InputError, checked_seed
 
 PATCH = 8
@@ -64,7 +67,6 @@ SHIFTS: tuple[tuple[int, int], ...] = tuple((down, right) for down in (-1, 0, 1)
 DIRECTIONS: tuple[str, ...] = ("left", "right", "above", "below")
 OBJECTS = 3
 
-Pair = tuple[str, str]
 _COLORS = tuple(COLORS)
 ALL_PAIRS: tuple[Pair, ...] = tuple((color, shape) for color in COLORS for shape in SHAPES)
 TEST_PAIRS: tuple[Pair, ...] = tuple(
@@ -169,7 +171,7 @@ class SceneObject:
 
 
 @dataclass(frozen=True)
-class Scene:
+class Scene(DrawnScene):
     """Objects that share no patch, in reading order."""
 
     objects: tuple[SceneObject, ...]
@@ -185,33 +187,6 @@ class Scene:
     def pixels(self) -> UInt8[np.ndarray, "height width channel"]:
         """The picture as levels 0 to 255."""
         return render([self])[0]
-
-    @property
-    def image(self) -> Image.Image:
-        """The picture for any image processor."""
-        return Image.fromarray(self.pixels)
-
-    @property
-    def masks(self) -> Bool[np.ndarray, "object height width"]:
-        """One mask per object, in the order of ``objects``."""
-        masks = [thing.mask for thing in self.objects]
-        return np.stack(masks) if masks else np.zeros((0, IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
-
-    @property
-    def boxes(self) -> list[tuple[int, int, int, int]]:
-        """One pixel box per object, in the order of ``objects``."""
-        return [thing.box for thing in self.objects]
-
-    @property
-    def pairs(self) -> set[Pair]:
-        """The colour-shape pairs in the scene."""
-        return {thing.pair for thing in self.objects}
-
-    def find(self, **attributes: Any) -> list[SceneObject]:
-        """The objects that have all the given attributes (``color=``, ``shape=``, ``size=``, ``quarter=``, …)."""
-        return [
-            thing for thing in self.objects if all(getattr(thing, name) == value for name, value in attributes.items())
-        ]
 
     def neighbor(self, thing: SceneObject, direction: str) -> SceneObject | None:
         """The nearest object wholly to one side ("left", "right", "above", "below"), or None where there is none or two are about as near.
@@ -230,28 +205,6 @@ class Scene:
         if not away or (len(away) > 1 and away[1][0] - away[0][0] < SPAN):
             return None
         return self.objects[away[0][1]]
-
-    def __str__(self) -> str:
-        return "; ".join(map(str, self.objects))
-
-    def _repr_png_(self) -> bytes:
-        """The picture, enlarged without blur: what notebooks show."""
-        return as_png([self.pixels])
-
-
-@dataclass(frozen=True)
-class MinimalPair:
-    """Two scenes that differ in one attribute of one object: ``before`` in ``clean``, ``after`` in ``corrupt``."""
-
-    clean: Scene
-    corrupt: Scene
-    attribute: str
-    before: SceneObject
-    after: SceneObject
-
-    def _repr_png_(self) -> bytes:
-        """Both pictures side by side, clean first."""
-        return as_png([self.clean.pixels, self.corrupt.pixels])
 
 
 def render(scenes: Sequence[Scene]) -> UInt8[np.ndarray, "scene height width channel"]:
@@ -328,7 +281,7 @@ def minimal_pair(
     to: Any = None,
     pairs: Iterable[Pair] | None = None,
     distinct: bool = False,
-) -> MinimalPair:
+) -> MinimalPair[Scene, SceneObject]:
     """Change exactly one attribute of exactly one object.
 
     Pixels outside the object's patches stay as they are (a new ``cell`` changes the old and the new patches).
@@ -344,32 +297,7 @@ def minimal_pair(
     Raises:
         InputError: no such attribute or object, the value is not a new one, or nothing is left to choose from.
     """
-    rng = np.random.default_rng(checked_seed(rng))
-    check_name("attribute", attribute, _VALUES)
-    if index is None:
-        index = int(rng.integers(len(scene.objects)))
-    if not 0 <= index < len(scene.objects):
-        raise InputError(f"object {index} does not exist: the scene has {len(scene.objects)} objects")
-    before = scene.objects[index]
-    others = [thing for position, thing in enumerate(scene.objects) if position != index]
-    allowed = None if pairs is None else set(pairs)
-    changes = [
-        _changed(before, attribute, value) for value in _VALUES[attribute] if value != getattr(before, attribute)
-    ]
-    changes = [
-        after
-        for after in changes
-        if not any(after.overlaps(other) for other in others)
-        and (not distinct or all(getattr(after, attribute) != getattr(other, attribute) for other in others))
-        and (allowed is None or after.pair in allowed)
-        and (to is None or getattr(after, attribute) == to)
-    ]
-    if not changes:
-        raise InputError(
-            f"no new {attribute} is possible for the {before}" + (f" with to={to!r}" if to is not None else "")
-        )
-    after = changes[int(rng.integers(len(changes)))]
-    return MinimalPair(scene, Scene((*others, after)), attribute, before, after)
+    return change_one(scene, rng, attribute, _VALUES, _changed, index=index, to=to, pairs=pairs, distinct=distinct)
 
 
 _VALUES: dict[str, list[Any]] = {

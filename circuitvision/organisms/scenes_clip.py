@@ -1,8 +1,8 @@
 """scenes-clip: a small CLIP that tells which caption names two objects of a scene whose patches have to be bound.
 
 ``CLIPModel`` with a vision tower of four layers and a text tower of two, trained as :mod:`circuitvision.organisms.shapes_clip` is: beside the other
-captions of the batch the loss sees wrong ones with one colour or one shape changed, or with the two colours exchanged. The patches' own colours and
-shapes are a second loss while training (:mod:`circuitvision.organisms.patch_supervision`).
+captions of the batch the loss sees wrong ones with one colour or one shape changed, or with the two colours exchanged. Before that the vision tower
+alone learns the patches' own colours and shapes (:mod:`circuitvision.organisms.patch_supervision`), which stay a second loss.
 """
 
 from __future__ import annotations
@@ -21,11 +21,19 @@ from circuitvision.data.captions import sample_retrievals, vocabulary
 from circuitvision.data.generated import caption_pairs
 from circuitvision.data.pairs import Pairs
 from circuitvision.organisms import shapes_clip
-from circuitvision.organisms.patch_supervision import PATCHES, PatchHead, patch_loss, patch_targets, place_positions
+from circuitvision.organisms.patch_supervision import (
+    PATCHES,
+    PatchHead,
+    patch_loss,
+    patch_targets,
+    place_positions,
+    training_scenes,
+)
 from circuitvision.organisms.shapes_clip import contrastive_loss, retrieved_right, scored
 from circuitvision.organisms.training import Recipe, fit, pixel_values, report, reproducible, write_folder
 
 WIDTH = 64
+VISION = Recipe(steps=1200, batch=64, rate=3e-3)
 RECIPE = Recipe(steps=2500, batch=64, rate=2e-3)
 PATCH_WEIGHT = 0.5
 
@@ -50,12 +58,20 @@ class Stream(shapes_clip.Stream):
 
 
 def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool = True) -> dict[str, Any]:
-    """Train one model from scratch, write it to ``out_dir``, and return its scores (see :func:`evaluate`) and the minutes taken."""
+    """Train one model from scratch, write it to ``out_dir``, and return its scores (see :func:`evaluate`) and the minutes taken.
+
+    ``steps`` is the length of either stage.
+    """
     started = time.process_time()
     with reproducible(seed) as rng:
         model, processor = build()
         stream = Stream(rng, processor)
         head = PatchHead(WIDTH)
+
+        def vision_loss() -> Float[Tensor, ""]:
+            scenes = training_scenes(rng, VISION.batch)
+            made = model.vision_model(pixel_values(binding.render(scenes)), output_hidden_states=True)
+            return patch_loss(head, made.hidden_states[-1][:, -PATCHES:], patch_targets(scenes), others=0.0)
 
         def loss() -> Float[Tensor, ""]:
             scenes, inputs, also_true = stream.drawn(RECIPE.batch)
@@ -64,14 +80,17 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
             patches = patch_loss(head, features, patch_targets(scenes), others=0.0)
             return contrastive_loss(made.logits_per_image, also_true) + PATCH_WEIGHT * patches
 
+        label = f"scenes-clip seed {seed}"
+        seen = nn.ModuleList([model.vision_model, head])
+        minutes = fit(seen, vision_loss, VISION, steps=steps, progress=progress, label=f"{label}, vision")
         watched = sample_retrievals(300, seed + 2_000_003, world="binding", subjects=VALIDATION_PAIRS, with_subject=3)
-        minutes = fit(
+        minutes += fit(
             nn.ModuleList([model, head]),
             loss,
             RECIPE,
             steps=steps,
             progress=progress,
-            label=f"scenes-clip seed {seed}",
+            label=label,
             check=lambda: float(retrieved_right(model, processor, watched).mean()),
         )
     spent = {"minutes": round(minutes, 2), "cpu_minutes": round((time.process_time() - started) / 60, 2)}
