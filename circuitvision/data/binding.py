@@ -33,11 +33,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-<<<<<<< HEAD
-from circuitvision.data.scenes import BACKGROUND, COLORS, OUTLINE, UNNAMED, as_png, check_name, unnamed_paint
-=======
-from circuitvision.data.scenes import BACKGROUND, COLORS, OUTLINE, DrawnScene, MinimalPair, Pair, change_one, check_name
->>>>>>> data
+from circuitvision.data.scenes import (
+    BACKGROUND,
+    COLORS,
+    OUTLINE,
+    UNNAMED,
+    DrawnScene,
+    MinimalPair,
+    Pair,
+    change_one,
+    check_name,
+    unnamed_paint,
+)
 from circuitvision.errors import InputError, checked_seed
 
 PATCH = 8
