@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -48,6 +50,7 @@ from circuitvision.data.binding_questions import (
 )
 from circuitvision.data.generated import question_pairs
 from circuitvision.data.pairs import Pairs
+from circuitvision.files import write_tensors
 from circuitvision.organisms import llava
 from circuitvision.organisms.llava import IGNORED, PackedQuestions, answered_right
 from circuitvision.organisms.patch_supervision import (
@@ -64,13 +67,13 @@ from circuitvision.organisms.training import Recipe, fit, initialise, pixel_valu
 
 WIDTH = 96
 VISION = Recipe(steps=2500, batch=64, rate=3e-3)
-RECIPE = Recipe(steps=5000, batch=16, rate=2e-3, decay=1.0)
+RECIPE = Recipe(steps=5000, batch=10, rate=2e-3, decay=1.0)
 WORD_WEIGHT = 0.5
 WORD_SHARPNESS = 10.0
 NAME_WEIGHT = 0.3
 NAME_DEPTH = 2
 """How many language layers have run where the last word of a name is asked what it knows."""
-QUESTIONS_PER_IMAGE = 8
+QUESTIONS_PER_IMAGE = 16
 FIRST_STEPS = 400
 """How many steps of the second stage ask for colours and shapes alone."""
 COUNT_RATE = 0.3
@@ -208,31 +211,20 @@ class Trained(nn.Module):
 def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool = True) -> dict[str, Any]:
     """Train one model from scratch, write it to ``out_dir``, and return its scores (see :func:`evaluate`) and the minutes taken.
 
-    ``steps`` is the length of either stage.
+    The first stage is kept beside ``out_dir`` until the second has ended: a run that was interrupted goes on there. ``steps`` is the length of either
+    stage.
     """
-    started = time.process_time()
-    with reproducible(seed) as rng:
+    first = Path(out_dir).with_name(f".{Path(out_dir).name}-first-stage.safetensors")
+    with reproducible(seed):
         model, processor = build()
-        whole, stream = Trained(model, processor), Stream(rng, processor)
-        seen = (
-            model.model.vision_tower,
-            model.model.multi_modal_projector,
-            model.get_input_embeddings(),
-            whole.patch_head,
-        )
-        watched_scenes = training_scenes(np.random.default_rng(seed + 2_000_003), 100, subjects=VALIDATION_PAIRS[:1])
-        minutes = fit(
-            nn.ModuleList(seen),
-            lambda: whole.vision_loss(training_scenes(rng, VISION.batch)),
-            VISION,
-            steps=steps,
-            progress=progress,
-            label=f"scenes-llava seed {seed}, vision",
-            check=lambda: own_right(whole.patch_head, whole.patches, watched_scenes),
-        )
+        whole = Trained(model, processor)
+    spent = _first_stage(whole, seed, steps, progress, first)
+    started = time.process_time()
+    watched = _asked(400, seed + 2_000_003, VALIDATION_PAIRS)
+    with reproducible(seed, stage=2) as rng:
+        stream = Stream(rng, processor)
         model.model.vision_tower.requires_grad_(False)
-        watched = _asked(400, seed + 2_000_003, VALIDATION_PAIRS)
-        minutes += fit(
+        minutes = fit(
             whole,
             lambda: whole.loss(stream),
             RECIPE,
@@ -241,12 +233,45 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
             label=f"scenes-llava seed {seed}",
             check=lambda: float(answered_right(model, processor, watched).mean()),
         )
-    spent = {"minutes": round(minutes, 2), "cpu_minutes": round((time.process_time() - started) / 60, 2)}
+    spent = {
+        "minutes": round(spent["minutes"] + minutes, 2),
+        "cpu_minutes": round(spent["cpu_minutes"] + (time.process_time() - started) / 60, 2),
+    }
     write_folder(Path(out_dir), model, processor)
+    first.unlink(missing_ok=True)
     scores = {"seed": seed, **spent, **evaluate(Path(out_dir))}
     if progress:
         report("scenes-llava", scores)
     return scores
+
+
+def _first_stage(whole: Trained, seed: int, steps: int | None, progress: bool, file: Path) -> dict[str, float]:
+    """Train what reads pictures, or take it from ``file`` if a run of this seed and length left it there; returns the minutes it took."""
+    wanted = {"seed": str(seed), "steps": str(VISION.steps if steps is None else steps)}
+    if file.is_file():
+        with safe_open(file, "pt") as held:
+            kept = held.metadata()
+        if {key: kept.get(key) for key in wanted} == wanted:
+            whole.load_state_dict(load_file(file))
+            return {key: float(kept[key]) for key in ("minutes", "cpu_minutes")}
+    started = time.process_time()
+    model: Any = whole.model
+    seen = model.model.vision_tower, model.model.multi_modal_projector, model.get_input_embeddings(), whole.patch_head
+    with reproducible(seed) as rng:
+        watched = training_scenes(np.random.default_rng(seed + 2_000_003), 100, subjects=VALIDATION_PAIRS[:1])
+        minutes = fit(
+            nn.ModuleList(seen),
+            lambda: whole.vision_loss(training_scenes(rng, VISION.batch)),
+            VISION,
+            steps=steps,
+            progress=progress,
+            label=f"scenes-llava seed {seed}, vision",
+            check=lambda: own_right(whole.patch_head, whole.patches, watched),
+        )
+    spent = {"minutes": minutes, "cpu_minutes": (time.process_time() - started) / 60}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(file, whole.state_dict(), {**wanted, **{key: str(value) for key, value in spent.items()}})
+    return spent
 
 
 def evaluate(folder: Path, *, count: int = 4096, seed: int = 1_000_003) -> dict[str, Any]:

@@ -113,11 +113,11 @@ def initialise(model: torch.nn.Module, deviation: float) -> None:
 
 
 @contextmanager
-def reproducible(seed: int) -> Iterator[np.random.Generator]:
-    """Seed torch for the length of a block, then give its generator back; yields a numpy generator for the data."""
+def reproducible(seed: int, stage: int = 1) -> Iterator[np.random.Generator]:
+    """Seed torch for the length of a block, then give its generator back; yields a numpy generator for the data of a stage of training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        yield np.random.default_rng([seed, 1])
+        yield np.random.default_rng([seed, stage])
 
 
 def pixel_values(
