@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from circuitvision.errors import CircuitVisionError
+from circuitvision.organisms.registry import DEFAULT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,17 +95,20 @@ def _positive(text: str) -> int:
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Patch every attention head of both towers between two images, and write circuit.graphml, circuit.json, heads.html, "
-        "lens.html and report.html. Without options: a small trained model and a pair of its own."
+        "Patch every attention head that the images reach between two images, and write circuit.graphml, circuit.json, heads.html, lens.html and "
+        "report.html. Without a case, an organism draws pairs of its own, explains the first, and checks its heads on the others. A model that "
+        "answers in words needs a prompt, an answer and a foil; a classifier the images alone; a dual encoder two captions as answer and foil."
     )
     parser.add_argument(
-        "--model", default="shapes-llava", metavar="NAME_OR_FOLDER", help="organism, checkpoint name or folder"
+        "--model", default=DEFAULT, metavar="NAME_OR_FOLDER", help="organism, checkpoint name or folder (%(default)s)"
     )
     parser.add_argument("--clean", metavar="IMAGE", help="image for which the answer is right")
     parser.add_argument("--corrupt", metavar="IMAGE", help="image of the same size for which the foil is right")
-    parser.add_argument("--prompt", metavar="TEXT", help="the question, with the model's image token")
-    parser.add_argument("--answer", metavar="WORD", help="one-piece word")
-    parser.add_argument("--foil", metavar="WORD", help="one-piece word")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="of models that answer in words: the question, with the image token"
+    )
+    parser.add_argument("--answer", metavar="TEXT", help="a one-piece word, a class (name or number), or a caption")
+    parser.add_argument("--foil", metavar="TEXT", help="likewise, what is right for the corrupt image")
     parser.add_argument(
         "--out", default="circuitvision-quickstart", metavar="DIR", help="folder for the files (%(default)s)"
     )
@@ -123,7 +127,7 @@ def _add_sites(parser: argparse.ArgumentParser) -> None:
         "what",
         nargs="*",
         metavar="MODEL GLOB",
-        help="organism, checkpoint name or folder (shapes-llava); sites to list, for example 'vision.blocks.*.attn.*' (all)",
+        help=f"organism, checkpoint name or folder ({DEFAULT}); sites to list, for example 'vision.blocks.*.attn.*' (all)",
     )
     parser.add_argument("--model", metavar="MODEL", help="the model, where it does not come first")
     parser.set_defaults(run=_sites)
@@ -161,10 +165,12 @@ def _quickstart(options: argparse.Namespace) -> int:
             seed=options.seed,
             **loading,
         )
-    print(f"{found.case.prompt}\n")
+    case, (answer, foil) = found.case, found.case.names
+    if case.prompt:
+        print(f"{case.prompt}\n")
     for name, reading in found.readings.items():
-        shares = f"{found.case.answer} {reading.answer:.1%}, {found.case.foil} {reading.foil:.1%}"
-        print(f"  {name:<10}{shares:<28}{reading}")
+        shares = f"{answer} {reading.answer:.1%}, {foil} {reading.foil:.1%}"
+        print(f"  {name:<10}{shares:<28}  {reading}")
     for caution in found.cautions():
         print(f"\nCaution: {caution}")
     print(f"\n{found.finding(cautions=False)}\n")
@@ -197,12 +203,12 @@ def _model_and_glob(what: Sequence[str], model: str | None) -> tuple[str, str]:
 
     given = [model, *what] if model is not None else list(what)
     if given and model is None and (is_glob(given[0]) or ".hook_" in given[0]):
-        given = ["shapes-llava", *given]
+        given = [DEFAULT, *given]
     if len(given) > 2:
         raise InputError(
             f"One model and one glob are wanted, and {' '.join(given)} are more; quote a glob: 'vision.**'."
         )
-    name, glob = [*given, *("shapes-llava", "**")[len(given) :]]
+    name, glob = [*given, *(DEFAULT, "**")[len(given) :]]
     return name, glob
 
 

@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,7 +30,6 @@ from circuitvision.statistics import wilson
 if TYPE_CHECKING:
     from circuitvision.circuits import AblationCheck, HeadImportance
     from circuitvision.readout.attention.distance import DistanceProfile
-    from circuitvision.readout.lens.result import LensResult
     from circuitvision.readout.probes.linear import ProbeResult
     from circuitvision.readout.relevance.curves import Curve
     from circuitvision.readout.weights.agreement import ClassValueAgreement
@@ -43,8 +42,6 @@ LEAST_SHARE = 0.05
 OVERSHOOT = 1.1
 ODDS = 3.0
 """How many times as likely as the second a target is, at least, where it is said to lead."""
-ABOVE_CHANCE = 3.0
-"""How many times its chance an answer's probability is, at least, where a model is said to give it."""
 ALONE = 0.1
 """How far above chance a share must be, at least, where one example shows it."""
 EXPLAINED = 0.25
@@ -53,9 +50,9 @@ NEARER, NEARER_ALONE = 0.1, 0.25
 """How much nearer than by chance patches must look, at least, as a share of that distance; and where one example shows it."""
 NARROW = 0.5
 """Over what share of the keys that it can look at a head spreads its attention, at most, where it is said to be narrow."""
+NOT_ASKED = "the model does not give the answers asked about"
 OUTSTANDING = 2.0
 """How many times the usual value (of value vectors, contrasts, other places) the strongest one is, at least, where it is said to stand out."""
-NOT_ASKED = "the model does not give the answers asked about"
 
 
 @dataclass(frozen=True)
@@ -94,18 +91,6 @@ class Finding:
         """A value in the finding's unit."""
         text = f"{value:.0%}" if self.unit == "share" else f"{value:.3g}"
         return text.replace("-", "\N{MINUS SIGN}")
-
-
-def answers(clean: Any, corrupt: Any, answer: str, foil: str) -> Finding:
-    """Whether a model says ``answer`` on the clean image and ``foil`` on the corrupt one, more surely than by chance; ``value`` is the lower of the
-    two probabilities.
-    """
-    said = {"clean": clean.says, "corrupt": corrupt.says, "answer": answer, "foil": foil}
-    value, chance = min(clean.answer, corrupt.foil), clean.chance
-    gives = clean.says == answer and corrupt.says == foil
-    sure = value > ABOVE_CHANCE * chance
-    reason = "" if gives and sure else "it is hardly above chance" if gives else NOT_ASKED
-    return Finding("answers", gives and sure, value, "share", chance=chance, reason=reason, about=said)
 
 
 def swing(result: HeadImportance) -> Finding:
@@ -149,20 +134,6 @@ def together(result: HeadImportance, asked: Finding | None = None) -> Finding:
     return _share(result, result.joint, interval, "heads", f"the {len(result.selected)} heads in the graph", asked)
 
 
-def past_vision(result: HeadImportance, asked: Finding | None = None) -> Finding:
-    """The share of the image's effect that reaches the projector without passing a selected vision head; holds where no single vision head moves
-    :data:`LEAST_SHARE`.
-    """
-    images = {parse_id(name).tower for name in result.inputs}
-    shares = [abs(share) for name, share, _ in result.ranking() if parse_id(name).tower in images]
-    past = sum(e["score"] for e in result.edges if e["sender"] in result.inputs and e["receiver"] in result.connectors)
-    whole = swing(result)
-    value = past / whole.value if has_shares(result) else math.nan
-    told = bool(whole.holds) and (asked is None or bool(asked.holds)) and bool(shares) and max(shares) < LEAST_SHARE
-    frozen = sum(parse_id(name).tower in images for name in result.selected)
-    return Finding("past vision", told, value, "share", None, result.n_examples, about={"heads": str(frozen)})
-
-
 def _share(
     result: HeadImportance,
     share: float,
@@ -187,34 +158,6 @@ def _share(
     return Finding(claim, not reason, share, "share", interval, result.n_examples, reason=reason, about=about)
 
 
-def read_at_last_word(clean: LensResult, corrupt: LensResult, asked: Finding, words: Sequence[str]) -> Finding:
-    """From which layer on the last word tells answer and foil apart in both runs: its own word higher in each, and the two at least half as far apart
-    as at the end. ``value`` is how many layers, the end included, that holds for.
-    """
-    first, second = clean.values[:, -1, 0, 0], corrupt.values[:, -1, 0, 0]
-    told = (first > 0) & (second < 0) & (first - second >= 0.5 * (first[-1] - second[-1]))
-    layers = int(told.int().flip(0).cumprod(0).sum())
-    where = str(clean.axes["layer"][len(told) - layers]) if layers else ""
-    reason = "the last layer itself does not put each image's own word higher" if not layers else ""
-    reason = asked.reason if not asked.holds else reason
-    return Finding("last word", not reason, layers, "layers", reason=reason, about={**_both(words), "layer": where})
-
-
-def read_at_patches(
-    clean: Sequence[LensResult], corrupt: Sequence[LensResult], asked: Finding, words: Sequence[str]
-) -> Finding:
-    """At what share of image patches and layers the lens tells answer and foil apart as the last word's output does, see there."""
-    end = float((clean[-1].values - corrupt[-1].values)[-1, -1, 0, 0])
-    told, count = 0, 0
-    for one, other in zip(clean, corrupt, strict=True):
-        patches = (one.places[..., 2] >= 0).T
-        first, second = one.values[:, :, 0][:, patches], other.values[:, :, 0][:, patches]
-        told += int(((first > 0) & (second < 0) & (first - second >= 0.5 * abs(end))).sum())
-        count += first.numel()
-    reason = asked.reason if not asked.holds else "" if told else "no patch puts each image's own word higher"
-    return Finding("patches", not reason, told / max(count, 1), "share", reason=reason, about=_both(words))
-
-
 def carries(check: AblationCheck) -> Finding:
     """Whether ablating the heads costs the answer while random heads do not; ``value`` is the share of pairs it costs."""
     lost = check.intact - check.ablated
@@ -228,7 +171,12 @@ def carries(check: AblationCheck) -> Finding:
     elif interval is None or interval[0] <= 0:
         reason = "too few pairs tell"
     else:
-        reason = "" if check.carries_the_answer else "random heads cost as much, or the answer survives"
+        spared = (
+            "the answer survives in most pairs"
+            if lost < 0.5 * check.intact
+            else "some random heads cost half as much or more"
+        )
+        reason = "" if check.carries_the_answer else spared
     return Finding(
         "carries",
         not reason,
@@ -566,10 +514,6 @@ def _tail(hits: int, n: int, chance: float) -> float:
     logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(chance) + (n - k) * math.log1p(-chance)
             for k in range(hits, n + 1)]  # fmt: skip
     return min(sum(map(math.exp, logs)), 1.0)
-
-
-def _both(words: Sequence[str]) -> dict[str, str]:
-    return {"answer": words[0], "foil": words[1]}
 
 
 def percent(share: float) -> str:

@@ -17,13 +17,12 @@ if TYPE_CHECKING:
 def _say_answers(found: Finding) -> str:
     about = found.about
     said = f"{about['clean']!r} on the clean image and {about['corrupt']!r} on the corrupt one"
+    verb = about["verb"]
     if found.holds:
-        return f"The model says {said}."
+        return f"The model {verb} {said}."
     if found.reason == NOT_ASKED:
-        return (
-            f"The model does not give the answers asked about ({about['answer']!r}, {about['foil']!r}): it says {said}."
-        )
-    return f"The model's answers are hardly above chance: it says {said}, with {found.value:.1%} where guessing gives {found.chance:.1%}."
+        return f"The model does not give the answers asked about ({about['answer']!r}, {about['foil']!r}): it {verb} {said}."
+    return f"The model's answers are hardly above chance: it {verb} {said}, with {found.value:.1%} where guessing gives {found.chance:.1%}."
 
 
 def _say_swing(found: Finding) -> str:
@@ -46,23 +45,28 @@ def _say_share(found: Finding) -> str:
 
 
 def _say_past(found: Finding) -> str:
-    heads = found.about["heads"]
-    said = f"No single head of the vision tower moves {LEAST_SHARE:.0%}: with its {heads} strongest heads held at the corrupt run's values, "
+    heads, tower = found.about["heads"], found.about["tower"]
+    towers = f"{tower} tower{'s' if ' and ' in tower else ''}"
+    said = f"No single head of the {towers} moves {LEAST_SHARE:.0%}: with {heads} of them held at the corrupt run's values, "
     return (
-        f"{said}{found.amount} of the image's effect still reaches the answer through the projector."
+        f"{said}{found.amount} of the image's effect still reaches the answer{found.about['through']}."
         if found.holds
         else ""
     )
 
 
-def _say_last_word(found: Finding) -> str:
-    both = f"{found.about['answer']!r} or {found.about['foil']!r}"
+def _say_back_up(found: Finding) -> str:
+    many, verb = found.about["subject"], "restore" if found.about["mode"] == "denoise" else "destroy"
+    return f"No head alone {verb}s more than {found.about['alone']} of that; {many} together {verb} {found.amount} ({found.sure})."
+
+
+def _say_at_answer(found: Finding) -> str:
+    about = found.about
+    both = f"{about['answer']!r} or {about['foil']!r}"
     if not found.holds:
-        return f"{both} cannot be read at the last word: {found.reason}"
-    layer = found.about["layer"]
-    return (
-        f"{both} can be read at the last word from {'the input' if layer == 'input' else f'language layer {layer}'} on"
-    )
+        return f"{both} cannot be read {about['place']}: {found.reason}"
+    since = "the input" if about["layer"] == "input" else f"{about['tower']} layer {about['layer']}"
+    return f"{both} can be read {about['place']} from {since} on"
 
 
 def _say_patches(found: Finding) -> str:
@@ -287,9 +291,10 @@ SENTENCES = {
     "swing": _say_swing,
     "head": _say_share,
     "heads": _say_share,
-    "last word": _say_last_word,
+    "back up": _say_back_up,
+    "at answer": _say_at_answer,
     "patches": _say_patches,
-    "past vision": _say_past,
+    "past heads": _say_past,
     "carries": _say_carries,
     "attends": _say_attends,
     "attends too": _say_attends_too,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from circuitvision.model import spec
 
 ROOT = Path(__file__).parents[1] / "circuitvision"
 TOWERS = {"vision", "vision_2", "language", "action", "text"}
+FIGURES = {"text", "action"}
+"""What plotly calls its labels, and a kind of node."""
 OWN = ("families", "organisms")
 """Rooms that are about particular models."""
 
@@ -68,6 +71,27 @@ def test_the_core_goes_by_no_towers_name() -> None:
     assert not {
         name: lines for name, tree in modules("model", "interop", "patching") if (lines := asks_for_a_tower(tree))
     }
+
+
+def said_in_code(tree: ast.Module) -> str:
+    """All strings of a module but its docstrings."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    said = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and isinstance(node.body[0], ast.Expr)
+    }
+    strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return " ".join(node.value for node in strings if id(node) not in said)
+
+
+def test_the_main_job_goes_by_no_towers_and_no_organisms_name() -> None:
+    for name, tree in modules("quickstart", "plots"):
+        if name.split("/")[-1] in ("graph.py", "report.py", "lens_rows.py") or "quickstart" in name:
+            words = set(re.findall(r"\w+", said_in_code(tree))) - (FIGURES if name.startswith("plots") else set())
+            assert not words & TOWERS, name
+    said = " ".join(said_in_code(tree) for _, tree in modules("quickstart"))
+    assert not re.findall(r"[a-z]+-(?:llava|vit|clip|pi0)", said)
 
 
 @pytest.mark.parametrize(

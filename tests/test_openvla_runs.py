@@ -452,3 +452,15 @@ def test_methods_take_prompts_that_do_not_name_patches(model: cv.HookedModel) ->
     # A tower's own read-out has positions of patches, not the output's: a metric of the output cannot read it.
     with pytest.raises(InputError, match="read-out has the shape"):
         cv.readout.legrad(model, clean, metric, tower="vision_2")
+
+
+def test_a_sweep_of_the_second_backbone_may_edit_the_connector_that_both_feed(model: cv.HookedModel) -> None:
+    inputs = openvla_inputs(model, 1, dtype=torch.float64)
+    head = edits.ablate("vision_2.blocks.1.attn.hook_z", "zero", heads=[0])
+    groups = [(head,), (head, edits.scale("projector.hook_out", 0.5))]
+    metric = cv.metrics.logit_diff(3, 5)
+    with torch.no_grad():
+        wanted = torch.stack([metric(model.run(inputs, group), inputs) for group in groups])
+    swept = model.sweep(inputs, groups, metric, progress=False)
+    assert torch.allclose(swept.values, wanted, atol=1e-5)
+    assert not torch.allclose(swept.values[0], swept.values[1], atol=1e-3)

@@ -180,7 +180,7 @@ def test_pages_load_nothing_and_hold_plotly_once(tmp_path):
     page = report.Report(
         "<b>title</b>",
         "finding & more",
-        "<image> what ?",
+        ("prompt", "<image> what ?"),
         [report.Picture(Image.new("RGB", (4, 4), "red"), "clean: 'x' <y>")],
         [report.Section("a", "b", importance().plot()), report.Section("c", "d", lens_result().plot())],
         ("head", "restores"),

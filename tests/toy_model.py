@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from circuitvision import metrics
 from circuitvision.edits import Edit
+from circuitvision.metric_set import MetricSet
 from circuitvision.model import HookPoint
 from circuitvision.model.flow import Connector, Flow
 from circuitvision.model.packing import Packing
@@ -94,8 +94,12 @@ class ToyModel:
     def sweep(self, inputs: dict[str, Tensor], groups: Sequence, metric, **keywords) -> SimpleNamespace:
         """The naive loop: one run per group."""
         listed = [(group,) if isinstance(group, Edit) else group for group in groups]
-        values = torch.stack([metrics.evaluate(metric, self.run(inputs, group), inputs) for group in listed])
-        return SimpleNamespace(values=values, clean=metrics.evaluate(metric, self(inputs), inputs))
+        given = MetricSet.of(metric)
+        values = torch.stack([given(self.run(inputs, group), inputs) for group in listed], 1)
+        clean = given(self(inputs), inputs)
+        return SimpleNamespace(
+            values=values if given.several else values[0], clean=clean if given.several else clean[0]
+        )
 
     def run_with_hooks(self, inputs: dict[str, Tensor], fwd_hooks=()) -> Tensor:
         self.runs += 1

@@ -18,17 +18,19 @@ Reference: mean ablation and random controls as in Wang et al. 2022 (arXiv 2211.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuitvision import edits, metrics
 from circuitvision.answers import check_complete
 from circuitvision.data import Batch, Pairs, Side
+from circuitvision.data.batches import automatic_size
 from circuitvision.errors import InputError, checked_seed
 from circuitvision.model.averages import Layout, Seen, Tally, check_one_thing
 from circuitvision.model.data_means import data_means
@@ -36,6 +38,7 @@ from circuitvision.model.edits.base import Edit, EditGroup, by_digest
 from circuitvision.model.names import Component, format_id, head_id, heads_of, parse_id, site_of, spelled
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random, refuse_unwrapped
+from circuitvision.model.tokens import TokenMap
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
@@ -151,12 +154,9 @@ def ablation_check(
     parts = []
     with torch.no_grad(), Progress(len(pairs) * len(conditions), "ablating", progress) as bar:
         means = _means(model, pairs if reference is None else reference, sites)
-        for batch in pairs.batches(model, batch_size, None):
-            scored = []
-            for names in conditions.values():
-                scored.append(torch.stack(_score(model, batch, names, means, position)))
-                bar.advance(len(batch))
-            parts.append(torch.stack(scored))
+        for batch, columns in _batches(model, pairs, batch_size):
+            parts.append(_score(model, batch, list(conditions.values()), means, position, columns))
+            bar.advance(len(batch) * len(conditions))
     # [condition, (right, margin), pair]
     scores = torch.cat(parts, -1)
     return AblationCheck(
@@ -172,7 +172,7 @@ def ablation_check(
         logit_diff=scores[:, 1],
         heads=chosen,
         random_heads=draws,
-        edits=[by_digest(_ablations(model, first, names, means)) for names in conditions.values()],
+        edits=[by_digest(_ablations(model.tokens(first), names, means)) for names in conditions.values()],
     )
 
 
@@ -202,12 +202,12 @@ def _means(model: Any, data: Pairs | Side, sites: Sequence[str]) -> dict[str, Ta
     return {site: tally for (site, _), (tally, _) in found.items()}
 
 
-def _ablations(model: Any, inputs: Mapping[str, Any], names: Sequence[str], means: Mapping[str, Tally]) -> list[Edit]:
-    """The edits that put some heads to their means, where the run has anything."""
+def _ablations(tokens: Mapping[str, TokenMap], names: Sequence[str], means: Mapping[str, Tally]) -> list[Edit]:
+    """The edits that put some heads to their means, where a run with these positions has anything."""
     heads: dict[str, list[int]] = {}
     for name in names:
         heads.setdefault(_site(name), []).append(parse_id(name).head)
-    tokens, group = model.tokens(inputs), []
+    group = []
     for site, numbers in heads.items():
         own = tokens.get(SiteName.parse(site).tower)
         source, there = means[site].source(None if own is None else Layout.of_tokens(own))
@@ -217,24 +217,58 @@ def _ablations(model: Any, inputs: Mapping[str, Any], names: Sequence[str], mean
 
 
 def _score(
-    model: Any, batch: Batch, names: Sequence[str], means: Mapping[str, Tally], position: metrics.Position
-) -> tuple[Tensor, Tensor]:
-    """Whether each pair of a batch is answered right on both inputs, and the margin of the right over the other answer, the mean of the two inputs:
-    ``[pair]`` each."""
+    model: Any,
+    batch: Batch,
+    conditions: Sequence[Sequence[str]],
+    means: Mapping[str, Tally],
+    position: metrics.Position,
+    columns: Tensor | None,
+) -> Float[Tensor, "condition what pair"]:
+    """Whether each pair of a batch is answered right on both inputs, and the margin of the right over the other answer, the mean of both inputs."""
     assert batch.other is not None
-    assert batch.answers is not None
-    assert batch.foils is not None
-    answers, foils = batch.answers, batch.foils
-    correct, margins = [], []
-    for inputs, answer, foil in ((batch.inputs, answers, foils), (batch.other, foils, answers)):
-        logits = model.run(inputs, _ablations(model, inputs, names, means))
-        highest = metrics.at_position(logits, position, inputs).argmax(-1).tolist()
+    found = []
+    for inputs, answers, foils in (
+        (batch.inputs, batch.answers, batch.foils),
+        (batch.other, batch.foils, batch.answers),
+    ):
         # An answer of several tokens is given with any of them.
-        right = [top in (one if isinstance(one, list) else [one]) for top, one in zip(highest, answer, strict=True)]
-        correct.append(torch.tensor(right))
-        margin = metrics.logit_diff(position=position).bind(model, answer, foil, batch.combine)
-        margins.append(margin(logits, inputs).detach().cpu().double())
-    return torch.stack(correct).all(0).double(), torch.stack(margins).mean(0)
+        right = metrics.accuracy(position=position).bind(model, answers, combine=batch.combine)
+        margin = metrics.logit_diff(position=position).bind(model, answers, foils, batch.combine)
+        both: dict[str, Any] = {"right": right, "margin": margin}
+        if columns is not None:
+            both = {name: _of_columns(metric, columns) for name, metric in both.items()}
+        tokens = model.tokens(inputs)
+        groups = [_ablations(tokens, names, means) for names in conditions]
+        swept = model.sweep(inputs, groups, both, empty="clean", progress=False)
+        found.append(swept.values.double().movedim(0, 1))
+    clean, corrupt = found
+    return torch.stack([clean[:, 0] * corrupt[:, 0], (clean[:, 1] + corrupt[:, 1]) / 2], 1)
+
+
+def _of_columns(metric: Any, columns: Int[Tensor, "pair text"]) -> Callable[[Tensor, Mapping[str, Any]], Tensor]:
+    """A metric of each example's own columns alone."""
+    return lambda logits, inputs: metric(logits.gather(1, columns.to(logits.device)), inputs)
+
+
+def _batches(model: Any, pairs: Pairs, size: int | None) -> Iterator[tuple[Batch, Tensor | None]]:
+    """The pairs in batches; of a dual encoder all pictures of a batch beside all its texts, with the columns of each pair's own."""
+    texts = [one.text for side in (pairs.clean, pairs.corrupt) for one in side.examples]
+    width = len(texts[0]) if isinstance(texts[0], tuple) else 0
+    if not model.is_dual or not width or any(not isinstance(text, tuple) or len(text) != width for text in texts):
+        yield from ((batch, None) for batch in pairs.batches(model, size, None))
+        return
+    size = size or automatic_size(model, pairs.clean[:1])
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        this, other = (
+            model.inputs(
+                images=[one.pictures for one in side.examples],
+                text=[text for one in side.examples for text in one.text or ()],
+            )
+            for side in (part.clean, part.corrupt)
+        )
+        columns = torch.arange(len(part) * width).view(-1, width)
+        yield Batch(this, list(part.numbers), other, list(part.answers or ()), list(part.foils or ())), columns
 
 
 def _draw(others: Sequence[str], size: int, number: int, seed: int) -> list[list[str]]:

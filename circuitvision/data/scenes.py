@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -51,6 +51,8 @@ BLOB = "blob"
 BLOB_COUNT = 4096
 
 Pair = tuple[str, str]
+S = TypeVar("S", bound="DrawnScene")
+T = TypeVar("T")
 ALL_PAIRS: tuple[Pair, ...] = tuple((color, shape) for color in COLORS for shape in SHAPES)
 TEST_PAIRS: tuple[Pair, ...] = (
     ("red", "circle"),
@@ -61,6 +63,54 @@ TEST_PAIRS: tuple[Pair, ...] = (
 )
 VALIDATION_PAIRS: tuple[Pair, ...] = (("orange", "circle"), ("purple", "square"), ("white", "triangle"))
 TRAIN_PAIRS: tuple[Pair, ...] = tuple(pair for pair in ALL_PAIRS if pair not in TEST_PAIRS + VALIDATION_PAIRS)
+
+
+class DrawnScene:
+    """What scenes of every world share: a picture of ``pixels``, and ``objects`` found by their attributes."""
+
+    objects: tuple[Any, ...]
+
+    @property
+    def pixels(self) -> UInt8[np.ndarray, "height width channel"]:
+        """The picture as levels 0 to 255."""
+        raise NotImplementedError
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture for any image processor."""
+        return Image.fromarray(self.pixels)
+
+    @property
+    def masks(self) -> Bool[np.ndarray, "object height width"]:
+        """One mask per object, in the order of ``objects``."""
+        return (
+            np.stack([thing.mask for thing in self.objects])
+            if self.objects
+            else np.zeros((0, IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
+        )
+
+    @property
+    def boxes(self) -> list[tuple[int, int, int, int]]:
+        """One pixel box per object, in the order of ``objects``."""
+        return [thing.box for thing in self.objects]
+
+    @property
+    def pairs(self) -> set[Pair]:
+        """The colour-shape pairs in the scene."""
+        return {thing.pair for thing in self.objects}
+
+    def find(self, **attributes: Any) -> list[Any]:
+        """The objects that have all the given attributes (``color=``, ``shape=``, ``size=``, …)."""
+        return [
+            thing for thing in self.objects if all(getattr(thing, name) == value for name, value in attributes.items())
+        ]
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.objects))
+
+    def _repr_png_(self) -> bytes:
+        """The picture, enlarged without blur: what notebooks show."""
+        return as_png([self.pixels])
 
 
 @dataclass(frozen=True)
@@ -135,12 +185,16 @@ class SceneObject:
         left, top = self.column * CELL, self.row * CELL
         return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
 
+    def overlaps(self, other: SceneObject) -> bool:
+        """Whether the two would share a cell."""
+        return self.cell == other.cell
+
     def __str__(self) -> str:
         return f"{self.size} {self.color} {self.shape} at row {self.row}, column {self.column}"
 
 
 @dataclass(frozen=True)
-class Scene:
+class Scene(DrawnScene):
     """Objects in different cells of one grid, in reading order."""
 
     objects: tuple[SceneObject, ...]
@@ -156,53 +210,16 @@ class Scene:
         """The picture as levels 0 to 255."""
         return render([self])[0]
 
-    @property
-    def image(self) -> Image.Image:
-        """The picture for any image processor."""
-        return Image.fromarray(self.pixels)
-
-    @property
-    def masks(self) -> Bool[np.ndarray, "object height width"]:
-        """One mask per object, in the order of ``objects``."""
-        return (
-            np.stack([thing.mask for thing in self.objects])
-            if self.objects
-            else np.zeros((0, IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
-        )
-
-    @property
-    def boxes(self) -> list[tuple[int, int, int, int]]:
-        """One pixel box per object, in the order of ``objects``."""
-        return [thing.box for thing in self.objects]
-
-    @property
-    def pairs(self) -> set[Pair]:
-        """The colour-shape pairs in the scene."""
-        return {thing.pair for thing in self.objects}
-
-    def find(self, **attributes: str) -> list[SceneObject]:
-        """The objects that have all the given attributes (``color=``, ``shape=``, ``size=``, ``side=``, ``height=``)."""
-        return [
-            thing for thing in self.objects if all(getattr(thing, name) == value for name, value in attributes.items())
-        ]
-
-    def __str__(self) -> str:
-        return "; ".join(map(str, self.objects))
-
-    def _repr_png_(self) -> bytes:
-        """The picture, enlarged without blur: what notebooks show."""
-        return as_png([self.pixels])
-
 
 @dataclass(frozen=True)
-class MinimalPair:
+class MinimalPair(Generic[S, T]):
     """Two scenes that differ in one attribute of one object: ``before`` in ``clean``, ``after`` in ``corrupt``."""
 
-    clean: Scene
-    corrupt: Scene
+    clean: S
+    corrupt: S
     attribute: str
-    before: SceneObject
-    after: SceneObject
+    before: T
+    after: T
 
     def _repr_png_(self) -> bytes:
         """Both pictures side by side, clean first."""
@@ -267,7 +284,7 @@ def sample_scene(
     for (color, shape), cell in zip(chosen, cells, strict=True):
         size = sizes[int(rng.integers(len(sizes)))]
         fixed = (color, shape) == subject
-        paint = _unnamed_paint(rng) if not fixed and rng.random() < unnamed else None
+        paint = unnamed_paint(rng) if not fixed and rng.random() < unnamed else None
         blob = int(rng.integers(BLOB_COUNT)) if not fixed and rng.random() < blobs else None
         objects.append(
             SceneObject(
@@ -292,7 +309,7 @@ def minimal_pair(
     to: str | tuple[int, int] | None = None,
     pairs: Iterable[Pair] | None = None,
     distinct: bool = False,
-) -> MinimalPair:
+) -> MinimalPair[Scene, SceneObject]:
     """Change exactly one attribute of exactly one object.
 
     Pixels outside the object's cell stay as they are (a new ``cell`` changes the old and the new cell).
@@ -308,22 +325,36 @@ def minimal_pair(
     Raises:
         InputError: no such attribute or object, the value is not a new one, or nothing is left to choose from.
     """
+    return change_one(scene, rng, attribute, _VALUES, _changed, index=index, to=to, pairs=pairs, distinct=distinct)
+
+
+def change_one(
+    scene: Any,
+    rng: np.random.Generator | int,
+    attribute: str,
+    values: Mapping[str, Sequence[Any]],
+    changed: Callable[[Any, str, Any], Any],
+    *,
+    index: int | None,
+    to: Any,
+    pairs: Iterable[Pair] | None,
+    distinct: bool,
+) -> MinimalPair:
+    """The minimal pair of any world: ``values`` lists what an attribute can be, ``changed(thing, attribute, value)`` sets it."""
     rng = np.random.default_rng(checked_seed(rng))
-    check_name("attribute", attribute, ["color", "shape", "size", "cell"])
+    check_name("attribute", attribute, values)
     if index is None:
         index = int(rng.integers(len(scene.objects)))
     if not 0 <= index < len(scene.objects):
         raise InputError(f"object {index} does not exist: the scene has {len(scene.objects)} objects")
     before = scene.objects[index]
     others = [thing for position, thing in enumerate(scene.objects) if position != index]
-    changes = [
-        _changed(before, attribute, value) for value in _values(attribute) if value != getattr(before, attribute)
-    ]
+    changes = [changed(before, attribute, value) for value in values[attribute] if value != getattr(before, attribute)]
     allowed = None if pairs is None else set(pairs)
     changes = [
         after
         for after in changes
-        if (attribute != "cell" or all(after.cell != other.cell for other in others))
+        if not any(after.overlaps(other) for other in others)
         and (not distinct or all(getattr(after, attribute) != getattr(other, attribute) for other in others))
         and (allowed is None or after.pair in allowed)
         and (to is None or getattr(after, attribute) == to)
@@ -333,12 +364,12 @@ def minimal_pair(
             f"no new {attribute} is possible for the {before}" + (f" with to={to!r}" if to is not None else "")
         )
     after = changes[int(rng.integers(len(changes)))]
-    return MinimalPair(scene, Scene((*others, after)), attribute, before, after)
+    return MinimalPair(scene, type(scene)((*others, after)), attribute, before, after)
 
 
 def recolor(thing: SceneObject, rng: np.random.Generator) -> SceneObject:
     """The same object in a random colour without a name."""
-    return replace(thing, color=UNNAMED, paint=_unnamed_paint(rng))
+    return replace(thing, color=UNNAMED, paint=unnamed_paint(rng))
 
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:
@@ -348,10 +379,12 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
         raise InputError(f"no {kind} is called {name!r}; nearest: {', '.join(nearest(str(name), known))}")
 
 
-def _values(attribute: str) -> list[Any]:
-    if attribute == "cell":
-        return [(row, column) for row in range(GRID) for column in range(GRID)]
-    return list({"color": COLORS, "shape": SHAPES, "size": SIZES}[attribute])
+_VALUES: dict[str, list[Any]] = {
+    "color": list(COLORS),
+    "shape": list(SHAPES),
+    "size": list(SIZES),
+    "cell": [(row, column) for row in range(GRID) for column in range(GRID)],
+}
 
 
 def _changed(thing: SceneObject, attribute: str, value: Any) -> SceneObject:
@@ -380,7 +413,7 @@ def _choose_pairs(
     )
 
 
-def _unnamed_paint(rng: np.random.Generator) -> tuple[int, int, int]:
+def unnamed_paint(rng: np.random.Generator) -> tuple[int, int, int]:
     """A colour too far from every named one, the background and the outline to be taken for it."""
     known = np.array([*COLORS.values(), BACKGROUND, OUTLINE])
     while True:

@@ -121,9 +121,10 @@ class ResumedRun:
             return
         tower = self.model.towers[name]
         # Sites of a connector are counted by the passes of a tower's blocks, which must therefore be called.
-        counted = any(
-            start.is_connector and self.model.flow.tower_of(start.tower) == name for start in self.route.starts
-        )
+        flow = self.model.flow
+        asked = {start.tower for start in self.route.starts if start.is_connector}
+        asked |= {site.tower for site in map(SiteName.parse, self.model.engine.asked()) if flow.connector(site.tower)}
+        counted = any(flow.tower_of(connector) == name for connector in asked)
         if is_plain(self.clean.results[id(tower.root)]) and not counted:
             self._hand_back(overrides, tower.root, copies)
             return

@@ -1,11 +1,12 @@
 """Small trained models whose task and ground truth are known: shapes-vit, shapes-clip, shapes-llava, reach-pi0.
 
 ``load(name)`` gives a hooked model, ``path(name)`` a folder for ``from_pretrained``, ``card(name)`` what is known about it, and
-``train(name, seed, out)`` trains it again. ``python -m circuitvision.organisms NAME --seed S --out DIR`` does the same from a shell.
+``pairs(name, count, seed)`` draws minimal pairs that it never saw. ``train(name, seed, out)`` trains it again, and
+``python -m circuitvision.organisms NAME --seed S --out DIR`` does the same from a shell.
 """
 
 from __future__ import annotations
 
-from circuitvision.organisms.registry import card, evaluate, load, names, path, train
+from circuitvision.organisms.registry import card, evaluate, load, names, pairs, path, train
 
-__all__ = ["card", "evaluate", "load", "names", "path", "train"]
+__all__ = ["card", "evaluate", "load", "names", "pairs", "path", "train"]

@@ -6,7 +6,9 @@ single list: a name maps to a module that is imported when it is first needed, s
 ``train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool = True) -> dict``
     trains from scratch, writes a ``from_pretrained`` folder to ``out_dir`` and returns what :func:`evaluate` returns for it;
 ``evaluate(folder: Path, *, count: int = ..., seed: int = ...) -> dict``
-    scores the model in ``folder`` on examples it never saw; every key is a plain string and every value a plain number or string.
+    scores the model in ``folder`` on examples it never saw; every key is a plain string and every value a plain number or string;
+``pairs(count: int, seed: int) -> Pairs`` (may be left out)
+    draws minimal pairs of its own task about compositions that it never saw in training, with answers and foils in the model's own terms.
 
 ``steps`` shortens a training run (tests do that); without it the recipe of the card runs.
 
@@ -26,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from circuitvision.errors import InputError, checked_seed, nearest
 
 if TYPE_CHECKING:
+    from circuitvision.data import Pairs
     from circuitvision.hooked import HookedModel
 
 
@@ -54,6 +57,21 @@ TABLE: dict[str, Organism] = {
         "LlavaForConditionalGeneration",
         "answer questions about colour, shape and position of the objects in a scene",
     ),
+    "scenes-vit": Organism(
+        "circuitvision.organisms.scenes_vit",
+        "ViTForImageClassification",
+        "name the shape of the one large object",
+    ),
+    "scenes-clip": Organism(
+        "circuitvision.organisms.scenes_clip",
+        "CLIPModel",
+        "match a scene with the caption that names two of its objects",
+    ),
+    "scenes-llava": Organism(
+        "circuitvision.organisms.scenes_llava",
+        "LlavaForConditionalGeneration",
+        "answer questions about colour, shape, relation and number of the objects in a scene",
+    ),
     "reach-pi0": Organism(
         "circuitvision.organisms.reach_pi0",
         "PI0ForConditionalGeneration",
@@ -61,6 +79,8 @@ TABLE: dict[str, Organism] = {
     ),
 }
 
+DEFAULT = "shapes-llava"
+"""The organism that is meant where none is named."""
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -143,6 +163,23 @@ def load(name: str, **options: Any) -> HookedModel:
     from circuitvision.hooked import HookedModel
 
     return HookedModel.from_pretrained(folder, **options)
+
+
+def has_pairs(name: str) -> bool:
+    """Whether ``name`` comes with pairs of its own."""
+    return hasattr(module(name), "pairs")
+
+
+def pairs(name: str, count: int, seed: int = 0) -> Pairs:
+    """Minimal pairs of the organism's own task, about compositions that it never saw in training.
+
+    Raises:
+        InputError: unknown name, or an organism without pairs of its own.
+    """
+    if not has_pairs(name):
+        with_pairs = ", ".join(filter(has_pairs, TABLE))
+        raise InputError(f"{name} comes with no pairs of its own; those that do: {with_pairs}.")
+    return module(name).pairs(count, checked_seed(seed))
 
 
 def train(

@@ -1,242 +1,280 @@
-"""scenes-llava: a small LLaVA whose vision tower has to bind shape and colour before the language tower can answer."""
+"""scenes-llava: a small LLaVA whose vision tower has to bind shape and colour before the language tower can answer.
+
+``LlavaForConditionalGeneration`` with a CLIP vision tower of four layers, all live (feature layer -1), and a Llama of three layers with grouped
+queries. No patch of a scene (:mod:`circuitvision.data.binding`) tells colour and shape, so attention between patches must bring them together.
+
+Two stages, as LLaVA has them. First the vision tower learns what every patch of an object should know
+(:mod:`circuitvision.organisms.patch_supervision`), and the projector to turn an object's patches towards the embeddings of the words for its colour
+and shape. Then the vision tower stays as it is, and projector and language tower learn to answer questions, several in a row
+(:mod:`circuitvision.organisms.llava`): first about colour and shape alone, then of all kinds. Beside the answers, the last word of a name ("circle",
+"object") is asked after the second layer for all that the patches of the object know.
+
+Colours and shapes repeat only in scenes about which counts alone are asked: elsewhere they would give away which object is meant.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from circuitvision.data import binding
-from circuitvision.data import binding_questions as Q
-from circuitvision.data.binding import COLORS, DIRECTIONS, GRID, IMAGE_SIZE, PATCH, SHAPES, Scene
-from circuitvision.data.binding_questions import vocabulary
-from circuitvision.organisms.training import IMAGE, MEAN, STD, initialise, word_tokenizer
+from circuitvision.data.binding import (
+    COLORS,
+    IMAGE_SIZE,
+    PATCH,
+    SHAPES,
+    TEST_PAIRS,
+    TRAIN_PAIRS,
+    VALIDATION_PAIRS,
+    Pair,
+    Scene,
+)
+from circuitvision.data.binding_questions import (
+    KINDS,
+    NUMBERS,
+    Question,
+    count_scene,
+    questions,
+    sample_questions,
+    vocabulary,
+)
+from circuitvision.data.generated import question_pairs
+from circuitvision.data.pairs import Pairs
+from circuitvision.organisms import llava
+from circuitvision.organisms.llava import IGNORED, PackedQuestions, answered_right
+from circuitvision.organisms.patch_supervision import (
+    PATCHES,
+    UNNAMED_RATE,
+    PatchHead,
+    own_right,
+    patch_loss,
+    patch_targets,
+    place_positions,
+    training_scenes,
+)
+from circuitvision.organisms.training import Recipe, fit, initialise, pixel_values, report, reproducible, write_folder
 
 WIDTH = 96
-INITIAL = 0.1
-IGNORED = -100
-PARTS = (len(COLORS), len(SHAPES), *(len(COLORS), len(SHAPES)) * len(DIRECTIONS), binding.OBJECTS, binding.OBJECTS)
+VISION = Recipe(steps=2500, batch=64, rate=3e-3)
+RECIPE = Recipe(steps=5000, batch=16, rate=2e-3, decay=1.0)
+WORD_WEIGHT = 0.5
+WORD_SHARPNESS = 10.0
+NAME_WEIGHT = 0.3
+NAME_DEPTH = 2
+"""How many language layers have run where the last word of a name is asked what it knows."""
+QUESTIONS_PER_IMAGE = 8
+FIRST_STEPS = 400
+"""How many steps of the second stage ask for colours and shapes alone."""
+COUNT_RATE = 0.3
+"""The share of pictures about which counts are asked."""
+LONGEST = 11
+"""Words of the longest question with its answer."""
+Asked = tuple[Scene, list[Question]]
 
 
 def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """An untrained model and its processor."""
-    tokenizer = word_tokenizer(vocabulary(), image_token=True)
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=3 * WIDTH,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+    model, processor = llava.build(
+        vocabulary(),
         image_size=IMAGE_SIZE,
         patch_size=PATCH,
-        projection_dim=WIDTH,
-        initializer_range=INITIAL,
+        width=WIDTH,
+        vision={"intermediate_size": 3 * WIDTH, "num_hidden_layers": 4},
+        language={"intermediate_size": 2 * WIDTH, "num_hidden_layers": 3},
+        feature_layer=-1,
+        initial=RECIPE.initial,
     )
-    language = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=INITIAL,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=language,
-        image_token_index=tokenizer.get_vocab()[IMAGE],
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=GRID * GRID,
-    )
-    model = LlavaForConditionalGeneration(config)
-    initialise(model.model.vision_tower, INITIAL)
-    initialise(model.model.multi_modal_projector, INITIAL)
-    place_positions(model.model.vision_tower)
-    model.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        max_new_tokens=2,
-        do_sample=False,
-    )
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": IMAGE_SIZE},
-            crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-            image_mean=list(MEAN),
-            image_std=list(STD),
-        ),
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    initialise(model.model.vision_tower, RECIPE.initial)
+    initialise(model.model.multi_modal_projector, RECIPE.initial)
+    place_positions(model.model.vision_tower.embeddings.position_embedding.weight)
+    llava.attend_to_alike(model.model.language_model)
     return model, processor
-
-
-@torch.no_grad()
-def place_positions(vision: torch.nn.Module, size: float = 0.5) -> None:
-    """Start the learned position embeddings as waves over rows and columns, so that nearby patches start alike."""
-    table = vision.embeddings.position_embedding.weight
-    half = table.shape[1] // 2
-    waves = half // 2
-    at = torch.arange(GRID).float()[:, None] * torch.pi * torch.arange(1, waves + 1) / (2 * GRID)
-    axis = torch.cat([at.sin(), at.cos()], 1)[:, :half]
-    rows = axis[:, None].expand(GRID, GRID, half)
-    columns = axis[None].expand(GRID, GRID, half)
-    table[1:] = torch.cat([rows, columns], -1).reshape(GRID * GRID, -1) * size
-
-
-def pixel_values(scenes: list[Scene]) -> Tensor:
-    return (
-        torch.from_numpy(binding.render(scenes))
-        .permute(0, 3, 1, 2)
-        .float()
-        .div_(255)
-        .sub_(MEAN[0])
-        .div_(STD[0])
-        .contiguous()
-    )
-
-
-_COLOR = {name: number for number, name in enumerate(COLORS)}
-_SHAPE = {name: number for number, name in enumerate(SHAPES)}
-
-
-def patch_targets(scenes: list[Scene]) -> Tensor:
-    """What every patch of an object should know, [scene patch part]: see PARTS. IGNORED elsewhere."""
-    found = np.full((len(scenes), GRID * GRID, len(PARTS)), IGNORED)
-    for row, scene in zip(found, scenes, strict=True):
-        for thing in scene.objects:
-            known = [_COLOR[thing.color], _SHAPE[thing.shape]]
-            for direction in DIRECTIONS:
-                other = scene.neighbor(thing, direction)
-                known += [IGNORED, IGNORED] if other is None else [_COLOR[other.color], _SHAPE[other.shape]]
-            known += [len(scene.find(color=thing.color)) - 1, len(scene.find(shape=thing.shape)) - 1]
-            row[list(thing.patches)] = known
-    return torch.from_numpy(found)
-
-
-QUESTIONS = 8
 
 
 class Stream:
     """An endless stream of training batches: packed questions about pictures of trained pairs."""
 
-    def __init__(
-        self,
-        rng: np.random.Generator,
-        processor: LlavaProcessor,
-        questions_per_image: int = QUESTIONS,
-        repeat: float = 0.3,
-    ) -> None:
-        self.rng, self.number, self.repeat = rng, questions_per_image, repeat
-        self.ids = processor.tokenizer.get_vocab()
-        self.head = [self.ids["USER:"], *[self.ids[IMAGE]] * (GRID * GRID)]
-        self.block = 11
-        self.length = len(self.head) + self.number * self.block
-        self.positions, self.mask = self._layout()
-        self._known: dict = {}
+    def __init__(self, rng: np.random.Generator, processor: LlavaProcessor) -> None:
+        self.rng, self.batches = rng, 0
+        self.rows = PackedQuestions(processor, patches=PATCHES, per_image=QUESTIONS_PER_IMAGE, block=LONGEST)
 
-    def scene(self):
-        rng = self.rng
-        if rng.random() < self.repeat:
-            subject = binding.TRAIN_PAIRS[int(rng.integers(len(binding.TRAIN_PAIRS)))]
-            scene = Q.count_scene(
-                rng, subject, ("color", "shape")[int(rng.integers(2))], int(rng.integers(1, 4)), binding.TRAIN_PAIRS
-            )
-            possible = Q.questions(scene, ["count"])
-            groups = [[q for q in possible if q.answer == n] for n in Q.NUMBERS]
-        else:
-            scene = binding.sample_scene(rng)
-            possible = Q.questions(scene, ["color", "shape", "relation"])
-            relations = [q for q in possible if q.kind == "relation"]
-            groups = [
-                [q for q in possible if q.kind == "color"],
-                [q for q in possible if q.kind == "shape"],
-                relations,
-                relations,
+    def batch(self, size: int) -> tuple[list[Asked], dict[str, Tensor]]:
+        """Scenes with their questions, and one batch of them for ``model.forward`` with its ``labels``."""
+        self.batches += 1
+        drawn = [self.scene(first=self.batches <= FIRST_STEPS) for _ in range(size)]
+        return drawn, self.rows.batch(binding.render([scene for scene, _ in drawn]), [asked for _, asked in drawn])
+
+    def names(self, drawn: Sequence[Asked]) -> Int[Tensor, "name place"]:
+        """Where names of single objects end, as (row, position), and a patch of the object: [row, position, patch]."""
+        return torch.tensor(
+            [
+                (row, self.rows.place(number, question.text.split().index("?") - 1), question.subject.patches[0])
+                for row, (_, asked) in enumerate(drawn)
+                for number, question in enumerate(asked)
+                if question.kind != "count" and question.subject is not None
             ]
-        groups = [g for g in groups if g]
-        chosen = []
-        for i in range(self.number):
-            g = groups[i % len(groups)]
-            chosen.append(g[int(rng.integers(len(g)))])
-        return scene, chosen
+        ).view(-1, 3)
 
-    def batch(self, size: int):
-        scenes, rows, labels = [], [], []
-        for _ in range(size):
-            scene, chosen = self.scene()
-            row, label = list(self.head), [IGNORED] * len(self.head)
-            for question in chosen:
-                tokens, asked = self._tokens(question)
-                row += tokens
-                label += asked
-            scenes.append(scene)
-            rows.append(row)
-            labels.append(label)
-        return (
-            scenes,
-            {
-                "pixel_values": pixel_values(scenes),
-                "input_ids": torch.tensor(rows),
-                "position_ids": self.positions.expand(size, -1),
-                "attention_mask": self.mask.expand(size, 1, -1, -1),
-            },
-            torch.tensor(labels),
+    def scene(self, first: bool = False) -> Asked:
+        """One training picture and the questions about it; no held-out pair occurs in it in any role.
+
+        Kinds take turns, a relation twice (at ``first`` colour and shape alone); of counts, the answers that the picture has do.
+        """
+        if not first and self.rng.random() < COUNT_RATE:
+            return self._counted()
+        kinds = ("color", "shape") if first else ("color", "relation", "shape", "relation")
+        groups: list[list[Question]] = []
+        while not any(groups):
+            scene = binding.sample_scene(self.rng, unnamed=UNNAMED_RATE)
+            groups = [questions(scene, [kind]) for kind in kinds]
+        return scene, self._in_turn(groups)
+
+    def _counted(self) -> Asked:
+        subject = TRAIN_PAIRS[int(self.rng.integers(len(TRAIN_PAIRS)))]
+        attribute = ("color", "shape")[int(self.rng.integers(2))]
+        number = int(self.rng.integers(1, binding.OBJECTS + 1))
+        scene = count_scene(self.rng, subject, attribute, number, TRAIN_PAIRS)
+        possible = questions(scene, ["count"])
+        return scene, self._in_turn(
+            [[question for question in possible if question.answer == answer] for answer in NUMBERS]
         )
 
-    def _tokens(self, question):
-        key = question.text, question.answer
-        if key not in self._known:
-            words = question.prompt.split()[2:]
-            tokens = [self.ids[word] for word in (*words, question.answer)]
-            labels = [IGNORED] * (len(tokens) - 2) + [tokens[-1], self.ids["</s>"]]
-            missing = self.block - len(tokens)
-            assert missing >= 0, question.text
-            self._known[key] = tokens + [self.ids["<pad>"]] * missing, labels + [IGNORED] * missing
-        return self._known[key]
-
-    def _layout(self):
-        start = len(self.head)
-        owner = torch.cat([torch.zeros(start), 1 + torch.arange(self.number).repeat_interleave(self.block)])
-        within = torch.arange(self.block).repeat(self.number) + start
-        positions = torch.cat([torch.arange(start), within])[None]
-        causal = torch.ones(self.length, self.length, dtype=torch.bool).tril()
-        seen = causal & ((owner[None] == 0) | (owner[None] == owner[:, None]))
-        mask = torch.zeros(self.length, self.length).masked_fill(~seen, torch.finfo(torch.float32).min)
-        return positions, mask[None, None]
+    def _in_turn(self, groups: list[list[Question]]) -> list[Question]:
+        groups = [group for group in groups if group]
+        turns = (groups[number % len(groups)] for number in range(QUESTIONS_PER_IMAGE))
+        return [group[int(self.rng.integers(len(group)))] for group in turns]
 
 
-@torch.no_grad()
-def answered_right(model, processor, asked, batch: int = 100):
-    """For every question whether the most likely token after the prompt is the answer."""
-    found = []
-    for start in range(0, len(asked), batch):
-        part = asked[start : start + batch]
-        inputs = processor(
-            images=[scene.image for scene, _ in part],
-            text=[question.prompt for _, question in part],
-            padding=True,
-            return_tensors="pt",
+class Trained(nn.Module):
+    """The model and the heads that read it while it trains: of patches after the vision tower, of names in the language tower."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+        super().__init__()
+        self.model, self.patch_head, self.name_head = model, PatchHead(WIDTH), PatchHead(WIDTH)
+        ids = processor.tokenizer.get_vocab()
+        self.words = [torch.tensor([ids[word] for word in names]) for names in (COLORS, SHAPES)]
+        self.projected: Float[Tensor, "scene patch width"] | None = None
+        model.model.multi_modal_projector.register_forward_hook(self._keep)
+
+    def _keep(self, _: nn.Module, __: tuple[Tensor, ...], made: Tensor) -> None:
+        self.projected = made
+
+    def patches(self, scenes: Sequence[Scene]) -> Float[Tensor, "scene patch width"]:
+        """What the vision tower makes of every patch."""
+        pixels = pixel_values(binding.render(scenes))
+        return self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, -PATCHES:]
+
+    def vision_loss(self, scenes: Sequence[Scene]) -> Float[Tensor, ""]:
+        """The loss of the first stage: patches and words."""
+        features, targets = self.patches(scenes), patch_targets(scenes)
+        self.model.model.multi_modal_projector(features)
+        return patch_loss(self.patch_head, features, targets) + WORD_WEIGHT * self._word_loss(targets)
+
+    def loss(self, stream: Stream) -> Float[Tensor, ""]:
+        """The loss of the second stage: answers, names and words."""
+        drawn, batch = stream.batch(RECIPE.batch)
+        labels, targets = batch.pop("labels"), patch_targets([scene for scene, _ in drawn])
+        made = self.model(**batch, output_hidden_states=True)
+        answers = nn.functional.cross_entropy(made.logits[labels != IGNORED], labels[labels != IGNORED])
+        row, position, patch = stream.names(drawn).unbind(1)
+        names = patch_loss(
+            self.name_head, made.hidden_states[NAME_DEPTH][row, position][None], targets[row, patch][None], others=1.0
         )
-        logits = model(**inputs).logits
-        last = inputs["attention_mask"].sum(1) - 1
-        said = logits[torch.arange(len(part)), last].argmax(-1)
-        answers = processor.tokenizer.convert_tokens_to_ids([question.answer for _, question in part])
-        found.append((said == torch.tensor(answers)).numpy())
-    return np.concatenate(found)
+        return answers + NAME_WEIGHT * names + WORD_WEIGHT * self._word_loss(targets)
+
+    def _word_loss(self, targets: Int[Tensor, "scene patch part"]) -> Float[Tensor, ""]:
+        """How well the cosine of a projected patch with the word embeddings tells its object's colour and shape."""
+        assert self.projected is not None
+        patches = nn.functional.normalize(self.projected.view(len(targets), PATCHES, -1), dim=-1)
+        embeddings: Any = self.model.get_input_embeddings()
+        table = nn.functional.normalize(embeddings.weight, dim=-1)
+        total = patches.new_zeros(())
+        for part, words in enumerate(self.words):
+            scores = WORD_SHARPNESS * patches @ table[words].T
+            total = total + nn.functional.cross_entropy(
+                scores.flatten(0, 1), targets[..., part].flatten(), ignore_index=IGNORED
+            )
+        return total
+
+
+def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool = True) -> dict[str, Any]:
+    """Train one model from scratch, write it to ``out_dir``, and return its scores (see :func:`evaluate`) and the minutes taken.
+
+    ``steps`` is the length of either stage.
+    """
+    started = time.process_time()
+    with reproducible(seed) as rng:
+        model, processor = build()
+        whole, stream = Trained(model, processor), Stream(rng, processor)
+        seen = (
+            model.model.vision_tower,
+            model.model.multi_modal_projector,
+            model.get_input_embeddings(),
+            whole.patch_head,
+        )
+        watched_scenes = training_scenes(np.random.default_rng(seed + 2_000_003), 100, subjects=VALIDATION_PAIRS[:1])
+        minutes = fit(
+            nn.ModuleList(seen),
+            lambda: whole.vision_loss(training_scenes(rng, VISION.batch)),
+            VISION,
+            steps=steps,
+            progress=progress,
+            label=f"scenes-llava seed {seed}, vision",
+            check=lambda: own_right(whole.patch_head, whole.patches, watched_scenes),
+        )
+        model.model.vision_tower.requires_grad_(False)
+        watched = _asked(400, seed + 2_000_003, VALIDATION_PAIRS)
+        minutes += fit(
+            whole,
+            lambda: whole.loss(stream),
+            RECIPE,
+            steps=steps,
+            progress=progress,
+            label=f"scenes-llava seed {seed}",
+            check=lambda: float(answered_right(model, processor, watched).mean()),
+        )
+    spent = {"minutes": round(minutes, 2), "cpu_minutes": round((time.process_time() - started) / 60, 2)}
+    write_folder(Path(out_dir), model, processor)
+    scores = {"seed": seed, **spent, **evaluate(Path(out_dir))}
+    if progress:
+        report("scenes-llava", scores)
+    return scores
+
+
+def evaluate(folder: Path, *, count: int = 4096, seed: int = 1_000_003) -> dict[str, Any]:
+    """Score the model in ``folder``: the share of questions whose most likely next token is the answer, in all and by kind.
+
+    ``held_out`` is about objects of the test pairs, ``validation`` about the validation pairs (the score that chooses between seeds), ``trained``
+    about trained pairs; each on its own stream of new scenes, through the saved processor. Kinds of question come up equally often.
+    """
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    scores: dict[str, Any] = {}
+    groups = [("held_out", TEST_PAIRS), ("validation", VALIDATION_PAIRS), ("trained", TRAIN_PAIRS)]
+    for number, (group, subjects) in enumerate(groups):
+        asked = _asked(count, seed + number, subjects)
+        right = answered_right(model, processor, asked)
+        scores[group] = round(float(right.mean()), 5)
+        scores[f"{group}_answers"] = count
+        kinds = np.array([question.kind for _, question in asked])
+        for kind in KINDS:
+            scores[f"{group}_{kind}"] = round(float(right[kinds == kind].mean()), 5)
+    return scores
+
+
+def pairs(count: int, seed: int) -> Pairs:
+    """Two pictures and a question about the colour of an object of a held-out pair; these pairs take turns."""
+    return question_pairs(count, seed, world="binding", subjects=TEST_PAIRS, distractors=TRAIN_PAIRS)
+
+
+def _asked(count: int, seed: int, subjects: Sequence[Pair]) -> list[tuple[Scene, Question]]:
+    """Questions about some pairs, among objects of trained pairs."""
+    return sample_questions(count, seed, subjects=subjects, distractors=TRAIN_PAIRS)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from circuitvision.data.scenes import Scene, render
 from circuitvision.progress import silent
 
 PAD, BOS, EOS, UNK, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
@@ -64,13 +64,11 @@ def fit(
 ) -> float:
     """Minimise ``loss`` over the model's parameters; returns the minutes it took.
 
-    ``loss`` draws its own next batch at every call. ``check`` is a score to show beside the loss while training; it steers nothing.
+    ``loss`` draws its own next batch at every call. ``check`` is a score to show beside the loss while training; it steers nothing. Parameters that
+    require no gradient stay as they are.
     """
     steps = recipe.steps if steps is None else steps
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(_groups(model, recipe), lr=recipe.rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.rate_factor(step, steps))
     model.train()
     started, smooth, checked = time.monotonic(), None, {}
@@ -89,6 +87,14 @@ def fit(
             bar.set_postfix({"loss": f"{smooth:.4f}", **checked})
     model.eval()
     return (time.monotonic() - started) / 60
+
+
+def _groups(model: torch.nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """The optimiser's parameter groups: matrices decay, others do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+    others = [parameter for parameter in trained if parameter.ndim < 2]
+    return [{"params": matrices, "weight_decay": recipe.decay}, {"params": others, "weight_decay": 0.0}]
 
 
 @torch.no_grad()
@@ -114,9 +120,10 @@ def reproducible(seed: int) -> Iterator[np.random.Generator]:
         yield np.random.default_rng([seed, 1])
 
 
-def pixel_values(scenes: Sequence[Scene]) -> Float[Tensor, "scene channel height width"]:
+def pixel_values(
+    pictures: UInt8[np.ndarray, "scene height width channel"],
+) -> Float[Tensor, "scene channel height width"]:
     """Pictures as the models' processors give them: levels scaled to [-1, 1], channels first."""
-    pictures: UInt8[np.ndarray, "scene height width channel"] = render(scenes)
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(255).sub_(MEAN[0]).div_(STD[0]).contiguous()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from circuitvision.model.names import spelled
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
 _PIXELS_PER_ROW = 88
-_ORDER = ["vision", "vision_2", "text", "qformer", "connector", "language", "decoder", "action"]
+_CONNECTOR = "connector"
 
 
 def circuit(graph: nx.MultiDiGraph, title: str | None = None, min_share: float = 0.01) -> kit.Figure:
@@ -24,15 +26,17 @@ def circuit(graph: nx.MultiDiGraph, title: str | None = None, min_share: float =
     scale = graph.graph["metric_clean"] - graph.graph["metric_corrupt"] or 1.0
     # Effects are measured from the run that is patched: from the clean one when it is being destroyed.
     scale = -scale if graph.graph["sign"] == "patched_minus_clean" else scale
-    places, bands = _place(nodes)
+    places, bands = _place(nodes, _ranks(graph, nodes))
     figure = kit.Figure()
+    heights = [y for _, y in places.values()]
     for sender, receiver, data in sorted(graph.edges(data=True), key=lambda edge: edge[2]["weight"]):
         if sender in places and receiver in places and data["weight"] >= min_share * abs(scale):
             share, others = data["score"] / scale, list(places.values())
-            _edge(figure, places[sender], places[receiver], f"{sender} → {receiver}", share, others)
-    _bands(figure, bands, places)
+            heights += _edge(figure, places[sender], places[receiver], f"{sender} → {receiver}", share, others)
+    # Lines bow past the nodes between their ends, and may leave the box around all nodes.
+    top, bottom = max(heights), min(heights)
+    _bands(figure, bands, top, bottom)
     _nodes(figure, nodes, places, scale)
-    top, bottom = (pick(y for _, y in places.values()) for pick in (max, min))
     height = int(_PIXELS_PER_ROW * (top - bottom + 2.2) + 20)
     style.layout(
         figure,
@@ -67,36 +71,51 @@ def _spoken(name: str, data: dict[str, Any]) -> str:
     return "answer" if data["kind"] in ("logit", "action") else spelled(name)
 
 
-def _place(nodes: dict[str, Any]) -> tuple[dict[str, tuple[float, float]], list[tuple[str, float, float]]]:
-    """Coordinates of every node, and the horizontal extent of every tower."""
-    columns: dict[tuple[int, float], list[str]] = {}
+def _ranks(graph: nx.MultiDiGraph, nodes: Mapping[str, Any]) -> dict[str, float]:
+    """Where every node stands from left to right: towers in the order in which they run, a connector behind what it reads, the answer last."""
+    towers = list(json.loads(graph.graph["towers_json"]))
+    towers += [data["tower"] for data in nodes.values() if data["tower"] not in (*towers, _CONNECTOR)]
+    order = {tower: float(rank) for rank, tower in reversed(list(enumerate(towers)))}
+    ranks = {}
     for name, data in nodes.items():
-        last = data["kind"] in ("logit", "action")
-        rank = len(_ORDER) if last else _ORDER.index(data["tower"])
-        columns.setdefault((rank, data["sublayer"]), []).append(name)
+        before = [
+            order[nodes[one]["tower"]] for one in graph.predecessors(name) if nodes.get(one, data)["tower"] in order
+        ]
+        connector = max(before, default=0.0) + 0.5
+        ranks[name] = math.inf if data["kind"] in ("logit", "action") else order.get(data["tower"], connector)
+    return ranks
+
+
+def _place(
+    nodes: Mapping[str, Any], ranks: Mapping[str, float]
+) -> tuple[dict[str, tuple[float, float]], list[tuple[str, float, float]]]:
+    """Coordinates of every node, and the horizontal extent of every tower."""
+    columns: dict[tuple[float, float], list[str]] = {}
+    for name, data in nodes.items():
+        columns.setdefault((ranks[name], data["sublayer"]), []).append(name)
     places: dict[str, tuple[float, float]] = {}
     extents: dict[str, tuple[float, float]] = {}
-    x, previous = 0.0, -1
+    x, previous = 0.0, -1.0
     for column, (rank, sublayer) in enumerate(sorted(columns)):
         x += 0.0 if previous < 0 else (1.25 if rank != previous else 1.0)
         previous = rank
         names = sorted(columns[rank, sublayer], key=lambda name: nodes[name]["head"])
         for number, name in enumerate(names):
             # Columns alternate by a quarter so that an edge to a far column does not run through the nodes between.
-            shift = 0.0 if rank in (_ORDER.index("connector"), len(_ORDER)) else (0.25 if column % 2 else -0.25)
+            fixed = rank == math.inf or nodes[name]["tower"] == _CONNECTOR
+            shift = 0.0 if fixed else (0.25 if column % 2 else -0.25)
             places[name] = (x, (len(names) - 1) / 2 - number + shift)
-            band = "answer" if rank == len(_ORDER) else nodes[name]["tower"]
+            band = "answer" if rank == math.inf else nodes[name]["tower"]
             low, high = extents.get(band, (x, x))
             extents[band] = (min(low, x), max(high, x))
     return places, [(band, low, high) for band, (low, high) in extents.items()]
 
 
-def _bands(figure: kit.Figure, bands: list[tuple[str, float, float]], places: dict[str, tuple[float, float]]) -> None:
-    top = max(y for _, y in places.values()) + 0.95
-    bottom = min(y for _, y in places.values()) - 0.85
+def _bands(figure: kit.Figure, bands: list[tuple[str, float, float]], top: float, bottom: float) -> None:
+    top, bottom = top + 0.95, bottom - 0.85
     look = {"type": "rect", "layer": "below", "line": {"width": 0}, "fillcolor": "rgba(128,128,128,0.09)"}
     for band, low, high in bands:
-        tower = band not in ("connector", "answer")
+        tower = band not in (_CONNECTOR, "answer")
         if tower:
             figure.add_shape(x0=low - 0.42, x1=high + 0.42, y0=bottom, y1=top, **look)
         name = f"{band} tower" if tower else band
@@ -110,12 +129,14 @@ def _edge(
     name: str,
     share: float,
     others: Sequence[tuple[float, float]],
-) -> None:
+) -> list[float]:
+    """Draw an edge; returns the heights that it passes."""
     xs, ys = _curve(start, end, others)
     color, strength = "217,72,15" if share >= 0 else "47,111,219", min(abs(share), 1.0)
     line = {"width": 1 + 13 * strength, "color": f"rgba({color},{0.25 + 0.45 * strength:.2f})"}
     text = f"{name}<br>{style.signed_percent(share)} of the answer"
     figure.add_scatter(x=xs, y=ys, mode="lines", line=line, text=text, hovertemplate="%{text}<extra></extra>")
+    return ys
 
 
 def _curve(

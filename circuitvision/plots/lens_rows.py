@@ -74,8 +74,12 @@ def lens_rows(
 def _add_last(
     figure: kit.Figure, lens: LensResult, layer: Any, row: int, column: int, limit: float, colors: Any
 ) -> None:
-    """Below a map, the reading at the last position, where that is a word and not a patch."""
-    if lens.places[0, -1, 2] < 0:
-        value = float(lens.values[lens.axes["layer"].index(layer), -1, 0, 0])
-        said = f"last word<br>{value:+.1f}".replace("-", kit.MINUS)
+    """Below a map, the reading of the pooled output, or at the last position where that is a word and not a patch."""
+    at = lens.axes["layer"].index(layer)
+    if lens.pooled.numel() or lens.places[0, -1, 2] < 0:
+        place, found = (
+            ("pooled", lens.pooled[at, 0, 0]) if lens.pooled.numel() else ("last word", lens.values[at, -1, 0, 0])
+        )
+        value = float(found)
+        said = f"{place}<br>{value:+.1f}".replace("-", kit.MINUS)
         patches.below(figure, said, row, column, borderpad=3, **style.tint(value / limit, colors))

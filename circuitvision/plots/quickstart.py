@@ -32,17 +32,18 @@ def write(found: Quickstart, folder: str | Path) -> list[Path]:
     case = found.case
     lens = _lens_figure(found)
     findings, name = found.findings(), _short(found.importance.provenance["model_id"])
-    lead = html.escape(str(findings["head"]).replace(" of that", " of the difference"))
+    lead = html.escape(found.head_finding())
     heads = head_figures.head_importance(found.importance, lead)
-    asked = f"{case.answer!r} and {case.foil!r}"
-    title = f"What makes {name} say {case.answer!r}?" if findings["answers"].holds else f"{name} on {asked}"
+    asked = " and ".join(map(repr, case.names))
+    verb = case.kind.says.removesuffix("s")
+    title = f"What makes {name} {verb} {case.answer!r}?" if findings["answers"].holds else f"{name} on {asked}"
     circuit = graph_figures.circuit(
         found.graph, None if findings["heads"].holds else f"Effects on {asked} and their ways"
     )
     sections = [
         reports.Section("What every head does on its own", _TEXTS["heads"], heads),
         reports.Section("Which way the effects go", _TEXTS["circuit"], circuit),
-        reports.Section(f"Where {case.answer!r} and {case.foil!r} are told apart", _lens_text(found), lens),
+        reports.Section(f"Where {asked} are told apart", _lens_text(found), lens),
     ]
     if found.check is not None:
         figure = head_figures.ablation(found.check)
@@ -55,7 +56,7 @@ def write(found: Quickstart, folder: str | Path) -> list[Path]:
     page = reports.Report(
         title,
         found.finding(cautions=False),
-        case.prompt,
+        _asked(case),
         pictures,
         sections,
         ("head", "tower", "share moved"),
@@ -80,26 +81,42 @@ _TEXTS = {
 }
 
 
+def _asked(case: Case) -> tuple[str, str]:
+    """What the model is asked beside the images, and what that is called; empty where it is asked nothing."""
+    if case.kind.prompted:
+        return "prompt", case.prompt
+    return (case.kind.plural, f"{case.answer}\n{case.foil}") if case.kind.needs else ("", "")
+
+
 def _lens_text(found: Quickstart) -> str:
-    case = found.case
+    case, last = found.case, found.lenses["clean"][-1]
+    first, second = case.names
     paint = (
-        "in the colour of the higher word"
+        f"in the colour of the higher {case.kind.noun}"
         if _answer_colors(case)
-        else f"orange for {case.answer}, blue for {case.foil}"
+        else f"orange for {first}, blue for {second}"
     )
-    return (
-        f"Which of {case.answer!r} and {case.foil!r} stands higher at each patch if the model stopped there: {paint}, fainter the less they "
-        "are apart. The words need not be what the model answers. The vision tower is read through the projector and the language tower's own "
-        "output layer. The box marks the pixels that differ; under the language maps, the same reading at the prompt's last word, where the "
-        "answer is read."
+    through = [f"The {tower} tower is read through {ways}." for tower, ways in found.read_through.items()]
+    read = (
+        "of the pooled output, which gives the answer"
+        if last.pooled.numel()
+        else "at the prompt's last word, where the answer is read"
     )
+    said = [
+        f"Which of {first!r} and {second!r} stands higher at each patch if the model stopped there: {paint}, fainter the less they are apart.",
+        f"The {case.kind.plural} need not be what the model answers.",
+        *through,
+        f"The box marks the pixels that differ; under the {last.tower} maps, the same reading {read}.",
+    ]
+    return " ".join(said)
 
 
 def _answer_colors(case: Case) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
     """The colours that the foil and the answer name, where they are names of colours."""
     from circuitvision.data.scenes import COLORS
 
-    return (COLORS[case.foil], COLORS[case.answer]) if {case.answer, case.foil} <= set(COLORS) else None
+    answer, foil = case.names
+    return (COLORS[foil], COLORS[answer]) if {answer, foil} <= set(COLORS) else None
 
 
 def _lens_figure(found: Quickstart) -> Any:

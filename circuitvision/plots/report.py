@@ -37,11 +37,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the page shows, in order. All texts are plain; nothing is interpreted as HTML."""
+    """Everything the page shows, in order. All texts are plain; nothing is interpreted as HTML.
+
+    ``asked`` is what the model is asked beside the pictures, as its name ("prompt") and its text; both are empty where it is asked nothing.
+    """
 
     title: str
     finding: str
-    prompt: str
+    asked: tuple[str, str]
     pictures: Sequence[Picture]
     sections: Sequence[Section]
     table_header: Sequence[str]
@@ -66,8 +69,9 @@ def body(report: Report) -> str:
         f"<figcaption>{say(picture.caption)}</figcaption></figure>"
         for picture in report.pictures
     )
-    parts.append(f"<div class='pair'>{figures}<div class='prompt'><span class='soft'>prompt</span><br>")
-    parts.append(f"<code>{say(report.prompt)}</code></div></div>")
+    name, text = map(say, report.asked)
+    prompt = f"<div class='prompt'><span class='soft'>{name}</span><br><code>{text}</code></div>" if text else ""
+    parts.append(f"<div class='pair'>{figures}{prompt}</div>")
     for section in report.sections:
         parts.append(
             f"<h2>{say(section.heading)}</h2><p class='soft'>{say(section.text)}</p>{style.fragment(section.figure)}"

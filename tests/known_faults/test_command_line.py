@@ -165,7 +165,7 @@ PICTURES = ["--prompt", "<image> what", "--answer", "red", "--foil", "blue"]
         (["quickstart", "--dtype", "float17"], "float16"),
         (["quickstart", "--dtype", "int8"], "float32"),
         (["quickstart", "--device", "gpu"], "cpu"),
-        (["quickstart", "--model", "shapes-vit"], "language"),
+        (["quickstart", "--model", "reach-pi0"], "actions"),
         (["quickstart", "--clean", "{}/absent.png", "--corrupt", "{}/black.png", *PICTURES], "absent.png"),
         (["quickstart", "--clean", "{}/black.png", "--corrupt", "{}/note.png", *PICTURES], "note.png"),
         (["quickstart", "--clean", "{}", "--corrupt", "{}/note.png", *PICTURES], "picture"),

@@ -17,6 +17,7 @@ from circuitvision.circuits import AblationCheck, HeadImportance, head_importanc
 from circuitvision.data import TEST_PAIRS, TRAIN_PAIRS, sample_question_pairs
 from circuitvision.incremental.sweeps.result import restored_error, restored_share
 from circuitvision.quickstart import Reading, quickstart
+from circuitvision.quickstart import findings as of_case
 from circuitvision.readout import logit_lens
 from circuitvision.readout.lens.result import LensResult
 from circuitvision.readout.relevance.curves import Curve
@@ -55,12 +56,12 @@ def untrained(request, pair, tmp_path_factory):
     return model, quickstart(model, **given, answer=pair.answer, foil=pair.foil, top_k=2, out=out)
 
 
-AFFIRMATIVE = ("answers", "head", "heads", "past vision", "last word", "patches")
+AFFIRMATIVE = ("answers", "head", "heads", "back up", "past heads", "at answer", "patches")
 
 
 def test_a_model_that_answers_is_affirmed_with_its_numbers(trained):
     found = trained["right"].findings()
-    for name in ("answers", "swing", "head", "heads", "last word"):
+    for name in ("answers", "swing", "head", "heads", "at answer"):
         assert found[name].holds, name
     assert found["head"].value == pytest.approx(trained["right"].importance.best()[1])
     assert found["swing"].value > 10
@@ -80,7 +81,7 @@ def test_words_that_the_model_never_says_are_not_affirmed(trained):
 def test_a_swing_in_the_wrong_direction_is_no_restored_answer(trained):
     found = trained["turned"].findings()
     assert found["swing"].value < -10
-    assert not any(found[name].holds for name in ("answers", "swing", "head", "heads", "last word"))
+    assert not any(found[name].holds for name in ("answers", "swing", "head", "heads", "at answer"))
     assert {share for _, _, share in trained["turned"].table()} == {"–"}
 
 
@@ -220,8 +221,8 @@ def test_a_gap_that_is_noise_has_no_share():
     assert float(restored_share(effect, torch.zeros(3), torch.tensor([1.0, 0.9, 1.1]))) == pytest.approx(0.5)
 
 
-def reading(says: str, answer: float, foil: float) -> Reading:
-    return Reading(says, max(answer, foil), answer, foil, chance=0.02)
+def reading(says: str, answer: float, foil: float, chance: float = 0.02) -> Reading:
+    return Reading(says, max(answer, foil), answer, foil, chance=chance)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,23 @@ def reading(says: str, answer: float, foil: float) -> Reading:
     ],
 )
 def test_an_answer_is_given_when_it_is_said_more_surely_than_by_chance(clean, corrupt, holds):
-    assert findings.answers(clean, corrupt, "red", "blue").holds is holds
+    assert of_case.answers(clean, corrupt, "red", "blue").holds is holds
+
+
+@pytest.mark.parametrize(("probability", "chance", "holds"), [(0.9, 0.5, True), (0.7, 0.5, False), (0.5, 0.2, True)])
+def test_of_few_answers_the_odds_are_held_against_chance(probability, chance, holds):
+    clean, corrupt = reading("a", probability, 0.1, chance), reading("b", 0.1, probability, chance)
+    assert of_case.answers(clean, corrupt, "a", "b").holds is holds
+
+
+@pytest.mark.parametrize(
+    ("shares", "joint", "holds"), [([0.06, 0.04], 0.96, True), ([0.5, 0.2], 0.9, False), ([0.3], 1.9, False)]
+)
+def test_heads_back_each_other_up_where_together_they_move_far_more_than_any_alone(shares, joint, holds):
+    result = importance(5.0, -5.0, shares, joint)
+    found = of_case.back_each_other_up(findings.best_head(result), findings.together(result))
+    assert found.holds is holds
+    assert found.value == pytest.approx(joint)
 
 
 def lens(last: list[float], patch: list[float]) -> LensResult:
@@ -246,17 +263,17 @@ def lens(last: list[float], patch: list[float]) -> LensResult:
 
 
 def test_a_word_is_read_from_the_layer_where_both_runs_have_their_own_higher_to_the_end():
-    asked = findings.answers(reading("a", 0.9, 0.0), reading("b", 0.0, 0.9), "a", "b")
+    asked = of_case.answers(reading("a", 0.9, 0.0), reading("b", 0.0, 0.9), "a", "b")
     clean, corrupt = lens([1.0, 3.0, 4.0], [0.0, 0.0, 0.0]), lens([1.0, -3.0, -4.0], [0.0, 0.0, 0.0])
-    found = findings.read_at_last_word(clean, corrupt, asked, ("a", "b"))
+    found = of_case.read_at_answer(clean, corrupt, asked, ("a", "b"))
     assert (found.holds, found.value, found.about["layer"]) == (True, 2, "0")
     # Far apart in the right direction, but both on one side: the sign of one run is wrong.
-    one_sided = findings.read_at_last_word(
+    one_sided = of_case.read_at_answer(
         lens([1.0, 9.0, 9.0], [0.0] * 3), lens([1.0, 3.0, 3.0], [0.0] * 3), asked, ("a", "b")
     )
     assert (one_sided.holds, one_sided.value) == (False, 0)
-    assert not findings.read_at_patches([clean], [corrupt], asked, ("a", "b")).holds
-    seen = findings.read_at_patches(
+    assert not of_case.read_at_patches([clean], [corrupt], asked, ("a", "b")).holds
+    seen = of_case.read_at_patches(
         [lens([1.0, 3.0, 4.0], [0.0, 5.0, 5.0])], [lens([1.0, -3.0, -4.0], [0.0, -5.0, -1.0])], asked, ("a", "b")
     )
     assert (seen.holds, seen.value) == (True, pytest.approx(2 / 3))
@@ -328,5 +345,5 @@ def test_findings_that_ignore_sign_floor_or_answer_are_noticed(trained, monkeypa
         patch.setattr(findings, "LEAST_GAP", 0.0)
         assert findings.best_head(importance(0.04, 0.01, [0.9])).holds
     with monkeypatch.context() as patch:
-        patch.setattr(findings, "answers", lambda *given: findings.Finding("answers", True))
+        patch.setattr(of_case, "answers", lambda *given: findings.Finding("answers", True))
         assert trained["absent"].findings()["patches"].holds

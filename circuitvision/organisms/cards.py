@@ -1,9 +1,10 @@
-"""Choose the training run of a shapes organism that ships, and write its card.
+"""Choose the training run of an organism on scenes that ships, and write its card.
 
-``python -m circuitvision.organisms.shapes_cards NAME RUN RUN RUN --out FOLDER`` takes the smallest seed whose validation
+``python -m circuitvision.organisms.cards NAME RUN RUN RUN --out FOLDER`` takes the smallest seed whose validation
 score reaches the target (the best one, where none does), copies it to FOLDER and writes ``card.json`` and ``README.md``
 beside the weights.
-A run is a folder written by training, with what training printed (seed, minutes, scores) beside it as ``RUN.json``.
+A run is a folder written by training, with what training printed (seed, minutes, scores) beside it as ``RUN.json``; ``--measured FILE`` adds what
+:mod:`circuitvision.organisms.measured` found in the run that ships.
 
 The held-out scores take no part in the choice: validation pairs and test pairs are different pairs, and all streams of scenes differ.
 """
@@ -19,12 +20,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from circuitvision.data import scenes
+from circuitvision.data.worlds import find_world
 from circuitvision.organisms import registry
+from circuitvision.organisms.measured.tables import markdown
 
 TARGET = 0.98
 """Validation score at which an organism is good enough to ship; differences above it are no reason to change the weights others study."""
 
+_BOUND = "Scenes of three objects of 2 x 2 patches, anywhere on 8 x 8 patches, 64 x 64 pixels, drawn so that no patch tells both colour and shape."
 DETAILS: dict[str, dict[str, str]] = {
     "shapes-vit": {
         "data": "Scenes of two to four objects of three sizes on a 4 x 4 grid, 64 x 64 pixels; the label is the shape of the largest one.",
@@ -44,6 +47,27 @@ DETAILS: dict[str, dict[str, str]] = {
         "parts": "The parts are the kinds of question.",
         "chance": "0.275 (1/2 for side and height, 1/8 for colours, 1/5 for shapes)",
     },
+    "scenes-vit": {
+        "world": "binding",
+        "data": f"{_BOUND} One object is large; the label is its shape.",
+        "score": "share of new scenes whose most likely class is the shape of the large object, which has a pair never trained on",
+        "chance": "0.125",
+    },
+    "scenes-clip": {
+        "world": "binding",
+        "data": f"{_BOUND} Captions such as 'red circle and blue square' name two of them.",
+        "score": "share of new scenes whose true caption has the highest logit among 16 distinct ones: eight differ from it in "
+        "one colour or one shape; at least four pairs never trained on are named, and one of them is in the scene",
+        "chance": "0.0625",
+        "parts": "For swaps, some of the eight have the two colours exchanged instead: every word is right, what belongs together is not.",
+    },
+    "scenes-llava": {
+        "world": "binding",
+        "data": f"{_BOUND} Questions about colour, shape, relation ('what color is left of the red circle ?') and count.",
+        "score": "share of questions about an object with a pair never trained on whose most likely next token is the answer",
+        "parts": "The parts are the kinds of question.",
+        "chance": "1/8 for colours and shapes, 1/4 for counts; 1/3 for who knows what is in the scene, but not which object is meant",
+    },
 }
 
 
@@ -55,19 +79,24 @@ def choose(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return min(runs, key=lambda run: (-run["validation"], run["seed"]))
 
 
-def make_card(name: str, runs: list[dict[str, Any]], parameters: int, trained_on: str) -> dict[str, Any]:
+def make_card(
+    name: str, runs: list[dict[str, Any]], parameters: int, trained_on: str, measured: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The card as a JSON-ready mapping."""
     shipped = choose(runs)
     entry = registry.entry(name)
+    details = {"world": "shapes", **DETAILS[name]}
+    world = find_world(details["world"])
     return {
         "name": name,
         "model_class": entry.model_class,
         "task": entry.task,
         "parameters": parameters,
-        **DETAILS[name],
-        "test_pairs": [" ".join(pair) for pair in scenes.TEST_PAIRS],
-        "validation_pairs": [" ".join(pair) for pair in scenes.VALIDATION_PAIRS],
-        "trained_pairs": len(scenes.TRAIN_PAIRS),
+        **details,
+        "pairs": len(world.all_pairs),
+        "test_pairs": [" ".join(pair) for pair in world.test_pairs],
+        "validation_pairs": [" ".join(pair) for pair in world.validation_pairs],
+        "trained_pairs": len(world.train_pairs),
         "ships": shipped["seed"],
         "chosen_by": f"validation score, the smallest seed with at least {TARGET:.0%}: pairs and scenes that neither training "
         "nor the held-out score uses",
@@ -81,6 +110,7 @@ def make_card(name: str, runs: list[dict[str, Any]], parameters: int, trained_on
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "numpy")}
         | {"python": platform.python_version()},
         "license": "Apache-2.0",
+        **({} if measured is None else {"measured": measured}),
     }
 
 
@@ -92,18 +122,15 @@ def make_readme(card: dict[str, Any]) -> str:
         for run in card["seeds"]
     ]
     shipped = next(run for run in card["seeds"] if run["seed"] == card["ships"])
-    parts = [
-        f"{key.removeprefix('held_out_')} {value:.2%}"
-        for key, value in shipped.items()
-        if key.startswith("held_out_") and not key.endswith("answers")
-    ]
+    said = {"held_out": "Held out", "trained": "Trained pairs"}
+    parts = {group: _parts(shipped, group) for group in said}
     lines = [
         f"# {card['name']}",
         "",
         f"A `{card['model_class']}` with {card['parameters']:,} parameters that was trained to {card['task']}.",
         "",
         f"**Data.** {card['data']} Drawn by `circuitvision.data`, seeded, without end.",
-        f"Of 40 colour-shape pairs {card['trained_pairs']} are trained on. Never in a training picture, in any role:",
+        f"Of {card['pairs']} colour-shape pairs {card['trained_pairs']} are trained on. Never in a training picture, in any role:",
         f"{', '.join(card['test_pairs'])} (test) and {', '.join(card['validation_pairs'])} (validation).",
         "",
         f"**Score.** {card['score'][0].upper() + card['score'][1:]}; {shipped['held_out_answers']:,} answers per column. Chance: {card['chance']}.",
@@ -112,11 +139,12 @@ def make_readme(card: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        *(
-            [f"Held out, in parts (seed {card['ships']}): {', '.join(parts)}. {card.get('parts', '')}".rstrip(), ""]
-            if parts
-            else []
-        ),
+        *[
+            f"{said[group]}, in parts (seed {card['ships']}): {', '.join(told)}. {card.get('parts', '')}".rstrip()
+            + "\n"
+            for group, told in parts.items()
+            if told
+        ],
         f"The shipped seed was chosen by {card['chosen_by']}.",
         f"Minutes are wall-clock time on {card['trained_on']}; CPU minutes are what the run itself used.",
         "",
@@ -129,11 +157,24 @@ def make_readme(card: dict[str, Any]) -> str:
         f"Versions: {', '.join(f'{key} {value}' for key, value in card['versions'].items())}. "
         "Other versions or thread counts round differently, so a run repeats the recipe, not every bit. Licence: Apache-2.0.",
         "",
+        *([markdown(card["measured"]), ""] if "measured" in card else []),
     ]
     return "\n".join(lines)
 
 
-def ship(name: str, folders: list[Path], out: Path, trained_on: str) -> dict[str, Any]:
+def _parts(scores: dict[str, Any], group: str) -> list[str]:
+    """The scores of a group's parts, as words."""
+    start = f"{group}_"
+    return [
+        f"{key.removeprefix(start)} {value:.2%}"
+        for key, value in scores.items()
+        if key.startswith(start) and not key.endswith("answers")
+    ]
+
+
+def ship(
+    name: str, folders: list[Path], out: Path, trained_on: str, measured: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Copy the chosen run to ``out`` with its card, and return the card."""
     from safetensors import safe_open
 
@@ -141,7 +182,7 @@ def ship(name: str, folders: list[Path], out: Path, trained_on: str) -> dict[str
     chosen = folders[runs.index(choose(runs))]
     with safe_open(chosen / "model.safetensors", "pt") as weights:
         parameters = sum(weights.get_tensor(key).numel() for key in weights.keys())  # noqa: SIM118
-    card = make_card(name, runs, parameters, trained_on)
+    card = make_card(name, runs, parameters, trained_on, measured)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     shutil.copytree(chosen, temporary, dirs_exist_ok=True)
@@ -157,13 +198,16 @@ def ship(name: str, folders: list[Path], out: Path, trained_on: str) -> dict[str
 
 def main(arguments: list[str] | None = None) -> int:
     """Ship the best of several runs and print its card."""
-    parser = argparse.ArgumentParser(prog="python -m circuitvision.organisms.shapes_cards", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m circuitvision.organisms.cards", description=main.__doc__)
     parser.add_argument("name", choices=list(DETAILS))
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--trained-on", default="one CPU thread", help="the machine that the minutes were measured on")
+    parser.add_argument("--measured", type=Path, default=None, help="what was measured in the run that ships, as JSON")
     options = parser.parse_args(arguments)
-    print(json.dumps(ship(options.name, options.runs, options.out, options.trained_on), indent=2))
+    measured = None if options.measured is None else json.loads(options.measured.read_text(encoding="utf-8"))
+    card = ship(options.name, options.runs, options.out, options.trained_on, measured)
+    print(json.dumps({key: value for key, value in card.items() if key != "measured"}, indent=2))
     return 0
 
 
