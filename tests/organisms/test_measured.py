@@ -18,6 +18,7 @@ from circuitvision.data.binding_questions import KINDS, QuestionPair, sample_que
 from circuitvision.data.generated import of_questions
 from circuitvision.errors import InputError
 from circuitvision.organisms import measured, scenes_llava
+from circuitvision.organisms.measured import __main__ as command
 from circuitvision.organisms.measured import answers, depth, drawing, heads, regions, tables
 from circuitvision.progress import verbosity
 
@@ -340,6 +341,23 @@ def test_tables_say_what_the_numbers_say(found) -> None:
     failed["conditions"]["vision attention"] = {"above_guess": {"color": 0.3, "shape": 0.0}, "met": False}
     assert "color (+.30)" in tables.answers(failed)[0]
     assert "shape" not in tables.answers(failed)[0]
+
+
+def test_the_command_writes_the_numbers_and_prints_the_tables(found, tmp_path, monkeypatch, capsys) -> None:
+    given = {}
+
+    def instead(name: str, **options):
+        given.update(options, name=name)
+        return found
+
+    instead.__kwdefaults__ = measured.measure.__kwdefaults__
+    monkeypatch.setattr(command, "measure", instead)
+    out = tmp_path / "part.json"
+    assert command.main(["folder", "--out", str(out), "--pairs", "7", "--seed", "3"]) == 0
+    assert given["name"] == "folder"
+    assert (given["pairs"], given["seed"], given["questions"]) == (7, 3, 400)
+    assert json.dumps(json.loads(out.read_text(encoding="utf-8"))) == json.dumps(found)
+    assert capsys.readouterr().out.strip() == tables.markdown(found).strip()
 
 
 @pytest.mark.parametrize(

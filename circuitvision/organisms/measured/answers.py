@@ -13,7 +13,7 @@ Reference: mean ablation as in Wang et al. 2022 (arXiv 2211.00593); the back-off
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -98,8 +98,8 @@ def _row(right: torch.Tensor) -> dict[str, Any]:
     """Shares of right answers ``[condition example]`` with Wilson's intervals."""
     means = right.double().mean(1)
     low, high = wilson(means, right.shape[1])
-    ends: Sequence[Any] = list(zip(means.tolist(), low.tolist(), high.tolist(), strict=True))
-    return {name: number(*own, right.shape[1]) for name, own in zip(COLUMNS, ends, strict=True)}
+    ends = zip(COLUMNS, means.tolist(), low.tolist(), high.tolist(), strict=True)
+    return {name: number(value, below, above, right.shape[1]) for name, value, below, above in ends}
 
 
 def condition(found: dict[str, Any]) -> dict[str, Any]:

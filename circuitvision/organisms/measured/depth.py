@@ -128,11 +128,10 @@ def _lens(model: Any, tower: str, sites: Sequence[str], scenes: list[Followed]) 
     """Share of patches where the right word is highest, by site, kind of patch and attribute."""
     words = [word for own in ATTRIBUTES.values() for word in own]
     places = {place: _region(scenes, place) for own in PLACES.values() for place in own}
-    read = logit_lens(
-        model, _side(scenes), tower, sites=sites, targets={word: word for word in words}, positions=places
-    )
+    data: Any = _side(scenes)
+    read = logit_lens(model, data, tower, sites=sites, targets={word: word for word in words}, positions=places)
     values = read.values
-    found = {}
+    found: dict[tuple[str, str, str], float] = {}
     for kind, own in PLACES.items():
         chosen = [read.index_of("position", place) for place in own]
         for attribute, choice in ATTRIBUTES.items():
@@ -172,10 +171,9 @@ def _probe(
 def _last(model: Any, questions: int, seed: int) -> list[dict[str, Any]]:
     """The lens at the last position of the language tower, by site and kind of question."""
     drawn = asked(questions, stream(seed, "last"))
+    data: Any = side(drawn)
     sites = model.language.stream_sites()
-    read = logit_lens(
-        model, side(drawn), "language", sites=sites, targets={word: word for word in ANSWERS}, positions="last"
-    )
+    read = logit_lens(model, data, "language", sites=sites, targets={word: word for word in ANSWERS}, positions="last")
     right = torch.tensor([ANSWERS.index(question.answer) for _, question in drawn])
     highest = (read.values.argmax(-2) == right).double()
     rows = []
