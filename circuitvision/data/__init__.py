@@ -1,8 +1,8 @@
 """Data with known answers: pairs of inputs to compare, and synthetic scenes with every object's attributes, box and mask.
 
 ``Pairs`` and ``Side`` hold any data set of raw examples; ``reading`` makes them from files and stored data sets, ``batches`` turns them into inputs,
-``generated`` draws them. ``scenes`` draws pictures and minimal pairs, ``questions`` and ``captions`` put words to them, ``reach`` is a grid world to
-act in.
+``generated`` draws them. ``scenes`` draws pictures and minimal pairs, ``questions`` and ``captions`` put words to them; ``binding`` and
+``binding_questions`` do so for scenes whose shapes and colours have to be bound, ``reach`` is a grid world to act in.
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ shape a model joins patches of one object, and to name the object it joins them 
 8 colours × 8 shapes give 64 pairs. Sixteen (:data:`TEST_PAIRS`, two of every colour and of every shape) are for testing and eight
 (:data:`VALIDATION_PAIRS`) for choosing between training runs; neither appears in any training picture, in any role.
 
+Objects of an :data:`~circuitvision.data.scenes.UNNAMED` colour (a random one far from every named one) or shape (a random kind for every quarter,
+left and right not alike) are for training alone: they keep a model from learning colour and shape as one feature.
+
 As in :mod:`circuitvision.data.scenes`, a scene is a value and its picture a pure function of it: scenes that differ in one attribute of one object
 (:func:`minimal_pair`) differ in pixels of that object's patches and nowhere else.
 
@@ -31,7 +34,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from circuitvision.data.scenes import BACKGROUND, COLORS, OUTLINE, as_png, check_name
+from circuitvision.data.scenes import BACKGROUND, COLORS, OUTLINE, UNNAMED, as_png, check_name, unnamed_paint
 from circuitvision.errors import InputError, checked_seed
 
 PATCH = 8
@@ -40,6 +43,7 @@ IMAGE_SIZE = PATCH * GRID
 SPAN = 2
 PLACES = GRID - SPAN + 1
 WINDOW = SPAN * PATCH
+ROOM = (GRID // SPAN) ** 2
 
 HALVES: dict[str, tuple[str, str]] = {
     "circle": ("arc", "arc"),
@@ -52,6 +56,7 @@ HALVES: dict[str, tuple[str, str]] = {
     "house": ("slope", "corner"),
 }
 """Every shape's upper and lower half."""
+KINDS: tuple[str, ...] = ("arc", "corner", "slope")
 SHAPES: tuple[str, ...] = tuple(HALVES)
 SIZES: dict[str, int] = {"small": 12, "large": 14}
 QUARTERS: tuple[str, ...] = ("top left", "top right", "bottom left", "bottom right")
@@ -74,7 +79,8 @@ class SceneObject:
     """One object: its attributes and where it stands.
 
     ``row`` and ``column`` count patches, from the top left, and name the first of the object's; ``quarter`` is where the wedge is;
-    ``shift`` moves the drawing within its patches by pixels (down, right).
+    ``shift`` moves the drawing within its patches by pixels (down, right). ``paint`` is the fill of an object of unnamed colour, ``outline`` the kind
+    of each quarter, in the order of :data:`QUARTERS`, of one of unnamed shape; both are None for named ones.
     """
 
     color: str
@@ -84,10 +90,12 @@ class SceneObject:
     row: int
     column: int
     shift: tuple[int, int] = (0, 0)
+    paint: tuple[int, int, int] | None = None
+    outline: tuple[str, str, str, str] | None = None
 
     def __post_init__(self) -> None:
-        check_name("color", self.color, COLORS)
-        check_name("shape", self.shape, SHAPES)
+        check_name("color", self.color, [*COLORS, UNNAMED])
+        check_name("shape", self.shape, [*SHAPES, UNNAMED])
         check_name("quarter", self.quarter, QUARTERS)
         check_name("size", self.size, SIZES)
         if not (0 <= self.row < PLACES and 0 <= self.column < PLACES):
@@ -96,6 +104,10 @@ class SceneObject:
             )
         if self.shift not in SHIFTS:
             raise InputError(f"shift={self.shift} is not understood: (down, right), each -1, 0 or 1.")
+        if (self.color == UNNAMED) != (self.paint is not None):
+            raise InputError("give paint for an object of unnamed color, and only for one")
+        if (self.shape == UNNAMED) != (self.outline is not None):
+            raise InputError("give an outline for an object of unnamed shape, and only for one")
 
     @property
     def pair(self) -> Pair:
@@ -125,13 +137,21 @@ class SceneObject:
     @property
     def fill(self) -> tuple[int, int, int]:
         """The red, green and blue levels of the wedge, 0 to 255."""
-        return COLORS[self.color]
+        return self.paint if self.paint is not None else COLORS[self.color]
+
+    @property
+    def kinds(self) -> tuple[str, str, str, str]:
+        """What each quarter of the outline is, in the order of :data:`QUARTERS`."""
+        if self.outline is not None:
+            return self.outline
+        upper, lower = HALVES[self.shape]
+        return upper, upper, lower, lower
 
     @property
     def mask(self) -> Bool[np.ndarray, "height width"]:
         """Which pixels of the whole picture belong to the object: outline and wedge."""
         whole = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
-        whole[_window(self)] = _template(self.shape, self.size, self.quarter, self.shift) > 0
+        whole[_window(self)] = _template(self.kinds, self.size, self.quarter, self.shift) > 0
         return whole
 
     @property
@@ -241,7 +261,7 @@ def render(scenes: Sequence[Scene]) -> UInt8[np.ndarray, "scene height width cha
     for picture, scene in zip(pictures, scenes, strict=True):
         for thing in scene.objects:
             levels = np.array([BACKGROUND, OUTLINE, thing.fill], dtype=np.uint8)
-            picture[_window(thing)] = levels[_template(thing.shape, thing.size, thing.quarter, thing.shift)]
+            picture[_window(thing)] = levels[_template(thing.kinds, thing.size, thing.quarter, thing.shift)]
     return pictures
 
 
@@ -252,6 +272,7 @@ def sample_scene(
     pairs: Sequence[Pair] = TRAIN_PAIRS,
     subjects: Sequence[Pair] = (),
     distinct: bool = True,
+    unnamed: float = 0.0,
 ) -> Scene:
     """Draw a scene at random.
 
@@ -260,15 +281,37 @@ def sample_scene(
         pairs: the colour-shape pairs the objects are drawn from, each equally likely.
         subjects: pairs that the first objects drawn have; the others are drawn from ``pairs``.
         distinct: no two objects share a colour or a shape.
+        unnamed: probability of every object but the subjects to get an unnamed colour, and an unnamed shape.
 
     Raises:
-        InputError: the request cannot be met (more objects than find room, or than distinct colours or shapes).
+        InputError: the request cannot be met (more objects than find room, or than distinct colours or shapes; subjects that share one).
     """
     rng = np.random.default_rng(checked_seed(rng))
-    if not len(subjects) <= count or count < 1:
-        raise InputError(f"count={count} must be at least 1 and at least the number of subjects ({len(subjects)}).")
+    if not max(1, len(subjects)) <= count <= ROOM:
+        raise InputError(
+            f"count={count} must lie between 1 and {ROOM} objects, and be no less than the subjects ({len(subjects)})."
+        )
+    if distinct and any(len({pair[which] for pair in subjects}) < len(subjects) for which in (0, 1)):
+        raise InputError(f"The subjects {list(subjects)} share a colour or a shape: give others, or distinct=False.")
     chosen = _choose_pairs(rng, count, pairs, subjects, distinct)
-    return Scene(tuple(_place(pair, cell, rng) for pair, cell in zip(chosen, _cells(rng, count), strict=True)))
+    things = [_place(pair, cell, rng) for pair, cell in zip(chosen, _cells(rng, count), strict=True)]
+    if unnamed:
+        things[len(subjects) :] = [unname(thing, rng, unnamed) for thing in things[len(subjects) :]]
+    return Scene(tuple(things))
+
+
+def unname(thing: SceneObject, rng: np.random.Generator, probability: float = 1.0) -> SceneObject:
+    """The same object, each of its colour and its shape with this probability replaced by an unnamed one."""
+    if rng.random() < probability:
+        thing = replace(thing, color=UNNAMED, paint=unnamed_paint(rng))
+    if rng.random() < probability:
+        halves = rng.integers(len(KINDS), size=(2, 2))
+        # The half without the wedge shows that left and right differ: else the outline could be taken for a named shape.
+        whole = 1 if thing.quarter.startswith("top") else 0
+        halves[whole] = rng.permutation(len(KINDS))[:2]
+        top_left, top_right, bottom_left, bottom_right = (KINDS[kind] for kind in halves.flatten().tolist())
+        thing = replace(thing, shape=UNNAMED, outline=(top_left, top_right, bottom_left, bottom_right))
+    return thing
 
 
 def place(rng: np.random.Generator, pairs: Sequence[Pair]) -> Scene:
@@ -342,7 +385,8 @@ _VALUES: dict[str, list[Any]] = {
 def _changed(thing: SceneObject, attribute: str, value: Any) -> SceneObject:
     if attribute == "cell":
         return replace(thing, row=value[0], column=value[1])
-    return replace(thing, **{attribute: value})
+    named = {"color": {"paint": None}, "shape": {"outline": None}}.get(attribute, {})
+    return replace(thing, **{attribute: value}, **named)
 
 
 def _choose_pairs(
@@ -353,6 +397,8 @@ def _choose_pairs(
         for _ in range(1000):
             if len(chosen) == count:
                 return chosen
+            if not pairs:
+                break
             candidate = pairs[int(rng.integers(len(pairs)))]
             clash = any(candidate[0] == pair[0] or candidate[1] == pair[1] for pair in chosen)
             if not (distinct and clash):
@@ -386,11 +432,13 @@ def _window(thing: SceneObject) -> tuple[slice, slice]:
 
 
 @functools.cache
-def _template(shape: str, size: str, quarter: str, shift: tuple[int, int]) -> UInt8[np.ndarray, "window window"]:
+def _template(
+    kinds: tuple[str, str, str, str], size: str, quarter: str, shift: tuple[int, int]
+) -> UInt8[np.ndarray, "window window"]:
     """What the pixels of an object's patches show: 0 background, 1 outline, 2 wedge."""
     axis = np.arange(WINDOW) + 0.5 - WINDOW / 2
     down, right = np.meshgrid(axis - shift[0], axis - shift[1], indexing="ij")
-    body = _body(shape, SIZES[size], down, right)
+    body = _body(kinds, SIZES[size], down, right)
     inside = body
     for _ in range(2):
         padded = np.pad(inside, 1)
@@ -404,13 +452,17 @@ def _template(shape: str, size: str, quarter: str, shift: tuple[int, int]) -> UI
     return shown
 
 
-def _body(shape: str, extent: int, down: np.ndarray, right: np.ndarray) -> Bool[np.ndarray, "window window"]:
-    """The pixels inside a shape's outline."""
+def _body(
+    kinds: tuple[str, str, str, str], extent: int, down: np.ndarray, right: np.ndarray
+) -> Bool[np.ndarray, "window window"]:
+    """The pixels inside an outline."""
     away, across = 2 * abs(down) / extent, 2 * abs(right) / extent
-    kinds = {
+    inside = {
         "arc": away**2 + across**2 <= 1,
         "corner": np.maximum(away, across) <= 1,
         "slope": away + across <= 1 + 1 / extent,
     }
-    upper, lower = HALVES[shape]
-    return np.where(down < 0, kinds[upper], kinds[lower]) & (np.maximum(away, across) <= 1)
+    upper, lower = (
+        np.where(right < 0, inside[left_kind], inside[right_kind]) for left_kind, right_kind in (kinds[:2], kinds[2:])
+    )
+    return np.where(down < 0, upper, lower) & (np.maximum(away, across) <= 1)

@@ -1,7 +1,7 @@
 """Pairs drawn from the synthetic worlds: what is right and wrong about each is known, and so is where it stands.
 
-Every function draws with the sampler of its world and keeps what was drawn as ``pairs.records``; keywords go to that sampler. Boxes and masks are
-those of the object that the answer is about.
+Every function draws with the sampler of its world and keeps what was drawn as ``pairs.records``; keywords go to that sampler. Scenes are of the world
+that ``world=`` names (:mod:`circuitvision.data.worlds`). Boxes and masks are those of the object that the answer is about, which is the one changed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from circuitvision.data import reach
+from circuitvision.data import binding, binding_questions, reach
 from circuitvision.data.captions import Caption, true_captions
 from circuitvision.data.pairs import Pairs
-from circuitvision.data.questions import QuestionPair, largest, sample_largest, sample_question_pairs
-from circuitvision.data.scenes import MinimalPair, Pair, Scene, SceneObject, minimal_pair, sample_scene
+from circuitvision.data.questions import QuestionPair, largest
+from circuitvision.data.scenes import MinimalPair, Pair, Scene
 from circuitvision.data.sides import Side
+from circuitvision.data.worlds import find_world
 from circuitvision.errors import InputError, checked_seed
 
 ATTRIBUTES = ("color", "shape")
@@ -27,8 +28,8 @@ ATTRIBUTES = ("color", "shape")
 class LargestPair:
     """Two scenes whose largest objects have different shapes."""
 
-    clean: Scene
-    corrupt: Scene
+    clean: Scene | binding.Scene
+    corrupt: Scene | binding.Scene
     answer: str
     foil: str
 
@@ -43,12 +44,17 @@ class ReachPair:
     """The right first (row step, column step) of each."""
 
 
-def question_pairs(count: int, seed: int, *, kind: str = "color", **keywords: Any) -> Pairs:
-    """Two pictures under one question, whose answers differ; see :func:`~circuitvision.data.sample_question_pairs`. For LLaVA-like models."""
-    return of_questions(sample_question_pairs(count, seed, kind=kind, **keywords))
+def question_pairs(count: int, seed: int, *, kind: str = "color", world: str = "shapes", **keywords: Any) -> Pairs:
+    """Two pictures under one question, whose answers differ, for LLaVA-like models; see :func:`~circuitvision.data.sample_question_pairs` and
+    :func:`circuitvision.data.binding_questions.sample_question_pairs`.
+
+    Raises:
+        InputError: no such world or kind of question.
+    """
+    return of_questions(find_world(world).sample_question_pairs(count, seed, kind=kind, **keywords))
 
 
-def of_questions(drawn: Sequence[QuestionPair]) -> Pairs:
+def of_questions(drawn: Sequence[QuestionPair] | Sequence[binding_questions.QuestionPair]) -> Pairs:
     """Drawn questions about two scenes as a data set; see :func:`question_pairs`."""
     return Pairs(
         [pair.clean.image for pair in drawn],
@@ -57,33 +63,44 @@ def of_questions(drawn: Sequence[QuestionPair]) -> Pairs:
         answers=[pair.answer for pair in drawn],
         foils=[pair.foil for pair in drawn],
         records=drawn,
-        **_places([pair.question.subject for pair in drawn], [_new(pair.clean, pair.corrupt) for pair in drawn]),
+        **_places(
+            [_only_in(pair.clean, pair.corrupt) for pair in drawn],
+            [_only_in(pair.corrupt, pair.clean) for pair in drawn],
+        ),
     )
 
 
 def caption_pairs(
-    count: int, seed: int, *, attribute: str = "color", subjects: Sequence[Pair] | None = None, **keywords: Any
+    count: int,
+    seed: int,
+    *,
+    attribute: str = "color",
+    subjects: Sequence[Pair] | None = None,
+    world: str = "shapes",
+    **keywords: Any,
 ) -> Pairs:
-    """Two pictures of two objects and two captions, of which each picture makes one true: the answer is the true caption's column, for dual encoders.
+    """Two pictures and two captions that name two of their objects, of which each picture makes one true: the answer is the true caption's column.
+    For dual encoders.
 
     The true caption's place is drawn at random. With ``subjects`` the object that changes has one of these pairs of colour and shape in the clean
-    picture, in turn. ``keywords`` go to :func:`~circuitvision.data.sample_scene`.
+    picture, in turn. ``keywords`` go to :func:`~circuitvision.data.sample_scene` of the world.
 
     Raises:
-        InputError: another attribute than color and shape.
+        InputError: another attribute than color and shape, no such world.
     """
     if attribute not in ATTRIBUTES:
         raise InputError(f"attribute={attribute!r} is not understood: captions name {' and '.join(ATTRIBUTES)}.")
+    there = find_world(world)
     rng = np.random.default_rng(checked_seed(seed))
-    drawn: list[MinimalPair] = []
+    drawn: list[MinimalPair | binding.MinimalPair] = []
     texts: list[tuple[str, str]] = []
     answers: list[int] = []
     while len(drawn) < count:
         subject = None if subjects is None else subjects[len(drawn) % len(subjects)]
-        scene = sample_scene(rng, count=2, subject=subject, **keywords)
+        scene = there.captioned(rng, subject=subject, **keywords)
         index = next((n for n, thing in enumerate(scene.objects) if thing.pair == subject), None)
         try:
-            pair = minimal_pair(scene, rng, attribute=attribute, index=index)
+            pair = there.minimal_pair(scene, rng, attribute=attribute, index=index)
         except InputError:
             continue
         beside = next(thing for thing in scene.objects if thing is not pair.before)
@@ -106,18 +123,21 @@ def caption_pairs(
     )
 
 
-def largest_pairs(count: int, seed: int, **keywords: Any) -> Pairs:
-    """Two pictures that differ in the shape of their largest object, which is the label: for classifiers that name it; see
-    :func:`~circuitvision.data.sample_largest`."""
+def largest_pairs(count: int, seed: int, *, world: str = "shapes", **keywords: Any) -> Pairs:
+    """Two pictures that differ in the shape of their largest object, which is the label, for classifiers that name it; see
+    :func:`~circuitvision.data.sample_largest` and :func:`circuitvision.data.binding_questions.sample_large`.
+
+    Raises:
+        InputError: no such world.
+    """
+    there = find_world(world)
     rng = np.random.default_rng(checked_seed(seed))
     drawn: list[LargestPair] = []
-    befores: list[SceneObject] = []
-    afters: list[SceneObject] = []
+    befores, afters = [], []
     while len(drawn) < count:
-        ((scene, label),) = sample_largest(1, rng, **keywords)
+        ((scene, label),) = there.sample_labelled(1, rng, **keywords)
         winner = largest(scene)
-        assert winner is not None
-        pair = minimal_pair(scene, rng, attribute="shape", index=scene.objects.index(winner))
+        pair = there.minimal_pair(scene, rng, attribute="shape", index=scene.objects.index(winner))
         drawn.append(LargestPair(scene, pair.corrupt, label, pair.after.shape))
         befores.append(winner)
         afters.append(pair.after)
@@ -194,12 +214,12 @@ def reach_side(scenes: reach.ReachScenes, texts: Sequence[str] | None = None) ->
     )
 
 
-def _new(clean: Scene, corrupt: Scene) -> SceneObject:
-    """The object of the corrupt scene that the clean one does not have."""
-    return next(thing for thing in corrupt.objects if thing not in clean.objects)
+def _only_in(scene: Scene | binding.Scene, other: Scene | binding.Scene) -> Any:
+    """The object of a scene that the other does not have."""
+    return next(thing for thing in scene.objects if thing not in other.objects)
 
 
-def _places(befores: Sequence[SceneObject], afters: Sequence[SceneObject]) -> dict[str, Any]:
+def _places(befores: Sequence[Any], afters: Sequence[Any]) -> dict[str, Any]:
     return {
         "boxes": [thing.box for thing in befores],
         "corrupt_boxes": [thing.box for thing in afters],

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -219,8 +220,8 @@ def _about(thing: SceneObject, name: str, kinds: Sequence[str]) -> list[Question
     return found
 
 
-def largest(scene: Scene) -> SceneObject | None:
-    """The one object that is larger than every other, or None when two share the largest size.
+def largest(scene: Any) -> Any:
+    """The one object of a scene of either world that is larger than every other, or None when two share the largest size.
 
     Size is extent, not area: a medium triangle is larger than a small square, and every large shape extends further than every medium one.
     """

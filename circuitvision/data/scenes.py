@@ -267,7 +267,7 @@ def sample_scene(
     for (color, shape), cell in zip(chosen, cells, strict=True):
         size = sizes[int(rng.integers(len(sizes)))]
         fixed = (color, shape) == subject
-        paint = _unnamed_paint(rng) if not fixed and rng.random() < unnamed else None
+        paint = unnamed_paint(rng) if not fixed and rng.random() < unnamed else None
         blob = int(rng.integers(BLOB_COUNT)) if not fixed and rng.random() < blobs else None
         objects.append(
             SceneObject(
@@ -338,7 +338,7 @@ def minimal_pair(
 
 def recolor(thing: SceneObject, rng: np.random.Generator) -> SceneObject:
     """The same object in a random colour without a name."""
-    return replace(thing, color=UNNAMED, paint=_unnamed_paint(rng))
+    return replace(thing, color=UNNAMED, paint=unnamed_paint(rng))
 
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:
@@ -380,7 +380,7 @@ def _choose_pairs(
     )
 
 
-def _unnamed_paint(rng: np.random.Generator) -> tuple[int, int, int]:
+def unnamed_paint(rng: np.random.Generator) -> tuple[int, int, int]:
     """A colour too far from every named one, the background and the outline to be taken for it."""
     known = np.array([*COLORS.values(), BACKGROUND, OUTLINE])
     while True:

@@ -41,6 +41,7 @@ from circuitvision.data.scenes import (
     VALIDATION_PAIRS,
     Pair,
     Scene,
+    render,
     sample_scene,
 )
 from circuitvision.organisms.training import (
@@ -62,9 +63,11 @@ UNNAMED_RATE = BLOB_RATE = 0.2
 FIRST_SCALE = 2.0
 
 
-def build() -> tuple[CLIPModel, CLIPProcessor]:
-    """An untrained model and its processor."""
-    tokenizer = word_tokenizer(vocabulary(), wrap=True)
+def build(
+    words: Sequence[str] = tuple(vocabulary()), *, layers: int = 3, image_size: int = IMAGE_SIZE, patch_size: int = CELL
+) -> tuple[CLIPModel, CLIPProcessor]:
+    """An untrained model that reads ``words``, with a vision tower of ``layers`` layers, and its processor."""
+    tokenizer = word_tokenizer(words, wrap=True)
     shared = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "projection_dim": 64}
     config = CLIPConfig(
         text_config={
@@ -76,7 +79,7 @@ def build() -> tuple[CLIPModel, CLIPProcessor]:
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         },
-        vision_config={**shared, "num_hidden_layers": 3, "image_size": IMAGE_SIZE, "patch_size": CELL},
+        vision_config={**shared, "num_hidden_layers": layers, "image_size": image_size, "patch_size": patch_size},
         projection_dim=64,
     )
     model = CLIPModel(config)
@@ -84,8 +87,8 @@ def build() -> tuple[CLIPModel, CLIPProcessor]:
     with torch.no_grad():
         model.logit_scale.fill_(FIRST_SCALE)
     image_processor = CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE},
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
         image_mean=list(MEAN),
         image_std=list(STD),
     )
@@ -95,6 +98,9 @@ def build() -> tuple[CLIPModel, CLIPProcessor]:
 class Stream:
     """An endless stream of training batches: scenes, true captions, and wrong captions that are nearly true."""
 
+    pairs: Sequence[Pair] = TRAIN_PAIRS
+    """The pairs that pictures show and captions name."""
+
     def __init__(self, rng: np.random.Generator, processor: CLIPProcessor) -> None:
         self.rng = rng
         self.tokenizer = processor.tokenizer
@@ -102,6 +108,12 @@ class Stream:
     def batch(self, size: int) -> tuple[dict[str, Tensor], Bool[Tensor, "image text"]]:
         """Inputs for ``model.forward`` (the first ``size`` texts are the true captions, in order) and which other texts are true too."""
         scenes = [self.scene() for _ in range(size)]
+        inputs, also_true = self.texts(scenes)
+        return {**inputs, "pixel_values": pixel_values(render(scenes))}, also_true
+
+    def texts(self, scenes: Sequence[Any]) -> tuple[dict[str, Tensor], Bool[Tensor, "image text"]]:
+        """The true captions of scenes, in order, and wrong ones, tokenized; and which texts of the others are true of each."""
+        size = len(scenes)
         truths = [true_captions(scene) for scene in scenes]
         captions = [self._pick(true_captions(scene, partial=False)) for scene in scenes]
         wrong = [made for caption in captions for made in self._wrong(caption)]
@@ -111,9 +123,7 @@ class Stream:
             known = {str(caption) for caption in truth}
             also_true[row] = torch.tensor([text in known for text in texts])
             also_true[row, row] = False
-        inputs = dict(self.tokenizer(texts, padding=True, return_tensors="pt"))
-        inputs["pixel_values"] = pixel_values(scenes)
-        return inputs, also_true
+        return dict(self.tokenizer(texts, padding=True, return_tensors="pt")), also_true
 
     def scene(self) -> Scene:
         """One training picture of two objects; no held-out pair occurs in it in any role."""
@@ -124,7 +134,7 @@ class Stream:
 
     def _wrong(self, caption: Caption) -> list[Caption]:
         kinds = self.rng.permutation(len(NEGATIVE_KINDS))[:NEGATIVES_PER_IMAGE]
-        made = [negative(caption, NEGATIVE_KINDS[kind], self.rng, TRAIN_PAIRS) for kind in kinds]
+        made = [negative(caption, NEGATIVE_KINDS[kind], self.rng, self.pairs) for kind in kinds]
         return [wrong for wrong in made if wrong is not None]
 
 
@@ -175,17 +185,23 @@ def evaluate(folder: Path, *, count: int = 2500, seed: int = 1_000_003) -> dict[
     seeds), ``trained`` scenes trained pairs only. In ``held_out_swaps`` some of the eight have the two colours exchanged instead, so that
     every word is right and only what belongs together is wrong.
     """
+    return scored(folder, "shapes", (TEST_PAIRS, VALIDATION_PAIRS, TRAIN_PAIRS), count, seed)
+
+
+def scored(folder: Path, world: str, splits: Sequence[Sequence[Pair]], count: int, seed: int) -> dict[str, Any]:
+    """The scores of :func:`evaluate` in a world whose ``splits`` are the pairs for test, for validation and for training."""
     model = CLIPModel.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
     scores: dict[str, Any] = {}
+    test, validation, trained = splits
     groups: list[tuple[str, Sequence[Pair], int, int, Sequence[str]]] = [
-        ("held_out", TEST_PAIRS, seed, 4, ONE_ATTRIBUTE),
-        ("validation", VALIDATION_PAIRS, seed + 1, 3, ONE_ATTRIBUTE),
-        ("trained", TRAIN_PAIRS, seed + 2, 4, ONE_ATTRIBUTE),
-        ("held_out_swaps", TEST_PAIRS, seed + 3, 4, NEGATIVE_KINDS),
+        ("held_out", test, seed, 4, ONE_ATTRIBUTE),
+        ("validation", validation, seed + 1, 3, ONE_ATTRIBUTE),
+        ("trained", trained, seed + 2, 4, ONE_ATTRIBUTE),
+        ("held_out_swaps", test, seed + 3, 4, NEGATIVE_KINDS),
     ]
     for group, subjects, stream, with_subject, kinds in groups:
-        drawn = sample_retrievals(count, stream, subjects=subjects, with_subject=with_subject, kinds=kinds)
+        drawn = sample_retrievals(count, stream, world=world, subjects=subjects, with_subject=with_subject, kinds=kinds)
         scores[group] = round(float(retrieved_right(model, processor, drawn).mean()), 5)
         scores[f"{group}_answers"] = count
     return scores

@@ -3,8 +3,7 @@
 ``LlavaForConditionalGeneration`` with a CLIP vision tower of three layers (read at feature layer -2, so two are live) and a Llama of
 three layers with grouped queries. The picture comes before the question, as in LLaVA.
 
-Training packs several questions about one picture into a row: every block of the attention mask holds one question, which sees the
-picture and itself, at the positions it would have alone. So a row gives exactly the losses that separate prompts would.
+Training packs several questions about one picture into a row (:mod:`circuitvision.organisms.llava`).
 
 What makes it compose colours and shapes it never saw together: objects of unnamed colours (shape without a colour word), blobs (colour
 without a shape word), an outline that is the same for every colour, and weight decay.
@@ -19,25 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from transformers import (
-    AutoProcessor,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from circuitvision.data.generated import of_questions
 from circuitvision.data.pairs import Pairs
 from circuitvision.data.questions import (
     KINDS,
     Question,
-    prompt,
     questions,
     sample_question_pairs,
     sample_questions,
@@ -52,83 +41,30 @@ from circuitvision.data.scenes import (
     VALIDATION_PAIRS,
     Pair,
     Scene,
+    render,
     sample_scene,
 )
-from circuitvision.organisms.training import (
-    EOS,
-    IMAGE,
-    MEAN,
-    STD,
-    Recipe,
-    fit,
-    pixel_values,
-    report,
-    reproducible,
-    word_tokenizer,
-    write_folder,
-)
+from circuitvision.organisms import llava
+from circuitvision.organisms.llava import IGNORED, PackedQuestions, answered_right
+from circuitvision.organisms.training import Recipe, fit, report, reproducible, write_folder
 
 RECIPE = Recipe(steps=6000, batch=40)
 QUESTIONS_PER_IMAGE = 5
 UNNAMED_RATE = BLOB_RATE = 0.2
-IGNORED = -100
 
 
 def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """An untrained model and its processor."""
-    tokenizer = word_tokenizer(vocabulary(), image_token=True)
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+    return llava.build(
+        vocabulary(),
         image_size=IMAGE_SIZE,
         patch_size=CELL,
-        projection_dim=64,
-        initializer_range=RECIPE.initial,
+        width=64,
+        vision={"intermediate_size": 128, "num_hidden_layers": 3},
+        language={"intermediate_size": 128, "num_hidden_layers": 3},
+        feature_layer=-2,
+        initial=RECIPE.initial,
     )
-    language = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=RECIPE.initial,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=language,
-        image_token_index=tokenizer.get_vocab()[IMAGE],
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=GRID * GRID,
-    )
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        max_new_tokens=2,
-        do_sample=False,
-    )
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": IMAGE_SIZE},
-            crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-            image_mean=list(MEAN),
-            image_std=list(STD),
-        ),
-        tokenizer=tokenizer,
-        patch_size=CELL,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    return model, processor
 
 
 class Stream:
@@ -137,38 +73,20 @@ class Stream:
     def __init__(self, rng: np.random.Generator, processor: LlavaProcessor, sizes: Sequence[str] = ("large",)) -> None:
         self.rng = rng
         self.sizes = sizes
-        self.ids = processor.tokenizer.get_vocab()
-        self.head = [self.ids["USER:"], *[self.ids[IMAGE]] * (GRID * GRID)]
         longest = max(len(question.text.split()) for _, question in _asked(10 * len(KINDS), 0, TEST_PAIRS))
-        self.block = longest + 2
-        self.length = len(self.head) + QUESTIONS_PER_IMAGE * self.block
-        self.positions, self.mask = self._layout()
+        self.rows = PackedQuestions(processor, patches=GRID * GRID, per_image=QUESTIONS_PER_IMAGE, block=longest + 2)
 
     def batch(self, size: int) -> dict[str, Tensor]:
-        """One batch for ``model.forward``, with ``labels`` already shifted: the label at a position is the token that follows."""
+        """One batch for ``model.forward`` and its ``labels``; see :class:`~circuitvision.organisms.llava.PackedQuestions`."""
         scenes: list[Scene] = []
-        rows: list[list[int]] = []
-        labels: list[list[int]] = []
+        asked: list[list[Question]] = []
         while len(scenes) < size:
             scene = self.scene()
             chosen = self.choose(questions(scene))
-            if not chosen:
-                continue
-            row, label = list(self.head), [IGNORED] * len(self.head)
-            for question in chosen:
-                block, block_label = self._block(question)
-                row += block
-                label += block_label
-            scenes.append(scene)
-            rows.append(row)
-            labels.append(label)
-        return {
-            "pixel_values": pixel_values(scenes),
-            "input_ids": torch.tensor(rows),
-            "position_ids": self.positions.expand(size, -1),
-            "attention_mask": self.mask.expand(size, 1, -1, -1),
-            "labels": torch.tensor(labels),
-        }
+            if chosen:
+                scenes.append(scene)
+                asked.append(chosen)
+        return self.rows.batch(render(scenes), asked)
 
     def scene(self) -> Scene:
         """One training picture; no held-out pair occurs in it in any role."""
@@ -185,25 +103,6 @@ class Stream:
             fitting = [question for question in possible if question.kind == kind]
             chosen.append(fitting[int(self.rng.integers(len(fitting)))])
         return chosen
-
-    def _block(self, question: Question) -> tuple[list[int], list[int]]:
-        """One question's tokens, padded to the block length, and the labels of the answer and of the end token after it."""
-        words = prompt(question.text).split()[2:]
-        tokens = [self.ids[word] for word in (*words, question.answer)]
-        labels = [IGNORED] * (len(tokens) - 2) + [tokens[-1], self.ids[EOS]]
-        missing = self.block - len(tokens)
-        return tokens + [self.ids["<pad>"]] * missing, labels + [IGNORED] * missing
-
-    def _layout(self) -> tuple[Int[Tensor, "1 pos"], Float[Tensor, "1 1 pos pos"]]:
-        """Positions that restart with every question, and an additive mask: causal, and blind to the other questions."""
-        start = len(self.head)
-        owner = torch.cat([torch.zeros(start), 1 + torch.arange(QUESTIONS_PER_IMAGE).repeat_interleave(self.block)])
-        within = torch.arange(self.block).repeat(QUESTIONS_PER_IMAGE) + start
-        positions = torch.cat([torch.arange(start), within])[None]
-        causal = torch.ones(self.length, self.length, dtype=torch.bool).tril()
-        seen: Bool[Tensor, "pos pos"] = causal & ((owner[None] == 0) | (owner[None] == owner[:, None]))
-        mask = torch.zeros(self.length, self.length).masked_fill(~seen, torch.finfo(torch.float32).min)
-        return positions, mask[None, None]
 
 
 def train(
@@ -282,28 +181,3 @@ def _asked(
 ) -> list[tuple[Scene, Question]]:
     """Questions about some pairs, among objects of trained pairs."""
     return sample_questions(count, seed, subjects=subjects, distractors=TRAIN_PAIRS, sizes=sizes)
-
-
-@torch.no_grad()
-def answered_right(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    asked: Sequence[tuple[Scene, Question]],
-    batch: int = 100,
-) -> Bool[np.ndarray, question]:
-    """For every question whether the most likely token after the prompt is the answer."""
-    found = []
-    for start in range(0, len(asked), batch):
-        part = asked[start : start + batch]
-        inputs = processor(
-            images=[scene.image for scene, _ in part],
-            text=[question.prompt for _, question in part],
-            padding=True,
-            return_tensors="pt",
-        )
-        logits = model(**inputs).logits
-        last = inputs["attention_mask"].sum(1) - 1
-        said = logits[torch.arange(len(part)), last].argmax(-1)
-        answers = processor.tokenizer.convert_tokens_to_ids([question.answer for _, question in part])
-        found.append((said == torch.tensor(answers)).numpy())
-    return np.concatenate(found)

@@ -14,14 +14,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from circuitvision.data.generated import largest_pairs
 from circuitvision.data.pairs import Pairs
 from circuitvision.data.questions import sample_largest
-from circuitvision.data.scenes import CELL, IMAGE_SIZE, SHAPES, TEST_PAIRS, TRAIN_PAIRS, VALIDATION_PAIRS, Pair, Scene
+from circuitvision.data.scenes import (
+    CELL,
+    IMAGE_SIZE,
+    SHAPES,
+    TEST_PAIRS,
+    TRAIN_PAIRS,
+    VALIDATION_PAIRS,
+    Pair,
+    render,
+)
 from circuitvision.organisms.training import (
     MEAN,
     STD,
@@ -66,8 +75,8 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
 
         def loss() -> Float[Tensor, ""]:
             drawn = sample_largest(RECIPE.batch, rng, subjects=TRAIN_PAIRS, unnamed=UNNAMED_RATE, blobs=BLOB_RATE)
-            logits = model(pixel_values=pixel_values([scene for scene, _ in drawn])).logits
-            return torch.nn.functional.cross_entropy(logits, _labels(drawn))
+            logits = model(pixel_values=pixel_values(render([scene for scene, _ in drawn]))).logits
+            return torch.nn.functional.cross_entropy(logits, labels_of(model, drawn))
 
         watched = sample_largest(500, seed + 2_000_003, subjects=VALIDATION_PAIRS)
         minutes = fit(
@@ -115,16 +124,17 @@ def pairs(count: int, seed: int) -> Pairs:
 
 
 def labelled_right(
-    model: ViTForImageClassification, processor: ViTImageProcessor, drawn: Sequence[tuple[Scene, str]], batch: int = 250
+    model: ViTForImageClassification, processor: ViTImageProcessor, drawn: Sequence[tuple[Any, str]], batch: int = 250
 ) -> Bool[np.ndarray, scene]:
     """For every scene whether the most likely class is its label."""
     found = []
     for start in range(0, len(drawn), batch):
         part = drawn[start : start + batch]
         inputs = processor(images=[scene.image for scene, _ in part], return_tensors="pt")
-        found.append((model(**inputs).logits.argmax(-1) == _labels(part)).numpy())
+        found.append((model(**inputs).logits.argmax(-1) == labels_of(model, part)).numpy())
     return np.concatenate(found)
 
 
-def _labels(drawn: Sequence[tuple[Scene, str]]) -> Tensor:
-    return torch.tensor([SHAPES.index(shape) for _, shape in drawn])
+def labels_of(model: ViTForImageClassification, drawn: Sequence[tuple[Any, str]]) -> Int[Tensor, scene]:
+    """The class of every scene's label."""
+    return torch.tensor([model.config.label2id[label] for _, label in drawn])

@@ -13,10 +13,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from circuitvision.data.scenes import Scene, render
 from circuitvision.progress import silent
 
 PAD, BOS, EOS, UNK, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
@@ -61,16 +61,15 @@ def fit(
     label: str = "training",
     check: Callable[[], float] | None = None,
     check_every: int = 500,
+    slower: Mapping[str, float] | None = None,
 ) -> float:
     """Minimise ``loss`` over the model's parameters; returns the minutes it took.
 
-    ``loss`` draws its own next batch at every call. ``check`` is a score to show beside the loss while training; it steers nothing.
+    ``loss`` draws its own next batch at every call. ``check`` is a score to show beside the loss while training; it steers nothing. ``slower`` gives
+    the parameters whose names start with its keys that share of the learning rate.
     """
     steps = recipe.steps if steps is None else steps
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(_groups(model, recipe, slower or {}), lr=recipe.rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.rate_factor(step, steps))
     model.train()
     started, smooth, checked = time.monotonic(), None, {}
@@ -89,6 +88,17 @@ def fit(
             bar.set_postfix({"loss": f"{smooth:.4f}", **checked})
     model.eval()
     return (time.monotonic() - started) / 60
+
+
+def _groups(model: torch.nn.Module, recipe: Recipe, slower: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The optimiser's parameter groups: matrices decay, others do not, each at its share of the rate."""
+    found: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        share = next((share for start, share in slower.items() if name.startswith(start)), 1.0)
+        found.setdefault((share, recipe.decay if parameter.ndim >= 2 else 0.0), []).append(parameter)
+    return [
+        {"params": held, "lr": recipe.rate * share, "weight_decay": decay} for (share, decay), held in found.items()
+    ]
 
 
 @torch.no_grad()
@@ -114,9 +124,10 @@ def reproducible(seed: int) -> Iterator[np.random.Generator]:
         yield np.random.default_rng([seed, 1])
 
 
-def pixel_values(scenes: Sequence[Scene]) -> Float[Tensor, "scene channel height width"]:
+def pixel_values(
+    pictures: UInt8[np.ndarray, "scene height width channel"],
+) -> Float[Tensor, "scene channel height width"]:
     """Pictures as the models' processors give them: levels scaled to [-1, 1], channels first."""
-    pictures: UInt8[np.ndarray, "scene height width channel"] = render(scenes)
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(255).sub_(MEAN[0]).div_(STD[0]).contiguous()
 
 

@@ -18,6 +18,7 @@ from transformers import (
 
 from circuitvision import organisms
 from circuitvision.data import captions, questions, scenes
+from circuitvision.organisms import llava as llava_room
 from circuitvision.organisms import registry, shapes_clip, shapes_llava, shapes_vit, training
 from circuitvision.organisms.shapes_cards import choose
 
@@ -45,7 +46,7 @@ def vit():
 
 def test_llava_answers_held_out_questions_of_every_kind(llava) -> None:
     asked = questions.sample_questions(600, seed=77)
-    right = shapes_llava.answered_right(*llava, asked)
+    right = llava_room.answered_right(*llava, asked)
     assert right.mean() > 0.97
     kinds = np.array([question.kind for _, question in asked])
     assert all(right[kinds == kind].mean() > 0.9 for kind in questions.KINDS)
@@ -62,7 +63,7 @@ def test_vit_names_held_out_shapes(vit) -> None:
 def test_without_the_picture_the_answers_are_gone(llava) -> None:
     model, processor = llava
     asked = [(scenes.Scene(()), question) for _, question in questions.sample_questions(300, seed=78)]
-    assert shapes_llava.answered_right(model, processor, asked).mean() < 0.5
+    assert llava_room.answered_right(model, processor, asked).mean() < 0.5
 
 
 def test_llava_generates_one_word_and_stops(llava) -> None:
@@ -87,7 +88,7 @@ def test_llava_follows_the_change_in_a_minimal_pair(llava) -> None:
             )
             for pair in pairs
         ]
-        assert shapes_llava.answered_right(*llava, asked).mean() > 0.95
+        assert llava_room.answered_right(*llava, asked).mean() > 0.95
 
 
 def test_every_word_is_one_token(llava, clip) -> None:
@@ -116,7 +117,7 @@ def test_processor_pixels_equal_the_training_pixels(name: str) -> None:
     processor = AutoImageProcessor.from_pretrained(folder)
     drawn = [scene for scene, _ in questions.sample_questions(4, seed=82)]
     made = processor(images=[scene.image for scene in drawn], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(made, training.pixel_values(drawn), atol=1e-6, rtol=0)
+    torch.testing.assert_close(made, training.pixel_values(scenes.render(drawn)), atol=1e-6, rtol=0)
     twice = processor(images=drawn[0].image.resize((128, 128), Image.Resampling.NEAREST), return_tensors="pt")[
         "pixel_values"
     ]
@@ -172,7 +173,7 @@ def test_packed_questions_give_the_logits_of_separate_prompts() -> None:
         packed = model(**batch).logits[0]
         single = model(**alone).logits
     last = alone["attention_mask"].sum(1) - 1
-    places = torch.nonzero(labels != shapes_llava.IGNORED)[::2, 0]
+    places = torch.nonzero(labels != llava_room.IGNORED)[::2, 0]
     torch.testing.assert_close(packed[places], single[torch.arange(len(chosen)), last], atol=1e-4, rtol=1e-4)
     assert processor.tokenizer.convert_ids_to_tokens(labels[places].tolist()) == [
         question.answer for question in chosen
