@@ -79,7 +79,9 @@ def _ranks(graph: nx.MultiDiGraph, nodes: Mapping[str, Any]) -> dict[str, float]
     ranks = {}
     for name, data in nodes.items():
         before = [
-            order[nodes[one]["tower"]] for one in graph.predecessors(name) if nodes.get(one, data)["tower"] in order
+            order[nodes[one]["tower"]]
+            for one in graph.predecessors(name)
+            if one in nodes and nodes[one]["tower"] in order
         ]
         connector = max(before, default=0.0) + 0.5
         ranks[name] = math.inf if data["kind"] in ("logit", "action") else order.get(data["tower"], connector)

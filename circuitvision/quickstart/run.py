@@ -148,7 +148,7 @@ def _graph(importance: HeadImportance, case: Case) -> Any:
     """The graph, with answer and foil by name on its last node."""
     graph = importance.to_networkx()
     for _, data in graph.nodes(data=True):
-        if data["kind"] in ("logit", "action"):
+        if data["kind"] == "logit":
             data["label"] = f"logit_diff({' - '.join(case.names)})"
     return graph
 
