@@ -68,7 +68,8 @@ def fit(
     require no gradient stay as they are.
     """
     steps = recipe.steps if steps is None else steps
-    optimizer = torch.optim.AdamW(_groups(model, recipe), lr=recipe.rate, betas=(0.9, 0.98))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(_groups(trained, recipe), lr=recipe.rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.rate_factor(step, steps))
     model.train()
     started, smooth, checked = time.monotonic(), None, {}
@@ -77,7 +78,7 @@ def fit(
         value = loss()
         optimizer.zero_grad(set_to_none=True)
         value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
         optimizer.step()
         schedule.step()
         smooth = value.item() if smooth is None else 0.98 * smooth + 0.02 * value.item()
@@ -89,9 +90,8 @@ def fit(
     return (time.monotonic() - started) / 60
 
 
-def _groups(model: torch.nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+def _groups(trained: Sequence[torch.nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
     """The optimiser's parameter groups: matrices decay, others do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim >= 2]
     others = [parameter for parameter in trained if parameter.ndim < 2]
     return [{"params": matrices, "weight_decay": recipe.decay}, {"params": others, "weight_decay": 0.0}]
