@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -78,17 +78,15 @@ def paired(model: Any, count: int, seed: int) -> dict[str, Asked]:
     for number, kind in enumerate(KINDS):
         rng, kept, drawn = stream(seed, "pairs", number), list[Pairs](), 0
         while drawn < ROUNDS * count and sum(map(len, kept)) < count:
-            part = _pairs(sample_question_pairs(count, rng, kind=kind, subjects=TRAIN_PAIRS, distractors=TRAIN_PAIRS))
+            part = of_questions(
+                sample_question_pairs(count, rng, kind=kind, subjects=TRAIN_PAIRS, distractors=TRAIN_PAIRS)
+            )
             drawn += count
             with verbosity("quiet"):
                 right = part.answered(model)
             kept += [right] if len(right) else []
         found[kind] = Asked(Pairs.concat(kept)[:count] if kept else None, drawn)
     return found
-
-
-def _pairs(drawn: Sequence[QuestionPair]) -> Pairs:
-    return of_questions(cast(Any, drawn))
 
 
 # -- numbers with intervals ----------------------------------------------------------------------------------------------------------------------
