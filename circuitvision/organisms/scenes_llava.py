@@ -67,14 +67,16 @@ from circuitvision.organisms.training import Recipe, fit, initialise, pixel_valu
 
 WIDTH = 96
 VISION = Recipe(steps=2500, batch=64, rate=3e-3)
-RECIPE = Recipe(steps=5000, batch=10, rate=2e-3, decay=1.0)
+RECIPE = Recipe(steps=5000, batch=16, rate=2e-3, decay=1.0)
+PROJECTED_SIZE = 3.0
+"""The mean length of a projected patch where the second stage starts."""
 WORD_WEIGHT = 0.5
 WORD_SHARPNESS = 10.0
 NAME_WEIGHT = 0.3
 NAME_DEPTH = 2
 """How many language layers have run where the last word of a name is asked what it knows."""
-QUESTIONS_PER_IMAGE = 16
-FIRST_STEPS = 400
+QUESTIONS_PER_IMAGE = 8
+FIRST_STEPS = 600
 """How many steps of the second stage ask for colours and shapes alone."""
 COUNT_RATE = 0.3
 """The share of pictures about which counts are asked."""
@@ -181,6 +183,15 @@ class Trained(nn.Module):
         self.model.model.multi_modal_projector(features)
         return patch_loss(self.patch_head, features, targets) + WORD_WEIGHT * self._word_loss(targets)
 
+    @torch.no_grad()
+    def rescale(self, scenes: Sequence[Scene]) -> None:
+        """Shrink what the projector makes, whose size the first stage leaves open, to PROJECTED_SIZE: large vectors would hardly turn any more."""
+        self.model.model.multi_modal_projector(self.patches(scenes))
+        assert self.projected is not None
+        share = PROJECTED_SIZE / self.projected.norm(dim=-1).mean()
+        for parameter in self.model.model.multi_modal_projector.linear_2.parameters():
+            parameter.mul_(share)
+
     def loss(self, stream: Stream) -> Float[Tensor, ""]:
         """The loss of the second stage: answers, names and words."""
         drawn, batch = stream.batch(RECIPE.batch)
@@ -223,6 +234,7 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
     watched = _asked(400, seed + 2_000_003, VALIDATION_PAIRS)
     with reproducible(seed, stage=2) as rng:
         stream = Stream(rng, processor)
+        whole.rescale(training_scenes(rng, 20))
         model.model.vision_tower.requires_grad_(False)
         minutes = fit(
             whole,
