@@ -62,16 +62,6 @@ TABLE: dict[str, Organism] = {
         "ViTForImageClassification",
         "name the shape of the one large object",
     ),
-    "scenes-clip": Organism(
-        "circuitvision.organisms.scenes_clip",
-        "CLIPModel",
-        "match a scene with the caption that names two of its objects",
-    ),
-    "scenes-llava": Organism(
-        "circuitvision.organisms.scenes_llava",
-        "LlavaForConditionalGeneration",
-        "answer questions about colour, shape, relation and number of the objects in a scene",
-    ),
     "reach-pi0": Organism(
         "circuitvision.organisms.reach_pi0",
         "PI0ForConditionalGeneration",

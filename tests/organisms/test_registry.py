@@ -14,8 +14,8 @@ from circuitvision.errors import InputError
 from circuitvision.organisms import registry
 
 
-def test_the_four_names() -> None:
-    assert organisms.names() == ["shapes-vit", "shapes-clip", "shapes-llava", "reach-pi0"]
+def test_the_names() -> None:
+    assert organisms.names() == ["shapes-vit", "shapes-clip", "shapes-llava", "scenes-vit", "reach-pi0"]
 
 
 @pytest.mark.parametrize("name", registry.TABLE)
