@@ -50,11 +50,12 @@ def build(
     language: dict[str, Any],
     feature_layer: int,
     initial: float,
+    key_heads: int = 2,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """An untrained model that reads ``words``, and its processor.
 
-    ``vision`` and ``language`` are the sizes of the towers, in the words of their configurations; both have 4 heads, the language tower 2
-    key-value heads.
+    ``vision`` and ``language`` are the sizes of the towers, in the words of their configurations; both have 4 heads, the language tower
+    ``key_heads`` key-value heads.
     """
     tokenizer = word_tokenizer(words, image_token=True)
     vision_config = CLIPVisionConfig(
@@ -70,7 +71,7 @@ def build(
         vocab_size=len(tokenizer),
         hidden_size=width,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=key_heads,
         max_position_embeddings=128,
         initializer_range=initial,
         pad_token_id=tokenizer.pad_token_id,
@@ -137,10 +138,6 @@ class PackedQuestions:
             "attention_mask": self.mask.expand(len(rows), 1, -1, -1),
             "labels": torch.tensor(labels),
         }
-
-    def place(self, number: int, word: int) -> int:
-        """The position in a row of a word of question ``number``, counted from the question's first word."""
-        return len(self.head) + number * self.block + word
 
     def _block(self, question: Asked) -> tuple[list[int], list[int]]:
         """One question's tokens, padded to the block length, and the labels of the answer and of the end token after it."""

@@ -1,13 +1,15 @@
 """scenes-llava: a small LLaVA whose vision tower has to bind shape and colour before the language tower can answer.
 
-``LlavaForConditionalGeneration`` with a CLIP vision tower of four layers, all live (feature layer -1), and a Llama of three layers with grouped
-queries. No patch of a scene (:mod:`circuitvision.data.binding`) tells colour and shape, so attention between patches must bring them together.
+``LlavaForConditionalGeneration`` with a CLIP vision tower of four layers, all live (feature layer -1), and a Llama of three layers. No patch of a
+scene (:mod:`circuitvision.data.binding`) tells colour and shape, so attention between patches must bring them together.
 
 Two stages, as LLaVA has them. First the vision tower learns what every patch of an object should know
 (:mod:`circuitvision.organisms.patch_supervision`), and the projector to turn an object's patches towards the embeddings of the words for its colour
 and shape. Then the vision tower stays as it is, and projector and language tower learn to answer questions, several in a row
-(:mod:`circuitvision.organisms.llava`): first about colour and shape alone, then of all kinds. Beside the answers, the last word of a name ("circle",
-"object") is asked after the second layer for all that the patches of the object know.
+(:mod:`circuitvision.organisms.llava`): first about colour and shape alone, then of all kinds. Beside the answers, what the projector makes of a
+patch is asked for all that the patch knows: turned towards two words alone, it would lose neighbours and numbers.
+
+What makes it compose colours and shapes it never saw together: objects of unnamed colours and shapes, and strong weight decay on all that reads.
 
 Colours and shapes repeat only in scenes about which counts alone are asked: elsewhere they would give away which object is meant.
 """
@@ -42,6 +44,7 @@ from circuitvision.data.binding import (
 from circuitvision.data.binding_questions import (
     KINDS,
     NUMBERS,
+    PLURALS,
     Question,
     count_scene,
     questions,
@@ -67,16 +70,14 @@ from circuitvision.organisms.training import Recipe, fit, initialise, pixel_valu
 
 WIDTH = 96
 VISION = Recipe(steps=2500, batch=64, rate=3e-3)
-RECIPE = Recipe(steps=5000, batch=16, rate=2e-3, decay=1.0)
+RECIPE = Recipe(steps=8000, batch=16, rate=2e-3, decay=0.5, cool_down=0.5)
 PROJECTED_SIZE = 3.0
 """The mean length of a projected patch where the second stage starts."""
 WORD_WEIGHT = 0.5
 WORD_SHARPNESS = 10.0
-NAME_WEIGHT = 0.3
-NAME_DEPTH = 2
-"""How many language layers have run where the last word of a name is asked what it knows."""
+READ_WEIGHT = 0.1
 QUESTIONS_PER_IMAGE = 8
-FIRST_STEPS = 600
+FIRST_STEPS = 500
 """How many steps of the second stage ask for colours and shapes alone."""
 COUNT_RATE = 0.3
 """The share of pictures about which counts are asked."""
@@ -96,6 +97,7 @@ def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         language={"intermediate_size": 2 * WIDTH, "num_hidden_layers": 3},
         feature_layer=-1,
         initial=RECIPE.initial,
+        key_heads=4,
     )
     initialise(model.model.vision_tower, RECIPE.initial)
     initialise(model.model.multi_modal_projector, RECIPE.initial)
@@ -116,17 +118,6 @@ class Stream:
         self.batches += 1
         drawn = [self.scene(first=self.batches <= FIRST_STEPS) for _ in range(size)]
         return drawn, self.rows.batch(binding.render([scene for scene, _ in drawn]), [asked for _, asked in drawn])
-
-    def names(self, drawn: Sequence[Asked]) -> Int[Tensor, "name place"]:
-        """Where names of single objects end, as (row, position), and a patch of the object: [row, position, patch]."""
-        return torch.tensor(
-            [
-                (row, self.rows.place(number, question.text.split().index("?") - 1), question.subject.patches[0])
-                for row, (_, asked) in enumerate(drawn)
-                for number, question in enumerate(asked)
-                if question.kind != "count" and question.subject is not None
-            ]
-        ).view(-1, 3)
 
     def scene(self, first: bool = False) -> Asked:
         """One training picture and the questions about it; no held-out pair occurs in it in any role.
@@ -159,11 +150,11 @@ class Stream:
 
 
 class Trained(nn.Module):
-    """The model and the heads that read it while it trains: of patches after the vision tower, of names in the language tower."""
+    """The model and the heads that read patches while it trains: after the vision tower, and after the projector."""
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
         super().__init__()
-        self.model, self.patch_head, self.name_head = model, PatchHead(WIDTH), PatchHead(WIDTH)
+        self.model, self.patch_head, self.read_head = model, PatchHead(WIDTH), PatchHead(WIDTH)
         ids = processor.tokenizer.get_vocab()
         self.words = [torch.tensor([ids[word] for word in names]) for names in (COLORS, SHAPES)]
         self.projected: Float[Tensor, "scene patch width"] | None = None
@@ -184,25 +175,30 @@ class Trained(nn.Module):
         return patch_loss(self.patch_head, features, targets) + WORD_WEIGHT * self._word_loss(targets)
 
     @torch.no_grad()
-    def rescale(self, scenes: Sequence[Scene]) -> None:
-        """Shrink what the projector makes, whose size the first stage leaves open, to PROJECTED_SIZE: large vectors would hardly turn any more."""
+    def start_reading(self, scenes: Sequence[Scene], plurals: Sequence[tuple[int, int]]) -> None:
+        """Make ready for the second stage.
+
+        What the projector makes shrinks to PROJECTED_SIZE: the first stage leaves its size open, and large vectors would hardly turn any more. The
+        embeddings of plurals start as those of the singulars that pictures were turned towards; ``plurals`` are pairs of their ids.
+        """
         self.model.model.multi_modal_projector(self.patches(scenes))
         assert self.projected is not None
         share = PROJECTED_SIZE / self.projected.norm(dim=-1).mean()
         for parameter in self.model.model.multi_modal_projector.linear_2.parameters():
             parameter.mul_(share)
+        embeddings: Any = self.model.get_input_embeddings()
+        for singular, plural in plurals:
+            embeddings.weight[plural] = embeddings.weight[singular]
 
     def loss(self, stream: Stream) -> Float[Tensor, ""]:
-        """The loss of the second stage: answers, names and words."""
+        """The loss of the second stage: answers, projected patches and words."""
         drawn, batch = stream.batch(RECIPE.batch)
         labels, targets = batch.pop("labels"), patch_targets([scene for scene, _ in drawn])
-        made = self.model(**batch, output_hidden_states=True)
-        answers = nn.functional.cross_entropy(made.logits[labels != IGNORED], labels[labels != IGNORED])
-        row, position, patch = stream.names(drawn).unbind(1)
-        names = patch_loss(
-            self.name_head, made.hidden_states[NAME_DEPTH][row, position][None], targets[row, patch][None], others=1.0
-        )
-        return answers + NAME_WEIGHT * names + WORD_WEIGHT * self._word_loss(targets)
+        logits = self.model(**batch).logits
+        answers = nn.functional.cross_entropy(logits[labels != IGNORED], labels[labels != IGNORED])
+        assert self.projected is not None
+        read = patch_loss(self.read_head, self.projected.view(len(drawn), PATCHES, -1), targets, others=1.0)
+        return answers + READ_WEIGHT * read + WORD_WEIGHT * self._word_loss(targets)
 
     def _word_loss(self, targets: Int[Tensor, "scene patch part"]) -> Float[Tensor, ""]:
         """How well the cosine of a projected patch with the word embeddings tells its object's colour and shape."""
@@ -234,7 +230,8 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
     watched = _asked(400, seed + 2_000_003, VALIDATION_PAIRS)
     with reproducible(seed, stage=2) as rng:
         stream = Stream(rng, processor)
-        whole.rescale(training_scenes(rng, 20))
+        ids = stream.rows.ids
+        whole.start_reading(training_scenes(rng, 20), [(ids[one], ids[many]) for one, many in PLURALS.items()])
         model.model.vision_tower.requires_grad_(False)
         minutes = fit(
             whole,
