@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
@@ -30,7 +30,7 @@ from circuitvision.organisms.patch_supervision import (
     training_scenes,
 )
 from circuitvision.organisms.shapes_clip import contrastive_loss, retrieved_right, scored
-from circuitvision.organisms.training import Recipe, fit, pixel_values, report, reproducible, write_folder
+from circuitvision.organisms.training import Recipe, finished, fit, pixel_values, reproducible
 
 WIDTH = 64
 VISION = Recipe(steps=1200, batch=64, rate=3e-3)
@@ -50,11 +50,9 @@ class Stream(shapes_clip.Stream):
 
     pairs = TRAIN_PAIRS
 
-    def drawn(self, size: int) -> tuple[list[Scene], dict[str, Tensor], Bool[Tensor, "image text"]]:
-        """Scenes, inputs for ``model.forward``, and which other texts are true of each."""
-        scenes = [binding.sample_scene(self.rng) for _ in range(size)]
-        inputs, also_true = self.texts(scenes)
-        return scenes, {**inputs, "pixel_values": pixel_values(binding.render(scenes))}, also_true
+    def scene(self) -> Scene:
+        """One training picture of three objects; no held-out pair occurs in it in any role."""
+        return binding.sample_scene(self.rng)
 
 
 def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool = True) -> dict[str, Any]:
@@ -74,7 +72,7 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
             return patch_loss(head, made.hidden_states[-1][:, -PATCHES:], patch_targets(scenes), others=0.0)
 
         def loss() -> Float[Tensor, ""]:
-            scenes, inputs, also_true = stream.drawn(RECIPE.batch)
+            scenes, inputs, also_true = stream.batch(RECIPE.batch)
             made = model(**inputs, output_hidden_states=True)
             features = made.vision_model_output.hidden_states[-1][:, -PATCHES:]
             patches = patch_loss(head, features, patch_targets(scenes), others=0.0)
@@ -93,12 +91,8 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
             label=label,
             check=lambda: float(retrieved_right(model, processor, watched).mean()),
         )
-    spent = {"minutes": round(minutes, 2), "cpu_minutes": round((time.process_time() - started) / 60, 2)}
-    write_folder(Path(out_dir), model, processor)
-    scores = {"seed": seed, **spent, **evaluate(Path(out_dir))}
-    if progress:
-        report("scenes-clip", scores)
-    return scores
+    spent = {"minutes": minutes, "cpu_minutes": (time.process_time() - started) / 60}
+    return finished("scenes-clip", seed, out_dir, spent, evaluate, (model, processor), progress)
 
 
 def evaluate(folder: Path, *, count: int = 2560, seed: int = 1_000_003) -> dict[str, Any]:

@@ -66,7 +66,7 @@ from circuitvision.organisms.patch_supervision import (
     place_positions,
     training_scenes,
 )
-from circuitvision.organisms.training import Recipe, fit, initialise, pixel_values, report, reproducible, write_folder
+from circuitvision.organisms.training import Recipe, finished, fit, initialise, pixel_values, reproducible
 
 WIDTH = 96
 VISION = Recipe(steps=2500, batch=64, rate=3e-3)
@@ -243,14 +243,11 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
             check=lambda: float(answered_right(model, processor, watched).mean()),
         )
     spent = {
-        "minutes": round(spent["minutes"] + minutes, 2),
-        "cpu_minutes": round(spent["cpu_minutes"] + (time.process_time() - started) / 60, 2),
+        "minutes": spent["minutes"] + minutes,
+        "cpu_minutes": spent["cpu_minutes"] + (time.process_time() - started) / 60,
     }
-    write_folder(Path(out_dir), model, processor)
+    scores = finished("scenes-llava", seed, out_dir, spent, evaluate, (model, processor), progress)
     first.unlink(missing_ok=True)
-    scores = {"seed": seed, **spent, **evaluate(Path(out_dir))}
-    if progress:
-        report("scenes-llava", scores)
     return scores
 
 

@@ -28,12 +28,11 @@ from circuitvision.organisms.training import (
     MEAN,
     STD,
     Recipe,
+    finished,
     fit,
     initialise,
     pixel_values,
-    report,
     reproducible,
-    write_folder,
 )
 
 WIDTH = 64
@@ -86,12 +85,8 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
             label=f"scenes-vit seed {seed}",
             check=lambda: float(labelled_right(model, processor, watched).mean()),
         )
-    spent = {"minutes": round(minutes, 2), "cpu_minutes": round((time.process_time() - started) / 60, 2)}
-    write_folder(Path(out_dir), model, processor)
-    scores = {"seed": seed, **spent, **evaluate(Path(out_dir))}
-    if progress:
-        report("scenes-vit", scores)
-    return scores
+    spent = {"minutes": minutes, "cpu_minutes": (time.process_time() - started) / 60}
+    return finished("scenes-vit", seed, out_dir, spent, evaluate, (model, processor), progress)
 
 
 def evaluate(folder: Path, *, count: int = 4096, seed: int = 1_000_003) -> dict[str, Any]:
@@ -112,5 +107,5 @@ def evaluate(folder: Path, *, count: int = 4096, seed: int = 1_000_003) -> dict[
 
 
 def pairs(count: int, seed: int) -> Pairs:
-    """Two pictures that differ in the shape of the large object, which has a held-out pair of colour and shape in the clean one; these take turns."""
+    """Two pictures that differ in the shape of the large object, which has a held-out pair of colour and shape in the clean one, drawn at random."""
     return largest_pairs(count, seed, world="binding", subjects=TEST_PAIRS, distractors=TRAIN_PAIRS)

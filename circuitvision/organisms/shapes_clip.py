@@ -40,21 +40,18 @@ from circuitvision.data.scenes import (
     TRAIN_PAIRS,
     VALIDATION_PAIRS,
     Pair,
-    Scene,
-    render,
     sample_scene,
 )
 from circuitvision.organisms.training import (
     MEAN,
     STD,
     Recipe,
+    finished,
     fit,
     initialise,
     pixel_values,
-    report,
     reproducible,
     word_tokenizer,
-    write_folder,
 )
 
 RECIPE = Recipe(steps=2500, batch=64)
@@ -105,11 +102,12 @@ class Stream:
         self.rng = rng
         self.tokenizer = processor.tokenizer
 
-    def batch(self, size: int) -> tuple[dict[str, Tensor], Bool[Tensor, "image text"]]:
-        """Inputs for ``model.forward`` (the first ``size`` texts are the true captions, in order) and which other texts are true too."""
+    def batch(self, size: int) -> tuple[list[Any], dict[str, Tensor], Bool[Tensor, "image text"]]:
+        """Scenes, inputs for ``model.forward`` (the first ``size`` texts are the true captions, in order), and which other texts are true too."""
         scenes = [self.scene() for _ in range(size)]
         inputs, also_true = self.texts(scenes)
-        return {**inputs, "pixel_values": pixel_values(render(scenes))}, also_true
+        pictures = np.stack([scene.pixels for scene in scenes])
+        return scenes, {**inputs, "pixel_values": pixel_values(pictures)}, also_true
 
     def texts(self, scenes: Sequence[Any]) -> tuple[dict[str, Tensor], Bool[Tensor, "image text"]]:
         """The true captions of scenes, in order, and wrong ones, tokenized; and which texts of the others are true of each."""
@@ -125,7 +123,7 @@ class Stream:
             also_true[row, row] = False
         return dict(self.tokenizer(texts, padding=True, return_tensors="pt")), also_true
 
-    def scene(self) -> Scene:
+    def scene(self) -> Any:
         """One training picture of two objects; no held-out pair occurs in it in any role."""
         return sample_scene(self.rng, count=2, pairs=TRAIN_PAIRS, unnamed=UNNAMED_RATE, blobs=BLOB_RATE)
 
@@ -156,7 +154,7 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
         stream = Stream(rng, processor)
 
         def loss() -> Float[Tensor, ""]:
-            inputs, also_true = stream.batch(RECIPE.batch)
+            _, inputs, also_true = stream.batch(RECIPE.batch)
             return contrastive_loss(model(**inputs).logits_per_image, also_true)
 
         watched = sample_retrievals(300, seed + 2_000_003, subjects=VALIDATION_PAIRS, with_subject=3)
@@ -169,12 +167,8 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
             label=f"shapes-clip seed {seed}",
             check=lambda: float(retrieved_right(model, processor, watched).mean()),
         )
-    spent = {"minutes": round(minutes, 2), "cpu_minutes": round((time.process_time() - started) / 60, 2)}
-    write_folder(Path(out_dir), model, processor)
-    scores = {"seed": seed, **spent, **evaluate(Path(out_dir))}
-    if progress:
-        report("shapes-clip", scores)
-    return scores
+    spent = {"minutes": minutes, "cpu_minutes": (time.process_time() - started) / 60}
+    return finished("shapes-clip", seed, out_dir, spent, evaluate, (model, processor), progress)
 
 
 def evaluate(folder: Path, *, count: int = 2500, seed: int = 1_000_003) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from circuitvision.data.scenes import (
 )
 from circuitvision.organisms import llava
 from circuitvision.organisms.llava import IGNORED, PackedQuestions, answered_right
-from circuitvision.organisms.training import Recipe, fit, report, reproducible, write_folder
+from circuitvision.organisms.training import Recipe, finished, fit, reproducible
 
 RECIPE = Recipe(steps=6000, batch=40)
 QUESTIONS_PER_IMAGE = 5
@@ -130,12 +130,10 @@ def train(
             label=f"shapes-llava seed {seed}",
             check=lambda: float(answered_right(model, processor, watched).mean()),
         )
-    spent = {"minutes": round(minutes, 2), "cpu_minutes": round((time.process_time() - started) / 60, 2)}
-    write_folder(Path(out_dir), model, processor)
-    scores = {"seed": seed, **spent, **evaluate(Path(out_dir), sizes=sizes)}
-    if progress:
-        report("shapes-llava", scores)
-    return scores
+    spent = {"minutes": minutes, "cpu_minutes": (time.process_time() - started) / 60}
+    return finished(
+        "shapes-llava", seed, out_dir, spent, lambda folder: evaluate(folder, sizes=sizes), (model, processor), progress
+    )
 
 
 def evaluate(

@@ -35,12 +35,11 @@ from circuitvision.organisms.training import (
     MEAN,
     STD,
     Recipe,
+    finished,
     fit,
     initialise,
     pixel_values,
-    report,
     reproducible,
-    write_folder,
 )
 
 RECIPE = Recipe(steps=600, batch=64)
@@ -88,12 +87,8 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
             label=f"shapes-vit seed {seed}",
             check=lambda: float(labelled_right(model, processor, watched).mean()),
         )
-    spent = {"minutes": round(minutes, 2), "cpu_minutes": round((time.process_time() - started) / 60, 2)}
-    write_folder(Path(out_dir), model, processor)
-    scores = {"seed": seed, **spent, **evaluate(Path(out_dir))}
-    if progress:
-        report("shapes-vit", scores)
-    return scores
+    spent = {"minutes": minutes, "cpu_minutes": (time.process_time() - started) / 60}
+    return finished("shapes-vit", seed, out_dir, spent, evaluate, (model, processor), progress)
 
 
 def evaluate(folder: Path, *, count: int = 4000, seed: int = 1_000_003) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,3 +188,21 @@ def report(name: str, scores: dict[str, object]) -> None:
     for key, value in scores.items():
         shown = f"{value:.4f}" if isinstance(value, float) else value
         print(f"  {key}: {shown}", file=sys.stderr)
+
+
+def finished(
+    name: str,
+    seed: int,
+    out_dir: Path,
+    spent: Mapping[str, float],
+    evaluate: Callable[[Path], dict[str, Any]],
+    parts: Sequence[object],
+    progress: bool,
+) -> dict[str, Any]:
+    """Write a trained organism, score what was written, print the scores if asked for, and return them with the minutes ``spent``."""
+    write_folder(Path(out_dir), *parts)
+    minutes = {key: round(value, 2) for key, value in spent.items()}
+    scores: dict[str, Any] = {"seed": seed, **minutes, **evaluate(Path(out_dir))}
+    if progress:
+        report(name, scores)
+    return scores

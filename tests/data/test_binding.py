@@ -243,3 +243,16 @@ def test_subjects_may_share_a_color_where_scenes_need_not_be_distinct() -> None:
     scene = binding.sample_scene(0, subjects=[("red", "circle"), ("red", "cup")], distinct=False)
     assert len(scene.find(color="red")) >= 2
     assert scenes.COLORS is binding.COLORS
+
+
+def test_what_has_no_name_cannot_be_taken_for_what_has_one() -> None:
+    rng = np.random.default_rng(11)
+    known = [*binding.COLORS.values(), (128, 128, 128), (0, 0, 0)]
+    named = [(upper, upper, lower, lower) for upper, lower in binding.HALVES.values()]
+    for seed in range(300):
+        thing = binding.unname(binding.sample_scene(seed, count=1).objects[0], rng)
+        seen = [number for number, quarter in enumerate(binding.QUARTERS) if quarter != thing.quarter]
+        assert not any(all(thing.kinds[number] == kinds[number] for number in seen) for kinds in named)
+        assert min(np.hypot.reduce(np.subtract(thing.fill, other)) for other in known) > 60
+        again = binding.minimal_pair(binding.Scene((thing,)), rng, attribute="color")
+        assert (again.after.paint, again.after.outline) == (None, thing.outline)

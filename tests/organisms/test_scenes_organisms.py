@@ -100,7 +100,8 @@ def test_no_training_stream_shows_or_names_a_held_out_pair(untrained) -> None:
     for scene in patch_supervision.training_scenes(np.random.default_rng(6), 200):
         assert not scene.pairs & HELD_OUT
     names = {f"{color} {shape}" for color, shape in HELD_OUT}
-    inputs = other.drawn(64)[1]
+    scenes, inputs, _ = other.batch(64)
+    assert all(isinstance(scene, binding.Scene) and not scene.pairs & HELD_OUT for scene in scenes)
     texts = other.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
     assert not [text for text in texts if any(name in text for name in names)]
 

@@ -189,7 +189,7 @@ def test_no_training_stream_shows_or_names_a_held_out_pair() -> None:
         assert not stream.scene().pairs & HELD_OUT
         assert not other.scene().pairs & HELD_OUT
     for _ in range(4):
-        inputs, _ = other.batch(32)
+        _, inputs, _ = other.batch(32)
         texts = other.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
         assert len(texts) > 64
         assert not [text for text in texts if any(name in text for name in names)]
@@ -207,7 +207,7 @@ def test_clip_stream_marks_true_captions_of_other_pictures() -> None:
     stream = shapes_clip.Stream(np.random.default_rng(6), shapes_clip.build()[1])
     scene = stream.scene()
     stream.scene = lambda: scene  # type: ignore[method-assign]
-    _, also_true = stream.batch(4)
+    _, _, also_true = stream.batch(4)
     off_diagonal = ~torch.eye(4, dtype=torch.bool)
     assert also_true[:, :4][off_diagonal].all()
     assert not also_true[:, :4].diagonal().any()
