@@ -274,6 +274,15 @@ def test_an_organisms_own_pairs_are_about_compositions_that_it_never_saw(name):
     assert {thing.pair for record in pairs.records for thing in record.clean.objects} >= set(TEST_PAIRS)
 
 
+@pytest.mark.parametrize("case", [{}, {"clean": "a.png", "corrupt": "b.png"}])
+def test_a_misspelt_organism_is_told_its_name(case, tmp_path):
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (64, 64), color).save(tmp_path / name)
+    given = {key: tmp_path / name for key, name in case.items()}
+    with pytest.raises(InputError, match="is scenes-vit meant"):
+        quickstart("scenes-vitt", **given, out=tmp_path / "out")
+
+
 def test_an_organism_without_pairs_says_so():
     with pytest.raises(InputError, match=r"reach-pi0 .*shapes-vit"):
         cv.organisms.pairs("reach-pi0", 2)

@@ -102,13 +102,20 @@ def load_model(model: str | Path | Any, **options: Any) -> Any:
 
     if not isinstance(model, str | Path):
         return model
-    name, known = str(model), organisms.names()
-    if name in known:
-        return organisms.load(name, **options)
-    meant = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    if meant and not Path(name).exists():
-        raise InputError(f"{name} is neither a folder nor a model that comes with circuitvision; is {meant[0]} meant?")
+    _refuse_misspelt(model)
+    if str(model) in organisms.names():
+        return organisms.load(str(model), **options)
     return HookedModel.from_pretrained(model, **options)
+
+
+def _refuse_misspelt(model: str | Path) -> None:
+    """Raise InputError for what is nearly the name of an organism."""
+    from circuitvision import organisms
+
+    name, known = str(model), organisms.names()
+    meant = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if meant and name not in known and not Path(name).exists():
+        raise InputError(f"{name} is neither a folder nor a model that comes with circuitvision; is {meant[0]} meant?")
 
 
 def _own_pairs(model: str | Path | Any, count: int, seed: int) -> Pairs:
@@ -121,8 +128,10 @@ def _check_own_pairs(model: str | Path | Any) -> None:
     """Raise InputError, before anything is loaded, where there is no case and a model cannot draw one."""
     from circuitvision.organisms import registry
 
-    if isinstance(model, str | Path) and str(model) in registry.TABLE:
-        return
+    if isinstance(model, str | Path):
+        _refuse_misspelt(model)
+        if str(model) in registry.TABLE:
+            return
     own = ", ".join(filter(registry.has_pairs, registry.TABLE))
     raise InputError(
         f"Only organisms draw pairs of their own ({own}); for another model give a case: {', '.join(PARTS)} (a classifier needs the two images "
