@@ -82,6 +82,15 @@ def test_equal_runs_have_no_circuit():
         head_importance(ToyModel(VISION, LANGUAGE), metric=METRIC, clean=CLEAN, corrupt=CLEAN)
 
 
+def test_a_difference_that_is_noise_over_the_examples_gives_no_graph():
+    picture = torch.tensor([1.0, -1.1, 0.9, -1.0], dtype=torch.float64)
+    noise = {"clean": {"picture": picture}, "corrupt": {"picture": -picture}}
+    with pytest.warns(UserWarning, match="differ"):
+        result = head_importance(ToyModel(VISION, LANGUAGE), metric=METRIC, **noise)
+    with pytest.raises(InputError, match="4 examples"):
+        result.to_networkx()
+
+
 def pairs(seed: int = 0, count: int = 40) -> Pairs:
     picture = torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).abs() + 0.5
     return Pairs(inputs={"picture": picture}, corrupt_inputs={"picture": -picture}, answers=0, foils=1)

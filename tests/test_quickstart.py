@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 import circuitvision as cv
-from circuitvision import metrics
-from circuitvision.circuits import ablation_check, head_importance, load, parse_id
+from circuitvision.circuits import ablation_check, load, parse_id
 from circuitvision.data import TEST_PAIRS, Pairs
 from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.organisms import registry
-from circuitvision.quickstart import changed_box, leading_heads, quickstart
+from circuitvision.quickstart import changed_box, quickstart
 from circuitvision.quickstart.cases import CAPTIONS, CLASSES, WORDS, Case, given_pair
+from circuitvision.quickstart.run import FIND_PAIRS
 from tests.zoo import case, shared_model
 
 QUESTION = {"prompt": "<image> what color is the circle ?", "answer": "red", "foil": "blue"}
@@ -246,19 +246,9 @@ def test_the_shipped_classifier_and_dual_encoder_explain_pairs_of_their_own(name
     page = (tmp_path / "report.html").read_text()
     assert f"What makes {name} {'prefer' if kind is CAPTIONS else 'say'} " in page
     (label,) = [data["label"] for _, data in found.graph.nodes(data=True) if data["kind"] == "logit"]
-    assert label == "logit_diff({} - {})".format(*found.case.names)
-
-
-def test_the_heads_found_on_one_pair_are_those_found_on_many():
-    model = cv.organisms.load("shapes-llava")
-    pairs = cv.organisms.pairs("shapes-llava", 25)
-    found = [
-        leading_heads(
-            head_importance(model, metric=metrics.logit_diff(b.answers, b.foils), clean=b.inputs, corrupt=b.other)
-        )
-        for b in (next(chosen.batches(model)) for chosen in (pairs[:1], pairs[1:]))
-    ]
-    assert set(found[0]) == set(found[1])
+    assert label == "logit_diff(answer - foil)"
+    assert found.importance.n_examples == FIND_PAIRS
+    assert not set(found.importance.examples) & set(found.check.examples)
 
 
 @pytest.mark.parametrize("name", ["shapes-llava", "shapes-vit", "shapes-clip"])
@@ -302,7 +292,8 @@ def test_a_row_of_the_table_and_pairs_are_all_that_a_new_organism_needs(folder_o
     monkeypatch.setitem(registry.TABLE, "new-dino", registry.Organism(module.__name__, "Dinov2", "see noise"))
     (tmp_path / "new-dino").symlink_to(folder_of(case("dinov2")))
     monkeypatch.setattr(registry, "assets_root", lambda: tmp_path)
-    monkeypatch.setattr(sys.modules["circuitvision.quickstart.run"], "CHECK_PAIRS", 5)
+    for name, count in (("FIND_PAIRS", 1), ("CHECK_PAIRS", 5)):
+        monkeypatch.setattr(sys.modules["circuitvision.quickstart.run"], name, count)
     monkeypatch.setattr(
         sys.modules["circuitvision.quickstart.run"], "leading_heads", lambda importance: importance.selected[:1]
     )

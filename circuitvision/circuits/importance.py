@@ -201,7 +201,15 @@ class HeadImportance(Result):
 
         ``score`` is in units of the metric, ``influence`` of a node its share. Heads that were not selected are in
         it without edges, with ``in_circuit`` false.
+
+        Raises:
+            InputError: the runs do not differ in the metric over these examples, so that nothing has a share.
         """
+        if bool(self.shares[torch.isfinite(self.effects)].isnan().any()):
+            raise InputError(
+                f"Over {self.n_examples} examples the metric does not differ between the two runs by more than two standard errors, so nothing has a "
+                "share of the difference: take pairs that the model tells apart (pairs.answered(model)), or more of them."
+            )
         origin = self.provenance
         graph = schema.new_graph(
             "head_importance",

@@ -70,7 +70,7 @@ from circuitvision.organisms.training import Recipe, finished, fit, initialise, 
 
 WIDTH = 96
 VISION = Recipe(steps=2500, batch=64, rate=3e-3)
-RECIPE = Recipe(steps=8000, batch=16, rate=2e-3, decay=0.5, cool_down=0.5)
+RECIPE = Recipe(steps=10000, batch=16, rate=2e-3, decay=0.5, cool_down=0.5)
 PROJECTED_SIZE = 3.0
 """The mean length of a projected patch where the second stage starts."""
 WORD_WEIGHT = 0.5

@@ -40,9 +40,12 @@ def write(found: Quickstart, folder: str | Path) -> list[Path]:
     circuit = graph_figures.circuit(
         found.graph, None if findings["heads"].holds else f"Effects on {asked} and their ways"
     )
+    count = found.importance.n_examples
+    over = "" if count == 1 else f" Means over {count} pairs, of which the first is shown."
+    texts = {name: text + over for name, text in _TEXTS.items()}
     sections = [
-        reports.Section("What every head does on its own", _TEXTS["heads"], heads),
-        reports.Section("Which way the effects go", _TEXTS["circuit"], circuit),
+        reports.Section("What every head does on its own", texts["heads"], heads),
+        reports.Section("Which way the effects go", texts["circuit"], circuit),
         reports.Section(f"Where {asked} are told apart", _lens_text(found), lens),
     ]
     if found.check is not None:
@@ -67,7 +70,7 @@ def write(found: Quickstart, folder: str | Path) -> list[Path]:
     return [
         export(found.graph, folder / "circuit.graphml"),
         export(found.graph, folder / "circuit.json"),
-        style.write_figures(folder / "heads.html", title, [heads], _TEXTS["heads"]),
+        style.write_figures(folder / "heads.html", title, [heads], texts["heads"]),
         style.write_figures(folder / "lens.html", title, [lens], _lens_text(found)),
         reports.write(page, folder / "report.html"),
     ]

@@ -26,7 +26,10 @@ from circuitvision.readout import logit_lens
 from circuitvision.readout.lens.result import LensResult
 
 DEFAULT_OUT = "circuitvision-quickstart"
+FIND_PAIRS = 32
+"""On how many of an organism's own pairs the heads are found; the first of them is the case."""
 CHECK_PAIRS = 200
+"""On how many others they are checked."""
 
 
 def quickstart(
@@ -44,7 +47,8 @@ def quickstart(
 ) -> Quickstart:
     """Find the heads that carry an answer from the image to the output, and write the files that show it.
 
-    Without a case an organism draws pairs of its own: the first is explained, the others check the heads that were found.
+    Without a case an organism draws pairs of its own: the effects of heads are means over :data:`FIND_PAIRS`, of which the first is shown, and
+    :data:`CHECK_PAIRS` others check the heads that were found.
 
     Args:
         model: name of an organism, name or folder of a checkpoint, or a wrapped model.
@@ -74,20 +78,19 @@ def quickstart(
         _check_own_pairs(model)
     hooked = load_model(model, **options)
     kind_of(hooked)
-    pairs = _own_pairs(model, 1 + CHECK_PAIRS, seed) if given is None else given_pair(hooked, given)
+    pairs = _own_pairs(model, FIND_PAIRS + CHECK_PAIRS, seed) if given is None else given_pair(hooked, given)
     case, batch = case_of(hooked, pairs), next(iter(pairs[:1].batches(hooked)))
     assert batch.other is not None
     runs, ids = {"clean": batch.inputs, "corrupt": batch.other}, _ids(batch)
-    metric = metrics.logit_diff(*_said(pairs))
     importance = head_importance(
-        hooked, metric=metric, clean=batch.inputs, corrupt=batch.other, top_k=top_k, towers=reached_towers(hooked)
+        hooked, pairs[:FIND_PAIRS], metrics.logit_diff(), top_k=top_k, towers=reached_towers(hooked)
     )
     found = Quickstart(
         case,
         importance,
         _graph(importance, case),
         {name: _lenses(hooked, inputs, case, ids) for name, inputs in runs.items()},
-        _check(hooked, pairs[1:], importance, seed) if given is None else None,
+        _check(hooked, pairs[FIND_PAIRS:], importance, seed) if given is None else None,
         {name: _read(hooked, inputs, case, ids) for name, inputs in runs.items()},
         _read_through(hooked),
     )
@@ -146,19 +149,13 @@ def _ids(batch: Batch) -> tuple[int, int]:
     return int(batch.answers[0]), int(batch.foils[0])
 
 
-def _said(pairs: Pairs) -> tuple[Any, Any]:
-    """Answer and foil of the first pair, as they were given."""
-    assert pairs.answers is not None
-    assert pairs.foils is not None
-    return pairs.answers[0], pairs.foils[0]
-
-
 def _graph(importance: HeadImportance, case: Case) -> Any:
-    """The graph, with answer and foil by name on its last node."""
+    """The graph, with answer and foil of a single pair by name on its last node."""
     graph = importance.to_networkx()
+    names = case.names if importance.n_examples == 1 else ("answer", "foil")
     for _, data in graph.nodes(data=True):
         if data["kind"] == "logit":
-            data["label"] = f"logit_diff({' - '.join(case.names)})"
+            data["label"] = f"logit_diff({' - '.join(names)})"
     return graph
 
 
