@@ -174,7 +174,7 @@ def carries(check: AblationCheck) -> Finding:
         spared = (
             "the answer survives in most pairs"
             if lost < 0.5 * check.intact
-            else "some random heads cost half as much or more"
+            else "random heads cost half as much or more, on average, or some as much"
         )
         reason = "" if check.carries_the_answer else spared
     return Finding(

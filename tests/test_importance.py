@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from circuitvision.circuits import HeadImportance, ablation_check, export, head_importance, live_heads, load
+from circuitvision.circuits import (
+    AblationCheck,
+    HeadImportance,
+    ablation_check,
+    export,
+    head_importance,
+    live_heads,
+    load,
+)
 from circuitvision.data import Pairs
 from circuitvision.errors import InputError
 from circuitvision.metrics import logit_diff
@@ -120,6 +128,25 @@ def test_the_verdict_needs_a_destroyed_answer_and_harmless_random_sets():
     assert (check.ablated, check.carries_the_answer) == (0.0, True)
     assert "mean-ablated together in 0%" in check.summary()
     assert not ablation_check(toy, pairs(), ["v.a1.h0"], n_random=8).carries_the_answer
+
+
+@pytest.mark.parametrize(
+    ("ablated", "random", "carries"),
+    [
+        (0.0, [1.0] * 10, True),
+        (0.0, [0.1] + [1.0] * 9, True),  # one draw holds a head that every answer needs
+        (0.0, [0.0] + [1.0] * 9, False),  # one draw costs as much
+        (0.0, [0.45] * 10, False),  # any draw costs about half as much
+        (0.6, [1.0] * 10, False),
+        (0.0, [], True),
+    ],
+)
+def test_a_set_carries_the_answer_if_it_costs_more_than_any_other_and_twice_the_usual(ablated, random, carries):
+    shares = torch.tensor([1.0, ablated, *random], dtype=torch.float64)
+    right = (torch.arange(20)[None] < 20 * shares[:, None]).double()
+    conditions = ["intact", "heads", *(f"random {number}" for number in range(len(random)))]
+    check = AblationCheck(values=right, axes={"condition": conditions, "example": list(range(20))}, provenance={})
+    assert check.carries_the_answer is carries
 
 
 def test_means_come_from_the_reference():
