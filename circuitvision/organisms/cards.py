@@ -70,6 +70,20 @@ DETAILS: dict[str, dict[str, str]] = {
     },
 }
 
+AIMS: dict[str, dict[str, float]] = {
+    "scenes-vit": {"held_out": 0.98, "trained": 0.98},
+    "scenes-clip": {"held_out": 0.98, "trained": 0.98},
+    "scenes-llava": {
+        **{f"{group}_{kind}": 0.98 for group in ("trained", "held_out") for kind in ("color", "shape")},
+        **{
+            f"{group}_{kind}": aim
+            for group, aim in (("trained", 0.95), ("held_out", 0.9))
+            for kind in ("relation", "count")
+        },
+    },
+}
+"""The scores that a model was made to reach; its card says which of them it does not."""
+
 
 def choose(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The smallest seed whose validation score reaches the target; where none does, the best of them."""
@@ -145,6 +159,7 @@ def make_readme(card: dict[str, Any]) -> str:
             for group, told in parts.items()
             if told
         ],
+        *_short_of(card["name"], shipped),
         f"The shipped seed was chosen by {card['chosen_by']}.",
         f"Minutes are wall-clock time on {card['trained_on']}; CPU minutes are what the run itself used.",
         "",
@@ -170,6 +185,20 @@ def _parts(scores: dict[str, Any], group: str) -> list[str]:
         for key, value in scores.items()
         if key.startswith(start) and not key.endswith("answers")
     ]
+
+
+def _short_of(name: str, scores: dict[str, Any]) -> list[str]:
+    """Which of its aims a model misses, as a paragraph; none where it was made without any."""
+    aims = AIMS.get(name, {})
+    missed = [f"{_spoken(key)} {scores[key]:.2%} ({aim:.0%})" for key, aim in aims.items() if scores[key] < aim]
+    if not aims:
+        return []
+    return [f"**Falls short of its aims:** {', '.join(missed)}." if missed else "It meets all of its aims.", ""]
+
+
+def _spoken(key: str) -> str:
+    group, _, part = key.replace("held_out", "held out").partition("_")
+    return f"{part}, {group}" if part else group
 
 
 def ship(

@@ -50,12 +50,11 @@ def build(
     language: dict[str, Any],
     feature_layer: int,
     initial: float,
-    key_heads: int = 2,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """An untrained model that reads ``words``, and its processor.
 
-    ``vision`` and ``language`` are the sizes of the towers, in the words of their configurations; both have 4 heads, the language tower
-    ``key_heads`` key-value heads.
+    ``vision`` and ``language`` are the sizes of the towers, in the words of their configurations; both have 4 heads where nothing else is said, the
+    language tower 2 key-value heads.
     """
     tokenizer = word_tokenizer(words, image_token=True)
     vision_config = CLIPVisionConfig(
@@ -70,14 +69,12 @@ def build(
     text_config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        num_attention_heads=4,
-        num_key_value_heads=key_heads,
         max_position_embeddings=128,
         initializer_range=initial,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **language,
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, **language},
     )
     config = LlavaConfig(
         vision_config=vision_config,

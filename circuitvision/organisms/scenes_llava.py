@@ -70,7 +70,11 @@ from circuitvision.organisms.training import Recipe, finished, fit, initialise, 
 
 WIDTH = 96
 VISION = Recipe(steps=2500, batch=64, rate=3e-3)
-RECIPE = Recipe(steps=10000, batch=16, rate=2e-3, decay=0.5, cool_down=0.5)
+RECIPE = Recipe(steps=8000, batch=16, rate=2e-3, decay=0.5, cool_down=0.5)
+READING = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 24}
+"""The heads of the language tower: as many as there are values to read (colour and shape of four neighbours), each wide enough for one of them. With
+four heads of this width it takes neighbours on opposite sides for one another.
+"""
 PROJECTED_SIZE = 3.0
 """The mean length of a projected patch where the second stage starts."""
 WORD_WEIGHT = 0.5
@@ -94,10 +98,9 @@ def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         patch_size=PATCH,
         width=WIDTH,
         vision={"intermediate_size": 3 * WIDTH, "num_hidden_layers": 4},
-        language={"intermediate_size": 2 * WIDTH, "num_hidden_layers": 3},
+        language={"intermediate_size": 2 * WIDTH, "num_hidden_layers": 3, **READING},
         feature_layer=-1,
         initial=RECIPE.initial,
-        key_heads=4,
     )
     initialise(model.model.vision_tower, RECIPE.initial)
     initialise(model.model.multi_modal_projector, RECIPE.initial)

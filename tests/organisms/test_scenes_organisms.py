@@ -19,6 +19,7 @@ from circuitvision.data import binding
 from circuitvision.data.binding_questions import KINDS, questions, sample_large
 from circuitvision.data.scenes import UNNAMED
 from circuitvision.organisms import (
+    cards,
     llava,
     patch_supervision,
     scenes_clip,
@@ -186,3 +187,17 @@ def test_recipes_run_and_write_whole_folders(module, tmp_path: Path, monkeypatch
     assert {"seed", "minutes", "cpu_minutes", "held_out"} <= set(scores)
     assert (tmp_path / "run" / "config.json").is_file()
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_says_which_aims_are_missed(name: str) -> None:
+    card = organisms.card(name)
+    shipped = next(run for run in card["seeds"] if run["seed"] == card["ships"])
+    missed = {key for key, aim in cards.AIMS[name].items() if shipped[key] < aim}
+    assert (organisms.path(name) / "README.md").read_text() == cards.make_readme(card)
+    assert ("Falls short" in cards.make_readme(card)) == bool(missed)
+    for key in cards.AIMS[name]:
+        run = {**shipped, **dict.fromkeys(cards.AIMS[name], 1.0), key: 0.5}
+        (said,) = [line for line in cards.make_readme({**card, "seeds": [run]}).splitlines() if "Falls short" in line]
+        assert said.count("%") == 2
+        assert all(word in said for word in key.replace("held_out", "held out").split("_"))
