@@ -144,7 +144,7 @@ def test_effects_of_heads_and_groups_are_shares_of_the_difference(model) -> None
     told = heads.measure(model, {"color": asked})["kinds"]["color"]
     single = {entry["head"]: entry["value"] for entry in told["single"]}
     groups = {entry["group"]: entry for entry in told["groups"]}
-    assert len(single) == 4 * 4 + 3 * 4
+    assert len(single) == sum(tower.cfg.n_layers * tower.cfg.n_heads for tower in model.towers.values())
 
     (batch,) = asked.pairs.batches(model)
     metric = metrics.logit_diff().bind(model, batch.answers, batch.foils)

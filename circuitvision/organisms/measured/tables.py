@@ -41,6 +41,7 @@ def answers(found: Measured) -> tuple[str, str]:
             f"{start} is at most {short(MARGIN)} above the guess from the text, in every kind "
             f"(the most: {most}, {short(above[most], sign=True)})."
         )
+    sentence += f" Over all kinds together that is {short(sum(above.values()) / len(above), sign=True)}."
     rows = [[kind, *(cell(row[name]) for name in COLUMNS), str(row["intact"]["n"])] for kind, row in kinds.items()]
     return sentence, table(["questions", *COLUMNS, "n"], rows)
 
