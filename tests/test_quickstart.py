@@ -22,6 +22,7 @@ from circuitvision.quickstart.run import FIND_PAIRS
 from tests.zoo import case, shared_model
 
 QUESTION = {"prompt": "<image> what color is the circle ?", "answer": "red", "foil": "blue"}
+TOWERS = ("vision", "language")
 FILES = {"circuit.graphml", "circuit.json", "heads.html", "lens.html", "report.html"}
 
 
@@ -224,9 +225,14 @@ def test_without_arguments_the_shipped_model_gives_a_circuit_that_survives_its_c
     assert len(found.check.random_heads) == 20
     assert all(not set(draw) & set(found.check.heads) for draw in found.check.random_heads)
     assert found.check.intact > 0.95
-    assert found.check.ablated < 0.05
+    assert found.check.carries_the_answer
     assert float(found.check.random.median()) > 0.9
-    assert float(found.check.random.min()) > found.check.ablated + 0.3
+    assert {parse_id(name).tower for name in found.check.heads} == {"vision", "language"}
+    weight = {(one, other): data["score"] for one, other, data in found.graph.edges(data=True)}
+    heads = {tower: [name for name in found.importance.selected if parse_id(name).tower == tower] for tower in TOWERS}
+    assert max(weight.get((name, "x.projector"), 0.0) for name in heads["vision"]) > 2
+    assert max(weight.get(("x.projector", name), 0.0) for name in heads["language"]) > 2
+    assert max(weight.get((name, "l.logits"), 0.0) for name in heads["language"]) > 2
     assert changed_box(found.case.clean, found.case.corrupt) is not None
 
 

@@ -62,6 +62,11 @@ TABLE: dict[str, Organism] = {
         "ViTForImageClassification",
         "name the shape of the one large object",
     ),
+    "scenes-llava": Organism(
+        "circuitvision.organisms.scenes_llava",
+        "LlavaForConditionalGeneration",
+        "answer questions about colour, shape, relation and number of the objects in a scene",
+    ),
     "reach-pi0": Organism(
         "circuitvision.organisms.reach_pi0",
         "PI0ForConditionalGeneration",
@@ -69,7 +74,7 @@ TABLE: dict[str, Organism] = {
     ),
 }
 
-DEFAULT = "shapes-llava"
+DEFAULT = "scenes-llava"
 """The organism that is meant where none is named."""
 PACKAGE = Path(__file__).resolve().parent.parent
 

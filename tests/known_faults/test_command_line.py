@@ -19,6 +19,7 @@ from PIL import Image
 import circuitvision as cv
 from circuitvision import cli, metrics, progress
 from circuitvision.errors import CircuitVisionError, InputError, UnsupportedModelError
+from circuitvision.organisms.registry import DEFAULT
 from tests.zoo import CASES, shared_model
 
 
@@ -84,11 +85,11 @@ def test_mutant_the_switch_is_left_on(monkeypatch: pytest.MonkeyPatch, bars: Any
 @pytest.mark.parametrize(
     ("command", "model", "glob"),
     [
-        ([], "shapes-llava", "**"),
+        ([], DEFAULT, "**"),
         (["shapes-vit"], "shapes-vit", "**"),
         (["some/folder", "vision.**"], "some/folder", "vision.**"),
-        (["vision.**"], "shapes-llava", "vision.**"),
-        (["vision.blocks.0.attn.hook_z"], "shapes-llava", "vision.blocks.0.attn.hook_z"),
+        (["vision.**"], DEFAULT, "vision.**"),
+        (["vision.blocks.0.attn.hook_z"], DEFAULT, "vision.blocks.0.attn.hook_z"),
         (["--model", "shapes-vit"], "shapes-vit", "**"),
         (["vision.**", "--model", "shapes-vit"], "shapes-vit", "vision.**"),
     ],

@@ -15,7 +15,7 @@ from circuitvision.organisms import registry
 
 
 def test_the_names() -> None:
-    assert organisms.names() == ["shapes-vit", "shapes-clip", "shapes-llava", "scenes-vit", "reach-pi0"]
+    assert organisms.names() == ["shapes-vit", "shapes-clip", "shapes-llava", "scenes-vit", "scenes-llava", "reach-pi0"]
 
 
 @pytest.mark.parametrize("name", registry.TABLE)
@@ -30,7 +30,7 @@ def test_every_folder_is_complete_small_and_of_the_promised_class(name: str) -> 
     folder = organisms.path(name)
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == [registry.TABLE[name].model_class]
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 2_000_000
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 4_000_000
     assert organisms.card(name)
     assert (folder / "README.md").is_file()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,18 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    AutoProcessor,
 )
 
 from circuitvision import organisms
 from circuitvision.data import binding
-from circuitvision.data.binding_questions import KINDS, questions, sample_large
+from circuitvision.data.binding_questions import (
+    KINDS,
+    questions,
+    sample_large,
+    sample_question_pairs,
+    sample_questions,
+)
 from circuitvision.data.scenes import UNNAMED
 from circuitvision.organisms import (
     cards,
@@ -29,7 +37,7 @@ from circuitvision.organisms import (
     training,
 )
 
-NAMES = ("scenes-vit",)
+NAMES = ("scenes-vit", "scenes-llava")
 MODULES = (scenes_vit, scenes_clip, scenes_llava)
 HELD_OUT = {*binding.TEST_PAIRS, *binding.VALIDATION_PAIRS}
 
@@ -47,6 +55,46 @@ def test_vit_names_held_out_shapes() -> None:
     drawn = sample_large(400, 77, subjects=binding.TEST_PAIRS, distractors=binding.TRAIN_PAIRS)
     right = shapes_vit.labelled_right(model, AutoImageProcessor.from_pretrained(folder), drawn).mean()
     assert right > organisms.card("scenes-vit")["held_out"] - 0.03
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple:
+    folder = organisms.path("scenes-llava")
+    return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+
+
+def test_llava_answers_held_out_questions_of_every_kind_as_its_card_says(shipped) -> None:
+    card = organisms.card("scenes-llava")
+    run = next(run for run in card["seeds"] if run["seed"] == card["ships"])
+    asked = sample_questions(400, 77, subjects=binding.TEST_PAIRS, distractors=binding.TRAIN_PAIRS)
+    right = llava.answered_right(*shipped, asked)
+    for kind in KINDS:
+        own = right[[question.kind == kind for _, question in asked]]
+        error = (run[f"held_out_{kind}"] * (1 - run[f"held_out_{kind}"]) / len(own)) ** 0.5
+        assert own.mean() > run[f"held_out_{kind}"] - max(3 * error, 0.03), kind
+
+
+def test_llava_follows_the_change_in_a_minimal_pair_and_is_blind_without_a_picture(shipped) -> None:
+    for kind in KINDS:
+        pairs = sample_question_pairs(30, 81, kind=kind, subjects=binding.TEST_PAIRS, distractors=binding.TRAIN_PAIRS)
+        sides = [
+            [(pair.clean, pair.question) for pair in pairs],
+            [(pair.corrupt, replace(pair.question, answer=pair.foil)) for pair in pairs],
+        ]
+        both = np.logical_and(*(llava.answered_right(*shipped, side) for side in sides))
+        assert both.mean() > (0.6 if kind == "relation" else 0.85), kind
+    asked = sample_questions(200, 78, subjects=binding.TRAIN_PAIRS, distractors=binding.TRAIN_PAIRS)
+    unseen = [(binding.Scene(()), question) for _, question in asked]
+    assert llava.answered_right(*shipped, unseen).mean() < 0.4
+
+
+def test_llava_generates_one_word_and_stops(shipped) -> None:
+    model, processor = shipped
+    scene, question = sample_questions(1, 80, kinds=["color"])[0]
+    inputs = processor(images=scene.image, text=question.prompt, return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
+    assert processor.decode(out, skip_special_tokens=True) == question.answer
+    assert (out[-1], len(out)) == (processor.tokenizer.eos_token_id, 2)
 
 
 @pytest.mark.parametrize("name", NAMES)
