@@ -82,8 +82,9 @@ def _clear(entries: Sequence[tuple[str, Any]], word: str, choose: Any) -> str:
     if not entries:
         return f"No layer's heads do clearly {word} together than the sum of what they do alone."
     kind, most = choose(entries, key=lambda entry: entry[1]["interaction"]["value"])
+    places = "layer and kind" if len(entries) == 1 else "layers and kinds"
     return (
-        f"In {len(entries)} layers and kinds the heads do clearly {word} together than the sum of what they do alone "
+        f"In {len(entries)} {places} the heads do clearly {word} together than the sum of what they do alone "
         f"(the farthest: {most['group']}, {kind}, {short(most['interaction']['value'], sign=True)})."
     )
 
