@@ -131,18 +131,19 @@ def test_the_verdict_needs_a_destroyed_answer_and_harmless_random_sets():
 
 
 @pytest.mark.parametrize(
-    ("ablated", "random", "carries"),
+    ("intact", "ablated", "random", "carries"),
     [
-        (0.0, [1.0] * 10, True),
-        (0.0, [0.1] + [1.0] * 9, True),  # one draw holds a head that every answer needs
-        (0.0, [0.0] + [1.0] * 9, False),  # one draw costs as much
-        (0.0, [0.45] * 10, False),  # any draw costs about half as much
-        (0.6, [1.0] * 10, False),
-        (0.0, [], True),
+        (1.0, 0.0, [1.0] * 10, True),
+        (1.0, 0.0, [0.1] + [1.0] * 9, True),  # one draw holds a head that every answer needs
+        (1.0, 0.0, [0.0] + [1.0] * 9, False),  # one draw costs as much
+        (1.0, 0.0, [0.45] * 10, False),  # any draw costs about half as much
+        (1.0, 0.6, [1.0] * 10, False),
+        (1.0, 0.0, [], True),
+        (0.0, 0.0, [], False),  # a model that is never right
     ],
 )
-def test_a_set_carries_the_answer_if_it_costs_more_than_any_other_and_twice_the_usual(ablated, random, carries):
-    shares = torch.tensor([1.0, ablated, *random], dtype=torch.float64)
+def test_a_set_carries_the_answer_if_it_costs_more_than_any_other_and_twice_the_usual(intact, ablated, random, carries):
+    shares = torch.tensor([intact, ablated, *random], dtype=torch.float64)
     right = (torch.arange(20)[None] < 20 * shares[:, None]).double()
     conditions = ["intact", "heads", *(f"random {number}" for number in range(len(random)))]
     check = AblationCheck(values=right, axes={"condition": conditions, "example": list(range(20))}, provenance={})

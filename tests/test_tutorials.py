@@ -45,5 +45,12 @@ def test_committed_figures_carry_a_png(path: Path) -> None:
     assert all(len(data["image/png"]) < 200_000 for data in figures)
 
 
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_committed_outputs_tell_nothing_of_the_machine_they_were_made_on(path: Path) -> None:
+    outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+    assert not [output.text for output in outputs if output.get("name") == "stderr"]
+    assert "site-packages" not in path.read_text(encoding="utf-8")
+
+
 def test_there_are_notebooks() -> None:
     assert len(list(FOLDER.glob("*.ipynb"))) >= 1

@@ -91,7 +91,7 @@ class AblationCheck(Result):
         """Ablating the heads costs at least half of the right pairs; every random set costs fewer, and on average less than half as many."""
         lost, others = self.intact - self.ablated, self.intact - self.random
         beyond_others = len(others) == 0 or (float(others.max()) < lost and 2 * float(others.mean()) < lost)
-        return 2 * lost >= self.intact and beyond_others
+        return 0 < self.intact <= 2 * lost and beyond_others
 
     def summary(self) -> str:
         """One sentence with the numbers."""

@@ -60,7 +60,7 @@ def quickstart(
         foil: likewise (of a classifier, if left out, its first choice on ``corrupt``).
         out: folder for the files; made if missing.
         top_k: how many heads of each tower enter the graph.
-        seed: which pair is drawn when none is given, and the random heads of the check.
+        seed: which pairs are drawn when none is given, and the random heads of the check.
         options: dtype, device and whatever else ``HookedModel.from_pretrained`` takes.
 
     Raises:

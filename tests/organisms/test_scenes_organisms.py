@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -86,6 +87,17 @@ def test_llava_follows_the_change_in_a_minimal_pair_and_is_blind_without_a_pictu
     asked = sample_questions(200, 78, subjects=binding.TRAIN_PAIRS, distractors=binding.TRAIN_PAIRS)
     unseen = [(binding.Scene(()), question) for _, question in asked]
     assert llava.answered_right(*shipped, unseen).mean() < 0.4
+
+
+@pytest.mark.parametrize("module", [scenes_vit, scenes_llava])
+def test_what_ships_has_the_shape_that_the_recipe_builds(module) -> None:
+    with safe_open(
+        organisms.path(module.__name__.rpartition(".")[2].replace("_", "-")) / "model.safetensors", "pt"
+    ) as held:
+        there = sorted(held.get_tensor(name).numel() for name in held.keys())  # noqa: SIM118
+    assert there == sorted(
+        value.numel() for value in module.build()[0].state_dict().values() if value.is_floating_point()
+    )
 
 
 def test_llava_generates_one_word_and_stops(shipped) -> None:
