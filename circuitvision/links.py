@@ -8,8 +8,10 @@ softmax's.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from circuitvision.errors import InputError
@@ -62,3 +64,17 @@ def divergence(reference: Tensor, logits: Tensor, link: Link) -> Tensor:
         no, said_no = log_probabilities(-reference, link), log_probabilities(-logits, link)
         found = found + no.exp() * (no - said_no)
     return found.sum(-1)
+
+
+def shared_divergence(reference: Tensor, logits: Tensor, link: Link) -> Tensor:
+    """Jensen–Shannon divergence in nats over the last axis, 0 … ln 2; of yes-or-no columns the sum of theirs. InputError where there is none."""
+    found = _shared(log_probabilities(reference, link), log_probabilities(logits, link))
+    if link == "sigmoid":
+        found = found + _shared(log_probabilities(-reference, link), log_probabilities(-logits, link))
+    return found.sum(-1)
+
+
+def _shared(one: Tensor, other: Tensor) -> Tensor:
+    """The terms of the Jensen–Shannon divergence of two log-probabilities."""
+    middle = torch.logaddexp(one, other) - math.log(2)
+    return (one.exp() * (one - middle) + other.exp() * (other - middle)) / 2

@@ -88,7 +88,9 @@ class MetricSet:
     @property
     def compares(self) -> bool:
         """Whether some metric still lacks the run that it compares with."""
-        return any(isinstance(metric, metrics.KL) and metric.reference is None for metric in self.members.values())
+        return any(
+            isinstance(metric, metrics.Comparison) and metric.reference is None for metric in self.members.values()
+        )
 
     def asks(self) -> list[str]:
         """Which columns of a data set ("answers", "foils") some metric takes what it was not given from."""

@@ -40,8 +40,8 @@ from torch import Tensor
 from circuitvision import edits
 from circuitvision.circuits import schema
 from circuitvision.errors import InputError
-from circuitvision.incremental.sweeps.result import restored_error, restored_share
 from circuitvision.metric_set import MetricSet
+from circuitvision.metrics.effects import restored_error, restored_share
 from circuitvision.model.edits.base import EditGroup, by_digest
 from circuitvision.model.names import NodeName, format_id, head_id, parse_id, site_of, spelled
 from circuitvision.model.state import refuse_unwrapped

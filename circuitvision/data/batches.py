@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitvision import answers
 from circuitvision.data.sides import Example, Side
 from circuitvision.digests import of_json, of_tensor, plain
 from circuitvision.errors import InputError
@@ -372,15 +373,13 @@ def answer_ids(answer: Any, model: Any, combine: str | None) -> Any:
     Raises:
         InputError: a word of several tokens, or several answers, where ``combine`` does not say how they are read; an unknown word.
     """
-    from circuitvision import metrics
-
     if answer is None or isinstance(answer, float):
         return answer
     several = isinstance(answer, (list, tuple))
     found: list[int] = []
     for one in answer if several else [answer]:
         try:
-            found.append(int(metrics.answer_ids(one, model)))  # type: ignore[arg-type]
+            found.append(int(answers.answer_ids(one, model)))  # type: ignore[arg-type]
         except InputError:
             pieces = None if combine is None or not isinstance(one, str) else _pieces(model, one)
             if not pieces:

@@ -11,8 +11,9 @@ and over examples
 they do not add up where pieces back each other up. They are a ratio of means and not a mean of ratios, which single examples with a small difference
 would decide; where the two runs do not differ (within two standard errors) there is no share: NaN, with a warning.
 
-Every cell is one ``edits.replace``, and all cells are one ``model.sweep``: only what a cell can change is computed. Pairs run in batches, their
-positions matched by kind. Not covered: tensors of different shapes given as ``clean=`` and ``corrupt=`` (make them Pairs).
+Every cell is a group of ``edits.replace`` (of neurons ``edits.project``), and all cells are one ``model.sweep``: only what a cell can change is
+computed. Pairs run in batches, their positions matched by kind. Not covered: tensors of different shapes given as ``clean=`` and ``corrupt=`` (make
+them Pairs).
 
 Reference: Wang et al. 2022 (arXiv 2211.00593); Zhang and Nanda 2023 (arXiv 2309.16042) on the two modes and on what to divide by.
 """
@@ -20,7 +21,6 @@ Reference: Wang et al. 2022 (arXiv 2211.00593); Zhang and Nanda 2023 (arXiv 2309
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,23 +30,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision import edits
 from circuitvision.errors import InputError, warn
-from circuitvision.incremental.sweeps.result import restored_share
+from circuitvision.metrics.effects import fldd, flip_layer, restored_share
 from circuitvision.model.edits.base import EditGroup, by_digest
+from circuitvision.model.edits.writes import width_of
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random, refuse_unwrapped
+from circuitvision.patching.cells import Grid, neuron_groups
 from circuitvision.patching.runs import two_runs
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_BLOCK_SITE = re.compile(r"(?P<tower>\w+)\.blocks\.(?P<layer>\d+)\.(?P<leaf>.+)")
-_Cell = tuple[tuple[int, ...], str, int | None, int | None]
-"""Index in the result, site, head or None for all, position or None for all."""
-_AXES = ("tower", "layer", "site", "head", "position")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +84,32 @@ class PatchingResult(Result):
         base, source = base.expand(self.values.shape), source.expand(self.values.shape)
         return restored_share(self.values, base, source)
 
+    @property
+    def fldd(self) -> Float[Tensor, "*axes"]:
+        """How far each cell takes a logit difference of the base run's answer away from it, see :func:`circuitvision.metrics.fldd`."""
+        base = self._base_everywhere()
+        return fldd(base + self.values, base)
+
+    def flip_layer(self) -> Result:
+        """The layer from which on patching no longer changes the answer, ``[*other axes example]``, of a metric whose sign tells two answers apart;
+        see :func:`circuitvision.metrics.flip_layer`.
+
+        Raises:
+            InputError: no axis of layers.
+        """
+        axes = list(self.axes)
+        if "layer" not in axes:
+            raise InputError(f"These cells have no layers ({', '.join(self.cells)}): patch with axes=('layer', …).")
+        patched = (self._base_everywhere() + self.values).movedim(axes.index("layer"), -2)
+        left = {name: labels for name, labels in self.axes.items() if name != "layer"}
+        known = {**self.provenance, "method": f"flip layer of {self.provenance.get('method', 'patching')}"}
+        return Result(flip_layer(patched, self.axes["layer"]), left, known)
+
+    def _base_everywhere(self) -> Tensor:
+        """The base run's metric in the shape of the values."""
+        lead = [len(self.metrics)] if self.metrics else []
+        return self.base.view(*lead, *[1] * len(self.cells), -1).expand(self.values.shape)
+
     def _long_frame(self) -> pd.DataFrame:
         """One row per metric, cell and example: ``value`` (the effect), ``base`` and ``source``."""
         frame = super()._long_frame()
@@ -124,6 +146,9 @@ def activation_patch(
     sites: str | Sequence[str],
     axes: Sequence[str] = ("layer", "head"),
     mode: str = "denoise",
+    regions: Mapping[str, Any] | None = None,
+    neurons: Any = None,
+    window: int | str = 1,
     clean: Mapping[str, Any] | None = None,
     corrupt: Mapping[str, Any] | None = None,
     align: Any = "kind",
@@ -138,22 +163,27 @@ def activation_patch(
         model: the hooked model.
         pairs: a data set of pairs, run ``example_batch`` at a time (None: by memory), positions matched as ``align`` says.
         metric: a metric, its name, or a mapping of several (see :mod:`circuitvision.metrics`); answers are the pairs' where it has none.
-        sites: a glob or names, for example ``"vision.blocks.*.attn.hook_z"``; one kind of site at a time.
-        axes: ``"layer"`` (or ``"site"`` for sites outside blocks), then ``"head"`` and ``"position"`` as wanted. What is not an axis is patched
-            whole: ``("layer", "head")`` patches all positions of one head. Sites of several towers add the axis ``"tower"``.
+        sites: a glob or names, for example ``"vision.blocks.*.attn.hook_z"``.
+        axes: ``"layer"``, ``"site"`` (of sites outside blocks, or of several kinds beside ``"layer"``) or both, then ``"head"``, ``"position"`` or
+            ``"region"``, and ``"neurons"`` as wanted. What is not an axis is patched whole: ``("layer", "head")`` patches all positions of one head.
+            Sites of several towers add the axis ``"tower"``.
         mode: ``"denoise"`` or ``"noise"``.
+        regions: of the axis ``"region"``, labels and the positions they stand for, in any spelling (``{"object": regions["box"], "last": "last"}``).
+        neurons: of the axis ``"neurons"``, groups of coordinates of the sites: a list of them, a mapping with labels, or how many equal runs.
+        window: layers patched together in the cell of one: how many around it (ROME patches 10), ``"up to"`` it or ``"from"`` it on.
         clean, corrupt: in place of pairs, the inputs of the two runs, of the same shapes.
         save_to, resume: a folder for finished parts, and whether to continue what it holds, see ``model.sweep``.
         progress: whether progress is shown.
 
     Raises:
-        InputError: dropout in training mode, runs that do not fit together, axes the site does not have, several kinds of site, an unknown mode.
+        InputError: dropout in training mode, runs that do not fit together, axes the site does not have, several kinds of site on one axis, an
+            unknown mode or window, regions or neurons without their axis.
         UnknownSiteError: ``sites`` matches nothing.
     """
     refuse_unwrapped(model)
     refuse_random(model.module, "Patching")
     names = matching_sites(model, sites)
-    _check_axes(names, axes)
+    grid = _grid(model, names, axes, regions, neurons, window)
     runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch)
     first = runs.first_inputs()
     dead = [name for name in names if model.is_dead(name, first)]
@@ -161,38 +191,60 @@ def activation_patch(
     without = [name for name, positions in held.items() if not positions]
     if without:
         raise InputError(f"{without[0]} has no positions in this model; leave 'position' out of axes.")
-    labels, cells = _plan(names, axes, _head_counts(model, names) if "head" in axes else {}, held)
-    live = [cell for cell in cells if cell[1] not in dead]
+    labels, cells = grid.laid_out(_head_counts(model, names) if "head" in axes else {}, held)
     sources = runs.sources(names)
     runs.fixed_positions = held
-    groups = [(_patch(cell, sources[cell[1]]),) for cell in live]
-    measured = runs.measure(groups, save_to=save_to, resume=resume, progress=progress)
+    patches = [(cell, cell.patch(sources, dead)) for cell in cells]
+    live = [(cell, group) for cell, group in patches if group]
+    measured = runs.measure([group for _, group in live], save_to=save_to, resume=resume, progress=progress)
     values = torch.full(
         (len(measured.base), *map(len, labels.values()), measured.base.shape[1]),
         float("nan"),
         dtype=measured.base.dtype,
     )
-    for place, name, _, _ in cells:
-        if name in dead:
-            values[_every_metric(place)] = 0.0
-    for number, (place, _, _, _) in enumerate(live):
-        values[_every_metric(place)] = measured.values[:, number] - measured.base
+    for cell in cells:
+        values[_every_metric(cell.index)] = 0.0
+    for number, (cell, _) in enumerate(live):
+        values[_every_metric(cell.index)] = measured.values[:, number] - measured.base
     result = PatchingResult(
         values=values if runs.metrics.several else values[0],
         axes={**runs.metrics.axis, **labels, "example": measured.examples},
         provenance=describe(
-            model, method=f"activation_patch(mode={mode})", metric=runs.metrics, sites=_kind(names), **runs.described()
+            model, method=f"activation_patch(mode={mode})", metric=runs.metrics, sites=grid.kind, **runs.described()
         ),
         base=measured.base if runs.metrics.several else measured.base[0],
         source=measured.source if runs.metrics.several else measured.source[0],
         mode=mode,
-        site=_kind(names),
+        site=grid.kind,
         dead=dead,
-        edits=[by_digest(group) for group in groups],
+        edits=[by_digest(group) for _, group in live],
         groups=measured.groups,
     )
-    _warn_of_equal_runs(result, cells[0][0])
+    _warn_of_equal_runs(result, cells[0].index)
     return result
+
+
+def _grid(
+    model: Any,
+    names: Sequence[str],
+    axes: Sequence[str],
+    regions: Mapping[str, Any] | None,
+    neurons: Any,
+    window: int | str,
+) -> Grid:
+    """What is patched. Raises InputError for axes that do not fit the sites."""
+    groups, width = {}, 0
+    if neurons is not None:
+        widths = {name: width_of(model, name) for name in names}
+        if None in widths.values() or len(set(widths.values())) > 1:
+            raise InputError(
+                f"Neurons are coordinates of sites of one width in a tower, and these have {widths}: patch them apart."
+            )
+        width = widths[names[0]] or 0
+        groups = neuron_groups(neurons, width)
+    grid = Grid(tuple(names), tuple(axes), dict(regions or {}), groups, width, window)
+    grid.check()
+    return grid
 
 
 def _every_metric(place: tuple[int, ...]) -> tuple[Any, ...]:
@@ -218,29 +270,6 @@ def matching_sites(model: Any, sites: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for pattern in patterns for name in model.sites(pattern)))
 
 
-def _kind(names: Sequence[str]) -> str:
-    """What the sites have in common: ``attn.hook_z`` of several blocks, or the one name."""
-    leaves = {match["leaf"] if (match := _BLOCK_SITE.fullmatch(name)) else name for name in names}
-    return ", ".join(sorted(leaves))
-
-
-def _check_axes(names: Sequence[str], axes: Sequence[str]) -> None:
-    unknown = [axis for axis in axes if axis not in _AXES[1:]]
-    if unknown or len(set(axes)) != len(axes) or ("layer" in axes) == ("site" in axes):
-        raise InputError(
-            f"axes {tuple(axes)} are not understood: 'layer' or 'site', then 'head' and 'position' as wanted."
-        )
-    blocks = [match for name in names if (match := _BLOCK_SITE.fullmatch(name))]
-    if "layer" in axes and (len(blocks) != len(names) or len({match["leaf"] for match in blocks}) > 1):
-        raise InputError(
-            f"The axis 'layer' needs one kind of site inside blocks; found {_kind(names)}. Use the axis 'site'."
-        )
-    if "head" in axes:
-        headless = [name for name in names if not SiteName.parse(name).has_heads]
-        if headless:
-            raise InputError(f"{headless[0]} has no heads; leave 'head' out of axes.")
-
-
 def _head_counts(model: Any, names: Sequence[str]) -> dict[str, int]:
     """How many heads each site has."""
     found = {}
@@ -249,41 +278,3 @@ def _head_counts(model: Any, names: Sequence[str]) -> dict[str, int]:
         cfg = model.towers[site.tower].cfg
         found[name] = cfg.n_kv_heads if site.counts_key_heads else cfg.n_heads
     return found
-
-
-def _plan(
-    names: Sequence[str], axes: Sequence[str], heads: Mapping[str, int], held: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, list[Any]], list[_Cell]]:
-    """The labels of every axis, and for each existing cell (index, site, head or None, position of its tower or None)."""
-    parsed = {name: _BLOCK_SITE.fullmatch(name) for name in names}
-    towers = list(dict.fromkeys(match["tower"] for match in parsed.values() if match))
-    labels: dict[str, list[Any]] = {}
-    if "layer" in axes and len(towers) > 1:
-        labels["tower"] = towers
-    for axis in axes:
-        if axis == "layer":
-            labels["layer"] = sorted({int(match["layer"]) for match in parsed.values() if match})
-        elif axis == "site":
-            labels["site"] = list(names)
-        elif axis == "position":
-            labels["position"] = sorted({position for name in names for position in held[name]})
-        else:
-            labels[axis] = list(range(max(heads.values())))
-    cells = []
-    for name in names:
-        counts = {"head": range(heads.get(name, 0)), "position": held.get(name, ())}
-        counts = {axis: numbers for axis, numbers in counts.items() if axis in axes}
-        match = parsed[name]
-        for chosen in itertools.product(*counts.values()):
-            where: dict[str, Any] = {**dict(zip(counts, chosen, strict=True)), "site": name}
-            if match:
-                where |= {"tower": match["tower"], "layer": int(match["layer"])}
-            index = tuple(labels[axis].index(where[axis]) for axis in labels)
-            cells.append((index, name, where.get("head"), where.get("position")))
-    return labels, cells
-
-
-def _patch(cell: _Cell, source: Any) -> edits.Edit:
-    """The edit that patches one cell: its head at its position, or all of what it does not name."""
-    _, name, head, position = cell
-    return edits.replace(name, source, heads=head, positions=position)

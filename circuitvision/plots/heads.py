@@ -48,20 +48,23 @@ def head_importance(result: HeadImportance, title: str | None = None) -> kit.Fig
 def patching(result: PatchingResult, title: str | None = None) -> kit.Figure:
     """Heat map of a patching result over two axes (one per tower, where there are several)."""
     axes = dict(result.cells)
-    towers = axes.pop("tower", [""])
+    panel = next((name for name in ("tower", "site") if name in axes and len(axes) > 2), "")
+    panels = axes.pop(panel, [""])
     values = result.restored[0] if result.metrics else result.restored
-    values = values if "tower" in result.cells else values[None]
-    grids = {tower: own.reshape(own.shape[0], -1) for tower, own in zip(towers, values, strict=True)}
+    values = values.movedim(list(result.cells).index(panel), 0) if panel else values[None]
+    grids = {str(name): own.reshape(own.shape[0], -1) for name, own in zip(panels, values, strict=True)}
     down, *others = axes
     across = " and ".join(others) or "all"
     labels = axes[others[0]] if len(others) == 1 else range(values[0, 0].numel())
     if title is None:
         whole = torch.stack(list(grids.values())).nan_to_num(0.0)
-        tower, row, column = (int(index) for index in torch.unravel_index(whole.abs().argmax(), whole.shape))
-        where = f"{towers[tower]} {down} {axes[down][row]}, {across} {labels[column]}".strip()
-        said = f"{html.escape(where)} has the largest effect: {style.signed_percent(float(whole[tower, row, column]))}"
+        number, row, column = (int(index) for index in torch.unravel_index(whole.abs().argmax(), whole.shape))
+        where = f"{panels[number]} {down} {axes[down][row]}, {across} {labels[column]}".strip()
+        said = f"{html.escape(where)} has the largest effect: {style.signed_percent(float(whole[number, row, column]))}"
         title = style.titled(said, f"{result.site}: share of the difference restored by each {down} and {across}")
-    return _grids(grids, title, "share of the difference", result, (down, axes[down]), (across, labels), share=True)
+    return _grids(
+        grids, title, "share of the difference", result, (down, axes[down]), (across, labels), True, panel or "tower"
+    )
 
 
 def ablation(result: AblationCheck, title: str | None = None) -> kit.Figure:
@@ -99,12 +102,14 @@ def _grids(
     down: tuple[str, object],
     across: tuple[str, object],
     share: bool = False,
+    panel: str = "tower",
 ) -> kit.Figure:
     unread = {
         tower: [layer for layer in range(len(grid)) if f"{tower}.blocks.{layer}.attn.hook_z" in result.dead]
         for tower, grid in grids.items()
     }
-    named = {f"{tower} tower" if tower else "": grid for tower, grid in grids.items()}
-    marked = {f"{tower} tower" if tower else "": layers for tower, layers in unread.items()}
+    heading = {name: f"{name} tower" if name and panel == "tower" else name for name in grids}
+    named = {heading[name]: grid for name, grid in grids.items()}
+    marked = {heading[name]: layers for name, layers in unread.items()}
     figure = kit.heat(named, down, across, unit=unit, share=share, marked=marked)  # type: ignore[arg-type]
     return kit.finish_heat(figure, title, max(len(grid) for grid in grids.values()))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from circuitvision.steering.acting import act
 from circuitvision.steering.clusters import ValueVectorClusters, value_vector_clusters
-from circuitvision.steering.injection import InjectionResult, Transfer, inject, transfer
+from circuitvision.steering.injection import InjectionResult, inject
 from circuitvision.steering.neurons import NeuronSet, promoting_neurons, random_neurons
 from circuitvision.steering.prompts import PromptConditions, prompt_conditions, reworded
 from circuitvision.steering.response import SteeringResponse, steering_response

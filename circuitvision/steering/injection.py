@@ -21,14 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision import edits
-from circuitvision.errors import InputError, warn
+from circuitvision.errors import InputError
+from circuitvision.metrics.effects import transfer
 from circuitvision.model.edits.base import Edit
 from circuitvision.patching.runs import check_same_shapes, inverse_maps
 from circuitvision.progress import track
@@ -38,35 +39,6 @@ from circuitvision.steering.acting import Part, Policy, parts, passes, policy_of
 
 ALL = "all"
 STAGES = {"kv": ("attn.hook_k", "attn.hook_v"), "resid": ("hook_resid_pre",)}
-
-
-class Transfer(NamedTuple):
-    """How far a trajectory went from ``b`` to ``a``, per example: :func:`transfer`."""
-
-    beta: Float[Tensor, " example"]
-    residual: Float[Tensor, " example"]
-
-
-def transfer(
-    y: Float[Tensor, "example ..."], a: Float[Tensor, "example ..."], b: Float[Tensor, "example ..."]
-) -> Transfer:
-    """The transfer coefficient ``β = ⟨y − b, a − b⟩ / ‖a − b‖²`` and the residual ``‖y − b − β (a − b)‖ / ‖a − b‖``, in float64, per example.
-
-    NaN, with a warning, where ``a`` and ``b`` do not differ (by more than rounding: 1e-6 of their size). Raises InputError for other shapes.
-    """
-    if not y.shape == a.shape == b.shape:
-        raise InputError(f"Trajectories of shapes {tuple(y.shape)}, {tuple(a.shape)}, {tuple(b.shape)} do not compare.")
-    moved, way = ((one - b).detach().cpu().double().flatten(1) for one in (y, a))
-    length = way.norm(dim=1)
-    size = torch.maximum(
-        a.detach().cpu().double().flatten(1).norm(dim=1), b.detach().cpu().double().flatten(1).norm(dim=1)
-    )
-    same = length <= 1e-6 * size
-    if bool(same.any()):
-        warn(f"In {int(same.sum())} of {len(same)} examples the two trajectories do not differ: no β, NaN.")
-    length = length.masked_fill(same, torch.nan)
-    beta = (moved * way).sum(1) / length.square()
-    return Transfer(beta, (moved - beta[:, None] * way).norm(dim=1) / length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +189,7 @@ class _Injection:
         self, asked: Mapping[str, Sequence[Any]], positions: Sequence[Any], shown: Any, progress: bool
     ) -> dict[str, Tensor]:
         """β, residual and override ``[region layer step example]``, and the two trajectories ``[step dim example]``."""
-        a, b = shown(self.source), shown(self.unedited)
+        a, b = (shown(run).detach().cpu() for run in (self.source, self.unedited))
         wrong = [
             step for step in asked["step"] if step != ALL and not (isinstance(step, int) and 0 <= step < self.passes)
         ]
@@ -228,12 +200,12 @@ class _Injection:
         cells = [(where, layer, step) for where in positions for layer in asked["layer"] for step in asked["step"]]
         values = []
         for where, layer, step in track(cells, "injection") if progress else cells:
-            y = shown(self.run(self.model, self.base, self.part.own(self.edits(where, layer, step))))
+            y = shown(self.run(self.model, self.base, self.part.own(self.edits(where, layer, step)))).detach().cpu()
             beta, residual = transfer(y, a, b)
             values.append(torch.stack([beta, residual, _override(y, a, b).masked_fill(beta.isnan(), torch.nan)]))
         shape = [len(asked[name]) for name in ("region", "layer", "step")]
         beta, residual, override = torch.stack(values, 1).reshape(3, *shape, -1)
-        ends = {"source": a.detach().cpu().double().movedim(0, -1), "base": b.detach().cpu().double().movedim(0, -1)}
+        ends = {"source": a.double().movedim(0, -1), "base": b.double().movedim(0, -1)}
         return {"beta": beta, "residual": residual, "override": override, **ends}
 
     def edits(self, where: Any, layer: int | str, step: int | str) -> list[Edit]:

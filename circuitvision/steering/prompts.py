@@ -1,6 +1,6 @@
 """Does it listen? One scene under several prompts, and how far the action follows the object that the right prompt names.
 
-With ``a`` the trajectory towards the named object and ``b`` one towards another, β (:func:`circuitvision.steering.transfer`) is 1 where a policy
+With ``a`` the trajectory towards the named object and ``b`` one towards another, β (:func:`circuitvision.metrics.transfer`) is 1 where a policy
 goes to the named object, 0 where it goes to the other one, and near one half with a large residual where it goes by neither. A policy that listens
 has β near 1 under the right prompt, near 0 when the prompt names the other object, and loses both when the prompt is empty; one that ignores the
 prompt has the same β under all of them. A prompt may be decodable and ignored: :func:`circuitvision.readout.linear_probe` says the one, this the
@@ -29,7 +29,6 @@ from circuitvision.errors import InputError
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 from circuitvision.steering.acting import Policy, parts, policy_of
-from circuitvision.steering.injection import transfer
 
 if TYPE_CHECKING:
     import pandas as pd

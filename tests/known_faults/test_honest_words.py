@@ -15,7 +15,7 @@ import circuitvision as cv
 from circuitvision import findings, metrics
 from circuitvision.circuits import AblationCheck, HeadImportance, head_importance
 from circuitvision.data import TEST_PAIRS, TRAIN_PAIRS, sample_question_pairs
-from circuitvision.incremental.sweeps.result import restored_error, restored_share
+from circuitvision.metrics.effects import restored_error, restored_share
 from circuitvision.quickstart import Reading, quickstart
 from circuitvision.quickstart import findings as of_case
 from circuitvision.readout import logit_lens

@@ -10,24 +10,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.digests import NamedFunction
 from circuitvision.errors import InputError
 from circuitvision.incremental.sweeps.plan import Plan
+from circuitvision.metrics.effects import restored_share
 from circuitvision.model.edits.base import EditGroup
 from circuitvision.results import Result
-from circuitvision.statistics import standard_error
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from circuitvision.hooked import HookedModel
-
-
-ROUNDING = 1e-5
-"""Share of the metric's size below which the difference of two runs is rounding."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -179,40 +174,6 @@ class SweepResult(Result):
 def spelled_cell(cell: Mapping[str, Any]) -> str:
     """The labels of one cell in words; an edit's label as it is."""
     return ", ".join(str(label) if axis == "edit" else f"{axis} {label}" for axis, label in cell.items())
-
-
-def restored_share(
-    effect: Float[Tensor, "*axes example"],
-    base: Float[Tensor, "*axes example"],
-    source: Float[Tensor, "*axes example"],
-) -> Float[Tensor, "*axes"]:
-    """A normalised effect as a ratio of means: ``mean(effect) / mean(source - base)`` over the examples that have all three, in float64.
-
-    1 where an edit makes the base what the source is, 0 where it does nothing. NaN where the two runs do not differ: where the denominator is within
-    two standard errors of 0, or within rounding (:data:`ROUNDING` of the metric's size).
-    """
-    there = effect.isfinite() & base.isfinite() & source.isfinite()
-    effect, base, source = (value.double().masked_fill(~there, torch.nan) for value in (effect, base, source))
-    gap = source - base
-    size = (source.abs() + base.abs()).nanmean(-1)
-    floor = torch.maximum(2 * standard_error(gap).nan_to_num(0.0), ROUNDING * size)
-    return torch.where(gap.nanmean(-1).abs() > floor, effect.nanmean(-1) / gap.nanmean(-1), torch.nan)
-
-
-def restored_error(
-    effect: Float[Tensor, "*axes example"],
-    base: Float[Tensor, "*axes example"],
-    source: Float[Tensor, "*axes example"],
-) -> Float[Tensor, "*axes"]:
-    """The standard error of :func:`restored_share` to first order: that of ``effect - share * gap``, by the size of the mean gap; NaN for one
-    example.
-
-    Source: the ratio estimator, Cochran, Sampling Techniques (1977), section 6.3.
-    """
-    share = restored_share(effect, base, source)
-    gap = source.double() - base.double()
-    rest = effect.double() - share[..., None] * gap
-    return standard_error(rest) / gap.masked_fill(~rest.isfinite(), torch.nan).nanmean(-1).abs()
 
 
 def labels(groups: Sequence[EditGroup]) -> list[str]:

@@ -24,7 +24,7 @@ from circuitvision.data.binding_questions import (
     sample_questions,
 )
 from circuitvision.data.generated import of_questions
-from circuitvision.incremental.sweeps.result import restored_error, restored_share
+from circuitvision.metrics.effects import restored_error, restored_share
 from circuitvision.progress import verbosity
 
 STREAMS = ("asked", "reference", "texts", "pairs", "scenes", "last")

@@ -1,0 +1,76 @@
+"""Metrics of an action: one of its coordinates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuitvision.errors import InputError
+from circuitvision.metrics.base import Metric
+from circuitvision.metrics.position import as_output, last_unmasked, wide
+
+
+@dataclass(frozen=True, eq=False)
+class ActionDim(Metric):
+    """See :func:`action_dim`."""
+
+    dim: int = 0
+    step: int | None = 0
+    bins: Mapping[int, float] | None = None
+    """Ids that say an action, with their values, where the output is of tokens."""
+
+    units = "action_unit"
+    function = "action_dim"
+
+    def bind(self, model: Any, answers: Any = None, foils: Any = None, combine: str | None = None) -> ActionDim:
+        """The same metric with the tokens by which ``model`` says actions, if it does."""
+        return dataclasses.replace(super().bind(model), bins=self.bins or getattr(model, "action_values", None) or None)
+
+    def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
+        """One coordinate of the action, per example."""
+        logits = as_output(logits)
+        if logits.ndim != 3:
+            raise InputError(f"action_dim reads [batch, chunk, action_dim]; the output has {tuple(logits.shape)}.")
+        if self.bins:
+            return self._said(logits, inputs, self.bins)
+        if not -logits.shape[-1] <= self.dim < logits.shape[-1]:
+            raise InputError(f"Action dimension {self.dim} is outside the output's {logits.shape[-1]} dimensions.")
+        if self.step is not None and not -logits.shape[1] <= self.step < logits.shape[1]:
+            raise InputError(f"Step {self.step} is outside the output's chunk of {logits.shape[1]} steps.")
+        chosen = wide(logits[..., self.dim])
+        return chosen.mean(dim=1) if self.step is None else chosen[:, self.step]
+
+    def _said(self, logits: Tensor, inputs: Mapping[str, Any] | None, bins: Mapping[int, float]) -> Tensor:
+        """The mean action over the bins, where the prompt has come to this dimension: behind as many action tokens."""
+        batch, length = logits.shape[:2]
+        ids, values = torch.tensor(list(bins)), torch.tensor(list(bins.values()), dtype=torch.float64)
+        last = last_unmasked(inputs, batch, length)
+        read = None if inputs is None else inputs.get("input_ids")
+        given = torch.zeros(batch, dtype=torch.long)
+        if read is not None and tuple(read.shape) == (batch, length):
+            spoken = torch.isin(read.cpu(), ids) & (torch.arange(length) <= last[:, None])
+            # The action tokens at the end of each prompt, counted from its last position.
+            ends = spoken.gather(1, (last[:, None] - torch.arange(length)).clamp_min(0))
+            given = ends.int().cumprod(1).sum(1)
+        if self.dim < 0 or bool((given < self.dim).any()):
+            raise InputError(
+                f"Action dimension {self.dim} is said behind {max(self.dim, 0)} action tokens, and the prompts end with {given.tolist()} of them: "
+                "give prompts that hold the action so far (what generate returned), with their inputs."
+            )
+        rows = logits[torch.arange(batch, device=logits.device), (last - given + self.dim).to(logits.device)]
+        shares = wide(rows)[:, ids.to(logits.device)].softmax(-1)
+        return shares @ values.to(shares)
+
+
+def action_dim(dim: int, step: int | None = 0) -> ActionDim:
+    """One coordinate of an action or velocity in the model's units, at one step of the chunk or (None) its mean.
+
+    Of a model that says actions as tokens: the mean of the bins' normalised values under the softmax over the bins alone, where the prompt has come
+    to dimension ``dim``: at its last position if it ends with ``dim`` action tokens. Methods learn from the model which tokens those are.
+    """
+    return ActionDim(name=f"action_dim({dim}, step={'mean' if step is None else step})", dim=dim, step=step)

@@ -1,0 +1,206 @@
+"""The cells of a patching grid: every combination of the labels of some axes, and the edits that patch it.
+
+Axes: ``layer``, ``site``, ``head``, ``position``, ``region``, ``neurons``, and ``tower`` where sites of several towers match. What is not an axis is
+patched whole. A ``window`` makes a layer's cell stand for several layers patched together; the label stays the layer's.
+
+Not covered: passes of a generation or a policy (``circuitvision.steering.inject`` patches those).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuitvision import edits
+from circuitvision.errors import InputError
+from circuitvision.model.sites import SiteName
+
+AXES = ("layer", "site", "head", "position", "region", "neurons")
+WINDOWS = ("up to", "from")
+_BLOCK_SITE = re.compile(r"(?P<tower>\w+)\.blocks\.(?P<layer>\d+)\.(?P<leaf>.+)")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its place in the result, the sites patched together, and which of their entries (None: all)."""
+
+    index: tuple[int, ...]
+    sites: tuple[str, ...]
+    head: int | None = None
+    positions: Any = None
+    basis: Tensor | None = None
+    """Unit vectors of the coordinates ``[width neuron]``: an interchange in their span is one of those coordinates."""
+
+    def patch(self, sources: Mapping[str, Any], dead: Sequence[str] = ()) -> tuple[edits.Edit, ...]:
+        """The edits that give its entries the values of the sources, at the sites that reach the output."""
+        return tuple(self._one(site, sources[site]) for site in self.sites if site not in dead)
+
+    def _one(self, site: str, source: Any) -> edits.Edit:
+        if self.basis is None:
+            return edits.replace(site, source, heads=self.head, positions=self.positions)
+        return edits.project(site, self.basis, source, heads=self.head, positions=self.positions)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is patched: sites, the axes of the result, and what the axes ``region`` and ``neurons`` hold.
+
+    ``regions`` maps labels to positions in any spelling; ``neurons`` maps labels to coordinates of the sites' last axis, which is ``width`` wide.
+    ``window`` is 1, a number of layers around each (the label's layer in the middle, or of an even number the first of the two), ``"up to"`` or
+    ``"from"`` the layer.
+    """
+
+    names: tuple[str, ...]
+    axes: tuple[str, ...]
+    regions: Mapping[str, Any] = field(default_factory=dict)
+    neurons: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    width: int = 0
+    window: int | str = 1
+
+    @property
+    def kind(self) -> str:
+        """What the sites have in common: ``attn.hook_z`` of several blocks, or the one name."""
+        return ", ".join(sorted({_leaf(name) for name in self.names}))
+
+    def check(self) -> None:
+        """Raise InputError for axes that the sites do not have, or that lack what they hold."""
+        axes = self.axes
+        unknown = [axis for axis in axes if axis not in AXES]
+        if unknown or len(set(axes)) != len(axes) or not {"layer", "site"} & set(axes):
+            raise InputError(
+                f"axes {axes} are not understood: 'layer', 'site' or both, then 'head', 'position', 'region' and 'neurons' as wanted."
+            )
+        blocks = [name for name in self.names if _BLOCK_SITE.fullmatch(name)]
+        if "layer" in axes and len(blocks) != len(self.names):
+            raise InputError(f"The axis 'layer' needs sites inside blocks; found {self.kind}. Use the axis 'site'.")
+        if "layer" in axes and "site" not in axes and len({_leaf(name) for name in blocks}) > 1:
+            raise InputError(
+                f"The axis 'layer' alone needs one kind of site; found {self.kind}. Use the axes 'site' and 'layer'."
+            )
+        headless = [name for name in self.names if not SiteName.parse(name).has_heads]
+        if "head" in axes and headless:
+            raise InputError(f"{headless[0]} has no heads; leave 'head' out of axes.")
+        if "position" in axes and "region" in axes:
+            raise InputError("A position is part of a region: take one of the axes 'position' and 'region'.")
+        for axis, held in (("region", self.regions), ("neurons", self.neurons)):
+            if (axis in axes) != bool(held):
+                given = f"{axis.removesuffix('s')}s="
+                raise InputError(f"The axis {axis!r} and {given} belong together: give both or neither.")
+        window = self.window
+        if not (window in WINDOWS or (isinstance(window, int) and not isinstance(window, bool) and window >= 1)):
+            raise InputError(
+                f"window={window!r} is not understood: a number of layers from 1, 'up to' or 'from' the layer."
+            )
+        if window != 1 and "layer" not in axes:
+            raise InputError("A window is of layers: take the axis 'layer'.")
+
+    def laid_out(
+        self, heads: Mapping[str, int], held: Mapping[str, Sequence[int]]
+    ) -> tuple[dict[str, list[Any]], list[Cell]]:
+        """The labels of every axis, and every cell that exists.
+
+        ``heads`` says how many heads each site has where they are an axis, ``held`` which positions where those are.
+        """
+        labels, cells = self._labels(heads, held), []
+        bases = {label: torch.eye(self.width)[:, list(group)] for label, group in self.neurons.items()}
+        for name in self.names:
+            counts: dict[str, Sequence[Any]] = {
+                "head": range(heads.get(name, 0)),
+                "position": held.get(name, ()),
+                "region": list(self.regions),
+                "neurons": list(self.neurons),
+            }
+            counts = {axis: entries for axis, entries in counts.items() if axis in self.axes}
+            match = _BLOCK_SITE.fullmatch(name)
+            for chosen in itertools.product(*counts.values()):
+                where: dict[str, Any] = {**dict(zip(counts, chosen, strict=True)), "site": self._site_label(name)}
+                if match:
+                    where |= {"tower": match["tower"], "layer": int(match["layer"])}
+                region = where.get("region")
+                cells.append(
+                    Cell(
+                        tuple(labels[axis].index(where[axis]) for axis in labels),
+                        self._together(name),
+                        where.get("head"),
+                        where.get("position") if region is None else self.regions[region],
+                        bases.get(where.get("neurons")),
+                    )
+                )
+        return labels, cells
+
+    def _labels(self, heads: Mapping[str, int], held: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
+        parsed = [match for name in self.names if (match := _BLOCK_SITE.fullmatch(name))]
+        towers = list(dict.fromkeys(match["tower"] for match in parsed))
+        made: dict[str, Any] = {
+            "layer": lambda: sorted({int(match["layer"]) for match in parsed}),
+            "site": lambda: list(dict.fromkeys(map(self._site_label, self.names))),
+            "position": lambda: sorted({position for name in self.names for position in held[name]}),
+            "head": lambda: list(range(max(heads.values()))),
+            "region": lambda: list(self.regions),
+            "neurons": lambda: list(self.neurons),
+        }
+        labels = {"tower": towers} if "layer" in self.axes and len(towers) > 1 else {}
+        return labels | {axis: made[axis]() for axis in self.axes}
+
+    def _site_label(self, name: str) -> str:
+        return _leaf(name) if "layer" in self.axes else name
+
+    def _together(self, name: str) -> tuple[str, ...]:
+        """The sites that a layer's window holds, in the order of layers."""
+        match = _BLOCK_SITE.fullmatch(name)
+        if match is None or self.window == 1:
+            return (name,)
+        layer = int(match["layer"])
+        found = {}
+        for other in self.names:
+            own = _BLOCK_SITE.fullmatch(other)
+            if own and (own["tower"], own["leaf"]) == (match["tower"], match["leaf"]):
+                found[int(own["layer"])] = other
+        if isinstance(self.window, int):
+            first = layer - (self.window - 1) // 2
+            wanted: Any = range(first, first + self.window)
+        else:
+            wanted = [number for number in found if (number <= layer if self.window == "up to" else number >= layer)]
+        return tuple(found[number] for number in sorted(wanted) if number in found)
+
+
+def _leaf(name: str) -> str:
+    match = _BLOCK_SITE.fullmatch(name)
+    return match["leaf"] if match else name
+
+
+def neuron_groups(neurons: Any, width: int) -> dict[str, tuple[int, ...]]:
+    """Groups of coordinates by label: of a mapping its own, of a list of groups their numbers or first to last, of a number that many equal runs.
+
+    Raises:
+        InputError: no group, an empty one, or a coordinate outside the site's ``width``.
+    """
+    if isinstance(neurons, int) and not isinstance(neurons, bool):
+        if not 1 <= neurons <= width:
+            raise InputError(f"neurons={neurons} groups cannot be made of {width} coordinates.")
+        edges = [width * number // neurons for number in range(neurons + 1)]
+        neurons = [range(low, high) for low, high in itertools.pairwise(edges)]
+    if not isinstance(neurons, Mapping):
+        neurons = {_run(group): group for group in ([n] if isinstance(n, int) else list(n) for n in neurons)}
+    found = {str(label): tuple(int(n) for n in group) for label, group in neurons.items()}
+    if not found or not all(found.values()):
+        raise InputError("neurons= holds an empty group: give the coordinates of each.")
+    outside = [n for group in found.values() for n in group if not 0 <= n < width]
+    if outside:
+        raise InputError(f"There is no neuron {outside[0]} among the {width} of this site.")
+    return found
+
+
+def _run(group: Sequence[int]) -> str:
+    """A label: the number, the first and last of a run, or all of them."""
+    if len(group) == 1:
+        return str(group[0])
+    if group and list(group) == list(range(group[0], group[-1] + 1)):
+        return f"{group[0]}…{group[-1]}"
+    return ",".join(map(str, group))
