@@ -115,6 +115,7 @@ _CLASSES = {
     "openvla.modeling": "OpenVLAForActionPrediction",
     "openvla.processing": "OpenVLAImageProcessor OpenVLAProcessor",
     "patching.activation": "PatchingResult",
+    "patching.knockout": "Knockout",
     "plots.figure": "Figure",
     "readout.attention.contrast": "AttentionContrast",
     "readout.attention.distance": "DistanceProfile PositionPattern",

@@ -60,6 +60,15 @@ def restored_error(
     return standard_error(rest) / gap.masked_fill(~rest.isfinite(), torch.nan).nanmean(-1).abs()
 
 
+def share_of_mean(
+    effect: Float[Tensor, "*axes example"], base: Float[Tensor, "*axes example"]
+) -> Float[Tensor, "*axes"]:
+    """``mean(effect) / mean(base)`` over the examples that have both: a change as a share of what was there; NaN where that cannot be told from 0."""
+    there = effect.isfinite() & base.isfinite()
+    effect, base = (value.double().masked_fill(~there, torch.nan) for value in (effect, base))
+    return _ratio(effect, base, base.abs().nanmean(-1))
+
+
 def fldd(patched: Float[Tensor, "*axes example"], clean: Float[Tensor, "*axes example"]) -> Float[Tensor, "*axes"]:
     """Fractional logit difference decrease, ``1 - mean(patched) / mean(clean)``, of logit differences in favour of the unpatched run's answer.
 
@@ -67,9 +76,7 @@ def fldd(patched: Float[Tensor, "*axes example"], clean: Float[Tensor, "*axes ex
     2023 (arXiv 2311.17030) report 46 % beside an interchange accuracy of 4 %, so read it beside that. NaN where the clean difference cannot be told
     from 0.
     """
-    there = patched.isfinite() & clean.isfinite()
-    patched, clean = (value.double().masked_fill(~there, torch.nan) for value in (patched, clean.expand_as(there)))
-    return _ratio(clean - patched, clean, clean.abs().nanmean(-1))
+    return share_of_mean(clean - patched, clean.expand_as(patched))
 
 
 def _ratio(

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from circuitvision.patching.activation import PatchingResult, activation_patch
+from circuitvision.patching.knockout import Knockout, knockout
 
-__all__ = ["PatchingResult", "activation_patch"]
+__all__ = ["Knockout", "PatchingResult", "activation_patch", "knockout"]

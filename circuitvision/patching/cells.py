@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,12 +92,8 @@ class Grid:
             if (axis in axes) != bool(held):
                 given = f"{axis.removesuffix('s')}s="
                 raise InputError(f"The axis {axis!r} and {given} belong together: give both or neither.")
-        window = self.window
-        if not (window in WINDOWS or (isinstance(window, int) and not isinstance(window, bool) and window >= 1)):
-            raise InputError(
-                f"window={window!r} is not understood: a number of layers from 1, 'up to' or 'from' the layer."
-            )
-        if window != 1 and "layer" not in axes:
+        layers_around(0, self.window, ())
+        if self.window != 1 and "layer" not in axes:
             raise InputError("A window is of layers: take the axis 'layer'.")
 
     def laid_out(
@@ -162,12 +158,24 @@ class Grid:
             own = _BLOCK_SITE.fullmatch(other)
             if own and (own["tower"], own["leaf"]) == (match["tower"], match["leaf"]):
                 found[int(own["layer"])] = other
-        if isinstance(self.window, int):
-            first = layer - (self.window - 1) // 2
-            wanted: Any = range(first, first + self.window)
-        else:
-            wanted = [number for number in found if (number <= layer if self.window == "up to" else number >= layer)]
-        return tuple(found[number] for number in sorted(wanted) if number in found)
+        return tuple(found[number] for number in layers_around(layer, self.window, sorted(found)))
+
+
+def layers_around(layer: int, window: int | str, there: Iterable[int]) -> tuple[int, ...]:
+    """Which of the layers that are there a window holds: as many as it says around the layer (of an even number one more behind it than before),
+    those ``"up to"`` it or ``"from"`` it on.
+
+    Raises:
+        InputError: a window that is neither.
+    """
+    if isinstance(window, int) and not isinstance(window, bool) and window >= 1:
+        first = layer - (window - 1) // 2
+        return tuple(number for number in there if first <= number < first + window)
+    if window not in WINDOWS:
+        raise InputError(
+            f"window={window!r} is not understood: a number of layers from 1, 'up to' or 'from' the layer."
+        )
+    return tuple(number for number in there if (number <= layer if window == "up to" else number >= layer))
 
 
 def _leaf(name: str) -> str:

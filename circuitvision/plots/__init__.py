@@ -45,6 +45,7 @@ _FIGURES = {
     "PatchingResult": ("heads", "patching"),
     "AblationCheck": ("heads", "ablation"),
     "LensResult": ("lens", "lens"),
+    "Knockout": ("sweeps", "knockout"),
     "SweepResult": ("sweeps", "sweep"),
     "ClosedLoop": ("steering", "closed_loop"),
     "InjectionResult": ("steering", "injection"),

@@ -14,6 +14,7 @@ from circuitvision.plots import kit, style
 
 if TYPE_CHECKING:
     from circuitvision.incremental.sweeps.result import SweepResult
+    from circuitvision.patching.knockout import Knockout
 
 _SHORT = 60
 """Characters of a label beside its bar, and how many there may be where fewer do not tell two labels apart."""
@@ -196,3 +197,45 @@ def _signed(value: float, largest: float) -> str:
     decimals = max(0, 2 - math.floor(math.log10(largest))) if largest > 0 else 0
     text = f"{abs(value):.{decimals}f}"
     return text if float(text) == 0 else f"{'+' if value > 0 else chr(0x2212)}{text}"
+
+
+def knockout(result: Knockout, title: str | None = None, metric: str | None = None) -> kit.Figure:
+    """The change of the metric as each route is blocked, a line over windows of layers for each, controls as a grey band (lowest to highest mean).
+
+    Results by head are heat maps, as of a sweep; all layers at once are bars.
+    """
+    shown = result.one(metric)
+    if "head" in shown.axes or len(shown.axes["layer"]) == 1:
+        return sweep(shown, title)
+    mean = shown.mean(quantity="effect")
+    name, unit = _names(shown)
+    layers = list(map(str, shown.axes["layer"]))
+    figure = kit.Figure()
+    drawn = [shown.index_of("route", label) for labels in shown.controls.values() for label in labels]
+    if drawn:
+        band = mean[drawn]
+        edges = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+        figure.add_scatter(x=layers, y=band.nan_to_num(0.0).amin(0).tolist(), **edges)
+        figure.add_scatter(
+            x=layers, y=band.nan_to_num(0.0).amax(0).tolist(), fill="tonexty", fillcolor="rgba(128,128,128,0.3)",
+            **{**edges, "showlegend": True, "name": "as many random keys"},
+        )  # fmt: skip
+    error = shown.error(quantity="effect").nan_to_num(0.0)
+    for number, route in enumerate(shown.routes):
+        row = shown.index_of("route", route)
+        spread = error[row].tolist()
+        kit.line(
+            figure, layers, mean[row].tolist(), kit.escaped(route), kit.color(number), errors=(spread, spread) if len(shown.examples) > 1 else None,
+        )  # fmt: skip
+    own = mean[[shown.index_of("route", route) for route in shown.routes]].nan_to_num(0.0)
+    row, column = divmod(int(own.abs().argmax()), own.shape[1])
+    where, cost = f"layer {layers[column]}", _signed(float(own[row, column]), kit.largest(own))
+    lead = f"Blocking “{kit.escaped(shown.routes[row])}” at {where} moves {name} most: {cost}{unit}"
+    if not bool(own.any()):
+        lead = f"No blocked route moves {name}"
+    together = f"{shown.window} layers at a time" if shown.window != 1 else "one layer at a time"
+    heading = style.titled(title or lead, together, *_notes(shown, int(shown.done.sum()))[1:])
+    style.layout(figure, heading, 340, margin={"l": 64})
+    figure.update_xaxes(title=f"layer of the {shown.tower} tower", type="category", showgrid=False, zeroline=False)
+    figure.update_yaxes(title=_change(name, unit), gridcolor=style.FAINT, zeroline=True, zerolinecolor=style.GREY)
+    return figure

@@ -10,6 +10,7 @@ Called ``(tower, …)`` for weights and ``(model, data, …)`` for experiments.
 
 from __future__ import annotations
 
+from circuitvision.metrics.effects import Transfer, transfer
 from circuitvision.steering.acting import act
 from circuitvision.steering.clusters import ValueVectorClusters, value_vector_clusters
 from circuitvision.steering.injection import InjectionResult, inject

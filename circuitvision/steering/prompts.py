@@ -26,6 +26,7 @@ from torch import Tensor
 
 from circuitvision.data.sides import Side
 from circuitvision.errors import InputError
+from circuitvision.metrics.effects import transfer
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 from circuitvision.steering.acting import Policy, parts, policy_of
