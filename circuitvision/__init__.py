@@ -116,6 +116,7 @@ _CLASSES = {
     "openvla.processing": "OpenVLAImageProcessor OpenVLAProcessor",
     "patching.activation": "PatchingResult",
     "patching.knockout": "Knockout",
+    "patching.tracing": "CausalTrace",
     "plots.figure": "Figure",
     "readout.attention.contrast": "AttentionContrast",
     "readout.attention.distance": "DistanceProfile PositionPattern",

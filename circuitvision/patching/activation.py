@@ -183,7 +183,7 @@ def activation_patch(
     refuse_unwrapped(model)
     refuse_random(model.module, "Patching")
     names = matching_sites(model, sites)
-    grid = _grid(model, names, axes, regions, neurons, window)
+    grid = grid_of(model, names, axes, regions, neurons, window)
     runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch)
     first = runs.first_inputs()
     dead = [name for name in names if model.is_dead(name, first)]
@@ -191,7 +191,7 @@ def activation_patch(
     without = [name for name, positions in held.items() if not positions]
     if without:
         raise InputError(f"{without[0]} has no positions in this model; leave 'position' out of axes.")
-    labels, cells = grid.laid_out(_head_counts(model, names) if "head" in axes else {}, held)
+    labels, cells = grid.laid_out(head_counts(model, names) if "head" in axes else {}, held)
     sources = runs.sources(names)
     runs.fixed_positions = held
     patches = [(cell, cell.patch(sources, dead)) for cell in cells]
@@ -203,9 +203,9 @@ def activation_patch(
         dtype=measured.base.dtype,
     )
     for cell in cells:
-        values[_every_metric(cell.index)] = 0.0
+        values[every_metric(cell.index)] = 0.0
     for number, (cell, _) in enumerate(live):
-        values[_every_metric(cell.index)] = measured.values[:, number] - measured.base
+        values[every_metric(cell.index)] = measured.values[:, number] - measured.base
     result = PatchingResult(
         values=values if runs.metrics.several else values[0],
         axes={**runs.metrics.axis, **labels, "example": measured.examples},
@@ -220,11 +220,11 @@ def activation_patch(
         edits=[by_digest(group) for _, group in live],
         groups=measured.groups,
     )
-    _warn_of_equal_runs(result, cells[0].index)
+    warn_of_equal_runs(result, cells[0].index)
     return result
 
 
-def _grid(
+def grid_of(
     model: Any,
     names: Sequence[str],
     axes: Sequence[str],
@@ -247,11 +247,11 @@ def _grid(
     return grid
 
 
-def _every_metric(place: tuple[int, ...]) -> tuple[Any, ...]:
+def every_metric(place: tuple[int, ...]) -> tuple[Any, ...]:
     return (slice(None), *place)
 
 
-def _warn_of_equal_runs(result: PatchingResult, cell: tuple[int, ...]) -> None:
+def warn_of_equal_runs(result: PatchingResult, cell: tuple[int, ...]) -> None:
     """One warning where the two runs hardly differ in a metric."""
     shares = result.restored if result.metrics else result.restored[None]
     names = [name for number, name in enumerate(result.metrics or ["the metric"]) if shares[number][cell].isnan()]
@@ -270,7 +270,7 @@ def matching_sites(model: Any, sites: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for pattern in patterns for name in model.sites(pattern)))
 
 
-def _head_counts(model: Any, names: Sequence[str]) -> dict[str, int]:
+def head_counts(model: Any, names: Sequence[str]) -> dict[str, int]:
     """How many heads each site has."""
     found = {}
     for name in names:

@@ -125,7 +125,7 @@ class Grid:
                         self._together(name),
                         where.get("head"),
                         where.get("position") if region is None else self.regions[region],
-                        bases.get(where.get("neurons")),
+                        bases.get(str(where.get("neurons"))),
                     )
                 )
         return labels, cells

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class SweepResult(Result):
         """The axes of the edits: all but ``metric`` and ``example``."""
         return {name: entries for name, entries in self.axes.items() if name not in ("metric", "example")}
 
-    def of(self, metric: str) -> SweepResult:
+    def of(self, metric: str) -> Self:
         """The same sweep with one of its metrics, without the axis ``metric``.
 
         Raises:
@@ -81,7 +81,7 @@ class SweepResult(Result):
             metric=self.metric[metric],
         )
 
-    def one(self, metric: str | None = None) -> SweepResult:
+    def one(self, metric: str | None = None) -> Self:
         """One metric of the sweep: the one named, else the first."""
         if not self.metrics:
             if metric is not None:

@@ -235,7 +235,7 @@ class EditCompiler:
         order = list(bound.group)
         fires = {name: number for number, name in enumerate(self.model.engine.points)}
         for name, edits in bound.writes.items():
-            by_value.setdefault(_same_value(self.model, name), []).extend((name, edit) for edit in edits)
+            by_value.setdefault(same_value(self.model, name), []).extend((name, edit) for edit in edits)
         for entries in by_value.values():
             entries.sort(key=lambda entry: order.index(entry[1]))
             for number, (name, later) in enumerate(entries):
@@ -284,7 +284,7 @@ def _share_later(one: Edit, other: Edit, prompt: PositionWindow) -> bool:
     return bool((found[0] & found[1]).any())
 
 
-def _same_value(model: Wrapped, site: str) -> str:
+def same_value(model: Wrapped, site: str) -> str:
     """One name for sites that are one value with two names."""
     name = SiteName.parse(site)
     if name.site == "hook_resid_pre" and name.layer is not None:

@@ -1,0 +1,311 @@
+"""Causal tracing: noise on what the question is about, and then the state that brings the answer back.
+
+Three runs: clean; *corrupted*, with Gaussian noise added to the subject's positions where they enter the first block,
+
+    ``x' = x + noise · σ · ε``,  ``ε ~ N(0, 1)``, ``σ`` the standard deviation of the subject's entries over the data,
+
+and *restored*, the corrupted run in which one cell (a site, layers, positions) takes its clean value. ``values`` is the indirect effect
+``metric(restored) - metric(corrupted)`` per example, a mean over the samples of noise; ``base`` is the corrupted metric, ``source`` the clean one,
+their mean difference the total effect, and ``restored`` the share of it that a cell brings back.
+
+A state restored early may act through the MLPs behind it. *Severed*, the MLPs (or attentions) at the same positions of all later layers keep their
+corrupted outputs: what is lost beside the plain trace went through them.
+
+Noise is drawn by the seed and the example's number for its own positions, so it is the same in any batch. It is one corruption among several, and an
+unnatural one: pairs that differ in a word or an object (:func:`circuitvision.patching.activation_patch`) test the same claim on inputs that exist
+(Zhang and Nanda 2023, arXiv 2309.16042).
+
+Reference: Meng et al. 2022 (arXiv 2202.05262); its defaults are 3 standard deviations, 10 samples, windows of 10 layers for MLPs and attention.
+
+Not covered: noise in one tower and states of another through a cache; corruption of pixels (:mod:`circuitvision.data`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision import edits
+from circuitvision.data import Batch
+from circuitvision.errors import InputError, checked_seed
+from circuitvision.metric_set import MetricSet
+from circuitvision.model.edits.base import Edit, by_digest, taken
+from circuitvision.model.edits.binding import same_value
+from circuitvision.model.positions import Positions
+from circuitvision.model.sites import SiteName
+from circuitvision.model.state import refuse_random, refuse_unwrapped
+from circuitvision.model.tokens import TokenMap
+from circuitvision.patching.activation import (
+    PatchingResult,
+    every_metric,
+    grid_of,
+    head_counts,
+    matching_sites,
+    warn_of_equal_runs,
+)
+from circuitvision.patching.cells import Cell
+from circuitvision.provenance import describe, with_provenance
+
+
+@dataclass(frozen=True, eq=False)
+class CausalTrace(PatchingResult):
+    """What restoring each cell brings back, see :class:`circuitvision.patching.PatchingResult`.
+
+    ``base`` is the metric of the corrupted run and ``source`` that of the clean one. ``sigma`` is the standard deviation of the entries that noise
+    was added to, ``noise`` how many of it; ``severed`` the site whose later outputs were held.
+    """
+
+    noise: float = 0.0
+    sigma: float = 0.0
+    samples: int = 0
+    severed: str = ""
+
+
+@with_provenance
+def causal_trace(
+    model: Any,
+    data: Any,
+    metric: Any,
+    *,
+    subject: Any,
+    sites: str | Sequence[str],
+    axes: Sequence[str] = ("layer", "position"),
+    regions: Mapping[str, Any] | None = None,
+    window: int | str = 1,
+    severed: str = "",
+    noise: float = 3.0,
+    sigma: float | None = None,
+    samples: int = 10,
+    seed: int = 0,
+    example_batch: int | None = None,
+    save_to: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> CausalTrace:
+    """Corrupt the subject with noise, restore every cell of ``axes`` on its own, and measure how much of the answer comes back.
+
+    Args:
+        model: the hooked model.
+        data: inputs, a data set, or pairs (their clean side).
+        metric: a metric, its name, or a mapping of several.
+        subject: the positions that get noise, in any spelling: ``regions.words("circle")``, ``"patch"``.
+        sites: what is restored: ``"language.blocks.*.hook_resid_post"``; of one tower.
+        axes, regions, window: as of :func:`circuitvision.patching.activation_patch`; windows are for MLPs and attentions.
+        severed: a site of blocks, ``"hook_mlp_out"`` or ``"hook_attn_out"``, whose outputs behind a cell stay corrupted at its positions.
+        noise: standard deviations of noise.
+        sigma: the standard deviation itself; None: measured at the subject's positions over the data.
+        samples: how many draws of noise are averaged.
+        seed: of the noise.
+        example_batch, save_to, resume, progress: as of ``model.sweep``.
+
+    Raises:
+        InputError: sites of several towers or without the axes, a severed site that is none, noise that is not positive, a subject that is nowhere;
+            dropout in training mode.
+    """
+    refuse_unwrapped(model)
+    refuse_random(model.module, "Causal tracing")
+    if not (noise > 0 and (sigma is None or sigma > 0) and isinstance(samples, int) and samples >= 1):
+        raise InputError(f"noise={noise!r}, sigma={sigma!r} and samples={samples!r} are positive numbers.")
+    names = matching_sites(model, sites)
+    towers = {SiteName.parse(name).tower for name in names}
+    if len(towers) > 1 or not towers <= set(model.towers):
+        raise InputError(f"A trace restores the sites of one tower; found {', '.join(sorted(towers))}.")
+    tower = towers.pop()
+    later = _later(model, tower, severed)
+    grid = grid_of(model, names, axes, regions, None, window)
+    first = _first(model, data)
+    dead = [name for name in names if model.is_dead(name, first)]
+    held = {name: model.positions(name, first) for name in names} if "position" in axes else {}
+    labels, cells = grid.laid_out(head_counts(model, names) if "head" in axes else {}, held)
+    live = [cell for cell in cells if any(site not in dead for site in cell.sites)]
+    subjects = Positions.of(subject)
+    size = sigma if sigma is not None else _deviation(model, data, tower, subjects)
+    trace = _Trace(
+        model, data, tower, subjects, live, tuple(dead), later, noise * size, samples, checked_seed(seed), held
+    )
+    metrics = MetricSet.of(metric)
+    swept = model.sweep(
+        data,
+        trace if hasattr(data, "batches") else trace(_whole(model, data)),
+        dict(metrics.members) if metrics.several else metrics.members[""],
+        save_to=save_to,
+        resume=resume,
+        progress=progress,
+        example_batch=example_batch,
+    )
+    mean = swept.values.view(len(metrics.names), samples, 1 + len(live), -1).mean(1)
+    base, restored = mean[:, 0], mean[:, 1:]
+    values = torch.full((len(base), *map(len, labels.values()), base.shape[1]), torch.nan, dtype=base.dtype)
+    for cell in cells:
+        values[every_metric(cell.index)] = 0.0
+    for number, cell in enumerate(live):
+        values[every_metric(cell.index)] = restored[:, number] - base
+    result = CausalTrace(
+        values=values if metrics.several else values[0],
+        axes={**metrics.axis, **labels, "example": swept.axes["example"]},
+        provenance=describe(
+            model,
+            method=f"causal_trace(noise={noise:g} × {size:.4g}, samples={samples}{f', severed={severed}' if severed else ''})",
+            metric=metrics,
+            sites=grid.kind,
+            seed=seed,
+            **({"dataset_sha256": data.digest} if hasattr(data, "digest") else {"inputs": (data,)}),
+        ),
+        base=base if metrics.several else base[0],
+        source=swept.clean,
+        mode="denoise",
+        site=grid.kind,
+        dead=dead,
+        edits=[by_digest(group) for group in swept.edits[1 : 1 + len(live)]],
+        groups=swept.groups,
+        noise=noise,
+        sigma=size,
+        samples=samples,
+        severed=severed,
+    )
+    warn_of_equal_runs(result, cells[0].index)
+    return result
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """Makes the edits of a batch: for each sample of noise the noise alone, then the noise with each cell restored."""
+
+    model: Any
+    data: Any
+    tower: str
+    subject: Positions
+    cells: Sequence[Cell]
+    dead: tuple[str, ...]
+    later: Callable[[Cell], list[str]]
+    scale: float
+    samples: int
+    seed: int
+    held: Mapping[str, Sequence[int]]
+
+    def __provenance__(self) -> dict[str, Any]:
+        return {
+            "trace": self.tower,
+            "subject": self.subject,
+            "cells": [[*cell.sites, *self.later(cell)] for cell in self.cells],
+            "positions": [cell.positions for cell in self.cells],
+            "scale": self.scale,
+            "samples": self.samples,
+            "seed": self.seed,
+        }
+
+    def __call__(self, batch: Batch) -> list[tuple[Edit, ...]]:
+        side = getattr(self.data, "clean", self.data)
+        numbers = list(side.numbers) if hasattr(side, "numbers") else list(batch.examples)
+        rows = [numbers.index(number) for number in batch.examples]
+        self._check_positions(batch.inputs)
+        tokens = self.model.tokens(batch.inputs)[self.tower]
+        mask = self.subject.taken(rows, len(numbers)).resolve(tokens)
+        clean = self._values(batch.inputs, (), {site for cell in self.cells for site in cell.sites})
+        groups: list[tuple[Edit, ...]] = []
+        for sample in range(self.samples):
+            drawn = self._drawn(batch, mask, sample)
+            corrupted = edits.steer(self.entrance, drawn, self.scale, positions=mask)
+            held = self._values(batch.inputs, (corrupted,), {site for cell in self.cells for site in self.later(cell)})
+            groups.append((corrupted,))
+            for cell in self.cells:
+                noise: tuple[Edit, ...] = (corrupted,)
+                sites = [site for site in cell.sites if not self._enters(site)]
+                if len(sites) < len(cell.sites):
+                    # What is restored where noise enters is noise that is not added.
+                    left = mask & ~Positions.of(cell.positions).taken(rows, len(numbers)).resolve(tokens)
+                    noise = (edits.steer(self.entrance, drawn, self.scale, positions=left),) if bool(left.any()) else ()
+                restored = dataclasses.replace(cell, sites=tuple(sites)).patch(clean, self.dead)
+                severed = [edits.replace(site, held[site], positions=cell.positions) for site in self.later(cell)]
+                groups.append((*noise, *taken((*restored, *severed), rows, len(numbers))))
+        return groups
+
+    @property
+    def entrance(self) -> str:
+        """The site that noise is added to."""
+        return f"{self.tower}.hook_input"
+
+    def _enters(self, site: str) -> bool:
+        return same_value(self.model, site) == self.entrance
+
+    def _values(self, inputs: Mapping[str, Any], under: tuple[Edit, ...], sites: set[str]) -> Mapping[str, Tensor]:
+        """The values of a run at some sites."""
+        if not sites:
+            return {}
+        with torch.no_grad(), self.model.record(sorted(sites)) as cache:
+            self.model.run(inputs, list(under))
+        return {site: cache[site] for site in sites}
+
+    def _drawn(self, batch: Batch, mask: Tensor, sample: int) -> Float[Tensor, "row pos d_model"]:
+        """Noise at the subject's positions of every example, drawn by its number."""
+        tokens: TokenMap = self.model.tokens(batch.inputs)[self.tower]
+        width = self.model.towers[self.tower].cfg.d_model
+        drawn = torch.zeros(*mask.shape, width)
+        for example, number in enumerate(batch.examples):
+            own = mask & torch.as_tensor(tokens.example == example)[:, None]
+            generator = np.random.default_rng([self.seed, sample, int(number)])
+            drawn[own] = torch.from_numpy(generator.standard_normal((int(own.sum()), width))).float()
+        return drawn
+
+    def _check_positions(self, inputs: Mapping[str, Any]) -> None:
+        for name, expected in self.held.items():
+            if list(self.model.positions(name, inputs)) != list(expected):
+                raise InputError(
+                    f"{name} has another number of positions in some examples than in the first: take prompts of one length, or regions in place of "
+                    "positions."
+                )
+
+
+def _later(model: Any, tower: str, severed: str) -> Callable[[Cell], list[str]]:
+    """The severed sites behind a cell."""
+    if not severed:
+        return lambda cell: []
+    there = set(model.sites(f"{tower}.blocks.*.{severed}"))
+    count = model.towers[tower].cfg.n_layers
+
+    def behind(cell: Cell) -> list[str]:
+        last = max(SiteName.parse(site).layer or 0 for site in cell.sites)
+        wanted = [f"{tower}.blocks.{layer}.{severed}" for layer in range(last + 1, count)]
+        return [site for site in wanted if site in there]
+
+    return behind
+
+
+def _first(model: Any, data: Any) -> Mapping[str, Any]:
+    side = getattr(data, "clean", data)
+    return next(iter(side[:1].batches(model))).inputs if hasattr(data, "batches") else data
+
+
+def _whole(model: Any, inputs: Mapping[str, Any]) -> Batch:
+    """Inputs in memory as one batch."""
+    tokens = next(iter(model.tokens(inputs).values()))
+    return Batch(dict(inputs), list(range(tokens.n_examples)))
+
+
+def _deviation(model: Any, data: Any, tower: str, subject: Positions) -> float:
+    """The standard deviation of the entries at the subject's positions, over the data."""
+    site, count, total, square = f"{tower}.hook_input", 0, 0.0, 0.0
+    side = getattr(data, "clean", data)
+    batches = side.batches(model) if hasattr(data, "batches") else [_whole(model, data)]
+    numbers = list(side.numbers) if hasattr(side, "numbers") else None
+    for batch in batches:
+        rows = batch.examples if numbers is None else [numbers.index(number) for number in batch.examples]
+        whole = len(numbers) if numbers is not None else len(rows)
+        mask = subject.taken(rows, whole).resolve(model.tokens(batch.inputs)[tower])
+        with torch.no_grad():
+            _, cache = model.run_with_cache(batch.inputs, names_filter=[site])
+        entries: Float[Tensor, "entry d"] = cache[site].cpu()[mask].double()
+        count += entries.numel()
+        total += float(entries.sum())
+        square += float(entries.square().sum())
+    if count < 2:
+        raise InputError("The subject is nowhere in these inputs: name positions that are there.")
+    return float(np.sqrt(max(square / count - (total / count) ** 2, 0.0)))
