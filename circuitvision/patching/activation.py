@@ -248,6 +248,7 @@ def grid_of(
 
 
 def every_metric(place: tuple[int, ...]) -> tuple[Any, ...]:
+    """The index of a cell in values of several metrics."""
     return (slice(None), *place)
 
 
