@@ -117,6 +117,7 @@ _CLASSES = {
     "patching.activation": "PatchingResult",
     "patching.knockout": "Knockout",
     "patching.tracing": "CausalTrace",
+    "patching.coalitions": "CoalitionResult ConditionalEffects Dividends InteractionResult PairInteractions ShapleyValues",
     "plots.figure": "Figure",
     "readout.attention.contrast": "AttentionContrast",
     "readout.attention.distance": "DistanceProfile PositionPattern",

@@ -273,6 +273,36 @@ def _say_succeeds(found: Finding) -> str:
     return said if found.holds else f"No clear difference in success: {said}"
 
 
+_ACT_ON = {"backup": "back each other up", "cooperation": "need each other", "opposition": "work against each other"}
+
+
+def _say_interact(found: Finding) -> str:
+    about = found.about
+    if found.holds is None:
+        return f"No interaction to see: {found.reason}"
+    effects = f"together {about['together']}, alone {about['alone']}"
+    if about["rest"] == "intact":
+        effects = f"taking both away costs {about['together']}, one of them {about['alone']}"
+    said = (
+        f"{about['pair']} {_ACT_ON[about['kind']]}: "
+        if found.holds
+        else f"No two components clearly interact: {about['pair']}, "
+    )
+    return f"{said}{effects}{'' if found.holds else f' ({found.reason})'}".replace("-", "\N{MINUS SIGN}")
+
+
+def _say_repairs(found: Finding) -> str:
+    about = found.about
+    if found.holds is None:
+        return f"No self-repair to see: {found.reason}"
+    effects = f"taking it away costs {about['before']}, and {about['after']} without {about['other']}".replace(
+        "-", "\N{MINUS SIGN}"
+    )
+    if found.holds:
+        return f"{_capital(about['one'])} steps in for {about['other']}: {effects}"
+    return f"No component clearly steps in for another: of {about['one']} {effects} ({found.reason})"
+
+
 def _two_digits(value: float) -> str:
     return f"{0.0 if abs(value) < 0.005 else value:.2f}".replace("-", "\N{MINUS SIGN}")
 
@@ -322,4 +352,6 @@ SENTENCES = {
     "injects": _say_injects,
     "listens": _say_listens,
     "succeeds": _say_succeeds,
+    "interact": _say_interact,
+    "repairs": _say_repairs,
 }

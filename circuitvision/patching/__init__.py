@@ -2,8 +2,40 @@
 
 from __future__ import annotations
 
-from circuitvision.patching.activation import PatchingResult, activation_patch
-from circuitvision.patching.knockout import Knockout, knockout
-from circuitvision.patching.tracing import CausalTrace, causal_trace
+from circuitvision.patching.activation import (
+    PatchingResult,
+    activation_patch,
+)
+from circuitvision.patching.coalitions import (
+    ConditionalEffects,
+    Dividends,
+    InteractionResult,
+    PairInteractions,
+    ShapleyValues,
+)
+from circuitvision.patching.interactions import (
+    interactions,
+)
+from circuitvision.patching.knockout import (
+    Knockout,
+    knockout,
+)
+from circuitvision.patching.tracing import (
+    CausalTrace,
+    causal_trace,
+)
 
-__all__ = ["CausalTrace", "Knockout", "PatchingResult", "activation_patch", "causal_trace", "knockout"]
+__all__ = [
+    "CausalTrace",
+    "ConditionalEffects",
+    "Dividends",
+    "InteractionResult",
+    "Knockout",
+    "PairInteractions",
+    "PatchingResult",
+    "ShapleyValues",
+    "activation_patch",
+    "causal_trace",
+    "interactions",
+    "knockout",
+]

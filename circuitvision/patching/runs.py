@@ -110,7 +110,11 @@ class InputRuns(Runs):
     def sources(self, names: Sequence[str]) -> dict[str, Any]:
         """The values of the source run; its metric is read on the way."""
         with torch.no_grad():
-            output, cache = self.model.run_with_cache(self.source_inputs, names_filter=list(names))
+            cache: Any = {}
+            if names:
+                output, cache = self.model.run_with_cache(self.source_inputs, names_filter=list(names))
+            else:
+                output = self.model(self.source_inputs)
             if self.mode == "denoise":
                 self.metrics = self.metrics.against(output)
             elif self.metrics.compares:

@@ -52,6 +52,11 @@ _FIGURES = {
     "PromptConditions": ("steering", "conditions"),
     "SteeringResponse": ("steering", "response"),
     "ValueVectorClusters": ("steering", "clusters"),
+    "InteractionResult": ("interactions", "interactions"),
+    "PairInteractions": ("interactions", "pairs"),
+    "Dividends": ("interactions", "dividends"),
+    "ShapleyValues": ("interactions", "shapley"),
+    "ConditionalEffects": ("interactions", "conditional"),
 }
 
 
