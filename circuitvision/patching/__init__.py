@@ -1,7 +1,8 @@
-"""Interventions that move values between runs: activation patching."""
+"""Interventions that move values between runs: activation patching, and its estimates from gradients."""
 
 from __future__ import annotations
 
 from circuitvision.patching.activation import PatchingResult, activation_patch
+from circuitvision.patching.attribution import AttributionResult, attribution_patch
 
-__all__ = ["PatchingResult", "activation_patch"]
+__all__ = ["AttributionResult", "PatchingResult", "activation_patch", "attribution_patch"]
