@@ -111,6 +111,7 @@ _CLASSES = {
     "openvla.modeling": "OpenVLAForActionPrediction",
     "openvla.processing": "OpenVLAImageProcessor OpenVLAProcessor",
     "patching.activation": "PatchingResult",
+    "patching.agreement": "Agreement",
     "patching.attribution": "AttributionResult",
     "plots.figure": "Figure",
     "readout.attention.contrast": "AttentionContrast",

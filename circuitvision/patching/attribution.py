@@ -135,8 +135,9 @@ def attribution_patch(
     )
     for place, name, head, position in cells:
         inside = [*([] if head is None else [head]), *([] if position is None else [list(held[name]).index(position)])]
-        whole = (slice(None), slice(None), *inside)
-        values[(slice(None), *place)] = 0.0 if name in dead else found.values[name][whole].to(values)
+        whole: Any = (slice(None), slice(None), *inside)
+        cell: Any = (slice(None), *place)
+        values[cell] = 0.0 if name in dead else found.values[name][whole].to(values)
     gap = found.gap.new_zeros(0) if method != "ig" else found.gap if several else found.gap[0]
     result = AttributionResult(
         values=values if several else values[0],
@@ -168,7 +169,7 @@ def _check_metrics(given: MetricSet, mode: str, method: str) -> None:
     """Raise InputError for metrics that count; warn of one that is at its minimum where its gradient is taken."""
     flat = [name for name, one in given.members.items() if isinstance(one, (metrics.Rank, metrics.Accuracy))]
     if flat:
-        said = flat[0] or type(given.members[""]).__name__
+        said = flat[0] or type(given.members[""]).__name__.lower()
         raise InputError(
             f"{said} counts, so its gradient is 0 everywhere: take logit_diff, logprob or prob here, or measure it with activation_patch."
         )

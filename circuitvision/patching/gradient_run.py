@@ -78,18 +78,21 @@ class GradientRun:
         others = [site for site in watched if site not in own]
         found: dict[str, Tensor] = {}
         if own:
-            gradients = self._gradients(metric.sum(), own, keep_graph or bool(others))
+            gradients = self._gradients(metric, torch.ones_like(metric), own, keep_graph or bool(others))
             found |= self._summed(terms, gradients, len(metric), None)
         for example in range(len(metric) if others else 0):
             last = not keep_graph and example == len(metric) - 1
-            gradients = self._gradients(metric[example], others, not last)
+            one = torch.zeros_like(metric)
+            one[example] = 1
+            gradients = self._gradients(metric, one, others, not last)
             for name, value in self._summed(terms, gradients, len(metric), example).items():
                 found[name] = found[name] + value if name in found else value
         return found
 
-    def _gradients(self, value: Tensor, sites: Sequence[str], keep_graph: bool) -> dict[str, Tensor]:
+    def _gradients(self, metric: Tensor, of: Tensor, sites: Sequence[str], keep_graph: bool) -> dict[str, Tensor]:
+        """The gradients of the metric, weighted by example."""
         inputs = [self.values[site] for site in sites]
-        found = torch.autograd.grad(value, inputs, retain_graph=keep_graph, allow_unused=True)
+        found = torch.autograd.grad(metric, inputs, of, retain_graph=keep_graph, allow_unused=True)
         return {
             site: torch.zeros_like(self.values[site]) if gradient is None else gradient
             for site, gradient in zip(sites, found, strict=True)
