@@ -118,6 +118,8 @@ _CLASSES = {
     "patching.knockout": "Knockout",
     "patching.tracing": "CausalTrace",
     "patching.coalitions": "CoalitionResult ConditionalEffects Dividends InteractionResult PairInteractions ShapleyValues",
+    "patching.agreement": "Agreement",
+    "patching.attribution": "AttributionResult",
     "plots.figure": "Figure",
     "readout.attention.contrast": "AttentionContrast",
     "readout.attention.distance": "DistanceProfile PositionPattern",

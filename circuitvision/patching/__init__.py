@@ -6,6 +6,14 @@ from circuitvision.patching.activation import (
     PatchingResult,
     activation_patch,
 )
+from circuitvision.patching.agreement import (
+    Agreement,
+    agreement,
+)
+from circuitvision.patching.attribution import (
+    AttributionResult,
+    attribution_patch,
+)
 from circuitvision.patching.coalitions import (
     ConditionalEffects,
     Dividends,
@@ -26,6 +34,8 @@ from circuitvision.patching.tracing import (
 )
 
 __all__ = [
+    "Agreement",
+    "AttributionResult",
     "CausalTrace",
     "ConditionalEffects",
     "Dividends",
@@ -35,6 +45,8 @@ __all__ = [
     "PatchingResult",
     "ShapleyValues",
     "activation_patch",
+    "agreement",
+    "attribution_patch",
     "causal_trace",
     "interactions",
     "knockout",

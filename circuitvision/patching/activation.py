@@ -228,9 +228,9 @@ def grid_of(
     model: Any,
     names: Sequence[str],
     axes: Sequence[str],
-    regions: Mapping[str, Any] | None,
-    neurons: Any,
-    window: int | str,
+    regions: Mapping[str, Any] | None = None,
+    neurons: Any = None,
+    window: int | str = 1,
 ) -> Grid:
     """What is patched. Raises InputError for axes that do not fit the sites."""
     groups, width = {}, 0

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuitvision import edits
 from circuitvision.errors import InputError
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.packing import laid_out
+
+if TYPE_CHECKING:
+    from circuitvision.incremental.sweeps.stream import DataStudy
 
 Groups = Sequence[tuple[Edit, ...]]
 
@@ -27,6 +31,21 @@ class Measured:
     source: Float[Tensor, "metric example"]
     examples: list[Any]
     groups: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class RunBatch:
+    """Some examples of both runs: inputs of the base run, and what the source run held at the base run's positions.
+
+    ``metrics`` are bound; ``source`` reads metrics of the source run. ``examples`` are the labels of the examples, None where the metric says how
+    many there are.
+    """
+
+    inputs: Mapping[str, Any]
+    values: Mapping[str, Tensor]
+    metrics: MetricSet
+    source: Callable[[MetricSet], Float[Tensor, "metric example"]]
+    examples: list[Any] | None = None
 
 
 class Runs:
@@ -51,6 +70,15 @@ class Runs:
     def measure(self, groups: Groups, **options: Any) -> Measured:
         """Run the groups; ``options`` go to the sweep."""
         raise NotImplementedError
+
+    def batches(self, names: Sequence[str]) -> Iterator[RunBatch]:
+        """The examples, some at a time, with the source run's values at these sites."""
+        raise NotImplementedError
+
+    @property
+    def groups(self) -> list[Any]:
+        """Which examples belong together, where the data says so."""
+        return []
 
     def described(self) -> dict[str, Any]:
         """What a provenance says of the data."""
@@ -141,6 +169,13 @@ class InputRuns(Runs):
         values, base = (swept.values, swept.clean) if several else (swept.values[None], swept.clean[None])
         return Measured(values, base, self.source, list(range(base.shape[1])))
 
+    def batches(self, names: Sequence[str]) -> Iterator[RunBatch]:
+        """One batch."""
+        with torch.no_grad():
+            output, values = self.model._values_at(self.source_inputs, names)
+        metrics = self.metrics.against(output) if self.mode == "denoise" else self.metrics
+        yield RunBatch(self.base_inputs, values, metrics, lambda found: found(output, self.source_inputs))
+
     def described(self) -> dict[str, Any]:
         """Both inputs."""
         return {"inputs": self.both}
@@ -169,13 +204,21 @@ class PairRuns(Runs):
 
     def measure(self, groups: Groups, **options: Any) -> Measured:
         """One sweep over the data set."""
+        swept = self._study(list(groups) or [()], **options).result()
+        values, base, source = swept.values, swept.clean, swept.source
+        if not self.metrics.several:
+            values, base, source = values[None], base[None], source[None]
+        return Measured(values[:, : len(groups)], base, source, swept.axes["example"], swept.groups)
+
+    def _study(self, groups: Groups, **options: Any) -> DataStudy:
+        """The base side under these edits, beside the source side."""
         from circuitvision.incremental.sweeps.stream import DataStudy
         from circuitvision.incremental.sweeps.study import Options
 
         study = DataStudy(
             self.model,
             self.pairs if self.mode == "noise" else self.base,
-            list(groups) or [()],
+            groups,
             self.metrics,
             None,
             Options(**options),
@@ -186,11 +229,23 @@ class PairRuns(Runs):
             maps=inverse_maps(self.pairs.maps) if self.mode == "denoise" else None,
         )
         study.check_batch = self._check_positions if self.fixed_positions else None
-        swept = study.result()
-        values, base, source = swept.values, swept.clean, swept.source
-        if not self.metrics.several:
-            values, base, source = values[None], base[None], source[None]
-        return Measured(values[:, : len(groups)], base, source, swept.axes["example"], swept.groups)
+        return study
+
+    def batches(self, names: Sequence[str]) -> Iterator[RunBatch]:
+        """The batches of both sides."""
+        study = self._study([tuple(edits.replace(name, self.origin) for name in names)])
+        for make in study._chunks():
+            with torch.no_grad():
+                chunk = make()
+            (group,) = chunk.groups
+            values = {edit.site: edit.source.tensor for edit in group}  # type: ignore[attr-defined]
+            labels = [self.base.numbers[row] for row in chunk.examples or ()]
+            yield RunBatch(chunk.inputs, values, chunk.metrics, chunk.others["source"], labels)
+
+    @property
+    def groups(self) -> list[Any]:
+        """The groups of the base side."""
+        return [] if self.base.groups is None else list(self.base.groups)
 
     def _check_positions(self, inputs: Mapping[str, Any]) -> None:
         for name, expected in self.fixed_positions.items():
