@@ -34,7 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.incremental.sweeps.result import ROUNDING
+from circuitvision.metrics.effects import ROUNDING
 from circuitvision.model.edits.base import EditGroup
 from circuitvision.results import Result
 
