@@ -47,6 +47,7 @@ from circuitvision.model.cache import ActivationCache
 from circuitvision.model.edits.attention import AddAttentionBias, BlockAttention, DeleteTokens, ScaleAttention
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.files import dump, from_dict, load, parse, restore, save, to_dict
+from circuitvision.model.edits.noise import add_noise
 from circuitvision.model.edits.values import (
     SideSource,
     Steps,
@@ -481,6 +482,7 @@ __all__ = [
     "Edit",
     "ablate",
     "add_attention_bias",
+    "add_noise",
     "apply",
     "block_attention",
     "delete_tokens",

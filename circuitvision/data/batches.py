@@ -431,6 +431,9 @@ def aligned(this: Mapping[str, Any], other: Mapping[str, Any], align: Align, pai
     found: dict[str, np.ndarray] = {}
     for name, tokens in this.items():
         twin = other.get(name)
+        if twin is None and align == "maps" and _unmapped(pairs, name):
+            # One side has no picture, and the maps say which of the others belong together.
+            continue
         if twin is None or twin.n_rows != tokens.n_rows:
             raise InputError(
                 f"The two sides take different rows of the {name} tower ({tokens.n_rows} and {0 if twin is None else twin.n_rows}), so nothing "
@@ -448,6 +451,11 @@ def aligned(this: Mapping[str, Any], other: Mapping[str, Any], align: Align, pai
         else:
             raise InputError(f"align={align!r} is not understood: 'kind', 'index', or a function of two token maps.")
     return found
+
+
+def _unmapped(pairs: Pairs, tower: str) -> bool:
+    """Whether the maps of pairs leave a tower out."""
+    return pairs.maps is not None and all(isinstance(one, Mapping) and tower not in one for one in pairs.maps)
 
 
 def _by_kind(tokens: Any, twin: Any, numbers: Sequence[int]) -> np.ndarray:

@@ -67,14 +67,14 @@ def donors_of(
     """
     if model.is_dual:
         raise InputError("resampling from a data set is for models whose examples are rows; resample within the run")
-    own = [_content(model, inputs, maps, example) for example in range(_count(maps))]
+    own = [content_of(model, inputs, maps, example) for example in range(_count(maps))]
     found: list[int] = []
     for example, content in enumerate(own):
         order = np.random.default_rng([seed, int(content[:15], 16)]).permutation(len(side))[:TRIES]
         for number in order.tolist():
             made = inputs_of(model, side[number])
             there = model.tokens(made)
-            if _content(model, made, there, 0) != content and _serves(maps, there, example, needed, from_end):
+            if content_of(model, made, there, 0) != content and _serves(maps, there, example, needed, from_end):
                 found.append(number)
                 break
         else:
@@ -91,15 +91,16 @@ def _count(maps: Mapping[str, TokenMap]) -> int:
     return max(tokens.n_examples for tokens in maps.values())
 
 
-def _content(model: Wrapped, inputs: Mapping[str, Any], maps: Mapping[str, TokenMap], example: int) -> str:
+def content_of(model: Wrapped, inputs: Mapping[str, Any], maps: Mapping[str, TokenMap], example: int) -> str:
     """What one example of a run is, however far its prompt, and the tiles of its images, are filled up."""
     told: dict[str, Any] = {}
     mask = inputs.get("attention_mask")
-    run = ImageRun(model, inputs)
+    of_images = model.family.packing.of_images
+    run = ImageRun(model, inputs) if any(name in of_images for name in inputs) else None
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or not value.ndim or name in ("attention_mask", *model.family.required):
             continue
-        if name in run.packing.of_images:
+        if run is not None and name in of_images:
             told[name] = [of_tensor(one) for one in run.packing.content(run, name, value, example)]
         elif isinstance(mask, Tensor) and mask.ndim == 2 and value.shape[:2] == mask.shape:
             told[name] = of_tensor(value[example][mask[example].bool()])

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitvision.data import pictures
 from circuitvision.errors import InputError, nearest
-from circuitvision.model import pictures
 from circuitvision.model.packing import laid_out
 
 ACTION = "action "

@@ -14,8 +14,8 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 
+from circuitvision.data.pictures import prepared
 from circuitvision.errors import InputError
-from circuitvision.model.pictures import prepared
 from circuitvision.plots import kit, style
 
 Box = tuple[float, float, float, float]
@@ -26,7 +26,7 @@ _USUAL_WIDTH, _LETTER_WIDTH = 740, 0.7
 
 
 def as_picture(picture: Any) -> Pixels:
-    """A picture as ``[height width 3]`` of bytes: whatever :mod:`circuitvision.model.pictures` reads, grey or coloured.
+    """A picture as ``[height width 3]`` of bytes: whatever :mod:`circuitvision.data.pictures` reads, grey or coloured.
 
     Raises:
         InputError: no picture, several of them, or one whose levels are not known (normalised pixel values).

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from circuitvision.data import Pairs
+from circuitvision.data import Pairs, pictures
 from circuitvision.errors import InputError, UnsupportedModelError, nearest
-from circuitvision.model import pictures
 
 
 @dataclass(frozen=True)

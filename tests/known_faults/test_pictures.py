@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 import circuitvision as cv
+from circuitvision.data import pictures
 from circuitvision.errors import InputError
-from circuitvision.model import pictures
 from tests.zoo import CASES, Case, shared_model
 
 KINDS = (

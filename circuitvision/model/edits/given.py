@@ -18,6 +18,7 @@ from circuitvision.errors import InputError
 from circuitvision.model.averages import Draw, Layout, Seen, Tally, check_aligned, check_kinds, check_one_thing, draw
 from circuitvision.model.axes import axis_of, tower_of
 from circuitvision.model.edits.base import Edit, naming
+from circuitvision.model.edits.noise import AddNoise, Noise
 from circuitvision.model.edits.values import TensorRefMapping
 from circuitvision.model.edits.windows import RunWindows
 from circuitvision.model.edits.writes import THERE, Ablate
@@ -41,9 +42,12 @@ class GivenValues:
         self._layouts: dict[Any, Layout] = {}
         self._aligned: set[Any] = set()
         """Means that were found to exist, so that a thousand edits of one tower ask once."""
+        self._noise: Noise | None = None
 
     def prepare(self, edits: Iterable[Edit]) -> None:
         """Compute what the means and draws among some edits need; InputError, naming the edit, where there is none."""
+        edits = list(edits)
+        self._give_noise([edit for edit in edits if isinstance(edit, AddNoise) and not edit.does_nothing])
         wanted = [edit for edit in edits if isinstance(edit, Ablate) and edit.method in ("mean", "resample")]
         if not wanted:
             return
@@ -69,6 +73,16 @@ class GivenValues:
                 self._give_draw(edit, site, clean[site], drawn)
         for data, group in by_data.items():
             self._give_means(group, parts[data], clean if data is None else None)
+
+    def _give_noise(self, edits: Sequence[AddNoise]) -> None:
+        """Noise of every example, drawn once for all edits of a site and seed."""
+        for edit in dict.fromkeys(edits):
+            self._noise = self._noise or Noise(self.model, self.inputs, self.windows.maps)
+            for site in edit.sites(self.model):
+                window = self.windows.of(site)
+                assert window is not None
+                layout = self._layout(window)
+                self.given[edit, site] = self._noise.of(site, edit.seed, window.tower, layout.there)
 
     def _parts(self, data: tuple[TensorRefMapping, ...] | None) -> list[tuple[dict[str, Any], dict[str, TokenMap]]]:
         """The inputs that a mean goes over, and their token maps."""
