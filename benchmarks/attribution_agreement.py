@@ -59,7 +59,7 @@ def organism(name: str, count: int) -> tuple[cv.HookedModel, cv.data.Pairs]:
     """An organism, and pairs of its own task that it answers (of an action model all)."""
     model = cv.organisms.load(name)
     if name == "reach-pi0":
-        return model, cv.organisms.pairs(name, count)
+        return model, cv.data.reach_pairs(count, seed=0)
     return model, cv.organisms.pairs(name, 3 * count).answered(model)[:count]
 
 
