@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "IG": {"method": "ig", "nodes": 8},
 }
 SITES = ("attn.hook_z", "attn.hook_q", "attn.hook_k", "attn.hook_v", "hook_mlp_out", "hook_resid_mid")
-ORGANISMS = ("shapes-vit", "shapes-llava", "scenes-llava", "reach-pi0")
+ORGANISMS = ("shapes-vit", "shapes-llava", "reach-pi0", "scenes-llava")
 TOP = 10
 
 
@@ -59,7 +59,7 @@ def organism(name: str, count: int) -> tuple[cv.HookedModel, cv.data.Pairs]:
     """An organism, and pairs of its own task that it answers (of an action model all)."""
     model = cv.organisms.load(name)
     if name == "reach-pi0":
-        return model, cv.organisms.pairs(name, count)
+        return model, cv.data.reach_pairs(count, seed=0)
     return model, cv.organisms.pairs(name, 3 * count).answered(model)[:count]
 
 
@@ -131,7 +131,7 @@ def summary(models: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--models", nargs="*", default=list(ORGANISMS))
     parser.add_argument("--real", type=Path, help="a folder with vit_mnist/ and digits_256.npz")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -141,28 +141,30 @@ def main() -> None:
     torch.manual_seed(0)
     count, sites = (4, SITES[:2]) if arguments.quick else (arguments.pairs, SITES)
     names = arguments.models[:1] if arguments.quick else arguments.models
-    loaded = {name: organism(name, count) for name in names}
-    if arguments.real is not None:
-        loaded["digits ViT"] = digits(arguments.real, count)
-    models = {
-        name: {"pairs": len(pairs), "rows": measure(model, pairs, sites, name)}
-        for name, (model, pairs) in loaded.items()
-    }
+    stem = arguments.results / "attribution_agreement-cpu"
+    arguments.results.mkdir(exist_ok=True)
+    models: dict[str, Any] = {}
+    for name in [*(["digits ViT"] if arguments.real is not None else []), *names]:
+        model, pairs = digits(arguments.real, count) if name == "digits ViT" else organism(name, count)
+        models[name] = {"pairs": len(pairs), "rows": measure(model, pairs, sites, name)}
+        # What is finished is written, whatever becomes of the rest.
+        stem.with_suffix(".md").write_text(page(models))
+        held = {"k": TOP, "methods": METHODS, "models": models, **surroundings(torch.device("cpu"))}
+        stem.with_suffix(".json").write_text(json.dumps(held, indent=1) + "\n")
+    print(page(models))
+
+
+def page(models: dict[str, Any]) -> str:
+    """All tables of the models as markdown."""
     text = (
         "# Attribution patching beside activation patching\n\nThe score of a cell is the mean size of its effect over pairs "
         "(patching clean values into the corrupt run; `logit_diff` of answer and foil, of reach-pi0 the first coordinate of the action). Cells "
         f"without any effect are left out. k is {TOP}, or a quarter of the cells where there are fewer than {4 * TOP}. IG has 8 nodes. "
         f"Times are of process CPU, on {surroundings(torch.device('cpu'))['device_name']}.\n\n{summary(models)}\n"
     )
-    text += "".join(
+    return text + "".join(
         f"\n## {name}, {model['pairs']} pairs\n\n{table(model['rows'])}\n" for name, model in models.items()
     )
-    print(text)
-    arguments.results.mkdir(exist_ok=True)
-    stem = arguments.results / "attribution_agreement-cpu"
-    stem.with_suffix(".md").write_text(text)
-    held = {"k": TOP, "methods": METHODS, "models": models, **surroundings(torch.device("cpu"))}
-    stem.with_suffix(".json").write_text(json.dumps(held, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -247,7 +247,9 @@ def test_the_fix_takes_the_patterns_that_the_model_itself_makes(name, letter, ax
     model, clean, corrupt = runs_of(name)
     metric = FIVE.get(name, _first)
     for tower in model.towers:
-        sites, layer = f"{tower}.blocks.*.attn.hook_{letter}", 0
+        sites = f"{tower}.blocks.*.attn.hook_{letter}"
+        # Behind a block whose queries or keys are the source's as well.
+        layer = 0 if model.is_dead(f"{tower}.blocks.1.attn.hook_{letter}", corrupt) else 1
         found = attribution_patch(
             model, metric=metric, clean=clean, corrupt=corrupt, sites=sites, axes=axes, method="atp*", grad_drop=False
         )
@@ -315,6 +317,15 @@ def test_integrated_gradients_at_the_inputs_sum_to_the_change_of_the_metric(name
     torch.testing.assert_close(found.completeness_gap, torch.zeros_like(change), atol=1e-4, rtol=0)
     plain = attribution_patch(model, **given)
     assert float((plain.values.nansum((0, 1)) - change).abs().max()) > 1e-3 * float(change.abs().max())
+
+
+def test_prompts_without_pictures_have_a_path_of_their_words():
+    model = model_of("llava-clip-llama", DOUBLE)
+    clean, corrupt = ({"input_ids": torch.tensor([[1, 5, last, 9]]), "attention_mask": torch.ones(1, 4).long()} for last in (7, 8))  # fmt: skip
+    given = {"metric": METRIC, "clean": clean, "corrupt": corrupt, "sites": "language.hook_embed"}
+    found = attribution_patch(model, **given, axes=("site", "position"), method="ig", nodes=64)
+    torch.testing.assert_close(found.values.sum((0, 1)), found.source - found.base, atol=1e-4, rtol=1e-3)
+    assert found.values[0, :, 0].count_nonzero() == 1
 
 
 def test_few_nodes_that_miss_the_change_are_announced():
@@ -469,7 +480,9 @@ def test_results_survive_a_file_and_are_drawn_as_those_of_patching(tmp_path):
     assert (again.method, again.mode, again.site) == ("ig", "denoise", "attn.hook_z")
     assert "method=ig" in again.provenance["method"]
     assert "nodes=4" in again.provenance["method"]
-    assert len(found.plot().data) >= 1
+    figure = found.plot()
+    assert len(figure.data) >= 1
+    assert "estimated" in figure.layout.title.text
     assert found.top(1)[0][0].keys() == {"layer", "head"}
 
 

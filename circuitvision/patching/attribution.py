@@ -126,7 +126,8 @@ def attribution_patch(
         raise InputError(f"{without[0]} has no positions in this model; leave 'position' out of axes.")
     labels, cells = grid.laid_out(head_counts(model, names) if "head" in axes else {}, held)
     runs.fixed_positions = held
-    estimator = Estimator(model, [name for name in names if name not in dead], tuple(axes), method, nodes, grad_drop)
+    live = [name for name in names if name not in dead]
+    estimator = Estimator(model, first, live, tuple(axes), method, nodes, grad_drop)
     found = measured(estimator, runs, progress)
     several = runs.metrics.several
     values = torch.full(

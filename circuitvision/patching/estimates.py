@@ -53,8 +53,8 @@ def cells_of(value: Tensor, site: str, axes: Sequence[str]) -> Float[Tensor, "ro
 
 
 def direct(site: str, away: Tensor, axes: Sequence[str]) -> Term:
-    """The term of a site whose value in the source run is ``away`` from the base's."""
-    return Term(site, lambda gradient: cells_of(wide(away) * wide(gradient), site, axes))
+    """The term of a site whose value in the source run is ``away`` (wide) from the base's."""
+    return Term(site, lambda gradient: cells_of(away * wide(gradient), site, axes))
 
 
 def query_fix(site: str, pattern: str, scores: Scores, patched: Scores, axes: Sequence[str]) -> Term:

@@ -74,12 +74,20 @@ def measured(estimator: Estimator, runs: Runs, progress: bool) -> Estimated:
 
 
 class Estimator:
-    """The estimates of live sites, batch by batch."""
+    """The estimates of live sites, batch by batch; ``first`` are inputs of some examples."""
 
     def __init__(
-        self, model: Any, names: list[str], axes: tuple[str, ...], method: str, nodes: int, grad_drop: bool
+        self,
+        model: Any,
+        first: Mapping[str, Any],
+        names: list[str],
+        axes: tuple[str, ...],
+        method: str,
+        nodes: int,
+        grad_drop: bool,
     ) -> None:
         self.model, self.names, self.axes, self.method, self.nodes = model, names, axes, method, nodes
+        self.entries = _entries(model, first) if method == "ig" else []
         self.layers = _added(model) if method == "atp*" and grad_drop else {}
         stages = {name: SiteName.parse(name).stage for name in names} if method == "atp*" else {}
         self.queries = {name: _looked_at(model, name) for name, stage in stages.items() if stage in _QUERIES}
@@ -95,7 +103,7 @@ class Estimator:
 
     def read(self) -> list[str]:
         """The sites whose values in the source run are needed."""
-        return list(dict.fromkeys([*self.names, *(_entries(self.model) if self.method == "ig" else ())]))
+        return list(dict.fromkeys([*self.names, *self.entries]))
 
     def batch(self, batch: RunBatch) -> Estimated:
         """The estimates of one batch."""
@@ -111,8 +119,10 @@ class Estimator:
         run = GradientRun(self.model, batch.inputs, watched, layers=self.layers)
         given = batch.metrics.against(run.output.detach())
         measured = _differentiable(given, run)
-        terms = {name: [direct(name, batch.values[name] - run.values[name].detach(), self.axes)] for name in plain}
-        terms |= self._fixed(batch, run, holds)
+        terms = self._fixed(batch, run, holds)
+        for name in plain:
+            away = wide(batch.values.pop(name)) - wide(run.values[name].detach())
+            terms[name] = [direct(name, away, self.axes)]
         found: list[Estimates] = []
         for number, value in enumerate(measured):
             keep = number < len(measured) - 1
@@ -170,11 +180,12 @@ class Estimator:
     # -- along the path of the inputs ------------------------------------------------------------------------------------------------------
 
     def _along_path(self, batch: RunBatch) -> Estimated:
-        names, entries = self.read(), _entries(self.model, self.model.tokens(batch.inputs))
+        names, entries = self.read(), self.entries
         with torch.no_grad():
             output, base = self.model._values_at(batch.inputs, names)
         given = batch.metrics.against(output)
-        away = {name: wide(batch.values[name]) - wide(base[name]) for name in names}
+        away = {name: wide(batch.values.pop(name)) - wide(base[name]) for name in names}
+        base = {name: base[name] for name in entries}
         terms = {name: [direct(name, away[name], self.axes)] for name in self.names}
         # The whole of each input, under names that no site has.
         terms |= {f"{name} whole": [direct(name, away[name], ())] for name in entries}
@@ -234,12 +245,11 @@ def _differentiable(given: MetricSet, run: GradientRun) -> list[Tensor]:
 # -- places --------------------------------------------------------------------------------------------------------------------------------
 
 
-def _entries(model: Any, tokens: Mapping[str, Any] | None = None) -> list[str]:
+def _entries(model: Any, inputs: Mapping[str, Any]) -> list[str]:
     """What enters each tower that runs: its stream, or its own embeddings where a connector feeds it."""
+    tokens = model.tokens(inputs)
     found = [
-        f"{name}.{'hook_embed' if model.flow.is_fed(name) else 'hook_input'}"
-        for name in model.towers
-        if tokens is None or name in tokens
+        f"{name}.{'hook_embed' if model.flow.is_fed(name) else 'hook_input'}" for name in tokens if name in model.towers
     ]
     known = set(model.sites())
     return [name for name in found if name in known]

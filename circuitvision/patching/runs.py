@@ -37,12 +37,12 @@ class Measured:
 class RunBatch:
     """Some examples of both runs: inputs of the base run, and what the source run held at the base run's positions.
 
-    ``metrics`` are bound; ``source`` reads metrics of the source run. ``examples`` are the labels of the examples, None where the metric says how
-    many there are.
+    ``values`` belong to whoever reads the batch. ``metrics`` are bound; ``source`` reads metrics of the source run. ``examples`` are the labels of
+    the examples, None where the metric says how many there are.
     """
 
     inputs: Mapping[str, Any]
-    values: Mapping[str, Tensor]
+    values: dict[str, Tensor]
     metrics: MetricSet
     source: Callable[[MetricSet], Float[Tensor, "metric example"]]
     examples: list[Any] | None = None
@@ -240,7 +240,10 @@ class PairRuns(Runs):
             (group,) = chunk.groups
             values = {edit.site: edit.source.tensor for edit in group}  # type: ignore[attr-defined]
             labels = [self.base.numbers[row] for row in chunk.examples or ()]
-            yield RunBatch(chunk.inputs, values, chunk.metrics, chunk.others["source"], labels)
+            batch = RunBatch(chunk.inputs, values, chunk.metrics, chunk.others["source"], labels)
+            # The batch alone holds the values, so that whoever reads it can let go of them.
+            del chunk, group, values
+            yield batch
 
     @property
     def groups(self) -> list[Any]:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from circuitvision.patching.activation import PatchingResult
 
 
+_ESTIMATES = {"atp": "attribution patching", "atp*": "AtP*", "ig": "integrated gradients"}
+
+
 def head_importance(result: HeadImportance, title: str | None = None) -> kit.Figure:
     """Heat maps of every head's share of the answer, one per tower."""
     whole, lead = findings.swing(result), findings.best_head(result)
@@ -60,8 +63,11 @@ def patching(result: PatchingResult, title: str | None = None) -> kit.Figure:
         whole = torch.stack(list(grids.values())).nan_to_num(0.0)
         number, row, column = (int(index) for index in torch.unravel_index(whole.abs().argmax(), whole.shape))
         where = f"{panels[number]} {down} {axes[down][row]}, {across} {labels[column]}".strip()
-        said = f"{html.escape(where)} has the largest effect: {style.signed_percent(float(whole[number, row, column]))}"
-        title = style.titled(said, f"{result.site}: share of the difference restored by each {down} and {across}")
+        method = getattr(result, "method", "")
+        largest = "largest estimated effect" if method else "largest effect"
+        said = f"{html.escape(where)} has the {largest}: {style.signed_percent(float(whole[number, row, column]))}"
+        by = f", estimated by {_ESTIMATES.get(method, method)}" if method else ""
+        title = style.titled(said, f"{result.site}: share of the difference restored by each {down} and {across}{by}")
     return _grids(
         grids, title, "share of the difference", result, (down, axes[down]), (across, labels), True, panel or "tower"
     )
