@@ -111,6 +111,7 @@ _CLASSES = {
     "openvla.modeling": "OpenVLAForActionPrediction",
     "openvla.processing": "OpenVLAImageProcessor OpenVLAProcessor",
     "patching.activation": "PatchingResult",
+    "patching.paths": "PathPatching",
     "plots.figure": "Figure",
     "readout.attention.contrast": "AttentionContrast",
     "readout.attention.distance": "DistanceProfile PositionPattern",
