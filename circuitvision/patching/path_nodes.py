@@ -1,12 +1,12 @@
 """The ends of paths: what writes into a model's streams, what reads them, and which of them comes first.
 
-A :class:`Node` writes: a head, a whole branch of a block (attention, MLP), what enters a tower, a connector. A :class:`Slot` reads: the stream as the
-query, key or value input of a head, as the input of an MLP or of a connector, or as the output head takes it. Names are those of :mod:`circuitvision.model.names`
-(``"vision L2H0"``, ``"v.a2.h0"``, ``("vision", 2, 0)``, ``"vision L2.mlp"``, ``"v.input"``) and of sites; a slot is a component with ``.q``, ``.k`` or
-``.v`` behind it (``"vision L2H0.q"``, ``"v.a2.h0<q>"``), a slot's site, a connector, or ``"output"``.
+A :class:`Node` writes: a head, a whole branch of a block (attention, MLP), what enters a tower, a connector. A :class:`Slot` reads: the stream as
+the query, key or value input of a head, as the input of an MLP or of a connector, or as the output head takes it. Names are those of
+:mod:`circuitvision.model.names` (``"vision L2H0"``, ``"v.a2.h0"``, ``("vision", 2, 0)``, ``"vision L2.mlp"``, ``"v.input"``) and of sites; a slot
+is a component with ``.q``, ``.k`` or ``.v`` behind it (``"vision L2H0.q"``, ``"v.a2.h0<q>"``), a slot's site, a connector, or ``"output"``.
 
-A node comes before a slot if what it adds is in the stream that the slot reads: an earlier layer, or an earlier branch of a block whose branches follow
-one another (attention before the MLP; not in parallel blocks).
+A node comes before a slot if what it adds is in the stream that the slot reads: an earlier layer, or an earlier branch of a block whose branches
+follow one another (attention before the MLP; not in parallel blocks).
 
 Not covered: single neurons and features as ends, single heads of attention pooling.
 """
@@ -129,11 +129,15 @@ def nodes_of(model: Any, given: Any) -> list[Node]:
     if isinstance(given, str) and model.flow.connector(given) is not None:
         return [_at_site(model, f"{given}.hook_out")]
     if not isinstance(given, str):
-        raise InputError(f"{given!r} is no part of a model: a component such as 'vision L1H3' or 'vision L1.mlp', or a site.")
+        raise InputError(
+            f"{given!r} is no part of a model: a component such as 'vision L1H3' or 'vision L1.mlp', or a site."
+        )
     found = []
     for site in model.sites(given):
         name = SiteName.parse(site)
-        heads = range(model.towers[name.tower].cfg.n_heads) if name.layer is not None and name.stage == "hook_z" else [None]
+        heads = (
+            range(model.towers[name.tower].cfg.n_heads) if name.layer is not None and name.stage == "hook_z" else [None]
+        )
         found += [_at_site(model, site, head) for head in heads]
     return found
 
@@ -149,7 +153,9 @@ def _of_component(model: Any, given: Any) -> Node:
     if node.kind in _ENTERING:
         return _at_site(model, model.sites(f"{tower}.{_ENTERING[node.kind]}")[0])
     if node.kind in ("mlp", "attn"):
-        return _at_site(model, model.sites(f"{tower}.blocks.{_layer_of(model, tower, node, given)}.hook_{node.kind}_out")[0])
+        return _at_site(
+            model, model.sites(f"{tower}.blocks.{_layer_of(model, tower, node, given)}.hook_{node.kind}_out")[0]
+        )
     raise InputError(
         f"{given!r} writes nothing into the stream by itself: give heads, MLPs, attention layers, what enters a tower ('v.input') or a connector."
     )
@@ -203,7 +209,7 @@ def _layer_of(model: Any, tower: str, node: NodeName, given: Any) -> int:
 
 
 def slots_of(model: Any, given: Any, senders: Sequence[Node], inputs: Mapping[str, Any]) -> list[list[Slot]]:
-    """The receivers that one spelling, site or glob stands for: of a site of heads, each of them; a head without a letter is its three inputs together.
+    """The receivers that one spelling, site or glob stands for: of a site of heads, each of them; a head without a letter is its three inputs.
 
     Raises:
         InputError: something that reads no stream, a letter that key and value heads of a group share.
@@ -231,7 +237,9 @@ def slots_of(model: Any, given: Any, senders: Sequence[Node], inputs: Mapping[st
             return [[connector_slot(model, component(given).label, inputs)]]
         return [_slots_of_component(model, given, letter)]
     if not isinstance(given, str):
-        raise InputError(f"{given!r} is no receiver: an input of a head ('vision L2H0.q'), of an MLP ('vision L2.mlp'), or 'output'.")
+        raise InputError(
+            f"{given!r} is no receiver: an input of a head ('vision L2H0.q'), of an MLP ('vision L2.mlp'), or 'output'."
+        )
     found = []
     for site in model.sites(given):
         if site.endswith(".hook_in") and model.flow.connector(site.partition(".")[0]) is not None:
@@ -260,7 +268,8 @@ def _slots_of_component(model: Any, given: Any, letter: str) -> list[Slot]:
         group = node.head * cfg.n_kv_heads // cfg.n_heads
         raise InputError(
             f"Keys and values of {spelled(node)} are those of a group of {cfg.n_heads // cfg.n_kv_heads} heads: give "
-            f"'{spelled(node)}.q' for what it alone reads, and the group, '{NodeName(tower, 'kv_head', layer=layer, head=group)}', for keys and values."
+            f"'{spelled(node)}.q' for what it alone reads, and the group for the rest: "
+            f"'{NodeName(tower, 'kv_head', layer=layer, head=group)}'."
         )
     if node.kind == "kv_head" and letters == "q":
         raise InputError(f"{given!r} has keys and values; queries belong to heads.")
@@ -279,7 +288,9 @@ def _slot_at(model: Any, site: str, head: int | None = None) -> Slot:
             stream = f"{name.tower}.blocks.{name.layer}.{branch.stream}"
             slot = Slot(name.tower, (name.layer, branch.number), site, stream, head, first_not_before(branch))
             if head is not None and not head < _head_count(model, slot):
-                raise InputError(f"There is no head {head} at {site}, which has {_head_count(model, slot)}, counted from 0.")
+                raise InputError(
+                    f"There is no head {head} at {site}, which has {_head_count(model, slot)}, counted from 0."
+                )
             return slot
     raise InputError(
         f"{site} is not what a part reads of a stream. Receivers are inputs of heads (hook_q_input, hook_k_input, hook_v_input), of MLPs "
@@ -308,7 +319,9 @@ def connector_slot(model: Any, name: str, inputs: Mapping[str, Any]) -> Slot:
     """What a connector reads: the end of its tower's stream, before any final norm; of several towers or layers, what they make together."""
     connector = model.flow.connector(name)
     if connector is None:
-        raise InputError(f"{name!r} is no connector; this model has {', '.join(one.name for one in model.flow.modules) or 'none'}.")
+        raise InputError(
+            f"{name!r} is no connector; this model has {', '.join(one.name for one in model.flow.modules) or 'none'}."
+        )
     source = model.towers[connector.sources[0]]
     layers = source.feature_layers_in(inputs)
     if len(connector.sources) > 1 or len(set(layers)) > 1 or layers[0] < 1:

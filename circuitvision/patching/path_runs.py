@@ -120,7 +120,7 @@ class Arrivals:
         self.model, self.plan, self.sides = model, plan, sides
         self.windows = RunWindows(model, sides.inputs)
         self._sums: dict[Any, Stream] = {}
-        frozen = [number for number in range(len(plan.senders)) if not self.is_sum(number)]
+        frozen = [number for number in dict.fromkeys(first for first, _ in plan.cells) if not self.is_sum(number)]
         held = {number: self._held(number) for number in frozen}
         names = [*plan.sites, *(slot.stream for one in plan.receivers for slot in one)]
         names += [site for sites in held.values() for site, _ in sites]
@@ -208,7 +208,9 @@ class Arrivals:
         for prefix, branch in self._before(self.plan.slots_behind(number)):
             tower, added = branch.block.tower, f"{prefix}.{branch.added}"
             inner = f"{prefix}.{branch.inner}"
-            if added in wholes or not any(changes(self.model, n, branch, tower.name, branch.block.layer) for n in senders):
+            if added in wholes or not any(
+                changes(self.model, n, branch, tower.name, branch.block.layer) for n in senders
+            ):
                 continue
             if isinstance(branch, AttentionBranch) and free[inner]:
                 rest = tuple(head for head in range(tower.cfg.n_heads) if head not in free[inner])
@@ -232,7 +234,9 @@ class Arrivals:
                     if read and not self.model.is_dead(f"{block.prefix}.{branch.added}", self.sides.inputs):
                         yield block.prefix, branch
 
-    def _frozen_runs(self, held: Mapping[int, Sequence[tuple[str, tuple[int, ...] | None]]]) -> dict[int, dict[str, Stream]]:
+    def _frozen_runs(
+        self, held: Mapping[int, Sequence[tuple[str, tuple[int, ...] | None]]]
+    ) -> dict[int, dict[str, Stream]]:
         """The receivers' streams by set of senders."""
         found: dict[int, dict[str, Stream]] = {number: {} for number in held}
         if not held:

@@ -1,8 +1,8 @@
 """Path patching: how much of an effect goes from one part of a model to another along chosen paths.
 
-In the *base* run the senders take the values that they have in the *source* run; every other head and branch keeps its base value, so that the change
-travels along the residual stream alone (*direct* paths), or through those parts that ``through`` names, which are computed again. What then arrives at
-a receiver is handed to it in the base run, everything behind it runs freely, and the metric is read:
+In the *base* run the senders take the values that they have in the *source* run; every other head and branch keeps its base value, so that the
+change travels along the residual stream alone (*direct* paths), or through those parts that ``through`` names, which are computed again. What then
+arrives at a receiver is handed to it in the base run, everything behind it runs freely, and the metric is read:
 
     ``effect(S → R) = metric(base with the inputs of R as they arrive from S) - metric(base)``
 
@@ -12,15 +12,15 @@ stream of the image's positions. An action expert that reads a prefix through ke
 through those (``through="action.blocks.*.attn.hook_z"``), or to the key and value inputs of the prefix (``"language L2H0.k"``).
 
 *Several receivers together.* ``joint="add"``: each receives what arrives directly from the senders on top of what it receives from the other
-receivers. These are the edges of the computational graph from S to R, and all of a node's edges together are the patch of the node, where branches and
-connectors are ends (Goldowsky-Dill et al.). ``joint="hold"``: each keeps the value that arrives from the senders, whatever the other receivers send (Wang et al.: name movers of several
-layers). For a single receiver the two are the same.
+receivers. These are the edges of the computational graph from S to R, and all of a node's edges together are the patch of the node, where branches
+and connectors are ends (Goldowsky-Dill et al.). ``joint="hold"``: each keeps the value that arrives from the senders, whatever the other receivers
+send (Wang et al.: name movers of several layers). For a single receiver the two are the same.
 
-Shares and modes are those of :mod:`circuitvision.patching.activation`. In a linear model the direct effects of a sender on all receivers add up to its
-total effect.
+Shares and modes are those of :mod:`circuitvision.patching.activation`. In a linear model the direct effects of a sender on all receivers add up to
+its total effect.
 
-Not covered: parts smaller than a head or a branch, paths that choose positions on their way (positions are those of the senders and of the receivers),
-later passes of ``generate``.
+Not covered: parts smaller than a head or a branch, paths that choose positions on their way (positions are those of the senders and of the
+receivers), later passes of ``generate``.
 
 Reference: Wang et al. 2022 (arXiv 2211.00593); Goldowsky-Dill et al. 2023 (arXiv 2304.05969).
 """
@@ -52,8 +52,9 @@ _NAMED = 3
 class PathPatching(PatchingResult):
     """Effects along paths: ``values`` ``[sender receiver example]``, the change of the metric in its own units; several metrics lead.
 
-    ``base``, ``source`` and :attr:`restored` are those of :class:`PatchingResult`. Cells whose receiver does not come after the sender are NaN: there is no
-    path; those at sites that cannot reach the output (``dead``) are 0, without a run. ``through`` names the parts that paths may lead through, ``joint`` says how several receivers of a cell were patched together.
+    ``base``, ``source`` and :attr:`restored` are those of :class:`PatchingResult`. Cells whose receiver does not come after the sender are NaN:
+    there is no path; those at sites that cannot reach the output (``dead``) are 0, without a run. ``through`` names the parts that paths may lead
+    through, ``joint`` says how several receivers of a cell were patched together.
     """
 
     through: list[str] = field(default_factory=list)
@@ -100,9 +101,10 @@ def path_patch(
         metric: a metric, its name, or a mapping of several (see :mod:`circuitvision.metrics`); answers are the pairs' where it has none.
         senders: what takes the source's values: heads (``"vision L1H3"``), MLPs (``"vision L1.mlp"``), whole attention layers (``"vision L1.attn"``),
             what enters a tower (``"v.input"``), connectors (``"projector.hook_out"``); one, a list, or globs of sites
-            (``"vision.blocks.*.attn.hook_z"`` is every head). A list inside the list is a set that is patched together, and a mapping names such sets.
-        receivers: what reads it: a query, key or value input (``"vision L2H0.q"``), all three (``"vision L2H0"``), an MLP's input (``"vision L3.mlp"``),
-            a connector, the output head (``"output"``), or globs of sites (``"vision.blocks.*.hook_q_input"``); lists, sets and mappings as for senders.
+            (``"vision.blocks.*.attn.hook_z"`` is every head). A list inside the list is a set that is patched together; a mapping names such sets.
+        receivers: what reads it: a query, key or value input (``"vision L2H0.q"``), all three (``"vision L2H0"``), an MLP's input
+            (``"vision L3.mlp"``), a connector, the output head (``"output"``), or globs of sites (``"vision.blocks.*.hook_q_input"``); lists,
+            sets and mappings as for senders.
         through: heads, MLPs or attention layers that paths may lead through, spelled as senders; None for direct paths alone.
         axes: what is measured one by one; the senders, or the receivers, that are no axis are one set.
         positions: the positions at which senders take the source's values; None for all.
@@ -178,7 +180,9 @@ def path_patch(
 
 def _check_words(axes: Sequence[str], joint: str) -> None:
     if isinstance(axes, str) or set(axes) - {"sender", "receiver"} or len(set(axes)) < len(axes):
-        raise InputError(f"axes={axes!r} are not understood: 'sender' and 'receiver', each or both or none: axes=('sender',).")
+        raise InputError(
+            f"axes={axes!r} are not understood: 'sender' and 'receiver', each or both or none: axes=('sender',)."
+        )
     if joint not in ("add", "hold"):
         raise InputError(f"joint={joint!r} is not understood: 'add' or 'hold'.")
 
@@ -195,7 +199,11 @@ def _warn_of_equal_runs(result: PathPatching, cell: tuple[int, int]) -> None:
 
 def _dead(model: Any, parts: Sequence[_Part], inputs: Mapping[str, Any]) -> list[str]:
     """The sites that cannot reach the output."""
-    return [site for site in dict.fromkeys(one.site for part in parts for one in part.members) if model.is_dead(site, inputs)]
+    return [
+        site
+        for site in dict.fromkeys(one.site for part in parts for one in part.members)
+        if model.is_dead(site, inputs)
+    ]
 
 
 def _live(model: Any, part: _Part, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -228,7 +236,9 @@ def _parts(given: Any, read: Callable[[Any], list[tuple[Any, ...]]], what: str, 
     labels = [part.label for part in found]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
-        raise InputError(f"The {what} {twice} is given twice; sets of many parts get names of your own: {what}s={{'name': […]}}.")
+        raise InputError(
+            f"The {what} {twice} is given twice; sets of many parts get names of your own: {what}s={{'name': […]}}."
+        )
     return found
 
 
@@ -271,7 +281,9 @@ def _between(model: Any, senders: list[_Part], receivers: list[_Part]) -> _Found
         ahead = all(any(precedes(model, node, slot) for slot in second.members) for node in first.members)
         return ahead and all(any(precedes(model, node, slot) for node in first.members) for slot in second.members)
 
-    pairs = [(row, column) for row, one in enumerate(senders) for column, other in enumerate(receivers) if leads(one, other)]
+    pairs = [
+        (row, column) for row, one in enumerate(senders) for column, other in enumerate(receivers) if leads(one, other)
+    ]
     rows, columns = {row for row, _ in pairs}, {column for _, column in pairs}
     for number, part in enumerate(receivers):
         if number not in columns and (part.named or not pairs):
@@ -299,8 +311,8 @@ def _backwards(model: Any, sender: _Part | None, receiver: _Part | None) -> str:
     else:
         said = f"no sender comes before {second}" if receiver else f"no receiver comes after {first}"
     return (
-        f"There is no path: {said}. Paths lead forward: from a layer to later ones, from attention to the MLP of its own layer where the block adds one "
-        "after the other, from a tower to those that it feeds."
+        f"There is no path: {said}. Paths lead forward: from a layer to later ones, from attention to the MLP of its own layer where the "
+        "block adds one after the other, from a tower to those that it feeds."
     )
 
 
@@ -314,7 +326,8 @@ def _through(model: Any, given: Any, senders: list[_Part], receivers: list[_Part
         for node in nodes_of(model, one):
             if node.place[0] < 0 or node.stage not in model.towers:
                 raise InputError(
-                    f"{node} is no part that paths are held at: what enters a tower, and connectors, are always computed again. Leave it out of through."
+                    f"{node} is no part that paths are held at: what enters a tower, and connectors, are always computed again. Leave "
+                    "it out of through."
                 )
             enters = any(_leads(model, other, node) for other in sent)
             leaves = any(precedes(model, node, slot) for part in receivers for slot in part.members)
@@ -351,8 +364,8 @@ def _check_joint(model: Any, plan: PathPlan) -> None:
             behind = [slot for slot in receivers if precedes(model, node, slot)]
             if before and behind:
                 raise InputError(
-                    f"Paths through {node} reach {behind[0]} from the senders, and again from {before[0]}, and would count twice: measure the receivers "
-                    "one by one (axes=('sender', 'receiver')), or with joint='hold'."
+                    f"Paths through {node} reach {behind[0]} from the senders, and again from {before[0]}, and would count twice: measure "
+                    "the receivers one by one (axes=('sender', 'receiver')), or with joint='hold'."
                 )
 
 
