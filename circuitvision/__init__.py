@@ -123,6 +123,7 @@ _CLASSES = {
     "patching.coalitions": "CoalitionResult ConditionalEffects Dividends InteractionResult PairInteractions ShapleyValues",
     "patching.agreement": "Agreement",
     "patching.attribution": "AttributionResult",
+    "patching.paths": "PathPatching",
     "plots.figure": "Figure",
     "readout.attention.contrast": "AttentionContrast",
     "readout.attention.distance": "DistanceProfile PositionPattern",

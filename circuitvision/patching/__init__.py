@@ -28,6 +28,10 @@ from circuitvision.patching.knockout import (
     Knockout,
     knockout,
 )
+from circuitvision.patching.paths import (
+    PathPatching,
+    path_patch,
+)
 from circuitvision.patching.tracing import (
     CausalTrace,
     causal_trace,
@@ -43,6 +47,7 @@ __all__ = [
     "Knockout",
     "PairInteractions",
     "PatchingResult",
+    "PathPatching",
     "ShapleyValues",
     "activation_patch",
     "agreement",
@@ -50,4 +55,5 @@ __all__ = [
     "causal_trace",
     "interactions",
     "knockout",
+    "path_patch",
 ]

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision import edits
+from circuitvision.data.batches import Batch
 from circuitvision.errors import InputError
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.base import Edit
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
     from circuitvision.incremental.sweeps.stream import DataStudy
 
 Groups = Sequence[tuple[Edit, ...]]
+
+
+@dataclass
+class Sides:
+    """One batch of examples for which edits are made: the base run's inputs, and values of the source run laid at the base run's positions.
+
+    ``rows`` are the places of its examples in a data set of ``count``; None for inputs in memory.
+    """
+
+    inputs: Mapping[str, Any]
+    source: Mapping[str, Tensor]
+    rows: list[int] | None = None
+    count: int = 0
 
 
 @dataclass
@@ -79,6 +93,10 @@ class Runs:
     def groups(self) -> list[Any]:
         """Which examples belong together, where the data says so."""
         return []
+
+    def measure_made(self, make: Callable[[Sides], Groups], names: Sequence[str], **options: Any) -> Measured:
+        """Run the groups that ``make`` gives for each batch of examples, from the source's values at the sites ``names``."""
+        raise NotImplementedError
 
     def described(self) -> dict[str, Any]:
         """What a provenance says of the data."""
@@ -176,6 +194,10 @@ class InputRuns(Runs):
         metrics = self.metrics.against(output) if self.mode == "denoise" else self.metrics
         yield RunBatch(self.base_inputs, values, metrics, lambda found: found(output, self.source_inputs))
 
+    def measure_made(self, make: Callable[[Sides], Groups], names: Sequence[str], **options: Any) -> Measured:
+        """One batch: the inputs themselves."""
+        return self.measure(make(Sides(self.base_inputs, self.sources(names))), **options)
+
     def described(self) -> dict[str, Any]:
         """Both inputs."""
         return {"inputs": self.both}
@@ -212,6 +234,13 @@ class PairRuns(Runs):
 
     def _study(self, groups: Groups, **options: Any) -> DataStudy:
         """The base side under these edits, beside the source side."""
+        return self._measured(list(groups) or [()], len(groups), options)
+
+    def measure_made(self, make: Callable[[Sides], Groups], names: Sequence[str], **options: Any) -> Measured:
+        """One sweep whose edits are made batch by batch."""
+        return self._measured(_MadeOfBatches(self, make, names), None, options)
+
+    def _measured(self, groups: Any, count: int | None, options: Mapping[str, Any]) -> Measured:
         from circuitvision.incremental.sweeps.stream import DataStudy
         from circuitvision.incremental.sweeps.study import Options
 
@@ -249,6 +278,11 @@ class PairRuns(Runs):
     def groups(self) -> list[Any]:
         """The groups of the base side."""
         return [] if self.base.groups is None else list(self.base.groups)
+        swept = study.result()
+        values, base, source = swept.values, swept.clean, swept.source
+        if not self.metrics.several:
+            values, base, source = values[None], base[None], source[None]
+        return Measured(values[:, :count], base, source, swept.axes["example"], swept.groups)
 
     def _check_positions(self, inputs: Mapping[str, Any]) -> None:
         for name, expected in self.fixed_positions.items():
@@ -262,6 +296,33 @@ class PairRuns(Runs):
     def described(self) -> dict[str, Any]:
         """The digest of the pairs."""
         return {"dataset_sha256": self.pairs.digest, "examples": len(self.pairs)}
+
+
+class _MadeOfBatches:
+    """Edits made for each batch of a data set; those of the batch that was counted are kept until it runs."""
+
+    def __init__(self, runs: PairRuns, make: Callable[[Sides], Groups], names: Sequence[str]) -> None:
+        self.runs, self.make, self.names = runs, make, list(names)
+        self.counted: dict[tuple[Any, ...], Groups] | None = None
+
+    def __provenance__(self) -> dict[str, Any]:
+        return {"made": self.make}
+
+    def __call__(self, batch: Batch) -> Groups:
+        """The groups of one batch."""
+        from circuitvision.incremental.sweeps.stream import laid
+
+        key = tuple(batch.examples)
+        if self.counted and key in self.counted:
+            return self.counted.pop(key)
+        model, side = self.runs.model, self.runs.base
+        with torch.no_grad():
+            values = model._values_at(batch.other, self.names)[1]
+        source = {name: laid(model, batch, name, value) for name, value in values.items()}
+        rows = {number: row for row, number in enumerate(side.numbers)}
+        groups = self.make(Sides(batch.inputs, source, [rows[one] for one in batch.examples], len(side)))
+        self.counted = {key: groups} if self.counted is None else {}
+        return groups
 
 
 def inverse_maps(maps: Any) -> Any:

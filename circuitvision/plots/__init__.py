@@ -43,6 +43,7 @@ _FIGURES = {
     "Relevance": ("relevance", "relevance"),
     "HeadImportance": ("heads", "head_importance"),
     "PatchingResult": ("heads", "patching"),
+    "PathPatching": ("paths", "paths"),
     "AblationCheck": ("heads", "ablation"),
     "LensResult": ("lens", "lens"),
     "Knockout": ("sweeps", "knockout"),
