@@ -112,6 +112,7 @@ _CLASSES = {
     "openvla.processing": "OpenVLAImageProcessor OpenVLAProcessor",
     "patching.activation": "PatchingResult",
     "patching.coalitions": "CoalitionResult ConditionalEffects Dividends InteractionResult PairInteractions ShapleyValues",
+    "patching.modulation": "ModulationResult",
     "plots.figure": "Figure",
     "readout.attention.contrast": "AttentionContrast",
     "readout.attention.distance": "DistanceProfile PositionPattern",

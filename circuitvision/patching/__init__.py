@@ -1,4 +1,4 @@
-"""Interventions that move values between runs: activation patching, interactions of components."""
+"""Interventions that move values between runs: activation patching, interactions of components, modulation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from circuitvision.patching.coalitions import (
     ShapleyValues,
 )
 from circuitvision.patching.interactions import interactions
+from circuitvision.patching.modulation import ModulationResult, modulate
 
 __all__ = [
     "ConditionalEffects",
     "Dividends",
     "InteractionResult",
+    "ModulationResult",
     "PairInteractions",
     "PatchingResult",
     "ShapleyValues",
     "activation_patch",
     "interactions",
+    "modulate",
 ]

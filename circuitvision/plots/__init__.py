@@ -56,6 +56,7 @@ _FIGURES = {
     "Dividends": ("interactions", "dividends"),
     "ShapleyValues": ("interactions", "shapley"),
     "ConditionalEffects": ("interactions", "conditional"),
+    "ModulationResult": ("interactions", "modulation"),
 }
 
 
