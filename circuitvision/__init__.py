@@ -124,6 +124,7 @@ _CLASSES = {
     "patching.agreement": "Agreement",
     "patching.attribution": "AttributionResult",
     "patching.paths": "PathPatching",
+    "patching.modulation": "ModulationResult",
     "plots.figure": "Figure",
     "readout.attention.contrast": "AttentionContrast",
     "readout.attention.distance": "DistanceProfile PositionPattern",

@@ -291,6 +291,13 @@ def _say_interact(found: Finding) -> str:
     return f"{said}{effects}{'' if found.holds else f' ({found.reason})'}".replace("-", "\N{MINUS SIGN}")
 
 
+def _say_modulates(found: Finding) -> str:
+    about = found.about
+    said = f"{about['heads']} heads rescaled by their scores: {about['metric']} {about['before']} before, {about['after']} after"
+    beside = "" if found.chance is None else f"; {about['draws']} random sets move it by {found.chance:.2g} at most"
+    return f"{said}{beside}{f' ({found.reason})' if found.holds is False else ''}".replace("-", "\N{MINUS SIGN}")
+
+
 def _say_repairs(found: Finding) -> str:
     about = found.about
     if found.holds is None:
@@ -354,4 +361,5 @@ SENTENCES = {
     "succeeds": _say_succeeds,
     "interact": _say_interact,
     "repairs": _say_repairs,
+    "modulates": _say_modulates,
 }

@@ -28,6 +28,10 @@ from circuitvision.patching.knockout import (
     Knockout,
     knockout,
 )
+from circuitvision.patching.modulation import (
+    ModulationResult,
+    modulate,
+)
 from circuitvision.patching.paths import (
     PathPatching,
     path_patch,
@@ -45,6 +49,7 @@ __all__ = [
     "Dividends",
     "InteractionResult",
     "Knockout",
+    "ModulationResult",
     "PairInteractions",
     "PatchingResult",
     "PathPatching",
@@ -55,5 +60,6 @@ __all__ = [
     "causal_trace",
     "interactions",
     "knockout",
+    "modulate",
     "path_patch",
 ]

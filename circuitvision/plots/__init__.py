@@ -58,6 +58,7 @@ _FIGURES = {
     "Dividends": ("interactions", "dividends"),
     "ShapleyValues": ("interactions", "shapley"),
     "ConditionalEffects": ("interactions", "conditional"),
+    "ModulationResult": ("interactions", "modulation"),
 }
 
 

@@ -1,4 +1,5 @@
-"""Figures of interactions: which two back each other up or need each other, what sets add, how an effect is shared out, who steps in for whom."""
+"""Figures of interactions: which two back each other up or need each other, what sets add, how an effect is shared out, who steps in for whom; and
+of modulation."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from circuitvision.patching.interaction_claims import interacts, repairs
+from circuitvision.patching.modulation import modulates
 from circuitvision.plots import kit, style
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
         PairInteractions,
         ShapleyValues,
     )
+    from circuitvision.patching.modulation import ModulationResult
 
 _MOST = 16
 """Bars of dividends, at most."""
@@ -101,7 +104,7 @@ def conditional(result: ConditionalEffects, metric: str | None = None, title: st
     one = _one(result, metric)
     names, removed = one.axes["component"], one.axes["removed"]
     grid = one.shown()
-    words = kit.in_words(grid)
+    words = kit.in_words(grid, decimals=max(kit.decimals_of(grid), 1))
     words = [["" if column == row + 1 else word for column, word in enumerate(line)] for row, line in enumerate(words)]
     figure = kit.heat(
         {"": grid}, ("taking away", names), ("with this removed before", ["nothing", *removed[1:]]), unit="effect", words={"": words},
@@ -110,6 +113,29 @@ def conditional(result: ConditionalEffects, metric: str | None = None, title: st
     figure.update_xaxes(tickangle=0 if len(removed) <= 5 else -35, automargin=True)
     heading = style.titled(title or kit.escaped(repairs(one)), kit.over(one))
     return kit.finish_heat(figure, heading, max(len(names), 2))
+
+
+def modulation(result: ModulationResult, metric: str | None = None, title: str | None = None) -> kit.Figure:
+    """The metric before, with the heads rescaled, and with each random set: the point apart from the cloud is the finding."""
+    one = _one(result, metric)
+    before, after, *random = one.mean().tolist()
+    rows = ["before", f"{len(random)} random sets", "these heads"]
+    figure = kit.Figure()
+    figure.add_scatter(
+        x=random, y=[rows[1]] * len(random), mode="markers", marker={"size": 12, "color": style.AGAINST, "opacity": 0.45},
+        hovertemplate="%{x:.3g}<extra></extra>",
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[before, after], y=[rows[0], rows[2]], mode="markers+text", marker={"size": 16, "color": [style.GREY, style.FOR]},
+        text=[kit.number(before), kit.number(after)], textposition="top center", hovertemplate="%{x:.3g}<extra></extra>",
+    )  # fmt: skip
+    heading = style.titled(title or kit.escaped(modulates(one)), kit.over(one))
+    style.layout(figure, heading, 240, showlegend=False, margin={"l": 140})
+    figure.update_xaxes(
+        title=kit.escaped(one.provenance.get("metric") or "metric"), gridcolor=style.FAINT, zeroline=False
+    )
+    figure.update_yaxes(categoryorder="array", categoryarray=rows[::-1], range=[-0.4, 2.7], gridcolor=style.FAINT)
+    return figure
 
 
 def _bars(
