@@ -156,7 +156,7 @@ def _numbers(
     if hasattr(patches, "where"):
         chosen = np.flatnonzero(patches.where(tokens, [row])[there]).tolist()
     else:
-        listed = [patches] if isinstance(patches, (int, np.integer)) else list(patches)
+        listed: list[Any] = [patches] if isinstance(patches, (int, np.integer)) else list(patches)
         own: Any = listed
         if listed and not all(isinstance(one, (int, np.integer)) for one in listed):
             if len(listed) != count:

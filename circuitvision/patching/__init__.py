@@ -1,4 +1,8 @@
-"""Interventions that move values between runs, or take away what a run reads: activation patching, causal tracing, knockout."""
+"""Interventions that move values between runs, or take away what a run reads.
+
+Whole cells: ``activation_patch``, its estimates from gradients ``attribution_patch`` (and how well they agree), ``causal_trace`` under noise. Routes:
+``path_patch`` between components, ``knockout`` between positions. Several at once: ``interactions``, ``modulate``.
+"""
 
 from __future__ import annotations
 

@@ -226,14 +226,6 @@ class PairRuns(Runs):
 
     def measure(self, groups: Groups, **options: Any) -> Measured:
         """One sweep over the data set."""
-        swept = self._study(list(groups) or [()], **options).result()
-        values, base, source = swept.values, swept.clean, swept.source
-        if not self.metrics.several:
-            values, base, source = values[None], base[None], source[None]
-        return Measured(values[:, : len(groups)], base, source, swept.axes["example"], swept.groups)
-
-    def _study(self, groups: Groups, **options: Any) -> DataStudy:
-        """The base side under these edits, beside the source side."""
         return self._measured(list(groups) or [()], len(groups), options)
 
     def measure_made(self, make: Callable[[Sides], Groups], names: Sequence[str], **options: Any) -> Measured:
@@ -241,6 +233,14 @@ class PairRuns(Runs):
         return self._measured(_MadeOfBatches(self, make, names), None, options)
 
     def _measured(self, groups: Any, count: int | None, options: Mapping[str, Any]) -> Measured:
+        swept = self._study(groups, **options).result()
+        values, base, source = swept.values, swept.clean, swept.source
+        if not self.metrics.several:
+            values, base, source = values[None], base[None], source[None]
+        return Measured(values[:, :count], base, source, swept.axes["example"], swept.groups)
+
+    def _study(self, groups: Any, **options: Any) -> DataStudy:
+        """The base side under these edits, or what makes them for a batch, beside the source side."""
         from circuitvision.incremental.sweeps.stream import DataStudy
         from circuitvision.incremental.sweeps.study import Options
 
@@ -278,11 +278,6 @@ class PairRuns(Runs):
     def groups(self) -> list[Any]:
         """The groups of the base side."""
         return [] if self.base.groups is None else list(self.base.groups)
-        swept = study.result()
-        values, base, source = swept.values, swept.clean, swept.source
-        if not self.metrics.several:
-            values, base, source = values[None], base[None], source[None]
-        return Measured(values[:, :count], base, source, swept.axes["example"], swept.groups)
 
     def _check_positions(self, inputs: Mapping[str, Any]) -> None:
         for name, expected in self.fixed_positions.items():

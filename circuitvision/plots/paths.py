@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from circuitvision.incremental.sweeps.result import restored_error
+from circuitvision.metrics.effects import restored_error
 from circuitvision.plots import kit, style
 
 if TYPE_CHECKING:
