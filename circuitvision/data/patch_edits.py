@@ -156,8 +156,8 @@ def _numbers(
     if hasattr(patches, "where"):
         chosen = np.flatnonzero(patches.where(tokens, [row])[there]).tolist()
     else:
-        listed = [patches] if isinstance(patches, (int, np.integer)) else list(patches)
-        own: Any = listed
+        listed: list[Any] = [patches] if isinstance(patches, (int, np.integer)) else list(patches)
+        own = listed
         if listed and not all(isinstance(one, (int, np.integer)) for one in listed):
             if len(listed) != count:
                 raise InputError(
