@@ -9,7 +9,7 @@ arrives at a receiver is handed to it in the base run, everything behind it runs
 Nothing is linearised. Connectors, norms of queries, keys and sums, and the keys and values that another tower reads are computed by the model itself:
 they are no parts that a path could be held at. A direct path from a vision head to a head of the language model goes through the projector and the
 stream of the image's positions. An action expert that reads a prefix through keys and values reads it in its own heads: a path from the prefix leads
-through those (``through="action.blocks.*.attn.hook_z"``), or to the key and value inputs of the prefix (``"language L2H0.k"``).
+through those (``through="action.blocks.*.attn.hook_z"``), or to the key and value inputs of the prefix (``"language L2.attn.k"``).
 
 *Several receivers together.* ``joint="add"``: each receives what arrives directly from the senders on top of what it receives from the other
 receivers. These are the edges of the computational graph from S to R, and all of a node's edges together are the patch of the node, where branches

@@ -8,6 +8,7 @@ import torch
 
 from circuitvision.metrics.effects import restored_error
 from circuitvision.plots import kit, style
+from circuitvision.statistics import standard_error
 
 if TYPE_CHECKING:
     from circuitvision.patching.paths import PathPatching
@@ -24,7 +25,7 @@ def paths(result: PathPatching, title: str | None = None, metric: str | None = N
     share = bool(torch.isfinite(shares).any())
     # Shares of nothing are no shares: the effects themselves are shown.
     grid = shares if share else values.mean(-1)
-    errors = restored_error(values, *everywhere) if share else torch.full_like(grid, float("nan"))
+    errors = restored_error(values, *everywhere) if share else standard_error(values)
     unit = "share of the difference" if share else "change of the metric"
     down, across = result.axes["sender"], result.axes["receiver"]
     if title is None:
