@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         readout,
         regions,
         steering,
+        subspaces,
     )
     from circuitvision.hooked import HookedModel
     from circuitvision.loading import load
@@ -51,6 +52,7 @@ _ROOMS = (
     "readout",
     "regions",
     "steering",
+    "subspaces",
 )
 _FUNCTIONS = {
     "boxes_in_pictures": "model.picture_boxes",
@@ -146,6 +148,10 @@ _CLASSES = {
     "steering.prompts": "PromptConditions",
     "steering.response": "SteeringResponse",
     "steering.rollouts": "ClosedLoop",
+    "subspaces.das": "BoundlessDAS DAS DASResult",
+    "subspaces.fitting": "FittedBasis",
+    "subspaces.maps": "CouplingMap",
+    "subspaces.pairs": "Outcome SiteBatch SitePairs",
 }
 """Every class that a public function takes or returns, by the module where it is at home."""
 _HOMES = {**_FUNCTIONS, **{name: home for home, names in _CLASSES.items() for name in names.split()}}
@@ -176,6 +182,7 @@ __all__ = [
     "set_verbosity",
     "show",
     "steering",
+    "subspaces",
 ]
 
 

@@ -273,6 +273,19 @@ def _say_succeeds(found: Finding) -> str:
     return said if found.holds else f"No clear difference in success: {said}"
 
 
+def _say_interchanges(found: Finding) -> str:
+    about = found.about
+    many = "1 dimension" if about["k"] == "1" else f"{about['k']} dimensions"
+    if found.holds:
+        verb = "carries" if about["k"] == "1" else "carry"
+        return (
+            f"{many} of {about['site']} {verb} the answer: interchange gives the other one in {found.amount} of pairs"
+        )
+    return (
+        f"{many} of {about['site']}: interchange gives the other answer in {found.amount} of pairs, and {found.reason}"
+    )
+
+
 def _two_digits(value: float) -> str:
     return f"{0.0 if abs(value) < 0.005 else value:.2f}".replace("-", "\N{MINUS SIGN}")
 
@@ -322,4 +335,5 @@ SENTENCES = {
     "injects": _say_injects,
     "listens": _say_listens,
     "succeeds": _say_succeeds,
+    "interchanges": _say_interchanges,
 }

@@ -49,6 +49,7 @@ _FIGURES = {
     "ClosedLoop": ("steering", "closed_loop"),
     "InjectionResult": ("steering", "injection"),
     "PromptConditions": ("steering", "conditions"),
+    "DASResult": ("subspaces", "das"),
     "SteeringResponse": ("steering", "response"),
     "ValueVectorClusters": ("steering", "clusters"),
 }
