@@ -150,8 +150,11 @@ _CLASSES = {
     "steering.rollouts": "ClosedLoop",
     "subspaces.das": "BoundlessDAS DAS DASResult",
     "subspaces.fitting": "FittedBasis",
+    "subspaces.illusion": "Component Statistics Thresholds Verdict",
     "subspaces.maps": "CouplingMap",
     "subspaces.pairs": "Outcome SiteBatch SitePairs",
+    "subspaces.report": "IllusionReport",
+    "subspaces.sweep": "SubspaceSweep",
 }
 """Every class that a public function takes or returns, by the module where it is at home."""
 _HOMES = {**_FUNCTIONS, **{name: home for home, names in _CLASSES.items() for name in names.split()}}

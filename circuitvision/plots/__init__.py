@@ -50,6 +50,8 @@ _FIGURES = {
     "InjectionResult": ("steering", "injection"),
     "PromptConditions": ("steering", "conditions"),
     "DASResult": ("subspaces", "das"),
+    "IllusionReport": ("subspaces", "illusion"),
+    "SubspaceSweep": ("subspaces", "sweep"),
     "SteeringResponse": ("steering", "response"),
     "ValueVectorClusters": ("steering", "clusters"),
 }

@@ -18,19 +18,39 @@ from circuitvision.subspaces.bases import (
 from circuitvision.subspaces.controls import reinitialised
 from circuitvision.subspaces.das import DAS, BoundlessDAS, DASResult
 from circuitvision.subspaces.fitting import FittedBasis, fit_basis, fit_boundless
+from circuitvision.subspaces.illusion import (
+    Component,
+    Statistics,
+    Thresholds,
+    Verdict,
+    flags_of,
+    illusion_statistics,
+    verdict_of,
+)
 from circuitvision.subspaces.maps import CouplingMap
 from circuitvision.subspaces.pairs import Outcome, SitePairs
+from circuitvision.subspaces.report import IllusionReport, illusion_report
+from circuitvision.subspaces.sweep import SubspaceSweep, subspace_sweep
 
 __all__ = [
     "DAS",
     "BoundlessDAS",
+    "Component",
     "CouplingMap",
     "DASResult",
     "FittedBasis",
+    "IllusionReport",
     "Outcome",
     "SitePairs",
+    "Statistics",
+    "SubspaceSweep",
+    "Thresholds",
+    "Verdict",
     "fit_basis",
     "fit_boundless",
+    "flags_of",
+    "illusion_report",
+    "illusion_statistics",
     "interchanged",
     "matched_random_basis",
     "mean_difference",
@@ -38,4 +58,6 @@ __all__ = [
     "principal_components",
     "random_basis",
     "reinitialised",
+    "subspace_sweep",
+    "verdict_of",
 ]

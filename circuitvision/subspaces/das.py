@@ -210,7 +210,7 @@ class DAS:
         where = {
             "positions": self.positions, "heads": self.heads, "metric": self.metric, "position": self.position, "align": align,
         }  # fmt: skip
-        options = _Options(epochs, rate, closeness, reports, progress)
+        options = Options(epochs, rate, closeness, reports, progress)
 
         def both(model: Any, wrong: bool, permuted: int | None = None) -> tuple[SitePairs, SitePairs]:
             shared = {**where, "allow_wrong": wrong, "keep": keep}
@@ -255,7 +255,11 @@ class DAS:
         if self.k > width:
             raise InputError(f"{self.k} dimensions are more than the {width} coordinates of {self.site}.")
 
-    def _train(self, learned: SitePairs, held: SitePairs, seed: int, options: _Options) -> _Fit:
+    def train(self, learned: SitePairs, held: SitePairs, seed: int, options: Options) -> FittedBasis:
+        """The basis trained on pairs that are prepared at the site, see :meth:`fit`."""
+        return self._train(learned, held, seed, options).fitted
+
+    def _train(self, learned: SitePairs, held: SitePairs, seed: int, options: Options) -> _Fit:
         """One training run."""
         schedule = _Schedule(learned, held, seed, options)
         means = None if options.closeness == 0 else _target_means(learned)
@@ -374,7 +378,9 @@ class BoundlessDAS(DAS):
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
+    """How a basis is trained."""
+
     epochs: int
     rate: float
     closeness: float
@@ -413,7 +419,7 @@ class _Fit:
 class _Schedule:
     """Which batch comes in which step, and when held-out pairs are asked."""
 
-    def __init__(self, learned: SitePairs, held: SitePairs, seed: int, options: _Options) -> None:
+    def __init__(self, learned: SitePairs, held: SitePairs, seed: int, options: Options) -> None:
         self.learned, self.held, self.options = learned, held, options
         self.batches = len(learned.parts)
         self.steps = options.epochs * self.batches

@@ -1,9 +1,9 @@
 """How far patched activations are from natural ones, and which units behind them run outside what they ever do.
 
-*Divergence* ``D = W₂(H', N_y) / W₂(N_y half, N_y half)``: patched activations against natural ones of the same target, over the distance of two halves
-of the natural ones. Every coordinate is first scaled by the natural mean and standard deviation (standardising both sets by themselves would hide a
-shift of the mean). ``W₂`` is exact, between sets of equal size. A region of natural values that is no box along the axes is left by any interchange of
-coordinates, so ``D`` alone is no verdict.
+*Divergence* ``D = W₂(H', N_y) / W₂(N_y half, N_y half)``: patched activations against natural ones of the same target, over the distance of two
+halves of the natural ones. Every coordinate is first scaled by the natural mean and standard deviation (standardising both sets by themselves would
+hide a shift of the mean). ``W₂`` is exact, between sets of equal size. A region of natural values that is no box along the axes is left by any
+interchange of coordinates, so ``D`` alone is no verdict.
 
 *Recruitment*: a unit behind the site is recruited where its value under the edit lies outside the 1 … 99 % of its natural values, over all classes;
 ``ρ = 1 − E(effect with units clamped to that range) / E(effect)``. Near 1, the effect runs through what natural inputs never use.
@@ -43,12 +43,17 @@ def wasserstein2(first: Float[Tensor, "n d"], second: Float[Tensor, "n d"]) -> f
 
 
 def gaussian_wasserstein2(
-    mean: Float[Tensor, " d"], covariance: Float[Tensor, "d d"], other: Float[Tensor, " d"], of_other: Float[Tensor, "d d"]
+    mean: Float[Tensor, " d"],
+    covariance: Float[Tensor, "d d"],
+    other: Float[Tensor, " d"],
+    of_other: Float[Tensor, "d d"],
 ) -> float:
     """``W₂`` of two Gaussians: ``W₂² = |m − m'|² + tr(C + C' − 2 (C^½ C' C^½)^½)``."""
     root = _root(covariance.double())
     cross = _root(root @ of_other.double() @ root)
-    square = (mean - other).double().square().sum() + (covariance.double() + of_other.double() - 2 * cross).diagonal().sum()
+    square = (mean - other).double().square().sum() + (
+        covariance.double() + of_other.double() - 2 * cross
+    ).diagonal().sum()
     return float(square.clamp_min(0).sqrt())
 
 

@@ -1,11 +1,14 @@
 """Where a subspace lies with respect to what is read behind it and to how activations vary: parts, null expectations, dormancy.
 
-*Readers*: what reads the site linearly, ``A`` ``[d m]`` with ``h A``. ``P`` projects onto the span of its columns (by SVD: centred weights lose a rank,
-and a QR would add a direction that ``A`` maps to 0). ``v_row = P v`` is read, ``v_null = v − v_row`` is not.
+*Readers*: what reads the site linearly, ``A`` ``[d m]`` with ``h A``. ``P`` projects onto the span of its columns (by SVD: centred weights lose a
+rank, and a QR would add a direction that ``A`` maps to 0). ``v_row = P v`` is read, ``v_null = v − v_row`` is not.
 
-*Geometry null*: linearised, the effect of a unit direction is ``(v · a)(v · g)`` with ``a = E[s (h_s − h_b)]`` and ``g`` the gradient of the effect. Its
-maximum is ``E* = (a · g + ‖a‖ ‖g‖) / 2``, at ``v* = unit(a/‖a‖ + g/‖g‖)``, never below ``a · g``, and more dimensions do not help. What training finds
-near ``v*`` with an effect near ``E*`` has found ``a`` and ``g`` again; ``headroom = E* − max(a · g, 0)`` is what it finds for free.
+*Geometry null*: linearised, the effect of a unit direction is ``(v · a)(v · g)`` with ``a = E[s (h_s − h_b)]`` and ``g`` the gradient of the
+effect. Its maximum is ``E* = (a · g + ‖a‖ ‖g‖) / 2``, at ``v* = unit(a/‖a‖ + g/‖g‖)``, never below ``a · g``, and more dimensions do not help. What
+training finds near ``v*`` with an effect near ``E*`` has found ``a`` and ``g`` again; ``headroom = E* − max(a · g, 0)`` is what it finds for free.
+
+Where differences and gradients are those of each example (several classes), ``a gᵀ`` is ``E[(h_s − h_b) gᵀ]``, and ``E*`` of ``k`` dimensions the sum
+of the ``k`` largest positive eigenvalues of its symmetric part: the same number where all examples have one gradient.
 
 *On-manifold*: the part of a change inside the principal components of natural activations that hold 99 % of the variance.
 
@@ -85,8 +88,22 @@ def geometry_null(a: Float[Tensor, " d"], g: Float[Tensor, " d"]) -> GeometryNul
     return GeometryNull((dot + sizes[0] * sizes[1]) / 2, dot, direction, dot / (sizes[0] * sizes[1]))
 
 
-def inside(basis: Float[Tensor, "d k"], direction: Float[Tensor, " d"]) -> float:
-    """The length of a unit direction's projection onto a subspace: of one dimension the absolute cosine."""
+def geometry_null_of(
+    change: Float[Tensor, "entry d"], gradients: Float[Tensor, "entry d"], k: int = 1
+) -> tuple[float, float, Float[Tensor, "d k"]]:
+    """``E*`` of ``k`` dimensions, ``E[(h_s − h_b) · g]`` and the best basis, per entry; see the module."""
+    change, gradients = change.double(), gradients.double()
+    space = span(torch.cat([change, gradients]).T)
+    if not space.shape[1]:
+        return 0.0, 0.0, change.new_zeros(change.shape[1], 0)
+    product = (change @ space).T @ (gradients @ space) / len(change)
+    values, vectors = torch.linalg.eigh((product + product.T) / 2)
+    values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
+    return float(values.clamp_min(0).sum()), float(product.diagonal().sum()), space @ vectors
+
+
+def inside(basis: Float[Tensor, "d k"], direction: Tensor) -> float:
+    """The share of a direction's length, or of another basis, inside a subspace: of two directions the absolute cosine."""
     size = float(direction.norm())
     return float((basis.double().T @ direction.double()).norm()) / size if size > 0 else math.nan
 

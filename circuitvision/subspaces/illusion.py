@@ -1,8 +1,8 @@
 """Is this the subspace you are looking for? Statistics of one subspace of one component, flags, and a verdict, on plain tensors.
 
-A :class:`Component` is what is known of a site: the activations of base and source runs, a function that gives the effect of other values, the gradient
-of the effect, and what reads the site. :func:`illusion_statistics` runs every intervention on it, :func:`flags_of` tests them in order, and
-:func:`verdict_of` says in words whether the variable is *mediated here* in normal operation, or only *controllable from here*.
+A :class:`Component` is what is known of a site: the activations of base and source runs, a function that gives the effect of other values, the
+gradient of the effect, and what reads the site. :func:`illusion_statistics` runs every intervention on it, :func:`flags_of` tests them in order,
+and :func:`verdict_of` says in words whether the variable is *mediated here* in normal operation, or only *controllable from here*.
 
 Effects are per example, oriented (positive towards the source run), and ``E`` is their mean over ``scale``: by default the mean effect of the source
 run itself, so that ``E = 1`` does what the source does.
@@ -18,9 +18,9 @@ run itself, so that ``E = 1`` does what the source does.
     F8 divergence        ``D > 3``
     F9 recruited         ``ρ > .5``
 
-"illusion-consistent" is F1 with one of F2, F3, F4, F6, F7, F9; "faithful-consistent" is ``E_full`` and ``E_row`` at least ``.8 E_v`` and none of F3, F4,
-F6, F7, F9; anything else is "undetermined". F2, F5, F8 and the share of ``v`` that is not read never decide alone: any useful distributed direction has
-an unread part, in faithful and unfaithful cases alike.
+"illusion-consistent" is F1 with one of F2, F3, F4, F6, F7, F9; "faithful-consistent" is ``E_full`` and ``E_row`` at least ``.8 E_v`` and none of F3,
+F4, F6, F7, F9; anything else is "undetermined". F2, F5, F8 and the share of ``v`` that is not read never decide alone: any useful distributed
+direction has an unread part, in faithful and unfaithful cases alike.
 
 Not covered: effects that are no numbers per example.
 
@@ -50,7 +50,12 @@ from circuitvision.subspaces.bases import (
     random_basis,
 )
 
-NOTHING, ILLUSION, FAITHFUL, UNDETERMINED = "nothing found", "illusion-consistent", "faithful-consistent", "undetermined"
+NOTHING, ILLUSION, FAITHFUL, UNDETERMINED = (
+    "nothing found",
+    "illusion-consistent",
+    "faithful-consistent",
+    "undetermined",
+)
 FLAGS = {
     "F0": "nothing found",
     "F1": "exceeds the whole component",
@@ -103,7 +108,9 @@ class Component:
         units: values of all entries → units behind the site ``[example unit]``; natural_units: theirs in natural runs.
         clamped: values of all entries, lowest and highest value of every unit → the effect with units held inside.
         scale: what effects are divided by.
-        train_base, train_source: the entries that directions are taken from, where they are others.
+        difference: ``a``, where it is taken from other pairs.
+        changes: differences and gradients ``[entry d]`` of each entry, of other pairs: what the geometry null is of where classes differ in theirs.
+        target_gradients: the mean gradient by target, likewise.
     """
 
     base: Float[Tensor, "entry d"]
@@ -121,6 +128,8 @@ class Component:
     clamped: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     scale: float = 1.0
     difference: Float[Tensor, " d"] | None = None
+    changes: tuple[Tensor, Tensor] | None = None
+    target_gradients: Mapping[Any, Tensor] | None = None
 
     @property
     def all_natural(self) -> Float[Tensor, "other d"]:
@@ -234,48 +243,67 @@ def _geometry_numbers(component: Component, basis: Float[Tensor, "d k"]) -> dict
     a, g = component.mean_difference, component.gradient.double()
     null = geometry.geometry_null(a, g)
     share = component.per_example / component.scale
+    bound, full, best = null.bound, null.full, null.direction
+    if component.changes is not None:
+        bound, full, best = geometry.geometry_null_of(*component.changes, basis.shape[1])
     return {
         "row norm": cut.row_norm,
         "null norm": cut.null_norm,
         "rank of readers": float(cut.rank),
         "cos(v, g)": geometry.inside(basis, g),
         "cos(v, a)": geometry.inside(basis, a),
-        "cos(v, v*)": geometry.inside(basis, null.direction),
+        "cos(v, v*)": geometry.inside(basis, best),
         "cos(a, g)": null.cosine,
-        "E*": null.bound * share,
-        "headroom": null.headroom * share,
+        "E*": bound * share,
+        "headroom": (bound - max(full, 0.0)) * share,
     }
 
 
 def _output_numbers(component: Component, patched: Tensor) -> dict[str, float]:
-    """The component's output along the gradient there, ``h · g``: natural and patched."""
-    g = component.gradient.double()
-    natural = component.all_natural @ g
-    low, high = torch.quantile(natural, torch.tensor([0.01, 0.99], dtype=natural.dtype)).tolist()
-    found = patched.double() @ g
-    slack = 1e-9 * max(abs(low), abs(high), float((component.base.double() @ g).abs().max()), 1e-30)
-    outside = (found < low - slack) | (found > high + slack)
-    distance = math.nan
-    if component.targets is not None and component.labels is not None:
-        gaps = []
-        for target in dict.fromkeys(component.targets):
-            own = natural[torch.tensor([label == target for label in component.labels])]
-            here = found[torch.tensor([label == target for label in component.targets])]
-            if len(own) > 1 and float(own.std()) > 0:
-                gaps.append(abs(float(here.mean() - own.mean())) / float(own.std()))
-        distance = sum(gaps) / len(gaps) if gaps else math.nan
-    return {"off-distribution share": float(outside.double().mean()), "output distance": distance}
+    """The component's output along the gradient there, ``h · g`` (of several targets along each one's own): natural and patched."""
+    targets = list(component.targets or [None] * len(patched))
+    by_target = component.target_gradients or {}
+    outside, gaps = 0, []
+    for target in dict.fromkeys(targets):
+        g = by_target.get(target, component.gradient).double()
+        natural, here = component.all_natural @ g, torch.tensor([one == target for one in targets])
+        found = patched.double()[here] @ g
+        low, high = torch.quantile(natural, torch.tensor([0.01, 0.99], dtype=natural.dtype)).tolist()
+        # Where activations never vary along g, rounding must not count.
+        slack = 1e-9 * float(component.base.double().norm(dim=1).max() * g.norm())
+        outside += int(((found < low - slack) | (found > high + slack)).sum())
+        own = (
+            natural[torch.tensor([label == target for label in component.labels or ()])]
+            if component.labels
+            else natural[:0]
+        )
+        if len(own) > 1 and float(own.std()) > 0:
+            gaps.append(abs(float(found.mean() - own.mean())) / float(own.std()))
+    return {
+        "off-distribution share": outside / len(patched),
+        "output distance": sum(gaps) / len(gaps) if gaps else math.nan,
+    }
 
 
 def _natural_numbers(component: Component, basis: Float[Tensor, "d k"], seed: int) -> dict[str, float]:
     """Dormancy: how activations vary, and separate classes, along the read part."""
     natural, cut = component.all_natural, geometry.parts(basis, component.readers)
-    along = {name: geometry.deviation(natural, own) for name, own in (("row", cut.row), ("null", cut.null), ("v", basis))}
-    apart = {name: geometry.separation(natural, own, component.labels) for name, own in (("row", cut.row), ("v", basis))}
+    along = {
+        name: geometry.deviation(natural, own) for name, own in (("row", cut.row), ("null", cut.null), ("v", basis))
+    }
+    apart = {
+        name: geometry.separation(natural, own, component.labels) for name, own in (("row", cut.row), ("v", basis))
+    }
     usual = math.nan
     if cut.row.shape[1]:
-        space = torch.eye(len(basis), dtype=torch.float64) if component.readers is None else geometry.span(component.readers)
-        drawn = [space @ random_basis(space.shape[1], min(cut.row.shape[1], space.shape[1]), seed + n) for n in range(50)]
+        space = (
+            torch.eye(len(basis), dtype=torch.float64)
+            if component.readers is None
+            else geometry.span(component.readers)
+        )
+        drawn = [
+            space @ random_basis(space.shape[1], min(cut.row.shape[1], space.shape[1]), seed + n) for n in range(50)
+        ]
         usual = float(torch.tensor([geometry.deviation(natural, one) for one in drawn]).median())
     return {
         "deviation along row": along["row"],
@@ -325,14 +353,28 @@ def flags_of(
     accuracy: float = math.nan,
     anchor: float = math.nan,
     controls: Sequence[str] = (),
+    tie: float = math.nan,
 ) -> dict[str, bool | None]:
-    """Every flag, None where it could not be tested. ``accuracy`` and ``anchor`` are interchange accuracies of the subspace and of the residual stream."""
+    """Every flag, None where it could not be tested.
+
+    ``accuracy`` and ``anchor`` are interchange accuracies of the subspace and of the residual stream. ``tie`` is the ``E`` of an undecided answer,
+    where controls are trained by cross-entropy: on shuffled labels that is the best they can do, and where the subspace goes beyond it, what counts
+    is how far a control does.
+    """
     limit, number = thresholds or Thresholds(), found.numbers
     v, row = found.mean(SUBSPACE), found.mean(ROW)
     nothing = v < limit.nothing or (accuracy < limit.nothing_accuracy * anchor)
-    ratios = _ratio(number["deviation along row"], number["deviation along null"]), _ratio(number["d' along row"], number["d' along v"])
-    dormant = [ratio < bound for ratio, bound in zip(ratios, (limit.dormant, limit.dormant_separation), strict=True) if ratio == ratio]
-    beside = [found.mean(name) for name in controls]
+    ratios = (
+        _ratio(number["deviation along row"], number["deviation along null"]),
+        _ratio(number["d' along row"], number["d' along v"]),
+    )
+    dormant = [
+        ratio < bound
+        for ratio, bound in zip(ratios, (limit.dormant, limit.dormant_separation), strict=True)
+        if ratio == ratio
+    ]
+    floor = tie if v > tie else 0.0
+    beside = [found.mean(name) - floor for name in controls]
     return {
         "F0": nothing,
         "F1": found.interval(SUBSPACE, FULL)[0] > limit.exceeds,
@@ -343,7 +385,7 @@ def flags_of(
             number["E*"],
             abs(v - number["E*"]) <= limit.geometry * abs(number["E*"]) and number["headroom"] > limit.headroom * v,
         ),
-        "F6": any(one >= limit.control * v for one in beside) if beside else None,
+        "F6": any(one >= limit.control * (v - floor) for one in beside) if beside else None,
         "F7": found.mean(ON) < limit.on_manifold * v,
         "F8": _told(number.get("divergence", math.nan), number.get("divergence", math.nan) > limit.divergence),
         "F9": _told(number["rho"], number["rho"] > limit.recruited),
@@ -366,11 +408,19 @@ def verdict_of(found: Statistics, flags: Mapping[str, bool | None], thresholds: 
     v, full, row = found.mean(SUBSPACE), found.mean(FULL), found.mean(ROW)
     decisive = {"F2", "F3", "F4", "F6", "F7", "F9"}
     illusion = "F1" in held and bool(decisive & set(held))
-    faithful = full >= limit.faithful * v and row >= limit.faithful * v and not {"F3", "F4", "F6", "F7", "F9"} & set(held)
+    faithful = (
+        full >= limit.faithful * v and row >= limit.faithful * v and not {"F3", "F4", "F6", "F7", "F9"} & set(held)
+    )
     said = f"{', '.join(FLAGS[name] for name in held if name != 'F0')}"
     if "F0" in held:
         also = f"Beside that: {said}." if said else ""
-        return Verdict(held, untested, NOTHING, "No evidence that the variable is here: interchange in the subspace hardly changes the answer.", also)
+        return Verdict(
+            held,
+            untested,
+            NOTHING,
+            "No evidence that the variable is here: interchange in the subspace hardly changes the answer.",
+            also,
+        )
     if illusion:
         sentence = f"The output can be controlled from here, but nothing says that the variable is mediated here in normal operation ({said})."
         return Verdict(held, untested, ILLUSION, sentence)
@@ -379,5 +429,8 @@ def verdict_of(found: Statistics, flags: Mapping[str, bool | None], thresholds: 
         return Verdict(held, untested, FAITHFUL, sentence)
     because = said or f"the whole component does {full:.2f}, the read part {row:.2f}, the subspace {v:.2f}"
     return Verdict(
-        held, untested, UNDETERMINED, f"The output can be controlled from here; whether the variable is mediated here is undetermined ({because})."
+        held,
+        untested,
+        UNDETERMINED,
+        f"The output can be controlled from here; whether the variable is mediated here is undetermined ({because}).",
     )

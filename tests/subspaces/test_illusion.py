@@ -12,7 +12,14 @@ from circuitvision.subspaces import fit_basis, interchanged
 from circuitvision.subspaces import illusion as il
 from circuitvision.subspaces.divergence import natural_range, recruited, recruitment
 from circuitvision.subspaces.geometry import geometry_null, inside, parts
-from circuitvision.subspaces.illusion import Component, Statistics, Thresholds, flags_of, illusion_statistics, verdict_of
+from circuitvision.subspaces.illusion import (
+    Component,
+    Statistics,
+    Thresholds,
+    flags_of,
+    illusion_statistics,
+    verdict_of,
+)
 
 DOUBLE = torch.float64
 N = 1000
@@ -29,7 +36,12 @@ def neurons() -> Component:
     weight, shape = torch.tensor([0.0, 2, 1], dtype=DOUBLE), torch.tensor([1.0, 0, 1], dtype=DOUBLE)
     sign = (other - x).sign()
     return Component(
-        x[:, None] * shape, other[:, None] * shape, lambda h: sign * (h @ weight - x), weight, readers=weight[:, None], sign=sign
+        x[:, None] * shape,
+        other[:, None] * shape,
+        lambda h: sign * (h @ weight - x),
+        weight,
+        readers=weight[:, None],
+        sign=sign,
     )
 
 
@@ -60,7 +72,9 @@ def relay(d: int = 12, seed: int = 5) -> tuple[Component, torch.Tensor]:
     runs = [drawn(N, seed=n)[:, None] * u + 0.1 * drawn(N, 4, seed=n + 10) for n in (0, 1)]
     base, source = (r @ into for r in runs)
     sign = ((runs[1] - runs[0]) @ u).sign()
-    return Component(base, source, lambda h: sign * ((h - base) @ out @ u), out @ u, readers=out, sign=sign), relayed / relayed.norm()
+    return Component(
+        base, source, lambda h: sign * ((h - base) @ out @ u), out @ u, readers=out, sign=sign
+    ), relayed / relayed.norm()
 
 
 def linear_mlp(d: int = 128, m: int = 16, seed: int = 0) -> Component:
@@ -113,7 +127,9 @@ def test_the_three_neurons_give_their_table(direction, effect, row, raw, null, n
     assert found.numbers["row norm"] == pytest.approx(norm, abs=5e-4)
 
 
-@pytest.mark.parametrize(("direction", "share"), [(vector(0, 0, 1), 0.5), (vector(1, 1, 0), 0.25), (vector(1, 0, 1), 1.0)])
+@pytest.mark.parametrize(
+    ("direction", "share"), [(vector(0, 0, 1), 0.5), (vector(1, 1, 0), 0.25), (vector(1, 0, 1), 1.0)]
+)
 def test_the_part_on_the_manifold_tells_the_directions_apart(direction: torch.Tensor, share: float) -> None:
     found = illusion_statistics(neurons(), direction, n_random=0)
     assert found.mean(il.ON) / found.mean(il.SUBSPACE) == pytest.approx(share)
@@ -163,8 +179,20 @@ def test_words_tell_mediated_from_controllable() -> None:
 def test_a_low_accuracy_comes_first_and_the_rest_is_said_too() -> None:
     """The stored numbers of GPT-2's MLP 8: effects −.07, .38 and .11, accuracy .043 where the residual stream has .544."""
     n = 100
-    effects = {name: torch.full((n,), value, dtype=DOUBLE) for name, value in ((il.FULL, -0.07), (il.SUBSPACE, 0.38), (il.ROW, 0.11), (il.ON, 0.3))}
-    names = ("off-distribution share", "deviation along row", "deviation along null", "d' along row", "d' along v", "E*", "headroom", "rho")
+    effects = {
+        name: torch.full((n,), value, dtype=DOUBLE)
+        for name, value in ((il.FULL, -0.07), (il.SUBSPACE, 0.38), (il.ROW, 0.11), (il.ON, 0.3))
+    }
+    names = (
+        "off-distribution share",
+        "deviation along row",
+        "deviation along null",
+        "d' along row",
+        "d' along v",
+        "E*",
+        "headroom",
+        "rho",
+    )
     found = Statistics(effects, dict.fromkeys(names, math.nan))
     flags = flags_of(found, accuracy=0.043, anchor=0.544)
     verdict = verdict_of(found, flags)
@@ -176,8 +204,20 @@ def test_a_low_accuracy_comes_first_and_the_rest_is_said_too() -> None:
 
 
 def test_the_residual_stream_of_the_stored_table_is_faithful_as_far_as_it_was_tested() -> None:
-    effects = {name: torch.full((10,), value, dtype=DOUBLE) for name, value in ((il.FULL, 1.0), (il.SUBSPACE, 1.14), (il.ROW, 1.04), (il.ON, 1.0))}
-    names = ("off-distribution share", "deviation along row", "deviation along null", "d' along row", "d' along v", "E*", "headroom", "rho")
+    effects = {
+        name: torch.full((10,), value, dtype=DOUBLE)
+        for name, value in ((il.FULL, 1.0), (il.SUBSPACE, 1.14), (il.ROW, 1.04), (il.ON, 1.0))
+    }
+    names = (
+        "off-distribution share",
+        "deviation along row",
+        "deviation along null",
+        "d' along row",
+        "d' along v",
+        "E*",
+        "headroom",
+        "rho",
+    )
     found = Statistics(effects, dict.fromkeys(names, math.nan))
     verdict = verdict_of(found, flags_of(found, accuracy=0.737, anchor=0.544))
     assert verdict.label == il.FAITHFUL
@@ -220,7 +260,9 @@ def test_training_on_a_linear_mlp_finds_the_geometry_null() -> None:
     trained = fit_basis(objective, 24, 1, steps=250, rate=0.1, dtype=DOUBLE)
     assert float(-trained.loss[-1]) == pytest.approx(null.bound, abs=1e-6)
     assert inside(trained.basis, null.direction) == pytest.approx(1.0, abs=1e-6)
-    assert float(component.effect(interchanged(component.base, component.source, trained.basis)).mean()) == pytest.approx(null.bound, abs=1e-6)
+    assert float(
+        component.effect(interchanged(component.base, component.source, trained.basis)).mean()
+    ) == pytest.approx(null.bound, abs=1e-6)
     found = illusion_statistics(component, trained.basis, n_random=0)
     assert found.mean(il.SUBSPACE) == pytest.approx(found.numbers["E*"], abs=1e-6)
     unread = parts(null.direction[:, None], component.readers).null_norm ** 2
@@ -238,7 +280,7 @@ def test_centred_readers_are_cut_by_their_rank() -> None:
 
 
 def test_permuted_labels_train_nothing_in_the_faithful_relay() -> None:
-    component, direction = relay()
+    component, _ = relay()
     order = torch.roll(torch.arange(N), 1)
     wanted = component.effect(component.source)
     assert component.sign is not None
@@ -250,9 +292,12 @@ def test_permuted_labels_train_nothing_in_the_faithful_relay() -> None:
         return lambda basis, step: ((change @ basis @ (basis.T @ g))[:half] - goal[:half]).square().mean()
 
     true, shuffled = (
-        fit_basis(loss(goal), 12, 1, steps=100, rate=0.1, dtype=DOUBLE).basis for goal in (component.sign * wanted, target)
+        fit_basis(loss(goal), 12, 1, steps=100, rate=0.1, dtype=DOUBLE).basis
+        for goal in (component.sign * wanted, target)
     )
-    effects = [component.effect(interchanged(component.base, component.source, one))[half:].mean() for one in (true, shuffled)]
+    effects = [
+        component.effect(interchanged(component.base, component.source, one))[half:].mean() for one in (true, shuffled)
+    ]
     assert float(effects[0]) == pytest.approx(float(wanted[half:].mean()), rel=0.05)
     assert abs(float(effects[1])) < 0.2 * float(effects[0])
 
