@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         readout,
         regions,
         steering,
+        subspaces,
     )
     from circuitvision.hooked import HookedModel
     from circuitvision.loading import load
@@ -51,6 +52,7 @@ _ROOMS = (
     "readout",
     "regions",
     "steering",
+    "subspaces",
 )
 _FUNCTIONS = {
     "boxes_in_pictures": "model.picture_boxes",
@@ -160,6 +162,13 @@ _CLASSES = {
     "steering.prompts": "PromptConditions",
     "steering.response": "SteeringResponse",
     "steering.rollouts": "ClosedLoop",
+    "subspaces.das": "BoundlessDAS DAS DASResult",
+    "subspaces.fitting": "FittedBasis",
+    "subspaces.illusion": "Component Statistics Thresholds Verdict",
+    "subspaces.maps": "CouplingMap",
+    "subspaces.pairs": "Outcome SiteBatch SitePairs",
+    "subspaces.report": "IllusionReport",
+    "subspaces.sweep": "SubspaceSweep",
 }
 """Every class that a public function takes or returns, by the module where it is at home."""
 _HOMES = {**_FUNCTIONS, **{name: home for home, names in _CLASSES.items() for name in names.split()}}
@@ -190,6 +199,7 @@ __all__ = [
     "set_verbosity",
     "show",
     "steering",
+    "subspaces",
 ]
 
 

@@ -100,6 +100,11 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         self._bar.close()
 
+    def describe(self, description: str) -> None:
+        """Another name for what goes on, shown from now on."""
+        self.description = description
+        self._bar.set_description(description, refresh=False)
+
     def advance(self, count: int = 1, measured: bool = True) -> None:
         """Count some items as done; those that an earlier run did are not ``measured``: they say nothing of the rate."""
         self.done += count

@@ -310,6 +310,19 @@ def _say_repairs(found: Finding) -> str:
     return f"No component clearly steps in for another: of {about['one']} {effects} ({found.reason})"
 
 
+def _say_interchanges(found: Finding) -> str:
+    about = found.about
+    many = "1 dimension" if about["k"] == "1" else f"{about['k']} dimensions"
+    if found.holds:
+        verb = "carries" if about["k"] == "1" else "carry"
+        return (
+            f"{many} of {about['site']} {verb} the answer: interchange gives the other one in {found.amount} of pairs"
+        )
+    return (
+        f"{many} of {about['site']}: interchange gives the other answer in {found.amount} of pairs, and {found.reason}"
+    )
+
+
 def _two_digits(value: float) -> str:
     return f"{0.0 if abs(value) < 0.005 else value:.2f}".replace("-", "\N{MINUS SIGN}")
 
@@ -362,4 +375,5 @@ SENTENCES = {
     "interact": _say_interact,
     "repairs": _say_repairs,
     "modulates": _say_modulates,
+    "interchanges": _say_interchanges,
 }

@@ -32,6 +32,7 @@ ROOMS = [
     "families",
     "readout",
     "patching",
+    "subspaces",
     "circuits",
     "organisms",
     "steering",

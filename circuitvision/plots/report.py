@@ -76,11 +76,11 @@ def body(report: Report) -> str:
         parts.append(
             f"<h2>{say(section.heading)}</h2><p class='soft'>{say(section.text)}</p>{style.fragment(section.figure)}"
         )
-    parts.append(f"<h2>The strongest heads</h2>{_table(report.table_header, report.table)}")
+    parts.append(f"<h2>The strongest heads</h2>{table(report.table_header, report.table)}")
     rows = [
         (key, value) for key, value in report.provenance.items() if isinstance(value, str | int | float) and value != ""
     ]
-    parts.append(f"<details><summary>Where these numbers come from</summary>{_table((), rows)}</details>")
+    parts.append(f"<details><summary>Where these numbers come from</summary>{table((), rows)}</details>")
     return _STYLE + "".join(parts)
 
 
@@ -94,7 +94,9 @@ summary { cursor: pointer; margin-top: 2rem; color: var(--soft); } details td { 
 </style>"""
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table of plain texts; numbers stand right."""
+
     def cell(tag: str, value: Any) -> str:
         text = str(value)
         number = text.rstrip("%").replace("\N{MINUS SIGN}", "-").replace(".", "", 1).lstrip("+-").isdigit()

@@ -202,6 +202,9 @@ class DataStudy(Study):
                 chunk.metrics = chunk.metrics.against(output)
             chunk.others["source"] = lambda metrics: metrics(output, inputs)
         values = {name: laid(self.model, batch, name, value) if of_source else value for name, value in found.items()}
+        values = {
+            name: laid_values(self.model, batch, name, value) if of_source else value for name, value in found.items()
+        }
         return {(id(side), name): TensorRef.of(value) for name, value in values.items()}
 
     def _filled(self, edit: Edit, held: Mapping[tuple[int, str], TensorRef]) -> Edit:
@@ -212,6 +215,33 @@ class DataStudy(Study):
         found = {name: held[id(side.side), name] for name in names}
         source = found[names[0]] if names == [edit.site] else TensorRefMapping(tuple(found.items()))
         return dataclasses.replace(edit, source=source)  # type: ignore[call-arg]
+
+
+def laid_values(model: Wrapped, batch: Batch, site: str, value: Tensor) -> Tensor:
+    """The values of the other run of a batch at a site, at the positions of this run.
+
+    Raises:
+        InputError: a site that holds some positions only, of two runs whose positions do not stand in one order.
+    """
+    name = SiteName.parse(site)
+    tower = map_of(model, name)
+    tokens = model.tokens(batch.inputs).get(tower)
+    if tokens is None or tower not in batch.maps:
+        return value
+    axis = axis_of(model.towers[tower_of(model, name)], name, tokens, batch.inputs)
+    if axis.absent and not name.is_pattern:
+        return value
+    held = list(range(tokens.n_positions)) if axis.held is None else list(axis.held)
+    first = held[0] if held else 0
+    if held != list(range(first, tokens.n_positions)):
+        moved = (batch.maps[tower][:, held] != held).any()
+        if moved:
+            raise InputError(
+                f"{site} holds some positions of the {tower} tower only, and those of the two sides do not stand in one order: take a site "
+                "that holds them all, or align='index'."
+            )
+        return value
+    return batch.matched(tower, value, (2, 3) if name.is_pattern else (1,), dropped=first)
 
 
 def _side_of(edit: Edit) -> SideSource | None:
