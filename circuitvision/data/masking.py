@@ -164,7 +164,6 @@ def _prepared(given: Sequence[Any], numbers: Sequence[int]) -> list[Image.Image]
 def _is_grey(picture: Any) -> bool:
     if isinstance(picture, Image.Image):
         return picture.mode in ("L", "1", "LA")
-    shape: tuple[int, ...] = getattr(picture, "shape", ())
     shape: tuple[int, ...] = tuple(getattr(picture, "shape", ()))
     return len(shape) == 2 or (len(shape) == 3 and 1 in (shape[0], shape[-1]))
 

@@ -158,7 +158,6 @@ def _numbers(
     else:
         listed: list[Any] = [patches] if isinstance(patches, (int, np.integer)) else list(patches)
         own: Any = listed
-        own = listed
         if listed and not all(isinstance(one, (int, np.integer)) for one in listed):
             if len(listed) != count:
                 raise InputError(

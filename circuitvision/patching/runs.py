@@ -305,7 +305,7 @@ class _MadeOfBatches:
 
     def __call__(self, batch: Batch) -> Groups:
         """The groups of one batch."""
-        from circuitvision.incremental.sweeps.stream import laid
+        from circuitvision.incremental.sweeps.stream import laid_values
 
         key = tuple(batch.examples)
         if self.counted and key in self.counted:
@@ -313,7 +313,7 @@ class _MadeOfBatches:
         model, side = self.runs.model, self.runs.base
         with torch.no_grad():
             values = model._values_at(batch.other, self.names)[1]
-        source = {name: laid(model, batch, name, value) for name, value in values.items()}
+        source = {name: laid_values(model, batch, name, value) for name, value in values.items()}
         rows = {number: row for row, number in enumerate(side.numbers)}
         groups = self.make(Sides(batch.inputs, source, [rows[one] for one in batch.examples], len(side)))
         self.counted = {key: groups} if self.counted is None else {}

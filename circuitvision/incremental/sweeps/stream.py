@@ -201,7 +201,6 @@ class DataStudy(Study):
             if self.against_source:
                 chunk.metrics = chunk.metrics.against(output)
             chunk.others["source"] = lambda metrics: metrics(output, inputs)
-        values = {name: laid(self.model, batch, name, value) if of_source else value for name, value in found.items()}
         values = {
             name: laid_values(self.model, batch, name, value) if of_source else value for name, value in found.items()
         }
@@ -262,26 +261,3 @@ def _check_ends(inputs: Mapping[str, Any], groups: Sequence[Group]) -> None:
                     f"{edit!r} counts positions from the end of the row, and the prompts of this data set have different lengths: "
                     "take 'last', a kind, a function of the tokens, or cv.regions.at with one number per example."
                 )
-
-
-def laid(model: Wrapped, batch: Batch, site: str, value: Tensor) -> Tensor:
-    """The values that a site has in the other run of a batch, at this run's positions."""
-    name = SiteName.parse(site)
-    tower = map_of(model, name)
-    tokens = model.tokens(batch.inputs).get(tower)
-    if tokens is None or tower not in batch.maps:
-        return value
-    axis = axis_of(model.towers[tower_of(model, name)], name, tokens, batch.inputs)
-    if axis.absent and not name.is_pattern:
-        return value
-    held = list(range(tokens.n_positions)) if axis.held is None else list(axis.held)
-    first = held[0] if held else 0
-    if held != list(range(first, tokens.n_positions)):
-        moved = (batch.maps[tower][:, held] != held).any()
-        if moved:
-            raise InputError(
-                f"{site} holds some positions of the {tower} tower only, and those of the two sides do not stand in one order: take a site "
-                "that holds them all, or align='index'."
-            )
-        return value
-    return batch.matched(tower, value, (2, 3) if name.is_pattern else (1,), dropped=first)
