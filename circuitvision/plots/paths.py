@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from circuitvision.patching.paths import PathPatching
 
 
+_ROOM = 90
+"""Letters of labels that fit side by side below a heat map."""
+
+
 def paths(result: PathPatching, title: str | None = None, metric: str | None = None) -> kit.Figure:
     """Heat map of the share of the answer that goes from each sender to each receiver; of several metrics the one named, else the first."""
     number = result.index_of("metric", metric) if metric is not None else 0
@@ -37,12 +41,10 @@ def paths(result: PathPatching, title: str | None = None, metric: str | None = N
         apart = error == error and abs(float(grid[row, column])) > 2 * error
         lead = f"{where} carries {said}" if apart else f"{where} is largest, {said}"
         if not apart:
-            lead += (
-                ", within two standard errors of none"
-                if error == error
-                else ", of an error that one example does not tell"
-            )
+            lead += ", within two standard errors of 0" if error == error else ""
         held = f"through {kit.escaped(', '.join(result.through[:3]))}{' …' if len(result.through) > 3 else ''}"
         title = style.titled(lead, f"{held if result.through else 'direct paths'}: {unit}, {kit.over(result)}")
     figure = kit.heat({"": grid}, ("sender", down), ("receiver", across), unit=unit, share=share)
+    if sum(map(len, map(str, across))) > _ROOM:
+        figure.update_xaxes(tickangle=-60, automargin=True)
     return kit.finish_heat(figure, title, len(down))
