@@ -89,7 +89,7 @@ _CLASSES = {
     "metrics.actions": "ActionDim",
     "metrics.answers": "Accuracy InterchangeAccuracy LogProb Logit LogitDiff Margin Prob Rank",
     "metrics.base": "Metric",
-    "metrics.comparisons": "ActionDistance JS KL TransferCoefficient",
+    "metrics.comparisons": "ActionDistance Comparison JS KL TransferCoefficient",
     "metrics.effects": "Transfer",
     "model.averages": "Layout",
     "model.cache": "ActivationCache",

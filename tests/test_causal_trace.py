@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import circuitvision as cv
-from circuitvision import regions
+from circuitvision import edits, regions
 from circuitvision.errors import InputError
 from circuitvision.metrics import logit_diff
 from circuitvision.patching import CausalTrace, causal_trace
@@ -46,9 +45,16 @@ def run_by_hand(
     return METRIC(model.run_with_hooks(inputs, fwd_hooks=hooks), inputs), seen
 
 
-def drawn(model, mask: Tensor, scale: float, seed: int, sample: int, number: int = 0) -> Tensor:
-    shape = (int(mask.sum()), model.language.cfg.d_model)
-    return scale * torch.from_numpy(np.random.default_rng([seed, sample, number]).standard_normal(shape)).float()
+def drawn(model, inputs, mask: Tensor, scale: float, seed: int) -> Tensor:
+    """The noise that the edit of this seed adds, read off a run."""
+    noise = edits.add_noise("language.hook_input", scale, seed=seed, positions="patch")
+    # What block 0 reads is what noise was added to, seen behind the edit.
+    site, found = "language.blocks.0.hook_resid_pre", []
+    for under in ([], [noise]):
+        with model.record(site) as cache:
+            model.run(inputs, under)
+        found.append(cache[site])
+    return (found[1] - found[0])[0, mask]
 
 
 @pytest.mark.parametrize("severed", ["", "hook_mlp_out"])
@@ -69,7 +75,7 @@ def test_a_cell_is_a_run_by_hand(llava, severed):
     position, layer = int(mask.nonzero()[2]), 0
     effects = []
     for sample in range(2):
-        noise = drawn(model, mask, 2.0 * found.sigma, 4, sample)
+        noise = drawn(model, inputs, mask, 2.0 * found.sigma, 4 + sample)
         site = f"language.blocks.{layer}.hook_resid_post"
         later = (
             [f"language.blocks.{n}.hook_mlp_out" for n in range(layer + 1, model.language.cfg.n_layers)]

@@ -5,10 +5,9 @@
 ``binding_questions`` do so for scenes whose shapes and colours have to be bound, ``reach`` is a grid world to act in.
 
 Counterfactuals of a data set of any kind: ``masking`` and ``patch_edits`` change pictures, ``rewording`` changes texts, ``without_images`` leaves
-pictures
-out; each returns ``Pairs`` with the edited side as corrupt, and refuses an edit that changes nothing or something else than it should.
-``differences``
-says what differs in pairs given, ``outcomes`` and ``priors`` what becomes of a model's answers, ``embeddings`` how far noise should reach.
+pictures out; each returns ``Pairs`` with the edited side as corrupt, and refuses an edit that changes nothing or something else than it should.
+``differences`` says what differs in pairs given, ``outcomes`` and ``priors`` what becomes of a model's answers, ``embeddings`` how far noise should
+reach.
 """
 
 from __future__ import annotations

@@ -24,10 +24,8 @@ from circuitvision.data.pairs import Pairs
 from circuitvision.data.sides import Side
 from circuitvision.errors import InputError
 
-Boxes = Float[np.ndarray, "patch 4"]
 
-
-def patch_boxes(side: Side, model: Any, *, image: int = 0, tower: str = "vision") -> list[Boxes]:
+def patch_boxes(side: Side, model: Any, *, image: int = 0, tower: str = "vision") -> list[Float[np.ndarray, "patch 4"]]:
     """Per example the pixels (left, top, right, bottom) of its picture that every patch reads; NaN for patches of padding.
 
     Raises:
@@ -114,15 +112,17 @@ def _scaled(levels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return levels_of(picture)
 
 
-def _grids(side: Side, model: Any, image: int, tower: str, patches: Any) -> list[tuple[list[int], Boxes]]:
+def _grids(
+    side: Side, model: Any, image: int, tower: str, patches: Any
+) -> list[tuple[list[int], Float[np.ndarray, "patch 4"]]]:
     """Per example the chosen patches (all, for None) and the pixels of every one."""
     from circuitvision import boxes_in_pictures
 
     if tower not in model.towers:
         raise InputError(f"This model has no tower {tower!r}; it has {', '.join(model.towers)}.")
     pictures = pictures_of(side, image)
-    found: list[tuple[list[int], Boxes]] = []
-    known: dict[Any, tuple[Boxes, Any, np.ndarray]] = {}
+    found: list[tuple[list[int], Float[np.ndarray, "patch 4"]]] = []
+    known: dict[Any, tuple[np.ndarray, Any, np.ndarray]] = {}
     for row, (number, picture) in enumerate(zip(side.numbers, pictures, strict=True)):
         example = side.examples[row]
         alone = not isinstance(example.image, (list, tuple))
@@ -148,7 +148,7 @@ def _shown(side: Side, row: int) -> list[Image.Image]:
 
 
 def _numbers(
-    patches: Any, row: int, count: int, number: int, boxes: Boxes, tokens: Any, there: np.ndarray
+    patches: Any, row: int, count: int, number: int, boxes: Float[np.ndarray, "patch 4"], tokens: Any, there: np.ndarray
 ) -> list[int]:
     """The patches asked for in one example."""
     if patches is None:
@@ -173,7 +173,7 @@ def _numbers(
     return chosen
 
 
-def _pixels(boxes: Boxes, patch: int, shape: Sequence[int], number: int) -> tuple[slice, slice]:
+def _pixels(boxes: Float[np.ndarray, "patch 4"], patch: int, shape: Sequence[int], number: int) -> tuple[slice, slice]:
     """The pixels of a picture whose middle a patch reads."""
     if not np.isfinite(boxes[patch]).all():
         raise InputError(f"Patch {patch} of example {number} reads padding alone, so there is nothing to change.")

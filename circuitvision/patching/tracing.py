@@ -11,9 +11,9 @@ their mean difference the total effect, and ``restored`` the share of it that a 
 A state restored early may act through the MLPs behind it. *Severed*, the MLPs (or attentions) at the same positions of all later layers keep their
 corrupted outputs: what is lost beside the plain trace went through them.
 
-Noise is drawn by the seed and the example's number for its own positions, so it is the same in any batch. It is one corruption among several, and an
-unnatural one: pairs that differ in a word or an object (:func:`circuitvision.patching.activation_patch`) test the same claim on inputs that exist
-(Zhang and Nanda 2023, arXiv 2309.16042).
+Noise is :func:`circuitvision.edits.add_noise`, the same in any batch; samples have the seeds behind the first. It is one corruption among several,
+and an unnatural one: pairs that differ in a word or an object (:func:`circuitvision.patching.activation_patch`) test the same claim on inputs that
+exist (Zhang and Nanda 2023, arXiv 2309.16042).
 
 Reference: Meng et al. 2022 (arXiv 2202.05262); its defaults are 3 standard deviations, 10 samples, windows of 10 layers for MLPs and attention.
 
@@ -25,16 +25,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision import edits
-from circuitvision.data import Batch
+from circuitvision.data import Batch, embedding_std
 from circuitvision.errors import InputError, checked_seed
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.base import Edit, by_digest, taken
@@ -42,7 +41,6 @@ from circuitvision.model.edits.binding import same_value
 from circuitvision.model.positions import Positions
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random, refuse_unwrapped
-from circuitvision.model.tokens import TokenMap
 from circuitvision.patching.activation import (
     PatchingResult,
     every_metric,
@@ -127,7 +125,7 @@ def causal_trace(
     labels, cells = grid.laid_out(head_counts(model, names) if "head" in axes else {}, held)
     live = [cell for cell in cells if any(site not in dead for site in cell.sites)]
     subjects = Positions.of(subject)
-    size = sigma if sigma is not None else _deviation(model, data, tower, subjects)
+    size = sigma if sigma is not None else embedding_std(model, data, f"{tower}.hook_input", positions=subject)
     trace = _Trace(
         model, data, tower, subjects, live, tuple(dead), later, noise * size, samples, checked_seed(seed), held
     )
@@ -212,20 +210,20 @@ class _Trace:
         clean = self._values(batch.inputs, (), {site for cell in self.cells for site in cell.sites})
         groups: list[tuple[Edit, ...]] = []
         for sample in range(self.samples):
-            drawn = self._drawn(batch, mask, sample)
-            corrupted = edits.steer(self.entrance, drawn, self.scale, positions=mask)
+            noise = partial(edits.add_noise, self.entrance, self.scale, seed=self.seed + sample)
+            corrupted = noise(positions=mask)
             held = self._values(batch.inputs, (corrupted,), {site for cell in self.cells for site in self.later(cell)})
             groups.append((corrupted,))
             for cell in self.cells:
-                noise: tuple[Edit, ...] = (corrupted,)
+                added: tuple[Edit, ...] = (corrupted,)
                 sites = [site for site in cell.sites if not self._enters(site)]
                 if len(sites) < len(cell.sites):
                     # What is restored where noise enters is noise that is not added.
                     left = mask & ~Positions.of(cell.positions).taken(rows, len(numbers)).resolve(tokens)
-                    noise = (edits.steer(self.entrance, drawn, self.scale, positions=left),) if bool(left.any()) else ()
+                    added = (noise(positions=left),) if bool(left.any()) else ()
                 restored = dataclasses.replace(cell, sites=tuple(sites)).patch(clean, self.dead)
                 severed = [edits.replace(site, held[site], positions=cell.positions) for site in self.later(cell)]
-                groups.append((*noise, *taken((*restored, *severed), rows, len(numbers))))
+                groups.append((*added, *taken((*restored, *severed), rows, len(numbers))))
         return groups
 
     @property
@@ -243,17 +241,6 @@ class _Trace:
         with torch.no_grad(), self.model.record(sorted(sites)) as cache:
             self.model.run(inputs, list(under))
         return {site: cache[site] for site in sites}
-
-    def _drawn(self, batch: Batch, mask: Tensor, sample: int) -> Float[Tensor, "row pos d_model"]:
-        """Noise at the subject's positions of every example, drawn by its number."""
-        tokens: TokenMap = self.model.tokens(batch.inputs)[self.tower]
-        width = self.model.towers[self.tower].cfg.d_model
-        drawn = torch.zeros(*mask.shape, width)
-        for example, number in enumerate(batch.examples):
-            own = mask & torch.as_tensor(tokens.example == example)[:, None]
-            generator = np.random.default_rng([self.seed, sample, int(number)])
-            drawn[own] = torch.from_numpy(generator.standard_normal((int(own.sum()), width))).float()
-        return drawn
 
     def _check_positions(self, inputs: Mapping[str, Any]) -> None:
         for name, expected in self.held.items():
@@ -288,24 +275,3 @@ def _whole(model: Any, inputs: Mapping[str, Any]) -> Batch:
     """Inputs in memory as one batch."""
     tokens = next(iter(model.tokens(inputs).values()))
     return Batch(dict(inputs), list(range(tokens.n_examples)))
-
-
-def _deviation(model: Any, data: Any, tower: str, subject: Positions) -> float:
-    """The standard deviation of the entries at the subject's positions, over the data."""
-    site, count, total, square = f"{tower}.hook_input", 0, 0.0, 0.0
-    side = getattr(data, "clean", data)
-    batches = side.batches(model) if hasattr(data, "batches") else [_whole(model, data)]
-    numbers = list(side.numbers) if hasattr(side, "numbers") else None
-    for batch in batches:
-        rows = batch.examples if numbers is None else [numbers.index(number) for number in batch.examples]
-        whole = len(numbers) if numbers is not None else len(rows)
-        mask = subject.taken(rows, whole).resolve(model.tokens(batch.inputs)[tower])
-        with torch.no_grad():
-            _, cache = model.run_with_cache(batch.inputs, names_filter=[site])
-        entries: Float[Tensor, "entry d"] = cache[site].cpu()[mask].double()
-        count += entries.numel()
-        total += float(entries.sum())
-        square += float(entries.square().sum())
-    if count < 2:
-        raise InputError("The subject is nowhere in these inputs: name positions that are there.")
-    return float(np.sqrt(max(square / count - (total / count) ** 2, 0.0)))
