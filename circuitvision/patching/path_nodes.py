@@ -281,12 +281,12 @@ def _slot_at(model: Any, site: str, head: int | None = None) -> Slot:
     """The slot at a site."""
     site = model.sites(site)[0]
     name = SiteName.parse(site)
-    blocked = name.layer is not None and name.tower in model.towers
-    for branch in model.towers[name.tower].blocks[name.layer].branches if blocked else ():
+    layer = -1 if name.layer is None or name.tower not in model.towers else name.layer
+    for branch in model.towers[name.tower].blocks[layer].branches if layer >= 0 else ():
         slots = [branch.slot(letter) for letter in branch.letters] if isinstance(branch, AttentionBranch) else []
         if name.site in slots or (name.site == branch.read_site and head is None):
-            stream = f"{name.tower}.blocks.{name.layer}.{branch.stream}"
-            slot = Slot(name.tower, (name.layer, branch.number), site, stream, head, first_not_before(branch))
+            stream = f"{name.tower}.blocks.{layer}.{branch.stream}"
+            slot = Slot(name.tower, (layer, branch.number), site, stream, head, first_not_before(branch))
             if head is not None and not head < _head_count(model, slot):
                 raise InputError(
                     f"There is no head {head} at {site}, which has {_head_count(model, slot)}, counted from 0."

@@ -100,8 +100,9 @@ class PathEdits:
             together[slot.site].append(slot)
         for site, slots in together.items():
             slot = slots[0]
-            heads = None if any(one.head is None for one in slots) else sorted({one.head for one in slots})
-            where = {"heads": heads, "positions": arrivals.taken(self.plan.receiver_positions)}
+            chosen = {one.head for one in slots if one.head is not None}
+            heads = None if any(one.head is None for one in slots) else sorted(chosen)
+            where: dict[str, Any] = {"heads": heads, "positions": arrivals.taken(self.plan.receiver_positions)}
             # Changes on top of what other receivers change; values where nothing else does, so that they arrive to the bit.
             if arrivals.is_sum(first) if not chained else self.plan.joint == "add":
                 yield edits.steer(site, _beside_heads(slot, arrivals.change(first, slot)), **where)
@@ -199,7 +200,8 @@ class Arrivals:
 
     def _held(self, number: int) -> list[tuple[str, tuple[int, ...] | None]]:
         """The sites, and their heads (None for all), that keep their base values while one set of senders is patched."""
-        senders, found = self.plan.senders[number], []
+        senders = self.plan.senders[number]
+        found: list[tuple[str, tuple[int, ...] | None]] = []
         wholes = {node.site for node in (*senders, *self.plan.through) if node.head is None}
         free: dict[str, set[int]] = defaultdict(set)
         for node in (*senders, *self.plan.through):
