@@ -281,12 +281,11 @@ def _slot_at(model: Any, site: str, head: int | None = None) -> Slot:
     """The slot at a site."""
     site = model.sites(site)[0]
     name = SiteName.parse(site)
-    layer = name.layer if name.tower in model.towers else None
-    for branch in () if layer is None else model.towers[name.tower].blocks[layer].branches:
+    layer = -1 if name.layer is None or name.tower not in model.towers else name.layer
+    for branch in model.towers[name.tower].blocks[layer].branches if layer >= 0 else ():
         slots = [branch.slot(letter) for letter in branch.letters] if isinstance(branch, AttentionBranch) else []
         if name.site in slots or (name.site == branch.read_site and head is None):
             stream = f"{name.tower}.blocks.{layer}.{branch.stream}"
-            assert layer is not None
             slot = Slot(name.tower, (layer, branch.number), site, stream, head, first_not_before(branch))
             if head is not None and not head < _head_count(model, slot):
                 raise InputError(

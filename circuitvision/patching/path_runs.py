@@ -100,8 +100,8 @@ class PathEdits:
             together[slot.site].append(slot)
         for site, slots in together.items():
             slot = slots[0]
-            numbers = {one.head for one in slots if one.head is not None}
-            heads = None if any(one.head is None for one in slots) else sorted(numbers)
+            chosen = {one.head for one in slots if one.head is not None}
+            heads = None if any(one.head is None for one in slots) else sorted(chosen)
             where: dict[str, Any] = {"heads": heads, "positions": arrivals.taken(self.plan.receiver_positions)}
             # Changes on top of what other receivers change; values where nothing else does, so that they arrive to the bit.
             if arrivals.is_sum(first) if not chained else self.plan.joint == "add":
