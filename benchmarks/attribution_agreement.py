@@ -158,8 +158,8 @@ def page(models: dict[str, Any]) -> str:
     """All tables of the models as markdown."""
     text = (
         "# Attribution patching beside activation patching\n\nThe score of a cell is the mean size of its effect over pairs "
-        "(patching clean values into the corrupt run; `logit_diff` of answer and foil, of reach-pi0 the first coordinate of the action). Cells "
-        f"without any effect are left out. k is {TOP}, or a quarter of the cells where there are fewer than {4 * TOP}. IG has 8 nodes. "
+        "(patching clean values into the corrupt run; `logit_diff` of answer and foil, of reach-pi0 the first coordinate of the action). Ranks "
+        f"are those of cells that have an effect. k is {TOP}, or a quarter of the cells where there are fewer than {4 * TOP}. IG has 8 nodes. "
         f"Times are of process CPU, on {surroundings(torch.device('cpu'))['device_name']}.\n\n{summary(models)}\n"
     )
     return text + "".join(

@@ -56,10 +56,14 @@ def test_sizes_and_means_differ_where_examples_push_both_ways():
     assert agreement(estimate, exact, 1, by="mean").overlap == 1.0
 
 
-def test_cells_that_do_not_exist_or_cannot_act_are_left_out():
+def test_cells_without_an_effect_have_no_rank_but_can_be_taken_for_strong_ones():
     nothing = float("nan")
-    told = agreement(column(3, 0, nothing, 2, 1), column(3, 0, nothing, 2, 1), 3)
-    assert told.cells == 3
+    exact = column(3, 1e-9, nothing, 2, 1)
+    # Rounding at the cell without an effect, whichever way it falls, changes nothing.
+    for rounding in (0.0, 1e-8):
+        told = agreement(column(1, rounding, nothing, 2, 3), exact, 1)
+        assert (told.cells, told.spearman) == (3, pytest.approx(-1.0))
+    assert agreement(column(3, 9, nothing, 2, 1), exact, 1).overlap == 0.0
 
 
 @pytest.mark.parametrize(

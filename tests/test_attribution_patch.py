@@ -240,7 +240,9 @@ def test_estimates_are_the_slope_of_the_metric_towards_the_source(name, leaf):
         torch.testing.assert_close(own[0, 0] if headed else own[0], slope, atol=2e-4, rtol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov3", "clip", "llava-siglip-qwen2", "paligemma2", "pi0"])
+@pytest.mark.parametrize(
+    "name", ["vit", "dinov3", "clip", "llava-clip-mistral", "llava-siglip-qwen2", "paligemma2", "pi0"]
+)
 @pytest.mark.parametrize("letter", ["q", "k"])
 @pytest.mark.parametrize("axes", [("layer", "head"), ("layer", "head", "position")])
 def test_the_fix_takes_the_patterns_that_the_model_itself_makes(name, letter, axes):

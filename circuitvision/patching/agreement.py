@@ -1,9 +1,10 @@
 """How well estimates of patching agree with patching itself: whether they order cells alike, and what they would miss.
 
 A cell's score is the mean over examples of the size of its effect (``E |effect|``, as Kramár et al. score nodes), or the size of the mean effect. Of
-the scores of an estimate and of the exact effects, over cells that both measured and that are not 0 in both:
+the scores of an estimate and of the exact effects:
 
-* ``spearman``: the correlation of their ranks, ties at their mean rank;
+* ``spearman``: the correlation of their ranks, ties at their mean rank, over the cells that have an effect: those whose exact score is above
+  rounding. The order of the others says nothing, and that they are last in both would flatter any estimate;
 * ``overlap``: the share of the ``k`` largest exact scores that are among the ``k`` largest estimates;
 * ``false_negatives``: how many of the ``k`` largest exact scores are not even among the ``2 k`` largest estimates: what a search that verifies the
   first ``2 k`` would lose.
@@ -21,6 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.errors import InputError
+
+ROUNDING = 1e-6
+"""Share of the largest exact score up to which a score is rounding."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,21 @@ def agreement(estimate: Any, exact: Any, k: int = 10, *, by: str = "size", metri
         raise InputError(
             f"The two results are not of the same cells and examples: {list(estimate.axes)} and {list(exact.axes)}, or other labels."
         )
-    scores = [_scores(one, by, metric) for one in (estimate, exact)]
-    there = ~(scores[0].isnan() | scores[1].isnan() | ((scores[0] == 0) & (scores[1] == 0)))
-    found, wanted = (one[there] for one in scores)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(wanted):
-        raise InputError(f"k={k!r} is outside the {len(wanted)} cells that have an effect.")
+    found, wanted = (_scores(one, by, metric) for one in (estimate, exact))
+    there = ~(found.isnan() | wanted.isnan())
+    found, wanted = found[there], wanted[there]
+    acts = wanted > ROUNDING * wanted.amax() if len(wanted) else there[:0]
+    cells = int(acts.sum())
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= cells:
+        raise InputError(f"k={k!r} is outside the {cells} cells that have an effect.")
     strong = set(wanted.argsort(descending=True, stable=True)[:k].tolist())
     order = found.argsort(descending=True, stable=True).tolist()
     return Agreement(
-        spearman=rank_correlation(found, wanted),
+        spearman=rank_correlation(found[acts], wanted[acts]),
         overlap=len(strong & set(order[:k])) / k,
         false_negatives=len(strong - set(order[: 2 * k])),
         k=k,
-        cells=len(wanted),
+        cells=cells,
     )
 
 
