@@ -45,7 +45,7 @@ from circuitvision.organisms.training import Recipe, finished, fit, pixel_values
 WIDTH = 64
 VISION = Recipe(steps=1200, batch=64, rate=3e-3)
 TWO_OBJECTS = Recipe(steps=1500, batch=64, rate=2e-3)
-RECIPE = Recipe(steps=3500, batch=64, rate=2e-3)
+RECIPE = Recipe(steps=8000, batch=64, rate=2e-3)
 PATCH_WEIGHT = 0.3
 
 
