@@ -1,8 +1,10 @@
 """scenes-clip: a small CLIP that tells which caption names two objects of a scene whose patches have to be bound.
 
 ``CLIPModel`` with a vision tower of four layers and a text tower of two, trained as :mod:`circuitvision.organisms.shapes_clip` is: beside the other
-captions of the batch the loss sees wrong ones with one colour or one shape changed, or with the two colours exchanged. Before that the vision tower
-alone learns the patches' own colours and shapes (:mod:`circuitvision.organisms.patch_supervision`), which stay a second loss.
+captions of the batch the loss sees wrong ones with one colour or one shape changed, or with the two colours exchanged. It learns in three stages:
+patches their own colours and shapes (:mod:`circuitvision.organisms.patch_supervision`, which stays a second loss), then captions of scenes of two
+objects, of which both are named, then of three, of which a caption leaves one out. Without the middle one it stays with what is in the scene, and
+not with what belongs together.
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
 from circuitvision.data import binding
-from circuitvision.data.binding import IMAGE_SIZE, PATCH, TEST_PAIRS, TRAIN_PAIRS, VALIDATION_PAIRS, Scene
+from circuitvision.data.binding import (
+    IMAGE_SIZE,
+    OBJECTS,
+    PATCH,
+    TEST_PAIRS,
+    TRAIN_PAIRS,
+    VALIDATION_PAIRS,
+    Scene,
+)
 from circuitvision.data.captions import sample_retrievals, vocabulary
 from circuitvision.data.generated import caption_pairs
 from circuitvision.data.pairs import Pairs
@@ -34,8 +44,9 @@ from circuitvision.organisms.training import Recipe, finished, fit, pixel_values
 
 WIDTH = 64
 VISION = Recipe(steps=1200, batch=64, rate=3e-3)
-RECIPE = Recipe(steps=2500, batch=64, rate=2e-3)
-PATCH_WEIGHT = 0.5
+TWO_OBJECTS = Recipe(steps=1500, batch=64, rate=2e-3)
+RECIPE = Recipe(steps=8000, batch=64, rate=2e-3)
+PATCH_WEIGHT = 0.3
 
 
 def build() -> tuple[CLIPModel, CLIPProcessor]:
@@ -49,16 +60,17 @@ class Stream(shapes_clip.Stream):
     """An endless stream of training batches: scenes, true captions, and wrong captions that are nearly true."""
 
     pairs = TRAIN_PAIRS
+    count = OBJECTS
 
     def scene(self) -> Scene:
-        """One training picture of three objects; no held-out pair occurs in it in any role."""
-        return binding.sample_scene(self.rng)
+        """One training picture of ``count`` objects; no held-out pair occurs in it in any role."""
+        return binding.sample_scene(self.rng, count=self.count)
 
 
 def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool = True) -> dict[str, Any]:
     """Train one model from scratch, write it to ``out_dir``, and return its scores (see :func:`evaluate`) and the minutes taken.
 
-    ``steps`` is the length of either stage.
+    ``steps`` is the length of each stage.
     """
     started = time.process_time()
     with reproducible(seed) as rng:
@@ -79,18 +91,20 @@ def train(seed: int, out_dir: Path, *, steps: int | None = None, progress: bool 
             return contrastive_loss(made.logits_per_image, also_true) + PATCH_WEIGHT * patches
 
         label = f"scenes-clip seed {seed}"
-        seen = nn.ModuleList([model.vision_model, head])
-        minutes = fit(seen, vision_loss, VISION, steps=steps, progress=progress, label=f"{label}, vision")
+        seen, whole = nn.ModuleList([model.vision_model, head]), nn.ModuleList([model, head])
+        minutes = fit(seen, vision_loss, VISION, steps=steps, progress=progress, label=f"{label}, patches")
         watched = sample_retrievals(300, seed + 2_000_003, world="binding", subjects=VALIDATION_PAIRS, with_subject=3)
-        minutes += fit(
-            nn.ModuleList([model, head]),
-            loss,
-            RECIPE,
-            steps=steps,
-            progress=progress,
-            label=label,
-            check=lambda: float(retrieved_right(model, processor, watched).mean()),
-        )
+        for count, recipe in ((2, TWO_OBJECTS), (OBJECTS, RECIPE)):
+            stream.count = count
+            minutes += fit(
+                whole,
+                loss,
+                recipe,
+                steps=steps,
+                progress=progress,
+                label=f"{label}, {count} objects",
+                check=lambda: float(retrieved_right(model, processor, watched).mean()),
+            )
     spent = {"minutes": minutes, "cpu_minutes": (time.process_time() - started) / 60}
     return finished("scenes-clip", seed, out_dir, spent, evaluate, (model, processor), progress)
 

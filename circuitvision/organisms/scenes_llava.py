@@ -35,6 +35,7 @@ from circuitvision.data.binding import (
     IMAGE_SIZE,
     PATCH,
     SHAPES,
+    SPAN,
     TEST_PAIRS,
     TRAIN_PAIRS,
     VALIDATION_PAIRS,
@@ -70,7 +71,7 @@ from circuitvision.organisms.training import Recipe, finished, fit, initialise, 
 
 WIDTH = 96
 VISION = Recipe(steps=2500, batch=64, rate=3e-3)
-RECIPE = Recipe(steps=8000, batch=16, rate=2e-3, decay=0.5, cool_down=0.5)
+RECIPE = Recipe(steps=10000, batch=16, rate=2e-3, decay=0.7, cool_down=0.5)
 READING = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 24}
 """The heads of the language tower: as many as there are values to read (colour and shape of four neighbours), each wide enough for one of them. With
 four heads of this width it takes neighbours on opposite sides for one another.
@@ -85,6 +86,8 @@ FIRST_STEPS = 500
 """How many steps of the second stage ask for colours and shapes alone."""
 COUNT_RATE = 0.3
 """The share of pictures about which counts are asked."""
+ASIDE_RATE = 0.6
+"""The share of pictures whose relation questions ask along an axis on which both other objects lie aside, where there is such a question."""
 LONGEST = 11
 """Words of the longest question with its answer."""
 Asked = tuple[Scene, list[Question]]
@@ -134,6 +137,8 @@ class Stream:
         while not any(groups):
             scene = binding.sample_scene(self.rng, unnamed=UNNAMED_RATE)
             groups = [questions(scene, [kind]) for kind in kinds]
+            if not first and self.rng.random() < ASIDE_RATE:
+                groups = [[one for one in group if _others_aside(scene, one)] or group for group in groups]
         return scene, self._in_turn(groups)
 
     def _counted(self) -> Asked:
@@ -150,6 +155,20 @@ class Stream:
         groups = [group for group in groups if group]
         turns = (groups[number % len(groups)] for number in range(QUESTIONS_PER_IMAGE))
         return [group[int(self.rng.integers(len(group)))] for group in turns]
+
+
+def _others_aside(scene: Scene, question: Question) -> bool:
+    """Whether a relation question asks along an axis on which both other objects lie aside of its subject, so that the side or the distance decides.
+
+    Of questions of other kinds, always.
+    """
+    if question.kind != "relation":
+        return True
+    axis = "column" if {"left", "right"} & set(question.text.split()) else "row"
+    subject = question.subject
+    return all(
+        abs(getattr(other, axis) - getattr(subject, axis)) >= SPAN for other in scene.objects if other is not subject
+    )
 
 
 class Trained(nn.Module):
