@@ -61,7 +61,7 @@ def into_head(value: Tensor, head: int) -> Callable[[Tensor], Tensor]:
     return put
 
 
-@pytest.mark.parametrize("through", [False, True], ids=["direct", "through a branch"])
+@pytest.mark.parametrize("through", ["", "a branch", "a head"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_path_in_blocks_of_any_shape_is_what_holding_the_others_by_hand_gives(shape, through):
     register()
@@ -74,9 +74,17 @@ def test_a_path_in_blocks_of_any_shape_is_what_holding_the_others_by_hand_gives(
     hold = {name: (lambda old, name=name: base[name]) for name in branches(module)}
     hold.pop("vision.blocks.0.hook_attn_out")
     mlp = "vision.blocks.1.hook_mlp_out" if "vision.blocks.1.hook_mlp_out" in hold else "vision.blocks.1.hook_attn_out"
-    if through:
+    changes = {sender: into_head(source[sender], 1)}
+    inner, attended = "vision.blocks.1.attn.hook_z", "vision.blocks.1.hook_attn_out"
+    if through == "a branch":
         hold.pop(mlp)
-    _, held = by_hand(module, corrupt, {**hold, sender: into_head(source[sender], 1)})
+    elif through == "a head":
+        if attended not in hold:
+            pytest.skip("block 1 has no attention")
+        hold.pop(attended)
+        changes[inner] = lambda z: into_head(z, 2)(base[inner])
+    between = {"": None, "a branch": mlp, "a head": f"{inner}[2]"}[through]
+    _, held = by_hand(module, corrupt, {**hold, **changes})
     for receiver, head in (("hook_q_input", 3), ("hook_k_input", 1), ("hook_v_input", 0), ("hook_mlp_in", None)):
         site = f"vision.blocks.2.{receiver}"
         stream = held["vision.blocks.2.hook_mlp_in" if head is None else "vision.blocks.2.hook_resid_pre"]
@@ -89,7 +97,7 @@ def test_a_path_in_blocks_of_any_shape_is_what_holding_the_others_by_hand_gives(
             corrupt,
             senders="vision L0H1",
             receivers=site if head is None else f"{site}[{head}]",
-            through=mlp if through else None,
+            through=between,
         )
         assert expected.abs().max() > 1e-6
         torch.testing.assert_close(found.values[0, 0], expected, **EXACT)
