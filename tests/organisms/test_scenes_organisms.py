@@ -89,6 +89,17 @@ def test_llava_follows_the_change_in_a_minimal_pair_and_is_blind_without_a_pictu
     assert llava.answered_right(*shipped, unseen).mean() < 0.4
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_cards_record_three_seeds_and_the_choice_between_them(name: str) -> None:
+    card = organisms.card(name)
+    assert len({run["seed"] for run in card["seeds"]}) == 3
+    assert card["ships"] == cards.choose(card["seeds"], cards.AIMS[name])["seed"]
+    shipped = next(run for run in card["seeds"] if run["seed"] == card["ships"])
+    assert (card["held_out"], card["trained"]) == (shipped["held_out"], shipped["trained"])
+    assert shipped["held_out_answers"] >= 2048
+    assert shipped["cpu_minutes"] < 60
+
+
 @pytest.mark.parametrize("module", [scenes_vit, scenes_llava])
 def test_what_ships_has_the_shape_that_the_recipe_builds(module) -> None:
     with safe_open(

@@ -153,6 +153,17 @@ def test_the_choice_ignores_the_held_out_score() -> None:
     )
 
 
+def test_a_seed_that_misses_an_aim_of_its_training_does_not_ship_before_one_that_misses_none() -> None:
+    runs = [
+        {"seed": 0, "validation": 0.97, "trained_relation": 0.92, "held_out_relation": 0.99},
+        {"seed": 1, "validation": 0.95, "trained_relation": 0.98, "held_out_relation": 0.5},
+        {"seed": 2, "validation": 0.96, "trained_relation": 0.95, "held_out_relation": 0.1},
+    ]
+    aims = {"trained_relation": 0.95, "held_out_relation": 0.9}
+    assert choose(runs, aims)["seed"] == 2
+    assert choose(runs)["seed"] == 0
+
+
 def test_packed_questions_give_the_logits_of_separate_prompts() -> None:
     with training.reproducible(0) as rng:
         model, processor = shapes_llava.build()
