@@ -127,4 +127,4 @@ def test_the_standard_deviation_is_that_of_all_coordinates_that_are_there() -> N
         float(weight[text].double().std(correction=0)), rel=1e-6
     )
     with pytest.raises(InputError, match="No position"):
-        cv.data.embedding_std(model, pairs, positions="camera")
+        cv.data.embedding_std(model, pairs, positions="state")
