@@ -96,7 +96,7 @@ HELD, BIND = stream.DataStudy._held, metrics.Metric.bind
     [
         (stream.DataStudy, "_held", first_batch),
         (metrics.Metric, "bind", answers_of_the_first),
-        (stream.DataStudy, "_laid", lambda self, batch, site, value: value.flip(0)),
+        (stream, "laid", lambda model, batch, site, value: value.flip(0)),
     ],
     ids=["sources of another batch", "answers of another batch", "sources of other examples"],
 )
