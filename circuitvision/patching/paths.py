@@ -35,10 +35,10 @@ from typing import Any
 
 import torch
 
-from circuitvision.errors import InputError, warn
+from circuitvision.errors import InputError
 from circuitvision.model.names import is_component
 from circuitvision.model.state import refuse_random, refuse_unwrapped
-from circuitvision.patching.activation import PatchingResult
+from circuitvision.patching.activation import PatchingResult, warn_of_equal_runs
 from circuitvision.patching.path_nodes import Node, Slot, expanded, nodes_of, precedes, slots_of
 from circuitvision.patching.path_runs import PathEdits, PathPlan
 from circuitvision.patching.runs import two_runs
@@ -174,7 +174,7 @@ def path_patch(
         through=sorted(map(str, between)),
         joint=joint,
     )
-    _warn_of_equal_runs(result, found.cells[0])
+    warn_of_equal_runs(result, found.cells[0])
     return result
 
 
@@ -185,16 +185,6 @@ def _check_words(axes: Sequence[str], joint: str) -> None:
         )
     if joint not in ("add", "hold"):
         raise InputError(f"joint={joint!r} is not understood: 'add' or 'hold'.")
-
-
-def _warn_of_equal_runs(result: PathPatching, cell: tuple[int, int]) -> None:
-    shares = result.restored if result.metrics else result.restored[None]
-    names = [name for number, name in enumerate(result.metrics or ["the metric"]) if shares[number][cell].isnan()]
-    if names:
-        warn(
-            f"The two runs do not differ in {', '.join(names)} (within two standard errors of {result.values.shape[-1]} examples), so there is no "
-            "share of a difference: restored is NaN. Take pairs whose answers differ (pairs.answered(model))."
-        )
 
 
 def _dead(model: Any, parts: Sequence[_Part], inputs: Mapping[str, Any]) -> list[str]:

@@ -125,7 +125,7 @@ def causal_trace(
     labels, cells = grid.laid_out(head_counts(model, names) if "head" in axes else {}, held)
     live = [cell for cell in cells if any(site not in dead for site in cell.sites)]
     subjects = Positions.of(subject)
-    size = sigma if sigma is not None else embedding_std(model, data, f"{tower}.hook_input", positions=subject)
+    size = sigma if sigma is not None else embedding_std(model, data, f"{tower}.hook_input", positions=subjects)
     trace = _Trace(
         model, data, tower, subjects, live, tuple(dead), later, noise * size, samples, checked_seed(seed), held
     )
