@@ -13,6 +13,7 @@ from circuitvision.subspaces import DAS, BoundlessDAS, CouplingMap, DASResult, S
 from circuitvision.subspaces.claims import interchanges
 from circuitvision.subspaces.controls import permuted, split
 from circuitvision.subspaces.das import PERMUTED, REINITIALISED
+from circuitvision.subspaces.fitting import OrthonormalBasis
 from tests.subspaces.common import DOUBLE, acting, pairs_of
 
 SITE = "vision.blocks.1.hook_resid_pre"
@@ -334,3 +335,25 @@ def test_a_title_says_that_it_carries_only_above_controls_and_half_the_ceiling(r
     assert ("carry the answer" in figure.layout.title.text) is holds
     shown = [trace.x[0] for trace in figure.data]
     assert shown == pytest.approx([*result.mean().tolist(), *result.control.mean(-1).tolist()])
+
+
+# -- closeness ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_closeness_is_the_distance_to_the_mean_of_the_answer_asked_for() -> None:
+    """The loss of the first step, beside that without it: the mean of |(h_s − m) V|², with m the mean of both sides' runs that say the foil."""
+    model, pairs = pairs_of("vit", answers=[0, 1, 0, 1], foils=[1, 0, 1, 0], groups=list("abcd"))
+    weight, options = 0.7, {"epochs": 1, "batch_size": 3, "allow_wrong": True, "held_out": 0.25, "progress": False}
+    search = DAS(2, SITE, positions=0)
+    without, zero, near = (
+        search.fit(model, pairs, **options, **more) for more in ({}, {"closeness": 0.0}, {"closeness": weight})
+    )
+    assert torch.equal(without.basis, zero.basis)
+    basis = OrthonormalBasis(model.vision.cfg.d_model, 2, 0).weight.detach().double()
+    with SitePairs(model, pairs.at(near.train), SITE, positions=0, allow_wrong=True) as data:
+        answers, foils = data.pairs.answers, data.pairs.foils
+        natural, labels = torch.cat([data.base, data.source]), [*(answers or ()), *(foils or ())]
+        means = {label: natural[torch.tensor([one == label for one in labels])].mean(0) for label in (0, 1)}
+        gap = data.source - torch.stack([means[foil] for foil in foils or ()])
+    wanted = weight * float((gap @ basis).square().sum(1).mean())
+    assert float(near.loss[0, 0] - without.loss[0, 0]) == pytest.approx(wanted, rel=1e-4)

@@ -63,3 +63,10 @@ def test_a_shift_of_the_mean_is_seen_and_the_scale_of_coordinates_is_not() -> No
     stretch = torch.tensor([1.0, 100.0, 0.01], dtype=DOUBLE)
     assert found > 3
     assert divergence(moved * stretch, ["a"] * 60, natural * stretch, labels) == pytest.approx(found, rel=1e-6)
+
+
+def test_coordinates_are_scaled_by_natural_deviations() -> None:
+    """One coordinate that varies a hundred times as much as it naturally does is far off, though by its own deviation it would be 1."""
+    natural = drawn(200, 2)
+    wide = drawn(60, 2, seed=3) * torch.tensor([1.0, 100.0], dtype=DOUBLE)
+    assert divergence(wide, ["a"] * 60, natural, ["a"] * 200) > 50

@@ -308,3 +308,29 @@ def test_the_title_of_a_sweep_names_a_site_only_where_it_exceeds_the_whole() -> 
     assert "layer 1" in swept(0.6).plot().layout.title.text
     assert "No subspace" in swept(0.1).plot().layout.title.text
     assert swept(0.6).exceeds() == [({"layer": 1, "component": "mlp.hook_post", "k": 1}, pytest.approx(0.6))]
+
+
+@pytest.mark.slow
+def test_a_middle_mlp_of_a_trained_model_is_not_taken_for_the_stream(faithful: IllusionReport, shapes: Any) -> None:
+    """The search: MLPs of all layers. A subspace does more than the whole in the middle one, but by less than F1 asks, and is no mediator."""
+    model, pairs = shapes
+    search = subspace_sweep(
+        model,
+        pairs,
+        "vision.blocks.*.mlp.hook_post",
+        4,
+        positions=0,
+        held_out=0.5,
+        epochs=10,
+        rate=0.05,
+        progress=False,
+    )
+    places = search.exceeds()
+    assert places
+    assert all(gap < 0.2 for _, gap in places)
+    site = "vision.blocks.1.mlp.hook_post"
+    trained = DAS(4, site, positions=0).fit(model, pairs, epochs=10, rate=0.05, held_out=0.5, progress=False)
+    found = illusion_report(model, pairs, site, trained, positions=0, n_random=3, epochs=6, rate=0.1, progress=False)
+    assert found.label not in (il.FAITHFUL, il.ILLUSION)
+    assert found.flags["F1"] is False
+    assert found.of(il.FULL) < 0.5 < faithful.of(il.FULL)
