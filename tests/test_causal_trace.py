@@ -106,6 +106,23 @@ def test_the_subject_restored_at_the_entrance_is_everything_and_the_rest_is_noth
     assert found.restored[0, 0].item() == pytest.approx(1.0, abs=1e-3)
 
 
+def test_what_one_example_restores_whole_and_another_in_part_has_a_value_in_both():
+    model = cv.organisms.load("shapes-llava")
+    pairs = cv.organisms.pairs("shapes-llava", 2, 3)
+    first = next(
+        n
+        for n, kind in enumerate(model.tokens(next(pairs.batches(model)).inputs)["language"].kind[0])
+        if kind == "patch"
+    )
+    found = causal_trace(
+        model, pairs, "logit_diff", subject=regions.at([first, first + 1]), sites="language.blocks.0.hook_resid_pre", axes=("layer", "region"),
+        regions={"first": regions.at([first, first])}, samples=2, sigma=1.0, progress=False,
+    )  # fmt: skip
+    effect = found.values[0, 0]
+    torch.testing.assert_close(effect[0], (found.source - found.base)[0], atol=1e-4, rtol=1e-4)
+    assert effect[1].abs() < 1e-5
+
+
 def test_noise_is_the_same_in_any_batch_and_another_for_another_seed():
     model = cv.organisms.load("shapes-llava")
     pairs = cv.organisms.pairs("shapes-llava", 5, 3)

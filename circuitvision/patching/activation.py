@@ -79,15 +79,12 @@ class PatchingResult(Result):
     @property
     def restored(self) -> Float[Tensor, "*axes"]:
         """The share of the source's answer that each cell restores (or destroys), see the module; NaN where the two runs do not differ."""
-        lead = [len(self.metrics)] if self.metrics else []
-        base, source = (found.view(*lead, *[1] * len(self.cells), -1) for found in (self.base, self.source))
-        base, source = base.expand(self.values.shape), source.expand(self.values.shape)
-        return restored_share(self.values, base, source)
+        return restored_share(self.values, self._everywhere(self.base), self._everywhere(self.source))
 
     @property
     def fldd(self) -> Float[Tensor, "*axes"]:
         """How far each cell takes a logit difference of the base run's answer away from it, see :func:`circuitvision.metrics.fldd`."""
-        base = self._base_everywhere()
+        base = self._everywhere(self.base)
         return fldd(base + self.values, base)
 
     def flip_layer(self) -> Result:
@@ -100,23 +97,21 @@ class PatchingResult(Result):
         axes = list(self.axes)
         if "layer" not in axes:
             raise InputError(f"These cells have no layers ({', '.join(self.cells)}): patch with axes=('layer', …).")
-        patched = (self._base_everywhere() + self.values).movedim(axes.index("layer"), -2)
+        patched = (self._everywhere(self.base) + self.values).movedim(axes.index("layer"), -2)
         left = {name: labels for name, labels in self.axes.items() if name != "layer"}
         known = {**self.provenance, "method": f"flip layer of {self.provenance.get('method', 'patching')}"}
         return Result(flip_layer(patched, self.axes["layer"]), left, known)
 
-    def _base_everywhere(self) -> Tensor:
-        """The base run's metric in the shape of the values."""
+    def _everywhere(self, metric: Tensor) -> Tensor:
+        """A run's metric in the shape of the values."""
         lead = [len(self.metrics)] if self.metrics else []
-        return self.base.view(*lead, *[1] * len(self.cells), -1).expand(self.values.shape)
+        return metric.view(*lead, *[1] * len(self.cells), -1).expand(self.values.shape)
 
     def _long_frame(self) -> pd.DataFrame:
         """One row per metric, cell and example: ``value`` (the effect), ``base`` and ``source``."""
         frame = super()._long_frame()
-        lead = [len(self.metrics)] if self.metrics else []
         for name, found in (("base", self.base), ("source", self.source)):
-            everywhere = found.view(*lead, *[1] * len(self.cells), -1).expand(self.values.shape)
-            frame[name] = everywhere.double().flatten().numpy()
+            frame[name] = self._everywhere(found).double().flatten().numpy()
         return frame
 
     def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:

@@ -25,7 +25,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,20 +206,21 @@ class _Trace:
         self._check_positions(batch.inputs)
         tokens = self.model.tokens(batch.inputs)[self.tower]
         mask = self.subject.taken(rows, len(numbers)).resolve(tokens)
-        clean = self._values(batch.inputs, (), {site for cell in self.cells for site in cell.sites})
+        clean = self._values(batch.inputs, (), {self.entered, *(site for cell in self.cells for site in cell.sites)})
         groups: list[tuple[Edit, ...]] = []
         for sample in range(self.samples):
-            noise = partial(edits.add_noise, self.entrance, self.scale, seed=self.seed + sample)
-            corrupted = noise(positions=mask)
-            held = self._values(batch.inputs, (corrupted,), {site for cell in self.cells for site in self.later(cell)})
+            corrupted = edits.add_noise(self.entrance, self.scale, seed=self.seed + sample, positions=mask)
+            later = {site for cell in self.cells for site in self.later(cell)}
+            held = self._values(batch.inputs, (corrupted,), {self.entered, *later})
             groups.append((corrupted,))
             for cell in self.cells:
                 added: tuple[Edit, ...] = (corrupted,)
                 sites = [site for site in cell.sites if not self._enters(site)]
                 if len(sites) < len(cell.sites):
-                    # What is restored where noise enters is noise that is not added.
-                    left = mask & ~Positions.of(cell.positions).taken(rows, len(numbers)).resolve(tokens)
-                    added = (noise(positions=left),) if bool(left.any()) else ()
+                    # Two edits of one value: what enters is the noised values but for the cell's positions, at all of the subject's.
+                    own = Positions.of(cell.positions).taken(rows, len(numbers)).resolve(tokens)
+                    entering = torch.where(own[..., None], clean[self.entered].cpu(), held[self.entered].cpu())
+                    added = (edits.replace(self.entrance, entering, positions=mask),)
                 restored = dataclasses.replace(cell, sites=tuple(sites)).patch(clean, self.dead)
                 severed = [edits.replace(site, held[site], positions=cell.positions) for site in self.later(cell)]
                 groups.append((*added, *taken((*restored, *severed), rows, len(numbers))))
@@ -230,6 +230,11 @@ class _Trace:
     def entrance(self) -> str:
         """The site that noise is added to."""
         return f"{self.tower}.hook_input"
+
+    @property
+    def entered(self) -> str:
+        """The same value under the name that fires behind it."""
+        return f"{self.tower}.blocks.0.hook_resid_pre"
 
     def _enters(self, site: str) -> bool:
         return same_value(self.model, site) == self.entrance
