@@ -57,8 +57,9 @@ def drawn(model, inputs, mask: Tensor, scale: float, seed: int) -> Tensor:
     return (found[1] - found[0])[0, mask]
 
 
+@pytest.mark.parametrize("position", ["patch", "last"])
 @pytest.mark.parametrize("severed", ["", "hook_mlp_out"])
-def test_a_cell_is_a_run_by_hand(llava, severed):
+def test_a_cell_is_a_run_by_hand(llava, severed, position):
     model, inputs, mask = llava
     options = {
         "subject": "patch",
@@ -72,7 +73,7 @@ def test_a_cell_is_a_run_by_hand(llava, severed):
     entries = cache["language.hook_input"][0, mask]
     assert found.sigma == pytest.approx(float(entries.double().std(correction=0)), rel=1e-5)
     assert isinstance(found, CausalTrace)
-    position, layer = int(mask.nonzero()[2]), 0
+    position, layer = (int(mask.nonzero()[2]) if position == "patch" else len(mask) - 1), 0
     effects = []
     for sample in range(2):
         noise = drawn(model, inputs, mask, 2.0 * found.sigma, 4 + sample)
