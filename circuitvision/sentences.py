@@ -323,6 +323,31 @@ def _say_interchanges(found: Finding) -> str:
     )
 
 
+def _say_understands(found: Finding) -> str:
+    about = found.about
+    others = f"edits of other objects move {about['ID']} of the answers" if about["ID"] else ""
+    if found.holds is None:
+        return _capital(f"edits of what is not asked about move {found.amount} of the answers ({found.sure})")
+    seen = f"right before and after the edit in {found.amount} ({found.sure})"
+    if found.holds:
+        return f"The answers follow what is seen: {seen}{f', and {others}' if others else ''}"
+    if found.reason == "the answer stays the same":
+        return f"The answers do not follow the picture: the same before and after the edit in {about['SB']}, {seen}"
+    return _capital(f"{seen}{f'; {others}' if others else ''}")
+
+
+def _say_calibrates(found: Finding) -> str:
+    about = found.about
+    if found.holds is None:
+        return f"The prior alone gives {found.amount} of the answers ({found.sure})"
+    said = f"right answers go from {about['before']} to {about['after']}, a change of {found.amount} ({found.sure})"
+    if found.holds:
+        return f"Taking the language prior off helps: {said}"
+    if found.reason == "it does harm":
+        return f"Taking the language prior off does harm: {said}"
+    return f"Taking the language prior off changes little: {said}"
+
+
 def _two_digits(value: float) -> str:
     return f"{0.0 if abs(value) < 0.005 else value:.2f}".replace("-", "\N{MINUS SIGN}")
 
@@ -376,4 +401,6 @@ SENTENCES = {
     "repairs": _say_repairs,
     "modulates": _say_modulates,
     "interchanges": _say_interchanges,
+    "understands": _say_understands,
+    "calibrates": _say_calibrates,
 }

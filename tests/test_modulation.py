@@ -96,7 +96,9 @@ def test_results_of_rankings_are_scores_and_the_same_data_warns():
     model, inputs = vit()
     other = CASES["vit"].inputs(model.module, batch=4, seed=2, dtype=torch.float64)
     pairs = cv.data.Pairs(inputs=inputs, corrupt_inputs=other, answers=[1] * 4, foils=[3] * 4)
-    ranked = activation_patch(model, pairs, "logit_diff", sites="vision.blocks.*.attn.hook_z", progress=False)
+    ranked = activation_patch(
+        model, pairs, "logit_diff", sites="vision.blocks.*.attn.hook_z", allow_wrong=True, progress=False
+    )
     held_out = Side(inputs=other, answers=[1] * 4, foils=[3] * 4)
     found = modulate(model, held_out, ["accuracy", "logit_diff"], heads=ranked, n_random=1, progress=False)
     mean = ranked.mean()

@@ -295,7 +295,10 @@ def head_importance(
     patched = {}
     for tower in names:
         sites, folder = f"{tower}.blocks.*.attn.hook_z", _inside(save_to, tower)
-        patched[tower] = activation_patch(model, pairs, metric, sites=sites, save_to=folder, **given, **options)
+        # Whether the clean run gives the answer is a finding of the result.
+        patched[tower] = activation_patch(
+            model, pairs, metric, sites=sites, save_to=folder, allow_wrong=True, **given, **options
+        )
     first = next(iter(patched.values()))
     values, axes = _stack(patched)
     lead = {"metric": first.metrics} if first.metrics else {}
@@ -307,7 +310,7 @@ def head_importance(
         raise InputError("The metric does not differ between the two runs, so no head can restore anything.")
     selected = _strongest(heads.effects, axes, top_k)
     leading = _leading(metric)
-    runs = two_runs(model, pairs, leading, clean, corrupt, mode, align, example_batch)
+    runs = two_runs(model, pairs, leading, clean, corrupt, mode, align, example_batch, allow_wrong=True)
     freezer = _Freezer(model, runs, selected, {"save_to": save_to, **options})
     *singles, together = freezer.effects([*(([site], []) for site in freezer.ids), (list(selected), [])], "nodes")
     wholes = {

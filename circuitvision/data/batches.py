@@ -469,13 +469,17 @@ def _by_kind(tokens: Any, twin: Any, numbers: Sequence[int]) -> np.ndarray:
             if len(here) != len(there):
                 example = int(tokens.example[row])
                 number = numbers[example] if example < len(numbers) else example
-                raise InputError(
-                    f"Example {number} has {len(here)} {kind} positions in the {tokens.tower} tower on one side and {len(there)} on the other, so "
-                    "they do not belong together one by one: pairs.answered(model) leaves such pairs out; or say which do with "
-                    "align='index', or with a function of the two token maps."
-                )
+                raise unequal(number, kind, len(here), len(there), f" in the {tokens.tower} tower")
             found[row, here] = there
     return found
+
+
+def unequal(number: int, kind: str, here: int | None, there: int | None, where: str = "") -> InputError:
+    """What is said of a pair whose two sides have other numbers of positions of a kind."""
+    return InputError(
+        f"Example {number} has {here} {kind} positions{where} on one side and {there} on the other, so they do not belong together one by one: "
+        "pairs.answered(model) leaves such pairs out; or say which do with align='index', or with a function of the two token maps."
+    )
 
 
 def _given(tokens: Any, twin: Any, pairs: Pairs) -> np.ndarray:

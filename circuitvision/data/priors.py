@@ -63,9 +63,8 @@ class PriorCalibration(Result):
 
     @with_provenance
     def accuracy(self) -> Result:
-        """1 where an answer is right, ``[answer example]``: "with the picture", "calibrated", and "without" of every reference; "
-        "``.interval()`` gives the
-        bootstrap interval of the shares. NaN where the right answer is not among the choices, or where the highest score is shared.
+        """1 where an answer is right, ``[answer example]``: "with the picture", "calibrated", and "without" of every reference; ``.interval()`` gives
+        the bootstrap interval of the shares. NaN where the right answer is not among the choices, or where the highest score is shared.
 
         Raises:
             InputError: a data set without answers.
@@ -74,15 +73,31 @@ class PriorCalibration(Result):
             raise InputError(
                 "The data set holds no answers, so nothing says what is right: give answers= when it is made."
             )
-        rows = {"with the picture": self.scores, "calibrated": self.values}
-        rows |= {f"without ({name})": own for name, own in zip(self.references, self.prior, strict=True)}
+        rows = self._rows()
         right = torch.stack([_right(scores, torch.tensor(self.answers)) for scores in rows.values()])
         return Result(right, {"answer": list(rows), "example": self.axes["example"]}, self.provenance)
 
+    @property
+    def same_as_prior(self) -> float:
+        """The share of answers with the picture that the mean prior gives as well."""
+        return float((self.prior.mean(0).argmax(0) == self.scores.argmax(0)).double().mean())
+
+    @with_provenance
+    def probabilities(self) -> Result:
+        """How probable each choice is, ``[answer choice example]``: "with the picture", "calibrated" (of scores the softmax) and "without" of every
+        reference."""
+        rows = self._rows()
+        values = torch.stack([one.softmax(0) for one in rows.values()])
+        return Result(values, {"answer": list(rows), **self.axes}, self.provenance)
+
+    def _rows(self) -> dict[str, Tensor]:
+        """Scores ``[choice example]`` by what they are of."""
+        rows = {"with the picture": self.scores, "calibrated": self.values}
+        return rows | {f"without ({name})": own for name, own in zip(self.references, self.prior, strict=True)}
+
     def highlights(self) -> dict[str, str]:
         """How strong the prior is, and what calibration does to the answers."""
-        share = (self.prior.mean(0).argmax(0) == self.scores.argmax(0)).double().mean()
-        found = {"answers that the prior gives as well": f"{float(share):.0%}"}
+        found = {"answers that the prior gives as well": f"{self.same_as_prior:.0%}"}
         if self.answers:
             means = self.accuracy()
             found |= {

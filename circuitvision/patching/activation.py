@@ -147,6 +147,7 @@ def activation_patch(
     clean: Mapping[str, Any] | None = None,
     corrupt: Mapping[str, Any] | None = None,
     align: Any = "kind",
+    allow_wrong: bool = False,
     example_batch: int | None = None,
     save_to: str | Path | None = None,
     resume: bool = False,
@@ -167,21 +168,23 @@ def activation_patch(
         neurons: of the axis ``"neurons"``, groups of coordinates of the sites: a list of them, a mapping with labels, or how many equal runs.
         window: layers patched together in the cell of one: how many around it (ROME patches 10), ``"up to"`` it or ``"from"`` it on.
         clean, corrupt: in place of pairs, the inputs of the two runs, of the same shapes.
+        allow_wrong: whether the clean runs may give other answers than the pairs say, see :mod:`circuitvision.patching.clean_answers`.
         save_to, resume: a folder for finished parts, and whether to continue what it holds, see ``model.sweep``.
         progress: whether progress is shown.
 
     Raises:
         InputError: dropout in training mode, runs that do not fit together, axes the site does not have, several kinds of site on one axis, an
-            unknown mode or window, regions or neurons without their axis.
+            unknown mode or window, regions or neurons without their axis, sites that cannot reach the output, pairs whose clean runs do not give the
+            answer.
         UnknownSiteError: ``sites`` matches nothing.
     """
     refuse_unwrapped(model)
     refuse_random(model.module, "Patching")
     names = matching_sites(model, sites)
     grid = grid_of(model, names, axes, regions, neurons, window)
-    runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch)
+    runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch, allow_wrong)
     first = runs.first_inputs()
-    dead = [name for name in names if model.is_dead(name, first)]
+    dead = dead_sites(model, names, first)
     held = {name: model.positions(name, first) for name in names} if "position" in axes else {}
     without = [name for name, positions in held.items() if not positions]
     if without:
@@ -240,6 +243,28 @@ def grid_of(
     grid = Grid(tuple(names), tuple(axes), dict(regions or {}), groups, width, window)
     grid.check()
     return grid
+
+
+def dead_sites(model: Any, names: Sequence[str], inputs: Mapping[str, Any]) -> list[str]:
+    """Those sites that cannot reach the output in this run.
+
+    Raises:
+        InputError: none of them can.
+    """
+    found = [name for name in names if model.is_dead(name, inputs)]
+    if len(found) == len(names):
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise InputError(
+            f"The output cannot depend on {names[0]}{others} in this run, so nothing would be measured: take sites in earlier layers, or of another "
+            "tower (model.is_dead(site, inputs) tells)."
+        )
+    return found
+
+
+def first_inputs(model: Any, data: Any) -> Mapping[str, Any]:
+    """The inputs of the first example of a data set (of pairs the clean side), or inputs in memory themselves."""
+    side = getattr(data, "clean", data)
+    return next(iter(side[:1].batches(model))).inputs if hasattr(data, "batches") else data
 
 
 def every_metric(place: tuple[int, ...]) -> tuple[Any, ...]:

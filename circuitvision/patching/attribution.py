@@ -43,6 +43,7 @@ from circuitvision.model.state import refuse_inference, refuse_random, refuse_un
 from circuitvision.model.weights import check_gradients
 from circuitvision.patching.activation import (
     PatchingResult,
+    dead_sites,
     every_metric,
     grid_of,
     head_counts,
@@ -85,6 +86,7 @@ def attribution_patch(
     clean: Mapping[str, Any] | None = None,
     corrupt: Mapping[str, Any] | None = None,
     align: Any = "kind",
+    allow_wrong: bool = False,
     example_batch: int | None = None,
     progress: bool = True,
 ) -> AttributionResult:
@@ -95,7 +97,8 @@ def attribution_patch(
 
     Args:
         model: the hooked model.
-        pairs, metric, sites, axes, mode, clean, corrupt, align: as of :func:`circuitvision.patching.activation_patch`. The metric is differentiable.
+        pairs, metric, sites, axes, mode, clean, corrupt, align, allow_wrong: as of :func:`circuitvision.patching.activation_patch`. The metric is
+            differentiable.
         method: ``"atp"``, ``"atp*"`` or ``"ig"``, see :mod:`circuitvision.patching.attribution`.
         nodes: Gauss–Legendre nodes of ``"ig"``.
         grad_drop: whether ``"atp*"`` drops layers; without it there is the QK fix alone.
@@ -115,11 +118,11 @@ def attribution_patch(
     check_gradients(model.module)
     if pairs is not None and example_batch is None and hasattr(pairs, "clean"):
         example_batch = _batch_size(model, pairs)
-    runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch)
+    runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch, allow_wrong)
     _check_metrics(runs.metrics, mode, method)
     first = runs.first_inputs()
     refuse_inference(model.module, first)
-    dead = [name for name in names if model.is_dead(name, first)]
+    dead = dead_sites(model, names, first)
     held = {name: model.positions(name, first) for name in names} if "position" in axes else {}
     without = [name for name, positions in held.items() if not positions]
     if without:

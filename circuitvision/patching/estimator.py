@@ -55,7 +55,10 @@ def measured(estimator: Estimator, runs: Runs, progress: bool) -> Estimated:
     with Progress(0, "attribution patching", progress) as bar:
         for batch in runs.batches(estimator.read()):
             parts.append(estimator.batch(batch))
-            bar.advance(len(parts[-1].examples))
+            last = parts[-1]
+            runs.look(last.base, last.source, last.examples, len(parts) == 1)
+            bar.advance(len(last.examples))
+    runs.warn()
     whole = Estimated(
         values={name: torch.cat([part.values[name] for part in parts], 1) for name in parts[0].values},
         base=torch.cat([part.base for part in parts], 1),

@@ -37,6 +37,8 @@ from circuitvision.errors import InputError, checked_seed
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.base import Edit, by_digest
 from circuitvision.model.state import refuse_random, refuse_unwrapped
+from circuitvision.patching.activation import dead_sites, first_inputs
+from circuitvision.patching.clean_answers import check_data
 from circuitvision.patching.coalitions import ALL, NOTHING, Coalition, InteractionResult
 from circuitvision.patching.components import Component, Place, components_of
 from circuitvision.patching.runs import Groups, Measured, Runs, two_runs
@@ -65,6 +67,7 @@ def interactions(
     permutations: int = 0,
     seed: int = 0,
     align: Any = "kind",
+    allow_wrong: bool = False,
     example_batch: int | None = None,
     save_to: str | Path | None = None,
     resume: bool = False,
@@ -89,11 +92,12 @@ def interactions(
         clean, corrupt: in place of pairs, the inputs of the two runs, of the same shapes; ``clean`` alone for ablation.
         permutations: how many permuted pairings are run for a null, each the cost of the whole.
         seed: of drawn orders, permutations and resampling.
-        align, example_batch, save_to, resume, progress: as of :func:`circuitvision.patching.activation_patch`.
+        align, allow_wrong, example_batch, save_to, resume, progress: as of :func:`circuitvision.patching.activation_patch`.
 
     Raises:
         InputError: fewer than two components, too many for ``"all"``, components that share what they change, an unknown mode or order, a null where
-            there is no pairing, runs that do not fit together, dropout in training mode.
+            there is no pairing, runs that do not fit together, a component that cannot reach the output, clean runs that do not give the answer,
+            dropout in training mode.
         UnknownSiteError: a component that the model does not have.
     """
     refuse_unwrapped(model)
@@ -111,7 +115,9 @@ def interactions(
     def runs_of(data: Any) -> Runs:
         if mode == "ablate":
             return _OneRun(model, data, metric, clean, reference, example_batch)
-        return two_runs(model, data, metric, clean, corrupt, mode, align, example_batch)
+        # Of a permuted pairing the other run gives another example's answer.
+        wrong = allow_wrong or data is not pairs
+        return two_runs(model, data, metric, clean, corrupt, mode, align, example_batch, wrong)
 
     def measured(data: Any, folder: str) -> tuple[Runs, Measured, Tensor, list[list[Edit]]]:
         runs = runs_of(data)
@@ -124,6 +130,9 @@ def interactions(
         found, values = _values(runs, coalitions, changes, holds, mode, options)
         return runs, found, values, changes
 
+    _check_live(model, chosen, runs_of(pairs))
+    if mode == "ablate":
+        check_data(model, pairs, MetricSet.of(metric), allow_wrong, example_batch)
     runs, found, values, changes = measured(pairs, "coalitions")
     null = [measured(_permuted(pairs, mode, rng), f"permuted {number}")[2] for number in range(permutations)]
     several = runs.metrics.several
@@ -247,6 +256,14 @@ def _edits(
     return [one.edited(change) for one in components], holds
 
 
+def _check_live(model: Any, components: Sequence[Component], runs: Runs) -> None:
+    """Raise InputError for a component that cannot reach the output at any of its places."""
+    first = runs.first_inputs()
+    for one in components:
+        if one.places and len(one.places) == len(one.parts):
+            dead_sites(model, [place.site for place in one.places], first)
+
+
 def _values(
     runs: Runs,
     coalitions: Sequence[Coalition],
@@ -287,6 +304,10 @@ class _OneRun(Runs):
         self.metrics = MetricSet.of(metric).bind(model) if data is None else MetricSet.of(metric)
         self.data = inputs if data is None else getattr(data, "clean", data)
         self.reference = reference if reference is not None or data is None else self.data
+
+    def first_inputs(self) -> Mapping[str, Any]:
+        """The inputs of the run, of the first example at least."""
+        return first_inputs(self.model, self.data)
 
     def holds(self, names: Sequence[str]) -> dict[str, Any]:
         """The run's own values."""

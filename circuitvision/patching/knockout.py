@@ -35,10 +35,13 @@ from torch import Tensor
 from circuitvision import edits, regions
 from circuitvision.errors import InputError
 from circuitvision.incremental.sweeps.result import SweepResult
+from circuitvision.metric_set import MetricSet
 from circuitvision.metrics.effects import share_of_mean
 from circuitvision.model.regions import Region
 from circuitvision.model.state import refuse_random, refuse_unwrapped
+from circuitvision.patching.activation import dead_sites, first_inputs
 from circuitvision.patching.cells import layers_around
+from circuitvision.patching.clean_answers import check_data
 from circuitvision.provenance import with_provenance
 
 ALL = "all"
@@ -99,6 +102,7 @@ def knockout(
     renormalise: bool = True,
     controls: int = 0,
     seed: int = 0,
+    allow_wrong: bool = False,
     example_batch: int | None = None,
     save_to: str | Path | None = None,
     resume: bool = False,
@@ -118,10 +122,12 @@ def knockout(
         renormalise: whether the other keys share the row.
         controls: how many random key sets per route, of routes whose keys are a region.
         seed: of the controls.
+        allow_wrong: whether the clean runs may give other answers than the data set says, see :mod:`circuitvision.patching.clean_answers`.
         example_batch, save_to, resume, progress: as of ``model.sweep``.
 
     Raises:
-        InputError: no route, one that is no pair, a tower or layer that is not there, dropout in training mode; queries left with nothing to look at.
+        InputError: no route, one that is no pair, a tower or layer that is not there, dropout in training mode; queries left with nothing to look at;
+            layers whose attention cannot reach the output, clean runs that do not give the answer.
     """
     refuse_unwrapped(model)
     refuse_random(model.module, "A knockout")
@@ -136,6 +142,13 @@ def knockout(
         raise InputError(f"The route {odd[0]!r} is no pair (queries, keys).")
     asked, drawn = _with_controls(routes, controls, seed)
     windows = _windows(layers, window, cfg.n_layers)
+    numbers_of_layers = sorted({layer for held in windows.values() for layer in held})
+    dead_sites(
+        model,
+        [f"{name}.blocks.{layer}.attn.hook_attn_scores" for layer in numbers_of_layers],
+        first_inputs(model, data),
+    )
+    check_data(model, data, MetricSet.of(metric), allow_wrong, example_batch)
     axes: dict[str, list[Any]] = {"route": list(asked), "layer": list(windows)}
     axes |= {"head": list(range(cfg.n_heads))} if heads else {}
     numbers: list[int | None] = list(range(cfg.n_heads)) if heads else [None]

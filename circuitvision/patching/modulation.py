@@ -31,6 +31,7 @@ from circuitvision.findings import Finding
 from circuitvision.model.edits.base import Edit, EditGroup, by_digest
 from circuitvision.model.names import format_id, head_id, heads_of, parse_id
 from circuitvision.model.state import refuse_random, refuse_unwrapped
+from circuitvision.patching.activation import dead_sites, first_inputs
 from circuitvision.patching.coalitions import CoalitionResult
 from circuitvision.patching.interaction_claims import FEWEST
 from circuitvision.provenance import describe, with_provenance
@@ -97,11 +98,14 @@ def modulate(
         example_batch, save_to, resume, progress: as of ``model.sweep``.
 
     Raises:
-        InputError: no score, scores that are no numbers, heads that the model does not have, dropout in training mode.
+        InputError: no score, scores that are no numbers, heads that the model does not have or that cannot reach the output, dropout in training
+            mode.
     """
     refuse_unwrapped(model)
     refuse_random(model.module, "Modulation")
     scores = _scores(model, heads)
+    sites = dict.fromkeys(_site(name) for name in scores)
+    dead_sites(model, list(sites), first_inputs(model, data))
     _warn_of_same_data(heads, data)
     largest = max(map(abs, scores.values())) if normalise else 1.0
     low, high = clip
@@ -207,9 +211,14 @@ def _scaled(model: Any, factors: Factors) -> tuple[Edit, ...]:
     layers: dict[str, Tensor] = {}
     for name, own in factors.items():
         node = parse_id(name)
-        site = f"{node.tower}.blocks.{node.layer}.attn.hook_z"
-        layers.setdefault(site, torch.ones(model.towers[node.tower].cfg.n_heads, 1))[node.head] = own
+        layers.setdefault(_site(name), torch.ones(model.towers[node.tower].cfg.n_heads, 1))[node.head] = own
     return tuple(edits.scale(site, own) for site, own in layers.items())
+
+
+def _site(name: str) -> str:
+    """Where a head's output stands."""
+    node = parse_id(name)
+    return f"{node.tower}.blocks.{node.layer}.attn.hook_z"
 
 
 def modulates(result: ModulationResult) -> Finding:

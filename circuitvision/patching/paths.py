@@ -38,7 +38,7 @@ import torch
 from circuitvision.errors import InputError
 from circuitvision.model.names import is_component
 from circuitvision.model.state import refuse_random, refuse_unwrapped
-from circuitvision.patching.activation import PatchingResult, warn_of_equal_runs
+from circuitvision.patching.activation import PatchingResult, dead_sites, warn_of_equal_runs
 from circuitvision.patching.path_nodes import Node, Slot, expanded, nodes_of, precedes, slots_of
 from circuitvision.patching.path_runs import PathEdits, PathPlan
 from circuitvision.patching.runs import two_runs
@@ -88,6 +88,7 @@ def path_patch(
     clean: Mapping[str, Any] | None = None,
     corrupt: Mapping[str, Any] | None = None,
     align: Any = "kind",
+    allow_wrong: bool = False,
     example_batch: int | None = None,
     save_to: str | Path | None = None,
     resume: bool = False,
@@ -110,7 +111,7 @@ def path_patch(
         positions: the positions at which senders take the source's values; None for all.
         receiver_positions: the positions at which receivers take what arrives; None for all.
         joint: how the receivers of one set are patched together, ``"add"`` or ``"hold"``, see the module.
-        mode, clean, corrupt, save_to, resume, progress: as of :func:`circuitvision.patching.activation_patch`.
+        mode, clean, corrupt, allow_wrong, save_to, resume, progress: as of :func:`circuitvision.patching.activation_patch`.
 
     Raises:
         InputError: a receiver that no sender comes before, a sender that no receiver comes after, something that is no sender, receiver or
@@ -120,7 +121,7 @@ def path_patch(
     refuse_unwrapped(model)
     refuse_random(model.module, "Path patching")
     _check_words(axes, joint)
-    runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch)
+    runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch, allow_wrong)
     inputs = runs.first_inputs()
     sending = _parts(senders, lambda one: [(node,) for node in nodes_of(model, one)], "sender", "sender" in axes)
     everyone = [node for part in sending for node in part.members]
@@ -131,6 +132,8 @@ def path_patch(
     between = _through(model, through, found.senders, found.receivers)
     sets = [[_live(model, part, inputs) for part in parts] for parts in (found.senders, found.receivers)]
     live = [(row, column) for row, column in found.cells if sets[0][row] and sets[1][column]]
+    if not live:
+        dead_sites(model, _dead(model, [*found.senders, *found.receivers], inputs), inputs)
     plan = PathPlan(
         tuple(sets[0]),
         tuple(sets[1]),
@@ -142,11 +145,7 @@ def path_patch(
     )
     _check_joint(model, plan)
     options: dict[str, Any] = {"save_to": save_to, "resume": resume, "progress": progress}
-    if live:
-        measured = runs.measure_made(PathEdits(model, plan), plan.sites, **options)
-    else:
-        runs.sources(plan.sites)
-        measured = runs.measure([], **options)
+    measured = runs.measure_made(PathEdits(model, plan), plan.sites, **options)
     shape = (len(measured.base), len(plan.senders), len(plan.receivers), measured.base.shape[1])
     values = torch.full(shape, math.nan, dtype=measured.base.dtype)
     for row, column in found.cells:

@@ -16,6 +16,7 @@ from circuitvision.errors import InputError
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.packing import laid_out
+from circuitvision.patching.clean_answers import CleanAnswers
 
 if TYPE_CHECKING:
     from circuitvision.incremental.sweeps.stream import DataStudy
@@ -94,6 +95,12 @@ class Runs:
         """Which examples belong together, where the data says so."""
         return []
 
+    def look(self, base: Tensor, source: Tensor, examples: Sequence[Any], first: bool) -> None:
+        """See the metrics of both runs of a batch before it is edited; raises InputError where the clean run is not what it should be."""
+
+    def warn(self) -> None:
+        """Say what was seen in single examples, at the end."""
+
     def measure_made(self, make: Callable[[Sides], Groups], names: Sequence[str], **options: Any) -> Measured:
         """Run the groups that ``make`` gives for each batch of examples, from the source's values at the sites ``names``."""
         raise NotImplementedError
@@ -112,8 +119,9 @@ def two_runs(
     mode: str,
     align: Any = "kind",
     size: int | None = None,
+    allow_wrong: bool = False,
 ) -> Runs:
-    """The two runs of pairs, or of ``clean`` and ``corrupt`` inputs.
+    """The two runs of pairs, or of ``clean`` and ``corrupt`` inputs; ``allow_wrong``: whether the clean runs may give other answers than the pairs'.
 
     Raises:
         InputError: neither or both given, no metric, an unknown mode, inputs of different shapes.
@@ -135,7 +143,7 @@ def two_runs(
         raise InputError(
             f"A {type(pairs).__name__} is no data set of pairs: give cv.data.Pairs, or inputs as clean=… and corrupt=…."
         )
-    return PairRuns(model, given, pairs, mode, align, size)
+    return PairRuns(model, given, pairs, mode, align, size, allow_wrong)
 
 
 class InputRuns(Runs):
@@ -206,8 +214,18 @@ class InputRuns(Runs):
 class PairRuns(Runs):
     """The two sides of pairs, in batches."""
 
-    def __init__(self, model: Any, metrics: MetricSet, pairs: Any, mode: str, align: Any, size: int | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        metrics: MetricSet,
+        pairs: Any,
+        mode: str,
+        align: Any,
+        size: int | None,
+        allow_wrong: bool = False,
+    ) -> None:
         self.model, self.metrics, self.pairs, self.mode = model, metrics, pairs, mode
+        self.answers = CleanAnswers.of(metrics, allow_wrong)
         self.align, self.size = align, size
         self.base, self.origin = (pairs.corrupt, pairs.clean) if mode == "denoise" else (pairs.clean, pairs.corrupt)
         self.fixed_positions = {}
@@ -234,6 +252,7 @@ class PairRuns(Runs):
 
     def _measured(self, groups: Any, count: int | None, options: Mapping[str, Any]) -> Measured:
         swept = self._study(groups, **options).result()
+        self.warn()
         values, base, source = swept.values, swept.clean, swept.source
         if not self.metrics.several:
             values, base, source = values[None], base[None], source[None]
@@ -258,7 +277,19 @@ class PairRuns(Runs):
             maps=inverse_maps(self.pairs.maps) if self.mode == "denoise" else None,
         )
         study.check_batch = self._check_positions if self.fixed_positions else None
+        study.check_runs = self._look_at
         return study
+
+    def _look_at(self, number: int, base: Tensor, others: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+        self.look(base, others["source"], [self.base.numbers[row] for row in rows], number == 0)
+
+    def look(self, base: Tensor, source: Tensor, examples: Sequence[Any], first: bool) -> None:
+        """See whether the clean runs of a batch give the answer."""
+        self.answers.look(source if self.mode == "denoise" else base, examples, first)
+
+    def warn(self) -> None:
+        """Say in how many examples it does not."""
+        self.answers.warn()
 
     def batches(self, names: Sequence[str]) -> Iterator[RunBatch]:
         """The batches of both sides."""

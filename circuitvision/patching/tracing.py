@@ -42,13 +42,16 @@ from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random, refuse_unwrapped
 from circuitvision.patching.activation import (
     PatchingResult,
+    dead_sites,
     every_metric,
+    first_inputs,
     grid_of,
     head_counts,
     matching_sites,
     warn_of_equal_runs,
 )
 from circuitvision.patching.cells import Cell
+from circuitvision.patching.clean_answers import check_data
 from circuitvision.provenance import describe, with_provenance
 
 
@@ -82,6 +85,7 @@ def causal_trace(
     sigma: float | None = None,
     samples: int = 10,
     seed: int = 0,
+    allow_wrong: bool = False,
     example_batch: int | None = None,
     save_to: str | Path | None = None,
     resume: bool = False,
@@ -101,11 +105,12 @@ def causal_trace(
         sigma: the standard deviation itself; None: measured at the subject's positions over the data.
         samples: how many draws of noise are averaged.
         seed: of the noise.
+        allow_wrong: whether the clean runs may give other answers than the data set says, see :mod:`circuitvision.patching.clean_answers`.
         example_batch, save_to, resume, progress: as of ``model.sweep``.
 
     Raises:
-        InputError: sites of several towers or without the axes, a severed site that is none, noise that is not positive, a subject that is nowhere;
-            dropout in training mode.
+        InputError: sites of several towers, without the axes, or that cannot reach the output; a severed site that is none, noise that is not
+            positive, a subject that is nowhere; clean runs that do not give the answer; dropout in training mode.
     """
     refuse_unwrapped(model)
     refuse_random(model.module, "Causal tracing")
@@ -118,19 +123,20 @@ def causal_trace(
     tower = towers.pop()
     later = _later(model, tower, severed)
     grid = grid_of(model, names, axes, regions, None, window)
-    first = _first(model, data)
-    dead = [name for name in names if model.is_dead(name, first)]
+    first = first_inputs(model, data)
+    dead = dead_sites(model, names, first)
     held = {name: model.positions(name, first) for name in names} if "position" in axes else {}
     labels, cells = grid.laid_out(head_counts(model, names) if "head" in axes else {}, held)
     live = [cell for cell in cells if any(site not in dead for site in cell.sites)]
     subjects = Positions.of(subject)
+    metrics = MetricSet.of(metric)
+    check_data(model, data, metrics, allow_wrong, example_batch)
     size = sigma if sigma is not None else embedding_std(model, data, f"{tower}.hook_input", positions=subjects)
     trace = _Trace(
         model, data, tower, subjects, live, tuple(dead), later, noise * size, samples, checked_seed(seed), held
     )
-    metrics = MetricSet.of(metric)
     swept = model.sweep(
-        data,
+        getattr(data, "clean", data),
         trace if hasattr(data, "batches") else trace(_whole(model, data)),
         dict(metrics.members) if metrics.several else metrics.members[""],
         save_to=save_to,
@@ -269,11 +275,6 @@ def _later(model: Any, tower: str, severed: str) -> Callable[[Cell], list[str]]:
         return [site for site in wanted if site in there]
 
     return behind
-
-
-def _first(model: Any, data: Any) -> Mapping[str, Any]:
-    side = getattr(data, "clean", data)
-    return next(iter(side[:1].batches(model))).inputs if hasattr(data, "batches") else data
 
 
 def _whole(model: Any, inputs: Mapping[str, Any]) -> Batch:

@@ -29,6 +29,7 @@ from circuitvision import edits, metrics
 from circuitvision.answers import check_complete, ids_of_rows, pick
 from circuitvision.data import Pairs
 from circuitvision.data.batches import Batch
+from circuitvision.data.checks import check_answers, check_lengths
 from circuitvision.errors import InputError
 from circuitvision.incremental.sweeps.stream import laid_values
 from circuitvision.links import log_probabilities
@@ -118,6 +119,8 @@ class SitePairs:
         refuse_random(model.module, "Subspace interchange")
         self.site, self.heads = _site(model, site, heads)
         self.position, self.size, self.align, self.keep = position, batch_size, align, keep
+        check_answers(pairs, model)
+        check_lengths(pairs, model, align)
         self.positions = Positions.of(positions)
         self._foils: list[Any] | None = None
         self._open = ExitStack()

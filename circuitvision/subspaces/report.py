@@ -170,12 +170,17 @@ def illusion_report(
         seed: of random subspaces, splits and controls.
 
     Raises:
-        InputError: before anything long runs: see :class:`SitePairs`; a basis without full rank or of another width; a source run that answers as the
-            base run does.
+        InputError: before anything long runs: see :class:`SitePairs`; a basis without full rank or of another width; more dimensions than pairs that
+            controls are trained on; a source run that answers as the base run does.
     """
     pairs = checked_pairs(pairs, metric)
     basis = orthonormal(direction.basis if isinstance(direction, DASResult) else direction).detach().cpu()
     learn, test = _two_sets(pairs, direction, train, seed)
+    if controls and basis.shape[1] > len(learn):
+        raise InputError(
+            f"Controls of {basis.shape[1]} dimensions are trained on {len(learn)} pairs, which is too few: give more pairs, fewer dimensions, or "
+            "controls=False."
+        )
     shared = {
         "positions": positions, "heads": heads, "metric": metric, "position": position, "align": align, "allow_wrong": allow_wrong, "keep": keep,
     }  # fmt: skip

@@ -22,7 +22,7 @@ from circuitvision import metrics
 from circuitvision.data import Pairs
 from circuitvision.errors import InputError
 from circuitvision.model.sites import SiteName
-from circuitvision.patching.activation import matching_sites
+from circuitvision.patching.activation import dead_sites, matching_sites
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
@@ -88,7 +88,7 @@ def subspace_sweep(
     """Train a subspace of every size at every site of one tower (a glob or names), and measure it and the whole site on held-out pairs.
 
     Raises:
-        InputError: as of :meth:`DAS.fit`; sites of several towers, or outside blocks.
+        InputError: as of :meth:`DAS.fit`; sites of several towers, outside blocks, or none that can reach the output.
     """
     names = matching_sites(model, sites)
     parsed = [SiteName.parse(name) for name in names]
@@ -107,7 +107,7 @@ def subspace_sweep(
         torch.full(shape, math.nan, dtype=torch.float64),
         torch.full(shape, math.nan, dtype=torch.float64),
     )
-    inputs = next(iter(pairs[:1].batches(model))).inputs
+    dead = dead_sites(model, names, next(iter(pairs[:1].batches(model))).inputs)
     shared = {
         "positions": positions,
         "metric": metric,
@@ -119,7 +119,7 @@ def subspace_sweep(
     options = Options(epochs, rate, 0.0, 1, False)
     with Progress(len(names) * len(sizes), "subspaces", progress) as bar:
         for site, name in zip(names, parsed, strict=True):
-            if model.is_dead(site, inputs):
+            if site in dead:
                 continue
             place = layers.index(int(name.layer or 0)), components.index(name.site)
             with (

@@ -122,7 +122,14 @@ def test_positions_that_belong_together_are_read_from_the_other_side() -> None:
     site = "language.blocks.0.hook_resid_post"
     _, cache = model.run_with_cache(clean, site)
     found = activation_patch(
-        model, pairs, "logit_diff", sites=site, axes=("layer", "position"), example_batch=2, progress=False
+        model,
+        pairs,
+        "logit_diff",
+        sites=site,
+        axes=("layer", "position"),
+        allow_wrong=True,
+        example_batch=2,
+        progress=False,
     )
     moved = cache[site][:, swapped]
     listed = [edits.replace(site, moved, positions=p) for p in range(length)]

@@ -72,6 +72,7 @@ class DataStudy(Study):
         self.model, self.source, self.maps = model, source, maps
         self.check_batch: Callable[[Mapping[str, Any]], None] | None = None
         """Looks at the inputs of each batch before it runs."""
+        self._check_data()
         super().__init__(model, self.side, edits, metric, axes, options)
         check_complete(self.side, self.metrics.asks())
         found = {edit_source for group in self.groups for edit in group if (edit_source := _side_of(edit))}
@@ -79,11 +80,20 @@ class DataStudy(Study):
         others = [one for one in sides if one is not self.side]
         if source is None and others:
             self.source = others[0]
+            self._check_data()
         wrong = [one for one in others if one is not self.source]
         if wrong:
             raise InputError(
                 f"Edits take their values from two sides ({self.source!r} and {wrong[0]!r}); a sweep reads one: make two sweeps."
             )
+
+    def _check_data(self) -> None:
+        """Raise InputError for answers that are not one, and for sides whose prompts have other lengths, of all examples before any runs."""
+        from circuitvision.data.checks import check_answers, check_lengths
+
+        check_answers(self.side, self.model)
+        if self.source is not None and len(self.source) == len(self.side):
+            check_lengths(self._pairs(), self.model, self.align)
 
     # -- what a data set says --------------------------------------------------------------------------------------------------------------
 

@@ -87,6 +87,8 @@ class Study:
         self.axes = _checked_axes(axes, len(self.groups))
         self.parts: list[Part] = []
         self.plans: dict[int, Plan] = {}
+        self.check_runs: Callable[[int, Tensor, Mapping[str, Tensor], list[int]], None] | None = None
+        """Looks at the metrics of each batch's unedited and other runs, and whose they are, before anything is edited."""
 
     # -- what differs for a data set -------------------------------------------------------------------------------------------------------
 
@@ -183,8 +185,6 @@ class Study:
         runner = GroupRunner(self.model, chunk.inputs, chunk.groups, chunk.metrics, self.options.batch_size)
         if number == 0:
             check_axes(runner.binder, self.axes, [task.bound for task in runner.tasks])
-        if store is not None:
-            store.begin(self._layout())
         clean = runner.start()
         others = {name: measure(runner.metrics) for name, measure in chunk.others.items()}
         examples = list(range(clean.shape[1])) if chunk.examples is None else chunk.examples
@@ -192,6 +192,10 @@ class Study:
             raise InputError(
                 f"The metric counts {clean.shape[1]} examples in a batch of {len(examples)}: a metric gives one number per example."
             )
+        if self.check_runs is not None:
+            self.check_runs(number, clean, others, examples)
+        if store is not None:
+            store.begin(self._layout())
         unedited = {
             task.number: lost
             for task in runner.tasks
