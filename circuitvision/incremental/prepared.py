@@ -38,6 +38,7 @@ from circuitvision.incremental.routes import (
     route_of,
     start_of,
 )
+from circuitvision.incremental.sweeps.batches import is_out_of_memory
 from circuitvision.links import marked
 from circuitvision.model.edits.applying import EditApplier, edited
 from circuitvision.model.edits.base import Edit
@@ -209,7 +210,7 @@ class PreparedRun:
             except CannotResume as error:
                 reason = str(error)
             except FAILURES as error:
-                if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+                if is_out_of_memory(error):
                     raise
                 reason = f"{type(error).__name__}: {error}"
                 warn(f"A resumed run failed ({reason}), so the whole model runs.")
