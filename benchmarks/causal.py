@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,9 @@ def measure(study: CausalStudy, device: torch.device, seconds: float) -> list[di
     runs = {title: arm.run for title, arm in study.arms.items()}
     # The tools were checked before, so this is no first run of any of them.
     peaks = {title: peak_bytes(run, device) for title, run in runs.items()}
-    started = time.perf_counter()
+    started = time.process_time()
     runs[study.reference]()
-    long = time.perf_counter() - started > LONG
+    long = time.process_time() - started > LONG
     samples = samples_in_rounds(runs, study.reference, device, seconds, MIN_ROUNDS - long)
     return [_row(study, title, samples, peaks.get(title, peaks[study.reference])) for title in samples]
 
@@ -135,20 +135,26 @@ def _line(about: str, row: dict[str, Any], reference: str) -> str:
     return f"| {about} | {name} | {row['passes']} | {timed} | {numbers} |"
 
 
-def study_model(name: str, options: argparse.Namespace, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Check and measure every study of one model."""
+def study_model(
+    name: str, options: argparse.Namespace, device: torch.device, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Check and measure every study of one model; gives each when it is done, with the model's title."""
     shape = sweep_shapes.build(SHAPES[name], device)
     scene = Scene(shape)
-    found: dict[str, Any] = {"title": shape.title, "studies": []}
     for kind, make in studies_of(scene, options.tools, options.studies, CELLS).items():
         study = make()
         rows = measure(study, device, seconds)
         told = {key: getattr(study, key) for key in ("name", "title", "reference", "loop", "unavoidable", "unable")}
-        found["studies"].append({**told, "rows": rows, "aims": aims(study, rows)})
+        yield {**told, "model": shape.title, "rows": rows, "aims": aims(study, rows)}
         print(f"{name}, {kind}: done", file=sys.stderr, flush=True)
         del study
         gc.collect()
-    return found
+
+
+def added(studies: Sequence[dict[str, Any]], one: dict[str, Any]) -> list[dict[str, Any]]:
+    """A study among others, in the order of all: in the place of one of its name."""
+    kept = [*(study for study in studies if study["name"] != one["name"]), one]
+    return sorted(kept, key=lambda study: STUDIES.index("das" if study["name"].startswith("das-") else study["name"]))
 
 
 def report(about: dict[str, Any], tables: Sequence[str]) -> str:
@@ -175,12 +181,13 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES, help="which studies (default: all)")
     parser.add_argument("--tools", nargs="*", choices=PEERS, default=PEERS, help="which peers beside the naive loop")
     parser.add_argument("--seconds", type=float, help="wall time to spend on the rounds of each study")
+    parser.add_argument("--add", action="store_true", help="keep the other studies that the files hold already")
     parser.add_argument("--results", type=Path, help="folder for the markdown and JSON files")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Check, measure, print, and write the results; they are written after each model."""
+    """Check, measure, print, and write the results after each study."""
     options = parsed(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -191,17 +198,21 @@ def main(arguments: list[str] | None = None) -> None:
 
     transformers.logging.set_verbosity_error()
     seconds = options.seconds if options.seconds is not None else (1.0 if options.quick else 30.0)
-    about, tables, models = surroundings(device), [], {}
+    about, models = surroundings(device), {}
     folder = options.results or (None if options.quick else Path(__file__).parent / "results")
+    stem = None if folder is None else folder / f"causal-{device.type}"
+    if options.add and stem is not None and stem.with_suffix(".json").is_file():
+        models = json.loads(stem.with_suffix(".json").read_text())["models"]
     with torch.no_grad():
         for name in options.shapes or (QUICK if options.quick else USUAL):
-            models[name] = study_model(name, options, device, seconds)
-            tables.append(table(models[name]["title"], models[name]))
-            print(tables[-1], flush=True)
-            if folder is not None:
-                stem = folder / f"causal-{device.type}"
-                write_text(stem.with_suffix(".md"), report(about, tables))
-                write_text(stem.with_suffix(".json"), json.dumps({**about, "models": models}, indent=1) + "\n")
+            for study in study_model(name, options, device, seconds):
+                model = models.setdefault(name, {"title": study["model"], "studies": []})
+                model["studies"] = added(model["studies"], study)
+                if stem is not None:
+                    tables = [table(one["title"], one) for one in models.values()]
+                    write_text(stem.with_suffix(".md"), report(about, tables))
+                    write_text(stem.with_suffix(".json"), json.dumps({**about, "models": models}, indent=1) + "\n")
+            print(table(models[name]["title"], models[name]), flush=True)
 
 
 if __name__ == "__main__":

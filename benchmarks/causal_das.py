@@ -18,9 +18,6 @@ import circuitvision as cv
 from circuitvision.subspaces.fitting import OrthonormalBasis
 from circuitvision.subspaces.pairs import SitePairs
 
-ROWS = 2
-"""Images in a batch of a classifier; a prompt of hundreds of positions stands alone."""
-
 
 class Steps:
     """One layer's step in every tool; each trains a basis of its own from the same start."""
@@ -29,10 +26,9 @@ class Steps:
 
     def __init__(self, scene: Scene, model: Any, layer: int, rank: int) -> None:
         self.scene, self.model, self.layer, self.rank = scene, model, layer, rank
-        self.rows = 1 if scene.text else ROWS
         self.site = f"{scene.tower}.blocks.{layer}.hook_resid_pre"
-        self.base, self.source = self._batch(scene.base, 1), self._batch(scene.source, 2)
-        self.foils = torch.arange(self.rows, device=model.device) % 2
+        self.base, self.source = dict(scene.base), dict(scene.source)
+        self.foils = torch.zeros(1, dtype=torch.long, device=model.device)
         self.keywords: dict[str, Any] = {}
         place = {0: (scene.block(layer), "in")}
         handle = scene.block(layer).register_forward_pre_hook(self._look, with_kwargs=True)
@@ -43,14 +39,6 @@ class Steps:
         self.pairs = self._pairs(None)
         self.last = self._pairs("last") if scene.causal else None
 
-    def _batch(self, inputs: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-        if self.rows == 1:
-            return dict(inputs)
-        generator = torch.Generator().manual_seed(seed)
-        pixels = inputs["pixel_values"]
-        more = torch.randn(self.rows - 1, *pixels.shape[1:], generator=generator).to(pixels)
-        return {"pixel_values": torch.cat([pixels, more])}
-
     def _look(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         self.keywords = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         if "past_key_values" in self.keywords:
@@ -59,7 +47,7 @@ class Steps:
     def _pairs(self, positions: Any) -> SitePairs:
         answers = (1 - self.foils).tolist()
         pairs = cv.data.Pairs(inputs=self.base, corrupt_inputs=self.source, answers=answers, foils=self.foils.tolist())
-        return SitePairs(self.model, pairs, self.site, positions=positions, batch_size=self.rows, allow_wrong=True)
+        return SitePairs(self.model, pairs, self.site, positions=positions, allow_wrong=True)
 
     # -- the ways ------------------------------------------------------------------------------------------------------------------------------
 
@@ -144,7 +132,7 @@ class Steps:
             rotated.rotate_layer.weight = self._basis().weight.detach()
         trained = list(rotated.parameters())
         optimizer = torch.optim.Adam(trained, lr=1e-4)
-        where = [[list(range(self.scene.length))] * self.rows]
+        where = [[list(range(self.scene.length))]]
 
         def loss() -> Tensor:
             _, output = model(

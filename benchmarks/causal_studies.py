@@ -209,8 +209,8 @@ def attribution_star(scene: Scene, wanted: Sequence[str], size: int) -> CausalSt
 
 
 def paths(scene: Scene, wanted: Sequence[str], size: int) -> CausalStudy:
-    """The direct paths from one head in the middle to the queries of every later head."""
-    model, layer = model_of(scene), scene.n_layers // 2
+    """The direct paths from one head to the queries of every later head."""
+    model, layer = model_of(scene), 3 * scene.n_layers // 4 - 1
     cells = [(later, head) for later in range(layer + 1, scene.n_layers) for head in range(scene.n_heads)]
     with torch.no_grad():
         _, z_source = scene.reading(scene.each_layer("z"), scene.source)
@@ -320,7 +320,7 @@ def das_step(scene: Scene, wanted: Sequence[str], size: int, layer: int) -> Caus
         raise RuntimeError(f"das-{layer}: the first losses differ: {losses}.")
     study = CausalStudy(
         f"das-{layer}",
-        f"a step of DAS at the input of layer {layer} of {scene.n_layers}, {RANK} dimensions, {steps.rows} × {scene.length} positions",
+        f"a step of DAS at the input of layer {layer} of {scene.n_layers}, {RANK} dimensions, {scene.length} positions",
         steps.PLAIN,
         {
             steps.PLAIN: Arm(steps.step(steps.PLAIN), passes="forward + backward of the blocks behind, rotation"),
@@ -355,7 +355,7 @@ def trace(scene: Scene, wanted: Sequence[str], size: int) -> CausalStudy:
         groups = {str(at): (at, at + 1) for at in range(int(behind), scene.length)}
     else:
         side = round((scene.length - 1) ** 0.5)
-        groups = {str(row): (1 + row * side, 1 + (row + 1) * side) for row in range(side)}
+        groups = {str(row): (1 + row * side, 1 + (row + 2) * side) for row in range(0, side, 2)}
     cells = [(layer, *group) for layer in range(scene.n_layers) for group in groups.values()]
     image = list(range(1, int(behind) if scene.text else scene.length))
     noisy = cv.edits.add_noise(f"{scene.tower}.hook_input", sigma, seed=0, positions=image)
@@ -441,7 +441,7 @@ def trace(scene: Scene, wanted: Sequence[str], size: int) -> CausalStudy:
     limits = {"faster": 25.0 if scene.text else 1.8, "aim": None if scene.text else 1.25}
     study = CausalStudy(
         "trace",
-        f"trace of noise on the image: {scene.n_layers} layers × {len(groups)} {'words' if scene.text else 'rows of patches'}",
+        f"trace of noise on the image: {scene.n_layers} layers × {len(groups)} {'words' if scene.text else 'bands of two rows of patches'}",
         "bare forward",
         {
             "bare forward": Arm(lambda: scene.module(**scene.base), passes="1 forward"),

@@ -296,5 +296,6 @@ def test_layers_before_all_sites_are_dropped_without_a_backward_pass(site, monke
     passes.clear()
     monkeypatch.setattr(GradientRun, "reaches", lambda self, layer: True)
     every = attribution_patch(model, **given, progress=False)
-    assert len(passes) == 1 + sum(tower.cfg.n_layers for tower in model.towers.values())
+    # Of the vision tower as well, but for the last block, which this model does not read.
+    assert [one for one in passes if one and one[0] == "vision"] == [("vision", 0), ("vision", 1)]
     torch.testing.assert_close(found.values, every.values, atol=0, rtol=1e-12)

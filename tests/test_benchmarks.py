@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -238,6 +239,9 @@ def test_causal_refuses_a_tool_that_computes_something_else(monkeypatch: pytest.
 
 def test_causal_extrapolates_and_compares_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("PIP_NO_INDEX", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        # The scripts set these for themselves when they are imported.
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
     import causal
     from causal_tools import OURS, Arm, CausalStudy
     from measuring import AGAIN
