@@ -202,6 +202,7 @@ def test_inputs_in_memory_are_one_part(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
+        {"method": "atp*"},
         {"method": "ig"},
         {"mode": "noise"},
         {"sites": TEXT + "hook_attn_out"},
