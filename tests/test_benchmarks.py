@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -196,3 +197,67 @@ def test_memory_of_sweeps_quick_prints_a_row_for_every_number_of_pairs(tmp_path:
         (way, count) for count in (4, 8, 16) for way in ("in batches", "all at once")
     ]
     assert done.stdout.strip() in (tmp_path / "sweep_memory-cpu.md").read_text()
+
+
+@pytest.mark.slow
+def test_causal_quick_measures_every_study_beside_the_loop(tmp_path: Path) -> None:
+    printed, found = run_quick("causal", tmp_path, "--tools", "transformer-lens")
+    assert list(found["models"]) == ["vit-small", "llava-small"]
+    names = ["attribution", "attribution-star", "paths", "das-1", None, "trace"]
+    for model in found["models"].values():
+        assert len(model["studies"]) == len(names)
+        assert all(name in (None, study["name"]) for name, study in zip(names, model["studies"], strict=True))
+        for study in model["studies"]:
+            rows = {row["way"]: row for row in study["rows"]}
+            assert {study["reference"], study["loop"], "circuitvision", "reference again"} <= set(rows)
+            assert study["unavoidable"] > 0
+            for row in rows.values():
+                assert 0 < row["over_unavoidable_low"] <= row["over_unavoidable"] <= row["over_unavoidable_high"]
+                assert 0 < row["share"] <= 1
+                assert row["peak_mib"] > 0
+            # What is timed on some of its cells is told as the time of all of them.
+            assert rows[study["loop"]]["faster"] == pytest.approx(1.0)
+        assert model["title"] in printed
+    page = (tmp_path / "causal-cpu.md").read_text()
+    assert found["device_name"] in page
+    assert all(study["title"] in page for model in found["models"].values() for study in model["studies"])
+
+
+def test_causal_refuses_a_tool_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import causal_tools
+
+    right = torch.tensor([1.0, -0.01, 1e-7])
+    causal_tools.check("study", "tool", right + torch.tensor([5e-4, -5e-4, 1e-5]), right, 1.0)
+    with pytest.raises(RuntimeError, match="study, lazy"):
+        causal_tools.check("study", "lazy", torch.zeros(3), right, 1.0)
+    with pytest.raises(RuntimeError, match="study, close"):
+        causal_tools.check("study", "close", right + torch.tensor([0.0, 2e-3, 0.0]), right, 1.0)
+    with pytest.raises(RuntimeError, match="nothing has an effect"):
+        causal_tools.check("study", "tool", torch.zeros(3), torch.zeros(3), 1.0)
+
+
+def test_causal_extrapolates_and_compares_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("PIP_NO_INDEX", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        # The scripts set these for themselves when they are imported.
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    import causal
+    from causal_tools import OURS, Arm, CausalStudy
+    from measuring import AGAIN
+
+    arms = {"bare": Arm(print), OURS: Arm(print), "loop": Arm(print, share=0.25)}
+    study = CausalStudy("s", "s", "bare", arms, "loop", unavoidable=3.0, aim=1.2, faster=2.0)
+    # The second round is twice as slow for all; the third disturbs ours alone.
+    seconds = {"bare": [1, 2, 1], AGAIN: [1, 2, 1], OURS: [3.3, 6.6, 6], "loop": [2, 4, 2]}
+    samples = {name: [(one, one) for one in taken] for name, taken in seconds.items()}
+    rows = [causal._row(study, name, samples, 2**20) for name in samples]
+    ours = next(row for row in rows if row["way"] == OURS)
+    assert ours["over_unavoidable"] == pytest.approx(1.1)
+    assert ours["over_unavoidable_minima"] == pytest.approx(1.1)
+    assert ours["faster"] == pytest.approx(8 / 3.3)
+    assert ours["peak_mib"] == 1.0
+    assert [check["verdict"] for check in causal.aims(study, rows)] == ["met", "met"]
+    slower = CausalStudy("s", "s", "bare", arms, "loop", unavoidable=2.0, aim=1.2, faster=5.0)
+    rows = [causal._row(slower, name, samples, 2**20) for name in samples]
+    assert [check["verdict"] for check in causal.aims(slower, rows)][1] == "missed"

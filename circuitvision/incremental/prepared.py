@@ -9,7 +9,8 @@ direction, a basis or a dictionary at layer 20 of 32 is fitted for the price of 
 
 *Gradients.* What was recorded is constant, without a graph. Tensors of edits, and parameters of what runs again, get the gradients of the whole
 forward; inputs that require a gradient are refused. A suffix of the positions is computed where the run's mask allows it and no weight changed since
-the recording; while gradients are on only if no parameter of the model requires one, for those would lose what earlier positions give them.
+the recording; while gradients are on only if no parameter of the model requires one, for those would lose what earlier positions give them, or if
+:attr:`PreparedRun.follows_weights` says that they are not asked for.
 
 *Where it does not hold.* Under other hooks, in training mode, behind replaced forwards, and for edits that change the inputs, a call runs the
 whole model, group by group, and ``plan`` says why. Modules or torch hooks that were added since the recording make it record anew.
@@ -38,6 +39,7 @@ from circuitvision.incremental.routes import (
     route_of,
     start_of,
 )
+from circuitvision.incremental.sweeps.batches import is_out_of_memory
 from circuitvision.links import marked
 from circuitvision.model.edits.applying import EditApplier, edited
 from circuitvision.model.edits.base import Edit
@@ -105,6 +107,8 @@ class PreparedRun:
         if inputs.get("past_key_values") is not None:
             raise InputError("The inputs hold past_key_values, which every run would extend: leave them out.")
         self.plan = ""
+        self.follows_weights = True
+        """Whether parameters of the model may be asked for gradients; False trains edits alone, at the cost of the positions that they change."""
         self._model, self._inputs = model, dict(inputs)
         self._versions = self._versions_of_inputs()
         self._compiler: EditCompiler | None = EditCompiler(model, self._inputs)
@@ -209,7 +213,7 @@ class PreparedRun:
             except CannotResume as error:
                 reason = str(error)
             except FAILURES as error:
-                if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+                if is_out_of_memory(error):
                     raise
                 reason = f"{type(error).__name__}: {error}"
                 warn(f"A resumed run failed ({reason}), so the whole model runs.")
@@ -246,7 +250,8 @@ class PreparedRun:
         if start is None or not edited:
             return 0
         # What earlier positions left is constant in a run of the others: it knows no new weight, and no gradient of one.
-        followed = torch.is_grad_enabled() and any(weight.requires_grad for weight in self._weights)
+        followed = self.follows_weights and torch.is_grad_enabled()
+        followed = followed and any(weight.requires_grad for weight in self._weights)
         if followed or _version(self._weights) != self._weights_version:
             return 0
         compiler = self._check_open()

@@ -21,16 +21,21 @@ cell by cell. One run of each side and one backward pass give every cell of ever
   read and multiplied with that site's ``source - base`` (the inputs path of EAP-IG). Over the cells of the inputs themselves the estimates sum to
   the change of the metric along the path; ``completeness_gap`` says how far they miss it. Elsewhere no sum is promised.
 
-Not covered: paths of each site's own activation; norms over queries or keys of all heads together; folders to resume from (a data set streams in
-batches of a few runs each).
+A region is the sum over its positions, a group of neurons the sum over its coordinates, so that regions that share no position and neurons that share
+no coordinate add up to the whole; but keys of a region under the QK fix, which are patched together in one softmax.
+
+Not covered: paths of each site's own activation; norms over queries or keys of all heads together; windows of layers; groups of neurons of queries
+and keys under the QK fix; denoising steps one at a time.
 
 References: Nanda 2022 (attribution patching); Kramár et al. 2024 (arXiv 2403.00745) on AtP*; Hanna et al. 2024 (arXiv 2403.17806) on EAP-IG.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -50,11 +55,13 @@ from circuitvision.patching.activation import (
     matching_sites,
     warn_of_equal_runs,
 )
-from circuitvision.patching.estimator import Estimator, measured
+from circuitvision.patching.estimator import Estimator
+from circuitvision.patching.kept_estimates import measured
 from circuitvision.patching.runs import two_runs
 from circuitvision.provenance import describe, with_provenance
 
 METHODS = ("atp", "atp*", "ig")
+ESTIMATED_AXES = ("layer", "site", "head", "position", "region", "neurons")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +88,8 @@ def attribution_patch(
     axes: Sequence[str] = ("layer", "head"),
     method: str = "atp",
     mode: str = "denoise",
+    regions: Mapping[str, Any] | None = None,
+    neurons: Any = None,
     nodes: int = 8,
     grad_drop: bool = True,
     clean: Mapping[str, Any] | None = None,
@@ -88,21 +97,24 @@ def attribution_patch(
     align: Any = "kind",
     allow_wrong: bool = False,
     example_batch: int | None = None,
+    save_to: str | Path | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> AttributionResult:
     """Estimate what patching every cell of ``axes`` of the matching sites would do, from gradients instead of a run per cell.
 
-    Runs of a batch: "atp" one of each side and one backward pass per metric; "atp*" up to two more runs, and a backward pass per layer; "ig"
-    ``nodes`` runs and backward passes. Texts of a dual encoder take a backward pass per image.
+    Runs of a batch: "atp" one of each side and one backward pass per metric; "atp*" up to two more runs, and a backward pass per layer behind the
+    first site; "ig" ``nodes`` runs and backward passes. Texts of a dual encoder take a backward pass per image.
 
     Args:
         model: the hooked model.
-        pairs, metric, sites, axes, mode, clean, corrupt, align, allow_wrong: as of :func:`circuitvision.patching.activation_patch`. The metric is
-            differentiable.
+        pairs, metric, sites, axes, mode, regions, neurons, clean, corrupt, align, allow_wrong: as of
+            :func:`circuitvision.patching.activation_patch`. The metric is differentiable.
         method: ``"atp"``, ``"atp*"`` or ``"ig"``, see :mod:`circuitvision.patching.attribution`.
         nodes: Gauss–Legendre nodes of ``"ig"``.
         grad_drop: whether ``"atp*"`` drops layers; without it there is the QK fix alone.
         example_batch: how many pairs run together (None: by memory, for runs that keep their graph).
+        save_to, resume: a folder for finished batches of examples, and whether to continue what it holds, see ``model.sweep``.
         progress: whether progress is shown.
 
     Raises:
@@ -114,7 +126,12 @@ def attribution_patch(
     _check_method(method, nodes)
     refuse_random(model.module, "Attribution patching")
     names = matching_sites(model, sites)
-    grid = grid_of(model, names, axes)
+    unknown = sorted(set(axes) - set(ESTIMATED_AXES))
+    if unknown:
+        raise InputError(
+            f"Estimates have the axes {', '.join(ESTIMATED_AXES)}, not {unknown[0]!r}: take activation_patch."
+        )
+    grid = grid_of(model, names, axes, regions, neurons)
     check_gradients(model.module)
     if pairs is not None and example_batch is None and hasattr(pairs, "clean"):
         example_batch = _batch_size(model, pairs)
@@ -130,18 +147,15 @@ def attribution_patch(
     labels, cells = grid.laid_out(head_counts(model, names) if "head" in axes else {}, held)
     runs.fixed_positions = held
     live = [name for name in names if name not in dead]
-    estimator = Estimator(model, first, live, tuple(axes), method, nodes, grad_drop)
-    found = measured(estimator, runs, progress)
+    estimator = Estimator(model, first, live, grid, method, nodes, grad_drop)
+    found = measured(estimator, runs, mode, progress, save_to, resume)
     several = runs.metrics.several
-    values = torch.full(
-        (*found.base.shape[:1], *map(len, labels.values()), found.base.shape[1]), float("nan"), dtype=found.dtype()
-    )
+    shape = (len(found.base), *map(len, labels.values()), found.base.shape[1])
+    values = torch.full(shape, float("nan"), dtype=found.values.dtype)
+    numbers = itertools.count()
     for cell in cells:
-        (name,) = cell.sites
-        inside = [] if cell.head is None else [cell.head]
-        inside += [] if cell.positions is None else [list(held[name]).index(cell.positions)]
-        whole: Any = (slice(None), slice(None), *inside)
-        values[every_metric(cell.index)] = 0.0 if name in dead else found.values[name][whole].to(values)
+        dead_cell = cell.sites[0] in dead
+        values[every_metric(cell.index)] = 0.0 if dead_cell else found.values[:, next(numbers)]
     gap = found.gap.new_zeros(0) if method != "ig" else found.gap if several else found.gap[0]
     result = AttributionResult(
         values=values if several else values[0],

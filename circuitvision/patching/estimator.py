@@ -12,19 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitvision import edits, metrics
-from circuitvision.errors import InputError, warn
+from circuitvision.errors import InputError
 from circuitvision.metric_set import MetricSet
+from circuitvision.model.edits.windows import RunWindows
+from circuitvision.model.positions import Positions
 from circuitvision.model.sites import SiteName
-from circuitvision.patching.estimates import Term, direct, key_fix, query_fix, wide
-from circuitvision.patching.gradient_run import GradientRun, Layer, values_under
-from circuitvision.patching.runs import RunBatch, Runs
-from circuitvision.progress import Progress
+from circuitvision.patching.cells import Grid
+from circuitvision.patching.estimates import Sums, Term, direct, key_fix, query_fix, wide
+from circuitvision.patching.gradient_run import GradientRun, Layer, rows_of, values_under
+from circuitvision.patching.runs import RunBatch
 
-LARGEST_GAP = 0.05
-"""Share of the metric's change along the path that integrated gradients may miss before a warning says so."""
 _QUERIES = ("hook_q", "hook_rot_q", "hook_q_input")
 _KEYS = ("hook_k", "hook_rot_k", "hook_k_input")
 Estimates = dict[str, Tensor]
@@ -33,47 +34,46 @@ Estimates = dict[str, Tensor]
 
 @dataclass
 class Estimated:
-    """Estimates by site ``[metric example *cells]``, of one batch or of all."""
+    """Estimates ``[metric cell example]`` of the cells of all live sites, in their order, of one batch or of all."""
 
-    values: Estimates
+    values: Tensor
     base: Tensor
     source: Tensor
     gap: Tensor
     examples: list[Any]
 
-    def dtype(self) -> torch.dtype:
-        """The type that holds them all."""
-        found = torch.promote_types(self.base.dtype, torch.float32)
-        for value in self.values.values():
-            found = torch.promote_types(found, value.dtype)
-        return found
 
+class Regions:
+    """The positions of every region in one batch: called with a site, 0 and 1 ``[row pos region]`` (of one row where all are alike)."""
 
-def measured(estimator: Estimator, runs: Runs, progress: bool) -> Estimated:
-    """The estimates of all batches; warns where integrated gradients miss much of the metric's change."""
-    parts: list[Estimated] = []
-    with Progress(0, "attribution patching", progress) as bar:
-        for batch in runs.batches(estimator.read()):
-            parts.append(estimator.batch(batch))
-            last = parts[-1]
-            runs.look(last.base, last.source, last.examples, len(parts) == 1)
-            bar.advance(len(last.examples))
-    runs.warn()
-    whole = Estimated(
-        values={name: torch.cat([part.values[name] for part in parts], 1) for name in parts[0].values},
-        base=torch.cat([part.base for part in parts], 1),
-        source=torch.cat([part.source for part in parts], 1),
-        gap=torch.cat([part.gap for part in parts], 1),
-        examples=[label for part in parts for label in part.examples],
-    )
-    change = whole.source - whole.base
-    missed = (whole.gap.abs() > LARGEST_GAP * change.abs()) & (whole.gap.abs() > 1e-6 * (1 + whole.base.abs()))
-    if bool(missed.any()):
-        warn(
-            f"In {int(missed.sum())} of {missed.numel()} cases the integrated gradients at the inputs miss the metric's change by more than "
-            f"{LARGEST_GAP:.0%}: take more nodes."
-        )
-    return whole
+    def __init__(self, model: Any, batch: RunBatch, regions: Mapping[str, Any]) -> None:
+        self.model, self.inputs = model, batch.inputs
+        self.windows = RunWindows(model, batch.inputs)
+        chosen = [Positions.of(one) for one in regions.values()]
+        self.chosen = chosen if batch.rows is None else [one.taken(batch.rows, batch.count) for one in chosen]
+        self._found: dict[str, Tensor] = {}
+
+    def __call__(self, site: str) -> Float[Tensor, "row pos region"]:
+        """Raises InputError for a site without positions, and for positions that are not there."""
+        if site not in self._found:
+            window = self.windows.of(site)
+            if window is None:
+                raise InputError(
+                    f"Positions of {site} are known only when the run gets there; leave 'region' out of axes."
+                )
+            masks = []
+            for one in self.chosen:
+                one.check(window, 0)
+                masks.append(one.covers(window).expand(window.rows, -1))
+            held = torch.stack(masks, -1)[:, self.model.positions(site, self.inputs)]
+            self._found[site] = held.float()
+        return self._found[site]
+
+    def empty(self, site: str, count: int) -> Bool[Tensor, "example region"]:
+        """Where no position of an example is in a region."""
+        inside = self(site)
+        held = torch.zeros(count, inside.shape[-1])
+        return held.index_add_(0, rows_of(self.model, self.inputs, site, len(inside), count), inside.sum(1)) == 0
 
 
 class Estimator:
@@ -84,12 +84,13 @@ class Estimator:
         model: Any,
         first: Mapping[str, Any],
         names: list[str],
-        axes: tuple[str, ...],
+        grid: Grid,
         method: str,
         nodes: int,
         grad_drop: bool,
     ) -> None:
-        self.model, self.names, self.axes, self.method, self.nodes = model, names, axes, method, nodes
+        self.model, self.names, self.grid, self.method, self.nodes = model, names, grid, method, nodes
+        self.sums = Sums(grid.axes)
         self.entries = _entries(model, first) if method == "ig" else []
         self.layers = _added(model) if method == "atp*" and grad_drop else {}
         stages = {name: SiteName.parse(name).stage for name in names} if method == "atp*" else {}
@@ -97,6 +98,11 @@ class Estimator:
         self.keys = {name: _looked_at(model, name) for name, stage in stages.items() if stage in _KEYS}
         looked_at = [*self.queries.values(), *self.keys.values()]
         self.patterns = list(dict.fromkeys(pattern for found in looked_at for pattern in found))
+        fixed = [*self.queries, *self.keys]
+        if grid.neurons and fixed:
+            raise InputError(
+                f"method='atp*' recomputes the softmax for whole queries and keys, and neurons of {fixed[0]} are part of one: take method='atp'."
+            )
 
     def told(self, mode: str) -> str:
         """What a provenance calls it."""
@@ -110,7 +116,16 @@ class Estimator:
 
     def batch(self, batch: RunBatch) -> Estimated:
         """The estimates of one batch."""
+        self.sums = self._sums(batch)
         return self._along_path(batch) if self.method == "ig" else self._at_base(batch)
+
+    def _sums(self, batch: RunBatch) -> Sums:
+        """What the cells of this batch's examples hold."""
+        neurons = None
+        if self.grid.neurons:
+            neurons = torch.stack([torch.eye(self.grid.width)[list(g)].sum(0) for g in self.grid.neurons.values()], 1)
+        regions = Regions(self.model, batch, self.grid.regions) if self.grid.regions else None
+        return Sums(self.grid.axes, regions, neurons)
 
     # -- at the base run -------------------------------------------------------------------------------------------------------------------
 
@@ -125,14 +140,14 @@ class Estimator:
         terms = self._fixed(batch, run, holds)
         for name in plain:
             away = wide(batch.values.pop(name)) - wide(run.values[name].detach())
-            terms[name] = [direct(name, away, self.axes)]
+            terms[name] = [direct(name, away, self.sums)]
         found: list[Estimates] = []
         for number, value in enumerate(measured):
             keep = number < len(measured) - 1
             run.dropped = None
             estimates = run.estimates(terms, value, keep or bool(self.layers)) if terms else {}
             found.append(self._with_drops(run, terms, value, estimates, keep) if self.layers and terms else estimates)
-        return _joined(found, given, batch, run.output.detach(), run.inputs)
+        return self._joined(found, given, batch, run.output.detach(), run.inputs)
 
     def _with_drops(
         self, run: GradientRun, terms: Mapping[str, Sequence[Term]], value: Tensor, estimates: Estimates, keep: bool
@@ -140,9 +155,11 @@ class Estimator:
         """The mean size over estimates with one layer dropped, with the sign of the estimate with none."""
         sizes = {name: torch.zeros_like(found) for name, found in estimates.items()}
         counts = dict.fromkeys(estimates, 0)
-        for number, layer in enumerate(self.layers):
-            run.dropped = layer
-            for name, found in run.estimates(terms, value, keep or number < len(self.layers) - 1).items():
+        reached = [layer for layer in self.layers if run.reaches(layer)]
+        for layer in self.layers:
+            run.dropped, last = layer, reached[-1:] == [layer]
+            dropped = run.estimates(terms, value, keep or not last) if layer in reached else estimates
+            for name, found in dropped.items():
                 if _own_layer(name) != layer:
                     sizes[name] += found.abs()
                     counts[name] += 1
@@ -174,11 +191,11 @@ class Estimator:
     def _term(self, name: str, pattern: str, batch: RunBatch, run: GradientRun, patched: Mapping[str, Tensor]) -> Term:
         scores, moved = run.values[_scores(pattern)].detach(), patched[_scores(pattern)]
         if name in self.queries:
-            return query_fix(name, pattern, scores, moved, self.axes)
+            return query_fix(name, pattern, scores, moved, self.sums)
         count, heads = batch.values[name].shape[1:3]
         # The keys of a cache stand before a tower's own.
         first = scores.shape[-1] - count if SiteName.parse(pattern).tower == SiteName.parse(name).tower else 0
-        return key_fix(pattern, scores, moved, slice(first, first + count), heads, self.axes)
+        return key_fix(name, pattern, scores, moved, slice(first, first + count), heads, self.sums)
 
     # -- along the path of the inputs ------------------------------------------------------------------------------------------------------
 
@@ -189,9 +206,9 @@ class Estimator:
         given = batch.metrics.against(output)
         away = {name: wide(batch.values.pop(name)) - wide(base[name]) for name in names}
         base = {name: base[name] for name in entries}
-        terms = {name: [direct(name, away[name], self.axes)] for name in self.names}
+        terms = {name: [direct(name, away[name], self.sums)] for name in self.names}
         # The whole of each input, under names that no site has.
-        terms |= {f"{name} whole": [direct(name, away[name], ())] for name in entries}
+        terms |= {f"{name} whole": [direct(name, away[name], Sums())] for name in entries}
         points, weights = np.polynomial.legendre.leggauss(self.nodes)
         found: list[Estimates] = [{} for _ in given.members]
         for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
@@ -204,9 +221,28 @@ class Estimator:
             end = given(self.model.run(batch.inputs, _path(base, away, entries, 1.0)), batch.inputs)
         start = given(output, batch.inputs)
         reached = torch.stack([torch.stack([one[f"{name} whole"] for name in entries]).sum(0).cpu() for one in found])
-        joined = _joined([{n: one[n] for n in self.names} for one in found], given, batch, output, batch.inputs)
+        joined = self._joined([{n: one[n] for n in self.names} for one in found], given, batch, output, batch.inputs)
         joined.gap = reached - (end - start)
         return joined
+
+    def _joined(
+        self, found: Sequence[Estimates], given: MetricSet, batch: RunBatch, output: Tensor, inputs: Any
+    ) -> Estimated:
+        """The estimates of all metrics of a batch, with the metrics of its two runs; NaN where a region of an example is empty."""
+        base, source = given(output, inputs), batch.source(given)
+        cells = [self._by_cell(name, torch.stack([one[name].cpu() for one in found])) for name in self.names]
+        values = torch.cat(cells, 1) if cells else base.cpu()[:, None][:, :0]
+        examples = list(range(base.shape[1])) if batch.examples is None else batch.examples
+        return Estimated(values, base, source, torch.zeros_like(base), examples)
+
+    def _by_cell(self, name: str, values: Float[Tensor, "metric example ..."]) -> Float[Tensor, "metric cell example"]:
+        """One site's estimates, cells in the order of the grid's."""
+        if isinstance(self.sums.regions, Regions):
+            axis = 2 + ("head" in self.grid.axes)
+            empty = self.sums.regions.empty(name, values.shape[1])
+            empty = empty.view(1, len(empty), *[1] * (axis - 2), -1, *[1] * (values.ndim - axis - 1))
+            values = values.masked_fill(empty, float("nan"))
+        return values.flatten(2).movedim(1, -1) if values.ndim > 2 else values[:, None]
 
 
 def _path(base: Estimates, away: Estimates, entries: Sequence[str], point: float) -> list[edits.Edit]:
@@ -216,14 +252,6 @@ def _path(base: Estimates, away: Estimates, entries: Sequence[str], point: float
         for name in entries
         if bool((away[name] != 0).any())
     ]
-
-
-def _joined(found: Sequence[Estimates], given: MetricSet, batch: RunBatch, output: Tensor, inputs: Any) -> Estimated:
-    """The estimates of all metrics of a batch, with the metrics of its two runs."""
-    base, source = given(output, inputs), batch.source(given)
-    values = {name: torch.stack([one[name].cpu() for one in found]) for name in found[0]}
-    examples = list(range(base.shape[1])) if batch.examples is None else batch.examples
-    return Estimated(values, base, source, torch.zeros_like(base), examples)
 
 
 def _differentiable(given: MetricSet, run: GradientRun) -> list[Tensor]:

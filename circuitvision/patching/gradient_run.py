@@ -4,7 +4,8 @@ Examples of a run do not see each other, so one backward pass of the metric's su
 that serve all examples (the texts that images are compared with) are the exception: there each example takes a backward pass of its own.
 
 *Dropped layers.* While :attr:`GradientRun.dropped` names a layer, no gradient passes through what its branches add to the residual stream; the skip
-path and, where keys and values reach another tower through the cache, that path stay.
+path and, where keys and values reach another tower through the cache, that path stay. A layer that no gradient comes to (:meth:`GradientRun.reaches`)
+is before all of the sites, and nothing changes where it is dropped.
 
 Not covered: runs of several passes (``generate``, ``sample_actions``).
 """
@@ -49,6 +50,7 @@ class GradientRun:
     ) -> None:
         self.model, self.inputs = model, model._checked(inputs)
         self.dropped: Layer | None = None
+        self._reached: set[Layer] = set()
         recorder, names = Recorder(needs_grad=True), frozenset(sites)
         backward = {site: [self._dropper(layer)] for layer, added in (layers or {}).items() for site in added}
         with torch.enable_grad(), contextlib.ExitStack() as stack:
@@ -64,9 +66,14 @@ class GradientRun:
 
     def _dropper(self, layer: Layer) -> Any:
         def drop(gradient: Tensor, hook: HookPoint) -> Tensor | None:
+            self._reached.add(layer)
             return torch.zeros_like(gradient) if self.dropped == layer else None
 
         return drop
+
+    def reaches(self, layer: Layer) -> bool:
+        """Whether a gradient of any site came through what a layer adds, in the backward passes so far."""
+        return layer in self._reached
 
     def estimates(
         self, terms: Mapping[str, Sequence[Term]], metric: Float[Tensor, " example"], keep_graph: bool = True
@@ -107,23 +114,14 @@ class GradientRun:
             if term.watched not in gradients:
                 continue
             rows = term.of(gradients[term.watched].detach())
-            into = self.rows(term.watched, len(rows), count) if example is None else torch.full((len(rows),), example)
+            into = (
+                rows_of(self.model, self.inputs, term.watched, len(rows), count)
+                if example is None
+                else torch.full((len(rows),), example)
+            )
             total = rows.new_zeros(count, *rows.shape[1:]).index_add_(0, into.to(rows.device), rows)
             found[name] = found[name] + total if name in found else total
         return found
-
-    def rows(self, site: str, length: int, count: int) -> Tensor:
-        """Which of ``count`` examples each row of a site belongs to.
-
-        Raises:
-            InputError: rows that are neither the tower's nor the examples.
-        """
-        tokens = self.model.tokens(self.inputs).get(map_of(self.model, SiteName.parse(site)))
-        if tokens is not None and len(tokens.example) == length:
-            return torch.as_tensor(tokens.example, dtype=torch.long)
-        if length == count:
-            return torch.arange(count)
-        raise InputError(f"{site} has {length} rows for {count} examples, and nothing says which belong together.")
 
     def _shared(self, count: int) -> list[str]:
         """The towers whose rows every example's metric depends on: of a dual encoder that which is not counted."""
@@ -133,6 +131,20 @@ class GradientRun:
         tokens = self.model.tokens(self.inputs)
         counted = all(tokens[name].n_rows == count for name in images if name in tokens)
         return [name for name in self.model.towers if (name in images) != counted]
+
+
+def rows_of(model: Any, inputs: Mapping[str, Any], site: str, length: int, count: int) -> Tensor:
+    """Which of ``count`` examples each of ``length`` rows of a site belongs to.
+
+    Raises:
+        InputError: rows that are neither the tower's nor the examples.
+    """
+    tokens = model.tokens(inputs).get(map_of(model, SiteName.parse(site)))
+    if tokens is not None and len(tokens.example) == length:
+        return torch.as_tensor(tokens.example, dtype=torch.long)
+    if length == count:
+        return torch.arange(count)
+    raise InputError(f"{site} has {length} rows for {count} examples, and nothing says which belong together.")
 
 
 def values_under(model: Any, inputs: Mapping[str, Any], edits: Sequence[Edit], sites: Sequence[str]) -> dict[str, Tensor]:  # fmt: skip

@@ -8,7 +8,8 @@ through, a receiver's stream takes the value ``x_base + change``. It is computed
   behind them sees them). It costs no run.
 * by a frozen run of the base: senders replaced by their source values, all others that could change by their base values, and the receivers' streams
   recorded. So go paths through chosen parts, paths from tower to tower (what lies between, connectors and keys that another tower reads, is
-  computed by the model itself), and towers that normalise the sum. Frozen runs of several sets of senders are one batch of a prepared run.
+  computed by the model itself), and towers that normalise the sum. Frozen runs of several sets of senders are one batch of a prepared run,
+  halved where memory runs out.
 
 *What the receivers do with it* is an ordinary edit of the base run at the receivers' own sites, behind which everything runs freely; all cells are
 one sweep.
@@ -30,7 +31,7 @@ from torch import Tensor
 from circuitvision import edits
 from circuitvision.digests import plain
 from circuitvision.errors import InputError
-from circuitvision.incremental.sweeps.batches import POSITIONS_PER_BATCH
+from circuitvision.incremental.sweeps.batches import POSITIONS_PER_BATCH, halved, is_out_of_memory
 from circuitvision.model.branches import AttentionBranch, Branch
 from circuitvision.model.dead import last_live_block
 from circuitvision.model.edits.base import Edit
@@ -38,6 +39,7 @@ from circuitvision.model.edits.windows import RunWindows
 from circuitvision.model.positions import Positions
 from circuitvision.patching.path_nodes import Node, Slot, changes, precedes
 from circuitvision.patching.runs import Sides
+from circuitvision.progress import Progress
 
 Stream = Float[Tensor, "row pos d_model"]
 Group = tuple[Edit, ...]
@@ -80,8 +82,8 @@ class PathPlan:
 class PathEdits:
     """The groups of edits of a plan, made for one batch of examples: one group for each cell."""
 
-    def __init__(self, model: Any, plan: PathPlan) -> None:
-        self.model, self.plan = model, plan
+    def __init__(self, model: Any, plan: PathPlan, progress: bool = False) -> None:
+        self.model, self.plan, self.progress = model, plan, progress
 
     def __provenance__(self) -> dict[str, Any]:
         return self.plan.described()
@@ -89,7 +91,7 @@ class PathEdits:
     def __call__(self, sides: Sides) -> list[Group]:
         """The edits of every cell, in the order of the plan."""
         with torch.no_grad():
-            arrivals = Arrivals(self.model, self.plan, sides)
+            arrivals = Arrivals(self.model, self.plan, sides, self.progress)
             return [tuple(self._edits(arrivals, first, second)) for first, second in self.plan.cells]
 
     def _edits(self, arrivals: Arrivals, first: int, second: int) -> Iterable[Edit]:
@@ -117,8 +119,8 @@ def _beside_heads(slot: Slot, stream: Stream) -> Tensor:
 class Arrivals:
     """What arrives at every receiver from each set of senders, in one batch of examples."""
 
-    def __init__(self, model: Any, plan: PathPlan, sides: Sides) -> None:
-        self.model, self.plan, self.sides = model, plan, sides
+    def __init__(self, model: Any, plan: PathPlan, sides: Sides, progress: bool = False) -> None:
+        self.model, self.plan, self.sides, self.progress = model, plan, sides, progress
         self.windows = RunWindows(model, sides.inputs)
         self._sums: dict[Any, Stream] = {}
         frozen = [number for number in dict.fromkeys(first for first, _ in plan.cells) if not self.is_sum(number)]
@@ -245,11 +247,23 @@ class Arrivals:
             return found
         first = {number: min((self._order(node), node.place) for node in self.plan.senders[number]) for number in held}
         numbers = sorted(held, key=first.__getitem__)
-        size = self._batch_size()
+        size, waiting = self._batch_size(), numbers
         starts = list(dict.fromkeys(node.site for number in held for node in self.plan.senders[number]))
-        with self.model.prepared(self.sides.inputs, start=starts) as run:
-            for start in range(0, len(numbers), size):
-                run([self._frozen(number, held[number], found[number]) for number in numbers[start : start + size]])
+        with (
+            self.model.prepared(self.sides.inputs, start=starts) as run,
+            Progress(len(numbers), "frozen runs", self.progress) as bar,
+        ):
+            while waiting:
+                part = waiting[:size]
+                try:
+                    run([self._frozen(number, held[number], found[number]) for number in part])
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    size = halved(len(part), error)
+                    continue
+                waiting = waiting[len(part) :]
+                bar.advance(len(part))
         return found
 
     def _order(self, node: Node) -> int:

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 from circuitvision.errors import InputError
+from circuitvision.model.edits.base import by_digest
 from circuitvision.model.names import is_component
 from circuitvision.model.state import refuse_random, refuse_unwrapped
 from circuitvision.patching.activation import PatchingResult, dead_sites, warn_of_equal_runs
@@ -53,8 +54,9 @@ class PathPatching(PatchingResult):
     """Effects along paths: ``values`` ``[sender receiver example]``, the change of the metric in its own units; several metrics lead.
 
     ``base``, ``source`` and :attr:`restored` are those of :class:`PatchingResult`. Cells whose receiver does not come after the sender are NaN:
-    there is no path; those at sites that cannot reach the output (``dead``) are 0, without a run. ``through`` names the parts that paths may lead
-    through, ``joint`` says how several receivers of a cell were patched together.
+    there is no path; those at sites that cannot reach the output (``dead``) are 0, without a run. ``edits`` is what every cell that was run hands to
+    its receivers, of the first batch of examples. ``through`` names the parts that paths may lead through, ``joint`` says how several receivers of a
+    cell were patched together.
     """
 
     through: list[str] = field(default_factory=list)
@@ -145,7 +147,7 @@ def path_patch(
     )
     _check_joint(model, plan)
     options: dict[str, Any] = {"save_to": save_to, "resume": resume, "progress": progress}
-    measured = runs.measure_made(PathEdits(model, plan), plan.sites, **options)
+    measured = runs.measure_made(PathEdits(model, plan, progress), plan.sites, **options)
     shape = (len(measured.base), len(plan.senders), len(plan.receivers), measured.base.shape[1])
     values = torch.full(shape, math.nan, dtype=measured.base.dtype)
     for row, column in found.cells:
@@ -169,6 +171,7 @@ def path_patch(
         mode=mode,
         site="paths" if between else "direct paths",
         dead=_dead(model, [*found.senders, *found.receivers], inputs),
+        edits=[by_digest(group) for group in measured.edits],
         groups=measured.groups,
         through=sorted(map(str, between)),
         joint=joint,

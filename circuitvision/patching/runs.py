@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision import edits
+from circuitvision import edits, provenance
 from circuitvision.data.batches import Batch
 from circuitvision.errors import InputError
 from circuitvision.metric_set import MetricSet
-from circuitvision.model.edits.base import Edit
+from circuitvision.model.edits.base import Edit, EditGroup
 from circuitvision.model.packing import laid_out
 from circuitvision.patching.clean_answers import CleanAnswers
 
 if TYPE_CHECKING:
     from circuitvision.incremental.sweeps.stream import DataStudy
+    from circuitvision.incremental.sweeps.study import Study
 
 Groups = Sequence[tuple[Edit, ...]]
 
@@ -46,6 +47,8 @@ class Measured:
     source: Float[Tensor, "metric example"]
     examples: list[Any]
     groups: list[Any] = field(default_factory=list)
+    edits: list[EditGroup] = field(default_factory=list)
+    """The groups that were run; of groups that were made for each batch those of the first."""
 
 
 @dataclass
@@ -61,6 +64,10 @@ class RunBatch:
     metrics: MetricSet
     source: Callable[[MetricSet], Float[Tensor, "metric example"]]
     examples: list[Any] | None = None
+    number: int = 0
+    rows: list[int] | None = None
+    """The places of its examples in a data set of ``count``; None for inputs in memory."""
+    count: int = 0
 
 
 class Runs:
@@ -86,8 +93,16 @@ class Runs:
         """Run the groups; ``options`` go to the sweep."""
         raise NotImplementedError
 
-    def batches(self, names: Sequence[str]) -> Iterator[RunBatch]:
-        """The examples, some at a time, with the source run's values at these sites."""
+    def study(self, names: Sequence[str]) -> Study:
+        """What reads the examples of both runs, with the source run's values at these sites: what a folder is told of them."""
+        raise NotImplementedError
+
+    def told(self) -> list[str]:
+        """What else a folder is told: digests of what the study does not hold."""
+        return []
+
+    def batches(self, names: Sequence[str], study: Study, done: Container[int] = ()) -> Iterator[RunBatch]:
+        """The examples of a study, some at a time, with the source run's values at these sites; without the batches that are done."""
         raise NotImplementedError
 
     @property
@@ -193,10 +208,23 @@ class InputRuns(Runs):
         metric = dict(self.metrics.members) if several else self.metrics.members[""]
         swept = self.model.sweep(self.base_inputs, list(groups), metric, **options)
         values, base = (swept.values, swept.clean) if several else (swept.values[None], swept.clean[None])
-        return Measured(values, base, self.source, list(range(base.shape[1])))
+        return Measured(values, base, self.source, list(range(base.shape[1])), edits=swept.edits)
 
-    def batches(self, names: Sequence[str]) -> Iterator[RunBatch]:
+    def study(self, names: Sequence[str]) -> Study:
+        """The base run's inputs."""
+        from circuitvision.incremental.sweeps.study import Options, Study
+
+        given = dict(self.metrics.members) if self.metrics.several else self.metrics.members[""]
+        return Study(self.model, self.base_inputs, [()], given, None, Options())
+
+    def told(self) -> list[str]:
+        """The source run's inputs."""
+        return [provenance.hash_inputs(self.source_inputs)]
+
+    def batches(self, names: Sequence[str], study: Study, done: Container[int] = ()) -> Iterator[RunBatch]:
         """One batch."""
+        if 0 in done:
+            return
         with torch.no_grad():
             output, values = self.model._values_at(self.source_inputs, names)
         metrics = self.metrics.against(output) if self.mode == "denoise" else self.metrics
@@ -256,7 +284,7 @@ class PairRuns(Runs):
         values, base, source = swept.values, swept.clean, swept.source
         if not self.metrics.several:
             values, base, source = values[None], base[None], source[None]
-        return Measured(values[:, :count], base, source, swept.axes["example"], swept.groups)
+        return Measured(values[:, :count], base, source, swept.axes["example"], swept.groups, swept.edits[:count])
 
     def _study(self, groups: Any, **options: Any) -> DataStudy:
         """The base side under these edits, or what makes them for a batch, beside the source side."""
@@ -291,16 +319,24 @@ class PairRuns(Runs):
         """Say in how many examples it does not."""
         self.answers.warn()
 
-    def batches(self, names: Sequence[str]) -> Iterator[RunBatch]:
+    def study(self, names: Sequence[str]) -> Study:
+        """Both sides."""
+        return self._study([tuple(edits.replace(name, self.origin) for name in names)])
+
+    def batches(self, names: Sequence[str], study: Study, done: Container[int] = ()) -> Iterator[RunBatch]:
         """The batches of both sides."""
-        study = self._study([tuple(edits.replace(name, self.origin) for name in names)])
-        for make in study._chunks():
+        for number, make in enumerate(study._chunks()):
+            if number in done:
+                continue
             with torch.no_grad():
                 chunk = make()
             (group,) = chunk.groups
             values = {edit.site: edit.source.tensor for edit in group}  # type: ignore[attr-defined]
-            labels = [self.base.numbers[row] for row in chunk.examples or ()]
-            batch = RunBatch(chunk.inputs, values, chunk.metrics, chunk.others["source"], labels)
+            rows = chunk.examples or []
+            labels = [self.base.numbers[row] for row in rows]
+            batch = RunBatch(
+                chunk.inputs, values, chunk.metrics, chunk.others["source"], labels, number, rows, len(self.base)
+            )
             # The batch alone holds the values, so that whoever reads it can let go of them.
             del chunk, group, values
             yield batch

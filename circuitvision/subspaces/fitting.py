@@ -175,6 +175,7 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
     if not loss.requires_grad:
         raise InputError("The objective does not depend on the basis, so there is nothing to train.")
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    # Of nothing else: the weights of the model that the loss is of would get gradients, at the price of another backward pass.
+    loss.backward(inputs=[trained for group in optimizer.param_groups for trained in group["params"]])
     optimizer.step()
     return float(loss.detach())

@@ -201,7 +201,10 @@ class SitePairs:
         return part
 
     def _prepare(self, batch: Batch) -> Any:
-        return self._open.enter_context(self.model.prepared(batch.inputs, self.site))
+        run = self._open.enter_context(self.model.prepared(batch.inputs, self.site))
+        # Subspaces are trained, and the model is not.
+        run.follows_weights = False
+        return run
 
     def _entries(self, batch: Batch, positions: Positions) -> tuple[tuple[Tensor, ...], Tensor]:
         """Where the chosen entries stand in the site's tensor, and whose they are."""
@@ -268,6 +271,7 @@ class SitePairs:
     def running(self, part: SiteBatch) -> Iterator[SiteBatch]:
         """One batch with a prepared run of its own, until the iterator is asked again or closed."""
         with self.model.prepared(part.inputs, self.site) as run:
+            run.follows_weights = False
             part.run = run
             try:
                 yield part

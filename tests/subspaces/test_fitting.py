@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -75,6 +77,14 @@ def test_a_hardened_mask_holds_nothing_but_0_and_1() -> None:
         assert mask[0] == 1.0
     assert hardened(10, 0.3).sum() == 3
     assert hardened(10, 1.0).sum() == 10
+
+
+@pytest.mark.parametrize("fit", [fit_basis, fit_boundless])
+def test_no_other_parameter_gets_a_gradient(fit: Any) -> None:
+    weight = torch.nn.Parameter(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))
+    fit(lambda basis, *rest: (basis.T @ weight @ basis).trace(), 6, 2, steps=2)
+    assert weight.grad is None
+    assert weight.requires_grad
 
 
 def test_objectives_that_cannot_be_trained_are_refused() -> None:

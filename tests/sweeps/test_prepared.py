@@ -161,6 +161,19 @@ def test_frozen_weights_let_a_suffix_of_positions_be_trained(llava: Any) -> None
         assert f"positions {length - 2}" in run.plan
 
 
+def test_edits_alone_are_trained_on_a_suffix_although_weights_require_gradients(llava: Any) -> None:
+    model, inputs = llava
+    site, length = "language.blocks.0.hook_resid_post", inputs["input_ids"].shape[1]
+    vector = noise(model.language.cfg.d_model).requires_grad_()
+    edit = edits.steer(site, vector, positions=[-2])
+    (wanted,) = torch.autograd.grad(metric(model.run(inputs, [edit]), inputs).sum(), [vector])
+    with model.prepared(inputs, site) as run:
+        run.follows_weights = False
+        (found,) = torch.autograd.grad(metric(run([edit]), inputs).sum(), [vector])
+        assert f"positions {length - 2}" in run.plan
+    torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-8)
+
+
 def graph_leaves(output: Tensor) -> set[int]:
     """Ids of the tensors that a backward pass from an output would give gradients to."""
     seen: set[Any] = set()

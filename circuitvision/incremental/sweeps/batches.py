@@ -59,6 +59,20 @@ def size_of_route(binder: EditCompiler, route: ResumePlan) -> tuple[int, int, in
     return max(found, key=lambda size: size[0] * size[1] * size[2])
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def halved(size: int, error: BaseException) -> int:
+    """How many runs to take where memory ran out for ``size`` of them; raises the error again where that was one."""
+    if size == 1:
+        raise error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return size // 2
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on a device; None where it cannot be told."""
     if device.type == "cuda":

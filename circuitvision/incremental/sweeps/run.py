@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,7 +27,14 @@ from circuitvision.incremental.routes import (
     lowest_position,
     route_of,
 )
-from circuitvision.incremental.sweeps.batches import LARGE_SHARE, count_fitting, free_memory, size_of_route
+from circuitvision.incremental.sweeps.batches import (
+    LARGE_SHARE,
+    count_fitting,
+    free_memory,
+    halved,
+    is_out_of_memory,
+    size_of_route,
+)
 from circuitvision.incremental.sweeps.plan import NOTHING, Plan
 from circuitvision.links import marked
 from circuitvision.metric_set import MetricSet
@@ -211,8 +217,8 @@ class GroupRunner:
             except CircuitVisionError:
                 raise
             except (CannotResume, MemoryError, RuntimeError, ValueError, TypeError, IndexError) as error:
-                if _is_out_of_memory(error):
-                    self._halve(size, error)
+                if is_out_of_memory(error):
+                    self.limit = halved(size, error)
                     continue
                 if not isinstance(error, CannotResume):
                     warn(f"A resumed run failed ({type(error).__name__}: {error}), so {len(part)} edits run in full.")
@@ -222,13 +228,6 @@ class GroupRunner:
             else:
                 yield from self._metrics(part, route, output, first)
             waiting = waiting[size:]
-
-    def _halve(self, size: int, error: BaseException) -> None:
-        if size == 1:
-            raise error
-        self.limit = size // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _in_full(self, task: Task) -> Tensor:
         if not task.bound.writes:
@@ -260,7 +259,3 @@ class GroupRunner:
             whole = clean.clone() if shared is None else shared
             whole[:, first:] = output[number * rows : (number + 1) * rows]
             yield task, self._evaluate(whole)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
