@@ -279,20 +279,21 @@ class HookedModel(Wrapped):
             return self._forward(mapping if bound.inputs is None else bound.inputs, {})
 
     @contextlib.contextmanager
-    def prepared(self, inputs: Any, start: Any) -> Iterator[PreparedRun]:
+    def prepared(self, inputs: Any, start: Any, base: Sequence[Edit] = ()) -> Iterator[PreparedRun]:
         """Runs under edits that compute only what lies behind a place, exact, with gradients: :class:`circuitvision.PreparedRun`.
 
         ``with model.prepared(inputs, start=("language", 20)) as run: logits = run([edit])``. The unedited run is recorded once; each call costs what
         lies behind ``start``, the earliest place where an edit may act: a site or component, a layer ``(tower, number)`` (its input; a number alone
         counts in the last tower), or a list of these, of which a call takes the latest that serves. ``run(edits)`` is ``[example …]`` as
-        ``model.run``, ``run([edits, …])`` is ``[group example …]``.
+        ``model.run``, ``run([edits, …])`` is ``[group example …]``. ``base`` are edits that every run is under, the recorded one included: those of a
+        call act after them.
 
         Raises InputError or UnknownSiteError for a start that is not there; InputError in training mode with dropout, and from a call whose edits act
         before ``start``.
         """
         from circuitvision.incremental.prepared import PreparedRun
 
-        run = PreparedRun(self, self._checked(inputs), start)
+        run = PreparedRun(self, self._checked(inputs), start, base)
         try:
             yield run
         finally:
@@ -314,6 +315,7 @@ class HookedModel(Wrapped):
         resume: bool = False,
         example_batch: int | None = None,
         align: Any = "kind",
+        base: Sequence[Edit] = (),
     ) -> SweepResult:
         """``metric`` under each edit, or group of edits, one at a time; only what an edit can change is computed.
 
@@ -329,6 +331,10 @@ class HookedModel(Wrapped):
         (``edits.replace(site, pairs.clean)``; ``align`` says which positions belong together), and a function ``edits(batch)`` makes them for each
         batch, as many each time.
 
+        ``base`` are edits that every run is under (or a function of a batch that makes them), so that ``clean`` is the metric under them alone and
+        ``values`` equal ``[metric(model.run(inputs, [*base, *group])) for group in groups]``: each group costs what its own edits can change. They
+        act after the base's, and may set what it changed.
+
         ``save_to`` is a folder in which every finished batch is kept: whatever ends the run, the same call with ``resume=True`` runs the rest only,
         to the same bits (see :mod:`circuitvision.incremental.sweeps.store`).
 
@@ -342,8 +348,10 @@ class HookedModel(Wrapped):
         if hasattr(inputs, "batches"):
             from circuitvision.incremental.sweeps.stream import DataStudy
 
-            return DataStudy(self, inputs, edits_or_groups, metric, axes, options, example_batch, align).result()
-        return Study(self, self._checked(inputs), edits_or_groups, metric, axes, options).result()
+            return DataStudy(
+                self, inputs, edits_or_groups, metric, axes, options, example_batch, align, base=base
+            ).result()
+        return Study(self, self._checked(inputs), edits_or_groups, metric, axes, options, base).result()
 
     def generate(self, inputs: Any, *, edits: Sequence[Edit] = (), **kwargs: Any) -> Int[Tensor, "batch pos"]:
         """Generate text under the active hooks and edits; other keywords go to the module's ``generate``.

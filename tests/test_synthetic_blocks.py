@@ -78,6 +78,32 @@ def test_a_sweep_is_the_loop_and_resumes(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_a_sweep_under_a_base_at_any_site_of_a_block_is_the_loop(shape: str) -> None:
+    _module, model, inputs = built(shape)
+    with torch.no_grad():
+        sites = [
+            site for site in model.sites("vision.blocks.**") if not site.endswith(("hook_scale", "scores", "pattern"))
+        ]
+        groups: list[Any] = [edits.scale(site, 1.2, positions=[1, 3]) for site in sites[::2]]
+        for site in [one for one in sites if ".0." in one]:
+            base = [edits.scale(site, 0.7)]
+            kept = [group for group in groups if _accepted(model, inputs, [*base, group])]
+            result = model.sweep(inputs, kept, lambda logits: logits[:, 0], progress=False, base=base)
+            assert not any(plan.in_full for plan in result.plan), site
+            for number, group in enumerate(kept):
+                own = model.run(inputs, [*base, group])
+                torch.testing.assert_close(result.values[number], own[:, 0], **EXACT, msg=f"{site} and {group}")
+
+
+def _accepted(model: cv.HookedModel, inputs: Any, group: Any) -> bool:
+    try:
+        model.run(inputs, group)
+    except cv.InputError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_at_every_site_are_autograds(shape: str) -> None:
     module, model, inputs = built(shape)
     sites = model.sites("vision.blocks.**")

@@ -7,6 +7,9 @@ direction, a basis or a dictionary at layer 20 of 32 is fitted for the price of 
 *Values.* Runs of one group that compute all positions run the model's own kernels on the model's own shapes: their bits are those of
 ``model.run``. Larger batches, and runs of a suffix of the positions, differ by rounding.
 
+*A base.* ``model.prepared(inputs, start, base=edits)`` records the run under these edits: every further run is under them and its own, which act
+after them and may set what they changed. Behind ``start`` the base acts anew on what a group's edits make of it.
+
 *Gradients.* What was recorded is constant, without a graph. Tensors of edits, and parameters of what runs again, get the gradients of the whole
 forward; inputs that require a gradient are refused. A suffix of the positions is computed where the run's mask allows it and no weight changed since
 the recording; while gradients are on only if no parameter of the model requires one, for those would lose what earlier positions give them, or if
@@ -38,6 +41,7 @@ from circuitvision.incremental.routes import (
     plan_behind,
     route_of,
     start_of,
+    start_under,
 )
 from circuitvision.incremental.sweeps.batches import is_out_of_memory
 from circuitvision.links import marked
@@ -70,17 +74,19 @@ def run_batch(
     Raises CannotResume where the model is called in a way that is not understood.
     """
     tower = resumer.sliced_tower(plan)
-    applier = EditApplier(compiler, groups, {tower: first} if tower else {})
-    writes = {site for group in groups for site in group.writes}
+    assert resumer.clean is not None
+    applier = EditApplier(compiler, groups, {tower: first} if tower else {}, resumer.clean.rows)
+    writes = frozenset(site for group in groups for site in group.writes)
     for number, group in enumerate(groups):
-        for site, edits in group.captures.items():
+        for site, edits in (*compiler.base.captures.items(), *group.captures.items()):
             if site in recorded and is_unedited(resumer.model, site, plan, writes):
                 applier.captured[number].update({(edit, site): recorded[site] for edit in edits})
                 applier.known.add(site)
-    registration = Registration(forward=applier.hooks(), exact=frozenset(writes))
+    # What is handed back fires no site inside it.
+    optional = frozenset((*compiler.base.writes, *compiler.base.captures)) - writes
+    registration = Registration(forward=applier.hooks(), exact=writes, optional=optional)
     with resumer.model.engine.registered(registration):
         output = resumer.run(plan, len(groups), first)
-    assert resumer.clean is not None
     unedited, cut = resumer.clean.output, is_cut(resumer, plan, first)
     wanted = (
         (len(groups) * unedited.shape[0], unedited.shape[1] - first, *unedited.shape[2:]) if cut else unedited.shape
@@ -99,10 +105,10 @@ def is_cut(resumer: Resumer, plan: ResumePlan, first: int) -> bool:
 class PreparedRun:
     """Runs of one model on one set of inputs from a place on; made by ``model.prepared``, and over when its ``with`` block ends.
 
-    ``output`` is the unedited output; ``starts`` are the recorded places; ``plan`` says what the last call computed.
+    ``output`` is the output without a group's edits; ``starts`` are the recorded places; ``plan`` says what the last call computed.
     """
 
-    def __init__(self, model: Wrapped, inputs: Mapping[str, Any], start: Any) -> None:
+    def __init__(self, model: Wrapped, inputs: Mapping[str, Any], start: Any, base: Sequence[Edit] = ()) -> None:
         refuse_random(model.module, "A prepared run")
         if inputs.get("past_key_values") is not None:
             raise InputError("The inputs hold past_key_values, which every run would extend: leave them out.")
@@ -111,11 +117,12 @@ class PreparedRun:
         """Whether parameters of the model may be asked for gradients; False trains edits alone, at the cost of the positions that they change."""
         self._model, self._inputs = model, dict(inputs)
         self._versions = self._versions_of_inputs()
-        self._compiler: EditCompiler | None = EditCompiler(model, self._inputs)
+        compiler = EditCompiler(model, self._inputs, base=as_base(base))
+        self._compiler: EditCompiler | None = compiler
         sites = _sites_of(model, start)
-        self.starts = frozenset(start_of(model, site) for site in sites)
+        self.starts = frozenset(start_under(model, start_of(model, site), compiler.base) for site in sites)
         self._refuse_absent(self._compiler)
-        self._eager = any(SiteName.parse(site).is_eager for site in sites)
+        self._eager = any(SiteName.parse(site).is_eager for site in (*sites, *compiler.base.sites))
         self._resumers: dict[bool, Resumer] = {}
         self._refused: dict[bool, str] = {}
         self._recorded: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
@@ -146,13 +153,13 @@ class PreparedRun:
 
     @property
     def output(self) -> Tensor:
-        """The output without edits, in the shape of ``model(inputs)``, without a graph."""
+        """The output without a group's edits, under the base alone, in the shape of ``model(inputs)``, without a graph."""
         self._check_open()
         if self._output is None:
             resumer = self._resumers.get(False) or self._resumers.get(True)
             if resumer is None or resumer.clean is None:
                 with torch.no_grad():
-                    self._output = self._model._forward(self._inputs, {})
+                    self._output = self._in_full(CompiledEdits(()))
             else:
                 self._output = marked(resumer.clean.output.clone(), self._model.link)
         return self._output
@@ -173,7 +180,7 @@ class PreparedRun:
         listed, single = _groups(groups)
         compiled = compiler.bind(listed)
         for group in compiled:
-            plan_behind(self._model, self.starts, [group])
+            plan_behind(self._model, self.starts, [group], compiler.base)
         parts = self._parts(compiled, blocked)
         outputs: dict[int, Tensor] = {}
         for (eager, reason), numbers in parts.items():
@@ -198,7 +205,7 @@ class PreparedRun:
         """Which groups run together: those of one implementation of attention, and those that run in full for one reason."""
         parts: dict[tuple[bool, str], list[int]] = {}
         for number, group in enumerate(groups):
-            eager = bool(group.writes) and route_of(self._model, group).eager
+            eager = route_of(self._model, group, self._check_open().base).eager
             reason = blocked or ("the edit changes the inputs" if group.inputs is not None else "")
             parts.setdefault((eager and not reason, reason), []).append(number)
         return parts
@@ -223,14 +230,15 @@ class PreparedRun:
     def _in_full(self, group: CompiledEdits) -> Tensor:
         compiler = self._check_open()
         with edited(compiler, group):
-            return self._model._forward(self._inputs if group.inputs is None else group.inputs, {})
+            return self._model._forward(dict(compiler.run_inputs if group.inputs is None else group.inputs), {})
 
     def _resumed(self, groups: Sequence[CompiledEdits], eager: bool) -> Tensor:
         compiler, resumer = self._check_open(), self._resumer(eager)
-        plan = plan_behind(self._model, self.starts, groups)
+        plan = plan_behind(self._model, self.starts, groups, compiler.base)
         first = self._first(resumer, plan, groups)
         writes = {site for group in groups for site in group.writes}
-        self._record_sites(eager, {s for g in groups for s in g.captures if is_unedited(self._model, s, plan, writes)})
+        captured = {site for group in (*groups, compiler.base) for site in group.captures}
+        self._record_sites(eager, {site for site in captured if is_unedited(self._model, site, plan, writes)})
         output = run_batch(resumer, compiler, groups, plan, first, self._recorded[eager])
         self.plan = f"from {', '.join(map(str, plan.starts))}{f', positions {first}…' if first else ''}"
         assert resumer.clean is not None
@@ -264,7 +272,7 @@ class PreparedRun:
         if eager in self._refused:
             raise CannotResume(self._refused[eager])
         if eager not in self._resumers:
-            resumer = Resumer(self._model, self._inputs, self._check_open().windows.maps, eager)
+            resumer = Resumer(self._check_open(), eager)
             taps = {
                 start.tower: min(max(s.layer, 0) for s in self.starts if s.tower == start.tower)
                 for start in self.starts
@@ -283,11 +291,12 @@ class PreparedRun:
         return self._resumers[eager]
 
     def _record_sites(self, eager: bool, sites: set[str]) -> None:
-        """Unedited values that edits ask for and no resumed run computes: one more run, when they are first asked for."""
+        """Values of the recorded run that edits ask for and no resumed run computes: one more run, when they are first asked for."""
         missing = sorted(sites - self._recorded[eager].keys())
         if missing:
-            with torch.no_grad(), self._resumers[eager]._kernels({}):
-                self._recorded[eager].update(self._model._values_at(self._inputs, missing)[1])
+            resumer, compiler = self._resumers[eager], self._check_open()
+            with torch.no_grad(), resumer._kernels({}), edited(compiler):
+                self._recorded[eager].update(self._model._values_at(resumer.inputs, missing)[1])
 
     # -- checks ----------------------------------------------------------------------------------------------------------------------------
 
@@ -317,6 +326,19 @@ class PreparedRun:
             tower = compiler.model.flow.tower_of(start.tower)
             if tower not in compiler.windows.maps:
                 raise InputError(f"start is in the {tower} tower, which does not run: the inputs hold no pixel_values.")
+
+
+def as_base(edits: Any) -> tuple[Edit, ...]:
+    """The edits of a base. Raises InputError for several groups, and for tensors that are trained: what was recorded gives them no gradient."""
+    listed = [edits] if isinstance(edits, Edit) else list(edits)
+    if any(not isinstance(edit, Edit) for edit in listed):
+        raise InputError("A base is one list of edits, under which every run is: base=[edit, …].")
+    for edit in listed:
+        if any(tensor.trained for tensor in edit.held()):
+            raise InputError(
+                f"{edit!r} of the base holds a tensor that requires a gradient, which it would not get: detach it."
+            )
+    return tuple(listed)
 
 
 def _version(tensors: Sequence[Tensor]) -> int:

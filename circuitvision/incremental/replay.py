@@ -22,7 +22,7 @@ class CannotResume(Exception):
 
 @dataclass(eq=False)
 class BaseRun:
-    """What the unedited run left behind, as far as resumed runs need it."""
+    """What the recorded run, unedited or under a base of edits, left behind, as far as resumed runs need it."""
 
     output: Tensor
     results: dict[int, Any] = field(default_factory=dict)
@@ -33,6 +33,8 @@ class BaseRun:
     """Block id -> the keys and values it left in the cache."""
     prefix_kv: dict[int, PrefixKV] = field(default_factory=dict)
     """Attention module id -> what entered its kernel."""
+    rows: dict[tuple[str, int], int] = field(default_factory=dict)
+    """(site, pass) -> how many rows each site of the base had."""
     versions: dict[int, int] = field(default_factory=dict)
     completing: set[int] = field(default_factory=set)
     """Ids of modules whose result completes a suffix of the positions, and is handed back by no other run."""

@@ -11,6 +11,11 @@ off the run: causal towers allow every ``p``, PaliGemma's and PI0's prefixes non
 the model's own inputs stay as they are and the stream is repeated where it is first edited; elsewhere (dual encoders, PI0, vision towers of a VLM)
 the inputs are repeated.
 
+*A base of edits.* The recorded run may be an edited one, whose edits every resumed run is under as well. What modules are recorded to return is what
+they returned before any hook on them, so that hooks of the base act on what is handed back as they acted on what was computed; those inside such a
+module do not fire, and need not. Hooks in what is computed again act again, beside the group's own. Two kinds of edits need an earlier start, see
+:func:`circuitvision.incremental.routes.start_under`.
+
 *Gradients.* The unedited run is recorded without a graph; a resumed run has the graph of what it computes, where gradients are on. What is handed
 back is constant in it, which is exact for everything that acts at or behind the start: edits' own tensors, and the parameters of what runs again.
 
@@ -44,10 +49,11 @@ from circuitvision.incremental.resumed_run import ResumedRun, embeddings_of, unr
 from circuitvision.incremental.routes import EMBED, ResumePlan, ResumePoint
 from circuitvision.model.attention import PrefixKV
 from circuitvision.model.dead import last_live_block
+from circuitvision.model.edits.applying import edited
 
 if TYPE_CHECKING:
     from circuitvision.model.block import Block
-    from circuitvision.model.tokens import TokenMap
+    from circuitvision.model.edits.binding import EditCompiler
     from circuitvision.model.wrapped import Wrapped
 
 FREE_POOLS = ("none", "cls", "cls+distillation", "cls+mean_patch", "mean_patch")
@@ -78,13 +84,14 @@ def _is_replaced(module: nn.Module) -> bool:
 
 
 class Resumer:
-    """Records one unedited run of a model, and resumes it."""
+    """Records one run of a model under the compiler's base (unedited without one), and resumes it."""
 
-    def __init__(self, model: Wrapped, inputs: Mapping[str, Any], tokens: Mapping[str, TokenMap], eager: bool) -> None:
-        self.model, self.inputs, self.tokens, self.eager = model, dict(inputs), tokens, eager
-        self.order = model.flow.stages
-        self.dual = model.is_dual
-        self.by_cache = not model.flow.only_streams
+    def __init__(self, compiler: EditCompiler, eager: bool) -> None:
+        self.compiler, self.model, self.eager = compiler, compiler.model, eager
+        self.inputs, self.tokens = dict(compiler.run_inputs), compiler.windows.maps
+        self.order = self.model.flow.stages
+        self.dual = self.model.is_dual
+        self.by_cache = not self.model.flow.only_streams
         """Whether a tower reads another one's keys and values, or attends to it."""
         self._reach: dict[tuple[str, int], Tensor | None] = {}
         self.clean: BaseRun | None = None
@@ -107,7 +114,7 @@ class Resumer:
             for name, layer in taps_from.items():
                 for block in self.model.towers[name].blocks[layer:]:
                     clean.prefix_kv |= {id(attention.module): PrefixKV() for attention in block.attentions}
-            with self._recording(), self._kernels(clean.prefix_kv):
+            with self._recording(), self._kernels(clean.prefix_kv), edited(self.compiler) as clean.rows:
                 clean.output, values = self.model._values_at(self.inputs, sites)
         finally:
             overrides.restore()

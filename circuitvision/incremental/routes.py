@@ -5,6 +5,8 @@ from the order of the parts of a block and from how towers feed each other (``vi
 of a dual encoder do not feed each other; PI0's prefix feeds block ``l`` of the action expert through the keys and values of its own block ``l``,
 and nothing else).
 
+Under a base of edits a route says where values can differ from the base's run: it follows from the group's own edits.
+
 Not covered: what the output reads. A route goes forward from the edit only; values that change but are never read are computed all the same.
 """
 
@@ -144,19 +146,57 @@ def rows_serve_all(model: Wrapped, tower: str) -> bool:
     return model.is_dual and tower in model.towers and not model.towers[tower].stack.image
 
 
-def route_of(model: Wrapped, group: CompiledEdits) -> ResumePlan:
-    """The route of a bound group."""
+def route_of(model: Wrapped, group: CompiledEdits, base: CompiledEdits) -> ResumePlan:
+    """The route of a bound group of edits beside a base."""
     starts: dict[str, ResumePoint] = {}
     for site in group.sites:
-        start = start_of(model, site)
+        start = start_under(model, start_of(model, site), base)
         known = starts.get(start.tower)
         starts[start.tower] = start if known is None else min(start, known)
-    eager = any(SiteName.parse(site).is_eager for site in (*group.sites, *group.captures))
-    return _plan(model, starts, starts.values(), eager)
+    return _plan(model, starts, starts.values(), [group, base], base)
 
 
-def _plan(model: Wrapped, starts: Mapping[str, ResumePoint], edited: Iterable[ResumePoint], eager: bool) -> ResumePlan:
+def start_under(model: Wrapped, start: ResumePoint, base: CompiledEdits) -> ResumePoint:
+    """The last place, not behind ``start``, from which a run under a base of edits can be resumed.
+
+    It is before the branch of an output projection at which the base acts itself, whose recorded argument and result are edited already, and before
+    an edit of the base that needs more of a module than what it returned.
+    """
+    if start.is_connector or start.layer == EMBED:
+        return start
+    for site in base.sites:
+        here = start_of(model, site)
+        if here.tower != start.tower:
+            continue
+        if here == start and start.at_output:
+            branches = model.towers[start.tower].blocks[start.layer].branches
+            before = branches[start.branch - 1] if start.branch else None
+            return start_under(model, ResumePoint(start.tower, start.layer, *_behind_core(before)), base)
+        if here < start and _is_lost(model, site, here, start):
+            return start_under(model, here, base)
+    return start
+
+
+def _is_lost(model: Wrapped, site: str, here: ResumePoint, start: ResumePoint) -> bool:
+    """Whether an edit of a site before a start does not arrive where a run is resumed there."""
+    point = model.engine.points[site]
+    if point.arrives_later:
+        return start.layer <= here.layer + 1
+    # The output projection hands back what it returned, and says nothing of what heads had in it.
+    branches = model.towers[start.tower].blocks[start.layer].branches
+    return point.derived and any(point.module is one.output and not one.holds_output for one in branches)
+
+
+def _plan(
+    model: Wrapped,
+    starts: Mapping[str, ResumePoint],
+    edited: Iterable[ResumePoint],
+    groups: Sequence[CompiledEdits],
+    base: CompiledEdits,
+) -> ResumePlan:
     """The plan that resumes in the towers of ``starts`` that no other of them reaches."""
+    eager = any(SiteName.parse(site).is_eager for group in groups for site in (*group.sites, *group.captures))
+    edited = [*edited, *(start_of(model, site) for site in base.sites if model.engine.points[site].arrives_later)]
     first = model.flow.first_of(starts)
     later: dict[str, ResumePoint] = {}
     if len(first) == 1 and not model.flow.only_streams:
@@ -166,7 +206,9 @@ def _plan(model: Wrapped, starts: Mapping[str, ResumePoint], edited: Iterable[Re
     return ResumePlan(tuple(starts[tower] for tower in first), eager, tuple(sorted(later.values())))
 
 
-def plan_behind(model: Wrapped, starts: Collection[ResumePoint], groups: Sequence[CompiledEdits]) -> ResumePlan:
+def plan_behind(
+    model: Wrapped, starts: Collection[ResumePoint], groups: Sequence[CompiledEdits], base: CompiledEdits
+) -> ResumePlan:
     """The plan that runs several groups in one batch from the latest of the given starts that is behind none of their edits.
 
     Raises InputError, naming the edit, for a site before every start.
@@ -188,9 +230,8 @@ def plan_behind(model: Wrapped, starts: Collection[ResumePoint], groups: Sequenc
     if not first:
         start = min(starts, key=lambda one: (order.index(one.tower), one))
         first[start.tower] = start
-    eager = any(SiteName.parse(site).is_eager for group in groups for site in (*group.sites, *group.captures))
     edited = [start_of(model, site) for group in groups for site in group.writes]
-    return _plan(model, first, edited, eager)
+    return _plan(model, first, edited, [*groups, base], base)
 
 
 def _is_behind(here: ResumePoint, start: ResumePoint, flow: Flow) -> bool:
@@ -241,8 +282,11 @@ def _only_attends(flow: Flow, tower: str, start: str) -> bool:
 
 
 def lowest_position(binder: EditCompiler, group: CompiledEdits, tower: str) -> int:
-    """The first position of ``tower`` that any edit of a group can change directly."""
+    """The first position of ``tower`` that any edit of a group can change: directly, or through what the base makes of it at earlier ones."""
     lowest: int | None = None
+    for site, edits in binder.base.writes.items():
+        if SiteName.parse(site).tower == tower and any(_mixes(edit, site) for edit in edits):
+            return 0
     for site, edits in group.writes.items():
         if SiteName.parse(site).tower != tower:
             continue
@@ -251,6 +295,11 @@ def lowest_position(binder: EditCompiler, group: CompiledEdits, tower: str) -> i
             found = 0 if window is None else _lowest(edit, window)
             lowest = found if lowest is None else min(lowest, found)
     return 0 if lowest is None else lowest
+
+
+def _mixes(edit: Edit, site: str) -> bool:
+    """Whether an edit can carry a value to an earlier position. Edits of attention leave hidden what the mask hides."""
+    return edit.mixes_positions or SiteName.parse(site).is_pattern != isinstance(edit, AttentionEdit)
 
 
 def _lowest(edit: Edit, window: PositionWindow) -> int:

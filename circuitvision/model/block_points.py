@@ -229,6 +229,7 @@ class GatedOutput(Point):
     gates: Identity = field(default_factory=Identity)
     companions: tuple[Arrival, ...] = ()
     derived = True
+    arrives_later = True
 
     def apply(self, call: Call, fire: Callback) -> None:
         before = self.gates(call.tensor())
@@ -254,6 +255,7 @@ class Between(Point):
 
     companions: tuple[SavedOutput, ...] = ()
     derived = True
+    arrives_later = True
 
     def apply(self, call: Call, fire: Callback) -> None:
         saved = self.companions[0]

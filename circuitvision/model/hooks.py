@@ -352,6 +352,7 @@ class HookEngine:
         if self._plan is None:
             return
         passes, fired, tower_of = self.passes, self.fired, self._plan.tower_of
+        bypassed = frozenset(bypassed).union(*(registration.optional for registration in self.stack))
         for name, tower in tower_of.items():
             if fired.get(name, 0) != passes.get(tower, 0) and name not in bypassed:
                 raise HookError(

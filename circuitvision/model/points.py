@@ -116,6 +116,8 @@ class Point:
     in_place = False
     for_edits = False
     """Whether it is there for the edits of another point alone, and not needed where values are only read."""
+    arrives_later = False
+    """Whether an edit is carried from the module that the value is read at to one behind it."""
 
     @property
     def whole(self) -> bool:

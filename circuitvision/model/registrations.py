@@ -64,13 +64,14 @@ class Recorder:
 
 @dataclass(eq=False)
 class Registration:
-    """One set of hooks: forward hooks, backward hooks or a recorder, by full site name. ``exact`` names must fire."""
+    """One set of hooks: forward hooks, backward hooks or a recorder, by full site name. ``exact`` names must fire, ``optional`` ones need not."""
 
     forward: Mapping[str, list[Hook]] = field(default_factory=dict)
     backward: Mapping[str, list[Hook]] = field(default_factory=dict)
     recorder: Recorder | None = None
     recorded: frozenset[str] = frozenset()
     exact: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
 
     @cached_property
     def names(self) -> frozenset[str]:

@@ -277,13 +277,11 @@ def _values(
     of_coalition = []
     for own in coalitions:
         changed = [(number in own) == (mode == "denoise") for number in range(len(changes))]
-        group = tuple(
-            edit for number, told in enumerate(changed) for edit in (changes[number] if told else holds[number])
-        )
         of_coalition.append(len(groups) if any(changed) else None)
         if any(changed):
-            groups.append(group)
-    measured = runs.measure(groups, **options)
+            groups.append(tuple(edit for number, told in enumerate(changed) if told for edit in changes[number]))
+    # Held are all; what a coalition changes it sets behind that.
+    measured = runs.measure(groups, [edit for own in holds for edit in own], **options)
     found = [measured.base if place is None else measured.values[:, place] for place in of_coalition]
     return measured, torch.stack(found, 1)
 
@@ -317,13 +315,12 @@ class _OneRun(Runs):
             _, cache = self.model.run_with_cache(self.data, names_filter=list(names))
         return {name: cache[name] for name in names}
 
-    def measure(self, groups: Groups, **options: Any) -> Measured:
+    def measure(self, groups: Groups, base: Sequence[Edit] = (), **options: Any) -> Measured:
         """One sweep."""
         metric = dict(self.metrics.members) if self.metrics.several else self.metrics.members[""]
-        swept = self.model.sweep(self.data, list(groups), metric, example_batch=self.size, **options)
-        values, base = (swept.values, swept.clean) if self.metrics.several else (swept.values[None], swept.clean[None])
-        examples = list(range(base.shape[1])) if not hasattr(swept, "axes") else swept.axes["example"]
-        return Measured(values, base, base, examples, list(getattr(swept, "groups", [])))
+        swept = self.model.sweep(self.data, list(groups), metric, example_batch=self.size, base=base, **options)
+        values, found = (swept.values, swept.clean) if self.metrics.several else (swept.values[None], swept.clean[None])
+        return Measured(values, found, found, swept.axes["example"], swept.groups)
 
     def described(self) -> dict[str, Any]:
         """The digest of the data, or the inputs."""

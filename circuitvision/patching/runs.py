@@ -89,8 +89,8 @@ class Runs:
         """The base run's own values at each site, as a source."""
         raise NotImplementedError
 
-    def measure(self, groups: Groups, **options: Any) -> Measured:
-        """Run the groups; ``options`` go to the sweep."""
+    def measure(self, groups: Groups, base: Sequence[Edit] = (), **options: Any) -> Measured:
+        """Run the groups, under a base of edits; ``options`` go to the sweep."""
         raise NotImplementedError
 
     def study(self, names: Sequence[str]) -> Study:
@@ -116,7 +116,9 @@ class Runs:
     def warn(self) -> None:
         """Say what was seen in single examples, at the end."""
 
-    def measure_made(self, make: Callable[[Sides], Groups], names: Sequence[str], **options: Any) -> Measured:
+    def measure_made(
+        self, make: Callable[[Sides], Groups], names: Sequence[str], base: Sequence[Edit] = (), **options: Any
+    ) -> Measured:
         """Run the groups that ``make`` gives for each batch of examples, from the source's values at the sites ``names``."""
         raise NotImplementedError
 
@@ -161,6 +163,20 @@ def two_runs(
     return PairRuns(model, given, pairs, mode, align, size, allow_wrong)
 
 
+def one_run(model: Any, data: Any, metric: Any, size: int | None = None, allow_wrong: bool = False) -> Runs:
+    """A run beside itself under a base of edits: what groups take from its source are its unedited values.
+
+    ``data`` are inputs, or a data set (of pairs the clean side). Raises InputError without a metric.
+    """
+    if metric is None:
+        raise InputError("No metric was given: a metric, its name ('logit_diff'), or a mapping of several.")
+    given = MetricSet.of(metric)
+    if hasattr(data, "batches"):
+        return SideRuns(model, given, getattr(data, "clean", data), size, allow_wrong)
+    inputs = laid_out(model, data)
+    return InputRuns(model, given.bind(model), inputs, inputs, "denoise")
+
+
 class InputRuns(Runs):
     """Two runs whose inputs are in memory."""
 
@@ -197,18 +213,18 @@ class InputRuns(Runs):
             _, cache = self.model.run_with_cache(self.base_inputs, names_filter=list(names))
         return {name: cache[name] for name in names}
 
-    def measure(self, groups: Groups, **options: Any) -> Measured:
+    def measure(self, groups: Groups, base: Sequence[Edit] = (), **options: Any) -> Measured:
         """One sweep; the base run alone where there is no group."""
         assert self.source is not None
         several = self.metrics.several
         if not groups:
             with torch.no_grad():
-                base = self.metrics(self.model(self.base_inputs), self.base_inputs)
-            return Measured(base[:, None][:, :0], base, self.source, list(range(base.shape[1])))
+                alone = self.metrics(self.model.run(self.base_inputs, list(base)), self.base_inputs)
+            return Measured(alone[:, None][:, :0], alone, self.source, list(range(alone.shape[1])))
         metric = dict(self.metrics.members) if several else self.metrics.members[""]
-        swept = self.model.sweep(self.base_inputs, list(groups), metric, **options)
-        values, base = (swept.values, swept.clean) if several else (swept.values[None], swept.clean[None])
-        return Measured(values, base, self.source, list(range(base.shape[1])), edits=swept.edits)
+        swept = self.model.sweep(self.base_inputs, list(groups), metric, base=base, **options)
+        values, found = (swept.values, swept.clean) if several else (swept.values[None], swept.clean[None])
+        return Measured(values, found, self.source, list(range(found.shape[1])), edits=swept.edits)
 
     def study(self, names: Sequence[str]) -> Study:
         """The base run's inputs."""
@@ -230,9 +246,11 @@ class InputRuns(Runs):
         metrics = self.metrics.against(output) if self.mode == "denoise" else self.metrics
         yield RunBatch(self.base_inputs, values, metrics, lambda found: found(output, self.source_inputs))
 
-    def measure_made(self, make: Callable[[Sides], Groups], names: Sequence[str], **options: Any) -> Measured:
+    def measure_made(
+        self, make: Callable[[Sides], Groups], names: Sequence[str], base: Sequence[Edit] = (), **options: Any
+    ) -> Measured:
         """One batch: the inputs themselves."""
-        return self.measure(make(Sides(self.base_inputs, self.sources(names))), **options)
+        return self.measure(make(Sides(self.base_inputs, self.sources(names))), base, **options)
 
     def described(self) -> dict[str, Any]:
         """Both inputs."""
@@ -256,6 +274,7 @@ class PairRuns(Runs):
         self.answers = CleanAnswers.of(metrics, allow_wrong)
         self.align, self.size = align, size
         self.base, self.origin = (pairs.corrupt, pairs.clean) if mode == "denoise" else (pairs.clean, pairs.corrupt)
+        self.maps = inverse_maps(pairs.maps) if mode == "denoise" else None
         self.fixed_positions = {}
 
     def first_inputs(self) -> Mapping[str, Any]:
@@ -270,23 +289,25 @@ class PairRuns(Runs):
         """The base side itself."""
         return dict.fromkeys(names, self.base)
 
-    def measure(self, groups: Groups, **options: Any) -> Measured:
+    def measure(self, groups: Groups, base: Sequence[Edit] = (), **options: Any) -> Measured:
         """One sweep over the data set."""
-        return self._measured(list(groups) or [()], len(groups), options)
+        return self._measured(list(groups) or [()], len(groups), base, options)
 
-    def measure_made(self, make: Callable[[Sides], Groups], names: Sequence[str], **options: Any) -> Measured:
+    def measure_made(
+        self, make: Callable[[Sides], Groups], names: Sequence[str], base: Sequence[Edit] = (), **options: Any
+    ) -> Measured:
         """One sweep whose edits are made batch by batch."""
-        return self._measured(_MadeOfBatches(self, make, names), None, options)
+        return self._measured(_MadeOfBatches(self, make, names), None, base, options)
 
-    def _measured(self, groups: Any, count: int | None, options: Mapping[str, Any]) -> Measured:
-        swept = self._study(groups, **options).result()
+    def _measured(self, groups: Any, count: int | None, base: Sequence[Edit], options: Mapping[str, Any]) -> Measured:
+        swept = self._study(groups, base, **options).result()
         self.warn()
-        values, base, source = swept.values, swept.clean, swept.source
+        values, found, source = swept.values, swept.clean, swept.source
         if not self.metrics.several:
-            values, base, source = values[None], base[None], source[None]
-        return Measured(values[:, :count], base, source, swept.axes["example"], swept.groups, swept.edits[:count])
+            values, found, source = values[None], found[None], source[None]
+        return Measured(values[:, :count], found, source, swept.axes["example"], swept.groups, swept.edits[:count])
 
-    def _study(self, groups: Any, **options: Any) -> DataStudy:
+    def _study(self, groups: Any, base: Sequence[Edit] = (), **options: Any) -> DataStudy:
         """The base side under these edits, or what makes them for a batch, beside the source side."""
         from circuitvision.incremental.sweeps.stream import DataStudy
         from circuitvision.incremental.sweeps.study import Options
@@ -302,7 +323,8 @@ class PairRuns(Runs):
             self.align,
             source=self.origin,
             against_source=self.mode == "denoise",
-            maps=inverse_maps(self.pairs.maps) if self.mode == "denoise" else None,
+            maps=self.maps,
+            base=base,
         )
         study.check_batch = self._check_positions if self.fixed_positions else None
         study.check_runs = self._look_at
@@ -360,6 +382,16 @@ class PairRuns(Runs):
         return {"dataset_sha256": self.pairs.digest, "examples": len(self.pairs)}
 
 
+class SideRuns(PairRuns):
+    """A side of a data set beside itself."""
+
+    def __init__(self, model: Any, metrics: MetricSet, side: Any, size: int | None, allow_wrong: bool = False) -> None:
+        self.model, self.metrics, self.pairs, self.mode = model, metrics, side, "denoise"
+        self.answers = CleanAnswers.of(metrics, allow_wrong)
+        self.base = self.origin = side
+        self.align, self.maps, self.size, self.fixed_positions = "kind", None, size, {}
+
+
 class _MadeOfBatches:
     """Edits made for each batch of a data set; those of the batch that was counted are kept until it runs."""
 
@@ -379,8 +411,9 @@ class _MadeOfBatches:
             return self.counted.pop(key)
         model, side = self.runs.model, self.runs.base
         with torch.no_grad():
-            values = model._values_at(batch.other, self.names)[1]
-        source = {name: laid_values(model, batch, name, value) for name, value in values.items()}
+            one = self.runs.origin is side
+            values = model._values_at(batch.inputs if one else batch.other, self.names)[1]
+        source = {name: value if one else laid_values(model, batch, name, value) for name, value in values.items()}
         rows = {number: row for row, number in enumerate(side.numbers)}
         groups = self.make(Sides(batch.inputs, source, [rows[one] for one in batch.examples], len(side)))
         self.counted = {key: groups} if self.counted is None else {}

@@ -11,6 +11,8 @@ their mean difference the total effect, and ``restored`` the share of it that a 
 A state restored early may act through the MLPs behind it. *Severed*, the MLPs (or attentions) at the same positions of all later layers keep their
 corrupted outputs: what is lost beside the plain trace went through them.
 
+The noise is the base of a sweep: a cell costs what it can change, not the whole model.
+
 Noise is :func:`circuitvision.edits.add_noise`, the same in any batch; samples have the seeds behind the first. It is one corruption among several,
 and an unnatural one: pairs that differ in a word or an object (:func:`circuitvision.patching.activation_patch`) test the same claim on inputs that
 exist (Zhang and Nanda 2023, arXiv 2309.16042).
@@ -22,36 +24,30 @@ Not covered: noise in one tower and states of another through a cache; corruptio
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from circuitvision import edits
-from circuitvision.data import Batch, embedding_std
+from circuitvision.data import embedding_std
 from circuitvision.errors import InputError, checked_seed
-from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.base import Edit, by_digest, taken
-from circuitvision.model.edits.binding import same_value
-from circuitvision.model.positions import Positions
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random, refuse_unwrapped
 from circuitvision.patching.activation import (
     PatchingResult,
     dead_sites,
     every_metric,
-    first_inputs,
     grid_of,
     head_counts,
     matching_sites,
     warn_of_equal_runs,
 )
 from circuitvision.patching.cells import Cell
-from circuitvision.patching.clean_answers import check_data
+from circuitvision.patching.runs import Sides, one_run
 from circuitvision.provenance import describe, with_provenance
 
 
@@ -123,52 +119,55 @@ def causal_trace(
     tower = towers.pop()
     later = _later(model, tower, severed)
     grid = grid_of(model, names, axes, regions, None, window)
-    first = first_inputs(model, data)
+    runs = one_run(model, data, metric, example_batch, allow_wrong)
+    first = runs.first_inputs()
     dead = dead_sites(model, names, first)
     held = {name: model.positions(name, first) for name in names} if "position" in axes else {}
     labels, cells = grid.laid_out(head_counts(model, names) if "head" in axes else {}, held)
     live = [cell for cell in cells if any(site not in dead for site in cell.sites)]
-    subjects = Positions.of(subject)
-    metrics = MetricSet.of(metric)
-    check_data(model, data, metrics, allow_wrong, example_batch)
-    size = sigma if sigma is not None else embedding_std(model, data, f"{tower}.hook_input", positions=subjects)
-    trace = _Trace(
-        model, data, tower, subjects, live, tuple(dead), later, noise * size, samples, checked_seed(seed), held
-    )
-    swept = model.sweep(
-        getattr(data, "clean", data),
-        trace if hasattr(data, "batches") else trace(_whole(model, data)),
-        dict(metrics.members) if metrics.several else metrics.members[""],
-        save_to=save_to,
-        resume=resume,
-        progress=progress,
-        example_batch=example_batch,
-    )
-    mean = swept.values.view(len(metrics.names), samples, 1 + len(live), -1).mean(1)
-    base, restored = mean[:, 0], mean[:, 1:]
+    size = sigma if sigma is not None else embedding_std(model, data, f"{tower}.hook_input", positions=subject)
+    seed = checked_seed(seed)
+    added = [
+        edits.add_noise(f"{tower}.hook_input", noise * size, seed=seed + sample, positions=subject)
+        for sample in range(samples)
+    ]
+    sources = runs.sources(names)
+    runs.fixed_positions = held
+    groups = [cell.patch(sources, dead) for cell in live]
+    found = []
+    for sample, corrupted in enumerate(added):
+        folder = None if save_to is None else Path(save_to) / f"sample-{sample}"
+        options: dict[str, Any] = {"base": [corrupted], "save_to": folder, "resume": resume, "progress": progress}
+        if severed and live:
+            make = _Severed(model, corrupted, live, tuple(dead), later)
+            found.append(runs.measure_made(make, names, **options))
+        else:
+            found.append(runs.measure(groups, **options))
+    base = torch.stack([one.base for one in found]).mean(0)
+    restored = torch.stack([one.values for one in found]).mean(0)
     values = torch.full((len(base), *map(len, labels.values()), base.shape[1]), torch.nan, dtype=base.dtype)
     for cell in cells:
         values[every_metric(cell.index)] = 0.0
     for number, cell in enumerate(live):
         values[every_metric(cell.index)] = restored[:, number] - base
     result = CausalTrace(
-        values=values if metrics.several else values[0],
-        axes={**metrics.axis, **labels, "example": swept.axes["example"]},
+        values=values if runs.metrics.several else values[0],
+        axes={**runs.metrics.axis, **labels, "example": found[0].examples},
         provenance=describe(
             model,
             method=f"causal_trace(noise={noise:g} × {size:.4g}, samples={samples}{f', severed={severed}' if severed else ''})",
-            metric=metrics,
+            metric=runs.metrics,
             sites=grid.kind,
             seed=seed,
-            **({"dataset_sha256": data.digest} if hasattr(data, "digest") else {"inputs": (data,)}),
+            **runs.described(),
         ),
-        base=base if metrics.several else base[0],
-        source=swept.clean,
+        base=base if runs.metrics.several else base[0],
+        source=found[0].source if runs.metrics.several else found[0].source[0],
         mode="denoise",
         site=grid.kind,
         dead=dead,
-        edits=[by_digest(group) for group in swept.edits[1 : 1 + len(live)]],
-        groups=swept.groups,
+        edits=[by_digest((added[0], *group)) for group in groups],
+        groups=found[0].groups,
         noise=noise,
         sigma=size,
         samples=samples,
@@ -179,87 +178,38 @@ def causal_trace(
 
 
 @dataclass(frozen=True)
-class _Trace:
-    """Makes the edits of a batch: for each sample of noise the noise alone, then the noise with each cell restored."""
+class _Severed:
+    """Makes the edits of a batch: each cell restored, with the severed sites behind it as they are under the noise alone."""
 
     model: Any
-    data: Any
-    tower: str
-    subject: Positions
+    noise: Edit
     cells: Sequence[Cell]
     dead: tuple[str, ...]
     later: Callable[[Cell], list[str]]
-    scale: float
-    samples: int
-    seed: int
-    held: Mapping[str, Sequence[int]]
 
     def __provenance__(self) -> dict[str, Any]:
         return {
-            "trace": self.tower,
-            "subject": self.subject,
             "cells": [[*cell.sites, *self.later(cell)] for cell in self.cells],
             "positions": [cell.positions for cell in self.cells],
-            "scale": self.scale,
-            "samples": self.samples,
-            "seed": self.seed,
+            "severed under": self.noise,
         }
 
-    def __call__(self, batch: Batch) -> list[tuple[Edit, ...]]:
-        side = getattr(self.data, "clean", self.data)
-        numbers = list(side.numbers) if hasattr(side, "numbers") else list(batch.examples)
-        rows = [numbers.index(number) for number in batch.examples]
-        self._check_positions(batch.inputs)
-        tokens = self.model.tokens(batch.inputs)[self.tower]
-        mask = self.subject.taken(rows, len(numbers)).resolve(tokens)
-        clean = self._values(batch.inputs, (), {self.entered, *(site for cell in self.cells for site in cell.sites)})
-        groups: list[tuple[Edit, ...]] = []
-        for sample in range(self.samples):
-            corrupted = edits.add_noise(self.entrance, self.scale, seed=self.seed + sample, positions=mask)
-            later = {site for cell in self.cells for site in self.later(cell)}
-            held = self._values(batch.inputs, (corrupted,), {self.entered, *later})
-            groups.append((corrupted,))
-            for cell in self.cells:
-                added: tuple[Edit, ...] = (corrupted,)
-                sites = [site for site in cell.sites if not self._enters(site)]
-                if len(sites) < len(cell.sites):
-                    # Two edits of one value: what enters is the noised values but for the cell's positions, at all of the subject's.
-                    own = Positions.of(cell.positions).taken(rows, len(numbers)).resolve(tokens)
-                    entering = torch.where(own[..., None], clean[self.entered].cpu(), held[self.entered].cpu())
-                    added = (edits.replace(self.entrance, entering, positions=mask),)
-                restored = dataclasses.replace(cell, sites=tuple(sites)).patch(clean, self.dead)
-                severed = [edits.replace(site, held[site], positions=cell.positions) for site in self.later(cell)]
-                groups.append((*added, *taken((*restored, *severed), rows, len(numbers))))
-        return groups
+    def __call__(self, sides: Sides) -> list[tuple[Edit, ...]]:
+        def here(group: Sequence[Edit]) -> tuple[Edit, ...]:
+            return tuple(group) if sides.rows is None else taken(group, sides.rows, sides.count)
 
-    @property
-    def entrance(self) -> str:
-        """The site that noise is added to."""
-        return f"{self.tower}.hook_input"
-
-    @property
-    def entered(self) -> str:
-        """The same value under the name that fires behind it."""
-        return f"{self.tower}.blocks.0.hook_resid_pre"
-
-    def _enters(self, site: str) -> bool:
-        return same_value(self.model, site) == self.entrance
-
-    def _values(self, inputs: Mapping[str, Any], under: tuple[Edit, ...], sites: set[str]) -> Mapping[str, Tensor]:
-        """The values of a run at some sites."""
-        if not sites:
-            return {}
-        with torch.no_grad(), self.model.record(sorted(sites)) as cache:
-            self.model.run(inputs, list(under))
-        return {site: cache[site] for site in sites}
-
-    def _check_positions(self, inputs: Mapping[str, Any]) -> None:
-        for name, expected in self.held.items():
-            if list(self.model.positions(name, inputs)) != list(expected):
-                raise InputError(
-                    f"{name} has another number of positions in some examples than in the first: take prompts of one length, or regions in place of "
-                    "positions."
-                )
+        later = sorted({site for cell in self.cells for site in self.later(cell)})
+        with torch.no_grad(), self.model.record(later) as cache:
+            self.model.run(sides.inputs, here([self.noise]))
+        return [
+            here(
+                [
+                    *cell.patch(sides.source, self.dead),
+                    *(edits.replace(site, cache[site], positions=cell.positions) for site in self.later(cell)),
+                ]
+            )
+            for cell in self.cells
+        ]
 
 
 def _later(model: Any, tower: str, severed: str) -> Callable[[Cell], list[str]]:
@@ -275,9 +225,3 @@ def _later(model: Any, tower: str, severed: str) -> Callable[[Cell], list[str]]:
         return [site for site in wanted if site in there]
 
     return behind
-
-
-def _whole(model: Any, inputs: Mapping[str, Any]) -> Batch:
-    """Inputs in memory as one batch."""
-    tokens = next(iter(model.tokens(inputs).values()))
-    return Batch(dict(inputs), list(range(tokens.n_examples)))

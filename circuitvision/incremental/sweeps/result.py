@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SweepResult(Result):
-    """The metric under each edit: ``values`` ``[edit example]``, or ``[*axes example]`` where axes were given; ``clean`` ``[example]`` without any
-    edit. Several metrics (a mapping) lead: ``[metric *axes example]`` and ``[metric example]``.
+    """The metric under each edit: ``values`` ``[edit example]``, or ``[*axes example]`` where axes were given; ``clean`` ``[example]`` without it,
+    under the sweep's ``base`` of edits alone (without one, unedited). Several metrics (a mapping) lead: ``[metric *axes example]`` and ``[metric
+    example]``.
 
     ``edits`` holds each group of edits in the order given (they print as their labels, and can be run again), ``labels`` names them, and ``plan``
     says what was computed for each. ``metric`` is the metric, or the name of the function that it was; a mapping of them for several. ``done``
@@ -43,6 +44,8 @@ class SweepResult(Result):
     metric: Any = None
     source: Tensor = field(default_factory=lambda: torch.zeros(0))
     """The metric of the run that edits take their values from, in the shape of ``clean``; empty where there is none."""
+    base: EditGroup = field(default_factory=EditGroup)
+    """The edits that every run was under, ``clean`` included."""
     groups: list[Any] = field(default_factory=list)
     """What belongs together, one entry per example, where a data set says so."""
 
@@ -101,7 +104,7 @@ class SweepResult(Result):
         if isinstance(metric, Mapping):
             metric = {name: _resolved(one) for name, one in metric.items()}
         axes = None if list(self.grid) == ["edit"] else self.grid
-        return model.sweep(inputs, self.edits, _resolved(metric), **{"axes": axes, **keywords})
+        return model.sweep(inputs, self.edits, _resolved(metric), **{"axes": axes, "base": self.base, **keywords})
 
     def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
         """The effects: what an edit does, not where it leaves the metric. Raises InputError for several metrics."""

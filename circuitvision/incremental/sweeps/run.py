@@ -67,6 +67,7 @@ class GroupRunner:
         groups: Sequence[Group],
         metrics: MetricSet,
         batch_size: int | str = "auto",
+        base: Group = (),
     ) -> None:
         if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size={batch_size!r} is not understood: 'auto', or how many edits run at once.")
@@ -74,7 +75,7 @@ class GroupRunner:
         if inputs.get("past_key_values") is not None:
             raise InputError("The inputs hold past_key_values, which every run would extend: leave them out.")
         self.model, self.inputs, self.metrics, self.batch_size = model, inputs, metrics, batch_size
-        self.binder = EditCompiler(model, inputs, warns_of_rows=False)
+        self.binder = EditCompiler(model, inputs, warns_of_rows=False, base=base)
         self.tasks = [Task(number, bound) for number, bound in enumerate(self.binder.bind(groups))]
         self.resumers: dict[bool, Resumer] = {}
         self.captured: dict[bool, dict[str, Tensor]] = {}
@@ -82,7 +83,7 @@ class GroupRunner:
         self.limit: int | None = None
 
     def start(self) -> Float[Tensor, "metric example"]:
-        """Plan every group, record the unedited run, and return the metrics of it."""
+        """Plan every group, record the run that only the base edits (nothing, without one), and return the metrics of it."""
         blocker = blocked_by(self.model)
         for task in self.tasks:
             self._plan(task, blocker)
@@ -114,7 +115,7 @@ class GroupRunner:
         elif task.bound.inputs is not None:
             task.plan = Plan(reason="the edit changes the inputs")
         else:
-            task.route = route_of(self.model, task.bound)
+            task.route = route_of(self.model, task.bound, self.binder.base)
 
     def _clean_metric(self) -> Tensor:
         """Record the unedited run that each implementation of attention needs, and the metric without edits."""
@@ -132,13 +133,13 @@ class GroupRunner:
         if fused is not None and fused.clean is not None:
             self.logits = fused.clean.output
         else:
-            self.logits = self.model._forward(self.inputs, {})
+            self.logits = self._output_in_full(CompiledEdits(()))
         self.metrics = self.metrics.against(self.logits)
         # The metric may write into what it gets; the unedited output is needed again.
         return self._evaluate(self.logits.clone())
 
     def _record(self, eager: bool, tasks: Sequence[Task]) -> None:
-        resumer = Resumer(self.model, self.inputs, self.binder.windows.maps, eager)
+        resumer = Resumer(self.binder, eager)
         starts = {start for task in tasks if task.route for start in task.route.starts}
         prefix_kv: dict[str, int] = {}
         for task in tasks:
@@ -163,10 +164,11 @@ class GroupRunner:
     def _captured_before(self, task: Task) -> list[str]:
         """Sites whose value a group needs, and which lie before the place it is resumed from."""
         assert task.route is not None
-        if not task.bound.captures:
+        captured = {**self.binder.base.captures, **task.bound.captures}
+        if not captured:
             return []
         writes = {site for other in self.tasks if other.route == task.route for site in other.bound.writes}
-        return [site for site in task.bound.captures if is_unedited(self.model, site, task.route, writes)]
+        return [site for site in captured if is_unedited(self.model, site, task.route, writes)]
 
     def _describe(self, task: Task, route: ResumePlan) -> None:
         resumer = self.resumers[route.eager]
@@ -233,10 +235,12 @@ class GroupRunner:
         if not task.bound.writes:
             assert self.logits is not None
             return self._evaluate(self.logits.clone())
-        inputs = self.inputs if task.bound.inputs is None else task.bound.inputs
-        with edited(self.binder, task.bound):
-            logits = self.model._forward(inputs, {})
-        return self._evaluate(logits)
+        return self._evaluate(self._output_in_full(task.bound))
+
+    def _output_in_full(self, bound: CompiledEdits) -> Tensor:
+        inputs = self.binder.run_inputs if bound.inputs is None else bound.inputs
+        with edited(self.binder, bound):
+            return self.model._forward(dict(inputs), {})
 
     def _resumed(self, part: Sequence[Task], route: ResumePlan, first: int) -> Tensor:
         groups = [task.bound for task in part]

@@ -6,6 +6,8 @@ at the positions that belong together (``Batch.matched``). Everything of a batch
 Positions that edits are given per example (regions, masks) are those of the data set, and each batch takes its own; an edit that a function makes for
 a batch has those of the batch.
 
+A side as source stands for its own run, without the base. Several bases are several sweeps.
+
 Not covered: edits with sources on two other sides, and examples whose runs differ in what an edit of fixed positions means (make the edits for
 each batch, with a function).
 """
@@ -23,6 +25,7 @@ from circuitvision import provenance
 from circuitvision.answers import check_complete
 from circuitvision.digests import plain
 from circuitvision.errors import InputError
+from circuitvision.incremental.prepared import as_base
 from circuitvision.incremental.sweeps.study import Chunk, Options, Study
 from circuitvision.links import marked
 from circuitvision.metric_set import MetricSet
@@ -59,6 +62,7 @@ class DataStudy(Study):
         source: Any = None,
         against_source: bool = False,
         maps: Any = None,
+        base: Any = (),
     ) -> None:
         self.side = getattr(data, "clean", data)
         if not len(self.side):
@@ -73,9 +77,11 @@ class DataStudy(Study):
         self.check_batch: Callable[[Mapping[str, Any]], None] | None = None
         """Looks at the inputs of each batch before it runs."""
         self._check_data()
-        super().__init__(model, self.side, edits, metric, axes, options)
+        self.make_base = base if callable(base) else None
+        super().__init__(model, self.side, edits, metric, axes, options, base)
         check_complete(self.side, self.metrics.asks())
-        found = {edit_source for group in self.groups for edit in group if (edit_source := _side_of(edit))}
+        listed = [self.base, *self.groups]
+        found = {edit_source for group in listed for edit in group if (edit_source := _side_of(edit))}
         sides = [one.side for one in found]
         others = [one for one in sides if one is not self.side]
         if source is None and others:
@@ -101,6 +107,11 @@ class DataStudy(Study):
         if self.make is None:
             return as_groups(edits)
         return as_groups(self.make(next(self._batches(self.example_batch))))
+
+    def _base(self, base: Any) -> Group:
+        if self.make_base is not None:
+            base = self.make_base(next(self._batches(self.example_batch)))
+        return as_base(base)
 
     def _weight(self) -> int:
         return len(self.side)
@@ -131,6 +142,9 @@ class DataStudy(Study):
     def _edits_told(self) -> Any:
         return [plain(self.make), len(self.groups)] if self.make is not None else plain(self.groups)
 
+    def _base_told(self) -> Any:
+        return plain(self.base) if self.make_base is None else plain(self.make_base)
+
     def _bound(self) -> MetricSet:
         return self.metrics
 
@@ -148,8 +162,8 @@ class DataStudy(Study):
         self.example_batch = layout.get("example_batch", self.example_batch)
 
     def _batches(self, size: int | None) -> Iterator[Batch]:
-        if self.source is None:
-            if self.make is not None and hasattr(self.data, "corrupt"):
+        if self.source is None or self.source is self.side:
+            if (self.make or self.make_base) and hasattr(self.data, "corrupt"):
                 return self.data.batches(self.model, size, self.align)
             return self.side.batches(self.model, size)
         return self._pairs().batches(self.model, size, self.align)
@@ -177,18 +191,20 @@ class DataStudy(Study):
                 raise InputError(
                     f"The function made {len(groups)} edits for one batch and {len(self.groups)} for another: it makes as many for each."
                 )
+        base = taken(self.base, rows, count) if self.make_base is None else as_base(self.make_base(batch))
         metrics = self.metrics.take(rows, count)
         metrics = metrics.bind(self.model, batch.answers, batch.foils, batch.combine)
         inputs = self.model._checked(batch.inputs)
         if self.check_batch is not None:
             self.check_batch(inputs)
-        _check_ends(inputs, groups)
-        chunk = Chunk(number, inputs, groups, metrics, rows)
+        _check_ends(inputs, [base, *groups])
+        chunk = Chunk(number, inputs, groups, metrics, rows, base=base)
         held = self._held(chunk, self.side, batch, batch.inputs)
-        if self.source is not None:
+        if self.source is not None and self.source is not self.side:
             held |= self._held(chunk, self.source, batch, batch.other)
         if held:
             chunk.groups = [tuple(self._filled(edit, held) for edit in group) for group in chunk.groups]
+            chunk.base = tuple(self._filled(edit, held) for edit in chunk.base)
         return chunk
 
     def _held(self, chunk: Chunk, side: Any, batch: Batch, inputs: Any) -> dict[tuple[int, str], TensorRef]:
@@ -196,7 +212,7 @@ class DataStudy(Study):
         wanted = sorted(
             {
                 site
-                for group in chunk.groups
+                for group in (chunk.base, *chunk.groups)
                 for edit in group
                 if (source := _side_of(edit)) is not None and source.side is side
                 for site in edit.sites(self.model)
@@ -212,7 +228,8 @@ class DataStudy(Study):
                 chunk.metrics = chunk.metrics.against(output)
             chunk.others["source"] = lambda metrics: metrics(output, inputs)
         values = {
-            name: laid_values(self.model, batch, name, value) if of_source else value for name, value in found.items()
+            name: value if side is self.side else laid_values(self.model, batch, name, value)
+            for name, value in found.items()
         }
         return {(id(side), name): TensorRef.of(value) for name, value in values.items()}
 

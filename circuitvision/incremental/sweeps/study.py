@@ -19,6 +19,7 @@ from torch import Tensor
 from circuitvision import provenance
 from circuitvision.digests import of_json, plain
 from circuitvision.errors import InputError, warn
+from circuitvision.incremental.prepared import as_base
 from circuitvision.incremental.sweeps.batches import unedited_examples
 from circuitvision.incremental.sweeps.plan import Plan
 from circuitvision.incremental.sweeps.result import SweepResult, labels
@@ -27,7 +28,7 @@ from circuitvision.incremental.sweeps.store import Part, Store, joined, orderly_
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.axes import check_axes
 from circuitvision.model.edits.base import EditGroup, settled
-from circuitvision.model.edits.binding import Group, as_groups
+from circuitvision.model.edits.binding import EditCompiler, Group, as_groups
 from circuitvision.progress import Progress
 from circuitvision.results import check_labels
 from circuitvision.storage import as_builtin
@@ -65,10 +66,11 @@ class Chunk:
     metrics: MetricSet
     examples: list[int] | None = None
     others: dict[str, Callable[[MetricSet], Tensor]] = field(default_factory=dict)
+    base: Group = ()
 
 
 class Study:
-    """Edits and metrics on inputs in memory; a data set is the subclass's (``stream.py``)."""
+    """Edits and metrics on inputs in memory, under a base of edits; a data set is the subclass's (``stream.py``)."""
 
     def __init__(
         self,
@@ -78,9 +80,11 @@ class Study:
         metric: Any,
         axes: Mapping[str, Sequence[Any]] | None,
         options: Options,
+        base: Any = (),
     ) -> None:
         self.model, self.inputs, self.options = model, inputs, options
         self.metrics = MetricSet.of(metric)
+        self.base = self._base(base)
         self.groups = self._listed(edits)
         if not self.groups:
             raise InputError("There is no edit to sweep over.")
@@ -99,9 +103,14 @@ class Study:
             )
         return as_groups(edits)
 
+    def _base(self, base: Any) -> Group:
+        if callable(base):
+            raise InputError("A base that is made for each batch needs a data set (cv.data.Pairs); here give a list.")
+        return as_base(base)
+
     def _chunks(self) -> Iterator[Callable[[], Chunk]]:
         """The batches of examples, each made when it is needed."""
-        yield lambda: Chunk(0, self.inputs, self.groups, self.metrics.bind(self.model))
+        yield lambda: Chunk(0, self.inputs, self.groups, self.metrics.bind(self.model), base=self.base)
 
     def _weight(self) -> int:
         """How many steps of progress one group makes."""
@@ -112,6 +121,9 @@ class Study:
 
     def _edits_told(self) -> Any:
         return plain(self.groups)
+
+    def _base_told(self) -> Any:
+        return plain(self.base)
 
     def _layout(self) -> dict[str, Any]:
         """What a folder keeps of how its parts were cut."""
@@ -142,11 +154,13 @@ class Study:
         state = provenance.describe_model(self.model)
         weights, versions = state.pop("weights_sha256"), state.pop("versions")
         state.pop("model_id")
+        base = self._base_told()
         return {
             "weights": weights,
             "model": of_json(state),
             "inputs": self._data_sha256(),
             "edits": of_json(self._edits_told()),
+            **({"base": of_json(base)} if base else {}),
             # Parts hold one row per metric, without names: their order belongs to the study.
             "metrics": of_json([self.metrics.names, plain(self.metrics)]),
             "versions": {name: found for name, found in versions.items() if name != "python"},
@@ -182,7 +196,8 @@ class Study:
         if len(done) == len(self.groups):
             return
         chunk = make()
-        runner = GroupRunner(self.model, chunk.inputs, chunk.groups, chunk.metrics, self.options.batch_size)
+        size, base = self.options.batch_size, chunk.base
+        runner = GroupRunner(self.model, chunk.inputs, chunk.groups, chunk.metrics, size, base)
         if number == 0:
             check_axes(runner.binder, self.axes, [task.bound for task in runner.tasks])
         clean = runner.start()
@@ -199,8 +214,11 @@ class Study:
         unedited = {
             task.number: lost
             for task in runner.tasks
-            if task.number not in done and (lost := unedited_examples(runner.binder, task.bound.group)) is not None
+            if task.number not in done and (lost := self._unedited(runner.binder, task.bound.group)) is not None
         }
+        lost = unedited_examples(runner.binder, chunk.base)
+        if lost is not None and self.options.empty == "nan" and len(lost) == len(examples):
+            clean[:, lost] = math.nan
         step = 1 if self._weight() == 1 else len(examples)
         for batch in runner.batches():
             waiting = [task for task in batch if task.number not in done]
@@ -215,6 +233,12 @@ class Study:
                     self.parts.append(part)
             if found and store is not None:
                 store.write(part)
+
+    @staticmethod
+    def _unedited(binder: EditCompiler, group: Group) -> Tensor | None:
+        """The examples in which a group selects no position, or the base selects none."""
+        found = [lost for one in (group, binder.base.group) if (lost := unedited_examples(binder, one)) is not None]
+        return torch.stack(found).any(0) if found else None
 
     def _joined(self, interrupted: str) -> SweepResult:
         """All parts as one result, with what has to be said about them."""
@@ -250,6 +274,7 @@ class Study:
             source=self._lead(whole["other.source"]) if "other.source" in whole else torch.zeros(0),
             groups=self._groups_of_examples(),
             edits=groups,
+            base=settled([self.base])[0],
             plan=[plans.get(number, Plan(reason="not measured")) for number in range(len(groups))],
             done=done.view(*map(len, axes.values())),
             interrupted=interrupted,

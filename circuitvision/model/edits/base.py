@@ -110,6 +110,8 @@ class Edit:
     """Whether the new value forgets the old one, so that an earlier edit of the same entries would be lost."""
     reads_all: ClassVar[bool] = False
     """Whether the new values depend on entries that are not selected."""
+    mixes_positions: ClassVar[bool] = False
+    """Whether the new value of a position depends on other positions, selected or not."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

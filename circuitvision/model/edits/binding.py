@@ -1,7 +1,7 @@
 """Where edits meet a model: every mistake is found here, before anything runs; what comes out is a table of torch-ready writes.
 
 Groups. A *group* is a sequence of edits that act together; the engine runs many groups in one batch, the rows of group ``i`` being block ``i`` of
-every tensor.
+every tensor. The *base* are edits that every run of a compiler is under; those of a group act after them, and may set what they changed.
 
 What edits take from other runs is in ``given.py``, how a compiled group acts in a run in ``applying.py``.
 """
@@ -92,12 +92,21 @@ class EditCompiler:
         passes: int | None = None,
         settings: Mapping[str, Any] | None = None,
         warns_of_rows: bool = True,
+        base: Group = (),
     ) -> None:
         self.model, self.inputs = model, inputs
         self.windows = RunWindows(model, inputs, mode, passes, settings)
         self.values = GivenValues(self.windows)
         self.warns_of_rows = warns_of_rows
         """Whether rows in which an edit selects nothing are warned of; a sweep gives them no value instead."""
+        self.base = CompiledEdits(())
+        if base:
+            (self.base,) = self.bind([base])
+
+    @property
+    def run_inputs(self) -> Mapping[str, Any]:
+        """The inputs that runs under the base have."""
+        return self.inputs if self.base.inputs is None else self.base.inputs
 
     # -- binding ---------------------------------------------------------------------------------------------------------------------------
 
@@ -151,7 +160,7 @@ class EditCompiler:
         if isinstance(edit, DeleteTokens) and edit.reindex:
             window = self.windows.of(names[0])
             assert window is not None
-            bound.inputs = edit.change_inputs(self.model, bound.inputs or self.inputs, window)
+            bound.inputs = edit.change_inputs(self.model, bound.inputs or self.run_inputs, window)
 
     def _check_same_positions(self, captured: str, names: Sequence[str]) -> None:
         there = self.windows.of(captured)
@@ -231,21 +240,23 @@ class EditCompiler:
     # -- conflicts -------------------------------------------------------------------------------------------------------------------------
 
     def _refuse_conflicts(self, bound: CompiledEdits) -> None:
-        by_value: dict[str, list[tuple[str, Edit]]] = {}
-        order = list(bound.group)
+        by_value: dict[str, list[tuple[int, str, Edit]]] = {}
+        own = len(self.base.group)
         fires = {name: number for number, name in enumerate(self.model.engine.points)}
-        for name, edits in bound.writes.items():
-            by_value.setdefault(same_value(self.model, name), []).extend((name, edit) for edit in edits)
+        for compiled, before in ((self.base, 0), (bound, own)):
+            for name, edits in compiled.writes.items():
+                found = [(before + compiled.group.index(edit), name, edit) for edit in edits]
+                by_value.setdefault(same_value(self.model, name), []).extend(found)
         for entries in by_value.values():
-            entries.sort(key=lambda entry: order.index(entry[1]))
-            for number, (name, later) in enumerate(entries):
-                for earlier_name, earlier in entries[:number]:
+            entries.sort(key=lambda entry: entry[0])
+            for number, (place, name, later) in enumerate(entries):
+                for earlier_place, earlier_name, earlier in entries[:number] if place >= own else ():
                     if fires[name] < fires[earlier_name] and self._overlap(name, later, earlier_name, earlier):
                         raise InputError(
                             f"{earlier_name} and {name} are two names of one value, and {name} comes first: "
                             f"{later!r} would act before {earlier!r}. Give both edits one name."
                         )
-                    if later.sets and self._overlap(name, later, earlier_name, earlier):
+                    if later.sets and earlier_place >= own and self._overlap(name, later, earlier_name, earlier):
                         raise InputError(
                             f"{later!r} sets entries of {name} that {earlier!r} changed before it, which would be lost. "
                             "Put the one that sets first, or give them other heads, positions or steps."

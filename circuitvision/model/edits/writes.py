@@ -368,6 +368,7 @@ class Permute(Edit):
     """See :func:`circuitvision.edits.permute`."""
 
     kind = "permute"
+    mixes_positions: ClassVar[bool] = True
     order: tuple[int, ...] = ()
 
     @property
@@ -435,6 +436,7 @@ class Apply(Edit):
     kind = "apply"
     allows_patterns: ClassVar[bool] = True
     reads_all: ClassVar[bool] = True
+    mixes_positions: ClassVar[bool] = True
     fn: Callable[..., Any] | None = None
 
     def _shown(self) -> list[str]:
