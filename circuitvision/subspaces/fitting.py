@@ -149,7 +149,10 @@ def fit_boundless(
         if report is not None:
             report(step, value, held.basis.weight.detach()[:, : int(hardened(count, found[-1]).sum())])
 
-    groups: list[dict[str, Any]] = [{"params": list(held.basis.parameters())}, {"params": [boundary], "lr": boundary_rate}]
+    groups: list[dict[str, Any]] = [
+        {"params": list(held.basis.parameters())},
+        {"params": [boundary], "lr": boundary_rate},
+    ]
     losses = train(held, loss, steps, rate, groups=groups, after=after, kept=kept, records=found)
     return FittedBasis(
         held.basis.weight.detach().clone(),
