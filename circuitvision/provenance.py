@@ -208,6 +208,18 @@ def describe_model(model: Any) -> dict[str, Any]:
     }
 
 
+def told_of_model(model: Any) -> dict[str, Any]:
+    """What of a model must be equal for numbers to be joined with those of another call, by name: weights, state, versions."""
+    state = describe_model(model)
+    weights, found = state.pop("weights_sha256"), state.pop("versions")
+    state.pop("model_id")
+    return {
+        "weights": weights,
+        "model": of_json(state),
+        "versions": {name: one for name, one in found.items() if name != "python"},
+    }
+
+
 def _configuration(module: nn.Module) -> Any:
     """The configuration without names of files and versions, which change no number."""
     config: Any = getattr(module, "config", None)

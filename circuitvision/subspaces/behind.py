@@ -1,18 +1,23 @@
-"""What reads a site, and the units behind it: readers as matrices, and neurons that are watched or held while the site is edited.
+"""What reads a site, and the units behind it: readers as matrices, and units that are watched or held while the site is edited.
 
 Readers of a site inside a branch (neurons, one head's or several heads' ``z``) are what the branch makes of it on the way to the stream, output
 projection and LayerScale included; a norm behind the branch is taken without its denominator, which changes no row space. The residual stream, and
 what a branch adds to it, is read by everything behind: there is no exact kernel, and without ``readers`` nothing is unread. Readers may be heads,
-whose queries (``A = centre · gain · W_Q`` of the norm they read through) stand for all that matters behind, or a matrix.
+whose queries (``A = centre · gain · W_Q`` of the norm they read through) stand for all that matters behind, or a matrix. Where heads and positions
+are one entry side by side, ``A`` of heads is stacked (what all of them add together), and that of positions stands on the diagonal (each adds to
+its own).
 
-Units are the neurons after their activation in the blocks behind the site, of its own tower, at the chosen positions.
+Units are, in the blocks behind the site, of its own tower, at the chosen positions: neurons after their activation, attention entries (of queries
+there, where all runs have the same positions, so that a key means the same in each), and the norm of every head's ``z``. A held attention row is not
+renormalised; a held norm scales ``z``.
 
-Not covered: attention entries and norms as units; units of other towers.
+Not covered: units of other towers, and of other positions; norms of the stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +26,8 @@ from torch import Tensor
 
 from circuitvision import edits
 from circuitvision.errors import InputError, UnknownSiteError
-from circuitvision.model.branches import MLPBranch, branch_at
+from circuitvision.incremental.sweeps.stream import laid_values
+from circuitvision.model.branches import AttentionBranch, Branch, MLPBranch, branch_at
 from circuitvision.model.names import heads_of
 from circuitvision.model.norms import Norm
 from circuitvision.model.sites import SiteName
@@ -29,9 +35,9 @@ from circuitvision.subspaces.pairs import SiteBatch, SitePairs
 
 
 def readers_of(
-    model: Any, site: str, heads: Sequence[int] | None, given: Any = None
+    model: Any, site: str, heads: Sequence[int] | None, given: Any = None, joint: bool = False, places: int = 1
 ) -> tuple[Float[Tensor, "d m"] | None, str]:
-    """What reads a site (see the module), and its name; None where everything does.
+    """What reads a site (see the module), and its name; None where everything does. ``joint`` entries hold ``places`` positions side by side.
 
     Raises:
         InputError: a matrix of another width; heads of another tower.
@@ -45,8 +51,8 @@ def readers_of(
         nodes = heads_of(given, model.towers)
         if any(node.tower != name.tower for node in nodes):
             raise InputError(f"readers of {site} are heads of the {name.tower} tower.")
-        queries = [_query(model, node.tower, node.layer, int(node.head or 0)) for node in nodes]
-        return torch.cat(queries, 1), f"the queries of {len(nodes)} heads"
+        queries = torch.cat([_query(model, node.tower, node.layer, int(node.head or 0)) for node in nodes], 1)
+        return torch.block_diag(*[queries] * places), f"the queries of {len(nodes)} heads"
     if name.tower not in model.towers or name.layer is None:
         return None, "everything behind"
     tower = model.towers[name.tower]
@@ -70,7 +76,8 @@ def readers_of(
                 value[:] = eye
             out = branch.share(leaf, value, torch.ones(width, 1, dtype=tower.dtype, device=model.device))
             found.append((out[:, head] if len(shape) == 2 else out).double().cpu())
-    return torch.cat(found, 1), f"{branch.name} of layer {name.layer}"
+    whole = torch.cat(found, 0 if joint else 1)
+    return torch.block_diag(*[whole] * places), f"{branch.name} of layer {name.layer}"
 
 
 def _query(model: Any, tower: str, layer: int, head: int) -> Float[Tensor, "d_model d_head"]:
@@ -84,57 +91,137 @@ def _query(model: Any, tower: str, layer: int, head: int) -> Float[Tensor, "d_mo
         return Norm(norm).linear(eye).double().cpu() @ weight
 
 
-class UnitsBehind:
-    """The units behind the site of some pairs: read, and held inside a range, while the chosen entries have other values."""
+@dataclass(frozen=True)
+class _Units:
+    """The units of one site, by what they are: ``"neurons"``, ``"attention"`` entries, or ``"norms"`` of heads."""
 
-    def __init__(self, data: SitePairs) -> None:
-        self.data = data
+    site: str
+    kind: str
+
+    def values(self, tensor: Tensor, places: tuple[Tensor, ...]) -> Float[Tensor, "place unit"]:
+        """Every unit at some rows and positions."""
+        if self.kind == "attention":
+            return tensor.transpose(1, 2)[places].flatten(1)
+        found = tensor[places]
+        return found.norm(dim=-1) if self.kind == "norms" else found
+
+    def held(self, tensor: Tensor, places: tuple[Tensor, ...], low: Tensor, high: Tensor) -> Tensor:
+        """The same tensor with every unit there inside a range."""
+        found = self.values(tensor, places)
+        inside = torch.minimum(torch.maximum(found, low.to(found)), high.to(found))
+        if self.kind == "attention":
+            tensor.transpose(1, 2)[places] = inside.unflatten(1, (tensor.shape[1], tensor.shape[3]))
+        elif self.kind == "norms":
+            share = torch.where(found > 0, inside / found.clamp_min(torch.finfo(found.dtype).tiny), 1.0)
+            tensor[places] = tensor[places] * share[..., None]
+        else:
+            tensor[places] = inside
+        return tensor
+
+
+class UnitsBehind:
+    """The units behind the site of some pairs: read, and held inside a range, while the chosen entries have other values.
+
+    ``others`` are pairs at the same site, whose natural runs count as well.
+    """
+
+    def __init__(self, data: SitePairs, *others: SitePairs) -> None:
+        self.data, self.all = data, (data, *others)
         model, name = data.model, SiteName.parse(data.site)
-        self.sites: list[str] = []
-        if name.tower in model.towers and name.layer is not None:
-            order = list(model.engine.points)
-            inputs = data.parts[0].inputs
-            for block in model.towers[name.tower].blocks:
-                for branch in block.branches:
-                    site = f"{name.tower}.blocks.{block.layer}.{branch.inner}" if isinstance(branch, MLPBranch) else ""
-                    behind = site in order and order.index(site) > order.index(data.site)
-                    if behind and not model.is_dead(site, inputs):
-                        self.sites.append(site)
+        self.units: list[_Units] = []
+        if name.tower not in model.towers or name.layer is None:
+            return
+        order = list(model.engine.points)
+        inputs, even = data.parts[0].inputs, self._even()
+        for block in model.towers[name.tower].blocks:
+            for branch in block.branches:
+                for site, kind in _sites_of(branch, even):
+                    full = f"{name.tower}.blocks.{block.layer}.{site}"
+                    behind = full in order and order.index(full) > order.index(data.site)
+                    if behind and not model.is_dead(full, inputs):
+                        self.units.append(_Units(full, kind))
+
+    def _even(self) -> bool:
+        """Whether every run has the same positions, none of them padding."""
+        model = self.data.model
+        sizes = set()
+        for data in self.all:
+            for part in data.parts:
+                for inputs in (part.inputs, part.batch.other):
+                    maps = model.tokens(inputs)
+                    if not all(bool(tokens.present.all()) for tokens in maps.values()):
+                        return False
+                    sizes.add(tuple((tower, tokens.n_positions) for tower, tokens in maps.items()))
+        return len(sizes) == 1
 
     def __bool__(self) -> bool:
-        return bool(self.sites)
+        return bool(self.units)
 
-    def read(self, values: Float[Tensor, "entry d"]) -> Float[Tensor, "entry unit"]:
-        """Every unit at the chosen positions, per entry."""
+    @property
+    def sites(self) -> list[str]:
+        """Where the units are."""
+        return [one.site for one in self.units]
+
+    def natural(self) -> Float[Tensor, "place unit"]:
+        """Every unit at the chosen positions in the unedited runs of both sides."""
+        found = []
+        for data in self.all:
+            for part in data.parts:
+                for inputs in (part.inputs, part.batch.other):
+                    with torch.no_grad():
+                        _, values = data.model._values_at(data.model._checked(inputs), self.sites)
+                    if inputs is part.batch.other:
+                        values = {site: laid_values(data.model, part.batch, site, one) for site, one in values.items()}
+                    found.append(self._all_values(values, part.places))
+        return torch.cat(found)
+
+    def _all_values(self, values: Mapping[str, Tensor], places: tuple[Tensor, ...]) -> Float[Tensor, "place unit"]:
+        return torch.cat([one.values(values[one.site], places).double().cpu() for one in self.units], 1)
+
+    def read(self, values: Float[Tensor, "entry d"]) -> Float[Tensor, "place unit"]:
+        """Every unit at the chosen positions, where the entries have these values."""
         found = []
         for part in self.data.each():
             held: dict[str, Tensor] = {}
             watched = [edits.apply(site, _keep(held, site)) for site in self.sites]
             with torch.no_grad():
                 part.run([self.data.replacement(part, values[part.entries]), *watched])
-            found.append(torch.cat([held[site][self._places(part)].double().cpu() for site in self.sites], 1))
+            found.append(self._all_values(held, part.places))
         return torch.cat(found)
 
     def clamped(
         self, values: Float[Tensor, "entry d"], low: Float[Tensor, " unit"], high: Float[Tensor, " unit"]
     ) -> Float[Tensor, " example"]:
         """The logit difference (or metric) with every unit at the chosen positions held between ``low`` and ``high``."""
+        counts: list[int] = []
         found = []
         for part in self.data.each():
-            held, first = [self.data.replacement(part, values[part.entries])], 0
-            for site in self.sites:
-                width = self.data.model.towers[SiteName.parse(site).tower].cfg.d_mlp
-                ends = low[first : first + width], high[first : first + width]
-                held.append(edits.apply(site, _hold(self._places(part), *ends)))
-                first += width
+            made = [self.data.replacement(part, values[part.entries])]
+            counts = counts or self._counts(part)
+            ends = zip(low.split(counts), high.split(counts), strict=True)
+            made += [
+                edits.apply(one.site, _hold(one, part.places, *both))
+                for one, both in zip(self.units, ends, strict=True)
+            ]
             with torch.no_grad():
-                rows = self.data._rows(part.run(held), part.inputs, part.batch)
+                rows = self.data._rows(part.run(made), part.inputs, part.batch)
             found.append(self.data.outcome(part, rows).difference)
         return torch.cat(found)
 
-    @staticmethod
-    def _places(part: SiteBatch) -> tuple[Tensor, ...]:
-        return part.index[:2]
+    def _counts(self, part: SiteBatch) -> list[int]:
+        """How many units each site has."""
+        with torch.no_grad():
+            _, values = self.data.model._values_at(self.data.model._checked(part.inputs), self.sites)
+        return [one.values(values[one.site], part.places).shape[1] for one in self.units]
+
+
+def _sites_of(branch: Branch, even: bool) -> list[tuple[str, str]]:
+    """Where a branch has units, in the order of a run."""
+    if isinstance(branch, MLPBranch):
+        return [(branch.inner, "neurons")]
+    if not isinstance(branch, AttentionBranch):
+        return []
+    return [(f"{branch.name}.hook_pattern", "attention")] * even + [(branch.inner, "norms")]
 
 
 def _keep(held: dict[str, Tensor], site: str) -> Any:
@@ -146,11 +233,10 @@ def _keep(held: dict[str, Tensor], site: str) -> Any:
     return keep
 
 
-def _hold(places: tuple[Tensor, ...], low: Tensor, high: Tensor) -> Any:
-    """A function that holds the entries of a site at some places inside a range."""
+def _hold(units: _Units, places: tuple[Tensor, ...], low: Tensor, high: Tensor) -> Any:
+    """A function that holds the units of a site at some places inside a range."""
 
     def hold(value: Tensor, hook: Any) -> Tensor:
-        value[places] = torch.minimum(torch.maximum(value[places], low.to(value)), high.to(value))
-        return value
+        return units.held(value.clone(), places, low, high)
 
     return hold

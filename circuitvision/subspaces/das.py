@@ -2,17 +2,14 @@
 
 :class:`DAS` trains an orthonormal basis ``V`` of ``k`` columns so that base runs with ``h' = h_b + (h_s − h_b) V Vᵀ`` answer as the source would;
 :class:`BoundlessDAS` learns ``k`` as well. Training and held-out pairs share no group. A step costs what lies behind the site: each batch of pairs
-is a prepared run that is kept, and batches come in another order in every epoch.
-
-The loss is cross-entropy towards the counterfactual answer plus ``closeness · |(h' − m) V|²``, with ``m`` the mean natural activation of what the
-counterfactual answer is: interchange stays close to what natural runs hold.
+is a prepared run that is kept, see :mod:`circuitvision.subspaces.training` for the loss and its ``closeness``. With ``joint`` the basis is one over
+all chosen positions and heads of an example side by side, in that order; without it each position and head takes part by itself, in the same basis.
 
 What a trained subspace says is limited by what the same training finds where there is nothing: ``control=True`` fits the same class of maps on a
 re-initialised copy of the model and on permuted labels, and :attr:`DASResult.selectivity` is the interchange accuracy minus the larger of the two. A
 non-linear map (``map=``) is refused without it. Nothing is chosen on held-out pairs: of several seeds the one of the lowest training loss counts.
 
-Not covered: several sites at once, one basis over several positions or heads together (they share it entry by entry), counterfactuals of more than
-one source, choosing the site.
+Not covered: several sites at once (heads of one layer are one site), counterfactuals of more than one source, choosing the site.
 
 Sources: Geiger et al. 2023 (arXiv 2303.02536); Wu et al. 2023 (arXiv 2305.08809); Grant et al. 2026 on divergence; the non-linear representation
 dilemma (NeurIPS 2025) on controls.
@@ -20,11 +17,11 @@ dilemma (NeurIPS 2025) on controls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -33,14 +30,15 @@ from circuitvision import metrics
 from circuitvision.data import Pairs
 from circuitvision.errors import InputError, checked_seed
 from circuitvision.model.sites import SiteName
-from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 from circuitvision.statistics import wilson
 from circuitvision.subspaces import controls
-from circuitvision.subspaces.fitting import FittedBasis, fit_basis, fit_boundless
+from circuitvision.subspaces.fitting import FittedBasis, fit_basis, fit_boundless, train
+from circuitvision.subspaces.kept import KeptRun, kept_runs
 from circuitvision.subspaces.maps import interchanged_by
 from circuitvision.subspaces.pairs import Outcome, SiteBatch, SitePairs, checked_pairs
+from circuitvision.subspaces.training import Fit, Options, Schedule, apart, by_map, target_means
 
 SUBSPACE, FULL, RESIDUAL = "subspace", "full", "residual"
 REINITIALISED, PERMUTED = "re-initialised", "permuted labels"
@@ -77,6 +75,7 @@ class DASResult(Result):
     groups: list[Any] = field(default_factory=list)
     site: str = ""
     heads: list[int] = field(default_factory=list)
+    joint: bool = False
     k: int = 0
     boundary: Tensor = field(default_factory=lambda: torch.zeros(0))
     map_class: str = "linear"
@@ -142,10 +141,11 @@ class DAS:
     Attributes:
         k: how many dimensions.
         site: a site, or a component, of any tower.
-        positions, heads: which entries, as of :mod:`circuitvision.edits`; the basis is that of one entry, and all share it.
+        positions, heads: which entries, as of :mod:`circuitvision.edits`; the basis is that of one entry, and all share it, unless ``joint``.
         metric: where the output has no classes: what is compared, one number per example (see :class:`circuitvision.subspaces.SitePairs`).
         position: where the answer is read.
         map: in place of a rotation, a function of the width that makes an invertible map, such as :class:`circuitvision.subspaces.CouplingMap`.
+        joint: whether the chosen positions and heads of an example are one entry, side by side.
     """
 
     k: int
@@ -155,6 +155,7 @@ class DAS:
     metric: Any = None
     position: Any = "last"
     map: MapMaker | None = None
+    joint: bool = False
 
     name: ClassVar[str] = "DAS"
 
@@ -175,6 +176,8 @@ class DAS:
         align: Any = "kind",
         allow_wrong: bool = False,
         keep: bool = True,
+        save_to: str | Path | None = None,
+        resume: bool = False,
         progress: bool = True,
     ) -> DASResult:
         """Train on pairs and measure on held-out ones.
@@ -191,6 +194,7 @@ class DAS:
             align: how positions of the two sides are matched, see ``Pairs.batches``.
             allow_wrong: whether pairs that the model gets wrong may be among them.
             keep: whether prepared runs and activations of all batches are kept in memory.
+            save_to, resume: a folder in which every training run is kept at the end of each epoch, and continued from with ``resume=True``.
 
         Raises:
             InputError: before anything is trained: see :class:`circuitvision.subspaces.SitePairs`; more dimensions than training pairs or
@@ -202,46 +206,56 @@ class DAS:
             raise InputError(
                 "A non-linear map can make any network give any answer, so its accuracy alone says nothing: fit it with control=True."
             )
-        if epochs < 1 or batch_size < 1:
-            raise InputError(f"epochs={epochs} and batch_size={batch_size} are at least 1.")
+        options = Options(epochs, rate, closeness, reports, progress)
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size} is at least 1.")
         tried = [int(checked_seed(seed)) for seed in ([seeds] if isinstance(seeds, int) else seeds)]
-        train, test = controls.split(checked_pairs(pairs, self.metric), held_out, tried[0])
-        self._check_count(len(train))
+        if not tried:
+            raise InputError("There is no seed: give one, or several.")
+        learn, test = controls.split(checked_pairs(pairs, self.metric), held_out, tried[0])
+        self._check_count(len(learn))
         where = {
             "positions": self.positions, "heads": self.heads, "metric": self.metric, "position": self.position, "align": align,
+            "joint": self.joint,
         }  # fmt: skip
-        options = Options(epochs, rate, closeness, reports, progress)
 
         def both(model: Any, wrong: bool, permuted: int | None = None) -> tuple[SitePairs, SitePairs]:
             shared = {**where, "allow_wrong": wrong, "keep": keep}
-            first = SitePairs(model, train, self.site, batch_size=batch_size, permuted_labels=permuted, **shared)
+            first = SitePairs(model, learn, self.site, batch_size=batch_size, permuted_labels=permuted, **shared)
             try:
                 return first, SitePairs(model, test, self.site, **shared)
             except BaseException:
                 first.close()
                 raise
 
-        learned, held = both(model, allow_wrong)
-        with learned, held:
-            self._check_width(learned.width)
-            _check_positions_of(learned)
-            fits = [self._train(learned, held, seed, options) for seed in tried]
-            best = min(fits, key=lambda fit: fit.final_loss)
-            outcomes = {SUBSPACE: best.outcome(held), FULL: held.with_values([held.source])[0]}
-            found = _Measured(outcomes, held.clean(), held.counterfactual(), held.site, held.heads)
-        residual = residual_site(model, found.site)
-        if residual is not None:
-            with SitePairs(model, test, residual, **{**where, "heads": None}, allow_wrong=True, keep=keep) as beside:
-                outcomes[RESIDUAL] = beside.with_values([beside.source])[0]
-        accuracy: dict[str, Tensor] = {}
-        if control:
-            for name, other, seed in (
-                (REINITIALISED, controls.reinitialised(model, tried[0]), None), (PERMUTED, model, tried[0]),
-            ):  # fmt: skip
-                learned, held = both(other, True, seed)
-                with learned, held:
-                    accuracy[name] = self._train(learned, held, tried[0], options).outcome(held).accuracy
-        return self._result(model, pairs, train, test, fits, best, found, accuracy, tried)
+        told = {
+            "pairs": [learn.digest, test.digest], "search": [self.name, self],
+            "options": [epochs, rate, batch_size, closeness, reports, tried[0], align],
+        }  # fmt: skip
+        with kept_runs(save_to, resume, model, told) as folder:
+            learned, held = both(model, allow_wrong)
+            with learned, held:
+                self._check_width(learned.width)
+                _check_positions_of(learned)
+                fits = [self._train(learned, held, seed, options, folder.run(f"seed {seed}")) for seed in tried]
+                best = min(fits, key=lambda fit: fit.final_loss)
+                outcomes = {SUBSPACE: best.outcome(held), FULL: held.with_values([held.source])[0]}
+                found = _Measured(outcomes, held.clean(), held.counterfactual(), held.site, held.heads)
+            residual = residual_site(model, found.site)
+            if residual is not None:
+                beside_site = {**where, "heads": None, "joint": False, "allow_wrong": True, "keep": keep}
+                with SitePairs(model, test, residual, **beside_site) as beside:
+                    outcomes[RESIDUAL] = beside.with_values([beside.source])[0]
+            accuracy: dict[str, Tensor] = {}
+            if control:
+                for name, other, seed in (
+                    (REINITIALISED, controls.reinitialised(model, tried[0]), None), (PERMUTED, model, tried[0]),
+                ):  # fmt: skip
+                    learned, held = both(other, True, seed)
+                    with learned, held:
+                        fit = self._train(learned, held, tried[0], options, folder.run(name))
+                        accuracy[name] = fit.outcome(held).accuracy
+        return self._result(model, pairs, learn, test, fits, best, found, accuracy, tried)
 
     # -- training ------------------------------------------------------------------------------------------------------------------------------
 
@@ -255,21 +269,24 @@ class DAS:
         if self.k > width:
             raise InputError(f"{self.k} dimensions are more than the {width} coordinates of {self.site}.")
 
-    def train(self, learned: SitePairs, held: SitePairs, seed: int, options: Options) -> FittedBasis:
+    def train(
+        self, learned: SitePairs, held: SitePairs, seed: int, options: Options, kept: KeptRun | None = None
+    ) -> FittedBasis:
         """The basis trained on pairs that are prepared at the site, see :meth:`fit`."""
-        return self._train(learned, held, seed, options).fitted
+        return self._train(learned, held, seed, options, kept).fitted
 
-    def _train(self, learned: SitePairs, held: SitePairs, seed: int, options: Options) -> _Fit:
-        """One training run."""
-        schedule = _Schedule(learned, held, seed, options)
-        means = None if options.closeness == 0 else _target_means(learned)
+    def _train(
+        self, learned: SitePairs, held: SitePairs, seed: int, options: Options, kept: KeptRun | None = None
+    ) -> Fit:
+        """One training run, continued where it was kept."""
+        schedule = Schedule(learned, held, seed, options, kept)
+        means = None if options.closeness == 0 else target_means(learned)
 
         def loss(part: SiteBatch, edit: Any, columns: Tensor) -> Tensor:
             rows = learned._rows(part.run([edit]), part.inputs, part.batch)
             found = learned.loss(part, rows)
             if means is not None:
-                gap = part.source - means[part.entries].to(part.source)
-                found = found + options.closeness * (gap.float() @ columns).square().sum(1).mean()
+                found = found + options.closeness * apart(part.source.float(), means[part.entries], columns)
             return found
 
         with schedule:
@@ -277,7 +294,7 @@ class DAS:
                 return self._train_map(learned, seed, schedule, loss)
             return self._train_basis(learned, seed, schedule, loss)
 
-    def _train_basis(self, learned: SitePairs, seed: int, schedule: _Schedule, loss: Any) -> _Fit:
+    def _train_basis(self, learned: SitePairs, seed: int, schedule: Schedule, loss: Any) -> Fit:
         def objective(basis: Tensor, step: int) -> Tensor:
             part = schedule.part(step)
             return loss(part, learned.projection(part, basis), basis)
@@ -285,35 +302,32 @@ class DAS:
         device = learned.model.device
         fitted = fit_basis(
             objective, learned.width, self.k, steps=schedule.steps, rate=schedule.options.rate, seed=seed, device=device,
-            report=lambda step, _, basis: schedule.report(step, lambda held: held.under(basis)),
+            report=lambda step, _, basis: schedule.report(step, lambda held: held.under(basis)), kept=schedule.kept,
         )  # fmt: skip
-        return _Fit(fitted, schedule.reported, fitted.basis.numel())
+        return Fit(fitted, schedule.reported, fitted.basis.numel())
 
-    def _train_map(self, learned: SitePairs, seed: int, schedule: _Schedule, loss: Any) -> _Fit:
+    def _train_map(self, learned: SitePairs, seed: int, schedule: Schedule, loss: Any) -> Fit:
         assert self.map is not None
         device = learned.model.device
         found = self.map(learned.width).to(device)
-        optimizer = torch.optim.Adam(found.parameters(), lr=schedule.options.rate)
-        losses = []
-        for step in range(schedule.steps):
+
+        def objective(step: int) -> Tensor:
             part = schedule.part(step)
-            with torch.enable_grad():
-                values = interchanged_by(found, part.base.float(), part.source.float(), self.k)
-                number = loss(part, learned.replacement(part, values), torch.zeros(learned.width, 1, device=device))
-                optimizer.zero_grad(set_to_none=True)
-                number.backward()
-                optimizer.step()
-            optimizer.param_groups[0]["lr"] = schedule.options.rate * (1 - (step + 1) / schedule.steps)
-            losses.append(float(number.detach()))
-            schedule.report(step, lambda held: _by_map(held, found, self.k))
+            values = interchanged_by(found, part.base.float(), part.source.float(), self.k)
+            return loss(part, learned.replacement(part, values), torch.zeros(learned.width, 1, device=device))
+
+        losses = train(
+            found, objective, schedule.steps, schedule.options.rate, kept=schedule.kept,
+            after=lambda step, _: schedule.report(step, lambda held: by_map(held, found, self.k)),
+        )  # fmt: skip
         empty = FittedBasis(torch.zeros(0, 0), torch.tensor(losses, dtype=torch.float64))
         count = sum(one.numel() for one in found.parameters())
-        return _Fit(empty, schedule.reported, count, lambda held: _by_map(held, found, self.k))
+        return Fit(empty, schedule.reported, count, lambda held: by_map(held, found, self.k))
 
     # -- the result ----------------------------------------------------------------------------------------------------------------------------
 
     def _result(
-        self, model: Any, pairs: Pairs, train: Pairs, test: Pairs, fits: list[_Fit], best: _Fit, found: _Measured,
+        self, model: Any, pairs: Pairs, learn: Pairs, test: Pairs, fits: list[Fit], best: Fit, found: _Measured,
         accuracy: dict[str, Tensor], seeds: list[int],
     ) -> DASResult:  # fmt: skip
         outcomes = list(found.outcomes.values())
@@ -337,10 +351,11 @@ class DAS:
             seeds=seeds,
             control=torch.stack(list(accuracy.values())) if accuracy else torch.zeros(0),
             controls=list(accuracy),
-            train=list(train.numbers),
+            train=list(learn.numbers),
             groups=[] if test.groups is None else list(test.groups),
             site=found.site,
             heads=list(found.heads or ()),
+            joint=self.joint,
             k=self.k if self.map is not None else best.fitted.k,
             boundary=torch.zeros(0) if boundary is None else boundary,
             map_class="linear" if self.map is None else getattr(self.map, "__name__", type(self.map).__name__),
@@ -362,7 +377,7 @@ class BoundlessDAS(DAS):
 
     name: ClassVar[str] = "BoundlessDAS"
 
-    def _train_basis(self, learned: SitePairs, seed: int, schedule: _Schedule, loss: Any) -> _Fit:
+    def _train_basis(self, learned: SitePairs, seed: int, schedule: Schedule, loss: Any) -> Fit:
         def objective(basis: Tensor, mask: Tensor, step: int) -> Tensor:
             part = schedule.part(step)
             change = (part.source - part.base).to(basis)
@@ -372,20 +387,9 @@ class BoundlessDAS(DAS):
         fitted = fit_boundless(
             objective, learned.width, self.k, steps=schedule.steps, rate=schedule.options.rate, penalty=self.penalty,
             temperature=self.temperature, seed=seed, device=learned.model.device,
-            report=lambda step, _, basis: schedule.report(step, lambda held: held.under(basis)),
+            report=lambda step, _, basis: schedule.report(step, lambda held: held.under(basis)), kept=schedule.kept,
         )  # fmt: skip
-        return _Fit(fitted, schedule.reported, fitted.basis.numel() + 1)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a basis is trained."""
-
-    epochs: int
-    rate: float
-    closeness: float
-    reports: int
-    progress: bool
+        return Fit(fitted, schedule.reported, fitted.basis.numel() + 1)
 
 
 @dataclass(frozen=True)
@@ -395,91 +399,6 @@ class _Measured:
     counterfactual: Outcome
     site: str
     heads: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """One training run: its basis (or what acts in place of one), and the held-out accuracy on the way, by epoch."""
-
-    fitted: FittedBasis
-    reported: dict[int, float]
-    n_parameters: int
-    act: Callable[[SitePairs], Outcome] | None = None
-
-    @property
-    def final_loss(self) -> float:
-        """The mean training loss of the last tenth of the steps."""
-        return float(self.fitted.loss[-max(1, len(self.fitted.loss) // 10) :].mean())
-
-    def outcome(self, held: SitePairs) -> Outcome:
-        """What held-out runs give under it."""
-        return held.under(self.fitted.columns) if self.act is None else self.act(held)
-
-
-class _Schedule:
-    """Which batch comes in which step, and when held-out pairs are asked."""
-
-    def __init__(self, learned: SitePairs, held: SitePairs, seed: int, options: Options) -> None:
-        self.learned, self.held, self.options = learned, held, options
-        self.batches = len(learned.parts)
-        self.steps = options.epochs * self.batches
-        self.reported: dict[int, float] = {}
-        asked = np.linspace(0, options.epochs, max(options.reports, 1) + 1)[1:]
-        self.epochs = {max(1, round(float(epoch))) for epoch in asked}
-        self._rng = np.random.default_rng(seed)
-        self._order: list[int] = []
-        self._bar = Progress(self.steps, "DAS", options.progress)
-        self._one: Iterator[SiteBatch] | None = None
-
-    def __enter__(self) -> _Schedule:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.__exit__(*error)
-        self._let_go()
-
-    def _let_go(self) -> None:
-        if self._one is not None:
-            self._one.close()  # type: ignore[attr-defined]
-            self._one = None
-
-    def part(self, step: int) -> SiteBatch:
-        """The batch of a step; where runs are not kept, with a run of its own until the next step."""
-        if step % self.batches == 0:
-            self._order = self._rng.permutation(self.batches).tolist()
-        part = self.learned.parts[self._order[step % self.batches]]
-        if part.run is None or self._one is not None:
-            self._let_go()
-            self._one = self.learned.running(part)
-            next(self._one)
-        return part
-
-    def report(self, step: int, act: Callable[[SitePairs], Outcome]) -> None:
-        """Count a step; at the end of some epochs, the held-out accuracy."""
-        self._bar.advance()
-        epoch, rest = divmod(step + 1, self.batches)
-        if rest == 0 and epoch in self.epochs:
-            self.reported[epoch] = float(act(self.held).accuracy.mean())
-            self._bar.describe(f"DAS, {self.reported[epoch]:.1%} of held-out pairs")
-
-
-def _by_map(held: SitePairs, map: nn.Module, k: int) -> Outcome:
-    device = held.model.device
-    with torch.no_grad():
-        values = interchanged_by(map, held.base.float().to(device), held.source.float().to(device), k)
-    return held.with_values([values.cpu()])[0]
-
-
-def _target_means(learned: SitePairs) -> Float[Tensor, "entry d"]:
-    """For every entry the mean natural activation (of both sides) where what is told is its counterfactual answer."""
-    own, target = learned.labels()
-    natural, labels = torch.cat([learned.base, learned.source]), [*own, *target]
-    labels_of = [labels[int(n)] for n in learned.example] + [target[int(n)] for n in learned.example]
-    sums: dict[Any, Tensor] = {}
-    for label in dict.fromkeys(labels_of):
-        sums[label] = natural[torch.tensor([one == label for one in labels_of])].mean(0)
-    return torch.stack([sums[target[int(n)]] for n in learned.example])
 
 
 def _check_positions_of(learned: SitePairs) -> None:

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from circuitvision.errors import InputError, checked_seed
+from circuitvision.subspaces.kept import KeptRun
 
 Report = Callable[[int, float, Tensor], None]
 """Called after each step with its number, its loss, and the basis then."""
 SMALLEST = 1e-3
 """The smallest boundary, as a share of the columns."""
+_MODULE, _ADAM, _LOSS, _RECORDS = "module.", "adam.", "loss", "records"
 
 
 @dataclass(frozen=True)
@@ -82,27 +84,30 @@ def fit_basis(
     dtype: torch.dtype = torch.float32,
     device: Any = "cpu",
     report: Report | None = None,
+    kept: KeptRun | None = None,
 ) -> FittedBasis:
-    """Minimise ``objective(basis, step)`` over orthonormal bases ``[d k]``.
+    """Minimise ``objective(basis, step)`` over orthonormal bases ``[d k]``; ``kept`` is where its state is kept and continued from.
 
     Raises:
         InputError: more dimensions than coordinates, no steps, an objective that is no number or does not depend on the basis.
     """
-    return _fit(OrthonormalBasis(d, k, seed, dtype, device), objective, steps, rate, report)
+    held = OrthonormalBasis(d, k, seed, dtype, device)
 
+    def after(step: int, loss: float) -> None:
+        if report is not None:
+            report(step, loss, held.weight.detach())
 
-def _fit(
-    held: OrthonormalBasis, objective: Callable[[Tensor, int], Tensor], steps: int, rate: float, report: Report | None
-) -> FittedBasis:
-    losses = []
-    with torch.enable_grad():
-        optimizer, decay = _optimizer(held, steps, rate)
-        for step in range(steps):
-            losses.append(_step(optimizer, objective(held.weight, step)))
-            decay.step()
-            if report is not None:
-                report(step, losses[-1], held.weight.detach())
+    losses = train(held, lambda step: objective(held.weight, step), steps, rate, after=after, kept=kept)
     return FittedBasis(held.weight.detach().clone(), torch.tensor(losses, dtype=torch.float64))
+
+
+class _Bounded(nn.Module):
+    """A basis and how many of its columns count."""
+
+    def __init__(self, basis: OrthonormalBasis, start: float, dtype: torch.dtype, device: Any) -> None:
+        super().__init__()
+        self.basis = basis
+        self.boundary = nn.Parameter(torch.tensor(float(start), dtype=dtype, device=device))
 
 
 def fit_boundless(
@@ -120,31 +125,37 @@ def fit_boundless(
     dtype: torch.dtype = torch.float32,
     device: Any = "cpu",
     report: Report | None = None,
+    kept: KeptRun | None = None,
 ) -> FittedBasis:
     """Minimise ``objective(basis, mask, step) + penalty · b`` over bases ``[d columns]`` and the boundary ``b``, see the module.
 
     ``temperature`` is annealed geometrically from the first to the second; ``start`` is the first boundary. Raises InputError as :func:`fit_basis`.
     """
     count = d if columns is None else columns
-    held = OrthonormalBasis(d, count, seed, dtype, device)
-    boundary = nn.Parameter(torch.tensor(float(start), dtype=dtype, device=device))
-    losses, found = [], []
-    with torch.enable_grad():
-        optimizer, decay = _optimizer(held, steps, rate, {"params": [boundary], "lr": boundary_rate})
-        for step in range(steps):
-            heat = temperature[0] * (temperature[1] / temperature[0]) ** (step / max(steps - 1, 1))
-            share = boundary.clamp(SMALLEST, 1.0)
-            places = torch.arange(count, dtype=dtype, device=boundary.device) + 0.5
-            mask = torch.sigmoid((share * count - places) / heat)
-            losses.append(_step(optimizer, objective(held.weight, mask, step) + penalty * share))
-            with torch.no_grad():
-                boundary.clamp_(SMALLEST, 1.0)
-            decay.step()
-            found.append(float(boundary.detach()))
-            if report is not None:
-                report(step, losses[-1], held.weight.detach()[:, : int(hardened(count, found[-1]).sum())])
+    held = _Bounded(OrthonormalBasis(d, count, seed, dtype, device), start, dtype, device)
+    boundary, found = held.boundary, Records()
+
+    def loss(step: int) -> Tensor:
+        heat = temperature[0] * (temperature[1] / temperature[0]) ** (step / max(steps - 1, 1))
+        share = boundary.clamp(SMALLEST, 1.0)
+        places = torch.arange(count, dtype=dtype, device=boundary.device) + 0.5
+        mask = torch.sigmoid((share * count - places) / heat)
+        return objective(held.basis.weight, mask, step) + penalty * share
+
+    def after(step: int, value: float) -> None:
+        with torch.no_grad():
+            boundary.clamp_(SMALLEST, 1.0)
+        found.append(float(boundary.detach()))
+        if report is not None:
+            report(step, value, held.basis.weight.detach()[:, : int(hardened(count, found[-1]).sum())])
+
+    groups: list[dict[str, Any]] = [
+        {"params": list(held.basis.parameters())},
+        {"params": [boundary], "lr": boundary_rate},
+    ]
+    losses = train(held, loss, steps, rate, groups=groups, after=after, kept=kept, records=found)
     return FittedBasis(
-        held.weight.detach().clone(),
+        held.basis.weight.detach().clone(),
         torch.tensor(losses, dtype=torch.float64),
         torch.tensor(found, dtype=torch.float64),
     )
@@ -157,16 +168,76 @@ def hardened(columns: int, boundary: float) -> Float[Tensor, " column"]:
     return mask
 
 
-def _optimizer(
-    held: nn.Module, steps: int, rate: float, *others: dict[str, Any]
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """Adam over all parameters, with the rate decayed linearly to 0; other groups keep theirs."""
+class Records(list[float]):
+    """A number of every step, which is kept with the state of a training run."""
+
+
+def train(
+    held: nn.Module,
+    objective: Callable[[int], Tensor],
+    steps: int,
+    rate: float,
+    *,
+    groups: list[dict[str, Any]] | None = None,
+    after: Callable[[int, float], None] | None = None,
+    kept: KeptRun | None = None,
+    records: Records | None = None,
+) -> list[float]:
+    """Minimise ``objective(step)`` by Adam over a module's parameters, with the rate decayed linearly to 0, and return the loss of every step.
+
+    ``groups`` are parameter groups in place of one, of which the first decays. ``after(step, loss)`` is called behind every step. What ``kept``
+    holds is continued.
+    """
     if steps < 1 or not (rate > 0 and math.isfinite(rate)):
         raise InputError(f"Training takes at least one step and a rate above 0, not {steps} and {rate}.")
-    optimizer = torch.optim.Adam([{"params": list(held.parameters())}, *others], lr=rate)
-    falling = [lambda step: max(1.0 - step / steps, 0.0), *[lambda _: 1.0] * len(others)]
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, falling)
-    return optimizer, decay
+    optimizer = torch.optim.Adam(groups or [{"params": list(held.parameters())}], lr=rate)
+    losses, own = Records(), [] if records is None else records
+    kept = kept or KeptRun()
+    first = _continued(kept, held, optimizer, losses, own)
+    with torch.enable_grad():
+        for step in range(first, steps):
+            optimizer.param_groups[0]["lr"] = rate * (1.0 - step / steps)
+            losses.append(_step(optimizer, objective(step)))
+            if after is not None:
+                after(step, losses[-1])
+            if kept.path is not None and ((step + 1) % kept.every == 0 or step + 1 == steps):
+                kept.write(_state(held, optimizer, losses, own), step + 1)
+    return losses
+
+
+def _state(
+    held: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float], records: list[float]
+) -> dict[str, Tensor]:
+    """Everything that the next step depends on."""
+    found = {f"{_MODULE}{name}": value for name, value in held.state_dict().items()}
+    for number, slots in optimizer.state_dict()["state"].items():
+        found |= {f"{_ADAM}{number}.{name}": torch.as_tensor(value) for name, value in slots.items()}
+    return found | {
+        _LOSS: torch.tensor(losses, dtype=torch.float64),
+        _RECORDS: torch.tensor(records, dtype=torch.float64),
+    }
+
+
+def _continued(
+    kept: KeptRun, held: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float], records: list[float]
+) -> int:
+    """Put what was kept into its place; how many steps are done."""
+    there = kept.read()
+    if there is None:
+        return 0
+    tensors, step = there
+    held.load_state_dict(
+        {name.removeprefix(_MODULE): value for name, value in tensors.items() if name.startswith(_MODULE)}
+    )
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith(_ADAM):
+            number, _, slot = name.removeprefix(_ADAM).partition(".")
+            slots.setdefault(int(number), {})[slot] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    losses += tensors[_LOSS].tolist()
+    records += tensors[_RECORDS].tolist()
+    return step
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:

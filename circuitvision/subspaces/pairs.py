@@ -2,7 +2,8 @@
 
 The *base* run is the clean side, the *source* run the corrupt one; the counterfactual answer is the foil. Every batch of pairs is one prepared run
 that starts at the site, so a run under an edit, and a step of training, costs what lies behind it. The chosen entries (positions and heads) of the
-site are rows ``[entry d]``: of one position they are the examples.
+site are rows ``[entry d]``: of one position they are the examples. With ``joint`` all chosen positions and heads of an example are one entry, side
+by side (positions, and heads within a position), so that a basis may mix them.
 
 What is read off a run, per example, is an :class:`Outcome`. With answers: the logit difference of answer and foil, whether the foil is highest of all
 classes (interchange accuracy), and whether it is above the answer (two-way). With a metric of its own (regression, actions, hidden states): its
@@ -39,6 +40,7 @@ from circuitvision.model.positions import Positions
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random, refuse_unwrapped
 from circuitvision.progress import track
+from circuitvision.subspaces.bases import interchanged
 from circuitvision.subspaces.controls import permuted
 
 GROUPS = 8
@@ -81,12 +83,21 @@ class SiteBatch:
     @property
     def base(self) -> Float[Tensor, "entry d"]:
         """The base run's entries."""
-        return self.values[self.index]
+        return self._entries(self.values)
 
     @property
     def source(self) -> Float[Tensor, "entry d"]:
         """The source run's entries."""
-        return self.moved[self.index]
+        return self._entries(self.moved)
+
+    def _entries(self, values: Tensor) -> Tensor:
+        return values[self.index].reshape(len(self.example), -1)
+
+    @property
+    def places(self) -> tuple[Tensor, ...]:
+        """Rows and positions of the chosen entries, each once, in their order."""
+        told = torch.stack(self.index[:2], 1).tolist()
+        return tuple(torch.tensor(list(dict.fromkeys(map(tuple, told))), device=self.index[0].device).T)
 
 
 class SitePairs:
@@ -112,13 +123,14 @@ class SitePairs:
         allow_wrong: bool = False,
         keep: bool = True,
         permuted_labels: int | None = None,
+        joint: bool = False,
         progress: bool = False,
     ) -> None:
         refuse_unwrapped(model)
         self.model, self.pairs, self.metric = model, checked_pairs(pairs, metric), metric
         refuse_random(model.module, "Subspace interchange")
         self.site, self.heads = _site(model, site, heads)
-        self.position, self.size, self.align, self.keep = position, batch_size, align, keep
+        self.position, self.size, self.align, self.keep, self.joint = position, batch_size, align, keep, joint
         check_answers(pairs, model)
         check_lengths(pairs, model, align)
         self.positions = Positions.of(positions)
@@ -161,6 +173,8 @@ class SitePairs:
             part.first, part.entries = count, slice(entries, entries + len(part.example))
             count, entries = count + len(batch), entries + len(part.example)
             self.parts.append(part)
+            if part.base.shape[1] != self.parts[0].base.shape[1]:
+                raise InputError(_uneven(self.site))
         self.base = torch.cat([part.base.detach() for part in self.parts]).double()
         self.source = torch.cat([part.source.detach() for part in self.parts]).double()
         self.example = torch.cat([part.example + part.first for part in self.parts])
@@ -242,6 +256,11 @@ class SitePairs:
             heads = torch.tensor(self._numbers_of_heads(name))
             example = example.repeat_interleave(len(heads))
             index = (*(one.repeat_interleave(len(heads)) for one in index), heads.repeat(len(index[0])))
+        if self.joint:
+            if len(set(torch.bincount(example, minlength=len(batch)).tolist())) > 1:
+                raise InputError(_uneven(self.site))
+            order = example.argsort(stable=True)
+            index, example = tuple(one[order] for one in index), torch.arange(len(batch))
         return tuple(one.to(model.device) for one in index), example
 
     def _numbers_of_heads(self, name: SiteName) -> list[int]:
@@ -280,13 +299,15 @@ class SitePairs:
 
     def projection(self, part: SiteBatch, basis: Tensor) -> edits.Edit:
         """The interchange inside the span of a basis, of one batch."""
+        if self.joint:
+            return self.replacement(part, interchanged(part.base.double(), part.source.double(), basis))
         moved = part.moved.to(self.model.device)
         return edits.project(self.site, basis, moved, positions=part.positions, heads=self.heads)
 
     def replacement(self, part: SiteBatch, entries: Float[Tensor, "entry d"]) -> edits.Edit:
         """The edit that gives the chosen entries of a batch these values."""
         values = part.values.to(self.model.device)
-        whole = values.index_put(part.index, entries.to(values))
+        whole = values.index_put(part.index, entries.to(values).reshape(-1, values.shape[-1]))
         return edits.replace(self.site, whole, positions=part.positions, heads=self.heads)
 
     def under(self, basis: Tensor) -> Outcome:
@@ -411,6 +432,10 @@ class SitePairs:
         edges = torch.quantile(values, torch.linspace(0, 1, bins + 1, dtype=values.dtype)[1:-1])
         numbers = torch.bucketize(values, edges).tolist()
         return numbers[: self.n_examples], numbers[self.n_examples :]
+
+
+def _uneven(site: str) -> str:
+    return f"Jointly, every example needs as many chosen positions of {site} as the others: give such positions, or joint=False."
 
 
 def checked_pairs(pairs: Any, metric: Any) -> Pairs:

@@ -16,6 +16,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -33,8 +34,10 @@ from circuitvision.subspaces import controls as control_runs
 from circuitvision.subspaces import illusion as il
 from circuitvision.subspaces.bases import orthonormal
 from circuitvision.subspaces.behind import UnitsBehind, readers_of
-from circuitvision.subspaces.das import DAS, DASResult, Options, residual_site
+from circuitvision.subspaces.das import DAS, DASResult, residual_site
+from circuitvision.subspaces.kept import KeptRuns, kept_runs
 from circuitvision.subspaces.pairs import Outcome, SitePairs, checked_pairs
+from circuitvision.subspaces.training import Options
 
 CLEAN, SOURCE, BEFORE, AFTER = "clean", "source run", "residual stream before", "residual stream after"
 SHUFFLED, REDRAWN = "shuffled labels", "random weights"
@@ -137,6 +140,7 @@ def illusion_report(
     train: Pairs | None = None,
     positions: Any = None,
     heads: Any = None,
+    joint: bool = False,
     metric: Any = None,
     position: Any = "last",
     n_random: int = 20,
@@ -150,6 +154,8 @@ def illusion_report(
     allow_wrong: bool = False,
     keep: bool = True,
     seed: int = 0,
+    save_to: str | Path | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> IllusionReport:
     """Is a variable mediated in this direction or subspace, or is the output only controllable from it?
@@ -162,12 +168,14 @@ def illusion_report(
         readers: what reads the site, see :mod:`circuitvision.subspaces.behind`; None: the site's own branch, or everything.
         train: pairs that directions and controls come from; None: half of ``pairs``, by groups (of a trained subspace its own training pairs).
         positions, heads, metric, position, align, allow_wrong, keep: as of :class:`DAS`.
+        joint: whether positions and heads of an example are one entry, as of :class:`DAS`; a trained subspace says it by itself.
         n_random: random subspaces of each kind.
         controls: whether the same training is run on shuffled labels, and with the component's weights drawn anew; ``epochs`` and ``rate`` are its.
         units: whether units behind the site are watched.
         thresholds: of the flags.
         batch_size: how many pairs run at once; None: by memory.
         seed: of random subspaces, splits and controls.
+        save_to, resume: a folder for the training of controls, as of :meth:`DAS.fit`.
 
     Raises:
         InputError: before anything long runs: see :class:`SitePairs`; a basis without full rank or of another width; more dimensions than pairs that
@@ -183,12 +191,22 @@ def illusion_report(
         )
     shared = {
         "positions": positions, "heads": heads, "metric": metric, "position": position, "align": align, "allow_wrong": allow_wrong, "keep": keep,
+        "joint": joint or (isinstance(direction, DASResult) and direction.joint),
     }  # fmt: skip
-    with Progress(4 + 2 * controls, "illusion report", progress) as bar:
+    options = Options(epochs, rate, 0.0, 1, False)
+    told = {
+        "pairs": [learn.digest, test.digest], "search": ["illusion_report", site, basis.shape[1], shared], "options": [epochs, rate, seed],
+    }  # fmt: skip
+    with (
+        kept_runs(save_to, resume, model, told) as folder,
+        Progress(4 + 2 * controls, "illusion report", progress) as bar,
+    ):
         with SitePairs(model, learn, site, batch_size=batch_size, **shared) as learned:
             if learned.width != len(basis):
                 raise InputError(f"The basis has {len(basis)} coordinates, {learned.site} has {learned.width}.")
-            matrix, called = readers_of(model, learned.site, learned.heads, readers)
+            matrix, called = readers_of(model, learned.site, learned.heads, readers, **_laid(learned))
+            if matrix is not None and len(matrix) != learned.width:
+                raise InputError(f"readers read {len(matrix)} coordinates, {learned.site} has {learned.width}.")
             directions = _Directions.of(learned)
             bar.advance()
             with SitePairs(model, test, site, batch_size=batch_size, **shared) as held:
@@ -196,7 +214,7 @@ def illusion_report(
                 component = _component(held, learned, directions, matrix, runs.scale, units)
                 bar.advance()
                 trained, outcomes = (
-                    _controls(model, learn, held, site, basis.shape[1], shared, epochs, rate, seed, bar)
+                    _controls(model, learn, held, site, basis.shape[1], shared, options, folder, seed, bar)
                     if controls
                     else ({}, {})
                 )
@@ -241,6 +259,14 @@ def illusion_report(
         train=list(learn.numbers),
         groups=[] if test.groups is None else list(test.groups),
     )  # fmt: skip
+
+
+def _laid(data: SitePairs) -> dict[str, Any]:
+    """How many positions an entry holds, and whether heads stand side by side in it."""
+    return {
+        "joint": data.joint,
+        "places": len(data.parts[0].places[0]) // len(data.parts[0].batch) if data.joint else 1,
+    }
 
 
 def _two_sets(pairs: Pairs, direction: Any, train: Pairs | None, seed: int) -> tuple[Pairs, Pairs]:
@@ -330,7 +356,7 @@ def _component(
         for side in data.labels():
             labels += [side[int(number)] for number in data.example]
     told = held.labels()[1]
-    watched = UnitsBehind(held) if units else None
+    watched = UnitsBehind(held, learned) if units else None
     sign = -_signs(held) if held.metric is not None else torch.ones(held.n_examples, dtype=torch.float64)
     clean = held.clean().difference
 
@@ -341,22 +367,23 @@ def _component(
     return il.Component(
         held.base, held.source, lambda values: values[:, 0], directions.gradient, readers=readers, example=held.example,
         sign=_signs(held)[held.example], natural=natural, labels=labels, targets=[told[int(number)] for number in held.example],
-        units=watched.read if watched else None, clamped=clamped if watched else None, scale=scale, difference=directions.difference,
+        units=watched.read if watched else None, natural_units=watched.natural() if watched else None, clamped=clamped if watched else None,
+        scale=scale, difference=directions.difference,
         changes=directions.changes, target_gradients=directions.by_target,
     )  # fmt: skip
 
 
 def _controls(
-    model: Any, learn: Pairs, held: SitePairs, site: Any, k: int, shared: dict[str, Any], epochs: int, rate: float, seed: int, bar: Progress,
+    model: Any, learn: Pairs, held: SitePairs, site: Any, k: int, shared: dict[str, Any], options: Options, folder: KeptRuns, seed: int,
+    bar: Progress,
 ) -> tuple[dict[str, Tensor], dict[str, Outcome]]:  # fmt: skip
     """A basis trained on shuffled labels, and what one trained with the component's weights drawn anew does there."""
-    search = DAS(k, site, **{name: shared[name] for name in ("positions", "heads", "metric", "position")})
-    options = Options(epochs, rate, 0.0, 1, False)
+    search = DAS(k, site, **{name: shared[name] for name in ("positions", "heads", "metric", "position", "joint")})
     wrong = {**shared, "allow_wrong": True}
     with SitePairs(model, learn, site, batch_size=20, permuted_labels=seed, **wrong) as learned:
-        shuffled = search.train(learned, held, seed, options).columns
+        shuffled = search.train(learned, held, seed, options, folder.run(SHUFFLED)).columns
     bar.advance()
-    if readers_of(model, held.site, held.heads)[0] is None:
+    if readers_of(model, held.site, held.heads, **_laid(held))[0] is None:
         # No component writes the stream alone, so there is none to draw anew.
         return {SHUFFLED: shuffled}, {}
     other = control_runs.reinitialised(model, seed, held.site)
@@ -364,7 +391,7 @@ def _controls(
         SitePairs(other, learn, site, batch_size=20, **wrong) as learned,
         SitePairs(other, held.pairs, site, **wrong) as there,
     ):
-        redrawn = there.under(search.train(learned, there, seed, options).columns)
+        redrawn = there.under(search.train(learned, there, seed, options, folder.run(REDRAWN)).columns)
         base = there.clean().difference
     bar.advance()
     # Its effect is that on its own base run, told on the scale of the model's own.
@@ -380,7 +407,7 @@ def _anchors(model: Any, test: Pairs, site: str, shared: dict[str, Any]) -> dict
     before = after.replace("hook_resid_post", "hook_resid_pre")
     found = {}
     for name, place in ((BEFORE, before), (AFTER, after)):
-        options = {**shared, "heads": None, "allow_wrong": True}
+        options = {**shared, "heads": None, "joint": False, "allow_wrong": True}
         if not model.is_dead(place):
             with SitePairs(model, test, place, **options) as beside:
                 found[name] = beside.with_values([beside.source])[0]

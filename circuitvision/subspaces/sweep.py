@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,9 +28,11 @@ from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 from circuitvision.subspaces import controls as control_runs
-from circuitvision.subspaces.das import DAS, Options
+from circuitvision.subspaces.das import DAS
+from circuitvision.subspaces.kept import kept_runs
 from circuitvision.subspaces.pairs import SitePairs, checked_pairs
 from circuitvision.subspaces.report import SourceShare
+from circuitvision.subspaces.training import Options
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +86,14 @@ def subspace_sweep(
     align: Any = "kind",
     allow_wrong: bool = False,
     keep: bool = True,
+    joint: bool = False,
+    save_to: str | Path | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> SubspaceSweep:
     """Train a subspace of every size at every site of one tower (a glob or names), and measure it and the whole site on held-out pairs.
+
+    ``joint`` is as of :class:`DAS`, ``save_to`` and ``resume`` as of :meth:`DAS.fit`.
 
     Raises:
         InputError: as of :meth:`DAS.fit`; sites of several towers, outside blocks, or none that can reach the output.
@@ -97,6 +105,9 @@ def subspace_sweep(
             "A sweep of subspaces is over sites in the blocks of one tower: give 'TOWER.blocks.*.SITE', or a list of such."
         )
     sizes = [ks] if isinstance(ks, int) else list(ks)
+    if not sizes or min(sizes) < 1:
+        raise InputError(f"ks={ks!r} is no number of dimensions: give 1 or more, or several such.")
+    options = Options(epochs, rate, 0.0, 1, False)
     train, test = control_runs.split(checked_pairs(pairs, metric), held_out, seed)
     if max(sizes) > len(train):
         raise InputError(f"{max(sizes)} dimensions are more than the {len(train)} training pairs.")
@@ -115,9 +126,16 @@ def subspace_sweep(
         "align": align,
         "allow_wrong": allow_wrong,
         "keep": keep,
+        "joint": joint,
     }
-    options = Options(epochs, rate, 0.0, 1, False)
-    with Progress(len(names) * len(sizes), "subspaces", progress) as bar:
+    told = {
+        "pairs": [train.digest, test.digest], "search": ["subspace_sweep", positions, metric, position, align, joint],
+        "options": [epochs, rate, batch_size, seed],
+    }  # fmt: skip
+    with (
+        kept_runs(save_to, resume, model, told) as folder,
+        Progress(len(names) * len(sizes), "subspaces", progress) as bar,
+    ):
         for site, name in zip(names, parsed, strict=True):
             if site in dead:
                 continue
@@ -129,7 +147,8 @@ def subspace_sweep(
                 runs = SourceShare(held)
                 whole = held.with_values([held.source])[0]
                 for number, k in enumerate(sizes):
-                    outcome = held.under(DAS(k, site, metric=metric).train(learned, held, seed, options).columns)
+                    kept = folder.run(f"{site} {k}")
+                    outcome = held.under(DAS(k, site, metric=metric).train(learned, held, seed, options, kept).columns)
                     for column, one in enumerate((outcome, whole)):
                         effects[(*place, number, column)] = runs.oriented(one) / runs.scale
                         accuracy[(*place, number, column)] = one.accuracy

@@ -135,27 +135,104 @@ def test_the_stream_has_no_kernel_and_chosen_heads_have_one() -> None:
         readers_of(model, STREAM, None, torch.zeros(3))
 
 
-def test_units_held_where_they_are_change_nothing_and_held_at_the_base_undo_the_edit() -> None:
+UNITS = ("mlp.hook_post", "attn.hook_pattern", "attn.hook_z")
+
+
+def test_units_held_where_they_are_change_nothing_and_held_at_zero_are_ablated() -> None:
     model, pairs = pairs_of("vit", answers=[0] * 4, foils=[1] * 4)
     with SitePairs(model, pairs, "vision.blocks.0.hook_mlp_out", positions=0, allow_wrong=True, batch_size=3) as data:
         units = UnitsBehind(data)
-        assert units.sites
-        assert all(site.startswith("vision.blocks.") and int(site.split(".")[2]) > 0 for site in units.sites)
+        assert {site.split(".", 3)[3] for site in units.sites} == set(UNITS)
+        assert all(int(site.split(".")[2]) > 0 for site in units.sites)
         values = units.read(data.source)
         free = data.with_values([data.source])[0].difference
         wide = torch.full((values.shape[1],), 1e9, dtype=DOUBLE)
-        torch.testing.assert_close(units.clamped(data.source, -wide, wide), free)
+        # Eager attention takes its softmax in float32.
+        torch.testing.assert_close(units.clamped(data.source, -wide, wide), free, rtol=1e-5, atol=1e-6)
         zero = torch.zeros(values.shape[1], dtype=DOUBLE)
         wanted = []
         for batch in pairs.batches(model, 3):
             moved = model.run_with_cache(batch.other, names_filter=data.site)[1][data.site].detach()
-            held = [edits.ablate(site, "zero", positions=0) for site in units.sites]
+            # Attention rows of zeros change nothing more where every z there is 0.
+            held = [edits.ablate(site, "zero", positions=0) for site in units.sites if "pattern" not in site]
             out = model.run(batch.inputs, [edits.replace(data.site, moved, positions=0), *held])
             wanted.append(logit_diff(0, 1)(out, batch.inputs).detach())
-        torch.testing.assert_close(units.clamped(data.source, zero, zero), torch.cat(wanted))
-        natural = units.read(data.base)
-        cache = model.run_with_cache(data.parts[0].inputs, names_filter=units.sites)[1]
-        torch.testing.assert_close(natural[:3], torch.cat([cache[site][:, 0] for site in units.sites], 1).detach())
+        torch.testing.assert_close(units.clamped(data.source, zero, zero), torch.cat(wanted), rtol=1e-5, atol=1e-6)
+
+
+def test_units_are_neurons_attention_entries_and_norms_of_heads_of_natural_runs() -> None:
+    model, pairs = pairs_of("vit", answers=[0] * 4, foils=[1] * 4)
+    with SitePairs(model, pairs, "vision.blocks.0.hook_mlp_out", positions=0, allow_wrong=True, batch_size=3) as data:
+        units = UnitsBehind(data)
+        wanted = []
+        for part in data.parts:
+            for inputs in (part.inputs, part.batch.other):
+                cache = model.run_with_cache(inputs, names_filter=units.sites)[1]
+                found = []
+                for site in units.sites:
+                    value = cache[site].detach()
+                    if site.endswith("pattern"):
+                        found.append(value[:, :, 0].flatten(1))
+                    else:
+                        found.append(value[:, 0] if site.endswith("post") else value[:, 0].norm(dim=-1))
+                wanted.append(torch.cat(found, 1))
+        natural = units.natural()
+        torch.testing.assert_close(natural, torch.cat(wanted))
+        base = [rows for number, rows in enumerate(wanted) if number % 2 == 0]
+        # Eager attention takes its softmax in float32.
+        torch.testing.assert_close(units.read(data.base), torch.cat(base), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("attention", 0.05), ("norms", 0.2), ("neurons", 0.1)])
+def test_one_kind_of_unit_is_held_as_plain_pytorch_would(kind: str, size: float) -> None:
+    """The oracle: the first layer behind the site, its unit's value written into the run by hand."""
+    model, pairs = pairs_of("vit", answers=[0] * 4, foils=[1] * 4)
+    with SitePairs(model, pairs, "vision.blocks.0.hook_mlp_out", positions=0, allow_wrong=True) as data:
+        units = UnitsBehind(data)
+        units.units = [one for one in units.units if one.kind == kind][:1]
+        site = units.sites[0]
+        free = units.read(data.source)
+        low, high = torch.zeros(free.shape[1], dtype=DOUBLE), torch.full((free.shape[1],), size, dtype=DOUBLE)
+        assert bool((free > high).any())
+        (part,) = data.parts
+
+        def write(value: torch.Tensor, hook: Any) -> torch.Tensor:
+            value = value.clone()
+            if kind == "attention":
+                value[:, :, 0] = value[:, :, 0].clamp(0, size)
+            elif kind == "norms":
+                length = value[:, 0].norm(dim=-1, keepdim=True)
+                value[:, 0] = value[:, 0] / length * length.clamp(0, size)
+            else:
+                value[:, 0] = value[:, 0].clamp(0, size)
+            return value
+
+        out = model.run_with_hooks(
+            part.inputs,
+            fwd_hooks=[(data.site, lambda value, hook: part.moved.where(place(value), value)), (site, write)],
+        )
+        wanted = logit_diff(0, 1)(out, part.inputs).detach()
+        torch.testing.assert_close(units.clamped(data.source, low, high), wanted)
+
+
+def place(value: torch.Tensor) -> torch.Tensor:
+    """Where the first position is."""
+    found = torch.zeros(value.shape[:2], dtype=torch.bool)
+    found[:, 0] = True
+    return found[..., None]
+
+
+def test_attention_entries_are_left_out_where_positions_differ_from_run_to_run() -> None:
+    model, _ = pairs_of("llava-clip-llama", answers=[0] * 4, foils=[1] * 4)
+    from tests.sweeps.drawing import inputs_of
+
+    clean, corrupt = (inputs_of("llava-clip-llama", DOUBLE, 3, "left", 1, seed) for seed in (0, 1))
+    pairs = cv.data.Pairs(inputs=clean, corrupt_inputs=corrupt, answers=0, foils=1)
+    with SitePairs(model, pairs, "language.blocks.0.hook_mlp_out", positions="last", allow_wrong=True) as data:
+        units = UnitsBehind(data)
+        kinds = {one.kind for one in units.units}
+        assert kinds == {"neurons", "norms"}
+        assert len(units.natural()) == 2 * len(pairs)
 
 
 @pytest.mark.parametrize(

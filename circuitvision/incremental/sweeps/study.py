@@ -151,19 +151,13 @@ class Study:
 
     def told(self) -> dict[str, Any]:
         """What must be equal for the numbers to be equal, by name."""
-        state = provenance.describe_model(self.model)
-        weights, versions = state.pop("weights_sha256"), state.pop("versions")
-        state.pop("model_id")
         base = self._base_told()
-        return {
-            "weights": weights,
-            "model": of_json(state),
+        return provenance.told_of_model(self.model) | {
             "inputs": self._data_sha256(),
             "edits": of_json(self._edits_told()),
             **({"base": of_json(base)} if base else {}),
             # Parts hold one row per metric, without names: their order belongs to the study.
             "metrics": of_json([self.metrics.names, plain(self.metrics)]),
-            "versions": {name: found for name, found in versions.items() if name != "python"},
         }
 
     def result(self) -> SweepResult:
