@@ -106,6 +106,7 @@ _CLASSES = {
     "model.packing.batching": "Entries",
     "model.patches": "Frame PatchEmbedding",
     "model.positions": "Positions",
+    "model.run_functions": "Generated",
     "model.regions": "Area HighNorm Region",
     "model.selection": "Selection",
     "model.slots": "SlotGradients",

@@ -31,6 +31,10 @@ class ActionDim(Metric):
         """The same metric with the tokens by which ``model`` says actions, if it does."""
         return dataclasses.replace(super().bind(model), bins=self.bins or getattr(model, "action_values", None) or None)
 
+    def of_marked(self) -> ActionDim:
+        """The same metric of an output that holds the actions themselves, unless tokens say them."""
+        return dataclasses.replace(super().of_marked(), bins=None)
+
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """One coordinate of the action, per example."""
         logits = as_output(logits)

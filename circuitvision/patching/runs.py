@@ -16,6 +16,8 @@ from circuitvision.errors import InputError
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.base import Edit
 from circuitvision.model.packing import laid_out
+from circuitvision.model.run_functions import RunFunction, checked_run, values_of_passes
+from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
     from circuitvision.incremental.sweeps.stream import DataStudy
@@ -65,7 +67,10 @@ class RunBatch:
 class Runs:
     """A base run that is edited and a source run whose values it takes."""
 
+    model: Any
     metrics: MetricSet
+    run: RunFunction | None = None
+    """What one run is; None: one forward pass."""
     fixed_positions: Mapping[str, Sequence[int]]
     """The positions of each site that edits name by number, which every example must have; empty where none does."""
 
@@ -73,8 +78,17 @@ class Runs:
         """Inputs of the base run, of some examples at least."""
         raise NotImplementedError
 
+    def passes(self, names: Sequence[str]) -> dict[str, int]:
+        """How often each site runs, as the base run of some examples shows."""
+        if self.run is None:
+            return dict.fromkeys(names, 1)
+        of_tower = {SiteName.parse(name).tower: name for name in names}
+        with torch.no_grad():
+            _, found = values_of_passes(self.model, self.run, self.first_inputs(), list(of_tower.values()))
+        return {name: len(found[of_tower[SiteName.parse(name).tower]]) for name in names}
+
     def sources(self, names: Sequence[str]) -> dict[str, Any]:
-        """What an edit takes as the source run's values at each site."""
+        """What an edit takes as the source run's values at each site; a list where a run has several passes."""
         raise NotImplementedError
 
     def holds(self, names: Sequence[str]) -> dict[str, Any]:
@@ -112,8 +126,9 @@ def two_runs(
     mode: str,
     align: Any = "kind",
     size: int | None = None,
+    run: RunFunction | None = None,
 ) -> Runs:
-    """The two runs of pairs, or of ``clean`` and ``corrupt`` inputs.
+    """The two runs of pairs, or of ``clean`` and ``corrupt`` inputs; ``run`` says what a run is, as of ``model.sweep``.
 
     Raises:
         InputError: neither or both given, no metric, an unknown mode, inputs of different shapes.
@@ -125,24 +140,28 @@ def two_runs(
     if metric is None:
         raise InputError("No metric was given: a metric, its name ('logit_diff'), or a mapping of several.")
     given = MetricSet.of(metric)
+    checked_run(run)
     if pairs is None and clean is not None and corrupt is not None:
         clean, corrupt = laid_out(model, clean), laid_out(model, corrupt)
         check_same_shapes(clean, corrupt)
-        return InputRuns(model, given.bind(model), clean, corrupt, mode)
+        bound = given.bind(model)
+        return InputRuns(model, bound if run is None else bound.of_marked(), clean, corrupt, mode, run)
     if pairs is None or clean is not None or corrupt is not None:
         raise InputError("Give pairs (cv.data.Pairs), or the inputs of both runs: clean=… and corrupt=….")
     if not (hasattr(pairs, "clean") and hasattr(pairs, "corrupt")):
         raise InputError(
             f"A {type(pairs).__name__} is no data set of pairs: give cv.data.Pairs, or inputs as clean=… and corrupt=…."
         )
-    return PairRuns(model, given, pairs, mode, align, size)
+    return PairRuns(model, given, pairs, mode, align, size, run)
 
 
 class InputRuns(Runs):
     """Two runs whose inputs are in memory."""
 
-    def __init__(self, model: Any, metrics: MetricSet, clean: Any, corrupt: Any, mode: str) -> None:
-        self.model, self.metrics, self.mode = model, metrics, mode
+    def __init__(
+        self, model: Any, metrics: MetricSet, clean: Any, corrupt: Any, mode: str, run: RunFunction | None = None
+    ) -> None:
+        self.model, self.metrics, self.mode, self.run = model, metrics, mode, run
         self.both = (clean, corrupt)
         self.base_inputs, self.source_inputs = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
         self.fixed_positions = {}
@@ -157,16 +176,23 @@ class InputRuns(Runs):
         """The values of the source run; its metric is read on the way."""
         with torch.no_grad():
             cache: Any = {}
-            if names:
+            if self.run is not None:
+                output, cache = values_of_passes(self.model, self.run, self.source_inputs, names)
+            elif names:
                 output, cache = self.model.run_with_cache(self.source_inputs, names_filter=list(names))
             else:
                 output = self.model(self.source_inputs)
             if self.mode == "denoise":
                 self.metrics = self.metrics.against(output)
             elif self.metrics.compares:
-                self.metrics = self.metrics.against(self.model(self.base_inputs))
+                self.metrics = self.metrics.against(self._output(self.base_inputs))
             self.source = self.metrics(output, self.source_inputs)
         return {name: cache[name] for name in names}
+
+    def _output(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The output of an unedited run."""
+        found: Tensor = self.model(inputs) if self.run is None else self.run(self.model, inputs, [])
+        return found
 
     def holds(self, names: Sequence[str]) -> dict[str, Any]:
         """The values of the base run."""
@@ -180,9 +206,10 @@ class InputRuns(Runs):
         several = self.metrics.several
         if not groups:
             with torch.no_grad():
-                base = self.metrics(self.model(self.base_inputs), self.base_inputs)
+                base = self.metrics(self._output(self.base_inputs), self.base_inputs)
             return Measured(base[:, None][:, :0], base, self.source, list(range(base.shape[1])))
         metric = dict(self.metrics.members) if several else self.metrics.members[""]
+        options = options if self.run is None else {**options, "run": self.run}
         swept = self.model.sweep(self.base_inputs, list(groups), metric, **options)
         values, base = (swept.values, swept.clean) if several else (swept.values[None], swept.clean[None])
         return Measured(values, base, self.source, list(range(base.shape[1])))
@@ -206,9 +233,18 @@ class InputRuns(Runs):
 class PairRuns(Runs):
     """The two sides of pairs, in batches."""
 
-    def __init__(self, model: Any, metrics: MetricSet, pairs: Any, mode: str, align: Any, size: int | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        metrics: MetricSet,
+        pairs: Any,
+        mode: str,
+        align: Any,
+        size: int | None,
+        run: RunFunction | None = None,
+    ) -> None:
         self.model, self.metrics, self.pairs, self.mode = model, metrics, pairs, mode
-        self.align, self.size = align, size
+        self.align, self.size, self.run = align, size, run
         self.base, self.origin = (pairs.corrupt, pairs.clean) if mode == "denoise" else (pairs.clean, pairs.corrupt)
         self.fixed_positions = {}
 
@@ -250,7 +286,7 @@ class PairRuns(Runs):
             groups,
             self.metrics,
             None,
-            Options(**options),
+            Options(**options, run=self.run),
             self.size,
             self.align,
             source=self.origin,
