@@ -158,6 +158,7 @@ _CLASSES = {
     "readout.weights.value_vectors": "ValueVectors",
     "results": "Result",
     "steering.clusters": "ValueVectorClusters",
+    "steering.directions": "Direction",
     "steering.injection": "InjectionResult",
     "steering.neurons": "NeuronSet",
     "steering.prompts": "PromptConditions",
