@@ -156,9 +156,15 @@ def values_of_passes(
 
     Raises:
         HookError: a site that the run never reached.
+        InputError: runs that lend no values.
     """
     if not sites:
         return run(model, inputs, []), {}
+    if not getattr(run, "lends", True):
+        raise InputError(
+            f"Runs of {NamedFunction.of(run).__name__} see different things after their first step, so that they lend each other no values: patch "
+            "one run of the policy (run=act), or measure edits that take no values from another run."
+        )
     recorder, names = Recorder(), frozenset(sites)
     with model.engine.registered(Registration(recorder=recorder, recorded=names, exact=names)):
         output = run(model, inputs, [])

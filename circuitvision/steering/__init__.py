@@ -18,7 +18,7 @@ from circuitvision.steering.injection import InjectionResult, inject
 from circuitvision.steering.neurons import NeuronSet, promoting_neurons, random_neurons
 from circuitvision.steering.prompts import PromptConditions, prompt_conditions, reworded
 from circuitvision.steering.response import SteeringResponse, steering_response
-from circuitvision.steering.rollouts import ClosedLoop, closed_loop
+from circuitvision.steering.rollouts import ClosedLoop, Rollouts, closed_loop, rollouts
 
 __all__ = [
     "ClosedLoop",
@@ -26,6 +26,7 @@ __all__ = [
     "InjectionResult",
     "NeuronSet",
     "PromptConditions",
+    "Rollouts",
     "SteeringResponse",
     "Transfer",
     "ValueVectorClusters",
@@ -37,6 +38,7 @@ __all__ = [
     "random_directions",
     "random_neurons",
     "reworded",
+    "rollouts",
     "steering_direction",
     "steering_response",
     "transfer",
