@@ -29,6 +29,7 @@ from circuitvision.model.edits.base import Edit
 from circuitvision.model.edits.binding import EditCompiler, as_groups
 from circuitvision.model.gradients import Metric, with_gradients
 from circuitvision.model.registrations import Hook, HookPoint, Recorder, Registration
+from circuitvision.model.run_functions import RunFunction
 from circuitvision.model.sites import NamesFilter, SiteName, exact_names
 from circuitvision.model.weights import check_gradients
 from circuitvision.model.wrapped import RunLog, Wrapped
@@ -316,6 +317,7 @@ class HookedModel(Wrapped):
         example_batch: int | None = None,
         align: Any = "kind",
         base: Sequence[Edit] = (),
+        run: RunFunction | None = None,
     ) -> SweepResult:
         """``metric`` under each edit, or group of edits, one at a time; only what an edit can change is computed.
 
@@ -335,6 +337,10 @@ class HookedModel(Wrapped):
         ``values`` equal ``[metric(model.run(inputs, [*base, *group])) for group in groups]``: each group costs what its own edits can change. They
         act after the base's, and may set what it changed.
 
+        ``run`` says what one run is: None, a forward pass, or a function ``(model, inputs, edits)`` that returns what the metric reads, such as
+        :func:`circuitvision.steering.act` (the actions that all denoising steps make, of which ``steps`` of edits name some). It runs whole for each
+        group of edits, without a base; values of the other side of a data set are those of the same pass.
+
         ``save_to`` is a folder in which every finished batch is kept: whatever ends the run, the same call with ``resume=True`` runs the rest only,
         to the same bits (see :mod:`circuitvision.incremental.sweeps.store`).
 
@@ -344,7 +350,7 @@ class HookedModel(Wrapped):
         """
         from circuitvision.incremental.sweeps.study import Options, Study
 
-        options = Options(batch_size, partial, empty, progress, save_to, resume)
+        options = Options(batch_size, partial, empty, progress, save_to, resume, run)
         if hasattr(inputs, "batches"):
             from circuitvision.incremental.sweeps.stream import DataStudy
 

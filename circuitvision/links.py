@@ -44,6 +44,19 @@ def check_probable(link: Link, columns: int, what: str = "prob") -> None:
         )
 
 
+def check_ranked(link: Link, columns: int, what: str) -> None:
+    """Raise InputError where the columns of an output are no classes of which one can be ahead of the others."""
+    if link == "none":
+        raise InputError(
+            f"This model's output is no scores of classes (regression, actions or hidden states), so there is no {what}: read its numbers, "
+            "metrics.logit(column) or metrics.logit_diff(column, other column)."
+        )
+    if columns == 1:
+        raise InputError(
+            f"An output of one column has no other class, so there is no {what}: read metrics.logit(0), or of a yes or no metrics.prob(0)."
+        )
+
+
 def log_probabilities(logits: Tensor, link: Link) -> Tensor:
     """The log-probability of every column, in nats; InputError where there is none."""
     check_probable(link, logits.shape[-1], "log-probability")

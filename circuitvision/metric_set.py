@@ -61,6 +61,10 @@ class MetricSet:
         """The same metrics for some of ``count`` examples."""
         return self._each(lambda metric: metric.take(examples, count) if isinstance(metric, metrics.Metric) else metric)
 
+    def of_marked(self) -> MetricSet:
+        """The same metrics, which take from each output itself what its numbers are: it need not be what the model's head gives."""
+        return self._each(lambda metric: metric.of_marked() if isinstance(metric, metrics.Metric) else metric)
+
     def _each(self, change: Any) -> MetricSet:
         return MetricSet({name: change(metric) for name, metric in self.members.items()}, self.several)
 

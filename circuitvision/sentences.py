@@ -247,7 +247,7 @@ def _say_steers(found: Finding) -> str:
     about = found.about
     said = f"{found.value:+.2g}".replace("-", "\N{MINUS SIGN}")
     moved = f"{about['set']} moves {about['metric']} by {said} per {about['unit']}"
-    beside = "" if found.chance is None else f", {about['draws']} random sets by {found.chance:.2g} at most"
+    beside = "" if found.chance is None else f", {about['draws']} {about['controls']} by {found.chance:.2g} at most"
     if found.holds is not False:
         return f"{moved}{beside}"
     return f"No clear steering by {about['set']}: {said} per {about['unit']}{beside} ({found.reason})"

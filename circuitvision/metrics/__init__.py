@@ -19,7 +19,7 @@ last digits. Not covered: answers of several tokens.
 
 from __future__ import annotations
 
-from circuitvision.metrics.actions import ActionDim, action_dim
+from circuitvision.metrics.actions import ActionDim, Success, action_dim, success
 from circuitvision.metrics.answers import (
     Accuracy,
     InterchangeAccuracy,
@@ -71,6 +71,7 @@ __all__ = [
     "Position",
     "Prob",
     "Rank",
+    "Success",
     "Transfer",
     "TransferCoefficient",
     "accuracy",
@@ -97,6 +98,7 @@ __all__ = [
     "rank",
     "restored_error",
     "restored_share",
+    "success",
     "takes_inputs",
     "transfer",
     "transfer_coefficient",

@@ -1,4 +1,4 @@
-"""Metrics of an action: one of its coordinates."""
+"""Metrics of an action, one of its coordinates, and of an episode, whether it succeeds."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ class ActionDim(Metric):
     def bind(self, model: Any, answers: Any = None, foils: Any = None, combine: str | None = None) -> ActionDim:
         """The same metric with the tokens by which ``model`` says actions, if it does."""
         return dataclasses.replace(super().bind(model), bins=self.bins or getattr(model, "action_values", None) or None)
+
+    def of_marked(self) -> ActionDim:
+        """The same metric of an output that holds the actions themselves, unless tokens say them."""
+        return dataclasses.replace(super().of_marked(), bins=None)
 
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """One coordinate of the action, per example."""
@@ -74,3 +78,33 @@ def action_dim(dim: int, step: int | None = 0) -> ActionDim:
     to dimension ``dim``: at its last position if it ends with ``dim`` action tokens. Methods learn from the model which tokens those are.
     """
     return ActionDim(name=f"action_dim({dim}, step={'mean' if step is None else step})", dim=dim, step=step)
+
+
+@dataclass(frozen=True, eq=False)
+class Success(Metric):
+    """See :func:`success`."""
+
+    units = "share"
+    function = "success"
+
+    def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
+        """1 where the episode succeeds, else 0, per episode."""
+        logits = as_output(logits)
+        told = logits[:, -1, -1] if logits.ndim == 3 and logits.shape[-1] == 3 else None
+        if told is None or not bool(((told == 0) | (told == 1)).all()):
+            raise InputError(
+                f"Success is read off episodes [episode time 3], not off an output of shape {list(logits.shape)}: say what one run is, "
+                "run=cv.steering.rollouts(starts)."
+            )
+        return told
+
+
+def success() -> Success:
+    """1 where an episode in closed loop ends with success, else 0; its mean is the success rate.
+
+    An episode is no forward pass: it is what ``circuitvision.steering.rollouts(starts)`` makes of one run, given as ``run=``.
+
+    Raises:
+        InputError: when called: an output that is no episode.
+    """
+    return Success(name="success")

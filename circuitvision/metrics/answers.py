@@ -11,7 +11,7 @@ from torch import Tensor
 
 from circuitvision.answers import Answer, contrast, ids_of_rows, pick, short
 from circuitvision.errors import InputError
-from circuitvision.links import log_probabilities, probabilities
+from circuitvision.links import check_ranked, log_probabilities, probabilities
 from circuitvision.metrics.base import Metric
 from circuitvision.metrics.position import Position
 
@@ -82,6 +82,7 @@ class Rank(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """1 plus how many classes score strictly higher than the answer, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
+        check_ranked(self._link(logits), rows.shape[-1], "rank")
         if self.combine == "joint" and answer.shape[1] > 1:
             raise InputError(
                 "The joint value of several tokens has no rank among single classes: combine='first' or 'mean'."
@@ -103,6 +104,7 @@ class Accuracy(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """1 where no other class scores as high as the answer (as any of its tokens), else 0, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
+        check_ranked(self._link(logits), rows.shape[-1], "accuracy")
         best = pick(rows, answer, "best")
         beaten = (_without(rows, answer) >= best[:, None]).any(dim=-1)
         return (~beaten & ~best.isnan()).to(rows.dtype)
@@ -136,6 +138,7 @@ class Margin(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """How far the answer is ahead of the best other class, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
+        check_ranked(self._link(logits), rows.shape[-1], "margin")
         return pick(rows, answer, "best") - _without(rows, answer).max(-1).values
 
 
@@ -155,6 +158,7 @@ class InterchangeAccuracy(Metric):
     def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """1 where the output gives the source's answer, else 0, per example."""
         rows, answer = self._chosen(logits, self.answer, inputs)
+        check_ranked(self._link(logits), rows.shape[-1], "accuracy")
         foil = ids_of_rows(self.foil, rows)
         wanted, other = (answer, foil) if self.toward == "answer" else (foil, answer)
         best = pick(rows, wanted, "best")

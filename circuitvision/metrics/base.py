@@ -75,6 +75,10 @@ class Metric:
         changes |= {"tokens": model.tokens} if position_of(self.position).is_named else {}
         return dataclasses.replace(self, link=self.link or getattr(model, "link", None), **changes)
 
+    def of_marked(self: MetricType) -> MetricType:
+        """The same metric, which takes from each output itself what its numbers are (see :mod:`circuitvision.links`), not from the model's head."""
+        return dataclasses.replace(self, link=None)
+
     def against(self: MetricType, output: Tensor) -> MetricType:
         """The same metric; one that compares with another run, and was given none, compares with this output."""
         return self

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from circuitvision.digests import NamedFunction, of_tensor
 from circuitvision.errors import InputError
-from circuitvision.metrics.actions import ActionDim
+from circuitvision.metrics.actions import ActionDim, Success, success
 from circuitvision.metrics.answers import (
     Accuracy,
     InterchangeAccuracy,
@@ -86,6 +86,7 @@ _KINDS: dict[str, type[Metric]] = {
         Margin,
         Prob,
         Rank,
+        Success,
         TransferCoefficient,
     )
 }
@@ -103,6 +104,7 @@ NAMES: dict[str, Callable[[], Metric]] = {
         kl,
         js,
         action_distance,
+        success,
     )
 }
 """The metrics that a name stands for; answers come from a data set, the reference from the run compared with."""

@@ -6,6 +6,7 @@ Whole cells: ``activation_patch``, its estimates from gradients ``attribution_pa
 
 from __future__ import annotations
 
+from circuitvision.model.run_functions import Generated, generated
 from circuitvision.patching.activation import (
     PatchingResult,
     activation_patch,
@@ -51,6 +52,7 @@ __all__ = [
     "CausalTrace",
     "ConditionalEffects",
     "Dividends",
+    "Generated",
     "InteractionResult",
     "Knockout",
     "ModulationResult",
@@ -62,6 +64,7 @@ __all__ = [
     "agreement",
     "attribution_patch",
     "causal_trace",
+    "generated",
     "interactions",
     "knockout",
     "modulate",

@@ -12,8 +12,14 @@ they do not add up where pieces back each other up. They are a ratio of means an
 would decide; where the two runs do not differ (within two standard errors) there is no share: NaN, with a warning.
 
 Every cell is a group of ``edits.replace`` (of neurons ``edits.project``), and all cells are one ``model.sweep``: only what a cell can change is
-computed. Pairs run in batches, their positions matched by kind. Not covered: tensors of different shapes given as ``clean=`` and ``corrupt=`` (make
-them Pairs).
+computed. Pairs run in batches, their positions matched by kind.
+
+A policy that denoises (not to be confused with ``mode="denoise"``) runs its action tower once per denoising step, and the axis ``"step"`` patches
+them one at a time: what a site held in that step of the source run goes into the same step of the base run, and the metric reads the actions that
+come out at the end. Pairs start both runs from the same noise. What runs once before (the prefix) is step 0, and acts on every denoising step through
+its keys and values. Runs of several passes are whole runs, group by group.
+
+Not covered: tensors of different shapes given as ``clean=`` and ``corrupt=`` (make them Pairs); tokens said in the source run.
 
 Reference: Wang et al. 2022 (arXiv 2211.00593); Zhang and Nanda 2023 (arXiv 2309.16042) on the two modes and on what to divide by.
 """
@@ -22,7 +28,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,9 +40,10 @@ from circuitvision.errors import InputError, warn
 from circuitvision.metrics.effects import fldd, flip_layer, restored_share
 from circuitvision.model.edits.base import EditGroup, by_digest
 from circuitvision.model.edits.writes import width_of
+from circuitvision.model.run_functions import RunFunction, act, described_run, refuse_still
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random, refuse_unwrapped
-from circuitvision.patching.cells import Grid, neuron_groups
+from circuitvision.patching.cells import Grid, neuron_groups, step_groups
 from circuitvision.patching.runs import two_runs
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
@@ -144,6 +151,8 @@ def activation_patch(
     regions: Mapping[str, Any] | None = None,
     neurons: Any = None,
     window: int | str = 1,
+    steps: Any = None,
+    run: RunFunction | None = None,
     clean: Mapping[str, Any] | None = None,
     corrupt: Mapping[str, Any] | None = None,
     align: Any = "kind",
@@ -161,12 +170,17 @@ def activation_patch(
         metric: a metric, its name, or a mapping of several (see :mod:`circuitvision.metrics`); answers are the pairs' where it has none.
         sites: a glob or names, for example ``"vision.blocks.*.attn.hook_z"``.
         axes: ``"layer"``, ``"site"`` (of sites outside blocks, or of several kinds beside ``"layer"``) or both, then ``"head"``, ``"position"`` or
-            ``"region"``, and ``"neurons"`` as wanted. What is not an axis is patched whole: ``("layer", "head")`` patches all positions of one head.
+            ``"region"``, ``"neurons"`` and ``"step"`` as wanted. What is not an axis is patched whole: ``("layer", "head")`` patches all positions of
+            one head.
             Sites of several towers add the axis ``"tower"``.
         mode: ``"denoise"`` or ``"noise"``.
         regions: of the axis ``"region"``, labels and the positions they stand for, in any spelling (``{"object": regions["box"], "last": "last"}``).
         neurons: of the axis ``"neurons"``, groups of coordinates of the sites: a list of them, a mapping with labels, or how many equal runs.
         window: layers patched together in the cell of one: how many around it (ROME patches 10), ``"up to"`` it or ``"from"`` it on.
+        steps: of the axis ``"step"``, passes by number and ``"all"`` for all at once, or a mapping of labels to several (``{"early": (0, 1)}``);
+            None is each alone.
+        run: what one run is: None, one forward pass, or with the axis ``"step"`` :func:`circuitvision.steering.act`; else a function
+            ``(model, inputs, edits)``, as of ``model.sweep``. Without the axis every pass is patched.
         clean, corrupt: in place of pairs, the inputs of the two runs, of the same shapes.
         allow_wrong: whether the clean runs may give other answers than the pairs say, see :mod:`circuitvision.patching.clean_answers`.
         save_to, resume: a folder for finished parts, and whether to continue what it holds, see ``model.sweep``.
@@ -174,22 +188,31 @@ def activation_patch(
 
     Raises:
         InputError: dropout in training mode, runs that do not fit together, axes the site does not have, several kinds of site on one axis, an
-            unknown mode or window, regions or neurons without their axis, sites that cannot reach the output, pairs whose clean runs do not give the
-            answer.
+            unknown mode or window, regions, neurons or steps without their axis, a step that is not there, sites that cannot reach the output, pairs
+            whose clean runs do not give the answer.
         UnknownSiteError: ``sites`` matches nothing.
+        UnsupportedModelError: steps of a model that does not act.
     """
     refuse_unwrapped(model)
     refuse_random(model.module, "Patching")
     names = matching_sites(model, sites)
     grid = grid_of(model, names, axes, regions, neurons, window)
-    runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch, allow_wrong)
+    if steps is not None and "step" not in axes:
+        raise InputError("The axis 'step' and steps= belong together: steps= says what the axis holds.")
+    if "step" in axes and run is None:
+        refuse_still(model)
+        run = act
+    runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch, allow_wrong, run)
     first = runs.first_inputs()
     dead = dead_sites(model, names, first)
     held = {name: model.positions(name, first) for name in names} if "position" in axes else {}
     without = [name for name, positions in held.items() if not positions]
     if without:
         raise InputError(f"{without[0]} has no positions in this model; leave 'position' out of axes.")
-    labels, cells = grid.laid_out(head_counts(model, names) if "head" in axes else {}, held)
+    passes = runs.passes(names) if "step" in axes else {}
+    if passes:
+        grid = replace(grid, steps=step_groups(steps, max(passes.values())))
+    labels, cells = grid.laid_out(head_counts(model, names) if "head" in axes else {}, held, passes)
     sources = runs.sources(names)
     runs.fixed_positions = held
     patches = [(cell, cell.patch(sources, dead)) for cell in cells]
@@ -208,7 +231,12 @@ def activation_patch(
         values=values if runs.metrics.several else values[0],
         axes={**runs.metrics.axis, **labels, "example": measured.examples},
         provenance=describe(
-            model, method=f"activation_patch(mode={mode})", metric=runs.metrics, sites=grid.kind, **runs.described()
+            model,
+            method=f"activation_patch(mode={mode})",
+            metric=runs.metrics,
+            sites=grid.kind,
+            **described_run(run),
+            **runs.described(),
         ),
         base=measured.base if runs.metrics.several else measured.base[0],
         source=measured.source if runs.metrics.several else measured.source[0],

@@ -1,9 +1,10 @@
 """The cells of a patching grid: every combination of the labels of some axes, and the edits that patch it.
 
-Axes: ``layer``, ``site``, ``head``, ``position``, ``region``, ``neurons``, and ``tower`` where sites of several towers match. What is not an axis is
-patched whole. A ``window`` makes a layer's cell stand for several layers patched together; the label stays the layer's.
+Axes: ``layer``, ``site``, ``head``, ``position``, ``region``, ``neurons``, ``step``, and ``tower`` where sites of several towers match. What is no
+axis is patched whole: all heads, all positions, every pass. A ``window`` makes a layer's cell stand for several layers patched together; the label
+stays the layer's. A step is a pass of a site's tower in a run of several: a denoising step of an action tower, 0 of what runs once before them.
 
-Not covered: passes of a generation or a policy (``circuitvision.steering.inject`` patches those).
+Not covered: tokens said behind the prompt of a generation, which differ from run to run.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from torch import Tensor
 
 from circuitvision import edits
 from circuitvision.errors import InputError
+from circuitvision.model.edits.values import Steps
+from circuitvision.model.run_functions import per_pass
 from circuitvision.model.sites import SiteName
 
-AXES = ("layer", "site", "head", "position", "region", "neurons")
+AXES = ("layer", "site", "head", "position", "region", "neurons", "step")
+ALL = "all"
 WINDOWS = ("up to", "from")
 _BLOCK_SITE = re.compile(r"(?P<tower>\w+)\.blocks\.(?P<layer>\d+)\.(?P<leaf>.+)")
 
@@ -36,22 +40,30 @@ class Cell:
     positions: Any = None
     basis: Tensor | None = None
     """Unit vectors of the coordinates ``[width neuron]``: an interchange in their span is one of those coordinates."""
+    steps: Steps | None = None
 
     def patch(self, sources: Mapping[str, Any], dead: Sequence[str] = ()) -> tuple[edits.Edit, ...]:
-        """The edits that give its entries the values of the sources, at the sites that reach the output."""
-        return tuple(self._one(site, sources[site]) for site in self.sites if site not in dead)
+        """The edits that give its entries the values of the sources, at the sites that reach the output; a list of values is one for each pass."""
+        return tuple(edit for site in self.sites if site not in dead for edit in self._one(site, sources[site]))
 
-    def _one(self, site: str, source: Any) -> edits.Edit:
+    def _one(self, site: str, source: Any) -> list[edits.Edit]:
+        if isinstance(source, list):
+            return per_pass(self._edit(site, source[0]), {site: source})
+        return [self._edit(site, source)]
+
+    def _edit(self, site: str, source: Any) -> edits.Edit:
+        where: dict[str, Any] = {"heads": self.head, "positions": self.positions, "steps": self.steps}
         if self.basis is None:
-            return edits.replace(site, source, heads=self.head, positions=self.positions)
-        return edits.project(site, self.basis, source, heads=self.head, positions=self.positions)
+            return edits.replace(site, source, **where)
+        return edits.project(site, self.basis, source, **where)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is patched: sites, the axes of the result, and what the axes ``region`` and ``neurons`` hold.
+    """What is patched: sites, the axes of the result, and what the axes ``region``, ``neurons`` and ``step`` hold.
 
     ``regions`` maps labels to positions in any spelling; ``neurons`` maps labels to coordinates of the sites' last axis, which is ``width`` wide.
+    ``steps`` maps labels to passes.
     ``window`` is 1, a number of layers around each (the label's layer in the middle, or of an even number the first of the two), ``"up to"`` or
     ``"from"`` the layer.
     """
@@ -62,6 +74,7 @@ class Grid:
     neurons: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     width: int = 0
     window: int | str = 1
+    steps: Mapping[Any, Steps] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -74,7 +87,7 @@ class Grid:
         unknown = [axis for axis in axes if axis not in AXES]
         if unknown or len(set(axes)) != len(axes) or not {"layer", "site"} & set(axes):
             raise InputError(
-                f"axes {axes} are not understood: 'layer', 'site' or both, then 'head', 'position', 'region' and 'neurons' as wanted."
+                f"axes {axes} are not understood: 'layer', 'site' or both, then 'head', 'position', 'region', 'neurons' and 'step' as wanted."
             )
         blocks = [name for name in self.names if _BLOCK_SITE.fullmatch(name)]
         if "layer" in axes and len(blocks) != len(self.names):
@@ -97,11 +110,14 @@ class Grid:
             raise InputError("A window is of layers: take the axis 'layer'.")
 
     def laid_out(
-        self, heads: Mapping[str, int], held: Mapping[str, Sequence[int]]
+        self,
+        heads: Mapping[str, int],
+        held: Mapping[str, Sequence[int]],
+        passes: Mapping[str, int] | None = None,
     ) -> tuple[dict[str, list[Any]], list[Cell]]:
         """The labels of every axis, and every cell that exists.
 
-        ``heads`` says how many heads each site has where they are an axis, ``held`` which positions where those are.
+        ``heads`` says how many heads each site has where they are an axis, ``held`` which positions where those are, ``passes`` how often each runs.
         """
         labels, cells = self._labels(heads, held), []
         bases = {label: torch.eye(self.width)[:, list(group)] for label, group in self.neurons.items()}
@@ -111,6 +127,9 @@ class Grid:
                 "position": held.get(name, ()),
                 "region": list(self.regions),
                 "neurons": list(self.neurons),
+                "step": [
+                    label for label, own in self.steps.items() if any(map(own.acts, range((passes or {}).get(name, 1))))
+                ],
             }
             counts = {axis: entries for axis, entries in counts.items() if axis in self.axes}
             match = _BLOCK_SITE.fullmatch(name)
@@ -126,6 +145,7 @@ class Grid:
                         where.get("head"),
                         where.get("position") if region is None else self.regions[region],
                         bases.get(str(where.get("neurons"))),
+                        self.steps.get(where.get("step")),
                     )
                 )
         return labels, cells
@@ -140,6 +160,7 @@ class Grid:
             "head": lambda: list(range(max(heads.values()))),
             "region": lambda: list(self.regions),
             "neurons": lambda: list(self.neurons),
+            "step": lambda: list(self.steps),
         }
         labels = {"tower": towers} if "layer" in self.axes and len(towers) > 1 else {}
         return labels | {axis: made[axis]() for axis in self.axes}
@@ -176,6 +197,24 @@ def layers_around(layer: int, window: int | str, there: Iterable[int]) -> tuple[
             f"window={window!r} is not understood: a number of layers from 1, 'up to' or 'from' the layer."
         )
     return tuple(number for number in there if (number <= layer if window == "up to" else number >= layer))
+
+
+def step_groups(steps: Any, passes: int | None = None) -> dict[Any, Steps]:
+    """Passes by label: None is each of them alone; of a number, a word or a list of these each by itself, ``"all"`` for all at once; of a mapping its
+    own, each in any spelling of steps, or ``"all"``.
+
+    Raises:
+        InputError: no step, or one outside the ``passes`` there are, where their number is known.
+    """
+    given = range(passes or 0) if steps is None else [steps] if isinstance(steps, str | int) else steps
+    labelled = dict(given) if isinstance(given, Mapping) else {step: step for step in given}
+    found = {label: Steps.of(None if own == ALL else own) for label, own in labelled.items()}
+    if not found:
+        raise InputError("steps= names no step: give numbers, 'all', or leave it out for each of them.")
+    for label, own in found.items():
+        if passes is not None and any(number >= passes for number in own.numbers):
+            raise InputError(f"There is no step {labelled[label]!r}: the sites run {passes} times, counted from 0.")
+    return found
 
 
 def _leaf(name: str) -> str:

@@ -12,12 +12,16 @@ What a route costs says little without *controls*: as many random keys of the sa
 positions of their kind leave none to draw, and have no control.
 
 A knockout in all layers says whether the route is needed at all; one window at a time says where it is used, and misses what later layers make up
-for. During decoding, give the prompt with the answer said so far and name its positions as queries: in a causal tower that is what decoding with a
-cache computes.
+for.
+
+*During decoding* (image → generated): with ``run=generated(8)`` the model says an answer of its own under every blocked route, with its cache, and
+the metric reads the logits of a new token; ``steps="decode"`` blocks the queries of new tokens alone, ``"prefill"`` those of the prompt, whose last
+position says the first new token. Texts may part from the unedited one. To ask about a given text instead, give the prompt with that text and name
+its positions as queries, in one forward pass: in a causal tower that is what decoding with a cache computes.
 
 Reference: Geva et al. 2023 (arXiv 2304.14767) on text; Kaduri et al. 2024 (arXiv 2411.17491) and Neo et al. 2024 (arXiv 2410.07149) on images.
 
-Not covered: cross-attention; routes between towers (block the connector's positions by an edit).
+Not covered: sampled texts; cross-attention; routes between towers (block the connector's positions by an edit).
 """
 
 from __future__ import annotations
@@ -37,10 +41,12 @@ from circuitvision.errors import InputError
 from circuitvision.incremental.sweeps.result import SweepResult
 from circuitvision.metric_set import MetricSet
 from circuitvision.metrics.effects import share_of_mean
+from circuitvision.model.edits.values import Steps
 from circuitvision.model.regions import Region
+from circuitvision.model.run_functions import RunFunction
 from circuitvision.model.state import refuse_random, refuse_unwrapped
 from circuitvision.patching.activation import dead_sites, first_inputs
-from circuitvision.patching.cells import layers_around
+from circuitvision.patching.cells import layers_around, step_groups
 from circuitvision.patching.clean_answers import check_data
 from circuitvision.provenance import with_provenance
 
@@ -49,7 +55,8 @@ ALL = "all"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Knockout(SweepResult):
-    """The metric with each route blocked, ``values`` ``[route layer example]`` (``[route layer head example]``, several metrics first).
+    """The metric with each route blocked, ``values`` ``[route layer example]`` (with heads and steps ``[route layer head step example]``, several
+    metrics first).
 
     ``clean`` is the unedited metric and :attr:`effect` the change. ``controls`` maps a route to the labels of its random controls, which stand on the
     axis ``route`` behind all routes; ``window`` says how many layers each label stands for.
@@ -100,6 +107,8 @@ def knockout(
     window: int | str = 1,
     heads: bool = False,
     renormalise: bool = True,
+    steps: Any = None,
+    run: RunFunction | None = None,
     controls: int = 0,
     seed: int = 0,
     allow_wrong: bool = False,
@@ -120,6 +129,10 @@ def knockout(
         window: how many layers around each are blocked together, ``"up to"`` it or ``"from"`` it on.
         heads: whether every head is blocked on its own.
         renormalise: whether the other keys share the row.
+        steps: the passes in which it is blocked, as of edits: ``"prefill"``, ``"decode"`` or a number; None is every pass. A list of these, or a
+            mapping of labels to them (``{"prompt": "prefill", "answer": "decode"}``), is the axis ``"step"``, on which ``"all"`` is every pass.
+        run: what one run is, as of ``model.sweep``: None, one forward pass; :func:`generated`, the tokens of an answer; or
+            :func:`circuitvision.steering.act`, the actions of all denoising steps.
         controls: how many random key sets per route, of routes whose keys are a region.
         seed: of the controls.
         allow_wrong: whether the clean runs may give other answers than the data set says, see :mod:`circuitvision.patching.clean_answers`.
@@ -152,12 +165,23 @@ def knockout(
     axes: dict[str, list[Any]] = {"route": list(asked), "layer": list(windows)}
     axes |= {"head": list(range(cfg.n_heads))} if heads else {}
     numbers: list[int | None] = list(range(cfg.n_heads)) if heads else [None]
+    passes = [Steps.of(steps)] if steps is None or isinstance(steps, str | int) else step_groups(steps)
+    if isinstance(passes, dict):
+        axes, passes = {**axes, "step": list(passes)}, list(passes.values())
     groups = [
-        edits.block_attention(name, queries, keys, layers=held, heads=head, renormalise=renormalise)
-        for (queries, keys), held, head in itertools.product(asked.values(), windows.values(), numbers)
+        edits.block_attention(name, queries, keys, layers=held, heads=head, renormalise=renormalise, steps=own)
+        for (queries, keys), held, head, own in itertools.product(asked.values(), windows.values(), numbers, passes)
     ]
     swept = model.sweep(
-        data, groups, metric, axes=axes, save_to=save_to, resume=resume, progress=progress, example_batch=example_batch
+        data,
+        groups,
+        metric,
+        axes=axes,
+        save_to=save_to,
+        resume=resume,
+        progress=progress,
+        example_batch=example_batch,
+        run=run,
     )
     held_by_sweep = {entry.name: getattr(swept, entry.name) for entry in dataclasses.fields(swept)}
     known = {**swept.provenance, "method": "knockout", "seed": seed if controls else None}

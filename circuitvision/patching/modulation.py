@@ -30,6 +30,7 @@ from circuitvision.errors import InputError, checked_seed, warn
 from circuitvision.findings import Finding
 from circuitvision.model.edits.base import Edit, EditGroup, by_digest
 from circuitvision.model.names import format_id, head_id, heads_of, parse_id
+from circuitvision.model.run_functions import RunFunction
 from circuitvision.model.state import refuse_random, refuse_unwrapped
 from circuitvision.patching.activation import dead_sites, first_inputs
 from circuitvision.patching.coalitions import CoalitionResult
@@ -75,6 +76,8 @@ def modulate(
     factor: float = 1.0,
     clip: tuple[float, float] = (0.0, 2.0),
     normalise: bool = True,
+    steps: Any = None,
+    run: RunFunction | None = None,
     n_random: int = 20,
     seed: int = 0,
     example_batch: int | None = None,
@@ -93,6 +96,8 @@ def modulate(
         factor: ``λ``.
         clip: the smallest and the largest factor of a head.
         normalise: whether scores are divided by the largest absolute one.
+        steps: the passes in which heads are rescaled, as of edits; None is every pass.
+        run: what one run is, as of ``model.sweep``; None: one forward pass.
         n_random: how many random sets.
         seed: of the draws.
         example_batch, save_to, resume, progress: as of ``model.sweep``.
@@ -111,16 +116,16 @@ def modulate(
     low, high = clip
     factors = {name: min(max(1.0 + factor * score / (largest or 1.0), low), high) for name, score in scores.items()}
     draws = _draws(model, factors, n_random, np.random.default_rng(checked_seed(seed)))
-    groups = [_scaled(model, own) for own in (factors, *draws)]
+    groups = [_scaled(model, own, steps) for own in (factors, *draws)]
     swept = model.sweep(
-        data, groups, metric, example_batch=example_batch, save_to=save_to, resume=resume, progress=progress
+        data, groups, metric, example_batch=example_batch, save_to=save_to, resume=resume, progress=progress, run=run
     )
     values = torch.cat([swept.clean.unsqueeze(-2), swept.values], -2)
     axes = {name: labels for name, labels in swept.axes.items() if name not in ("edit", "example")}
     conditions = ["before", "heads", *(f"random {number + 1}" for number in range(n_random))]
     told = {
         key: swept.provenance[key]
-        for key in ("dataset_sha256", "metric", "metric_units", "metric_arguments")
+        for key in ("dataset_sha256", "metric", "metric_units", "metric_arguments", "run")
         if key in swept.provenance
     }
     return ModulationResult(
@@ -206,13 +211,13 @@ def _draws(model: Any, factors: Factors, count: int, rng: np.random.Generator) -
     ]
 
 
-def _scaled(model: Any, factors: Factors) -> tuple[Edit, ...]:
+def _scaled(model: Any, factors: Factors, steps: Any = None) -> tuple[Edit, ...]:
     """One edit per layer, with a factor for each of its heads."""
     layers: dict[str, Tensor] = {}
     for name, own in factors.items():
         node = parse_id(name)
         layers.setdefault(_site(name), torch.ones(model.towers[node.tower].cfg.n_heads, 1))[node.head] = own
-    return tuple(edits.scale(site, own) for site, own in layers.items())
+    return tuple(edits.scale(site, own, steps=steps) for site, own in layers.items())
 
 
 def _site(name: str) -> str:

@@ -16,6 +16,8 @@ from circuitvision.errors import InputError
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.base import Edit, EditGroup
 from circuitvision.model.packing import laid_out
+from circuitvision.model.run_functions import RunFunction, checked_run, values_of_passes
+from circuitvision.model.sites import SiteName
 from circuitvision.patching.clean_answers import CleanAnswers
 
 if TYPE_CHECKING:
@@ -73,7 +75,10 @@ class RunBatch:
 class Runs:
     """A base run that is edited and a source run whose values it takes."""
 
+    model: Any
     metrics: MetricSet
+    run: RunFunction | None = None
+    """What one run is; None: one forward pass."""
     fixed_positions: Mapping[str, Sequence[int]]
     """The positions of each site that edits name by number, which every example must have; empty where none does."""
 
@@ -81,8 +86,17 @@ class Runs:
         """Inputs of the base run, of some examples at least."""
         raise NotImplementedError
 
+    def passes(self, names: Sequence[str]) -> dict[str, int]:
+        """How often each site runs, as the base run of some examples shows."""
+        if self.run is None:
+            return dict.fromkeys(names, 1)
+        of_tower = {SiteName.parse(name).tower: name for name in names}
+        with torch.no_grad():
+            _, found = values_of_passes(self.model, self.run, self.first_inputs(), list(of_tower.values()))
+        return {name: len(found[of_tower[SiteName.parse(name).tower]]) for name in names}
+
     def sources(self, names: Sequence[str]) -> dict[str, Any]:
-        """What an edit takes as the source run's values at each site."""
+        """What an edit takes as the source run's values at each site; a list where a run has several passes."""
         raise NotImplementedError
 
     def holds(self, names: Sequence[str]) -> dict[str, Any]:
@@ -137,8 +151,10 @@ def two_runs(
     align: Any = "kind",
     size: int | None = None,
     allow_wrong: bool = False,
+    run: RunFunction | None = None,
 ) -> Runs:
-    """The two runs of pairs, or of ``clean`` and ``corrupt`` inputs; ``allow_wrong``: whether the clean runs may give other answers than the pairs'.
+    """The two runs of pairs, or of ``clean`` and ``corrupt`` inputs; ``allow_wrong``: whether the clean runs may give other answers than the pairs';
+    ``run`` says what a run is, as of ``model.sweep``.
 
     Raises:
         InputError: neither or both given, no metric, an unknown mode, inputs of different shapes.
@@ -150,17 +166,19 @@ def two_runs(
     if metric is None:
         raise InputError("No metric was given: a metric, its name ('logit_diff'), or a mapping of several.")
     given = MetricSet.of(metric)
+    checked_run(run)
     if pairs is None and clean is not None and corrupt is not None:
         clean, corrupt = laid_out(model, clean), laid_out(model, corrupt)
         check_same_shapes(clean, corrupt)
-        return InputRuns(model, given.bind(model), clean, corrupt, mode)
+        bound = given.bind(model)
+        return InputRuns(model, bound if run is None else bound.of_marked(), clean, corrupt, mode, run)
     if pairs is None or clean is not None or corrupt is not None:
         raise InputError("Give pairs (cv.data.Pairs), or the inputs of both runs: clean=… and corrupt=….")
     if not (hasattr(pairs, "clean") and hasattr(pairs, "corrupt")):
         raise InputError(
             f"A {type(pairs).__name__} is no data set of pairs: give cv.data.Pairs, or inputs as clean=… and corrupt=…."
         )
-    return PairRuns(model, given, pairs, mode, align, size, allow_wrong)
+    return PairRuns(model, given, pairs, mode, align, size, allow_wrong, run)
 
 
 def one_run(model: Any, data: Any, metric: Any, size: int | None = None, allow_wrong: bool = False) -> Runs:
@@ -180,8 +198,10 @@ def one_run(model: Any, data: Any, metric: Any, size: int | None = None, allow_w
 class InputRuns(Runs):
     """Two runs whose inputs are in memory."""
 
-    def __init__(self, model: Any, metrics: MetricSet, clean: Any, corrupt: Any, mode: str) -> None:
-        self.model, self.metrics, self.mode = model, metrics, mode
+    def __init__(
+        self, model: Any, metrics: MetricSet, clean: Any, corrupt: Any, mode: str, run: RunFunction | None = None
+    ) -> None:
+        self.model, self.metrics, self.mode, self.run = model, metrics, mode, run
         self.both = (clean, corrupt)
         self.base_inputs, self.source_inputs = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
         self.fixed_positions = {}
@@ -196,16 +216,25 @@ class InputRuns(Runs):
         """The values of the source run; its metric is read on the way."""
         with torch.no_grad():
             cache: Any = {}
-            if names:
+            if self.run is not None:
+                output, cache = values_of_passes(self.model, self.run, self.source_inputs, names)
+            elif names:
                 output, cache = self.model.run_with_cache(self.source_inputs, names_filter=list(names))
             else:
                 output = self.model(self.source_inputs)
             if self.mode == "denoise":
                 self.metrics = self.metrics.against(output)
             elif self.metrics.compares:
-                self.metrics = self.metrics.against(self.model(self.base_inputs))
+                self.metrics = self.metrics.against(self._output(self.base_inputs))
             self.source = self.metrics(output, self.source_inputs)
         return {name: cache[name] for name in names}
+
+    def _output(self, inputs: Mapping[str, Any], edits: Sequence[Edit] = ()) -> Tensor:
+        """The output of a run under these edits."""
+        found: Tensor = (
+            self.model.run(inputs, list(edits)) if self.run is None else self.run(self.model, inputs, list(edits))
+        )
+        return found
 
     def holds(self, names: Sequence[str]) -> dict[str, Any]:
         """The values of the base run."""
@@ -219,9 +248,10 @@ class InputRuns(Runs):
         several = self.metrics.several
         if not groups:
             with torch.no_grad():
-                alone = self.metrics(self.model.run(self.base_inputs, list(base)), self.base_inputs)
+                alone = self.metrics(self._output(self.base_inputs, base), self.base_inputs)
             return Measured(alone[:, None][:, :0], alone, self.source, list(range(alone.shape[1])))
         metric = dict(self.metrics.members) if several else self.metrics.members[""]
+        options = options if self.run is None else {**options, "run": self.run}
         swept = self.model.sweep(self.base_inputs, list(groups), metric, base=base, **options)
         values, found = (swept.values, swept.clean) if several else (swept.values[None], swept.clean[None])
         return Measured(values, found, self.source, list(range(found.shape[1])), edits=swept.edits)
@@ -269,10 +299,11 @@ class PairRuns(Runs):
         align: Any,
         size: int | None,
         allow_wrong: bool = False,
+        run: RunFunction | None = None,
     ) -> None:
         self.model, self.metrics, self.pairs, self.mode = model, metrics, pairs, mode
         self.answers = CleanAnswers.of(metrics, allow_wrong)
-        self.align, self.size = align, size
+        self.align, self.size, self.run = align, size, run
         self.base, self.origin = (pairs.corrupt, pairs.clean) if mode == "denoise" else (pairs.clean, pairs.corrupt)
         self.maps = inverse_maps(pairs.maps) if mode == "denoise" else None
         self.fixed_positions = {}
@@ -318,7 +349,7 @@ class PairRuns(Runs):
             groups,
             self.metrics,
             None,
-            Options(**options),
+            Options(**options, run=self.run),
             self.size,
             self.align,
             source=self.origin,
@@ -389,7 +420,7 @@ class SideRuns(PairRuns):
         self.model, self.metrics, self.pairs, self.mode = model, metrics, side, "denoise"
         self.answers = CleanAnswers.of(metrics, allow_wrong)
         self.base = self.origin = side
-        self.align, self.maps, self.size, self.fixed_positions = "kind", None, size, {}
+        self.align, self.maps, self.size, self.run, self.fixed_positions = "kind", None, size, None, {}
 
 
 class _MadeOfBatches:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def response(result: SteeringResponse, title: str | None = None) -> kit.Figure:
-    """The mean effect against the scale with its 95 % interval; random sets as a band between the lowest and the highest, with their median."""
+    """The mean effect against the scale with its 95 % interval; random controls as a band between the lowest and the highest, with their median.
+
+    Along a direction its tangent at 0 is dotted."""
     order = result.scales.argsort()
     scales, effect = result.scales[order].tolist(), result.effect[order]
     low, high = result.interval()[:, 0, order]
@@ -31,22 +33,47 @@ def response(result: SteeringResponse, title: str | None = None) -> kit.Figure:
             figure,
             scales,
             random.median(0).values.tolist(),
-            f"{len(random)} random sets of {len(result.neurons[0])} neurons",
+            f"{len(random)} random directions of equal length"
+            if result.site
+            else f"{len(random)} random sets of {len(result.neurons[0])} neurons",
+        )
+    if result.site and sum(map(bool, scales)) > 1:
+        slope = float(result.tangents().mean()[0])
+        within = [scale for scale in scales if abs(slope * scale) <= 1.5 * float(effect.abs().max())]
+        tangent = {"color": style.FOR, "dash": "dot", "width": 1.5}
+        figure.add_scatter(
+            x=within, y=[slope * scale for scale in within], mode="lines", line=tangent, name="tangent at 0"
         )
     whiskers = None if bool(low.isnan().any()) else ((effect - low).tolist(), (high - effect).tolist())
     kit.line(figure, scales, effect.tolist(), kit.escaped(result.name), style.FOR, errors=whiskers)
     place = {
-        "overwrite": ("neurons set to", "activation"), "add": ("added to the neurons", "activation"), "scale": ("neurons multiplied by", "")
-    }[result.method]  # fmt: skip
+        "overwrite": ("neurons set to", "activation"), "add": ("added to the neurons", "activation"), "scale": ("neurons multiplied by", ""),
+    }.get(result.method, ("", ""))  # fmt: skip
+    if result.site:
+        length = float(result.vectors[0].double().norm())
+        place = {
+            "add": (f"how often the direction (length {length:.2g}) is added", ""),
+            "norm_preserving": ("weight of the direction, lengths kept", ""),
+            "project_out": ("share that is taken out along the direction", ""),
+        }[result.method]
     unit = "natural standard deviations" if result.units == "deviation" else place[1]
     notes = (
         kit.over(result), f"R² {float(result.r_squared[0]):.2f}" if len(scales) > 2 else "", "whiskers 95 %",
-        f"unsteered {float(result.mean(quantity='base')):.2g}".replace("-", kit.MINUS),
+        f"unsteered {float(result.mean(quantity='base')):.2g}".replace("-", kit.MINUS), _norms(result),
     )  # fmt: skip
     heading = style.titled(title or str(claims.steers(result)), *filter(None, notes))
     metric = kit.escaped(str(result.provenance.get("metric") or "metric"))
     across = f"{place[0]}, {unit}" if unit else place[0]
     return kit.finish_lines(figure, heading, f"change of {metric}", 340, x=across)
+
+
+def _norms(result: SteeringResponse) -> str:
+    """How long steered activations are at the outermost scale."""
+    if not result.norm_ratio.numel():
+        return ""
+    place = int(result.scales.abs().argmax())
+    ratio, scale = float(result.mean(quantity="norm_ratio")[place]), result.axes["scale"][place]
+    return f"activations {ratio:.2g} times as long at {scale:g}".replace("-", kit.MINUS)
 
 
 def injection(result: InjectionResult, step: int | str | None = None, title: str | None = None) -> kit.Figure:

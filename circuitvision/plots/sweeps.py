@@ -202,10 +202,10 @@ def _signed(value: float, largest: float) -> str:
 def knockout(result: Knockout, title: str | None = None, metric: str | None = None) -> kit.Figure:
     """The change of the metric as each route is blocked, a line over windows of layers for each, controls as a grey band (lowest to highest mean).
 
-    Results by head are heat maps, as of a sweep; all layers at once are bars.
+    Results by head or step are heat maps, as of a sweep; all layers at once are bars.
     """
     shown = result.one(metric)
-    if "head" in shown.axes or len(shown.axes["layer"]) == 1:
+    if {"head", "step"} & set(shown.axes) or len(shown.axes["layer"]) == 1:
         return sweep(shown, title)
     mean = shown.mean(quantity="effect")
     name, unit = _names(shown)

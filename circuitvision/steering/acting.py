@@ -1,8 +1,8 @@
 """What a policy does: its actions under edits, whatever way it says them, and data as the inputs that it acts on.
 
-:func:`act` is the one call that every recipe of this room makes. A policy that denoises acts through ``model.sample_actions`` (edits of its action
-tower at every denoising step unless they name some), one that says its actions as tokens through what its family registers (edits at the prompt and
-at every decoding step).
+:func:`act` (of :mod:`circuitvision.model.run_functions`) is the one call that every recipe of this room makes. A policy that denoises acts through
+``model.sample_actions`` (edits of its action tower at every denoising step unless they name some), one that says its actions as tokens through what
+its family registers (edits at the prompt and at every decoding step).
 
 Not covered: batches of prompts of different lengths for policies that say tokens, whose prompts may not be filled up on the right; run one example at
 a time (``example_batch=1``).
@@ -10,51 +10,22 @@ a time (``example_batch=1``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.errors import InputError
 from circuitvision.model.edits.base import taken
+from circuitvision.model.run_functions import RunFunction, act, refuse_still
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random, refuse_unwrapped
 
 if TYPE_CHECKING:
     from circuitvision.edits import Edit
 
-Policy = Callable[..., Tensor]
+Policy = RunFunction
 """``(model, inputs, edits)`` → actions ``[example step dim]``."""
-
-
-def act(
-    model: Any, inputs: Mapping[str, Any], edits: Edit | Sequence[Edit] = (), **options: Any
-) -> Float[Tensor, "example step dim"]:
-    """The actions of a policy under edits.
-
-    PI0: the denoised chunk from ``inputs["noise"]``, normalised as the model is trained (``num_steps=`` sets the denoising steps). OpenVLA: the
-    greedy action as a chunk of one step, in the units of a data set (``unnorm_key=``).
-
-    Raises:
-        UnsupportedModelError: a model that does not act.
-        InputError: edits that do not fit, before anything runs.
-    """
-    refuse_still(model)
-    own = model.family.act
-    with torch.no_grad():
-        if own is None:
-            return model.sample_actions(inputs, edits=edits, **options)
-        return own(model, inputs, edits, **options)
-
-
-def refuse_still(model: Any) -> None:
-    """Raise UnsupportedModelError for a model that does not act."""
-    if model.family.act is None and not hasattr(model.module, "sample_actions"):
-        raise UnsupportedModelError(
-            f"A {model.family.name} model does not act: give a policy, such as reach-pi0 (cv.organisms.load) or an OpenVLA."
-        )
 
 
 def policy_of(model: Any, policy: Policy | None) -> Policy:
@@ -117,3 +88,6 @@ def n_examples(inputs: Mapping[str, Any]) -> int:
     raise InputError(
         f"These inputs hold no prompt, so their examples cannot be counted; they hold {', '.join(inputs)}."
     )
+
+
+__all__ = ["Part", "Policy", "act", "n_examples", "parts", "passes", "policy_of", "refuse_still"]

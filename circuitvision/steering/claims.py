@@ -30,12 +30,16 @@ def steers(result: SteeringResponse) -> Finding:
     slopes = result.slopes()
     mean, interval = slopes.mean(), _ends(slopes.interval()[:, 0])
     draws = len(mean) - 1
-    unit = {"deviation": "standard deviation", "value": "unit of activation"}[result.units]
+    along = bool(result.site)
+    unit = {"deviation": "standard deviation", "value": "unit of scale" if along else "unit of activation"}[
+        result.units
+    ]
     about = {
         "set": f"“{result.name}”",
         "metric": str(result.provenance.get("metric") or "the metric"),
         "unit": "unit of factor" if result.method == "scale" else unit,
         "draws": str(draws),
+        "controls": "random directions" if along else "random sets",
     }
     if not draws:
         return Finding("steers", None, float(mean[0]), "slope", interval, len(slopes.examples), about=about)
@@ -43,9 +47,9 @@ def steers(result: SteeringResponse) -> Finding:
     if interval is not None and interval[0] <= 0 <= interval[1]:
         reason = "its interval holds 0"
     elif not abs(float(mean[0])) > chance:
-        reason = "random sets do as much"
+        reason = f"{about['controls']} do as much"
     else:
-        reason = "" if draws >= FEWEST_DRAWS else "too few random sets tell"
+        reason = "" if draws >= FEWEST_DRAWS else f"too few {about['controls']} tell"
     return Finding("steers", not reason, float(mean[0]), "slope", interval, len(slopes.examples), chance, reason, about)
 
 

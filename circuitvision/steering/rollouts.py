@@ -4,11 +4,19 @@ The policy sees the board, acts, its chunk is carried out, and it sees the board
 start from the same boards and draw the same noise, so that they differ in the edits alone and differences are paired. Displacement is in cells,
 (rows down, columns right); success is to rest on the goal at the end, with Wilson's interval.
 
-Not covered: worlds other than the grid of :mod:`circuitvision.data.reach`; edits that remember earlier steps (give a function of the inputs).
+*As a metric.* Success belongs to an episode, not to a forward pass: what an edit changes is what the policy sees next. So there are two parts.
+:func:`rollouts` is a run function, whose one run is an episode from each start under the edits, and ``metrics.success()`` reads its end. Every
+recipe that takes ``run=`` (``model.sweep``, ``knockout``, ``modulate``; ``steering_response`` calls it ``policy=``) reports success so, per episode,
+with its intervals and its random controls, all runs paired by start and noise. What takes values from another run cannot: after the first step the
+two runs see different boards. :func:`closed_loop` compares a few conditions by hand, edits that are functions of what is seen among them.
+
+Not covered: worlds other than the grid of :mod:`circuitvision.data.reach`; edits that remember earlier steps (give a function of the inputs); data
+sets in batches as starts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,11 +28,12 @@ from torch import Tensor
 
 from circuitvision.data import reach
 from circuitvision.errors import InputError, checked_seed
+from circuitvision.links import marked
 from circuitvision.progress import track
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 from circuitvision.statistics import wilson
-from circuitvision.steering.acting import act, policy_of
+from circuitvision.steering.acting import act, n_examples, policy_of
 
 DIMS = ("down", "right")
 
@@ -60,6 +69,13 @@ class ClosedLoop(Result):
         found = (self.path[:, -1] == wanted.T).all(1).double()
         axes = {"condition": self.axes["condition"], "example": self.axes["example"]}
         return Result(found, axes, self.provenance)
+
+    @with_provenance
+    def success_beside(self, condition: str) -> Result:
+        """How much oftener the episodes of each condition succeed than those of this one, ``[condition example]``: paired differences, −1, 0 or 1."""
+        own = self.success[self.index_of("condition", condition)]
+        axes = {"condition": self.axes["condition"], "example": self.axes["example"]}
+        return Result(self.success - own, axes, self.provenance)
 
     @with_provenance
     def beside(self, condition: str) -> Result:
@@ -147,6 +163,78 @@ def closed_loop(
         path=path,
         horizon=horizon,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """See :func:`rollouts`."""
+
+    starts: reach.ReachScenes
+    texts: tuple[str, ...] | None = None
+    horizon: int = 8
+    seed: int = 0
+    observe: Any = None
+    decode: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    lends: ClassVar[bool] = False
+    """Whether what it computed at a site belongs to the same pass of another run."""
+
+    def __provenance__(self) -> dict[str, Any]:
+        given = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self) if entry.name != "starts"}
+        return {"rollouts": given, "starts": [self.starts.images(), self.starts.instructions()]}
+
+    def inputs(self, model: Any) -> dict[str, Any]:
+        """What the policy sees of the starts: the data that recipes are called with."""
+        told = self.starts.instructions() if self.texts is None else self.texts
+        return dict((self.observe or seen)(model, self.starts, told, self.seed))
+
+    def __call__(self, model: Any, inputs: Mapping[str, Any], edits: Any = ()) -> Float[Tensor, "example time channel"]:
+        """The episodes from the starts. Raises InputError for inputs of another number of examples."""
+        count = n_examples(inputs)
+        if count != len(self.starts):
+            raise InputError(
+                f"There are {len(self.starts)} starts and inputs of {count} examples: give the inputs of the starts, rollouts.inputs(model)."
+            )
+        policy = _policy(
+            model, edits, self.texts, self.seed, self.observe or seen, self.decode or steps_of, self.options
+        )
+        found = reach.run_episodes(policy, self.starts, self.horizon)
+        path = torch.from_numpy(found.path).double()
+        goal = torch.zeros_like(path[..., :1])
+        goal[:, -1, 0] = torch.from_numpy(found.success).double()
+        return marked(torch.cat([path, goal], -1), "none")
+
+
+def rollouts(
+    starts: reach.ReachScenes,
+    *,
+    texts: Sequence[str] | None = None,
+    horizon: int = 8,
+    seed: int = 0,
+    observe: Callable[[Any, reach.ReachScenes, Sequence[str], int], Mapping[str, Any]] | None = None,
+    decode: Callable[[Any, Tensor], Int[np.ndarray, "scene chunk 2"]] | None = None,
+    **options: Any,
+) -> Rollouts:
+    """A run function whose one run is an episode from every start: ``model.sweep(run.inputs(model), groups, "success", run=run)``.
+
+    It returns ``[example time 3]``: the gripper's row and column at each time, and at the last whether it rests on the goal, which
+    ``metrics.success()`` reads. Noise is drawn anew at every call of the policy, and is the same in all runs.
+
+    Args:
+        starts: the first boards (:func:`circuitvision.data.reach.sample_starts`).
+        texts: one prompt per episode, where it is not the board's own instruction.
+        horizon, seed, observe, decode, options: as of :func:`closed_loop`.
+
+    Raises:
+        InputError: no start, prompts of another number; when called: inputs of another number of examples.
+        UnsupportedModelError: when called: a model that does not act.
+    """
+    if not isinstance(starts, reach.ReachScenes) or not len(starts):
+        raise InputError(f"An episode starts from a board (reach.sample_starts), not from a {type(starts).__name__}.")
+    if texts is not None and len(texts) != len(starts):
+        raise InputError(f"There are {len(texts)} prompts for {len(starts)} episodes.")
+    return Rollouts(starts, None if texts is None else tuple(texts), horizon, seed, observe, decode, options)
 
 
 def seen(model: Any, scenes: reach.ReachScenes, texts: Sequence[str], seed: int) -> Mapping[str, Any]:

@@ -129,7 +129,7 @@ class SitePairs:
         refuse_unwrapped(model)
         self.model, self.pairs, self.metric = model, checked_pairs(pairs, metric), metric
         refuse_random(model.module, "Subspace interchange")
-        self.site, self.heads = _site(model, site, heads)
+        self.site, self.heads = one_site(model, site, heads)
         self.position, self.size, self.align, self.keep, self.joint = position, batch_size, align, keep, joint
         check_answers(pairs, model)
         check_lengths(pairs, model, align)
@@ -457,7 +457,7 @@ def checked_pairs(pairs: Any, metric: Any) -> Pairs:
     return pairs
 
 
-def _site(model: Any, site: Any, heads: Any) -> tuple[str, tuple[int, ...] | None]:
+def one_site(model: Any, site: Any, heads: Any) -> tuple[str, tuple[int, ...] | None]:
     """One site by its name, and the heads of it."""
     if not isinstance(site, str) or is_component(site):
         site, head = site_of(site)

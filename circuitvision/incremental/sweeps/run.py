@@ -3,6 +3,8 @@
 Groups of edits that begin at the same place form one *route* (``routes.py``); the groups of a route run in batches through the incremental forward
 (``resume.py``). The unedited run, means and sources are computed once. A group that cannot be resumed runs in full, and its plan says why.
 
+A sweep of a run function (``run=``, see :mod:`circuitvision.model.run_functions`) runs it whole, group by group.
+
 When memory runs out a batch is halved, down to one group. Which groups share a batch follows from the groups and the batch size alone: a sweep that
 is continued runs the same batches as one that was never interrupted, and so gets the same bits.
 """
@@ -36,10 +38,11 @@ from circuitvision.incremental.sweeps.batches import (
     size_of_route,
 )
 from circuitvision.incremental.sweeps.plan import NOTHING, Plan
-from circuitvision.links import marked
+from circuitvision.links import link_of, marked
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.applying import edited
 from circuitvision.model.edits.binding import CompiledEdits, EditCompiler, Group
+from circuitvision.model.run_functions import RunFunction, mode_of, passes_of
 from circuitvision.model.state import refuse_random
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class GroupRunner:
         metrics: MetricSet,
         batch_size: int | str = "auto",
         base: Group = (),
+        run: RunFunction | None = None,
     ) -> None:
         if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size={batch_size!r} is not understood: 'auto', or how many edits run at once.")
@@ -75,8 +79,12 @@ class GroupRunner:
         if inputs.get("past_key_values") is not None:
             raise InputError("The inputs hold past_key_values, which every run would extend: leave them out.")
         self.model, self.inputs, self.metrics, self.batch_size = model, inputs, metrics, batch_size
-        self.binder = EditCompiler(model, inputs, warns_of_rows=False, base=base)
-        self.tasks = [Task(number, bound) for number, bound in enumerate(self.binder.bind(groups))]
+        self.run = run
+        mode, passes = ("run", None) if run is None else (mode_of(model), passes_of(model, run))
+        self.binder = EditCompiler(model, inputs, mode, passes, warns_of_rows=False, base=base)
+        # A run function binds its edits itself; here they are checked, before any of them runs.
+        bound = self.binder.bind(groups) if run is None else self.binder.check(groups)
+        self.tasks = [Task(number, one) for number, one in enumerate(bound)]
         self.resumers: dict[bool, Resumer] = {}
         self.captured: dict[bool, dict[str, Tensor]] = {}
         self.logits: Tensor | None = None
@@ -84,7 +92,7 @@ class GroupRunner:
 
     def start(self) -> Float[Tensor, "metric example"]:
         """Plan every group, record the run that only the base edits (nothing, without one), and return the metrics of it."""
-        blocker = blocked_by(self.model)
+        blocker = blocked_by(self.model) if self.run is None else "one run is several passes"
         for task in self.tasks:
             self._plan(task, blocker)
         self._warn_of_memory()
@@ -103,7 +111,7 @@ class GroupRunner:
             )
 
     def _evaluate(self, logits: Tensor) -> Tensor:
-        return self.metrics(marked(logits, self.model.link), self.inputs)
+        return self.metrics(logits if self.run else marked(logits, self.model.link), self.inputs)
 
     # -- planning --------------------------------------------------------------------------------------------------------------------------
 
@@ -130,13 +138,15 @@ class GroupRunner:
             if task.route is not None:
                 self._describe(task, task.route)
         fused = self.resumers.get(False)
-        if fused is not None and fused.clean is not None:
+        if self.run is not None:
+            self.logits = self.run(self.model, self.inputs, [])
+        elif fused is not None and fused.clean is not None:
             self.logits = fused.clean.output
         else:
             self.logits = self._output_in_full(CompiledEdits(()))
         self.metrics = self.metrics.against(self.logits)
         # The metric may write into what it gets; the unedited output is needed again.
-        return self._evaluate(self.logits.clone())
+        return self._evaluate(_copied(self.logits))
 
     def _record(self, eager: bool, tasks: Sequence[Task]) -> None:
         resumer = Resumer(self.binder, eager)
@@ -234,7 +244,9 @@ class GroupRunner:
     def _in_full(self, task: Task) -> Tensor:
         if not task.bound.writes:
             assert self.logits is not None
-            return self._evaluate(self.logits.clone())
+            return self._evaluate(_copied(self.logits))
+        if self.run is not None:
+            return self._evaluate(self.run(self.model, self.inputs, list(task.bound.group)))
         return self._evaluate(self._output_in_full(task.bound))
 
     def _output_in_full(self, bound: CompiledEdits) -> Tensor:
@@ -263,3 +275,7 @@ class GroupRunner:
             whole = clean.clone() if shared is None else shared
             whole[:, first:] = output[number * rows : (number + 1) * rows]
             yield task, self._evaluate(whole)
+
+
+def _copied(output: Tensor) -> Tensor:
+    return marked(output.clone(), link_of(output))

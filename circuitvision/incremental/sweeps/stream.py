@@ -33,6 +33,7 @@ from circuitvision.model.axes import axis_of, map_of, tower_of
 from circuitvision.model.edits.base import Edit, taken
 from circuitvision.model.edits.binding import Group, as_groups
 from circuitvision.model.edits.values import SideSource, TensorRef, TensorRefMapping
+from circuitvision.model.run_functions import per_pass, values_of_passes
 from circuitvision.model.sites import SiteName
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class DataStudy(Study):
                 )
         base = taken(self.base, rows, count) if self.make_base is None else as_base(self.make_base(batch))
         metrics = self.metrics.take(rows, count)
-        metrics = metrics.bind(self.model, batch.answers, batch.foils, batch.combine)
+        metrics = self._read_by_run(metrics.bind(self.model, batch.answers, batch.foils, batch.combine))
         inputs = self.model._checked(batch.inputs)
         if self.check_batch is not None:
             self.check_batch(inputs)
@@ -203,12 +204,13 @@ class DataStudy(Study):
         if self.source is not None and self.source is not self.side:
             held |= self._held(chunk, self.source, batch, batch.other)
         if held:
-            chunk.groups = [tuple(self._filled(edit, held) for edit in group) for group in chunk.groups]
-            chunk.base = tuple(self._filled(edit, held) for edit in chunk.base)
+            chunk.groups = [tuple(own for edit in group for own in self._filled(edit, held)) for group in chunk.groups]
+            chunk.base = tuple(own for edit in chunk.base for own in self._filled(edit, held))
         return chunk
 
-    def _held(self, chunk: Chunk, side: Any, batch: Batch, inputs: Any) -> dict[tuple[int, str], TensorRef]:
-        """Run one side of a batch, and return the values that edits take from it, at the positions of the side that is edited."""
+    def _held(self, chunk: Chunk, side: Any, batch: Batch, inputs: Any) -> dict[tuple[int, str], list[Tensor]]:
+        """Run one side of a batch, and return the values that edits take from it, at the positions of the side that is edited: one for each pass
+        where a run has several."""
         wanted = sorted(
             {
                 site
@@ -221,26 +223,35 @@ class DataStudy(Study):
         of_source = side is self.source
         if not wanted and not of_source:
             return {}
-        output, found = self.model._values_at(inputs, wanted)
+        run, found = self.options.run, {}
+        if run is None:
+            output, values = self.model._values_at(inputs, wanted)
+            found = {name: [value] for name, value in values.items()}
+        else:
+            output, found = values_of_passes(self.model, run, inputs, wanted)
         if of_source:
-            output = marked(output, self.model.link)
+            output = marked(output, self.model.link) if run is None else output
             if self.against_source:
                 chunk.metrics = chunk.metrics.against(output)
             chunk.others["source"] = lambda metrics: metrics(output, inputs)
-        values = {
-            name: value if side is self.side else laid_values(self.model, batch, name, value)
-            for name, value in found.items()
+        laid = {
+            name: [value if side is self.side else laid_values(self.model, batch, name, value) for value in passes]
+            for name, passes in found.items()
         }
-        return {(id(side), name): TensorRef.of(value) for name, value in values.items()}
+        return {(id(side), name): passes for name, passes in laid.items()}
 
-    def _filled(self, edit: Edit, held: Mapping[tuple[int, str], TensorRef]) -> Edit:
+    def _filled(self, edit: Edit, held: Mapping[tuple[int, str], list[Tensor]]) -> list[Edit]:
+        """The edit with the values of this batch; of runs of several passes one edit for each."""
         side = _side_of(edit)
         if side is None:
-            return edit
+            return [edit]
         names = edit.sites(self.model)
         found = {name: held[id(side.side), name] for name in names}
-        source = found[names[0]] if names == [edit.site] else TensorRefMapping(tuple(found.items()))
-        return dataclasses.replace(edit, source=source)  # type: ignore[call-arg]
+        if self.options.run is not None:
+            return list(per_pass(edit, found))
+        refs = {name: TensorRef.of(value) for name, (value,) in found.items()}
+        source = refs[names[0]] if names == [edit.site] else TensorRefMapping(tuple(refs.items()))
+        return [dataclasses.replace(edit, source=source)]  # type: ignore[call-arg]
 
 
 def laid_values(model: Wrapped, batch: Batch, site: str, value: Tensor) -> Tensor:

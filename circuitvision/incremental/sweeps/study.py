@@ -29,6 +29,7 @@ from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.axes import check_axes
 from circuitvision.model.edits.base import EditGroup, settled
 from circuitvision.model.edits.binding import EditCompiler, Group, as_groups
+from circuitvision.model.run_functions import RunFunction, checked_run, described_run
 from circuitvision.progress import Progress
 from circuitvision.results import check_labels
 from circuitvision.storage import as_builtin
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """How a sweep runs: what changes none of its numbers, but for ``empty``."""
+    """How a sweep runs: what changes none of its numbers, but for ``empty``, and ``run``, which says what one run is."""
 
     batch_size: int | str = "auto"
     partial: bool = False
@@ -47,10 +48,12 @@ class Options:
     progress: bool = True
     save_to: str | Path | None = None
     resume: bool = False
+    run: RunFunction | None = None
 
     def __post_init__(self) -> None:
         if self.empty not in ("nan", "clean"):
             raise InputError(f"empty={self.empty!r} is not understood: 'nan', or 'clean' for the unedited metric.")
+        checked_run(self.run)
         if self.resume and self.save_to is None:
             raise InputError("resume=True continues a sweep from its folder: name it, save_to=folder.")
 
@@ -85,6 +88,10 @@ class Study:
         self.model, self.inputs, self.options = model, inputs, options
         self.metrics = MetricSet.of(metric)
         self.base = self._base(base)
+        if options.run is not None and (base if callable(base) else self.base):
+            raise InputError(
+                "base= is of forward passes, and run= makes runs of its own: give the base's edits in every group."
+            )
         self.groups = self._listed(edits)
         if not self.groups:
             raise InputError("There is no edit to sweep over.")
@@ -110,7 +117,12 @@ class Study:
 
     def _chunks(self) -> Iterator[Callable[[], Chunk]]:
         """The batches of examples, each made when it is needed."""
-        yield lambda: Chunk(0, self.inputs, self.groups, self.metrics.bind(self.model), base=self.base)
+        metrics = self._read_by_run(self.metrics.bind(self.model))
+        yield lambda: Chunk(0, self.inputs, self.groups, metrics, base=self.base)
+
+    def _read_by_run(self, metrics: MetricSet) -> MetricSet:
+        """Bound metrics as they read the output of what one run is."""
+        return metrics if self.options.run is None else metrics.of_marked()
 
     def _weight(self) -> int:
         """How many steps of progress one group makes."""
@@ -158,6 +170,7 @@ class Study:
             **({"base": of_json(base)} if base else {}),
             # Parts hold one row per metric, without names: their order belongs to the study.
             "metrics": of_json([self.metrics.names, plain(self.metrics)]),
+            **({} if self.options.run is None else {"run": of_json(plain(self.options.run))}),
         }
 
     def result(self) -> SweepResult:
@@ -190,8 +203,10 @@ class Study:
         if len(done) == len(self.groups):
             return
         chunk = make()
-        size, base = self.options.batch_size, chunk.base
-        runner = GroupRunner(self.model, chunk.inputs, chunk.groups, chunk.metrics, size, base)
+        options = self.options
+        runner = GroupRunner(
+            self.model, chunk.inputs, chunk.groups, chunk.metrics, options.batch_size, chunk.base, options.run
+        )
         if number == 0:
             check_axes(runner.binder, self.axes, [task.bound for task in runner.tasks])
         clean = runner.start()
@@ -262,7 +277,11 @@ class Study:
             values=values.view(*shape, -1),
             axes={**lead, **axes, "example": self._labels() or list(range(values.shape[-1]))},
             provenance=provenance.describe(
-                self.model, method="sweep", metric=self._bound(), dataset_sha256=self._data_sha256()
+                self.model,
+                method="sweep",
+                metric=self._bound(),
+                dataset_sha256=self._data_sha256(),
+                **described_run(self.options.run),
             ),
             clean=self._lead(whole["clean"]),
             source=self._lead(whole["other.source"]) if "other.source" in whole else torch.zeros(0),

@@ -112,6 +112,12 @@ class EditCompiler:
 
     def bind(self, groups: Sequence[Group]) -> list[CompiledEdits]:
         """Check every edit of every group, and work out what they need; InputError or UnknownSiteError names the edit."""
+        bound = self.check(groups)
+        self.values.prepare([edit for group in bound for edit in group.group])
+        return bound
+
+    def check(self, groups: Sequence[Group]) -> list[CompiledEdits]:
+        """Check every edit of every group, without what they take from other runs: not to be run."""
         if (
             any(groups)
             and past_length(self.windows.settings)
@@ -121,9 +127,7 @@ class EditCompiler:
                 "past_key_values hold the whole prefix of this model, whose positions edits cannot tell: leave them out, and give the "
                 "prefix itself (input_ids and pixel_values)."
             )
-        bound = [self._bind(group) for group in groups]
-        self.values.prepare([edit for group in bound for edit in group.group])
-        return bound
+        return [self._bind(group) for group in groups]
 
     def _bind(self, group: Group) -> CompiledEdits:
         bound = CompiledEdits(group)

@@ -198,15 +198,19 @@ class Steer(Edit):
 
     def new(self, x: Tensor, at: EditContext) -> Tensor:
         """``x + s d``; ``‖x‖ (x̂ + s d̂)/‖x̂ + s d̂‖``; ``x - s (x·d̂) d̂``."""
-        direction, scale = at.pick(self.direction, x), at.pick(self.scale, x)
-        if self.mode == "add":
-            return x + scale * direction
-        unit = direction / direction.norm(dim=-1, keepdim=True)
-        if self.mode == "project_out":
-            return x - scale * (x * unit).sum(-1, keepdim=True) * unit
-        length = x.norm(dim=-1, keepdim=True)
-        turned = x / length.clamp_min(torch.finfo(x.dtype).tiny) + scale * unit
-        return turned / turned.norm(dim=-1, keepdim=True) * length
+        return steered(x, at.pick(self.direction, x), at.pick(self.scale, x), self.mode)
+
+
+def steered(x: Tensor, direction: Tensor, scale: Any, mode: str) -> Tensor:
+    """Activations ``[… d]`` moved along a direction, see :func:`circuitvision.edits.steer`."""
+    if mode == "add":
+        return x + scale * direction
+    unit = direction / direction.norm(dim=-1, keepdim=True)
+    if mode == "project_out":
+        return x - scale * (x * unit).sum(-1, keepdim=True) * unit
+    length = x.norm(dim=-1, keepdim=True)
+    turned = x / length.clamp_min(torch.finfo(x.dtype).tiny) + scale * unit
+    return turned / turned.norm(dim=-1, keepdim=True) * length
 
 
 @dataclass(frozen=True, repr=False)
