@@ -67,6 +67,9 @@ _FUNCTIONS = {
 _CLASSES = {
     "checks.model": "ModelCheck",
     "circuits.ablation": "AblationCheck",
+    "circuits.computational_graph": "ComputationalGraph Receiver Sender",
+    "circuits.edge_attribution": "EdgeAttribution",
+    "circuits.edge_runs": "Interchange",
     "circuits.importance": "HeadImportance",
     "data.batches": "Batch",
     "data.captions": "Caption Retrieval",

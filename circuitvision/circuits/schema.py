@@ -103,7 +103,7 @@ NODE_KINDS = (
 _HEAD_SLOTS = frozenset({"q", "k", "v"})
 _SLOTS = {"head": _HEAD_SLOTS, "kv_head": frozenset({"k", "v"}), "logit": frozenset({"in", "img", "txt"})}
 _SOURCES = frozenset({"input", "embed", "pos", "bias", "error"})
-_SUBLAYER = {"head": 0.0, "kv_head": 0.0, "bias": 0.0}
+_SUBLAYER = {"head": 0.0, "kv_head": -0.25, "bias": 0.0}
 
 
 def new_graph(kind: str, **attributes: Any) -> nx.MultiDiGraph:

@@ -200,6 +200,10 @@ class Branch:
         """What the output projection makes of a value of a site before it, bias included."""
         raise NotImplementedError
 
+    def head_tangents(self, z: Tensor, change: Tensor) -> Tensor:
+        """See :meth:`AttentionBranch.head_tangents`; only attention has heads."""
+        raise NotImplementedError
+
     def _share_of(self, site: str, value: Tensor, denominator: Tensor | None) -> Tensor:
         raise NotImplementedError
 
@@ -338,6 +342,16 @@ class AttentionBranch(ProjectedBranch):
             raise InputError(f"z is [… head d_head] of all {n_heads} heads; this one is {tuple(z.shape)}.")
         weight, _ = self.out.weight_and_bias(z.dtype, z.device)
         return torch.einsum("...hd,hdm->...hm", z, rearrange(weight.to(z), "(h d) m -> h d m", h=n_heads))
+
+    def head_tangents(
+        self, z: Float[Tensor, "... head d_head"], change: Float[Tensor, "... head d_head"]
+    ) -> Float[Tensor, "... head d_model"]:
+        """What a small change of each head alone adds: the derivative of :meth:`written` at ``z``, head by head, through a norm behind them too."""
+        then, results = self.then, self.head_results(change)
+        if not then.normed:
+            return then.linear(results, None)
+        whole = self.projected(self.inner, z).unsqueeze(-2).expand_as(results).contiguous()
+        return torch.func.jvp(then, (whole,), (results.to(whole.dtype),))[1].to(change.dtype)
 
     def inner_sites(self) -> list[str]:
         return [self.inner, self.result]

@@ -79,7 +79,7 @@ class SlotGradients(Mapping[str, Tensor]):
         InputError: a cache without gradients, or without what any slot needs.
     """
 
-    def __init__(self, tower: Tower, cache: ActivationCache) -> None:
+    def __init__(self, tower: Tower, cache: ActivationCache | Mapping[str, Tensor]) -> None:
         self.tower, self.cache = tower, cache
         stored = set(cache)
         self._slots = {

@@ -272,6 +272,20 @@ class Tower:
         with self.hooks_disabled():
             return self.blocks[layer].attn.head_results(z)
 
+    def head_tangents(
+        self,
+        layer: int,
+        z: Float[Tensor, "... head d_head"],
+        change: Float[Tensor, "... head d_head"],
+        name: str = "attn",
+    ) -> Float[Tensor, "... head d_model"]:
+        """What a small change of each head of one layer adds to the stream by itself, to first order: the derivative of :meth:`written` at ``z``.
+
+        Where no norm follows the branch, it is the share of ``change`` exactly; where one does, heads add up to the derivative of all together.
+        """
+        with self.hooks_disabled():
+            return self.blocks[layer].branch(name).head_tangents(z, change)
+
     def written(
         self, site: str, value: Tensor, frozen: ActivationCache | None = None, step: int | None = None
     ) -> Float[Tensor, "... d_model"]:

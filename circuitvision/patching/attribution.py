@@ -134,9 +134,9 @@ def attribution_patch(
     grid = grid_of(model, names, axes, regions, neurons)
     check_gradients(model.module)
     if pairs is not None and example_batch is None and hasattr(pairs, "clean"):
-        example_batch = _batch_size(model, pairs)
+        example_batch = graph_batch_size(model, pairs)
     runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch, allow_wrong)
-    _check_metrics(runs.metrics, mode, method)
+    check_metrics(runs.metrics, mode, method)
     first = runs.first_inputs()
     refuse_inference(model.module, first)
     dead = dead_sites(model, names, first)
@@ -183,7 +183,7 @@ def _check_method(method: str, nodes: int) -> None:
         raise InputError(f"nodes={nodes!r} is not understood: a whole number from 1 on.")
 
 
-def _check_metrics(given: MetricSet, mode: str, method: str) -> None:
+def check_metrics(given: MetricSet, mode: str, method: str) -> None:
     """Raise InputError for metrics that count; warn of one that is at its minimum where its gradient is taken."""
     flat = [name for name, one in given.members.items() if isinstance(one, (metrics.Rank, metrics.Accuracy))]
     if flat:
@@ -198,7 +198,7 @@ def _check_metrics(given: MetricSet, mode: str, method: str) -> None:
         )
 
 
-def _batch_size(model: Any, pairs: Any) -> int:
+def graph_batch_size(model: Any, pairs: Any) -> int:
     """How many pairs run together where a graph is kept: several activations for each one that a run without it holds."""
     from circuitvision.data.batches import automatic_size
 

@@ -91,7 +91,7 @@ class Estimator:
     ) -> None:
         self.model, self.names, self.grid, self.method, self.nodes = model, names, grid, method, nodes
         self.sums = Sums(grid.axes)
-        self.entries = _entries(model, first) if method == "ig" else []
+        self.entries = entries_of(model, first) if method == "ig" else []
         self.layers = _added(model) if method == "atp*" and grad_drop else {}
         stages = {name: SiteName.parse(name).stage for name in names} if method == "atp*" else {}
         self.queries = {name: _looked_at(model, name) for name, stage in stages.items() if stage in _QUERIES}
@@ -136,7 +136,7 @@ class Estimator:
         watched = list(dict.fromkeys([*plain, *self.patterns, *scores, *holds]))
         run = GradientRun(self.model, batch.inputs, watched, layers=self.layers)
         given = batch.metrics.against(run.output.detach())
-        measured = _differentiable(given, run)
+        measured = differentiable(given, run)
         terms = self._fixed(batch, run, holds)
         for name in plain:
             away = wide(batch.values.pop(name)) - wide(run.values[name].detach())
@@ -212,13 +212,13 @@ class Estimator:
         points, weights = np.polynomial.legendre.leggauss(self.nodes)
         found: list[Estimates] = [{} for _ in given.members]
         for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
-            run = GradientRun(self.model, batch.inputs, names, _path(base, away, entries, float(point)))
-            measured = _differentiable(given, run)
+            run = GradientRun(self.model, batch.inputs, names, path_edits(base, away, entries, float(point)))
+            measured = differentiable(given, run)
             for number, value in enumerate(measured):
                 for name, estimate in run.estimates(terms, value, number < len(measured) - 1).items():
                     found[number][name] = found[number].get(name, 0.0) + float(weight) * estimate
         with torch.no_grad():
-            end = given(self.model.run(batch.inputs, _path(base, away, entries, 1.0)), batch.inputs)
+            end = given(self.model.run(batch.inputs, path_edits(base, away, entries, 1.0)), batch.inputs)
         start = given(output, batch.inputs)
         reached = torch.stack([torch.stack([one[f"{name} whole"] for name in entries]).sum(0).cpu() for one in found])
         joined = self._joined([{n: one[n] for n in self.names} for one in found], given, batch, output, batch.inputs)
@@ -245,7 +245,9 @@ class Estimator:
         return values.flatten(2).movedim(1, -1) if values.ndim > 2 else values[:, None]
 
 
-def _path(base: Estimates, away: Estimates, entries: Sequence[str], point: float) -> list[edits.Edit]:
+def path_edits(
+    base: Mapping[str, Tensor], away: Mapping[str, Tensor], entries: Sequence[str], point: float
+) -> list[edits.Edit]:
     """The edits that put each input a share of the way to the source's."""
     return [
         edits.replace(name, (wide(base[name]) + point * away[name]).to(base[name].dtype))
@@ -254,7 +256,7 @@ def _path(base: Estimates, away: Estimates, entries: Sequence[str], point: float
     ]
 
 
-def _differentiable(given: MetricSet, run: GradientRun) -> list[Tensor]:
+def differentiable(given: MetricSet, run: GradientRun) -> list[Tensor]:
     """Every metric of a run's output, per example, with a graph.
 
     Raises:
@@ -276,7 +278,7 @@ def _differentiable(given: MetricSet, run: GradientRun) -> list[Tensor]:
 # -- places --------------------------------------------------------------------------------------------------------------------------------
 
 
-def _entries(model: Any, inputs: Mapping[str, Any]) -> list[str]:
+def entries_of(model: Any, inputs: Mapping[str, Any]) -> list[str]:
     """What enters each tower that runs: its stream, or its own embeddings where a connector feeds it."""
     tokens = model.tokens(inputs)
     found = [

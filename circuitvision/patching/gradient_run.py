@@ -13,7 +13,7 @@ Not covered: runs of several passes (``generate``, ``sample_actions``).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,21 +80,26 @@ class GradientRun:
     ) -> dict[str, Float[Tensor, "example ..."]]:
         """For each name the sum of its terms, by example; the graph is let go with ``keep_graph=False``."""
         watched = list(dict.fromkeys(term.watched for listed in terms.values() for term in listed))
-        shared = self._shared(len(metric))
-        own = [site for site in watched if SiteName.parse(site).tower not in shared]
-        others = [site for site in watched if site not in own]
         found: dict[str, Tensor] = {}
+        for gradients, example in self.gradients(watched, metric, keep_graph):
+            for name, value in self._summed(terms, gradients, len(metric), example).items():
+                found[name] = found[name] + value if name in found else value
+        return found
+
+    def gradients(
+        self, sites: Sequence[str], metric: Float[Tensor, " example"], keep_graph: bool = True
+    ) -> Iterator[tuple[dict[str, Tensor], int | None]]:
+        """The gradients of the metric at sites: where rows are examples' all at once (beside None), elsewhere of one example after another."""
+        shared = self._shared(len(metric))
+        own = [site for site in sites if SiteName.parse(site).tower not in shared]
+        others = [site for site in sites if site not in own]
         if own:
-            gradients = self._gradients(metric, torch.ones_like(metric), own, keep_graph or bool(others))
-            found |= self._summed(terms, gradients, len(metric), None)
+            yield self._gradients(metric, torch.ones_like(metric), own, keep_graph or bool(others)), None
         for example in range(len(metric) if others else 0):
             last = not keep_graph and example == len(metric) - 1
             one = torch.zeros_like(metric)
             one[example] = 1
-            gradients = self._gradients(metric, one, others, not last)
-            for name, value in self._summed(terms, gradients, len(metric), example).items():
-                found[name] = found[name] + value if name in found else value
-        return found
+            yield self._gradients(metric, one, others, not last), example
 
     def _gradients(self, metric: Tensor, of: Tensor, sites: Sequence[str], keep_graph: bool) -> dict[str, Tensor]:
         """The gradients of the metric, weighted by example."""

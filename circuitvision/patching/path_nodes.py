@@ -29,7 +29,7 @@ _OUTPUTS = (OUTPUT, "logits", "answer")
 _SLOTTED = re.compile(r"(?P<node>.+?)(?:\.(?P<slot>[qkv])|<(?P<eap>[qkv])>)")
 _INDEXED = re.compile(r"(?P<site>.+)\[(?P<head>\d+)\]")
 _ENTERING = {"input": "hook_input", "embed": "hook_embed", "pos": "hook_pos_embed"}
-_BEHIND_BLOCK = 10_000
+BEHIND_BLOCK = 10_000
 """Where in a block something stands that is added behind all of its branches."""
 
 
@@ -180,7 +180,7 @@ def _at_site(model: Any, site: str, head: int | None = None) -> Node:
                     raise InputError(f"There is no head {head} at {site}, which has {count}, counted from 0.")
                 return Node(name.tower, (name.layer, branch.number), site, head)
         if f"blocks.{name.layer}.{name.site}" in tower.writers.get(name.layer, ()):
-            return Node(name.tower, (name.layer, _BEHIND_BLOCK), site)
+            return Node(name.tower, (name.layer, BEHIND_BLOCK), site)
     raise InputError(
         f"{site} is not what a part adds to a stream. Senders are heads (attn.hook_z), branches (hook_attn_out, hook_mlp_out), what enters a tower "
         "(hook_input, hook_embed) and connectors (projector.hook_out)."
@@ -311,7 +311,7 @@ def output_slots(model: Any, senders: Iterable[Node], inputs: Mapping[str, Any])
         if model.flow.is_last(tower) and (tower in stages or model.flow.is_reached(tower, stages)):
             layer = last_live_block(model.towers[tower], inputs)
             site = f"{tower}.blocks.{layer}.hook_resid_post"
-            found.append(Slot(tower, (layer, _BEHIND_BLOCK), site, site, after=_BEHIND_BLOCK, end=OUTPUT))
+            found.append(Slot(tower, (layer, BEHIND_BLOCK), site, site, after=BEHIND_BLOCK, end=OUTPUT))
     return found
 
 
@@ -327,7 +327,7 @@ def connector_slot(model: Any, name: str, inputs: Mapping[str, Any]) -> Slot:
     if len(connector.sources) > 1 or len(set(layers)) > 1 or layers[0] < 1:
         return Slot(name, (0, 0), f"{name}.hook_in", f"{name}.hook_in", end=name)
     site = f"{source.name}.blocks.{layers[0] - 1}.hook_resid_post"
-    return Slot(source.name, (layers[0] - 1, _BEHIND_BLOCK), site, site, after=_BEHIND_BLOCK, end=name)
+    return Slot(source.name, (layers[0] - 1, BEHIND_BLOCK), site, site, after=BEHIND_BLOCK, end=name)
 
 
 def expanded(given: Any) -> bool:

@@ -1,0 +1,166 @@
+"""Runs in which chosen edges of the computational graph carry what their senders write in another run: the one mechanism of masks on edges.
+
+With a mask ``m`` ``[sender slot]`` slot ``d`` reads
+
+    ``x_d + Σ_s m_sd (a_s(source) - a_s(this run))``
+
+in place of the stream ``x_d``. A masked edge (1) carries the value of the source run, exactly; an edge that is left (0) carries what its sender
+writes in this very run, from inputs that masks may have changed. Without a mask this is the base run, with every edge masked the source run, with
+all edges out of a node masked the base run with that node patched. Masks in between interpolate, and have gradients. Where a norm follows a branch,
+its heads are mixed before the norm, as it sees them together.
+
+:class:`Interchange` makes the edits of such runs (interchange interventions on a circuit: mask everything that is not in it), :class:`EdgeEdits`
+those that mask one edge after another: there everything before the slot is the base run's, so that one ordinary edit of one slot is enough, and a
+sweep computes what lies behind it alone.
+
+Not covered: other values than those of a source run; masks that differ by position.
+
+Reference: Goldowsky-Dill et al. 2023 (arXiv 2304.05969), Hanna et al. 2024 (arXiv 2403.17806).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuitvision import edits
+from circuitvision.circuits.computational_graph import ComputationalGraph, Sender
+from circuitvision.errors import InputError
+from circuitvision.model.branches import branch_at
+from circuitvision.model.edits.base import Edit
+from circuitvision.patching.runs import Sides
+
+Mask = Float[Tensor, "sender slot"] | Bool[Tensor, "sender slot"]
+
+
+class Interchange:
+    """Edits of runs of a model on some inputs, in which masked edges carry the source's values.
+
+    ``source`` holds what the sites of ``graph`` have in the source run, at the base run's positions. ``reads`` keeps, of the last run, what every
+    slot's site read, and ``writes`` what every sender's site held.
+    """
+
+    def __init__(
+        self, model: Any, graph: ComputationalGraph, inputs: Mapping[str, Any], source: Mapping[str, Tensor]
+    ) -> None:
+        self.model, self.graph, self.inputs, self.source = model, graph, inputs, source
+        self.writes: dict[str, Tensor] = {}
+        self.reads: dict[str, Tensor] = {}
+
+    def edits(self, mask: Mask) -> tuple[Edit, ...]:
+        """One group of edits: the run with this mask.
+
+        Raises:
+            InputError: a mask of another shape, or one that masks what is no edge.
+        """
+        if tuple(mask.shape) != tuple(self.graph.edges.shape):
+            raise InputError(
+                f"A mask is [sender slot], {list(self.graph.edges.shape)}; this one is {list(mask.shape)}."
+            )
+        held = mask.detach().to("cpu") != 0
+        beside = held & ~self.graph.edges
+        if bool(beside.any()):
+            row, column = beside.nonzero()[0].tolist()
+            raise InputError(
+                f"The mask holds {self.graph.sender_ids[row]}->{self.graph.slot_ids[column]}, which is no edge."
+            )
+        # The gradient of a mask is asked for where it is 0, too.
+        held = self.graph.edges if mask.requires_grad else held
+        found: list[Edit] = [
+            edits.apply(site, self._kept(site))
+            for site in self.graph.sites
+            if bool(held[self.graph.senders_at(site)].any())
+        ]
+        for site in dict.fromkeys(one.slot.site for one in self.graph.slots):
+            numbers = self.graph.slots_at(site)
+            read = [one for one in self.graph.sites if bool(held[self.graph.senders_at(one)][:, numbers].any())]
+            if read:
+                found.append(edits.apply(site, self._mixed(site, read, mask[:, numbers])))
+        return tuple(found)
+
+    def _kept(self, site: str) -> Callable[[Tensor, Any], None]:
+        def keep(value: Tensor, hook: Any) -> None:
+            self.writes[site] = value
+
+        return keep
+
+    def _mixed(
+        self, site: str, read: Sequence[str], mask: Float[Tensor, "sender slot"]
+    ) -> Callable[[Tensor, Any], Tensor]:
+        def mix(value: Tensor, hook: Any) -> Tensor:
+            parts = [self.change(one, self.writes[one], mask[self.graph.senders_at(one)].to(value)) for one in read]
+            added = sum(parts[1:], parts[0])
+            new = value + (added if value.ndim == 4 else added.squeeze(2)).to(value)
+            self.reads[site] = new
+            return new
+
+        return mix
+
+    def change(
+        self, site: str, value: Tensor, mask: Float[Tensor, "sender slot"]
+    ) -> Float[Tensor, "row pos slot d_model"]:
+        """What masked senders at a site add to the streams of some slots, in the place of ``value``."""
+        senders = [self.graph.senders[number] for number in self.graph.senders_at(site)]
+        away = self.source[site].to(value) - value
+        if senders[0].node.head is not None:
+            return _of_heads(self.model, senders[0], value, away, mask)
+        parts = torch.stack([away * images_of(self.model, self.inputs, sender).to(away) for sender in senders], 2)
+        return torch.einsum("rpsd,sn->rpnd", parts, mask)
+
+
+def _of_heads(
+    model: Any, sender: Sender, value: Tensor, away: Tensor, mask: Float[Tensor, "head slot"]
+) -> Float[Tensor, "row pos slot d_model"]:
+    tower = model.towers[sender.tower]
+    branch, _ = branch_at(tower, sender.site)
+    if not branch.then.normed:
+        return torch.einsum("rpsd,sn->rpnd", tower.head_tangents(branch.block.layer, value, away, branch.name), mask)
+    mixed = value.unsqueeze(2) + mask.T[None, None, :, :, None] * away.unsqueeze(2)
+    return tower.written(sender.site, mixed) - tower.written(sender.site, value).unsqueeze(2)
+
+
+def images_of(model: Any, inputs: Mapping[str, Any], sender: Sender) -> Float[Tensor, "row pos 1"]:
+    """1 at the positions that a sender writes: all, those of images (a connector), or all others."""
+    if sender.images is None:
+        return torch.ones(1, 1, 1)
+    number = torch.from_numpy(model.tokens(inputs)[sender.tower].image_number)
+    return ((number >= 0) == sender.images).unsqueeze(-1)
+
+
+class EdgeEdits:
+    """The groups of edits that mask one edge of a mask after another, made for one batch of examples."""
+
+    def __init__(self, model: Any, graph: ComputationalGraph, mask: Bool[Tensor, "sender slot"]) -> None:
+        self.model, self.graph, self.mask = model, graph, mask & graph.edges
+
+    def __provenance__(self) -> dict[str, Any]:
+        return {"graph": self.graph, "mask": self.mask}
+
+    def __call__(self, sides: Sides) -> list[tuple[Edit, ...]]:
+        """One group for each edge, by sender, then slot."""
+        with torch.no_grad():
+            base = self.model._values_at(sides.inputs, self.graph.sites)[1]
+            runs = Interchange(self.model, self.graph, sides.inputs, sides.source)
+            found: list[tuple[Edit, ...]] = []
+            for site in self.graph.sites:
+                senders = self.graph.senders_at(site)
+                if not bool(self.mask[senders].any()):
+                    continue
+                # Each sender alone: as many slots as there are senders, each of which reads one of them.
+                changes = runs.change(site, base[site], torch.eye(len(senders)).to(base[site]))
+                for place, row in enumerate(senders):
+                    found += [
+                        self._edit(column, changes[:, :, place])
+                        for column in self.mask[row].nonzero().flatten().tolist()
+                    ]
+            return found
+
+    def _edit(self, column: int, change: Float[Tensor, "row pos d_model"]) -> tuple[Edit, ...]:
+        slot = self.graph.slots[column].slot
+        if slot.has_heads:
+            return (edits.steer(slot.site, change.unsqueeze(-2), heads=[slot.head]),)
+        return (edits.steer(slot.site, change),)

@@ -1,0 +1,251 @@
+"""Scores of all edges of a model from gradients at its slots: what each sender changes, times the gradient where it is read.
+
+    ``score(s → d) = Σ_positions ⟨Δa_s, ∂metric/∂(input of d)⟩``
+
+``Δa_s`` is what sender ``s`` adds to the stream in the source run minus what it adds in the base run; the gradient is taken at the base run
+(``eap``), or is a weighted mean over several points of a path: that of the inputs from base to source, or that on which the masks of all edges grow
+from 0 to 1 together, where ``Δa_s`` is taken to the run at each point.
+
+No copy of the stream is made for each head: gradients at slots follow from those at the projections (:mod:`circuitvision.model.slots`), and what
+heads add is made again from ``attn.hook_z``, layer by layer, when it is read. Of all that lies between, one layer's slots and one layer's senders are
+alive at a time. Where a norm follows a branch, a head's change goes through the norm's derivative, so that scores are the gradients of masks on
+edges there too.
+
+Not covered: more than one batch's graph at a time; slots of branches that are neither attention nor MLP cost a copy of the stream each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitvision.circuits.computational_graph import ComputationalGraph
+from circuitvision.circuits.edge_runs import Interchange, images_of
+from circuitvision.model.branches import branch_at
+from circuitvision.model.slots import SlotGradients, slots_of
+from circuitvision.patching.estimates import wide
+from circuitvision.patching.estimator import differentiable, entries_of, path_edits
+from circuitvision.patching.gradient_run import GradientRun
+from circuitvision.patching.runs import RunBatch
+
+METHODS = ("eap", "eap-ig", "clean-corrupted", "mask-ig", "exact")
+QUADRATURES = ("gauss", "midpoint", "left")
+Scores = Float[Tensor, "example sender slot"]
+
+
+def path_points(method: str, steps: int, quadrature: str) -> list[tuple[float, float]]:
+    """The points of the path from base (0) to source (1) where gradients are taken, with their weights, which add up to 1.
+
+    ``"left"`` is the rule of EAP-IG's code: ``x' + α (x - x')`` with ``α = 0, 1/m, …``, from the source's end, which it takes, to the base's, which
+    it leaves out.
+    """
+    if method == "eap":
+        return [(0.0, 1.0)]
+    if method == "clean-corrupted":
+        return [(0.0, 0.5), (1.0, 0.5)]
+    if quadrature == "gauss":
+        points, weights = np.polynomial.legendre.leggauss(steps)
+        return [(float(point + 1) / 2, float(weight) / 2) for point, weight in zip(points, weights, strict=True)]
+    shift = 0.5 if quadrature == "midpoint" else 0.0
+    return [(1 - (number + shift) / steps, 1 / steps) for number in range(steps)]
+
+
+@dataclass
+class EdgeScores:
+    """Scores ``[metric example sender slot]`` of some examples, and the metrics of their runs ``[metric example]``."""
+
+    values: Tensor
+    base: Tensor
+    source: Tensor
+    gap: Tensor
+    examples: list[Any]
+
+
+class Changes:
+    """What each sender adds in the source run minus what it adds in this one, made when it is asked for.
+
+    ``away`` are the differences of the sites' values, ``at`` the values at which norms behind branches are linearised.
+    """
+
+    def __init__(
+        self, model: Any, graph: ComputationalGraph, inputs: Any, away: Mapping[str, Tensor], at: Mapping[str, Tensor]
+    ) -> None:
+        self.model, self.graph, self.inputs, self.away, self.at = model, graph, inputs, away, at
+
+    def of(self, site: str) -> Float[Tensor, "row pos sender d_model"]:
+        """The changes of the senders at one site, in their order."""
+        senders = [self.graph.senders[number] for number in self.graph.senders_at(site)]
+        tower, away = self.model.towers[senders[0].tower], self.away[site]
+        if senders[0].node.head is not None:
+            branch, _ = branch_at(tower, site)
+            with torch.no_grad():
+                return tower.head_tangents(branch.block.layer, wide(self.at[site].detach()), away, branch.name)
+        return torch.stack([away * images_of(self.model, self.inputs, sender).to(away) for sender in senders], 2)
+
+
+@dataclass
+class _Point:
+    """One run on a path, and what scores are made of there."""
+
+    run: GradientRun
+    changes: Changes
+    reads: Mapping[str, Tensor]
+    """The streams that slots read in place of the run's own, by the slots' sites."""
+
+
+class EdgeEstimator:
+    """The scores of all edges, batch by batch: gradients at ``points`` of a path of the inputs, or of the masks of all edges together."""
+
+    def __init__(
+        self,
+        model: Any,
+        graph: ComputationalGraph,
+        first: Mapping[str, Any],
+        points: Sequence[tuple[float, float]],
+        path: str = "inputs",
+    ) -> None:
+        self.model, self.graph, self.points, self.path = model, graph, list(points), path
+        self.along = self.points != [(0.0, 1.0)]
+        self.entries = entries_of(model, first) if self.along and path == "inputs" else []
+        self.slots = [_SlotsOfLayer.of(model, graph, tower, layer) for tower, layer in _layers(graph)]
+        starting = [one.images is not True and one.node.place[0] < 0 for one in graph.senders]
+        self.summed = torch.tensor(starting) if path == "inputs" else torch.ones(len(starting), dtype=torch.bool)
+        """The senders whose edges add up to the metric's change along the path."""
+
+    def read(self) -> list[str]:
+        """The sites whose values in the source run are needed."""
+        return list(dict.fromkeys([*self.graph.sites, *self.entries]))
+
+    def batch(self, batch: RunBatch) -> EdgeScores:
+        """The scores of one batch."""
+        source = {site: wide(batch.values.pop(site)) for site in self.read()}
+        base: Mapping[str, Tensor] = {}
+        output = None
+        if self.along:
+            with torch.no_grad():
+                output, base = self.model._values_at(batch.inputs, self.read())
+        found: list[Scores] = []
+        for point, weight in self.points:
+            at = self._at(batch.inputs, point, base, source)
+            output = at.run.output.detach() if output is None else output
+            given = batch.metrics.against(output)
+            scored = [weight * own for own in self._scored(at, differentiable(given, at.run))]
+            found = [old + own for old, own in zip(found, scored, strict=True)] if found else scored
+        assert output is not None
+        given = batch.metrics.against(output)
+        before, after, values = given(output, batch.inputs), batch.source(given), torch.stack(found)
+        gap = torch.zeros_like(before)
+        if self.along:
+            if self.entries:
+                away = {site: source[site] - wide(base[site]) for site in self.entries}
+                with torch.no_grad():
+                    ended = self.model.run(batch.inputs, path_edits(base, away, self.entries, 1.0))
+                end = given(ended, batch.inputs)
+            gap = values[:, :, self.summed].sum((2, 3)) - ((end if self.entries else after) - before)
+        examples = list(range(before.shape[1])) if batch.examples is None else batch.examples
+        return EdgeScores(values, before, after, gap, examples)
+
+    def _at(self, inputs: Any, point: float, base: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> _Point:
+        """The run at one point of the path."""
+        watched = [*self.graph.sites, *(site for layer in self.slots for site in layer.watched)]
+        between: Sequence[Any] = []
+        masks = Interchange(self.model, self.graph, inputs, source)
+        if point and self.path == "inputs":
+            away = {site: source[site] - wide(base[site]) for site in self.entries}
+            between = path_edits(base, away, self.entries, point)
+        elif point:
+            between = masks.edits(point * self.graph.edges.double())
+        run = GradientRun(self.model, inputs, list(dict.fromkeys(watched)), between)
+        held = {site: wide((base if self.entries else run.values)[site].detach()) for site in self.graph.sites}
+        away = {site: source[site] - value for site, value in held.items()}
+        at = {site: wide(run.values[site].detach()) for site in self.graph.sites}
+        if masks.reads:
+            at = {site: value + point * away[site] for site, value in at.items()}
+        changes = Changes(self.model, self.graph, run.inputs, away, at)
+        return _Point(run, changes, {site: value.detach() for site, value in masks.reads.items()})
+
+    def _scored(self, at: _Point, metrics: Sequence[Tensor]) -> list[Scores]:
+        gradients = list(dict.fromkeys(site for layer in self.slots for site in layer.gradients))
+        found = []
+        for number, metric in enumerate(metrics):
+            shape = (len(metric), len(self.graph.senders), len(self.graph.slots))
+            scores = torch.zeros(shape, dtype=torch.promote_types(metric.dtype, torch.float32))
+            for own, example in at.run.gradients(gradients, metric, number < len(metrics) - 1):
+                for layer in self.slots:
+                    if set(layer.gradients) <= set(own):
+                        layer.score(at, own, example, scores)
+            found.append(scores)
+        return found
+
+
+def _layers(graph: ComputationalGraph) -> list[tuple[str, int]]:
+    return list(dict.fromkeys((one.slot.tower, one.slot.place[0]) for one in graph.slots))
+
+
+@dataclass(frozen=True)
+class _SlotsOfLayer:
+    """The slots of one block, and of what reads its end."""
+
+    model: Any
+    graph: ComputationalGraph
+    tower: str
+    layer: int
+    sites: tuple[str, ...]
+    streams: Mapping[str, str]
+    """The streams of those slots whose gradient follows from that at projections; of the others (ends of streams) it is that of the site itself."""
+    gradients: tuple[str, ...]
+    """The sites whose gradients are taken."""
+
+    @classmethod
+    def of(cls, model: Any, graph: ComputationalGraph, tower: str, layer: int) -> _SlotsOfLayer:
+        """The slots of one layer of a graph."""
+        block = model.towers[tower].blocks[layer]
+        sites = [one.slot.site for one in graph.slots if (one.slot.tower, one.slot.place[0]) == (tower, layer)]
+        known = {f"{block.prefix}.{part}": slot for part, slot in slots_of(block).items()}
+        streams = {site: f"{block.prefix}.{known[site].stream}" for site in dict.fromkeys(sites) if site in known}
+        gradients: list[str] = []
+        for site in dict.fromkeys(sites):
+            gradients += [f"{block.prefix}.{read}" for read in known[site].reads] if site in known else [site]
+        return cls(model, graph, tower, layer, tuple(dict.fromkeys(sites)), streams, tuple(dict.fromkeys(gradients)))
+
+    @property
+    def watched(self) -> list[str]:
+        """The sites that a run records."""
+        return [*self.gradients, *self.streams.values()]
+
+    def score(self, at: _Point, gradients: Mapping[str, Tensor], example: int | None, scores: Scores) -> None:
+        """Add the scores of the edges into these slots."""
+        numbers = [number for site in self.sites for number in self.graph.slots_at(site)]
+        reading = torch.cat(list(self._gradients(at, gradients)), 2)
+        edges = self.graph.edges[:, numbers]
+        for site in self.graph.sites:
+            senders = self.graph.senders_at(site)
+            if not bool(edges[senders].any()):
+                continue
+            rows = torch.einsum("rpsd,rpnd->rsn", at.changes.of(site).to(reading), reading)
+            rows = rows.masked_fill(~edges[senders].to(rows.device), 0.0)
+            into = at.run.rows(site, len(rows), len(scores)) if example is None else torch.full((len(rows),), example)
+            whole = rows.new_zeros(len(scores), *rows.shape[1:]).index_add_(0, into.to(rows.device), rows)
+            scores[:, torch.tensor(senders)[:, None], torch.tensor(numbers)] += whole.to(scores)
+
+    def _gradients(
+        self, at: _Point, gradients: Mapping[str, Tensor]
+    ) -> Iterator[Float[Tensor, "row pos slot d_model"]]:
+        """The gradients at the slots, of all heads of a site together."""
+        block = self.model.towers[self.tower].blocks[self.layer]
+        held = {f"{site}_grad": gradients[site] for site in self.gradients}
+        held |= {site: at.run.values[site].detach() for site in self.streams.values()}
+        for site, stream in self.streams.items():
+            if site in at.reads:
+                own = at.reads[site]
+                held[stream] = own[:, :, 0] if own.ndim == 4 else own
+        slots: Mapping[str, Tensor] = SlotGradients(block.tower, held) if self.streams else {}
+        for site in self.sites:
+            found = wide(slots[site] if site in self.streams else gradients[site]).detach()
+            yield found if found.ndim == 4 else found.unsqueeze(2)
