@@ -73,7 +73,6 @@ def _vit(
         patch_size=1,
         num_channels=3,
         layer_norm_eps=EPSILON,
-        num_labels=2,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
