@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from circuitvision.circuits.ablation import AblationCheck, ablation_check, live_heads
+from circuitvision.circuits.eap import export_eap, load_eap
 from circuitvision.circuits.export import export, load
 from circuitvision.circuits.importance import HeadImportance, head_importance
 from circuitvision.circuits.schema import add_edge, add_node, new_graph, rank_edges, validate
-from circuitvision.model.names import NodeName, format_id, head_id, parse_id
+from circuitvision.model.names import NodeName, format_edge, format_id, head_id, parse_edge, parse_id
 
 __all__ = [
     "AblationCheck",
@@ -16,12 +17,16 @@ __all__ = [
     "add_edge",
     "add_node",
     "export",
+    "export_eap",
+    "format_edge",
     "format_id",
     "head_id",
     "head_importance",
     "live_heads",
     "load",
+    "load_eap",
     "new_graph",
+    "parse_edge",
     "parse_id",
     "rank_edges",
     "validate",
