@@ -62,7 +62,7 @@ def test_igraph_reads_graphml(tmp_path):
     nodes = {vertex["id"]: vertex.attributes() for vertex in read.vs}
     edges = {(names[edge.source], names[edge.target], edge["slot"]): edge.attributes() for edge in read.es}
     check(nodes, edges)
-    assert len({edge["id"] for edge in read.es}) == read.ecount() == two_towers().number_of_edges()
+    assert read.ecount() == two_towers().number_of_edges()
 
 
 # -- JavaScript --------------------------------------------------------------------------------------------------------------------------------------
