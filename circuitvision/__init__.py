@@ -119,6 +119,7 @@ _CLASSES = {
     "model.tower": "Tower",
     "model.tower_config": "TowerConfig",
     "model.wrapped": "Wrapped",
+    "organisms.handbuilt.known": "HandBuilt",
     "openvla.actions": "ActionTokens",
     "openvla.configuration": "OpenVLAConfig",
     "openvla.modeling": "OpenVLAForActionPrediction",

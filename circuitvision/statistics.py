@@ -1,8 +1,8 @@
 """What is said over examples: rows averaged within examples, the standard error of a mean, and a bootstrap interval of it.
 
 :func:`by_example` is the one place where rows (images, tiles, cameras of an example) become examples, :func:`standard_error` the one formula of a
-standard error, :func:`bootstrap_interval` the one of an interval of a mean, :func:`wilson` that of a share. The last axis is that of examples; a
-value that is NaN was not measured and never counts as 0.
+standard error, :func:`bootstrap_interval` the one of an interval of a mean, :func:`wilson` that of a share, :func:`auroc` says how well
+scores rank. The last axis is that of examples; a value that is NaN was not measured and never counts as 0.
 
 Not covered: intervals of anything but means and shares; weights of examples.
 
@@ -131,3 +131,24 @@ def wilson(share: Float[Tensor, "*axes"], count: int, level: float = 0.95) -> Te
     middle = (exact + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * (exact * (1 - exact) / count + z * z / (4 * count * count)).sqrt()
     return torch.stack([(middle - half).clamp(min=0), (middle + half).clamp(max=1)])
+
+
+def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
+    """The area under the ROC curve: the share of (positive, negative) couples in which the positive one has the higher score, ties counted half.
+
+    ``(Σ ranks of the positives − P (P + 1) / 2) / (P N)`` with mean ranks of ties (Mann and Whitney 1947).
+
+    Raises:
+        InputError: not one label per score, a score that is not finite, or only one kind of label.
+    """
+    found, labels = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
+    if found.shape != labels.shape or found.ndim != 1:
+        raise InputError(f"There are {labels.size} labels for {found.size} scores.")
+    if not np.isfinite(found).all():
+        raise InputError("A score is not finite, and has no rank.")
+    hits = int(labels.sum())
+    if not 0 < hits < len(labels):
+        raise InputError("All examples are of one kind; a ranking tells two kinds apart.")
+    from scipy.stats import rankdata
+
+    return float((rankdata(found)[labels].sum() - hits * (hits + 1) / 2) / (hits * (len(labels) - hits)))

@@ -14,7 +14,7 @@ from circuitvision.circuits import schema
 from circuitvision.circuits.export import export, load
 from circuitvision.errors import InputError
 from circuitvision.model import names
-from circuitvision.model.names import NodeName, format_id, head_id, parse_id
+from circuitvision.model.names import NodeName, format_edge, format_id, head_id, parse_edge, parse_id, site_of
 
 NUMBER = st.integers(0, 10**6)
 TOWER = st.sampled_from([tower for tower in names.TOWER_LETTERS if tower != "connector"])
@@ -28,12 +28,31 @@ def node_names(draw) -> NodeName:
     numbers = {field: draw(NUMBER) for field in ("layer", "head", "feature") if field in needed}
     label = draw(LABEL) if "label" in needed else ""
     tower = "connector" if kind == "connector" else draw(TOWER)
-    return NodeName(tower, kind, **numbers, label=label, pos=draw(st.one_of(st.just(-1), NUMBER)))
+    where = draw(st.sampled_from(["all", "position", "span"]))
+    at = {"all": {}, "position": {"pos": draw(NUMBER)}, "span": {"span": draw(LABEL)}}[where]
+    return NodeName(tower, kind, **numbers, label=label, **at)
 
 
 @given(node_names())
 def test_parsing_a_formatted_name_gives_it_back(node):
     assert parse_id(format_id(node)) == node
+
+
+@given(node_names(), node_names(), st.sampled_from(names.SLOTS))
+def test_parsing_a_formatted_edge_gives_it_back(sender, receiver, slot):
+    text = format_edge(sender, receiver, slot)
+    assert parse_edge(text) == (sender, receiver, slot)
+    assert format_edge(format_id(sender), format_id(receiver), slot) == text
+
+
+@given(st.text(max_size=20))
+def test_what_parses_is_written_the_same_way(text):
+    for parse, write in ((parse_id, format_id), (parse_edge, lambda ends: format_edge(*ends))):
+        try:
+            found = parse(text)
+        except InputError:
+            continue
+        assert write(found) == text
 
 
 @given(node_names(), node_names())
@@ -46,6 +65,15 @@ def test_ids_follow_the_eap_form():
     assert format_id(NodeName("language", "feature", layer=2, feature=17, pos=9)) == "l.tc2.f17@9"
     assert parse_id("v2.m7") == NodeName("vision_2", "mlp", layer=7)
     assert parse_id("x.projector").kind == "connector"
+    assert parse_id("l.a3.h1@image_0") == NodeName("language", "head", layer=3, head=1, span="image_0")
+    assert (
+        format_id(NodeName("vision", "dictionary", layer=2, label="resid_post", feature=7, span="image"))
+        == "v.d2.resid_post.f7@image"
+    )
+    assert format_id(NodeName("decoder", "dictionary_error", layer=0, label="mlp_out", pos=3)) == "d.derr0.mlp_out@3"
+    assert format_edge("v.input", "v.a0.h0", "v") == "v.input->v.a0.h0<v>"
+    assert format_edge("v.a0.h0", "x.projector", "in") == "v.a0.h0->x.projector"
+    assert parse_edge("t.m0->t.logits<txt>") == (NodeName("text", "mlp", layer=0), NodeName("text", "logits"), "txt")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +85,13 @@ def test_ids_follow_the_eap_form():
         "z.a0.h0",
         "v.a01.h0",
         "v.a0.h0@",
-        "v.a0.h0@x",
+        "v.a0.h0@X",
+        "v.a0.h0@1x",
+        "v.a0.h0@x@1",
+        "v.a0.h0@bild\u00e4",
+        "v.d0.f1",
+        "v.d0.1x.f1",
+        "v.derr0",
         "v.a0",
         "x.a0.h0",
         "v.projector",
@@ -80,11 +114,42 @@ def test_what_is_no_id_is_refused(text):
         NodeName("vision", "thing"),
         NodeName("vision", "connector", label="p"),
         NodeName("connector", "connector", label="P!"),
+        NodeName("vision", "mlp", layer=1, pos=3, span="image"),
+        NodeName("vision", "mlp", layer=1, span="the image"),
+        NodeName("vision", "mlp", layer=1, span="3"),
+        NodeName("vision", "dictionary", layer=1, feature=2),
     ],
 )
 def test_incomplete_or_overfull_names_are_refused(node):
     with pytest.raises(InputError):
         format_id(node)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "->",
+        "v.m0",
+        "v.m0->",
+        "->v.m1",
+        "v.m0->v.m1<in>",
+        "v.m0->v.a1.h0<z>",
+        "v.m0->v.a1.h0<k><q>",
+        "v.m0->v.m1->v.m2",
+        "v.m0-> v.m1",
+    ],
+)
+def test_what_is_no_edge_is_refused(text):
+    with pytest.raises(InputError):
+        parse_edge(text)
+    with pytest.raises(InputError):
+        format_edge("v.m0", "v.m1", "z")
+
+
+def test_a_span_is_no_site():
+    with pytest.raises(InputError, match="image"):
+        site_of("v.a1.h0@image")
 
 
 def small_graph() -> nx.MultiDiGraph:
@@ -148,6 +213,11 @@ BREAKS = {
     "slot": lambda g: g.add_edge("v.a0.h1", "l.a1.h0", "q", **{**g.edges["x.projector", "l.a1.h0", "in"], "slot": "q"}),
     "score kind": lambda g: g.edges["x.projector", "l.logits", "in"].update(score_kind="vibes"),
     "boundary": lambda g: g.edges["v.a0.h1", "x.projector", "in"].update(boundary=False),
+    "span attribute": lambda g: g.nodes["v.a0.h1"].update(span="image"),
+    "interval": lambda g: g.edges["x.projector", "l.logits", "in"].update(ci_low=1.0, ci_high=0.5),
+    "inclusion": lambda g: g.edges["x.projector", "l.logits", "in"].update(inclusion=1.5),
+    "error": lambda g: g.edges["x.projector", "l.logits", "in"].update(se=-0.1),
+    "loadings": lambda g: g.edges["x.projector", "l.logits", "in"].update(loadings_json="{half"),
     "sum of out-edges": lambda g: g.edges["v.a0.h1", "x.projector", "in"].update(score=1.4, weight=1.4),
 }
 

@@ -13,7 +13,7 @@ import torch
 from circuitvision import statistics
 from circuitvision.errors import InputError
 from circuitvision.results import Result
-from circuitvision.statistics import bootstrap_interval, by_example, standard_error, wilson
+from circuitvision.statistics import auroc, bootstrap_interval, by_example, standard_error, wilson
 
 NAN = float("nan")
 
@@ -135,3 +135,33 @@ def test_wilson_is_the_interval_of_scipy():
         ours = wilson(torch.tensor(right / count, dtype=torch.float64), count)
         assert np.allclose(ours.numpy(), [theirs.low, theirs.high], rtol=1e-12)
     assert wilson(torch.tensor(0.5), 0).isnan().all()
+
+
+# -- AUROC -------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_auroc_by_hand():
+    assert auroc([4.0, 3.0, 2.0, 1.0], [True, True, False, False]) == 1.0
+    assert auroc([1.0, 2.0, 3.0, 4.0], [True, True, False, False]) == 0.0
+    # Of the four couples two are won, one is lost and one is a tie.
+    assert auroc([3.0, 1.0, 1.0, 2.0], [True, True, False, False]) == (2 + 0.5) / 4
+    # One of five stands out, the others tie with everything that is not meant.
+    assert auroc([1.0] + [0.0] * 16, [True] * 5 + [False] * 12) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_auroc_is_that_of_scikit_learn(seed):
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(seed)
+    scores, labels = rng.integers(0, 9, 60) / 3, rng.random(60) < 0.3
+    assert auroc(scores.tolist(), labels.tolist()) == pytest.approx(roc_auc_score(labels, scores), abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "said"),
+    [([1.0, 2.0], [True], "1 labels"), ([1.0, NAN], [True, False], "finite"), ([1.0, 2.0], [True, True], "one kind")],
+)
+def test_auroc_refuses_what_has_no_rank(scores, labels, said):
+    with pytest.raises(InputError, match=said):
+        auroc(scores, labels)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from circuitvision.circuits.ablation import AblationCheck, ablation_check, live_heads
 from circuitvision.circuits.computational_graph import ComputationalGraph, computational_graph
+from circuitvision.circuits.eap import export_eap, load_eap
 from circuitvision.circuits.edge_attribution import EdgeAttribution, edge_attribution
 from circuitvision.circuits.edge_runs import Interchange
 from circuitvision.circuits.export import export, load
 from circuitvision.circuits.importance import HeadImportance, head_importance
 from circuitvision.circuits.schema import add_edge, add_node, new_graph, rank_edges, validate
-from circuitvision.model.names import NodeName, format_id, head_id, parse_id
+from circuitvision.model.names import NodeName, format_edge, format_id, head_id, parse_edge, parse_id
 
 __all__ = [
     "AblationCheck",
@@ -24,12 +25,16 @@ __all__ = [
     "computational_graph",
     "edge_attribution",
     "export",
+    "export_eap",
+    "format_edge",
     "format_id",
     "head_id",
     "head_importance",
     "live_heads",
     "load",
+    "load_eap",
     "new_graph",
+    "parse_edge",
     "parse_id",
     "rank_edges",
     "validate",

@@ -305,9 +305,11 @@ def _measured(estimator: EdgeEstimator, runs: Runs, progress: bool) -> EdgeScore
     """The scores of all batches."""
     parts: list[EdgeScores] = []
     with Progress(0, "edge attribution", progress) as bar:
-        for batch in runs.batches(estimator.read()):
+        for batch in runs.batches(estimator.read(), runs.study(estimator.read())):
             parts.append(estimator.batch(batch))
+            runs.look(parts[-1].base, parts[-1].source, parts[-1].examples, batch.number == 0)
             bar.advance(len(parts[-1].examples))
+    runs.warn()
     values, base, source, gap = (
         torch.cat([getattr(part, name) for part in parts], 1) for name in ("values", "base", "source", "gap")
     )

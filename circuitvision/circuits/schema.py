@@ -7,10 +7,15 @@ does not apply, so that a graph reads the same after GraphML or JSON and loads i
 
 ``score`` of an edge is signed and ``weight`` its absolute value, for layout programs and shortest paths. In graphs
 of kind ``head_importance`` a head receives through the slot ``in``: what enters through q, k and v was not told apart.
+
+What a method did not compute stands at its default: an interval (``ci_low``, ``ci_high``) that is empty, ``inclusion`` (in how many of the
+bootstrapped circuits an edge is) -1, ``verified`` false; ``effect_verified`` is what an intervention on the edge gave, ``loadings_json`` the head
+loadings of an attention edge. Files that were written before an attribute existed are read with its default, see :data:`ADDED`.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -31,6 +36,7 @@ NODE_DEFAULTS: dict[str, Any] = {
     "head": -1,
     "feature": -1,
     "pos": -1,
+    "span": "",
     "patch_row": -1,
     "patch_col": -1,
     "image": -1,
@@ -49,15 +55,24 @@ EDGE_DEFAULTS: dict[str, Any] = {
     "score": 0.0,
     "weight": 0.0,
     "se": 0.0,
+    "ci_low": 0.0,
+    "ci_high": -1.0,
     "n": 0,
     "score_kind": "effect",
     "in_circuit": True,
     "rank": -1,
+    "inclusion": -1.0,
+    "effect_verified": 0.0,
+    "verified": False,
+    "loadings_json": "",
     "via": "",
     "boundary": False,
     "eap_name": "",
     "uid": "",
 }
+ADDED = frozenset({"span", "ci_low", "ci_high", "inclusion", "effect_verified", "verified", "loadings_json"})
+"""Attributes that older files may lack."""
+_NO_INTERVAL = (EDGE_DEFAULTS["ci_low"], EDGE_DEFAULTS["ci_high"])
 GRAPH_DEFAULTS: dict[str, Any] = {
     "schema": SCHEMA,
     "kind": "component",
@@ -103,6 +118,8 @@ NODE_KINDS = (
 _HEAD_SLOTS = frozenset({"q", "k", "v"})
 _SLOTS = {"head": _HEAD_SLOTS, "kv_head": frozenset({"k", "v"}), "logit": frozenset({"in", "img", "txt"})}
 _SOURCES = frozenset({"input", "embed", "pos", "bias", "error"})
+_KIND_OF = {"logits": "logit", "dictionary": "feature", "dictionary_error": "error"}
+"""The kind of a node by the kind of its name, where they differ."""
 _SUBLAYER = {"head": 0.0, "kv_head": -0.25, "bias": 0.0}
 
 
@@ -127,7 +144,7 @@ def add_node(graph: nx.MultiDiGraph, node: NodeName, **attributes: Any) -> str:
     if name in graph:
         raise InputError(f"The graph has a node {name} already.")
     known = {
-        "kind": "logit" if node.kind == "logits" else node.kind,
+        "kind": _KIND_OF.get(node.kind, node.kind),
         "tower": node.tower,
         "layer": node.layer,
         "sublayer": -1.0
@@ -136,6 +153,7 @@ def add_node(graph: nx.MultiDiGraph, node: NodeName, **attributes: Any) -> str:
         "head": node.head,
         "feature": node.feature,
         "pos": node.pos,
+        "span": node.span,
         "label": name,
     }
     graph.add_node(name, **_filled(NODE_DEFAULTS, {**known, **attributes}, f"node {name}"))
@@ -220,11 +238,12 @@ def _coerced(default: Any, value: Any) -> Any:
         return value
     if isinstance(default, bool | str) or isinstance(value, str | bool) or value is None:
         return value
-    if isinstance(default, float):
-        return float(value)
-    if isinstance(default, int) and float(value) == int(value):
-        return int(value)
-    return value
+    try:
+        if isinstance(default, float):
+            return float(value)
+        return int(value) if float(value) == int(value) else value
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return value
 
 
 def _type_problems(defaults: dict[str, Any], data: dict[str, Any]) -> list[str]:
@@ -247,11 +266,11 @@ def _node_problems(node: str, data: dict[str, Any]) -> list[str]:
         return [*problems, str(error)]
     if problems:
         return problems
-    kind = "logit" if name.kind == "logits" else name.kind
+    kind = _KIND_OF.get(name.kind, name.kind)
     if kind not in NODE_KINDS:
         problems.append(f"kind {kind!r} is unknown")
     expected: dict[str, Any] = {"kind": kind, "tower": name.tower}
-    expected |= {key: getattr(name, key) for key in ("layer", "head", "feature", "pos")}
+    expected |= {key: getattr(name, key) for key in ("layer", "head", "feature", "pos", "span")}
     wrong = {key: value for key, value in expected.items() if data[key] != value}
     return problems + [f"{key} is {data[key]!r}, its id says {value!r}" for key, value in wrong.items()]
 
@@ -283,6 +302,23 @@ def _edge_problems(graph: nx.MultiDiGraph, sender: str, receiver: str, key: str,
         problems.append(f"runs from layer {start['layer']} back or sideways to layer {end['layer']}")
     if data["uid"] != f"{sender}|{receiver}|{key}":
         problems.append(f"uid {data['uid']!r} does not name it")
+    return problems + _extent_problems(data)
+
+
+def _extent_problems(data: dict[str, Any]) -> list[str]:
+    """What is said about a score: that its numbers can be what they are called."""
+    problems = []
+    if data["ci_low"] > data["ci_high"] and (data["ci_low"], data["ci_high"]) != _NO_INTERVAL:
+        problems.append(f"its interval runs from {data['ci_low']} down to {data['ci_high']}")
+    if data["inclusion"] != -1.0 and not 0.0 <= data["inclusion"] <= 1.0:
+        problems.append(f"inclusion {data['inclusion']} is no share, and not -1")
+    if data["se"] < 0 or data["n"] < 0:
+        problems.append(f"se {data['se']} or n {data['n']} is below 0")
+    if data["loadings_json"]:
+        try:
+            json.loads(data["loadings_json"])
+        except ValueError:
+            problems.append("loadings_json is not JSON")
     return problems
 
 

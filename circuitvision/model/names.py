@@ -7,11 +7,11 @@ printed or stored anywhere.
 
 Graph ids:
 
-``{tower}.{name}`` or ``{tower}.{name}@{position}``. Towers are one letter (``v`` vision, ``v2`` a second vision
-backbone, ``t`` text, ``l`` language, ``a`` action, ``q`` Q-former, ``d`` decoder, ``x`` connector). Component names
-follow EAP-IG (Hanna et al., 2024), the field's common form: ``input``, ``a{layer}.h{head}``, ``kv{layer}.g{group}``,
-``m{layer}``, ``logits``. Features, errors, embeddings, biases, targets and actions have forms of their own (see
-``_FORMS``).
+``{tower}.{name}`` or ``{tower}.{name}@{position}``; a position is a number or the name of a span (``v.a1.h3@image``). Towers are one letter (``v``
+vision, ``v2`` a second vision backbone, ``t`` text, ``l`` language, ``a`` action, ``q`` Q-former, ``d`` decoder, ``x`` connector). Component names
+follow EAP-IG (Hanna et al., 2024), the field's common form: ``input``, ``a{layer}.h{head}``, ``kv{layer}.g{group}``, ``m{layer}``, ``logits``.
+Features, errors, embeddings, biases, targets and actions have forms of their own (see ``_FORMS``). Edges are ``{sender}->{receiver}<{slot}>``, for
+example ``v.m0->v.a1.h1<k>``, without a slot where the receiver has one only (``in``): see :func:`format_edge`.
 
 Two different nodes never share an id, and ``parse(format(node)) == node``: collisions between error and feature ids
 have corrupted attribution graphs elsewhere.
@@ -51,6 +51,8 @@ _FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "neuron": ("m{layer}.n{feature}", ("layer", "feature")),
     "feature": ("tc{layer}.f{feature}", ("layer", "feature")),
     "error": ("err{layer}", ("layer",)),
+    "dictionary": ("d{layer}.{label}.f{feature}", ("layer", "label", "feature")),
+    "dictionary_error": ("derr{layer}.{label}", ("layer", "label")),
     "embed": ("emb", ()),
     "pos": ("pos", ()),
     "bias": ("bias{layer}.{label}", ("layer", "label")),
@@ -68,7 +70,8 @@ class NodeName:
     """The parts of a node id; -1 and "" stand for parts its kind does not have, position -1 for all positions together.
 
     ``head`` is the group for ``kv_head``; ``feature`` is the neuron, class or action dimension for those kinds;
-    ``pos`` is the step for actions.
+    ``pos`` is the step for actions. ``span`` is a named span of positions, in place of ``pos``. Kinds ``dictionary`` and ``dictionary_error`` are a
+    feature of a dictionary at a site, and what it leaves out; ``label`` is the site.
     """
 
     tower: str
@@ -78,6 +81,7 @@ class NodeName:
     feature: int = -1
     label: str = ""
     pos: int = -1
+    span: str = ""
 
     def __str__(self) -> str:
         return format_id(self)
@@ -112,12 +116,15 @@ def format_id(node: NodeName) -> str:
         if given != (field in needed):
             state = "needs" if field in needed else "has no"
             raise InputError(f"A node of kind {node.kind!r} {state} {field}; got {value!r}.")
-    if node.label and not re.fullmatch(_LABEL, node.label):
-        raise InputError(
-            f"{node.label!r} is no name: lower-case letters, digits and underscores, starting with a letter."
-        )
+    for given in (node.label, node.span):
+        if given and not re.fullmatch(_LABEL, given, re.ASCII):
+            raise InputError(
+                f"{given!r} is no name: lower-case letters, digits and underscores, starting with a letter."
+            )
+    if node.span and node.pos >= 0:
+        raise InputError(f"A node is at a position or at a span of them; got {node.pos} and {node.span!r}.")
     name = template.format(layer=node.layer, head=node.head, feature=node.feature, label=node.label)
-    position = f"@{node.pos}" if node.pos >= 0 else ""
+    position = f"@{node.span or node.pos}" if node.span or node.pos >= 0 else ""
     return f"{TOWER_LETTERS[node.tower]}.{name}{position}"
 
 
@@ -130,7 +137,8 @@ def parse_id(text: str) -> NodeName:
     letter, dot, rest = text.partition(".")
     tower = _TOWER_NAMES.get(letter, "")
     name, at, position = rest.partition("@")
-    if not dot or not tower or (at and not re.fullmatch(r"0|[1-9]\d*", position, re.ASCII)):
+    numbered = re.fullmatch(r"0|[1-9]\d*", position, re.ASCII) is not None
+    if not dot or not tower or (at and not numbered and not re.fullmatch(_LABEL, position, re.ASCII)):
         raise InputError(f"{text!r} is no node id; ids look like v.a3.h5, l.logits, x.projector or l.tc2.f17@9.")
     for kind, pattern in _PATTERNS.items():
         if (kind == "connector") != (tower == "connector"):
@@ -138,14 +146,46 @@ def parse_id(text: str) -> NodeName:
         match = pattern.fullmatch(name)
         if match:
             parts = match.groupdict()
-            numbers = {field: int(parts[field]) for field in ("layer", "head", "feature") if field in parts}
-            return NodeName(tower, kind, **numbers, label=parts.get("label") or "", pos=int(position) if at else -1)
+            given: dict[str, Any] = {
+                field: int(parts[field]) for field in ("layer", "head", "feature") if field in parts
+            }
+            given |= {"pos": int(position)} if numbered else {"span": position}
+            return NodeName(tower, kind, label=parts.get("label") or "", **given)
     raise InputError(f"{text!r} is no node id: the part after the tower fits none of the known forms.")
 
 
 def head_id(tower: str, layer: int, head: int) -> str:
     """The id of an attention head, for example ``v.a3.h5``."""
     return format_id(NodeName(tower, "head", layer=layer, head=head))
+
+
+SLOTS = ("q", "k", "v", "in", "img", "txt")
+"""What an edge enters: the query, key or value input of a head, the one input of anything else, either side of a dual encoder's logits."""
+_EDGE = re.compile(rf"(?P<sender>.+?)->(?P<receiver>[^<>]+)(?:<(?P<slot>{'|'.join(SLOTS)})>)?", re.ASCII)
+
+
+def format_edge(sender: NodeName | str, receiver: NodeName | str, slot: str) -> str:
+    """The id of an edge: ``"v.m0->v.a1.h1<k>"``; the slot ``in`` is not written.
+
+    Raises:
+        InputError: an end that is no node, or an unknown slot.
+    """
+    if slot not in SLOTS:
+        raise InputError(f"There is no slot {slot!r}; slots are {', '.join(SLOTS)}.")
+    ends = [format_id(parse_id(end) if isinstance(end, str) else end) for end in (sender, receiver)]
+    return "->".join(ends) + (f"<{slot}>" if slot != "in" else "")
+
+
+def parse_edge(text: str) -> tuple[NodeName, NodeName, str]:
+    """Sender, receiver and slot of an edge's id: the inverse of :func:`format_edge`.
+
+    Raises:
+        InputError: not an id of this grammar.
+    """
+    match = _EDGE.fullmatch(text)
+    if match is None or match["slot"] == "in":
+        raise InputError(f"{text!r} is no edge; edges look like v.input->v.a0.h1<k> or v.a0.h1->v.m0.")
+    return parse_id(match["sender"]), parse_id(match["receiver"]), match["slot"] or "in"
 
 
 # -- spellings ---------------------------------------------------------------------------------------------------------------------------------
@@ -256,7 +296,7 @@ def heads_of(parts: Component | Iterable[Component], towers: Mapping[str, Any], 
 
 def _head_of(part: Component, towers: Mapping[str, Any], tower: str) -> NodeName:
     node = component(part)
-    if node.kind != "head" or node.pos >= 0:
+    if node.kind != "head" or node.pos >= 0 or node.span:
         raise InputError(f"{part!r} is not a head over all positions; a head is spelled {_EXAMPLES}.")
     name = node.tower or tower or (next(iter(towers)) if len(towers) == 1 else "")
     if not name:
@@ -290,8 +330,8 @@ def site_of(part: Component) -> tuple[str, int | None]:
     if isinstance(part, str) and (match := _INDEXED.fullmatch(part)) and SiteName.parse(match["site"]).has_heads:
         return match["site"], int(match["number"])
     node = component(part)
-    if node.pos >= 0:
-        raise InputError(f"{part!r} names one position; give positions={node.pos} beside the component.")
+    if node.pos >= 0 or node.span:
+        raise InputError(f"{part!r} names positions; give positions={node.span or node.pos!r} beside the component.")
     if node.kind not in _SITES:
         raise InputError(f"{part!r} has no site of its own; give a site's name, such as 'vision.blocks.1.attn.hook_v'.")
     if node.kind == "neuron":
