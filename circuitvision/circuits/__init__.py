@@ -1,17 +1,22 @@
-"""Circuits as NetworkX graphs: the schema, files, head importance, and whether a set of heads carries the answer."""
+"""Circuits as NetworkX graphs: the schema, files, head importance, whether a set of heads carries the answer, and heads that carry a shortcut."""
 
 from __future__ import annotations
 
 from circuitvision.circuits.ablation import AblationCheck, ablation_check, live_heads
 from circuitvision.circuits.export import export, load
 from circuitvision.circuits.importance import HeadImportance, head_importance
+from circuitvision.circuits.removal import HeadRemoval, removal_curve, remove_heads
 from circuitvision.circuits.schema import add_edge, add_node, new_graph, rank_edges, validate
+from circuitvision.circuits.shortcuts import InformationGain, ShortcutHeads, shortcut_heads
 from circuitvision.model.names import NodeName, format_id, head_id, parse_id
 
 __all__ = [
     "AblationCheck",
     "HeadImportance",
+    "HeadRemoval",
+    "InformationGain",
     "NodeName",
+    "ShortcutHeads",
     "ablation_check",
     "add_edge",
     "add_node",
@@ -24,5 +29,8 @@ __all__ = [
     "new_graph",
     "parse_id",
     "rank_edges",
+    "removal_curve",
+    "remove_heads",
+    "shortcut_heads",
     "validate",
 ]

@@ -62,6 +62,8 @@ _FIGURES = {
     "ShapleyValues": ("interactions", "shapley"),
     "ConditionalEffects": ("interactions", "conditional"),
     "ModulationResult": ("interactions", "modulation"),
+    "HeadRemoval": ("shortcuts", "removal"),
+    "ShortcutHeads": ("shortcuts", "scores"),
 }
 
 
