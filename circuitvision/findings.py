@@ -125,12 +125,12 @@ def best_head(result: HeadImportance, asked: Finding | None = None) -> Finding:
     node = parse_id(name)
     index = [result.index_of(*pair) for pair in (("tower", node.tower), ("layer", node.layer), ("head", node.head))]
     error = result.restored_error[0] if result.metrics else result.restored_error
-    return _share(result, share, _around(share, float(error[tuple(index)])), "head", spelled(name), asked)
+    return _share(result, share, around(share, float(error[tuple(index)])), "head", spelled(name), asked)
 
 
 def together(result: HeadImportance, asked: Finding | None = None) -> Finding:
     """The share of the swing that all selected heads move together."""
-    interval = _around(result.joint, result.joint_error)
+    interval = around(result.joint, result.joint_error)
     return _share(result, result.joint, interval, "heads", f"the {len(result.selected)} heads in the graph", asked)
 
 
@@ -312,7 +312,7 @@ def attends(
     share = sum(shares) / len(shares)
     said = percent(min(shares)), percent(max(shares))
     about = {"head": head, "to": to, "said": said[0] if said[0] == said[1] else " to ".join(said)}
-    interval = _around(share, error, tests)
+    interval = around(share, error, tests)
     if share != share:
         return Finding(claim, None, reason="it has no attention", about=about)
     if chance is None or chance != chance:
@@ -357,10 +357,10 @@ def looks_near(profile: DistanceProfile) -> Finding:
     if not math.isfinite(float(shares[at])):
         return Finding("looks near", None, reason="no patch looks at patches", about={"tower": profile.tower})
     value, chance, share = float(means[at]), float(chances[at]), -float(shares[at])
-    around = _around(float(gap.mean()[at]), float(gap.error()[at]), tests)
-    told = share >= NEARER_ALONE if around is None else share >= NEARER and around[1] < 0
+    found = around(float(gap.mean()[at]), float(gap.error()[at]), tests)
+    told = share >= NEARER_ALONE if found is None else share >= NEARER and found[1] < 0
     about = {"tower": profile.tower, "layer": str(profile.axes["layer"][at])}
-    interval = None if around is None else (chance + around[0], chance + around[1])
+    interval = None if found is None else (chance + found[0], chance + found[1])
     reason = "" if told else "it is hardly nearer than chance"
     return Finding("looks near", told, value, "patches", interval, len(profile.examples), chance, reason, about)
 
@@ -493,7 +493,7 @@ def _peak(grid: torch.Tensor) -> tuple[int, int]:
     return divmod(_flat_peak(grid), grid.shape[-1])
 
 
-def _around(value: float, error: float, tests: int = 1) -> tuple[float, float] | None:
+def around(value: float, error: float, tests: int = 1) -> tuple[float, float] | None:
     """95 % around a value by its standard error, wider where it is the best of several; None where a single example has none."""
     z = NormalDist().inv_cdf(1 - 0.025 / tests)
     return None if error != error else (value - z * error, value + z * error)

@@ -298,6 +298,26 @@ def _say_modulates(found: Finding) -> str:
     return f"{said}{beside}{f' ({found.reason})' if found.holds is False else ''}".replace("-", "\N{MINUS SIGN}")
 
 
+def _say_reads_background(found: Finding) -> str:
+    about = found.about
+    gains = f"information gain {about['gain']} with it, {about['left']} nat without".replace("-", "\N{MINUS SIGN}")
+    if found.holds:
+        return f"Without {about['head']} the background counts {about['share']} less ({gains})"
+    return f"No head clearly lets the background in: {about['head']} comes first, {gains} ({found.reason})"
+
+
+def _say_raises_worst(found: Finding) -> str:
+    about = found.about
+    heads = "1 head" if about["count"] == "1" else f"{about['count']} heads"
+    if about["count"] == "0":
+        return f"Removing heads does not raise the worst group, {about['before']}"
+    said = f"Removing {heads} takes the worst group from {about['before']} to {about['after']}"
+    if about["after"] == about["before"]:
+        said = f"Removing {heads} leaves the worst group at {about['before']}"
+    beside = f"; as many others: {about['random']} at best" if about["random"] else ""
+    return f"{said}{beside}{f' ({found.reason})' if found.holds is False else ''}"
+
+
 def _say_repairs(found: Finding) -> str:
     about = found.about
     if found.holds is None:
@@ -400,6 +420,8 @@ SENTENCES = {
     "interact": _say_interact,
     "repairs": _say_repairs,
     "modulates": _say_modulates,
+    "reads background": _say_reads_background,
+    "raises worst": _say_raises_worst,
     "interchanges": _say_interchanges,
     "understands": _say_understands,
     "calibrates": _say_calibrates,

@@ -1,4 +1,4 @@
-"""Circuits as NetworkX graphs: the schema, files, head importance, and whether a set of heads carries the answer."""
+"""Circuits as NetworkX graphs: the schema, files, head importance, whether a set of heads carries the answer, and heads that carry a shortcut."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from circuitvision.circuits.edge_attribution import EdgeAttribution, edge_attrib
 from circuitvision.circuits.edge_runs import Interchange
 from circuitvision.circuits.export import export, load
 from circuitvision.circuits.importance import HeadImportance, head_importance
+from circuitvision.circuits.removal import HeadRemoval, removal_curve, remove_heads
 from circuitvision.circuits.schema import add_edge, add_node, new_graph, rank_edges, validate
+from circuitvision.circuits.shortcuts import InformationGain, ShortcutHeads, shortcut_heads
 from circuitvision.model.names import NodeName, format_edge, format_id, head_id, parse_edge, parse_id
 
 __all__ = [
@@ -17,8 +19,11 @@ __all__ = [
     "ComputationalGraph",
     "EdgeAttribution",
     "HeadImportance",
+    "HeadRemoval",
+    "InformationGain",
     "Interchange",
     "NodeName",
+    "ShortcutHeads",
     "ablation_check",
     "add_edge",
     "add_node",
@@ -37,5 +42,8 @@ __all__ = [
     "parse_edge",
     "parse_id",
     "rank_edges",
+    "removal_curve",
+    "remove_heads",
+    "shortcut_heads",
     "validate",
 ]

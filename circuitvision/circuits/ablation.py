@@ -150,7 +150,7 @@ def ablation_check(
     dead = [spelled(name) for name in chosen if name not in live]
     if dead:
         raise InputError(f"{dead[0]} cannot reach the output; the live heads are {', '.join(map(spelled, live))}.")
-    draws = _draw([name for name in live if name not in chosen], len(chosen), n_random, seed)
+    draws = random_sets([name for name in live if name not in chosen], len(chosen), n_random, seed)
     conditions: dict[str, list[str]] = {"intact": [], "heads": chosen}
     conditions |= {f"random {number + 1}": draw for number, draw in enumerate(draws)}
     sites = sorted({_site(name) for names in conditions.values() for name in names})
@@ -274,7 +274,8 @@ def _batches(model: Any, pairs: Pairs, size: int | None) -> Iterator[tuple[Batch
         yield Batch(this, list(part.numbers), other, list(part.answers or ()), list(part.foils or ())), columns
 
 
-def _draw(others: Sequence[str], size: int, number: int, seed: int) -> list[list[str]]:
+def random_sets(others: Sequence[str], size: int, number: int, seed: int) -> list[list[str]]:
+    """Different sets of ``size`` of the other heads. Raises InputError where there are fewer than ``number``."""
     possible = math.comb(len(others), size)
     if possible < number:
         sets = "set" if possible == 1 else "sets"

@@ -395,17 +395,18 @@ def connector_sites(model: Any) -> list[str]:
 def input_sites(model: Any) -> list[str]:
     """What enters block 0 of each tower that reads pictures: all that the tower knows of the image."""
     return [
-        f"{name}.hook_input" for name, tower in model.towers.items() if _reads_images(tower) and _offers(model, name)
+        f"{name}.hook_input" for name, tower in model.towers.items() if reads_images(tower) and _offers(model, name)
     ]
 
 
-def _reads_images(tower: Any) -> bool:
+def reads_images(tower: Any) -> bool:
+    """Whether what a tower reads is a picture."""
     return bool(getattr(getattr(tower, "stack", None), "image", False))
 
 
 def _modality(tower: Any) -> str:
     """What the positions of a tower are: "image", "text" or "action"."""
-    if _reads_images(tower):
+    if reads_images(tower):
         return "image"
     return "action" if getattr(getattr(tower, "spec", None), "runs", "") == "per_denoising_step" else "text"
 

@@ -2,7 +2,8 @@
 
 ``Pairs`` and ``Side`` hold any data set of raw examples; ``reading`` makes them from files and stored data sets, ``batches`` turns them into inputs,
 ``generated`` draws them. ``scenes`` draws pictures and minimal pairs, ``questions`` and ``captions`` put words to them; ``binding`` and
-``binding_questions`` do so for scenes whose shapes and colours have to be bound, ``reach`` is a grid world to act in.
+``binding_questions`` do so for scenes whose shapes and colours have to be bound, ``reach`` is a grid world to act in, ``backgrounds`` draws objects
+on backgrounds that go with their class.
 
 Counterfactuals of a data set of any kind: ``masking`` and ``patch_edits`` change pictures, ``rewording`` changes texts, ``without_images`` leaves
 pictures out; each returns ``Pairs`` with the edited side as corrupt, and refuses an edit that changes nothing or something else than it should.
@@ -12,6 +13,7 @@ reach.
 
 from __future__ import annotations
 
+from circuitvision.data.backgrounds import BackgroundScene, background_pairs, background_side, sample_backgrounds
 from circuitvision.data.batches import Batch
 from circuitvision.data.captions import Caption, Retrieval, sample_retrievals, true_captions
 from circuitvision.data.differences import PictureDifferences, changed_patches, minimal_pairs, picture_differences
@@ -58,6 +60,7 @@ __all__ = [
     "TEST_PAIRS",
     "TRAIN_PAIRS",
     "VALIDATION_PAIRS",
+    "BackgroundScene",
     "Batch",
     "Caption",
     "EditOutcomes",
@@ -73,6 +76,8 @@ __all__ = [
     "SceneObject",
     "Side",
     "Tally",
+    "background_pairs",
+    "background_side",
     "blank_images",
     "calibrate_prior",
     "caption_pairs",
@@ -98,6 +103,7 @@ __all__ = [
     "reach_side",
     "render",
     "replace_words",
+    "sample_backgrounds",
     "sample_largest",
     "sample_question_pairs",
     "sample_questions",

@@ -131,11 +131,16 @@ def make_card(
         "minutes_measured": shipped["minutes"],
         "cpu_minutes_measured": shipped["cpu_minutes"],
         "trained_on": trained_on,
-        "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "numpy")}
-        | {"python": platform.python_version()},
+        "versions": versions(),
         "license": "Apache-2.0",
         **({} if measured is None else {"measured": measured}),
     }
+
+
+def versions() -> dict[str, str]:
+    """What a run depends on, of the packages that run now."""
+    found = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "numpy")}
+    return found | {"python": platform.python_version()}
 
 
 def make_readme(card: dict[str, Any]) -> str:
@@ -215,24 +220,33 @@ def ship(
     name: str, folders: list[Path], out: Path, trained_on: str, measured: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Copy the chosen run to ``out`` with its card, and return the card."""
-    from safetensors import safe_open
-
     runs = [json.loads(folder.with_name(f"{folder.name}.json").read_text(encoding="utf-8")) for folder in folders]
     chosen = folders[runs.index(choose(runs))]
-    with safe_open(chosen / "model.safetensors", "pt") as weights:
-        parameters = sum(weights.get_tensor(key).numel() for key in weights.keys())  # noqa: SIM118
-    card = make_card(name, runs, parameters, trained_on, measured)
+    card = make_card(name, runs, parameter_count(chosen), trained_on, measured)
+    write_with_card(chosen, out, card, make_readme(card))
+    return card
+
+
+def parameter_count(folder: Path) -> int:
+    """How many numbers the weights in a folder are."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        return sum(weights.get_tensor(key).numel() for key in weights.keys())  # noqa: SIM118
+
+
+def write_with_card(chosen: Path, out: Path, card: Mapping[str, Any], readme: str) -> None:
+    """Copy a run's folder to ``out`` with its card, in one move: complete, or not there at all. What was in ``out`` before is gone."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     shutil.copytree(chosen, temporary, dirs_exist_ok=True)
     (temporary / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (temporary / "README.md").write_text(make_readme(card), encoding="utf-8")
+    (temporary / "README.md").write_text(readme, encoding="utf-8")
     temporary.chmod(0o755)
     for file in temporary.iterdir():
         file.chmod(0o644)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
-    return card
 
 
 def main(arguments: list[str] | None = None) -> int:

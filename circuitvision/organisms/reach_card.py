@@ -11,16 +11,13 @@ The test episodes take no part in the choice: no layout is in two splits, and th
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from circuitvision.data import reach
 from circuitvision.organisms import reach_pi0, registry
+from circuitvision.organisms.cards import parameter_count, versions, write_with_card
 
 NAME = "reach-pi0"
 SPENT = ("seed", "minutes", "cpu_minutes")
@@ -30,7 +27,6 @@ def make_card(runs: list[dict[str, Any]], parameters: int, trained_on: str) -> d
     """The card as a JSON-ready mapping; ships the run with the best validation success, smallest seed among equals."""
     shipped = min(runs, key=lambda run: (-run["validation"], run["seed"]))
     board, entry = reach.Board(), registry.entry(NAME)
-    packages = ("torch", "transformers", "numpy")
     return {
         "name": NAME,
         "model_class": entry.model_class,
@@ -51,8 +47,7 @@ def make_card(runs: list[dict[str, Any]], parameters: int, trained_on: str) -> d
         "minutes_measured": shipped["minutes"],
         "cpu_minutes_measured": shipped["cpu_minutes"],
         "trained_on": trained_on,
-        "versions": {package: importlib.metadata.version(package) for package in packages}
-        | {"python": platform.python_version()},
+        "versions": versions(),
         "license": "Apache-2.0",
     }
 
@@ -105,26 +100,14 @@ Other versions or thread counts round differently, so a run repeats the recipe, 
 
 def ship(folders: list[Path], out: Path, trained_on: str) -> dict[str, Any]:
     """Score every run, copy the chosen one to ``out`` with its card, and return the card."""
-    from safetensors import safe_open
-
     runs = []
     for folder in folders:
         printed = json.loads(folder.with_name(folder.name + ".json").read_text(encoding="utf-8"))
         runs.append({**{key: printed[key] for key in SPENT}, **registry.evaluate(NAME, folder)})
     card = make_card(runs, 0, trained_on)
     chosen = folders[[run["seed"] for run in runs].index(card["ships"])]
-    with safe_open(chosen / "model.safetensors", "pt") as weights:
-        card["parameters"] = sum(weights.get_tensor(key).numel() for key in weights.keys())  # noqa: SIM118
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    shutil.copytree(chosen, temporary, dirs_exist_ok=True)
-    (temporary / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (temporary / "README.md").write_text(make_readme(card), encoding="utf-8")
-    temporary.chmod(0o755)
-    for file in temporary.iterdir():
-        file.chmod(0o644)
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
+    card["parameters"] = parameter_count(chosen)
+    write_with_card(chosen, out, card, make_readme(card))
     return card
 
 

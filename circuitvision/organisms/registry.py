@@ -62,6 +62,11 @@ TABLE: dict[str, Organism] = {
         "ViTForImageClassification",
         "name the shape of the one large object",
     ),
+    "spurious-vit": Organism(
+        "circuitvision.organisms.spurious_vit",
+        "ViTForImageClassification",
+        "name the shape of an object, on pictures whose background went with the label in training",
+    ),
     "scenes-llava": Organism(
         "circuitvision.organisms.scenes_llava",
         "LlavaForConditionalGeneration",

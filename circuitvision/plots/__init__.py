@@ -64,6 +64,8 @@ _FIGURES = {
     "ModulationResult": ("interactions", "modulation"),
     "EditOutcomes": ("answers", "outcomes"),
     "PriorCalibration": ("answers", "calibration"),
+    "HeadRemoval": ("shortcuts", "removal"),
+    "ShortcutHeads": ("shortcuts", "scores"),
 }
 
 

@@ -15,7 +15,15 @@ from circuitvision.organisms import registry
 
 
 def test_the_names() -> None:
-    assert organisms.names() == ["shapes-vit", "shapes-clip", "shapes-llava", "scenes-vit", "scenes-llava", "reach-pi0"]
+    assert organisms.names() == [
+        "shapes-vit",
+        "shapes-clip",
+        "shapes-llava",
+        "scenes-vit",
+        "spurious-vit",
+        "scenes-llava",
+        "reach-pi0",
+    ]
 
 
 @pytest.mark.parametrize("name", registry.TABLE)
