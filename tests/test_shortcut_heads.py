@@ -73,7 +73,8 @@ def test_without_them_the_worst_group_rises_and_without_as_many_others_it_does_n
     assert value >= 0.1
     assert low >= 0.1
     assert high >= value
-    assert len(found.random_sets) == 20
+    assert len(found.random_sets) == len({tuple(found.sets[name]) for name in found.random_sets}) == 20
+    assert all(len(found.sets[name]) == 2 and not KNOWN & {*found.sets[name]} for name in found.random_sets)
     assert float((found.worst[2:] - found.worst[0]).max()) < 0.1
     assert float(found.average[1]) > float(found.average[0])
     told = raises_worst(found)
@@ -146,6 +147,16 @@ def test_information_gain_by_hand() -> None:
 def test_of_yes_or_no_columns_each_counts() -> None:
     logits = marked(torch.tensor([[60.0, -60.0], [-60.0, -60.0], [-60.0, 60.0]]), "sigmoid")
     assert InformationGain()(logits).tolist() == pytest.approx([0.0, math.log(2), 2 * math.log(2)])
+
+
+def test_numbers_that_are_no_probabilities_are_refused() -> None:
+    with pytest.raises(InputError, match="no distribution"):
+        InformationGain()(marked(torch.zeros(3, 4), "none"))
+
+
+def test_half_precision_finds_the_same_heads() -> None:
+    half = organisms.load("spurious-vit", dtype=torch.bfloat16)
+    assert set(shortcut_heads(half, drawn(60, 11)[0], progress=False).top(2)) == KNOWN
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero"])

@@ -15,6 +15,7 @@ Not covered: finding the groups, and sets of heads with which none is gained one
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from circuitvision.metrics import accuracy
 from circuitvision.model.edits.base import EditGroup, by_digest
 from circuitvision.model.names import Component, format_id, heads_of, parse_id, spelled
 from circuitvision.model.state import refuse_random, refuse_unwrapped
+from circuitvision.progress import verbosity
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 from circuitvision.statistics import wilson
@@ -299,7 +301,8 @@ def _measured(
     options: Mapping[str, Any],
 ) -> HeadRemoval:
     made = [removed(own, ablation, side if reference is None else reference) for own in sets.values()]
-    swept = model.sweep(side, made, accuracy(), **options)
+    with contextlib.nullcontext() if options["progress"] else verbosity("quiet"):
+        swept = model.sweep(side, made, accuracy(), **options)
     return HeadRemoval(
         values=torch.cat([swept.clean[None], swept.values]),
         axes={"condition": [INTACT, *sets], "example": swept.axes["example"]},

@@ -25,6 +25,7 @@ Reference: CIGMA (Maliha et al., CVPR 2026), of which no code is public.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,7 @@ from circuitvision.metrics.position import Position, as_output, at_position
 from circuitvision.model.edits.base import Edit, EditGroup, by_digest
 from circuitvision.model.names import head_id, parse_id, site_of, spelled
 from circuitvision.model.state import refuse_random, refuse_unwrapped
+from circuitvision.progress import verbosity
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 
@@ -194,16 +196,17 @@ def shortcut_heads(
     groups = [removed(name, ablation, side if reference is None else reference) for name in heads]
     each = 3 * max(1, automatic_size(model, side[0]) // 3 if example_batch is None else example_batch)
     metric = InformationGain(position=position, name="information gain", columns=columns)
-    swept = model.sweep(
-        triples,
-        groups,
-        metric,
-        empty="clean",
-        example_batch=each,
-        save_to=save_to,
-        resume=resume,
-        progress=progress,
-    )
+    with contextlib.nullcontext() if progress else verbosity("quiet"):
+        swept = model.sweep(
+            triples,
+            groups,
+            metric,
+            empty="clean",
+            example_batch=each,
+            save_to=save_to,
+            resume=resume,
+            progress=progress,
+        )
     intact = swept.clean.double().unflatten(-1, (-1, 3))[:, 1:].T
     without = swept.values.double().unflatten(-1, (-1, 3))[..., 1:].movedim(-1, 0)
     axes, scores = _laid_out(model, names, heads, intact[:, None] - without)

@@ -30,7 +30,7 @@ def scores(result: ShortcutHeads, title: str | None = None) -> kit.Figure:
     down, across = (("layer", result.axes["layer"]), ("head", result.axes["head"]))
     figure = kit.heat(grids, down, across, unit="nat", marked=marked, bar="gain that<br>goes, nat")
     whole = kit.number(result.mean(quantity="foreground_gain"), 2)
-    notes = (f"of the foreground's {whole} nat the right map says what goes", kit.over(result))
+    notes = (f"the foreground's information gain is {whole} nat", kit.over(result))
     heading = style.titled(title or kit.escaped(reads_background(result)), *notes)
     return kit.finish_heat(figure, heading, max(len(grid) for grid in grids.values()))
 
