@@ -36,7 +36,7 @@ from circuitvision.statistics import wilson
 from circuitvision.subspaces import controls
 from circuitvision.subspaces.fitting import FittedBasis, fit_basis, fit_boundless, train
 from circuitvision.subspaces.kept import KeptRun, kept_runs
-from circuitvision.subspaces.maps import interchanged_by
+from circuitvision.subspaces.maps import check_invertible, interchanged_by
 from circuitvision.subspaces.pairs import Outcome, SiteBatch, SitePairs, checked_pairs
 from circuitvision.subspaces.training import Fit, Options, Schedule, apart, by_map, target_means
 
@@ -310,6 +310,7 @@ class DAS:
         assert self.map is not None
         device = learned.model.device
         found = self.map(learned.width).to(device)
+        check_invertible(found, learned.base[:8].float().to(device))
 
         def objective(step: int) -> Tensor:
             part = schedule.part(step)

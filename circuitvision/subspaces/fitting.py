@@ -198,6 +198,10 @@ def train(
         for step in range(first, steps):
             optimizer.param_groups[0]["lr"] = rate * (1.0 - step / steps)
             losses.append(_step(optimizer, objective(step)))
+            if not math.isfinite(losses[-1]):
+                raise InputError(
+                    f"The loss is {losses[-1]} in step {step}: lower the rate, or look at what is compared."
+                )
             if after is not None:
                 after(step, losses[-1])
             if kept.path is not None and ((step + 1) % kept.every == 0 or step + 1 == steps):

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from circuitvision.errors import InputError
 from circuitvision.subspaces.fitting import OrthonormalBasis
 
 
@@ -47,6 +48,18 @@ class CouplingMap(nn.Module):
             step = self.steps[number]
             one, two = (one, two - step(one)) if number % 2 == 0 else (one - step(two), two)
         return torch.cat([one, two], 1) @ self.rotation.weight.T
+
+
+def check_invertible(map: nn.Module, x: Float[Tensor, "entry d"]) -> None:
+    """Raise InputError for a map of another width, without ``inverse``, or whose ``inverse`` does not bring entries back."""
+    try:
+        with torch.no_grad():
+            back = map.inverse(map(x))  # type: ignore[operator]
+            close = back.shape == x.shape and float((back - x).norm()) <= 1e-3 * float(x.norm())
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"map= makes no invertible map of {x.shape[1]} coordinates ({error}).") from error
+    if not close:
+        raise InputError("map= makes no invertible map: its inverse(forward(x)) is not x.")
 
 
 def interchanged_by(

@@ -26,6 +26,7 @@ from torch import Tensor
 from circuitvision import metrics
 from circuitvision.data import Pairs
 from circuitvision.errors import InputError
+from circuitvision.model.names import is_component
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
@@ -182,7 +183,7 @@ def illusion_report(
             controls are trained on; a source run that answers as the base run does.
     """
     pairs = checked_pairs(pairs, metric)
-    basis = orthonormal(direction.basis if isinstance(direction, DASResult) else direction).detach().cpu()
+    basis = orthonormal(_basis_of(direction, site)).detach().cpu()
     learn, test = _two_sets(pairs, direction, train, seed)
     if controls and basis.shape[1] > len(learn):
         raise InputError(
@@ -259,6 +260,17 @@ def illusion_report(
         train=list(learn.numbers),
         groups=[] if test.groups is None else list(test.groups),
     )  # fmt: skip
+
+
+def _basis_of(direction: Any, site: Any) -> Any:
+    """The basis of a direction, or of a subspace that was trained at this site."""
+    if not isinstance(direction, DASResult):
+        return direction
+    if not direction.basis.numel():
+        raise InputError("A non-linear map has no basis, and a report is about one: give a trained rotation.")
+    if isinstance(site, str) and not is_component(site) and site != direction.site:
+        raise InputError(f"The subspace was trained at {direction.site}: give .basis to try it at {site}.")
+    return direction.basis
 
 
 def _laid(data: SitePairs) -> dict[str, Any]:
