@@ -52,7 +52,7 @@ class RunBatch:
     """Some examples of both runs: inputs of the base run, and what the source run held at the base run's positions.
 
     ``values`` belong to whoever reads the batch. ``metrics`` are bound; ``source`` reads metrics of the source run. ``examples`` are the labels of
-    the examples, None where the metric says how many there are.
+    the examples, None where the metric says how many there are; ``rows`` their places in a data set of ``count``.
     """
 
     inputs: Mapping[str, Any]
@@ -60,6 +60,8 @@ class RunBatch:
     metrics: MetricSet
     source: Callable[[MetricSet], Float[Tensor, "metric example"]]
     examples: list[Any] | None = None
+    rows: list[int] | None = None
+    count: int = 0
 
 
 class Runs:
@@ -269,7 +271,8 @@ class PairRuns(Runs):
             (group,) = chunk.groups
             values = {edit.site: edit.source.tensor for edit in group}  # type: ignore[attr-defined]
             labels = [self.base.numbers[row] for row in chunk.examples or ()]
-            batch = RunBatch(chunk.inputs, values, chunk.metrics, chunk.others["source"], labels)
+            rows = list(chunk.examples or ())
+            batch = RunBatch(chunk.inputs, values, chunk.metrics, chunk.others["source"], labels, rows, len(self.base))
             # The batch alone holds the values, so that whoever reads it can let go of them.
             del chunk, group, values
             yield batch
