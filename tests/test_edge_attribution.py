@@ -204,6 +204,134 @@ def test_exact_effects_are_those_of_runs_with_one_masked_edge():
             )
 
 
+def last_patterns_alone(model: Any) -> Any:
+    """The same linear model, in which only the last layer's patterns depend on the input."""
+    for block in list(model.vision.blocks)[:-1]:
+        for letter in "qk":
+            for parameter in block.attn.projection(letter).module.parameters():
+                torch.nn.init.zeros_(parameter)
+    return model
+
+
+def test_the_qk_fix_is_exact_where_all_behind_the_softmax_is_linear():
+    found = Near(linear=True)
+    last_patterns_alone(found.model)
+    metric = logit_diff(1, 2)
+    exact, plain, fixed = (scored(found, metric, **options) for options in ({"method": "exact"}, {}, {"qk_fix": True}))
+    queries = torch.tensor(["<q>" in name or "<k>" in name for name in exact.axes["slot"]])
+    torch.testing.assert_close(
+        fixed.values[:, queries], exact.values[:, queries], rtol=1e-9, atol=1e-10, equal_nan=True
+    )
+    assert (plain.values - exact.values)[:, queries].nan_to_num().abs().max() > 1e-4
+    # Reading patterns takes a kernel whose softmax counts in single precision.
+    torch.testing.assert_close(
+        fixed.values[:, ~queries], plain.values[:, ~queries], rtol=1e-4, atol=1e-4, equal_nan=True
+    )
+
+
+def test_a_saturated_key_is_seen_by_the_qk_fix_and_not_by_the_gradient():
+    found = Near(linear=True)
+    last_patterns_alone(found.model)
+    for letter in "qk":
+        found.model.vision.blocks[-1].attn.projection(letter).module.weight.data *= 8
+    found.corrupt = images(2)
+    metric = logit_diff(1, 2)
+    exact, plain, fixed = (scored(found, metric, **options) for options in ({"method": "exact"}, {}, {"qk_fix": True}))
+    for head in range(3):
+        edge = f"v.input->v.a1.h{head}<k>"
+        torch.testing.assert_close(fixed.edge(edge), exact.edge(edge), rtol=1e-8, atol=1e-9)
+    sizes = [
+        torch.stack([one.edge(f"v.input->v.a1.h{head}<k>") for head in range(3)]).abs().max() for one in (plain, exact)
+    ]
+    assert sizes[0] < 0.1 * sizes[1]
+
+
+@pytest.mark.parametrize("name", ["pi0", "clip", "paligemma2"])
+def test_for_small_changes_the_qk_fix_is_the_gradient(name):
+    with double_throughout():
+        found = Example(name)
+        pixels = found.clean["pixel_values"]
+        found.corrupt = {**found.clean, "pixel_values": pixels + 1e-4 * (found.corrupt["pixel_values"] - pixels)}
+        plain, fixed = scored(found), scored(found, qk_fix=True)
+    scale = plain.values.nan_to_num().abs().max()
+    assert (plain.values != fixed.values).sum() > plain.values.isnan().sum()
+    torch.testing.assert_close(fixed.values / scale, plain.values / scale, rtol=0, atol=3e-3, equal_nan=True)
+
+
+# -- spans -----------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "eap-ig", "steps": 2}, {"method": "mask-ig", "steps": 2}])
+def test_scores_of_all_positions_add_up_to_the_edges(options):
+    near = Near()
+    whole, each = scored(near, **options), scored(near, spans="position", **options)
+    assert list(each.axes) == ["sender", "slot", "span", "example"]
+    assert each.axes["span"] == list(range(16))
+    torch.testing.assert_close(each.totals, whole.values, rtol=1e-11, atol=1e-11, equal_nan=True)
+    torch.testing.assert_close(each.scores, whole.scores, rtol=1e-11, atol=1e-11, equal_nan=True)
+    some = scored(near, spans={"cls": "cls", "corner": [1, 2, 6]}, **options)
+    assert some.axes["span"] == ["cls", "corner", "rest"]
+    torch.testing.assert_close(some.values[:, :, 0], each.values[:, :, 0], rtol=1e-11, atol=1e-11, equal_nan=True)
+    torch.testing.assert_close(
+        some.values[:, :, 1], each.values[:, :, [1, 2, 6]].sum(2), rtol=1e-11, atol=1e-11, equal_nan=True
+    )
+    torch.testing.assert_close(some.totals, whole.values, rtol=1e-11, atol=1e-11, equal_nan=True)
+
+
+def test_a_score_at_a_position_is_what_the_edge_carries_there():
+    near = Near()
+    each = scored(near, spans="position")
+    sites = ["vision.blocks.1.hook_k_input", "vision.blocks.0.hook_mlp_out"]
+    _, here = near.model.run_with_cache(near.clean, sites, incl_bwd=True, metric=score)
+    _, there = near.model.run_with_cache(near.corrupt, sites[1])
+    change, gradient = there[sites[1]] - here[sites[1]], here[f"{sites[0]}_grad"][:, :, 2]
+    torch.testing.assert_close(
+        each.edge("v.m0->v.a1.h2<k>"), (change * gradient).sum(-1).T.detach(), rtol=1e-10, atol=1e-11
+    )
+    ratio = each.cancellation[each.index_of("sender", "v.m0"), each.index_of("slot", "v.a1.h2<k>")]
+    means = each.edge("v.m0->v.a1.h2<k>").mean(-1)
+    assert float(ratio) == pytest.approx(float(means.sum().abs() / means.abs().sum()))
+    assert 0 < float(ratio) <= 1
+
+
+def test_spans_of_several_towers_in_batches_of_pairs():
+    found = Example("llava-clip-llama")
+    pairs = Pairs(inputs=found.clean, corrupt_inputs=found.corrupt, answers=[1, 2], foils=[4, 5])
+    spans = {"picture": {"language": "patch", "vision": "patch"}, "last": {"language": "last"}}
+    parts, whole = (
+        edge_attribution(found.model, pairs, "logit_diff", example_batch=1, progress=False, spans=own)
+        for own in (spans, None)
+    )
+    torch.testing.assert_close(parts.totals, whole.values, rtol=1e-6, atol=1e-8, equal_nan=True)
+    assert parts.axes["span"] == ["picture", "last", "rest"]
+    # The connector writes pictures alone, and the output is read at the last position.
+    carried = parts.edge("x.projector->l.a0.h1<q>")
+    assert carried[0].abs().max() > 0
+    assert carried[1:].abs().max() == 0
+    ends = parts.edge("l.m0->l.logits")
+    assert ends[1].abs().max() > 0
+    assert ends[[0, 2]].abs().max() == 0
+    assert len(parts.to_frame()) == 3 * len(whole.to_frame())
+    validate(parts.to_networkx(10))
+    assert len(parts.mean_frame()) == 3 * parts.n_edges
+
+
+def test_spans_that_overlap_or_mean_nothing_are_refused():
+    near = Near()
+    for spans, message in (
+        ({"a": [1, 2], "b": [2]}, "do not overlap"),
+        ({"rest": [1]}, "is no name"),
+        ({}, "is no name"),
+        ("patch", "not understood"),
+        ({"a": {"language": [1]}}, "no tower"),
+    ):
+        with pytest.raises(InputError, match=message):
+            scored(near, spans=spans)
+    for options in ({"method": "exact"}, {"qk_fix": True}):
+        with pytest.raises(InputError, match="leave spans out"):
+            scored(near, spans="position", **options)
+
+
 # -- sums and symmetries ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +465,7 @@ def test_mistakes_are_told_before_anything_runs():
         ({"method": "acdc"}, "Unknown method"),
         ({"method": "eap-ig", "quadrature": "right"}, "Unknown quadrature"),
         ({"steps": 0}, "steps"),
+        ({"method": "eap-ig", "qk_fix": True}, "qk_fix"),
         ({"mode": "both"}, "mode"),
         ({"clean": None}, "Give pairs"),
     ):

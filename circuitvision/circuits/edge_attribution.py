@@ -7,7 +7,8 @@
 
 * ``"eap"``: the gradient at the base run (edge attribution patching). One run of each side and one backward pass score every edge of every tower.
   It is the gradient of a mask on the edge. The out-edges of a node add up to the node's own attribution; where the metric is linear in what the
-  output is read from, the edges into the output add up to the change of the metric.
+  output is read from, the edges into the output add up to the change of the metric. ``qk_fix=True`` computes patterns again for edges into queries
+  and keys (:mod:`circuitvision.circuits.qk_fix`): a saturated softmax hides nothing then.
 * ``"eap-ig"``: the mean gradient along the straight path of the *inputs* from base to source (EAP-IG, inputs), at ``steps`` points: Gauss–Legendre
   nodes, midpoints, or the ends that EAP-IG's code takes. The edges out of what enters the towers add up to the change of the metric along the path;
   ``completeness_gap`` says how far they miss it. Elsewhere no sum is promised.
@@ -16,14 +17,17 @@
   (:mod:`circuitvision.circuits.edge_runs`). The only one whose scores of all edges add up to the change of the metric between the two runs.
 * ``"exact"``: the change itself, one run for each edge.
 
-Not covered: positions (edges are those of all positions together); neurons.
+An edge is one of all positions together; ``spans`` tell apart what it carries at parts of them. At its own position a slot's score is the sum of what
+it does at every position that looks there.
+
+Not covered: edges from position to position; neurons.
 
 Reference: Syed et al. 2023 (arXiv 2310.10348); Hanna et al. 2024 (arXiv 2403.17806).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,6 +39,8 @@ from torch import Tensor
 from circuitvision.circuits.computational_graph import ARROW, ComputationalGraph, computational_graph
 from circuitvision.circuits.edge_runs import EdgeEdits
 from circuitvision.circuits.edge_scores import METHODS, QUADRATURES, EdgeEstimator, EdgeScores, path_points
+from circuitvision.circuits.spans import Spans
+from circuitvision.digests import plain
 from circuitvision.errors import InputError, warn
 from circuitvision.model.state import refuse_inference, refuse_random, refuse_unwrapped
 from circuitvision.model.weights import check_gradients
@@ -55,6 +61,8 @@ _PATHS = ("eap-ig", "mask-ig")
 @dataclass(frozen=True, eq=False)
 class EdgeAttribution(Result):
     """Scores of edges: ``values`` ``[sender slot example]``, NaN where there is no edge; several metrics lead, ``[metric sender slot example]``.
+
+    With ``spans`` there is an axis of them before ``example``; :attr:`totals` are the sums over it, and what everything that is said of edges reads.
 
     The axes bear the ids of senders and slots. ``reads`` names, for every slot, the senders that are made of what it reads. ``base`` and ``source``
     ``[example]`` (``[metric example]``) are the metric of the run whose edges are patched and of the one that patches them. ``completeness_gap``
@@ -83,8 +91,24 @@ class EdgeAttribution(Result):
     @property
     def edges(self) -> Bool[Tensor, "sender slot"]:
         """Where there is an edge."""
-        found = ~self.values.isnan().all(-1)
+        found = ~self.totals.isnan().all(-1)
         return found[0] if self.metrics else found
+
+    @property
+    def totals(self) -> Float[Tensor, "... sender slot example"]:
+        """The scores, summed over spans where there are any."""
+        return self.values.sum(-2) if "span" in self.axes else self.values
+
+    @property
+    def cancellation(self) -> Float[Tensor, "sender slot"]:
+        """``|Σ| / Σ|·|`` over spans of the mean scores of the first metric: 1 where all spans agree in sign, near 0 where they cancel.
+
+        NaN where nothing is carried. Raises InputError without spans.
+        """
+        if "span" not in self.axes:
+            raise InputError("Nothing can cancel without spans: give spans=….")
+        found = self.mean()[0] if self.metrics else self.mean()
+        return found.sum(-1).abs() / found.abs().sum(-1)
 
     @property
     def n_edges(self) -> int:
@@ -94,7 +118,7 @@ class EdgeAttribution(Result):
     @property
     def scores(self) -> Float[Tensor, "sender slot"]:
         """The mean score over examples, of the first metric; NaN where there is no edge."""
-        found = self.mean()
+        found = self.mean(quantity="totals")
         return found[0] if self.metrics else found
 
     def edge(self, name: str) -> Float[Tensor, "... example"]:
@@ -107,11 +131,11 @@ class EdgeAttribution(Result):
         row, column = self.index_of("sender", first), self.index_of("slot", second)
         if not self.edges[row, column]:
             raise InputError(f"{name!r} is no edge: {second} does not read what {first} writes.")
-        return self.values[..., row, column, :]
+        return self.values[(slice(None),) * len(self.metrics[:1]) + (row, column)]
 
     def node_scores(self) -> Float[Tensor, "... sender example"]:
         """The sum of each sender's out-edges: of ``"eap"`` its own attribution."""
-        return self.values.nansum(-2)
+        return self.totals.nansum(-2)
 
     def ranking(self, count: int | None = None) -> list[tuple[str, float]]:
         """Edges by name with their mean scores, the largest in size first; ties in the order of the axes."""
@@ -128,19 +152,24 @@ class EdgeAttribution(Result):
         """The scores. Raises InputError for several metrics."""
         if self.metrics:
             raise InputError(f"Several metrics were measured ({', '.join(self.metrics)}); rank the result of one.")
-        return self.values, ("example",)
+        return self.totals, ("example",)
 
     def _long_frame(self) -> pd.DataFrame:
         """The long form, without the pairs that are no edges."""
         frame = super()._long_frame()
-        edges = self.edges[..., None].expand(self.values.shape)
+        edges = self._spread(self.values.shape)
         return frame[edges.reshape(-1).numpy()].reset_index(drop=True)
 
     def mean_frame(self, *options: Any, **keywords: Any) -> pd.DataFrame:
         """As of :meth:`Result.mean_frame`, without the pairs that are no edges."""
         frame = super().mean_frame(*options, **keywords)
-        edges = self.edges.expand(self.values.shape[:-1]).reshape(-1)
-        return frame[edges.numpy()].reset_index(drop=True)
+        return frame[self._spread(self.values.shape[:-1]).reshape(-1).numpy()].reset_index(drop=True)
+
+    def _spread(self, shape: Sequence[int]) -> Tensor:
+        """Where there is an edge, in a shape that ends as ``values`` does, or as their means."""
+        first = 1 if self.metrics else 0
+        edges = self.edges[(None,) * first + (...,) + (None,) * (len(shape) - first - 2)]
+        return edges.expand(shape)
 
     def highlights(self) -> dict[str, str]:
         """The strongest edge."""
@@ -170,6 +199,8 @@ def edge_attribution(
     method: str = "eap",
     steps: int = 8,
     quadrature: str = "gauss",
+    qk_fix: bool = False,
+    spans: Mapping[str, Any] | str | None = None,
     mode: str = "noise",
     clean: Mapping[str, Any] | None = None,
     corrupt: Mapping[str, Any] | None = None,
@@ -190,6 +221,9 @@ def edge_attribution(
         method: ``"eap"``, ``"eap-ig"``, ``"clean-corrupted"``, ``"mask-ig"`` or ``"exact"``, see :mod:`circuitvision.circuits.edge_attribution`.
         steps, quadrature: how many points of the path ``"eap-ig"`` and ``"mask-ig"`` take, and which: ``"gauss"``, ``"midpoint"``, or ``"left"`` as
             EAP-IG's code does.
+        qk_fix: of ``"eap"``, whether edges into queries and keys are scored by the pattern itself; two more runs for each sender.
+        spans: names of parts of the positions, ``{"object": region, "question": "text"}``, or ``"position"``: then scores are told apart by what the
+            edge carries there (:mod:`circuitvision.circuits.spans`). Not for ``"exact"`` and the QK fix.
         mode: ``"noise"`` scores what corrupting edges of the clean run does (patched minus clean), ``"denoise"`` what restoring those of the corrupt
             run does.
         clean, corrupt: in place of pairs, the inputs of the two runs, of the same shapes.
@@ -200,7 +234,10 @@ def edge_attribution(
         UnsupportedModelError: a model whose parts do not read sums of what others write, or through which no gradient passes.
     """
     refuse_unwrapped(model)
-    _check_method(method, steps, quadrature)
+    _check_method(method, steps, quadrature, qk_fix)
+    parts = None if spans is None else Spans(spans)
+    if parts is not None and (method == "exact" or qk_fix):
+        raise InputError("Edges are patched, and patterns computed, at all positions together: leave spans out.")
     refuse_random(model.module, "Edge attribution")
     if method != "exact":
         check_gradients(model.module)
@@ -214,11 +251,11 @@ def edge_attribution(
     check_metrics(runs.metrics, mode, "atp" if method == "eap" else "ig")
     refuse_inference(model.module, first)
     path = "masks" if method == "mask-ig" else "inputs"
-    estimator = EdgeEstimator(model, graph, first, path_points(method, steps, quadrature), path)
+    estimator = EdgeEstimator(model, graph, first, path_points(method, steps, quadrature), path, qk_fix, parts)
     found = _measured(estimator, runs, progress)
     if method in _PATHS:
         _warn_of_gap(found)
-    return _result(model, graph, runs, found, method, steps, quadrature, mode)
+    return _result(model, graph, runs, found, method, steps, quadrature, mode, qk_fix, parts)
 
 
 def _patched(model: Any, graph: ComputationalGraph, runs: Runs, progress: bool) -> EdgeScores:
@@ -227,7 +264,9 @@ def _patched(model: Any, graph: ComputationalGraph, runs: Runs, progress: bool) 
     effects = (measured.values - measured.base[:, None]).movedim(1, -1)
     values = effects.new_zeros(*effects.shape[:2], *graph.edges.shape)
     values[:, :, graph.edges] = effects
-    return EdgeScores(values, measured.base, measured.source, torch.zeros_like(measured.base), measured.examples)
+    return EdgeScores(
+        values.unsqueeze(-1), measured.base, measured.source, torch.zeros_like(measured.base), measured.examples
+    )
 
 
 def _result(
@@ -239,19 +278,30 @@ def _result(
     steps: int,
     quadrature: str,
     mode: str,
+    qk_fix: bool = False,
+    parts: Spans | None = None,
 ) -> EdgeAttribution:
-    values = found.values.permute(0, 2, 3, 1).masked_fill(~graph.edges[None, :, :, None], float("nan"))
+    values = found.values.movedim(1, -1).masked_fill(~graph.edges[None, :, :, None, None], float("nan"))
     _check_finite(graph, values)
     several, along = runs.metrics.several, method in _PATHS
-    told = f", steps={steps}, quadrature={quadrature}" if along else ""
+    told = f", steps={steps}, quadrature={quadrature}" if along else ", qk_fix=True" if qk_fix else ""
+    spans = {} if parts is None else {"span": parts.labels(values.shape[-2])}
+    values = values if spans else values.squeeze(-2)
     gap = found.gap if along else found.gap.new_zeros(0)
     result = EdgeAttribution(
         values=values if several else values[0],
-        axes={**runs.metrics.axis, "sender": graph.sender_ids, "slot": graph.slot_ids, "example": found.examples},
+        axes={
+            **runs.metrics.axis,
+            "sender": graph.sender_ids,
+            "slot": graph.slot_ids,
+            **spans,
+            "example": found.examples,
+        },
         provenance=describe(
             model,
             method=f"edge_attribution(method={method}, mode={mode}{told})",
             metric=runs.metrics,
+            spans=plain(parts),
             **runs.described(),
         ),
         base=found.base if several else found.base[0],
@@ -283,17 +333,19 @@ def _nodes(model: Any, graph: ComputationalGraph) -> dict[str, dict[str, Any]]:
     }
 
 
-def _check_method(method: str, steps: int, quadrature: str) -> None:
+def _check_method(method: str, steps: int, quadrature: str, qk_fix: bool) -> None:
     if method not in METHODS:
         raise InputError(f"Unknown method {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
+    if qk_fix and method != "eap":
+        raise InputError(f"qk_fix=True belongs to method='eap'; {method} has no single pattern to compute again.")
     if quadrature not in QUADRATURES:
         raise InputError(f"Unknown quadrature {quadrature!r}; choose one of {', '.join(map(repr, QUADRATURES))}.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps={steps!r} is not understood: a whole number from 1 on.")
 
 
-def _check_finite(graph: ComputationalGraph, values: Float[Tensor, "metric sender slot example"]) -> None:
-    wrong = (~torch.isfinite(values) & graph.edges[None, :, :, None]).any(0).any(-1)
+def _check_finite(graph: ComputationalGraph, values: Float[Tensor, "metric sender slot span example"]) -> None:
+    wrong = (~torch.isfinite(values)).any(0).any(-1).any(-1) & graph.edges
     if bool(wrong.any()):
         raise InputError(
             f"{int(wrong.sum())} edges have scores that are no finite numbers, such as {graph.edge_names(wrong)[0]}: the model's activations or the "

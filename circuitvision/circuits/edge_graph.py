@@ -23,7 +23,7 @@ def graph_of(result: EdgeAttribution, n: int | None = None) -> nx.MultiDiGraph:
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise InputError(f"n={n!r} is not understood: how many edges, a whole number from 1 on.")
     senders, slots = result.axes["sender"], result.axes["slot"]
-    scores, errors = result.scores, result.error()
+    scores, errors = result.scores, result.error(quantity="totals")
     errors = errors[0] if result.metrics else errors
     chosen = [name.split("->") for name, _ in result.ranking(n)]
     graph = schema.new_graph("component", **_attributes(result))

@@ -27,6 +27,9 @@ from torch import Tensor
 
 from circuitvision.circuits.computational_graph import ComputationalGraph
 from circuitvision.circuits.edge_runs import Interchange, images_of
+from circuitvision.circuits.qk_fix import PatternGradients, QKFix
+from circuitvision.circuits.spans import Spans
+from circuitvision.errors import InputError
 from circuitvision.model.branches import branch_at
 from circuitvision.model.slots import SlotGradients, slots_of
 from circuitvision.patching.estimates import wide
@@ -36,7 +39,7 @@ from circuitvision.patching.runs import RunBatch
 
 METHODS = ("eap", "eap-ig", "clean-corrupted", "mask-ig", "exact")
 QUADRATURES = ("gauss", "midpoint", "left")
-Scores = Float[Tensor, "example sender slot"]
+Scores = Float[Tensor, "example sender slot span"]
 
 
 def path_points(method: str, steps: int, quadrature: str) -> list[tuple[float, float]]:
@@ -58,7 +61,7 @@ def path_points(method: str, steps: int, quadrature: str) -> list[tuple[float, f
 
 @dataclass
 class EdgeScores:
-    """Scores ``[metric example sender slot]`` of some examples, and the metrics of their runs ``[metric example]``."""
+    """Scores ``[metric example sender slot span]`` of some examples, and the metrics of their runs ``[metric example]``."""
 
     values: Tensor
     base: Tensor
@@ -97,6 +100,13 @@ class _Point:
     changes: Changes
     reads: Mapping[str, Tensor]
     """The streams that slots read in place of the run's own, by the slots' sites."""
+    spans: Mapping[str, Float[Tensor, "row pos span"]]
+    """The spans of each tower's positions; empty where all positions are one."""
+
+    @property
+    def n_spans(self) -> int:
+        """How many spans there are."""
+        return next((masks.shape[-1] for masks in self.spans.values()), 1)
 
 
 class EdgeEstimator:
@@ -109,10 +119,15 @@ class EdgeEstimator:
         first: Mapping[str, Any],
         points: Sequence[tuple[float, float]],
         path: str = "inputs",
+        qk_fix: bool = False,
+        spans: Spans | None = None,
     ) -> None:
         self.model, self.graph, self.points, self.path = model, graph, list(points), path
+        self.spans = spans
+        self.n_spans: int | None = None
         self.along = self.points != [(0.0, 1.0)]
         self.entries = entries_of(model, first) if self.along and path == "inputs" else []
+        self.fix = QKFix(model, graph) if qk_fix else None
         self.slots = [_SlotsOfLayer.of(model, graph, tower, layer) for tower, layer in _layers(graph)]
         starting = [one.images is not True and one.node.place[0] < 0 for one in graph.senders]
         self.summed = torch.tensor(starting) if path == "inputs" else torch.ones(len(starting), dtype=torch.bool)
@@ -127,19 +142,22 @@ class EdgeEstimator:
         source = {site: wide(batch.values.pop(site)) for site in self.read()}
         base: Mapping[str, Tensor] = {}
         output = None
-        if self.along:
+        # Reading patterns takes another kernel of attention: differences between runs are taken with one kernel.
+        if self.along or self.fix:
             with torch.no_grad():
                 output, base = self.model._values_at(batch.inputs, self.read())
         found: list[Scores] = []
         for point, weight in self.points:
-            at = self._at(batch.inputs, point, base, source)
+            spans = self.spans.masks(self.model, batch.inputs, batch.rows, batch.count) if self.spans else {}
+            at = self._at(batch.inputs, point, base, source, spans)
             output = at.run.output.detach() if output is None else output
             given = batch.metrics.against(output)
-            scored = [weight * own for own in self._scored(at, differentiable(given, at.run))]
+            scored = [weight * own for own in self._scored(at, differentiable(given, at.run), base, source)]
             found = [old + own for old, own in zip(found, scored, strict=True)] if found else scored
         assert output is not None
         given = batch.metrics.against(output)
         before, after, values = given(output, batch.inputs), batch.source(given), torch.stack(found)
+        self._check_spans(values)
         gap = torch.zeros_like(before)
         if self.along:
             if self.entries:
@@ -147,13 +165,31 @@ class EdgeEstimator:
                 with torch.no_grad():
                     ended = self.model.run(batch.inputs, path_edits(base, away, self.entries, 1.0))
                 end = given(ended, batch.inputs)
-            gap = values[:, :, self.summed].sum((2, 3)) - ((end if self.entries else after) - before)
+            gap = values[:, :, self.summed].sum((2, 3, 4)) - ((end if self.entries else after) - before)
         examples = list(range(before.shape[1])) if batch.examples is None else batch.examples
         return EdgeScores(values, before, after, gap, examples)
 
-    def _at(self, inputs: Any, point: float, base: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> _Point:
+    def _check_spans(self, values: Tensor) -> None:
+        """Raise InputError where positions are spans and their number differs from the first batch's."""
+        count = values.shape[-1]
+        if self.n_spans not in (None, count):
+            raise InputError(
+                f"Some examples have {count} positions and the first {self.n_spans}, so a position's number does not mean the same in all: name "
+                "spans of positions, or take prompts of one length."
+            )
+        self.n_spans = count
+
+    def _at(
+        self,
+        inputs: Any,
+        point: float,
+        base: Mapping[str, Tensor],
+        source: Mapping[str, Tensor],
+        spans: Mapping[str, Tensor],
+    ) -> _Point:
         """The run at one point of the path."""
         watched = [*self.graph.sites, *(site for layer in self.slots for site in layer.watched)]
+        watched += self.fix.recorded if self.fix else []
         between: Sequence[Any] = []
         masks = Interchange(self.model, self.graph, inputs, source)
         if point and self.path == "inputs":
@@ -162,25 +198,35 @@ class EdgeEstimator:
         elif point:
             between = masks.edits(point * self.graph.edges.double())
         run = GradientRun(self.model, inputs, list(dict.fromkeys(watched)), between)
-        held = {site: wide((base if self.entries else run.values)[site].detach()) for site in self.graph.sites}
+        fixed = base if self.entries or self.fix else run.values
+        held = {site: wide(fixed[site].detach()) for site in self.graph.sites}
         away = {site: source[site] - value for site, value in held.items()}
         at = {site: wide(run.values[site].detach()) for site in self.graph.sites}
         if masks.reads:
             at = {site: value + point * away[site] for site, value in at.items()}
         changes = Changes(self.model, self.graph, run.inputs, away, at)
-        return _Point(run, changes, {site: value.detach() for site, value in masks.reads.items()})
+        return _Point(run, changes, {site: value.detach() for site, value in masks.reads.items()}, spans)
 
-    def _scored(self, at: _Point, metrics: Sequence[Tensor]) -> list[Scores]:
-        gradients = list(dict.fromkeys(site for layer in self.slots for site in layer.gradients))
+    def _scored(
+        self, at: _Point, metrics: Sequence[Tensor], base: Mapping[str, Tensor], source: Mapping[str, Tensor]
+    ) -> list[Scores]:
+        patterns = self.fix.watched if self.fix else []
+        gradients = list(dict.fromkeys([*(site for layer in self.slots for site in layer.gradients), *patterns]))
+        fixed: list[PatternGradients] = []
         found = []
         for number, metric in enumerate(metrics):
-            shape = (len(metric), len(self.graph.senders), len(self.graph.slots))
+            shape = (len(metric), len(self.graph.senders), len(self.graph.slots), at.n_spans)
             scores = torch.zeros(shape, dtype=torch.promote_types(metric.dtype, torch.float32))
             for own, example in at.run.gradients(gradients, metric, number < len(metrics) - 1):
                 for layer in self.slots:
                     if set(layer.gradients) <= set(own):
                         layer.score(at, own, example, scores)
+                fixed.append(
+                    PatternGradients({site: own[site] for site in patterns if site in own}, example, scores[..., 0])
+                )
             found.append(scores)
+        if self.fix:
+            self.fix.apply(at.run, base, source, fixed)
         return found
 
 
@@ -228,8 +274,12 @@ class _SlotsOfLayer:
             senders = self.graph.senders_at(site)
             if not bool(edges[senders].any()):
                 continue
-            rows = torch.einsum("rpsd,rpnd->rsn", at.changes.of(site).to(reading), reading)
-            rows = rows.masked_fill(~edges[senders].to(rows.device), 0.0)
+            change = at.changes.of(site).to(reading)
+            if at.spans:
+                rows = torch.einsum("rpsd,rpnd,rpk->rsnk", change, reading, at.spans[self.tower].to(reading))
+            else:
+                rows = torch.einsum("rpsd,rpnd->rsn", change, reading).unsqueeze(-1)
+            rows = rows.masked_fill(~edges[senders].to(rows.device).unsqueeze(-1), 0.0)
             into = at.run.rows(site, len(rows), len(scores)) if example is None else torch.full((len(rows),), example)
             whole = rows.new_zeros(len(scores), *rows.shape[1:]).index_add_(0, into.to(rows.device), rows)
             scores[:, torch.tensor(senders)[:, None], torch.tensor(numbers)] += whole.to(scores)

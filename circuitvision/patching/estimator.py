@@ -94,8 +94,8 @@ class Estimator:
         self.entries = entries_of(model, first) if method == "ig" else []
         self.layers = _added(model) if method == "atp*" and grad_drop else {}
         stages = {name: SiteName.parse(name).stage for name in names} if method == "atp*" else {}
-        self.queries = {name: _looked_at(model, name) for name, stage in stages.items() if stage in _QUERIES}
-        self.keys = {name: _looked_at(model, name) for name, stage in stages.items() if stage in _KEYS}
+        self.queries = {name: patterns_of(model, name) for name, stage in stages.items() if stage in _QUERIES}
+        self.keys = {name: patterns_of(model, name) for name, stage in stages.items() if stage in _KEYS}
         looked_at = [*self.queries.values(), *self.keys.values()]
         self.patterns = list(dict.fromkeys(pattern for found in looked_at for pattern in found))
         fixed = [*self.queries, *self.keys]
@@ -132,7 +132,7 @@ class Estimator:
     def _at_base(self, batch: RunBatch) -> Estimated:
         plain = [name for name in self.names if name not in self.queries and name not in self.keys]
         holds = self._holds(batch.inputs)
-        scores = [_scores(pattern) for pattern in self.patterns]
+        scores = [scores_of(pattern) for pattern in self.patterns]
         watched = list(dict.fromkeys([*plain, *self.patterns, *scores, *holds]))
         run = GradientRun(self.model, batch.inputs, watched, layers=self.layers)
         given = batch.metrics.against(run.output.detach())
@@ -181,7 +181,7 @@ class Estimator:
             # Queries before and behind a rotation are patched in runs of their own: one would hide the other.
             for stage in dict.fromkeys(SiteName.parse(name).stage for name in looked_at):
                 chosen = {name: found for name, found in looked_at.items() if SiteName.parse(name).stage == stage}
-                wanted = list(dict.fromkeys(_scores(pattern) for found in chosen.values() for pattern in found))
+                wanted = list(dict.fromkeys(scores_of(pattern) for found in chosen.values() for pattern in found))
                 writes = [edits.replace(name, batch.values[name]) for name in chosen]
                 patched = values_under(self.model, batch.inputs, [*writes, *held], wanted)
                 for name, patterns in chosen.items():
@@ -189,7 +189,7 @@ class Estimator:
         return terms
 
     def _term(self, name: str, pattern: str, batch: RunBatch, run: GradientRun, patched: Mapping[str, Tensor]) -> Term:
-        scores, moved = run.values[_scores(pattern)].detach(), patched[_scores(pattern)]
+        scores, moved = run.values[scores_of(pattern)].detach(), patched[scores_of(pattern)]
         if name in self.queries:
             return query_fix(name, pattern, scores, moved, self.sums)
         count, heads = batch.values[name].shape[1:3]
@@ -306,11 +306,12 @@ def _own_layer(site: str) -> Layer | None:
     return None if name.layer is None or name.site.startswith("hook_resid") else (name.tower, name.layer)
 
 
-def _scores(pattern: str) -> str:
+def scores_of(pattern: str) -> str:
+    """The site of the scores that a pattern is the softmax of."""
     return pattern.replace("hook_pattern", "hook_attn_scores")
 
 
-def _looked_at(model: Any, site: str) -> list[str]:
+def patterns_of(model: Any, site: str) -> list[str]:
     """The patterns in which queries or keys act: their own, and for keys those of towers that see them through a cache.
 
     Raises:
@@ -326,7 +327,7 @@ def _looked_at(model: Any, site: str) -> list[str]:
             if model.flow.cache_of(other) == name.tower
         ]
     known = set(model.sites())
-    live = [one for one in found if one in known and _scores(one) in known and not model.is_dead(one)]
+    live = [one for one in found if one in known and scores_of(one) in known and not model.is_dead(one)]
     if name.layer is None or not live:
         raise InputError(
             f"{site} acts through scores that this model does not show, so nothing can be recomputed: take method='atp'."

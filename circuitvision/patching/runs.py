@@ -58,7 +58,7 @@ class RunBatch:
     """Some examples of both runs: inputs of the base run, and what the source run held at the base run's positions.
 
     ``values`` belong to whoever reads the batch. ``metrics`` are bound; ``source`` reads metrics of the source run. ``examples`` are the labels of
-    the examples, None where the metric says how many there are.
+    the examples, None where the metric says how many there are; ``rows`` their places in a data set of ``count``.
     """
 
     inputs: Mapping[str, Any]
