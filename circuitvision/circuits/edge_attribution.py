@@ -45,7 +45,7 @@ from circuitvision.errors import InputError, warn
 from circuitvision.model.state import refuse_inference, refuse_random, refuse_unwrapped
 from circuitvision.model.weights import check_gradients
 from circuitvision.patching.attribution import check_metrics, graph_batch_size
-from circuitvision.patching.estimator import LARGEST_GAP
+from circuitvision.patching.kept_estimates import LARGEST_GAP
 from circuitvision.patching.runs import Runs, two_runs
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance

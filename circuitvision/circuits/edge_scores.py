@@ -34,7 +34,7 @@ from circuitvision.model.branches import branch_at
 from circuitvision.model.slots import SlotGradients, slots_of
 from circuitvision.patching.estimates import wide
 from circuitvision.patching.estimator import differentiable, entries_of, path_edits
-from circuitvision.patching.gradient_run import GradientRun
+from circuitvision.patching.gradient_run import GradientRun, rows_of
 from circuitvision.patching.runs import RunBatch
 
 METHODS = ("eap", "eap-ig", "clean-corrupted", "mask-ig", "exact")
@@ -280,7 +280,11 @@ class _SlotsOfLayer:
             else:
                 rows = torch.einsum("rpsd,rpnd->rsn", change, reading).unsqueeze(-1)
             rows = rows.masked_fill(~edges[senders].to(rows.device).unsqueeze(-1), 0.0)
-            into = at.run.rows(site, len(rows), len(scores)) if example is None else torch.full((len(rows),), example)
+            into = (
+                rows_of(at.run.model, at.run.inputs, site, len(rows), len(scores))
+                if example is None
+                else torch.full((len(rows),), example)
+            )
             whole = rows.new_zeros(len(scores), *rows.shape[1:]).index_add_(0, into.to(rows.device), rows)
             scores[:, torch.tensor(senders)[:, None], torch.tensor(numbers)] += whole.to(scores)
 

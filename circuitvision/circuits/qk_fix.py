@@ -126,6 +126,10 @@ class QKFix:
         """Add effects by head to a sender's scores; heads that share a key stand side by side."""
         rows = effect.detach().unflatten(1, (len(columns), -1)).sum(2)
         count = len(one.scores)
-        into = run.rows(pattern, len(rows), count) if one.example is None else torch.full((len(rows),), one.example)
+        into = (
+            rows_of(run.model, run.inputs, pattern, len(rows), count)
+            if one.example is None
+            else torch.full((len(rows),), one.example)
+        )
         whole = rows.new_zeros(count, len(columns)).index_add_(0, into.to(rows.device), rows)
         one.scores[:, row, columns] += whole.to(one.scores)
