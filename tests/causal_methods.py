@@ -133,14 +133,23 @@ class Runs:
 
 
 @contextmanager
-def counted(model: Any) -> Iterator[Runs]:
-    """Count the runs of a model; on leaving, nothing may be hooked that was not before."""
-    runs = Runs()
+def unchanged(model: Any) -> Iterator[None]:
+    """On leaving, nothing may be hooked that was not before."""
     before = hook_tables(model.module), implementations(model.module)
-    handle = model.module.register_forward_pre_hook(lambda *_: setattr(runs, "count", runs.count + 1))
     try:
-        yield runs
+        yield
     finally:
-        handle.remove()
         assert (model.engine.handles, model.engine.stack) == ([], [])
         assert (hook_tables(model.module), implementations(model.module)) == before
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[Runs]:
+    """Count the runs of a model, which is left as it was found."""
+    runs = Runs()
+    with unchanged(model):
+        handle = model.module.register_forward_pre_hook(lambda *_: setattr(runs, "count", runs.count + 1))
+        try:
+            yield runs
+        finally:
+            handle.remove()

@@ -29,7 +29,7 @@ from circuitvision.circuits.edge_runs import Interchange
 from circuitvision.model.edits.base import Edit
 from circuitvision.patching.estimates import wide
 from circuitvision.patching.estimator import patterns_of, scores_of
-from circuitvision.patching.gradient_run import GradientRun, values_under
+from circuitvision.patching.gradient_run import GradientRun, rows_of, values_under
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,23 @@ def test_a_mistake_leaves_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "study").exists()
 
 
+def test_a_metric_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    model, inputs = shared_model("vit"), case("vit").inputs(shared_model("vit"), batch=2)
+    listed = [edits.scale("vision.blocks.0.attn.hook_z", 0.5)]
+    for there in (False, True):
+        folder = tmp_path / f"study {there}"
+        if there:
+            folder.mkdir()
+            (folder / "notes.txt").write_text("mine")
+        for resume in (False, False):
+            with pytest.raises(InputError, match="one number per example"):
+                cv.HookedModel(model).sweep(
+                    inputs, listed, lambda logits: logits.mean(), save_to=folder, resume=resume, progress=False
+                )
+        assert folder.exists() is there
+        assert [path.name for path in folder.glob("*")] == ["notes.txt"] * there
+
+
 def test_damaged_and_foreign_parts_are_named(tmp_path: Path) -> None:
     study(tmp_path / "study")
     first = parts(tmp_path / "study")[0]

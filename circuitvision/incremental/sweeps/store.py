@@ -61,6 +61,8 @@ class Store:
         self._lock: IO[str] | None = None
         self._known = False
         """Whether the folder is this study's."""
+        self._begun = False
+        """Whether it became so here."""
 
     def __enter__(self) -> Store:
         """Look into the folder, and change nothing. Raises InputError for another study's, for a started one without ``resume``, and while another
@@ -95,7 +97,18 @@ class Store:
                 )
             told = {"format": FORMAT, "digest": self.digest, "study": self.study, "layout": dict(layout)}
             write_text(manifest, json.dumps(told, indent=1))
-            self._known = True
+            self._known = self._begun = True
+
+    def take_back(self) -> None:
+        """Leave no trace of a study that was begun here and refused before anything was measured."""
+        if not self._begun or any(self.folder.glob("part-*")):
+            return
+        self.__exit__()
+        self._lock, self._known, self._begun = None, False, False
+        for name in (_MANIFEST, _LOCK):
+            (self.folder / name).unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def __exit__(self, *error: object) -> None:
         if self._lock is not None:

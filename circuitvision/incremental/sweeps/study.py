@@ -209,17 +209,14 @@ class Study:
         )
         if number == 0:
             check_axes(runner.binder, self.axes, [task.bound for task in runner.tasks])
-        clean = runner.start()
-        others = {name: measure(runner.metrics) for name, measure in chunk.others.items()}
-        examples = list(range(clean.shape[1])) if chunk.examples is None else chunk.examples
-        if len(examples) != clean.shape[1]:
-            raise InputError(
-                f"The metric counts {clean.shape[1]} examples in a batch of {len(examples)}: a metric gives one number per example."
-            )
-        if self.check_runs is not None:
-            self.check_runs(number, clean, others, examples)
         if store is not None:
             store.begin(self._layout())
+        try:
+            clean, others, examples = self._start(number, chunk, runner)
+        except InputError:
+            if store is not None:
+                store.take_back()
+            raise
         unedited = {
             task.number: lost
             for task in runner.tasks
@@ -248,6 +245,19 @@ class Study:
         """The examples in which a group selects no position, or the base selects none."""
         found = [lost for one in (group, binder.base.group) if (lost := unedited_examples(binder, one)) is not None]
         return torch.stack(found).any(0) if found else None
+
+    def _start(self, number: int, chunk: Chunk, runner: GroupRunner) -> tuple[Tensor, dict[str, Tensor], list[int]]:
+        """The metrics of a batch's unedited run and of its other runs, and whose they are."""
+        clean = runner.start()
+        others = {name: measure(runner.metrics) for name, measure in chunk.others.items()}
+        examples = list(range(clean.shape[1])) if chunk.examples is None else chunk.examples
+        if len(examples) != clean.shape[1]:
+            raise InputError(
+                f"The metric counts {clean.shape[1]} examples in a batch of {len(examples)}: a metric gives one number per example."
+            )
+        if self.check_runs is not None:
+            self.check_runs(number, clean, others, examples)
+        return clean, others, examples
 
     def _joined(self, interrupted: str) -> SweepResult:
         """All parts as one result, with what has to be said about them."""
