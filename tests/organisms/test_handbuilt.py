@@ -379,6 +379,15 @@ def test_they_are_models_like_any_other(tmp_path, name):
         assert torch.equal(loaded(batch.inputs), known.model(batch.inputs))
 
 
+def test_the_feature_that_is_brought_has_its_closed_form():
+    """``activation · pattern · (W_dec W_OV w_enc) = ½``, for the feature that is read and not for the one that fires beside it."""
+    tower = built("mlp-features").model.towers["vision"]
+    carried = tower.W_out[0][:2] @ tower.W_V[1, 0] @ tower.W_O[1, 0] @ tower.W_in[1][:, 0]
+    assert (carried / 5).tolist() == pytest.approx([0.5, 0.0], abs=1e-12)
+    _, cached = built("mlp-features").model.run_with_cache({"pixel_values": sides(built("mlp-features"))[0]})
+    assert cached["vision.blocks.0.mlp.hook_post"][0, 1, :2].tolist() == [1.0, 1.0]
+
+
 def test_norms_do_nothing_to_the_last_bit():
     known = built("backup-heads")
     (clean, _) = sides(known)

@@ -13,6 +13,7 @@ the same in both runs (what a class token knows of itself), and those into the s
 ``and`` ``or`` ``xor``    two heads read one bit each, an MLP computes a gate of them
 ``q-composition`` …       the second layer takes its queries (``k-``: keys, ``v-``: values) from the first
 ``backup-heads``          a head of the second layer answers where one of the first has not
+``mlp-features``          a neuron at a patch, a head that brings it to the class token, a neuron there
 ``crossing``              vision head, projector, language head: the circuit of a LLaVA
 ========================  ==============================================================================================================
 
@@ -41,6 +42,7 @@ TABLE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "k-composition": ("vit", "composition", {"slot": "k"}),
     "v-composition": ("vit", "composition", {"slot": "v"}),
     "backup-heads": ("vit", "backup", {}),
+    "mlp-features": ("vit", "mlp_features", {}),
     "crossing": ("llava", "crossing", {}),
 }
 """Name → module of this package, function in it, and its options."""

@@ -275,3 +275,27 @@ def backup(*, beta: float = 24.0, noise: float = 0.0, seed: int = 0) -> HandBuil
         "v.a1.h0->v.logits": -held_back,
     }
     return _known("backup-heads", model, clean, corrupt, effects, (1.0 + held_back, 0.0), noise, seed)
+
+
+def mlp_features(*, noise: float = 0.0, seed: int = 0) -> HandBuilt:
+    """A neuron at a patch is the AND of two numbers there, a head brings it to the class token, and a neuron of the next layer reads it.
+
+    The MLPs are their own transcoders: feature 0 of each is a neuron, and feature 0 of the first reaches that of the second with ``activation ·
+    pattern · (W_dec W_OV w_enc) = 1 · 1/5 · 5/2 = ½``. Feature 1 of the first layer fires as well, and nothing reads it.
+    """
+    directions = Directions(["first", "second", "both", "unread", "brought", "answer"], 2)
+    features = [
+        Neuron({"first": 1.0, "second": 1.0, ONE: -1.0}, {"both": 1.0}),
+        Neuron({"first": 1.0}, {"unread": 1.0}),
+    ]
+    even = HeadWeights([], [({"both": (PATCHES + 1) / 2}, {"brought": 1.0})])
+    reading = [Neuron({"brought": 1.0}, {"answer": 2.0})]
+    channels: list[Terms] = [{"first": 1.0}, {"second": 1.0}]
+    model = _vit(directions, [((), features), ((even,), reading)], channels, [])
+    clean = blank(PATCHES)
+    for place in range(PATCHES):
+        clean[place, :2, place] = 1.0
+    corrupt = clean.clone()
+    corrupt[:, 1] = 0.0
+    edges = ("v.input->v.m0", "v.m0->v.a1.h0<v>", "v.a1.h0->v.m1", "v.m1->v.logits")
+    return _known("mlp-features", model, clean, corrupt, dict.fromkeys(edges, -1.0), (1.0, 0.0), noise, seed)
