@@ -253,6 +253,14 @@ def _say_steers(found: Finding) -> str:
     return f"No clear steering by {about['set']}: {said} per {about['unit']}{beside} ({found.reason})"
 
 
+def _say_points(found: Finding) -> str:
+    about = found.about
+    if not found.holds:
+        return f"No clear direction “{about['name']}”: {found.reason}"
+    cosine = about["cosine"].replace("-", "\N{MINUS SIGN}")
+    return f"{found.value:.0%} of held-out examples lie on their side of “{about['name']}”, halves agree by cosine {cosine}"
+
+
 def _say_injects(found: Finding) -> str:
     about = found.about
     beside = "" if found.chance is None else f", {about['control']} {_two_digits(found.chance)}"
@@ -415,6 +423,7 @@ SENTENCES = {
     "beats random": _say_margin,
     "steers": _say_steers,
     "injects": _say_injects,
+    "points": _say_points,
     "listens": _say_listens,
     "succeeds": _say_succeeds,
     "interact": _say_interact,

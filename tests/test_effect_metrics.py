@@ -217,6 +217,7 @@ EVERY = {
     "Margin": metrics.margin(1),
     "Prob": metrics.prob(1),
     "Rank": metrics.rank(1),
+    "Success": metrics.success(),
     "TransferCoefficient": metrics.transfer_coefficient(torch.ones(1, 2), torch.zeros(1, 2)),
 }
 
@@ -225,6 +226,7 @@ EVERY = {
 def test_every_metric_comes_back_from_a_file_as_it_was(name):
     metric, tensors = EVERY[name], {}
     output = torch.tensor([[[0.5, 2.0], [1.0, -1.0]]]) if name.startswith("Action") else torch.tensor([[0.5, 2.0]])
+    output = torch.tensor([[[0.0, 0.0, 0.0], [1.0, 2.0, 1.0]]]) if name == "Success" else output
     output = marked(output, "none" if name.startswith("Action") else "softmax")
     back = restored(stored(metric, tensors, True), tensors, {})
     assert type(back).__name__ == name

@@ -49,6 +49,7 @@ _FIGURES = {
     "Knockout": ("sweeps", "knockout"),
     "SweepResult": ("sweeps", "sweep"),
     "ClosedLoop": ("steering", "closed_loop"),
+    "Direction": ("steering", "direction"),
     "InjectionResult": ("steering", "injection"),
     "PromptConditions": ("steering", "conditions"),
     "DASResult": ("subspaces", "das"),

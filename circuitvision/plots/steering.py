@@ -12,6 +12,7 @@ from circuitvision.steering import claims
 
 if TYPE_CHECKING:
     from circuitvision.steering.clusters import ValueVectorClusters
+    from circuitvision.steering.directions import Direction
     from circuitvision.steering.injection import InjectionResult
     from circuitvision.steering.prompts import PromptConditions
     from circuitvision.steering.response import SteeringResponse
@@ -65,6 +66,41 @@ def response(result: SteeringResponse, title: str | None = None) -> kit.Figure:
     metric = kit.escaped(str(result.provenance.get("metric") or "metric"))
     across = f"{place[0]}, {unit}" if unit else place[0]
     return kit.finish_lines(figure, heading, f"change of {metric}", 340, x=across)
+
+
+def direction(result: Direction, title: str | None = None) -> kit.Figure:
+    """The held-out coordinates of every example along the direction, a row for each kind; 0 lies half-way between them.
+
+    A vector of one's own has no examples: a message.
+    """
+    if not len(result.kinds):
+        return kit.empty(f"{result} is a vector that was given: it has no examples.", title)
+    figure = kit.Figure()
+    kinds = list(dict.fromkeys(result.kinds))
+    for kind in kinds:
+        own = [value for value, of in zip(result.values.tolist(), result.kinds, strict=True) if of == kind]
+        color = style.FOR if kind == result.toward else style.AGAINST
+        figure.add_box(
+            x=own, y=[kit.escaped(kind)] * len(own), orientation="h", boxpoints="all", pointpos=0, jitter=0.6, name=kit.escaped(kind),
+            line={"color": "rgba(0,0,0,0)"}, fillcolor="rgba(0,0,0,0)", showlegend=False,
+            marker={"color": color, "size": 7, "opacity": 0.7}, hovertemplate="%{x:.3g}<extra></extra>",
+        )  # fmt: skip
+    figure.add_vline(x=0, line={"color": style.GREY, "dash": "dash", "width": 1.5})
+    longest = (
+        f", with kinds exchanged {float(result.random_norms.max()):.2g} at most" if len(result.random_norms) else ""
+    )
+    notes = (f"{len(result.examples)} examples", kit.escaped(result.site), f"length {result.norm:.2g}{longest}")
+    heading = style.titled(title or kit.escaped(str(claims.points(result))), *notes)
+    style.layout(figure, heading, 150 + 60 * len(kinds), margin={"l": 20, "r": 20, "b": 56})
+    figure.update_xaxes(
+        title="coordinate along the direction of the other half, units of the site",
+        gridcolor=style.FAINT,
+        zeroline=False,
+    )
+    figure.update_yaxes(
+        categoryorder="array", categoryarray=[kit.escaped(kind) for kind in kinds[::-1]], automargin=True
+    )
+    return figure
 
 
 def _norms(result: SteeringResponse) -> str:

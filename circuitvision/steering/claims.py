@@ -1,19 +1,23 @@
 """What results of steering show, as findings that are held against a control.
 
-``steers`` against random sets of neurons, ``injects`` against the region that carries least, ``listens`` against the same scenes under another
-prompt, ``succeeds`` against another condition's interval.
+``steers`` against random sets of neurons or random directions, ``points`` against kinds that changed places, ``injects`` against the region that
+carries least, ``listens`` against the same scenes under another prompt, ``succeeds`` against another condition's interval.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from circuitvision.findings import ALONE, Finding
+from circuitvision.statistics import wilson
 from circuitvision.steering.injection import ALL
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from circuitvision.steering.directions import Direction
     from circuitvision.steering.injection import InjectionResult
     from circuitvision.steering.prompts import PromptConditions
     from circuitvision.steering.response import SteeringResponse
@@ -51,6 +55,30 @@ def steers(result: SteeringResponse) -> Finding:
     else:
         reason = "" if draws >= FEWEST_DRAWS else f"too few {about['controls']} tell"
     return Finding("steers", not reason, float(mean[0]), "slope", interval, len(slopes.examples), chance, reason, about)
+
+
+def points(result: Direction) -> Finding:
+    """Whether a direction tells the kinds apart: Wilson's interval of the share of held-out examples on their own side lies above one half, and it is
+    longer than any direction of at least :data:`FEWEST_DRAWS` whose kinds changed places."""
+    sides = result.sides()
+    count = len(sides.examples)
+    value = float(sides.mean()) if count else float("nan")
+    low, high = wilson(torch.tensor(value), count).tolist()
+    longest = float(result.random_norms.max()) if len(result.random_norms) else float("nan")
+    about = {
+        "name": str(result),
+        "site": result.site,
+        "cosine": f"{result.cosine:.2f}",
+        "length": f"{result.norm:.2g}",
+        "longest": f"{longest:.2g}",
+    }
+    if not low > 0.5:
+        reason = "held-out examples lie on either side"
+    elif not result.norm > longest:
+        reason = "kinds that changed places give one as long"
+    else:
+        reason = "" if len(result.random_norms) >= FEWEST_DRAWS else "too few random directions tell"
+    return Finding("points", not reason, value, "share", (low, high) if count else None, count, 0.5, reason, about)
 
 
 def injects(result: InjectionResult, region: str | None = None, control: str | None = None) -> Finding:

@@ -15,7 +15,7 @@ from circuitvision.errors import InputError
 from circuitvision.metrics import logit
 from circuitvision.steering import Direction, SteeringResponse, random_directions, steering_direction, steering_response
 from circuitvision.steering import directions as module
-from circuitvision.steering.claims import steers
+from circuitvision.steering.claims import points, steers
 from tests.zoo import case, shared_model
 
 SITE = "vision.blocks.1.hook_resid_post"
@@ -305,3 +305,29 @@ def test_finished_parts_are_read_again_and_the_figure_says_what_it_finds(vit: An
     loaded = cv.load(first.save(tmp_path / "response.npz"))
     assert torch.equal(loaded.norm_ratio, first.norm_ratio)
     assert loaded.linear_range() == first.linear_range()
+
+
+def planted(apart: float, draws: int = 50) -> Direction:
+    """A direction whose 20 examples lie this far apart, and whose kinds, exchanged, give lengths up to 1."""
+    noise = torch.linspace(-1, 1, 10, dtype=torch.float64)
+    values = torch.cat([noise + apart / 2, noise - apart / 2])
+    kinds = ["red"] * 10 + ["blue"] * 10
+    return Direction(
+        values, {"example": [f"{kind} {number}" for number, kind in enumerate(kinds)]}, vector=torch.tensor([apart, 0.0]), kinds=kinds,
+        site=SITE, method="mean_difference", toward="red", cosines=torch.tensor([0.9, 0.8]), random_norms=torch.linspace(0, 1, draws),
+    )  # fmt: skip
+
+
+def test_a_direction_is_affirmed_where_it_holds_out_and_is_longer_than_chance() -> None:
+    found = points(planted(3.0))
+    assert found.holds
+    assert found.value == 1.0
+    assert "0.85" in str(planted(3.0).plot().layout.title.text)
+    assert not points(planted(0.9)).holds
+    assert not points(planted(3.0, draws=5)).holds
+    near = planted(0.2)
+    assert float(near.sides().mean()) < 0.8
+    assert "No clear direction" in str(near.plot().layout.title.text)
+    rows = [trace for trace in planted(3.0).plot().data if trace.type == "box"]
+    assert [len(trace.x) for trace in rows] == [10, 10]
+    torch.testing.assert_close(torch.tensor(rows[0].x, dtype=torch.float64), planted(3.0).values[:10])
