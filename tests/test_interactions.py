@@ -432,7 +432,7 @@ def test_ablation_is_that_of_edits():
             given = {"clean": clean} if data is None else {"pairs": data, "example_batch": size}
             result = interactions(
                 model, metric=metric if data is None else "logit_diff", components=["L0H1", "L1H2"], mode="ablate", method=method, seed=3,
-                progress=False, **given,
+                allow_wrong=True, progress=False, **given,
             )  # fmt: skip
             own = {"seed": 3, "dataset": None if data is None else pairs.clean}
             made = {name: edits.ablate(site, method, heads=head, **own) for name, (site, head) in sites.items()}
