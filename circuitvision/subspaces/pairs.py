@@ -224,9 +224,10 @@ class SitePairs:
         """Where the chosen entries stand in the site's tensor, and whose they are."""
         model, name = self.model, SiteName.parse(self.site)
         tokens = model.tokens(batch.inputs).get(map_of(model, name))
-        if tokens is None:
+        # The texts of a dual encoder are what its images are compared with: all examples share them.
+        if tokens is None or (model.is_dual and not model.towers[tower_of(model, name)].stack.image):
             raise InputError(
-                f"{self.site} holds rows that are no examples of this data set; take a site of a tower that reads them."
+                f"{self.site} holds rows that are no examples of this data set: take a site of the tower that reads its pictures."
             )
         of_row = torch.as_tensor(tokens.example, dtype=torch.long)
         axis = axis_of(model.towers[tower_of(model, name)], name, tokens, batch.inputs)

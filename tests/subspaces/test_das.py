@@ -273,6 +273,58 @@ def test_a_site_that_the_output_cannot_depend_on() -> None:
     refused(DAS(1, f"vision.blocks.{last}.hook_resid_post"), "depend", llava, of_llava)
 
 
+def test_texts_of_a_dual_encoder_are_no_examples() -> None:
+    clip, of_clip = pairs_of("clip", answers=[0] * 4, foils=[1] * 4)
+    refused(DAS(1, "text.blocks.0.hook_resid_post"), "no examples", clip, of_clip)
+
+
+def test_as_many_dimensions_as_the_site_has_are_all_of_it() -> None:
+    model, pairs = pairs_of("vit", count=8, answers=[0, 1] * 4, foils=[1, 0] * 4)
+    search = DAS(model.vision.cfg.d_head, "vision.blocks.0.attn.hook_z", positions=0, heads=1)
+    found = search.fit(model, pairs, epochs=1, allow_wrong=True, progress=False)
+    torch.testing.assert_close(found.logit_diff[0], found.logit_diff[1])
+
+
+GQA = [
+    ("action.blocks.0.attn.hook_z", [0, 1], None), ("language.blocks.0.attn.hook_k", None, 0), ("language.blocks.0.attn.hook_v", [0], 0),
+    ("action.blocks.1.mlp.hook_post", None, None), ("vision.blocks.0.hook_resid_post", None, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("site", "heads", "positions"), GQA)
+@pytest.mark.parametrize("joint", [False, True])
+def test_every_tower_of_a_policy_with_shared_keys_is_searched(
+    site: str, heads: Any, positions: Any, joint: bool
+) -> None:
+    model, pairs = acting(count=6)
+    search = DAS(2, site, heads=heads, positions=positions, metric=cv.metrics.action_dim(0), joint=joint)
+    found = search.fit(model, pairs, epochs=1, held_out=0.5, progress=False)
+    assert torch.isfinite(found.logit_diff).all()
+    assert float((found.basis.T @ found.basis - torch.eye(2, dtype=DOUBLE)).abs().max()) < 1e-6
+    assert (model.engine.handles, model.engine.stack) == ([], [])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_never_what_is_interchanged(side: str) -> None:
+    """The value at the last word of each prompt, wherever it stands; the oracle names it by the mask."""
+    from tests.sweeps.drawing import inputs_of, model_of
+
+    name, site = "llava-clip-llama", "language.blocks.1.hook_resid_pre"
+    model = model_of(name, DOUBLE)
+    clean, corrupt = (inputs_of(name, DOUBLE, 3, side, 1, seed) for seed in (0, 1))
+    pairs = cv.data.Pairs(inputs=clean, corrupt_inputs=corrupt, answers=0, foils=1)
+    with SitePairs(model, pairs, site, positions="last", allow_wrong=True) as data:
+        found = []
+        for part in data.parts:
+            mask = part.inputs["attention_mask"].bool()
+            last = [int(row.nonzero().max()) for row in mask]
+            found += [(row, position) for row, position in enumerate(last)]
+            assert list(zip(*(one.tolist() for one in part.index), strict=True)) == found
+            cache = model.run_with_cache(part.inputs, names_filter=site)[1]
+            wanted = torch.stack([cache[site][row, position] for row, position in found]).detach()
+            torch.testing.assert_close(part.base, wanted)
+
+
 def test_pairs_that_the_model_gets_wrong() -> None:
     model, pairs = pairs_of("vit")
     _, turned = pairs_of("vit", answers=list(pairs.foils or ()), foils=list(pairs.answers or ()))
