@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from circuitvision.edits import Edit
 from circuitvision.metric_set import MetricSet
 from circuitvision.model import HookPoint
+from circuitvision.model.edits.base import by_digest
 from circuitvision.model.flow import Connector, Flow
 from circuitvision.model.packing import Packing
 from circuitvision.model.positions import PositionWindow
@@ -98,7 +99,9 @@ class ToyModel:
         values = torch.stack([given(self.run(inputs, group), inputs) for group in listed], 1)
         clean = given(self(inputs), inputs)
         return SimpleNamespace(
-            values=values if given.several else values[0], clean=clean if given.several else clean[0]
+            values=values if given.several else values[0],
+            clean=clean if given.several else clean[0],
+            edits=[by_digest(group) for group in listed],
         )
 
     def run_with_hooks(self, inputs: dict[str, Tensor], fwd_hooks=()) -> Tensor:
