@@ -1,6 +1,6 @@
 """What causal methods cost: attribution and path patching, a step of DAS, a causal trace, beside naive loops, peers and what is unavoidable.
 
-    python benchmarks/causal.py                     # ViT-B/16 and a LLaVA of 600 positions, about twenty minutes on one free CPU core
+    python benchmarks/causal.py                     # ViT-B/16 and a LLaVA of 600 positions, about half an hour on one free CPU core
     python benchmarks/causal.py --quick             # two small models, a few rounds
     python benchmarks/causal.py --device cuda
     python benchmarks/causal.py --shapes vit-b16 --studies das trace --tools pyvene --seconds 60
