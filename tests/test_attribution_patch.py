@@ -353,7 +353,7 @@ def test_pairs_in_batches_are_the_runs_in_memory(method, mode):
     pairs = Pairs(inputs=clean, corrupt_inputs=corrupt, answers=[1, 2, 3], foils=[4, 5, 6], groups=[0, 0, 1])
     given = {"sites": "language.blocks.*.attn.hook_q", "method": method, "mode": mode, "progress": False}
     memory = attribution_patch(model, metric=logit_diff([1, 2, 3], [4, 5, 6]), clean=clean, corrupt=corrupt, **given)
-    found = attribution_patch(model, pairs, "logit_diff", example_batch=2, **given)
+    found = attribution_patch(model, pairs, "logit_diff", allow_wrong=True, example_batch=2, **given)
     for field in ("values", "base", "source", "completeness_gap"):
         torch.testing.assert_close(getattr(found, field), getattr(memory, field), atol=1e-6, rtol=1e-5)
     assert found.groups == [0, 0, 1]
@@ -370,7 +370,9 @@ def test_maps_of_positions_are_followed():
     site = "language.blocks.1.hook_resid_pre"
     metric = logit_diff([1, 2], [3, 4])
     for mode, base, source in (("denoise", corrupt, clean), ("noise", clean, corrupt)):
-        found = attribution_patch(model, pairs, "logit_diff", sites=site, axes=("layer", "position"), mode=mode)
+        found = attribution_patch(
+            model, pairs, "logit_diff", sites=site, axes=("layer", "position"), mode=mode, allow_wrong=True
+        )
         _, here = model.run_with_cache(base, site, incl_bwd=True, metric=metric)
         _, there = model.run_with_cache(source, site)
         values = there[site].detach().clone()
