@@ -425,13 +425,19 @@ class SitePairs:
             found.append(gradient.cpu().double())
         return torch.cat(found)
 
-    def labels(self, bins: int = 4) -> tuple[list[Any], list[Any]]:
-        """What each base run and each source run says, per example: answers and foils, or of a metric its bin, of equal counts."""
+    def bins(self, count: int = 4) -> Float[Tensor, " edge"]:
+        """The edges of bins of a metric's values in both runs, of equal counts, outer ones included; none with answers."""
+        if self.metric is None:
+            return torch.zeros(0, dtype=torch.float64)
+        values = torch.cat([self.clean().difference, self.counterfactual().difference])
+        return torch.quantile(values, torch.linspace(0, 1, count + 1, dtype=values.dtype))
+
+    def labels(self, edges: Float[Tensor, " edge"] | None = None) -> tuple[list[Any], list[Any]]:
+        """What each base run and each source run says, per example: answers and foils, or of a metric its bin (of :meth:`bins`, or others)."""
         if self.metric is None:
             return list(map(str, self.pairs.answers or ())), list(map(str, self.pairs.foils or ()))
         values = torch.cat([self.clean().difference, self.counterfactual().difference])
-        edges = torch.quantile(values, torch.linspace(0, 1, bins + 1, dtype=values.dtype)[1:-1])
-        numbers = torch.bucketize(values, edges).tolist()
+        numbers = torch.bucketize(values, (self.bins() if edges is None else edges)[1:-1]).tolist()
         return numbers[: self.n_examples], numbers[self.n_examples :]
 
 

@@ -2,8 +2,9 @@
 
 Interventions, statistics, flags and their order are those of :mod:`circuitvision.subspaces.illusion`; here they meet a model. Directions that are
 taken from data (gradient, mean difference) and controls come from training pairs, everything is measured on others; natural ranges and components
-are those of both. Interchange accuracy stands beside the ratio of logit differences (FLDD), which overstates: a subspace may move half of the logit
-difference and none of the answers.
+are those of both. Of a metric the natural activations of a target are those of its bin, a quarter of the values; ``numbers["target bin width"]`` is
+the width of the widest. Interchange accuracy stands beside the ratio of logit differences (FLDD), which overstates: a subspace may move half of the
+logit difference and none of the answers.
 
 Not covered: path restriction and ablation of the direction (edits do both).
 
@@ -222,6 +223,8 @@ def illusion_report(
                 found = il.illusion_statistics(
                     component, basis, n_random=n_random, controls=trained, effects=runs, seed=seed
                 )
+                if held.metric is not None:
+                    found.numbers["target bin width"] = float(held.bins().diff().max())
                 bar.advance()
         anchors = _anchors(model, test, component_site := held.site, shared)
         bar.advance()
@@ -365,7 +368,7 @@ def _component(
     natural = torch.cat([held.base, held.source, learned.base, learned.source])
     labels: list[Any] = []
     for data in (held, learned):
-        for side in data.labels():
+        for side in data.labels(held.bins()):
             labels += [side[int(number)] for number in data.example]
     told = held.labels()[1]
     watched = UnitsBehind(held, learned) if units else None

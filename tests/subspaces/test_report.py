@@ -262,6 +262,9 @@ def test_a_policy_is_reported_on_by_its_metric() -> None:
     found = report_of(model, pairs, "action.blocks.0.hook_resid_post", metric=cv.metrics.action_dim(0))
     assert found.of(SOURCE) == pytest.approx(1.0)
     assert math.isnan(found.numbers["row norm"]) or found.numbers["row norm"] == 1.0
+    rows = [found.index_of("intervention", name) for name in (CLEAN, SOURCE)]
+    edges = torch.quantile(found.values[rows].flatten(), torch.linspace(0, 1, 5, dtype=DOUBLE))
+    assert found.numbers["target bin width"] == pytest.approx(float(edges.diff().max()))
 
 
 # -- what cannot be meant ----------------------------------------------------------------------------------------------------------------------
