@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from circuitvision.circuits.ablation import AblationCheck, ablation_check, live_heads
+from circuitvision.circuits.attention_edges import AttentionEdges, attention_edges
 from circuitvision.circuits.computational_graph import ComputationalGraph, computational_graph
 from circuitvision.circuits.edge_attribution import EdgeAttribution, edge_attribution
 from circuitvision.circuits.edge_runs import Interchange
@@ -13,6 +14,7 @@ from circuitvision.model.names import NodeName, format_id, head_id, parse_id
 
 __all__ = [
     "AblationCheck",
+    "AttentionEdges",
     "ComputationalGraph",
     "EdgeAttribution",
     "HeadImportance",
@@ -21,6 +23,7 @@ __all__ = [
     "ablation_check",
     "add_edge",
     "add_node",
+    "attention_edges",
     "computational_graph",
     "edge_attribution",
     "export",
