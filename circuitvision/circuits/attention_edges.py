@@ -113,11 +113,14 @@ def attention_edges(
     first = runs.first_inputs()
     refuse_inference(model.module, first)
     split = _Split(model, name, first, parts)
-    found: list[tuple[Tensor, Tensor, Tensor, Tensor, list[Any]]] = []
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    examples: list[Any] = []
     with Progress(0, "attention edges", progress) as bar:
         for batch in runs.batches(split.read):
-            found.append(split.batch(batch))
-            bar.advance(len(found[-1][-1]))
+            own, told = split.batch(batch)
+            found.append(own)
+            examples += told
+            bar.advance(len(told))
     if len({one[0].shape[-2:] for one in found}) > 1:
         raise InputError(
             "Examples differ in their number of positions: name spans of positions, or take prompts of one length."
@@ -129,7 +132,7 @@ def attention_edges(
         values=values if several else values[0],
         axes={
             **runs.metrics.axis, "layer": split.layers, "head": list(range(values.shape[2])), "slot": list(SLOTS),
-            "query": labels, "key": labels, "example": [label for one in found for label in one[-1]],
+            "query": labels, "key": labels, "example": examples,
         },
         provenance=describe(model, method=f"attention_edges(mode={mode})", metric=runs.metrics, spans=plain(parts), **runs.described()),
         sizes=sizes if several else sizes[0],
@@ -143,7 +146,7 @@ def attention_edges(
 
 def _tower(model: Any, tower: str | None) -> str:
     name = next(iter(model.towers)) if tower is None and len(model.towers) == 1 else tower
-    if name not in model.towers:
+    if name is None or name not in model.towers:
         raise InputError(f"tower={tower!r} is none of {', '.join(model.towers)}: name one.")
     if model.flow.feeds_cache(name) or model.flow.cache_of(name):
         raise UnsupportedModelError(
@@ -170,7 +173,7 @@ class _Split:
     def _site(self, layer: int, part: str) -> str:
         return f"{self.tower}.blocks.{layer}.attn.{part}"
 
-    def batch(self, batch: RunBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Any]]:
+    def batch(self, batch: RunBatch) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[Any]]:
         """Effects and sizes ``[metric example layer head slot query key]``, the metrics of both runs, and the examples."""
         watched = [
             self._site(layer, part)
@@ -209,7 +212,8 @@ class _Split:
             found.append(torch.stack(whole).sum(0))
         both = torch.stack(found, 1)
         base, source = given(run.output.detach(), run.inputs), batch.source(given)
-        return both[0], both[1], base, source, list(range(base.shape[1])) if batch.examples is None else batch.examples
+        labels = list(range(base.shape[1])) if batch.examples is None else batch.examples
+        return (both[0], both[1], base, source), labels
 
     def _layer(
         self,
