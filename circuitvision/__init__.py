@@ -67,6 +67,7 @@ _FUNCTIONS = {
 _CLASSES = {
     "checks.model": "ModelCheck",
     "circuits.ablation": "AblationCheck",
+    "circuits.attention_edges": "AttentionEdges",
     "circuits.computational_graph": "ComputationalGraph Receiver Sender",
     "circuits.edge_attribution": "EdgeAttribution",
     "circuits.edge_runs": "Interchange",

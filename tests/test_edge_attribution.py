@@ -391,8 +391,16 @@ def test_the_order_of_patches_does_not_matter_and_that_of_heads_moves_scores():
 def test_a_batch_is_the_sum_of_its_parts_and_pairs_are_the_runs_in_memory():
     near = Near()
     pairs = Pairs(inputs=near.clean, corrupt_inputs=near.corrupt, answers=[1, 2, 3], foils=[0, 0, 1], groups=[0, 0, 1])
-    whole = scored(near, logit_diff([1, 2, 3], [0, 0, 1]))
-    for options in ({"example_batch": 1}, {"example_batch": 2}, {}):
+    ways = (
+        {"example_batch": 1},
+        {"example_batch": 2},
+        {},
+        {"method": "exact", "example_batch": 2},
+        {"method": "mask-ig", "steps": 2, "example_batch": 2},
+    )
+    for options in ways:
+        told = {name: value for name, value in options.items() if name != "example_batch"}
+        whole = scored(near, logit_diff([1, 2, 3], [0, 0, 1]), **told)
         found = edge_attribution(near.model, pairs, "logit_diff", progress=False, **options)
         for name in ("base", "source"):
             torch.testing.assert_close(getattr(found, name), getattr(whole, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from circuitvision.circuits.ablation import AblationCheck, ablation_check, live_heads
+from circuitvision.circuits.attention_edges import AttentionEdges, attention_edges
 from circuitvision.circuits.computational_graph import ComputationalGraph, computational_graph
 from circuitvision.circuits.eap import export_eap, load_eap
 from circuitvision.circuits.edge_attribution import EdgeAttribution, edge_attribution
@@ -16,6 +17,7 @@ from circuitvision.model.names import NodeName, format_edge, format_id, head_id,
 
 __all__ = [
     "AblationCheck",
+    "AttentionEdges",
     "ComputationalGraph",
     "EdgeAttribution",
     "HeadImportance",
@@ -27,6 +29,7 @@ __all__ = [
     "ablation_check",
     "add_edge",
     "add_node",
+    "attention_edges",
     "computational_graph",
     "edge_attribution",
     "export",

@@ -290,6 +290,9 @@ def _outputs(model: Any, nodes: Sequence[Node], inputs: Mapping[str, Any]) -> It
 def _reads(model: Any, senders: Sequence[Sender], slots: Sequence[Receiver]) -> Bool[Tensor, "slot sender"]:
     """Which senders are made of what a slot reads: of keys and values all heads that look at them, those of another tower too."""
     found = torch.zeros(len(slots), len(senders), dtype=torch.bool)
+    standing: dict[tuple[Any, ...], list[int]] = {}
+    for column, sender in enumerate(senders):
+        standing.setdefault((sender.node.stage, sender.node.place), []).append(column)
     for row, receiver in enumerate(slots):
         slot = receiver.slot
         if slot.end:
@@ -298,9 +301,8 @@ def _reads(model: Any, senders: Sequence[Sender], slots: Sequence[Receiver]) -> 
         looking = [slot.tower]
         if receiver.letter in "kv":
             looking += [name for name in model.towers if model.flow.cache_of(name) == slot.tower]
-        for column, sender in enumerate(senders):
-            if sender.node.stage in looking and sender.node.place == slot.place:
-                found[row, column] = slot.head is None or slot.head == _head_read(model, sender, receiver.letter)
+        for column in [number for name in looking for number in standing.get((name, slot.place), ())]:
+            found[row, column] = slot.head is None or slot.head == _head_read(model, senders[column], receiver.letter)
     return found
 
 

@@ -48,6 +48,7 @@ class Interchange:
         self, model: Any, graph: ComputationalGraph, inputs: Mapping[str, Any], source: Mapping[str, Tensor]
     ) -> None:
         self.model, self.graph, self.inputs, self.source = model, graph, inputs, source
+        self.tokens = model.tokens(inputs)
         self.writes: dict[str, Tensor] = {}
         self.reads: dict[str, Tensor] = {}
 
@@ -108,7 +109,7 @@ class Interchange:
         away = self.source[site].to(value) - value
         if senders[0].node.head is not None:
             return _of_heads(self.model, senders[0], value, away, mask)
-        parts = torch.stack([away * images_of(self.model, self.inputs, sender).to(away) for sender in senders], 2)
+        parts = torch.stack([away * images_of(self.tokens, sender).to(away) for sender in senders], 2)
         return torch.einsum("rpsd,sn->rpnd", parts, mask)
 
 
@@ -123,11 +124,11 @@ def _of_heads(
     return tower.written(sender.site, mixed) - tower.written(sender.site, value).unsqueeze(2)
 
 
-def images_of(model: Any, inputs: Mapping[str, Any], sender: Sender) -> Float[Tensor, "row pos 1"]:
+def images_of(tokens: Mapping[str, Any], sender: Sender) -> Float[Tensor, "row pos 1"]:
     """1 at the positions that a sender writes: all, those of images (a connector), or all others."""
     if sender.images is None:
         return torch.ones(1, 1, 1)
-    number = torch.from_numpy(model.tokens(inputs)[sender.tower].image_number)
+    number = torch.from_numpy(tokens[sender.tower].image_number)
     return ((number >= 0) == sender.images).unsqueeze(-1)
 
 

@@ -79,7 +79,8 @@ class Changes:
     def __init__(
         self, model: Any, graph: ComputationalGraph, inputs: Any, away: Mapping[str, Tensor], at: Mapping[str, Tensor]
     ) -> None:
-        self.model, self.graph, self.inputs, self.away, self.at = model, graph, inputs, away, at
+        self.model, self.graph, self.away, self.at = model, graph, away, at
+        self.tokens = model.tokens(inputs)
 
     def of(self, site: str) -> Float[Tensor, "row pos sender d_model"]:
         """The changes of the senders at one site, in their order."""
@@ -89,7 +90,7 @@ class Changes:
             branch, _ = branch_at(tower, site)
             with torch.no_grad():
                 return tower.head_tangents(branch.block.layer, wide(self.at[site].detach()), away, branch.name)
-        return torch.stack([away * images_of(self.model, self.inputs, sender).to(away) for sender in senders], 2)
+        return torch.stack([away * images_of(self.tokens, sender).to(away) for sender in senders], 2)
 
 
 @dataclass

@@ -53,9 +53,9 @@ class Spans:
         return list(range(count)) if self.each else [*self.chosen, REST]
 
     def masks(
-        self, model: Any, inputs: Any, rows: list[int] | None = None, count: int = 0
+        self, model: Any, inputs: Any, rows: list[int] | None = None, count: int = 0, only: str = ""
     ) -> dict[str, Float[Tensor, "row pos span"]]:
-        """1 where a position of a tower is in a span; ``rows`` are the places of the examples in a data set of ``count``.
+        """1 where a position of a tower is in a span; ``rows`` are the places of the examples in a data set of ``count``; ``only`` one tower's.
 
         Raises:
             InputError: a position in two spans, a tower that did not run.
@@ -66,6 +66,7 @@ class Spans:
             raise InputError(
                 f"Spans name {', '.join(map(repr, sorted(unknown)))}, which is no tower of this run; those are {', '.join(tokens)}."
             )
+        tokens = {name: own for name, own in tokens.items() if only in ("", name)}
         longest = max(one.n_positions for one in tokens.values())
         found = {}
         for tower, own in tokens.items():
