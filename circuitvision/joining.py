@@ -88,7 +88,7 @@ def _check_alike(first: Result, other: Result) -> None:
                 f"The parts differ in {key}: {first.provenance.get(key)!r} and {other.provenance.get(key)!r}."
             )
     for entry in dataclasses.fields(first):
-        if entry.name in ("values", "axes", "provenance", *first._per_example):
+        if entry.name in ("values", "axes", "provenance", *first._per_example, *first._of_first):
             continue
         one, two = getattr(first, entry.name), getattr(other, entry.name)
         if _joins(one) and _joins(two):

@@ -68,6 +68,8 @@ class Result:
     _classes: ClassVar[dict[str, type[Result]]] = {}
     _per_example: ClassVar[dict[str, int]] = {}
     """Further fields with an entry for each label of ``example``, or for each example, and the dimension that they have it in (of lists: 0)."""
+    _of_first: ClassVar[tuple[str, ...]] = ()
+    """Fields that describe the first examples: of results that are joined those of the first."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

@@ -152,6 +152,34 @@ def test_positions_and_regions_stand_on_axes_by_name():
     assert list(regions.plot(view="table").layout.xaxis.ticktext) == ["object", "rest", "&lt;i&gt;", "cls"]
 
 
+def test_positions_are_named_by_their_words_and_a_picture_by_its_ends():
+    names = ["USER:", "image[0, 0]", "image[0, 1]", "image[1, 0]", "image[1, 1]", "what", "<is>"]
+    axes = {"layer": [0, 1], "position": list(range(7)), "example": [0]}
+    values = torch.zeros(2, 7, 1)
+    values[1, 5] = 0.75
+    result = PatchingResult(
+        values, axes, base=torch.zeros(1), source=torch.ones(1), site="language.hook", position_names=names
+    )
+    figure = result.plot()
+    assert list(figure.layout.xaxis.tickvals) == [0, 1, 4, 5, 6]
+    assert list(figure.layout.xaxis.ticktext) == ["USER:", "image[0, 0]", "image[1, 1]", "what", "&lt;is&gt;"]
+    assert "layer 1, position 5 what" in figure.layout.title.text
+
+
+def test_a_patching_result_carries_what_stands_at_its_positions():
+    model, pairs = cv.organisms.load("shapes-llava"), cv.organisms.pairs("shapes-llava", 2, 3)
+    site = "language.blocks.0.hook_resid_post"
+    found = cv.patching.activation_patch(
+        model, pairs, "logit_diff", sites=site, axes=("layer", "position"), progress=False
+    )
+    tokens = model.tokens(next(pairs.clean.batches(model)).inputs)["language"]
+    assert len(found.position_names) == len(found.axes["position"])
+    for place, name in enumerate(found.position_names):
+        if tokens.kind[0, place] == "patch":
+            assert name == f"image[{tokens.patch_row[0, place]}, {tokens.patch_col[0, place]}]"
+    assert "color" in found.position_names
+
+
 # -- findings in titles ------------------------------------------------------------------------------------------------------------------------
 
 

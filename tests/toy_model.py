@@ -92,16 +92,18 @@ class ToyModel:
 
         return self.run_with_hooks(inputs, [(edit.site, write(edit)) for edit in edits])
 
-    def sweep(self, inputs: dict[str, Tensor], groups: Sequence, metric, **keywords) -> SimpleNamespace:
-        """The naive loop: one run per group."""
+    def sweep(self, inputs: dict[str, Tensor], groups: Sequence, metric, base=(), **keywords) -> SimpleNamespace:
+        """The naive loop: one run per group, behind the base."""
         listed = [(group,) if isinstance(group, Edit) else group for group in groups]
         given = MetricSet.of(metric)
-        values = torch.stack([given(self.run(inputs, group), inputs) for group in listed], 1)
-        clean = given(self(inputs), inputs)
+        values = torch.stack([given(self.run(inputs, [*base, *group]), inputs) for group in listed], 1)
+        clean = given(self.run(inputs, base), inputs)
         return SimpleNamespace(
             values=values if given.several else values[0],
             clean=clean if given.several else clean[0],
             edits=[by_digest(group) for group in listed],
+            axes={"example": list(range(clean.shape[-1]))},
+            groups=[],
         )
 
     def run_with_hooks(self, inputs: dict[str, Tensor], fwd_hooks=()) -> Tensor:

@@ -313,6 +313,29 @@ class TokenMap:
         return f"<b>{self!r}</b><div>{cells}</div>"
 
 
+def position_names(tokens: TokenMap, positions: Sequence[int]) -> list[str]:
+    """What stands at positions of a tower, in every row: ``image[2, 5]`` for the patch of a row and column, the text piece, or else the kind.
+
+    Of several images of an example the number is said, ``image 1[2, 5]``. Where rows differ it is the kind they share, or "".
+    """
+    several = bool((tokens.image_number > 0).any())
+
+    def name(row: int, position: int) -> str:
+        kind, piece = str(tokens.kind[row, position]), _plain(tokens.text[row, position])
+        if kind != "patch":
+            return piece or kind
+        place = tokens.patch_row[row, position], tokens.patch_col[row, position]
+        image = f"image {tokens.image_number[row, position]}" if several else "image"
+        return f"{image}[{place[0]}, {place[1]}]" if min(place) >= 0 else image
+
+    found = []
+    for position in positions:
+        names = {name(row, position) for row in range(tokens.n_rows)}
+        kinds = set(map(str, tokens.kind[:, position]))
+        found.append(names.pop() if len(names) == 1 else kinds.pop() if len(kinds) == 1 else "")
+    return found
+
+
 def _plain(piece: str) -> str:
     return str(piece).replace("▁", " ").replace("Ġ", " ").replace("</w>", "").strip()
 

@@ -70,8 +70,11 @@ class PatchingResult(Result):
     dead: list[str] = field(default_factory=list)
     edits: list[EditGroup] = field(default_factory=list)
     groups: list[Any] = field(default_factory=list)
+    position_names: list[str] = field(default_factory=list)
+    """What stands at each label of the axis ``position`` in the first examples (a word, ``image[2, 5]``); empty without it."""
 
     _per_example: ClassVar[dict[str, int]] = {"base": -1, "source": -1, "groups": 0}
+    _of_first: ClassVar[tuple[str, ...]] = ("position_names",)
 
     @property
     def metrics(self) -> list[str]:
@@ -245,6 +248,7 @@ def activation_patch(
         dead=dead,
         edits=[by_digest(group) for _, group in live],
         groups=measured.groups,
+        position_names=runs.position_names(held) if held else [],
     )
     warn_of_equal_runs(result, cells[0].index)
     return result

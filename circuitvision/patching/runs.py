@@ -18,6 +18,7 @@ from circuitvision.model.edits.base import Edit, EditGroup
 from circuitvision.model.packing import laid_out
 from circuitvision.model.run_functions import RunFunction, checked_run, values_of_passes
 from circuitvision.model.sites import SiteName
+from circuitvision.model.tokens import position_names
 from circuitvision.patching.clean_answers import CleanAnswers
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ class Runs:
     fixed_positions: Mapping[str, Sequence[int]]
     """The positions of each site that edits name by number, which every example must have; empty where none does."""
 
-    def first_inputs(self) -> Mapping[str, Any]:
-        """Inputs of the base run, of some examples at least."""
+    def first_inputs(self, count: int = 1) -> Mapping[str, Any]:
+        """Inputs of the base run, of the first examples: so many of a data set, all that are in memory."""
         raise NotImplementedError
 
     def passes(self, names: Sequence[str]) -> dict[str, int]:
@@ -94,6 +95,14 @@ class Runs:
         with torch.no_grad():
             _, found = values_of_passes(self.model, self.run, self.first_inputs(), list(of_tower.values()))
         return {name: len(found[of_tower[SiteName.parse(name).tower]]) for name in names}
+
+    def position_names(self, held: Mapping[str, Sequence[int]], count: int = 8) -> list[str]:
+        """What stands at the positions that any of the sites holds, in the first examples; none for sites of several towers."""
+        towers = {SiteName.parse(site).tower for site in held}
+        inputs = self.first_inputs(count)
+        tokens = self.model.tokens(inputs).get(next(iter(towers))) if len(towers) == 1 else None
+        places = sorted({place for own in held.values() for place in own})
+        return [] if tokens is None or max(places, default=0) >= tokens.n_positions else position_names(tokens, places)
 
     def sources(self, names: Sequence[str]) -> dict[str, Any]:
         """What an edit takes as the source run's values at each site; a list where a run has several passes."""
@@ -208,7 +217,7 @@ class InputRuns(Runs):
         self.source: Tensor | None = None
         self._base_cache: Any = {}
 
-    def first_inputs(self) -> Mapping[str, Any]:
+    def first_inputs(self, count: int = 1) -> Mapping[str, Any]:
         """The inputs of the base run."""
         return self.base_inputs
 
@@ -308,9 +317,9 @@ class PairRuns(Runs):
         self.maps = inverse_maps(pairs.maps) if mode == "denoise" else None
         self.fixed_positions = {}
 
-    def first_inputs(self) -> Mapping[str, Any]:
-        """The inputs of the first example, or of the first batch where positions are counted."""
-        return next(iter(self.base[:1].batches(self.model))).inputs
+    def first_inputs(self, count: int = 1) -> Mapping[str, Any]:
+        """The inputs of the first examples."""
+        return next(iter(self.base[:count].batches(self.model, count))).inputs
 
     def sources(self, names: Sequence[str]) -> dict[str, Any]:
         """The source side itself, which is read batch by batch."""

@@ -168,6 +168,7 @@ def causal_trace(
         dead=dead,
         edits=[by_digest((added[0], *group)) for group in groups],
         groups=found[0].groups,
+        position_names=runs.position_names(held) if held else [],
         noise=noise,
         sigma=size,
         samples=samples,

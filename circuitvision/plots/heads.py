@@ -12,6 +12,8 @@ from circuitvision.model.names import spelled
 from circuitvision.plots import kit, style
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from circuitvision.circuits.ablation import AblationCheck
@@ -51,6 +53,10 @@ def head_importance(result: HeadImportance, title: str | None = None) -> kit.Fig
 def patching(result: PatchingResult, title: str | None = None) -> kit.Figure:
     """Heat map of a patching result over two axes (one per tower, where there are several)."""
     axes = dict(result.cells)
+    told = result.position_names if len(result.position_names) == len(axes.get("position", ())) else []
+    if told:
+        # Numbers tell apart words that stand twice.
+        axes["position"] = [f"{label} {name}".strip() for label, name in zip(axes["position"], told, strict=True)]
     panel = next((name for name in ("tower", "site") if name in axes and len(axes) > 2), "")
     panels = axes.pop(panel, [""])
     values = result.restored[0] if result.metrics else result.restored
@@ -68,9 +74,24 @@ def patching(result: PatchingResult, title: str | None = None) -> kit.Figure:
         said = f"{html.escape(where)} has the {largest}: {style.signed_percent(float(whole[number, row, column]))}"
         by = f", estimated by {_ESTIMATES.get(method, method)}" if method else ""
         title = style.titled(said, f"{result.site}: share of the difference restored by each {down} and {across}{by}")
-    return _grids(
+    figure = _grids(
         grids, title, "share of the difference", result, (down, axes[down]), (across, labels), True, panel or "tower"
     )
+    if told and across == "position":
+        ticks = _ticks(told)
+        figure.update_xaxes(tickvals=ticks, ticktext=[html.escape(told[tick]) for tick in ticks], tickangle=-45)
+    return figure
+
+
+def _ticks(names: Sequence[str], room: int = 40) -> list[int]:
+    """Which positions are named below a map: words, and of a picture's patches the first and the last."""
+    inside = [
+        0 < place < len(names) - 1
+        and all("[" in one and one.startswith("image") for one in names[place - 1 : place + 2])
+        for place in range(len(names))
+    ]
+    kept = [place for place in range(len(names)) if not inside[place]]
+    return kept[:: max(1, -(-len(kept) // room))]
 
 
 def ablation(result: AblationCheck, title: str | None = None) -> kit.Figure:
