@@ -36,7 +36,7 @@ from circuitvision.model.weights import check_gradients
 from circuitvision.patching.attribution import check_metrics, graph_batch_size
 from circuitvision.patching.estimates import wide
 from circuitvision.patching.estimator import differentiable
-from circuitvision.patching.gradient_run import GradientRun, values_under
+from circuitvision.patching.gradient_run import GradientRun, rows_of, values_under
 from circuitvision.patching.runs import RunBatch, two_runs
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance
@@ -116,11 +116,13 @@ def attention_edges(
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     examples: list[Any] = []
     with Progress(0, "attention edges", progress) as bar:
-        for batch in runs.batches(split.read):
+        for batch in runs.batches(split.read, runs.study(split.read)):
             own, told = split.batch(batch)
+            runs.look(own[2], own[3], told, batch.number == 0)
             found.append(own)
             examples += told
             bar.advance(len(told))
+    runs.warn()
     if len({one[0].shape[-2:] for one in found}) > 1:
         raise InputError(
             "Examples differ in their number of positions: name spans of positions, or take prompts of one length."
@@ -239,5 +241,9 @@ class _Split:
         effects = torch.stack(parts, 2)
         own = masks.to(effects)
         rows = torch.stack([torch.einsum("rhots,rtk,rsl->rhokl", one, own, own) for one in (effects, effects.abs())])
-        into = run.rows(scores, rows.shape[1], count) if example is None else torch.full((rows.shape[1],), example)
+        into = (
+            rows_of(run.model, run.inputs, scores, rows.shape[1], count)
+            if example is None
+            else torch.full((rows.shape[1],), example)
+        )
         return rows.new_zeros(2, count, *rows.shape[2:]).index_add_(1, into.to(rows.device), rows).cpu()
