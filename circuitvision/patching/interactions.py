@@ -303,7 +303,7 @@ class _OneRun(Runs):
         self.data = inputs if data is None else getattr(data, "clean", data)
         self.reference = reference if reference is not None or data is None else self.data
 
-    def first_inputs(self) -> Mapping[str, Any]:
+    def first_inputs(self, count: int = 1) -> Mapping[str, Any]:
         """The inputs of the run, of the first example at least."""
         return first_inputs(self.model, self.data)
 
