@@ -62,6 +62,11 @@ TABLE: dict[str, Organism] = {
         "ViTForImageClassification",
         "name the shape of the one large object",
     ),
+    "scenes-clip": Organism(
+        "circuitvision.organisms.scenes_clip",
+        "CLIPModel",
+        "match a scene with the caption that describes two of its three objects",
+    ),
     "scenes-llava": Organism(
         "circuitvision.organisms.scenes_llava",
         "LlavaForConditionalGeneration",

@@ -15,7 +15,7 @@ from circuitvision.organisms import registry
 
 
 def test_the_names() -> None:
-    assert organisms.names() == ["shapes-vit", "shapes-clip", "shapes-llava", "scenes-vit", "scenes-llava", "reach-pi0"]
+    assert organisms.names() == ["shapes-vit", "shapes-clip", "shapes-llava", "scenes-vit", "scenes-clip", "scenes-llava", "reach-pi0"]
 
 
 @pytest.mark.parametrize("name", registry.TABLE)
