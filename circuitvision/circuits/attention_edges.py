@@ -84,6 +84,7 @@ def attention_edges(
     clean: Mapping[str, Any] | None = None,
     corrupt: Mapping[str, Any] | None = None,
     align: Any = "kind",
+    allow_wrong: bool = False,
     example_batch: int | None = None,
     progress: bool = True,
 ) -> AttentionEdges:
@@ -93,7 +94,7 @@ def attention_edges(
 
     Args:
         model: the hooked model.
-        pairs, metric, mode, clean, corrupt, align, example_batch, progress: as of :func:`edge_attribution`.
+        pairs, metric, mode, clean, corrupt, align, allow_wrong, example_batch, progress: as of :func:`edge_attribution`.
         tower: which tower; may be left out where there is one.
         spans: ``"position"``, or parts of the positions by name, as of :func:`edge_attribution`; effects are added up inside them.
 
@@ -108,7 +109,7 @@ def attention_edges(
     parts = Spans(spans)
     if pairs is not None and example_batch is None and hasattr(pairs, "clean"):
         example_batch = graph_batch_size(model, pairs)
-    runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch)
+    runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch, allow_wrong)
     check_metrics(runs.metrics, mode, "atp")
     first = runs.first_inputs()
     refuse_inference(model.module, first)
@@ -116,7 +117,7 @@ def attention_edges(
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     examples: list[Any] = []
     with Progress(0, "attention edges", progress) as bar:
-        for batch in runs.batches(split.read, runs.study(split.read)):
+        for batch in runs.batches(split.read):
             own, told = split.batch(batch)
             runs.look(own[2], own[3], told, batch.number == 0)
             found.append(own)

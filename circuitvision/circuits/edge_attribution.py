@@ -205,6 +205,7 @@ def edge_attribution(
     clean: Mapping[str, Any] | None = None,
     corrupt: Mapping[str, Any] | None = None,
     align: Any = "kind",
+    allow_wrong: bool = False,
     example_batch: int | None = None,
     progress: bool = True,
 ) -> EdgeAttribution:
@@ -227,7 +228,7 @@ def edge_attribution(
         mode: ``"noise"`` scores what corrupting edges of the clean run does (patched minus clean), ``"denoise"`` what restoring those of the corrupt
             run does.
         clean, corrupt: in place of pairs, the inputs of the two runs, of the same shapes.
-        align, example_batch, progress: as of :func:`circuitvision.patching.activation_patch`.
+        align, allow_wrong, example_batch, progress: as of :func:`circuitvision.patching.activation_patch`.
 
     Raises:
         InputError: no pairs and no inputs, a metric without a gradient or that counts, an unknown method or quadrature.
@@ -243,7 +244,7 @@ def edge_attribution(
         check_gradients(model.module)
         if pairs is not None and example_batch is None and hasattr(pairs, "clean"):
             example_batch = graph_batch_size(model, pairs)
-    runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch)
+    runs = two_runs(model, pairs, metric, clean, corrupt, mode, align, example_batch, allow_wrong)
     first = runs.first_inputs()
     graph = computational_graph(model, first)
     if method == "exact":
@@ -357,7 +358,7 @@ def _measured(estimator: EdgeEstimator, runs: Runs, progress: bool) -> EdgeScore
     """The scores of all batches."""
     parts: list[EdgeScores] = []
     with Progress(0, "edge attribution", progress) as bar:
-        for batch in runs.batches(estimator.read(), runs.study(estimator.read())):
+        for batch in runs.batches(estimator.read()):
             parts.append(estimator.batch(batch))
             runs.look(parts[-1].base, parts[-1].source, parts[-1].examples, batch.number == 0)
             bar.advance(len(parts[-1].examples))

@@ -1,5 +1,5 @@
-"""Small trained models whose task and ground truth are known: scenes-llava, scenes-vit, shapes-llava, shapes-clip, shapes-vit, spurious-vit,
-reach-pi0.
+"""Small trained models whose task and ground truth are known: scenes-llava, scenes-clip, scenes-vit, shapes-llava, shapes-clip, shapes-vit,
+spurious-vit, reach-pi0.
 
 ``load(name)`` gives a hooked model, ``path(name)`` a folder for ``from_pretrained``, ``card(name)`` what is known about it, and
 ``pairs(name, count, seed)`` draws minimal pairs that it never saw. ``train(name, seed, out)`` trains it again, and

@@ -67,6 +67,11 @@ TABLE: dict[str, Organism] = {
         "ViTForImageClassification",
         "name the shape of an object, on pictures whose background went with the label in training",
     ),
+    "scenes-clip": Organism(
+        "circuitvision.organisms.scenes_clip",
+        "CLIPModel",
+        "match a scene with the caption that describes two of its three objects",
+    ),
     "scenes-llava": Organism(
         "circuitvision.organisms.scenes_llava",
         "LlavaForConditionalGeneration",

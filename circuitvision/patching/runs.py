@@ -124,8 +124,10 @@ class Runs:
         """What else a folder is told: digests of what the study does not hold."""
         return []
 
-    def batches(self, names: Sequence[str], study: Study, done: Container[int] = ()) -> Iterator[RunBatch]:
-        """The examples of a study, some at a time, with the source run's values at these sites; without the batches that are done."""
+    def batches(
+        self, names: Sequence[str], study: Study | None = None, done: Container[int] = ()
+    ) -> Iterator[RunBatch]:
+        """The examples of a study (None: of :meth:`study`), some at a time, with the source run's values at these sites; without batches done."""
         raise NotImplementedError
 
     @property
@@ -276,7 +278,9 @@ class InputRuns(Runs):
         """The source run's inputs."""
         return [provenance.hash_inputs(self.source_inputs)]
 
-    def batches(self, names: Sequence[str], study: Study, done: Container[int] = ()) -> Iterator[RunBatch]:
+    def batches(
+        self, names: Sequence[str], study: Study | None = None, done: Container[int] = ()
+    ) -> Iterator[RunBatch]:
         """One batch."""
         if 0 in done:
             return
@@ -385,9 +389,11 @@ class PairRuns(Runs):
         """Both sides."""
         return self._study([tuple(edits.replace(name, self.origin) for name in names)])
 
-    def batches(self, names: Sequence[str], study: Study, done: Container[int] = ()) -> Iterator[RunBatch]:
+    def batches(
+        self, names: Sequence[str], study: Study | None = None, done: Container[int] = ()
+    ) -> Iterator[RunBatch]:
         """The batches of both sides."""
-        for number, make in enumerate(study._chunks()):
+        for number, make in enumerate((study or self.study(names))._chunks()):
             if number in done:
                 continue
             with torch.no_grad():

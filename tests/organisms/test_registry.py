@@ -21,6 +21,7 @@ def test_the_names() -> None:
         "shapes-llava",
         "scenes-vit",
         "spurious-vit",
+        "scenes-clip",
         "scenes-llava",
         "reach-pi0",
     ]

@@ -38,7 +38,7 @@ from circuitvision.organisms import (
     training,
 )
 
-NAMES = ("scenes-vit", "scenes-llava")
+NAMES = ("scenes-vit", "scenes-clip", "scenes-llava")
 MODULES = (scenes_vit, scenes_clip, scenes_llava)
 HELD_OUT = {*binding.TEST_PAIRS, *binding.VALIDATION_PAIRS}
 
@@ -100,7 +100,7 @@ def test_cards_record_three_seeds_and_the_choice_between_them(name: str) -> None
     assert shipped["cpu_minutes"] < 60
 
 
-@pytest.mark.parametrize("module", [scenes_vit, scenes_llava])
+@pytest.mark.parametrize("module", MODULES)
 def test_what_ships_has_the_shape_that_the_recipe_builds(module) -> None:
     with safe_open(
         organisms.path(module.__name__.rpartition(".")[2].replace("_", "-")) / "model.safetensors", "pt"
