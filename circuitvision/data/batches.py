@@ -297,7 +297,7 @@ def _fills(inputs: Mapping[str, Any]) -> bool:
     return read is not None and (mask is None or mask.ndim == 2) and inputs.get("past_key_values") is None
 
 
-def _along_text(model: Any, inputs: Mapping[str, Any]) -> list[str]:
+def along_text(model: Any, inputs: Mapping[str, Any]) -> list[str]:
     """The inputs that have the positions of the prompt as their second axis."""
     shape = inputs["attention_mask"].shape
     return [
@@ -325,7 +325,7 @@ def to_the_right(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         return made
     width = mask.shape[1]
     index = (torch.arange(width, device=mask.device) + first[:, None]) % width
-    for name in _along_text(model, made):
+    for name in along_text(model, made):
         value = made[name]
         moved = value.take_along_dim(index.view(*index.shape, *[1] * (value.ndim - 2)).to(value.device), 1)
         made[name] = moved[:, :length]
@@ -338,7 +338,7 @@ def filled(model: Any, inputs: dict[str, Any], width: int) -> dict[str, Any]:
     if more <= 0:
         return inputs
     made = dict(inputs)
-    for name in _along_text(model, inputs):
+    for name in along_text(model, inputs):
         value = inputs[name]
         blank = value.new_zeros(len(value), more, *value.shape[2:])
         made[name] = torch.cat([value, blank + _pad_id(model) if name == "input_ids" else blank], 1)

@@ -14,7 +14,9 @@ Each question has one outcome of its kind, so the shares of a kind sum to 1 for 
 
 Whether the object is touched is read from the pairs: the answer (right before) is the foil (right after) where it is not.
 
-Not covered: free text (give what was said to :func:`outcomes_of`), answers of several tokens in sequence.
+Of a head whose columns are each a yes or no (several labels, captions of SigLIP) the answer is the column that is highest.
+
+Not covered: free text (give what was said to :func:`outcomes_of`), answers of several tokens in sequence, all labels above a threshold.
 """
 
 from __future__ import annotations
@@ -167,12 +169,13 @@ def edit_outcomes(
         size: how many pairs run at once; None: by memory.
 
     Raises:
-        InputError: pairs without answers or foils, an answer that is not one token or not among the choices.
+        InputError: pairs without answers or foils, an answer that is not one token or not among the choices, a model without classes or tokens.
     """
     if pairs.answers is None or pairs.foils is None:
         raise InputError(
             "Outcomes need what is right before and after: give answers= and foils= when the pairs are made."
         )
+    check_link(model, "outcomes")
     ids = None if choices is None else choice_ids(model, choices)
     before: list[int] = []
     after: list[int] = []
@@ -203,6 +206,15 @@ def edit_outcomes(
     )
 
 
+def check_link(model: Any, what: str) -> None:
+    """Raise InputError for an output in which nothing is the answer given: regression, actions, hidden states."""
+    if model.link == "none":
+        raise InputError(
+            f"This model's output is numbers (regression, actions or hidden states) and names no answer, so it has no {what}: put its numbers into "
+            "words and give those to outcomes_of."
+        )
+
+
 def choice_ids(model: Any, choices: Sequence[Any]) -> list[int]:
     """The column of the output of every choice.
 
@@ -220,6 +232,10 @@ def given_of(logits: torch.Tensor, inputs: Any, ids: Sequence[int] | None) -> li
     from circuitvision import metrics
 
     scores = metrics.at_position(logits, "last", inputs)
+    if scores.shape[-1] == 1:
+        raise InputError(
+            "This output has one column, which is the highest whatever the model says: compare its numbers."
+        )
     return scores.argmax(-1).tolist() if ids is None else [ids[n] for n in scores[:, list(ids)].argmax(-1).tolist()]
 
 

@@ -28,11 +28,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision.data.masking import blank_images, generator_of, pictures_of
-from circuitvision.data.outcomes import choice_ids
+from circuitvision.data.outcomes import check_link, choice_ids
 from circuitvision.data.pairs import Pairs
 from circuitvision.data.sides import Side
 from circuitvision.data.without_images import without_images
 from circuitvision.errors import InputError
+from circuitvision.links import log_probabilities
 from circuitvision.progress import Progress
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
@@ -130,9 +131,11 @@ def calibrate_prior(
         seed: of the noise.
 
     Raises:
-        InputError: fewer than two choices, no such reference, a model that needs a picture ("none"), references of other examples.
+        InputError: a model without classes or tokens, fewer than two choices, no such reference, a model that needs a picture ("none"),
+            references of other examples.
     """
     data = side.clean if isinstance(side, Pairs) else side
+    check_link(model, "prior")
     ids = choice_ids(model, choices)
     beside = _references(model, data, references, seed)
     scores: dict[str, Tensor] = {}
@@ -195,7 +198,9 @@ def _log_probs(
     with torch.no_grad():
         for batch in side.batches(model, size):
             scores = metrics.at_position(model(batch.inputs), "last", batch.inputs)[:, list(ids)]
-            found.append(scores.double().log_softmax(-1).cpu())
+            # Of columns that are each a yes or no, what each is among the choices.
+            own = log_probabilities(scores.double(), model.link) if model.link == "sigmoid" else scores.double()
+            found.append(own.log_softmax(-1).cpu())
             bar.advance(len(batch))
     return torch.cat(found).T.contiguous()
 

@@ -3,10 +3,12 @@
 Leaving the picture out of a prompt takes its tokens out of the sequence: every token behind it stands that many positions earlier, rotary phases and
 learned positions change with it, and a difference between the two runs mixes what the picture says with where the text stands. A blank picture of the
 same size (:func:`circuitvision.data.blank_images`) moves nothing; report both (VHD, He et al. 2025, arXiv 2412.13949). The pairs made here carry
-position
-maps, so that text is compared with text.
+position maps, so that text is compared with text.
 
-Not covered: models whose processor asks for a picture, and dual encoders, whose texts hold none.
+A processor that asks for a picture (PaliGemma's) is given it, and the positions of the picture are cut out of what it makes: the same text tokens
+stay, as tensors in place of a prompt.
+
+Not covered: models that themselves ask for a picture, and dual encoders, whose texts hold none.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import torch
 
-from circuitvision.data.batches import inputs_of
+from circuitvision.data.batches import along_text, inputs_of
 from circuitvision.data.pairs import Pairs
-from circuitvision.data.sides import Side
+from circuitvision.data.sides import Example, Side
 from circuitvision.errors import InputError
+
+_REFUSALS = (InputError, KeyError, TypeError, ValueError)
 
 
 def without_images(side: Side, model: Any) -> Pairs:
-    """The same prompts without pictures and without the tokens that stand for them, where the model's processor takes such prompts.
+    """The same prompts without pictures and without the tokens that stand for them, where the model runs on such prompts.
 
     ``maps`` of the pairs say for every position of the language tower which one holds the same token in the prompt without; positions of the picture
     have none there and are given the last one before it. :func:`text_shift` says how far the text moved.
@@ -40,18 +45,35 @@ def without_images(side: Side, model: Any) -> Pairs:
     for row, (number, one) in enumerate(zip(side.numbers, side.examples, strict=True)):
         if one.tensors is not None or one.image is None or not isinstance(one.text, str):
             raise InputError(f"Example {number} is no picture with one prompt, so there is no picture to leave out.")
+        shown = inputs_of(model, side[row])
+        before = model.tokens(shown)["language"]
         bare = dataclasses.replace(one, image=None, text=_without(one.text, token))
-        alone = side[row]._with(examples=(bare,))
         try:
-            made = inputs_of(model, alone)
-            tokens = model.tokens(made)["language"]
-        except (InputError, KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"This model does not take the prompt of example {number} without a picture ({error}): take blank_images, which moves no token."
-            ) from error
-        maps.append({"language": _map(model.tokens(inputs_of(model, side[row]))["language"], tokens, number)})
+            after = _read(model, side[row], bare)
+        except _REFUSALS as error:
+            try:
+                bare = dataclasses.replace(bare, text=None, tensors=_cut(model, shown, before))
+                after = _read(model, side[row], bare)
+            except _REFUSALS:
+                raise InputError(
+                    f"This model does not take the prompt of example {number} without a picture ({error}): take blank_images, which moves no token."
+                ) from error
+        maps.append({"language": _map(before, after, number)})
         examples.append(bare)
     return Pairs.from_sides(side, side._with(examples=tuple(examples), boxes=None, masks=None), maps=maps)
+
+
+def _read(model: Any, alone: Side, example: Example) -> Any:
+    """The language tower's token map of one example."""
+    return model.tokens(inputs_of(model, alone._with(examples=(example,))))["language"]
+
+
+def _cut(model: Any, inputs: dict[str, Any], tokens: Any) -> dict[str, Any]:
+    """The inputs of a prompt with a picture, without the picture and its positions; raises InputError where the model reads more than text."""
+    if model.family.required:
+        raise InputError(f"The model reads {', '.join(model.family.required)} beside its prompt.")
+    keep = torch.from_numpy(tokens.kind[0] == "text")
+    return {name: inputs[name][:, keep.to(inputs[name].device)] for name in along_text(model, inputs)}
 
 
 def text_shift(pairs: Pairs, model: Any) -> list[int]:

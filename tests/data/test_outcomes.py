@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ import circuitvision as cv
 from circuitvision.data import Pairs, Side, outcomes_of
 from circuitvision.data.outcomes import TOUCHED, UNTOUCHED
 from circuitvision.errors import InputError
+from tests.zoo import case, shared_model
 from tests.zoo.images import picture
 
 ANSWERS = st.sampled_from(["yes", "no", "red"])
@@ -144,6 +146,36 @@ def test_choices_limit_what_may_be_answered() -> None:
         cv.data.edit_outcomes(
             model, Pairs([picture(0)], ["USER: <image> ?"], corrupt_images=[picture(1)], answers=["red"])
         )
+
+
+def classifier(problem: str, labels: int) -> cv.HookedModel:
+    made = copy.deepcopy(shared_model("vit"))
+    made.config.problem_type, made.config.num_labels = problem, labels
+    if labels == 1:
+        made.classifier = torch.nn.Linear(made.classifier.in_features, 1)
+    return cv.HookedModel(made, case("vit").processor())
+
+
+def test_columns_of_yes_and_no_are_handled_and_numbers_are_refused() -> None:
+    side = Side([picture(n) for n in range(3)], answers=[0, 1, 2])
+    pairs = Pairs.from_sides(side, side._with(examples=side.examples[::-1]))
+    pairs = pairs._with(clean=side._with(foils=(3, 2, 1)), corrupt=pairs.corrupt._with(foils=(3, 2, 1)))
+    several = classifier("multi_label_classification", 5)
+    assert several.link == "sigmoid"
+    made = cv.data.edit_outcomes(several, pairs, choices=[0, 1, 2, 3])
+    (batch,) = side.batches(several, 3)
+    with torch.no_grad():
+        logits = several(batch.inputs)[:, :4].double()
+    assert [int(one.removeprefix("LABEL_")) for one in made.before] == logits.argmax(1).tolist()
+    prior = cv.data.calibrate_prior(several, side, [0, 1, 2, 3])
+    chances = logits.sigmoid() / logits.sigmoid().sum(1, keepdim=True)
+    torch.testing.assert_close(prior.scores.T.exp(), chances, atol=1e-6, rtol=1e-5)
+    refused = [("regression", 5, "names no answer"), ("regression", 1, "names no answer")]
+    for problem, labels, word in [*refused, ("multi_label_classification", 1, "one column")]:
+        with pytest.raises(InputError, match=word):
+            cv.data.edit_outcomes(classifier(problem, labels), pairs)
+    with pytest.raises(InputError, match="no prior"):
+        cv.data.calibrate_prior(classifier("regression", 5), side, [0, 1])
 
 
 # -- the language prior --------------------------------------------------------------------------------------------------------------------

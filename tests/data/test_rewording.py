@@ -198,6 +198,36 @@ def test_pictures_are_left_out_where_the_prompt_allows_it() -> None:
         cv.data.without_images(Side(texts=["USER: red ?"]), model)
 
 
+@pytest.mark.parametrize("name", ["paligemma", "llava-next-mistral"])
+def test_a_processor_that_asks_for_a_picture_is_worked_around(name: str) -> None:
+    """The same text tokens stay, seen by one another as before, and a blank picture's tokens are gone."""
+    one = case(name)
+    model = cv.HookedModel(shared_model(name), one.processor() if one.processor else None)
+    raw = one.raw(batch=2) if one.raw else {}
+    images = [each[0] if isinstance(each, (list, tuple)) else each for each in raw["images"]]
+    side = Side(images, list(raw["text"]))
+    pairs = cv.data.without_images(side, model)
+    (batch,) = pairs.batches(model, 2)
+    assert batch.other is not None
+    assert "pixel_values" not in batch.other
+    tokens, twin = (model.tokens(each)["language"] for each in (batch.inputs, batch.other))
+    for row in range(2):
+        here, there = (found.kind[row] == "text" for found in (tokens, twin))
+        assert tokens.text[row][here].tolist() == twin.text[row][there].tolist()
+        assert batch.maps["language"][row][here].tolist() == np.flatnonzero(there).tolist()
+        assert not (twin.kind[row] == "patch").any()
+    pictures = int((tokens.kind[0] != "text").sum() - (tokens.kind[0] == "padding").sum())
+    assert cv.data.text_shift(pairs, model) == [pictures] * 2
+    ids = batch.inputs["input_ids"]
+    kept = {
+        key: value[:, tokens.kind[0] == "text"] for key, value in batch.inputs.items() if value.shape[:2] == ids.shape
+    }
+    with torch.no_grad():
+        wanted = model({key: value[:1] for key, value in kept.items()})
+        found = model(batch.other)[:1, : wanted.shape[1]]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_a_model_that_acts_needs_its_picture() -> None:
     one = case("pi0")
     model = cv.HookedModel(shared_model("pi0"), one.processor() if one.processor else None)
