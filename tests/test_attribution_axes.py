@@ -125,6 +125,7 @@ def test_regions_of_each_example_are_its_own_in_every_batch_and_empty_ones_have_
         "axes": ("layer", "region"),
         "regions": {"own": mask, "end": "last"},
         "mode": mode,
+        "allow_wrong": True,
         "progress": False,
     }
     with pytest.warns(UserWarning, match="select no position in 1 of 3"):
@@ -151,6 +152,7 @@ def test_what_is_interrupted_goes_on_to_the_same_bits(method, tmp_path, monkeypa
         "axes": ("layer", "head"),
         "method": method,
         "example_batch": 1,
+        "allow_wrong": True,
         "progress": False,
     }
     whole = attribution_patch(model, pairs, "logit_diff", **given)
@@ -188,6 +190,7 @@ def test_inputs_in_memory_are_one_part(tmp_path, monkeypatch):
         "sites": "vision.blocks.*.hook_mlp_out",
         "axes": ("layer",),
         "metric": {"a": METRIC, "b": logit_diff(0, 3)},
+        "allow_wrong": True,
         "progress": False,
     }
     first = attribution_patch(model, clean=clean, corrupt=corrupt, save_to=tmp_path, **given)
@@ -218,6 +221,7 @@ def test_a_folder_of_something_else_is_refused(change, tmp_path):
         "axes": ("layer", "region"),
         "regions": {"end": "last"},
         "metric": "logit_diff",
+        "allow_wrong": True,
         "progress": False,
     }
     attribution_patch(model, pairs, save_to=tmp_path, **given)
@@ -229,7 +233,13 @@ def test_a_folder_of_something_else_is_refused(change, tmp_path):
 
 def test_the_folder_of_a_patching_is_no_folder_of_estimates(tmp_path):
     model, pairs = pairs_of(2)
-    given = {"metric": "logit_diff", "sites": TEXT + "hook_mlp_out", "axes": ("layer",), "progress": False}
+    given = {
+        "metric": "logit_diff",
+        "sites": TEXT + "hook_mlp_out",
+        "axes": ("layer",),
+        "allow_wrong": True,
+        "progress": False,
+    }
     activation_patch(model, pairs, save_to=tmp_path, **given)
     with pytest.raises(InputError, match="another study"):
         attribution_patch(model, pairs, save_to=tmp_path, resume=True, **given)
