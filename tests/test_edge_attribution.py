@@ -51,16 +51,16 @@ def test_eap_is_the_gradient_of_a_mask_on_every_edge(example):
     assert result.edges.equal(example.graph.edges)
     assert gradient[example.graph.edges].abs().max() > 1e-3
     torch.testing.assert_close(only_edges(result).sum(-1), gradient[example.graph.edges], rtol=1e-11, atol=1e-10)
-    # That gradient is the slope of the masked run.
-    torch.manual_seed(0)
-    places = example.graph.edges.nonzero()
-    for place in places[torch.randperm(len(places))[:3]].tolist():
+    # That gradient is the slope of the masked run; the step is wide because some softmaxes are counted in float32.
+    largest = result.values.abs().sum(-1).masked_fill(~result.edges, 0).flatten().topk(3).indices
+    for place in zip(*(axis.tolist() for axis in torch.unravel_index(largest, result.edges.shape)), strict=True):
         ends = []
-        for step in (1e-6, -1e-6):
+        for step in (1e-3, -1e-3):
             moved = torch.zeros_like(mask, requires_grad=False)
-            moved[tuple(place)] = step
-            ends.append(score(example.under(moved)))
-        torch.testing.assert_close(result.values[tuple(place)], (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-5)
+            moved[place] = step
+            ends.append(score(example.under(moved)).detach())
+        slope = (ends[0] - ends[1]) / 2e-3
+        torch.testing.assert_close(result.values[place], slope, rtol=1e-2, atol=1e-2 * float(slope.abs().max()))
 
 
 def test_the_out_edges_of_a_node_add_up_to_its_own_attribution(example):
@@ -81,7 +81,7 @@ def test_a_point_of_the_masks_path_has_the_gradient_of_every_mask_there(example)
     (gradient,) = torch.autograd.grad(score(example.under(mask)).sum(), mask)
     at = EdgeEstimator(example.model, example.graph, example.clean, [(0.25, 1.0)], "masks")
     batch = next(iter(two_runs(example.model, None, score, example.clean, example.corrupt, "noise").batches(at.read())))
-    found = at.batch(batch).values[0].sum(0)
+    found = at.batch(batch).values[0].sum(0)[..., 0]
     torch.testing.assert_close(found[example.graph.edges], gradient[example.graph.edges], rtol=1e-10, atol=1e-10)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from circuitvision import edits, provenance
 from circuitvision.data.batches import Batch
+from circuitvision.data.checks import check_answers
 from circuitvision.errors import InputError
 from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.base import Edit, EditGroup
@@ -432,6 +433,7 @@ class SideRuns(PairRuns):
     """A side of a data set beside itself."""
 
     def __init__(self, model: Any, metrics: MetricSet, side: Any, size: int | None, allow_wrong: bool = False) -> None:
+        check_answers(side, model)
         self.model, self.metrics, self.pairs, self.mode = model, metrics, side, "denoise"
         self.answers = CleanAnswers.of(metrics, allow_wrong)
         self.base = self.origin = side
