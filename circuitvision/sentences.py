@@ -253,7 +253,7 @@ def _say_steers(found: Finding) -> str:
     return f"No clear steering by {about['set']}: {said} per {about['unit']}{beside} ({found.reason})"
 
 
-def _say_direction(found: Finding) -> str:
+def _say_separates(found: Finding) -> str:
     about = found.about
     if not found.holds:
         return f"No clear direction “{about['name']}”: {found.reason}"
@@ -423,7 +423,7 @@ SENTENCES = {
     "beats random": _say_margin,
     "steers": _say_steers,
     "injects": _say_injects,
-    "points": _say_direction,
+    "separates": _say_separates,
     "listens": _say_listens,
     "succeeds": _say_succeeds,
     "interact": _say_interact,

@@ -90,7 +90,7 @@ def direction(result: Direction, title: str | None = None) -> kit.Figure:
         f", with kinds exchanged {float(result.random_norms.max()):.2g} at most" if len(result.random_norms) else ""
     )
     notes = (f"{len(result.examples)} examples", kit.escaped(result.site), f"length {result.norm:.2g}{longest}")
-    heading = style.titled(title or kit.escaped(str(claims.points(result))), *notes)
+    heading = style.titled(title or kit.escaped(str(claims.separates(result))), *notes)
     style.layout(figure, heading, 150 + 60 * len(kinds), margin={"l": 20, "r": 20, "b": 56})
     figure.update_xaxes(
         title="coordinate along the direction of the other half, units of the site",

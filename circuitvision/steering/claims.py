@@ -1,6 +1,6 @@
 """What results of steering show, as findings that are held against a control.
 
-``steers`` against random sets of neurons or random directions, ``points`` against kinds that changed places, ``injects`` against the region that
+``steers`` against random sets of neurons or random directions, ``separates`` against kinds that changed places, ``injects`` against the region that
 carries least, ``listens`` against the same scenes under another prompt, ``succeeds`` against another condition's interval.
 """
 
@@ -57,7 +57,7 @@ def steers(result: SteeringResponse) -> Finding:
     return Finding("steers", not reason, float(mean[0]), "slope", interval, len(slopes.examples), chance, reason, about)
 
 
-def points(result: Direction) -> Finding:
+def separates(result: Direction) -> Finding:
     """Whether a direction tells the kinds apart: Wilson's interval of the share of held-out examples on their own side lies above one half, and it is
     longer than any direction of at least :data:`FEWEST_DRAWS` whose kinds changed places."""
     sides = result.sides()
@@ -78,7 +78,7 @@ def points(result: Direction) -> Finding:
         reason = "kinds that changed places give one as long"
     else:
         reason = "" if len(result.random_norms) >= FEWEST_DRAWS else "too few random directions tell"
-    return Finding("points", not reason, value, "share", (low, high) if count else None, count, 0.5, reason, about)
+    return Finding("separates", not reason, value, "share", (low, high) if count else None, count, 0.5, reason, about)
 
 
 def injects(result: InjectionResult, region: str | None = None, control: str | None = None) -> Finding:

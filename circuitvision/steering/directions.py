@@ -76,6 +76,7 @@ class Direction(Result):
     _per_example: ClassVar[dict[str, int]] = {"kinds": 0, "groups": 0}
 
     @classmethod
+    @with_provenance
     def of(cls, model: Any, site: Any, vector: Any, *, heads: Any = None, name: str = "given") -> Direction:
         """A vector of one's own at a site, such as a weight, a probe's, or a column of a basis.
 
@@ -128,6 +129,7 @@ class Direction(Result):
         """The mean cosine of the directions of two halves; NaN of a vector of one's own."""
         return float(self.cosines.mean()) if len(self.cosines) else float("nan")
 
+    @with_provenance
     def sides(self) -> Result:
         """Whether each held-out example lies on the side of its own kind, 1 or 0, ``[example]``: their mean is a share, .5 by chance."""
         first = torch.tensor([kind == self.toward for kind in self.kinds])
@@ -237,6 +239,7 @@ def steering_direction(
     )
 
 
+@with_provenance
 def random_directions(direction: Direction, count: int, seed: int = 0) -> list[Direction]:
     """Directions of the same length at the same site and heads, drawn from all alike (isotropic): what a claim about one is held against.
 

@@ -117,6 +117,7 @@ class SteeringResponse(Result):
             return float("nan")
         return (1 + int((found[1:] >= found[0]).sum())) / len(found)
 
+    @with_provenance
     def tangents(self) -> Result:
         """The slope of the effect at scale 0, ``[set example]``, see the module.
 

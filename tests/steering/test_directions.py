@@ -15,7 +15,7 @@ from circuitvision.errors import InputError
 from circuitvision.metrics import logit
 from circuitvision.steering import Direction, SteeringResponse, random_directions, steering_direction, steering_response
 from circuitvision.steering import directions as module
-from circuitvision.steering.claims import points, steers
+from circuitvision.steering.claims import separates, steers
 from tests.zoo import case, shared_model
 
 SITE = "vision.blocks.1.hook_resid_post"
@@ -319,12 +319,12 @@ def planted(apart: float, draws: int = 50) -> Direction:
 
 
 def test_a_direction_is_affirmed_where_it_holds_out_and_is_longer_than_chance() -> None:
-    found = points(planted(3.0))
+    found = separates(planted(3.0))
     assert found.holds
     assert found.value == 1.0
     assert "0.85" in str(planted(3.0).plot().layout.title.text)
-    assert not points(planted(0.9)).holds
-    assert not points(planted(3.0, draws=5)).holds
+    assert not separates(planted(0.9)).holds
+    assert not separates(planted(3.0, draws=5)).holds
     near = planted(0.2)
     assert float(near.sides().mean()) < 0.8
     assert "No clear direction" in str(near.plot().layout.title.text)
