@@ -38,7 +38,7 @@ from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
 from circuitvision.statistics import wilson
 from circuitvision.subspaces import controls
-from circuitvision.subspaces.fitting import FittedBasis, fit_basis, fit_boundless
+from circuitvision.subspaces.fitting import FittedBasis, fit_basis, fit_boundless, stepped
 from circuitvision.subspaces.maps import interchanged_by
 from circuitvision.subspaces.pairs import Outcome, SiteBatch, SitePairs, checked_pairs
 
@@ -300,11 +300,8 @@ class DAS:
             with torch.enable_grad():
                 values = interchanged_by(found, part.base.float(), part.source.float(), self.k)
                 number = loss(part, learned.replacement(part, values), torch.zeros(learned.width, 1, device=device))
-                optimizer.zero_grad(set_to_none=True)
-                number.backward()
-                optimizer.step()
+                losses.append(stepped(optimizer, number))
             optimizer.param_groups[0]["lr"] = schedule.options.rate * (1 - (step + 1) / schedule.steps)
-            losses.append(float(number.detach()))
             schedule.report(step, lambda held: _by_map(held, found, self.k))
         empty = FittedBasis(torch.zeros(0, 0), torch.tensor(losses, dtype=torch.float64))
         count = sum(one.numel() for one in found.parameters())

@@ -98,7 +98,7 @@ def _fit(
     with torch.enable_grad():
         optimizer, decay = _optimizer(held, steps, rate)
         for step in range(steps):
-            losses.append(_step(optimizer, objective(held.weight, step)))
+            losses.append(stepped(optimizer, objective(held.weight, step)))
             decay.step()
             if report is not None:
                 report(step, losses[-1], held.weight.detach())
@@ -136,7 +136,7 @@ def fit_boundless(
             share = boundary.clamp(SMALLEST, 1.0)
             places = torch.arange(count, dtype=dtype, device=boundary.device) + 0.5
             mask = torch.sigmoid((share * count - places) / heat)
-            losses.append(_step(optimizer, objective(held.weight, mask, step) + penalty * share))
+            losses.append(stepped(optimizer, objective(held.weight, mask, step) + penalty * share))
             with torch.no_grad():
                 boundary.clamp_(SMALLEST, 1.0)
             decay.step()
@@ -169,12 +169,19 @@ def _optimizer(
     return optimizer, decay
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+def stepped(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    """One step of what is trained. Weights of a model that the loss came through get no gradient.
+
+    Raises:
+        InputError: a loss that is no number or does not depend on what is trained.
+    """
     if loss.ndim:
         raise InputError(f"The objective is one number, not {tuple(loss.shape)}: take the mean over examples.")
-    if not loss.requires_grad:
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else []
+    if all(gradient is None for gradient in found):
         raise InputError("The objective does not depend on the basis, so there is nothing to train.")
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    for parameter, gradient in zip(trained, found, strict=True):
+        parameter.grad = gradient
     optimizer.step()
     return float(loss.detach())
