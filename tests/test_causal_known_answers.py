@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+import circuitvision as cv
 from circuitvision import metrics
 from circuitvision.metrics import fldd
-from circuitvision.subspaces import bases, divergence, fit_boundless, geometry, orthonormal, random_basis
+from circuitvision.subspaces import bases, divergence, fit_basis, fit_boundless, geometry, orthonormal, random_basis
+from tests.sweeps.drawing import inputs_of, model_of
 
 DOUBLE = torch.float64
 
@@ -123,3 +125,59 @@ def test_sets_that_are_standardised_apart_hide_the_shift() -> None:
     apart = [(one - one.mean(0)) / one.std(0) for one in (shifted, natural)]
     assert divergence.divergence(apart[0], ["a"] * 100, apart[1], labels) < 1.5
     assert divergence.divergence(shifted, ["a"] * 100, natural, labels) > 3
+
+
+# -- closeness -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 100.0])
+def test_no_weight_of_closeness_makes_a_middle_mlp_mediate(weight: float) -> None:
+    """``r = x + noise``, ``h = (r, 0)``, ``y = r + 2 h₂``: what flips the answer is never near natural activations, which do not use ``h₂``."""
+    count = 200
+    label = torch.where(torch.arange(count) % 2 == 0, 1.0, -1.0).double()
+    runs = [side + 0.3 * drawn(count, seed=seed) for side, seed in ((label, 1), (-label, 2))]
+    base, source = (torch.stack([one, torch.zeros_like(one)], 1) for one in runs)
+    natural, labels = torch.cat([base, source]), [*label.tolist(), *(-label).tolist()]
+    means = torch.stack([natural[torch.tensor(labels) == side].mean(0) for side in (1.0, -1.0)])
+    wanted = torch.where(label[:, None] < 0, means[0], means[1])
+
+    def loss(basis: torch.Tensor, step: int) -> torch.Tensor:
+        moved = bases.interchanged(base, source, basis)
+        answer = torch.nn.functional.softplus(3 * label * (runs[0] + 2 * moved[:, 1])).mean()
+        return answer + weight * ((moved - wanted) @ basis).square().sum(1).mean()
+
+    found = fit_basis(loss, 2, 1, steps=200, rate=0.05, dtype=DOUBLE).basis
+    moved = bases.interchanged(base, source, found)
+    accuracy = float(((runs[0] + 2 * moved[:, 1]) * label < 0).double().mean())
+    apart = divergence.divergence(moved[:100], (-label[:100]).tolist(), natural, labels)
+    assert accuracy < 0.9 or apart > 3
+    assert (accuracy > 0.99) is (weight <= 1.0)
+
+
+# -- a mask that is optimised --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_trained_through_a_prepared_run_finds_the_one_patch_that_acts() -> None:
+    """Behind the last normalisation DINOv2 is linear in its patches: where all but one are 0, a sparse mask that keeps the output keeps that one."""
+    model, inputs = model_of("dinov2", DOUBLE), inputs_of("dinov2", DOUBLE, 1, None, 1)
+    site, active = "vision.ln_final.hook_normalized", 7
+    with torch.no_grad():
+        values = model.run_with_cache(inputs, site)[1][site].clone()
+    values[:, 1:] = 0.0
+    values[:, 1 + active] = 3 * drawn(values.shape[-1], seed=4)
+    mask = torch.zeros(values.shape[1] - 1, dtype=DOUBLE, requires_grad=True)
+    optimiser = torch.optim.Adam([mask], lr=0.2)
+    with model.prepared(inputs, site) as run, torch.enable_grad():
+        wanted = run([cv.edits.replace(site, values)]).detach()
+        nothing = run([cv.edits.replace(site, torch.cat([values[:, :1], 0 * values[:, 1:]], 1))]).detach()
+        for _ in range(40):
+            kept = torch.cat([torch.ones(1, dtype=DOUBLE), mask.sigmoid()])[None, :, None]
+            away = run([cv.edits.replace(site, kept * values)]) - wanted
+            loss = away.square().sum() / (nothing - wanted).square().sum() + 0.05 * mask.sigmoid().sum()
+            optimiser.zero_grad()
+            loss.backward(inputs=[mask])
+            optimiser.step()
+    kept = mask.detach().sigmoid()
+    assert int(kept.argmax()) == active
+    assert float(kept[active]) > 0.9
+    assert float(kept.sum() - kept[active]) < 0.2

@@ -245,12 +245,14 @@ def _continued(
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    """One step of what is trained; weights of a model that the loss came through get no gradient."""
     if loss.ndim:
         raise InputError(f"The objective is one number, not {tuple(loss.shape)}: take the mean over examples.")
-    if not loss.requires_grad:
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else []
+    if all(gradient is None for gradient in found):
         raise InputError("The objective does not depend on the basis, so there is nothing to train.")
-    optimizer.zero_grad(set_to_none=True)
-    # Of nothing else: the weights of the model that the loss is of would get gradients, at the price of another backward pass.
-    loss.backward(inputs=[trained for group in optimizer.param_groups for trained in group["params"]])
+    for parameter, gradient in zip(trained, found, strict=True):
+        parameter.grad = gradient
     optimizer.step()
     return float(loss.detach())
