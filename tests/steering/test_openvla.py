@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,19 @@ def test_the_response_has_every_set_and_own_values_move_nothing(
         openvla, inputs, chosen, 0, [1.0], method="scale", n_random=1, policy=policy, progress=False
     )
     assert torch.equal(same.values, torch.zeros(2, 1, 4, dtype=torch.float64))
+
+
+def test_metrics_of_its_actions_read_actions_and_not_the_tokens_that_say_them(
+    openvla: cv.HookedModel, inputs: dict[str, Any]
+) -> None:
+    run = functools.partial(act, unnorm_key=KEY)
+    group = promoting_neurons(openvla.language, ["action 0.9"], 5).edits(1e3)
+    clean, steered = (run(openvla, inputs, edits) for edits in ([], group))
+    named = {"dim": cv.metrics.action_dim(1), "far": "action_distance"}
+    found = openvla.sweep(inputs, [group], named, run=run, progress=False)
+    torch.testing.assert_close(found.values[0, 0], steered[:, 0, 1])
+    torch.testing.assert_close(found.values[1, 0], (steered - clean)[:, 0].norm(dim=-1))
+    assert float(found.values[1].max()) > 0
 
 
 def test_another_pictures_keys_and_values_are_its_actions(
