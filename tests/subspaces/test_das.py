@@ -14,6 +14,7 @@ from circuitvision.subspaces.claims import interchanges
 from circuitvision.subspaces.controls import permuted, split
 from circuitvision.subspaces.das import PERMUTED, REINITIALISED
 from circuitvision.subspaces.fitting import OrthonormalBasis
+from circuitvision.subspaces.training import Options, Schedule
 from tests.subspaces.common import DOUBLE, acting, pairs_of
 
 SITE = "vision.blocks.1.hook_resid_pre"
@@ -175,6 +176,19 @@ def test_a_step_computes_only_what_lies_behind_the_site() -> None:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def test_every_epoch_sees_all_batches_in_an_order_of_its_own() -> None:
+    model, pairs = pairs_of("vit", count=8, answers=[0, 1] * 4, foils=[1, 0] * 4)
+    with SitePairs(model, pairs, SITE, positions=0, allow_wrong=True, batch_size=1) as data:
+        schedule = Schedule(data, data, 3, Options(3, 0.1, 0.0, 1, False))
+        with schedule:
+            seen = [schedule.part(step).first for step in range(schedule.steps)]
+        with Schedule(data, data, 3, Options(3, 0.1, 0.0, 1, False)) as again:
+            assert [again.part(step).first for step in range(8, 24)] == seen[8:]
+    epochs = [tuple(seen[first : first + 8]) for first in (0, 8, 16)]
+    assert all(sorted(one) == list(range(8)) for one in epochs)
+    assert len(set(epochs)) == 3
 
 
 PLACES = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from circuitvision.errors import InputError
 from circuitvision.subspaces import fit_basis, fit_boundless, random_basis
-from circuitvision.subspaces.fitting import hardened
+from circuitvision.subspaces.fitting import hardened, train
 
 DOUBLE = torch.float64
 
@@ -96,3 +97,12 @@ def test_objectives_that_cannot_be_trained_are_refused() -> None:
         fit_basis(lambda basis, _: basis.sum(), 4, 5, steps=1)
     with pytest.raises(InputError):
         fit_basis(lambda basis, _: basis.sum(), 4, 1, steps=0)
+
+
+def test_the_rate_falls_linearly_to_0() -> None:
+    """The oracle: Adam by hand, one number whose gradient keeps its sign, so that every step is as long as its rate."""
+    held = torch.nn.Linear(1, 1, bias=False, dtype=DOUBLE)
+    places: list[float] = []
+    train(held, lambda _: held.weight.sum(), 4, 0.1, after=lambda *_: places.append(float(held.weight.detach())))
+    lengths = [one - other for one, other in itertools.pairwise(places)]
+    assert lengths == pytest.approx([0.075, 0.05, 0.025], rel=1e-6)

@@ -104,6 +104,17 @@ def test_readers_of_several_heads_and_positions_are_what_all_of_them_add(name: s
     assert rank == places * min(len(heads) * cfg.d_head, cfg.d_model)
 
 
+def test_a_basis_that_heads_share_is_read_where_any_of_them_reads_it() -> None:
+    model, _ = pairs_of("vit", answers=[0] * 4, foils=[1] * 4)
+    site = "vision.blocks.0.attn.hook_z"
+    one, two = (readers_of(model, site, [head])[0] for head in (0, 2))
+    shared, _ = readers_of(model, site, [0, 2])
+    assert one is not None
+    assert two is not None
+    torch.testing.assert_close(shared, torch.cat([one, two], 1))
+    torch.testing.assert_close(readers_of(model, site, [0, 2], joint=True)[0], torch.cat([one, two], 0))
+
+
 def test_readers_that_are_heads_read_every_position() -> None:
     model, _ = pairs_of("vit", answers=[0] * 4, foils=[1] * 4)
     alone, _ = readers_of(model, "vision.blocks.1.hook_resid_pre", None, ["vision L1H0"])

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from circuitvision.errors import InputError
-from circuitvision.statistics import auroc
 
 if TYPE_CHECKING:
     from circuitvision.data import Pairs
@@ -58,6 +57,8 @@ class HandBuilt:
         Raises:
             InputError: an edge of the circuit has no score, or every edge is one of the circuit.
         """
+        from circuitvision.statistics import auroc  # loads torch: listing networks must not
+
         missing = sorted(self.edges - set(scores))
         if missing:
             raise InputError(f"Edges of the circuit have no score: {', '.join(missing[:3])}; give one for every edge.")
