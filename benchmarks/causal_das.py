@@ -121,13 +121,13 @@ class Steps:
     # -- pyvene --------------------------------------------------------------------------------------------------------------------------------
 
     def pyvene(self) -> Callable[[], None]:
-        """pyvene's low-rank rotated interchange, its own model frozen as its tutorials do."""
+        """pyvene's low-rank rotated interchange. Its tutorials freeze the model, which shares its weights with the others' here: only the
+        basis is asked for its gradient instead."""
         pv = _import_pyvene()
         rotated = pv.LowRankRotatedSpaceIntervention(
             embed_dim=self.stream.shape[-1], low_rank_dimension=self.rank, keep_last_dim=True
         )
         model = self.scene.intervenable([(self.layer, rotated, self.scene.length)])
-        model.disable_model_gradients()
         with torch.no_grad():
             rotated.rotate_layer.weight = self._basis().weight.detach()
         trained = list(rotated.parameters())
@@ -144,7 +144,7 @@ class Steps:
 
         def take() -> None:
             optimizer.zero_grad(set_to_none=True)
-            loss().backward()
+            loss().backward(inputs=trained)
             optimizer.step()
 
         self.pyvene_loss = loss
