@@ -121,8 +121,7 @@ class Steps:
     # -- pyvene --------------------------------------------------------------------------------------------------------------------------------
 
     def pyvene(self) -> Callable[[], None]:
-        """pyvene's low-rank rotated interchange. Its tutorials freeze the model, which shares its weights with the others' here: only the
-        basis is asked for its gradient instead."""
+        """pyvene's low-rank rotated interchange."""
         pv = _import_pyvene()
         rotated = pv.LowRankRotatedSpaceIntervention(
             embed_dim=self.stream.shape[-1], low_rank_dimension=self.rank, keep_last_dim=True
@@ -144,7 +143,7 @@ class Steps:
 
         def take() -> None:
             optimizer.zero_grad(set_to_none=True)
-            loss().backward(inputs=trained)
+            loss().backward()
             optimizer.step()
 
         self.pyvene_loss = loss

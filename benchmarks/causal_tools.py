@@ -7,6 +7,8 @@ two hooks: :meth:`Scene.reading` keeps what enters or leaves modules, :meth:`Sce
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,14 +167,19 @@ class Scene:
         """What a bridge is called with."""
         return inputs["input_ids" if self.text else "pixel_values"]
 
+    @functools.cached_property
+    def copy(self) -> nn.Module:
+        """A copy with weights of its own: pyvene freezes those of the model it is given."""
+        return copy.deepcopy(self.module)
+
     def intervenable(self, places: Sequence[tuple[int, Any, int]]) -> Any:
-        """pyvene's model of a twin with interventions at the inputs of blocks: ``(layer, intervention, how many positions)``."""
+        """pyvene's model of a copy with interventions at the inputs of blocks: ``(layer, intervention, how many positions)``."""
         pv = _import_pyvene()
         made = [
             pv.RepresentationConfig(layer, f"{self.shape.place.blocks}[{layer}].input", "pos", count, intervention=one)
             for layer, one, count in places
         ]
-        return pv.IntervenableModel(pv.IntervenableConfig(made), self.shape.twin())
+        return pv.IntervenableModel(pv.IntervenableConfig(made), self.copy)
 
 
 class _Tokens:
