@@ -68,6 +68,7 @@ _CLASSES = {
     "checks.model": "ModelCheck",
     "circuits.ablation": "AblationCheck",
     "circuits.attention_edges": "AttentionEdges",
+    "circuits.circuit": "Circuit",
     "circuits.computational_graph": "ComputationalGraph Receiver Sender",
     "circuits.edge_attribution": "EdgeAttribution",
     "circuits.edge_runs": "Interchange",

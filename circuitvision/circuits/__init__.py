@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from circuitvision.circuits.ablation import AblationCheck, ablation_check, live_heads
 from circuitvision.circuits.attention_edges import AttentionEdges, attention_edges
+from circuitvision.circuits.circuit import Circuit, circuit_of_graph
 from circuitvision.circuits.computational_graph import ComputationalGraph, computational_graph
 from circuitvision.circuits.eap import export_eap, load_eap
 from circuitvision.circuits.edge_attribution import EdgeAttribution, edge_attribution
@@ -18,6 +19,7 @@ from circuitvision.model.names import NodeName, format_edge, format_id, head_id,
 __all__ = [
     "AblationCheck",
     "AttentionEdges",
+    "Circuit",
     "ComputationalGraph",
     "EdgeAttribution",
     "HeadImportance",
@@ -30,6 +32,7 @@ __all__ = [
     "add_edge",
     "add_node",
     "attention_edges",
+    "circuit_of_graph",
     "computational_graph",
     "edge_attribution",
     "export",

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import networkx as nx
@@ -53,6 +54,8 @@ from circuitvision.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from circuitvision.circuits.circuit import Circuit
 
 _PATHS = ("eap-ig", "mask-ig")
 """The methods that take the mean over a path."""
@@ -91,8 +94,13 @@ class EdgeAttribution(Result):
     @property
     def edges(self) -> Bool[Tensor, "sender slot"]:
         """Where there is an edge."""
+        return self._there
+
+    @cached_property
+    def _there(self) -> Bool[Tensor, "sender slot"]:
+        # An example without a score makes no edge disappear.
         found = ~self.totals.isnan().all(-1)
-        return found[0] if self.metrics else found
+        return (found[0] if self.metrics else found).cpu()
 
     @property
     def totals(self) -> Float[Tensor, "... sender slot example"]:
@@ -121,17 +129,28 @@ class EdgeAttribution(Result):
         found = self.mean(quantity="totals")
         return found[0] if self.metrics else found
 
-    def edge(self, name: str) -> Float[Tensor, "... example"]:
-        """The scores of one edge, ``"v.a0.h1->v.m1"``, over examples.
+    def place(self, name: str) -> tuple[int, int]:
+        """The row and column of an edge, ``"v.a0.h1->v.m1"``.
 
         Raises:
             InputError: no such edge; the nearest ids are named.
         """
-        first, _, second = name.partition(ARROW)
+        first, arrow, second = name.partition(ARROW)
         row, column = self.index_of("sender", first), self.index_of("slot", second)
-        if not self.edges[row, column]:
+        if not arrow or not self._there[row, column]:
             raise InputError(f"{name!r} is no edge: {second} does not read what {first} writes.")
-        return self.values[(slice(None),) * len(self.metrics[:1]) + (row, column)]
+        return row, column
+
+    def edge(self, name: str) -> Float[Tensor, "... example"]:
+        """The scores of one edge over examples. Raises InputError as :meth:`place` does."""
+        return self.values[(slice(None),) * len(self.metrics[:1]) + self.place(name)]
+
+    def circuit(self, edges: Any) -> Circuit:
+        """The circuit of some edges: their names, a mask ``[sender slot]``, or how many of the largest mean score in size; see
+        :class:`~circuitvision.circuits.circuit.Circuit`."""
+        from circuitvision.circuits.circuit import Circuit
+
+        return Circuit.of(self, edges)
 
     def node_scores(self) -> Float[Tensor, "... sender example"]:
         """The sum of each sender's out-edges: of ``"eap"`` its own attribution."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 COPIED = ("model_id", "weights_sha256", "dataset_sha256", "metric", "metric_units", "method", "dtype", "created")
 
 
-def graph_of(result: EdgeAttribution, n: int | None = None) -> nx.MultiDiGraph:
-    """The graph of all edges, or of the ``n`` of largest mean score, with its nodes; see :meth:`EdgeAttribution.to_networkx`."""
+def graph_of(result: EdgeAttribution, n: int | None = None, edges: Sequence[str] | None = None) -> nx.MultiDiGraph:
+    """The graph of all edges, of the ``n`` of largest mean score, or of those named, with its nodes; see :meth:`EdgeAttribution.to_networkx`."""
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise InputError(f"n={n!r} is not understood: how many edges, a whole number from 1 on.")
     senders, slots = result.axes["sender"], result.axes["slot"]
     scores, errors = result.scores, result.error(quantity="totals")
     errors = errors[0] if result.metrics else errors
-    chosen = [name.split("->") for name, _ in result.ranking(n)]
+    chosen = [name.split("->") for name in ([name for name, _ in result.ranking(n)] if edges is None else edges)]
     graph = schema.new_graph("component", **_attributes(result))
     totals = scores.nansum(-1)
     links = _links(result, [second for _, second in chosen])
