@@ -140,7 +140,7 @@ def test_circuits_are_sets_of_edges(known, scored):
 
 
 def test_wrong_edges_are_refused(scored):
-    with pytest.raises(InputError, match="sender"):
+    with pytest.raises(InputError, match="no slot"):
         scored.circuit(["v.input->v.a0.h9<k>"])
     with pytest.raises(InputError, match="no edge"):
         scored.circuit(["v.m0->v.a0.h0<k>"])
