@@ -38,7 +38,7 @@ class CausalStudy:
     """One question: the ways to answer it, and what no way can avoid.
 
     ``unavoidable`` is how many times the reference's time the unavoidable part of the whole study takes. ``loop`` is the naive way. ``aim`` bounds
-    the time over the unavoidable, ``faster`` the times that ours is faster than the loop.
+    the time over the unavoidable, ``memory`` the peak memory over the reference's, ``faster`` the times that ours is faster than the loop.
     """
 
     name: str
@@ -50,6 +50,7 @@ class CausalStudy:
     unable: dict[str, str] = field(default_factory=dict)
     aim: float | None = None
     faster: float | None = None
+    memory: float | None = None
 
 
 class Scene:

@@ -242,7 +242,7 @@ def test_causal_extrapolates_and_compares_within_a_round(monkeypatch: pytest.Mon
     for name in ("PIP_NO_INDEX", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         # The scripts set these for themselves when they are imported.
         monkeypatch.setenv(name, os.environ.get(name, "1"))
-    import causal
+    import study_tables
     from causal_tools import OURS, Arm, CausalStudy
     from measuring import AGAIN
 
@@ -251,13 +251,13 @@ def test_causal_extrapolates_and_compares_within_a_round(monkeypatch: pytest.Mon
     # The second round is twice as slow for all; the third disturbs ours alone.
     seconds = {"bare": [1, 2, 1], AGAIN: [1, 2, 1], OURS: [3.3, 6.6, 6], "loop": [2, 4, 2]}
     samples = {name: [(one, one) for one in taken] for name, taken in seconds.items()}
-    rows = [causal._row(study, name, samples, 2**20) for name in samples]
+    rows = [study_tables._row(study, name, samples, 2**20) for name in samples]
     ours = next(row for row in rows if row["way"] == OURS)
     assert ours["over_unavoidable"] == pytest.approx(1.1)
     assert ours["over_unavoidable_minima"] == pytest.approx(1.1)
     assert ours["faster"] == pytest.approx(8 / 3.3)
     assert ours["peak_mib"] == 1.0
-    assert [check["verdict"] for check in causal.aims(study, rows)] == ["met", "met"]
+    assert [check["verdict"] for check in study_tables.aims(study, rows)] == ["met", "met"]
     slower = CausalStudy("s", "s", "bare", arms, "loop", unavoidable=2.0, aim=1.2, faster=5.0)
-    rows = [causal._row(slower, name, samples, 2**20) for name in samples]
-    assert [check["verdict"] for check in causal.aims(slower, rows)][1] == "missed"
+    rows = [study_tables._row(slower, name, samples, 2**20) for name in samples]
+    assert [check["verdict"] for check in study_tables.aims(slower, rows)][1] == "missed"

@@ -39,6 +39,8 @@ from circuitvision.patching.runs import RunBatch
 
 METHODS = ("eap", "eap-ig", "clean-corrupted", "mask-ig", "exact")
 QUADRATURES = ("gauss", "midpoint", "left")
+TOGETHER = 32
+"""How many senders' changes are alive at a time, if one site has fewer."""
 Scores = Float[Tensor, "example sender slot span"]
 
 
@@ -73,23 +75,34 @@ class EdgeScores:
 class Changes:
     """What each sender adds in the source run minus what it adds in this one, made when it is asked for.
 
-    ``away`` are the differences of the sites' values, ``at`` the values at which norms behind branches are linearised.
+    ``source`` and ``base`` are the sites' values whose difference it is; norms behind branches are linearised at ``run``'s, moved by ``share`` of the
+    difference.
     """
 
     def __init__(
-        self, model: Any, graph: ComputationalGraph, inputs: Any, away: Mapping[str, Tensor], at: Mapping[str, Tensor]
+        self,
+        model: Any,
+        graph: ComputationalGraph,
+        inputs: Any,
+        source: Mapping[str, Tensor],
+        base: Mapping[str, Tensor],
+        run: Mapping[str, Tensor],
+        share: float = 0.0,
     ) -> None:
-        self.model, self.graph, self.away, self.at = model, graph, away, at
+        self.model, self.graph, self.source, self.base, self.run, self.share = model, graph, source, base, run, share
         self.tokens = model.tokens(inputs)
 
     def of(self, site: str) -> Float[Tensor, "row pos sender d_model"]:
         """The changes of the senders at one site, in their order."""
         senders = [self.graph.senders[number] for number in self.graph.senders_at(site)]
-        tower, away = self.model.towers[senders[0].tower], self.away[site]
+        tower, away = self.model.towers[senders[0].tower], self.source[site] - wide(self.base[site].detach())
         if senders[0].node.head is not None:
             branch, _ = branch_at(tower, site)
+            at = wide(self.run[site].detach())
             with torch.no_grad():
-                return tower.head_tangents(branch.block.layer, wide(self.at[site].detach()), away, branch.name)
+                return tower.head_tangents(
+                    branch.block.layer, at + self.share * away if self.share else at, away, branch.name
+                )
         return torch.stack([away * images_of(self.tokens, sender).to(away) for sender in senders], 2)
 
 
@@ -189,8 +202,9 @@ class EdgeEstimator:
         spans: Mapping[str, Tensor],
     ) -> _Point:
         """The run at one point of the path."""
-        watched = [*self.graph.sites, *(site for layer in self.slots for site in layer.watched)]
+        watched = [site for layer in self.slots for site in layer.gradients]
         watched += self.fix.recorded if self.fix else []
+        read = [*self.graph.sites, *(site for layer in self.slots for site in layer.streams.values())]
         between: Sequence[Any] = []
         masks = Interchange(self.model, self.graph, inputs, source)
         if point and self.path == "inputs":
@@ -198,14 +212,9 @@ class EdgeEstimator:
             between = path_edits(base, away, self.entries, point)
         elif point:
             between = masks.edits(point * self.graph.edges.double())
-        run = GradientRun(self.model, inputs, list(dict.fromkeys(watched)), between)
+        run = GradientRun(self.model, inputs, list(dict.fromkeys(watched)), between, read=list(dict.fromkeys(read)))
         fixed = base if self.entries or self.fix else run.values
-        held = {site: wide(fixed[site].detach()) for site in self.graph.sites}
-        away = {site: source[site] - value for site, value in held.items()}
-        at = {site: wide(run.values[site].detach()) for site in self.graph.sites}
-        if masks.reads:
-            at = {site: value + point * away[site] for site, value in at.items()}
-        changes = Changes(self.model, self.graph, run.inputs, away, at)
+        changes = Changes(self.model, self.graph, run.inputs, source, fixed, run.values, point if masks.reads else 0.0)
         return _Point(run, changes, {site: value.detach() for site, value in masks.reads.items()}, spans)
 
     def _scored(
@@ -213,15 +222,22 @@ class EdgeEstimator:
     ) -> list[Scores]:
         patterns = self.fix.watched if self.fix else []
         gradients = list(dict.fromkeys([*(site for layer in self.slots for site in layer.gradients), *patterns]))
+        kept = {*self.graph.sites, *(self.fix.recorded if self.fix else [])}
+        kept |= {site for layer in self.slots for site in layer.streams.values()}
+        forgotten = [site for site in gradients if site not in kept]
         fixed: list[PatternGradients] = []
         found = []
         for number, metric in enumerate(metrics):
             shape = (len(metric), len(self.graph.senders), len(self.graph.slots), at.n_spans)
             scores = torch.zeros(shape, dtype=torch.promote_types(metric.dtype, torch.float32))
-            for own, example in at.run.gradients(gradients, metric, number < len(metrics) - 1):
+            more = number < len(metrics) - 1
+            for own, example in at.run.gradients(gradients, metric, more, [] if more else forgotten):
                 for layer in self.slots:
                     if set(layer.gradients) <= set(own):
                         layer.score(at, own, example, scores)
+                        # Nothing else reads them, but patterns.
+                        for site in set(layer.gradients) - set(patterns):
+                            del own[site]
                 fixed.append(
                     PatternGradients({site: own[site] for site in patterns if site in own}, example, scores[..., 0])
                 )
@@ -261,33 +277,64 @@ class _SlotsOfLayer:
             gradients += [f"{block.prefix}.{read}" for read in known[site].reads] if site in known else [site]
         return cls(model, graph, tower, layer, tuple(dict.fromkeys(sites)), streams, tuple(dict.fromkeys(gradients)))
 
-    @property
-    def watched(self) -> list[str]:
-        """The sites that a run records."""
-        return [*self.gradients, *self.streams.values()]
-
     def score(self, at: _Point, gradients: Mapping[str, Tensor], example: int | None, scores: Scores) -> None:
         """Add the scores of the edges into these slots."""
         numbers = [number for site in self.sites for number in self.graph.slots_at(site)]
-        reading = torch.cat(list(self._gradients(at, gradients)), 2)
+        columns = torch.tensor(numbers)
         edges = self.graph.edges[:, numbers]
-        for site in self.graph.sites:
-            senders = self.graph.senders_at(site)
-            if not bool(edges[senders].any()):
-                continue
-            change = at.changes.of(site).to(reading)
-            if at.spans:
-                rows = torch.einsum("rpsd,rpnd,rpk->rsnk", change, reading, at.spans[self.tower].to(reading))
-            else:
-                rows = torch.einsum("rpsd,rpnd->rsn", change, reading).unsqueeze(-1)
-            rows = rows.masked_fill(~edges[senders].to(rows.device).unsqueeze(-1), 0.0)
+        reading: Tensor | None = None
+        for sites in self._together(
+            [site for site in self.graph.sites if bool(edges[self.graph.senders_at(site)].any())]
+        ):
+            senders = [number for site in sites for number in self.graph.senders_at(site)]
+            parts = [at.changes.of(site) for site in sites]
+            change = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+            del parts
+            if reading is None:
+                reading = self._reading(at, gradients)
+            # A product of matrices at every position is many times faster than one contraction over positions and features.
+            products = change.to(reading) @ reading
+            rows = self._summed(at, products).masked_fill_(~edges[senders].to(reading.device).unsqueeze(-1), 0.0)
             into = (
-                rows_of(at.run.model, at.run.inputs, site, len(rows), len(scores))
+                rows_of(at.run.model, at.run.inputs, sites[0], len(rows), len(scores))
                 if example is None
                 else torch.full((len(rows),), example)
             )
             whole = rows.new_zeros(len(scores), *rows.shape[1:]).index_add_(0, into.to(rows.device), rows)
-            scores[:, torch.tensor(senders)[:, None], torch.tensor(numbers)] += whole.to(scores)
+            scores[:, torch.tensor(senders)[:, None], columns] += whole.to(scores)
+
+    def _together(self, sites: Sequence[str]) -> list[list[str]]:
+        """Sites whose senders are taken together: of one tower, :data:`TOGETHER` senders or one site."""
+        found: list[list[str]] = []
+        count = 0
+        for site in sites:
+            own = len(self.graph.senders_at(site))
+            if not found or count + own > TOGETHER:
+                found, count = [*found, []], 0
+            found[-1].append(site)
+            count += own
+        return found
+
+    def _summed(
+        self, at: _Point, products: Float[Tensor, "row pos sender slot"]
+    ) -> Float[Tensor, "row sender slot span"]:
+        """Products summed over the positions, of all or of each span."""
+        if not at.spans:
+            return products.sum(1).unsqueeze(-1)
+        return torch.einsum("rpsn,rpk->rsnk", products, at.spans[self.tower].to(products))
+
+    def _reading(self, at: _Point, gradients: Mapping[str, Tensor]) -> Float[Tensor, "row pos d_model slot"]:
+        """The gradients at all slots of the layer."""
+        found: Tensor | None = None
+        start = 0
+        for own in self._gradients(at, gradients):
+            if found is None:
+                count = sum(len(self.graph.slots_at(site)) for site in self.sites)
+                found = own.new_empty(*own.shape[:2], count, own.shape[-1])
+            found[:, :, start : start + own.shape[2]] = own
+            start += own.shape[2]
+        assert found is not None
+        return found.transpose(-1, -2)
 
     def _gradients(
         self, at: _Point, gradients: Mapping[str, Tensor]

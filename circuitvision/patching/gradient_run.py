@@ -13,7 +13,7 @@ Not covered: runs of several passes (``generate``, ``sample_actions``).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ Layer = tuple[str, int]
 class GradientRun:
     """The output of one run under edits, and the values of sites in it, all with a graph.
 
-    ``layers`` are those that can be dropped from the backward pass, with the sites of what they add. Raises HookError if a site did not fire.
+    ``layers`` are those that can be dropped from the backward pass, with the sites of what they add; of the sites ``read`` only the values are
+    wanted, without a graph. Raises HookError if a site did not fire.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class GradientRun:
         sites: Sequence[str],
         edits: Sequence[Edit] = (),
         layers: Mapping[Layer, Sequence[str]] | None = None,
+        read: Sequence[str] = (),
     ) -> None:
         self.model, self.inputs = model, model._checked(inputs)
         self.dropped: Layer | None = None
         self._reached: set[Layer] = set()
         recorder, names = Recorder(needs_grad=True), frozenset(sites)
+        reader, others = Recorder(), frozenset(read) - names
         backward = {site: [self._dropper(layer)] for layer, added in (layers or {}).items() for site in added}
         with torch.enable_grad(), contextlib.ExitStack() as stack:
             if edits:
@@ -61,8 +64,13 @@ class GradientRun:
             if backward:
                 stack.enter_context(model.engine.registered(Registration(backward=backward)))
             stack.enter_context(model.engine.registered(Registration(recorder=recorder, recorded=names, exact=names)))
+            if others:
+                stack.enter_context(
+                    model.engine.registered(Registration(recorder=reader, recorded=others, exact=others))
+                )
             self.output = model(self.inputs)
-        self.values: dict[str, Tensor] = collected({name: recorder.values[name] for name in sites}, multi_pass=False)
+        held = {name: (reader if name in others else recorder).values[name] for name in dict.fromkeys([*sites, *read])}
+        self.values: dict[str, Tensor] = collected(held, multi_pass=False)
 
     def _dropper(self, layer: Layer) -> Any:
         def drop(gradient: Tensor, hook: HookPoint) -> Tensor | None:
@@ -87,19 +95,34 @@ class GradientRun:
         return found
 
     def gradients(
-        self, sites: Sequence[str], metric: Float[Tensor, " example"], keep_graph: bool = True
+        self,
+        sites: Sequence[str],
+        metric: Float[Tensor, " example"],
+        keep_graph: bool = True,
+        forget: Sequence[str] = (),
     ) -> Iterator[tuple[dict[str, Tensor], int | None]]:
-        """The gradients of the metric at sites: where rows are examples' all at once (beside None), elsewhere of one example after another."""
+        """The gradients of the metric at sites: where rows are examples' all at once (beside None), elsewhere of one example after another.
+
+        The values of ``forget`` are let go once their last gradient is there, if the graph is.
+        """
         shared = self._shared(len(metric))
         own = [site for site in sites if SiteName.parse(site).tower not in shared]
         others = [site for site in sites if site not in own]
         if own:
-            yield self._gradients(metric, torch.ones_like(metric), own, keep_graph or bool(others)), None
+            found = self._gradients(metric, torch.ones_like(metric), own, keep_graph or bool(others))
+            if not keep_graph:
+                self._let_go(set(forget) & set(own))
+            yield found, None
+            del found
         for example in range(len(metric) if others else 0):
             last = not keep_graph and example == len(metric) - 1
             one = torch.zeros_like(metric)
             one[example] = 1
             yield self._gradients(metric, one, others, not last), example
+
+    def _let_go(self, sites: Iterable[str]) -> None:
+        for site in sites:
+            del self.values[site]
 
     def _gradients(self, metric: Tensor, of: Tensor, sites: Sequence[str], keep_graph: bool) -> dict[str, Tensor]:
         """The gradients of the metric, weighted by example."""
