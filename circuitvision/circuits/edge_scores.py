@@ -16,6 +16,7 @@ Not covered: more than one batch's graph at a time; slots of branches that are n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +40,10 @@ from circuitvision.patching.runs import RunBatch
 
 METHODS = ("eap", "eap-ig", "clean-corrupted", "mask-ig", "exact")
 QUADRATURES = ("gauss", "midpoint", "left")
-TOGETHER = 32
+TOGETHER = 16
 """How many senders' changes are alive at a time, if one site has fewer."""
+SLOTS = 96
+"""How many slots' gradients are, if one layer has fewer."""
 Scores = Float[Tensor, "example sender slot span"]
 
 
@@ -142,7 +145,7 @@ class EdgeEstimator:
         self.along = self.points != [(0.0, 1.0)]
         self.entries = entries_of(model, first) if self.along and path == "inputs" else []
         self.fix = QKFix(model, graph) if qk_fix else None
-        self.slots = [_SlotsOfLayer.of(model, graph, tower, layer) for tower, layer in _layers(graph)]
+        self.slots = [_Slots.of(model, graph, tower, layers) for tower, layers in _layers(graph)]
         starting = [one.images is not True and one.node.place[0] < 0 for one in graph.senders]
         self.summed = torch.tensor(starting) if path == "inputs" else torch.ones(len(starting), dtype=torch.bool)
         """The senders whose edges add up to the metric's change along the path."""
@@ -247,35 +250,52 @@ class EdgeEstimator:
         return found
 
 
-def _layers(graph: ComputationalGraph) -> list[tuple[str, int]]:
-    return list(dict.fromkeys((one.slot.tower, one.slot.place[0]) for one in graph.slots))
+def _layers(graph: ComputationalGraph) -> list[tuple[str, list[int]]]:
+    """Layers of one tower that are scored together: of :data:`SLOTS` slots at most, or one."""
+    counts = Counter((one.slot.tower, one.slot.place[0]) for one in graph.slots)
+    found: list[tuple[str, list[int]]] = []
+    held = 0
+    for (tower, layer), count in counts.items():
+        if not found or found[-1][0] != tower or held + count > SLOTS:
+            found, held = [*found, (tower, [])], 0
+        found[-1][1].append(layer)
+        held += count
+    return found
 
 
 @dataclass(frozen=True)
-class _SlotsOfLayer:
-    """The slots of one block, and of what reads its end."""
+class _Slots:
+    """The slots of some blocks of a tower, and of what reads their ends."""
 
     model: Any
     graph: ComputationalGraph
     tower: str
-    layer: int
     sites: tuple[str, ...]
     streams: Mapping[str, str]
-    """The streams of those slots whose gradient follows from that at projections; of the others (ends of streams) it is that of the site itself."""
+    """The streams of those slots whose gradient follows from that at projections; of the others it is that of the site itself."""
     gradients: tuple[str, ...]
     """The sites whose gradients are taken."""
 
     @classmethod
-    def of(cls, model: Any, graph: ComputationalGraph, tower: str, layer: int) -> _SlotsOfLayer:
-        """The slots of one layer of a graph."""
-        block = model.towers[tower].blocks[layer]
-        sites = [one.slot.site for one in graph.slots if (one.slot.tower, one.slot.place[0]) == (tower, layer)]
-        known = {f"{block.prefix}.{part}": slot for part, slot in slots_of(block).items()}
-        streams = {site: f"{block.prefix}.{known[site].stream}" for site in dict.fromkeys(sites) if site in known}
-        gradients: list[str] = []
-        for site in dict.fromkeys(sites):
-            gradients += [f"{block.prefix}.{read}" for read in known[site].reads] if site in known else [site]
-        return cls(model, graph, tower, layer, tuple(dict.fromkeys(sites)), streams, tuple(dict.fromkeys(gradients)))
+    def of(cls, model: Any, graph: ComputationalGraph, tower: str, layers: Sequence[int]) -> _Slots:
+        """The slots of some layers of a graph."""
+        own = [one.slot.site for one in graph.slots if one.slot.tower == tower and one.slot.place[0] in layers]
+        sites, streams, gradients = tuple(dict.fromkeys(own)), {}, []
+        # A stream that is read whole needs one copy, whose gradient is the slot's.
+        known = {
+            f"{block.prefix}.{part}": (block, slot)
+            for block in model.towers[tower].blocks
+            for part, slot in slots_of(block).items()
+            if slot.has_heads
+        }
+        for site in sites:
+            if site in known:
+                block, slot = known[site]
+                streams[site] = f"{block.prefix}.{slot.stream}"
+                gradients += [f"{block.prefix}.{read}" for read in slot.reads]
+            else:
+                gradients.append(site)
+        return cls(model, graph, tower, sites, streams, tuple(dict.fromkeys(gradients)))
 
     def score(self, at: _Point, gradients: Mapping[str, Tensor], example: int | None, scores: Scores) -> None:
         """Add the scores of the edges into these slots."""
@@ -324,7 +344,7 @@ class _SlotsOfLayer:
         return torch.einsum("rpsn,rpk->rsnk", products, at.spans[self.tower].to(products))
 
     def _reading(self, at: _Point, gradients: Mapping[str, Tensor]) -> Float[Tensor, "row pos d_model slot"]:
-        """The gradients at all slots of the layer."""
+        """The gradients at all of these slots."""
         found: Tensor | None = None
         start = 0
         for own in self._gradients(at, gradients):
@@ -340,14 +360,13 @@ class _SlotsOfLayer:
         self, at: _Point, gradients: Mapping[str, Tensor]
     ) -> Iterator[Float[Tensor, "row pos slot d_model"]]:
         """The gradients at the slots, of all heads of a site together."""
-        block = self.model.towers[self.tower].blocks[self.layer]
         held = {f"{site}_grad": gradients[site] for site in self.gradients}
         held |= {site: at.run.values[site].detach() for site in self.streams.values()}
         for site, stream in self.streams.items():
             if site in at.reads:
                 own = at.reads[site]
                 held[stream] = own[:, :, 0] if own.ndim == 4 else own
-        slots: Mapping[str, Tensor] = SlotGradients(block.tower, held) if self.streams else {}
+        slots: Mapping[str, Tensor] = SlotGradients(self.model.towers[self.tower], held) if self.streams else {}
         for site in self.sites:
             found = wide(slots[site] if site in self.streams else gradients[site]).detach()
             yield found if found.ndim == 4 else found.unsqueeze(2)
