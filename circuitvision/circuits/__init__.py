@@ -9,23 +9,30 @@ from circuitvision.circuits.computational_graph import ComputationalGraph, compu
 from circuitvision.circuits.eap import export_eap, load_eap
 from circuitvision.circuits.edge_attribution import EdgeAttribution, edge_attribution
 from circuitvision.circuits.edge_runs import Interchange
+from circuitvision.circuits.evaluation import CircuitEvaluation, FaithfulnessCurve, evaluate, faithfulness_curve
 from circuitvision.circuits.export import export, load
 from circuitvision.circuits.importance import HeadImportance, head_importance
+from circuitvision.circuits.minimality import Minimality, minimal_subcircuits, minimality
 from circuitvision.circuits.removal import HeadRemoval, removal_curve, remove_heads
 from circuitvision.circuits.schema import add_edge, add_node, new_graph, rank_edges, validate
 from circuitvision.circuits.shortcuts import InformationGain, ShortcutHeads, shortcut_heads
+from circuitvision.circuits.structure import DepthBias, depth_bias, graph_similarity, layer_matrix
 from circuitvision.model.names import NodeName, format_edge, format_id, head_id, parse_edge, parse_id
 
 __all__ = [
     "AblationCheck",
     "AttentionEdges",
     "Circuit",
+    "CircuitEvaluation",
     "ComputationalGraph",
+    "DepthBias",
     "EdgeAttribution",
+    "FaithfulnessCurve",
     "HeadImportance",
     "HeadRemoval",
     "InformationGain",
     "Interchange",
+    "Minimality",
     "NodeName",
     "ShortcutHeads",
     "ablation_check",
@@ -34,16 +41,23 @@ __all__ = [
     "attention_edges",
     "circuit_of_graph",
     "computational_graph",
+    "depth_bias",
     "edge_attribution",
+    "evaluate",
     "export",
     "export_eap",
+    "faithfulness_curve",
     "format_edge",
     "format_id",
+    "graph_similarity",
     "head_id",
     "head_importance",
+    "layer_matrix",
     "live_heads",
     "load",
     "load_eap",
+    "minimal_subcircuits",
+    "minimality",
     "new_graph",
     "parse_edge",
     "parse_id",

@@ -8,6 +8,8 @@ away until none is left.
 :func:`random_circuit` is a union of random paths with exactly as many edges as asked for, wherever paths of that size exist: the controls of tests
 that compare a circuit with others of its size. Reference: Shi et al. 2024 (arXiv 2410.13032).
 
+:func:`rewired` keeps how many edges leave every sender and enter every slot, and draws which.
+
 Not covered: how much a path carries.
 """
 
@@ -19,8 +21,8 @@ from torch import Tensor
 
 from circuitvision.errors import InputError
 
-TRIES = 200
-"""How many random paths are drawn in a row that would make a circuit too large before it is left smaller."""
+TRIES, STARTS = 100, 10
+"""How many random paths are drawn in a row that would make a circuit too large before it is begun again, and how often it is begun."""
 
 Edges = Bool[Tensor, "sender slot"]
 Reads = Bool[Tensor, "slot sender"]
@@ -85,7 +87,7 @@ def _any(choices: Tensor, generator: torch.Generator) -> int:
 
 
 def random_circuit(edges: Edges, reads: Reads, n_edges: int, generator: torch.Generator) -> Edges:
-    """A union of random paths with ``n_edges`` edges: fewer only where no path that fits was found in :data:`TRIES` draws.
+    """A union of random paths with ``n_edges`` edges: fewer only where none was found.
 
     Raises:
         InputError: fewer edges lie on paths than are asked for, or none is asked for.
@@ -96,11 +98,35 @@ def random_circuit(edges: Edges, reads: Reads, n_edges: int, generator: torch.Ge
             f"A random circuit of {n_edges} edges cannot be drawn: {int(useful.sum())} edges lie on paths from what enters the model to its output."
         )
     ends, first = (outputs(reads) & useful.any(0)).nonzero().flatten(), sources(reads)
-    found, missed = torch.zeros_like(useful), 0
-    while missed < TRIES and int(found.sum()) < n_edges:
-        path = found.clone()
-        for edge in _walk(useful, reads, ends, first, generator):
-            path[edge] = True
-        fits = found.sum() < path.sum() <= n_edges
-        found, missed = (path, 0) if fits else (found, missed + 1)
+    best = torch.zeros_like(useful)
+    for _ in range(STARTS):
+        found, missed = torch.zeros_like(useful), 0
+        while missed < TRIES and int(found.sum()) < n_edges:
+            path = found.clone()
+            for edge in _walk(useful, reads, ends, first, generator):
+                path[edge] = True
+            fits = found.sum() < path.sum() <= n_edges
+            found, missed = (path, 0) if fits else (found, missed + 1)
+        best = found if found.sum() > best.sum() else best
+        if int(best.sum()) == n_edges:
+            break
+    return best
+
+
+def rewired(mask: Edges, edges: Edges, generator: torch.Generator, rounds: int = 10) -> Edges:
+    """A random set of edges with as many out of every sender and into every slot as in a mask: ``rounds`` exchanges of ends are tried per edge.
+
+    Two edges ``a -> b`` and ``c -> d`` become ``a -> d`` and ``c -> b`` where those are edges that are not in it.
+    """
+    found = mask.cpu().bool().clone()
+    places = found.nonzero().tolist()
+    if len(places) < 2:
+        return found
+    for first, second in torch.randint(len(places), (rounds * len(places), 2), generator=generator).tolist():
+        (a, b), (c, d) = places[first], places[second]
+        if a == c or b == d or not (edges[a, d] and edges[c, b]) or found[a, d] or found[c, b]:
+            continue
+        found[a, b] = found[c, d] = False
+        found[a, d] = found[c, b] = True
+        places[first], places[second] = [a, d], [c, b]
     return found
