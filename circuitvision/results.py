@@ -36,9 +36,20 @@ from torch import Tensor
 from circuitvision.digests import of_json, plain
 from circuitvision.errors import InputError, nearest
 from circuitvision.files import reading
-from circuitvision.provenance import hash_inputs, with_provenance, without_dates
+from circuitvision.provenance import hash_inputs, hash_tensors, with_provenance, without_dates
 from circuitvision.statistics import bootstrap_interval, by_example, standard_error
-from circuitvision.storage import FORMAT, HELD, INPUTS, as_builtin, read, restored, stored, write, write_table
+from circuitvision.storage import (
+    FORMAT,
+    HELD,
+    INPUTS,
+    as_builtin,
+    read,
+    restored,
+    stored,
+    stored_as,
+    write,
+    write_table,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -370,10 +381,7 @@ class Result:
         if header.get("format") != FORMAT:
             raise InputError(f"{path} is of format {header.get('format')!r}; this version reads {FORMAT!r}.")
         with reading(path, "a result"):
-            if str(header.get("module", "")).startswith("circuitvision."):
-                # By its name: a class may be at home in another module than when the file was written.
-                getattr(importlib.import_module("circuitvision"), header["class"], None)
-            found = Result._classes.get(header["class"], Result if header["class"] == "Result" else None)
+            found = _class_of(header["class"], str(header.get("module", "")))
             if found is None:
                 raise InputError(f"{path} holds a {header['class']}; import the module that defines it before loading.")
             if not issubclass(found, cls):
@@ -504,3 +512,33 @@ def _split_fields(result: Result, sources: bool) -> tuple[dict[str, Tensor], dic
             others[entry.name] = stored(value, held, sources)
     tensors |= {f"{HELD}{name}": tensor.detach().cpu() for name, tensor in held.items()}
     return tensors, others
+
+
+def _class_of(name: str, module: str) -> type[Result] | None:
+    """The class of a result by its name; None where its module was not imported."""
+    if module.startswith("circuitvision."):
+        # By its name: a class may be at home in another module than when the file was written.
+        getattr(importlib.import_module("circuitvision"), name, None)
+    return Result._classes.get(name, Result if name == "Result" else None)
+
+
+def _write_inner(value: Result, tensors: dict[str, Tensor], sources: bool) -> dict[str, Any]:
+    """A result that another one holds."""
+    fields = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    own = {name: held for name, held in fields.items() if isinstance(held, Tensor)}
+    names = {name: hash_tensors({name: held}) for name, held in own.items()}
+    tensors |= {names[name]: held for name, held in own.items()}
+    others = {name: stored(held, tensors, sources) for name, held in fields.items() if name not in own}
+    return {"class": type(value).__name__, "module": type(value).__module__, "tensors": names, "fields": others}
+
+
+def _read_inner(data: Mapping[str, Any], tensors: Mapping[str, Tensor], objects: Mapping[str, Any]) -> Result:
+    """Raises InputError where the module that defines its class was not imported."""
+    found = _class_of(data["class"], data["module"])
+    if found is None:
+        raise InputError(f"It holds a {data['class']}; import the module that defines it before loading.")
+    own: dict[str, Any] = {name: tensors[key] for name, key in data["tensors"].items()}
+    return found(**own, **{name: restored(value, tensors, objects) for name, value in data["fields"].items()})
+
+
+stored_as("result", Result, _write_inner, _read_inner)

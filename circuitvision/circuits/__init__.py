@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from circuitvision.circuits.ablation import AblationCheck, ablation_check, live_heads
 from circuitvision.circuits.attention_edges import AttentionEdges, attention_edges
+from circuitvision.circuits.certificates import Certificate
 from circuitvision.circuits.circuit import Circuit, circuit_of_graph
 from circuitvision.circuits.computational_graph import ComputationalGraph, computational_graph
+from circuitvision.circuits.discovery import Discovery, certify, discover
 from circuitvision.circuits.eap import export_eap, load_eap
 from circuitvision.circuits.edge_attribution import EdgeAttribution, edge_attribution
 from circuitvision.circuits.edge_runs import Interchange
@@ -22,10 +24,12 @@ from circuitvision.model.names import NodeName, format_edge, format_id, head_id,
 __all__ = [
     "AblationCheck",
     "AttentionEdges",
+    "Certificate",
     "Circuit",
     "CircuitEvaluation",
     "ComputationalGraph",
     "DepthBias",
+    "Discovery",
     "EdgeAttribution",
     "FaithfulnessCurve",
     "HeadImportance",
@@ -39,9 +43,11 @@ __all__ = [
     "add_edge",
     "add_node",
     "attention_edges",
+    "certify",
     "circuit_of_graph",
     "computational_graph",
     "depth_bias",
+    "discover",
     "edge_attribution",
     "evaluate",
     "export",

@@ -129,6 +129,15 @@ class EdgeAttribution(Result):
         found = self.mean(quantity="totals")
         return found[0] if self.metrics else found
 
+    @property
+    def favour(self) -> float:
+        """1 where edges with positive scores work for the clean run's answer, -1 where those with negative ones do.
+
+        Scores are changes towards what patches: an edge works for the clean answer if its score has the sign of the whole change, source minus base.
+        """
+        base, source = (float(torch.atleast_1d(self.mean(quantity=name))[0]) for name in ("base", "source"))
+        return 1.0 if source >= base else -1.0
+
     def place(self, name: str) -> tuple[int, int]:
         """The row and column of an edge, ``"v.a0.h1->v.m1"``.
 

@@ -432,17 +432,8 @@ def ranked(
 
 
 def signed_order(attribution: EdgeAttribution) -> list[str]:
-    """Edges by how much they work for the answer: of scores "patched minus clean" the most negative first, of "patched minus corrupt" the largest."""
-    sign = -1.0 if attribution.mode == "noise" else 1.0
-    if _gap(attribution) < 0:
-        sign = -sign
-    return [name for name, score in sorted(attribution.ranking(), key=lambda entry: -sign * entry[1])]
-
-
-def _gap(attribution: EdgeAttribution) -> float:
-    """The metric's mean in the clean run minus that in the corrupt one."""
-    base, source = (torch.atleast_1d(attribution.mean(quantity=name))[0] for name in ("base", "source"))
-    return float(base - source) if attribution.mode == "noise" else float(source - base)
+    """Edges by how much they work for the clean run's answer, those that work most for it first."""
+    return [name for name, score in sorted(attribution.ranking(), key=lambda entry: -attribution.favour * entry[1])]
 
 
 def faithful_scores(found: CircuitScores) -> Float[Tensor, " circuit"]:
