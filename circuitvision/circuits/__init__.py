@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from circuitvision.circuits.ablation import AblationCheck, ablation_check, live_heads
+from circuitvision.circuits.acdc import acdc
 from circuitvision.circuits.attention_edges import AttentionEdges, attention_edges
 from circuitvision.circuits.certificates import Certificate
 from circuitvision.circuits.circuit import Circuit, circuit_of_graph
@@ -10,6 +11,7 @@ from circuitvision.circuits.computational_graph import ComputationalGraph, compu
 from circuitvision.circuits.discovery import Discovery, certify, discover
 from circuitvision.circuits.eap import export_eap, load_eap
 from circuitvision.circuits.edge_attribution import EdgeAttribution, edge_attribution
+from circuitvision.circuits.edge_pruning import edge_pruning
 from circuitvision.circuits.edge_runs import Interchange
 from circuitvision.circuits.evaluation import CircuitEvaluation, FaithfulnessCurve, evaluate, faithfulness_curve
 from circuitvision.circuits.export import export, load
@@ -40,6 +42,7 @@ __all__ = [
     "NodeName",
     "ShortcutHeads",
     "ablation_check",
+    "acdc",
     "add_edge",
     "add_node",
     "attention_edges",
@@ -49,6 +52,7 @@ __all__ = [
     "depth_bias",
     "discover",
     "edge_attribution",
+    "edge_pruning",
     "evaluate",
     "export",
     "export_eap",

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from circuitvision.circuits.circuit import Circuit
 from circuitvision.circuits.computational_graph import ComputationalGraph, computational_graph
-from circuitvision.circuits.edge_runs import Interchange
+from circuitvision.circuits.edge_runs import Interchange, Source
 from circuitvision.errors import InputError
 from circuitvision.model.averages import Layout, Seen, Tally, check_one_thing
 from circuitvision.model.state import refuse_random, refuse_unwrapped
@@ -159,6 +159,6 @@ class _Masked:
     def __call__(self, sides: Sides) -> Groups:
         """One group for each mask."""
         model, graph = self.runs.model, self.runs.graph
-        source = self.runs.source(sides, self.ablation)
+        source = Source(self.runs.source(sides, self.ablation))
         # Every run keeps what its senders wrote by itself.
         return [Interchange(model, graph, sides.inputs, source).edits(graph.edges & ~mask.cpu()) for mask in self.masks]

@@ -335,10 +335,7 @@ def _result(
         ),
         base=found.base if several else found.base[0],
         source=found.source if several else found.source[0],
-        reads={
-            name: [graph.sender_ids[column] for column in row.nonzero().flatten().tolist()]
-            for name, row in zip(graph.slot_ids, graph.reads, strict=True)
-        },
+        reads=_reads_of(graph),
         nodes=_nodes(model, graph),
         mode=mode,
         method=method,
@@ -352,6 +349,33 @@ def _result(
             "Every score is 0: what the two runs write does not differ, or the metric's gradient vanishes where it is taken."
         )
     return result
+
+
+def result_of(
+    model: Any, graph: ComputationalGraph, runs: Runs, measured: tuple[Tensor, Any], method: str, seed: int
+) -> EdgeAttribution:
+    """Scores ``[metric sender slot example]`` that another method gave, as a result; ``measured`` comes with the metric of both runs."""
+    values, found = measured
+    values = values.masked_fill(~graph.edges[None, :, :, None], float("nan"))
+    return EdgeAttribution(
+        values=values[0],
+        axes={"sender": graph.sender_ids, "slot": graph.slot_ids, "example": found.examples},
+        provenance=describe(model, method=method, metric=runs.metrics, seed=seed, **runs.described()),
+        base=found.clean[0],
+        source=found.corrupt[0],
+        reads=_reads_of(graph),
+        nodes=_nodes(model, graph),
+        method=method.partition("(")[0],
+        groups=runs.groups,
+    )
+
+
+def _reads_of(graph: ComputationalGraph) -> dict[str, list[str]]:
+    """For every slot the senders that are made of what it reads."""
+    return {
+        name: [graph.sender_ids[column] for column in row.nonzero().flatten().tolist()]
+        for name, row in zip(graph.slot_ids, graph.reads, strict=True)
+    }
 
 
 def _nodes(model: Any, graph: ComputationalGraph) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,9 @@ Reference: Goldowsky-Dill et al. 2023 (arXiv 2304.05969), Hanna et al. 2024 (arX
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,12 +31,22 @@ from torch import Tensor
 
 from circuitvision import edits
 from circuitvision.circuits.computational_graph import ComputationalGraph, Sender
+from circuitvision.digests import of_json, plain
 from circuitvision.errors import InputError
 from circuitvision.model.branches import branch_at
 from circuitvision.model.edits.base import Edit
 from circuitvision.patching.runs import Sides
 
 Mask = Float[Tensor, "sender slot"] | Bool[Tensor, "sender slot"]
+
+
+class Source(dict[str, Tensor]):
+    """What the sites of a graph hold in a source run; runs that share it share its digest."""
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest of all values."""
+        return of_json(plain(dict(self)))
 
 
 class Interchange:
@@ -47,7 +59,8 @@ class Interchange:
     def __init__(
         self, model: Any, graph: ComputationalGraph, inputs: Mapping[str, Any], source: Mapping[str, Tensor]
     ) -> None:
-        self.model, self.graph, self.inputs, self.source = model, graph, inputs, source
+        self.model, self.graph, self.inputs = model, graph, inputs
+        self.source = source if isinstance(source, Source) else Source(source)
         self.tokens = model.tokens(inputs)
         self.writes: dict[str, Tensor] = {}
         self.reads: dict[str, Tensor] = {}
@@ -83,23 +96,11 @@ class Interchange:
                 found.append(edits.apply(site, self._mixed(site, read, mask[:, numbers])))
         return tuple(found)
 
-    def _kept(self, site: str) -> Callable[[Tensor, Any], None]:
-        def keep(value: Tensor, hook: Any) -> None:
-            self.writes[site] = value
+    def _kept(self, site: str) -> _Written:
+        return _Written(self, site)
 
-        return keep
-
-    def _mixed(
-        self, site: str, read: Sequence[str], mask: Float[Tensor, "sender slot"]
-    ) -> Callable[[Tensor, Any], Tensor]:
-        def mix(value: Tensor, hook: Any) -> Tensor:
-            parts = [self.change(one, self.writes[one], mask[self.graph.senders_at(one)].to(value)) for one in read]
-            added = sum(parts[1:], parts[0])
-            new = value + (added if value.ndim == 4 else added.squeeze(2)).to(value)
-            self.reads[site] = new
-            return new
-
-        return mix
+    def _mixed(self, site: str, read: Sequence[str], mask: Float[Tensor, "sender slot"]) -> _Mixed:
+        return _Mixed(self, site, tuple(read), mask)
 
     def change(
         self, site: str, value: Tensor, mask: Float[Tensor, "sender slot"]
@@ -111,6 +112,43 @@ class Interchange:
             return _of_heads(self.model, senders[0], value, away, mask)
         parts = torch.stack([away * images_of(self.tokens, sender).to(away) for sender in senders], 2)
         return torch.einsum("rpsd,sn->rpnd", parts, mask)
+
+
+@dataclass(frozen=True, eq=False)
+class _Written:
+    """Keeps what a site holds."""
+
+    runs: Interchange
+    site: str
+
+    def __call__(self, value: Tensor, hook: Any) -> None:
+        self.runs.writes[self.site] = value
+
+    def __provenance__(self) -> dict[str, Any]:
+        return {"keeps": self.site}
+
+
+@dataclass(frozen=True, eq=False)
+class _Mixed:
+    """Puts what masked senders wrote in the source run in the place of what they wrote in this one."""
+
+    runs: Interchange
+    site: str
+    read: tuple[str, ...]
+    mask: Float[Tensor, "sender slot"]
+
+    def __call__(self, value: Tensor, hook: Any) -> Tensor:
+        runs = self.runs
+        parts = [
+            runs.change(one, runs.writes[one], self.mask[runs.graph.senders_at(one)].to(value)) for one in self.read
+        ]
+        added = sum(parts[1:], parts[0])
+        new = value + (added if value.ndim == 4 else added.squeeze(2)).to(value)
+        runs.reads[self.site] = new
+        return new
+
+    def __provenance__(self) -> dict[str, Any]:
+        return {"slot": self.site, "mask": self.mask, "source": self.runs.source.digest}
 
 
 def _of_heads(
