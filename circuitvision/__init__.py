@@ -70,6 +70,7 @@ _CLASSES = {
     "circuits.attention_edges": "AttentionEdges",
     "circuits.certificates": "Certificate",
     "circuits.circuit": "Circuit",
+    "circuits.claims": "ClaimTests",
     "circuits.computational_graph": "ComputationalGraph Receiver Sender",
     "circuits.discovery": "Discovery",
     "circuits.edge_attribution": "EdgeAttribution",

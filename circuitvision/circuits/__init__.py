@@ -7,6 +7,7 @@ from circuitvision.circuits.acdc import acdc
 from circuitvision.circuits.attention_edges import AttentionEdges, attention_edges
 from circuitvision.circuits.certificates import Certificate
 from circuitvision.circuits.circuit import Circuit, circuit_of_graph
+from circuitvision.circuits.claims import ClaimTests, claim_tests
 from circuitvision.circuits.computational_graph import ComputationalGraph, computational_graph
 from circuitvision.circuits.discovery import Discovery, certify, discover
 from circuitvision.circuits.eap import export_eap, load_eap
@@ -29,6 +30,7 @@ __all__ = [
     "Certificate",
     "Circuit",
     "CircuitEvaluation",
+    "ClaimTests",
     "ComputationalGraph",
     "DepthBias",
     "Discovery",
@@ -48,6 +50,7 @@ __all__ = [
     "attention_edges",
     "certify",
     "circuit_of_graph",
+    "claim_tests",
     "computational_graph",
     "depth_bias",
     "discover",

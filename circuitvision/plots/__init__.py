@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING, Any
 from circuitvision.errors import InputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import plotly.graph_objects as go
 
 _FIGURES = {
+    "ClaimTests": ("claims", "claim"),
+    "CircuitEvaluation": ("claims", "evaluation"),
+    "FaithfulnessCurve": ("claims", "curve"),
     "Attribution": ("attribution", "attribution"),
     "BilinearAttribution": ("attribution", "bilinear"),
     "DataReading": ("over_data", "reading"),
@@ -101,4 +106,25 @@ def plot(result: Any, **keywords: Any) -> go.Figure:
             return figure(result, **keywords)
     raise InputError(
         f"There is no figure for a {type(result).__name__}; known are {', '.join(_FIGURES)}. Use to_frame()."
+    )
+
+
+_PAGES = {"ClaimTests": "claims", "IllusionReport": "subspaces"}
+
+
+def write_page(result: Any, path: str | Path) -> Path:
+    """Write the one page that says all of a report (an illusion report, the tests of a claim), without network, complete or not at all.
+
+    Raises:
+        InputError: there is no page for this kind of result.
+    """
+    import importlib
+
+    for cls in type(result).__mro__:
+        if cls.__name__ in _PAGES:
+            module = importlib.import_module(f"circuitvision.plots.{_PAGES[cls.__name__]}")
+            found: Path = module.write_page(result, path)
+            return found
+    raise InputError(
+        f"There is no page for a {type(result).__name__}; known are {', '.join(_PAGES)}. A figure is result.plot().write_html(path)."
     )

@@ -470,6 +470,7 @@ def test_every_public_function_that_returns_a_result_describes_its_call():
                     missing.append(f"{path.name}:{getattr(owner, 'name', '')}.{node.name}")
     # What only reads files, chooses, joins or reduces by nothing that is given, or serves a public function that describes the call.
     assert sorted(missing) == [
+        "acdc.py:.discovery_of",
         "activation.py:PatchingResult.flip_layer",
         "coalitions.py:ConditionalEffects.self_repair",
         "coalitions.py:InteractionResult.conditional",
@@ -482,6 +483,7 @@ def test_every_public_function_that_returns_a_result_describes_its_call():
         "curves.py:Curve.advantage",
         "curves.py:Curve.area",
         "distance.py:DistanceProfile.over_heads",
+        "edge_attribution.py:.result_of",
         "gradients.py:.result_at",
         "modulation.py:ModulationResult.change",
         "outcomes.py:.outcomes_of",
