@@ -52,6 +52,7 @@ _ROOMS = (
     "readout",
     "regions",
     "steering",
+    "studies",
     "subspaces",
 )
 _FUNCTIONS = {
@@ -179,6 +180,7 @@ _CLASSES = {
     "steering.prompts": "PromptConditions",
     "steering.response": "SteeringResponse",
     "steering.rollouts": "ClosedLoop Rollouts",
+    "studies.benchmark": "CircuitBenchmark",
     "subspaces.das": "BoundlessDAS DAS DASResult",
     "subspaces.fitting": "FittedBasis",
     "subspaces.illusion": "Component Statistics Thresholds Verdict",
@@ -216,6 +218,7 @@ __all__ = [
     "set_verbosity",
     "show",
     "steering",
+    "studies",
     "subspaces",
 ]
 

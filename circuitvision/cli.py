@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_quickstart(commands.add_parser("quickstart", help="from two images to a circuit, with a report to look at"))
     _add_sites(commands.add_parser("sites", help="list the sites of a model"))
     _add_organisms(commands.add_parser("organisms", help="the small trained models that come with circuitvision"))
+    _add_benchmark(commands.add_parser("benchmark", help="how well methods find circuits that are known"))
     return parser
 
 
@@ -145,6 +146,31 @@ def _add_organisms(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--steps", type=_positive, metavar="N", help="a shorter run, for trying things out")
     train.add_argument("--out", metavar="DIR", help="folder for the weights (NAME-seedN)")
     train.set_defaults(run=_organisms_train)
+
+
+def _add_benchmark(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    circuits = what.add_parser("circuits", help="every method on every hand-built network, and on organisms")
+    circuits.add_argument("--networks", nargs="*", metavar="NAME", help="hand-built networks (all)")
+    circuits.add_argument("--organisms", nargs="*", metavar="NAME", help="trained models (scenes-vit, shapes-llava)")
+    circuits.add_argument("--methods", nargs="*", metavar="NAME", help="methods (all)")
+    circuits.add_argument(
+        "--pairs", type=_positive, default=32, metavar="N", help="pairs of each organism (%(default)s)"
+    )
+    circuits.add_argument("--out", default="circuits-benchmark.md", metavar="FILE", help="the table (%(default)s)")
+    circuits.set_defaults(run=_benchmark_circuits)
+
+
+def _benchmark_circuits(options: argparse.Namespace) -> int:
+    from circuitvision import provenance
+    from circuitvision.studies import circuit_benchmark
+
+    given = {} if options.organisms is None else {"organisms": options.organisms}
+    with _silent_transformers(), provenance.command(options.typed):
+        found = circuit_benchmark(options.networks, options.methods, pairs=options.pairs, **given)
+    print(found.to_frame().to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    print(f"\nWrote {found.write(options.out)}")
+    return 0
 
 
 def _quickstart(options: argparse.Namespace) -> int:

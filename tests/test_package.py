@@ -36,6 +36,7 @@ ROOMS = [
     "circuits",
     "organisms",
     "steering",
+    "studies",
     "plots",
     "quickstart",
     "cli",
