@@ -72,6 +72,8 @@ _CLASSES = {
     "circuits.computational_graph": "ComputationalGraph Receiver Sender",
     "circuits.edge_attribution": "EdgeAttribution",
     "circuits.edge_runs": "Interchange",
+    "circuits.evaluation": "CircuitEvaluation",
+    "circuits.faithfulness_ratios": "Kept",
     "circuits.importance": "HeadImportance",
     "circuits.removal": "HeadRemoval",
     "circuits.shortcuts": "InformationGain ShortcutHeads",

@@ -9,6 +9,7 @@ from circuitvision.circuits.computational_graph import ComputationalGraph, compu
 from circuitvision.circuits.eap import export_eap, load_eap
 from circuitvision.circuits.edge_attribution import EdgeAttribution, edge_attribution
 from circuitvision.circuits.edge_runs import Interchange
+from circuitvision.circuits.evaluation import CircuitEvaluation, evaluate
 from circuitvision.circuits.export import export, load
 from circuitvision.circuits.importance import HeadImportance, head_importance
 from circuitvision.circuits.removal import HeadRemoval, removal_curve, remove_heads
@@ -20,6 +21,7 @@ __all__ = [
     "AblationCheck",
     "AttentionEdges",
     "Circuit",
+    "CircuitEvaluation",
     "ComputationalGraph",
     "EdgeAttribution",
     "HeadImportance",
@@ -35,6 +37,7 @@ __all__ = [
     "circuit_of_graph",
     "computational_graph",
     "edge_attribution",
+    "evaluate",
     "export",
     "export_eap",
     "format_edge",
