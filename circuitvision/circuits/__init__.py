@@ -5,13 +5,16 @@ from __future__ import annotations
 from circuitvision.circuits.ablation import AblationCheck, ablation_check, live_heads
 from circuitvision.circuits.attention_edges import AttentionEdges, attention_edges
 from circuitvision.circuits.circuit import Circuit, circuit_of_graph
+from circuitvision.circuits.comparison import CircuitAgreement, DepthBias, LayerMatrix, compare_circuits, layer_matrix
 from circuitvision.circuits.computational_graph import ComputationalGraph, computational_graph
 from circuitvision.circuits.eap import export_eap, load_eap
 from circuitvision.circuits.edge_attribution import EdgeAttribution, edge_attribution
 from circuitvision.circuits.edge_runs import Interchange
 from circuitvision.circuits.evaluation import CircuitEvaluation, evaluate
 from circuitvision.circuits.export import export, load
+from circuitvision.circuits.faithfulness_curve import FaithfulnessCurve, faithfulness_curve
 from circuitvision.circuits.importance import HeadImportance, head_importance
+from circuitvision.circuits.minimality import Minimality, minimality
 from circuitvision.circuits.removal import HeadRemoval, removal_curve, remove_heads
 from circuitvision.circuits.schema import add_edge, add_node, new_graph, rank_edges, validate
 from circuitvision.circuits.shortcuts import InformationGain, ShortcutHeads, shortcut_heads
@@ -21,13 +24,18 @@ __all__ = [
     "AblationCheck",
     "AttentionEdges",
     "Circuit",
+    "CircuitAgreement",
     "CircuitEvaluation",
     "ComputationalGraph",
+    "DepthBias",
     "EdgeAttribution",
+    "FaithfulnessCurve",
     "HeadImportance",
     "HeadRemoval",
     "InformationGain",
     "Interchange",
+    "LayerMatrix",
+    "Minimality",
     "NodeName",
     "ShortcutHeads",
     "ablation_check",
@@ -35,18 +43,22 @@ __all__ = [
     "add_node",
     "attention_edges",
     "circuit_of_graph",
+    "compare_circuits",
     "computational_graph",
     "edge_attribution",
     "evaluate",
     "export",
     "export_eap",
+    "faithfulness_curve",
     "format_edge",
     "format_id",
     "head_id",
     "head_importance",
+    "layer_matrix",
     "live_heads",
     "load",
     "load_eap",
+    "minimality",
     "new_graph",
     "parse_edge",
     "parse_id",

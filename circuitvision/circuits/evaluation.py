@@ -120,8 +120,8 @@ class CircuitEvaluation(Result):
         own = f[..., self.index_of("condition", CIRCUIT)]
         # Circuits that do the same differ by rounding.
         near = (1 - f[..., places]).abs() <= (1 - own[..., None]).abs() + 1e-9
-        share = (1 + near.sum(-1)) / (1 + len(places))
-        return share.double().masked_fill(own.isnan(), torch.nan) if places else torch.full_like(own, torch.nan)
+        share = (1 + near.sum(-1)).double() / (1 + len(places))
+        return share.masked_fill(own.isnan(), torch.nan) if places else torch.full_like(own, torch.nan)
 
     def conditions(self, kind: str) -> list[int]:
         """The places of the conditions of a kind: ``"circuit"``, ``"complement"``, ``"random"`` or ``"degree-matched"``."""
