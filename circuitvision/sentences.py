@@ -385,9 +385,10 @@ def _say_explains(found: Finding) -> str:
     if found.value != found.value:
         return f"{about['circuit']} has no faithfulness: {found.reason}."
     said = f"{about['circuit']} ({about['edges']}) keeps {found.amount} of the answer by itself ({found.sure}; {about['ablation']})"
+    others = f" It keeps {about['others']}." if about["others"] else ""
     if found.holds:
-        return f"{said}, what is left out {about['left']}, and none of {about['draws']} random circuits does as well."
-    return f"{said}: {found.reason}."
+        return f"{said}, what is left out {about['left']}, and none of {about['draws']} random circuits does as well.{others}"
+    return f"{said}: {found.reason}.{others}"
 
 
 def _say_comes_near(found: Finding) -> str:
@@ -396,7 +397,11 @@ def _say_comes_near(found: Finding) -> str:
     said = f"CMD {found.amount} ({found.sure})"
     if found.holds:
         count = found.about["edges"]
-        first = f"the first {count} edges do what the model does" if count else "chosen edges come nearer to the model"
+        first = (
+            f"the first {count} edges come within 10% of the model"
+            if count
+            else "chosen edges come nearer to the model"
+        )
         return f"{_capital(first)}: {said}, random circuits {found.number(found.chance or 0.0)} at best."
     return f"{said}: {found.reason}."
 

@@ -37,7 +37,10 @@ def explains(result: CircuitEvaluation, circuit: str | None = None, ablation: st
     sizes = result.sizes[place[0]] if result.circuits else result.sizes
     about = {
         "circuit": f"The circuit {named!r}" if named else "The circuit", "edges": f"{int(sizes[0])} of {result.n_edges} edges", "ablation": ablation,
-        "left": percent(left), "draws": str(len(drawn)),
+        "left": percent(left), "draws": str(len(drawn)), "others": ", ".join(
+            f"{percent(float(share))} under {name}"
+            for name, share in zip(result.axes["ablation"], result.faithfulness[(*place[:-1], slice(None), 0)], strict=True) if name != ablation
+        ),
     }  # fmt: skip
     if value != value:
         reason = "the clean run and the empty one do not differ enough"

@@ -147,7 +147,9 @@ def layers(result: LayerMatrix, title: str | None = None) -> kit.Figure:
     row, column = divmod(best, share.shape[1])
     lead = f"{float(share[row, column]):.0%} of the weight leads from {result.axes['from'][row]} to {result.axes['to'][column]}"
     note = f"{int(result.edges.sum())} edges, weight is the size of the mean score"
-    figure = kit.heat({"": share}, ("from", result.axes["from"]), ("to", result.axes["to"]), unit="share of the weight")
+    figure = kit.heat(
+        {"": share}, ("from", result.axes["from"]), ("to", result.axes["to"]), unit="share of the weight", share=True
+    )
     return kit.finish_heat(figure, style.titled(title or kit.escaped(lead), note), len(share))
 
 
@@ -160,9 +162,8 @@ def write_page(
     """The evaluation on one page without network: the finding, figures, tables, and where they come from; with the curve and the minimality of the
     same circuit where they are given. Returns the path."""
     say = html.escape
-    lead = explains(result)
     parts = [
-        f"<h1>{'The circuit explains the model here' if lead.holds else 'Does the circuit explain the model?'}</h1><p>{say(str(lead))}</p>",
+        f"<h1>Does the circuit explain the model?</h1><p>{say(str(explains(result)))}</p>",
         f"<p class='soft'>{say(result.reason)}</p>" if result.reason else "",
         style.fragment(evaluation(result, title=" ")),
         "<h2>Faithfulness</h2>" + _table(result.table()),
