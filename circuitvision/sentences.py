@@ -380,6 +380,42 @@ def _two_digits(value: float) -> str:
     return f"{0.0 if abs(value) < 0.005 else value:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
+def _say_explains(found: Finding) -> str:
+    about = found.about
+    if found.value != found.value:
+        return f"{about['circuit']} has no faithfulness: {found.reason}."
+    said = f"{about['circuit']} ({about['edges']}) keeps {found.amount} of the answer by itself ({found.sure}; {about['ablation']})"
+    others = f" It keeps {about['others']}." if about["others"] else ""
+    if found.holds:
+        return f"{said}, what is left out {about['left']}, and none of {about['draws']} random circuits does as well.{others}"
+    return f"{said}: {found.reason}.{others}"
+
+
+def _say_comes_near(found: Finding) -> str:
+    if found.value != found.value:
+        return f"The curve has no faithfulness: {found.reason}."
+    said = f"CMD {found.amount} ({found.sure})"
+    if found.holds:
+        count = found.about["edges"]
+        first = (
+            f"the first {count} edges come within 10% of the model"
+            if count
+            else "chosen edges come nearer to the model"
+        )
+        return f"{_capital(first)}: {said}, random circuits {found.number(found.chance or 0.0)} at best."
+    return f"{said}: {found.reason}."
+
+
+def _say_needs(found: Finding) -> str:
+    about = found.about
+    if found.holds is None:
+        return f"Which edges are needed cannot be said: {found.reason}."
+    if found.holds:
+        return f"Each of the {about['edges']} edges is needed: without it faithfulness changes by more than {about['eps']}."
+    said = f"{about['spare']} of {about['edges']} edges can be removed, one alone, within {about['eps']} of the faithfulness"
+    return f"{said}, such as {about['first']}."
+
+
 def _say_margin(found: Finding) -> str:
     return found.amount
 
@@ -434,4 +470,7 @@ SENTENCES = {
     "interchanges": _say_interchanges,
     "understands": _say_understands,
     "calibrates": _say_calibrates,
+    "explains": _say_explains,
+    "comes near": _say_comes_near,
+    "needs": _say_needs,
 }

@@ -22,7 +22,7 @@ from circuitvision.errors import InputError
 from circuitvision.organisms import handbuilt
 from circuitvision.results import Result
 
-pytestmark = pytest.mark.filterwarnings("ignore:The circuit was found on these very examples")
+pytestmark = pytest.mark.filterwarnings("ignore:The circuit was found on")
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------------------------------

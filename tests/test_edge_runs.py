@@ -115,3 +115,19 @@ def test_masks_that_do_not_fit_are_refused():
     mask[-1, 0] = 1
     with pytest.raises(InputError, match="no edge"):
         found.under(mask)
+
+
+def test_what_a_sender_changes_is_that_of_the_value_given():
+    """Kept for the slots of one run, and neither for another value nor after the last slot."""
+    with double_throughout():
+        found = Example("vit")
+        runs = found.interchange()
+        site = found.graph.sites[1]
+        heads = torch.eye(len(found.graph.senders_at(site))).double()
+        own = found.model._values_at(found.clean, [site])[1][site]
+        first, again = runs.change(site, own, heads), found.interchange().change(site, 2 * own, heads)
+        assert (first - again).abs().max() > 1e-3
+        torch.testing.assert_close(runs.change(site, 2 * own, heads), again, rtol=0, atol=0)
+        edges = found.interchange()
+        found.model.run(found.clean, edges.edits(found.graph.edges.double()))
+        assert not edges._changes

@@ -8,20 +8,21 @@ from circuitvision.circuits.attention_edges import AttentionEdges, attention_edg
 from circuitvision.circuits.certificates import Certificate
 from circuitvision.circuits.circuit import Circuit, circuit_of_graph
 from circuitvision.circuits.claims import ClaimTests, claim_tests
+from circuitvision.circuits.comparison import CircuitAgreement, DepthBias, LayerMatrix, compare_circuits, layer_matrix
 from circuitvision.circuits.computational_graph import ComputationalGraph, computational_graph
 from circuitvision.circuits.discovery import Discovery, certify, discover
 from circuitvision.circuits.eap import export_eap, load_eap
 from circuitvision.circuits.edge_attribution import EdgeAttribution, edge_attribution
 from circuitvision.circuits.edge_pruning import edge_pruning
 from circuitvision.circuits.edge_runs import Interchange
-from circuitvision.circuits.evaluation import CircuitEvaluation, FaithfulnessCurve, evaluate, faithfulness_curve
+from circuitvision.circuits.evaluation import CircuitEvaluation, evaluate
 from circuitvision.circuits.export import export, load
+from circuitvision.circuits.faithfulness_curve import FaithfulnessCurve, faithfulness_curve
 from circuitvision.circuits.importance import HeadImportance, head_importance
-from circuitvision.circuits.minimality import Minimality, minimal_subcircuits, minimality
+from circuitvision.circuits.minimality import Minimality, minimality
 from circuitvision.circuits.removal import HeadRemoval, removal_curve, remove_heads
 from circuitvision.circuits.schema import add_edge, add_node, new_graph, rank_edges, validate
 from circuitvision.circuits.shortcuts import InformationGain, ShortcutHeads, shortcut_heads
-from circuitvision.circuits.structure import DepthBias, depth_bias, graph_similarity, layer_matrix
 from circuitvision.model.names import NodeName, format_edge, format_id, head_id, parse_edge, parse_id
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "AttentionEdges",
     "Certificate",
     "Circuit",
+    "CircuitAgreement",
     "CircuitEvaluation",
     "ClaimTests",
     "ComputationalGraph",
@@ -40,6 +42,7 @@ __all__ = [
     "HeadRemoval",
     "InformationGain",
     "Interchange",
+    "LayerMatrix",
     "Minimality",
     "NodeName",
     "ShortcutHeads",
@@ -51,8 +54,8 @@ __all__ = [
     "certify",
     "circuit_of_graph",
     "claim_tests",
+    "compare_circuits",
     "computational_graph",
-    "depth_bias",
     "discover",
     "edge_attribution",
     "edge_pruning",
@@ -62,14 +65,12 @@ __all__ = [
     "faithfulness_curve",
     "format_edge",
     "format_id",
-    "graph_similarity",
     "head_id",
     "head_importance",
     "layer_matrix",
     "live_heads",
     "load",
     "load_eap",
-    "minimal_subcircuits",
     "minimality",
     "new_graph",
     "parse_edge",

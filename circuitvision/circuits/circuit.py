@@ -184,6 +184,18 @@ class Circuit:
         either = int((self.mask | mask).sum())
         return int((self.mask & mask).sum()) / either if either else float("nan")
 
+    def precision(self, known: Circuit | Iterable[str]) -> float:
+        """The share of its edges that are in a known circuit (names of edges do too); NaN for an empty circuit."""
+        return len(self & self._known(known)) / len(self) if len(self) else float("nan")
+
+    def recall(self, known: Circuit | Iterable[str]) -> float:
+        """The share of a known circuit's edges that are in it; NaN where that is empty. Raises InputError for names that are no edges."""
+        other = self._known(known)
+        return len(self & other) / len(other) if len(other) else float("nan")
+
+    def _known(self, known: Circuit | Iterable[str]) -> Circuit:
+        return known if isinstance(known, Circuit) else Circuit.of(self.attribution, list(known))
+
     @cached_property
     def reads(self) -> Bool[Tensor, "slot sender"]:
         """Which senders are made of what a slot reads."""

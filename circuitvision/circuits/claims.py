@@ -31,7 +31,7 @@ from circuitvision.circuits import claim_statistics as statistics
 from circuitvision.circuits import connectivity
 from circuitvision.circuits.circuit import Circuit
 from circuitvision.circuits.circuit_runs import CircuitRuns
-from circuitvision.circuits.evaluation import _check_ablation, _runs_of
+from circuitvision.circuits.evaluation import check_ablations, checked_circuits, circuit_runs
 from circuitvision.errors import InputError, checked_seed, warn
 from circuitvision.metrics.effects import restored_share
 from circuitvision.provenance import describe, with_provenance
@@ -149,7 +149,8 @@ def claim_tests(
         InputError: pairs that are among those of the discovery, an edge that is not in the circuit, and what
             :func:`circuitvision.circuits.evaluate` refuses.
     """
-    _check_ablation(ablation)
+    check_ablations([ablation])
+    checked_circuits(circuit)
     _check_apart(pairs, discovered_on)
     tested = list(circuit.edges if edges is None else edges)
     if len(tested) / (1 + n_random) >= alpha:
@@ -160,7 +161,7 @@ def claim_tests(
     outside = [name for name in tested if name not in circuit]
     if outside:
         raise InputError(f"{outside[0]!r} is not in the circuit, so whether the circuit needs it cannot be asked.")
-    runs = _runs_of(model, circuit, pairs, metric, clean, corrupt, align, allow_wrong, example_batch)
+    runs = circuit_runs(model, [circuit], pairs, metric, clean, corrupt, align, allow_wrong, example_batch)
     masks = _Masks(runs, runs.mask(circuit), tested, n_random, checked_seed(seed))
     found = runs.measure(masks.every, ablation, progress=progress)
     runs.runs.warn()

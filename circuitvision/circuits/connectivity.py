@@ -8,8 +8,6 @@ away until none is left.
 :func:`random_circuit` is a union of random paths with exactly as many edges as asked for, wherever paths of that size exist: the controls of tests
 that compare a circuit with others of its size. Reference: Shi et al. 2024 (arXiv 2410.13032).
 
-:func:`rewired` keeps how many edges leave every sender and enter every slot, and draws which.
-
 Not covered: how much a path carries.
 """
 
@@ -111,22 +109,3 @@ def random_circuit(edges: Edges, reads: Reads, n_edges: int, generator: torch.Ge
         if int(best.sum()) == n_edges:
             break
     return best
-
-
-def rewired(mask: Edges, edges: Edges, generator: torch.Generator, rounds: int = 10) -> Edges:
-    """A random set of edges with as many out of every sender and into every slot as in a mask: ``rounds`` exchanges of ends are tried per edge.
-
-    Two edges ``a -> b`` and ``c -> d`` become ``a -> d`` and ``c -> b`` where those are edges that are not in it.
-    """
-    found = mask.cpu().bool().clone()
-    places = found.nonzero().tolist()
-    if len(places) < 2:
-        return found
-    for first, second in torch.randint(len(places), (rounds * len(places), 2), generator=generator).tolist():
-        (a, b), (c, d) = places[first], places[second]
-        if a == c or b == d or not (edges[a, d] and edges[c, b]) or found[a, d] or found[c, b]:
-            continue
-        found[a, b] = found[c, d] = False
-        found[a, d] = found[c, b] = True
-        places[first], places[second] = [a, d], [c, b]
-    return found

@@ -53,7 +53,8 @@ class Interchange:
     """Edits of runs of a model on some inputs, in which masked edges carry the source's values.
 
     ``source`` holds what the sites of ``graph`` have in the source run, at the base run's positions. ``reads`` keeps, of the last run, what every
-    slot's site read, and ``writes`` what every sender's site held.
+    slot's site read, and ``writes`` what every sender's site held. While it runs, what each sender would change is held as well, for all slots behind
+    it: one stream per sender, ``row × pos × d_model × senders``, let go when the last slot has read.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Interchange:
         self.tokens = model.tokens(inputs)
         self.writes: dict[str, Tensor] = {}
         self.reads: dict[str, Tensor] = {}
+        self._changes: dict[str, tuple[Tensor, Tensor]] = {}
 
     def edits(self, mask: Mask) -> tuple[Edit, ...]:
         """One group of edits: the run with this mask.
@@ -89,29 +91,53 @@ class Interchange:
             for site in self.graph.sites
             if bool(held[self.graph.senders_at(site)].any())
         ]
+        mixed = {}
         for site in dict.fromkeys(one.slot.site for one in self.graph.slots):
             numbers = self.graph.slots_at(site)
             read = [one for one in self.graph.sites if bool(held[self.graph.senders_at(one)][:, numbers].any())]
             if read:
-                found.append(edits.apply(site, self._mixed(site, read, mask[:, numbers])))
+                mixed[site] = read
+        last = {one: site for site, read in mixed.items() for one in read}
+        found += [
+            edits.apply(site, self._mixed(site, read, mask[:, self.graph.slots_at(site)], last))
+            for site, read in mixed.items()
+        ]
         return tuple(found)
 
     def _kept(self, site: str) -> _Written:
         return _Written(self, site)
 
-    def _mixed(self, site: str, read: Sequence[str], mask: Float[Tensor, "sender slot"]) -> _Mixed:
-        return _Mixed(self, site, tuple(read), mask)
+    def _mixed(
+        self, site: str, read: Sequence[str], mask: Float[Tensor, "sender slot"], last: Mapping[str, str]
+    ) -> _Mixed:
+        return _Mixed(self, site, tuple(read), mask, frozenset(one for one in read if last[one] == site))
 
     def change(
         self, site: str, value: Tensor, mask: Float[Tensor, "sender slot"]
     ) -> Float[Tensor, "row pos slot d_model"]:
         """What masked senders at a site add to the streams of some slots, in the place of ``value``."""
         senders = [self.graph.senders[number] for number in self.graph.senders_at(site)]
-        away = self.source[site].to(value) - value
+        tower = self.model.towers[senders[0].tower]
+        if senders[0].node.head is not None and branch_at(tower, site)[0].then.normed:
+            # Heads are mixed before the norm, as it sees them together.
+            away = self.source[site].to(value) - value
+            mixed = value.unsqueeze(2) + mask.T[None, None, :, :, None] * away.unsqueeze(2)
+            return tower.written(site, mixed) - tower.written(site, value).unsqueeze(2)
+        return mask.T @ self._alone(site, value, senders)
+
+    def _alone(self, site: str, value: Tensor, senders: Sequence[Sender]) -> Float[Tensor, "row pos sender d_model"]:
+        """What each sender at a site adds to the stream in the place of ``value``, alone; computed once for all slots that read it."""
+        known = self._changes.get(site)
+        if known is not None and known[0] is value:
+            return known[1]
+        away, tower = self.source[site].to(value) - value, self.model.towers[senders[0].tower]
         if senders[0].node.head is not None:
-            return _of_heads(self.model, senders[0], value, away, mask)
-        parts = torch.stack([away * images_of(self.tokens, sender).to(away) for sender in senders], 2)
-        return torch.einsum("rpsd,sn->rpnd", parts, mask)
+            branch, _ = branch_at(tower, site)
+            found = tower.head_tangents(branch.block.layer, value, away, branch.name)
+        else:
+            found = torch.stack([away * images_of(self.tokens, sender).to(away) for sender in senders], 2)
+        self._changes[site] = value, found
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,36 +156,32 @@ class _Written:
 
 @dataclass(frozen=True, eq=False)
 class _Mixed:
-    """Puts what masked senders wrote in the source run in the place of what they wrote in this one."""
+    """Puts what masked senders wrote in the source run in the place of what they wrote in this one.
+
+    What the senders of ``done`` would change is let go: no slot behind this one reads it.
+    """
 
     runs: Interchange
     site: str
     read: tuple[str, ...]
     mask: Float[Tensor, "sender slot"]
+    done: frozenset[str]
 
     def __call__(self, value: Tensor, hook: Any) -> Tensor:
-        runs = self.runs
-        parts = [
-            runs.change(one, runs.writes[one], self.mask[runs.graph.senders_at(one)].to(value)) for one in self.read
-        ]
-        added = sum(parts[1:], parts[0])
+        runs, added = self.runs, None
+        for one in self.read:
+            part = runs.change(one, runs.writes[one], self.mask[runs.graph.senders_at(one)].to(value))
+            # In place: one stream per slot is held, and not one per slot and site.
+            added = part if added is None else added.add_(part)
+            if one in self.done:
+                runs._changes.pop(one, None)
+        assert added is not None
         new = value + (added if value.ndim == 4 else added.squeeze(2)).to(value)
         runs.reads[self.site] = new
         return new
 
     def __provenance__(self) -> dict[str, Any]:
         return {"slot": self.site, "mask": self.mask, "source": self.runs.source.digest}
-
-
-def _of_heads(
-    model: Any, sender: Sender, value: Tensor, away: Tensor, mask: Float[Tensor, "head slot"]
-) -> Float[Tensor, "row pos slot d_model"]:
-    tower = model.towers[sender.tower]
-    branch, _ = branch_at(tower, sender.site)
-    if not branch.then.normed:
-        return torch.einsum("rpsd,sn->rpnd", tower.head_tangents(branch.block.layer, value, away, branch.name), mask)
-    mixed = value.unsqueeze(2) + mask.T[None, None, :, :, None] * away.unsqueeze(2)
-    return tower.written(sender.site, mixed) - tower.written(sender.site, value).unsqueeze(2)
 
 
 def images_of(tokens: Mapping[str, Any], sender: Sender) -> Float[Tensor, "row pos 1"]:
@@ -191,6 +213,7 @@ class EdgeEdits:
                     continue
                 # Each sender alone: as many slots as there are senders, each of which reads one of them.
                 changes = runs.change(site, base[site], torch.eye(len(senders)).to(base[site]))
+                runs._changes.clear()
                 for place, row in enumerate(senders):
                     found += [
                         self._edit(column, changes[:, :, place])

@@ -1,152 +1,204 @@
-"""Does a circuit explain the model: its faithfulness, what its complement can do, and circuits of the same size that are drawn at random.
+"""Does a circuit explain the model? Runs in which it works alone, beside its complement and beside circuits drawn at random.
 
-    ``faithfulness(C) = (m(C) - m(empty)) / (m(clean) - m(empty))``
+    ``faithfulness f(C) = (m(C) − m(empty)) / (m(clean) − m(empty))``,  ``completeness f(all edges − C)``
 
-``m(C)`` is the metric of runs in which the edges of ``C`` alone work (:mod:`circuitvision.circuits.circuit_runs`), a ratio of means over examples,
-1 with all edges and 0 with none by construction. It is no share: circuits whose missing edges work against the answer lie above 1. It depends on
-what ablated edges carry, so three kinds stand beside each other. *Completeness* is the faithfulness of the complement: what the circuit leaves out.
+as ratios of means (:mod:`circuitvision.circuits.faithfulness_ratios`): 1 keeps what the model does, 0 is the run without anything, above 1 is more
+than the model does. A complement far above 0 says that what is left out carries the answer too. What edges outside the circuit carry is what
+``ablation`` says (:mod:`circuitvision.circuits.circuit_runs`); how far faithfulness depends on that is its coefficient of variation over them.
+Random connected circuits of the same size and degree-matched ones (:mod:`circuitvision.circuits.random_circuits`) are the same under all ablations;
+faithfulness means nothing where they reach it too.
 
-:func:`faithfulness_curve` measures the ``n`` strongest edges for several ``n``, with both ends exact: ``cpr``, the area under it over the share of
-edges (edges by signed score), ``cmd``, the area between it and 1 (by size), split where it crosses 1, and ``log_area``, over the logarithm of the
-share, in which half of the area is not that of the second half of the edges.
+Not covered: values that are fitted (optimal ablation); tests of hypotheses; several metrics at once.
 
-Not covered: fitted ablations; weights of edges between 0 and 1.
-
-Reference: Wang et al. 2022 (arXiv 2211.00593); Hanna et al. 2024 (arXiv 2403.17806); Mueller et al. 2025 (arXiv 2504.13151) for CPR and CMD.
+Reference: Wang et al. 2022 (arXiv 2211.00593); Hanna et al. 2024 (arXiv 2403.17806); Miller et al. 2024 (arXiv 2407.08734); Shi et al. 2024
+(arXiv 2410.13032).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuitvision.circuits import connectivity
 from circuitvision.circuits.circuit import Circuit
-from circuitvision.circuits.circuit_runs import ABLATIONS, CircuitRuns, CircuitScores
-from circuitvision.circuits.edge_attribution import EdgeAttribution
-from circuitvision.errors import InputError, checked_seed, warn
-from circuitvision.metrics.effects import restored_error, restored_share
+from circuitvision.circuits.circuit_runs import ABLATIONS, CircuitRuns
+from circuitvision.circuits.faithfulness_ratios import Kept
+from circuitvision.circuits.random_circuits import connected_like, degree_matched
+from circuitvision.errors import InputError, warn
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.results import Result
-from circuitvision.statistics import by_example
 
-SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-CIRCUIT, COMPLEMENT = "circuit", "complement"
-RANKINGS = ("size", "signed")
+if TYPE_CHECKING:
+    import pandas as pd
+
+CIRCUIT, COMPLEMENT, RANDOM, MATCHED = "circuit", "complement", "random", "degree-matched"
+KINDS = (CIRCUIT, COMPLEMENT, RANDOM, MATCHED)
+Edges = Bool[Tensor, "sender slot"]
 
 
 @dataclass(frozen=True, eq=False)
 class CircuitEvaluation(Result):
-    """The metric of a circuit, its complement, and random circuits of its size: ``values`` ``[ablation condition example]``.
+    """The metric of runs in which edges work alone: ``values`` ``[ablation condition example]``; of several circuits ``[circuit ablation condition
+    example]``.
 
-    ``clean`` ``[example]`` is the metric of the model itself, ``empty`` ``[ablation example]`` that with no edge left. Conditions are ``"circuit"``,
-    ``"complement"``, ``"random 1"`` … (unions of random paths) and ``"rewired 1"`` … (the same number of edges out of every sender and into every
-    slot). ``edges`` names those of the circuit, of ``n_edges`` that the model has; ``random_sizes`` are those of the random circuits.
+    Conditions are ``"circuit"``, ``"complement"``, ``"random 1"`` … (connected, of the same size) and ``"degree-matched 1"`` …; ``sizes``
+    ``[condition]`` (``[circuit condition]``) is how many edges each has, of ``n_edges``. ``clean`` ``[example]`` is the metric with all edges,
+    ``empty`` ``[ablation example]`` that with none, ``corrupt`` ``[example]`` that of the corrupt run. ``groups`` says which examples belong
+    together, where the data does; intervals of :attr:`faithfulness` draw these again.
     """
 
     clean: Tensor = field(default_factory=lambda: torch.zeros(0))
     empty: Tensor = field(default_factory=lambda: torch.zeros(0))
     corrupt: Tensor = field(default_factory=lambda: torch.zeros(0))
-    edges: list[str] = field(default_factory=list)
+    sizes: Tensor = field(default_factory=lambda: torch.zeros(0))
     n_edges: int = 0
-    random_sizes: list[int] = field(default_factory=list)
     groups: list[Any] = field(default_factory=list)
 
     _per_example: ClassVar[dict[str, int]] = {"clean": -1, "empty": -1, "corrupt": -1, "groups": 0}
 
-    def _runs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What a circuit adds to the empty one, the empty one, and the clean run, by group where the data has groups."""
-        groups = self.groups or list(range(self.values.shape[-1]))
-        values, empty, clean = (by_example(one.double(), groups) for one in (self.values, self.empty, self.clean))
-        empty = empty.unsqueeze(1).expand_as(values)
-        return values - empty, empty, clean.expand_as(values)
+    def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
+        """Refused: conditions of one evaluation are compared, not ranked among each other."""
+        raise InputError("An evaluation of a circuit has conditions, not components: see .table().")
 
     @property
-    def faithfulness(self) -> Float[Tensor, "ablation condition"]:
-        """``(m(C) - m(empty)) / (m(clean) - m(empty))``, a ratio of means; NaN where the clean and the empty run do not differ."""
-        return restored_share(*self._runs())
+    def circuits(self) -> list[str]:
+        """The names of the circuits, where several were given; else empty."""
+        return list(self.axes.get("circuit", []))
 
     @property
-    def faithfulness_error(self) -> Float[Tensor, "ablation condition"]:
-        """The standard error of :attr:`faithfulness`, over groups of examples where the data has them."""
-        return restored_error(*self._runs())
-
-    def of(self, condition: str = CIRCUIT, ablation: str | None = None) -> float:
-        """The faithfulness of one condition, under one ablation (None: the first)."""
-        row = 0 if ablation is None else self.index_of("ablation", ablation)
-        return float(self.faithfulness[row, self.index_of("condition", condition)])
+    def kept(self) -> Kept:
+        """The metrics that :attr:`faithfulness` is the ratio of, per independent example."""
+        return Kept.of(self.values, self.empty[:, None], self.clean, self.axes["example"], self.groups)
 
     @property
-    def completeness(self) -> Float[Tensor, " ablation"]:
-        """The faithfulness of the complement: near 0 where nothing is left out, unless both work alone."""
-        return self.faithfulness[:, self.index_of("condition", COMPLEMENT)]
+    def faithfulness(self) -> Float[Tensor, "*circuit ablation condition"]:
+        """``(m(C) − m(empty)) / (m(clean) − m(empty))`` of every condition, a ratio of means; NaN where :attr:`reason` says why."""
+        return self.kept.share
 
-    def randoms(self, kind: str = "random") -> Float[Tensor, "ablation draw"]:
-        """The faithfulness of random circuits (``"random"``) or of rewired ones (``"rewired"``)."""
-        places = [n for n, label in enumerate(self.axes["condition"]) if str(label).startswith(f"{kind} ")]
-        return self.faithfulness[:, places]
-
-    @property
-    def better_than_random(self) -> Float[Tensor, " ablation"]:
-        """``(1 + how many random circuits are at least as faithful) / (1 + how many were drawn)``: the p-value of chance."""
-        others = self.randoms()
-        at_least = (others >= self.faithfulness[:, :1]).sum(-1)
-        return (1 + at_least) / (1 + others.shape[-1])
+    def faithfulness_interval(self, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Tensor:
+        """Low and high end ``[2 *circuit ablation condition]`` of the bootstrap interval of :attr:`faithfulness`: groups (examples
+        where there are none) are drawn again."""
+        return self.kept.interval(level, draws, seed)
 
     @property
-    def variation(self) -> float:
-        """The coefficient of variation of the circuit's faithfulness over the kinds of ablation; NaN for one kind."""
-        own = self.faithfulness[:, 0]
-        return float(own.std() / own.mean().abs()) if len(own) > 1 else math.nan
+    def completeness(self) -> Float[Tensor, "*circuit ablation"]:
+        """The faithfulness of the complement: near 0 where nothing that carries the answer was left out."""
+        return self.faithfulness[..., self.index_of("condition", COMPLEMENT)]
 
-    def to_frame(self, by_example: bool = False) -> Any:
-        """A table of faithfulness per ablation and condition, or with ``by_example`` the metric of every example."""
-        if by_example:
-            return super().to_frame(by_example=True)
+    @property
+    def variation(self) -> Float[Tensor, "*circuit"]:
+        """The coefficient of variation of the circuit's faithfulness over ablations, ``sd / |mean|`` with ``n − 1``; NaN for fewer than two."""
+        own = self.faithfulness[..., self.index_of("condition", CIRCUIT)]
+        count = own.isfinite().sum(-1)
+        mean = own.nanmean(-1, keepdim=True)
+        spread = ((own - mean).square().nansum(-1) / (count - 1)).sqrt()
+        return torch.where(count > 1, spread / mean.squeeze(-1).abs(), torch.nan)
+
+    @property
+    def reason(self) -> str:
+        """Why there is no faithfulness under some ablation, in words; empty where there is one under all."""
+        found = []
+        for number, ablation in enumerate(self.axes["ablation"]):
+            part = Kept.of(
+                self.clean[None], self.empty[number][None], self.clean[None], self.axes["example"], self.groups
+            )
+            if part.reason():
+                found.append(f"{ablation} ablation: {part.reason()}")
+        return "; ".join(found)
+
+    def as_faithful(self, kind: str = RANDOM) -> Float[Tensor, "*circuit ablation"]:
+        """The share of random circuits that are at least as near to 1 as the circuit, ``(1 + how many) / (1 + all)``: small where it is better than
+        chance.
+
+        ``kind`` is ``"random"`` (connected) or ``"degree-matched"``. NaN where none was drawn, and without a faithfulness.
+        """
+        f, places = self.faithfulness, self.conditions(kind)
+        own = f[..., self.index_of("condition", CIRCUIT)]
+        # Circuits that do the same differ by rounding.
+        near = (1 - f[..., places]).abs() <= (1 - own[..., None]).abs() + 1e-9
+        share = (1 + near.sum(-1)).double() / (1 + len(places))
+        return share.masked_fill(own.isnan(), torch.nan) if places else torch.full_like(own, torch.nan)
+
+    def conditions(self, kind: str) -> list[int]:
+        """The places of the conditions of a kind: ``"circuit"``, ``"complement"``, ``"random"`` or ``"degree-matched"``."""
+        return [number for number, name in enumerate(self.axes["condition"]) if _kind(name) == kind]
+
+    def table(self, level: float = 0.95) -> pd.DataFrame:
+        """One row per circuit, ablation and kind of condition: ``faithfulness`` with ``low`` and ``high`` (of random ones the mean, and the ends of
+        ``level`` of *them*), the metric, how many edges and runs, and which share of runs reaches the circuit (:meth:`as_faithful`)."""
         import pandas as pd
 
-        found, error = self.faithfulness, self.faithfulness_error
-        rows = [
-            {
-                "ablation": ablation,
-                "condition": condition,
-                "faithfulness": float(found[row, column]),
-                "standard_error": float(error[row, column]),
-                "metric": float(self.values[row, column].double().nanmean()),
-            }
-            for row, ablation in enumerate(self.axes["ablation"])
-            for column, condition in enumerate(self.axes["condition"])
+        f, (low, high) = self.faithfulness, self.faithfulness_interval(level)
+        metric, sizes = self.mean(), self.sizes
+        if not self.circuits:
+            f, low, high, metric, sizes = (one[None] for one in (f, low, high, metric, sizes))
+        reach = {kind: self.as_faithful(kind).reshape(len(f), -1) for kind in (RANDOM, MATCHED)}
+        rows = []
+        for number, name in enumerate(self.circuits or [CIRCUIT]):
+            for at, ablation in enumerate(self.axes["ablation"]):
+                for kind in KINDS:
+                    places = self.conditions(kind)
+                    if not places:
+                        continue
+                    own = f[number, at, places]
+                    drawn = kind in reach
+                    tails = torch.quantile(own, own.new_tensor([(1 - level) / 2, (1 + level) / 2])).tolist()
+                    pair = tails if drawn else [float(low[number, at, places[0]]), float(high[number, at, places[0]])]
+                    rows.append([
+                        name, ablation, kind, float(own.mean()), *pair, float(metric[number, at, places].mean()),
+                        float(sizes[number, places].double().mean()), len(places), float(reach[kind][number, at]) if drawn else float("nan"),
+                    ])  # fmt: skip
+        columns = [
+            "circuit",
+            "ablation",
+            "condition",
+            "faithfulness",
+            "low",
+            "high",
+            "metric",
+            "edges",
+            "runs",
+            "reach",
         ]
-        return pd.DataFrame(rows)
+        frame = pd.DataFrame(rows, columns=pd.Index(columns))
+        return frame if self.circuits else frame.drop(columns="circuit")
 
     def highlights(self) -> dict[str, str]:
-        """Faithfulness and completeness under each ablation, beside random circuits."""
-        found = {"edges": f"{len(self.edges)} of {self.n_edges}"}
-        others = self.randoms()
-        for row, ablation in enumerate(self.axes["ablation"]):
-            own = f"{self.faithfulness[row, 0]:.2f} (complement {self.completeness[row]:.2f}"
-            found[str(ablation)] = own + (f", random {others[row].mean():.2f})" if others.shape[-1] else ")")
-        return found
+        """Faithfulness and completeness under every ablation, and how many random circuits reach it."""
+        frame = self.table()
+        found = {}
+        for key, part in frame.groupby([*(["circuit"] if self.circuits else []), "ablation"], sort=False):
+            rows = part.set_index("condition")
+            first, rest = rows.loc[CIRCUIT], rows.loc[COMPLEMENT]
+            said = f"{first.faithfulness:.1%} ({first.low:.1%} to {first.high:.1%}); complement {rest.faithfulness:.1%}"
+            said += "".join(
+                f"; {kind} {rows.loc[kind].faithfulness:.1%}" for kind in (RANDOM, MATCHED) if kind in rows.index
+            )
+            found[f"faithfulness, {', '.join(map(str, key))}"] = said
+        found["variation over ablations"] = ", ".join(f"{one:.2g}" for one in self.variation.reshape(-1).tolist())
+        return {**found, **({"no faithfulness": self.reason} if self.reason else {})}
+
+
+def _kind(condition: str) -> str:
+    name, _, number = condition.rpartition(" ")
+    return name if number.isdigit() else condition
 
 
 @with_provenance
 def evaluate(
     model: Any,
-    circuit: Circuit,
+    circuit: Circuit | Mapping[str, Circuit],
     pairs: Any = None,
     metric: Any = None,
     *,
     ablations: Sequence[str] = ABLATIONS,
-    n_random: int = 10,
+    n_random: int = 20,
+    n_matched: int | None = None,
     seed: int = 0,
-    reference: Any = None,
     clean: Mapping[str, Any] | None = None,
     corrupt: Mapping[str, Any] | None = None,
     align: Any = "kind",
@@ -154,290 +206,159 @@ def evaluate(
     example_batch: int | None = None,
     progress: bool = True,
 ) -> CircuitEvaluation:
-    """Measure a circuit, its complement, and random circuits of its size, under several kinds of ablation.
+    """How much of the model's answer circuits keep by themselves, beside their complements and random circuits.
 
-    Nothing that is given is changed. Examples should be others than those that the circuit was found on.
+    One run per condition and ablation, ``2 + n_random + n_matched`` conditions of each circuit.
 
     Args:
         model: the hooked model.
-        circuit: what is evaluated, such as ``edge_attribution(…).circuit(50)``.
-        pairs: a data set of pairs; or ``clean`` and ``corrupt``, inputs of the same shapes.
-        metric: one metric, or its name.
-        ablations: what ablated edges carry: ``"interchange"``, ``"mean"``, ``"zero"`` (:mod:`circuitvision.circuits.circuit_runs`).
-        n_random: how many unions of random paths, and how many rewired circuits, are measured beside it.
-        seed: of their draws.
-        reference: pairs whose mean ``"mean"`` takes; None: these.
+        circuit: a circuit, or several by name.
+        pairs: a data set of pairs that the circuit was not found on; ``clean`` and ``corrupt`` in their place are inputs of the same shapes.
+        metric: a metric or its name.
+        ablations: what edges outside the circuit carry: ``"interchange"``, ``"mean"``, ``"zero"``.
+        n_random: how many random connected circuits of the same size; ``n_matched`` how many degree-matched ones, None: as many.
+        seed: of the random circuits.
         align, allow_wrong, example_batch, progress: as of :func:`circuitvision.patching.activation_patch`.
 
     Raises:
-        InputError: a circuit without edges, or of a model with other weights; several metrics; an unknown ablation.
+        InputError: an empty circuit, one of other weights or of another graph, an unknown ablation, several metrics.
     """
-    runs = _runs_of(model, circuit, pairs, metric, clean, corrupt, align, allow_wrong, example_batch, reference)
-    for ablation in ablations:
-        _check_ablation(ablation)
-    mask = runs.mask(circuit)
-    generator = torch.Generator().manual_seed(checked_seed(seed))
-    labels, masks = [CIRCUIT, COMPLEMENT], [mask, runs.graph.edges & ~mask]
-    for number in range(n_random):
-        labels.append(f"random {number + 1}")
-        masks.append(connectivity.random_circuit(runs.graph.edges, runs.graph.reads, int(mask.sum()), generator))
-    for number in range(n_random):
-        labels.append(f"rewired {number + 1}")
-        masks.append(connectivity.rewired(mask, runs.graph.edges, generator))
-    found = [runs.measure(masks, ablation, progress=progress) for ablation in ablations]
-    runs.runs.warn()
-    return CircuitEvaluation(
-        values=torch.stack([one.values[0] for one in found]),
-        axes={"ablation": list(ablations), "condition": labels, "example": found[0].examples},
-        provenance=describe(
-            model,
-            method=f"evaluate(ablations={', '.join(ablations)}, n_random={n_random})",
-            metric=runs.runs.metrics,
-            seed=seed,
-            **runs.runs.described(),
-        ),
-        clean=found[0].clean[0],
-        empty=torch.stack([one.empty[0] for one in found]),
-        corrupt=found[0].corrupt[0],
-        edges=circuit.edges,
+    kinds = [ablations] if isinstance(ablations, str) else list(ablations)
+    named = checked_circuits(circuit)
+    counts = [
+        checked_count("n_random", n_random),
+        checked_count("n_matched", n_random if n_matched is None else n_matched),
+    ]
+    check_ablations(kinds)
+    runs = circuit_runs(model, list(named.values()), pairs, metric, clean, corrupt, align, allow_wrong, example_batch)
+    masks: list[Edges] = []
+    for one in named.values():
+        own = runs.mask(one)
+        masks += [own, runs.graph.edges & ~own]
+        masks += connected_like(own, runs.graph, counts[0], seed) + degree_matched(own, runs.graph, counts[1], seed)
+    scores = [runs.measure(masks, kind, progress=progress) for kind in kinds]
+    labels = [CIRCUIT, COMPLEMENT]
+    labels += [f"{RANDOM} {number + 1}" for number in range(counts[0])]
+    labels += [f"{MATCHED} {number + 1}" for number in range(counts[1])]
+    values = torch.stack([one.values[0] for one in scores]).unflatten(1, (len(named), -1)).transpose(0, 1)
+    sizes = torch.tensor([int(mask.sum()) for mask in masks]).unflatten(0, (len(named), -1))
+    several = isinstance(circuit, Mapping)
+    result = CircuitEvaluation(
+        values=values if several else values[0],
+        axes={
+            **({"circuit": list(named)} if several else {}),
+            "ablation": kinds,
+            "condition": labels,
+            "example": scores[0].examples,
+        },
+        provenance=described(runs, "evaluate", ablations=kinds, seed=seed),
+        clean=scores[0].clean[0],
+        empty=torch.stack([one.empty[0] for one in scores]),
+        corrupt=scores[0].corrupt[0],
+        sizes=sizes if several else sizes[0],
         n_edges=runs.graph.n_edges,
-        random_sizes=[int(one.sum()) for one in masks[2 : 2 + n_random]],
         groups=runs.runs.groups,
     )
+    _warn_of_controls(result, masks)
+    if result.reason:
+        warn(f"No faithfulness under {result.reason}. Take more examples, or a metric that tells the two runs apart.")
+    return result
 
 
-def _check_ablation(ablation: str) -> None:
-    if ablation not in ABLATIONS:
-        raise InputError(f"Unknown ablation {ablation!r}; choose one of {', '.join(map(repr, ABLATIONS))}.")
+def _warn_of_controls(result: CircuitEvaluation, masks: Sequence[Edges]) -> None:
+    """Say where random circuits are no controls: smaller than the circuit, or the circuit itself."""
+    sizes = result.sizes.reshape(-1, result.sizes.shape[-1])
+    drawn, matched = (result.conditions(kind) for kind in (RANDOM, MATCHED))
+    smaller = int((sizes[:, drawn] < sizes[:, :1]).sum())
+    if smaller:
+        warn(
+            f"{smaller} of {sizes[:, drawn].numel()} random connected circuits have fewer edges than the circuit: no paths fit."
+        )
+    for number in range(len(sizes)):
+        own = masks[number * sizes.shape[1] :][: sizes.shape[1]]
+        if matched and all(bool((own[place] == own[0]).all()) for place in matched):
+            warn("No other circuit has nodes of these degrees: the degree-matched ones are the circuit itself.")
 
 
-def _runs_of(
+# -- what all measurements of circuits check -------------------------------------------------------------------------------------------------------
+
+
+def checked_circuits(given: Any) -> dict[str, Circuit]:
+    """Circuits by name; one that was given alone bears none. Raises InputError for what is none, and for one without edges."""
+    named = dict(given) if isinstance(given, Mapping) else {"": given}
+    if not named:
+        raise InputError("No circuit was given.")
+    for name, one in named.items():
+        if not isinstance(one, Circuit):
+            raise InputError(
+                f"A {type(one).__name__} is no circuit: take some edges of an attribution, scores.circuit(50), or read a file with "
+                "cv.circuits.circuit_of_graph."
+            )
+        if not len(one):
+            raise InputError(f"The circuit {name!r} has no edges.".replace(" ''", "") + " Take at least one edge.")
+    return {str(name): one for name, one in named.items()}
+
+
+def checked_count(name: str, count: Any) -> int:
+    """How many random circuits; InputError for what is no whole number from 0 on."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise InputError(f"{name}={count!r} is not understood: how many random circuits, 0 for none.")
+    return count
+
+
+def check_ablations(kinds: Sequence[str]) -> None:
+    """Raise InputError for an ablation that there is not, that stands twice, or none at all."""
+    unknown = [kind for kind in kinds if kind not in ABLATIONS]
+    if unknown or not kinds or len(set(kinds)) < len(kinds):
+        what = f"Unknown ablation {unknown[0]!r}" if unknown else f"ablations={list(kinds)!r} is not understood"
+        raise InputError(f"{what}; give one or several of {', '.join(map(repr, ABLATIONS))}, each once.")
+
+
+def circuit_runs(
     model: Any,
-    circuit: Circuit,
+    circuits: Sequence[Circuit],
     pairs: Any,
     metric: Any,
     clean: Any,
     corrupt: Any,
     align: Any,
     allow_wrong: bool,
-    size: int | None,
-    reference: Any = None,
+    example_batch: int | None,
 ) -> CircuitRuns:
-    """The runs of one metric for a circuit with edges; warns where it was found on the same data."""
-    if not isinstance(circuit, Circuit):
-        raise InputError(
-            f"Give a circuit, such as edge_attribution(…).circuit(50) or circuit_of_graph(graph), not a {type(circuit).__name__}."
-        )
-    if not len(circuit):
-        raise InputError("The circuit has no edge, so there is nothing to evaluate.")
-    given = {"clean": clean, "corrupt": corrupt, "align": align, "allow_wrong": allow_wrong, "example_batch": size}
-    runs = CircuitRuns(model, pairs, metric, reference=reference, **given)
+    """Runs for these circuits, of one metric; warns where they were found on the examples that are measured.
+
+    Raises:
+        InputError: several metrics, and as of :class:`CircuitRuns`.
+    """
+    if isinstance(metric, Mapping):
+        raise InputError("Faithfulness is the ratio of one metric's means: give one metric, and call once for each.")
+    runs = CircuitRuns(
+        model, pairs, metric, clean=clean, corrupt=corrupt, align=align, allow_wrong=allow_wrong, example_batch=example_batch
+    )  # fmt: skip
     if runs.runs.metrics.several:
-        raise InputError("One metric is evaluated at a time: give one, not a mapping of several.")
-    same = runs.runs.described().get("dataset_sha256")
-    if same and same == circuit.attribution.provenance.get("dataset_sha256"):
-        warn(
-            "The circuit was found on these very examples, so this is not what it would do on others: evaluate it on a held-out part."
-        )
+        raise InputError("Faithfulness is the ratio of one metric's means: give one metric, and call once for each.")
+    for one in circuits:
+        if pairs is not None and _found_on(one, pairs):
+            warn(
+                "The circuit was found on examples that it is now measured on, which favours it: split the pairs, and measure on those that the "
+                "discovery did not see."
+            )
+            break
     return runs
 
 
-# -- curves ------------------------------------------------------------------------------------------------------------------------------------
+def _found_on(circuit: Circuit, pairs: Any) -> bool:
+    """Whether the data set that a circuit was found on is this one, or some examples of it."""
+    digest = circuit.attribution.provenance.get("dataset_sha256", "")
+    if not digest:
+        return False
+    numbers = list(dict.fromkeys(circuit.attribution.axes["example"]))
+    if pairs.digest == digest:
+        return True
+    known = set(pairs.numbers)
+    return all(number in known for number in numbers) and pairs.at(numbers).digest == digest
 
 
-@dataclass(frozen=True, eq=False)
-class FaithfulnessCurve(Result):
-    """The metric of the strongest edges alone, for several numbers of them: ``values`` ``[condition share example]``.
-
-    Conditions are ``"ranked"`` and ``"random 1"`` …, unions of random paths of the same size. ``share`` are the shares of the model's edges that the
-    circuits really have, ``sizes`` their numbers of edges; the first is 0 (``empty``), the last 1 (``clean``). ``rank`` says how edges were ranked.
-    """
-
-    clean: Tensor = field(default_factory=lambda: torch.zeros(0))
-    empty: Tensor = field(default_factory=lambda: torch.zeros(0))
-    sizes: list[int] = field(default_factory=list)
-    rank: str = "size"
-    ablation: str = "interchange"
-    groups: list[Any] = field(default_factory=list)
-
-    _per_example: ClassVar[dict[str, int]] = {"clean": -1, "empty": -1, "groups": 0}
-
-    def _runs(self) -> tuple[Tensor, Tensor, Tensor]:
-        groups = self.groups or list(range(self.values.shape[-1]))
-        values, empty, clean = (by_example(one.double(), groups) for one in (self.values, self.empty, self.clean))
-        return values - empty, empty.expand_as(values), clean.expand_as(values)
-
-    @property
-    def faithfulness(self) -> Float[Tensor, "condition share"]:
-        """As of :class:`CircuitEvaluation`."""
-        return restored_share(*self._runs())
-
-    @property
-    def faithfulness_error(self) -> Float[Tensor, "condition share"]:
-        """The standard error of :attr:`faithfulness`."""
-        return restored_error(*self._runs())
-
-    @property
-    def shares(self) -> np.ndarray:
-        """The shares of edges, from 0 to 1."""
-        return np.array(self.axes["share"], dtype=float)
-
-    @property
-    def cpr(self) -> Float[Tensor, " condition"]:
-        """The area under the curve over the share of edges, from 0 to 1: 1 for a circuit that is faithful at every size."""
-        return torch.tensor([area(self.shares, one.numpy()) for one in self.faithfulness])
-
-    @property
-    def cmd(self) -> Float[Tensor, " condition"]:
-        """The area between the curve and 1, split where it crosses 1: 0 for a circuit that is faithful at every size."""
-        return torch.tensor([area_beside(self.shares, one.numpy() - 1.0) for one in self.faithfulness])
-
-    @property
-    def log_area(self) -> Float[Tensor, " condition"]:
-        """The mean of the curve over the logarithm of the share, from one edge to all."""
-        inner = self.shares > 0
-        points = np.log(self.shares[inner])
-        width = points[-1] - points[0]
-        return torch.tensor(
-            [area(points, one.numpy()[inner]) / width if width else math.nan for one in self.faithfulness]
-        )
-
-    def size_for(self, faithfulness: float = 0.9) -> int | None:
-        """The smallest number of ranked edges that were measured whose faithfulness is at least this; None where none is."""
-        own = self.faithfulness[0]
-        return next((size for size, value in zip(self.sizes, own.tolist(), strict=True) if value >= faithfulness), None)
-
-    def highlights(self) -> dict[str, str]:
-        """The three areas, beside those of random circuits."""
-        found = {}
-        for name, values in (("cpr", self.cpr), ("cmd", self.cmd), ("log area", self.log_area)):
-            beside = f" (random {values[1:].mean():.3f})" if len(values) > 1 else ""
-            found[name] = f"{values[0]:.3f}{beside}"
-        return found
-
-
-def area(points: np.ndarray, values: np.ndarray) -> float:
-    """The area under straight lines between points."""
-    return float(np.trapezoid(values, points))
-
-
-def area_beside(points: np.ndarray, values: np.ndarray) -> float:
-    """The area between straight lines and 0, of both signs counted, each line split where it crosses 0."""
-    total = 0.0
-    for width, left, right in zip(np.diff(points), values[:-1], values[1:], strict=True):
-        if left * right >= 0:
-            total += width * (abs(left) + abs(right)) / 2
-        else:
-            total += width * (left**2 + right**2) / (abs(left) + abs(right)) / 2
-    return float(total)
-
-
-@with_provenance
-def faithfulness_curve(
-    model: Any,
-    attribution: EdgeAttribution,
-    pairs: Any = None,
-    metric: Any = None,
-    *,
-    shares: Sequence[float] = SHARES,
-    rank: str | Callable[[EdgeAttribution, int], Circuit] = "size",
-    ablation: str = "interchange",
-    n_random: int = 0,
-    seed: int = 0,
-    clean: Mapping[str, Any] | None = None,
-    corrupt: Mapping[str, Any] | None = None,
-    align: Any = "kind",
-    allow_wrong: bool = False,
-    example_batch: int | None = None,
-    progress: bool = True,
-) -> FaithfulnessCurve:
-    """How faithful the strongest edges are, for growing numbers of them.
-
-    Args:
-        model: the hooked model.
-        attribution: the scores of its edges.
-        pairs, metric, clean, corrupt: as of :func:`evaluate`.
-        shares: shares of all edges; 0 and 1 are added.
-        rank: ``"size"`` of the mean score, its ``"signed"`` value (those that work for the answer of the clean run first: the most negative change
-            when they are corrupted), or a function of the attribution and a number of edges.
-        ablation, n_random, seed: as of :func:`evaluate`.
-        align, allow_wrong, example_batch, progress: as of :func:`circuitvision.patching.activation_patch`.
-
-    Raises:
-        InputError: shares outside 0 to 1, and what :func:`evaluate` refuses.
-    """
-    if any(not 0 <= share <= 1 for share in shares):
-        raise InputError("Shares of edges lie between 0 and 1.")
-    _check_ablation(ablation)
-    total = attribution.n_edges
-    sizes = sorted({round(share * total) for share in (0.0, *shares, 1.0)})
-    every = attribution.circuit(attribution.edges)
-    runs = _runs_of(model, every, pairs, metric, clean, corrupt, align, allow_wrong, example_batch)
-    masks = [runs.mask(one) for one in ranked(attribution, sizes, rank)]
-    reads, edges = runs.graph.reads, runs.graph.edges
-    generator = torch.Generator().manual_seed(checked_seed(seed))
-    useful = int(connectivity.pruned(edges, reads).sum())
-    none = torch.zeros_like(edges)
-    for _ in range(n_random):
-        masks += [
-            none
-            if not size
-            else edges
-            if size >= useful
-            else connectivity.random_circuit(edges, reads, size, generator)
-            for size in sizes
-        ]
-    found = runs.measure(masks, ablation, progress=progress)
-    runs.runs.warn()
-    named = rank if isinstance(rank, str) else getattr(rank, "__name__", "function")
-    return FaithfulnessCurve(
-        values=found.values[0].unflatten(0, (1 + n_random, len(sizes))),
-        axes={
-            "condition": ["ranked", *(f"random {number + 1}" for number in range(n_random))],
-            "share": [size / total for size in sizes],
-            "example": found.examples,
-        },
-        provenance=describe(
-            model,
-            method=f"faithfulness_curve(rank={named}, ablation={ablation}, n_random={n_random})",
-            metric=runs.runs.metrics,
-            seed=seed,
-            **runs.runs.described(),
-        ),
-        clean=found.clean[0],
-        empty=found.empty[0],
-        sizes=sizes,
-        rank=named,
-        ablation=ablation,
-        groups=runs.runs.groups,
-    )
-
-
-def ranked(
-    attribution: EdgeAttribution, sizes: Sequence[int], rank: str | Callable[[EdgeAttribution, int], Circuit] = "size"
-) -> list[Circuit]:
-    """Circuits of the first edges of a ranking, see :func:`faithfulness_curve`.
-
-    Raises:
-        InputError: an unknown ranking.
-    """
-    if callable(rank):
-        return [rank(attribution, size) if size else attribution.circuit([]) for size in sizes]
-    if rank not in RANKINGS:
-        raise InputError(
-            f"Unknown ranking {rank!r}; choose one of {', '.join(map(repr, RANKINGS))}, or give a function."
-        )
-    order = signed_order(attribution) if rank == "signed" else [name for name, _ in attribution.ranking()]
-    return [attribution.circuit(order[:size]) for size in sizes]
-
-
-def signed_order(attribution: EdgeAttribution) -> list[str]:
-    """Edges by how much they work for the clean run's answer, those that work most for it first."""
-    return [name for name, score in sorted(attribution.ranking(), key=lambda entry: -attribution.favour * entry[1])]
-
-
-def faithful_scores(found: CircuitScores) -> Float[Tensor, " circuit"]:
-    """The faithfulness of every circuit that was measured, of the first metric."""
-    values = found.values[0].double()
-    empty, clean = found.empty[0].double().expand_as(values), found.clean[0].double().expand_as(values)
-    return restored_share(values - empty, empty, clean)
+def described(runs: CircuitRuns, method: str, **told: Any) -> dict[str, Any]:
+    """Provenance of a measurement of circuits."""
+    return describe(runs.model, method=method, metric=runs.runs.metrics, **told, **runs.runs.described())

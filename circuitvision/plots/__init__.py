@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 _FIGURES = {
     "ClaimTests": ("claims", "claim"),
-    "CircuitEvaluation": ("claims", "evaluation"),
-    "FaithfulnessCurve": ("claims", "curve"),
     "Attribution": ("attribution", "attribution"),
     "BilinearAttribution": ("attribution", "bilinear"),
     "DataReading": ("over_data", "reading"),
@@ -57,6 +55,10 @@ _FIGURES = {
     "Direction": ("steering", "direction"),
     "InjectionResult": ("steering", "injection"),
     "PromptConditions": ("steering", "conditions"),
+    "CircuitEvaluation": ("circuit_evaluation", "evaluation"),
+    "FaithfulnessCurve": ("circuit_evaluation", "curve"),
+    "LayerMatrix": ("circuit_evaluation", "layers"),
+    "Minimality": ("circuit_evaluation", "minimality"),
     "DASResult": ("subspaces", "das"),
     "IllusionReport": ("subspaces", "illusion"),
     "SubspaceSweep": ("subspaces", "sweep"),
@@ -109,7 +111,7 @@ def plot(result: Any, **keywords: Any) -> go.Figure:
     )
 
 
-_PAGES = {"ClaimTests": "claims", "IllusionReport": "subspaces"}
+_PAGES = {"CircuitEvaluation": "circuit_evaluation", "ClaimTests": "claims", "IllusionReport": "subspaces"}
 
 
 def write_page(result: Any, path: str | Path) -> Path:

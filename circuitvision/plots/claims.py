@@ -1,4 +1,4 @@
-"""Figures of a circuit's claim: how faithful it is among random circuits of its size, its curve, and the page of its tests."""
+"""The figure of a circuit's claim, how faithful it is among random circuits of its size, and the page of its tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from circuitvision.plots import kit, report, style
 
 if TYPE_CHECKING:
     from circuitvision.circuits.claims import ClaimTests
-    from circuitvision.circuits.evaluation import CircuitEvaluation, FaithfulnessCurve
 
 KINDS = {
     "causal": ("sufficiency", "partial necessity", "equivalence"),
@@ -58,75 +57,6 @@ def claim(result: ClaimTests, title: str | None = None) -> kit.Figure:
         title="faithfulness (0: nothing left, 1: the model)", gridcolor=style.FAINT, zerolinecolor=style.FAINT
     )
     figure.update_yaxes(automargin=True, gridcolor=style.FAINT, autorange="reversed")
-    kit.legend_below(figure, 44)
-    return figure
-
-
-def evaluation(result: CircuitEvaluation, title: str | None = None) -> kit.Figure:
-    """Faithfulness of a circuit and its complement under every ablation, beside random circuits."""
-    figure = kit.Figure()
-    names = [str(name) for name in result.axes["ablation"]]
-    found, error = result.faithfulness, result.faithfulness_error
-    for kind, color in (("random", style.AGAINST), ("rewired", style.GREY)):
-        drawn = result.randoms(kind)
-        figure.add_scatter(
-            x=drawn.flatten().tolist(), y=[name for name in names for _ in range(drawn.shape[1])], mode="markers", name=f"{kind} circuits",
-            marker={"size": 9, "color": color, "opacity": 0.35}, hovertemplate="%{x:.2f}<extra>" + kind + "</extra>",
-        )  # fmt: skip
-    for label, color, symbol in (("circuit", style.FOR, "diamond"), ("complement", style.FOR, "diamond-open")):
-        column = result.index_of("condition", label)
-        figure.add_scatter(
-            x=found[:, column].tolist(), y=names, mode="markers", name=label, marker={"size": 15, "color": color, "symbol": symbol},
-            error_x={"array": (1.96 * error[:, column]).nan_to_num().tolist(), "color": color, "thickness": 2, "width": 5},
-            hovertemplate="%{x:.2f}<extra>" + label + "</extra>",
-        )  # fmt: skip
-    low, high = float(found[:, 0].min()), float(found[:, 0].max())
-    kept = f"{low:.0%}" if high - low < 0.005 else f"{low:.0%} to {high:.0%}"
-    told = f"{len(result.edges)} of {result.n_edges:,} edges alone keep {kept} of the answer"
-    style.layout(
-        figure,
-        title or style.titled(kit.escaped(told), "bars: 95 % intervals", kit.over(result)),
-        230 + 50 * len(names),
-        margin={"l": 20, "r": 20, "b": 96},
-    )
-    figure.update_xaxes(
-        title="faithfulness (0: nothing left, 1: the model)", gridcolor=style.FAINT, zerolinecolor=style.FAINT
-    )
-    figure.update_yaxes(automargin=True, gridcolor=style.FAINT, autorange="reversed")
-    kit.legend_below(figure, 44)
-    return figure
-
-
-def curve(result: FaithfulnessCurve, title: str | None = None) -> kit.Figure:
-    """Faithfulness of the strongest edges by their number, on a logarithmic axis, with random circuits of the same size."""
-    figure = kit.Figure()
-    found, error = result.faithfulness, result.faithfulness_error
-    inner = [n for n, size in enumerate(result.sizes) if size]
-    sizes = [result.sizes[n] for n in inner]
-    for row in range(1, len(found)):
-        figure.add_scatter(
-            x=sizes, y=found[row, inner].tolist(), mode="lines", line={"color": style.AGAINST, "width": 1}, opacity=0.4,
-            name="random circuits", showlegend=row == 1, hoverinfo="skip",
-        )  # fmt: skip
-    figure.add_scatter(
-        x=sizes, y=found[0, inner].tolist(), mode="lines+markers", name=f"edges by {result.rank}", line={"color": style.FOR, "width": 3},
-        error_y={"array": (1.96 * error[0, inner]).nan_to_num().tolist(), "color": style.FOR, "thickness": 1.5},
-        hovertemplate="%{x:,} edges: %{y:.2f}<extra></extra>",
-    )  # fmt: skip
-    figure.add_hline(y=1, line={"color": style.GREY, "dash": "dot"})
-    enough = result.size_for(0.9)
-    told = (
-        f"{enough:,} of {result.sizes[-1]:,} edges keep 90 % of the answer"
-        if enough
-        else "No number of edges that was run keeps 90 % of the answer"
-    )
-    notes = (
-        f"CPR {float(result.cpr[0]):.2f}, CMD {float(result.cmd[0]):.2f}, log area {float(result.log_area[0]):.2f}; {result.ablation} ablation",
-        kit.over(result),
-    )
-    style.layout(figure, title or style.titled(kit.escaped(told), *notes), 420, margin={"l": 20, "r": 20, "b": 86})
-    figure.update_xaxes(type="log", title="edges left", gridcolor=style.FAINT, zerolinecolor=style.FAINT)
-    figure.update_yaxes(title="faithfulness", gridcolor=style.FAINT, zerolinecolor=style.FAINT, automargin=True)
     kit.legend_below(figure, 44)
     return figure
 
