@@ -72,6 +72,7 @@ _CLASSES = {
     "circuits.edge_attribution": "EdgeAttribution",
     "circuits.edge_runs": "Interchange",
     "circuits.importance": "HeadImportance",
+    "circuits.node_attention": "NodeAttention",
     "circuits.removal": "HeadRemoval",
     "circuits.shortcuts": "InformationGain ShortcutHeads",
     "data.backgrounds": "BackgroundScene",

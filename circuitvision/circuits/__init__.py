@@ -10,6 +10,7 @@ from circuitvision.circuits.edge_attribution import EdgeAttribution, edge_attrib
 from circuitvision.circuits.edge_runs import Interchange
 from circuitvision.circuits.export import export, load
 from circuitvision.circuits.importance import HeadImportance, head_importance
+from circuitvision.circuits.node_attention import NodeAttention, attention_of
 from circuitvision.circuits.removal import HeadRemoval, removal_curve, remove_heads
 from circuitvision.circuits.schema import add_edge, add_node, new_graph, rank_edges, validate
 from circuitvision.circuits.shortcuts import InformationGain, ShortcutHeads, shortcut_heads
@@ -24,12 +25,14 @@ __all__ = [
     "HeadRemoval",
     "InformationGain",
     "Interchange",
+    "NodeAttention",
     "NodeName",
     "ShortcutHeads",
     "ablation_check",
     "add_edge",
     "add_node",
     "attention_edges",
+    "attention_of",
     "computational_graph",
     "edge_attribution",
     "export",
