@@ -82,6 +82,7 @@ _CLASSES = {
     "circuits.faithfulness_ratios": "Kept",
     "circuits.importance": "HeadImportance",
     "circuits.minimality": "Minimality",
+    "circuits.node_attention": "NodeAttention",
     "circuits.removal": "HeadRemoval",
     "circuits.shortcuts": "InformationGain ShortcutHeads",
     "data.backgrounds": "BackgroundScene",

@@ -425,7 +425,32 @@ def _capital(text: str) -> str:
     return text if is_component(" ".join(text.split(" ", 2)[:2])) else text[:1].upper() + text[1:]
 
 
+def _say_few_edges(found: Finding) -> str:
+    edges, total = (f"{int(found.about[name]):,}" for name in ("edges", "of"))
+    if found.value != found.value:
+        return "This graph has no scored edge" if total == "0" else f"All scores of the {total} edges are 0"
+    if found.holds:
+        verb = "carries" if edges == "1" else "carry"
+        return f"{edges} of {total} edges {verb} {percent(found.value)} of all |score|"
+    if found.holds is None:
+        return (
+            f"All {total} edges that have a score are drawn" if total != "1" else "The graph has a single scored edge"
+        )
+    return f"No few edges carry the score: the largest {edges} of {total} hold {percent(found.value)}, of noise {percent(found.chance or 0.0)}"
+
+
+def _say_strongest_path(found: Finding) -> str:
+    if "path" not in found.about:
+        return "No path of scores above 0 leads from an input to the answer"
+    path = found.about["path"]
+    if found.holds is False:
+        return f"Strongest path: {path}, of which one edge is not apart from 0 ({found.amount}, {found.sure})"
+    return f"Strongest path: {path} (weakest edge {found.amount}, {found.sure})"
+
+
 SENTENCES = {
+    "few edges": _say_few_edges,
+    "strongest path": _say_strongest_path,
     "answers": _say_answers,
     "swing": _say_swing,
     "head": _say_share,

@@ -20,6 +20,7 @@ from circuitvision.circuits.export import export, load
 from circuitvision.circuits.faithfulness_curve import FaithfulnessCurve, faithfulness_curve
 from circuitvision.circuits.importance import HeadImportance, head_importance
 from circuitvision.circuits.minimality import Minimality, minimality
+from circuitvision.circuits.node_attention import NodeAttention, attention_of
 from circuitvision.circuits.removal import HeadRemoval, removal_curve, remove_heads
 from circuitvision.circuits.schema import add_edge, add_node, new_graph, rank_edges, validate
 from circuitvision.circuits.shortcuts import InformationGain, ShortcutHeads, shortcut_heads
@@ -44,6 +45,7 @@ __all__ = [
     "Interchange",
     "LayerMatrix",
     "Minimality",
+    "NodeAttention",
     "NodeName",
     "ShortcutHeads",
     "ablation_check",
@@ -51,6 +53,7 @@ __all__ = [
     "add_edge",
     "add_node",
     "attention_edges",
+    "attention_of",
     "certify",
     "circuit_of_graph",
     "claim_tests",

@@ -6,7 +6,6 @@ Not covered: figures of the library's own (:mod:`circuitvision.plots`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 
 import networkx as nx
 
@@ -36,7 +35,7 @@ def placed(graph: nx.MultiDiGraph) -> dict[str, tuple[float, float]]:
     """Where every node stands: x by tower and place in its layer, y by how far it is computed, from below."""
     left = 0.0
     places: dict[str, tuple[float, float]] = {}
-    for tower in _towers(graph):
+    for tower in towers_of(graph):
         rows = defaultdict(list)
         for node, data in graph.nodes(data=True):
             if data["tower"] == tower:
@@ -56,7 +55,7 @@ def _height(data: dict[str, object]) -> float:
     return float("inf") if data["kind"] in ("logit", "action") else sublayer
 
 
-def _towers(graph: nx.MultiDiGraph) -> Iterable[str]:
+def towers_of(graph: nx.MultiDiGraph) -> list[str]:
     """Towers in the order in which edges lead through them."""
     present = {data["tower"]: None for _, data in graph.nodes(data=True)}
     order = nx.DiGraph()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuitvision.errors import InputError
@@ -12,12 +13,16 @@ from circuitvision.errors import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import networkx as nx
     import plotly.graph_objects as go
+
+    from circuitvision.circuits.node_attention import NodeAttention
 
 _FIGURES = {
     "ClaimTests": ("claims", "claim"),
     "Attribution": ("attribution", "attribution"),
     "BilinearAttribution": ("attribution", "bilinear"),
+    "EdgeAttribution": ("circuits", "edges"),
     "DataReading": ("over_data", "reading"),
     "LensSummary": ("lens_summaries", "summary"),
     "LogProbIncrease": ("attribution", "increase"),
@@ -130,3 +135,52 @@ def write_page(result: Any, path: str | Path) -> Path:
     raise InputError(
         f"There is no page for a {type(result).__name__}; known are {', '.join(_PAGES)}. A figure is result.plot().write_html(path)."
     )
+
+
+def circuit(graph: nx.MultiDiGraph, *, n: int | None = None, share: float = 0.9, title: str | None = None) -> go.Figure:
+    """The strongest edges of a circuit graph (schema ``circuitvision.graph/1``, any kind): towers side by side, layers from below.
+
+    Args:
+        graph: what ``to_networkx()`` of a result gives, or a loaded graph.
+        n: how many edges, the largest first; None: the fewest that hold ``share`` of the sum of all ``|score|``, at most 60.
+        share: see ``n``.
+        title: in place of the finding; plain text.
+
+    Raises:
+        InputError: the graph breaks the schema, or ``n`` or ``share`` is none.
+    """
+    from circuitvision.plots import circuits
+
+    return circuits.circuit(graph, n=n, share=share, title=title)
+
+
+def write_circuit(
+    graph: nx.MultiDiGraph,
+    path: str | Path,
+    *,
+    n: int | None = None,
+    share: float = 0.9,
+    title: str | None = None,
+    attention: NodeAttention | None = None,
+    picture: Any = None,
+    example: Any = None,
+) -> Path:
+    """Write a circuit graph as one interactive HTML file that needs no network, complete or not at all; returns the path.
+
+    The page has a slider for the number of edges, shows ids, scores and the edges in and out of what is pointed at, and of a head that is clicked
+    its edges and its attention over the image. ``page.html#theme=dark&n=200&node=v.a0.h1`` opens it so.
+
+    Args:
+        graph, n, share, title: as of :func:`circuit`; ``n`` and ``share`` say what is drawn at first.
+        path: of the file.
+        attention: :func:`circuitvision.circuits.attention_of` this graph.
+        picture: what the model saw, ``[height width 3]`` of whole numbers 0 … 255 or a PIL image of any size; None: the maps alone.
+        example: whose attention; None: the first.
+
+    Raises:
+        InputError: as :func:`circuit`; attention of another graph; a picture or example without attention.
+    """
+    from circuitvision.plots import circuit_page
+
+    given: dict[str, Any] = {"attention": attention, "picture": picture, "example": example}
+    return circuit_page.write(graph, path, n=n, share=share, title=title, **given)
