@@ -78,9 +78,9 @@ def test_areas_are_those_of_the_table(curve):
     table = curve.table()
     for order, name in (("signed", "cpr"), ("size", "cmd")):
         own = table[table.order == order]
-        f = own.f.to_numpy() if name == "cpr" else np.abs(1 - own.f.to_numpy())
+        f = own.faithfulness.to_numpy() if name == "cpr" else np.abs(1 - own.faithfulness.to_numpy())
         fine = np.union1d(np.linspace(0, 1, 200_001), own.k)
-        line = np.interp(fine, own.k, own.f)
+        line = np.interp(fine, own.k, own.faithfulness)
         expected = np.trapezoid(line if name == "cpr" else np.abs(1 - line), fine)
         assert getattr(curve, name) == pytest.approx(expected, abs=1e-6)
         assert f.max() > 0.5

@@ -69,9 +69,9 @@ def comes_near(result: FaithfulnessCurve) -> Finding:
     row: Any = areas.loc[order]
     drawn = distance_area(result.random_faithfulness, result.ks).tolist()
     table = result.table()
-    near = table[(table.order == order) & (table.k > 0) & ((1 - table.f).abs() <= 0.1)]
+    near = table[(table.order == order) & (table.k > 0) & ((1 - table.faithfulness).abs() <= 0.1)]
     # From there on every larger circuit is near, too.
-    far = table[(table.order == order) & ~((1 - table.f).abs() <= 0.1)]
+    far = table[(table.order == order) & ~((1 - table.faithfulness).abs() <= 0.1)]
     near = near[near.k > far.k.max()] if len(far) else near
     first = near.iloc[0] if len(near) else None
     about = {

@@ -144,7 +144,7 @@ class FaithfulnessCurve(Result):
         return pd.DataFrame(rows)
 
     def table(self, level: float = 0.95) -> pd.DataFrame:
-        """One row per order and share of edges: ``f`` with its interval, how many edges, and ``f`` of random circuits."""
+        """One row per order and share of edges: faithfulness with its interval, how many edges, and that of random circuits."""
         import pandas as pd
 
         f, (low, high) = self.faithfulness, self.faithfulness_interval(level)
@@ -154,7 +154,7 @@ class FaithfulnessCurve(Result):
             for row, order in enumerate(self.axes["order"])
             for at, k in enumerate(self.ks)
         ]
-        return pd.DataFrame(rows, columns=pd.Index(["order", "k", "edges", "f", "low", "high", "random"]))
+        return pd.DataFrame(rows, columns=pd.Index(["order", "k", "edges", "faithfulness", "low", "high", "random"]))
 
     def highlights(self) -> dict[str, str]:
         """The areas."""
