@@ -314,11 +314,11 @@ def test_in_a_browser_the_script_draws_what_is_asked_for(tmp_path):
     assert sorted(re.findall(r'class="slot"[^>]*>(\w)<', page)) == ["q", "v"]
     assert "owned" not in re.search(r"<title>(.*?)</title>", page)[1]
     assert "<img src=" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
-    more = dumped(path, "#n=2&theme=dark&node=v.a0.h0")
+    more = dumped(path, "#n=1&theme=dark&node=v.a0.h0")
     assert 'data-theme="dark"' in more
-    assert "2 of 6 edges drawn" in more
-    # Two by size, and the third of the chosen head's own.
-    assert len(re.findall(r'class="edge (?:for|against)', more)) == 4
+    assert "1 of 6 edges drawn" in more
+    # The largest, which is above 0, and two of the chosen head's own, which are below.
+    assert [more.count(f'class="edge {sign} mine"') for sign in ("for", "against")] == [1, 2]
     assert "<canvas" in more
 
 
