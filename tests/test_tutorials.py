@@ -18,10 +18,12 @@ def _runs() -> list[Any]:
     """The notebooks; those that take longest on one thread run with the slow tests (one of each kind of model stays)."""
     slow = (
         "a_study_that_continues",
+        "does_the_circuit_explain_the_model",
         "interventions_are_values",
         "pixels_to_actions_in_pi0",
         "steering_a_robots_words",
         "what_a_vit_sees",
+        "your_first_circuit",
     )
     paths = sorted(FOLDER.glob("*.ipynb"))
     return [pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in slow else ()) for path in paths]

@@ -45,7 +45,9 @@ def graph_of(result: EdgeAttribution, n: int | None = None, edges: Sequence[str]
         row, column = senders.index(first), slots.index(second)
         error = float(errors[row, column])
         reader, slot = split_slot(second)
-        options = {"se": 0.0 if error != error else error, "n": len(result.examples)}
+        options: dict[str, Any] = {"se": 0.0 if error != error else error, "n": len(result.examples)}
+        if result.method == "exact":
+            options |= {"verified": True, "effect_verified": float(scores[row, column])}
         schema.add_edge(graph, first, reader, slot, float(scores[row, column]), **options)
     for first, second, slot in links:
         schema.add_edge(graph, first, second, slot, 0.0, n=len(result.examples))
