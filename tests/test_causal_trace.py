@@ -13,6 +13,7 @@ import circuitvision as cv
 from circuitvision import edits, regions
 from circuitvision.errors import InputError
 from circuitvision.metrics import logit_diff
+from circuitvision.model.positions import Positions
 from circuitvision.patching import CausalTrace, causal_trace
 from tests.test_patching import hooked_pair
 
@@ -96,6 +97,17 @@ def test_a_cell_is_a_run_by_hand(llava, severed, position):
     torch.testing.assert_close(found.source, METRIC(model(inputs), inputs), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("subject", [3, [3, 4], slice(3, 6), "last", lambda tokens: [1]])
+def test_the_subject_is_spelled_as_positions_are(llava, subject):
+    model, inputs, _ = llava
+    found = causal_trace(
+        model, inputs, METRIC, subject=subject, sites="language.blocks.0.hook_resid_post", axes=("layer",), samples=1, progress=False
+    )  # fmt: skip
+    rows = Positions.of(subject).resolve(model.tokens(inputs)["language"])
+    entries = model.run_with_cache(inputs)[1]["language.hook_input"][rows]
+    assert found.sigma == pytest.approx(float(entries.double().std(correction=0)), rel=1e-5)
+
+
 def test_the_subject_restored_at_the_entrance_is_everything_and_the_rest_is_nothing(llava):
     model, inputs, _ = llava
     found = causal_trace(
@@ -162,7 +174,12 @@ def test_what_is_interrupted_goes_on_from_what_was_kept(llava, tmp_path):
     ("options", "message"),
     [
         ({"noise": 0.0}, "positive"),
+        ({"noise": float("inf")}, "positive"),
+        ({"sigma": float("nan")}, "positive"),
         ({"samples": 0}, "positive"),
+        ({"samples": True}, "positive"),
+        ({"subject": 10_000}, "outside"),
+        ({"severed": "hook_resid_post"}, "stream itself"),
         ({"sites": "*.blocks.0.hook_resid_post"}, "one tower"),
         ({"subject": regions.words("zebra")}, "nowhere|zebra|word"),
         ({"severed": "hook_nothing"}, "hook_nothing"),

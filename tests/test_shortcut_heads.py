@@ -210,6 +210,25 @@ def forward(model: cv.HookedModel, pixels: Tensor, heads: Any, values: Any) -> T
     return logits
 
 
+@pytest.mark.parametrize("ablation", ["mean", "zero"])
+def test_heads_of_one_layer_are_removed_together(model: cv.HookedModel, ablation: str) -> None:
+    side, groups = drawn(60, 31)
+    heads = [(1, 0), (1, 2), (1, 3)]
+    named = [circuits.head_id("vision", *head) for head in heads]
+    curve = removal_curve(model, side, named, groups=groups, most=3, ablation=ablation, progress=False)
+    inputs = model.inputs(images=[one.image for one in side.examples])
+    labels = torch.tensor([model.config.label2id[answer] for answer in side.answers])
+    for count in range(4):
+        with without(model, heads[:count], ablation == "mean"):
+            right = model.module(**inputs).logits.argmax(-1) == labels
+        assert curve.values[count].bool().tolist() == right.tolist()
+    edited = circuits.shortcuts.removed(named, ablation, side)
+    with without(model, heads, ablation == "mean"):
+        plain = model.module(**inputs).logits
+    with torch.no_grad():
+        torch.testing.assert_close(model.run(inputs, list(edited)), plain, atol=1e-5, rtol=1e-5)
+
+
 def test_the_mean_colour_of_a_picture_that_is_mostly_background_hides_nothing(model: cv.HookedModel) -> None:
     side, _ = drawn(60, 17)
     own, whole = (shortcut_heads(model, side, fill=fill, progress=False) for fill in ("mean", "dataset"))
@@ -269,6 +288,64 @@ def test_a_model_that_answers_in_words() -> None:
             llava(next(part.batches(llava, 4)).inputs)[:, -1, ids].double().softmax(-1) for part in (side, front)
         )
     torch.testing.assert_close(found.background_gain, js(one, other), atol=1e-5, rtol=0)
+    early = shortcut_heads(llava, side, fill=128, choices=["circle", "square"], position=-2, progress=False)
+    with torch.no_grad():
+        one, other = (
+            llava(next(part.batches(llava, 4)).inputs)[:, -2, ids].double().softmax(-1) for part in (side, front)
+        )
+    torch.testing.assert_close(early.background_gain, js(one, other), atol=1e-5, rtol=0)
+    assert not torch.allclose(early.background_gain, found.background_gain)
+
+
+def scores(big: list[float], fig: list[float], score: list[float], beside: list[float], heads: int = 2) -> Any:
+    """Some heads, of which all but the first say nothing."""
+    values, other = torch.zeros(2, 1, 1, heads, len(score), dtype=torch.float64)
+    values[0, 0, 0], other[0, 0, 0] = torch.tensor([score, beside], dtype=torch.float64)
+    axes = {"tower": ["vision"], "layer": [0], "head": list(range(heads)), "example": list(range(len(score)))}
+    return ShortcutHeads(
+        values,
+        axes,
+        foreground=other,
+        background_gain=torch.tensor(big, dtype=torch.float64),
+        foreground_gain=torch.tensor(fig, dtype=torch.float64),
+    )
+
+
+def test_the_share_of_the_background_and_what_is_claimed_by_hand() -> None:
+    big, fig, score = [0.3, 0.1, 0.2], [0.6, 0.7, 0.5], [0.11, 0.1, 0.12]
+    found = scores(big, fig, score, [0.0, 0.01, 0.0])
+    assert found.background_share == pytest.approx(0.2 / (0.2 + 0.6))
+    assert reads_background(found).holds
+    # As much of the foreground goes with it; and hiding the background changes nothing.
+    assert reads_background(scores(big, fig, score, [0.2, 0.3, 0.2])).holds is False
+    assert reads_background(scores([0.001] * 3, fig, score, [0.0] * 3)).holds is False
+    # Three standard errors above 0 tell one head of two, and not the highest of 400.
+    three = [0.1, 0.1 + 0.1 / 3**0.5, 0.1 - 0.1 / 3**0.5]
+    assert reads_background(scores(big, fig, three, [0.0] * 3)).holds
+    assert reads_background(scores(big, fig, three, [0.0] * 3, heads=400)).holds is False
+    assert math.isnan(scores([0.0] * 3, [0.0] * 3, score, score).background_share)
+
+
+def test_a_curve_removes_heads_with_a_score_above_0_alone(model: cv.HookedModel, scored: ShortcutHeads) -> None:
+    side, _ = drawn(6, 33)
+    best = scored.top(2)
+    values = torch.where((scored.mean() >= dict(scored.ranking())[best[1]])[..., None], 1.0, -1.0)
+    lone = dataclasses.replace(scored, values=values.expand(scored.values.shape))
+    assert removal_curve(model, side, lone, progress=False).axes["condition"] == ["intact", "1 head", "2 heads"]
+    most = removal_curve(model, side, [name for name, _ in scored.ranking()], progress=False)
+    assert len(most.sets) - 1 == len(scored.heads) // 2
+
+
+def test_the_second_picture_is_the_one_that_is_hidden() -> None:
+    side, _ = drawn(2, 32)
+    first, second = (one.image for one in side.examples)
+    both = Side([[first, second]], boxes=[[0, 0, 20, 20]])
+    for image, kept in ((0, second), (1, first)):
+        triple = circuits.shortcuts._triples(both, None, 0, image, 0)
+        assert len(triple) == 3
+        for one in triple.examples[1:]:
+            assert np.array_equal(np.asarray(one.image[1 - image]), np.asarray(kept))
+            assert not np.array_equal(np.asarray(one.image[image]), np.asarray((first, second)[image]))
 
 
 # -- the report by group -------------------------------------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from circuitvision.data.pairs import Pairs
 from circuitvision.data.sides import Side
 from circuitvision.errors import InputError
+from circuitvision.model.positions import Positions
 
 if TYPE_CHECKING:
     from circuitvision.model.tokens import TokenMap
@@ -37,12 +37,11 @@ def embedding_std(
         model: the hooked model.
         data: the data set, run in batches (of pairs the clean side), or inputs.
         site: where noise is to be added, ``[row pos d]``.
-        positions: a kind ("text", "patch", several), a region, such as ``cv.regions.words(subjects)``, positions that were taken apart, or None for
-            all.
+        positions: in any spelling: a kind ("text", "patch", several), numbers, a region, such as ``cv.regions.words(subjects)``; None for all.
         size: how many examples run at once; None: by memory.
 
     Raises:
-        InputError: a site that has no positions, or positions that nothing holds.
+        InputError: a site that has no positions, or positions that are not there or that nothing holds.
     """
     count, total, square = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
@@ -55,23 +54,13 @@ def embedding_std(
                 )
             there = torch.from_numpy(tokens.present)
             if positions is not None:
-                there = there & _chosen(positions, tokens, rows, examples)
+                there = there & Positions.of(positions).taken(rows, examples).resolve(tokens)
             chosen = value[there]
             count += chosen.numel()
             total, square = total + chosen.sum(), square + chosen.square().sum()
     if not count:
         raise InputError(f"No position of this data set is one of positions={positions!r}: the subject is nowhere.")
     return float((square / count - (total / count) ** 2).clamp(min=0).sqrt())
-
-
-def _chosen(positions: Any, tokens: TokenMap, rows: list[int], examples: int) -> torch.Tensor:
-    """Which positions are meant, ``[row pos]``."""
-    if hasattr(positions, "resolve"):
-        return positions.taken(rows, examples).resolve(tokens)
-    if hasattr(positions, "where"):
-        return torch.from_numpy(positions.where(tokens, rows))
-    kinds = [positions] if isinstance(positions, str) else list(positions)
-    return torch.from_numpy(np.isin(tokens.kind, kinds))
 
 
 def _batches(model: Any, data: Any, size: int | None) -> Iterator[tuple[Mapping[str, Any], list[int], int]]:

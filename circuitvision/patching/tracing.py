@@ -24,6 +24,7 @@ Not covered: noise in one tower and states of another through a cache; corruptio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,10 @@ def causal_trace(
     """
     refuse_unwrapped(model)
     refuse_random(model.module, "Causal tracing")
-    if not (noise > 0 and (sigma is None or sigma > 0) and isinstance(samples, int) and samples >= 1):
-        raise InputError(f"noise={noise!r}, sigma={sigma!r} and samples={samples!r} are positive numbers.")
+    if not all(0 < given < math.inf for given in (noise, 1.0 if sigma is None else sigma)):
+        raise InputError(f"noise={noise!r} and sigma={sigma!r} are finite, positive numbers.")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise InputError(f"samples={samples!r} is a positive whole number, of draws of noise.")
     names = matching_sites(model, sites)
     towers = {SiteName.parse(name).tower for name in names}
     if len(towers) > 1 or not towers <= set(model.towers):
@@ -217,6 +220,11 @@ def _later(model: Any, tower: str, severed: str) -> Callable[[Cell], list[str]]:
     """The severed sites behind a cell."""
     if not severed:
         return lambda cell: []
+    if severed.startswith("hook_resid"):
+        raise InputError(
+            f"severed={severed!r} is the residual stream itself, without which no cell reaches the output: sever what blocks add to it, "
+            "'hook_mlp_out' or 'hook_attn_out'."
+        )
     there = set(model.sites(f"{tower}.blocks.*.{severed}"))
     count = model.towers[tower].cfg.n_layers
 

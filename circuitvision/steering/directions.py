@@ -183,8 +183,8 @@ def steering_direction(
         example_batch: how many examples run at once.
 
     Raises:
-        InputError: an unknown method, one kind alone, several with a method for two, fewer than four examples of a kind, pairs that are none, kinds
-            that do not differ, several heads that are not all; a site that is no vector.
+        InputError: an unknown method, one kind alone, several with a method for two, fewer than four examples of a kind or two groups, pairs that are
+            none, kinds that do not differ, several heads that are not all; a site that is no vector.
         UnknownSiteError: no such site.
     """
     where, chosen = one_site(model, site, heads)
@@ -204,6 +204,13 @@ def steering_direction(
     if method == "paired" and len({len(own) for own in kinds.values()}) > 1:
         raise InputError(
             "Examples of both kinds belong together one by one, and there are not as many of one as of the other."
+        )
+    groups = _of_pairs(groups) if paired else groups
+    alone = [kind for kind, own in groups.items() if n_splits and len(set(own)) < 2]
+    if alone:
+        raise InputError(
+            f"All examples of the kind {alone[0]!r} belong to one group, and halves keep groups whole: give groups= that tell two apart at least, "
+            "or n_splits=0."
         )
     vector = _vector(kinds, method)
     if not float(vector.norm()) > 0:
@@ -310,6 +317,21 @@ def _vector(kinds: Kinds, method: str) -> Float[Tensor, " d"]:
         return torch.zeros_like(difference)
     unit = principal_components(varied, k=1)[0][:, 0]
     return (difference @ unit) * unit
+
+
+def _of_pairs(groups: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """The group of every pair, the same on both sides: pairs that share a group on either side are of one."""
+    first, second = groups.values()
+    joined: dict[Any, Any] = {}
+
+    def group(name: Any) -> Any:
+        while joined.setdefault(name, name) != name:
+            name = joined[name]
+        return name
+
+    for one, other in zip(first, second, strict=True):
+        joined[group(other)] = group(one)
+    return {kind: [group(one) for one in first] for kind in groups}
 
 
 def _halves(groups: Mapping[str, Sequence[Any]], paired: bool, rng: np.random.Generator) -> dict[str, Tensor]:

@@ -188,7 +188,7 @@ class DAS:
             held_out: the share that is held out, by groups where the pairs have them; or pairs.
             epochs, rate, batch_size: of Adam; the rate falls linearly to 0.
             seeds: of the start, of the order of batches and of the split (which takes the first).
-            closeness: the weight λ of the distance to natural activations, see the module.
+            closeness: the weight λ of the distance to natural activations, see the module; of a basis, not of a map.
             control: whether to fit the same on a re-initialised copy and on permuted labels.
             reports: how often the held-out accuracy is measured on the way.
             align: how positions of the two sides are matched, see ``Pairs.batches``.
@@ -206,6 +206,8 @@ class DAS:
             raise InputError(
                 "A non-linear map can make any network give any answer, so its accuracy alone says nothing: fit it with control=True."
             )
+        if self.map is not None and closeness:
+            raise InputError("closeness is a distance along the columns of a basis, and a map has none: leave it out.")
         options = Options(epochs, rate, closeness, reports, progress)
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is at least 1.")

@@ -271,7 +271,10 @@ class SitePairs:
         wrong = [head for head in chosen if not -count <= head < count]
         if wrong:
             raise InputError(f"Head {wrong[0]} is outside the {count} heads of {self.site}.")
-        return [head % count for head in chosen]
+        found = [head % count for head in chosen]
+        if not found or len(set(found)) < len(found):
+            raise InputError(f"heads={chosen}: give at least one head of {self.site}, and each of them once.")
+        return found
 
     # -- runs ----------------------------------------------------------------------------------------------------------------------------------
 

@@ -43,8 +43,8 @@ class Options:
     progress: bool
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise InputError(f"epochs={self.epochs} is at least 1.")
+        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
+            raise InputError(f"epochs={self.epochs!r} is a whole number, at least 1.")
         if not (self.rate > 0 and math.isfinite(self.rate)):
             raise InputError(f"rate={self.rate} is a number above 0.")
         if not (self.closeness >= 0 and math.isfinite(self.closeness)):

@@ -70,6 +70,32 @@ def test_halves_keep_groups_and_pairs_whole() -> None:
     assert any(not torch.equal(one["clean"], one["corrupt"]) for one in free)
 
 
+def test_pairs_that_share_a_group_on_either_side_are_of_one_group() -> None:
+    same = [0, 0, 1, 2, 3, 3]
+    assert module._of_pairs({"clean": same, "corrupt": same}) == {"clean": same, "corrupt": same}
+    found = module._of_pairs({"one": ["a", "b", "c", "d", "e"], "other": ["v", "w", "v", "x", "d"]})
+    assert found["one"] == found["other"]
+    assert [[found["one"][row] == own for own in found["one"]] for row in range(5)] == [
+        [row == other or {row, other} in ({0, 2}, {3, 4}) for other in range(5)] for row in range(5)
+    ]
+
+
+def test_parts_of_one_data_set_are_pairs_by_their_order_and_one_group_has_no_halves() -> None:
+    model = cv.organisms.load("spurious-vit")
+    side = cv.data.background_side(cv.data.sample_backgrounds(16, 3))
+    parts = {"a": side[:8], "b": side[8:]}
+    found = steering_direction(model, parts, SITE, method="paired")
+    together = steering_direction(model, cv.data.Pairs.from_sides(*parts.values()), SITE, method="paired")
+    assert torch.equal(found.cosines, together.cosines)
+    assert torch.equal(found.values, together.values)
+    images = [one.image for one in side.examples]
+    one_group = {"a": side[:8], "b": cv.data.Side(images[8:], groups=["scene"] * 8)}
+    for method in ("mean_difference", "paired"):
+        with pytest.raises(InputError, match="one group"):
+            steering_direction(model, one_group, SITE, method=method)
+    assert steering_direction(model, one_group, SITE, n_splits=0).cosines.numel() == 0
+
+
 def test_held_out_coordinates_come_from_the_other_half() -> None:
     kinds = {"a": cloud(8, 3, 1) + 1.0, "b": cloud(8, 3, 2)}
     half = torch.tensor([True, False] * 4)

@@ -373,6 +373,11 @@ def test_other_requests_that_cannot_be_meant() -> None:
     refused(DAS(1, "vision.blocks.0.attn.hook_pattern"), "rotate")
     refused(DAS(1, SITE), "share", held_out=1.5)
     refused(DAS(1, SITE), "epochs", epochs=0)
+    refused(DAS(1, SITE), "epochs", epochs=1.5)
+    for heads in ([], [0, 0], [1, 1 - pairs_of("vit", answers=[0] * 4, foils=[1] * 4)[0].vision.cfg.n_heads]):
+        for joint in (False, True):
+            refused(DAS(1, "vision.blocks.0.attn.hook_z", heads=heads, joint=joint), "heads=")
+    refused(DAS(1, SITE, map=CouplingMap), "closeness", control=True, closeness=0.5)
     _, pairs = pairs_of("vit", answers=[0] * 4, foils=[1] * 4)
     refused(DAS(1, SITE), "training pairs as well", held_out=pairs[:2])
 
