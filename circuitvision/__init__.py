@@ -83,6 +83,7 @@ _CLASSES = {
     "circuits.importance": "HeadImportance",
     "circuits.minimality": "Minimality",
     "circuits.node_attention": "NodeAttention",
+    "circuits.qk_attribution": "QKAttribution",
     "circuits.removal": "HeadRemoval",
     "circuits.shortcuts": "InformationGain ShortcutHeads",
     "data.backgrounds": "BackgroundScene",

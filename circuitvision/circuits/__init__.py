@@ -21,6 +21,7 @@ from circuitvision.circuits.faithfulness_curve import FaithfulnessCurve, faithfu
 from circuitvision.circuits.importance import HeadImportance, head_importance
 from circuitvision.circuits.minimality import Minimality, minimality
 from circuitvision.circuits.node_attention import NodeAttention, attention_of
+from circuitvision.circuits.qk_attribution import QKAttribution, qk_attribution
 from circuitvision.circuits.removal import HeadRemoval, removal_curve, remove_heads
 from circuitvision.circuits.schema import add_edge, add_node, new_graph, rank_edges, validate
 from circuitvision.circuits.shortcuts import InformationGain, ShortcutHeads, shortcut_heads
@@ -47,6 +48,7 @@ __all__ = [
     "Minimality",
     "NodeAttention",
     "NodeName",
+    "QKAttribution",
     "ShortcutHeads",
     "ablation_check",
     "acdc",
@@ -78,6 +80,7 @@ __all__ = [
     "new_graph",
     "parse_edge",
     "parse_id",
+    "qk_attribution",
     "rank_edges",
     "removal_curve",
     "remove_heads",

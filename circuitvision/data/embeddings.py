@@ -16,7 +16,6 @@ import torch
 from circuitvision.data.pairs import Pairs
 from circuitvision.data.sides import Side
 from circuitvision.errors import InputError
-from circuitvision.model.positions import Positions
 
 if TYPE_CHECKING:
     from circuitvision.model.tokens import TokenMap
@@ -43,6 +42,8 @@ def embedding_std(
     Raises:
         InputError: a site that has no positions, or positions that are not there or that nothing holds.
     """
+    from circuitvision.model.positions import Positions
+
     count, total, square = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
         for inputs, rows, examples in _batches(model, data, size):

@@ -1,0 +1,72 @@
+"""Terms of attention scores: they add up to the model's own score in every family, and name what a hand-built head looks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from circuitvision.circuits import qk_attribution
+from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.organisms import handbuilt
+from tests.edge_models import Example, double_throughout
+
+FAMILIES = [
+    ("vit", "v.a1.h2", 0, 3),
+    ("dinov2", "v.a1.h1", 0, 2),
+    ("clip", "t.a1.h0", 2, 1),
+    ("llava-clip-llama", "l.a1.h1", "last", 3),
+    ("pi0", "l.a1.h0", 4, 2),
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda one: one[0])
+def example(request: pytest.FixtureRequest) -> Iterator[tuple[Example, str, object, object]]:
+    with double_throughout():
+        name, *rest = request.param
+        yield (Example(name), *rest)
+
+
+def test_terms_add_up_to_the_score(example):
+    found, head, query, key = example
+    result = qk_attribution(found.model, found.clean, head, query=query, key=key)
+    tower = {"v": "vision", "t": "text", "l": "language"}[head[0]]
+    layer, number = int(head[3]), int(head[-1])
+    site = f"{tower}.blocks.{layer}.attn.hook_attn_scores"
+    _, cache = found.model.run_with_cache(found.clean, names_filter=[site])
+    place = cache[site].shape[2] - 1 if query == "last" else query
+    expected = cache[site][:, number, place, key]
+    torch.testing.assert_close(result.score, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(result.values.sum((0, 1)) + result.position_bias, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(result.position_bias, torch.zeros_like(expected), rtol=0, atol=1e-9)
+    torch.testing.assert_close(result.of_queries.sum(0), result.of_keys.sum(0), rtol=0, atol=1e-9)
+    assert result.values.abs().max() > 1e-4
+
+
+def test_another_key_is_taken_away(example):
+    found, head, query, key = example
+    both = [qk_attribution(found.model, found.clean, head, query=query, key=one) for one in (key, 1)]
+    contrast = qk_attribution(found.model, found.clean, head, query=query, key=key, against=1)
+    torch.testing.assert_close(contrast.values, both[0].values - both[1].values, rtol=0, atol=1e-12)
+
+
+def test_one_term_carries_the_whole_contrast():
+    """The head looks for the marked patch, which is 1 in three of the pictures and 2 in the last: the flag of the class token times the marker."""
+    known = handbuilt.build("marker-pointer")
+    inputs = next(iter(known.pairs.clean.batches(known.model, 4))).inputs
+    result = qk_attribution(known.model, inputs, "v.a0.h0", query="cls", key=1, against=2)
+    assert result.score.abs().min() > 1
+    torch.testing.assert_close(result.values[0, 0], result.score, rtol=0, atol=1e-9)
+    assert result.ranking(1)[0][:2] == ("v.input", "v.input")
+    assert float(result.values.abs().sum() - result.values[0, 0].abs().sum()) < 1e-9
+    assert (result.score > 0).tolist() == (result.pattern > 0.9).tolist()
+
+
+def test_what_is_not_covered_is_refused():
+    found = Example("paligemma2")
+    with pytest.raises(UnsupportedModelError, match="not covered"):
+        qk_attribution(found.model, found.clean, "l.a1.h0", query="last", key=2)
+    plain = Example("vit")
+    with pytest.raises(InputError, match="one position"):
+        qk_attribution(plain.model, plain.clean, "v.a1.h0", query="patch", key=1)
