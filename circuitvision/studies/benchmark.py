@@ -48,6 +48,8 @@ SCORED: dict[str, dict[str, Any]] = {
     "exact": {"method": "exact"},
 }
 METHODS = (*SCORED, "acdc", "edge-pruning", "random")
+UNSIGNED = ("edge-pruning", "random")
+"""Methods whose scores have no sign, and so no CPR."""
 ON_ORGANISMS = ("eap", "eap-ig", "clean-corrupted", "mask-ig", "random")
 """What is run on trained models by itself: methods that need no run for every edge."""
 
@@ -56,8 +58,8 @@ ON_ORGANISMS = ("eap", "eap-ig", "clean-corrupted", "mask-ig", "random")
 class CircuitBenchmark(Result):
     """A row for each network, noise and method: ``values`` ``[row column]``.
 
-    Rows are ``"network | noise | method"``; columns are ``"auroc"`` (NaN where the circuit is not known), ``"cpr"``, ``"cmd"``, ``"log_area"``,
-    ``"passes"`` and ``"seconds"``.
+    Rows are ``"network | noise | method"``; columns are ``"auroc"`` (NaN where the circuit is not known), ``"cpr"`` (NaN of scores without a sign),
+    ``"cmd"``, ``"log_area"``, ``"passes"`` and ``"seconds"``.
     """
 
     def to_frame(self, by_example: bool = False) -> Any:
@@ -171,7 +173,7 @@ def _of_network(name: str, noise: float, seed: int, method: str) -> list[float]:
     )
     found, passes, seconds = _scored(known.model, known.pairs, known.metric, method, len(known.edges), 0.5 * smallest)
     scores = {edge: abs(value) for edge, value in found.ranking()}
-    return [known.auroc(scores), *_areas(known.model, found, known.pairs, known.metric), passes, seconds]
+    return [known.auroc(scores), *_areas(known.model, found, known.pairs, known.metric, method), passes, seconds]
 
 
 def _of_organism(name: str, methods: Sequence[str], count: int) -> Iterator[tuple[str, list[float]]]:
@@ -179,7 +181,7 @@ def _of_organism(name: str, methods: Sequence[str], count: int) -> Iterator[tupl
     found_on, tested_on = pairs_of(name, count, 0), pairs_of(name, count, 1)
     for method in methods:
         found, passes, seconds = _scored(model, found_on, "logit_diff", method, 50, 0.05)
-        yield method, [math.nan, *_areas(model, found, tested_on, "logit_diff"), passes, seconds]
+        yield method, [math.nan, *_areas(model, found, tested_on, "logit_diff", method), passes, seconds]
 
 
 def _scored(
@@ -233,9 +235,9 @@ def _passes(method: str, found: EdgeAttribution) -> float:
     return float(counts[method]())
 
 
-def _areas(model: Any, found: EdgeAttribution, pairs: Any, metric: Any) -> list[float]:
+def _areas(model: Any, found: EdgeAttribution, pairs: Any, metric: Any, method: str) -> list[float]:
     """CPR by signed scores, CMD and the log area by size, by interchange."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         curve = faithfulness_curve(model, found, pairs, metric, n_random=0, progress=False, allow_wrong=True)
-    return [curve.cpr, curve.cmd, curve.log_area]
+    return [math.nan if method in UNSIGNED else curve.cpr, curve.cmd, curve.log_area]
