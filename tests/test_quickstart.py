@@ -237,7 +237,12 @@ def test_without_arguments_the_shipped_model_gives_a_circuit_that_survives_its_c
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("shapes-vit", CLASSES), pytest.param("shapes-clip", CAPTIONS, marks=pytest.mark.slow)]
+    ("name", "kind"),
+    [
+        ("shapes-vit", CLASSES),
+        pytest.param("shapes-clip", CAPTIONS, marks=pytest.mark.slow),
+        pytest.param("scenes-clip", CAPTIONS, marks=pytest.mark.slow),
+    ],
 )
 def test_the_shipped_classifier_and_dual_encoder_explain_pairs_of_their_own(name, kind, tmp_path):
     found = quickstart(name, out=tmp_path)
