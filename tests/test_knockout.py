@@ -125,6 +125,8 @@ def test_the_relative_effect_is_a_ratio_of_means():
         ({"routes": {"a": ("last",)}}, "no pair"),
         ({"tower": "text"}, "no tower"),
         ({"layers": [17]}, "numbers from 0"),
+        ({"layers": [0.7]}, "numbers from 0"),
+        ({"controls": -1}, "controls="),
         ({"window": 0}, "window"),
     ],
 )

@@ -268,6 +268,8 @@ def test_clip_with_texts_as_answers() -> None:
     removal = remove_heads(clip, side, found.top(1), n_random=3, progress=False)
     assert removal.values[0].bool().tolist() == (full.argmax(-1) == torch.tensor([0, 1, 2, 0, 1, 2])).tolist()
     assert removal.group_names == ["0", "1", "2"]
+    many = remove_heads(clip, side, found.top(1), n_random=len(found.heads) - 1, progress=False)
+    assert {name for draw in many.random_sets for name in many.sets[draw]} == {*found.heads} - {*found.top(1)}
     both = shortcut_heads(clip, side, fill=128, towers=["vision", "text"], progress=False)
     torch.testing.assert_close(both.values[0], found.values[0], atol=1e-5, rtol=0)
     assert torch.isfinite(both.values[1]).any()
@@ -424,6 +426,64 @@ def test_a_curve_takes_the_smallest_set_within_one_error_of_the_best() -> None:
     assert flat.best == []
     assert flat.rise()[0] == 0.0
     assert "does not raise" in str(raises_worst(flat))
+
+
+def test_of_sets_that_do_as_well_within_one_error_the_smallest_is_taken() -> None:
+    # An error of .033 at .88: .86 is within it.
+    right = torch.tensor([[1.0] * count + [0.0] * (100 - count) for count in (50, 86, 88)])
+    sets = {"intact": [], "1 head": ["v.a0.h0"], "2 heads": ["v.a0.h0", "v.a0.h1"]}
+    axes = {"condition": list(sets), "example": list(range(100))}
+    assert HeadRemoval(right, axes, sets=sets, group_of=["a"] * 100).best == ["v.a0.h0"]
+
+
+def test_removal_takes_the_ablation_of_the_scores_and_the_mean_of_the_reference(model: cv.HookedModel) -> None:
+    side, groups = drawn(40, 34)
+    zeroed = shortcut_heads(model, side, ablation="zero", progress=False)
+    curve = removal_curve(model, side, zeroed, groups=groups, progress=False)
+    assert curve.ablation == "zero"
+    assert curve.values[1].tolist() == removed_by_hand(model, side, curve.sets["1 head"], None)
+    raised = dataclasses.replace(curve, values=curve.values.clone().index_fill_(0, torch.tensor([1]), 1.0))
+    with pytest.warns(UserWarning, match="chosen on the examples"):
+        found = remove_heads(model, side, raised, groups=groups, n_random=0, progress=False)
+    assert found.ablation == "zero"
+    assert found.values[1].tolist() == removed_by_hand(model, side, raised.heads, None)
+    # One picture as reference, whose own values the heads then say to all.
+    lone, heads = drawn(1, 36)[0], [circuits.head_id("vision", 1, head) for head in range(4)]
+    for measure in (removal_curve, remove_heads):
+        more: dict[str, Any] = {"most": 4} if measure is removal_curve else {"n_random": 0}
+        own, other = (
+            measure(model, side, heads, reference=reference, progress=False, **more).values[-1].tolist()
+            for reference in (side, lone)
+        )
+        assert own == removed_by_hand(model, side, heads, side)
+        assert other == removed_by_hand(model, side, heads, lone)
+        assert own != other
+
+
+def removed_by_hand(model: cv.HookedModel, side: Side, heads: list[str], reference: Side | None) -> list[float]:
+    """Whether each example is answered right where heads of layer 1 (or all of one layer) say the reference's mean, or nothing."""
+    (layer,) = {circuits.parse_id(head).layer for head in heads}
+    numbers = [circuits.parse_id(head).head for head in heads]
+    output = model.module.vit.layers[layer].attention.o_proj
+    held: list[Tensor] = []
+
+    def put(module: Any, given: Any) -> Any:
+        z = given[0].clone()
+        for head in numbers:
+            at = slice(head * 16, (head + 1) * 16)
+            z[..., at] = held[0][..., at].mean(0, keepdim=True) if held else 0.0
+        return (z, *given[1:])
+
+    with torch.no_grad():
+        if reference is not None:
+            handle = output.register_forward_pre_hook(lambda _, given: held.append(given[0]))
+            model.module(**model.inputs(images=[one.image for one in reference.examples]))
+            handle.remove()
+        handle = output.register_forward_pre_hook(put)
+        logits = model.module(**model.inputs(images=[one.image for one in side.examples])).logits
+        handle.remove()
+    labels = torch.tensor([model.config.label2id[answer] for answer in side.answers])
+    return (logits.argmax(-1) == labels).float().tolist()
 
 
 # -- files, figures, mistakes --------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ write through ``.data``, which leaves no trace.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -330,7 +330,7 @@ class PreparedRun:
 
 def as_base(edits: Any) -> tuple[Edit, ...]:
     """The edits of a base. Raises InputError for several groups, and for tensors that are trained: what was recorded gives them no gradient."""
-    listed = [edits] if isinstance(edits, Edit) else list(edits)
+    listed = list(edits) if isinstance(edits, Iterable) else [edits]
     if any(not isinstance(edit, Edit) for edit in listed):
         raise InputError("A base is one list of edits, under which every run is: base=[edit, …].")
     for edit in listed:

@@ -10,6 +10,7 @@ Not covered: tokens said behind the prompt of a generation, which differ from ru
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -233,11 +234,19 @@ def neuron_groups(neurons: Any, width: int) -> dict[str, tuple[int, ...]]:
             raise InputError(f"neurons={neurons} groups cannot be made of {width} coordinates.")
         edges = [width * number // neurons for number in range(neurons + 1)]
         neurons = [range(low, high) for low, high in itertools.pairwise(edges)]
+    if isinstance(neurons, bool) or not isinstance(neurons, Iterable):
+        raise InputError(f"neurons={neurons!r}: give groups of coordinates, or how many equal runs.")
     if not isinstance(neurons, Mapping):
-        neurons = {_run(group): group for group in ([n] if isinstance(n, int) else list(n) for n in neurons)}
-    found = {str(label): tuple(int(n) for n in group) for label, group in neurons.items()}
+        neurons = {_run(group): group for group in (list(n) if isinstance(n, Iterable) else [n] for n in neurons)}
+    try:
+        found = {str(label): tuple(operator.index(n) for n in group) for label, group in neurons.items()}
+    except TypeError as error:
+        raise InputError(f"neurons= holds what is no group of whole numbers: {error}.") from error
     if not found or not all(found.values()):
         raise InputError("neurons= holds an empty group: give the coordinates of each.")
+    twice = [label for label, group in found.items() if len(set(group)) < len(group)]
+    if twice:
+        raise InputError(f"The group {twice[0]!r} of neurons= holds a coordinate twice.")
     outside = [n for group in found.values() for n in group if not 0 <= n < width]
     if outside:
         raise InputError(f"There is no neuron {outside[0]} among the {width} of this site.")

@@ -192,6 +192,8 @@ def _with_controls(
     routes: Mapping[str, tuple[Any, Any]], count: int, seed: int
 ) -> tuple[dict[str, tuple[Any, Any]], dict[str, list[str]]]:
     """The routes and behind them their controls, and the labels of each route's."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise InputError(f"controls={count!r}: how many random key sets of each route, 0 for none.")
     asked, drawn = dict(routes), {}
     for label, (queries, keys) in routes.items():
         if isinstance(keys, Region) and count:
@@ -205,8 +207,8 @@ def _windows(layers: Any, window: int | str, count: int) -> dict[Any, tuple[int,
     """The layers that each label stands for."""
     if layers == ALL:
         return {ALL: tuple(range(count))}
-    labels = list(range(count)) if layers is None else [int(layer) for layer in layers]
-    outside = [layer for layer in labels if not 0 <= layer < count]
+    labels = list(range(count)) if layers is None else list(layers)
+    outside = [layer for layer in labels if not hasattr(layer, "__index__") or not 0 <= layer < count]
     if outside or not labels:
         raise InputError(f"layers={layers!r}: numbers from 0 to {count - 1}, 'all', or None for each.")
-    return {layer: layers_around(layer, window, range(count)) for layer in labels}
+    return {int(layer): layers_around(int(layer), window, range(count)) for layer in labels}

@@ -85,6 +85,7 @@ class Direction(Result):
         """
         where, chosen = one_site(model, site, heads)
         given = torch.as_tensor(vector).detach().cpu()
+        given = given if given.is_floating_point() else given.float()
         if given.ndim > 2 or not bool(given.isfinite().all()) or not float(given.double().norm()) > 0:
             raise InputError(
                 f"A direction is a vector [d] of finite numbers, not all 0; this one is {list(given.shape)}."

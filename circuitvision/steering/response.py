@@ -242,6 +242,11 @@ def steering_response(
     method = _checked(model, chosen, scales, method, units)
     if isinstance(chosen, Direction):
         sets: list[Any] = [chosen, *(random_directions(chosen, n_random, seed) if random is None else random)]
+        odd = [one for one in sets if not isinstance(one, Direction) or one.vector.shape != chosen.vector.shape]
+        if odd:
+            raise InputError(
+                f"Controls of a direction are directions of its shape {list(chosen.vector.shape)}, and {odd[0]!r:.60} is not."
+            )
     else:
         tower = model.towers[chosen.tower]
         sets = [

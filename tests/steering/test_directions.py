@@ -191,6 +191,20 @@ def test_random_directions_are_as_long_and_point_elsewhere(vit: Any) -> None:
     assert torch.equal(drawn[2].vector, random_directions(found, 3, seed=1)[2].vector)
 
 
+def test_a_direction_of_whole_numbers_has_controls_of_its_length(vit: Any) -> None:
+    model, one, _ = vit
+    found = Direction.of(model, SITE, torch.arange(24))
+    assert [drawn.norm == pytest.approx(found.norm) for drawn in random_directions(found, 2)] == [True, True]
+
+    def never(*_: Any) -> Tensor:
+        raise AssertionError
+
+    head = Direction.of(model, "vision.blocks.1.attn.hook_z", torch.ones(6), heads=0)
+    for control in (head, torch.ones(24)):
+        with pytest.raises(InputError, match="shape"):
+            steering_response(model, one, found, never, random=[control], progress=False)
+
+
 def test_what_is_no_direction_is_refused(vit: Any) -> None:
     model, one, other = vit
     both = {"one": one, "other": other}

@@ -376,6 +376,7 @@ def test_examples_in_which_the_base_selects_nothing_have_no_value() -> None:
     ("base", "message"),
     [
         ([[edits.ablate("vision.blocks.0.hook_mlp_out")]], "one list"),
+        (None, "one list"),
         ([edits.steer("vision.blocks.0.hook_mlp_out", torch.ones(24, requires_grad=True))], "gradient"),
         ([edits.ablate("vision.blocks.0.attn.hook_z", heads=99)], "head 99"),
         (lambda batch: [], "data set"),
