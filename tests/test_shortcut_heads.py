@@ -428,6 +428,25 @@ def test_a_curve_takes_the_smallest_set_within_one_error_of_the_best() -> None:
     assert "does not raise" in str(raises_worst(flat))
 
 
+@pytest.mark.parametrize(
+    ("random", "holds", "reason"),
+    [
+        ([100] * 19, True, ""),
+        ([100] * 18 + [160], False, "as much"),
+        ([100] * 18, False, "too few"),
+        ([], False, "too few"),
+    ],
+)
+def test_a_rise_is_claimed_beside_enough_random_sets_that_do_less(random: list[int], holds: bool, reason: str) -> None:
+    names = ["intact", "heads", *(f"random {number + 1}" for number in range(len(random)))]
+    right = torch.tensor([[1.0] * count + [0.0] * (200 - count) for count in (100, 160, *random)])
+    sets = {name: [] if name == "intact" else ["v.a0.h0"] for name in names}
+    axes = {"condition": names, "example": list(range(200))}
+    told = raises_worst(HeadRemoval(right, axes, sets=sets, group_of=["a"] * 200))
+    assert told.holds is holds
+    assert reason in told.reason
+
+
 def test_of_sets_that_do_as_well_within_one_error_the_smallest_is_taken() -> None:
     # An error of .033 at .88: .86 is within it.
     right = torch.tensor([[1.0] * count + [0.0] * (100 - count) for count in (50, 86, 88)])

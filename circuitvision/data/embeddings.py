@@ -8,9 +8,10 @@ Not covered: a standard deviation per coordinate (noise is of one scale).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from circuitvision.data.pairs import Pairs
@@ -36,11 +37,12 @@ def embedding_std(
         model: the hooked model.
         data: the data set, run in batches (of pairs the clean side), or inputs.
         site: where noise is to be added, ``[row pos d]``.
-        positions: in any spelling: a kind ("text", "patch", several), numbers, a region, such as ``cv.regions.words(subjects)``; None for all.
+        positions: a kind ("text", "patch", several), a region, such as ``cv.regions.words(subjects)``, positions that were taken apart, or None for
+            all.
         size: how many examples run at once; None: by memory.
 
     Raises:
-        InputError: a site that has no positions, or positions that are not there or that nothing holds.
+        InputError: a site that has no positions, positions of another spelling, or that nothing holds.
     """
     from circuitvision.model.positions import Positions
 
@@ -55,13 +57,27 @@ def embedding_std(
                 )
             there = torch.from_numpy(tokens.present)
             if positions is not None:
-                there = there & Positions.of(positions).taken(rows, examples).resolve(tokens)
+                there = there & _chosen(positions, tokens, rows, examples)
             chosen = value[there]
             count += chosen.numel()
             total, square = total + chosen.sum(), square + chosen.square().sum()
     if not count:
         raise InputError(f"No position of this data set is one of positions={positions!r}: the subject is nowhere.")
     return float((square / count - (total / count) ** 2).clamp(min=0).sqrt())
+
+
+def _chosen(positions: Any, tokens: TokenMap, rows: list[int], examples: int) -> torch.Tensor:
+    """Which positions are meant, ``[row pos]``."""
+    if hasattr(positions, "resolve"):
+        return positions.taken(rows, examples).resolve(tokens)
+    if hasattr(positions, "where"):
+        return torch.from_numpy(positions.where(tokens, rows))
+    kinds = list(positions) if isinstance(positions, Iterable) and not isinstance(positions, str) else [positions]
+    if not all(isinstance(kind, str) for kind in kinds) or {"last", "all"} & {*kinds}:
+        raise InputError(
+            f"positions={positions!r} are no kinds and no region: numbers and other spellings go through Positions.of(positions)."
+        )
+    return torch.from_numpy(np.isin(tokens.kind, kinds))
 
 
 def _batches(model: Any, data: Any, size: int | None) -> Iterator[tuple[Mapping[str, Any], list[int], int]]:

@@ -36,6 +36,7 @@ from circuitvision import edits
 from circuitvision.data import embedding_std
 from circuitvision.errors import InputError, checked_seed
 from circuitvision.model.edits.base import Edit, by_digest, taken
+from circuitvision.model.positions import Positions
 from circuitvision.model.sites import SiteName
 from circuitvision.model.state import refuse_random, refuse_unwrapped
 from circuitvision.patching.activation import (
@@ -128,7 +129,8 @@ def causal_trace(
     held = {name: model.positions(name, first) for name in names} if "position" in axes else {}
     labels, cells = grid.laid_out(head_counts(model, names) if "head" in axes else {}, held)
     live = [cell for cell in cells if any(site not in dead for site in cell.sites)]
-    size = sigma if sigma is not None else embedding_std(model, data, f"{tower}.hook_input", positions=subject)
+    where = Positions.of(subject)
+    size = sigma if sigma is not None else embedding_std(model, data, f"{tower}.hook_input", positions=where)
     seed = checked_seed(seed)
     added = [
         edits.add_noise(f"{tower}.hook_input", noise * size, seed=seed + sample, positions=subject)

@@ -128,3 +128,6 @@ def test_the_standard_deviation_is_that_of_all_coordinates_that_are_there() -> N
     )
     with pytest.raises(InputError, match="No position"):
         cv.data.embedding_std(model, pairs, positions="state")
+    for other in (3, [3, 4], "last", slice(2)):
+        with pytest.raises(InputError, match=r"Positions\.of"):
+            cv.data.embedding_std(model, pairs, positions=other)
