@@ -47,11 +47,11 @@ LAZY = {
     ("results", "model"),
     ("quickstart", "plots"),
     ("data", "metrics"),
-    ("data", "model"),
     ("metrics", "model"),
 }
 """A result's ``.plot()`` is a lazy dispatch into plots; pairs are compared with what a model answers once a model is handed in; a metric reads its
-position in the core's grammar when it is made, the spread of embeddings when a model is handed in; columns of a frame are named as components are."""
+position
+in the core's grammar; columns of a frame are named as components are."""
 
 
 def _python(code: str) -> str:

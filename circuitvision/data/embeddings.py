@@ -44,8 +44,6 @@ def embedding_std(
     Raises:
         InputError: a site that has no positions, positions of another spelling, or that nothing holds.
     """
-    from circuitvision.model.positions import Positions
-
     count, total, square = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
         for inputs, rows, examples in _batches(model, data, size):
