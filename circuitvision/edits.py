@@ -32,6 +32,7 @@ arXiv 2304.14767); the functions name the papers of their variants.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -181,6 +182,7 @@ def ablate(
     dataset: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Side | Pairs | None = None,
     average: str | Iterable[str] | Selection | Region = "position",
     seed: int = 0,
+    neurons: int | Iterable[int] | None = None,
     heads: Heads = None,
     positions: PositionsLike = None,
     steps: StepsLike = None,
@@ -199,12 +201,14 @@ def ablate(
     padding change nothing. A mean per position, and a draw, is taken where something is and leaves the rest as it is; positions generated later
     keep their own values.
 
+    ``neurons`` are coordinates of the last axis that alone are ablated (at ``mlp.hook_post``: neurons of an MLP).
+
     A draw by ``seed`` leaves no example its own value. Rows of several images or tiles take those of the same number. Where rows do not line up, the
     ``i``-th position of a kind takes the value of the ``i``-th of that kind (``positions="last"``: counted from the end), and an example with too few
     of them is not drawn from.
 
-    Raises InputError for an unknown word. Before the run: a mean per position where rows hold different things, where the data set holds
-    nothing, or over a single row of the run; a draw from a single example, or where no example has enough positions of a kind.
+    Raises InputError for an unknown word, or no neuron. Before the run: a mean per position where rows hold different things, where the data set
+    holds nothing, or over a single row of the run; a draw from a single example, or where no example has enough positions of a kind.
     """
     words = ("zero", "mean", "resample", "heads")
     where = _at(site, heads, positions, steps)
@@ -212,6 +216,11 @@ def ablate(
     if word not in (*words, "given"):
         raise InputError(f"method={method!r} is not understood: {', '.join(map(repr, words))}, or a value.")
     over = average_of(average)
+    numbers = (
+        None if neurons is None else tuple(map(operator.index, [neurons] if isinstance(neurons, int) else neurons))
+    )
+    if numbers is not None and (not numbers or word == "heads"):
+        raise InputError("neurons= names coordinates to ablate, at least one, and not with the mean over heads.")
     if word == "heads":
         warn(
             "The mean over other heads depends on the basis of each head's values, which the model's function does not; "
@@ -229,7 +238,7 @@ def ablate(
         if not listed or not all(isinstance(inputs, Mapping) for inputs in listed):
             raise InputError("dataset is one mapping of inputs, or several.")
         sets = tuple(TensorRefMapping.of(inputs) for inputs in listed)
-    return Ablate(**where, source=source, method=word, dataset=sets, average=over, seed=seed)
+    return Ablate(**where, source=source, method=word, dataset=sets, average=over, seed=seed, neurons=numbers)
 
 
 def steer(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from circuitvision.model.names import parse_id, spelled
+from circuitvision.model.names import spelled
 from circuitvision.results import Result
 from circuitvision.statistics import wilson
 
@@ -122,10 +122,31 @@ def best_head(result: HeadImportance, asked: Finding | None = None) -> Finding:
     if not result.ranking():
         return _share(result, math.nan, None, "head", "no head", asked)
     name, share = result.best()
-    node = parse_id(name)
-    index = [result.index_of(*pair) for pair in (("tower", node.tower), ("layer", node.layer), ("head", node.head))]
     error = result.restored_error[0] if result.metrics else result.restored_error
-    return _share(result, share, around(share, float(error[tuple(index)])), "head", spelled(name), asked)
+    return _share(result, share, around(share, float(error[result.place(name)])), "head", spelled(name), asked)
+
+
+def largest_effect(result: HeadImportance) -> Finding:
+    """How far the unit with the largest effect moves the metric, in its units; holds where the interval, as wide as the first of all units needs, is
+    off 0."""
+    ranked = result.ranking()
+    name, _, value = ranked[0]
+    at = result.place(name)
+    error = result.error()[0] if result.metrics else result.error()
+    interval = around(value, float(error[at]), len(ranked))
+    reason = ""
+    if value == 0.0:
+        reason = "no unit moves it"
+    elif interval is not None and interval[0] <= 0 <= interval[1]:
+        reason = "its interval holds 0"
+    unit = str(result.provenance.get("metric_units", ""))
+    about = {
+        "subject": spelled(name),
+        "method": result.method,
+        "metric": str(result.provenance.get("metric", "the metric")),
+        "count": str(len(ranked)),
+    }
+    return Finding("largest effect", not reason, value, unit, interval, result.n_examples, reason=reason, about=about)
 
 
 def together(result: HeadImportance, asked: Finding | None = None) -> Finding:

@@ -463,12 +463,14 @@ def component_name(axes: Sequence[str], labels: Sequence[Any], tower: str = "") 
 
     The tower is the label of an axis ``tower``, else the one given.
     """
-    from circuitvision.model.names import head_name
+    from circuitvision.model.names import head_name, spelled, unit_id
 
     found = {"tower": tower, **dict(zip(axes, labels, strict=True))}
     tower, parts = str(found.pop("tower")), []
     if {"layer", "head"} <= found.keys():
         parts.append(head_name(found.pop("layer"), found.pop("head"), tower))
+    elif {"layer", "unit"} <= found.keys() and tower:
+        parts.append(spelled(unit_id(tower, int(found.pop("layer")), found.pop("unit"))))
     elif {"layer", "neuron"} <= found.keys():
         parts.append(f"{tower} L{found.pop('layer')}N{found.pop('neuron')}".lstrip())
     elif len(found) == 1:

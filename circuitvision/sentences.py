@@ -44,6 +44,24 @@ def _say_share(found: Finding) -> str:
     return f"{moved}: {found.reason}." if found.reason.startswith("it ") else f"{moved}."
 
 
+_BY_METHOD = {
+    "patch": "patched alone",
+    "zero": "set to zero",
+    "mean": "put at its mean",
+    "resample": "put at another example's value",
+    "attribution": "patched alone would, to first order,",
+    "direct": "by its direct path alone",
+    "information_gain": "put at its mean",
+}
+
+
+def _say_largest_effect(found: Finding) -> str:
+    about = found.about
+    verb = "move" if about["method"] == "attribution" else "moves"
+    said = f"{_capital(about['subject'])} {_BY_METHOD[about['method']]} {verb} {about['metric']} by {found.amount} ({found.sure})"
+    return f"{said}, the most of {about['count']}{'' if found.holds else f': {found.reason}'}."
+
+
 def _say_past(found: Finding) -> str:
     heads, tower = found.about["heads"], found.about["tower"]
     towers = f"{tower} tower{'s' if ' and ' in tower else ''}"
@@ -455,6 +473,7 @@ SENTENCES = {
     "swing": _say_swing,
     "head": _say_share,
     "heads": _say_share,
+    "largest effect": _say_largest_effect,
     "back up": _say_back_up,
     "at answer": _say_at_answer,
     "patches": _say_patches,

@@ -440,8 +440,12 @@ def test_ablation_is_that_of_edits():
             swept = model.sweep(clean if data is None else pairs.clean, groups, metric, progress=False)
             torch.testing.assert_close(result.values[:3], swept.values, **EXACT)
             torch.testing.assert_close(result.values[3], swept.clean, **EXACT)
-    with pytest.raises(InputError, match="zero"):
-        interactions(model, metric=metric, components=["L0N1", "L0N2"], mode="ablate", clean=clean)
+    neurons = interactions(
+        model, metric=metric, components=["L0N1", "L0N2"], mode="ablate", clean=clean, progress=False
+    )
+    means = [edits.ablate("vision.blocks.0.mlp.hook_post", "mean", neurons=number) for number in (1, 2)]
+    swept = model.sweep(clean, [(means[0], means[1]), means[1], means[0]], metric, progress=False)
+    torch.testing.assert_close(neurons.values[:3], swept.values, **EXACT)
     zeroed = interactions(
         model,
         metric=metric,

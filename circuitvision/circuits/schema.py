@@ -6,7 +6,7 @@ node and edge carries the same attributes, always of the same Python built-in ty
 does not apply, so that a graph reads the same after GraphML or JSON and loads into a table without holes.
 
 ``score`` of an edge is signed and ``weight`` its absolute value, for layout programs and shortest paths. In graphs
-of kind ``head_importance`` a head receives through the slot ``in``: what enters through q, k and v was not told apart.
+of kind ``head_importance`` a head receives through the slot ``in`` where what enters through q, k and v was not told apart.
 
 What a method did not compute stands at its default: an interval (``ci_low``, ``ci_high``) that is empty, ``inclusion`` (in how many of the
 bootstrapped circuits an edge is) -1, ``verified`` false; ``effect_verified`` is what an intervention on the edge gave, ``loadings_json`` the head
@@ -108,6 +108,7 @@ NODE_KINDS = (
     "kv_head",
     "mlp",
     "neuron",
+    "neuron_group",
     "feature",
     "error",
     "bias",
@@ -282,7 +283,8 @@ def _edge_problems(graph: nx.MultiDiGraph, sender: str, receiver: str, key: str,
     start, end = graph.nodes[sender], graph.nodes[receiver]
     allowed = _SLOTS.get(end["kind"], frozenset({"in"}))
     if graph.graph.get("kind") == "head_importance" and end["kind"] in ("head", "kv_head"):
-        allowed = frozenset({"in"})
+        # Where a model shows no queries and patterns, what enters was not told apart.
+        allowed = allowed | {"in"}
     if key != data["slot"]:
         problems.append(f"its key is {key!r}, its slot {data['slot']!r}")
     if data["slot"] not in allowed:

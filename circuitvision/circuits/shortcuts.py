@@ -28,7 +28,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,15 +39,14 @@ from torch import Tensor
 
 from circuitvision import edits
 from circuitvision.circuits.ablation import live_heads
-from circuitvision.circuits.importance import reads_images
+from circuitvision.circuits.information_gain import InformationGain
+from circuitvision.circuits.units import reads_images
 from circuitvision.data import Pairs, Side, mask_images
 from circuitvision.data.batches import automatic_size
 from circuitvision.data.outcomes import choice_ids
 from circuitvision.errors import InputError
 from circuitvision.findings import Finding, around, percent
-from circuitvision.links import shared_divergence
-from circuitvision.metrics.base import Metric
-from circuitvision.metrics.position import Position, as_output, at_position
+from circuitvision.metrics.position import Position
 from circuitvision.model.edits.base import Edit, EditGroup, by_digest
 from circuitvision.model.names import head_id, parse_id, site_of, spelled
 from circuitvision.model.state import refuse_random, refuse_unwrapped
@@ -119,27 +118,6 @@ class ShortcutHeads(Result):
         axes = [self.axes[name] for name in ("tower", "layer", "head")]
         there = torch.isfinite(self.mean()).nonzero().tolist()
         return [(head_id(*(labels[i] for labels, i in zip(axes, at, strict=True))), tuple(at)) for at in there]
-
-
-@dataclass(frozen=True, eq=False)
-class InformationGain(Metric):
-    """Of rows in threes — a picture, its foreground alone, its background alone — 0, BIG and FIG in nats, over some columns of the output or all."""
-
-    columns: tuple[int, ...] | None = None
-
-    units = "nat"
-    function = "information_gain"
-
-    def __call__(
-        self, logits: Float[Tensor, "batch *pos classes"], inputs: Mapping[str, Any] | None = None
-    ) -> Float[Tensor, " batch"]:
-        """One number per row."""
-        rows = at_position(as_output(logits), self.position, inputs, self.tokens)
-        rows = rows if self.columns is None else rows[:, list(self.columns)]
-        given, front, back = rows.double().unflatten(0, (-1, 3)).unbind(1)
-        link = self._link(logits)
-        big, fig = shared_divergence(given, front, link), shared_divergence(given, back, link)
-        return torch.stack([torch.zeros_like(big), big, fig], 1).flatten()
 
 
 @with_provenance

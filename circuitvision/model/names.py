@@ -49,6 +49,7 @@ _FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "kv_head": ("kv{layer}.g{head}", ("layer", "head")),
     "mlp": ("m{layer}", ("layer",)),
     "neuron": ("m{layer}.n{feature}", ("layer", "feature")),
+    "neuron_group": ("m{layer}.g{feature}", ("layer", "feature")),
     "feature": ("tc{layer}.f{feature}", ("layer", "feature")),
     "error": ("err{layer}", ("layer",)),
     "dictionary": ("d{layer}.{label}.f{feature}", ("layer", "label", "feature")),
@@ -69,7 +70,7 @@ _LABEL = r"(?P<label>[a-z][a-z0-9_]*)"
 class NodeName:
     """The parts of a node id; -1 and "" stand for parts its kind does not have, position -1 for all positions together.
 
-    ``head`` is the group for ``kv_head``; ``feature`` is the neuron, class or action dimension for those kinds;
+    ``head`` is the group for ``kv_head``; ``feature`` is the neuron, group of neurons, class or action dimension for those kinds;
     ``pos`` is the step for actions. ``span`` is a named span of positions, in place of ``pos``. Kinds ``dictionary`` and ``dictionary_error`` are a
     feature of a dictionary at a site, and what it leaves out; ``label`` is the site.
     """
@@ -157,6 +158,28 @@ def parse_id(text: str) -> NodeName:
 def head_id(tower: str, layer: int, head: int) -> str:
     """The id of an attention head, for example ``v.a3.h5``."""
     return format_id(NodeName(tower, "head", layer=layer, head=head))
+
+
+_UNIT_LABELS = {"H": ("head", "head"), "kv": ("kv_head", "head"), "G": ("neuron_group", "feature")}
+
+
+def unit_id(tower: str, layer: int, label: int | str) -> str:
+    """The id of a unit by its label within a layer: a head's number or ``"H3"``, ``"mlp"``, ``"kv0"`` (a group of key and value heads), ``"G2"`` (a
+    group of neurons).
+
+    Raises:
+        InputError: another label.
+    """
+    if isinstance(label, int):
+        return head_id(tower, layer, label)
+    if label == "mlp":
+        return format_id(NodeName(tower, "mlp", layer=layer))
+    match = re.fullmatch(r"(?P<kind>H|kv|G)(?P<number>\d+)", label, re.ASCII)
+    if match is None:
+        raise InputError(f"{label!r} is no label of a unit: 'H3', 'mlp', 'kv0' or 'G2'.")
+    kind, field = _UNIT_LABELS[match["kind"]]
+    number: dict[str, Any] = {field: int(match["number"])}
+    return format_id(NodeName(tower, kind, layer=layer, **number))
 
 
 SLOTS = ("q", "k", "v", "in", "img", "txt")

@@ -304,7 +304,7 @@ def every_metric(place: tuple[int, ...]) -> tuple[Any, ...]:
     return (slice(None), *place)
 
 
-def warn_of_equal_runs(result: PatchingResult, cell: tuple[int, ...]) -> None:
+def warn_of_equal_runs(result: Any, cell: tuple[int, ...]) -> None:
     """One warning where the two runs hardly differ in a metric."""
     shares = result.restored if result.metrics else result.restored[None]
     names = [name for number, name in enumerate(result.metrics or ["the metric"]) if shares[number][cell].isnan()]

@@ -2,8 +2,6 @@
 
 A component is one or several *places*: a site with the heads, positions or neurons of it that are meant. It may also be edits made by hand, which say
 themselves what is done where. Both are values without a model's state, so that each coalition is a tuple of edits.
-
-Not covered: neurons put at a mean or a drawn value (zero, or edits made by hand).
 """
 
 from __future__ import annotations
@@ -49,14 +47,8 @@ class Place:
 
     def ablated(self, model: Any, method: Any, **options: Any) -> Edit:
         """The edit that removes what is here, see :func:`circuitvision.edits.ablate`."""
-        where = {"heads": self.heads, "positions": self.positions, "steps": self.steps}
-        if self.neurons is None:
-            return edits.ablate(self.site, method, **options, **where)
-        if method != "zero":
-            raise InputError(
-                f"Neurons are ablated by method='zero' here, not {method!r}: give edits made by hand as the component."
-            )
-        return edits.overwrite(self.site, self.neurons, 0.0, **where)
+        where = {"heads": self.heads, "positions": self.positions, "steps": self.steps, "neurons": self.neurons}
+        return edits.ablate(self.site, method, **options, **where)
 
 
 @dataclass(frozen=True)
@@ -89,7 +81,7 @@ def components_of(model: Any, given: Any) -> list[Component]:
     found = []
     for name, one in named:
         parts, own = _read(model, one)
-        found.append(Component(own if name is None else str(name), tuple(_merged(parts))))
+        found.append(Component(own if name is None else str(name), tuple(merged(parts))))
     if len(found) < 2:
         raise InputError(f"Interactions are between components: give two at least, not {len(found)}.")
     names = [one.name for one in found]
@@ -164,9 +156,9 @@ def _numbers(given: Any) -> tuple[int, ...]:
     return (int(given),) if not isinstance(given, Iterable) else tuple(int(one) for one in given)
 
 
-def _merged(parts: Sequence[Place | Edit]) -> list[Place | Edit]:
+def merged(parts: Sequence[Any]) -> list[Any]:
     """Heads of one site, and neurons of one site, in one place."""
-    found: list[Place | Edit] = []
+    found: list[Any] = []
     for part in parts:
         for number, other in enumerate(found):
             union = _union(other, part)

@@ -25,19 +25,23 @@ _ESTIMATES = {"atp": "attribution patching", "atp*": "AtP*", "ig": "integrated g
 
 
 def head_importance(result: HeadImportance, title: str | None = None) -> kit.Figure:
-    """Heat maps of every head's share of the answer, one per tower."""
+    """Heat maps of every head's share of the answer, one per tower; of an ablation or an estimate, of its effect."""
     whole, lead = findings.swing(result), findings.best_head(result)
-    if title is None:
+    # Shares of nothing are no shares: the effects themselves are shown.
+    shares = result.method == "patch" and lead.value == lead.value
+    if title is None and result.method != "patch":
+        title = html.escape(str(findings.largest_effect(result)))
+    elif title is None:
         title = html.escape(str(lead).replace(" of that", " of the difference"))
         if not whole.holds:
             title = f"{html.escape(str(whole))}<br>{title}"
-    # Shares of nothing are no shares: the effects themselves are shown.
-    shares = lead.value == lead.value
+    across = "head" if "head" in result.axes else "unit"
     grids = {}
     for number, tower in enumerate(result.axes["tower"]):
         present = torch.isfinite(result.effects[number])
-        layers, heads = int(present.any(1).sum()), int(present.any(0).sum())
-        grids[tower] = (result.shares if shares else result.effects)[number, :layers, :heads]
+        layers = int(present.any(1).sum())
+        columns = int(present.any(0).sum()) if across == "head" else present.shape[1]
+        grids[tower] = (result.shares if shares else result.effects)[number, :layers, :columns]
     unit = "share of the difference" if shares else whole.unit or "change"
     return _grids(
         grids,
@@ -45,7 +49,7 @@ def head_importance(result: HeadImportance, title: str | None = None) -> kit.Fig
         unit,
         result,
         ("layer", result.axes["layer"]),
-        ("head", result.axes["head"]),
+        (across, result.axes[across]),
         shares,
     )
 

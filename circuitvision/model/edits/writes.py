@@ -121,11 +121,16 @@ class Ablate(_Sourced):
     """See :func:`circuitvision.edits.ablate`."""
 
     kind = "ablate"
-    sets: ClassVar[bool] = True
     method: str = "zero"
     dataset: tuple[TensorRefMapping, ...] | Side | None = None
     average: Average = "position"
     seed: int = 0
+    neurons: tuple[int, ...] | None = None
+
+    @property
+    def sets(self) -> bool:  # type: ignore[override]
+        """Some neurons leave the rest of the site as it was."""
+        return self.neurons is None
 
     def _shown(self) -> list[str]:
         if self.method == "given":
@@ -146,6 +151,9 @@ class Ablate(_Sourced):
             )
         if self.method == "heads" and (self.heads is None or not SiteName.parse(site).has_heads):
             raise InputError("the mean over the other heads needs heads=… at a site that has heads")
+        width = width_of(model, site)
+        if width is not None and any(not -width <= number < width for number in self.neurons or ()):
+            raise InputError(f"{site} has {width} neurons, so not all of {list(self.neurons or ())}")
 
     @property
     def reads_all(self) -> bool:  # type: ignore[override]
@@ -153,12 +161,16 @@ class Ablate(_Sourced):
         return self.method == "heads"
 
     def new(self, x: Tensor, at: EditContext) -> Any:
-        """``x' = 0``, or the mean, or another example's value; what is not there stays as it is."""
-        if self.method == "zero":
-            return 0.0
-        new = at.pick(self.source_at(at.site, at.given), x)
+        """``x' = 0``, or the mean, or another example's value, in some neurons or all; what is not there stays as it is."""
+        new = 0.0 if self.method == "zero" else at.pick(self.source_at(at.site, at.given), x)
         there = at.given.get((self, at.site, THERE)) if self.method in ("mean", "resample") else None
-        return new if there is None else torch.where(at.pick(there, x).bool(), new, x)
+        if there is not None:
+            new = torch.where(at.pick(there, x).bool(), new, x)
+        if self.neurons is None:
+            return new
+        chosen = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+        chosen[list(self.neurons)] = True
+        return torch.where(chosen, new, x)
 
     def write(self, value: Tensor, window: PositionWindow, hook: HookPoint, given: Mapping[Any, Any]) -> None:
         if self.method != "heads":
