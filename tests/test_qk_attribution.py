@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import circuitvision as cv
 from circuitvision.circuits import qk_attribution
 from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.organisms import handbuilt
 from tests.edge_models import Example, double_throughout
+from tests.real_text_models import TEXT, register_norms
 
 FAMILIES = [
     ("vit", "v.a1.h2", 0, 3),
@@ -70,3 +72,56 @@ def test_what_is_not_covered_is_refused():
     plain = Example("vit")
     with pytest.raises(InputError, match="one position"):
         qk_attribution(plain.model, plain.clean, "v.a1.h0", query="patch", key=1)
+
+
+def test_what_terms_do_to_the_pattern_is_its_slope(example):
+    """Scaling one key component's share of the scores moves the pattern by its terms, to first order; what is the same at every key moves nothing."""
+    found, head, query, key = example
+    result = qk_attribution(found.model, found.clean, head, query=query, key=key)
+    tower = {"v": "vision", "t": "text", "l": "language"}[head[0]]
+    site = f"{tower}.blocks.{int(head[3])}.attn.hook_attn_scores"
+    scores = found.model.run_with_cache(found.clean, names_filter=[site])[1][site][:, int(head[-1])].detach()
+    place = scores.shape[1] - 1 if query == "last" else query
+    row = scores[:, place]
+    seen = [key for key in range(row.shape[1]) if bool((row[:, key] > -1e4).all())]
+    others = {one: qk_attribution(found.model, found.clean, head, query=query, key=one).values.detach() for one in seen}
+    step, values = 1e-6, result.values
+    for i, j in ((0, 0), (values.shape[0] - 1, values.shape[1] - 1), (0, values.shape[1] - 1)):
+        moved = row.clone()
+        for number, one in others.items():
+            moved[:, number] += step * one[i, j]
+        slope = (moved.softmax(-1) - row.softmax(-1))[:, key] / step
+        torch.testing.assert_close(result.on_pattern[i, j], slope, rtol=1e-4, atol=1e-8)
+
+
+def test_a_query_term_without_keys_does_nothing_to_the_pattern():
+    """Where keys are what biases and positions make them at every place alike, no term moves the pattern; of the marker's head the flag does all."""
+    known = handbuilt.build("marker-pointer")
+    inputs = next(iter(known.pairs.clean.batches(known.model, 4))).inputs
+    result = qk_attribution(known.model, inputs, "v.a0.h0", query="cls", key=1)
+    assert result.ranking(1, by="pattern")[0][:2] == ("v.input", "v.input")
+    biases = result.axes["key"].index("bias")
+    assert float(result.on_pattern[:, biases].abs().max()) < 1e-9
+    whole = result.on_pattern.sum((0, 1))
+    torch.testing.assert_close(whole, result.on_pattern[0, 0], rtol=0, atol=1e-9)
+    with pytest.raises(InputError, match="pattern"):
+        result.ranking(by="size")
+
+
+@pytest.mark.usefixtures("tables")
+@pytest.mark.parametrize("name", ["qwen3", "olmo2"])
+def test_norms_of_queries_and_keys_are_held(name):
+    register_norms()
+    case = TEXT[name]
+    case.register()
+    model = cv.HookedModel(case.module().double())
+    inputs = case.inputs()
+    site = "language.blocks.1.attn.hook_attn_scores"
+    scores = model.run_with_cache(inputs, names_filter=[site])[1][site]
+    result = qk_attribution(model, inputs, "language L1H2", query=3, key=1)
+    torch.testing.assert_close(result.score, scores[:, 2, 3, 1], rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        (result.values.sum((0, 1)) + result.position_bias).double(), result.score, rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(result.position_bias, torch.zeros_like(result.score), rtol=0, atol=1e-5)
+    assert float(result.values.abs().max()) > 1e-2

@@ -6,10 +6,16 @@ run's, both are affine in it, and the score before the softmax is bilinear in th
     ``S_ts = Σ_ij q_i,tᵀ M_ts k_j,s + b_ts``,
 
 ``M`` the rotation of positions and the scale, read from the model itself as the second derivative of the score, ``b`` what is added by position alone
-(masks, position biases). Biases and the constants of norms are a component of their own, ``"bias"``, so that the terms add up to the score exactly. A
-constant along a row of the pattern changes nothing: compare with another key (``against``), whose terms are taken away.
+(masks, position biases). Biases and the constants of norms are a component of their own, ``"bias"``, so that the terms add up to the score exactly.
+Where queries and keys pass norms of their own, their denominators are held as well.
 
-Not covered: norms of queries and keys; scores that are no product (soft caps); branches other than a block's own attention.
+A constant along a row of the pattern changes nothing. What a term does to the pattern is, to first order,
+
+    ``dA_ts = A_ts (S^{ij}_ts − Σ_s' A_ts' S^{ij}_ts')``,
+
+0 for a term that is the same at every key (:attr:`QKAttribution.on_pattern`); or compare with another key (``against``), whose terms are taken away.
+
+Not covered: norms of queries and keys that add a bias; scores that are no product (soft caps); branches other than a block's own attention.
 
 Reference: Kamath et al. 2025 (QK attributions, transformer-circuits.pub); Elhage et al. 2021.
 """
@@ -27,9 +33,9 @@ from torch import Tensor
 from circuitvision.circuits.computational_graph import computational_graph
 from circuitvision.circuits.edge_runs import images_of
 from circuitvision.errors import InputError, UnsupportedModelError
-from circuitvision.model.branches import AttentionBranch, branch_at
+from circuitvision.model.branches import AttentionBranch, branch_at, in_features
 from circuitvision.model.names import NodeName, heads_of
-from circuitvision.model.norms import frozen_norm
+from circuitvision.model.norms import Norm, frozen_norm
 from circuitvision.model.positions import Positions
 from circuitvision.model.state import refuse_random, refuse_unwrapped
 from circuitvision.patching.gradient_run import GradientRun
@@ -44,15 +50,17 @@ class QKAttribution(Result):
     """The terms of a head's score: ``values`` ``[query key example]``, in units of the score before the softmax.
 
     Axes bear the ids of senders and ``"bias"``. ``score`` ``[example]`` is what they add up to, with ``position_bias`` ``[example]``; compared with
-    another key, both are differences. ``pattern`` ``[example]`` is the weight of the attention from query to key.
+    another key, both are differences. ``pattern`` ``[example]`` is the weight of the attention from query to key, ``on_pattern`` ``[query key
+    example]`` what each term does to it, see the module.
     """
 
     score: Tensor = field(default_factory=lambda: torch.zeros(0))
     position_bias: Tensor = field(default_factory=lambda: torch.zeros(0))
     pattern: Tensor = field(default_factory=lambda: torch.zeros(0))
+    on_pattern: Tensor = field(default_factory=lambda: torch.zeros(0))
     head: str = ""
 
-    _per_example: ClassVar[dict[str, int]] = {"score": -1, "position_bias": -1, "pattern": -1}
+    _per_example: ClassVar[dict[str, int]] = {"score": -1, "position_bias": -1, "pattern": -1, "on_pattern": -1}
 
     @property
     def of_queries(self) -> Float[Tensor, "query example"]:
@@ -64,9 +72,16 @@ class QKAttribution(Result):
         """What each component contributes through the key, with the query as a whole."""
         return self.values.sum(0)
 
-    def ranking(self, count: int | None = None) -> list[tuple[str, str, float]]:
-        """Terms as (query's component, key's component, mean), the largest in size first."""
-        mean = self.mean()
+    def ranking(self, count: int | None = None, by: str = "score") -> list[tuple[str, str, float]]:
+        """Terms as (query's component, key's component, mean), the largest in size first; ``by`` what they add to the ``"score"``, or do to the
+        ``"pattern"``.
+
+        Raises:
+            InputError: another ``by``.
+        """
+        if by not in ("score", "pattern"):
+            raise InputError(f"by={by!r} is not understood: 'score' or 'pattern'.")
+        mean = self.mean() if by == "score" else self.mean(quantity="on_pattern")
         order = torch.argsort(-mean.abs().flatten(), stable=True)[:count].tolist()
         names = [(query, key) for query in self.axes["query"] for key in self.axes["key"]]
         return [(*names[place], float(mean.flatten()[place])) for place in order]
@@ -104,19 +119,20 @@ def qk_attribution(
     tower = model.towers[name.tower]
     branch, _ = branch_at(tower, f"{name.tower}.blocks.{name.layer}.attn.hook_z")
     assert isinstance(branch, AttentionBranch)
-    if branch.head_norm("q") is not None or branch.head_norm("k") is not None:
-        raise UnsupportedModelError(
-            "This model normalises queries and keys, which is not covered: score edges into them with edge_attribution."
-        )
+    for norm in filter(None, map(branch.head_norm, "qk")):
+        if Norm(norm).bias(torch.zeros(1)) is not None:
+            raise UnsupportedModelError(
+                "This model's norm of queries or keys adds a bias, which is not covered: score edges into them with edge_attribution."
+            )
     if "k" not in branch.letters:
         raise UnsupportedModelError("This head reads keys of another tower, which is not covered.")
     places = [
         _one_position(model, inputs, name.tower, one) for one in (query, key, *([] if against is None else [against]))
     ]
     found = _Terms(model, inputs, name, branch)
-    terms, score, position_bias, pattern = found.at(places[0], places[1])
+    terms, score, position_bias, pattern, on_pattern = found.at(places[0], places[1])
     if against is not None:
-        others, other_score, other_bias, _ = found.at(places[0], places[2])
+        others, other_score, other_bias, _, _ = found.at(places[0], places[2])
         terms, score, position_bias = terms - others, score - other_score, position_bias - other_bias
     labels = [*found.labels, BIAS]
     return QKAttribution(
@@ -126,6 +142,7 @@ def qk_attribution(
         score=score,
         position_bias=position_bias,
         pattern=pattern,
+        on_pattern=on_pattern,
         head=str(head),
     )
 
@@ -151,9 +168,16 @@ class _Terms:
         self.rows = graph.edges[:, slot].nonzero().flatten().tolist()
         self.labels = [graph.sender_ids[row] for row in self.rows]
         stream = f"{prefix}.{branch.stream}"
-        self.sites = {part: f"{prefix}.{branch.name}.{part}" for part in ("hook_q", "hook_k", "hook_attn_scores")}
+        inside = f"{prefix}.{branch.name}"
+        # What scores are products of: behind a norm, where there is one.
+        self.sites = {
+            letter: f"{inside}.{letter}_norm.hook_normalized" if branch.head_norm(letter) else f"{inside}.hook_{letter}"
+            for letter in "qk"
+        }
+        self.sites["scores"] = f"{inside}.hook_attn_scores"
+        self.plain = {letter: f"{inside}.hook_{letter}" for letter in "qk"}
         written = list(dict.fromkeys(graph.senders[row].site for row in self.rows))
-        self.run = GradientRun(model, inputs, list(self.sites.values()), read=[*written, stream])
+        self.run = GradientRun(model, inputs, list(self.sites.values()), read=[*written, stream, *self.plain.values()])
         with torch.no_grad():
             self.stream = self.run.values[stream].detach()
             parts = self._parts(model, graph, tower, model.tokens(inputs))
@@ -194,26 +218,45 @@ class _Terms:
         found = torch.stack(moved, 2) @ weight
         if bias is not None:
             found[:, :, -1] += bias.to(found).unflatten(0, (heads, -1))[number]
-        return found
+        return self._normed(found, letter, number)
 
-    def at(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The terms ``[query key row]``, the score, what position alone adds, and the pattern, at a query and key of every row."""
+    def _normed(self, parts: Tensor, letter: str, number: int) -> Float[Tensor, "row pos sender d_head"]:
+        """The parts behind the norm of queries or keys, with its denominator held; its gain is in the form of the scores."""
+        module = self.branch.head_norm(letter)
+        if module is None:
+            return parts
+        norm, whole = Norm(module), self.run.values[self.plain[letter]].detach()
+        if in_features(module) in (0, parts.shape[-1]):
+            return norm.centred(parts) / norm.denominator(whole[:, :, number]).to(parts).unsqueeze(2)
+        if norm.spec.centred:
+            raise UnsupportedModelError(
+                "A norm over all heads that takes away their mean is not covered: score edges with edge_attribution."
+            )
+        return parts / norm.denominator(whole.flatten(-2)).to(parts).unsqueeze(2)
+
+    def at(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The terms ``[query key row]``, the score, what position alone adds, the pattern, and what the terms do to it, at a query and key of every
+        row."""
         rows, head = torch.arange(len(query)), self.name.head or 0
-        scores = self.run.values[self.sites["hook_attn_scores"]]
-        q, k = (self.run.values[self.sites[part]] for part in ("hook_q", "hook_k"))
+        scores, q, k = (self.run.values[self.sites[part]] for part in ("scores", "q", "k"))
         group = head * k.shape[2] // q.shape[2]
-        score = scores[rows, head, query, key]
-        (first,) = torch.autograd.grad(score.sum(), q, create_graph=True, retain_graph=True)
+        own = scores[rows, head, query]
+        (first,) = torch.autograd.grad(own.sum(), q, create_graph=True, retain_graph=True)
         slope = first[rows, query, head]
+        # The score at a key depends on that key alone, so one derivative of the sum holds the form at every key.
         form = torch.stack(
-            [torch.autograd.grad(one.sum(), k, retain_graph=True)[0][rows, key, group] for one in slope.unbind(-1)], 1
+            [torch.autograd.grad(one.sum(), k, retain_graph=True)[0][:, :, group] for one in slope.unbind(-1)], 2
         ).detach()
-        own_q, own_k = q.detach()[rows, query, head], k.detach()[rows, key, group]
-        whole = torch.einsum("rd,rde,re->r", own_q, form, own_k)
-        if not torch.allclose(torch.einsum("rde,re->rd", form, own_k), slope.detach(), rtol=1e-3, atol=1e-5):
+        own_q, own_k = q.detach()[rows, query, head], k.detach()[:, :, group]
+        if not torch.allclose(torch.einsum("rsde,rse->rd", form, own_k), slope.detach(), rtol=1e-3, atol=1e-5):
             raise UnsupportedModelError(
                 "The scores of this head are no products of its queries and keys (a soft cap?), which is not covered."
             )
-        terms = torch.einsum("rid,rde,rje->ijr", self.q[rows, query], form, self.k[rows, key])
-        pattern = scores.detach()[rows, head, query].softmax(-1)[rows, key]
-        return terms, score.detach(), score.detach() - whole, pattern
+        looked = torch.einsum("rsde,rsje->rsdj", form, self.k)
+        of_query = self.q[rows, query]
+        terms = torch.einsum("rid,rdj->ijr", of_query, looked[rows, key])
+        score, pattern = own.detach()[rows, key], own.detach().softmax(-1)
+        whole = torch.einsum("rd,rde,re->r", own_q, form[rows, key], own_k[rows, key])
+        usual = torch.einsum("rid,rdj->ijr", of_query, torch.einsum("rs,rsdj->rdj", pattern, looked))
+        weight = pattern[rows, key]
+        return terms, score, score - whole, weight, weight * (terms - usual)
