@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
 
 import circuitvision as cv
-from circuitvision.circuits import attention_edges
+from circuitvision.circuits import attention_edges, export, load, schema
 from circuitvision.errors import InputError, UnsupportedModelError
+from circuitvision.organisms import handbuilt
 from circuitvision.patching import attribution_patch
 from tests.edge_models import Example, double_throughout, score
 
@@ -81,3 +83,37 @@ def test_towers_that_share_keys_are_refused():
             attention_edges(found.model, tower=tower, **given)
     with pytest.raises(InputError, match="name one"):
         attention_edges(found.model, **given)
+
+
+def test_the_graph_carries_what_each_head_has_of_an_edge(tmp_path):
+    found = Example("llava-clip-llama")
+    given = {"clean": found.clean, "corrupt": found.corrupt, "spans": {"image": "patch", "last": "last"}}
+    result = attention_edges(found.model, metric=score, tower="language", progress=False, **given)
+    graph = result.to_networkx()
+    schema.validate(graph)
+    assert {data["span"] for _, data in graph.nodes(data=True)} <= {"image", "last", "rest"}
+    for sender, receiver, letter, data in graph.edges(keys=True, data=True):
+        layer, key, query = graph.nodes[sender]["layer"], graph.nodes[sender]["span"], graph.nodes[receiver]["span"]
+        place = [result.index_of(*one) for one in (("slot", letter), ("query", query), ("key", key))]
+        expected = result.mean()[result.axes["layer"].index(layer), :, place[0], place[1], place[2]]
+        loadings = json.loads(data["loadings_json"])
+        assert data["score"] == pytest.approx(float(expected.sum()), rel=1e-6)
+        assert sum(loadings.values()) == pytest.approx(data["score"], rel=1e-6, abs=1e-12)
+        for name, value in loadings.items():
+            assert value == pytest.approx(float(expected[int(name[1:])]), rel=1e-6)
+        assert list(map(abs, loadings.values())) == sorted(map(abs, loadings.values()), reverse=True)
+    assert result.to_networkx(3).number_of_edges() == 3
+    again = load(export(graph, tmp_path / "attention.graphml"))
+    assert sorted(again.edges(keys=True)) == sorted(graph.edges(keys=True))
+    with pytest.raises(InputError, match="n="):
+        result.to_networkx(0)
+
+
+def test_the_only_edges_of_the_marker_pointer_lead_from_the_marked_patch_to_the_class_token():
+    known = handbuilt.build("marker-pointer")
+    result = attention_edges(
+        known.model, known.pairs, known.metric, spans={"cls": "cls", "patches": "patch"}, progress=False
+    )
+    graph = result.to_networkx()
+    assert {(a, b) for a, b in graph.edges()} == {("v.kv0@patches", "v.a0@cls")}
+    assert {next(iter(json.loads(data["loadings_json"]))) for *_, data in graph.edges(data=True)} == {"H0"}

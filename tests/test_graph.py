@@ -92,7 +92,6 @@ def test_ids_follow_the_eap_form():
         "v.d0.f1",
         "v.d0.1x.f1",
         "v.derr0",
-        "v.a0",
         "x.a0.h0",
         "v.projector",
         "a0.h0",

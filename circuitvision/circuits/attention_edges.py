@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import networkx as nx
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -70,6 +71,19 @@ class AttentionEdges(Result):
     def component_scores(self) -> tuple[Tensor, tuple[str, ...]]:
         """Effects of whole slots."""
         return self.values, ("example", "query", "key")
+
+    def to_networkx(self, n: int | None = None) -> nx.MultiDiGraph:
+        """The graph of schema ``circuitvision.graph/1``: from keys and values of a layer at one span to its attention at another, all heads together.
+
+        Every edge carries its head loadings, ``loadings_json``: what each head has of the score, by name, the largest in size first, the others as
+        ``"rest"``; they add up to it. ``n`` keeps the edges of largest mean score in size. Of several metrics the first.
+
+        Raises:
+            InputError: an ``n`` that is no number of edges, names of spans that ids have no form for.
+        """
+        from circuitvision.circuits.attention_graph import graph_of
+
+        return graph_of(self, n)
 
 
 @with_provenance

@@ -106,6 +106,8 @@ NODE_KINDS = (
     "pos",
     "head",
     "kv_head",
+    "attn",
+    "kv",
     "mlp",
     "neuron",
     "neuron_group",
@@ -117,11 +119,16 @@ NODE_KINDS = (
     "action",
 )
 _HEAD_SLOTS = frozenset({"q", "k", "v"})
-_SLOTS = {"head": _HEAD_SLOTS, "kv_head": frozenset({"k", "v"}), "logit": frozenset({"in", "img", "txt"})}
+_SLOTS = {
+    "head": _HEAD_SLOTS,
+    "attn": _HEAD_SLOTS,
+    "kv_head": frozenset({"k", "v"}),
+    "logit": frozenset({"in", "img", "txt"}),
+}
 _SOURCES = frozenset({"input", "embed", "pos", "bias", "error"})
 _KIND_OF = {"logits": "logit", "dictionary": "feature", "dictionary_error": "error"}
 """The kind of a node by the kind of its name, where they differ."""
-_SUBLAYER = {"head": 0.0, "kv_head": -0.25, "bias": 0.0}
+_SUBLAYER = {"head": 0.0, "attn": 0.0, "kv_head": -0.25, "kv": -0.25, "bias": 0.0}
 
 
 def new_graph(kind: str, **attributes: Any) -> nx.MultiDiGraph:

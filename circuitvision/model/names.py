@@ -10,6 +10,7 @@ Graph ids:
 ``{tower}.{name}`` or ``{tower}.{name}@{position}``; a position is a number or the name of a span (``v.a1.h3@image``). Towers are one letter (``v``
 vision, ``v2`` a second vision backbone, ``t`` text, ``l`` language, ``a`` action, ``q`` Q-former, ``d`` decoder, ``x`` connector). Component names
 follow EAP-IG (Hanna et al., 2024), the field's common form: ``input``, ``a{layer}.h{head}``, ``kv{layer}.g{group}``, ``m{layer}``, ``logits``.
+``a{layer}`` and ``kv{layer}`` are all heads of a layer, and all of its keys and values.
 Features, errors, embeddings, biases, targets and actions have forms of their own (see ``_FORMS``). Edges are ``{sender}->{receiver}<{slot}>``, for
 example ``v.m0->v.a1.h1<k>``, without a slot where the receiver has one only (``in``): see :func:`format_edge`.
 
@@ -47,6 +48,8 @@ _FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "input": ("input", ()),
     "head": ("a{layer}.h{head}", ("layer", "head")),
     "kv_head": ("kv{layer}.g{head}", ("layer", "head")),
+    "attn": ("a{layer}", ("layer",)),
+    "kv": ("kv{layer}", ("layer",)),
     "mlp": ("m{layer}", ("layer",)),
     "neuron": ("m{layer}.n{feature}", ("layer", "feature")),
     "neuron_group": ("m{layer}.g{feature}", ("layer", "feature")),
