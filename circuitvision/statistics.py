@@ -152,3 +152,8 @@ def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
     from scipy.stats import rankdata
 
     return float((rankdata(found)[labels].sum() - hits * (hits + 1) / 2) / (hits * (len(labels) - hits)))
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """The seed of the ``number``-th draw of a seed: draws of one seed are no draws of another, as those of ``seed + number`` would be."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

@@ -178,6 +178,10 @@ def test_a_patching_result_carries_what_stands_at_its_positions():
         if tokens.kind[0, place] == "patch":
             assert name == f"image[{tokens.patch_row[0, place]}, {tokens.patch_col[0, place]}]"
     assert "color" in found.position_names
+    estimated = cv.patching.attribution_patch(
+        model, pairs, "logit_diff", sites=site, axes=("layer", "position"), progress=False
+    )
+    assert estimated.position_names == found.position_names
 
 
 # -- findings in titles ------------------------------------------------------------------------------------------------------------------------

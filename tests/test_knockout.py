@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import circuitvision as cv
-from circuitvision import regions
+from circuitvision import edits, regions
 from circuitvision.errors import InputError
 from circuitvision.metrics import logit_diff
 from circuitvision.patching import Knockout, knockout
@@ -93,7 +93,8 @@ def test_controls_are_as_many_other_keys_and_are_told_from_routes():
     model, inputs, _ = hooked_pair("llava-clip-llama")
     first = next(n for n, kind in enumerate(model.tokens(inputs)["language"].kind[0]) if kind == "patch")
     routes = {"patch to last": ("last", regions.at([first])), "image to last": ("last", "patch")}
-    found = knockout(model, inputs, METRIC, routes, controls=3, progress=False)
+    with pytest.warns(UserWarning, match="'image to last' are no region"):
+        found = knockout(model, inputs, METRIC, routes, controls=3, progress=False)
     assert found.routes == list(routes)
     assert {name: len(labels) for name, labels in found.controls.items()} == {"patch to last": 3}
     drawn = [found.index_of("route", label) for label in found.controls["patch to last"]]
@@ -101,11 +102,34 @@ def test_controls_are_as_many_other_keys_and_are_told_from_routes():
     torch.testing.assert_close(found.beyond_controls("patch to last"), expected)
     with pytest.raises(InputError, match="no control"):
         found.beyond_controls("image to last")
+    del routes["image to last"]
     again = knockout(model, inputs, METRIC, routes, controls=3, progress=False)
-    assert torch.equal(again.values, found.values)
+    assert torch.equal(again.values, found.values[[0, *drawn]])
     other = knockout(model, inputs, METRIC, routes, controls=3, seed=5, progress=False)
-    assert not torch.equal(other.values[drawn], found.values[drawn])
+    assert not torch.equal(other.values[1:], found.values[drawn])
     assert found.plot() is not None
+
+
+def test_no_control_of_a_seed_is_one_of_the_next():
+    model, inputs, _ = hooked_pair("llava-clip-llama")
+    first = next(n for n, kind in enumerate(model.tokens(inputs)["language"].kind[0]) if kind == "patch")
+    routes = {"patch to last": ("last", regions.at([first]))}
+    drawn = [
+        knockout(model, inputs, METRIC, routes, controls=6, seed=seed, progress=False).values[1:] for seed in (0, 1)
+    ]
+    assert not torch.equal(drawn[0][1:], drawn[1][:-1])
+
+
+def test_a_route_is_blocked_under_a_base_of_edits():
+    model, inputs, _ = hooked_pair("llava-clip-llama")
+    base = edits.ablate("vision.blocks.0.attn.hook_z", heads=1)
+    found = knockout(
+        model, inputs, METRIC, {"image to last": ("last", "patch")}, layers=[1], base=[base], progress=False
+    )
+    blocked = edits.block_attention("language", "last", "patch", layers=1)
+    with torch.no_grad():
+        torch.testing.assert_close(found.values[0, 0], METRIC(model.run(inputs, [base, blocked]), inputs))
+        torch.testing.assert_close(found.clean, METRIC(model.run(inputs, [base]), inputs))
 
 
 def test_the_relative_effect_is_a_ratio_of_means():
@@ -127,6 +151,7 @@ def test_the_relative_effect_is_a_ratio_of_means():
         ({"layers": [17]}, "numbers from 0"),
         ({"layers": [0.7]}, "numbers from 0"),
         ({"controls": -1}, "controls="),
+        ({"controls": 2}, "no region"),
         ({"window": 0}, "window"),
     ],
 )

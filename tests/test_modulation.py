@@ -103,6 +103,12 @@ def test_results_of_rankings_are_scores_and_the_same_data_warns():
     found = modulate(model, held_out, ["accuracy", "logit_diff"], heads=ranked, n_random=1, progress=False)
     mean = ranked.mean()
     assert found.factors["v.a1.h2"] == pytest.approx(min(max(1 + float(mean[1, 2] / mean.abs().max()), 0), 2))
+    noised = activation_patch(
+        model, pairs, "logit_diff", sites="vision.blocks.*.attn.hook_z", mode="noise", allow_wrong=True, progress=False
+    )
+    turned = modulate(model, held_out, "logit_diff", heads=noised, n_random=0, progress=False)
+    least = noised.mean()
+    assert turned.factors["v.a1.h2"] == pytest.approx(min(max(1 - float(least[1, 2] / least.abs().max()), 0), 2))
     assert list(found.axes) == ["metric", "condition", "example"]
     assert found.change().values.shape == (2, 2, 4)
     with pytest.warns(UserWarning, match="held-out"):

@@ -169,6 +169,7 @@ def attribution_patch(
         site=grid.kind,
         dead=dead,
         groups=runs.groups,
+        position_names=runs.position_names(held) if held else [],
         method=method,
         completeness_gap=gap,
     )

@@ -37,7 +37,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision import edits, regions
-from circuitvision.errors import InputError
+from circuitvision.errors import InputError, checked_seed, warn
 from circuitvision.incremental.sweeps.result import SweepResult
 from circuitvision.metric_set import MetricSet
 from circuitvision.metrics.effects import share_of_mean
@@ -49,6 +49,7 @@ from circuitvision.patching.activation import dead_sites, first_inputs
 from circuitvision.patching.cells import layers_around, step_groups
 from circuitvision.patching.clean_answers import check_data
 from circuitvision.provenance import with_provenance
+from circuitvision.statistics import derived_seed
 
 ALL = "all"
 
@@ -109,6 +110,7 @@ def knockout(
     renormalise: bool = True,
     steps: Any = None,
     run: RunFunction | None = None,
+    base: Sequence[edits.Edit] = (),
     controls: int = 0,
     seed: int = 0,
     allow_wrong: bool = False,
@@ -133,14 +135,16 @@ def knockout(
             mapping of labels to them (``{"prompt": "prefill", "answer": "decode"}``), is the axis ``"step"``, on which ``"all"`` is every pass.
         run: what one run is, as of ``model.sweep``: None, one forward pass; :func:`generated`, the tokens of an answer; or
             :func:`circuitvision.steering.act`, the actions of all denoising steps.
-        controls: how many random key sets per route, of routes whose keys are a region.
+        base: edits of all runs, the unedited one too: what a route costs while something else is changed, as of ``model.sweep``.
+        controls: how many random key sets per route; keys that are no region have none, with a warning.
         seed: of the controls.
         allow_wrong: whether the clean runs may give other answers than the data set says, see :mod:`circuitvision.patching.clean_answers`.
         example_batch, save_to, resume, progress: as of ``model.sweep``.
 
     Raises:
-        InputError: no route, one that is no pair, a tower or layer that is not there, dropout in training mode; queries left with nothing to look at;
-            layers whose attention cannot reach the output, clean runs that do not give the answer.
+        InputError: no route, one that is no pair, controls where no route's keys are a region, a tower or layer that is not there, dropout in
+            training mode; queries left with nothing to look at; layers whose attention cannot reach the output, clean runs that do not give the
+            answer.
     """
     refuse_unwrapped(model)
     refuse_random(model.module, "A knockout")
@@ -177,6 +181,7 @@ def knockout(
         groups,
         metric,
         axes=axes,
+        base=base,
         save_to=save_to,
         resume=resume,
         progress=progress,
@@ -195,11 +200,20 @@ def _with_controls(
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise InputError(f"controls={count!r}: how many random key sets of each route, 0 for none.")
     asked, drawn = dict(routes), {}
+    bare = [label for label, (_, keys) in routes.items() if not isinstance(keys, Region)]
+    if count and bare:
+        why = f"controls= draws as many random keys of the same kind, and the keys of {', '.join(map(repr, bare))} are no region"
+        if len(bare) == len(routes):
+            raise InputError(f"{why}: give a region (cv.regions.patches(…), cv.regions.words(…)), or controls=0.")
+        warn(f"{why}: {'it has' if len(bare) == 1 else 'they have'} no control.")
     for label, (queries, keys) in routes.items():
         if isinstance(keys, Region) and count:
             names = [f"{label}, random {number + 1}" for number in range(count)]
             drawn[label] = names
-            asked |= {name: (queries, regions.random_like(keys, seed + number)) for number, name in enumerate(names)}
+            asked |= {
+                name: (queries, regions.random_like(keys, derived_seed(checked_seed(seed), number)))
+                for number, name in enumerate(names)
+            }
     return asked, drawn
 
 

@@ -91,8 +91,8 @@ def modulate(
         model: the hooked model.
         data: held-out examples: a side of a data set, pairs (their clean side), or inputs.
         metric: a metric, its name, or a mapping of several; answers are the data set's where it has none.
-        heads: scores by head, in any spelling, or a result that ranks heads (``head_importance``, ``activation_patch``): its mean effects, positive
-            where a head helps (``mode="denoise"``).
+        heads: scores by head, in any spelling, or a result that ranks heads (``head_importance``, ``activation_patch``): its mean effects, with the
+            opposite sign where they are of corrupting or ablating it, so that they are positive where a head helps.
         factor: ``λ``.
         clip: the smallest and the largest factor of a head.
         normalise: whether scores are divided by the largest absolute one.
@@ -166,6 +166,8 @@ def _of_result(model: Any, result: Result) -> Factors:
     if only is None and "tower" not in axes:
         raise InputError("The result does not say of which tower its heads are; give a mapping of heads to scores.")
     mean = values.detach().double().nanmean(-1) if "example" in outside else values.double()
+    # What an ablation or a corrupt value does is the opposite of what the head does.
+    mean = -mean if getattr(result, "mode", "denoise") == "noise" else mean
     found = {}
     for labels, score in zip(itertools.product(*axes.values()), mean.flatten().tolist(), strict=True):
         where = {"tower": only, **dict(zip(axes, labels, strict=True))}

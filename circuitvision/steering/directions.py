@@ -41,6 +41,7 @@ from circuitvision.model.sites import SiteName
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.probes.collected import collect
 from circuitvision.results import Result
+from circuitvision.statistics import derived_seed
 from circuitvision.subspaces.bases import mean_difference, principal_components, random_basis
 from circuitvision.subspaces.pairs import one_site
 
@@ -257,7 +258,7 @@ def random_directions(direction: Direction, count: int, seed: int = 0) -> list[D
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise InputError(f"count={count!r}: how many random directions, 0 for none.")
     size = direction.vector.numel()
-    drawn = [random_basis(size, 1, checked_seed(seed) + number)[:, 0] for number in range(count)]
+    drawn = [random_basis(size, 1, derived_seed(checked_seed(seed), number))[:, 0] for number in range(count)]
     return [
         dataclasses.replace(
             Direction(torch.zeros(0), {"example": []}, direction.provenance),

@@ -21,6 +21,7 @@ Not covered: scales that differ between neurons in one call (give :meth:`NeuronS
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -191,6 +192,21 @@ class SteeringResponse(Result):
         return self.scales - self.scales.mean()
 
 
+def _check_controls(chosen: Direction, others: Sequence[Any]) -> None:
+    """Raise InputError for controls of a direction that are not like it: of its site and heads, of its shape and length."""
+    for one in others:
+        if not isinstance(one, Direction) or one.vector.shape != chosen.vector.shape:
+            shape = list(chosen.vector.shape)
+            raise InputError(f"Controls of a direction are directions of its shape {shape}, and {one!r:.60} is not.")
+        if (one.site, one.heads) != (chosen.site, chosen.heads):
+            raise InputError(f"{one.name!r} is a direction at {one.site}; controls of one at {chosen.site} act there.")
+        if not math.isclose(float(one.norm), float(chosen.norm), rel_tol=1e-3):
+            raise InputError(
+                f"{one.name!r} has length {float(one.norm):.3g} and the direction {float(chosen.norm):.3g}: a longer one moves more, whatever it "
+                "means. Scale it to the same length."
+            )
+
+
 @with_provenance
 def steering_response(
     model: Any,
@@ -242,11 +258,7 @@ def steering_response(
     method = _checked(model, chosen, scales, method, units)
     if isinstance(chosen, Direction):
         sets: list[Any] = [chosen, *(random_directions(chosen, n_random, seed) if random is None else random)]
-        odd = [one for one in sets if not isinstance(one, Direction) or one.vector.shape != chosen.vector.shape]
-        if odd:
-            raise InputError(
-                f"Controls of a direction are directions of its shape {list(chosen.vector.shape)}, and {odd[0]!r:.60} is not."
-            )
+        _check_controls(chosen, sets[1:])
     else:
         tower = model.towers[chosen.tower]
         sets = [

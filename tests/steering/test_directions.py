@@ -189,6 +189,8 @@ def test_random_directions_are_as_long_and_point_elsewhere(vit: Any) -> None:
     assert {direction.site for direction in drawn} == {found.site}
     assert float((drawn[0].unit * drawn[1].unit).sum().abs()) < 0.9
     assert torch.equal(drawn[2].vector, random_directions(found, 3, seed=1)[2].vector)
+    others = [one.unit for seed in (0, 2) for one in random_directions(found, 4, seed=seed)]
+    assert max(float((one.unit * other).sum().abs()) for one in drawn for other in others) < 0.95
 
 
 def test_a_direction_of_whole_numbers_has_controls_of_its_length(vit: Any) -> None:
@@ -200,8 +202,10 @@ def test_a_direction_of_whole_numbers_has_controls_of_its_length(vit: Any) -> No
         raise AssertionError
 
     head = Direction.of(model, "vision.blocks.1.attn.hook_z", torch.ones(6), heads=0)
-    for control in (head, torch.ones(24)):
-        with pytest.raises(InputError, match="shape"):
+    elsewhere = Direction.of(model, "vision.blocks.0.hook_resid_post", torch.arange(24).flip(0))
+    longer = Direction.of(model, SITE, 2.0 * torch.arange(24).flip(0))
+    for control, said in ((head, "shape"), (torch.ones(24), "shape"), (elsewhere, "act there"), (longer, "length")):
+        with pytest.raises(InputError, match=said):
             steering_response(model, one, found, never, random=[control], progress=False)
 
 
