@@ -284,9 +284,17 @@ def test_a_misspelt_organism_is_told_its_name(case, tmp_path):
         quickstart("scenes-vitt", **given, out=tmp_path / "out")
 
 
-def test_an_organism_without_pairs_says_so():
-    with pytest.raises(InputError, match=r"reach-pi0 .*shapes-vit"):
-        cv.organisms.pairs("reach-pi0", 2)
+def test_an_organism_without_pairs_says_so(monkeypatch):
+    monkeypatch.setitem(registry.TABLE, "new", registry.Organism("tests.toy_model", "Toy", "none"))
+    with pytest.raises(InputError, match=r"new .*shapes-vit"):
+        cv.organisms.pairs("new", 2)
+
+
+def test_pairs_of_the_policy_differ_in_the_word_and_in_the_right_step():
+    pairs = cv.organisms.pairs("reach-pi0", 4)
+    assert all(step != other for step, other in zip(pairs.answers, pairs.foils, strict=True))
+    texts = [[one.text for one in side.examples] for side in (pairs.clean, pairs.corrupt)]
+    assert all(one != other for one, other in zip(*texts, strict=True))
 
 
 def test_a_row_of_the_table_and_pairs_are_all_that_a_new_organism_needs(folder_of, tmp_path, monkeypatch):

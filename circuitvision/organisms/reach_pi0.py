@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuitvision.data import reach
+from circuitvision.data import Pairs, reach, reach_pairs
 from circuitvision.errors import InputError
 from circuitvision.organisms.training import Recipe, fit, report, reproducible, write_folder
 
@@ -138,6 +138,11 @@ def build_model(processor: PI0Processor, board: reach.Board | None = None) -> PI
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=RECIPE.initial)
     return model
+
+
+def pairs(count: int, seed: int) -> Pairs:
+    """Two observations of boards of the test layouts, of which another goal is asked, so that the right first step differs along the rows."""
+    return reach_pairs(count, seed)
 
 
 def model_inputs(processor: PI0Processor, scenes: reach.ReachScenes, actions: bool = False) -> dict[str, Any]:
