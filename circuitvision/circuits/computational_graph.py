@@ -121,6 +121,10 @@ class ComputationalGraph:
         """
         first, arrow, second = name.partition(ARROW)
         for label, known, what in ((first, self.sender_ids, "sender"), (second, self.slot_ids, "slot")):
+            if label not in known and "@" in label:
+                raise InputError(
+                    f"{name!r} is an edge at a span, and runs mask edges at all positions: evaluate a circuit of the scores without at_spans()."
+                )
             if label not in known:
                 near = ", ".join(nearest(label, known))
                 raise InputError(f"{name!r}: there is no {what} {label!r}. Nearest: {near}.")

@@ -154,6 +154,13 @@ class EdgeAttribution(Result):
         """The scores of one edge over examples. Raises InputError as :meth:`place` does."""
         return self.values[(slice(None),) * len(self.metrics[:1]) + self.place(name)]
 
+    def at_spans(self) -> EdgeAttribution:
+        """The attribution whose edges are these at each of their spans, ``"v.m0@object->v.a1.h1@object<k>"``: see
+        :mod:`circuitvision.circuits.span_edges`. Raises InputError without spans."""
+        from circuitvision.circuits.span_edges import at_spans
+
+        return at_spans(self)
+
     def circuit(self, edges: Any) -> Circuit:
         """The circuit of some edges: their names, a mask ``[sender slot]``, or how many of the largest mean score in size; see
         :class:`~circuitvision.circuits.circuit.Circuit`."""
