@@ -2,7 +2,7 @@
 ``v.m0@object->v.a1.h1@object<k>``.
 
 What an edge carries at a span leads from its sender there to its slot there. Attention moves it on: what a key or a value slot reads at one span, the
-head may write at any; so may a connector, and whoever looks at a group of keys and values. A query, and an MLP, stay at their span. Sums over the spans
+head may write at any; so may a connector, and whoever looks at a group of keys and values. A query, and an MLP, stay at their span. Sums over spans
 of an edge are the edge's score, and whatever works on edges — circuits, pruning, :func:`~circuitvision.circuits.discover` with its resamples and
 certificates, graphs and files — works on these. What carries nothing in any example is no edge.
 
