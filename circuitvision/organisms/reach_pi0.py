@@ -25,6 +25,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuitvision.data import reach
+from circuitvision.data.generated import reach_pairs
+from circuitvision.data.pairs import Pairs
 from circuitvision.errors import InputError
 from circuitvision.organisms.training import Recipe, fit, report, reproducible, write_folder
 
@@ -277,3 +279,15 @@ def evaluate(folder: Path, *, count: int = EPISODES, seed: int = 1_000_003) -> d
     starts = reach.sample_starts(count, seed, "test")
     scores["random_policy"] = round(reach.run_episodes(reach.random_policy(seed), starts, HORIZON).success_rate, 5)
     return scores
+
+
+def pairs(count: int, seed: int, *, change: str = "object_cell", dim: int = 0) -> Pairs:
+    """Two boards of held-out layouts whose right first steps along ``dim`` (0 rows, 1 columns) differ, the larger step on the clean one.
+
+    ``change``: the goal stands in another cell (``"object_cell"``), the instruction names another object of the same board (``"goal"``), or the
+    gripper stands elsewhere (``"gripper"``). Answers and foils are steps, so ``pairs.answered(model, cv.metrics.action_estimate(dim))``.
+
+    Raises:
+        InputError: another dimension or change.
+    """
+    return reach_pairs(count, seed, change=change, dim=dim, split="test", oriented=True)
