@@ -284,7 +284,8 @@ def test_a_misspelt_organism_is_told_its_name(case, tmp_path):
         quickstart("scenes-vitt", **given, out=tmp_path / "out")
 
 
-def test_an_organism_without_pairs_says_so():
+def test_an_organism_without_pairs_says_so(monkeypatch):
+    monkeypatch.delattr(cv.organisms.registry.module("reach-pi0"), "pairs")
     with pytest.raises(InputError, match=r"reach-pi0 .*shapes-vit"):
         cv.organisms.pairs("reach-pi0", 2)
 
