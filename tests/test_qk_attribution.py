@@ -104,6 +104,12 @@ def test_the_figure_says_what_draws_the_head_where_it_is_apart_from_zero():
         assert next(iter(figure.data[0].x)) == pytest.approx(float(alone.score[0]))
         assert len(figure.data[0].x) == 2  # terms of no size are gathered with the others
         assert "looking from cls" in figure.layout.title.text
+    # The largest mean is of a term that comes and goes; the sure one is named.
+    values = torch.zeros_like(result.values)
+    values[0, 0], values[0, 1] = torch.tensor([40.0, -20.0, 0.0, 0.0]), torch.tensor([1.0, 1.01, 1.0, 1.01])
+    sure = dataclasses.replace(result, values=values)
+    assert sure.ranking(1)[0][:2] == ("v.input", "v.input")
+    assert "input × biases draws" in sure.plot().layout.title.text
     alike = result.take([0, 0, 0])
     assert "draws" in alike.plot().layout.title.text
     nothing = dataclasses.replace(result, values=torch.zeros_like(result.values))

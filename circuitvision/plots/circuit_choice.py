@@ -8,6 +8,7 @@ Not covered: terms of single examples beside one another (``take`` an example), 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from circuitvision.findings import ALONE, around
@@ -28,7 +29,7 @@ def scores(result: QKAttribution, count: int = 12, title: str | None = None) -> 
     others = result.values[..., 0].numel() - (len(rows) - 1)
     names = [f"{_part(query, tower)} × {_part(key, tower)}" for query, key, *_ in rows[:-1]]
     heights, errors = [row[2] for row in rows], [row[3] for row in rows]
-    heading = title or _looks(result, names[0] if names else "", heights[0], errors[0])
+    heading = title or _looks(result, names, heights, errors)
     across = "query's part × key's part, in units of the score before the softmax"
     rest = f"{others} other{'s' if others > 1 else ''}"
     return kit.bars([*names, rest], heights, heading, across, errors=errors if len(result.examples) > 1 else None)
@@ -48,19 +49,24 @@ def _place(said: str) -> str:
     return f"position {said}" if said.lstrip("-").isdecimal() else kit.escaped(said)
 
 
-def _looks(result: QKAttribution, term: str, value: float, error: float) -> str:
-    """The largest term of the score as the title, if it is apart from 0: its interval is widened for the number of terms it was chosen from."""
+def _looks(result: QKAttribution, names: Sequence[str], heights: Sequence[float], errors: Sequence[float]) -> str:
+    """The largest term of the score that is apart from 0 as the title: its interval is widened for the number of terms it was chosen from."""
     head, key, against = kit.escaped(spelled(result.head)), _place(result.key), kit.escaped(result.against)
-    bounds = around(value, error, result.values[..., 0].numel())
-    nothing = kit.nothing_found(result.mean(), "term", f"moves the score of {head}")
-    if nothing is not None:
-        lead = nothing
-    elif bounds is not None and bounds[0] <= 0 <= bounds[1]:
+    count = result.values[..., 0].numel()
+    apart = [
+        (name, value)
+        for name, value, error in zip(names, heights, errors, strict=False)
+        if (bounds := around(value, error, count)) is None or not bounds[0] <= 0 <= bounds[1]
+    ]
+    lead = kit.nothing_found(result.mean(), "term", f"moves the score of {head}")
+    if lead is None and not apart:
         lead = f"No term of the score of {head} is apart from 0"
-    elif value > 0:
-        lead = f"{term} draws {head} to {key}{f' rather than to {against}' if against else ''}: {kit.signed(value)}"
-    else:
-        lead = f"{term} keeps {head} off {key}{f' and on {against}' if against else ''}: {kit.signed(value)}"
+    elif lead is None:
+        term, value = apart[0]
+        if value > 0:
+            lead = f"{term} draws {head} to {key}{f' rather than to {against}' if against else ''}: {kit.signed(value)}"
+        else:
+            lead = f"{term} keeps {head} off {key}{f' and on {against}' if against else ''}: {kit.signed(value)}"
     notes = (
         f"looking from {_place(result.query)}", f"all terms add up to {kit.signed(float(result.score.mean()))}",
         f"attention {kit.percent(float(result.pattern.mean()))}", kit.over(result),
