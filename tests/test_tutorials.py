@@ -20,6 +20,7 @@ def _runs() -> list[Any]:
         "a_study_that_continues",
         "does_the_circuit_explain_the_model",
         "interventions_are_values",
+        "one_graph_from_pixels_to_action",
         "pixels_to_actions_in_pi0",
         "steering_a_robots_words",
         "what_a_vit_sees",
