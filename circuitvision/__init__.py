@@ -105,7 +105,7 @@ _CLASSES = {
     "incremental.sweeps.plan": "Plan",
     "incremental.sweeps.result": "SweepResult",
     "interop.transformer_lens_view": "TowerView",
-    "metrics.actions": "ActionDim Success",
+    "metrics.actions": "ActionDim ActionEstimate Success",
     "metrics.answers": "Accuracy InterchangeAccuracy LogProb Logit LogitDiff Margin Prob Rank",
     "metrics.base": "Metric",
     "metrics.comparisons": "ActionDistance Comparison JS KL TransferCoefficient",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -212,6 +213,32 @@ def test_results_are_saved_and_read_again(tmp_path):
     assert isinstance(again, Discovery)
     assert set(again.circuit) == set(found.circuit)
     assert again.inclusion(found.circuit.edges[0]) == found.inclusion(found.circuit.edges[0])
+
+
+def test_the_figure_of_stability_says_how_many_edges_come_back():
+    scores = torch.zeros(4, 4, 12, dtype=torch.float64)
+    places = EDGES.nonzero().tolist()
+    for size, (row, column) in enumerate(places[:2]):
+        scores[row, column] = 5.0 + size
+    scores += 0.01 * torch.randn(scores.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    stable = discover(table(scores), n_edges=2, bootstrap=40)
+    assert [one[1:] for one in stable.ranking()] == [(1.0, True), (1.0, True)]
+    assert stable.ranking()[0][0] == table(scores).ranking(1)[0][0]
+    figure = stable.plot()
+    assert "2 of 2 edges" in figure.layout.title.text
+    assert list(figure.data[0].y) == [1.0, 1.0]
+    assert list(figure.data[2].y) == [stable.jaccard, stable.chance]
+    # One edge, and noise for the second: a resample gives another one, which stands behind those of the circuit.
+    noise = drawn(3, 6)
+    loose = discover(noise, n_edges=3, bootstrap=60)
+    shares = [share for _, share, _ in loose.ranking()]
+    assert shares == sorted(shares, reverse=True)
+    assert {edge for edge, _, own in loose.ranking() if own} == set(loose.circuit)
+    drawn_shares = sorted([*loose.plot().data[0].y, *loose.plot().data[1].y], reverse=True)
+    assert drawn_shares == shares
+    unlike = dataclasses.replace(loose, jaccard=loose.chance + 0.05)
+    assert "hardly more alike" in unlike.plot().layout.title.text
+    assert "bootstrap" in discover(noise, n_edges=3).plot().layout.title.text
 
 
 # -- certificates ------------------------------------------------------------------------------------------------------------------------------

@@ -208,6 +208,7 @@ EVERY = {
     "Accuracy": metrics.accuracy(1),
     "ActionDim": metrics.action_dim(1, step=None),
     "ActionDistance": metrics.action_distance(torch.ones(1, 2, 2), dims=[1], step=0),
+    "ActionEstimate": metrics.action_estimate(1, step=None),
     "InterchangeAccuracy": metrics.interchange_accuracy(1, 0, toward="foil", among="pair"),
     "JS": metrics.js(torch.ones(1, 2)),
     "KL": metrics.kl(torch.ones(1, 2)),
@@ -230,7 +231,8 @@ def test_every_metric_comes_back_from_a_file_as_it_was(name):
     output = marked(output, "none" if name.startswith("Action") else "softmax")
     back = restored(stored(metric, tensors, True), tensors, {})
     assert type(back).__name__ == name
-    assert torch.equal(back(output), metric(output))
+    start = {"noise": torch.ones(1, 2, 2), "timestep": torch.ones(1)}
+    assert torch.equal(back(output, start), metric(output, start))
 
 
 def test_names_are_those_of_the_functions():

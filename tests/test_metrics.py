@@ -83,6 +83,21 @@ def test_action_dim_reads_one_coordinate():
             wrong(actions)
 
 
+def test_an_estimated_action_is_one_euler_step_away_in_the_robots_units():
+    noise, velocity = torch.arange(8.0).reshape(2, 2, 2), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]] * 2)
+    inputs = {"noise": noise, "timestep": torch.tensor([1.0, 0.5])}
+    assert metrics.action_estimate(1)(velocity, inputs).tolist() == [1.0 - 2.0, 5.0 - 1.0]
+    assert metrics.action_estimate(0, step=None)(velocity, inputs).tolist() == [1.0 - 2.0, 5.0 - 1.0]
+    model = SimpleNamespace(processor=SimpleNamespace(actions_mean=[10.0, 0.0], actions_std=[1.0, 3.0]))
+    assert metrics.action_estimate(1).bind(model)(velocity, inputs).tolist() == [-3.0, 12.0]
+    assert metrics.action_estimate(0).bind(model)(velocity, inputs).tolist() == [9.0, 13.5]
+    actions = metrics.action_estimate(1).bind(model).of_marked()
+    assert actions(velocity).tolist() == [6.0, 6.0]
+    for wrong in ({}, {"noise": noise}, {"noise": noise[:1], "timestep": torch.ones(1)}):
+        with pytest.raises(InputError, match="noise"):
+            metrics.action_estimate(1)(velocity, wrong)
+
+
 def test_half_precision_is_subtracted_in_float32():
     rows = torch.tensor([[256.0, 1.0]], dtype=torch.bfloat16)
     assert metrics.logit_diff(0, 1)(rows).dtype == torch.float32

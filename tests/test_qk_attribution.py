@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import circuitvision as cv
 from circuitvision.circuits import qk_attribution
+from circuitvision.circuits.qk_attribution import QKAttribution
 from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.organisms import handbuilt
 from tests.edge_models import Example, double_throughout
@@ -125,3 +127,45 @@ def test_norms_of_queries_and_keys_are_held(name):
     )
     torch.testing.assert_close(result.position_bias, torch.zeros_like(result.score), rtol=0, atol=1e-5)
     assert float(result.values.abs().max()) > 1e-2
+
+
+def pointer() -> QKAttribution:
+    known = handbuilt.build("marker-pointer")
+    inputs = next(iter(known.pairs.clean.batches(known.model, 4))).inputs
+    return qk_attribution(known.model, inputs, "v.a0.h0", query="cls", key=1, against=2)
+
+
+def test_what_is_gathered_adds_up_to_the_score(example):
+    found, head, query, key = example
+    result = qk_attribution(found.model, found.clean, head, query=query, key=key)
+    rows = result.gathered(3)
+    assert [row[:3] for row in rows[:-1]] == [pytest.approx(one) for one in result.ranking(3)]
+    assert sum(row[2] for row in rows) == pytest.approx(float(result.score.mean()))
+    first = result.values[result.index_of("query", rows[0][0]), result.index_of("key", rows[0][1])]
+    assert rows[0][3] == pytest.approx(float(first.std() / len(first) ** 0.5), nan_ok=True)
+
+
+def test_the_figure_says_what_draws_the_head_where_it_is_apart_from_zero():
+    result = pointer()
+    # Marked in three of four pictures: the one of the other sign leaves the mean no interval apart from 0.
+    assert "No term" in result.plot().layout.title.text
+    for row, said in (
+        (0, "draws vision L0H0 to position 1 rather than to 2"),
+        (3, "off position 1 and on 2"),
+    ):
+        alone = result.take(row)
+        figure = alone.plot()
+        assert said in figure.layout.title.text
+        assert next(iter(figure.data[0].x)) == pytest.approx(float(alone.score[0]))
+        assert len(figure.data[0].x) == 2  # terms of no size are gathered with the others
+        assert "looking from cls" in figure.layout.title.text
+    # The largest mean is of a term that comes and goes; the sure one is named.
+    values = torch.zeros_like(result.values)
+    values[0, 0], values[0, 1] = torch.tensor([40.0, -20.0, 0.0, 0.0]), torch.tensor([1.0, 1.01, 1.0, 1.01])
+    sure = dataclasses.replace(result, values=values)
+    assert sure.ranking(1)[0][:2] == ("v.input", "v.input")
+    assert "input × biases draws" in sure.plot().layout.title.text
+    alike = result.take([0, 0, 0])
+    assert "draws" in alike.plot().layout.title.text
+    nothing = dataclasses.replace(result, values=torch.zeros_like(result.values))
+    assert "No term moves" in nothing.plot().layout.title.text

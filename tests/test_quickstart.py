@@ -290,13 +290,6 @@ def test_an_organism_without_pairs_says_so(monkeypatch):
         cv.organisms.pairs("new", 2)
 
 
-def test_pairs_of_the_policy_differ_in_the_word_and_in_the_right_step():
-    pairs = cv.organisms.pairs("reach-pi0", 4)
-    assert all(step != other for step, other in zip(pairs.answers, pairs.foils, strict=True))
-    texts = [[one.text for one in side.examples] for side in (pairs.clean, pairs.corrupt)]
-    assert all(one != other for one, other in zip(*texts, strict=True))
-
-
 def test_a_row_of_the_table_and_pairs_are_all_that_a_new_organism_needs(folder_of, tmp_path, monkeypatch):
     def pairs(count: int, seed: int) -> Pairs:
         rng = np.random.default_rng(seed)

@@ -82,6 +82,15 @@ class Discovery(Result):
         assert self.attribution is not None
         return float(self.values[self.attribution.place(edge)])
 
+    def ranking(self, count: int | None = None) -> list[tuple[str, float, bool]]:
+        """Edges by name with their inclusion frequency and whether the circuit of all examples holds them, the most frequent first.
+
+        Edges that no resampled circuit holds are left out; ties stand in the order of mean scores.
+        """
+        assert self.attribution is not None
+        held = [(edge, self.inclusion(edge), edge in self.circuit) for edge, _ in self.attribution.ranking()]
+        return sorted((one for one in held if one[1] > 0 or one[2]), key=lambda one: -one[1])[:count]
+
     def to_networkx(self) -> Any:
         """The circuit as a graph of schema ``circuitvision.graph/1``, with ``inclusion`` on its edges."""
         return self.circuit.to_networkx()

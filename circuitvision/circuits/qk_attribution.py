@@ -59,6 +59,10 @@ class QKAttribution(Result):
     pattern: Tensor = field(default_factory=lambda: torch.zeros(0))
     on_pattern: Tensor = field(default_factory=lambda: torch.zeros(0))
     head: str = ""
+    query: str = ""
+    key: str = ""
+    against: str = ""
+    """Which positions were asked about, in words; ``against`` is empty where no key was taken away."""
 
     _per_example: ClassVar[dict[str, int]] = {"score": -1, "position_bias": -1, "pattern": -1, "on_pattern": -1}
 
@@ -85,6 +89,22 @@ class QKAttribution(Result):
         order = torch.argsort(-mean.abs().flatten(), stable=True)[:count].tolist()
         names = [(query, key) for query in self.axes["query"] for key in self.axes["key"]]
         return [(*names[place], float(mean.flatten()[place])) for place in order]
+
+    def gathered(self, count: int) -> list[tuple[str, str, float, float]]:
+        """The ``count`` terms of the largest mean size as (query's component, key's component, mean, standard error), and last, under ``("", "")``,
+        the sum of all others with what position adds: together the score. Terms of no size are not listed; the error of a single example is NaN.
+        """
+        ranked = self.ranking(count)
+        names = [(query, key) for query, key, mean in ranked if abs(mean) > 1e-6 * abs(ranked[0][2])]
+        places = [(self.index_of("query", query), self.index_of("key", key)) for query, key in names]
+        terms = self.values.new_zeros(0, self.values.shape[-1]).double()
+        if places:
+            terms = torch.stack([self.values[place] for place in places]).double()
+        terms = torch.cat([terms, (self.score - terms.sum(0)).unsqueeze(0)])
+        n = terms.shape[-1]
+        errors = terms.std(-1) / n**0.5 if n > 1 else torch.full_like(terms[:, 0], torch.nan)
+        means = terms.mean(-1).tolist()
+        return [(*name, *one) for name, *one in zip([*names, ("", "")], means, errors.tolist(), strict=True)]
 
     def highlights(self) -> dict[str, str]:
         """The largest term."""
@@ -144,6 +164,9 @@ def qk_attribution(
         pattern=pattern,
         on_pattern=on_pattern,
         head=str(head),
+        query=str(query),
+        key=str(key),
+        against="" if against is None else str(against),
     )
 
 

@@ -159,12 +159,14 @@ def reach_pairs(
     dim: int = 0,
     split: str | None = "test",
     board: reach.Board | None = None,
+    oriented: bool = False,
 ) -> Pairs:
     """Two observations of the grid world whose right first steps differ along one action dimension; see
     :func:`circuitvision.data.reach.contrast_pairs`.
 
     ``answers`` and ``foils`` are the right steps along ``dim`` (0 rows, 1 columns), −1, 0 or 1. A model's actions are normalised, and its output at
-    one time of denoising is a velocity: a metric that is compared with answers must turn them into steps.
+    one time of denoising is a velocity: :func:`circuitvision.metrics.action_estimate` turns it into steps. ``oriented``: of each two observations
+    the clean one is that with the larger step, so that a mean over pairs does not add up effects in opposite directions.
 
     Raises:
         InputError: another dimension, an unknown change or split.
@@ -181,6 +183,10 @@ def reach_pairs(
         kept.append((clean[differ][:missing], corrupt[differ][:missing]))
         missing -= len(kept[-1][0])
     sides = [reach.concatenate(list(part)) for part in zip(*kept, strict=True)]
+    if oriented:
+        behind = sides[0].expert()[:, 0, dim] < sides[1].expert()[:, 0, dim]
+        both, rows = reach.concatenate(sides), np.arange(count)
+        sides = [both[rows + count * swapped] for swapped in (behind, ~behind)]
     steps = [side.expert()[:, 0] for side in sides]
     scenes = [[side.scene(row) for row in range(count)] for side in sides]
     boxes = [[scene.goal.box for scene in side] for side in scenes]

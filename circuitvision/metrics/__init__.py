@@ -19,7 +19,7 @@ last digits. Not covered: answers of several tokens.
 
 from __future__ import annotations
 
-from circuitvision.metrics.actions import ActionDim, Success, action_dim, success
+from circuitvision.metrics.actions import ActionDim, ActionEstimate, Success, action_dim, action_estimate, success
 from circuitvision.metrics.answers import (
     Accuracy,
     InterchangeAccuracy,
@@ -61,6 +61,7 @@ __all__ = [
     "Accuracy",
     "ActionDim",
     "ActionDistance",
+    "ActionEstimate",
     "Comparison",
     "InterchangeAccuracy",
     "LogProb",
@@ -77,6 +78,7 @@ __all__ = [
     "accuracy",
     "action_dim",
     "action_distance",
+    "action_estimate",
     "as_output",
     "at_position",
     "bind",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch import Tensor
 from circuitvision.errors import InputError
 from circuitvision.metrics.base import Metric
 from circuitvision.metrics.position import as_output, last_unmasked, wide
+
+DimType = TypeVar("DimType", bound="ActionDim")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +29,11 @@ class ActionDim(Metric):
     units = "action_unit"
     function = "action_dim"
 
-    def bind(self, model: Any, answers: Any = None, foils: Any = None, combine: str | None = None) -> ActionDim:
+    def bind(self: DimType, model: Any, answers: Any = None, foils: Any = None, combine: str | None = None) -> DimType:
         """The same metric with the tokens by which ``model`` says actions, if it does."""
         return dataclasses.replace(super().bind(model), bins=self.bins or getattr(model, "action_values", None) or None)
 
-    def of_marked(self) -> ActionDim:
+    def of_marked(self: DimType) -> DimType:
         """The same metric of an output that holds the actions themselves, unless tokens say them."""
         return dataclasses.replace(super().of_marked(), bins=None)
 
@@ -78,6 +80,60 @@ def action_dim(dim: int, step: int | None = 0) -> ActionDim:
     to dimension ``dim``: at its last position if it ends with ``dim`` action tokens. Methods learn from the model which tokens those are.
     """
     return ActionDim(name=f"action_dim({dim}, step={'mean' if step is None else step})", dim=dim, step=step)
+
+
+@dataclass(frozen=True, eq=False)
+class ActionEstimate(ActionDim):
+    """See :func:`action_estimate`."""
+
+    scale: tuple[float, float] | None = None
+    """Mean and standard deviation of the action's coordinate, where the model's processor normalises by them."""
+    velocity: bool = True
+
+    function = "action_estimate"
+
+    def bind(self, model: Any, answers: Any = None, foils: Any = None, combine: str | None = None) -> ActionEstimate:
+        """The same metric with the statistics by which the model's processor normalises actions, if it does."""
+        bound, processor = super().bind(model), getattr(model, "processor", None)
+        mean, std = (getattr(processor, name, None) for name in ("actions_mean", "actions_std"))
+        if self.scale is not None or mean is None or std is None or not -len(std) <= self.dim < len(std):
+            return bound
+        return dataclasses.replace(bound, scale=(float(mean[self.dim]), float(std[self.dim])))
+
+    def of_marked(self) -> ActionEstimate:
+        """The same metric of an output that holds the actions themselves."""
+        return dataclasses.replace(super().of_marked(), velocity=False)
+
+    def __call__(self, logits: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
+        """The coordinate that one step of denoising reaches, per example."""
+        logits = as_output(logits)
+        if self.velocity and not self.bins:
+            noise, time = ((inputs or {}).get(name) for name in ("noise", "timestep"))
+            if noise is None or time is None or tuple(noise.shape) != tuple(logits.shape):
+                raise InputError(
+                    "action_estimate reads a velocity [batch, chunk, action_dim] and where it starts: the output of one forward pass, and its "
+                    "inputs with noise and timestep. Of other outputs take cv.metrics.action_dim."
+                )
+            rate = wide(logits)
+            logits = noise.to(rate) - time.to(rate).view(-1, 1, 1) * rate
+        mean, std = self.scale or (0.0, 1.0)
+        return super().__call__(logits, inputs) * std + mean
+
+
+def action_estimate(dim: int, step: int | None = 0) -> ActionEstimate:
+    """One coordinate of the action that a flow-matching policy heads for, at one step of the chunk or (None) its mean: ``x_t − t·v(x_t, t)``.
+
+    One Euler step from noise ``x_t`` at time ``t`` to the action at time 0, as π0 counts it. The output of one forward pass is the velocity ``v``,
+    which points from the action to the noise, so its own sign is the opposite. In the robot's units where the model's processor holds the statistics
+    of actions (``a·std + mean``), else normalised; of actions themselves (``run=``) or tokens that say them it is :func:`action_dim` in those units.
+
+    Raises:
+        InputError: when called: inputs without ``noise`` and ``timestep``, an output of another shape than the noise.
+
+    Reference: Black et al. 2024 (arXiv 2410.24164), π0; Lipman et al. 2023 (arXiv 2210.02747), flow matching.
+    """
+    name = f"action_estimate({dim}, step={'mean' if step is None else step})"
+    return ActionEstimate(name=name, dim=dim, step=step)
 
 
 @dataclass(frozen=True, eq=False)

@@ -106,4 +106,4 @@ class Metric:
 
 def own_fields(metric: Metric) -> list[dataclasses.Field[Any]]:
     """The fields of a metric but for those that a model gives it."""
-    return [entry for entry in dataclasses.fields(metric) if entry.name not in ("tokens", "bins")]
+    return [entry for entry in dataclasses.fields(metric) if entry.name not in ("tokens", "bins", "scale")]

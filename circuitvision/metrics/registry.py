@@ -12,7 +12,7 @@ from torch import Tensor
 
 from circuitvision.digests import NamedFunction, of_tensor
 from circuitvision.errors import InputError
-from circuitvision.metrics.actions import ActionDim, Success, success
+from circuitvision.metrics.actions import ActionDim, ActionEstimate, Success, success
 from circuitvision.metrics.answers import (
     Accuracy,
     InterchangeAccuracy,
@@ -77,6 +77,7 @@ _KINDS: dict[str, type[Metric]] = {
         Accuracy,
         ActionDim,
         ActionDistance,
+        ActionEstimate,
         InterchangeAccuracy,
         JS,
         KL,

@@ -24,7 +24,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuitvision.data import Pairs, reach, reach_pairs
+from circuitvision.data import reach
+from circuitvision.data.generated import reach_pairs
+from circuitvision.data.pairs import Pairs
 from circuitvision.errors import InputError
 from circuitvision.organisms.training import Recipe, fit, report, reproducible, write_folder
 
@@ -138,11 +140,6 @@ def build_model(processor: PI0Processor, board: reach.Board | None = None) -> PI
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=RECIPE.initial)
     return model
-
-
-def pairs(count: int, seed: int) -> Pairs:
-    """Two observations of boards of the test layouts, of which another goal is asked, so that the right first step differs along the rows."""
-    return reach_pairs(count, seed)
 
 
 def model_inputs(processor: PI0Processor, scenes: reach.ReachScenes, actions: bool = False) -> dict[str, Any]:
@@ -282,3 +279,15 @@ def evaluate(folder: Path, *, count: int = EPISODES, seed: int = 1_000_003) -> d
     starts = reach.sample_starts(count, seed, "test")
     scores["random_policy"] = round(reach.run_episodes(reach.random_policy(seed), starts, HORIZON).success_rate, 5)
     return scores
+
+
+def pairs(count: int, seed: int, *, change: str = "object_cell", dim: int = 0) -> Pairs:
+    """Two boards of held-out layouts whose right first steps along ``dim`` (0 rows, 1 columns) differ, the larger step on the clean one.
+
+    ``change``: the goal stands in another cell (``"object_cell"``), the instruction names another object of the same board (``"goal"``), or the
+    gripper stands elsewhere (``"gripper"``). Answers and foils are steps, so ``pairs.answered(model, cv.metrics.action_estimate(dim))``.
+
+    Raises:
+        InputError: another dimension or change.
+    """
+    return reach_pairs(count, seed, change=change, dim=dim, split="test", oriented=True)

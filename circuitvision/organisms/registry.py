@@ -7,7 +7,7 @@ single list: a name maps to a module that is imported when it is first needed, s
     trains from scratch, writes a ``from_pretrained`` folder to ``out_dir`` and returns what :func:`evaluate` returns for it;
 ``evaluate(folder: Path, *, count: int = ..., seed: int = ...) -> dict``
     scores the model in ``folder`` on examples it never saw; every key is a plain string and every value a plain number or string;
-``pairs(count: int, seed: int) -> Pairs`` (may be left out)
+``pairs(count: int, seed: int, **options) -> Pairs`` (may be left out)
     draws minimal pairs of its own task about compositions that it never saw in training, with answers and foils in the model's own terms.
 
 ``steps`` shortens a training run (tests do that); without it the recipe of the card runs.
@@ -19,6 +19,7 @@ Not covered: downloading. The weights of every organism are a part of the packag
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,16 +176,22 @@ def has_pairs(name: str) -> bool:
     return hasattr(module(name), "pairs")
 
 
-def pairs(name: str, count: int, seed: int = 0) -> Pairs:
+def pairs(name: str, count: int, seed: int = 0, **options: Any) -> Pairs:
     """Minimal pairs of the organism's own task, about compositions that it never saw in training.
 
+    ``options`` go to the organism's own ``pairs``: ``change`` and ``dim`` of reach-pi0 (what differs, and along which dimension of the action).
+
     Raises:
-        InputError: unknown name, or an organism without pairs of its own.
+        InputError: unknown name, an organism without pairs of its own, or an option that they do not have.
     """
     if not has_pairs(name):
         with_pairs = ", ".join(filter(has_pairs, TABLE))
         raise InputError(f"{name} comes with no pairs of its own; those that do: {with_pairs}.")
-    return module(name).pairs(count, checked_seed(seed))
+    own = module(name).pairs
+    known = [key for key in inspect.signature(own).parameters if key not in ("count", "seed")]
+    if unknown := [key for key in options if key not in known]:
+        raise InputError(f"The pairs of {name} have no option {unknown[0]!r}; {', '.join(known) or 'they have none'}.")
+    return own(count, checked_seed(seed), **options)
 
 
 def train(

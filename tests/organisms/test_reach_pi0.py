@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, PI0ForConditionalGeneration, PI0Processor
 
-from circuitvision import organisms
+from circuitvision import metrics, organisms
 from circuitvision.data import reach
 from circuitvision.errors import InputError
 from circuitvision.organisms import reach_pi0
@@ -176,6 +176,48 @@ def test_patching_the_goal_word_gives_the_donors_action(
     # One layer further every position carries the donor's goal, or some earlier keys and values would not be clean.
     everything = patched_steps(model, processor, clean, donor, 0, slice(None))
     assert (everything == goal_word).all()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("change", ["object_cell", "goal", "gripper"])
+def test_its_pairs_differ_in_one_thing_and_the_clean_step_is_the_larger(change: str, dim: int) -> None:
+    pairs = organisms.pairs("reach-pi0", 40, seed=0, change=change, dim=dim)
+    assert len(pairs) == 40
+    assert pairs.records is not None
+    for record, answer, foil in zip(pairs.records, pairs.answers or (), pairs.foils or (), strict=True):
+        one, other = record.clean, record.corrupt
+        assert (answer, foil) == (record.steps[0][dim], record.steps[1][dim])
+        assert answer > foil
+        differ = {"goal": one.instruction != other.instruction, "gripper": one.gripper_cell != other.gripper_cell}
+        assert [name for name, changed in differ.items() if changed] == [name for name in differ if name == change]
+        moved = [first for first, second in zip(one.objects, other.objects, strict=True) if first != second]
+        assert moved == ([one.goal] if change == "object_cell" else [])
+    again = organisms.pairs("reach-pi0", 40, seed=0, change=change, dim=dim)
+    assert again.digest == pairs.digest
+    assert organisms.pairs("reach-pi0", 40, seed=1, change=change, dim=dim).digest != pairs.digest
+
+
+def test_it_answers_its_pairs_and_the_mean_over_them_does_not_cancel() -> None:
+    model = organisms.load("reach-pi0")
+    for dim in (0, 1):
+        metric = metrics.action_estimate(dim)
+        pairs = organisms.pairs("reach-pi0", 40, seed=2, dim=dim)
+        assert len(pairs.answered(model, metric)) >= 38
+        (batch,) = pairs.batches(model, 40)
+        clean, corrupt = (metric.bind(model)(model(side), side) for side in (batch.inputs, batch.other))
+        assert float((clean - corrupt).detach().mean()) > 0.9
+        # One step of denoising heads for the action that all of them reach.
+        acted = metric.bind(model).of_marked()(model.sample_actions(batch.inputs))
+        assert float((clean - acted).detach().abs().mean()) < 0.15
+
+
+def test_options_that_pairs_do_not_have_are_refused() -> None:
+    with pytest.raises(InputError, match="change"):
+        organisms.pairs("reach-pi0", 2, split="train")
+    with pytest.raises(InputError, match="dimension"):
+        organisms.pairs("reach-pi0", 2, dim=2)
+    with pytest.raises(InputError, match="none"):
+        organisms.pairs("scenes-vit", 2, dim=1)
 
 
 def test_a_short_run_writes_a_folder_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
