@@ -152,3 +152,12 @@ def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
     from scipy.stats import rankdata
 
     return float((rankdata(found)[labels].sum() - hits * (hits + 1) / 2) / (hits * (len(labels) - hits)))
+
+
+def seed_of_draw(seed: int, number: int) -> int:
+    """The seed of one of several draws under a seed: draws of other seeds are other draws, where ``seed + number`` would give them again.
+
+    Raises:
+        InputError: as :func:`checked_seed`.
+    """
+    return int(np.random.SeedSequence([int(checked_seed(seed)), number]).generate_state(1, np.uint64)[0] >> 1)

@@ -170,6 +170,7 @@ def attribution_patch(
         dead=dead,
         groups=runs.groups,
         method=method,
+        position_names=runs.position_names(held) if held else [],
         completeness_gap=gap,
     )
     warn_of_equal_runs(result, cells[0].index)
