@@ -80,6 +80,7 @@ _CLASSES = {
     "circuits.evaluation": "CircuitEvaluation",
     "circuits.faithfulness_curve": "FaithfulnessCurve",
     "circuits.faithfulness_ratios": "Kept",
+    "circuits.head_masks": "HeadMask",
     "circuits.importance": "HeadImportance",
     "circuits.minimality": "Minimality",
     "circuits.node_attention": "NodeAttention",

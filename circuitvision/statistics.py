@@ -154,6 +154,10 @@ def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
     return float((rankdata(found)[labels].sum() - hits * (hits + 1) / 2) / (hits * (len(labels) - hits)))
 
 
-def derived_seed(seed: int, number: int) -> int:
-    """The seed of the ``number``-th draw of a seed: draws of one seed are no draws of another, as those of ``seed + number`` would be."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+def seed_of_draw(seed: int, number: int) -> int:
+    """The seed of one of several draws under a seed: draws of other seeds are other draws, where ``seed + number`` would give them again.
+
+    Raises:
+        InputError: as :func:`checked_seed`.
+    """
+    return int(np.random.SeedSequence([int(checked_seed(seed)), number]).generate_state(1, np.uint64)[0] >> 1)

@@ -166,22 +166,18 @@ def test_positions_are_named_by_their_words_and_a_picture_by_its_ends():
     assert "layer 1, position 5 what" in figure.layout.title.text
 
 
-def test_a_patching_result_carries_what_stands_at_its_positions():
+@pytest.mark.parametrize("method", [cv.patching.activation_patch, cv.patching.attribution_patch])
+def test_a_patching_result_carries_what_stands_at_its_positions(method):
     model, pairs = cv.organisms.load("shapes-llava"), cv.organisms.pairs("shapes-llava", 2, 3)
     site = "language.blocks.0.hook_resid_post"
-    found = cv.patching.activation_patch(
-        model, pairs, "logit_diff", sites=site, axes=("layer", "position"), progress=False
-    )
+    found = method(model, pairs, "logit_diff", sites=site, axes=("layer", "position"), progress=False)
     tokens = model.tokens(next(pairs.clean.batches(model)).inputs)["language"]
     assert len(found.position_names) == len(found.axes["position"])
     for place, name in enumerate(found.position_names):
         if tokens.kind[0, place] == "patch":
             assert name == f"image[{tokens.patch_row[0, place]}, {tokens.patch_col[0, place]}]"
     assert "color" in found.position_names
-    estimated = cv.patching.attribution_patch(
-        model, pairs, "logit_diff", sites=site, axes=("layer", "position"), progress=False
-    )
-    assert estimated.position_names == found.position_names
+    assert any(label.endswith("color") for label in found.plot().layout.xaxis.ticktext)
 
 
 # -- findings in titles ------------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from circuitvision import edits, regions
 from circuitvision.errors import InputError
 from circuitvision.metrics import logit_diff
 from circuitvision.patching import Knockout, knockout
+from circuitvision.patching.knockout import _with_controls
 from tests.test_patching import hooked_pair
 
 METRIC = logit_diff(3, 5)
@@ -93,8 +94,7 @@ def test_controls_are_as_many_other_keys_and_are_told_from_routes():
     model, inputs, _ = hooked_pair("llava-clip-llama")
     first = next(n for n, kind in enumerate(model.tokens(inputs)["language"].kind[0]) if kind == "patch")
     routes = {"patch to last": ("last", regions.at([first])), "image to last": ("last", "patch")}
-    with pytest.warns(UserWarning, match="'image to last' are no region"):
-        found = knockout(model, inputs, METRIC, routes, controls=3, progress=False)
+    found = knockout(model, inputs, METRIC, routes, controls={"patch to last": 3}, progress=False)
     assert found.routes == list(routes)
     assert {name: len(labels) for name, labels in found.controls.items()} == {"patch to last": 3}
     drawn = [found.index_of("route", label) for label in found.controls["patch to last"]]
@@ -102,11 +102,10 @@ def test_controls_are_as_many_other_keys_and_are_told_from_routes():
     torch.testing.assert_close(found.beyond_controls("patch to last"), expected)
     with pytest.raises(InputError, match="no control"):
         found.beyond_controls("image to last")
-    del routes["image to last"]
-    again = knockout(model, inputs, METRIC, routes, controls=3, progress=False)
-    assert torch.equal(again.values, found.values[[0, *drawn]])
-    other = knockout(model, inputs, METRIC, routes, controls=3, seed=5, progress=False)
-    assert not torch.equal(other.values[1:], found.values[drawn])
+    again = knockout(model, inputs, METRIC, routes, controls={"patch to last": 3}, progress=False)
+    assert torch.equal(again.values, found.values)
+    other = knockout(model, inputs, METRIC, routes, controls={"patch to last": 3}, seed=5, progress=False)
+    assert not torch.equal(other.values[drawn], found.values[drawn])
     assert found.plot() is not None
 
 
@@ -160,3 +159,38 @@ def test_requests_that_cannot_be_meant_are_refused(options, message):
     given = {"routes": {"image to last": ("last", "patch")}, **options}
     with pytest.raises(InputError, match=message):
         knockout(model, inputs, METRIC, progress=False, **given)
+
+
+def test_controls_of_keys_that_are_no_region_are_refused_and_asked_for_by_name():
+    model, inputs, _ = hooked_pair("llava-clip-llama")
+    first = next(n for n, kind in enumerate(model.tokens(inputs)["language"].kind[0]) if kind == "patch")
+    routes = {"patch to last": ("last", regions.at([first])), "image to last": ("last", "patch")}
+    with pytest.raises(InputError, match="image to last"):
+        knockout(model, inputs, METRIC, routes, controls=3, progress=False)
+    with pytest.raises(InputError, match="patch to last"):
+        knockout(model, inputs, METRIC, routes, controls={"patch to lost": 3}, progress=False)
+    found = knockout(model, inputs, METRIC, routes, controls={"patch to last": 2}, layers="all", progress=False)
+    assert {name: len(labels) for name, labels in found.controls.items()} == {"patch to last": 2}
+
+
+def test_controls_of_two_seeds_are_other_draws():
+    keys = regions.at([3])
+    drawn = [
+        [pair[1].seed for pair in list(_with_controls({"a": ("last", keys)}, 4, seed)[0].values())[1:]]
+        for seed in (0, 1, 2)
+    ]
+    assert len({one for own in drawn for one in own}) == 12
+
+
+def test_a_route_beside_a_base_is_what_it_costs_under_the_base():
+    model, inputs, _ = hooked_pair("llava-clip-llama")
+    route = {"image to last": ("last", "patch")}
+    base = [edits.ablate("language.blocks.0.mlp.hook_post", "zero")]
+    found = knockout(model, inputs, METRIC, route, layers=[1], base=base, progress=False)
+    blocked = edits.block_attention("language", "last", "patch", layers=[1])
+    with torch.no_grad():
+        clean = METRIC(model.run(inputs, base), inputs)
+        both = METRIC(model.run(inputs, [*base, blocked]), inputs)
+    torch.testing.assert_close(found.clean, clean, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.values[0, 0], both, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(clean, METRIC(model(inputs), inputs), atol=1e-4)

@@ -100,7 +100,8 @@ def test_results_of_rankings_are_scores_and_the_same_data_warns():
         model, pairs, "logit_diff", sites="vision.blocks.*.attn.hook_z", allow_wrong=True, progress=False
     )
     held_out = Side(inputs=other, answers=[1] * 4, foils=[3] * 4)
-    found = modulate(model, held_out, ["accuracy", "logit_diff"], heads=ranked, n_random=1, progress=False)
+    asked = {"heads": ranked, "progress": False}
+    found = modulate(model, held_out, ["accuracy", "logit_diff"], n_random=1, allow_wrong=True, **asked)
     mean = ranked.mean()
     assert found.factors["v.a1.h2"] == pytest.approx(min(max(1 + float(mean[1, 2] / mean.abs().max()), 0), 2))
     noised = activation_patch(
@@ -112,7 +113,7 @@ def test_results_of_rankings_are_scores_and_the_same_data_warns():
     assert list(found.axes) == ["metric", "condition", "example"]
     assert found.change().values.shape == (2, 2, 4)
     with pytest.warns(UserWarning, match="held-out"):
-        modulate(model, pairs, "logit_diff", heads=ranked, n_random=0, progress=False)
+        modulate(model, pairs, "logit_diff", n_random=0, allow_wrong=True, **asked)
 
 
 def test_files_words_and_figures(tmp_path):
@@ -144,3 +145,19 @@ def test_files_words_and_figures(tmp_path):
 def test_meaningless_requests_are_refused(heads, options, message):
     with pytest.raises(InputError, match=message):
         modulated(heads, **options)
+
+
+def test_clean_runs_that_give_another_answer_are_refused_before_a_head_is_scaled(monkeypatch):
+    model, inputs = vit()
+    right = model(inputs).argmax(-1).tolist()
+    worst = model(inputs).argmin(-1).tolist()
+    asked = {"heads": {"L0H1": 1.0}, "n_random": 0, "progress": False}
+    assert modulate(model, Side(inputs=inputs, answers=right, foils=worst), "logit_diff", **asked).values.shape == (
+        2,
+        4,
+    )
+    wrong = Side(inputs=inputs, answers=worst, foils=right)
+    assert modulate(model, wrong, "logit_diff", allow_wrong=True, **asked).values.shape == (2, 4)
+    monkeypatch.setattr(type(model), "sweep", lambda *_, **__: pytest.fail("swept"))
+    with pytest.raises(InputError, match="allow_wrong"):
+        modulate(model, wrong, "logit_diff", **asked)

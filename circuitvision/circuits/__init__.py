@@ -18,6 +18,7 @@ from circuitvision.circuits.edge_runs import Interchange
 from circuitvision.circuits.evaluation import CircuitEvaluation, evaluate
 from circuitvision.circuits.export import export, load
 from circuitvision.circuits.faithfulness_curve import FaithfulnessCurve, faithfulness_curve
+from circuitvision.circuits.head_masks import HeadMask, learn_shortcut_heads
 from circuitvision.circuits.importance import HeadImportance, head_importance
 from circuitvision.circuits.minimality import Minimality, minimality
 from circuitvision.circuits.node_attention import NodeAttention, attention_of
@@ -41,6 +42,7 @@ __all__ = [
     "EdgeAttribution",
     "FaithfulnessCurve",
     "HeadImportance",
+    "HeadMask",
     "HeadRemoval",
     "InformationGain",
     "Interchange",
@@ -73,6 +75,7 @@ __all__ = [
     "head_id",
     "head_importance",
     "layer_matrix",
+    "learn_shortcut_heads",
     "live_heads",
     "load",
     "load_eap",

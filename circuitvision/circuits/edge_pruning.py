@@ -13,19 +13,17 @@ Reference: Cao et al. 2021 (arXiv 2104.03514), subnetwork probing; Louizos et al
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from circuitvision.circuits.acdc import discovery_of
 from circuitvision.circuits.circuit_runs import CircuitRuns
 from circuitvision.circuits.discovery import Discovery, largest
 from circuitvision.circuits.edge_attribution import result_of as scores_of
 from circuitvision.circuits.edge_runs import Interchange
+from circuitvision.circuits.gates import Gates
 from circuitvision.errors import InputError, checked_seed
 from circuitvision.model.state import refuse_inference
 from circuitvision.model.weights import check_gradients
@@ -34,8 +32,6 @@ from circuitvision.patching.estimator import differentiable
 from circuitvision.patching.gradient_run import GradientRun
 from circuitvision.progress import Progress
 from circuitvision.provenance import with_provenance
-
-TEMPERATURE, LOWEST, HIGHEST = 2 / 3, -0.1, 1.1
 
 
 @with_provenance
@@ -87,7 +83,7 @@ def edge_pruning(
         raise InputError(
             f"n_edges={n_edges} must lie between 1 and {runs.graph.n_edges}, and steps={steps} be 1 or more."
         )
-    gates = _Gates(runs.graph.edges, n_edges, start, rate, penalty_rate, checked_seed(seed))
+    gates = _EdgeGates(runs.graph.edges, n_edges, start, rate, penalty_rate, checked_seed(seed))
     taken = 0
     with Progress(steps, "edge pruning", progress) as bar:
         while taken < steps:
@@ -106,36 +102,8 @@ def edge_pruning(
     return discovery_of(scores, largest(alpha, runs.graph.edges, n_edges), method, prune, seed)
 
 
-class _Gates:
-    """The gates of all edges, and their optimiser."""
-
-    def __init__(
-        self,
-        edges: Bool[Tensor, "sender slot"],
-        n_edges: int,
-        start: float,
-        rate: float,
-        penalty_rate: float,
-        seed: int,
-    ) -> None:
-        self.edges, self.target = edges, n_edges / int(edges.sum())
-        self.alpha = torch.full(edges.shape, start, requires_grad=True)
-        self.multipliers = torch.zeros(2, requires_grad=True)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.optimiser = torch.optim.Adam([self.alpha], lr=rate)
-        self.ascent = torch.optim.SGD([self.multipliers], lr=penalty_rate, maximize=True)
-
-    def drawn(self) -> Float[Tensor, "sender slot"]:
-        """How much of every edge is kept, drawn."""
-        u = torch.rand(self.alpha.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
-        soft = torch.sigmoid((u.log() - (1 - u).log() + self.alpha) / TEMPERATURE)
-        return (soft * (HIGHEST - LOWEST) + LOWEST).clamp(0, 1)
-
-    @property
-    def open(self) -> Float[Tensor, ""]:
-        """The expected share of gates that are not 0."""
-        chance = torch.sigmoid(self.alpha - TEMPERATURE * math.log(-LOWEST / HIGHEST))
-        return chance[self.edges].mean()
+class _EdgeGates(Gates):
+    """The gates of all edges."""
 
     def step(self, runs: CircuitRuns, batch: Any) -> None:
         """One step of Adam on a batch."""
@@ -145,15 +113,8 @@ class _Gates:
         clean, corrupt = metrics(output, batch.inputs)[0], batch.source(metrics)[0]
         gap = (clean - corrupt).mean().square().clamp_min(1e-12)
         with torch.enable_grad():
-            away = (1 - self.drawn()) * self.edges
+            away = (1 - self.drawn()) * self.there
             made = Interchange(runs.model, runs.graph, batch.inputs, batch.values).edits(away)
             run = GradientRun(runs.model, batch.inputs, [], made)
             (value,) = differentiable(metrics, run)
-            missed = (value - clean.to(value)).square().mean() / gap.to(value)
-            over = self.open - self.target
-            loss = missed + self.multipliers[0] * over + self.multipliers[1] * over.square()
-            grads = torch.autograd.grad(loss, [self.alpha, self.multipliers])
-        for parameter, gradient in zip((self.alpha, self.multipliers), grads, strict=True):
-            parameter.grad = gradient.to(parameter)
-        self.optimiser.step()
-        self.ascent.step()
+            self.descend((value - clean.to(value)).square().mean() / gap.to(value))

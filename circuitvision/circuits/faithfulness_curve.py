@@ -35,6 +35,7 @@ from circuitvision.circuits.random_circuits import connected_like
 from circuitvision.errors import InputError, warn
 from circuitvision.provenance import with_provenance
 from circuitvision.results import Result
+from circuitvision.statistics import seed_of_draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -216,7 +217,10 @@ def faithfulness_curve(
     )
     chosen = _chosen(attribution, shares, signed, select)
     masks = {order: [runs.mask(one) for one in own] for order, own in chosen.items()}
-    drawn = [_random(runs, round(k * runs.graph.n_edges), count, seed + number) for number, k in enumerate(shares)]
+    drawn = [
+        _random(runs, round(k * runs.graph.n_edges), count, seed_of_draw(seed, number))
+        for number, k in enumerate(shares)
+    ]
     found = _measured(runs, [*masks.values(), *(list(own) for own in zip(*drawn, strict=True))], ablation, progress)
     values, random = found.values[: len(masks)], found.values[len(masks) :]
     result = FaithfulnessCurve(

@@ -15,10 +15,12 @@ The removal is mean ablation of ``attn.hook_z`` (what a head always says stays);
 picture, that is the background's own colour, and BIG is 0 whatever the model does. The default is the mean colour of the whole data set.
 
 Heads are scored one at a time, so of two heads that say the same each scores low if the answer saturates with one; saturated probabilities are flat
-for JS. :func:`circuitvision.circuits.removal_curve` removes them one after another. The paper scores pictures that are answered right; all count
+for JS. :func:`circuitvision.circuits.removal_curve` removes them one after another, and
+:func:`circuitvision.circuits.learn_shortcut_heads` learns which go together. The paper scores pictures that are answered right; all count
 here (``data[right]`` leaves others out).
 
-Not covered: masks that are found by optimisation (CIGMA's own; give masks, or boxes), pictures too many to hold in memory with their counterfactuals.
+Not covered: masks of pictures that are found by optimisation (CIGMA's own; give masks, or boxes), pictures too many to hold in memory with their
+counterfactuals.
 
 Reference: CIGMA (Maliha et al., CVPR 2026), of which no code is public.
 """
@@ -159,35 +161,23 @@ def shortcut_heads(
         InputError: no mask, or one that is empty or leaves nothing over; an output that is no distribution, towers that are not there, dropout in
             training mode.
     """
-    refuse_unwrapped(model)
-    refuse_random(model.module, "A search for shortcut heads")
-    side = data.clean if isinstance(data, Pairs) else data
-    if not isinstance(side, Side):
-        raise InputError(f"Give pictures with masks, cv.data.Side(images, masks=…), not a {type(data).__name__}.")
-    columns = None if choices is None else tuple(choice_ids(model, choices))
-    triples = _triples(side, masks, fill, image, seed)
-    live = live_heads(model, next(side[:1].batches(model, 1)).inputs)
-    names = _towers(model, towers)
-    heads = [name for name in live if parse_id(name).tower in names]
-    if not heads:
-        raise InputError(f"No head of {', '.join(names)} can reach the output; towers= names others.")
+    found = shortcut_search(model, data, masks, fill, image, towers, choices, position, seed, example_batch)
+    side, heads, metric = found.side, found.heads, found.metric
     groups = [removed(name, ablation, side if reference is None else reference) for name in heads]
-    each = 3 * max(1, automatic_size(model, side[0]) // 3 if example_batch is None else example_batch)
-    metric = InformationGain(position=position, name="information gain", columns=columns)
     with contextlib.nullcontext() if progress else verbosity("quiet"):
         swept = model.sweep(
-            triples,
+            found.triples,
             groups,
             metric,
             empty="clean",
-            example_batch=each,
+            example_batch=found.each,
             save_to=save_to,
             resume=resume,
             progress=progress,
         )
     intact = swept.clean.double().unflatten(-1, (-1, 3))[:, 1:].T
     without = swept.values.double().unflatten(-1, (-1, 3))[..., 1:].movedim(-1, 0)
-    axes, scores = _laid_out(model, names, heads, intact[:, None] - without)
+    axes, scores = _laid_out(model, found.towers, heads, intact[:, None] - without)
     return ShortcutHeads(
         values=scores[0],
         axes={**axes, "example": list(side.numbers)},
@@ -204,9 +194,52 @@ def shortcut_heads(
         foreground_gain=intact[1],
         ablation=ablation,
         edits=[by_digest(group) for group in groups],
-        dead=_dead(model, names, live),
+        dead=_dead(model, found.towers, found.live),
         groups=[] if side.groups is None else list(side.groups),
     )
+
+
+@dataclass(frozen=True)
+class ShortcutSearch:
+    """What a search for shortcut heads runs on: rows in threes, ``each`` of them at once, and the heads that can reach the output."""
+
+    side: Side
+    triples: Side
+    metric: InformationGain
+    towers: list[str]
+    live: list[str]
+    heads: list[str]
+    each: int
+
+
+def shortcut_search(
+    model: Any,
+    data: Any,
+    masks: Any,
+    fill: Any,
+    image: int,
+    towers: Sequence[str] | None,
+    choices: Sequence[Any] | None,
+    position: Position,
+    seed: int,
+    example_batch: int | None,
+) -> ShortcutSearch:
+    """The pictures beside their counterfactuals, and the heads. Raises InputError as :func:`shortcut_heads`."""
+    refuse_unwrapped(model)
+    refuse_random(model.module, "A search for shortcut heads")
+    side = data.clean if isinstance(data, Pairs) else data
+    if not isinstance(side, Side):
+        raise InputError(f"Give pictures with masks, cv.data.Side(images, masks=…), not a {type(data).__name__}.")
+    columns = None if choices is None else tuple(choice_ids(model, choices))
+    triples = _triples(side, masks, fill, image, seed)
+    live = live_heads(model, next(side[:1].batches(model, 1)).inputs)
+    names = _towers(model, towers)
+    heads = [name for name in live if parse_id(name).tower in names]
+    if not heads:
+        raise InputError(f"No head of {', '.join(names)} can reach the output; towers= names others.")
+    each = 3 * max(1, automatic_size(model, side[0]) // 3 if example_batch is None else example_batch)
+    metric = InformationGain(position=position, name="information gain", columns=columns)
+    return ShortcutSearch(side, triples, metric, names, live, heads, each)
 
 
 def removed(heads: str | Sequence[str], ablation: str, reference: Side | Pairs) -> tuple[Edit, ...]:

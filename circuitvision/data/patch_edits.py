@@ -5,7 +5,10 @@ pixels it reads comes from :func:`circuitvision.boxes_in_pictures`, which follow
 patch if its middle does. Where the processor resizes, interpolation carries a little of an edit into the patches beside it:
 :func:`circuitvision.data.changed_patches` says into which.
 
-Not covered: packing objects that merge patches (a position is then a group of them, and so is its box), processors without a known way back.
+Where a connector merges patches, a position behind it is a group of them: ``tower="language"`` masks or exchanges whole groups, whose box is that of
+all their patches, and ``tower="vision"`` single patches.
+
+Not covered: groups of patches that are no rectangle, processors without a known way back.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from jaxtyping import Float
 from PIL import Image
 
 from circuitvision.data.batches import inputs_of
-from circuitvision.data.masking import baselines_of, edited, levels_of, pictures_of
+from circuitvision.data.masking import baselines_of, edited, generator_of, levels_of, pictures_of
 from circuitvision.data.pairs import Pairs
 from circuitvision.data.sides import Side
+from circuitvision.digests import of_array, of_json
 from circuitvision.errors import InputError
 
 
@@ -37,9 +41,10 @@ def patch_boxes(side: Side, model: Any, *, image: int = 0, tower: str = "vision"
 def mask_patches(
     side: Side,
     model: Any,
-    patches: Any,
+    patches: Any = None,
     fill: Any = "mean",
     *,
+    n: int | None = None,
     image: int = 0,
     tower: str = "vision",
     seed: int = 0,
@@ -50,14 +55,17 @@ def mask_patches(
     Args:
         side: the data set.
         model: the hooked model, whose grid it is.
-        patches: numbers for all examples, a list of numbers per example, or a region (:mod:`circuitvision.regions`).
+        patches: numbers for all examples, a list of numbers per example, or a region (:mod:`circuitvision.regions`); None: every patch.
+        n: mask so many of them, drawn by the seed and by what each picture is, so not by its place in the data set (a control of equal size); of
+            patches that read no pixel (padding) none is drawn. None: all of them.
         fill: what stands there, as of :func:`circuitvision.data.mask_images`.
         image: which picture of each example.
         tower: the tower that reads it.
-        seed, radius: of the fill.
+        seed, radius: of the fill, and of the draw.
 
     Raises:
-        InputError: patches that are not there or read no pixel, and pictures in which nothing changes; the message names the example.
+        InputError: patches that are not there or read no pixel, fewer than are to be drawn, and pictures in which nothing changes; the message names
+            the example.
     """
     pictures = pictures_of(side, image)
     baselines = baselines_of(side, fill, pictures, image, seed, radius)
@@ -65,7 +73,7 @@ def mask_patches(
     grids = _grids(side, model, image, tower, patches)
     for number, (chosen, boxes), picture, baseline in zip(side.numbers, grids, pictures, baselines, strict=True):
         levels = levels_of(picture).copy()
-        for patch in chosen:
+        for patch in chosen if n is None else _drawn(chosen, boxes, levels, n, seed, number):
             own = _pixels(boxes, patch, levels.shape, number)
             levels[own] = baseline[own].astype(np.uint8)
         made.append(levels)
@@ -100,6 +108,18 @@ def swap_patches(side: Side, model: Any, one: Any, other: Any, *, image: int = 0
                 levels[place] = _scaled(before[source], before[place].shape)
         made.append(levels)
     return edited(side, made, pictures, image, name="patches exchanged")
+
+
+def _drawn(
+    chosen: Sequence[int], boxes: Float[np.ndarray, "patch 4"], levels: np.ndarray, n: int, seed: int, number: int
+) -> list[int]:
+    """``n`` of the chosen patches of one picture."""
+    readable = [patch for patch in chosen if np.isfinite(boxes[patch]).all()]
+    if isinstance(n, bool) or not isinstance(n, int) or not 0 < n <= len(readable):
+        raise InputError(f"n={n!r}: draw from 1 to {len(readable)} patches, which example {number} has to choose from.")
+    # Not the stream that fills with noise.
+    generator = generator_of(seed, of_json(["patches", of_array(levels)]))
+    return sorted(int(patch) for patch in generator.choice(readable, n, replace=False))
 
 
 def _scaled(levels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -69,8 +69,11 @@ class CleanAnswers:
             )
 
 
-def check_data(model: Any, data: Any, given: MetricSet, allow_wrong: bool, size: int | None = None) -> None:
-    """Check the clean side of a data set for a method that runs it alone: the answers of all examples, and the clean runs of the first batch.
+def check_data(
+    model: Any, data: Any, given: MetricSet, allow_wrong: bool, size: int | None = None, base: Any = (), run: Any = None
+) -> None:
+    """Check the clean side of a data set for a method that runs it alone: the answers of all examples, and the clean runs of the first batch,
+    under the edits of a base and by the run function (see ``model.sweep``) where there are such.
 
     Inputs in memory are left alone.
 
@@ -81,9 +84,21 @@ def check_data(model: Any, data: Any, given: MetricSet, allow_wrong: bool, size:
         return
     side = getattr(data, "clean", data)
     check_answers(side, model)
-    batch = next(iter(side.batches(model, size)))
+    chunk = first_chunk(model, data, given, size, base, run)
     with torch.no_grad():
-        bound = given.bind(model, batch.answers, batch.foils, batch.combine)
-        values = bound(model(batch.inputs), batch.inputs) if not bound.compares else None
+        values = None
+        if not chunk.metrics.compares:
+            output = model.run(chunk.inputs, chunk.base) if run is None else run(model, chunk.inputs, list(chunk.base))
+            values = chunk.metrics(output, chunk.inputs)
     if values is not None:
-        CleanAnswers.of(given, allow_wrong).look(values, batch.examples, first=True)
+        examples = [side.numbers[row] for row in chunk.examples]
+        CleanAnswers.of(given, allow_wrong).look(values, examples, first=True)
+
+
+def first_chunk(model: Any, data: Any, given: MetricSet, size: int | None, base: Any, run: Any) -> Any:
+    """The first batch of a data set as a sweep would run it: inputs, metrics bound to its answers, and the edits of the base for its examples."""
+    from circuitvision.incremental.sweeps.stream import DataStudy
+    from circuitvision.incremental.sweeps.study import Options
+
+    study = DataStudy(model, data, [()], given, None, Options(run=run), size, base=base)
+    return next(iter(study._chunks()))()

@@ -8,8 +8,9 @@ window of layers (and in single heads, if asked for) the queries cannot look at 
 per example; :attr:`Knockout.relative` is ``mean(effect) / mean(metric(unedited))``, which for a probability is the published measure. The scores
 are blocked before the softmax, so the other keys share the row (``renormalise=False`` takes the entries out of the pattern alone).
 
-What a route costs says little without *controls*: as many random keys of the same kind outside the route's own, drawn per example. Keys that are all
-positions of their kind leave none to draw, and have no control.
+What a route costs says little without *controls*: as many random keys of the same kind outside the route's own, drawn per example. They are drawn
+for keys that are a region (:mod:`circuitvision.regions`); other spellings are refused, for keys that are all positions of their kind leave none to
+draw. ``controls={"patch to last": 3}`` asks for those of single routes.
 
 A knockout in all layers says whether the route is needed at all; one window at a time says where it is used, and misses what later layers make up
 for.
@@ -37,7 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitvision import edits, regions
-from circuitvision.errors import InputError, checked_seed, warn
+from circuitvision.errors import InputError, checked_seed, nearest
 from circuitvision.incremental.sweeps.result import SweepResult
 from circuitvision.metric_set import MetricSet
 from circuitvision.metrics.effects import share_of_mean
@@ -49,7 +50,7 @@ from circuitvision.patching.activation import dead_sites, first_inputs
 from circuitvision.patching.cells import layers_around, step_groups
 from circuitvision.patching.clean_answers import check_data
 from circuitvision.provenance import with_provenance
-from circuitvision.statistics import derived_seed
+from circuitvision.statistics import seed_of_draw
 
 ALL = "all"
 
@@ -88,7 +89,7 @@ class Knockout(SweepResult):
         if not drawn:
             there = ", ".join(self.controls) or "no route"
             raise InputError(
-                f"The route {route!r} has no control ({there} has): controls= draws them where the keys are a region."
+                f"The route {route!r} has no control ({there} has): ask for controls={{{route!r}: 3}}, of a route whose keys are a region."
             )
         axis = list(self.axes).index("route")
         effect = self.effect.movedim(axis, 0)
@@ -110,8 +111,8 @@ def knockout(
     renormalise: bool = True,
     steps: Any = None,
     run: RunFunction | None = None,
-    base: Sequence[edits.Edit] = (),
-    controls: int = 0,
+    base: Any = (),
+    controls: int | Mapping[str, int] = 0,
     seed: int = 0,
     allow_wrong: bool = False,
     example_batch: int | None = None,
@@ -135,16 +136,16 @@ def knockout(
             mapping of labels to them (``{"prompt": "prefill", "answer": "decode"}``), is the axis ``"step"``, on which ``"all"`` is every pass.
         run: what one run is, as of ``model.sweep``: None, one forward pass; :func:`generated`, the tokens of an answer; or
             :func:`circuitvision.steering.act`, the actions of all denoising steps.
-        base: edits of all runs, the unedited one too: what a route costs while something else is changed, as of ``model.sweep``.
-        controls: how many random key sets per route; keys that are no region have none, with a warning.
+        base: edits that every run is under, as of ``model.sweep``: what a route is worth beside them, :attr:`Knockout.clean` being the metric under
+            them alone.
+        controls: how many random key sets per route, whose keys must be regions; a mapping of labels to numbers asks for them of these routes.
         seed: of the controls.
         allow_wrong: whether the clean runs may give other answers than the data set says, see :mod:`circuitvision.patching.clean_answers`.
         example_batch, save_to, resume, progress: as of ``model.sweep``.
 
     Raises:
-        InputError: no route, one that is no pair, controls where no route's keys are a region, a tower or layer that is not there, dropout in
-            training mode; queries left with nothing to look at; layers whose attention cannot reach the output, clean runs that do not give the
-            answer.
+        InputError: no route, one that is no pair, a tower or layer that is not there, dropout in training mode; queries left with nothing to look at;
+            controls of keys that are no region; layers whose attention cannot reach the output, clean runs that do not give the answer.
     """
     refuse_unwrapped(model)
     refuse_random(model.module, "A knockout")
@@ -165,7 +166,7 @@ def knockout(
         [f"{name}.blocks.{layer}.attn.hook_attn_scores" for layer in numbers_of_layers],
         first_inputs(model, data),
     )
-    check_data(model, data, MetricSet.of(metric), allow_wrong, example_batch)
+    check_data(model, data, MetricSet.of(metric), allow_wrong, example_batch, base, run)
     axes: dict[str, list[Any]] = {"route": list(asked), "layer": list(windows)}
     axes |= {"head": list(range(cfg.n_heads))} if heads else {}
     numbers: list[int | None] = list(range(cfg.n_heads)) if heads else [None]
@@ -187,6 +188,7 @@ def knockout(
         progress=progress,
         example_batch=example_batch,
         run=run,
+        base=base,
     )
     held_by_sweep = {entry.name: getattr(swept, entry.name) for entry in dataclasses.fields(swept)}
     known = {**swept.provenance, "method": "knockout", "seed": seed if controls else None}
@@ -194,24 +196,31 @@ def knockout(
 
 
 def _with_controls(
-    routes: Mapping[str, tuple[Any, Any]], count: int, seed: int
+    routes: Mapping[str, tuple[Any, Any]], controls: int | Mapping[str, int], seed: int
 ) -> tuple[dict[str, tuple[Any, Any]], dict[str, list[str]]]:
     """The routes and behind them their controls, and the labels of each route's."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise InputError(f"controls={count!r}: how many random key sets of each route, 0 for none.")
+    given = dict(controls) if isinstance(controls, Mapping) else dict.fromkeys(routes, controls)
+    for label, count in given.items():
+        if label not in routes:
+            raise InputError(
+                f"controls={controls!r}: there is no route {label!r}; did you mean {nearest(label, routes)}?"
+            )
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise InputError(f"controls={controls!r}: how many random key sets of each route, 0 for none.")
+        if count and not isinstance(routes[label][1], Region):
+            raise InputError(
+                f"Controls of {label!r} are as many random keys beside its own, and {routes[label][1]!r} is no region to draw them like: give its "
+                "keys as one (cv.regions.box, mask, words, at), or ask for those of other routes, controls={label: count}."
+            )
+    checked_seed(seed)
     asked, drawn = dict(routes), {}
-    bare = [label for label, (_, keys) in routes.items() if not isinstance(keys, Region)]
-    if count and bare:
-        why = f"controls= draws as many random keys of the same kind, and the keys of {', '.join(map(repr, bare))} are no region"
-        if len(bare) == len(routes):
-            raise InputError(f"{why}: give a region (cv.regions.patches(…), cv.regions.words(…)), or controls=0.")
-        warn(f"{why}: {'it has' if len(bare) == 1 else 'they have'} no control.")
-    for label, (queries, keys) in routes.items():
-        if isinstance(keys, Region) and count:
+    for label, count in given.items():
+        if count:
+            queries, keys = routes[label]
             names = [f"{label}, random {number + 1}" for number in range(count)]
             drawn[label] = names
             asked |= {
-                name: (queries, regions.random_like(keys, derived_seed(checked_seed(seed), number)))
+                name: (queries, regions.random_like(keys, seed_of_draw(seed, number)))
                 for number, name in enumerate(names)
             }
     return asked, drawn

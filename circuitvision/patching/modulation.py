@@ -28,11 +28,13 @@ from torch import Tensor
 from circuitvision import edits
 from circuitvision.errors import InputError, checked_seed, warn
 from circuitvision.findings import Finding
+from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.base import Edit, EditGroup, by_digest
 from circuitvision.model.names import format_id, head_id, heads_of, parse_id
 from circuitvision.model.run_functions import RunFunction
 from circuitvision.model.state import refuse_random, refuse_unwrapped
 from circuitvision.patching.activation import dead_sites, first_inputs
+from circuitvision.patching.clean_answers import check_data
 from circuitvision.patching.coalitions import CoalitionResult
 from circuitvision.patching.interaction_claims import FEWEST
 from circuitvision.provenance import describe, with_provenance
@@ -80,6 +82,7 @@ def modulate(
     run: RunFunction | None = None,
     n_random: int = 20,
     seed: int = 0,
+    allow_wrong: bool = False,
     example_batch: int | None = None,
     save_to: str | Path | None = None,
     resume: bool = False,
@@ -100,17 +103,20 @@ def modulate(
         run: what one run is, as of ``model.sweep``; None: one forward pass.
         n_random: how many random sets.
         seed: of the draws.
+        allow_wrong: whether the clean runs may give other answers than the data set says, see :mod:`circuitvision.patching.clean_answers` (a metric
+            such as accuracy counts them itself).
         example_batch, save_to, resume, progress: as of ``model.sweep``.
 
     Raises:
         InputError: no score, scores that are no numbers, heads that the model does not have or that cannot reach the output, dropout in training
-            mode.
+            mode, clean runs that do not give the answer.
     """
     refuse_unwrapped(model)
     refuse_random(model.module, "Modulation")
     scores = _scores(model, heads)
     sites = dict.fromkeys(_site(name) for name in scores)
     dead_sites(model, list(sites), first_inputs(model, data))
+    check_data(model, data, MetricSet.of(metric), allow_wrong, example_batch, run=run)
     _warn_of_same_data(heads, data)
     largest = max(map(abs, scores.values())) if normalise else 1.0
     low, high = clip

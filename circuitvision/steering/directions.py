@@ -41,7 +41,7 @@ from circuitvision.model.sites import SiteName
 from circuitvision.provenance import describe, with_provenance
 from circuitvision.readout.probes.collected import collect
 from circuitvision.results import Result
-from circuitvision.statistics import derived_seed
+from circuitvision.statistics import seed_of_draw
 from circuitvision.subspaces.bases import mean_difference, principal_components, random_basis
 from circuitvision.subspaces.pairs import one_site
 
@@ -251,14 +251,15 @@ def steering_direction(
 @with_provenance
 def random_directions(direction: Direction, count: int, seed: int = 0) -> list[Direction]:
     """Directions of the same length at the same site and heads, drawn from all alike (isotropic): what a claim about one is held against.
+    A draw goes by the seed and its number, so that fewer are the first of more.
 
     Raises:
-        InputError: fewer than none.
+        InputError: fewer than none, what is no seed.
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise InputError(f"count={count!r}: how many random directions, 0 for none.")
     size = direction.vector.numel()
-    drawn = [random_basis(size, 1, derived_seed(checked_seed(seed), number))[:, 0] for number in range(count)]
+    drawn = [random_basis(size, 1, seed_of_draw(seed, number))[:, 0] for number in range(count)]
     return [
         dataclasses.replace(
             Direction(torch.zeros(0), {"example": []}, direction.provenance),

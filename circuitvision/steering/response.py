@@ -33,10 +33,12 @@ from torch import Tensor
 
 from circuitvision import edits, metrics
 from circuitvision.errors import InputError
+from circuitvision.metric_set import MetricSet
 from circuitvision.model.edits.writes import steered
 from circuitvision.model.positions import Positions
 from circuitvision.model.run_functions import RunFunction, act, acts
 from circuitvision.model.state import refuse_random, refuse_unwrapped
+from circuitvision.patching.clean_answers import check_data
 from circuitvision.provenance import with_provenance
 from circuitvision.readout.probes.streaming import Batch, Reading
 from circuitvision.results import Result
@@ -48,6 +50,8 @@ CHOSEN = "chosen"
 SCALES = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
 CURVED = 0.25
 """Share of the tangent by which a curve that leaves it differs."""
+SAME_LENGTH = 1e-3
+"""Relative difference of lengths up to which directions count as equally long: what half precision rounds."""
 FLAT = 0.1
 """Share of the steepest local slope below which the curve counts as flat."""
 
@@ -225,6 +229,7 @@ def steering_response(
     policy: RunFunction | None = None,
     example_batch: int | None = None,
     seed: int = 0,
+    allow_wrong: bool = False,
     save_to: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -244,13 +249,15 @@ def steering_response(
         units: ``"value"``: of neurons the activation, of a direction multiples of it. ``"deviation"``: natural standard deviations (of overwritten
             neurons from the natural mean; along a direction that was built from data, those within its kinds).
         n_random, match, seed: how many random controls, and how neurons are drawn, see :func:`random_neurons`; directions are of equal length.
-        random: in place of these, controls of one's own.
+        random: in place of these, controls of one's own: directions of the same site, heads and length, or as many neurons of the same tower.
         positions, steps: where it is steered; None is everywhere and at every step.
         policy: what one run is, a function ``(model, inputs, edits)``; None is :func:`act` for a model that acts, else one forward pass.
+        allow_wrong: whether the clean runs may give other answers than the data set says, see :mod:`circuitvision.patching.clean_answers`.
         example_batch, save_to, resume, progress: as of ``model.sweep``.
 
     Raises:
-        InputError: an unknown method or units, no scale or one twice, dropout in training mode, an unknown neuron, a site that is not there.
+        InputError: an unknown method or units, no scale or one twice, dropout in training mode, an unknown neuron, a site that is not there,
+            controls of another site, length or size, clean runs that do not give the answer.
     """
     refuse_unwrapped(model)
     refuse_random(model.module, "Steering")
@@ -258,14 +265,15 @@ def steering_response(
     method = _checked(model, chosen, scales, method, units)
     if isinstance(chosen, Direction):
         sets: list[Any] = [chosen, *(random_directions(chosen, n_random, seed) if random is None else random)]
-        _check_controls(chosen, sets[1:])
     else:
         tower = model.towers[chosen.tower]
         sets = [
             chosen,
             *(random_neurons(tower, chosen, n_random, seed=seed, match=match) if random is None else random),
         ]
+    _check_controls(chosen, sets[1:])
     measure = metric_of_actions(metric) if acts(model) else metric
+    check_data(model, data, MetricSet.of(measure), allow_wrong, example_batch, run=run)
     natural = _natural_of(model, data, sets, run, units, example_batch)
     groups = [
         one.edits(_value(float(scale), method, units, there), method, positions=positions, steps=steps)
@@ -345,6 +353,33 @@ def _checked(model: Any, chosen: Any, scales: Sequence[float], method: str | Non
     if not len(scales) or len({float(scale) for scale in scales}) < len(scales):
         raise InputError("Give at least one scale, and each of them once.")
     return method
+
+
+def _check_controls(chosen: NeuronSet | Direction, controls: Sequence[Any]) -> None:
+    """Raise InputError for controls that another place, length or size would tell from what is steered by."""
+    for one in controls:
+        if isinstance(chosen, NeuronSet) and isinstance(one, NeuronSet):
+            if (one.tower, len(one)) != (chosen.tower, len(chosen)):
+                raise InputError(
+                    f"Controls are {len(chosen)} neurons of the {chosen.tower} tower, and {str(one)!r:.60} is {len(one)} of {one.tower}."
+                )
+            continue
+        if not isinstance(chosen, Direction) or not isinstance(one, Direction):
+            raise InputError(
+                f"Controls of a {type(chosen).__name__} are {type(chosen).__name__}s, and {one!r:.60} is not."
+            )
+        if one.vector.shape != chosen.vector.shape:
+            raise InputError(
+                f"Controls are directions of the shape {list(chosen.vector.shape)}, and {str(one)!r} has {list(one.vector.shape)}."
+            )
+        if (one.site, one.heads) != (chosen.site, chosen.heads):
+            raise InputError(
+                f"Controls are directions at {chosen.site} (heads {chosen.heads}), and {str(one)!r} is at {one.site} ({one.heads})."
+            )
+        if not math.isclose(one.norm, chosen.norm, rel_tol=SAME_LENGTH):
+            raise InputError(
+                f"Controls are as long as the direction, {chosen.norm:.4g}, and {str(one)!r} is {one.norm:.4g} long: scale its vector to that."
+            )
 
 
 def _value(scale: float, method: str, units: str, natural: tuple[Tensor, Tensor]) -> Any:

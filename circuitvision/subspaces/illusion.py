@@ -39,7 +39,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuitvision.errors import InputError
-from circuitvision.statistics import bootstrap_interval, derived_seed
+from circuitvision.statistics import bootstrap_interval, seed_of_draw
 from circuitvision.subspaces import divergence as shifts
 from circuitvision.subspaces import geometry
 from circuitvision.subspaces.bases import (
@@ -216,10 +216,10 @@ def illusion_statistics(
     values = values_of(component, columns)
     for number in range(n_random):
         values[f"random {number + 1}"] = interchanged(
-            base, source, random_basis(len(columns), k, derived_seed(seed, number))
+            base, source, random_basis(len(columns), k, seed_of_draw(seed, number))
         )
         try:
-            drawn = matched_random_basis(component.all_natural, k, derived_seed(seed, number))
+            drawn = matched_random_basis(component.all_natural, k, seed_of_draw(seed, number))
         except InputError:
             continue
         values[f"matched random {number + 1}"] = interchanged(base, source, drawn)

@@ -189,8 +189,10 @@ def test_random_directions_are_as_long_and_point_elsewhere(vit: Any) -> None:
     assert {direction.site for direction in drawn} == {found.site}
     assert float((drawn[0].unit * drawn[1].unit).sum().abs()) < 0.9
     assert torch.equal(drawn[2].vector, random_directions(found, 3, seed=1)[2].vector)
-    others = [one.unit for seed in (0, 2) for one in random_directions(found, 4, seed=seed)]
-    assert max(float((one.unit * other).sum().abs()) for one in drawn for other in others) < 0.95
+    assert torch.equal(drawn[1].vector, random_directions(found, 2, seed=1)[1].vector)
+    every = torch.stack([one.unit.flatten() for seed in range(3) for one in random_directions(found, 3, seed=seed)])
+    apart = (every @ every.T).fill_diagonal_(0.0)
+    assert float(apart.abs().max()) < 0.99
 
 
 def test_a_direction_of_whole_numbers_has_controls_of_its_length(vit: Any) -> None:
@@ -202,10 +204,10 @@ def test_a_direction_of_whole_numbers_has_controls_of_its_length(vit: Any) -> No
         raise AssertionError
 
     head = Direction.of(model, "vision.blocks.1.attn.hook_z", torch.ones(6), heads=0)
-    elsewhere = Direction.of(model, "vision.blocks.0.hook_resid_post", torch.arange(24).flip(0))
-    longer = Direction.of(model, SITE, 2.0 * torch.arange(24).flip(0))
-    for control, said in ((head, "shape"), (torch.ones(24), "shape"), (elsewhere, "act there"), (longer, "length")):
-        with pytest.raises(InputError, match=said):
+    elsewhere = Direction.of(model, "vision.blocks.0.hook_resid_post", found.vector)
+    longer = Direction.of(model, SITE, 1.01 * found.vector)
+    for control, message in ((head, "shape"), (torch.ones(24), "Direction"), (elsewhere, "blocks.0"), (longer, "long")):
+        with pytest.raises(InputError, match=message):
             steering_response(model, one, found, never, random=[control], progress=False)
 
 
