@@ -1,4 +1,4 @@
-"""Learned masks of shortcut heads: a step against plain PyTorch hooks, the known heads of spurious-vit, and the worst group beside selection by gain."""
+"""Learned masks of shortcut heads: a step against plain hooks, the known heads of spurious-vit, and the worst group beside selection by gain."""
 
 from __future__ import annotations
 

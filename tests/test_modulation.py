@@ -107,7 +107,7 @@ def test_results_of_rankings_are_scores_and_the_same_data_warns():
     noised = activation_patch(
         model, pairs, "logit_diff", sites="vision.blocks.*.attn.hook_z", mode="noise", allow_wrong=True, progress=False
     )
-    turned = modulate(model, held_out, "logit_diff", heads=noised, n_random=0, progress=False)
+    turned = modulate(model, held_out, "accuracy", heads=noised, n_random=0, progress=False)
     least = noised.mean()
     assert turned.factors["v.a1.h2"] == pytest.approx(min(max(1 - float(least[1, 2] / least.abs().max()), 0), 2))
     assert list(found.axes) == ["metric", "condition", "example"]

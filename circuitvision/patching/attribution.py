@@ -171,7 +171,6 @@ def attribution_patch(
         groups=runs.groups,
         position_names=runs.position_names(held) if held else [],
         method=method,
-        position_names=runs.position_names(held) if held else [],
         completeness_gap=gap,
     )
     warn_of_equal_runs(result, cells[0].index)

@@ -182,7 +182,6 @@ def knockout(
         groups,
         metric,
         axes=axes,
-        base=base,
         save_to=save_to,
         resume=resume,
         progress=progress,

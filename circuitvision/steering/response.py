@@ -196,21 +196,6 @@ class SteeringResponse(Result):
         return self.scales - self.scales.mean()
 
 
-def _check_controls(chosen: Direction, others: Sequence[Any]) -> None:
-    """Raise InputError for controls of a direction that are not like it: of its site and heads, of its shape and length."""
-    for one in others:
-        if not isinstance(one, Direction) or one.vector.shape != chosen.vector.shape:
-            shape = list(chosen.vector.shape)
-            raise InputError(f"Controls of a direction are directions of its shape {shape}, and {one!r:.60} is not.")
-        if (one.site, one.heads) != (chosen.site, chosen.heads):
-            raise InputError(f"{one.name!r} is a direction at {one.site}; controls of one at {chosen.site} act there.")
-        if not math.isclose(float(one.norm), float(chosen.norm), rel_tol=1e-3):
-            raise InputError(
-                f"{one.name!r} has length {float(one.norm):.3g} and the direction {float(chosen.norm):.3g}: a longer one moves more, whatever it "
-                "means. Scale it to the same length."
-            )
-
-
 @with_provenance
 def steering_response(
     model: Any,

@@ -304,7 +304,7 @@ def _natural_numbers(component: Component, basis: Float[Tensor, "d k"], seed: in
             else geometry.span(component.readers)
         )
         drawn = [
-            space @ random_basis(space.shape[1], min(cut.row.shape[1], space.shape[1]), derived_seed(seed, n))
+            space @ random_basis(space.shape[1], min(cut.row.shape[1], space.shape[1]), seed_of_draw(seed, n))
             for n in range(50)
         ]
         usual = float(torch.tensor([geometry.deviation(natural, one) for one in drawn]).median())
