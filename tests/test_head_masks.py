@@ -1,4 +1,4 @@
-"""Learned masks of shortcut heads: a step against plain hooks, the known heads of spurious-vit, and the worst group beside selection by gain."""
+"""Learned masks of shortcut heads: a step against plain hooks, the known heads of spurious-vit, the worst group beside selection by gain."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ def test_a_step_is_that_of_plain_hooks_and_autograd(model: cv.HookedModel, ablat
 
 def test_the_known_heads_are_closed(model: cv.HookedModel) -> None:
     side, _ = drawn(60, 11)
-    found = learn_shortcut_heads(model, side, n_heads=2, steps=40, example_batch=20, progress=False)
+    found = learn_shortcut_heads(model, side, n_heads=2, steps=60, example_batch=20, progress=False)
     assert isinstance(found, HeadMask)
     assert set(found.chosen) == KNOWN
     assert [name for name, _ in found.ranking()[:2]] == found.chosen
-    assert found.values.shape == (2, 40, 60)
-    assert torch.isfinite(found.values).sum(-1).tolist() == [[20] * 40] * 2
+    assert found.values.shape == (2, 60, 60)
+    assert torch.isfinite(found.values).sum(-1).tolist() == [[20] * 60] * 2
     same = learn_shortcut_heads(model, side, n_heads=2, steps=3, example_batch=20, progress=False)
     torch.testing.assert_close(same.values, found.values[:, :3], equal_nan=True)
 
@@ -116,17 +116,19 @@ def test_what_cannot_be_learned_is_refused(model: cv.HookedModel, options: Any) 
 
 
 @pytest.mark.slow
-def test_a_learned_mask_chooses_the_set_that_selection_by_gain_chooses(model: cv.HookedModel) -> None:
-    """On this organism, whose shortcut is two heads that each score high alone, the mask does not help: it finds the same heads."""
+def test_a_learned_mask_beside_selection_by_gain(model: cv.HookedModel) -> None:
+    """Chosen on validation pictures, both raise the worst group by as much; the mask, which puts the stronger head first, with one head fewer."""
     side, _ = drawn(120, 11)
     validation, groups = drawn(240, 12)
     test, test_groups = drawn(400, 13)
-    learned = learn_shortcut_heads(model, side, n_heads=2, steps=60, example_batch=30, progress=False)
+    learned = learn_shortcut_heads(model, side, n_heads=2, steps=60, example_batch=20, progress=False)
     found = []
     for ranking in (shortcut_heads(model, side, progress=False), learned.chosen):
         curve = removal_curve(model, validation, ranking, groups=groups, progress=False)
         found.append(remove_heads(model, test, curve, groups=test_groups, n_random=0, progress=False))
     by_gain, by_mask = found
-    assert set(by_gain.heads) == set(by_mask.heads) == KNOWN
-    assert torch.equal(by_gain.worst, by_mask.worst)
+    assert set(by_gain.heads) == set(learned.chosen) == KNOWN
+    assert len(by_mask.heads) == 1
+    assert set(by_mask.heads) < KNOWN
+    assert by_gain.worst.tolist() == by_mask.worst.tolist()
     assert by_mask.rise()[1] >= 0.1

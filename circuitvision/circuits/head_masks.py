@@ -82,7 +82,7 @@ def learn_shortcut_heads(
     n_heads: int,
     steps: int = 200,
     rate: float = 0.1,
-    start: float = 2.0,
+    start: float = 0.0,
     penalty_rate: float = 1.0,
     fill: Any = "dataset",
     image: int = 0,
