@@ -35,6 +35,7 @@ from torch import Tensor
 from circuitvision.circuits import connectivity
 from circuitvision.circuits.certificates import Certificate, radii
 from circuitvision.circuits.circuit import Circuit
+from circuitvision.circuits.computational_graph import ARROW
 from circuitvision.circuits.edge_attribution import EdgeAttribution
 from circuitvision.errors import InputError, checked_seed, warn
 from circuitvision.progress import Progress
@@ -88,8 +89,16 @@ class Discovery(Result):
         Edges that no resampled circuit holds are left out; ties stand in the order of mean scores.
         """
         assert self.attribution is not None
-        held = [(edge, self.inclusion(edge), edge in self.circuit) for edge, _ in self.attribution.ranking()]
-        return sorted((one for one in held if one[1] > 0 or one[2]), key=lambda one: -one[1])[:count]
+        share, size = self.values.nan_to_num(), self.attribution.scores.nan_to_num().abs()
+        places = ((share > 0) | self.mask).nonzero()
+        rows, columns = places.unbind(1)
+        by_size = torch.argsort(-size[rows, columns], stable=True)
+        order = by_size[torch.argsort(-share[rows, columns][by_size], stable=True)][:count]
+        senders, slots = self.axes["sender"], self.axes["slot"]
+        return [
+            (f"{senders[row]}{ARROW}{slots[column]}", float(share[row, column]), bool(self.mask[row, column]))
+            for row, column in places[order].tolist()
+        ]
 
     def to_networkx(self) -> Any:
         """The circuit as a graph of schema ``circuitvision.graph/1``, with ``inclusion`` on its edges."""
