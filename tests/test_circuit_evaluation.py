@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import circuitvision as cv
 from circuitvision.circuits import CircuitEvaluation, edge_attribution, evaluate
 from circuitvision.circuits.circuit_runs import CircuitRuns
-from circuitvision.circuits.connectivity import pruned
+from circuitvision.circuits.connectivity import pruned, random_circuit
 from circuitvision.circuits.faithfulness_ratios import Kept, area, distance_area, log_area
 from circuitvision.circuits.random_circuits import connected_like, degree_matched
 from circuitvision.digests import of_json, plain
@@ -272,6 +272,21 @@ def test_connected_ones_have_the_size_and_lie_on_paths():
     assert all(
         bool((connected_like(graph.edges, graph, 1, 0)[0] == pruned(graph.edges, graph.reads)).all()) for _ in (0,)
     )
+
+
+@pytest.mark.parametrize("left_out", [0, 1, 5])
+def test_connected_ones_are_as_large_as_nearly_the_whole_model(left_out):
+    """Random walks hardly ever meet the last edges of a model with many."""
+    senders, layers = 40, 13
+    edges, reads = torch.ones(senders, senders, dtype=torch.bool), torch.zeros(senders, senders, dtype=torch.bool)
+    # Sender 0 enters the model, slot i is what sender i + 1 is made of, and the last slot is the output's; three of each layer.
+    reads[torch.arange(senders - 1), torch.arange(1, senders)] = True
+    layer = torch.cat([torch.zeros(1), 1 + torch.arange(senders - 1) // 3]).long()
+    edges = layer[:, None] < torch.cat([layer[1:], torch.tensor([layers + 1])])[None]
+    wanted = int(pruned(edges, reads).sum()) - left_out
+    found = random_circuit(edges, reads, wanted, torch.Generator().manual_seed(0))
+    assert int(found.sum()) == wanted
+    assert bool((pruned(found, reads) == found).all())
 
 
 _graphs: dict = {}

@@ -93,6 +93,13 @@ def test_families_of_p_values():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert benjamini_hochberg([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
     assert holm([]) == []
+    # What was not tested is no member of the family, and no evidence.
+    missing = [0.01, math.nan, 0.04, 0.03]
+    assert holm(missing) == pytest.approx([0.03, math.nan, 0.06, 0.06], nan_ok=True)
+    assert benjamini_hochberg(missing) == pytest.approx([0.03, math.nan, 0.04, 0.04], nan_ok=True)
+    assert math.isnan(share_at_least(math.nan, [0.0, 1.0]))
+    assert math.isnan(share_at_least(1.0, []))
+    assert share_at_least(1.0, [math.nan] * 9 + [0.0]) == pytest.approx(1 / 2)
     assert share_at_least(1.0, [0.0, 1.0, 2.0]) == pytest.approx(3 / 4)
     assert share_at_least(3.0, [0.0, 1.0]) == pytest.approx(1 / 3)
 
@@ -182,3 +189,51 @@ def test_examples_of_the_discovery_are_refused(pointer):
     other = next(name for name in pointer.scored.circuit(pointer.scored.edges) if name not in pointer.circuit)
     with pytest.raises(InputError, match="not in the circuit"):
         pointer.tests(pointer.circuit, edges=[other])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"margin": 0.0}, {"margin": -1.0}, {"tolerance": 0.7}, {"alpha": 0}, {"alpha": 1.0}, {"n_random": -3}, {"permutations": -1}],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_make_no_test_are_refused_before_anything_runs(pointer, options, monkeypatch):
+    from circuitvision.circuits.circuit_runs import CircuitRuns
+
+    monkeypatch.setattr(CircuitRuns, "measure", lambda *_args, **_keywords: pytest.fail("it ran"))
+    with pytest.raises(InputError, match=next(iter(options))):
+        pointer.tests(pointer.circuit, **options)
+
+
+def test_nothing_is_said_of_what_was_not_drawn(pointer):
+    result = pointer.tests(pointer.circuit, edges=[], n_random=0, permutations=0)
+    frame = result.to_frame().set_index("question")
+    for question in ("sufficiency", "partial necessity", "independence"):
+        assert math.isnan(result.p(question))
+        assert "not tested" in frame.reading[question]
+    assert result.p("equivalence") < 0.05
+
+
+def test_a_run_whose_metric_is_no_number_is_no_evidence():
+    """Without the circuit the metric has no value: that the model needs it cannot be told from that."""
+    from types import SimpleNamespace
+
+    from circuitvision.circuits.claims import _table
+
+    clean, empty = 1 + 0.1 * spread(12), 0.1 * spread(12, 1)
+    units = {"clean": clean, "empty": empty, "circuit": clean, "complement": torch.full((12,), math.nan)}
+    units |= {f"random {number}": empty for number in range(40)} | {f"removal {number}": clean for number in range(40)}
+    drawn = SimpleNamespace(
+        randoms=[name for name in units if name.startswith("random")],
+        removals=[name for name in units if name.startswith("removal")],
+    )
+    rows = {row["question"]: row for row in _table(units, drawn, 0.1, 0.1, 0.05, 100, 0)}
+    assert math.isnan(rows["partial necessity"]["p"])
+    assert "not tested" in rows["partial necessity"]["reading"]
+    assert rows["sufficiency"]["p"] == pytest.approx(1 / 41)
+
+
+def test_an_edge_that_is_named_twice_is_tested_once(pointer):
+    result = pointer.tests(pointer.circuit, edges=pointer.circuit.edges[:1] * 2, n_random=20)
+    assert len(result.edges) == 1
+    with pytest.raises(InputError, match="list"):
+        pointer.tests(pointer.circuit, edges=pointer.circuit.edges[0])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from circuitvision.circuits import certify, connectivity, discover, edge_attribution
-from circuitvision.circuits.certificates import clopper_pearson, largest_below, limits
+from circuitvision.circuits.certificates import clopper_pearson, largest_below, limits, radii
 from circuitvision.circuits.discovery import Discovery, best_connected, greedy, stability
 from circuitvision.circuits.edge_attribution import EdgeAttribution
 from circuitvision.errors import InputError
@@ -104,6 +104,16 @@ def test_the_integer_programme_is_the_best_of_all_sets(seed, count):
     assert float(weight[kept].sum()) <= float(weight[best].sum()) + 1e-9
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e-7, 1e9])
+def test_the_integer_programme_does_not_depend_on_the_unit_of_scores(size):
+    """Probabilities have small effects: a solver's absolute tolerance must not eat them."""
+    scored = drawn(3)
+    reads, weight = scored.circuit([]).reads, scored.scores.abs().nan_to_num()
+    best = best_connected(weight * size, EDGES, reads, 4)
+    assert float(weight[best].sum()) == pytest.approx(brute(weight, 4, reads))
+    assert not bool(best_connected(weight * 0, EDGES, reads, 4).any())
+
+
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 9))
 def test_the_largest_are_taken_by_size_or_by_sign(seed, count):
     scored = drawn(seed)
@@ -145,6 +155,9 @@ def test_thresholds_prune_to_a_fixed_point():
         ({"n_edges": 99}, "n_edges"),
         ({"method": "threshold"}, "threshold"),
         ({"n_edges": 2, "threshold": 1.0}, "threshold"),
+        ({"method": "top", "n_edges": 2, "bootstrap": -1}, "bootstrap"),
+        ({"method": "top", "n_edges": 2, "bootstrap": 2.5}, "bootstrap"),
+        ({"method": "interval", "n_edges": 2, "level": 95}, "level"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, match):
@@ -320,3 +333,23 @@ def test_exact_bounds_of_shares():
     low, high = clopper_pearson(torch.tensor([0.0, 5.0, 10.0]), 10, 0.025)
     assert low.tolist() == pytest.approx([0.0, 0.187086, 0.691503], abs=1e-6)
     assert high.tolist() == pytest.approx([0.308497, 0.812914, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"runs": 0}, {"runs": -1}, {"runs": 2.5}, {"alpha": 0}, {"alpha": 1.0}])
+def test_a_certificate_of_no_subsets_is_refused(options):
+    with pytest.raises(InputError, match="runs"):
+        certify(drawn(0), n_edges=2, **options)
+
+
+@pytest.mark.parametrize("chance", [0.5, 0.52, 0.7])
+def test_bounds_hold_on_either_side_as_often_as_alpha_says(chance):
+    """What is counted is exact: the probability of all numbers of votes whose bound is wrong."""
+    from scipy.stats import binom
+
+    runs, alpha, drop = 400, 0.1, 0.9
+    votes = torch.arange(runs + 1, dtype=torch.float64)
+    removed = radii(votes / runs, runs, 1, drop, alpha)[1]
+    share = torch.where(votes > runs / 2, torch.tensor(chance), torch.tensor(1 - chance)).double()
+    true = largest_below(limits(share, drop)[1])
+    wrong = float(binom.pmf(votes[removed > true].numpy(), runs, chance).sum())
+    assert 0 < wrong <= alpha

@@ -67,12 +67,15 @@ def radii(
 ) -> Float[Tensor, change * axes]:
     """How many replaced, removed and added examples a majority survives, by its share of ``runs`` subsets; -1 where it is not certain at all.
 
+    With probability ``1 - alpha`` the bounds of all ``components`` hold, whichever side each majority is on.
+
     Raises:
         InputError: ``alpha`` outside 0 to 1.
     """
     if not 0 < alpha < 1:
         raise InputError(f"alpha={alpha} is no probability of an error.")
-    low, high = clopper_pearson((share.nan_to_num() * runs).round(), runs, alpha / max(components, 1))
+    # Which of the two bounds is taken is seen from the share itself, so that both must hold.
+    low, high = clopper_pearson((share.nan_to_num() * runs).round(), runs, alpha / (2 * max(components, 1)))
     bound = torch.where(share > 0.5, low, 1 - high)
     return torch.stack([largest_below(limit) for limit in limits(bound, drop)])
 

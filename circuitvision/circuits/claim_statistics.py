@@ -84,7 +84,7 @@ def hsic_test(
 ) -> Tested:
     """Whether two scores depend on each other: a small p-value says that they do. By permutations of one of them.
 
-    NaN for fewer than four examples, p = 1 where one does not vary.
+    NaN for fewer than four examples and without a permutation, p = 1 where one does not vary.
     """
     there = first.isfinite() & second.isfinite()
     first, second = first[there], second[there]
@@ -116,26 +116,37 @@ def _centred(kernel: Tensor) -> Tensor:
 
 
 def share_at_least(observed: float, drawn: Sequence[float], rounding: float = 1e-9) -> float:
-    """``(1 + how many draws are at least as large) / (1 + how many)``; equal within rounding counts."""
+    """``(1 + how many draws are at least as large) / (1 + how many)``; equal within rounding counts.
+
+    Draws that are no numbers do not count; NaN where what was observed is none, or without a draw.
+    """
+    drawn = [one for one in drawn if not math.isnan(one)]
+    if math.isnan(observed) or not drawn:
+        return math.nan
     edge = observed - rounding * max(1.0, abs(observed))
     return (1 + sum(one >= edge for one in drawn)) / (1 + len(drawn))
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: of the whole family, the probability of any false rejection stays below the level."""
-    order = np.argsort(values, kind="stable")
-    found, largest = [1.0] * len(values), 0.0
+    """Holm's adjusted p-values: of the whole family, the probability of any false rejection stays below the level. NaN stays NaN."""
+    order = _ordered(values)
+    found, largest = [math.nan] * len(values), 0.0
     for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
+        largest = max(largest, min(1.0, (len(order) - rank) * values[place]))
         found[place] = largest
     return found
 
 
 def benjamini_hochberg(values: Sequence[float]) -> list[float]:
-    """Benjamini and Hochberg's adjusted p-values: the expected share of false ones among the rejected stays below the level."""
-    order = np.argsort(values, kind="stable")[::-1]
-    found, smallest = [1.0] * len(values), 1.0
-    for rank, place in zip(range(len(values), 0, -1), order, strict=True):
-        smallest = min(smallest, values[place] * len(values) / rank)
+    """Benjamini and Hochberg's adjusted p-values: the expected share of false ones among the rejected stays below the level. NaN stays NaN."""
+    order = _ordered(values)
+    found, smallest = [math.nan] * len(values), 1.0
+    for rank, place in zip(range(len(order), 0, -1), reversed(order), strict=True):
+        smallest = min(smallest, values[place] * len(order) / rank)
         found[place] = smallest
     return found
+
+
+def _ordered(values: Sequence[float]) -> list[int]:
+    """The places of p-values from the smallest on; what was not tested is not of the family."""
+    return [int(place) for place in np.argsort(values, kind="stable") if not math.isnan(values[place])]

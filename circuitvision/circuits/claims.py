@@ -31,7 +31,7 @@ from circuitvision.circuits import claim_statistics as statistics
 from circuitvision.circuits import connectivity
 from circuitvision.circuits.circuit import Circuit
 from circuitvision.circuits.circuit_runs import CircuitRuns
-from circuitvision.circuits.evaluation import check_ablations, checked_circuits, circuit_runs
+from circuitvision.circuits.evaluation import check_ablations, checked_circuits, checked_count, circuit_runs
 from circuitvision.errors import InputError, checked_seed, warn
 from circuitvision.metrics.effects import restored_share
 from circuitvision.provenance import describe, with_provenance
@@ -146,14 +146,18 @@ def claim_tests(
         align, allow_wrong, example_batch, progress: as of :func:`circuitvision.patching.activation_patch`.
 
     Raises:
-        InputError: pairs that are among those of the discovery, an edge that is not in the circuit, and what
+        InputError: pairs that are among those of the discovery, an edge that is not in the circuit, a margin that is not above 0, a tolerance
+            outside 0 to 1/2, a level or a number of draws that is none, and what
             :func:`circuitvision.circuits.evaluate` refuses.
     """
     check_ablations([ablation])
     checked_circuits(circuit)
+    _check_numbers(margin, tolerance, alpha, n_random, permutations)
     _check_apart(pairs, discovered_on)
-    tested = list(circuit.edges if edges is None else edges)
-    if len(tested) / (1 + n_random) >= alpha:
+    if isinstance(edges, str):
+        raise InputError(f"Give the names of edges as a list, [{edges!r}].")
+    tested = list(dict.fromkeys(circuit.edges if edges is None else edges))
+    if tested and len(tested) / (1 + n_random) >= alpha:
         warn(
             f"With {n_random} draws no edge of {len(tested)} can have an adjusted p-value below {alpha:g}: take "
             f"n_random={math.ceil(len(tested) / alpha)}, or name fewer edges."
@@ -191,6 +195,17 @@ def claim_tests(
     )
 
 
+def _check_numbers(margin: float, tolerance: float, alpha: float, n_random: int, permutations: int) -> None:
+    """Raise InputError for numbers that no test can be made with, before anything runs."""
+    checked_count("n_random", n_random)
+    if isinstance(permutations, bool) or not isinstance(permutations, int) or permutations < 0:
+        raise InputError(f"permutations={permutations!r} is no number of draws: give a whole number, 0 for none.")
+    if not 0 < margin < math.inf or not 0 <= tolerance < 0.5 or not 0 < alpha < 1:
+        raise InputError(
+            f"margin={margin!r} must be above 0, tolerance={tolerance!r} lie in [0, 0.5), and alpha={alpha!r} between 0 and 1."
+        )
+
+
 def _check_apart(pairs: Any, others: Any) -> None:
     """Raise InputError where pairs are among those of the discovery."""
     if pairs is None or others is None:
@@ -211,7 +226,8 @@ class _Masks:
         generator = torch.Generator().manual_seed(seed)
         self.tested = list(tested)
         made: dict[str, Edges] = {"circuit": mask, "complement": every & ~mask}
-        size = int(mask.sum())
+        # A circuit may hold edges that lie on no path of the model; what is drawn does not.
+        size = min(int(mask.sum()), int(connectivity.pruned(every, reads).sum()))
         for number in range(1, count + 1):
             made[f"random {number}"] = connectivity.random_circuit(every, reads, size, generator)
         for number in range(1, count + 1):
@@ -280,8 +296,6 @@ def _table(
     sufficient, needed = faithful("circuit"), 1 - faithful("complement")
     chance = statistics.share_at_least(sufficient, [faithful(name) for name in masks.randoms])
     damage = statistics.share_at_least(needed, [1 - faithful(name) for name in masks.removals])
-    if math.isnan(sufficient):
-        chance = damage = math.nan
     draws = len(masks.randoms)
     rows = {
         "sign": ("share of wins over the model", sign),
@@ -315,7 +329,7 @@ READINGS = {
 
 def _reading(question: str, p: float, alpha: float) -> str:
     small, large = READINGS[question]
-    return "not tested: too few examples, or no gap" if math.isnan(p) else small if p < alpha else large
+    return "not tested: too few examples or draws, or no gap" if math.isnan(p) else small if p < alpha else large
 
 
 def _edges(units: Mapping[str, Tensor], masks: _Masks) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ them. An edge that lies on no path of its circuit carries nothing to the answer 
 away until none is left.
 
 :func:`random_circuit` is a union of random paths with exactly as many edges as asked for, wherever paths of that size exist: the controls of tests
-that compare a circuit with others of its size. Reference: Shi et al. 2024 (arXiv 2410.13032).
+that compare a circuit with others of its size. Where random paths no longer add an edge, as of circuits that are nearly the whole model, single edges
+between nodes of the paths that were drawn are added. Reference: Shi et al. 2024 (arXiv 2410.13032).
 
 Not covered: how much a path carries.
 """
@@ -98,14 +99,29 @@ def random_circuit(edges: Edges, reads: Reads, n_edges: int, generator: torch.Ge
     ends, first = (outputs(reads) & useful.any(0)).nonzero().flatten(), sources(reads)
     best = torch.zeros_like(useful)
     for _ in range(STARTS):
-        found, missed = torch.zeros_like(useful), 0
-        while missed < TRIES and int(found.sum()) < n_edges:
-            path = found.clone()
-            for edge in _walk(useful, reads, ends, first, generator):
-                path[edge] = True
-            fits = found.sum() < path.sum() <= n_edges
-            found, missed = (path, 0) if fits else (found, missed + 1)
+        found, grown = torch.zeros_like(useful), True
+        while grown and int(found.sum()) < n_edges:
+            before, missed = int(found.sum()), 0
+            while missed < TRIES and int(found.sum()) < n_edges:
+                path = found.clone()
+                for edge in _walk(useful, reads, ends, first, generator):
+                    path[edge] = True
+                fits = found.sum() < path.sum() <= n_edges
+                found, missed = (path, 0) if fits else (found, missed + 1)
+            if int(found.sum()) < n_edges:
+                found = _filled(found, useful, reads, n_edges, generator)
+            grown = int(found.sum()) > before
         best = found if found.sum() > best.sum() else best
         if int(best.sum()) == n_edges:
             break
     return best
+
+
+def _filled(found: Edges, useful: Edges, reads: Reads, n_edges: int, generator: torch.Generator) -> Edges:
+    """Paths with up to ``n_edges`` edges: more of them from senders to slots that the paths pass already, so that each lies on a path too."""
+    begun, led = found.any(1) | (sources(reads) & found.any()), found.any(0) | (outputs(reads) & found.any())
+    places = (useful & ~found & begun[:, None] & led[None, :]).nonzero()
+    chosen = places[torch.randperm(len(places), generator=generator)[: n_edges - int(found.sum())]]
+    filled = found.clone()
+    filled[tuple(chosen.T)] = True
+    return filled

@@ -223,11 +223,13 @@ def best_connected(weight: Scores, edges: Edges, reads: Bool[Tensor, "slot sende
             matrix[row, column] += value
     limits = np.array([float(count), *np.zeros(len(rows) - 1)])
     cost = -np.array([float(weight[place[0], place[1]]) for place in places])
+    # The solver's tolerances are absolute: of weights as small as they are, nothing would be worth an edge.
     solved = milp(
-        cost,
+        cost / max(float(np.abs(cost).max(initial=0.0)), 1e-300),
         constraints=LinearConstraint(matrix.tocsr(), -np.inf, limits),
         integrality=np.ones(len(places)),
         bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
     )
     if solved.x is None:
         raise InputError(f"The integer programme was not solved: {solved.message}")
@@ -271,9 +273,14 @@ def discover(
         progress: whether to show it.
 
     Raises:
-        InputError: a number of edges that there is not, no threshold, scores that are no finite numbers, several metrics.
+        InputError: a number of edges that there is not, no threshold, scores that are no finite numbers, several metrics, a number of resamples
+            or a level that is none.
     """
     choice = _checked(attribution, method, n_edges, threshold, signed, prune, positive)
+    if isinstance(bootstrap, bool) or not isinstance(bootstrap, int) or bootstrap < 0:
+        raise InputError(f"bootstrap={bootstrap!r} is no number of resamples: give a whole number, 0 for none.")
+    if not 0 < level < 1:
+        raise InputError(f"level={level!r} must lie between 0 and 1, such as 0.95.")
     units = _units(attribution, groups)
     generator = np.random.default_rng(checked_seed(seed))
     draws = _resamples(units.shape[-1], bootstrap, generator)
@@ -327,8 +334,9 @@ def certify(
     """How many examples could be replaced, removed or added without changing the majority's decision on each edge.
 
     The circuit is found on ``runs`` subsets of the examples, in each of which every example is dropped with probability ``drop``. With the lower
-    Clopper–Pearson bound ``μ`` of the share of subsets that decide as the majority does (``alpha`` shared among all edges), the decision holds for
-    fewer than ``ln(3/2 - μ)/ln p`` replaced, ``ln(2(1 - μ))/ln p`` removed and ``ln(1/(2μ))/ln p`` added examples.
+    Clopper–Pearson bound ``μ`` of the share of subsets that decide as the majority does (``alpha`` shared among both sides of all edges, as which
+    side is the majority's is read from the same subsets), the decision holds for fewer than ``ln(3/2 - μ)/ln p`` replaced, ``ln(2(1 - μ))/ln p``
+    removed and ``ln(1/(2μ))/ln p`` added examples.
 
     Args:
         attribution, method, n_edges, threshold, signed, prune: as of :func:`discover`, but ``"interval"``.
@@ -340,7 +348,7 @@ def certify(
         progress: whether to show it.
 
     Raises:
-        InputError: ``drop`` outside 0 to 1, and what :func:`discover` refuses.
+        InputError: ``drop`` or ``alpha`` outside 0 to 1, no subsets, and what :func:`discover` refuses.
 
     Source: Certified Circuits (2026), the algebra written out in this library's tests.
     """
@@ -348,6 +356,8 @@ def certify(
         raise InputError("A certificate votes over subsets of examples: choose a method other than 'interval'.")
     if not 0 < drop < 1 or level not in ("edge", "node"):
         raise InputError(f"drop={drop} must lie between 0 and 1, and level={level!r} be 'edge' or 'node'.")
+    if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1 or not 0 < alpha < 1:
+        raise InputError(f"runs={runs!r} must be a whole number from 1 on, and alpha={alpha!r} lie between 0 and 1.")
     choice = _checked(attribution, method, n_edges, threshold, signed, prune, 0.5)
     units = _units(attribution, list(range(len(attribution.examples))))
     generator = np.random.default_rng(checked_seed(seed))
