@@ -116,6 +116,9 @@ def _add_quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-k", type=_positive, default=4, metavar="N", help="heads of each tower in the graph (%(default)s)"
     )
+    parser.add_argument(
+        "--circuit", action="store_true", help="find a circuit of edges, too, and test what it claims (minutes)"
+    )
     parser.add_argument("--seed", type=_count, default=0, metavar="N", help="which pair is drawn (%(default)s)")
     parser.add_argument("--dtype", help="float32, bfloat16, …: the checkpoint's own by default")
     parser.add_argument("--device", help="cpu, cuda, …")
@@ -188,6 +191,7 @@ def _quickstart(options: argparse.Namespace) -> int:
             foil=options.foil,
             out=options.out,
             top_k=options.top_k,
+            circuit=options.circuit,
             seed=options.seed,
             **loading,
         )
@@ -205,6 +209,10 @@ def _quickstart(options: argparse.Namespace) -> int:
         print(f"  {name:<12}{where:<16}{share:>12}")
     if found.check is not None:
         print(f"\n{found.check.summary()} {found.findings()['carries']}")
+    if found.edges is not None:
+        print("\nA circuit of edges, tested on pairs that its search did not see:")
+        for question, said in found.edges.said():
+            print(f"  {question:<20}{said}")
     print(f"\nWrote in {found.seconds:.0f} s:")
     for path in found.files:
         print(f"  {path}")

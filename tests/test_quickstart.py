@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import circuitvision as cv
+from circuitvision import cli
 from circuitvision.circuits import ablation_check, load, parse_id
 from circuitvision.data import TEST_PAIRS, Pairs
 from circuitvision.errors import InputError, UnsupportedModelError
@@ -282,6 +283,23 @@ def test_a_misspelt_organism_is_told_its_name(case, tmp_path):
     given = {key: tmp_path / name for key, name in case.items()}
     with pytest.raises(InputError, match="is scenes-vit meant"):
         quickstart("scenes-vitt", **given, out=tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_circuit_of_edges_is_tested_on_other_pairs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("circuitvision.quickstart.run.PAIRS", 6)
+    monkeypatch.setattr("circuitvision.quickstart.circuit.RANDOM", 3)
+    assert cli.main(["quickstart", "--model", "shapes-vit", "--circuit", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("A circuit of edges", "sufficiency", "edges needed"))
+    graph = load(tmp_path / "edges.graphml")
+    assert graph.graph["kind"] == "component"
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, "edges.graphml", "tests.html"}
+
+
+def test_a_circuit_of_a_single_pair_is_refused(images, tmp_path):
+    with pytest.raises(InputError, match="one pair"):
+        quickstart("shapes-vit", **images, out=tmp_path, circuit=True)
 
 
 def test_an_organism_without_pairs_says_so(monkeypatch):

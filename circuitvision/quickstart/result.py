@@ -14,6 +14,7 @@ from circuitvision.model.names import head_name
 from circuitvision.plots.style import signed_percent
 from circuitvision.quickstart import findings as of_case
 from circuitvision.quickstart.cases import Case
+from circuitvision.quickstart.circuit import EdgeCircuit
 from circuitvision.readout.lens.result import LensResult
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class Quickstart:
     """What the main job found, and the files it wrote.
 
     ``lenses`` holds per run the lens of every tower that the images reach and the answer's head can read, in the order in which the towers run;
-    ``read_through`` says of each tower but the last what lies between it and that head.
+    ``read_through`` says of each tower but the last what lies between it and that head. ``edges`` is the circuit of edges and its tests, if asked
+    for.
     """
 
     case: Case
@@ -54,6 +56,7 @@ class Quickstart:
     check: AblationCheck | None
     readings: dict[str, Reading]
     read_through: Mapping[str, str] = field(default_factory=dict)
+    edges: EdgeCircuit | None = None
     files: list[Path] = field(default_factory=list)
     seconds: float = 0.0
 

@@ -21,6 +21,7 @@ from circuitvision.links import Link, probabilities
 from circuitvision.organisms.registry import DEFAULT
 from circuitvision.plots.quickstart import write
 from circuitvision.quickstart.cases import CAPTIONS, PARTS, Case, case_of, given_pair, kind_of, opened, reached_towers
+from circuitvision.quickstart.circuit import PAIRS, edge_circuit
 from circuitvision.quickstart.result import Quickstart, Reading
 from circuitvision.readout import logit_lens
 from circuitvision.readout.lens.result import LensResult
@@ -42,6 +43,7 @@ def quickstart(
     foil: str | int | None = None,
     out: str | Path = DEFAULT_OUT,
     top_k: int = 4,
+    circuit: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> Quickstart:
@@ -60,6 +62,8 @@ def quickstart(
         foil: likewise (of a classifier, if left out, its first choice on ``corrupt``).
         out: folder for the files; made if missing.
         top_k: how many heads of each tower enter the graph.
+        circuit: whether a circuit of edges is found as well, and what it claims is tested on pairs that the search did not see, beside random
+            circuits: minutes, of an organism's own pairs alone (:mod:`circuitvision.quickstart.circuit`).
         seed: which pairs are drawn when none is given, and the random heads of the check.
         options: dtype, device and whatever else ``HookedModel.from_pretrained`` takes.
 
@@ -76,6 +80,10 @@ def quickstart(
     given = opened(clean, corrupt, prompt=prompt, answer=answer, foil=foil)
     if given is None:
         _check_own_pairs(model)
+    elif circuit:
+        raise InputError(
+            "A circuit is tested on pairs that its search did not see, and here is one pair: circuit=False."
+        )
     hooked = load_model(model, **options)
     kind_of(hooked)
     pairs = _own_pairs(model, FIND_PAIRS + CHECK_PAIRS, seed) if given is None else given_pair(hooked, given)
@@ -95,6 +103,9 @@ def quickstart(
         _read_through(hooked),
     )
     files = write(found, folder)
+    if circuit:
+        edges = edge_circuit(hooked, pairs[:PAIRS], pairs[FIND_PAIRS : FIND_PAIRS + PAIRS], seed)
+        found, files = dataclasses.replace(found, edges=edges), [*files, *edges.write(folder)]
     return dataclasses.replace(found, files=files, seconds=time.perf_counter() - started)
 
 
