@@ -99,7 +99,7 @@ ONE_RUN: dict[str, Callable[[Asked], Any]] = {
     ),
     "knockout": _knockout,
     "modulate": lambda a: modulate(
-        a.model, a.pairs, a.metric, heads=dict.fromkeys(a.heads(0), 1.0), n_random=2, **a.batched
+        a.model, a.pairs, a.metric, heads=dict.fromkeys(a.heads(0), 1.0), n_random=2, **a.checked
     ),
 }
 """Methods that run the clean side alone."""

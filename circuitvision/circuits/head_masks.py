@@ -6,9 +6,10 @@ the loss is
 
     ``mean BIG(z) / mean BIG + (mean FIG - mean FIG(z)) / mean FIG``
 
-plus the penalty that holds the expected number of closed gates at ``n_heads``. The gradient goes to all heads at once, so that of two heads that say
-the same, each of which scores low while the other is there, both are closed; a head that the foreground needs is not. What the mask chose is to be
-checked as any set of heads: :func:`circuitvision.circuits.removal_curve`, :func:`circuitvision.circuits.remove_heads`.
+plus the penalty that holds the expected number of closed gates at ``n_heads``. The gradient goes to all heads at once, where scores of single heads
+miss what two of them do together. It is a search and no measurement: what is closed beside the heads that matter is arbitrary, more so where more
+heads are asked for than there are. Check what it chose as any set of heads, on other pictures, by :func:`circuitvision.circuits.removal_curve` and
+:func:`circuitvision.circuits.remove_heads`.
 
 Not covered: masks of pictures (CIGMA's own optimisation: give masks, or boxes), gates of other components.
 
@@ -80,7 +81,7 @@ def learn_shortcut_heads(
     masks: Any = None,
     *,
     n_heads: int,
-    steps: int = 200,
+    steps: int = 60,
     rate: float = 0.1,
     start: float = 0.0,
     penalty_rate: float = 1.0,
