@@ -211,6 +211,16 @@ def test_direct_holds_every_other_head_and_mlp() -> None:
         importance("vit", units="neurons", method="direct")
 
 
+def test_direct_effects_of_both_towers_of_a_dual_encoder_and_of_a_prefix() -> None:
+    _, _, _, found = importance("clip", method="direct", top_k=1)
+    assert found.axes["tower"] == ["vision", "text"]
+    assert float(found.effects[0].abs().max()) > 1e-3
+    # The texts are the same in both runs.
+    assert float(found.effects[1].nan_to_num().abs().max()) < 1e-9
+    _, _, _, policy = importance("pi0", method="direct", top_k=1)
+    assert float(policy.effects[-1].nan_to_num().abs().max()) > 1e-3
+
+
 def test_random_sets_of_an_additive_model_have_the_mean_effect() -> None:
     """y = Σ c_h: sets of one other head score c_h, each once, so their mean is the mean of the others."""
     vision = torch.tensor([[3.0, 0.5, -1.0, 2.0, 0.25]], dtype=torch.float64)

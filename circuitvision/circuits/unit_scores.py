@@ -146,19 +146,24 @@ def _direct(model: Any, asked: Asked, units: Sequence[Unit], options: Mapping[st
         raise InputError(
             f"{within[0]} writes nothing into the stream by itself, so it has no direct effect: method='direct' is of 'heads' and 'mlps'."
         )
-    named = {unit.id: [unit.id] for unit in units}
-    found = path_patch(
-        model,
-        asked.pairs,
-        asked.metric,
-        senders=named,
-        receivers="output",
-        axes=("sender",),
-        **_inside(options, "direct"),
-    )
-    # Without an axis of receivers there is one entry. Where no path leads to the output, nothing arrives.
-    values = (found.values if found.metrics else found.values[None])[:, :, 0]
-    return values.nan_to_num(0.0)
+    parts: dict[str, Tensor] = {}
+    for tower, own in itertools.groupby(sorted(units, key=_of), lambda unit: unit.tower):
+        # Towers of a dual encoder end in outputs of their own.
+        members = list(own)
+        found = path_patch(
+            model,
+            asked.pairs,
+            asked.metric,
+            senders={unit.id: [unit.id] for unit in members},
+            receivers="output",
+            axes=("sender",),
+            **_inside(options, f"{tower} direct"),
+        )
+        # Without an axis of receivers there is one entry. Where no path leads to the output, nothing arrives.
+        values = (found.values if found.metrics else found.values[None])[:, :, 0].nan_to_num(0.0)
+        labels = found.axes["sender"]
+        parts |= {unit.id: values[:, labels.index(unit.id)] for unit in members}
+    return torch.stack([parts[unit.id] for unit in units], 1)
 
 
 def _estimated(model: Any, asked: Asked, units: Sequence[Unit], options: Mapping[str, Any]) -> Tensor:
