@@ -74,8 +74,14 @@ def edge_pruning(
         align, allow_wrong, example_batch, progress: as of :func:`circuitvision.patching.activation_patch`.
 
     Raises:
-        InputError: more edges than there are, several metrics, a metric without a gradient.
+        InputError: more edges than there are, several metrics, a metric without a gradient or that is no finite number, rates that are not above 0.
     """
+    whole = [isinstance(one, int) and not isinstance(one, bool) for one in (n_edges, steps)]
+    if not all(whole) or not 0 < rate < math.inf or not 0 < penalty_rate < math.inf or not math.isfinite(start):
+        raise InputError(
+            f"n_edges={n_edges!r} and steps={steps!r} must be whole numbers, rate={rate!r} and penalty_rate={penalty_rate!r} above 0, and "
+            f"start={start!r} finite."
+        )
     check_gradients(model.module)
     given = {"clean": clean, "corrupt": corrupt, "align": align, "allow_wrong": allow_wrong}
     runs = CircuitRuns(model, pairs, metric, example_batch=example_batch, **given)
@@ -152,6 +158,10 @@ class _Gates:
             missed = (value - clean.to(value)).square().mean() / gap.to(value)
             over = self.open - self.target
             loss = missed + self.multipliers[0] * over + self.multipliers[1] * over.square()
+            if not bool(loss.isfinite()):
+                raise InputError(
+                    "The metric is no finite number for some example, so no mask can be trained: leave such examples out, or take another metric."
+                )
             grads = torch.autograd.grad(loss, [self.alpha, self.multipliers])
         for parameter, gradient in zip((self.alpha, self.multipliers), grads, strict=True):
             parameter.grad = gradient.to(parameter)
