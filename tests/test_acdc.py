@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ import torch
 from circuitvision.circuits import acdc, edge_pruning, evaluate
 from circuitvision.circuits.acdc import FILE, visited
 from circuitvision.circuits.circuit_runs import CircuitRuns
+from circuitvision.circuits.gates import Gates
 from circuitvision.errors import InputError
 from circuitvision.organisms import handbuilt
 from tests.edge_models import Example, double_throughout, score
 
 pytestmark = pytest.mark.filterwarnings("ignore:The circuit was found on")
+OPEN = 0.15
+"""How far the expected share of open gates may be from the share that is asked for, after a short training."""
 QUIET = {"allow_wrong": True, "progress": False}
 
 
@@ -126,6 +130,9 @@ def test_learned_masks_find_known_circuits(name):
     state = {key: value.clone() for key, value in known.model.module.state_dict().items()}
     result = edge_pruning(known.model, known.pairs, known.metric, n_edges=len(known.edges), steps=120, **QUIET)
     assert set(result.circuit) == known.edges
+    alpha = result.attribution.values[..., 0][result.attribution.edges]
+    expected = torch.sigmoid(alpha + 2 / 3 * math.log(11))
+    assert float(expected.mean()) == pytest.approx(len(known.edges) / result.attribution.n_edges, abs=OPEN)
     assert all(torch.equal(value, state[key]) for key, value in known.model.module.state_dict().items())
     assert all(parameter.grad is None for parameter in known.model.module.parameters())
 
@@ -140,3 +147,42 @@ def test_learned_masks_are_the_same_again():
     assert not torch.equal(one.attribution.values.nan_to_num(), third.attribution.values.nan_to_num())
     with pytest.raises(InputError, match="n_edges"):
         edge_pruning(known.model, known.pairs, known.metric, n_edges=0, **QUIET)
+
+
+def test_gates_are_open_as_often_as_expected():
+    """Hard concrete gates: exactly 0 and exactly 1 with positive probability, and the penalty counts what is not 0."""
+    edges = torch.ones(1, 7, dtype=torch.bool)
+    gates = Gates(edges, 3, 0.0, 0.1, 1.0, 0)
+    for level in (-3.0, -1.0, 0.0, 1.5):
+        with torch.no_grad():
+            gates.alpha.fill_(level)
+        drawn = torch.stack([gates.drawn().detach() for _ in range(800)])
+        assert float((drawn > 0).double().mean()) == pytest.approx(float(gates.open.detach()), abs=0.03)
+        assert bool((drawn == 0).any())
+        assert bool((drawn == 1).any())
+    assert gates.target == pytest.approx(3 / 7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"n_edges": 2.5}, {"n_edges": True}, {"steps": 1.5}, {"rate": math.nan}, {"penalty_rate": 0.0}, {"start": math.inf}],
+    ids=str,
+)  # fmt: skip
+def test_masks_that_cannot_be_trained_are_refused(options):
+    known = handbuilt.build("and")
+    with pytest.raises(InputError, match=next(iter(options))):
+        edge_pruning(known.model, known.pairs, known.metric, **{"n_edges": 4, "steps": 2, **QUIET, **options})
+
+
+def test_a_metric_without_a_value_decides_nothing():
+    known = handbuilt.build("and")
+
+    def metric(logits: torch.Tensor) -> torch.Tensor:
+        value = logits[:, 1] - logits[:, 0]
+        return torch.where(torch.arange(len(value)) == 0, math.nan, value)
+
+    with pytest.raises(InputError, match="finite"):
+        acdc(known.model, known.pairs, metric, threshold=0.1, **QUIET)
+    with pytest.raises(InputError, match="finite"):
+        edge_pruning(known.model, known.pairs, metric, n_edges=4, steps=2, **QUIET)
+    assert not known.model.engine.active()

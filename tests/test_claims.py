@@ -237,3 +237,18 @@ def test_an_edge_that_is_named_twice_is_tested_once(pointer):
     assert len(result.edges) == 1
     with pytest.raises(InputError, match="list"):
         pointer.tests(pointer.circuit, edges=pointer.circuit.edges[0])
+
+
+@pytest.mark.parametrize("way", [1.0, -1.0])
+def test_better_is_further_from_the_empty_run_whatever_the_sign_of_the_metric(way):
+    from types import SimpleNamespace
+
+    from circuitvision.circuits.claims import _table
+
+    clean, empty = way * (1 + 0.1 * spread(12)), 0.1 * spread(12, 1)
+    units = {"clean": clean, "empty": empty, "circuit": clean + 0.2 * way, "complement": empty}
+    rows = {
+        row["question"]: row for row in _table(units, SimpleNamespace(randoms=[], removals=[]), 0.1, 0.1, 0.05, 10, 0)
+    }
+    assert rows["sign"]["statistic"] == 1.0
+    assert rows["sign"]["n"] == 12

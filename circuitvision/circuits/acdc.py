@@ -78,7 +78,8 @@ def acdc(
         save_to, resume: a folder in which decisions are kept, and whether those in it are taken over.
 
     Raises:
-        InputError: a threshold that is no number above 0, several metrics, a folder of another study.
+        InputError: a threshold that is no number above 0, several metrics, a folder of another study, a metric that is no finite number for some
+            example.
     """
     if not 0 < threshold < float("inf"):
         raise InputError(f"threshold={threshold} must be above 0, in units of the metric.")
@@ -206,7 +207,14 @@ class _State:
             masks.append(current)
         measured = self.runs.measure(masks, self.ablation, progress=False)
         self.last = measured
-        effects = measured.values[0].double().diff(dim=0)
+        values = measured.values[0].double()
+        lost = ~values.isfinite().all(0)
+        if bool(lost.any()):
+            raise InputError(
+                f"The metric is no finite number for {int(lost.sum())} of {len(lost)} examples, so it decides on no edge: leave those out, or take "
+                "another metric."
+            )
+        effects = values.diff(dim=0)
         moves = effects.mean(-1) if self.rises else effects.mean(-1).abs()
         fits = (moves < self.threshold).tolist()
         count = fits.index(False) + 1 if False in fits else len(fits)

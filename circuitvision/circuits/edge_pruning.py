@@ -70,8 +70,14 @@ def edge_pruning(
         align, allow_wrong, example_batch, progress: as of :func:`circuitvision.patching.activation_patch`.
 
     Raises:
-        InputError: more edges than there are, several metrics, a metric without a gradient.
+        InputError: more edges than there are, several metrics, a metric without a gradient or that is no finite number, rates that are not above 0.
     """
+    whole = [isinstance(one, int) and not isinstance(one, bool) for one in (n_edges, steps)]
+    if not all(whole) or not 0 < rate < math.inf or not 0 < penalty_rate < math.inf or not math.isfinite(start):
+        raise InputError(
+            f"n_edges={n_edges!r} and steps={steps!r} must be whole numbers, rate={rate!r} and penalty_rate={penalty_rate!r} above 0, and "
+            f"start={start!r} finite."
+        )
     check_gradients(model.module)
     given = {"clean": clean, "corrupt": corrupt, "align": align, "allow_wrong": allow_wrong}
     runs = CircuitRuns(model, pairs, metric, example_batch=example_batch, **given)

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuitvision.errors import InputError
+
 TEMPERATURE, LOWEST, HIGHEST = 2 / 3, -0.1, 1.1
 
 
@@ -46,9 +48,17 @@ class Gates:
         return chance[self.there].mean()
 
     def descend(self, missed: Float[Tensor, ""]) -> None:
-        """One step of Adam on what the drawn gates miss and the penalty, and one of the multipliers."""
+        """One step of Adam on what the drawn gates miss and the penalty, and one of the multipliers.
+
+        Raises:
+            InputError: a loss that is no finite number.
+        """
         over = self.open - self.target
         loss = missed + self.multipliers[0] * over + self.multipliers[1] * over.square()
+        if not bool(loss.isfinite()):
+            raise InputError(
+                "The metric is no finite number for some example, so no mask can be trained: leave such examples out, or take another metric."
+            )
         grads = torch.autograd.grad(loss, [self.alpha, self.multipliers])
         for parameter, gradient in zip((self.alpha, self.multipliers), grads, strict=True):
             parameter.grad = gradient.to(parameter)
