@@ -137,7 +137,7 @@ def turned(pairs: Pairs, count: int) -> Pairs:
     return pairs._with(clean=pairs.clean._with(**columns), corrupt=pairs.corrupt._with(**columns))
 
 
-@pytest.mark.parametrize("method", [*TWO_RUNS, "causal_trace", "knockout", *SUBSPACES])
+@pytest.mark.parametrize("method", [*TWO_RUNS, *ONE_RUN, *SUBSPACES])
 def test_clean_runs_that_the_model_gets_wrong(method: str) -> None:
     request = asked()
     request.pairs = turned(request.pairs, COUNT)
