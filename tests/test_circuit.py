@@ -148,6 +148,8 @@ def test_wrong_edges_are_refused(scored):
         scored.circuit("v.input->v.m0")
     with pytest.raises(InputError, match="cannot be taken"):
         scored.circuit(10_000)
+    with pytest.raises(InputError, match="with a list"):
+        scored.circuit(3) | ["v.input->v.m0"]
     with pytest.raises(InputError, match="no edge"):
         Circuit(scored, torch.ones_like(scored.edges))
 

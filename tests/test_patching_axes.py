@@ -186,6 +186,8 @@ def test_equal_runs_hold_every_coordinate_once(width, data):
         ({"axes": ("layer", "neurons"), "neurons": True}, "neurons=True"),
         ({"axes": ("layer", "neurons"), "neurons": [[0.5]]}, "whole numbers"),
         ({"axes": ("layer", "neurons"), "neurons": {"x": [0, 0, 1]}}, "twice"),
+        ({"axes": "layer"}, r"axes=\('layer',\)"),
+        ({"axes": ("layer", "head")}, r"axes=\('layer', 'position'\)"),
         ({"window": 0}, "window"),
         ({"window": True}, "window"),
         ({"window": 2, "axes": ("site",)}, "window"),
@@ -202,3 +204,12 @@ def test_requests_that_cannot_be_meant_are_refused(options, message):
 def test_a_grid_knows_what_its_sites_have_in_common():
     names = ("vision.blocks.0.attn.hook_z", "vision.blocks.1.attn.hook_z", "projector.hook_out")
     assert Grid(names, ("site",)).kind == "attn.hook_z, projector.hook_out"
+
+
+def test_the_figure_of_equal_runs_names_no_largest_effect():
+    model, clean, _ = hooked_pair("vit")
+    equal = {"clean": clean, "corrupt": clean, "sites": "vision.blocks.*.hook_mlp_out", "axes": ("layer",)}
+    with pytest.warns(UserWarning, match="do not differ"):
+        result = activation_patch(model, metric=METRIC, progress=False, **equal)
+    assert result.restored.isnan().all()
+    assert "largest" not in result.plot().layout.title.text

@@ -238,7 +238,12 @@ class Circuit:
         return self.attribution is other.attribution or (self.senders, self.slots) == (other.senders, other.slots)
 
     def _mask_of(self, other: Circuit) -> Edges:
-        if not isinstance(other, Circuit) or not self._same_graph(other):
+        if not isinstance(other, Circuit):
+            raise InputError(
+                f"A circuit is combined with another circuit, not with a {type(other).__name__}; "
+                "Circuit.of(circuit.attribution, [names]) makes one of names of edges."
+            )
+        if not self._same_graph(other):
             raise InputError("The two circuits are of different graphs: their senders and slots differ.")
         return other.mask
 

@@ -263,6 +263,8 @@ def grid_of(
     window: int | str = 1,
 ) -> Grid:
     """What is patched. Raises InputError for axes that do not fit the sites."""
+    if isinstance(axes, str):
+        raise InputError(f"axes={axes!r} is one name; give the names as a tuple, axes=({axes!r},).")
     groups, width = {}, 0
     if neurons is not None:
         widths = {name: width_of(model, name) for name in names}

@@ -99,7 +99,9 @@ class Grid:
             )
         headless = [name for name in self.names if not SiteName.parse(name).has_heads]
         if "head" in axes and headless:
-            raise InputError(f"{headless[0]} has no heads; leave 'head' out of axes.")
+            raise InputError(
+                f"{headless[0]} has no heads; leave 'head' out of axes, which has it unless you say otherwise: axes=('layer', 'position')."
+            )
         if "position" in axes and "region" in axes:
             raise InputError("A position is part of a region: take one of the axes 'position' and 'region'.")
         for axis, held in (("region", self.regions), ("neurons", self.neurons)):

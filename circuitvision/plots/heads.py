@@ -76,6 +76,8 @@ def patching(result: PatchingResult, title: str | None = None) -> kit.Figure:
         method = getattr(result, "method", "")
         largest = "largest estimated effect" if method else "largest effect"
         said = f"{html.escape(where)} has the {largest}: {style.signed_percent(float(whole[number, row, column]))}"
+        if all(bool(grid.isnan().all()) for grid in grids.values()):
+            said = "The two runs do not differ in the metric, so there is no share to show"
         by = f", estimated by {_ESTIMATES.get(method, method)}" if method else ""
         title = style.titled(said, f"{result.site}: share of the difference restored by each {down} and {across}{by}")
     figure = _grids(
