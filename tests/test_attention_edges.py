@@ -10,6 +10,7 @@ import torch
 
 import circuitvision as cv
 from circuitvision.circuits import attention_edges, export, load, schema
+from circuitvision.circuits.attention_graph import graph_of
 from circuitvision.errors import InputError, UnsupportedModelError
 from circuitvision.organisms import handbuilt
 from circuitvision.patching import attribution_patch
@@ -103,6 +104,13 @@ def test_the_graph_carries_what_each_head_has_of_an_edge(tmp_path):
             assert value == pytest.approx(float(expected[int(name[1:])]), rel=1e-6)
         assert list(map(abs, loadings.values())) == sorted(map(abs, loadings.values()), reverse=True)
     assert result.to_networkx(3).number_of_edges() == 3
+    few = graph_of(result, top=1)
+    for sender, receiver, letter, data in few.edges(keys=True, data=True):
+        loadings = json.loads(data["loadings_json"])
+        assert list(loadings)[1:] == ["rest"]
+        assert sum(loadings.values()) == pytest.approx(
+            graph.edges[sender, receiver, letter]["score"], rel=1e-6, abs=1e-12
+        )
     again = load(export(graph, tmp_path / "attention.graphml"))
     assert sorted(again.edges(keys=True)) == sorted(graph.edges(keys=True))
     with pytest.raises(InputError, match="n="):

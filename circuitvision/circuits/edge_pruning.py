@@ -14,7 +14,6 @@ Reference: Cao et al. 2021 (arXiv 2104.03514), subnetwork probing; Louizos et al
 from __future__ import annotations
 
 import math
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -90,8 +90,9 @@ def quickstart(
     case, batch = case_of(hooked, pairs), next(iter(pairs[:1].batches(hooked)))
     assert batch.other is not None
     runs, ids = {"clean": batch.inputs, "corrupt": batch.other}, _ids(batch)
+    # Random heads stand beside these in the check, on other pairs.
     importance = head_importance(
-        hooked, pairs[:FIND_PAIRS], metrics.logit_diff(), top_k=top_k, towers=reached_towers(hooked)
+        hooked, pairs[:FIND_PAIRS], metrics.logit_diff(), top_k=top_k, towers=reached_towers(hooked), n_random=0
     )
     found = Quickstart(
         case,
