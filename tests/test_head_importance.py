@@ -251,6 +251,13 @@ def test_random_sets_are_disjoint_of_the_same_towers_and_drawn_by_the_seed() -> 
         assert sorted((cv.circuits.parse_id(one).tower, cv.circuits.parse_id(one).kind) for one in draw) == kinds
 
 
+def test_where_no_random_set_can_be_drawn_a_warning_says_so() -> None:
+    with pytest.warns(UserWarning, match="top_k"):
+        found = importance("vit", top_k=100, n_random=3)[3]
+    assert found.random_sets == []
+    assert found.p_random != found.p_random
+
+
 def gain(first: Tensor, second: Tensor) -> Tensor:
     one, two = first.double().log_softmax(-1), second.double().log_softmax(-1)
     middle = torch.logaddexp(one, two) - torch.log(torch.tensor(2.0, dtype=torch.float64))

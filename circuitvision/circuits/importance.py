@@ -54,7 +54,7 @@ from circuitvision.circuits import schema
 from circuitvision.circuits.path_effects import ANSWER, PathEffects, wholes
 from circuitvision.circuits.unit_scores import METHODS, Asked, scores
 from circuitvision.circuits.units import Unit, by_kind, connectors_of, hook_of, inputs_of, modality_of, units_of
-from circuitvision.errors import InputError, checked_seed
+from circuitvision.errors import InputError, checked_seed, warn
 from circuitvision.metrics.effects import restored_error, restored_share
 from circuitvision.model.edits.base import EditGroup
 from circuitvision.model.names import NodeName, format_id, parse_id, spelled, unit_id
@@ -379,6 +379,11 @@ def head_importance(
     found = scores(model, asked, method, live, effects, options)
     selected = _strongest(live, found[0].double().nanmean(-1), top_k)
     draws = random_units(live, selected, n_random, seed)
+    if n_random and selected and not draws:
+        warn(
+            f"No random set stands beside the {len(selected)} selected units: a tower has fewer others of a kind than were selected. Take a smaller "
+            "top_k, or n_random=0."
+        )
     cells = [*([one] for one in (*ends, *selected)), selected, *draws]
     measured, changes = effects.effects([(changed, ()) for changed in cells], "nodes")
     measured = asked.told(measured, method)
